@@ -1,0 +1,40 @@
+# Everything needs Python 3.11 or newer and nothing else; the rest is installed into .venv here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STORE ?=
+DATA ?=
+
+.PHONY: demo test test-long check format bench clean
+
+demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
+	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
+
+test: $(STAMP)  ## every test but the long sweeps
+	$(BIN)/python -m pytest
+
+test-long: $(STAMP)  ## the long sweeps, too
+	$(BIN)/python -m pytest -m "long or not long"
+
+check: $(STAMP)  ## style, types, and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## measures this machine; prints a table, writes benchmarks/results
+	$(BIN)/python benchmarks/json_store.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group lint --editable ".[all]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

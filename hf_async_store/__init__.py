@@ -1,0 +1,177 @@
+"""hf_async_store: one async store over JSON files, SQLite, PostgreSQL and DynamoDB.
+
+    from hf_async_store import open_store
+
+    async with open_store("json:data/request_database.json") as store:
+        version = await store.save_entity("requests", {"request_id": "req-1", "status": "PENDING"})
+
+Everything public is here. Importing this package imports no driver; a strategy is imported when it
+is opened or named.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+from hf_async_store.config import StorageConfig, load_config
+from hf_async_store.engine import Capabilities, Plan
+from hf_async_store.entities import (
+    ABSENT,
+    HOST_FACTORY,
+    REMOVED,
+    Collection,
+    Entity,
+    Field,
+    Index,
+    Value,
+)
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BatchError,
+    BrokenReferenceError,
+    ConcurrencyConflictError,
+    ConfigurationError,
+    CorruptionError,
+    DiskFullError,
+    EntityNotFoundError,
+    FileReplacedError,
+    InvalidCursorError,
+    InvalidFieldError,
+    InvalidInputError,
+    InvalidKeyError,
+    InvalidQueryError,
+    InvalidVersionError,
+    LockTimeoutError,
+    OperationTimeoutError,
+    PermissionDeniedError,
+    ReadOnlyError,
+    RetriesExhaustedError,
+    StorageError,
+    StoreClosedError,
+    ThrottledError,
+    TransactionAbortedError,
+    TransactionClosedError,
+    TransactionError,
+    TransactionReentryError,
+    TransactionTooLargeError,
+    UnavailableError,
+    UnknownCollectionError,
+    ValueOutOfDomainError,
+    WrongLoopError,
+)
+from hf_async_store.query import (
+    Page,
+    and_,
+    asc,
+    begins_with,
+    between,
+    contains,
+    desc,
+    eq,
+    exists,
+    gt,
+    gte,
+    in_,
+    lt,
+    lte,
+    ne,
+    not_,
+    not_in,
+    or_,
+    path,
+)
+from hf_async_store.repository import RepositoryInterface
+from hf_async_store.strategies import open_store
+from hf_async_store.strategy import StorageStrategy
+from hf_async_store.transaction import Transaction
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.json import JSONStorageStrategy
+    from hf_async_store.strategies.memory import MemoryStorageStrategy
+
+__version__ = "0.1.0"
+
+_ON_DEMAND: Final = {
+    "JSONStorageStrategy": "hf_async_store.strategies.json",
+    "MemoryStorageStrategy": "hf_async_store.strategies.memory",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _ON_DEMAND:
+        return getattr(import_module(_ON_DEMAND[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "ABSENT",
+    "HOST_FACTORY",
+    "REMOVED",
+    "AlreadyExistsError",
+    "BatchError",
+    "BrokenReferenceError",
+    "Capabilities",
+    "Collection",
+    "ConcurrencyConflictError",
+    "ConfigurationError",
+    "CorruptionError",
+    "DiskFullError",
+    "Entity",
+    "EntityNotFoundError",
+    "Field",
+    "FileReplacedError",
+    "Index",
+    "InvalidCursorError",
+    "InvalidFieldError",
+    "InvalidInputError",
+    "InvalidKeyError",
+    "InvalidQueryError",
+    "InvalidVersionError",
+    "JSONStorageStrategy",
+    "LockTimeoutError",
+    "MemoryStorageStrategy",
+    "OperationTimeoutError",
+    "Page",
+    "PermissionDeniedError",
+    "Plan",
+    "ReadOnlyError",
+    "RepositoryInterface",
+    "RetriesExhaustedError",
+    "StorageConfig",
+    "StorageError",
+    "StorageStrategy",
+    "StoreClosedError",
+    "ThrottledError",
+    "Transaction",
+    "TransactionAbortedError",
+    "TransactionClosedError",
+    "TransactionError",
+    "TransactionReentryError",
+    "TransactionTooLargeError",
+    "UnavailableError",
+    "UnknownCollectionError",
+    "Value",
+    "ValueOutOfDomainError",
+    "WrongLoopError",
+    "and_",
+    "asc",
+    "begins_with",
+    "between",
+    "contains",
+    "desc",
+    "eq",
+    "exists",
+    "gt",
+    "gte",
+    "in_",
+    "load_config",
+    "lt",
+    "lte",
+    "ne",
+    "not_",
+    "not_in",
+    "open_store",
+    "or_",
+    "path",
+]

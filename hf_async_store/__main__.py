@@ -1,0 +1,5 @@
+"""`python -m hf_async_store`: the command line."""
+
+from hf_async_store.cli import main
+
+raise SystemExit(main())

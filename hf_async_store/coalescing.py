@@ -1,0 +1,174 @@
+"""Coalescing: single operations that wait at the same moment share one commit or round trip.
+
+This is where many tasks on one store beat one driver call each. A batch takes whatever waits when
+a lane becomes free, so an idle store adds one turn of the loop to an operation, and a busy one
+grows its batches by itself: there is no timer and nothing to tune.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeAlias, TypeVar
+
+from hf_async_store.entities import Key
+from hf_async_store.errors import StorageError
+from hf_async_store.repository import within
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Waiter(Generic[Item, Result]):
+    """One caller: its items, and their results as batches bring them."""
+
+    __slots__ = ("done", "items", "left", "results", "taken")
+
+    def __init__(self, items: Sequence[Item], done: asyncio.Future[None]) -> None:
+        self.items = items
+        self.done = done
+        self.results: list[Result | StorageError | None] = [None] * len(items)
+        self.left = len(items)
+        self.taken = False
+
+
+_Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int]]"
+
+
+class Coalescer(Generic[Item, Result]):
+    """Shares calls of `run` among the callers of `submit`.
+
+    * Each caller gets the results of its own items, in their order; a failure of a whole batch
+      stands as an error of its own at each item that was in it.
+    * Items of one key run in the order in which they were submitted, one batch after another.
+    * A caller that is cancelled takes back what no batch has taken yet.
+
+    Args:
+        run: one result per item, in order; may fail as a whole.
+        lanes: how many batches may be under way at once.
+        size: how many items a batch takes at most.
+        key: the key of an item, whose order must be kept; None where order does not matter.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        *,
+        lanes: int,
+        size: int,
+        key: Callable[[Item], Key] | None = None,
+    ) -> None:
+        self._run = run
+        # One lane keeps the order by itself.
+        self._key = key if lanes > 1 else None
+        self._lanes = lanes
+        self._size = size
+        self._queue: deque[tuple[_Waiter[Item, Result], int]] = deque()
+        self._busy: set[Key] = set()  # keys under way, whose next items must wait
+        self._active: set[asyncio.Task[None]] = set()
+        self._started = False
+
+    async def submit(
+        self, items: Sequence[Item], timeout: float | None
+    ) -> list[Result | StorageError]:
+        """The results of `items`, in order.
+
+        Raises:
+            OperationTimeoutError: `outcome_unknown` if a batch had taken any of them.
+        """
+        loop = asyncio.get_running_loop()
+        waiter: _Waiter[Item, Result] = _Waiter(items, loop.create_future())
+        self._queue.extend((waiter, index) for index in range(len(items)))
+        if not self._started and len(self._active) < self._lanes:
+            # Not at once: tasks that run later in this turn of the loop join the batch.
+            self._started = True
+            loop.call_soon(self._start)
+        if timeout is None:
+            await waiter.done
+        else:
+            async with within(timeout, outcome_unknown=lambda: waiter.taken):
+                await waiter.done
+        return waiter.results  # type: ignore[return-value]  # every None was replaced by a result
+
+    async def drain(self) -> None:
+        """Wait until everything that was submitted is done."""
+        while self._queue or self._active:
+            if self._active:
+                await asyncio.wait(self._active)
+            else:
+                await asyncio.sleep(0)
+
+    # -- lanes -------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._started = False
+        while len(self._active) < self._lanes:
+            batch = self._take()
+            if not batch:
+                return
+            task = asyncio.get_running_loop().create_task(self._lane(batch))
+            self._active.add(task)
+            task.add_done_callback(self._active.discard)
+
+    async def _lane(self, batch: _Batch[Item, Result]) -> None:
+        while batch:
+            await self._run_batch(batch)
+            # One turn for the callers that were just answered: in a closed loop they submit
+            # again, and join the next batch instead of waiting behind a small one.
+            await asyncio.sleep(0)
+            batch = self._take()
+
+    def _take(self) -> _Batch[Item, Result]:
+        """The next batch: in order, without what was cancelled or must wait for another lane."""
+        batch: _Batch[Item, Result] = []
+        passed: _Batch[Item, Result] = []
+        queue = self._queue
+        while queue and len(batch) < self._size:
+            entry = queue.popleft()
+            waiter, index = entry
+            if waiter.done.done():
+                continue
+            if self._busy and self._key is not None and self._key(waiter.items[index]) in self._busy:
+                passed.append(entry)
+                continue
+            waiter.taken = True
+            batch.append(entry)
+        queue.extendleft(reversed(passed))
+        if self._key is not None:
+            self._busy.update(self._key(waiter.items[index]) for waiter, index in batch)
+        return batch
+
+    async def _run_batch(self, batch: _Batch[Item, Result]) -> None:
+        items = [waiter.items[index] for waiter, index in batch]
+        try:
+            results = await self._run(items)
+        except StorageError as exc:
+            _answer(batch, [exc.copy() for _ in batch])
+        except BaseException as exc:
+            # A defect, or the loop is closing: nobody may wait for ever.
+            _abandon(batch, exc)
+            raise
+        else:
+            _answer(batch, results)
+        finally:
+            if self._key is not None:
+                self._busy.difference_update(map(self._key, items))
+
+
+def _answer(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
+    for (waiter, index), result in zip(batch, results, strict=True):
+        waiter.results[index] = result
+        waiter.left -= 1
+        if not waiter.left and not waiter.done.done():
+            waiter.done.set_result(None)
+
+
+def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> None:
+    for waiter, _ in batch:
+        if not waiter.done.done():
+            if isinstance(exc, asyncio.CancelledError):
+                waiter.done.cancel()
+            else:
+                waiter.done.set_exception(exc)

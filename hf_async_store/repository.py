@@ -1,0 +1,627 @@
+"""The entity verbs: one interface for the store and for a transaction in it.
+
+`RepositoryInterface` is written once, over four primitives. What callers hand in is checked and
+copied before any I/O, synchronously up to a piece of 128 entities: a caller may change its dict as
+soon as the coroutine runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Final, TypeVar, cast
+
+from hf_async_store.entities import (
+    ABSENT,
+    ANY,
+    PRESENT,
+    UPDATED_AT,
+    VERSION,
+    Change,
+    Collection,
+    Condition,
+    Delete,
+    Entity,
+    Expect,
+    Key,
+    Outcome,
+    Patch,
+    Put,
+    Record,
+    Schema,
+    check_version,
+    utc_now,
+)
+from hf_async_store.errors import (
+    BatchError,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    InvalidInputError,
+    InvalidQueryError,
+    InvalidVersionError,
+    OperationTimeoutError,
+    RetriesExhaustedError,
+    StorageError,
+    TransactionAbortedError,
+    ValueOutOfDomainError,
+)
+from hf_async_store.query import (
+    Filters,
+    OrderBy,
+    Page,
+    Query,
+    build_query,
+    encode_cursor,
+    project,
+)
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Result = TypeVar("Result")
+
+RETRY_SECONDS: Final = 30.0
+_FIRST_PAUSE: Final = 0.004
+_LONGEST_PAUSE: Final = 1.0
+_PIECE: Final = 128
+"""How many entities are checked before the loop gets a turn."""
+
+
+class RepositoryInterface(ABC):
+    """The verbs that the store and a transaction share.
+
+    Every verb takes the collection first and raises `UnknownCollectionError` for one that is not
+    declared. Entities are maps of portable values (see `entities.normalise`); what is returned is
+    the caller's own copy, `version` in it. What a caller hands in is never changed.
+
+    Every verb may raise a `StorageError` that says `retryable` and `outcome_unknown`. `timeout`
+    is in seconds; when it runs out, `OperationTimeoutError` says whether a write may have landed.
+
+    In a transaction, a change that fails leaves only a rollback: later verbs and the commit raise
+    `TransactionAbortedError`.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+
+    @property
+    def collections(self) -> Mapping[str, Collection]:
+        """The declared collections by name, parents before children."""
+        return self._schema
+
+    # -- primitives --------------------------------------------------------------------------
+
+    @abstractmethod
+    async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]: ...
+
+    @abstractmethod
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]: ...
+
+    @abstractmethod
+    def _select(self, query: Query) -> AsyncGenerator[Record, None]: ...
+
+    @abstractmethod
+    async def _count(self, query: Query) -> int: ...
+
+    # -- one entity --------------------------------------------------------------------------
+
+    async def create_entity(
+        self, collection: str, entity: Mapping[str, object], *, timeout: float | None = None
+    ) -> int:
+        """Insert a new entity under the id in its key field; returns its version, 1.
+
+        Raises:
+            AlreadyExistsError: the id is taken; what is there stays as it is.
+            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError: before any I/O.
+            BrokenReferenceError: a declared reference names no entity.
+        """
+        change = self._put(self._schema[collection], entity, ABSENT, utc_now())
+        return cast("int", await self._one(change, timeout))
+
+    async def save_entity(
+        self,
+        collection: str,
+        entity: Mapping[str, object],
+        *,
+        expected_version: int | Expect = ANY,
+        timeout: float | None = None,
+    ) -> int:
+        """Insert the whole entity, or replace what is there; returns the new version.
+
+        Fields that the entity does not name are gone afterwards, except `created_at`. A
+        `version` in it is ignored.
+
+        Args:
+            expected_version: the version that must be stored, or ABSENT. Left out: whatever.
+
+        Raises:
+            ConcurrencyConflictError: another version is stored.
+            EntityNotFoundError: a version was expected and nothing is there.
+            AlreadyExistsError: ABSENT was expected and something is there.
+            InvalidVersionError, InvalidKeyError, ValueOutOfDomainError, InvalidFieldError: before
+                any I/O.
+            BrokenReferenceError: a declared reference names no entity.
+        """
+        expect = check_version(expected_version, absent=True)
+        change = self._put(self._schema[collection], entity, expect, utc_now())
+        return cast("int", await self._one(change, timeout))
+
+    async def update_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        fields: Mapping[str, object],
+        *,
+        expected_version: int | Expect = ANY,
+        timeout: float | None = None,
+    ) -> int:
+        """Change the named top-level fields of an entity that is there; returns the new version.
+
+        None sets a field to null, REMOVED takes it away.
+
+        Raises:
+            EntityNotFoundError: nothing is there; nothing is inserted.
+            ConcurrencyConflictError, InvalidVersionError, ValueOutOfDomainError,
+            InvalidFieldError, BrokenReferenceError: as in `save_entity`.
+        """
+        expect = check_version(expected_version, absent=False)
+        change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        return cast("int", await self._one(change, timeout))
+
+    async def delete_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        *,
+        expected_version: int | Expect = ANY,
+        timeout: float | None = None,
+    ) -> bool:
+        """Take an entity away; True if it was there.
+
+        Raises:
+            EntityNotFoundError: a version was expected and nothing is there.
+            ConcurrencyConflictError, InvalidVersionError: as in `save_entity`.
+            BrokenReferenceError: other entities still refer to it.
+        """
+        expect = check_version(expected_version, absent=False)
+        change = Delete(self._schema[collection].key_of(entity_id), expect)
+        return await self._one(change, timeout) is not None
+
+    async def get_entity(
+        self, collection: str, entity_id: str, *, timeout: float | None = None
+    ) -> Entity | None:
+        """The entity, `version` in it, or None if there is none.
+
+        Raises:
+            InvalidKeyError: an id that cannot be stored.
+        """
+        record = (await self._fetch((self._schema[collection].key_of(entity_id),), timeout))[0]
+        return None if record is None else record.entity
+
+    # -- many --------------------------------------------------------------------------------
+
+    async def create_entities(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        *,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """`create_entity` for each; returns the versions in input order.
+
+        On the store each lands or fails alone; in a transaction the first failure aborts it. One
+        that cannot be stored (a bad key, value or field) refuses the whole batch before any I/O,
+        naming its place.
+
+        Raises:
+            BatchError: some failed; its `outcomes` hold a version or an error each.
+        """
+        declared = self._schema[collection]
+        at = utc_now()
+        changes = await _pieces(entities, lambda each: self._put(declared, each, ABSENT, at))
+        return cast("list[int]", await self._many(changes, timeout))
+
+    async def save_entities(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """`save_entity` for each; `expected_versions` maps id to version. As `create_entities`.
+
+        A repeated id is applied in input order.
+        """
+        declared = self._schema[collection]
+        expected = _Expected(expected_versions, absent=True)
+        at = utc_now()
+
+        def change(each: Mapping[str, object]) -> Put:
+            put = self._put(declared, each, ANY, at)
+            expect = expected.take(put.key.id)
+            return put if expect is ANY else Put(put.key, put.entity, at, expect)
+
+        changes = await _pieces(entities, change)
+        expected.all_taken()
+        return cast("list[int]", await self._many(changes, timeout))
+
+    async def update_entities(
+        self,
+        collection: str,
+        updates: Mapping[str, Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """`update_entity` for each id of `updates`; as `save_entities`."""
+        declared = self._schema[collection]
+        expected = _Expected(expected_versions, absent=False)
+        at = utc_now()
+        changes = await _pieces(
+            updates.items(),
+            lambda each: self._patch(declared, each[0], each[1], expected.take(each[0]), at),
+        )
+        expected.all_taken()
+        return cast("list[int]", await self._many(changes, timeout))
+
+    async def delete_entities(
+        self,
+        collection: str,
+        ids: Iterable[str],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[bool]:
+        """`delete_entity` for each id; as `save_entities`, a bool each."""
+        declared = self._schema[collection]
+        expected = _Expected(expected_versions, absent=False)
+        changes = await _pieces(
+            _listed(ids), lambda each: _delete(declared.key_of(each), expected)
+        )
+        expected.all_taken()
+        return cast("list[bool]", await self._many(changes, timeout))
+
+    async def get_entities(
+        self, collection: str, ids: Iterable[str], *, timeout: float | None = None
+    ) -> list[Entity | None]:
+        """The entities in the order of `ids`, None for each that is not there."""
+        declared = self._schema[collection]
+        keys = await _pieces(_listed(ids), declared.key_of)
+        if not keys:
+            return []
+        records = await self._fetch(keys, timeout)
+        return [None if each is None else each.entity for each in records]
+
+    async def import_entities(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        *,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Write entities as they are, for migration and restore; returns their versions.
+
+        What is there is replaced, whatever its version. `version` is written as given (0 if it is
+        missing), and so are the timestamps: null stays null, missing stays missing. References
+        are checked. Fails as `create_entities` does.
+        """
+        declared = self._schema[collection]
+        at = utc_now()
+        changes = await _pieces(entities, lambda each: _imported(declared, each, at))
+        return cast("list[int]", await self._many(changes, timeout))
+
+    async def modify_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        change: Callable[[Entity], Mapping[str, object] | Awaitable[Mapping[str, object]]],
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> int:
+        """Read, change, compare-and-set; returns the new version.
+
+        Args:
+            change: given the entity, returns the changed one; plain or async. It is called again
+                after each lost race, with the newer entity, until `retry_seconds` are over.
+
+        Raises:
+            EntityNotFoundError: nothing is there.
+            RetriesExhaustedError: conflicts until the time was over, the last one as cause.
+        """
+
+        async def attempt() -> int:
+            entity = await self.get_entity(collection, entity_id)
+            if entity is None:
+                raise EntityNotFoundError(collection, entity_id)
+            version = cast("int", entity[VERSION])
+            result = change(entity)
+            new = await result if inspect.isawaitable(result) else result
+            if not isinstance(new, Mapping):
+                raise ValueOutOfDomainError(
+                    f"modify_entity: the function returned {type(new).__name__}, not the entity"
+                )
+            return await self.save_entity(collection, new, expected_version=version)
+
+        return await retry_conflicts(attempt, retry_seconds)
+
+    # -- queries -----------------------------------------------------------------------------
+
+    async def query_entities(
+        self,
+        collection: str,
+        filters: Filters = None,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        *,
+        fields: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> list[Entity]:
+        """The entities that match, in order.
+
+        Args:
+            filters: a map of literal field names (or `path(...)`) to a value, which means
+                equality, or to an operator; or a node of `and_`, `or_`, `not_`. None: all.
+            order_by: `"name"`, `"-name"`, or a list of them or of `asc(...)`, `desc(...)`. Ties
+                are by id; None is by id where the engine's `default_order` says so.
+            limit: how many matches at most.
+            fields: read only these; the key field and `version` always come along.
+
+        Raises:
+            InvalidQueryError: anything malformed, before any I/O.
+        """
+        query = self._query(collection, filters, order_by, limit, fields)
+        async with within(timeout), aclosing(self._rows(query)) as rows:
+            return [each async for each in rows]
+
+    async def stream_entities(
+        self,
+        collection: str,
+        filters: Filters = None,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        *,
+        fields: Sequence[str] | None = None,
+    ) -> AsyncGenerator[Entity, None]:
+        """As `query_entities`, one at a time, never holding all of them."""
+        query = self._query(collection, filters, order_by, limit, fields)
+        async with aclosing(self._rows(query)) as rows:
+            async for each in rows:
+                yield each
+
+    async def query_page(
+        self,
+        collection: str,
+        filters: Filters = None,
+        order_by: OrderBy = None,
+        limit: int = 100,
+        *,
+        cursor: str | None = None,
+        fields: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> Page:
+        """One page, and the cursor of the next; None at the end.
+
+        A walk over the pages shows every untouched row once, whatever others change meanwhile.
+
+        Raises:
+            InvalidCursorError: a cursor that was altered or belongs to another query.
+        """
+        if limit is None or limit == 0:
+            raise InvalidQueryError("a page needs a limit from 1 on")
+        declared = self._schema[collection]
+        query = build_query(
+            declared, filters=filters, order_by=order_by, limit=limit, fields=fields, cursor=cursor
+        )
+        # One more than asked tells whether there is a next page.
+        ahead = query.with_limit(limit + 1)
+        async with within(timeout), aclosing(self._select(ahead)) as records:
+            found = [each async for each in records]
+        more = len(found) > limit
+        page = found[:limit]
+        last = page[-1] if more else None
+        return Page(
+            [project(each.entity, query.fields) for each in page],
+            None if last is None else encode_cursor(query, last.key.id, last.entity),
+        )
+
+    async def count_entities(
+        self, collection: str, filters: Filters = None, *, timeout: float | None = None
+    ) -> int:
+        """How many entities match."""
+        query = self._query(collection, filters, None, None, None)
+        async with within(timeout):
+            return await self._count(query)
+
+    # -- what the verbs are made of ----------------------------------------------------------
+
+    def _query(
+        self,
+        collection: str,
+        filters: Filters,
+        order_by: OrderBy,
+        limit: int | None,
+        fields: Sequence[str] | None,
+    ) -> Query:
+        return build_query(
+            self._schema[collection],
+            filters=filters,
+            order_by=order_by,
+            limit=limit,
+            fields=fields,
+        )
+
+    async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
+        if query.limit == 0:
+            return
+        async with aclosing(self._select(query)) as records:
+            async for record in records:
+                yield project(record.entity, query.fields)
+
+    def _put(
+        self, collection: Collection, data: Mapping[str, object], expect: Condition, at: str
+    ) -> Put:
+        key, entity = collection.entity(data)
+        entity[UPDATED_AT] = at
+        return Put(key, entity, at, expect)
+
+    def _patch(
+        self,
+        collection: Collection,
+        entity_id: str,
+        data: Mapping[str, object],
+        expect: Condition,
+        at: str,
+    ) -> Patch:
+        key = collection.key_of(entity_id)
+        fields = collection.changes(key.id, data)
+        fields[UPDATED_AT] = at
+        return Patch(key, fields, at, PRESENT if expect is ANY else expect)
+
+    async def _one(self, change: Change, timeout: float | None) -> int | None:
+        outcome = (await self._write((change,), timeout))[0]
+        if isinstance(outcome, StorageError):
+            raise outcome
+        return outcome
+
+    async def _many(
+        self, changes: Sequence[Change], timeout: float | None
+    ) -> Sequence[int | bool]:
+        """What the verb returns for each: a version, or for a delete whether it was there."""
+        if not changes:
+            return []
+        outcomes = await self._write(changes, timeout)
+        results = [
+            each is not None if isinstance(change, Delete) and not isinstance(each, StorageError) else each
+            for change, each in zip(changes, outcomes, strict=True)
+        ]
+        errors = [each for each in results if isinstance(each, StorageError)]
+        if errors:
+            raise BatchError(
+                f"{len(errors)} of {len(results)} changes failed; the first: {errors[0]}",
+                cast("list[int | bool | StorageError]", results),
+            ) from errors[0]
+        return cast("list[int | bool]", results)
+
+
+class _Expected:
+    """The expected versions of a batch by id; each must belong to a change of it."""
+
+    def __init__(self, versions: Mapping[str, int | Expect] | None, *, absent: bool) -> None:
+        self._versions = {
+            each: check_version(version, absent=absent)
+            for each, version in (versions or {}).items()
+        }
+        self._left = set(self._versions)
+
+    def take(self, entity_id: str) -> Condition:
+        """The condition for this change: only the first one of a repeated id has it."""
+        if entity_id not in self._left:
+            return ANY
+        self._left.discard(entity_id)
+        return self._versions[entity_id]
+
+    def all_taken(self) -> None:
+        if self._left:
+            names = ", ".join(sorted(map(repr, self._left))[:5])
+            raise InvalidVersionError(f"expected_versions names ids that the batch lacks: {names}")
+
+
+def _delete(key: Key, expected: _Expected) -> Delete:
+    return Delete(key, expected.take(key.id))
+
+
+def _imported(collection: Collection, data: Mapping[str, object], at: str) -> Put:
+    key, entity = collection.entity(data, version=True)
+    version = check_version(entity.pop(VERSION, 0), absent=False)
+    if version is ANY:
+        raise InvalidVersionError("an imported version is an integer from 0 on")
+    return Put(key, entity, at, version=cast("int", version))
+
+
+async def _pieces(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
+    """`make` of each item; the loop gets a turn between pieces of a large batch."""
+    made: list[Made] = []
+    for index, item in enumerate(items):
+        if index and not index % _PIECE:
+            await asyncio.sleep(0)
+        try:
+            made.append(make(item))
+        except InvalidInputError as exc:
+            raise exc.at(f"item {index}") from exc
+    return made
+
+
+def _listed(ids: Iterable[str]) -> Iterable[str]:
+    if isinstance(ids, str):
+        # Its letters would be taken for ids.
+        raise InvalidQueryError("ids is a list of ids, not one text")
+    return ids
+
+
+@asynccontextmanager
+async def within(timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool) -> AsyncIterator[None]:
+    """Bound the work inside to `timeout` seconds.
+
+    Raises:
+        OperationTimeoutError: the time ran out; `outcome_unknown` is asked at that moment.
+    """
+    if timeout is None:
+        yield
+        return
+    scope = asyncio.timeout(timeout)
+    try:
+        async with scope:
+            yield
+    except TimeoutError as exc:
+        if not scope.expired():
+            raise
+        unknown = outcome_unknown()
+        raise OperationTimeoutError(
+            f"not done within {timeout} s", retryable=not unknown, outcome_unknown=unknown
+        ) from exc
+
+
+async def retry_conflicts(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+    """`attempt` until it meets no conflict, with full jitter between the tries.
+
+    Raises:
+        RetriesExhaustedError: conflicts until `seconds` were over, the last one as cause.
+    """
+    deadline = time.monotonic() + seconds
+    pause = _FIRST_PAUSE
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return await attempt()
+        except StorageError as exc:
+            conflict = _conflict_in(exc)
+            if conflict is None:
+                raise
+            sleep = random.uniform(0, pause)
+            if time.monotonic() + sleep >= deadline:
+                raise RetriesExhaustedError(
+                    f"conflicts in each of {tries} tries over {seconds} s; the last: {conflict}",
+                    collection=conflict.collection,
+                    entity_id=conflict.entity_id,
+                    expected=conflict.expected,
+                    actual=conflict.actual,
+                    current=conflict.current,
+                    retryable=True,
+                ) from exc
+        await asyncio.sleep(sleep)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
+    """The conflict that ended an attempt, also where its transaction swallowed it and then aborted."""
+    if isinstance(exc, ConcurrencyConflictError):
+        return None if exc.outcome_unknown else exc
+    if isinstance(exc, TransactionAbortedError) and isinstance(exc.__cause__, StorageError):
+        return _conflict_in(exc.__cause__)
+    return None

@@ -1,0 +1,74 @@
+"""How a configuration becomes a store: strategies by name, imported only when they are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, cast
+
+from hf_async_store.entities import HOST_FACTORY, Collection
+from hf_async_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from hf_async_store.config import StorageConfig
+    from hf_async_store.strategy import StorageStrategy
+
+GROUP: Final = "hf_async_store.strategies"
+"""The entry-point group under which other packages register a `StorageStrategy` by name."""
+
+_BUILT_IN: Final = {
+    "memory": ("hf_async_store.strategies.memory", "MemoryStorageStrategy"),
+    "json": ("hf_async_store.strategies.json", "JSONStorageStrategy"),
+}
+
+
+def open_store(
+    config: StorageConfig | Mapping[str, object] | str | Path,
+    *,
+    collections: Iterable[Collection] = HOST_FACTORY,
+) -> StorageStrategy:
+    """The store that a configuration names, to be used with `async with`.
+
+    Args:
+        config: a map in the spec's shape, the path of a JSON file that holds one, a
+            `StorageConfig`, or a URL: `json:PATH`, `memory:`. A URL's query sets any key of the
+            strategy's configuration.
+        collections: what may be stored; the spec's schema by default.
+
+    Raises:
+        ConfigurationError: what is wrong, by its path, and what would be right.
+    """
+    from hf_async_store.config import load_config
+
+    loaded = load_config(config)
+    return strategy_type(loaded.strategy)(loaded, collections=collections)
+
+
+def strategy_type(name: str) -> type[StorageStrategy]:
+    """The class of a strategy, built in or registered under the entry-point group.
+
+    Raises:
+        ConfigurationError: no such strategy, or its package cannot be imported.
+    """
+    if name in _BUILT_IN:
+        module, attribute = _BUILT_IN[name]
+        return cast("type[StorageStrategy]", getattr(import_module(module), attribute))
+    return _registered(name)
+
+
+def _registered(name: str) -> type[StorageStrategy]:
+    from importlib.metadata import entry_points
+
+    found = {each.name: each for each in entry_points(group=GROUP)}
+    if name not in found:
+        known = ", ".join(sorted({*_BUILT_IN, *found}))
+        raise ConfigurationError(f"no storage strategy {name!r}; there are: {known}")
+    try:
+        return cast("type[StorageStrategy]", found[name].load())
+    except (ImportError, AttributeError) as exc:
+        raise ConfigurationError(
+            f"the storage strategy {name!r} ({found[name].value}) cannot be imported: {exc}"
+        ) from exc

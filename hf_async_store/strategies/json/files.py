@@ -1,0 +1,336 @@
+"""The files of a JSON store: their names, and how one is read, replaced and kept as a backup."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from hf_async_store.errors import CorruptionError
+from hf_async_store.oserrors import translate_os_error
+from hf_async_store.strategies.json.journal import FileState
+
+if TYPE_CHECKING:
+    from hf_async_store.config import JSONConfig
+    from hf_async_store.entities import Schema
+
+_MODE: Final = 0o600
+_WRITE_PIECE: Final = 1 << 20
+_TEMPORARY: Final = ".tmp"
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """How `stat` shows a file: another content has another one, save for a clock that stands still."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Signature:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+    @classmethod
+    def known(cls, state: FileState) -> Signature:
+        return cls(state.size, state.mtime_ns, state.inode)
+
+
+class DataFile(msgspec.Struct, frozen=True):
+    """A data file as it was read: its text, and what identifies the bytes on disk."""
+
+    text: bytes
+    digest: str
+    signature: Signature
+
+
+class FileManager:
+    """The files of one store, in one folder.
+
+    With `enable_compression` a data file NAME lies as `NAME.gz`. If only the other form is there,
+    that one is read, and the next fold replaces it by the configured form.
+    """
+
+    def __init__(self, config: JSONConfig, schema: Schema) -> None:
+        self.folder = Path(config.base_path)
+        self.single = config.storage_type == "single_file"
+        self._compress = config.enable_compression
+        self._backups = config.backup_count if config.backup_enabled else 0
+        if self.single:
+            self._collections: dict[str, str | None] = {config.filenames.single_file: None}
+            self._stem = config.filenames.single_file
+        else:
+            self._collections = {file: name for name, file in config.files(schema).items()}
+            self._stem = "store"
+        self._journal_prefix = f"{self._stem}.journal."
+
+    # -- names -------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> Mapping[str, str | None]:
+        """The data files by name, each with its collection, None for a file of all of them."""
+        return self._collections
+
+    def add(self, name: str, collection: str | None) -> None:
+        """Take a file in that the journal knows and this configuration does not."""
+        self._collections.setdefault(name, collection)
+
+    def path(self, name: str) -> Path:
+        """Where a data file is written."""
+        return self.folder / (f"{name}.gz" if self._compress else name)
+
+    def _other_path(self, name: str) -> Path:
+        return self.folder / (name if self._compress else f"{name}.gz")
+
+    def found(self, name: str) -> Path | None:
+        """Where a data file lies now; None if there is none.
+
+        Raises:
+            CorruptionError: it lies there in both forms, and nothing says which one counts.
+        """
+        path, other = self.path(name), self._other_path(name)
+        there = [each for each in (path, other) if _exists(each)]
+        if len(there) > 1:
+            raise CorruptionError(
+                f"{path} and {other} are both there: move the one that is not the store away"
+            )
+        return there[0] if there else None
+
+    def signature(self, name: str) -> Signature | None:
+        """How the file looks to `stat` now; None if there is none."""
+        for path in (self.path(name), self._other_path(name)):
+            try:
+                return Signature.of(path.stat())
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise translate_os_error(exc, f"look at {path}") from exc
+        return None
+
+    def journal(self, generation: int) -> Path:
+        return self.folder / f"{self._journal_prefix}{generation:08d}"
+
+    def lock(self, suffix: str = "") -> Path:
+        """Lock files begin with a dot: they are nobody's business but the store's."""
+        return self.folder / f".{self._stem}.lock{suffix}"
+
+    def journals(self) -> list[int]:
+        """The generations that lie in the folder, oldest first."""
+        found = []
+        for entry in self._entries():
+            number = entry.removeprefix(self._journal_prefix)
+            if number != entry and number.isdigit():
+                found.append(int(number))
+        return sorted(found)
+
+    def backups(self, name: str) -> list[Path]:
+        """The backups of a data file, newest first."""
+        prefixes = tuple(f"{each}.bak." for each in (name, f"{name}.gz"))
+        found = [each for each in self._entries() if each.startswith(prefixes)]
+        return [self.folder / each for each in sorted(found, key=_number, reverse=True)]
+
+    def _entries(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)  # noqa: PTH208  # names are enough, and cheaper
+        except FileNotFoundError:
+            return []
+        except OSError as exc:
+            raise translate_os_error(exc, f"list {self.folder}") from exc
+
+    # -- reading -----------------------------------------------------------------------------
+
+    async def read(self, name: str) -> DataFile | None:
+        """The whole text of a data file; None if there is none."""
+        path = self.found(name)
+        return None if path is None else await read_file(path)
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise translate_os_error(exc, f"make the folder {self.folder}") from exc
+
+    async def write_temporary(
+        self, name: str, pieces: AsyncIterator[bytes]
+    ) -> tuple[Path, str, Signature]:
+        """A new file beside `name`, written and on the disk; its path, digest and signature.
+
+        The caller renames it into place, or removes it.
+        """
+        path = self.folder / f".{name}.{os.getpid()}.{os.urandom(4).hex()}{_TEMPORARY}"
+        digest = hashlib.sha256()
+        packer = zlib.compressobj(wbits=31) if self._compress else None
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+            try:
+                async for piece in pieces:
+                    await asyncio.to_thread(_write, fd, piece, digest, packer)
+                await asyncio.to_thread(_end, fd, digest, packer)
+                return path, digest.hexdigest(), Signature.of(os.fstat(fd))
+            finally:
+                os.close(fd)
+        except BaseException as exc:
+            with suppress(OSError):
+                path.unlink()
+            if isinstance(exc, OSError):
+                raise translate_os_error(exc, f"write {path}") from exc
+            raise
+
+    def put_in_place(self, written: Mapping[str, Path], generation: int) -> None:
+        """Rename the temporary files to their names, each old file kept as a backup by hard link.
+
+        Synchronous, for a worker thread. Whatever is interrupted here, each file is the old one or
+        the new one, and the journal tells them apart.
+        """
+        for name, temporary in written.items():
+            target = self.path(name)
+            old = self.found(name)
+            if old is not None and self._backups:
+                _link(old, self.folder / f"{old.name}.bak.{generation:08d}")
+            temporary.replace(target)
+            if old is not None and old != target:
+                old.unlink()
+        sync_folder(self.folder)
+        for name in written:
+            for path in self.backups(name)[self._backups :]:
+                with suppress(OSError):
+                    path.unlink()
+
+    def clean(self) -> None:
+        """Remove temporary files that nobody can be writing any more."""
+        for entry in self._entries():
+            if entry.endswith(_TEMPORARY) and entry.startswith(
+                tuple(f".{name}." for name in (*self._collections, self._stem))
+            ):
+                pid = entry.removesuffix(_TEMPORARY).split(".")[-2]
+                if not (pid.isdigit() and _alive(int(pid))):
+                    with suppress(OSError):
+                        (self.folder / entry).unlink()
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free
+
+
+async def read_file(path: Path) -> DataFile | None:
+    """A data file, plain or gzip by its name; None if it is not there.
+
+    Raises:
+        CorruptionError: it ends too early, or is no gzip file.
+    """
+    import aiofiles
+
+    try:
+        async with aiofiles.open(path, "rb") as file:
+            signature = Signature.of(os.fstat(file.fileno()))
+            data = await file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise translate_os_error(exc, f"read {path}") from exc
+    # Hashing and inflating let go of the interpreter's lock; the loop goes on meanwhile.
+    digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+    if path.suffix != ".gz":
+        return DataFile(data, digest, signature)
+    try:
+        text = await asyncio.to_thread(zlib.decompress, data, wbits=31)
+    except zlib.error as exc:
+        raise CorruptionError(f"{path} is no whole gzip file: {exc}") from exc
+    return DataFile(text, digest, signature)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder outlive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_data(fd: int) -> None:
+    """Bring a file's content to the disk, past the drive's own cache where the system allows."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(fd)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """All of `data` at `offset`."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        offset += written
+        view = view[written:]
+
+
+def _write(fd: int, piece: bytes, digest: hashlib._Hash, packer: zlib._Compress | None) -> None:
+    data = piece if packer is None else packer.compress(piece)
+    digest.update(data)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _end(fd: int, digest: hashlib._Hash, packer: zlib._Compress | None) -> None:
+    if packer is not None:
+        _write(fd, packer.flush(), digest, None)
+    sync_data(fd)
+
+
+def _link(old: Path, backup: Path) -> None:
+    with suppress(FileNotFoundError):
+        backup.unlink()
+    try:
+        os.link(old, backup)
+    except OSError:
+        # A file system without hard links: a copy costs more and keeps as well.
+        shutil.copy2(old, backup)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise translate_os_error(exc, f"look at {path}") from exc
+    return True
+
+
+def _number(backup: str) -> int:
+    digits = backup.rpartition(".")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+__all__: Iterable[str] = [
+    "DataFile",
+    "FileManager",
+    "Signature",
+    "read_file",
+    "sync_data",
+    "sync_folder",
+    "write_all",
+]

@@ -1,0 +1,199 @@
+"""The journal: what a commit appends, and how it is read back.
+
+A journal file is a sequence of records. Each has a header of 28 bytes (big endian) and a payload
+of JSON:
+
+    magic "HFJ1" | kind u8 | 3 zero bytes | payload length u32 | payload CRC u32 | sequence u64 | header CRC u32
+
+The first record is the HEAD; it names the generation and the data files that the journal belongs
+to. A COMMIT holds full post-images, so replaying one twice, or over a file that has it already, is
+harmless. A SEAL ends a generation, and a FOLD names the data files that hold everything before its own
+generation.
+
+Header and payload have checksums of their own. So an incomplete last record, the one trace that an
+interrupted append leaves, is told from damage: everything else that is bad is corruption.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from enum import IntEnum
+from typing import Final, TypeAlias
+from zlib import crc32
+
+import msgspec
+
+from hf_async_store.errors import CorruptionError
+
+_MAGIC: Final = b"HFJ1"
+_HEADER: Final = struct.Struct(">4sB3xIIQ")
+_CHECK: Final = struct.Struct(">I")
+HEADER_SIZE: Final = _HEADER.size + _CHECK.size
+
+Images: TypeAlias = Mapping[str, Mapping[str, bytes | None]]
+"""Post-images by collection and id: the stored bytes, None for what is gone."""
+
+
+class Kind(IntEnum):
+    HEAD = 1
+    COMMIT = 2
+    SEAL = 3
+    FOLD = 4
+
+
+class FileState(msgspec.Struct, frozen=True):
+    """One known content of a data file.
+
+    Attributes:
+        digest: SHA-256 of the file as it lies on disk, hexadecimal; None: there is no file.
+        covers: the first generation that is not in it.
+        ours: this package wrote it, so its bytes need no checking again.
+        collection: whose file it is, None for a file of several.
+        size, mtime_ns, inode: how `stat` shows it, where known; tells a replacement at a glance.
+    """
+
+    digest: str | None
+    covers: int
+    ours: bool
+    collection: str | None = None
+    size: int = -1
+    mtime_ns: int = -1
+    inode: int = -1
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The first record of a generation; `files` by name, as they were when it began."""
+
+    generation: int
+    files: dict[str, FileState]
+
+
+class Fold(msgspec.Struct, frozen=True):
+    """These files, once they are in place, hold everything before this generation."""
+
+    files: dict[str, FileState]
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """No more commits here; `next` is the generation that goes on."""
+
+    next: int
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A record as it was read."""
+
+    kind: Kind
+    payload: bytes
+
+
+_TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
+_encode = msgspec.json.Encoder().encode
+_commit_decoder: Final = msgspec.json.Decoder(dict[str, dict[str, msgspec.Raw]])
+
+
+def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
+    """A whole record, ready to be appended."""
+    header = _HEADER.pack(_MAGIC, kind, len(payload), crc32(payload), sequence)
+    return b"".join((header, _CHECK.pack(crc32(header)), payload))
+
+
+def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
+    """Kind and payload of a record other than a commit."""
+    kind = next(kind for kind, type_ in _TYPES.items() if isinstance(body, type_))
+    return kind, _encode(body)
+
+
+def commit_payload(images: Images) -> bytes:
+    """The payload of a COMMIT."""
+    return b"{" + b",".join(_section_text(name, each) for name, each in images.items()) + b"}"
+
+
+def _section_text(name: str, images: Mapping[str, bytes | None]) -> bytes:
+    lines = b",".join(
+        b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
+        for entity_id, raw in images.items()
+    )
+    return b"".join((_encode(name), b":{", lines, b"}"))
+
+
+def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
+    """The post-images in the payload of a COMMIT."""
+    return {
+        name: {
+            entity_id: None if (text := bytes(raw)) == b"null" else text
+            for entity_id, raw in images.items()
+        }
+        for name, images in _commit_decoder.decode(payload).items()
+    }
+
+
+def read_head(payload: bytes) -> Head:
+    return msgspec.json.decode(payload, type=Head)
+
+
+def read_fold(payload: bytes) -> Fold:
+    return msgspec.json.decode(payload, type=Fold)
+
+
+def read_seal(payload: bytes) -> Seal:
+    return msgspec.json.decode(payload, type=Seal)
+
+
+def scan(data: bytes, name: str, offset: int, sequence: int) -> Iterator[tuple[Entry, int]]:
+    """The records in `data`, each with the offset of its end.
+
+    Stops before an incomplete last record. The caller tells it by the offset.
+
+    Args:
+        data: what the file holds from `offset` on.
+        name: of the file, for errors.
+        offset: where `data` begins in the file.
+        sequence: the sequence that its first record must have.
+
+    Raises:
+        CorruptionError: a record that is there and not as it was written.
+    """
+    position = 0
+    while position < len(data):
+        if len(data) - position < HEADER_SIZE:
+            head = data[position : position + len(_MAGIC)]
+            if not _MAGIC.startswith(head):
+                raise _damaged(name, offset + position, "no record begins here")
+            return
+        header = data[position : position + _HEADER.size]
+        magic, kind, length, check, number = _HEADER.unpack(header)
+        (own,) = _CHECK.unpack_from(data, position + _HEADER.size)
+        if magic != _MAGIC or own != crc32(header):
+            raise _damaged(name, offset + position, "the header of a record is damaged")
+        start = position + HEADER_SIZE
+        if start + length > len(data):
+            return
+        payload = data[start : start + length]
+        if check != crc32(payload):
+            raise _damaged(name, offset + start, "the content of a record is damaged")
+        if number != sequence:
+            raise _damaged(
+                name, offset + position, f"record {number} stands where {sequence} belongs"
+            )
+        position = start + length
+        sequence += 1
+        yield Entry(Kind(kind), payload), offset + position
+
+
+def merge(images: Iterable[Images]) -> dict[str, dict[str, bytes | None]]:
+    """Several commits as one: later images win."""
+    merged: dict[str, dict[str, bytes | None]] = {}
+    for each in images:
+        for name, section in each.items():
+            merged.setdefault(name, {}).update(section)
+    return merged
+
+
+def _damaged(name: str, offset: int, what: str) -> CorruptionError:
+    return CorruptionError(
+        f"{name} at byte {offset}: {what}. Nothing was changed. Restore a backup "
+        "(`hf-async-store restore`), or keep what can be read by `hf-async-store checkpoint "
+        "--adopt-file` (the data file alone, without the journal)"
+    )

@@ -1,0 +1,256 @@
+"""One collection in memory: its entities as bytes, and the indexes over them.
+
+A write costs a dict entry and nothing more. An index is built when a query first wants it, and brought
+up to date when the next one does, from the bytes that each changed entity had before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from hf_async_store.entities import Collection, Entity, Value
+from hf_async_store.strategies.json.serializer import Held, JSONSerializer
+
+_PIECE: Final = 512
+"""How many entities are indexed before the loop gets a turn: 1 to 5 ms."""
+
+_FEW: Final = 8
+"""Up to this many ids are put into the sorted list one by one."""
+
+_SORT_PIECE: Final = 16_384
+_MUCH: Final = 4096
+"""So many changes may wait for the next query at least, before the indexes are given up instead."""
+
+_Scalar: TypeAlias = "str | int | float | None | tuple[bool]"
+_Index: TypeAlias = "dict[_Scalar, str | set[str]]"
+
+
+class Section:
+    """The entities of one collection.
+
+    Args:
+        collection: its declaration.
+        cache_size: how many decoded entities queries may keep.
+    """
+
+    def __init__(
+        self, collection: Collection, serializer: JSONSerializer, cache_size: int
+    ) -> None:
+        self.held: dict[str, Held] = {}
+        self._collection = collection
+        self._serializer = serializer
+        self._cache_size = cache_size
+        self._cache: dict[str, tuple[bytes, Entity]] = {}
+        self._indexable = _indexable(collection)
+        self._peek = _peeker(self._indexable)
+        self._indexes: dict[str, _Index] = {}
+        self._ids: list[str] | None = None
+        # What each entity that changed was before, as the indexes still have it. None: not there.
+        self._before: dict[str, Held | None] = {}
+        self._tracking = False
+        self._indexing = asyncio.Lock()
+
+    def canonical(self, entity_id: str) -> bytes | None:
+        """The stored bytes of an entity, adopted now if they came from elsewhere.
+
+        Raises:
+            CorruptionError: they cannot be adopted.
+        """
+        held = self.held.get(entity_id)
+        if held is None or type(held) is bytes:
+            return held
+        adopted = self._serializer.adopt(self._collection, entity_id, held)
+        self.held[entity_id] = adopted
+        return adopted
+
+    def apply(self, images: Mapping[str, bytes | None]) -> None:
+        """Take over the images of a commit."""
+        held = self.held
+        if self._tracking:
+            before = self._before
+            for entity_id in images:
+                if entity_id not in before:
+                    before[entity_id] = held.get(entity_id)
+            if len(before) > max(_MUCH, len(held) // 2) and not self._indexing.locked():
+                self._forget()
+        for entity_id, raw in images.items():
+            if raw is None:
+                held.pop(entity_id, None)
+                self._cache.pop(entity_id, None)
+            else:
+                held[entity_id] = raw
+
+    def look(self, entity_id: str, raw: bytes) -> Entity:
+        """The entity decoded, to be looked at and not to be given away: it may be cached."""
+        cached = self._cache.get(entity_id)
+        if cached is not None and cached[0] is raw:
+            return cached[1]
+        entity = self._serializer.decode(raw)
+        if cached is not None or len(self._cache) < self._cache_size:
+            self._cache[entity_id] = (raw, entity)
+        return entity
+
+    # -- indexes -----------------------------------------------------------------------------
+
+    def can_index(self, field: str) -> bool:
+        return field in self._indexable
+
+    async def index(self, field: str) -> None:
+        """Have the index of `field` current when this returns, up to the next await."""
+        async with self._indexing:
+            if field not in self._indexes:
+                await self._build(field)
+            await self._catch_up()
+
+    async def sorted_ids(self) -> list[str]:
+        """All ids in order, current up to the next await; not to be changed."""
+        async with self._indexing:
+            if self._ids is None:
+                await self._sort_ids()
+            await self._catch_up()
+            assert self._ids is not None, "just made, under the lock"
+            return self._ids
+
+    def find(self, field: str, values: Iterable[Value]) -> set[str]:
+        """The ids whose field equals one of `values`; `index` must have been awaited just before."""
+        index = self._indexes[field]
+        found: set[str] = set()
+        for value in values:
+            ids = index.get(_scalar(value))
+            if isinstance(ids, str):
+                found.add(ids)
+            elif ids is not None:
+                found |= ids
+        return found
+
+    async def _build(self, field: str) -> None:
+        self._tracking = True
+        await self._catch_up()
+        # What changes from here on waits in `_before`, and is then settled in this index, too.
+        index: _Index = {}
+        value_of = attrgetter(field)
+        for number, (entity_id, held) in enumerate(list(self.held.items())):
+            if number and not number % _PIECE:
+                await asyncio.sleep(0)
+            value = value_of(self._peek(self._adopted(entity_id, held)))
+            if value is not msgspec.UNSET:
+                _add(index, _scalar(value), entity_id)
+        self._indexes[field] = index
+
+    async def _sort_ids(self) -> None:
+        self._tracking = True
+        await self._catch_up()
+        unsorted = list(self.held)
+        ids: list[str] = []
+        for start in range(0, len(unsorted), _SORT_PIECE):
+            ids += sorted(unsorted[start : start + _SORT_PIECE])
+            await asyncio.sleep(0)
+        ids.sort()  # merges sorted runs, which takes a fraction of sorting
+        self._ids = ids
+
+    async def _catch_up(self) -> None:
+        """Settle every change that waits; the last piece is settled without an await."""
+        while len(self._before) > _PIECE:
+            self._settle(list(self._before)[:_PIECE])
+            await asyncio.sleep(0)
+        self._settle(list(self._before))
+
+    def _settle(self, changed: list[str]) -> None:
+        came: list[str] = []
+        went: list[str] = []
+        for entity_id in changed:
+            before = self._before.pop(entity_id)
+            after = self.held.get(entity_id)
+            if before is None and after is not None:
+                came.append(entity_id)
+            elif before is not None and after is None:
+                went.append(entity_id)
+            if self._indexes:
+                self._reindex(entity_id, before, after)
+        if self._ids is not None and (came or went):
+            self._ids = _resorted(self._ids, came, went)
+
+    def _reindex(self, entity_id: str, before: Held | None, after: Held | None) -> None:
+        old = None if before is None else self._peek(self._adopted(entity_id, before))
+        new = None if after is None else self._peek(self._adopted(entity_id, after))
+        for field, index in self._indexes.items():
+            was = getattr(old, field, msgspec.UNSET)
+            now = getattr(new, field, msgspec.UNSET)
+            if was is not msgspec.UNSET and (was is not now):
+                _discard(index, _scalar(was), entity_id)
+            if now is not msgspec.UNSET:
+                _add(index, _scalar(now), entity_id)
+
+    def _adopted(self, entity_id: str, held: Held) -> bytes:
+        if type(held) is bytes:
+            return held
+        if self.held.get(entity_id) is held:
+            return self.canonical(entity_id) or b""
+        return self._serializer.adopt(self._collection, entity_id, held)
+
+    def _forget(self) -> None:
+        """Give the indexes up: building them again costs less than settling so many changes."""
+        self._indexes.clear()
+        self._ids = None
+        self._before.clear()
+        self._tracking = False
+
+
+def _indexable(collection: Collection) -> frozenset[str]:
+    """The fields worth an index: declared so, and references, by which children are found."""
+    declared = {each.field for each in collection.indexes}
+    return frozenset(declared | {each.name for each in collection.references})
+
+
+def _peeker(fields: Iterable[str]) -> Any:
+    """A decoder of just these fields, which skips over all others."""
+    peek = msgspec.defstruct("Peek", [(each, Any, msgspec.UNSET) for each in sorted(fields)])
+    return msgspec.json.Decoder(peek).decode
+
+
+def _scalar(value: Value) -> _Scalar:
+    """The value as an index holds it: numbers are one type, booleans are apart from them."""
+    if isinstance(value, bool):
+        return (value,)
+    if isinstance(value, list | dict):
+        return (False, False)  # type: ignore[return-value]  # equals nothing that an index holds
+    return value
+
+
+def _add(index: _Index, value: _Scalar, entity_id: str) -> None:
+    # Most values of a unique field have one id: a set for each would be most of the memory.
+    ids = index.get(value)
+    if ids is None:
+        index[value] = entity_id
+    elif isinstance(ids, set):
+        ids.add(entity_id)
+    elif ids != entity_id:
+        index[value] = {ids, entity_id}
+
+
+def _discard(index: _Index, value: _Scalar, entity_id: str) -> None:
+    ids = index.get(value)
+    if isinstance(ids, set):
+        ids.discard(entity_id)
+        if not ids:
+            del index[value]
+    elif ids == entity_id:
+        del index[value]
+
+
+def _resorted(ids: list[str], came: list[str], went: list[str]) -> list[str]:
+    """`ids` with some more and some less. A new list where many change: walks may hold the old."""
+    if len(came) + len(went) > _FEW:
+        gone = set(went)
+        return sorted([each for each in ids if each not in gone] + came)
+    for each in came:
+        insort(ids, each)
+    for each in went:
+        del ids[bisect_left(ids, each)]
+    return ids

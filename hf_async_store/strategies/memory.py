@@ -1,0 +1,215 @@
+"""The memory strategy: the smallest engine that obeys the contract, and the reference of the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, cast
+
+from hf_async_store.conditions import changed, check_children, check_parents
+from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
+from hf_async_store.engine import Capabilities, Isolation, Plan, Session
+from hf_async_store.entities import (
+    HOST_FACTORY,
+    Change,
+    Collection,
+    Delete,
+    Entity,
+    Field,
+    Key,
+    Outcome,
+    Record,
+    Schema,
+    Value,
+    normalise,
+)
+from hf_async_store.errors import StorageError
+from hf_async_store.locks import ReaderWriterLock
+from hf_async_store.query import Query, compile_filter, ordered
+from hf_async_store.strategy import StorageStrategy, schema_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_LOCK_TIMEOUT: Final = 30.0
+_PIECE: Final = 256
+
+
+class MemoryStorageStrategy(StorageStrategy):
+    """A store in the memory of one process: for tests, and as the measure of other engines.
+
+    Args:
+        config: `memory:`, a map in the spec's shape, or a `MemoryConfig`.
+        collections: what may be stored.
+    """
+
+    def __init__(
+        self,
+        config: StorageConfig | MemoryConfig | Mapping[str, object] | str | Path = "memory:",
+        *,
+        collections: Iterable[Collection] = HOST_FACTORY,
+    ) -> None:
+        schema = schema_of(collections)
+        super().__init__(MemoryEngine(schema, strategy_config(config, MemoryConfig)), schema)
+
+
+class _View:
+    """What is stored, under layers of changes that are not committed yet."""
+
+    def __init__(self, stored: dict[Key, Entity]) -> None:
+        self.stored = stored
+        self.layers: list[dict[Key, Entity | None]] = [{}]
+
+    def get(self, key: Key) -> Entity | None:
+        for layer in reversed(self.layers):
+            if key in layer:
+                return layer[key]
+        return self.stored.get(key)
+
+    def entities(self, collection: str) -> Iterator[tuple[str, Entity]]:
+        overlay: dict[Key, Entity | None] = {}
+        for layer in self.layers:
+            overlay.update(layer)
+        for key, entity in (self.stored | overlay).items():
+            if key.collection == collection and entity is not None:
+                yield key.id, entity
+
+    def fold(self) -> None:
+        """The top layer becomes part of the one below; the lowest, of what is stored."""
+        top = self.layers.pop()
+        if self.layers:
+            self.layers[-1].update(top)
+            return
+        for key, entity in top.items():
+            if entity is None:
+                self.stored.pop(key, None)
+            else:
+                self.stored[key] = entity
+
+
+class _Reader:
+    def __init__(self, view: _View) -> None:
+        self._view = view
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return [
+            None if (entity := self._view.get(key)) is None else _record(key, entity)
+            for key in keys
+        ]
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        found = list(self._view.entities(query.collection))
+
+        async def pieces() -> AsyncGenerator[list[tuple[str, Entity]], None]:
+            matches = compile_filter(query.where)
+            for start in range(0, len(found), _PIECE):
+                yield [each for each in found[start : start + _PIECE] if matches(each[1])]
+                await asyncio.sleep(0)
+
+        async for entity_id, entity in ordered(pieces(), query):
+            yield _record(Key(query.collection, entity_id), entity)
+
+    async def count(self, query: Query) -> int:
+        matches = compile_filter(query.where)
+        return sum(matches(each) for _, each in self._view.entities(query.collection))
+
+
+class _Session(_Reader):
+    def __init__(self, engine: MemoryEngine, view: _View) -> None:
+        super().__init__(view)
+        self._engine = engine
+
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for change in changes:
+            outcomes.append(self._engine.apply(change, self._view))
+            if isinstance(outcomes[-1], StorageError):
+                break
+        return outcomes
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncGenerator[Session, None]:
+        depth = len(self._view.layers)
+        self._view.layers.append({})
+        try:
+            yield self
+        except BaseException:
+            del self._view.layers[depth:]
+            raise
+        self._view.fold()
+
+
+class MemoryEngine(_Reader):
+    """One dict, one lock: a session holds it, and single writes wait for it."""
+
+    capabilities: Final = Capabilities(engine="memory", durable=False, processes=False)
+
+    def __init__(self, schema: Schema, config: MemoryConfig) -> None:
+        self._stored: dict[Key, Entity] = {}
+        super().__init__(_View(self._stored))
+        self._schema = schema
+        self._references = config.enforce_references
+        self._lock = ReaderWriterLock()
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        async with self._lock.writing(_LOCK_TIMEOUT):
+            outcomes: list[Outcome] = []
+            for change in changes:
+                view = _View(self._stored)
+                outcomes.append(self.apply(change, view))
+                view.fold()
+            return outcomes
+
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        async with self._lock.writing(_LOCK_TIMEOUT):
+            view = _View(self._stored)
+            yield _Session(self, view)
+            view.fold()
+
+    def apply(self, change: Change, view: _View) -> Outcome:
+        """Decide one change and put it, with its mark, in the top layer; or return its error."""
+        current = view.get(change.key)
+        try:
+            entity = changed(change, current)
+            if self._references:
+                self._check_references(change, current, view)
+        except StorageError as exc:
+            return exc
+        view.layers[-1][change.key] = entity
+        if change.mark is not None:
+            view.layers[-1][change.mark.key] = change.mark.entity
+        stored = current if isinstance(change, Delete) else entity
+        return None if stored is None else cast("int", stored["version"])
+
+    def _check_references(self, change: Change, current: Entity | None, view: _View) -> None:
+        if not isinstance(change, Delete):
+            check_parents(self._schema, change, current, lambda key: view.get(key) is not None)
+        elif current is not None:
+            check_children(self._schema, change.key, lambda *child: _referrers(view, *child))
+
+    async def explain(self, query: Query) -> Plan:
+        return Plan(access="scan", residual=True, sorted_here=True)
+
+    async def probe(self) -> None:
+        pass  # memory that holds the store can be written
+
+    async def health(self) -> Mapping[str, Value]:
+        return {"entities": len(self._stored)}
+
+    def describe(self) -> Mapping[str, Value]:
+        return {"configuration": {"enforce_references": self._references}}
+
+    async def close(self) -> None:
+        self._stored.clear()
+
+
+def _referrers(view: _View, child: Collection, field: Field, parent: str) -> Iterator[str]:
+    for entity_id, entity in view.entities(child.name):
+        if entity.get(field.name) == parent:
+            yield entity_id
+
+
+def _record(key: Key, entity: Entity) -> Record:
+    return Record(key, cast("Entity", normalise(entity)))
