@@ -34,6 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group lint --editable ".[all]"
+	$(BIN)/python -m compileall -q hf_async_store  # also where PYTHONDONTWRITEBYTECODE is set
 	touch $(STAMP)
 
 clean:

@@ -1,4 +1,4 @@
-"""hf_async_store: one async store over JSON files, SQLite, PostgreSQL and DynamoDB.
+"""hf_async_store: an async-first store for entities, on JSON files and in memory.
 
     from hf_async_store import open_store
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar, cast
 
 from hf_async_store.entities import Key
 from hf_async_store.errors import StorageError
 from hf_async_store.repository import within
-
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -78,13 +77,12 @@ class Coalescer(Generic[Item, Result]):
         Raises:
             OperationTimeoutError: `outcome_unknown` if a batch had taken any of them.
         """
+        if not items:
+            return []
         loop = asyncio.get_running_loop()
         waiter: _Waiter[Item, Result] = _Waiter(items, loop.create_future())
         self._queue.extend((waiter, index) for index in range(len(items)))
-        if not self._started and len(self._active) < self._lanes:
-            # Not at once: tasks that run later in this turn of the loop join the batch.
-            self._started = True
-            loop.call_soon(self._start)
+        self._start_soon()
         if timeout is None:
             await waiter.done
         else:
@@ -102,23 +100,34 @@ class Coalescer(Generic[Item, Result]):
 
     # -- lanes -------------------------------------------------------------------------------
 
+    def _start_soon(self) -> None:
+        # Not at once: tasks that run later in this turn of the loop join the batch.
+        if not self._started and len(self._active) < self._lanes:
+            self._started = True
+            asyncio.get_running_loop().call_soon(self._start)
+
     def _start(self) -> None:
         self._started = False
         while len(self._active) < self._lanes:
             batch = self._take()
             if not batch:
                 return
-            task = asyncio.get_running_loop().create_task(self._lane(batch))
-            self._active.add(task)
-            task.add_done_callback(self._active.discard)
+            self._active.add(asyncio.get_running_loop().create_task(self._lane(batch)))
 
     async def _lane(self, batch: _Batch[Item, Result]) -> None:
-        while batch:
-            await self._run_batch(batch)
-            # One turn for the callers that were just answered: in a closed loop they submit
-            # again, and join the next batch instead of waiting behind a small one.
-            await asyncio.sleep(0)
-            batch = self._take()
+        try:
+            while batch:
+                await self._run_batch(batch)
+                # One turn for the callers that were just answered: in a closed loop they submit
+                # again, and join the next batch instead of waiting behind a small one.
+                await asyncio.sleep(0)
+                batch = self._take()
+        finally:
+            # Here and not in a callback of the task: that runs a turn later, and who submits in
+            # between would rely on a lane that has ended.
+            self._active.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            if self._queue:
+                self._start_soon()
 
     def _take(self) -> _Batch[Item, Result]:
         """The next batch: in order, without what was cancelled or must wait for another lane."""
@@ -130,7 +139,11 @@ class Coalescer(Generic[Item, Result]):
             waiter, index = entry
             if waiter.done.done():
                 continue
-            if self._busy and self._key is not None and self._key(waiter.items[index]) in self._busy:
+            if (
+                self._busy
+                and self._key is not None
+                and self._key(waiter.items[index]) in self._busy
+            ):
                 passed.append(entry)
                 continue
             waiter.taken = True

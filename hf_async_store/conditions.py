@@ -26,6 +26,7 @@ from hf_async_store.entities import (
     Schema,
     Value,
     check_size,
+    copy_entity,
 )
 from hf_async_store.errors import (
     AlreadyExistsError,
@@ -58,9 +59,9 @@ def check(key: Key, expect: Condition, actual: int | None, current: Entity | Non
             f"{key.collection} {key.id!r} is at version {actual}, not {expect}",
             collection=key.collection,
             entity_id=key.id,
-            expected=cast("int", expect),
+            expected=expect,
             actual=actual,
-            current=current,
+            current=None if current is None else copy_entity(current),
         )
 
 

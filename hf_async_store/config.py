@@ -581,9 +581,10 @@ def _expected(problem: str, kind: Any) -> str:
 def _check_filename(path: str, name: object) -> None:
     if not isinstance(name, str):
         raise ConfigurationError(f"{path}: expected str, got {_type_name(name)}")
-    parts = name.split("/")
-    if parts[0] == "" or parts[-1] in ("", ".") or ".." in parts or "\x00" in name:
-        raise ConfigurationError(f"{path}: expected a relative file name inside base_path")
+    if name in ("", ".", "..") or "/" in name or "\x00" in name:
+        raise ConfigurationError(
+            f"{path}: expected a relative file name inside base_path, without a folder"
+        )
 
 
 def _refuse_same_file(files: Mapping[str, str], path: str) -> None:
@@ -760,17 +761,18 @@ def _scheme(text: str) -> str | None:
 
 
 def _missing_file(path: str) -> ConfigurationError:
-    # It may well be a URL with a scheme that nobody knows, and a password.
-    shown = redact_url(path).partition("?")[0]
     match = _SCHEME.match(path)
-    if match is not None or path in _URLS:
-        meant = _known(
-            (match[1] if match else path), [f"{each}:" for each in (*_URLS, *_registered())]
-        )
+    if match is None and path not in _URLS:
+        shown = redact_url(path)
         return ConfigurationError(
-            f"no such configuration file {shown!r}, nor a URL of a scheme that is {meant}"
+            f"no such configuration file {shown!r}; did you mean 'json:{shown}'?"
         )
-    return ConfigurationError(f"no such configuration file {shown!r}; did you mean 'json:{shown}'?")
+    # It may well be a URL with a mistyped scheme, and a password in any place: only that is shown.
+    shown = path if match is None else f"{match[0]}..."
+    known = _known(shown.removesuffix("..."), [f"{each}:" for each in (*_URLS, *_registered())])
+    return ConfigurationError(
+        f"no such configuration file {shown!r}, and not a URL of a known scheme ({known})"
+    )
 
 
 def _from_url(scheme: str, url: str) -> StorageConfig:
@@ -781,8 +783,8 @@ def _from_url(scheme: str, url: str) -> StorageConfig:
             return _third_party(scheme, f"{scheme}:{body}", query)
         strategy, parts = _URLS[scheme]
         given = {name: each for name, each in parts(body).items() if each}
-        if scheme == "postgresql" and "@" in query and "@" not in body:
-            raise _unencoded()
+        if scheme == "postgresql" and "@" in query:
+            raise _unencoded()  # the `?` may be one inside a password, and keys are named
         _add_query(given, query)
         block = _options(f"{strategy}_strategy", _nested(given), "")
     return StorageConfig(strategy=strategy, options=block)
@@ -865,7 +867,9 @@ def _authority(body: str, form: str) -> tuple[str, str]:
 
 
 def _unencoded() -> ConfigurationError:
-    return ConfigurationError("in user, password and name, @ : / ? and % must be percent-encoded")
+    return ConfigurationError(
+        "in user, password and name, @ : / ? and % must be percent-encoded; in the query, @"
+    )
 
 
 _QUERY_KEY: Final = r"[A-Za-z_][\w.-]*\Z"
@@ -916,11 +920,11 @@ def _unquoted(text: str) -> str:
 
 # -- redaction ------------------------------------------------------------------------------
 
-_SECRET_NAME: Final = (
+_SENSITIVE: Final = (
     "(?i)pass|pwd|secret|token|credential|auth|(api|access|private|signing)[_-]?key"
     "|connection[_-]?string"
 )
-_USERINFO: Final = r"(?is)((?:[a-z][a-z0-9+._-]*://)?[^:]*):.*@"
+_USERINFO: Final = r"(?is)([a-z][a-z0-9+._-]*://(?:[^:]*:)?|[^:]*:).*@"
 _QUERY_VALUE: Final = r"([?&])([^=&]*)=([^&]*)"
 _PATH_URLS: Final = ("json:", "sqlite:", "memory:")
 
@@ -929,18 +933,19 @@ def redact_url(url: str) -> str:
     """The URL without its password and without query values whose keys sound secret.
 
     It hides rather too much than too little: all from the first `:` of the user's part to the last
-    `@`, because a password that was not percent-encoded may hold any character.
+    `@`, because a password that was not percent-encoded may hold any character, and a user without
+    a password, because it may be a token.
     """
     if not url.lower().startswith(_PATH_URLS):
         found = re.match(_USERINFO, url)
         if found is not None:
-            url = f"{found[1]}:{_HIDDEN}@{url[found.end() :]}"
+            url = f"{found[1]}{_HIDDEN}@{url[found.end() :]}"
     return re.sub(_QUERY_VALUE, _redact_pair, url)
 
 
 def _redact_pair(match: re.Match[str]) -> str:
     mark, key, value = match.groups()
-    return f"{mark}{key}={_HIDDEN if re.search(_SECRET_NAME, key) else value}"
+    return f"{mark}{key}={_HIDDEN if re.search(_SENSITIVE, key) else value}"
 
 
 def redacted(
@@ -965,7 +970,7 @@ def _redact(name: str, value: object) -> Value:
         return _HIDDEN
     if value is None or isinstance(value, bool):
         return value
-    if re.search(_SECRET_NAME, name):
+    if re.search(_SENSITIVE, name):
         return _HIDDEN
     if isinstance(value, Mapping):
         return {str(each): _redact(str(each), inner) for each, inner in value.items()}

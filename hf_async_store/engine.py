@@ -30,6 +30,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             (sees its own writes, and what it saw is part of the transaction), "own_writes" (sees
             them, is not part of it) or "outside" (sees neither).
         savepoints: nested transactions.
+        indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
         marks: a change may carry a mark.
         lives: a stale writer of an earlier life of an id is refused even if versions agree.
@@ -49,6 +50,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     query_isolation: Literal["snapshot", "eventual"] = "snapshot"
     queries_in_transaction: Literal["serializable", "own_writes", "outside"] = "serializable"
     savepoints: bool = True
+    indexes: bool = True
     references: bool = True
     marks: bool = True
     lives: bool = False

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from enum import Enum
 from math import isfinite
+from time import time_ns
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias, cast
 from uuid import UUID
@@ -54,6 +55,7 @@ _INT_WEIGHT: Final = 12
 _FLOAT_WEIGHT: Final = 32
 
 _NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
+_FIXED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z", re.ASCII)
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -97,86 +99,134 @@ def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
     `Enum` (its value). Tuples become lists. Bytes, sets, Decimal and naive datetimes have no one
     obvious form and are refused.
 
+    Args:
+        path: where the value stands, for the error.
+
     Raises:
         ValueOutOfDomainError: naming the path of the value.
     """
-    return _copy(value, path, 0)[0]
+    try:
+        return _copy(value, 0)[0]
+    except _Outside as exc:
+        exc.path.extend(reversed(path))
+        raise exc.public() from exc.__cause__
 
 
-def _copy(value: object, path: tuple[str | int, ...], depth: int) -> tuple[Value, int]:
-    """A portable copy of `value`, and what it weighs."""
+def copy_entity(data: Mapping[str, object]) -> Entity:
+    """`normalise` for a whole entity, which may be as large and as deep as entities may be.
+
+    Raises:
+        ValueOutOfDomainError.
+    """
+    return _weighed(data)[0]
+
+
+def _weighed(data: Mapping[str, object]) -> tuple[Entity, int]:
+    """A portable copy of an entity, and what it weighs."""
+    try:
+        return _copy_map(cast("Mapping[object, object]", data), 0)
+    except _Outside as exc:
+        raise exc.public() from exc.__cause__
+
+
+class _Outside(Exception):  # noqa: N818  # on its way out it gathers the path, and becomes public
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.path: list[str | int] = []
+
+    def public(self) -> ValueOutOfDomainError:
+        return ValueOutOfDomainError(f"{join_path(self.path[::-1])}: {self}")
+
+
+def _copy(value: object, depth: int) -> tuple[Value, int]:
     kind = type(value)
     if kind is str:
         text = cast("str", value)
         if text.isascii():
             if "\x00" in text:
-                raise _outside(path, "text with U+0000")
+                raise _Outside("text with U+0000")
             return text, len(text)
         if _NOT_UTF8.search(text):
-            raise _outside(path, "text with U+0000 or a lone surrogate")
+            raise _Outside("text with U+0000 or a lone surrogate")
         return text, len(text.encode())
     if value is None or kind is bool:
         return cast("bool | None", value), 1
     if kind is int:
         number = cast("int", value)
         if not INT_MIN <= number <= INT_MAX:
-            raise _outside(path, "an integer of more than 64 bits")
+            raise _Outside("an integer of more than 64 bits")
         return number, _INT_WEIGHT
     if kind is float:
         if not isfinite(cast("float", value)):
-            raise _outside(path, f"{value} (only finite numbers can be stored)")
+            raise _Outside(f"{value} (only finite numbers can be stored)")
         return cast("float", value), _FLOAT_WEIGHT
     if kind is dict:
-        return _copy_map(cast("dict[object, object]", value), path, depth + 1)
+        return _copy_map(cast("dict[object, object]", value), depth + 1)
     if kind is list or kind is tuple:
-        return _copy_list(cast("Sequence[object]", value), path, depth + 1)
-    return _copy(_plain(value, path), path, depth)
+        return _copy_list(cast("Sequence[object]", value), depth + 1)
+    return _copy(_plain(value), depth)
 
 
-def _copy_map(
-    value: Mapping[object, object], path: tuple[str | int, ...], depth: int
-) -> tuple[Value, int]:
+def _copy_map(value: Mapping[object, object], depth: int) -> tuple[Entity, int]:
+    # The hottest loop above the engines: every entity that is written goes through it. Short
+    # texts are copied in line, and a path is put together only for an error.
     if depth > MAX_DEPTH:
-        raise _outside(path, f"nested more than {MAX_DEPTH} deep")
+        raise _Outside(f"nested more than {MAX_DEPTH} deep")
     copied: Entity = {}
-    weight = 3
+    weight = 3 + len(value)
     for name, each in value.items():
-        if type(name) is not str:
-            raise _outside(path, f"a map key that is {_type_name(name)}, not text")
-        weight += 1 + _name_weight(name, path)
-        copied[name], more = _copy(each, (*path, name), depth)
+        try:
+            weight += _NAMES.get(name) or _name_weight(name)  # type: ignore[call-overload]  # any key
+            if type(each) is str and each.isascii() and "\x00" not in each:
+                copied[name] = each  # type: ignore[index]  # `_name_weight` let only text pass
+                weight += len(each)
+            else:
+                copied[name], more = _copy(each, depth)  # type: ignore[index]  # as above
+                weight += more
+        except _Outside as exc:
+            exc.path.append(name if type(name) is str else f"{name!a}")
+            raise
+    return copied, weight
+
+
+def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
+    if depth > MAX_DEPTH:
+        raise _Outside(f"nested more than {MAX_DEPTH} deep")
+    copied: list[Value] = []
+    weight = 3 + len(value)
+    for index, each in enumerate(value):
+        try:
+            one, more = _copy(each, depth)
+        except _Outside as exc:
+            exc.path.append(index)
+            raise
+        copied.append(one)
         weight += more
     return copied, weight
 
 
-def _copy_list(
-    value: Sequence[object], path: tuple[str | int, ...], depth: int
-) -> tuple[Value, int]:
-    if depth > MAX_DEPTH:
-        raise _outside(path, f"nested more than {MAX_DEPTH} deep")
-    copied: list[Value] = []
-    weight = 3
-    for index, each in enumerate(value):
-        one, more = _copy(each, (*path, index), depth)
-        copied.append(one)
-        weight += 1 + more
-    return copied, weight
+# What names weigh: a store sees the same few again and again. Bounded, for names may be data, too.
+_NAMES: Final[dict[str, int]] = {}
+_MOST_NAMES: Final = 4096
 
 
-def _name_weight(name: str, path: tuple[str | int, ...]) -> int:
-    if name.isascii() and "\x00" not in name:
-        return len(name)
+def _name_weight(name: object) -> int:
+    if type(name) is not str:
+        raise _Outside(f"a map key that is {_type_name(name)}, not text")
     if _NOT_UTF8.search(name):
-        raise _outside(path, f"a field name with U+0000 or a lone surrogate: {name!a}")
-    return len(name.encode())
+        raise _Outside("a field name with U+0000 or a lone surrogate")
+    weight = len(name.encode())
+    if 0 < weight <= 64 and len(_NAMES) < _MOST_NAMES:
+        _NAMES[name] = weight
+    return weight
 
 
-def _plain(value: object, path: tuple[str | int, ...]) -> object:
+def _plain(value: object) -> object:
     """The portable form of a type that is not JSON's own."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, datetime):
-        return format_timestamp(value, path)
+        return _timestamp_text(value)
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, UUID):
@@ -189,22 +239,32 @@ def _plain(value: object, path: tuple[str | int, ...]) -> object:
         return dict(value)
     if type(value).__module__ == "ipaddress":
         return str(value)
-    raise _outside(path, f"{_type_name(value)} has no portable form")
+    raise _Outside(f"{_type_name(value)} has no portable form (give a text, a number or a list)")
 
 
-def format_timestamp(value: datetime, path: tuple[str | int, ...] = ()) -> str:
-    """The fixed text form of an aware datetime: UTC, six digits, `Z`."""
+def _timestamp_text(value: datetime) -> str:
     if value.tzinfo is None:
-        raise _outside(path, "a naive datetime (give it a time zone)")
+        raise _Outside("a naive datetime (give it a time zone)")
     try:
         return value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
     except OverflowError as exc:
-        raise _outside(path, "a datetime outside the years 1 to 9999 in UTC") from exc
+        raise _Outside("a datetime outside the years 1 to 9999 in UTC") from exc
+
+
+class _Clock:
+    """The text of the current second: most calls fall into the same one as the call before."""
+
+    second = -1
+    text = ""
 
 
 def utc_now() -> str:
-    """The clock's time in the fixed text form."""
-    return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    """The clock's time in the fixed text form: UTC, six digits, `Z`."""
+    second, fraction = divmod(time_ns() // 1000, 1_000_000)
+    if second != _Clock.second:
+        _Clock.text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
+        _Clock.second = second
+    return f"{_Clock.text}{fraction:06d}Z"
 
 
 def parse_timestamp(text: str) -> str | None:
@@ -213,18 +273,14 @@ def parse_timestamp(text: str) -> str | None:
         moment = datetime.fromisoformat(text)
     except ValueError:
         return None
-    if len(text) == 27 and text[26] == "Z" and text[10] == "T" and text[19] == "." and text[4] == "-":
+    if len(text) == 27 and _FIXED_FORM.match(text):
         return text
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     try:
-        return format_timestamp(moment)
-    except ValueOutOfDomainError:
+        return _timestamp_text(moment)
+    except _Outside:
         return None
-
-
-def _outside(path: tuple[str | int, ...], what: str) -> ValueOutOfDomainError:
-    return ValueOutOfDomainError(f"{join_path(path)}: {what}")
 
 
 def _type_name(value: object) -> str:
@@ -232,21 +288,23 @@ def _type_name(value: object) -> str:
 
 
 def check_size(entity: Mapping[str, Value]) -> None:
-    """Refuse an entity that weighs too much; `version` is not counted.
+    """Refuse an entity that weighs too much; what the store sets in it is not counted.
 
     Raises:
         ValueOutOfDomainError.
     """
-    weight = _copy_map(cast("Mapping[object, object]", entity), (), 0)[1]
-    if VERSION in entity:
-        weight -= 1 + len(VERSION) + _INT_WEIGHT
-    _refuse_weight(weight)
+    _refuse_weight(*_weighed(entity))
 
 
-def _refuse_weight(weight: int) -> None:
+def _refuse_weight(entity: Entity, weight: int) -> None:
+    if weight <= MAX_ENTITY_BYTES:
+        return
+    # What came out must go in again, with the version and the timestamps that it got.
+    weight -= sum(1 + len(name) + _copy(entity[name], 0)[1] for name in _OWN & entity.keys())
     if weight > MAX_ENTITY_BYTES:
-        raise _outside(
-            (), f"{weight:,} bytes by the measure of the portable form, over {MAX_ENTITY_BYTES:,}"
+        raise ValueOutOfDomainError(
+            f"(entity): {weight:,} bytes by the measure of the portable form, "
+            f"over {MAX_ENTITY_BYTES:,}"
         )
 
 
@@ -257,6 +315,7 @@ _RESERVED: Final = frozenset({"doc", "version"})
 CREATED_AT: Final = "created_at"
 UPDATED_AT: Final = "updated_at"
 VERSION: Final = "version"
+_OWN: Final = frozenset({CREATED_AT, UPDATED_AT, VERSION})
 
 
 def _declared_name(name: str, what: str) -> str:
@@ -313,6 +372,8 @@ class Field(msgspec.Struct, frozen=True):
         )
 
 
+_USUAL: Final = {"text": str, "integer": int, "boolean": bool}
+
 _CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {
         "text": str,
@@ -366,7 +427,7 @@ class Collection:
         ConfigurationError: a name that is malformed, reserved, unknown or given twice.
     """
 
-    __slots__ = ("fields", "indexes", "key", "name", "references", "required", "typed")
+    __slots__ = ("_usual", "fields", "indexes", "key", "name", "references", "required", "typed")
 
     name: str
     key: str
@@ -402,6 +463,8 @@ class Collection:
         self.typed = MappingProxyType(
             {each.name: each for each in declared[1:] if each.type != "json" or each.required}
         )
+        # Most values have the usual type of their field, and then need no further look.
+        self._usual = tuple((name, _USUAL.get(each.type)) for name, each in self.typed.items())
         self._check(declared)
 
     def _check(self, declared: Sequence[Field]) -> None:
@@ -446,7 +509,9 @@ class Collection:
         try:
             text = normalise(entity_id)
         except ValueOutOfDomainError as exc:
-            raise InvalidKeyError(f"an id of {self.name} is text, not {_type_name(entity_id)}") from exc
+            raise InvalidKeyError(
+                f"an id of {self.name} is text, not {_type_name(entity_id)}"
+            ) from exc
         if type(text) is not str:
             raise InvalidKeyError(f"an id of {self.name} is text, not {_type_name(entity_id)}")
         return text
@@ -454,24 +519,22 @@ class Collection:
     def _bad_id(self, entity_id: str) -> InvalidKeyError:
         return InvalidKeyError(
             f"an id of {self.name} is 1 to {MAX_KEY_BYTES} bytes of UTF-8 without U+0000, "
-            f"not {ascii(entity_id[:40])}"
+            f"not {entity_id[:40]!a}"
         )
 
-    def entity(self, data: Mapping[str, object], *, version: bool = False) -> tuple[Key, Entity]:
+    def entity(self, data: Mapping[str, object]) -> tuple[Key, Entity]:
         """The key and a portable, checked copy of a whole entity; `version` is left out.
-
-        Args:
-            version: keep the `version` field, for imports.
 
         Raises:
             InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
         """
-        copied = self._copied(data)
-        if not version:
-            copied.pop(VERSION, None)
-        if self.key not in copied:
+        self._refuse_other_than_map(data)
+        if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
-        key = self.key_of(copied[self.key])
+        # Before the copy, so that an id that cannot be stored is refused as an id.
+        key = self.key_of(data[self.key])
+        copied = self._copied(data)
+        copied.pop(VERSION, None)
         for name in self.required:
             if name not in copied:
                 raise InvalidFieldError(f"{self.name}.{name} is required")
@@ -483,31 +546,32 @@ class Collection:
         Raises:
             InvalidFieldError: also for taking away the key or a required field.
         """
+        self._refuse_other_than_map(data)
         removed = [name for name, value in data.items() if value is REMOVED]
-        copied: dict[str, Value | Removed] = dict(
-            self._copied({name: value for name, value in data.items() if value is not REMOVED})
-            if removed
-            else self._copied(data)
-        )
-        copied.pop(VERSION, None)
-        if copied.get(self.key, entity_id) != entity_id or self.key in removed:
-            raise InvalidFieldError(f"{self.name}.{self.key} is the key and cannot be changed")
         for name in removed:
             if name in self.required:
                 raise InvalidFieldError(f"{self.name}.{name} is required and cannot be removed")
-            if name != VERSION:
-                copied[name] = REMOVED
+        # The names of what is taken away are checked, too, as if they held nulls.
+        kept = {**data, **dict.fromkeys(removed)} if removed else data
+        copied: dict[str, Value | Removed] = dict(self._copied(kept))
+        copied.update(dict.fromkeys(removed, REMOVED))
+        copied.pop(VERSION, None)
+        if copied.get(self.key, entity_id) != entity_id or self.key in removed:
+            raise InvalidFieldError(f"{self.name}.{self.key} is the key and cannot be changed")
         return copied
 
-    def _copied(self, data: Mapping[str, object]) -> Entity:
+    def _refuse_other_than_map(self, data: object) -> None:
         if not isinstance(data, Mapping):
-            raise ValueOutOfDomainError(f"an entity of {self.name} is a map, not {_type_name(data)}")
-        copied, weight = _copy_map(cast("Mapping[object, object]", data), (), 0)
-        _refuse_weight(weight)
-        entity = cast("Entity", copied)
-        typed = self.typed
-        for name in typed.keys() & entity.keys():
-            entity[name] = typed[name].check(entity[name], self.name)
+            raise ValueOutOfDomainError(
+                f"an entity of {self.name} is a map, not {_type_name(data)}"
+            )
+
+    def _copied(self, data: Mapping[str, object]) -> Entity:
+        entity, weight = _weighed(data)
+        _refuse_weight(entity, weight)
+        for name, kind in self._usual:
+            if name in entity and type(entity[name]) is not kind:
+                entity[name] = self.typed[name].check(entity[name], self.name)
         return entity
 
 
@@ -663,9 +727,10 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 class Expect(Enum):
     """A condition on what is stored, other than an exact version."""
 
-    ANY = "any"
-    ABSENT = "absent"
-    PRESENT = "present"
+    # Values that no entity can hold: an ABSENT in a filter must not turn into the text "absent".
+    ANY = object()
+    ABSENT = object()
+    PRESENT = object()
 
     def __repr__(self) -> str:
         return self.name

@@ -24,6 +24,12 @@ _MEANING: Final[dict[int | None, type[StorageError]]] = {
 }
 
 
+# Somebody has to change something first; the same call will not do better by itself.
+_LASTING: Final = frozenset(
+    {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
+
+
 def translate_os_error(exc: OSError, doing: str) -> StorageError:
     """The store's error for `exc`; what is not in the table is an `UnavailableError`.
 
@@ -32,4 +38,6 @@ def translate_os_error(exc: OSError, doing: str) -> StorageError:
     Args:
         doing: what was tried, as it reads after "cannot": "open /data/store.lock".
     """
-    return _MEANING.get(exc.errno, UnavailableError)(f"cannot {doing}: {exc.strerror or exc}")
+    error = _MEANING.get(exc.errno, UnavailableError)(f"cannot {doing}: {exc.strerror or exc}")
+    error.retryable = error.retryable and exc.errno not in _LASTING
+    return error

@@ -787,50 +787,60 @@ class _Row(msgspec.Struct, gc=False):
 _key_of_row: Final = operator.attrgetter("key")
 
 
+_NOTHING: Final[Entity] = {}
+
+
 async def ordered(
-    pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query
+    pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool = True
 ) -> AsyncGenerator[tuple[str, Entity], None]:
     """Rows (id, entity) that match already, put in the order of a query.
 
     From its `after` on and up to its `limit`. Holds all rows, or with a small limit only so many,
     and never the loop for long. Closing `pieces` is left to the caller.
+
+    Args:
+        keep: bring the entities along. Without, what comes with each id is an empty one: the
+            collector then has nothing to walk through that grows with the rows.
     """
     if query.limit == 0:
         return
-    runs = await _runs(pieces, query)
+    runs = await _runs(pieces, query, keep=keep)
     rows = islice(heapq.merge(*runs, key=_key_of_row), query.limit)
     for count, row in enumerate(rows, 1):
         yield row.key[-1], row.entity
         if count % _BREATH == 0:
             await asyncio.sleep(0)
-    for run in runs:  # all at once takes 50 ms for 100,000 rows
-        run.clear()
+    while runs:  # all at once takes 50 ms for 100,000 rows
+        runs.pop()
         await asyncio.sleep(0)
 
 
 async def _runs(
-    pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query
-) -> list[list[_Row]]:
+    pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool
+) -> list[tuple[_Row, ...]]:
     """The rows behind the query's position, in sorted runs; with a small limit, the best in one."""
     key_of = compile_order(query)
     after = None if query.after is None else position_key(query, query.after)
     limit = query.limit if query.limit is not None and query.limit <= _SMALL_LIMIT else None
-    runs: list[list[_Row]] = []
+    runs: list[tuple[_Row, ...]] = []
     waiting: list[tuple[str, Entity]] = []
 
     def sort_waiting() -> None:
-        rows = [_Row(key_of(entity_id, entity), entity) for entity_id, entity in waiting]
+        rows = [
+            _Row(key_of(entity_id, entity), entity if keep else _NOTHING)
+            for entity_id, entity in waiting
+        ]
         waiting.clear()
         if after is not None:
             rows = [row for row in rows if row.key > after]
         if limit is not None and runs:
-            best = runs.pop()
+            best = list(runs.pop())
             if len(best) == limit:
                 worst = best[-1].key
                 rows = [row for row in rows if row.key < worst]
             rows = best + rows
         rows.sort(key=_key_of_row)
-        runs.append(rows[:limit])
+        runs.append(tuple(rows[:limit]))
 
     async for piece in pieces:
         for start in range(0, len(piece), _RUN):

@@ -12,7 +12,15 @@ import inspect
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar, cast
 
@@ -41,6 +49,7 @@ from hf_async_store.errors import (
     BatchError,
     ConcurrencyConflictError,
     EntityNotFoundError,
+    InvalidFieldError,
     InvalidInputError,
     InvalidQueryError,
     InvalidVersionError,
@@ -280,9 +289,7 @@ class RepositoryInterface(ABC):
         """`delete_entity` for each id; as `save_entities`, a bool each."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
-        changes = await _pieces(
-            _listed(ids), lambda each: _delete(declared.key_of(each), expected)
-        )
+        changes = await _pieces(_listed(ids), lambda each: _delete(declared.key_of(each), expected))
         expected.all_taken()
         return cast("list[bool]", await self._many(changes, timeout))
 
@@ -327,12 +334,16 @@ class RepositoryInterface(ABC):
 
         Args:
             change: given the entity, returns the changed one; plain or async. It is called again
-                after each lost race, with the newer entity, until `retry_seconds` are over.
+                after each lost race, with the newer entity, until `retry_seconds` are over; in a
+                transaction it is called once, for a conflict there leaves only a rollback.
 
         Raises:
             EntityNotFoundError: nothing is there.
             RetriesExhaustedError: conflicts until the time was over, the last one as cause.
         """
+
+        declared = self._schema[collection]
+        entity_id, field = declared.key_of(entity_id).id, declared.key
 
         async def attempt() -> int:
             entity = await self.get_entity(collection, entity_id)
@@ -345,9 +356,14 @@ class RepositoryInterface(ABC):
                 raise ValueOutOfDomainError(
                     f"modify_entity: the function returned {type(new).__name__}, not the entity"
                 )
+            if new.get(field, entity_id) != entity_id:
+                raise InvalidFieldError(f"{collection}.{field} is the key and cannot be changed")
             return await self.save_entity(collection, new, expected_version=version)
 
-        return await retry_conflicts(attempt, retry_seconds)
+        return await self._retried(attempt, retry_seconds)
+
+    async def _retried(self, attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+        return await retry_conflicts(attempt, seconds)
 
     # -- queries -----------------------------------------------------------------------------
 
@@ -488,15 +504,15 @@ class RepositoryInterface(ABC):
             raise outcome
         return outcome
 
-    async def _many(
-        self, changes: Sequence[Change], timeout: float | None
-    ) -> Sequence[int | bool]:
+    async def _many(self, changes: Sequence[Change], timeout: float | None) -> Sequence[int | bool]:
         """What the verb returns for each: a version, or for a delete whether it was there."""
         if not changes:
             return []
         outcomes = await self._write(changes, timeout)
         results = [
-            each is not None if isinstance(change, Delete) and not isinstance(each, StorageError) else each
+            each is not None
+            if isinstance(change, Delete) and not isinstance(each, StorageError)
+            else each
             for change, each in zip(changes, outcomes, strict=True)
         ]
         errors = [each for each in results if isinstance(each, StorageError)]
@@ -536,10 +552,11 @@ def _delete(key: Key, expected: _Expected) -> Delete:
 
 
 def _imported(collection: Collection, data: Mapping[str, object], at: str) -> Put:
-    key, entity = collection.entity(data, version=True)
-    version = check_version(entity.pop(VERSION, 0), absent=False)
+    given = data.get(VERSION, 0) if isinstance(data, Mapping) else 0
+    version = check_version(given, absent=False)
     if version is ANY:
         raise InvalidVersionError("an imported version is an integer from 0 on")
+    key, entity = collection.entity(data)
     return Put(key, entity, at, version=cast("int", version))
 
 
@@ -564,7 +581,9 @@ def _listed(ids: Iterable[str]) -> Iterable[str]:
 
 
 @asynccontextmanager
-async def within(timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool) -> AsyncIterator[None]:
+async def within(
+    timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
+) -> AsyncIterator[None]:
     """Bound the work inside to `timeout` seconds.
 
     Raises:
@@ -582,7 +601,7 @@ async def within(timeout: float | None, *, outcome_unknown: Callable[[], bool] =
             raise
         unknown = outcome_unknown()
         raise OperationTimeoutError(
-            f"not done within {timeout} s", retryable=not unknown, outcome_unknown=unknown
+            f"not done within {timeout:g} s", retryable=not unknown, outcome_unknown=unknown
         ) from exc
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan
+from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, finish
 from hf_async_store.entities import (
     HOST_FACTORY,
     Change,
@@ -99,11 +99,17 @@ class StorageStrategy(RepositoryInterface):
         return self
 
     async def close(self) -> None:
-        """Finish what was submitted, then release everything. A second close does nothing."""
+        """Finish what was submitted, then release everything. A second close does nothing.
+
+        A cancelled close still goes to its end before the cancellation comes out.
+        """
         if self._closed or self._loop is None:
             self._closed = True
             return
         self._closed = True
+        await finish(self._release())
+
+    async def _release(self) -> None:
         await self._writes.drain()
         if self._reads is not None:
             await self._reads.drain()
@@ -123,12 +129,13 @@ class StorageStrategy(RepositoryInterface):
     def _usable(self) -> Engine:
         if self._closed:
             raise StoreClosedError("this store was closed")
+        if self._forks != _Forks.seen:
+            # Before the loop is asked for: in the child there is none.
+            raise WrongLoopError("this store was opened before a fork; open one in the child")
         if self._loop is not asyncio.get_running_loop():
             if self._loop is None:
                 raise StoreClosedError("this store is not open (use `async with`)")
             raise WrongLoopError("this store was opened in another event loop")
-        if self._forks != _Forks.seen:
-            raise WrongLoopError("this store was opened before a fork; open one in the child")
         self._transactions.refuse_reentry()
         return self._engine
 
@@ -251,7 +258,9 @@ class StorageStrategy(RepositoryInterface):
         except StorageError as exc:
             found = {"problems": [str(exc)]}
         more = found.pop("problems", [])
-        problems += [each for each in more if each not in problems] if isinstance(more, list) else []
+        problems += (
+            [each for each in more if each not in problems] if isinstance(more, list) else []
+        )
         return {"ok": not problems, **report, **found, "problems": problems}
 
     def describe(self) -> dict[str, Value]:

@@ -9,12 +9,12 @@ and rollback to the session's own context.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from hf_async_store.engine import Isolation, Session
+from hf_async_store.engine import Session
 from hf_async_store.entities import (
     ANY,
     PRESENT,
@@ -36,6 +36,8 @@ from hf_async_store.errors import (
 )
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, within
+
+Result = TypeVar("Result")
 
 
 class TransactionManager:
@@ -69,7 +71,11 @@ class TransactionManager:
         if task is None:
             raise TransactionClosedError("a transaction needs a running task")
         self._inside[task] = what
-        return lambda: self._inside.pop(task, None) and None
+
+        def leave() -> None:
+            self._inside.pop(task, None)
+
+        return leave
 
 
 class Transaction(RepositoryInterface):
@@ -102,7 +108,7 @@ class Transaction(RepositoryInterface):
         self._closed = False
         self._failure: BaseException | None = None
         self._inner: Transaction | None = None
-        self._turn = asyncio.Lock() if parent is None else parent._turn
+        self._turn: asyncio.Lock = asyncio.Lock() if parent is None else parent._turn
         self._seen: dict[Key, int | None] = {} if parent is None else dict(parent._seen)
 
     def begin_transaction(self) -> Self:
@@ -255,6 +261,9 @@ class Transaction(RepositoryInterface):
                 self._failure = exc
                 raise
 
+    async def _retried(self, attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+        return await attempt()
+
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
         async with self._step(timeout) as session:
             records = await session.fetch(keys)
@@ -265,9 +274,8 @@ class Transaction(RepositoryInterface):
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         async with self._step(timeout) as session:
             outcomes = await session.write(changes)
-            failed = outcomes[-1]
-            if isinstance(failed, StorageError):
-                raise failed
+            if outcomes and isinstance(outcomes[-1], StorageError):
+                raise outcomes[-1]
         for change, outcome in zip(changes, outcomes, strict=True):
             if not isinstance(outcome, StorageError):
                 self._seen[change.key] = outcome if not isinstance(change, Delete) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from hf_async_store.entities import HOST_FACTORY, Collection
 from hf_async_store.errors import ConfigurationError
@@ -23,6 +23,8 @@ _BUILT_IN: Final = {
     "memory": ("hf_async_store.strategies.memory", "MemoryStorageStrategy"),
     "json": ("hf_async_store.strategies.json", "JSONStorageStrategy"),
 }
+
+_PLANNED: Final = frozenset({"sql", "dynamodb"})
 
 
 def open_store(
@@ -47,7 +49,15 @@ def open_store(
     return strategy_type(loaded.strategy)(loaded, collections=collections)
 
 
-def strategy_type(name: str) -> type[StorageStrategy]:
+class StrategyType(Protocol):
+    """What is registered: a class, or any callable, that makes a store."""
+
+    def __call__(
+        self, config: StorageConfig, *, collections: Iterable[Collection]
+    ) -> StorageStrategy: ...
+
+
+def strategy_type(name: str) -> StrategyType:
     """The class of a strategy, built in or registered under the entry-point group.
 
     Raises:
@@ -55,19 +65,20 @@ def strategy_type(name: str) -> type[StorageStrategy]:
     """
     if name in _BUILT_IN:
         module, attribute = _BUILT_IN[name]
-        return cast("type[StorageStrategy]", getattr(import_module(module), attribute))
+        return cast("StrategyType", getattr(import_module(module), attribute))
     return _registered(name)
 
 
-def _registered(name: str) -> type[StorageStrategy]:
+def _registered(name: str) -> StrategyType:
     from importlib.metadata import entry_points
 
     found = {each.name: each for each in entry_points(group=GROUP)}
     if name not in found:
         known = ", ".join(sorted({*_BUILT_IN, *found}))
-        raise ConfigurationError(f"no storage strategy {name!r}; there are: {known}")
+        coming = " (it is planned, and not part of this version)" if name in _PLANNED else ""
+        raise ConfigurationError(f"no storage strategy {name!r}{coming}; there are: {known}")
     try:
-        return cast("type[StorageStrategy]", found[name].load())
+        return cast("StrategyType", found[name].load())
     except (ImportError, AttributeError) as exc:
         raise ConfigurationError(
             f"the storage strategy {name!r} ({found[name].value}) cannot be imported: {exc}"

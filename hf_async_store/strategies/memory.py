@@ -22,7 +22,7 @@ from hf_async_store.entities import (
     Record,
     Schema,
     Value,
-    normalise,
+    copy_entity,
 )
 from hf_async_store.errors import StorageError
 from hf_async_store.locks import ReaderWriterLock
@@ -143,7 +143,9 @@ class _Session(_Reader):
 class MemoryEngine(_Reader):
     """One dict, one lock: a session holds it, and single writes wait for it."""
 
-    capabilities: Final = Capabilities(engine="memory", durable=False, processes=False)
+    capabilities: Final = Capabilities(
+        engine="memory", durable=False, processes=False, indexes=False
+    )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
         self._stored: dict[Key, Entity] = {}
@@ -212,4 +214,4 @@ def _referrers(view: _View, child: Collection, field: Field, parent: str) -> Ite
 
 
 def _record(key: Key, entity: Entity) -> Record:
-    return Record(key, cast("Entity", normalise(entity)))
+    return Record(key, copy_entity(entity))

@@ -407,28 +407,31 @@ async def test_the_last_waiter_cancelled_after_the_hand_over_leaves_the_lock_fre
     assert_free(lock)
 
 
-async def test_time_up_and_hand_over_in_the_same_moment() -> None:
+@pytest.mark.parametrize("granted_first", [True, False])
+async def test_time_up_and_hand_over_in_the_same_moment(granted_first: bool) -> None:
     """Whichever comes first decides; the other changes nothing."""
-    for granted_first in (True, False):
-        lock = ReaderWriterLock()
-        await lock.acquire_write()
-        victim, heir = Visit(lock.writing(timeout=60)), Visit(lock.writing())
-        await settle()
-        (future, *_) = lock._queue
-        steps = [lock.release_write, lambda lock=lock, future=future: lock._give_up(future)]
-        for step in steps if granted_first else reversed(steps):
-            step()
-        await settle()
-        assert victim.inside.is_set() is granted_first
-        assert heir.inside.is_set() is not granted_first
-        if granted_first:
-            await victim.leave()
-        else:
-            with pytest.raises(LockTimeoutError):
-                await victim.task
-        await settle()
-        await heir.leave()
-        assert_free(lock)
+    lock = ReaderWriterLock()
+    await lock.acquire_write()
+    victim, heir = Visit(lock.writing(timeout=60)), Visit(lock.writing())
+    await settle()
+    promised = next(iter(lock._queue))
+    if granted_first:
+        lock.release_write()
+        lock._give_up(promised)
+    else:
+        lock._give_up(promised)
+        lock.release_write()
+    await settle()
+    assert victim.inside.is_set() is granted_first
+    assert heir.inside.is_set() is not granted_first
+    if granted_first:
+        await victim.leave()
+    else:
+        with pytest.raises(LockTimeoutError):
+            await victim.task
+    await settle()
+    await heir.leave()
+    assert_free(lock)
 
 
 async def test_cancelled_in_the_moment_when_its_time_is_up() -> None:
@@ -528,7 +531,6 @@ def file_lock(tmp_path: Path) -> Iterator[Callable[[], FileLock]]:
 
 def test_a_file_lock_excludes(file_lock: Callable[[], FileLock]) -> None:
     first, second = file_lock(), file_lock()
-    assert first.held is None
     assert first.try_lock(exclusive=True)
     assert first.held == "exclusive"
     assert not second.try_lock(exclusive=True)
@@ -537,7 +539,7 @@ def test_a_file_lock_excludes(file_lock: Callable[[], FileLock]) -> None:
     first.unlock()
     assert second.try_lock(exclusive=False)
     assert first.try_lock(exclusive=False)
-    assert (first.held, second.held) == ("shared", "shared")
+    assert {first.held, second.held} == {"shared"}
     first.unlock()
     assert not first.try_lock(exclusive=True)
     second.close()
@@ -614,6 +616,31 @@ def test_a_file_lock_whose_file_cannot_be_opened(tmp_path: Path) -> None:
     lock.close()
 
 
+@pytest.mark.parametrize(("module", "name"), [(fcntl, "flock"), (os, "fstat"), (os, "stat")])
+def test_a_file_lock_that_fails_half_way_holds_nothing(
+    module: Any, name: str, file_lock: Callable[[], FileLock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, other = file_lock(), file_lock()
+    closed: list[int] = []
+    really_close = os.close
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def close(fd: int) -> None:
+        closed.append(fd)
+        really_close(fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, refuse)
+        patched.setattr(os, "close", close)
+        with pytest.raises(UnavailableError, match=r"cannot lock .*/lock: Input/output error"):
+            lock.try_lock(exclusive=True)
+    assert len(closed) == 1
+    assert lock.held is None
+    assert other.try_lock(exclusive=True)
+
+
 def test_unlock_cannot_fail(
     file_lock: Callable[[], FileLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -658,12 +685,12 @@ async def test_a_free_manager_is_taken_without_suspending(manager: Make) -> None
     locker = manager()
     others_ran: list[bool] = []
     asyncio.get_running_loop().call_soon(others_ran.append, True)
+    seen = []
     async with locker.exclusive(timeout=0):
-        assert locker.exclusive_held
-        assert locker.holds() == "write"
+        seen.append((locker.exclusive_held, locker.holds()))
     async with locker.shared(timeout=0):
-        assert not locker.exclusive_held
-        assert locker.holds() == "read"
+        seen.append((locker.exclusive_held, locker.holds()))
+    assert seen == [(True, "write"), (False, "read")]
     assert not others_ran
     assert locker.holds() is None
 
@@ -688,11 +715,12 @@ async def test_managers_exclude_one_another(manager: Make, tmp_path: Path) -> No
                 async with section():
                     pass
             assert str(caught.value) == (
-                f"the lock {path} was not free to {mode} within 0.01 s: another process holds it"
+                f"the lock {path} was not free to {mode} within 0.01 s: "
+                "another process, or another store of this one, holds it"
             )
     async with here.shared(), there.shared():
         with pytest.raises(LockTimeoutError):
-            await asyncio.create_task(there.exclusive(0).__aenter__())  # type: ignore[arg-type]
+            await asyncio.create_task(there.exclusive(0).__aenter__())
     async with there.exclusive(0):
         pass
 
@@ -725,7 +753,7 @@ async def test_the_timeout_covers_both_stages(
     await settle()
     now += 6
     await task_holder.leave()
-    with pytest.raises(LockTimeoutError, match="within 5 s: another process holds it"):
+    with pytest.raises(LockTimeoutError, match="within 5 s: another process, or another"):
         await asyncio.wait_for(victim.task, 4)
     await file_holder.leave()
 
@@ -741,6 +769,23 @@ async def test_a_manager_refuses_re_entry(held: str, wanted: str, manager: Make)
             async with getattr(locker, wanted)():
                 pass
         assert locker._main.held == held
+
+
+async def test_a_wait_in_the_name_of_a_holder_may_be_cancelled(manager: Make) -> None:
+    """Two tasks wait in the name of a third; the end of one wait is not the end of its hold."""
+    locker = manager()
+    me = asyncio.current_task()
+    before = Visit(locker.exclusive())
+    await settle()
+    first, second = Visit(locker.exclusive(owner=me)), Visit(locker.exclusive(owner=me))
+    await settle()
+    await before.leave()
+    await first.inside.wait()
+    await second.cancelled()
+    assert locker.holds(me) == "write"
+    assert locker.exclusive_held
+    await first.leave()
+    assert locker.holds(me) is None
 
 
 async def test_the_first_reader_takes_the_file_and_the_last_gives_it_back(manager: Make) -> None:
@@ -813,6 +858,28 @@ async def test_readers_that_waited_together_go_in_together(manager: Make) -> Non
         await each.leave()
     await rival.inside.wait()
     await rival.leave()
+
+
+async def test_a_reader_does_not_count_on_a_file_that_was_given_back_before_it_ran(
+    manager: Make,
+) -> None:
+    here, there = manager(), manager()
+    holder = Visit(there.exclusive())
+    await settle()
+
+    async def look_in() -> None:
+        async with here.shared():
+            pass
+
+    looking = asyncio.create_task(look_in())
+    await settle()
+    reader = Visit(here.shared())
+    await settle()
+    await holder.leave()
+    await looking
+    await reader.inside.wait()
+    assert here._main.held == "shared"
+    await reader.leave()
 
 
 async def test_a_reader_that_polls_for_others_may_be_cancelled(manager: Make) -> None:
@@ -1003,9 +1070,10 @@ asyncio.run(main())
 
 GREEDY = """
 async def main():
-    while True:
+    number = 0
+    while number < 6000:
         async with manager.exclusive():
-            bump("counter")
+            number = bump("counter")
             time.sleep(0.001)
 
 asyncio.run(main())
@@ -1014,13 +1082,13 @@ asyncio.run(main())
 GREEDY_READERS = """
 # One reader is always inside when the other one comes or goes.
 async def main():
-    changed = asyncio.Condition()
     inside = 0
     async def read():
         nonlocal inside
-        while True:
+        number = 0
+        while number < 6000:
             async with manager.shared():
-                bump("counter")
+                number = bump("counter")
                 inside += 1
                 time.sleep(0.0005)
                 for _ in range(20):
@@ -1151,7 +1219,8 @@ async def test_a_greedy_process_does_not_starve_another(
     """Counted in what the greedy process does meanwhile, not in seconds.
 
     It holds the lock all the time but for a few microseconds in each millisecond. With polling
-    alone, some thousands of its acquisitions pass for each of ours; with the turnstile about 20.
+    alone we get it when that process is done, after 6,000 acquisitions; with the turnstile after
+    one or two.
     """
     here = manager(timeout=60)
     counter = tmp_path / "counter"
@@ -1170,4 +1239,4 @@ async def test_a_greedy_process_does_not_starve_another(
         async with here.exclusive():
             meanwhile += count() - before
         await asyncio.sleep(0.01)  # until it is at work again
-    assert meanwhile < 3000
+    assert meanwhile < 400

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from hf_async_store.engine import finish
 from hf_async_store.errors import CorruptionError
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.json.journal import FileState
@@ -60,7 +60,8 @@ class FileManager:
     """
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
-        self.folder = Path(config.base_path)
+        # Absolute, for the working directory may change while the store is open.
+        self.folder = Path(config.base_path).absolute()
         self.single = config.storage_type == "single_file"
         self._compress = config.enable_compression
         self._backups = config.backup_count if config.backup_enabled else 0
@@ -71,6 +72,7 @@ class FileManager:
             self._collections = {file: name for name, file in config.files(schema).items()}
             self._stem = "store"
         self._journal_prefix = f"{self._stem}.journal."
+        self._paths: dict[str, tuple[Path, Path]] = {}
 
     # -- names -------------------------------------------------------------------------------
 
@@ -85,24 +87,23 @@ class FileManager:
 
     def path(self, name: str) -> Path:
         """Where a data file is written."""
-        return self.folder / (f"{name}.gz" if self._compress else name)
+        return self._both_paths(name)[0]
 
     def _other_path(self, name: str) -> Path:
-        return self.folder / (name if self._compress else f"{name}.gz")
+        return self._both_paths(name)[1]
 
-    def found(self, name: str) -> Path | None:
-        """Where a data file lies now; None if there is none.
+    def _both_paths(self, name: str) -> tuple[Path, Path]:
+        # Kept, because every write looks at the files, and joining paths costs more than that.
+        paths = self._paths.get(name)
+        if paths is None:
+            plain, packed = self.folder / name, self.folder / f"{name}.gz"
+            paths = self._paths[name] = (packed, plain) if self._compress else (plain, packed)
+        return paths
 
-        Raises:
-            CorruptionError: it lies there in both forms, and nothing says which one counts.
-        """
-        path, other = self.path(name), self._other_path(name)
-        there = [each for each in (path, other) if _exists(each)]
-        if len(there) > 1:
-            raise CorruptionError(
-                f"{path} and {other} are both there: move the one that is not the store away"
-            )
-        return there[0] if there else None
+    def found(self, name: str) -> list[Path]:
+        """Where a data file lies now, in the configured form first. Both are there only after a
+        fold that was to bring it into that form was interrupted."""
+        return [each for each in (self.path(name), self._other_path(name)) if _exists(each)]
 
     def signature(self, name: str) -> Signature | None:
         """How the file looks to `stat` now; None if there is none."""
@@ -126,16 +127,20 @@ class FileManager:
         """The generations that lie in the folder, oldest first."""
         found = []
         for entry in self._entries():
-            number = entry.removeprefix(self._journal_prefix)
-            if number != entry and number.isdigit():
-                found.append(int(number))
+            number = _number(entry, self._journal_prefix)
+            if number is not None:
+                found.append(number)
         return sorted(found)
 
     def backups(self, name: str) -> list[Path]:
         """The backups of a data file, newest first."""
-        prefixes = tuple(f"{each}.bak." for each in (name, f"{name}.gz"))
-        found = [each for each in self._entries() if each.startswith(prefixes)]
-        return [self.folder / each for each in sorted(found, key=_number, reverse=True)]
+        found = [
+            (number, entry)
+            for entry in self._entries()
+            for form in (name, f"{name}.gz")
+            if (number := _number(entry, f"{form}.bak.")) is not None
+        ]
+        return [self.folder / entry for _, entry in sorted(found, reverse=True)]
 
     def _entries(self) -> list[str]:
         try:
@@ -147,14 +152,37 @@ class FileManager:
 
     # -- reading -----------------------------------------------------------------------------
 
-    async def read(self, name: str) -> DataFile | None:
-        """The whole text of a data file; None if there is none."""
-        path = self.found(name)
-        return None if path is None else await read_file(path)
+    async def read(self, name: str, known: Iterable[FileState] = ()) -> DataFile | None:
+        """The whole text of a data file; None if there is none.
+
+        Args:
+            known: the contents that belong there.
+
+        Raises:
+            CorruptionError: it lies there in both forms, and nothing says which one counts.
+        """
+        files = [each for path in self.found(name) if (each := await read_file(path)) is not None]
+        if len(files) > 1 and not {each.digest for each in files} <= {
+            each.digest for each in known
+        }:
+            raise CorruptionError(
+                f"{self.path(name)} and {self._other_path(name)} are both there: move the one that "
+                "is not the store away"
+            )
+        return files[0] if files else None
 
     # -- writing -----------------------------------------------------------------------------
 
     def make_folder(self) -> None:
+        try:
+            os.mkdir(self.folder)  # noqa: PTH102  # every write asks; a Path takes five times as long
+        except FileExistsError:
+            if not os.path.isdir(self.folder):  # noqa: PTH112  # which says no to errors, too
+                self._make_parents()
+        except OSError:
+            self._make_parents()
+
+    def _make_parents(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -167,15 +195,16 @@ class FileManager:
 
         The caller renames it into place, or removes it.
         """
-        path = self.folder / f".{name}.{os.getpid()}.{os.urandom(4).hex()}{_TEMPORARY}"
+        path = self.folder / f".{name}.{os.urandom(4).hex()}{_TEMPORARY}"
         digest = hashlib.sha256()
         packer = zlib.compressobj(wbits=31) if self._compress else None
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
             try:
                 async for piece in pieces:
-                    await asyncio.to_thread(_write, fd, piece, digest, packer)
-                await asyncio.to_thread(_end, fd, digest, packer)
+                    # To its end, also when cancelled: a thread may not write to a closed file.
+                    await finish(asyncio.to_thread(_write, fd, piece, digest, packer))
+                await finish(asyncio.to_thread(_end, fd, digest, packer))
                 return path, digest.hexdigest(), Signature.of(os.fstat(fd))
             finally:
                 os.close(fd)
@@ -195,30 +224,46 @@ class FileManager:
         for name, temporary in written.items():
             target = self.path(name)
             old = self.found(name)
-            if old is not None and self._backups:
-                _link(old, self.folder / f"{old.name}.bak.{generation:08d}")
+            if old and self._backups:
+                # Numbers grow, also where journals were removed and generations began anew.
+                newest = [int(each.name.rpartition(".")[2]) for each in self.backups(name)[:1]]
+                number = max([generation, *(each + 1 for each in newest)])
+                _link(old[0], self.folder / f"{old[0].name}.bak.{number:08d}")
             temporary.replace(target)
-            if old is not None and old != target:
-                old.unlink()
+            for each in old:
+                if each != target:
+                    each.unlink()
         sync_folder(self.folder)
-        for name in written:
+        for name in written if self._backups else ():  # to make none is no reason to remove any
             for path in self.backups(name)[self._backups :]:
                 with suppress(OSError):
                     path.unlink()
 
     def clean(self) -> None:
-        """Remove temporary files that nobody can be writing any more."""
+        """Remove temporary files that somebody who died left behind.
+
+        Only whoever holds the locks to fold and to write may call this: nobody else writes any.
+        """
+        prefixes = tuple(f".{each}." for each in (*self._collections, self._stem))
         for entry in self._entries():
-            if entry.endswith(_TEMPORARY) and entry.startswith(
-                tuple(f".{name}." for name in (*self._collections, self._stem))
-            ):
-                pid = entry.removesuffix(_TEMPORARY).split(".")[-2]
-                if not (pid.isdigit() and _alive(int(pid))):
-                    with suppress(OSError):
-                        (self.folder / entry).unlink()
+            if entry.endswith(_TEMPORARY) and entry.startswith(prefixes):
+                with suppress(OSError):
+                    (self.folder / entry).unlink()
+
+    def drop_journals(self, before: int) -> None:
+        """Remove the generations that every data file holds."""
+        for generation in self.journals():
+            if generation < before:
+                with suppress(FileNotFoundError):
+                    self.journal(generation).unlink()
 
     def free_bytes(self) -> int:
-        return shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free
+        import shutil  # here, because it brings every compressor along
+
+        try:
+            return shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free
+        except OSError as exc:
+            raise translate_os_error(exc, f"look at {self.folder}") from exc
 
 
 async def read_file(path: Path) -> DataFile | None:
@@ -227,24 +272,24 @@ async def read_file(path: Path) -> DataFile | None:
     Raises:
         CorruptionError: it ends too early, or is no gzip file.
     """
-    import aiofiles
-
+    # One hop for all of it, and not aiofiles, which would cost one hop for each step and every
+    # one-shot process 6 ms of import. Each step lets go of the interpreter's lock.
     try:
-        async with aiofiles.open(path, "rb") as file:
-            signature = Signature.of(os.fstat(file.fileno()))
-            data = await file.read()
+        return await asyncio.to_thread(_read, path)
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise translate_os_error(exc, f"read {path}") from exc
-    # Hashing and inflating let go of the interpreter's lock; the loop goes on meanwhile.
-    digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-    if path.suffix != ".gz":
-        return DataFile(data, digest, signature)
-    try:
-        text = await asyncio.to_thread(zlib.decompress, data, wbits=31)
     except zlib.error as exc:
         raise CorruptionError(f"{path} is no whole gzip file: {exc}") from exc
+
+
+def _read(path: Path) -> DataFile:
+    with path.open("rb") as file:
+        signature = Signature.of(os.fstat(file.fileno()))
+        data = file.read()
+    digest = hashlib.sha256(data).hexdigest()
+    text = zlib.decompress(data, wbits=31) if path.suffix == ".gz" else data
     return DataFile(text, digest, signature)
 
 
@@ -297,6 +342,8 @@ def _link(old: Path, backup: Path) -> None:
         os.link(old, backup)
     except OSError:
         # A file system without hard links: a copy costs more and keeps as well.
+        import shutil
+
         shutil.copy2(old, backup)
 
 
@@ -310,22 +357,14 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _number(backup: str) -> int:
-    digits = backup.rpartition(".")[2]
-    return int(digits) if digits.isdigit() else 0
+def _number(entry: str, prefix: str) -> int | None:
+    """The number behind the prefix of a name; None: not a name that the store gives."""
+    digits = entry.removeprefix(prefix)
+    is_ours = digits != entry and digits.isascii() and digits.isdigit()
+    return int(digits) if is_ours else None
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-__all__: Iterable[str] = [
+__all__ = [
     "DataFile",
     "FileManager",
     "Signature",

@@ -3,7 +3,8 @@
 A journal file is a sequence of records. Each has a header of 28 bytes (big endian) and a payload
 of JSON:
 
-    magic "HFJ1" | kind u8 | 3 zero bytes | payload length u32 | payload CRC u32 | sequence u64 | header CRC u32
+    magic "HFJ1" | kind u8 | 3 zero bytes | payload length u32 | payload CRC u32
+    | sequence u64 | header CRC u32
 
 The first record is the HEAD; it names the generation and the data files that the journal belongs
 to. A COMMIT holds full post-images, so replaying one twice, or over a file that has it already, is
@@ -19,7 +20,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
-from typing import Final, TypeAlias
+from itertools import islice
+from typing import Final, TypeAlias, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -88,9 +90,18 @@ class Entry(msgspec.Struct, frozen=True):
     payload: bytes
 
 
+_KINDS: Final = frozenset(Kind)
+_PIECE: Final = 1024
+
 _TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
 _encode = msgspec.json.Encoder().encode
 _commit_decoder: Final = msgspec.json.Decoder(dict[str, dict[str, msgspec.Raw]])
+_head_decoder: Final = msgspec.json.Decoder(Head)
+_fold_decoder: Final = msgspec.json.Decoder(Fold)
+_seal_decoder: Final = msgspec.json.Decoder(Seal)
+_ENTITY: Final = b'{"version":'
+
+Body = TypeVar("Body")
 
 
 def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
@@ -105,40 +116,58 @@ def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
     return kind, _encode(body)
 
 
-def commit_payload(images: Images) -> bytes:
-    """The payload of a COMMIT."""
-    return b"{" + b",".join(_section_text(name, each) for name, each in images.items()) + b"}"
-
-
-def _section_text(name: str, images: Mapping[str, bytes | None]) -> bytes:
-    lines = b",".join(
-        b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
-        for entity_id, raw in images.items()
-    )
-    return b"".join((_encode(name), b":{", lines, b"}"))
+def commit_text(images: Images) -> Iterator[bytes]:
+    """The payload of a COMMIT in pieces, for the loop to have a turn between them."""
+    start = b"{"
+    for name, section in images.items():
+        yield start + _encode(name) + b":{"
+        start = b"},"
+        items = iter(section.items())
+        comma = b""
+        while part := list(islice(items, _PIECE)):
+            yield comma + b",".join(
+                b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
+                for entity_id, raw in part
+            )
+            comma = b","
+    yield b"}}"
 
 
 def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
     """The post-images in the payload of a COMMIT."""
     return {
-        name: {
-            entity_id: None if (text := bytes(raw)) == b"null" else text
-            for entity_id, raw in images.items()
-        }
-        for name, images in _commit_decoder.decode(payload).items()
+        name: {entity_id: _image(raw) for entity_id, raw in images.items()}
+        for name, images in _read(_commit_decoder, payload).items()
     }
 
 
+def _image(raw: msgspec.Raw) -> bytes | None:
+    text = bytes(raw)
+    if text == b"null":
+        return None
+    if not text.startswith(_ENTITY):
+        raise CorruptionError("a journal holds an entity in a form that no commit writes")
+    return text
+
+
 def read_head(payload: bytes) -> Head:
-    return msgspec.json.decode(payload, type=Head)
+    return _read(_head_decoder, payload)
 
 
 def read_fold(payload: bytes) -> Fold:
-    return msgspec.json.decode(payload, type=Fold)
+    return _read(_fold_decoder, payload)
 
 
 def read_seal(payload: bytes) -> Seal:
-    return msgspec.json.decode(payload, type=Seal)
+    return _read(_seal_decoder, payload)
+
+
+def _read(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        # Its checksum is right: so somebody wrote it just so.
+        raise CorruptionError(f"a journal holds a record that cannot be read: {exc}") from exc
 
 
 def scan(data: bytes, name: str, offset: int, sequence: int) -> Iterator[tuple[Entry, int]]:
@@ -177,6 +206,8 @@ def scan(data: bytes, name: str, offset: int, sequence: int) -> Iterator[tuple[E
             raise _damaged(
                 name, offset + position, f"record {number} stands where {sequence} belongs"
             )
+        if kind not in _KINDS:
+            raise _damaged(name, offset + position, f"a record of the unknown kind {kind}")
         position = start + length
         sequence += 1
         yield Entry(Kind(kind), payload), offset + position

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from operator import attrgetter
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import msgspec
 
@@ -35,12 +36,12 @@ class Section:
     """The entities of one collection.
 
     Args:
-        collection: its declaration.
+        collection: its declaration; None for one that only others declare: it is kept, not read.
         cache_size: how many decoded entities queries may keep.
     """
 
     def __init__(
-        self, collection: Collection, serializer: JSONSerializer, cache_size: int
+        self, collection: Collection | None, serializer: JSONSerializer, cache_size: int
     ) -> None:
         self.held: dict[str, Held] = {}
         self._collection = collection
@@ -50,11 +51,16 @@ class Section:
         self._indexable = _indexable(collection)
         self._peek = _peeker(self._indexable)
         self._indexes: dict[str, _Index] = {}
-        self._ids: list[str] | None = None
+        # A tuple of texts is nothing to the collector; a list of them it would walk again and again.
+        self._ids: tuple[str, ...] | None = None
         # What each entity that changed was before, as the indexes still have it. None: not there.
         self._before: dict[str, Held | None] = {}
         self._tracking = False
         self._indexing = asyncio.Lock()
+
+    @property
+    def declared(self) -> bool:
+        return self._collection is not None
 
     def canonical(self, entity_id: str) -> bytes | None:
         """The stored bytes of an entity, adopted now if they came from elsewhere.
@@ -65,20 +71,41 @@ class Section:
         held = self.held.get(entity_id)
         if held is None or type(held) is bytes:
             return held
-        adopted = self._serializer.adopt(self._collection, entity_id, held)
+        adopted = self._adopt(entity_id, held)
         self.held[entity_id] = adopted
         return adopted
+
+    def adopted(self, entity_id: str, held: Held) -> bytes:
+        """The canonical bytes of what an entity was at some moment.
+
+        Raises:
+            CorruptionError: they cannot be adopted.
+        """
+        if type(held) is bytes:
+            return held
+        if self.held.get(entity_id) is held:
+            return self.canonical(entity_id) or b""
+        return self._adopt(entity_id, held)
+
+    def _adopt(self, entity_id: str, held: Held) -> bytes:
+        assert self._collection is not None, "nobody can name what is not declared"
+        return self._serializer.adopt(self._collection, entity_id, held)
 
     def apply(self, images: Mapping[str, bytes | None]) -> None:
         """Take over the images of a commit."""
         held = self.held
         if self._tracking:
             before = self._before
-            for entity_id in images:
-                if entity_id not in before:
-                    before[entity_id] = held.get(entity_id)
-            if len(before) > max(_MUCH, len(held) // 2) and not self._indexing.locked():
+            many = len(before) + len(images) > max(_MUCH, len(held) // 2)
+            if many and not self._indexing.locked():
                 self._forget()
+            else:
+                for entity_id in images:
+                    if entity_id not in before:
+                        before[entity_id] = held.get(entity_id)
+        if None not in images.values():
+            held.update(cast("Mapping[str, bytes]", images))
+            return
         for entity_id, raw in images.items():
             if raw is None:
                 held.pop(entity_id, None)
@@ -108,8 +135,8 @@ class Section:
                 await self._build(field)
             await self._catch_up()
 
-    async def sorted_ids(self) -> list[str]:
-        """All ids in order, current up to the next await; not to be changed."""
+    async def sorted_ids(self) -> tuple[str, ...]:
+        """All ids in order, current up to the next await."""
         async with self._indexing:
             if self._ids is None:
                 await self._sort_ids()
@@ -118,7 +145,10 @@ class Section:
             return self._ids
 
     def find(self, field: str, values: Iterable[Value]) -> set[str]:
-        """The ids whose field equals one of `values`; `index` must have been awaited just before."""
+        """The ids whose field equals one of `values`; `index` must have been awaited just before.
+
+        All lists and maps count as equal here: the caller looks closer.
+        """
         index = self._indexes[field]
         found: set[str] = set()
         for value in values:
@@ -135,10 +165,11 @@ class Section:
         # What changes from here on waits in `_before`, and is then settled in this index, too.
         index: _Index = {}
         value_of = attrgetter(field)
-        for number, (entity_id, held) in enumerate(list(self.held.items())):
+        ids, texts = list(self.held), list(self.held.values())
+        for number, (entity_id, held) in enumerate(zip(ids, texts, strict=True)):
             if number and not number % _PIECE:
                 await asyncio.sleep(0)
-            value = value_of(self._peek(self._adopted(entity_id, held)))
+            value = value_of(self._peek(self.adopted(entity_id, held)))
             if value is not msgspec.UNSET:
                 _add(index, _scalar(value), entity_id)
         self._indexes[field] = index
@@ -152,12 +183,12 @@ class Section:
             ids += sorted(unsorted[start : start + _SORT_PIECE])
             await asyncio.sleep(0)
         ids.sort()  # merges sorted runs, which takes a fraction of sorting
-        self._ids = ids
+        self._ids = tuple(ids)
 
     async def _catch_up(self) -> None:
         """Settle every change that waits; the last piece is settled without an await."""
         while len(self._before) > _PIECE:
-            self._settle(list(self._before)[:_PIECE])
+            self._settle(list(islice(self._before, _PIECE)))
             await asyncio.sleep(0)
         self._settle(list(self._before))
 
@@ -177,8 +208,8 @@ class Section:
             self._ids = _resorted(self._ids, came, went)
 
     def _reindex(self, entity_id: str, before: Held | None, after: Held | None) -> None:
-        old = None if before is None else self._peek(self._adopted(entity_id, before))
-        new = None if after is None else self._peek(self._adopted(entity_id, after))
+        old = None if before is None else self._peek(self.adopted(entity_id, before))
+        new = None if after is None else self._peek(self.adopted(entity_id, after))
         for field, index in self._indexes.items():
             was = getattr(old, field, msgspec.UNSET)
             now = getattr(new, field, msgspec.UNSET)
@@ -186,13 +217,6 @@ class Section:
                 _discard(index, _scalar(was), entity_id)
             if now is not msgspec.UNSET:
                 _add(index, _scalar(now), entity_id)
-
-    def _adopted(self, entity_id: str, held: Held) -> bytes:
-        if type(held) is bytes:
-            return held
-        if self.held.get(entity_id) is held:
-            return self.canonical(entity_id) or b""
-        return self._serializer.adopt(self._collection, entity_id, held)
 
     def _forget(self) -> None:
         """Give the indexes up: building them again costs less than settling so many changes."""
@@ -202,8 +226,10 @@ class Section:
         self._tracking = False
 
 
-def _indexable(collection: Collection) -> frozenset[str]:
+def _indexable(collection: Collection | None) -> frozenset[str]:
     """The fields worth an index: declared so, and references, by which children are found."""
+    if collection is None:
+        return frozenset()
     declared = {each.field for each in collection.indexes}
     return frozenset(declared | {each.name for each in collection.references})
 
@@ -219,7 +245,7 @@ def _scalar(value: Value) -> _Scalar:
     if isinstance(value, bool):
         return (value,)
     if isinstance(value, list | dict):
-        return (False, False)  # type: ignore[return-value]  # equals nothing that an index holds
+        return (False, False)  # type: ignore[return-value]  # equals nothing else
     return value
 
 
@@ -244,13 +270,14 @@ def _discard(index: _Index, value: _Scalar, entity_id: str) -> None:
         del index[value]
 
 
-def _resorted(ids: list[str], came: list[str], went: list[str]) -> list[str]:
-    """`ids` with some more and some less. A new list where many change: walks may hold the old."""
+def _resorted(ids: tuple[str, ...], came: list[str], went: list[str]) -> tuple[str, ...]:
+    """`ids` with some more and some less."""
     if len(came) + len(went) > _FEW:
         gone = set(went)
-        return sorted([each for each in ids if each not in gone] + came)
+        return tuple(sorted([each for each in ids if each not in gone] + came))
+    changed = list(ids)
     for each in came:
-        insort(ids, each)
+        insort(changed, each)
     for each in went:
-        del ids[bisect_left(ids, each)]
-    return ids
+        del changed[bisect_left(changed, each)]
+    return tuple(changed)

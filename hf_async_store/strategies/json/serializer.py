@@ -8,6 +8,7 @@ a file costs no decoding, and nothing unchecked ever reaches a caller.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Final, Literal, TypeAlias, cast
 
@@ -19,7 +20,7 @@ from hf_async_store.entities import (
     Entity,
     Schema,
     Value,
-    normalise,
+    copy_entity,
     parse_timestamp,
 )
 from hf_async_store.errors import CorruptionError, StorageError
@@ -28,8 +29,15 @@ Held: TypeAlias = bytes | msgspec.Raw
 """An entity in memory: canonical bytes, or Raw text that nobody has looked at yet."""
 
 _PREFIX: Final = b'{"version":'
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_FILE_WAY_BACK: Final = (
+    "Nothing was changed. Mend the file, or restore a backup (`hf-async-store restore`)"
+)
+_NAME: Final = re.compile(rb'[\s,]*"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
 PIECE: Final = 1 << 19
 """How many bytes of a file are cut in one go: about 1 ms."""
+
+_WAY_BACK: Final = "Mend it in the data file, or restore a backup (`hf-async-store restore`)"
 
 encode_text = msgspec.json.Encoder().encode
 _decode = cast("msgspec.json.Decoder[Entity]", msgspec.json.Decoder()).decode
@@ -37,7 +45,7 @@ _cut = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class _Created(msgspec.Struct):
-    created_at: str | None | msgspec.UnsetType = msgspec.UNSET
+    created_at: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 _created = msgspec.json.Decoder(_Created).decode
@@ -61,7 +69,7 @@ class JSONSerializer:
     def version(self, canonical: bytes) -> int:
         return int(canonical[len(_PREFIX) : canonical.index(b",", len(_PREFIX))])
 
-    def created_at(self, canonical: bytes) -> str | None | msgspec.UnsetType:
+    def created_at(self, canonical: bytes) -> str | msgspec.UnsetType | None:
         return _created(canonical).created_at
 
     def adopt(self, collection: Collection, entity_id: str, raw: Held) -> bytes:
@@ -78,13 +86,18 @@ class JSONSerializer:
         where = f"{collection.name} {entity_id!r}"
         try:
             found = msgspec.json.decode(raw)
-            if type(found) is not dict:
-                raise CorruptionError(f"{where} is not an entity but {type(found).__name__}")
-            entity = cast("Entity", normalise(found))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise CorruptionError(f"{where} is damaged: {exc}") from exc
+        except _UNREADABLE as exc:
+            raise CorruptionError(f"{where} is damaged: {exc}. {_WAY_BACK}") from exc
+        if type(found) is not dict:
+            raise CorruptionError(
+                f"{where} is not an entity but {type(found).__name__}. {_WAY_BACK}"
+            )
+        try:
+            entity = copy_entity(found)
+        except RecursionError as exc:
+            raise CorruptionError(f"{where} is damaged: {exc}. {_WAY_BACK}") from exc
         except StorageError as exc:
-            raise CorruptionError(f"{where} cannot be read: {exc}") from exc
+            raise CorruptionError(f"{where} cannot be read: {exc}. {_WAY_BACK}") from exc
         return self._canonical(collection, entity_id, entity, where)
 
     def _canonical(
@@ -92,10 +105,12 @@ class JSONSerializer:
     ) -> bytes:
         version = entity.pop(VERSION, 0)
         if type(version) is not int or version < 0:
-            raise CorruptionError(f"{where} has no version but {version!r} in its place")
+            raise CorruptionError(
+                f"{where} has no version but {version!r} in its place. {_WAY_BACK}"
+            )
         if entity.setdefault(collection.key, entity_id) != entity_id:
             raise CorruptionError(
-                f"{where} names itself {entity[collection.key]!r} in {collection.key}"
+                f"{where} names itself {entity[collection.key]!r} in {collection.key}. {_WAY_BACK}"
             )
         for name, field in collection.typed.items():
             value = entity.get(name)
@@ -130,34 +145,39 @@ def cut_lines(data: bytes, start: int, *, ours: bool) -> Iterator[dict[str, Held
     Yields the entities of each piece and, last, the offset of the brace that ends the section.
 
     Raises:
-        NotOurs: it is laid out otherwise.
-        CorruptionError: an id comes twice.
+        NotOurs: it is laid out otherwise, or an id comes twice in a piece.
     """
     if data[start : start + 1] == b"}":
         yield start
         return
-    end = data.find(b"\n}", start - 1)
-    if end < start:
-        raise NotOurs
-    while start < end:
-        stop = end if end - start <= PIECE else data.find(b"\n", start + PIECE, end)
-        stop = end if stop < 0 else stop
-        yield _cut_piece(data[start:stop], ours=ours)
+    while (stop := data.find(b"\n", start + PIECE)) >= 0:
+        try:
+            piece = _cut_piece(data[start:stop], last=False, ours=ours)
+        except NotOurs:
+            break  # the section ends in this piece, if it is ours at all
+        yield piece
         start = stop + 1
+    # Looked for in the last piece only: in the whole text it takes one step of 30 ms for 30 MB.
+    end = data.find(b"\n}", start, len(data) if stop < 0 else stop + 2)
+    if end < 0:
+        raise NotOurs
+    yield _cut_piece(data[start:end], last=True, ours=ours)
     yield end + 1
 
 
-def _cut_piece(lines: bytes, *, ours: bool) -> dict[str, Held]:
+def _cut_piece(lines: bytes, *, last: bool, ours: bool) -> dict[str, Held]:
+    if not last and not lines.endswith(b","):
+        raise NotOurs
     try:
-        found = _cut(b"{" + lines.removesuffix(b",") + b"}")
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        found = _cut(b"{" + (lines if last else lines[:-1]) + b"}")
+    except _UNREADABLE as exc:
         raise NotOurs from exc
     if len(found) != lines.count(b"\n") + 1:
         raise NotOurs
-    return _held(found, ours=ours)
+    return held(found, ours=ours)
 
 
-def _held(found: dict[str, msgspec.Raw], *, ours: bool) -> dict[str, Held]:
+def held(found: dict[str, msgspec.Raw], *, ours: bool) -> dict[str, Held]:
     if not ours:
         return cast("dict[str, Held]", found)
     # A view would keep the whole piece alive, and Raw takes 60 bytes more than bytes.
@@ -168,16 +188,40 @@ def _held(found: dict[str, msgspec.Raw], *, ours: bool) -> dict[str, Held]:
     }
 
 
-def cut_object(text: Held, what: str) -> dict[str, msgspec.Raw]:
+def cut_object(text: Held, what: str, *, once: bool = False) -> dict[str, msgspec.Raw]:
     """The members of a JSON object, undecoded.
 
+    Args:
+        once: make sure that no name comes twice.
+
     Raises:
-        CorruptionError: it is no JSON object.
+        CorruptionError: it is no JSON object, or nobody can say which member counts.
     """
     try:
-        return _cut(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise CorruptionError(f"{what} is not what it should be, a JSON object: {exc}") from exc
+        found = _cut(text)
+    except _UNREADABLE as exc:
+        raise CorruptionError(
+            f"{what} is not what it should be, a JSON object: {exc}. {_FILE_WAY_BACK}"
+        ) from exc
+    if once:
+        _refuse_repeated(bytes(text), found, what)
+    return found
+
+
+def _refuse_repeated(text: bytes, found: Mapping[str, msgspec.Raw], what: str) -> None:
+    """A decoder keeps the last member of a name. Then the others do not lie as they should: one
+    behind another, with nothing but a name between them."""
+    end = text.index(b"{") + 1
+    for name, raw in found.items():
+        value = bytes(raw)
+        between = _NAME.match(text, end)
+        if between is None or not text.startswith(value, between.end()):
+            raise CorruptionError(
+                f"{what}: {name!r}, or a name before it, comes twice. {_FILE_WAY_BACK}"
+            )
+        end = between.end() + len(value)
+    if text[end:].strip() != b"}":
+        raise CorruptionError(f"{what}: a name comes twice. {_FILE_WAY_BACK}")
 
 
 Layout: TypeAlias = Literal["flat", "wrapped"]
@@ -190,7 +234,7 @@ def layout_of(collection: Collection, members: Mapping[str, msgspec.Raw]) -> Lay
     """
     try:
         inner = _cut(members[collection.name])
-    except (KeyError, msgspec.DecodeError, UnicodeDecodeError):
+    except (KeyError, *_UNREADABLE):
         return "flat"
     own = inner.get(collection.key)
     is_entity = own is not None and bytes(own) == encode_text(collection.name)

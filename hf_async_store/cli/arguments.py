@@ -1,0 +1,474 @@
+"""The commands, their arguments and their manual.
+
+Two parsers, one after the other: the first finds the command, and only that command's own is made,
+so that no start pays for the others. It also lets options and words of a command come in any order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any, Final, NamedTuple, NoReturn
+
+from hf_async_store.cli.output import PROGRAM, line
+from hf_async_store.errors import InvalidInputError
+
+STORE_VARIABLE: Final = "HF_ASYNC_STORE"
+_WIDTH: Final = 100
+
+_MANUAL: Final = f"""\
+which store: --store URL, --config FILE, or the environment variable {STORE_VARIABLE}, which holds
+either. Options may stand before or after the command.
+
+  json:data/request_database.json    one JSON file
+  json:data                          a folder with a JSON file for each collection
+
+  Passwords are best left to the environment: '...://app:${{DB_PASSWORD}}@host/name', in quotes.
+
+On a terminal, results come as tables and indented JSON; in a pipe, or with --json, as one JSON
+value a line. Messages go to stderr, one line each.
+
+exit codes:
+  0  done          1  not found: the entity, or the store itself
+  2  wrong usage   3  conflict: another version, exists already, or references stand in the way
+  4  the store failed, or `health` found problems      130  Ctrl-C      141  the reader went away
+"""
+
+_PURPOSE: Final = "Keep templates, requests, machines and your own collections in one store."
+
+_EXAMPLES: Final = f"""\
+examples:
+  {PROGRAM} --store json:data/request_database.json init
+  export {STORE_VARIABLE}=json:data/request_database.json
+  {PROGRAM} put templates '{{"template_id": "t-1", "name": "Standard"}}'
+  {PROGRAM} get templates t-1
+  {PROGRAM} query machines status=RUNNING created_at:gt=2025-06-30 --order -created_at
+  {PROGRAM} query --help
+"""
+
+_PLACES: Final = """\
+  FIELD=VALUE             has this value              FIELD:OPERATOR=VALUE
+  tags/owner=ops          inside a map                disks/0/size:gte=100    inside a list
+  status:in=A,B           one of                      count:between=1,10      both included
+  done_at:exists=false    not there (null is there)   name:=null              any JSON behind :=
+  '["a/b:c"]=x'           a name with / : = in it: the steps as a JSON list
+
+  operators: eq ne lt lte gt gte in not_in between exists contains begins_with
+
+A value is read as the field's declared type. In a json field, or one that is not declared, it is
+JSON if it reads as such, else text: zone=7 is the number, zone:='"7"' the text. All must match.
+"""
+
+Runner = Callable[[argparse.Namespace], int]
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        usage: its words; None where another module knows them.
+        summary: its line in the manual.
+        place: `module:function` of what runs it, imported when it is chosen.
+        add_arguments: makes its parser, imported likewise where it is no function of this module.
+        manual: what its `--help` says below the options.
+    """
+
+    usage: str | None
+    summary: str
+    place: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    manual: str = ""
+
+    def load(self) -> Runner:
+        module, _, name = self.place.partition(":")
+        runner: Runner = getattr(import_module(module), name)
+        return runner
+
+
+class _Manual(argparse.RawDescriptionHelpFormatter):
+    """Help of one width: asking for that of the terminal imports every compressor there is."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_WIDTH)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, to be told like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInputError(f"{message} ({self.prog} --help)")
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """The command that was chosen, and its arguments.
+
+    Raises:
+        InvalidInputError: what cannot be understood.
+        SystemExit: after `--help` or `--version`.
+    """
+    top = _top_parser()
+    found = top.parse_args(_glued(argv))
+    name = found.command or ""
+    if name not in COMMANDS:
+        raise InvalidInputError(_no_command(name))
+    command = COMMANDS[name]
+    parser = _new_parser(
+        prog=f"{PROGRAM} {name}",
+        usage=None if command.usage is None else f"{PROGRAM} {command.usage}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=command.manual,
+        # A command of another module may have an option of the same name, and means its own.
+        conflict_handler="resolve",
+    )
+    _add_common(parser)
+    command.add_arguments(parser)
+    words = found.words
+    del found.words
+    return command, parser.parse_intermixed_args(words, found)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    names = "\n".join(f"  {name:<12}{each.summary}" for name, each in COMMANDS.items())
+    parser = _new_parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [OPTIONS] COMMAND ...",
+        description=f"{_PURPOSE}\n\ncommands:\n{names}\n\n{_EXAMPLES}",
+        epilog=_MANUAL,
+    )
+    _add_common(parser)
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _new_parser(**options: Any) -> _Parser:
+    return _Parser(formatter_class=_Manual, allow_abbrev=False, **options)
+
+
+class _Version(argparse.Action):
+    """`--version`, which asks the package only when it is wanted."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        from hf_async_store import __version__
+
+        # What was asked for goes to stdout; the parser's own exit would write to stderr.
+        line(f"{PROGRAM} {__version__}")
+        parser.exit(0)
+
+
+def _no_command(name: str) -> str:
+    known = ", ".join(COMMANDS)
+    if not name:
+        return f"say what to do: {known} ({PROGRAM} --help)"
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"no command {name!r}; there are: {known}{hint}"
+
+
+def _glued(argv: Sequence[str]) -> list[str]:
+    """`--order -name` as `--order=-name`, which argparse would take for another option."""
+    words = list(argv)
+    for index in range(len(words) - 1, 0, -1):
+        if words[index - 1] == "--order" and re.match(r"-\w|-\[", words[index]):
+            words[index - 1 : index + 1] = [f"--order={words[index]}"]
+    return words
+
+
+# -- arguments ------------------------------------------------------------------------------
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("options of every command")
+    group.add_argument("--store", metavar="URL", help="the store, as a URL")
+    group.add_argument("--config", metavar="FILE", help="the store, as a configuration file")
+    group.add_argument(
+        "--collections",
+        metavar="MODULE:NAME",
+        help="your own collections: NAME in MODULE, found from the working directory, holds them",
+    )
+    group.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="give up after so long")
+    group.add_argument("--json", action="store_true", help="JSON lines also on a terminal")
+    group.add_argument("--verbose", action="store_true", help="show where an error came from")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+    return int(text)
+
+
+def _version(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a version, a number from 0 on, got {text!r}")
+    return int(text)
+
+
+def _version_or_absent(text: str) -> int | str:
+    return text if text == "absent" else _version(text)
+
+
+def _add_collection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "collection", metavar="COLLECTION", help="templates, requests, machines, or your own"
+    )
+
+
+def _put(parser: argparse.ArgumentParser) -> None:
+    _add_collection(parser)
+    parser.add_argument(
+        "source", metavar="JSON | -", nargs="?", help="the JSON itself, or - for stdin"
+    )
+    parser.add_argument("--file", metavar="FILE", help="a file with the JSON")
+    parser.add_argument("--create", action="store_true", help="refuse what is there already")
+    parser.add_argument(
+        "--expected-version",
+        metavar="N|absent",
+        type=_version_or_absent,
+        help="refuse if another version is stored; absent: if anything is",
+    )
+
+
+def _get(parser: argparse.ArgumentParser) -> None:
+    _add_collection(parser)
+    parser.add_argument("ids", metavar="ID", nargs="+", help="one id or several")
+
+
+def _update(parser: argparse.ArgumentParser) -> None:
+    _add_collection(parser)
+    parser.add_argument("id", metavar="ID", help="which entity")
+    parser.add_argument("changes", metavar="FIELD=VALUE | JSON", nargs="*", help="what to set")
+    parser.add_argument(
+        "--remove",
+        metavar="FIELD",
+        action="append",
+        default=[],
+        help="take a field away; repeatable",
+    )
+    _add_expected_version(parser)
+
+
+def _delete(parser: argparse.ArgumentParser) -> None:
+    _get(parser)
+    _add_expected_version(parser)
+
+
+def _add_expected_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expected-version", metavar="N", type=_version, help="refuse if another one is stored"
+    )
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    _add_collection(parser)
+    parser.add_argument("filters", metavar="FILTER", nargs="*", help="all must match; see below")
+
+
+def _query(parser: argparse.ArgumentParser) -> None:
+    _add_filters(parser)
+    parser.add_argument(
+        "--order",
+        metavar="NAME|-NAME",
+        action="append",
+        default=[],
+        help="smallest first, or greatest first with -; several with commas",
+    )
+    parser.add_argument("--limit", metavar="N", type=_count, help="so many at most")
+    parser.add_argument("--fields", metavar="A,B", help="only these, with the key and version")
+    parser.add_argument(
+        "--explain", action="store_true", help="show how it would be answered, and do not"
+    )
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    adopt = parser.add_mutually_exclusive_group()
+    adopt.add_argument(
+        "--adopt-file",
+        dest="adopt",
+        action="store_const",
+        const="file",
+        help="take the data file as it is and drop the journal",
+    )
+    adopt.add_argument(
+        "--adopt-journal",
+        dest="adopt",
+        action="store_const",
+        const="journal",
+        help="put the journal's commits on top of the data file",
+    )
+
+
+def _backup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "destination",
+        metavar="DESTINATION",
+        nargs="?",
+        help="a new file or folder, or a folder for a dated one (default: the configuration's "
+        "migration.backup_location, which is backups/)",
+    )
+
+
+def _restore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a backup: a file, or a folder of files")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _foreign(module: str, parser: argparse.ArgumentParser) -> None:
+    import_module(module).add_arguments(parser)
+
+
+_CLI: Final = "hf_async_store.cli"
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "init": Command(
+        "init",
+        "make an empty store where there is none",
+        f"{_CLI}.upkeep:init",
+        _nothing,
+        "What is there already stays as it is, so it may be called again and again.\n\n"
+        f"  {PROGRAM} --store json:data/request_database.json init\n",
+    ),
+    "put": Command(
+        "put COLLECTION [JSON | -] [OPTIONS]",
+        "store entities: insert them, or replace what is there",
+        f"{_CLI}.verbs:put",
+        _put,
+        "The JSON is one object, a list of objects, or one object a line. The key field in each\n"
+        "(as machine_id) holds its id. Fields that an object does not name are gone afterwards;\n"
+        "`update` changes single fields. If one cannot be stored as it is, none is; beyond that,\n"
+        "each is stored or refused by itself.\n\n"
+        f'  {PROGRAM} put templates \'{{"template_id": "t-1", "name": "Standard"}}\'\n'
+        f"  {PROGRAM} put machines --file machines.jsonl --create\n"
+        f"  {PROGRAM} query machines | {PROGRAM} put machines - --store json:copy.json\n",
+    ),
+    "get": Command(
+        "get COLLECTION ID...",
+        "show entities by id",
+        f"{_CLI}.verbs:get",
+        _get,
+        "Exit code 1 if any of them is not there; the others are shown.\n\n"
+        f"  {PROGRAM} get machines m-1 m-2\n"
+        f"  {PROGRAM} get machines -- -id-that-begins-with-a-dash\n",
+    ),
+    "update": Command(
+        "update COLLECTION ID [FIELD=VALUE... | JSON] [OPTIONS]",
+        "change single fields of an entity that is there",
+        f"{_CLI}.verbs:update",
+        _update,
+        "A value is read as the field's declared type, in other fields as JSON if it reads as\n"
+        "such, else as text; FIELD:=JSON takes any JSON value.\n\n"
+        f"  {PROGRAM} update requests req-1 status=COMPLETED completed_at=2025-06-30T12:00:00Z\n"
+        f'  {PROGRAM} update requests req-1 \'tags:={{"owner": "ops"}}\' --remove note\n'
+        f'  {PROGRAM} update requests req-1 \'{{"status": "FAILED"}}\' --expected-version 3\n',
+    ),
+    "delete": Command(
+        "delete COLLECTION ID... [OPTIONS]",
+        "take entities away",
+        f"{_CLI}.verbs:delete",
+        _delete,
+        "Exit code 1 if any of them was not there.\n\n"
+        f"  {PROGRAM} delete machines m-1 m-2\n"
+        f"  {PROGRAM} delete machines m-1 --expected-version 3\n",
+    ),
+    "query": Command(
+        "query COLLECTION [FILTER...] [OPTIONS]",
+        "show the entities that match",
+        f"{_CLI}.verbs:query",
+        _query,
+        f"{_PLACES}\n"
+        f"  {PROGRAM} query machines request_id=req-1 status:ne=TERMINATED\n"
+        f"  {PROGRAM} query requests status:in=PENDING,RUNNING --order -created_at --limit 20\n"
+        f"  {PROGRAM} query machines status=RUNNING --fields private_ip,name --json\n",
+    ),
+    "count": Command(
+        "count COLLECTION [FILTER...]",
+        "count the entities that match",
+        f"{_CLI}.verbs:count",
+        _add_filters,
+        f"{_PLACES}\n  {PROGRAM} count machines status=RUNNING\n",
+    ),
+    "health": Command(
+        "health",
+        "check that the store can be used: write, read, room, files",
+        f"{_CLI}.upkeep:health",
+        _nothing,
+        "Exit code 4 if anything is wrong.\n",
+    ),
+    "describe": Command(
+        "describe",
+        "show collections, capabilities and configuration",
+        f"{_CLI}.upkeep:describe",
+        _nothing,
+        "Passwords are not shown.\n",
+    ),
+    "checkpoint": Command(
+        "checkpoint [OPTIONS]",
+        "bring everything into the data files (JSON stores)",
+        f"{_CLI}.upkeep:checkpoint",
+        _checkpoint,
+        "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
+        "The --adopt options settle a data file that was replaced by hand while the journal held\n"
+        "commits; what loses is gone, so make a copy of the folder first.\n",
+    ),
+    "backup": Command(
+        "backup [DESTINATION]",
+        "copy the data files while the store is in use (JSON stores)",
+        f"{_CLI}.backups:backup",
+        _backup,
+        "The copy holds everything that was written before the command began.\n\n"
+        f"  {PROGRAM} backup\n"
+        f"  {PROGRAM} backup /mnt/backups/before-upgrade.json\n",
+    ),
+    "restore": Command(
+        "restore SOURCE",
+        "replace the content of the store by a backup (JSON stores)",
+        f"{_CLI}.backups:restore",
+        _restore,
+        "SOURCE is what `backup` made or `backups` lists, or any file in the store's form. It is\n"
+        "checked first, and what was in the store is kept beside it as replaced_TIME. A changed\n"
+        "entity gets its next version, as by any write. If the store cannot be opened any more,\n"
+        "its files are replaced, and kept as they were in damaged_TIME.\n\n"
+        f"  {PROGRAM} restore backups/backup_20250630T120000Z.json\n"
+        f"  {PROGRAM} restore data/request_database.json.bak.00000012\n",
+    ),
+    "backups": Command(
+        "backups",
+        "list the older files that the store kept by itself (JSON stores)",
+        f"{_CLI}.backups:backups",
+        _nothing,
+        f"Newest first; each can be given to `{PROGRAM} restore`.\n",
+    ),
+    "demo": Command(
+        None,
+        "see it at work: several processes on one store, one killed",
+        f"{_CLI}.upkeep:demo",
+        partial(_foreign, "hf_async_store.demo"),
+    ),
+}

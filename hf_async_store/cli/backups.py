@@ -1,0 +1,201 @@
+"""The commands on backups of a JSON store: backup, restore, backups.
+
+`restore` replaces the content by one commit, so that others may go on working meanwhile. Only a
+store that cannot be opened has its files replaced, after a copy of everything as it was.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from msgspec.json import encode
+
+from hf_async_store.cli import output
+from hf_async_store.cli.backupfile import listed, read_backup
+from hf_async_store.cli.context import Context, path_of
+from hf_async_store.cli.failures import NothingThereError
+from hf_async_store.cli.jsonfiles import JSONFiles, dated, remove
+from hf_async_store.errors import CorruptionError, InvalidInputError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from pathlib import Path
+
+    from hf_async_store.cli.backupfile import Backup
+    from hf_async_store.strategy import StorageStrategy
+
+
+_LONG: Final = 4 << 20
+"""From so many bytes on a person begins to wonder."""
+
+
+# -- backup ---------------------------------------------------------------------------------
+
+
+def backup(arguments: Namespace) -> int:
+    context = Context(arguments)
+    files = JSONFiles(context)
+    context.require_store()
+    target = _target(arguments.destination or context.config.migration.backup_location, files)
+
+    async def work(store: StorageStrategy) -> int:
+        with output.progress("backup", is_long=files.size() > _LONG):
+            made = await files.copy_out(target)
+        size = sum(each.stat().st_size for each in made)
+        done = {"backup": str(target), "files": [str(each) for each in made], "bytes": size}
+        output.result(arguments, done, f"{context.location()} copied to {target} ({size:,} bytes)")
+        return 0
+
+    return context.run(work)
+
+
+def _target(destination: str, files: JSONFiles) -> Path:
+    """The new file or folder that a destination stands for.
+
+    Raises:
+        InvalidInputError: something is there.
+    """
+    target = path_of(destination)
+    plain = ".json" if files.manager.single else ""
+    # By its name the copy will be known for what it is, plain or gzip.
+    packed = ".gz" if plain and files.options.enable_compression else ""
+    if destination.endswith("/") or target.is_dir():
+        return dated(target, "backup", plain + packed)
+    if plain:
+        target = target.with_name(target.name.removesuffix(".gz") + packed)
+    if target.exists() or target.is_symlink():
+        raise InvalidInputError(f"{target} is there already; a backup needs a new name")
+    return target
+
+
+# -- backups --------------------------------------------------------------------------------
+
+
+def backups(arguments: Namespace) -> int:
+    context = Context(arguments)
+    files = JSONFiles(context)
+    found = []
+    for path in files.store.backups():
+        with suppress(FileNotFoundError):  # a fold has just dropped the oldest
+            found.append((path, path.stat()))
+    found.sort(key=lambda each: each[1].st_mtime_ns, reverse=True)
+    rows = [
+        {
+            "backup": str(path),
+            "written": datetime.fromtimestamp(stat.st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "bytes": stat.st_size,
+        }
+        for path, stat in found
+    ]
+    if not output.for_people(arguments):
+        for row in rows:
+            output.json_line(row)
+    elif rows:
+        from hf_async_store.cli.tables import show_plain
+
+        show_plain(list(rows[0]), [[str(each) for each in row.values()] for row in rows])
+    if not rows:
+        context.require_store()
+        output.tell(f"{context.location()} has kept no backups yet")
+    return 0
+
+
+# -- restore --------------------------------------------------------------------------------
+
+
+def restore(arguments: Namespace) -> int:
+    context = Context(arguments)
+    files = JSONFiles(context)
+    source = path_of(arguments.source)
+    if not source.exists():
+        raise NothingThereError(
+            f"there is no backup {source}; `{output.PROGRAM} backups` lists what the store kept"
+        )
+
+    async def work(store: StorageStrategy) -> int:
+        with output.progress("restore", is_long=max(_bytes(source), files.size()) > _LONG):
+            found = await read_backup(source, files, context.schema)
+            async with context.watched():
+                done = await _Restoring(files, source, found).run()
+        _tell_left_out(found)
+        shown = ", ".join(f"{count:,} {name}" for name, count in done["entities"].items())
+        output.result(
+            arguments,
+            done,
+            f"{context.location()} holds what {source} does: {shown}"
+            + (f"; what was there is kept in {done['before']}" if done["before"] else ""),
+        )
+        return 0
+
+    return context.run(work, writes=True)
+
+
+class _Restoring:
+    """The replacement of a store's content."""
+
+    def __init__(self, files: JSONFiles, source: Path, found: Backup) -> None:
+        self._files = files
+        self._store = files.store
+        self._source = source
+        self._found = found
+        self._is_whole = len(found.texts) == len(files.manager.names)
+
+    async def run(self) -> dict[str, Any]:
+        """What was done, as the command shows it."""
+        try:
+            before = await self._commit()
+        except CorruptionError as exc:
+            before = await self._replace_files(exc)
+        return {
+            "restored": str(self._source),
+            "entities": {name: len(each) for name, each in self._found.data.items()},
+            "before": None if before is None else str(before),
+        }
+
+    async def _commit(self) -> Path | None:
+        """Replace the content as one commit; the file or folder that keeps what was there."""
+        before: Path | None = None
+        async with self._store.acquire_write_lock():
+            current = await self._store.read_file()
+            data = {**current, **self._found.data}
+            if any(current.values()) and encode(data) != encode(current):
+                before = await self._files.keep(current)
+            try:
+                await self._store.write_file(data)
+            except BaseException:
+                if before is not None:
+                    remove(before)
+                raise
+        await self._store.checkpoint()
+        return before
+
+    async def _replace_files(self, damage: CorruptionError) -> Path:
+        """Replace files that cannot be opened; the folder that keeps them as they were."""
+        output.tell(f"the store cannot be opened, so its files are replaced: {damage}")
+        files = self._files
+        aside = dated(files.folder, "damaged")
+        # A fold by a process that still has the store in memory would replace them again.
+        async with files.no_folding():
+            await files.set_aside(aside)
+            await files.place(self._found.texts)
+            if self._is_whole:
+                await self._store.checkpoint(adopt="file")
+            else:
+                # The journal may hold what other files lack. If it does, this raises and says so.
+                await self._store.read_file()
+        return aside
+
+
+def _bytes(source: Path) -> int:
+    found = source.iterdir() if source.is_dir() else [source]
+    return sum(each.stat().st_size for each in found)
+
+
+def _tell_left_out(found: Backup) -> None:
+    if found.left_out:
+        output.tell(
+            f"note: left out, because no collection declares it: {listed(found.left_out)} "
+            "(--collections MODULE:NAME declares others)"
+        )

@@ -1,0 +1,244 @@
+"""What a command works with: its arguments, the store that they name, and the loop to use it in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+from hf_async_store.cli.arguments import STORE_VARIABLE
+from hf_async_store.cli.failures import NothingThereError, redacted
+from hf_async_store.cli.output import PROGRAM, tell, write_error
+from hf_async_store.config import JSONConfig, load_config
+from hf_async_store.entities import HOST_FACTORY, Collection, Schema
+from hf_async_store.errors import ConfigurationError, InvalidInputError, OperationTimeoutError
+from hf_async_store.repository import within
+from hf_async_store.strategies import open_store
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from hf_async_store.config import StorageConfig
+    from hf_async_store.strategy import StorageStrategy
+
+Work = Callable[["StorageStrategy"], Awaitable[int]]
+
+_LOG: Final = logging.getLogger("hf_async_store")
+_SOON: Final = 0.001
+_LAST_SECONDS: Final = 0.2
+
+
+class Context:
+    """The store of one command.
+
+    Raises:
+        ConfigurationError: no store is named, or it cannot be used as it is written.
+    """
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.arguments = arguments
+        self.config = _config_of(arguments)
+        self.schema = Schema(_collections_of(arguments.collections))
+        self.store = open_store(self.config, collections=self.schema.values())
+        self._ends: float | None = None
+
+    def collection(self) -> Collection:
+        """The declared collection that the arguments name."""
+        return self.schema[self.arguments.collection]
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run(self, work: Work, *, writes: bool = False) -> int:
+        """The exit code of `work` with the open store.
+
+        Args:
+            writes: `work` watches the time by itself, by `left`, because only the verbs know
+                whether what they were writing may have landed.
+        """
+        timeout: float | None = self.arguments.timeout
+        self._ends = None if timeout is None else time.monotonic() + timeout
+
+        async def body() -> int:
+            async with _opened(self.store) as store, within(None if writes else timeout):
+                return await work(store)
+
+        with _warnings_told(verbose=self.arguments.verbose):
+            try:
+                return asyncio.run(body())
+            except OperationTimeoutError as exc:
+                if timeout is None:
+                    raise
+                # In the words of the command; a verb was given only what was left of the time.
+                raise OperationTimeoutError(
+                    f"not done within {timeout:g} s", outcome_unknown=exc.outcome_unknown
+                ) from exc
+
+    def left(self) -> float | None:
+        """The `timeout=` of a verb now.
+
+        Raises:
+            OperationTimeoutError: no time is left.
+        """
+        if self._ends is None:
+            return None
+        left = self._ends - time.monotonic()
+        if left < _SOON:
+            raise OperationTimeoutError(f"not done within {self.arguments.timeout:g} s")
+        return left
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Bounds work that takes no `timeout=` of its own and may write."""
+        async with within(self.left(), outcome_unknown=lambda: True):
+            yield
+
+    # -- is there a store at all -------------------------------------------------------------
+
+    def is_there(self) -> bool:
+        """Whether there is anything of the store yet. Only files can be asked without a driver."""
+        options = self.config.options
+        if not isinstance(options, JSONConfig):
+            return True
+        folder = Path(options.base_path)
+        names = set(options.files(self.schema).values())
+        if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
+            return True
+        # Commits that no fold has brought into a file yet.
+        return any(folder.glob("*.journal.*"))
+
+    def require_store(self) -> None:
+        """Refuse to look for anything in a store that is not there: its name may be mistyped.
+
+        Raises:
+            NothingThereError.
+        """
+        if not self.is_there():
+            raise NothingThereError(
+                f"there is no store at {self.location()}; mend --store or --config, or make an "
+                f"empty one: `{PROGRAM} init`"
+            )
+
+    def location(self) -> str:
+        """Where a JSON store lies, as a person would say it."""
+        options = cast("JSONConfig", self.config.options)
+        folder = Path(options.base_path)
+        single = options.storage_type == "single_file"
+        return str(folder / options.filenames.single_file if single else folder)
+
+
+@asynccontextmanager
+async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
+    """The open store. Who gives up does not wait for what closing it would wait for, as a lock:
+    the end of the loop cancels that, and to the store it is as if this process had been killed."""
+    await store.open()
+    has_given_up = False
+    try:
+        yield store
+    except (asyncio.CancelledError, OperationTimeoutError):
+        has_given_up = True
+        raise
+    finally:
+        closing = asyncio.ensure_future(store.close())
+        if has_given_up:
+            await asyncio.wait([closing], timeout=_LAST_SECONDS)
+            with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
+                closing.exception()  # it is seen, and no news beside why this ends
+        else:
+            await closing
+
+
+def path_of(text: str) -> Path:
+    """A path. Not a URL: it may hold a password, which would become the name of a file.
+
+    Raises:
+        InvalidInputError: it is a URL.
+    """
+    if "://" in text:
+        raise InvalidInputError(f"expected a path, not the URL {text}")
+    return Path(text)
+
+
+# -- which store ----------------------------------------------------------------------------
+
+
+def _config_of(arguments: Namespace) -> StorageConfig:
+    if arguments.store is not None and arguments.config is not None:
+        raise ConfigurationError("give --store or --config, not both")
+    if arguments.config is not None:
+        return load_config(Path(arguments.config))
+    if arguments.store is not None:
+        return load_config(arguments.store)
+    if os.environ.get(STORE_VARIABLE):
+        try:
+            return load_config(os.environ[STORE_VARIABLE])
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{STORE_VARIABLE}: {exc}") from exc
+    raise ConfigurationError(
+        "no store is named; give --store json:data/request_database.json (or another URL), "
+        f"--config FILE, or set {STORE_VARIABLE} to either"
+    )
+
+
+def _collections_of(named: str | None) -> Iterable[Collection]:
+    """The collections that `--collections MODULE:NAME` stands for."""
+    if named is None:
+        return HOST_FACTORY
+    module, colon, name = named.partition(":")
+    if not (module and colon and name):
+        raise ConfigurationError(f"--collections {named!r}: expected MODULE:NAME")
+    found = _imported(module, name, named)
+    if isinstance(found, Collection):
+        return (found,)
+    given = list(found) if isinstance(found, Iterable) and not isinstance(found, str) else []
+    if not given or not all(isinstance(each, Collection) for each in given):
+        raise ConfigurationError(
+            f"--collections {named}: {name} is no list of Collection, but {type(found).__name__}"
+        )
+    return given
+
+
+def _imported(module: str, name: str, named: str) -> object:
+    from importlib import import_module
+
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return cast("object", getattr(import_module(module), name))
+    except Exception as exc:
+        raise ConfigurationError(
+            f"--collections {named}: cannot be imported from {here}: {type(exc).__name__}: {exc}"
+        ) from exc
+
+
+# -- warnings -------------------------------------------------------------------------------
+
+
+class _Told(logging.Handler):
+    """Warnings of the store, one line each."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._verbose = verbose
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        tell(redacted(f"warning: {record.getMessage()}" + (f": {cause}" if cause else "")))
+        if cause is not None and self._verbose:
+            write_error(redacted(logging.Formatter().formatException(record.exc_info)) + "\n")  # type: ignore[arg-type]
+
+
+@contextmanager
+def _warnings_told(*, verbose: bool) -> Iterator[None]:
+    handler = _Told(verbose=verbose)
+    _LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(handler)

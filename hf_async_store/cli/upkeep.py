@@ -1,0 +1,85 @@
+"""The commands on the store as a whole: init, health, describe, checkpoint; and the demo."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+from hf_async_store.cli import output
+from hf_async_store.cli.context import Context
+from hf_async_store.cli.failures import STORAGE
+from hf_async_store.cli.jsonfiles import JSONFiles, as_json
+from hf_async_store.config import JSONConfig
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from hf_async_store.strategy import StorageStrategy
+
+
+def init(arguments: Namespace) -> int:
+    context = Context(arguments)
+
+    async def work(store: StorageStrategy) -> int:
+        if isinstance(context.config.options, JSONConfig):
+            files = [str(each) for each in await JSONFiles(context).make_empty()]
+            made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
+            where = context.location()
+        else:
+            # Tables are made at first use, and this is one.
+            await store.test_connection()
+            files, made, where = [], "ready", store.capabilities.engine
+        output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
+        return 0
+
+    return context.run(work)
+
+
+def health(arguments: Namespace) -> int:
+    context = Context(arguments)
+    context.require_store()
+
+    async def work(store: StorageStrategy) -> int:
+        report = await store.health()
+        show = output.indented if output.for_people(arguments) else output.json_line
+        show(report)
+        problems = cast("list[str]", report["problems"])
+        for each in problems:
+            output.tell(f"problem: {each}")
+        return STORAGE if problems else 0
+
+    return context.run(work)
+
+
+def describe(arguments: Namespace) -> int:
+    context = Context(arguments)
+
+    async def work(store: StorageStrategy) -> int:
+        show = output.indented if output.for_people(arguments) else output.json_line
+        show(store.describe())
+        return 0
+
+    return context.run(work)
+
+
+def checkpoint(arguments: Namespace) -> int:
+    context = Context(arguments)
+    json_store = as_json(context.store)
+    context.require_store()
+
+    async def work(store: StorageStrategy) -> int:
+        await json_store.checkpoint(arguments.adopt)
+        where = context.location()
+        done: dict[str, Any] = {"store": where, "adopted": arguments.adopt}
+        taken = f" (the {arguments.adopt} counted)" if arguments.adopt else ""
+        output.result(arguments, done, f"{where} holds everything{taken}")
+        return 0
+
+    return context.run(work)
+
+
+def demo(arguments: Namespace) -> int:
+    import asyncio
+
+    module = import_module("hf_async_store.demo")
+    return int(asyncio.run(module.run(arguments)))

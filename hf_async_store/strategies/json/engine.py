@@ -1,0 +1,815 @@
+"""The JSON engine: memory plus a journal.
+
+A read looks at memory, after one `fstat` has told that nobody appended to the journal. A write takes
+the store's write lock, follows what others appended, decides, and appends one record: many changes
+that wait together share it and its sync. The journal is folded into the data files now and then
+(`folding.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from hf_async_store.config import redacted
+from hf_async_store.engine import Capabilities, Isolation, Plan, Session, finish
+from hf_async_store.entities import Change, Key, Outcome, Record, Value
+from hf_async_store.errors import (
+    CorruptionError,
+    PermissionDeniedError,
+    ReadOnlyError,
+    StorageError,
+    StoreClosedError,
+)
+from hf_async_store.locks import FileLock, LockManager
+from hf_async_store.oserrors import translate_os_error
+from hf_async_store.strategies.json.files import (
+    FileManager,
+    Signature,
+    sync_data,
+    sync_folder,
+    write_all,
+)
+from hf_async_store.strategies.json.folding import Folding
+from hf_async_store.strategies.json.journal import (
+    FileState,
+    Fold,
+    Head,
+    Images,
+    Kind,
+    Seal,
+    commit_text,
+    control,
+    read_fold,
+    read_head,
+    record,
+    scan,
+)
+from hf_async_store.strategies.json.loading import (
+    Loader,
+    State,
+    Vanished,
+    open_journal,
+    read_from,
+    scanned,
+)
+from hf_async_store.strategies.json.serializer import JSONSerializer
+from hf_async_store.strategies.json.view import View
+
+if TYPE_CHECKING:
+    from hf_async_store.config import JSONConfig
+    from hf_async_store.entities import Schema
+    from hf_async_store.query import Query
+
+log: Final = logging.getLogger("hf_async_store.json")
+
+_FILE_CHECK_SECONDS: Final = 0.05
+"""How often reads look whether a data file was replaced by hand. Writes always look."""
+
+_LARGE_PIECE: Final = 1 << 16
+_LARGE_RECORD: Final = 1 << 22
+_HEALTH_PIECE: Final = 128
+_TRIES: Final = 3
+"""How often a reader starts over before it asks for the lock."""
+
+_BREATH: Final = 0x7F
+"""Every so many reads give the loop a turn: reads from memory never wait for anything."""
+
+
+class _Append:
+    """A commit on its way to the journal."""
+
+    __slots__ = ("applied", "end", "images", "size")
+
+    def __init__(self, images: Images, end: int, size: int) -> None:
+        self.images = images
+        self.end = end
+        self.size = size
+        self.applied = False
+
+
+class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
+    """The record was written, and nobody knows whether it is on the disk."""
+
+
+class JSONEngine:
+    """Entities in JSON files."""
+
+    capabilities: Final = Capabilities(engine="json", durable=True, processes=True)
+
+    def __init__(self, config: JSONConfig, schema: Schema) -> None:
+        self.config = config
+        self.schema = schema
+        self.files = FileManager(config, schema)
+        self.serializer = JSONSerializer(schema)
+        self.locks = LockManager(self.files.lock(), timeout=config.lock_timeout)
+        self.loader = Loader(self.files, schema, self.serializer, config.cache_size)
+        self.folding = Folding(self)
+        self._registry = FileLock(self.files.lock(".open"))
+        # Two: a commit never waits for a fold that is writing.
+        self.threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
+        self._state: State | None = None
+        self._plain: View  # without layers, on the current state
+        self._refreshing = asyncio.Lock()
+        self._owned = False  # the write lock is held, and the state follows all there is
+        self._append: _Append | None = None
+        self._write_fd = -1
+        self._broken = False  # a sync failed: the journal may lack what it shows
+        self._next_file_check = 0.0
+        self._reads = 0
+        self._closed = False
+
+    # -- reading -----------------------------------------------------------------------------
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        state = self._state
+        if state is None or not self._is_current(state):
+            state = await self.refresh()
+        self._reads += 1
+        if not self._reads & _BREATH:
+            await asyncio.sleep(0)
+            if not self._is_current(state):
+                state = await self.refresh()
+        return await self._plain.fetch(keys)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        state = await self.current()
+        async with aclosing(self.view(state).select(query)) as records:
+            async for each in records:
+                yield each
+
+    async def count(self, query: Query) -> int:
+        return await self.view(await self.current()).count(query)
+
+    async def explain(self, query: Query) -> Plan:
+        return await self.view(await self.current()).explain(query)
+
+    @property
+    def loaded(self) -> State | None:
+        """The state as it is in memory, be it behind the files."""
+        return self._state
+
+    def view(self, state: State) -> View:
+        return View(state, self.schema, self.serializer, references=self.config.enforce_references)
+
+    async def current(self) -> State:
+        """The state as the files have it now."""
+        state = self._state
+        return state if state is not None and self._is_current(state) else await self.refresh()
+
+    # -- following ---------------------------------------------------------------------------
+
+    def _is_current(self, state: State) -> bool:
+        """Whether memory holds all that the journal shows: one system call where it does."""
+        try:
+            return self._shows_all(state)
+        except OSError as exc:
+            raise translate_os_error(exc, f"look at the files in {self.files.folder}") from exc
+
+    def _shows_all(self, state: State) -> bool:
+        append = self._append
+        if append is not None:
+            # Ours is the only append there can be. From the moment at which others can read the
+            # record it must be seen here, too, or a value would be seen to go back.
+            if not append.applied and os.fstat(state.fd).st_size >= append.end:
+                self._apply(state, append)
+            return True
+        if self._owned:
+            return True
+        if state.fd < 0 or state.sealed:
+            return not self._has_successor(state) and not self._files_changed(state)
+        found = os.fstat(state.fd)
+        if found.st_size != state.offset or not found.st_nlink:
+            return False
+        now = time.monotonic()
+        if now < self._next_file_check:
+            return True
+        if self._files_changed(state) or not self._in_place(state):
+            return False  # and look again at the next read, until this is settled
+        self._next_file_check = now + _FILE_CHECK_SECONDS
+        return True
+
+    def _has_successor(self, state: State) -> bool:
+        return self.files.journal(state.generation + 1).exists()
+
+    def _files_changed(self, state: State) -> bool:
+        return any(
+            self.files.signature(name) != state.signatures.get(name) for name in self.files.names
+        )
+
+    async def refresh(self) -> State:
+        """Follow the files, without a lock; with the shared one where that does not do.
+
+        Whoever holds a lock of the store calls `refresh_locked` instead.
+        """
+        self.refuse_closed()
+        self._register()
+        for _ in range(_TRIES):
+            with suppress(CorruptionError, Vanished):
+                return await self._follow()
+            await asyncio.sleep(0)
+        try:
+            async with self.locks.shared():
+                return await self.refresh_locked()
+        except (PermissionDeniedError, ReadOnlyError):
+            # No lock file can be made here, so nobody writes here, either.
+            return await self.refresh_locked()
+
+    async def refresh_locked(self) -> State:
+        """Follow the files while nobody can change them."""
+        self.refuse_closed()
+        self._register()
+        try:
+            return await self._follow()
+        except Vanished as exc:
+            raise self._gap(exc) from exc
+
+    def _gap(self, exc: Vanished) -> CorruptionError:
+        return CorruptionError(
+            f"the journal of {self.files.folder} has a gap: {exc}. Restore a backup "
+            "(`hf-async-store restore`), or take the data files alone: `hf-async-store "
+            "checkpoint --adopt-file`"
+        )
+
+    async def _follow(self) -> State:
+        async with self._refreshing:
+            state = self._state
+            try:
+                if state is None or not await self._followed(state):
+                    self._refuse_removed(state)
+                    state = await self._load()
+            except OSError as exc:
+                raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
+            return state
+
+    async def _load(self, adopt: str | None = None) -> State:
+        loaded = await self.loader.load(adopt=adopt)
+        if self._state is not None:
+            self._state.close()
+        self._close_writer()
+        self._state = loaded
+        self._plain = self.view(loaded)
+        return loaded
+
+    def _refuse_removed(self, state: State | None) -> None:
+        """Folds leave a journal. If there is none any more, somebody removed it, and perhaps the
+        files: what memory knows to have been there must not silently be gone."""
+        if state is None or state.fd < 0 or self.files.journals():
+            return
+        gone = [name for name, found in state.signatures.items() if found is not None]
+        gone = [name for name in gone if self.files.signature(name) is None]
+        if state.pending or gone:
+            raise Vanished(
+                f"{self.files.journal(state.generation)} was removed while it was in use"
+            )
+
+    def _in_place(self, state: State) -> bool:
+        """Whether the journal that is open is the one in the folder."""
+        try:
+            there = self.files.journal(state.generation).stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(state.fd))
+
+    async def _followed(self, state: State) -> bool:
+        """Read what was appended since; False if the files must be read anew."""
+        if self._append is not None or self._owned:
+            return True
+        while True:
+            if state.fd >= 0 and not await self._read_tail(state):
+                return False
+            if state.fd >= 0 and not state.sealed:
+                break
+            if not self._has_successor(state):
+                if self.files.journals()[-1:] > [state.generation]:
+                    return False
+                break
+            if state.generation == 0 or not await self._step(state):
+                return False
+        if state.fd >= 0 and not state.sealed and not self._in_place(state):
+            return False
+        return not self._files_changed(state) or await self._same_files(state)
+
+    async def _read_tail(self, state: State) -> bool:
+        path = self.files.journal(state.generation)
+        size = os.fstat(state.fd).st_size
+        if size == state.offset:
+            return True
+        if size < state.offset:
+            return False
+        if size - state.offset > 1 << 16:
+            data = await asyncio.to_thread(read_from, state.fd, state.offset, size, path)
+        else:
+            data = read_from(state.fd, state.offset, size, path)
+        async for entry, end in scanned(data, str(path), state.offset, state.sequence):
+            if entry.kind is Kind.COMMIT:
+                self.loader.commit(state, entry)
+            elif entry.kind is Kind.SEAL:
+                state.sealed = True
+            elif entry.kind is Kind.FOLD:
+                self.loader.announce(state, read_fold(entry.payload).files)
+            state.offset = end
+            state.sequence += 1
+        return True
+
+    async def _step(self, state: State) -> bool:
+        """Go over to the next generation; False if it begins from other files than we know."""
+        path = self.files.journal(state.generation + 1)
+        fd = open_journal(path)
+        try:
+            size = os.fstat(fd).st_size
+            first = next(scan(read_from(fd, 0, size, path), str(path), 0, 0), None)
+            if first is None or first[0].kind is not Kind.HEAD:
+                raise Vanished(f"{path} has no head yet")
+            head, end = first
+            if not self._knows(state, read_head(head.payload)):
+                os.close(fd)
+                return False
+        except BaseException:
+            with suppress(OSError):
+                os.close(fd)
+            raise
+        state.close()
+        self._close_writer()
+        state.fd = fd
+        state.generation += 1
+        state.offset = end
+        state.sequence = 1
+        state.sealed = False
+        return True
+
+    def _knows(self, state: State, head: Head) -> bool:
+        return all(
+            any(each.digest == content.digest for each in state.known.get(name, []))
+            for name, content in head.files.items()
+        )
+
+    async def _same_files(self, state: State) -> bool:
+        """Whether files that look changed hold what they should; costs reading them."""
+        for name in list(self.files.names):
+            signature = self.files.signature(name)
+            if signature == state.signatures.get(name):
+                continue
+            known = state.known.get(name, [])
+            match = next((each for each in known if Signature.known(each) == signature), None)
+            if match is None:
+                found = await self.files.read(name, known)
+                digest = None if found is None else found.digest
+                match = next((each for each in reversed(known) if each.digest == digest), None)
+                signature = None if found is None else found.signature
+            if match is None or match.covers < state.content[name].covers:
+                return False
+            if match.covers > state.content[name].covers:
+                state.covered(name, match, self.loader.collections_of(name, state))
+            state.signatures[name] = signature
+        return True
+
+    # -- writing -----------------------------------------------------------------------------
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        async with self.writing() as state:
+            view = self.view(state)
+            view.layers.append({})
+            outcomes = await view.write_each(changes)
+            await self.commit(state, view.layers[0])
+        return outcomes
+
+    def session(self, isolation: Isolation | None) -> _SessionContext:
+        return _SessionContext(self)
+
+    @asynccontextmanager
+    async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[State]:
+        """Hold the store's write lock, with a state that follows all there is.
+
+        Args:
+            owner: the task that holds it, where that is not the current one.
+        """
+        self.refuse_closed()
+        self.files.make_folder()
+        async with self.locks.exclusive(owner=owner), self.owning() as state:
+            yield state
+
+    @asynccontextmanager
+    async def owning(self) -> AsyncIterator[State]:
+        """The state, following all there is; the caller holds the write lock."""
+        try:
+            yield await self._own()
+        finally:
+            self._owned = False
+
+    async def _own(self) -> State:
+        state = await self.refresh_locked()
+        self._owned = True
+        if self._broken:
+            await self.folding.renew(state)
+            self._broken = False
+        return state
+
+    async def commit(self, state: State, images: Images) -> None:
+        """Append the images as one record; in memory once it is there. The lock is held.
+
+        Raises:
+            DiskFullError, ReadOnlyError, PermissionDeniedError, UnavailableError: nothing was
+                written; or, with `outcome_unknown`, the record may not outlive a loss of power.
+        """
+        if not any(images.values()):
+            return
+        unnamed = state.replaced or state.content.keys() - state.known.keys()
+        if state.fd < 0 or state.sealed or unnamed:
+            await self.start_generation(state)
+        pieces: list[bytes] = []
+        for piece in commit_text(images):
+            pieces.append(piece)
+            if len(piece) > _LARGE_PIECE:
+                await asyncio.sleep(0)
+        payload = b"".join(pieces)
+        await self._append_record(state, Kind.COMMIT, payload, images)
+        self.folding.consider()
+
+    async def _append_record(
+        self, state: State, kind: Kind, payload: bytes, images: Images | None = None
+    ) -> None:
+        if len(payload) > _LARGE_RECORD:
+            # Its checksum alone would hold the loop.
+            data = await asyncio.to_thread(record, kind, payload, state.sequence)
+        else:
+            data = record(kind, payload, state.sequence)
+        append = _Append(images or {}, state.offset + len(data), len(payload))
+        path = self.files.journal(state.generation)
+        try:
+            fd = self._writer(state)
+            if os.fstat(fd).st_size > state.offset:
+                # What an interrupted append left is cut off now: whoever looks at the size must
+                # not take it for this record.
+                os.ftruncate(fd, state.offset)
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {path}") from exc
+        self._append = append
+        # The seal of a broken journal is for those who read on now; it need not last.
+        lasting = self.config.sync_writes if kind is Kind.COMMIT else True
+        sync = lasting and not (self._broken and kind is Kind.SEAL)
+        work = asyncio.get_running_loop().run_in_executor(
+            self.threads, _append, fd, data, state.offset, sync
+        )
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            await finish(work)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+        except (OSError, _SyncFailed):
+            pass  # looked at below, where a cancellation does not hide it
+        finally:
+            self._append = None
+        failure = work.exception()
+        if failure is None or isinstance(failure, _SyncFailed):
+            self._apply(state, append)
+        if isinstance(failure, _SyncFailed):
+            # What a failed sync left behind is not known, and another one on the same file would
+            # claim success. The record can be read, so it counts; the next write starts over.
+            self._broken = True
+        if cancelled is not None:
+            raise cancelled
+        if failure is not None:
+            cause = failure.__cause__ or failure
+            raise _append_error(failure, path, commit=kind is Kind.COMMIT) from cause
+
+    def _apply(self, state: State, append: _Append) -> None:
+        if not append.applied:
+            append.applied = True
+            state.offset = append.end
+            state.sequence += 1
+            if append.images:
+                state.take(append.images, append.size)
+
+    async def append_control(self, state: State, body: Head | Seal | Fold) -> None:
+        """Append a record that is no commit. The lock is held."""
+        sequence = state.sequence
+        try:
+            await self._append_record(state, *control(body))
+        finally:
+            # Also where its sync failed: whoever reads on finds it there.
+            if isinstance(body, Seal) and state.sequence > sequence:
+                state.sealed = True
+
+    async def start_generation(self, state: State) -> None:
+        """Seal the journal, if there is one, and begin the next. The lock is held."""
+        # To its end, also when cancelled: what is sealed, and what begins, must be known here.
+        await finish(self._start_generation(state))
+
+    async def _start_generation(self, state: State) -> None:
+        if state.fd >= 0 and not state.sealed:
+            await self.append_control(state, Seal(state.generation + 1))
+        generation = state.generation + 1
+        contents = {
+            name: FileState(
+                content.digest,
+                generation if name in state.replaced or state.generation == 0 else content.covers,
+                content.ours,
+                content.collection,
+            )
+            for name, content in state.content.items()
+        }
+        path = self.files.journal(generation)
+        data = record(*control(Head(generation, contents)), 0)
+        try:
+            fd = await asyncio.get_running_loop().run_in_executor(
+                self.threads, _make_journal, path, data
+            )
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {path}") from exc
+        state.close()
+        self._close_writer()
+        state.fd = fd
+        state.generation = generation
+        state.offset = len(data)
+        state.sequence = 1
+        state.sealed = False
+        state.replaced.clear()
+        for name, content in contents.items():
+            state.content[name] = content
+            known = state.known.setdefault(name, [])
+            if content not in known:
+                known.append(content)
+
+    def _writer(self, state: State) -> int:
+        if self._write_fd < 0:
+            path = self.files.journal(state.generation)
+            self._write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        return self._write_fd
+
+    def _close_writer(self) -> None:
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
+
+    # -- life --------------------------------------------------------------------------------
+
+    async def adopt(self, which: str) -> None:
+        """Settle a data file that was replaced by hand: "file" or "journal" is what counts."""
+        self.refuse_closed()
+        self.files.make_folder()
+        async with self.locks.exclusive():
+            async with self._refreshing:
+                try:
+                    state = await self._load(which)
+                except Vanished as exc:
+                    raise self._gap(exc) from exc
+                except OSError as exc:
+                    raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
+            self._owned = True
+            try:
+                await self.folding.start_over(state)
+                self._broken = False
+            except BaseException:
+                # The question is open still: what was read must not be taken for the answer.
+                state.close()
+                self._state = None
+                raise
+            finally:
+                self._owned = False
+
+    async def probe(self) -> None:
+        self.refuse_closed()
+        self.files.make_folder()
+        path = self.files.lock(f".probe.{os.urandom(4).hex()}.tmp")
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.threads, _probe, path)
+        except OSError as exc:
+            raise translate_os_error(exc, f"write to {self.files.folder}") from exc
+
+    async def health(self) -> Mapping[str, Value]:
+        state = await self.current()
+        journal = self.files.journal(state.generation)
+        problems: list[Value] = []
+        data_files: dict[str, Value] = {}
+        for name in self.files.names:
+            paths = self.files.found(name)
+            data_files[name] = _file_health(paths[0], problems) if paths else None
+        problems += [
+            f"{self.files.path(name)} was replaced by hand and taken over; the next write, or "
+            "`hf-async-store checkpoint`, confirms it"
+            for name in sorted(state.replaced)
+        ]
+        problems += await self._unreadable(state)
+        return {
+            "folder": str(self.files.folder.absolute()),
+            "files": data_files,
+            "journal": str(journal) if state.fd >= 0 else None,
+            "journal_bytes_pending": state.pending_bytes,
+            "entities": {name: len(state.sections[name].held) for name in self.schema},
+            "undeclared_sections": [*self._undeclared(state)],
+            "backups": {
+                name: [each.name for each in self.files.backups(name)] for name in self.files.names
+            },
+            "free_bytes": self.files.free_bytes(),
+            "problems": problems,
+        }
+
+    async def _unreadable(self, state: State) -> list[Value]:
+        """What is wrong with entities that came from elsewhere and that nobody has read yet."""
+        found: list[Value] = []
+        for name in self.schema:
+            section = state.sections[name]
+            foreign = [each for each, held in section.held.items() if type(held) is not bytes]
+            for number, entity_id in enumerate(foreign, 1):
+                try:
+                    section.canonical(entity_id)
+                except CorruptionError as exc:
+                    found.append(str(exc))
+                if not number % _HEALTH_PIECE:
+                    await asyncio.sleep(0)
+        return found
+
+    def _undeclared(self, state: State) -> list[str]:
+        kept = {each for extras in state.extras.values() for each in extras}
+        return sorted(kept | (state.sections.keys() - self.schema.keys()))
+
+    def describe(self) -> Mapping[str, Value]:
+        return {
+            "folder": str(self.files.folder.absolute()),
+            "files": [str(each) for each in self.files.names],
+            "configuration": redacted(self.config),
+        }
+
+    async def close(self) -> None:
+        try:
+            await self.folding.close()
+            if self._state is not None:
+                await self._leave()
+        finally:
+            self._closed = True
+            self._close_writer()
+            if self._state is not None:
+                self._state.close()
+                self._state = None
+            self._registry.close()
+            self.folding.release()
+            self.locks.close()
+            self.threads.shutdown(wait=False)
+
+    async def _leave(self) -> None:
+        """The last process out folds the journal, so that the files at rest hold everything."""
+        self._register()  # others may have been leaving when it was tried before
+        if self._registry.held is None:
+            return  # no lock file can be made here, so nobody writes here, either
+        try:
+            self._registry.unlock()
+            if self._registry.try_lock(exclusive=True):
+                await self.folding.at_close()
+        except (PermissionDeniedError, ReadOnlyError):
+            pass  # whoever may write here will fold it
+        except StorageError:
+            # The journal holds everything that was acknowledged; the next one to open folds it.
+            log.warning("the journal was not folded at close", exc_info=True)
+
+    def _register(self) -> None:
+        """Be known as one that has the store open; where no lock file can be made, go without."""
+        if self._registry.held is None:
+            with suppress(StorageError, OSError):
+                if self.files.folder.is_dir():
+                    self._registry.try_lock(exclusive=False)
+
+    def refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreClosedError("this store was closed")
+
+
+class _SessionContext:
+    """A transaction on the JSON engine: it takes the write lock with its first verb."""
+
+    def __init__(self, engine: JSONEngine) -> None:
+        self._engine = engine
+        self._stack = AsyncExitStack()
+        self._view: View | None = None
+        self._state: State | None = None
+        self._owner: asyncio.Task[object] | None = None
+
+    async def __aenter__(self) -> Session:
+        self._owner = asyncio.current_task()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc is None and self._view is not None and self._state is not None:
+                await self._engine.commit(self._state, self._view.layers[0])
+        finally:
+            await self._stack.aclose()
+
+    async def _begun(self) -> View:
+        if self._view is None:
+            self._state = await self._stack.enter_async_context(self._engine.writing(self._owner))
+            self._view = self._engine.view(self._state)
+            self._view.layers.append({})
+        self._engine.refuse_closed()
+        return self._view
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return await (await self._begun()).fetch(keys)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        async with aclosing((await self._begun()).select(query)) as records:
+            async for each in records:
+                yield each
+
+    async def count(self, query: Query) -> int:
+        return await (await self._begun()).count(query)
+
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await (await self._begun()).write(changes)
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[Session]:
+        view = await self._begun()
+        depth = len(view.layers)
+        view.layers.append({})
+        try:
+            yield self
+        except BaseException:
+            del view.layers[depth:]
+            raise
+        view.merge_top()
+
+
+def _append_error(failure: BaseException, path: Path, *, commit: bool) -> StorageError:
+    if isinstance(failure, _SyncFailed) and isinstance(failure.__cause__, OSError):
+        error = translate_os_error(failure.__cause__, f"bring {path} to the disk")
+        error.outcome_unknown = commit
+        return error
+    assert isinstance(failure, OSError), "all that appending raises"
+    return translate_os_error(failure, f"write {path}")
+
+
+# -- in worker threads ----------------------------------------------------------------------
+
+
+def _append(fd: int, data: bytes, offset: int, sync: bool) -> None:
+    """One record at the end of a journal."""
+    try:
+        write_all(fd, data, offset)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(fd, offset)
+        raise
+    if sync:
+        try:
+            sync_data(fd)
+        except OSError as exc:
+            raise _SyncFailed from exc
+
+
+def _make_journal(path: Path, data: bytes) -> int:
+    """A journal that begins with `data`, whole or not at all; a descriptor to read it."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, data, 0)
+        os.fsync(fd)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        os.close(fd)
+        # Perhaps it has its name already, and the folder could not be brought to the disk.
+        for each in (temporary, path):
+            with suppress(OSError):
+                each.unlink()
+        raise
+    return fd
+
+
+def _probe(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, b"probe", 0)
+        sync_data(fd)
+        if os.pread(fd, 5, 0) != b"probe":
+            raise OSError(errno.EIO, "what was written did not come back")
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)  # a fold clears away what looks left behind
+
+
+def _file_health(path: Path, problems: list[Value]) -> Value:
+    try:
+        found = path.stat()
+    except OSError as exc:
+        problems.append(f"{path}: {exc.strerror}")
+        return None
+    if not os.access(path, os.R_OK):
+        problems.append(f"{path} cannot be read")
+    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+        problems.append(f"{path} cannot be replaced")
+    return {"path": str(path), "bytes": found.st_size, "mode": oct(found.st_mode & 0o777)}

@@ -1,0 +1,520 @@
+"""Reading a store from its files: which file belongs to which journal, and what is in them.
+
+A journal names the digests of the files it belongs to. A file that it does not name was replaced by
+hand: if no commit waits for it, it is simply taken over; otherwise only the operator can say which
+of the two counts. Nothing here takes a lock or writes; the caller tries again when others wrote
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Mapping, Set
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from hf_async_store.errors import CorruptionError, FileReplacedError
+from hf_async_store.oserrors import translate_os_error
+from hf_async_store.strategies.json.files import DataFile, FileManager, Signature
+from hf_async_store.strategies.json.journal import (
+    Entry,
+    FileState,
+    Images,
+    Kind,
+    read_commit,
+    read_fold,
+    read_head,
+    scan,
+)
+from hf_async_store.strategies.json.section import Section
+from hf_async_store.strategies.json.serializer import (
+    JSONSerializer,
+    NotOurs,
+    cut_lines,
+    cut_object,
+    held,
+    layout_of,
+)
+
+if TYPE_CHECKING:
+    from hf_async_store.entities import Schema
+
+
+class _Journal(NamedTuple):
+    generation: int
+    entries: list[Entry]
+
+
+_LARGE: Final = 16 << 20
+"""A foreign layout over this size is brought into ours by a child process before it is cut: cutting
+it takes one step, which would hold the loop."""
+
+_READ_PIECE: Final = 4 << 20
+
+
+class Vanished(Exception):  # noqa: N818  # never leaves the strategy
+    """A file that was just listed is gone, or the chain has a gap: others are folding. Look again."""
+
+
+@dataclass(slots=True)
+class State:
+    """A store in memory, and how far it has followed the files."""
+
+    sections: dict[str, Section] = field(default_factory=dict)
+    extras: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """By data file: the sections that no collection declares, as they lie there."""
+    known: dict[str, list[FileState]] = field(default_factory=dict)
+    """By data file: the contents that are right, the newest last."""
+    content: dict[str, FileState] = field(default_factory=dict)
+    """By data file: what it held when it was read, or was folded to since."""
+    signatures: dict[str, Signature | None] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+    """The data files that were replaced by hand and taken over; the journal does not name them."""
+    pending: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By generation and collection: the bytes of commits that are not in the data files yet."""
+    generation: int = 0
+    fd: int = -1
+    offset: int = 0
+    sequence: int = 0
+    sealed: bool = False
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(sum(each.values()) for each in self.pending.values())
+
+    def waiting_for(self, collections: Mapping[str, object] | set[str]) -> bool:
+        """Whether a commit to one of these is not in its data file yet."""
+        return any(name in collections for each in self.pending.values() for name in each)
+
+    def take(self, images: Images, size: int) -> None:
+        """A commit of the current generation, `size` bytes of journal."""
+        waiting = self.pending.setdefault(self.generation, {})
+        for name, section_images in images.items():
+            waiting[name] = waiting.get(name, 0) + size // len(images)
+            self.sections[name].apply(section_images)
+
+    def covered(self, name: str, content: FileState, collections: set[str]) -> None:
+        """This file, as it lies in its place, holds everything before its generation."""
+        newer = [each for each in self.known.get(name, []) if each.covers > content.covers]
+        self.known[name] = [content, *newer]
+        self.content[name] = content
+        self.signatures[name] = None if content.digest is None else Signature.known(content)
+        self.replaced.discard(name)
+        for generation in [each for each in self.pending if each < content.covers]:
+            for collection in collections:
+                self.pending[generation].pop(collection, None)
+            if not self.pending[generation]:
+                del self.pending[generation]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Loader:
+    """Reads the files of one store."""
+
+    def __init__(
+        self, files: FileManager, schema: Schema, serializer: JSONSerializer, cache_size: int
+    ) -> None:
+        self._files = files
+        self._schema = schema
+        self._serializer = serializer
+        self._cache_size = cache_size
+
+    def section(self, name: str) -> Section:
+        """An empty section; of a collection that is not declared, one that is only kept."""
+        # Not `get`: a schema answers an unknown name with an error of its own.
+        collection = self._schema[name] if name in self._schema else None  # noqa: SIM401  # see above
+        return Section(collection, self._serializer, self._cache_size)
+
+    def collections_of(self, name: str, state: State) -> set[str]:
+        """The collections whose entities lie in a data file."""
+        collection = self._files.names[name]
+        return set(state.sections) if collection is None else {collection}
+
+    # -- the whole ---------------------------------------------------------------------------
+
+    async def load(self, *, adopt: str | None = None) -> State:
+        """The store as its files have it.
+
+        Args:
+            adopt: settle a file that was replaced by hand: "file" takes the data files as they
+                are and leaves the journal out, "journal" replays it over them.
+
+        Raises:
+            CorruptionError: naming the file, the place and the way back.
+            FileReplacedError: naming the two ways out.
+            Vanished: others changed the files meanwhile.
+        """
+        state = State()
+        try:
+            await self._load(state, adopt)
+        except BaseException:
+            state.close()
+            raise
+        return state
+
+    async def _load(self, state: State, adopt: str | None) -> None:
+        for name in self._schema:
+            state.sections[name] = self.section(name)
+        journals: list[_Journal] = []
+        if adopt == "file":
+            # The numbers are not used again: nobody may take an old generation for a new one.
+            state.generation = max(self._files.journals(), default=0)
+            state.sealed = True
+        else:
+            journals = await self._journals(state)
+        first = journals[0].generation if journals else state.generation + 1
+        strange = [
+            name
+            for name in list(self._files.names)
+            if not await self._load_file(name, state, adopt, first)
+        ]
+        if strange and adopt is None:
+            self._refuse_moved(state)
+        self._refuse_gap(state, journals)
+        for journal in journals:
+            await self._replay(state, journal)
+        if adopt is None:
+            self._refuse_mixture(state)
+
+    def _refuse_moved(self, state: State) -> None:
+        """Files that no journal names can be of two moments, if somebody folded meanwhile."""
+        newest = self._files.journals()[-1:]
+        if state.fd < 0:
+            moved = bool(newest)
+        else:
+            path = self._files.journal(state.generation)
+            size = os.fstat(state.fd).st_size
+            tail = read_from(state.fd, state.offset, size, path)
+            more = scan(tail, str(path), state.offset, state.sequence)
+            moved = newest != [state.generation] or next(more, None) is not None
+        if moved:
+            raise Vanished("the journal went on while the files were read")
+
+    def _refuse_gap(self, state: State, journals: list[_Journal]) -> None:
+        """Every generation that some file lacks must be there."""
+        if not journals:
+            return
+        first = min(each.covers for each in state.content.values())
+        if first < journals[0].generation:
+            raise CorruptionError(
+                f"{self._files.journal(first)} is missing, and the data files do not hold what was "
+                "in it. Restore a backup (`hf-async-store restore`), or go on without it: "
+                "`hf-async-store checkpoint --adopt-file`"
+            )
+
+    def _refuse_mixture(self, state: State) -> None:
+        for name in state.replaced:
+            if state.waiting_for(self.collections_of(name, state)):
+                raise FileReplacedError(
+                    f"{self._files.path(name)} is not the file that its journal belongs to, and the "
+                    "journal holds commits. Say which one counts: `hf-async-store checkpoint "
+                    "--adopt-file` takes the file as it is and drops the journal, "
+                    "`--adopt-journal` puts the journal's commits on top of the file"
+                )
+
+    # -- journals ----------------------------------------------------------------------------
+
+    async def _journals(self, state: State) -> list[_Journal]:
+        """Every generation in the folder, oldest first; the newest stays open in `state`."""
+        generations = self._files.journals()
+        found: list[_Journal] = []
+        for generation in generations:
+            if found and generation != found[-1].generation + 1:
+                raise Vanished(f"generation {found[-1].generation + 1} is missing")
+            newest = generation == generations[-1]
+            entries = await self._open_journal(state, generation, keep=newest)
+            found.append(_Journal(generation, [each for each, _ in entries]))
+        return found
+
+    async def _open_journal(
+        self, state: State, generation: int, *, keep: bool
+    ) -> list[tuple[Entry, int]]:
+        path = self._files.journal(generation)
+        fd = open_journal(path)
+        try:
+            data = await asyncio.to_thread(_read_all, fd)
+            entries = [each async for each in scanned(data, str(path), 0, 0)]
+            if not entries or entries[0][0].kind is not Kind.HEAD:
+                raise CorruptionError(
+                    f"{path} at byte 0: a journal begins with its head. Restore a backup "
+                    "(`hf-async-store restore`), or take the data file alone: `hf-async-store "
+                    "checkpoint --adopt-file`"
+                )
+            head = read_head(entries[0][0].payload)
+            if head.generation != generation:
+                raise CorruptionError(f"{path} says that it is generation {head.generation}")
+            self._know(state, head.files)
+            for entry, _ in entries:
+                if entry.kind is Kind.FOLD:
+                    self._know(state, read_fold(entry.payload).files)
+        except BaseException:
+            os.close(fd)
+            raise
+        if keep:
+            state.fd = fd
+            state.generation = generation
+            state.offset = entries[-1][1]
+            state.sequence = len(entries)
+            state.sealed = entries[-1][0].kind is Kind.SEAL
+        else:
+            os.close(fd)
+            if entries[-1][0].kind is not Kind.SEAL:
+                raise CorruptionError(
+                    f"{path} ends without a seal, though generation {generation + 1} exists. "
+                    "Restore a backup (`hf-async-store restore`)"
+                )
+        return entries
+
+    def _know(self, state: State, files: Mapping[str, FileState]) -> None:
+        for name, each in files.items():
+            self._files.add(name, each.collection)
+            known = state.known.setdefault(name, [])
+            if each not in known:
+                known.append(each)
+
+    def announce(self, state: State, files: Mapping[str, FileState]) -> None:
+        """A FOLD was read: these contents belong there from now on. Those that were there before
+        are in their place; the others may never come, if the one who folds dies."""
+        self._know(state, files)
+        for name, each in files.items():
+            now = state.content.setdefault(name, FileState(None, 0, ours=False))
+            if now.digest == each.digest:
+                state.covered(name, each, self.collections_of(name, state))
+
+    async def _replay(self, state: State, journal: _Journal) -> None:
+        """The commits of a generation, over the data files that do not hold them yet.
+
+        Over one that does, it would be harmless but for a file that was replaced by hand.
+        """
+        newest, state.generation = state.generation, journal.generation
+        try:
+            for number, entry in enumerate(journal.entries, 1):
+                if entry.kind is Kind.COMMIT:
+                    self.commit(state, entry)
+                if not number % 64:
+                    await asyncio.sleep(0)
+        finally:
+            state.generation = newest
+
+    def commit(self, state: State, entry: Entry) -> None:
+        """Take over a COMMIT of the current generation."""
+        images = read_commit(entry.payload)
+        for name in images.keys() - state.sections.keys():
+            state.sections[name] = self._revived(state, name)
+        held_already = {
+            collection
+            for name, content in state.content.items()
+            if content.covers > state.generation
+            for collection in self.collections_of(name, state)
+        }
+        lacking = {name: each for name, each in images.items() if name not in held_already}
+        if lacking:
+            state.take(lacking, len(entry.payload))
+
+    def _revived(self, state: State, name: str) -> Section:
+        """The section of a collection that only others declare, out of what was kept of it."""
+        section = self.section(name)
+        for extras in state.extras.values():
+            if name in extras:
+                section.held.update(cut_object(msgspec.Raw(extras.pop(name)), f"section {name!r}"))
+        return section
+
+    # -- data files --------------------------------------------------------------------------
+
+    async def _load_file(self, name: str, state: State, adopt: str | None, first: int) -> bool:
+        """Take in a data file; False if no journal names it.
+
+        Args:
+            first: the oldest generation that is there.
+        """
+        known = state.known.get(name, [])
+        found = await self._files.read(name, known)
+        digest = None if found is None else found.digest
+        match = next((each for each in reversed(known) if each.digest == digest), None)
+        if match is not None and match.covers < first <= max(each.covers for each in known):
+            match = None  # it was folded since, and somebody put the old one back
+        content = match or self._taken_over(name, digest, state, adopt, first)
+        state.content[name] = content
+        state.signatures[name] = None if found is None else found.signature
+        if found is not None:
+            await self._cut(name, found, state, ours=content.ours)
+        return match is not None
+
+    def _taken_over(
+        self, name: str, digest: str | None, state: State, adopt: str | None, first: int
+    ) -> FileState:
+        """The content of a file that no journal names."""
+        known = state.known.get(name, [])
+        if known:
+            if digest is None and adopt != "file":
+                # Also when the journal is to count: on top of nothing it would pass for the whole.
+                newest = [str(each) for each in self._files.backups(name)[:1]]
+                raise CorruptionError(
+                    f"{self._files.path(name)} is missing, though its journal belongs to it. "
+                    f"Restore a backup (the newest: {newest[0] if newest else 'none was kept'}) by "
+                    "`hf-async-store restore`, or go on without what was in it: "
+                    "`hf-async-store checkpoint --adopt-file`"
+                )
+            state.replaced.add(name)
+        return FileState(digest, first, ours=False, collection=self._files.names[name])
+
+    async def _cut(self, name: str, found: DataFile, state: State, *, ours: bool) -> None:
+        try:
+            await self._cut_lines(name, found.text, state, ours=ours)
+        except NotOurs:
+            for collection in self.collections_of(name, state):
+                state.sections[collection] = self.section(collection)
+            state.extras.pop(name, None)
+            await self._cut_foreign(name, found.text, state, ours=ours)
+
+    async def _cut_lines(self, name: str, text: bytes, state: State, *, ours: bool) -> None:
+        """A file that lies one entity a line."""
+        if not text.startswith(b"{\n") or not text.endswith(b"}\n"):
+            raise NotOurs
+        collection = self._files.names[name]
+        if collection is not None:
+            section = state.sections.setdefault(collection, self.section(collection))
+            if await _fill(section, text, 2, ours=ours) + 2 != len(text):
+                raise NotOurs
+            if collection in section.held and not ours:
+                raise NotOurs  # perhaps a wrapping of that name
+            return
+        position = 2
+        seen: set[str] = set()
+        while position + 2 != len(text):
+            end = text.find(b"\n", position)
+            line = text[position:end]
+            section_name = _name_of(line)
+            if section_name not in state.sections:
+                self._cut_rest(name, b"{" + text[position:], state, ours=ours, seen=seen)
+                return
+            if section_name in seen:
+                raise NotOurs
+            seen.add(section_name)
+            position = await _fill(state.sections[section_name], text, end + 1, ours=ours)
+            last = position + 4 == len(text)
+            if text[position : position + 3] != (b"}\n}" if last else b"},\n"):
+                raise NotOurs
+            position += 2 if last else 3
+            if not last and position + 2 == len(text):
+                raise NotOurs  # a comma, and nothing behind it
+
+    async def _cut_foreign(self, name: str, text: bytes, state: State, *, ours: bool) -> None:
+        """A file in another layout."""
+        collection = self._files.names[name]
+        if len(text) > _LARGE and (collection is None or collection in self._schema):
+            from hf_async_store.strategies.json.rewrite import rewritten
+
+            # Where no child can be had, or no room for its files, the loop has to be held.
+            with suppress(NotOurs, OSError):
+                declared = None if collection is None else self._schema[collection]
+                lines = await rewritten(text, declared, self._schema)
+                await self._cut_lines(name, lines, state, ours=False)
+                return
+        self._cut_rest(name, text, state, ours=ours)
+
+    def _cut_rest(
+        self, name: str, text: bytes, state: State, *, ours: bool, seen: Set[str] = frozenset()
+    ) -> None:
+        path = str(self._files.path(name))
+        members = cut_object(text, path, once=not ours)
+        if seen & members.keys():
+            raise NotOurs
+        collection = self._files.names[name]
+        if collection is not None and (
+            collection not in self._schema or layout_of(self._schema[collection], members) == "flat"
+        ):
+            state.sections.setdefault(collection, self.section(collection)).held.update(
+                held(members, ours=ours)
+            )
+            return
+        for each, raw in members.items():
+            if each in state.sections and collection in (None, each):
+                found = cut_object(raw, f"section {each!r} of {path}", once=not ours)
+                state.sections[each].held.update(held(found, ours=ours))
+            else:
+                state.extras.setdefault(name, {})[each] = bytes(raw)
+
+
+async def _fill(section: Section, text: bytes, start: int, *, ours: bool) -> int:
+    """Take the entities in that lie one a line from `start` on; where they end.
+
+    Raises:
+        NotOurs: they lie otherwise, or an id comes twice.
+    """
+    end = start
+    for piece in cut_lines(text, start, ours=ours):
+        if isinstance(piece, int):
+            end = piece
+            continue
+        number = len(section.held) + len(piece)
+        section.held.update(piece)
+        if len(section.held) != number:
+            raise NotOurs
+        await asyncio.sleep(0)
+    return end
+
+
+async def scanned(
+    data: bytes, name: str, offset: int, sequence: int
+) -> AsyncGenerator[tuple[Entry, int], None]:
+    """`scan`, with a turn for the loop now and then."""
+    done = offset
+    for entry, end in scan(data, name, offset, sequence):
+        yield entry, end
+        if end - done > 1 << 20:
+            done = end
+            await asyncio.sleep(0)
+
+
+def _name_of(line: bytes) -> str:
+    if not line.endswith(b":{"):
+        return ""
+    try:
+        return msgspec.json.decode(line[:-2], type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
+
+
+def open_journal(path: Path) -> int:
+    """A descriptor to read a journal.
+
+    Raises:
+        Vanished: it is not there.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise Vanished(str(path)) from exc
+    except OSError as exc:
+        raise translate_os_error(exc, f"read {path}") from exc
+
+
+def read_from(fd: int, offset: int, size: int, path: Path) -> bytes:
+    """What a journal holds from `offset` up to `size`."""
+    try:
+        return os.pread(fd, size - offset, offset)
+    except OSError as exc:
+        raise translate_os_error(exc, f"read {path}") from exc
+
+
+def _read_all(fd: int) -> bytes:
+    size = os.fstat(fd).st_size
+    parts: list[bytes] = []
+    offset = 0
+    while offset < size:
+        part = os.pread(fd, min(_READ_PIECE, size - offset), offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)

@@ -1,0 +1,232 @@
+"""`JSONStorageStrategy`: the store on JSON files, and the verbs that only it has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Final, Literal, cast
+
+from hf_async_store.config import JSONConfig, StorageConfig, strategy_config
+from hf_async_store.entities import (
+    CREATED_AT,
+    HOST_FACTORY,
+    UPDATED_AT,
+    VERSION,
+    Collection,
+    Entity,
+    Schema,
+    check_version,
+    utc_now,
+)
+from hf_async_store.errors import BrokenReferenceError, InvalidInputError, ValueOutOfDomainError
+from hf_async_store.strategies.json.engine import JSONEngine
+from hf_async_store.strategies.json.loading import State
+from hf_async_store.strategy import StorageStrategy, schema_of
+
+_PIECE: Final = 256
+_CHECK_PIECE: Final = 8192
+
+
+class JSONStorageStrategy(StorageStrategy):
+    """A store on JSON files.
+
+    Args:
+        config: `json:PATH`, a map in the spec's shape, a `StorageConfig` or a `JSONConfig`.
+        collections: what may be stored.
+
+    Raises:
+        ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        config: StorageConfig | JSONConfig | Mapping[str, object] | str | Path,
+        *,
+        collections: Iterable[Collection] = HOST_FACTORY,
+    ) -> None:
+        schema = schema_of(collections)
+        self._json = JSONEngine(strategy_config(config, JSONConfig), schema)
+        super().__init__(self._json, schema)
+
+    # -- locks and whole files ---------------------------------------------------------------
+
+    def acquire_read_lock(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
+        """Hold the store so that nobody writes, in this process or another, while others may read.
+
+        Inside, `read_file` is what to use; the entity verbs are refused.
+
+        Raises:
+            LockTimeoutError: not free within `timeout` seconds (the configured `lock_timeout`).
+            TransactionReentryError: this task holds a lock or a transaction of the store.
+        """
+        return self._locked("a read lock", exclusive=False, timeout=timeout)
+
+    def acquire_write_lock(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
+        """Hold the store alone; `read_file` and `write_file` are what to use inside.
+
+        Raises: as `acquire_read_lock`.
+        """
+        return self._locked("the write lock", exclusive=True, timeout=timeout)
+
+    @asynccontextmanager
+    async def _locked(
+        self, what: str, *, exclusive: bool, timeout: float | None
+    ) -> AsyncIterator[None]:
+        self._usable()
+        leave = self._transactions.enter(what)
+        try:
+            locks = self._json.locks
+            self._json.files.make_folder()
+            async with locks.exclusive(timeout) if exclusive else locks.shared(timeout):
+                yield
+        finally:
+            leave()
+
+    async def read_file(self) -> dict[str, dict[str, Entity]]:
+        """The whole store in the spec's shape: entities by id, by collection.
+
+        Uses the lock that the task holds, or takes the read lock.
+        """
+        async with self._holding(exclusive=False):
+            state = await self._json.refresh_locked()
+            return {name: await self._decoded(state, name) for name in self._schema}
+
+    async def write_file(self, data: Mapping[str, Mapping[str, Mapping[str, object]]]) -> None:
+        """Replace the whole store as one commit.
+
+        A changed entity gets its stored version + 1, a new one its given version or 1, and what
+        `data` does not have is gone. An entity that differs only in `version` or the timestamps
+        that the store sets is not changed. Uses the write lock that the task holds, or takes it.
+
+        Raises:
+            UnknownCollectionError, InvalidKeyError, InvalidFieldError, ValueOutOfDomainError,
+            InvalidVersionError: before anything is written.
+            BrokenReferenceError: the new whole refers to what it does not have.
+        """
+        wanted = await self._checked(data)
+        async with self._holding(exclusive=True), self._json.owning() as state:
+            if self._json.config.enforce_references:
+                await _refuse_broken(self._schema, wanted)
+            images = {name: await self._images(state, name, wanted[name]) for name in wanted}
+            await self._json.commit(state, {name: each for name, each in images.items() if each})
+
+    async def checkpoint(self, adopt: Literal["file", "journal"] | None = None) -> None:
+        """Have all that was committed in the data files, and nothing in the journal.
+
+        Args:
+            adopt: settles a data file that was replaced by hand while the journal held commits:
+                "file" takes the file and drops the journal, "journal" puts the journal's commits
+                on top of the file. The file that is replaced is kept as a backup.
+        """
+        self._usable()
+        if adopt is None:
+            await self._json.folding.checkpoint()
+        else:
+            await self._json.adopt(adopt)
+
+    def backups(self) -> list[Path]:
+        """The backups of the data files that folds kept, newest first."""
+        files = self._json.files
+        return [each for name in files.names for each in files.backups(name)]
+
+    # -- inside ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _holding(self, *, exclusive: bool) -> AsyncIterator[None]:
+        held = self._json.locks.holds()
+        if held == "write" or (held == "read" and not exclusive):
+            yield
+        elif exclusive:
+            async with self.acquire_write_lock():
+                yield
+        else:
+            async with self.acquire_read_lock():
+                yield
+
+    async def _decoded(self, state: State, name: str) -> dict[str, Entity]:
+        section = state.sections[name]
+        found: dict[str, Entity] = {}
+        for number, entity_id in enumerate(list(section.held), 1):
+            raw = section.canonical(entity_id)
+            if raw is not None:
+                found[entity_id] = self._json.serializer.decode(raw)
+            if not number % _PIECE:
+                await asyncio.sleep(0)
+        return found
+
+    async def _checked(
+        self, data: Mapping[str, Mapping[str, Mapping[str, object]]]
+    ) -> dict[str, dict[str, Entity]]:
+        wanted: dict[str, dict[str, Entity]] = {name: {} for name in self._schema}
+        number = 0
+        for name, entities in data.items():
+            collection = self._schema[name]
+            for entity_id, each in entities.items():
+                try:
+                    version = check_version(each.get(VERSION, 1), absent=False)
+                    key, entity = collection.entity({collection.key: entity_id, **each})
+                except InvalidInputError as exc:
+                    raise exc.at(f"{name}[{entity_id!r}]") from exc
+                if key.id != entity_id:
+                    raise ValueOutOfDomainError(
+                        f"{name}[{entity_id!r}] names itself {key.id!r} in {collection.key}"
+                    )
+                wanted[name][entity_id] = {**entity, VERSION: cast("int", version)}
+                number += 1
+                if not number % _PIECE:
+                    await asyncio.sleep(0)
+        return wanted
+
+    async def _images(
+        self, state: State, name: str, wanted: dict[str, Entity]
+    ) -> dict[str, bytes | None]:
+        """What changes in a section; `wanted` is used up, for freeing it at once holds the loop."""
+        section = state.sections[name]
+        serializer = self._json.serializer
+        at = utc_now()
+        images: dict[str, bytes | None] = {
+            each: None for each in section.held if each not in wanted
+        }
+        for number, entity_id in enumerate(list(wanted), 1):
+            entity = wanted.pop(entity_id)
+            raw = section.canonical(entity_id)
+            given = entity.pop(VERSION)
+            if raw is None:
+                stamped = {CREATED_AT: at, **entity, UPDATED_AT: at}
+                images[entity_id] = serializer.encode(stamped, cast("int", given))
+            else:
+                current = serializer.decode(raw)
+                version = cast("int", current.pop(VERSION))
+                kept = {CREATED_AT: current[CREATED_AT]} if CREATED_AT in current else {}
+                entity = {**kept, **entity}
+                if not _same(entity, current):
+                    stamped = {**entity, UPDATED_AT: at}
+                    images[entity_id] = serializer.encode(stamped, version + 1)
+            if not number % _PIECE:
+                await asyncio.sleep(0)
+        return images
+
+
+def _same(entity: Entity, current: Entity) -> bool:
+    """Equal in value and type, but for `updated_at`."""
+    without = {name: value for name, value in entity.items() if name != UPDATED_AT}
+    stored = {name: value for name, value in current.items() if name != UPDATED_AT}
+    # repr tells 1, 1.0 and True apart, and -0.0 from 0.0, which == does not.
+    return without == stored and all(repr(without[name]) == repr(stored[name]) for name in without)
+
+
+async def _refuse_broken(schema: Schema, wanted: Mapping[str, Mapping[str, Entity]]) -> None:
+    for name, collection in schema.items():
+        for field in collection.references:
+            parents = wanted[cast("str", field.references)]
+            for number, (entity_id, entity) in enumerate(wanted[name].items(), 1):
+                if not number % _CHECK_PIECE:
+                    await asyncio.sleep(0)
+                parent = entity.get(field.name)
+                if isinstance(parent, str) and parent not in parents:
+                    raise BrokenReferenceError(
+                        f"{name} {entity_id!r}: {field.name} names {parent!r}, "
+                        f"which {field.references} does not have"
+                    )

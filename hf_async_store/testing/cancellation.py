@@ -1,0 +1,458 @@
+"""Cases 72 and 73: a cancellation is a normal path, at whatever moment it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+import pytest
+
+from hf_async_store.entities import INT_MAX
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BatchError,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    StorageError,
+    StoreClosedError,
+)
+from hf_async_store.testing.checks import (
+    content,
+    exact,
+    nothing_is_left,
+    refused_at_once,
+    stored,
+)
+from hf_async_store.testing.driving import HANG_SECONDS, is_shared, second_store, seeded
+from hf_async_store.testing.stepping import at_turn, cancelled_at, turns, was_cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from hf_async_store.entities import Entity
+    from hf_async_store.repository import RepositoryInterface
+    from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.testing.harness import Harness
+
+Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
+
+# -- the verbs ------------------------------------------------------------------------------
+
+State: TypeAlias = "dict[tuple[str, str], dict[str, object] | None]"
+
+_KEYS: Final = (
+    ("items", "a"),
+    ("items", "b"),
+    ("items", "c"),
+    ("items", "d"),
+    ("counters", "n"),
+)
+_A: Final = {"item_id": "a", "label": "before", "data": {"n": [1]}}
+_B: Final = {"item_id": "b", "label": "before"}
+_C: Final = {"item_id": "c", "label": "new", "due_at": "2024-01-01"}
+_D: Final = {"item_id": "d", "label": "new"}
+_N: Final = {"counter_id": "n", "value": 1}
+_BOTH: Final = {"a": {"label": "after"}, "b": {"label": "after"}}
+
+
+class _Verb(msgspec.Struct, frozen=True):
+    """A verb on the items and the counter of `reset`.
+
+    Attributes:
+        atomic: all of it lands or nothing does; otherwise that holds for each entity.
+        reads: it writes nothing, so that one look at the end is enough.
+    """
+
+    work: Verb
+    atomic: bool = True
+    reads: bool = False
+
+
+async def _walk(repository: RepositoryInterface) -> None:
+    async with aclosing(repository.stream_entities("items", order_by="-label")) as rows:
+        async for _row in rows:
+            pass
+
+
+async def _pages(repository: RepositoryInterface) -> None:
+    page = await repository.query_page("items", limit=1)
+    await repository.query_page("items", limit=1, cursor=page.cursor)
+
+
+async def _modify(repository: RepositoryInterface) -> None:
+    async def change(entity: Any) -> Any:
+        await asyncio.sleep(0)
+        return {**entity, "label": "after"}
+
+    await repository.modify_entity("items", "a", change)
+
+
+async def _writes(tx: RepositoryInterface) -> None:
+    await tx.create_entity("items", _C)
+    await tx.update_entity("items", "a", {"label": "after"}, expected_version=1)
+    await tx.delete_entity("items", "b")
+    await tx.save_entity("counters", {"counter_id": "n", "value": 2})
+
+
+async def _transaction(store: StorageStrategy) -> None:
+    async with store.begin_transaction() as tx:
+        await _writes(tx)
+
+
+async def _read_write(store: StorageStrategy) -> None:
+    async with store.begin_transaction() as tx:
+        entity = await stored(tx, "items", "a")
+        rows = await tx.query_entities("items", {"label": "before"})
+        await tx.count_entities("items")
+        await tx.conditional_update("items", "a", {"label": "after", "count": len(rows)})
+        await tx.save_entities("items", [_C, _D])
+        assert entity["label"] == "before"
+
+
+async def _read_only(store: StorageStrategy) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.get_entity("items", "a")
+        await tx.get_entities("items", ["a", "b", "c"])
+        await _walk(tx)
+
+
+async def _rolled_back(store: StorageStrategy) -> None:
+    with suppress(ZeroDivisionError):
+        async with store.begin_transaction() as tx:
+            await _writes(tx)
+            raise ZeroDivisionError
+
+
+async def _nested(store: StorageStrategy) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.update_entity("items", "a", {"label": "after"})
+        if not store.capabilities.savepoints:
+            return
+        async with tx.begin_transaction() as inner:
+            await inner.create_entity("items", _C)
+        with suppress(ZeroDivisionError):
+            async with tx.begin_transaction() as inner:
+                await inner.delete_entity("items", "b")
+                raise ZeroDivisionError
+
+
+VERBS: Final[Mapping[str, _Verb]] = {
+    "create": _Verb(lambda store: store.create_entity("items", _C)),
+    "save": _Verb(lambda store: store.save_entity("items", {**_A, "label": "after"})),
+    "save of a version": _Verb(
+        lambda store: store.save_entity("items", {**_A, "label": "after"}, expected_version=1)
+    ),
+    "update": _Verb(lambda store: store.update_entity("items", "a", {"label": "after"})),
+    "delete": _Verb(lambda store: store.delete_entity("items", "a")),
+    "get": _Verb(lambda store: store.get_entity("items", "a"), reads=True),
+    "create many": _Verb(lambda store: store.create_entities("items", [_C, _D]), atomic=False),
+    "save many": _Verb(lambda store: store.save_entities("items", [_A, _C]), atomic=False),
+    "update many": _Verb(lambda store: store.update_entities("items", _BOTH), atomic=False),
+    "delete many": _Verb(
+        lambda store: store.delete_entities("items", ["a", "b", "c"]), atomic=False
+    ),
+    "import many": _Verb(
+        lambda store: store.import_entities("items", [{**_A, "version": 5}, _C]), atomic=False
+    ),
+    "get many": _Verb(lambda store: store.get_entities("items", ["a", "b", "c"]), reads=True),
+    "modify": _Verb(_modify),
+    "query": _Verb(
+        lambda store: store.query_entities("items", {"label": "before"}, "-label"), reads=True
+    ),
+    "stream": _Verb(_walk, reads=True),
+    "pages": _Verb(_pages, reads=True),
+    "count": _Verb(lambda store: store.count_entities("items", {"label": "before"}), reads=True),
+    "explain": _Verb(lambda store: store.explain_query("items", {"label": "before"}), reads=True),
+    "test connection": _Verb(lambda store: store.test_connection(), reads=True),
+    "health": _Verb(lambda store: store.health(), reads=True),
+    "transaction": _Verb(_transaction),
+    "transaction that reads": _Verb(_read_write),
+    "transaction that only reads": _Verb(_read_only, reads=True),
+    "transaction rolled back": _Verb(_rolled_back),
+    "nested transaction": _Verb(_nested),
+    "run transaction": _Verb(lambda store: store.run_transaction(_writes)),
+}
+
+
+_WAITING: Final[Mapping[str, Verb]] = {
+    "update": lambda store: store.update_entity("items", "a", {"label": "after"}),
+    "transaction": lambda store: store.run_transaction(
+        lambda tx: tx.update_entity("items", "a", {"label": "after"})
+    ),
+    "read": lambda store: store.get_entity("items", "a"),
+    "query": lambda store: store.query_entities("items"),
+    "batch": lambda store: store.update_entities("items", _BOTH),
+}
+
+
+class CancellationContract:
+    """What a cancellation leaves."""
+
+    # 72 -------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("name", VERBS)
+    async def test_72_cancel_at_every_await(
+        self, harness: Harness, store: StorageStrategy, name: str
+    ) -> None:
+        await _cancel_everywhere(harness, store, VERBS[name])
+
+    @pytest.mark.parametrize("name", [name for name, each in VERBS.items() if not each.reads])
+    async def test_72_and_again_while_it_cleans_up(
+        self, harness: Harness, store: StorageStrategy, name: str
+    ) -> None:
+        await _cancel_everywhere(harness, store, VERBS[name], and_on=True)
+
+    async def test_72_cancel_at_every_await_of_the_first_use(self, harness: Harness) -> None:
+        """Of a new store each time, until one gets through: what it began, the next one ends."""
+        for turn in turns():
+            entity = {"item_id": "first", "data": {"turn": turn}}
+            async with harness.store() as store:
+                cancelled = await cancelled_at(turn, store.create_entity("items", entity))
+                await _settled(store)
+                found = content(await store.get_entity("items", "first"))
+                assert found in ((None, entity) if cancelled else (entity,))
+                await store.delete_entity("items", "first")
+                await usable(store)
+            await nothing_is_left(harness)
+            if not cancelled:
+                break
+
+    async def test_72_cancel_at_every_await_of_a_close(self, harness: Harness) -> None:
+        for turn in turns():
+            store = await harness.store().open()
+            await store.save_entity("items", {"item_id": "acknowledged", "count": turn})
+            waiting = asyncio.create_task(store.save_entity("items", {"item_id": "waiting"}))
+            await asyncio.sleep(0)
+            cancelled = await cancelled_at(turn, store.close())
+            if cancelled and not _is_closed(store):
+                await store.close()
+            with suppress(StorageError):
+                await waiting
+            await nothing_is_left(harness)
+            if is_shared(harness.capabilities):
+                async with harness.store() as fresh:
+                    assert (await stored(fresh, "items", "acknowledged"))["count"] == turn
+                    there = await fresh.get_entity("items", "waiting") is not None
+                    assert there or waiting.exception() is not None
+                    await fresh.delete_entity("items", "waiting")
+            if not cancelled:
+                break
+
+    @pytest.mark.parametrize("where", ["this store", "another store"])
+    @pytest.mark.parametrize("name", _WAITING)
+    async def test_72_cancel_while_it_waits_for_a_transaction(
+        self, harness: Harness, store: StorageStrategy, name: str, where: str
+    ) -> None:
+        if where == "this store":
+            await self._cancel_while_waiting(store, store, _WAITING[name])
+        else:
+            async with second_store(harness, store) as other:
+                await self._cancel_while_waiting(other, store, _WAITING[name])
+
+    async def _cancel_while_waiting(
+        self, holding: StorageStrategy, store: StorageStrategy, work: Verb
+    ) -> None:
+        for turn in range(12):
+            await reset(store)
+            entered, leave = asyncio.Event(), asyncio.Event()
+            holder = asyncio.create_task(hold(holding, entered, leave))
+            await entered.wait()
+            task = asyncio.create_task(_do(store, work))
+            asked: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            with at_turn(
+                turn,
+                lambda: asked.set_result(task.cancel()),  # noqa: B023 - called before the next
+                or_at_rest=True,
+            ) as rest:
+                # Not until it has ended: what was cancelled may still have to wait for what it
+                # began, so the transaction must go on at once.
+                first: set[asyncio.Future[Any]] = {task, asked}
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            leave.set()
+            [held] = await asyncio.gather(holder, return_exceptions=True)
+            await asyncio.wait({task}, timeout=HANG_SECONDS)
+            cancelled = was_cancelled(task, [asked.done() and asked.result()])
+            await _settled(store)
+            entity = await stored(store, "items", "a")
+            if isinstance(held, BaseException):
+                assert isinstance(held, ConcurrencyConflictError)
+            else:
+                assert entity["count"] == 99, "what was committed is there"
+            assert entity["label"] in ("before", "after")
+            if rest.reached or not cancelled:
+                break
+        await usable(store)
+
+    async def test_72_a_cancelled_neighbour_disturbs_nobody(self, store: StorageStrategy) -> None:
+        """Single writes that share one commit: one of them goes away, at each turn."""
+        ids = [f"neighbour {each}" for each in range(8)]
+        await store.create_entities("items", [{"item_id": each} for each in ids])
+        for count, turn in enumerate(turns(), 2):
+            tasks = [
+                asyncio.create_task(store.update_entity("items", each, {"count": count}))
+                for each in ids
+            ]
+            asked: list[bool] = []
+            with at_turn(turn, lambda: asked.append(tasks[3].cancel())):  # noqa: B023
+                await asyncio.wait(tasks, timeout=HANG_SECONDS)
+            versions = [each.result() for each in tasks if each is not tasks[3]]
+            assert versions == [count] * 7
+            cancelled = was_cancelled(tasks[3], asked)
+            await _settled(store, [("items", each) for each in ids])
+            entity = await stored(store, "items", ids[3])
+            if not cancelled:
+                assert entity["count"] == count
+                break
+            # Undone or done, but never half; and the next round begins with equal versions.
+            if entity.get("count") != count:
+                await store.update_entity("items", ids[3], {"count": count})
+
+    async def test_72_cancelled_before_it_began(self, store: StorageStrategy) -> None:
+        """What no batch has taken yet is taken back."""
+        task = asyncio.create_task(store.create_entity("items", {"item_id": "a"}))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await store.create_entity("items", {"item_id": "a"}) == 1
+
+    # 73 -------------------------------------------------------------------------------------
+
+    async def test_73_after_500_cancellations_the_whole_pool_is_usable(
+        self, store: StorageStrategy
+    ) -> None:
+        await reset(store)
+        works = [each.work for each in VERBS.values()]
+        with seeded() as random:
+            for _ in range(50):
+                tasks = [asyncio.create_task(_do(store, random.choice(works))) for _ in range(10)]
+                with at_turn(random.randrange(12), lambda: [each.cancel() for each in tasks]):  # noqa: B023
+                    await asyncio.wait(tasks, timeout=HANG_SECONDS)
+                for each in tasks:
+                    assert each.done(), "it hangs"
+                    _judge_ending(each)
+        await _settled(store)
+        await usable(store, at_once=40)
+
+
+# -- what they leave ------------------------------------------------------------------------
+
+
+async def _do(store: StorageStrategy, work: Verb) -> None:
+    await work(store)
+
+
+async def _cancel_everywhere(
+    harness: Harness, store: StorageStrategy, verb: _Verb, *, and_on: bool = False
+) -> None:
+    """Cancel a verb at each turn of the loop, until it ends first; judge what each try left."""
+    await reset(store)
+    before = await _state(store)
+    await _do(store, verb.work)
+    after = await _state(store)
+    assert verb.reads is False or before == after
+    async with second_store(harness, store) as other:
+        for turn in turns():
+            if not verb.reads:
+                await reset(store)
+            cancelled = await cancelled_at(turn, _do(store, verb.work), and_on=and_on)
+            if not (verb.reads and cancelled):
+                await _settled(store)
+                for each in (store, other):
+                    _judge_state(verb, before, await _state(each), after, cancelled=cancelled)
+            if not cancelled:
+                break
+    await usable(store)
+
+
+async def reset(store: StorageStrategy) -> None:
+    """Items a and b and the counter n at version 1, and neither c nor d."""
+    await asyncio.gather(
+        store.import_entities("items", [{**_A, "version": 1}, {**_B, "version": 1}]),
+        store.import_entities("counters", [{**_N, "version": 1}]),
+        store.delete_entities("items", ["c", "d"]),
+    )
+
+
+async def _settled(store: StorageStrategy, keys: Sequence[tuple[str, str]] = _KEYS) -> None:
+    """Wait until what was cancelled has ended: a write comes behind the earlier ones of its key.
+
+    These fail, because nothing has that version, and change nothing.
+    """
+    writes = (
+        store.update_entity(collection, entity_id, {}, expected_version=INT_MAX)
+        for collection, entity_id in keys
+    )
+    for each in await asyncio.gather(*writes, return_exceptions=True):
+        assert isinstance(each, ConcurrencyConflictError | EntityNotFoundError), repr(each)
+
+
+async def _state(store: StorageStrategy) -> State:
+    """What is stored of the keys, versions in it."""
+    items = [entity_id for collection, entity_id in _KEYS if collection == "items"]
+    entities = [*await store.get_entities("items", items), await store.get_entity("counters", "n")]
+    return dict(zip(_KEYS, map(_kept, entities), strict=True))
+
+
+def _kept(entity: Entity | None) -> dict[str, object] | None:
+    return None if entity is None else {**(content(entity) or {}), "version": entity["version"]}
+
+
+def _judge_state(
+    verb: _Verb, before: State, found: State, after: State, *, cancelled: bool
+) -> None:
+    if not cancelled:
+        assert exact(_named(found)) == exact(_named(after))
+    elif verb.atomic:
+        assert found in (before, after), "half of it landed"
+    else:
+        for key, each in found.items():
+            assert each in (before[key], after[key])
+
+
+def _named(state: State) -> dict[str, object]:
+    return {f"{collection} {entity_id}": each for (collection, entity_id), each in state.items()}
+
+
+def _judge_ending(task: asyncio.Task[Any]) -> None:
+    """Verbs that race with one another may lose, but in no other way."""
+    error = None if task.cancelled() else task.exception()
+    lost = (ConcurrencyConflictError, EntityNotFoundError, AlreadyExistsError, BatchError)
+    if error is not None and not isinstance(error, (*lost, AssertionError)):
+        raise error
+
+
+async def usable(store: StorageStrategy, *, at_once: int = 3) -> None:
+    """Assert that every kind of work goes through, at once."""
+    await reset(store)
+
+    async def work(number: int) -> None:
+        entity_id = f"usable {number}"
+
+        async def write(tx: RepositoryInterface) -> None:
+            await tx.save_entity("items", {"item_id": entity_id})
+            await tx.get_entity("items", "a")
+
+        await store.run_transaction(write)
+        await store.delete_entity("items", entity_id)
+        await store.query_entities("items", {"item_id": "a"})
+
+    everything = asyncio.gather(*(work(each) for each in range(at_once)))
+    await asyncio.wait_for(everything, HANG_SECONDS)
+
+
+async def hold(store: StorageStrategy, entered: asyncio.Event, leave: asyncio.Event) -> None:
+    """A transaction that has written, and stays open."""
+    async with store.begin_transaction() as tx:
+        await tx.update_entity("items", "a", {"count": 99})
+        entered.set()
+        await leave.wait()
+
+
+def _is_closed(store: StorageStrategy) -> bool:
+    try:
+        refused_at_once(store.get_entity("items", "a"), StoreClosedError)
+    except AssertionError:
+        return False
+    return True

@@ -1,0 +1,685 @@
+"""Cases 1 to 15: one entity, its identity, and copies of it."""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from hf_async_store.entities import REMOVED
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BatchError,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    InvalidFieldError,
+    InvalidKeyError,
+    UnknownCollectionError,
+    ValueOutOfDomainError,
+)
+from hf_async_store.query import eq, path
+from hf_async_store.testing.checks import (
+    all_refused_at_once,
+    content,
+    contents,
+    counted,
+    exact,
+    refused_at_once,
+    stored,
+)
+from hf_async_store.testing.driving import answer_of
+from hf_async_store.testing.harness import Harness, ShowsTraces
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from hf_async_store.strategy import StorageStrategy
+
+FULL: Final[dict[str, Any]] = {
+    "item_id": "full",
+    "label": "a label",
+    "count": 7,
+    "ratio": 0.5,
+    "active": True,
+    "due_at": "2024-05-06T07:08:09.000010Z",
+    "data": {"deep": [1, 1.0, True, "1", None, {"x": []}]},
+    "undeclared": [{"a": 1}, "text"],
+    "nothing": None,
+}
+"""An entity with a value in every declared field of `items`, and more."""
+
+STRANGE_IDS: Final = (
+    " ",
+    "a b",
+    " leading and trailing ",
+    "line\nbreak",
+    "tab\tand\x01control\x7f",
+    "/",
+    "a/b",
+    "/etc/passwd",
+    ".",
+    "..",
+    "../../outside",
+    ".hidden",
+    "-option",
+    "%",
+    "%2F",
+    "100%",
+    "%s%d",
+    "'",
+    '"',
+    "`",
+    "it's",
+    'say "x"',
+    "back\\slash",
+    "\\",
+    "?",
+    "#",
+    "&",
+    ":name",
+    "$1",
+    "${HOME}",
+    "{}",
+    "[0]",
+    "*",
+    "a,b;c",
+    "null",
+    "None",
+    "true",
+    "0",
+    "1.0",
+    "__proto__",
+    "items",
+    "é",
+    "\N{NO-BREAK SPACE}",
+    "\N{ZERO WIDTH SPACE}",
+    "\N{LINE SEPARATOR}",
+    "\N{ZERO WIDTH NO-BREAK SPACE}",
+    "\uffff",
+    "\N{RIGHT-TO-LEFT OVERRIDE}x",
+    "\N{GRINNING FACE}",
+    "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}",
+    "x" * 1024,
+    "é" * 512,
+    "\N{GRINNING FACE}" * 256,
+)
+
+BAD_IDS: Final = (
+    "",
+    "\0",
+    "a\0b",
+    "x" * 1025,
+    "é" * 513,
+    "\N{GRINNING FACE}" * 256 + "x",
+    "lone \ud800 surrogate",
+    None,
+    1,
+    1.5,
+    True,
+    b"bytes",
+    ["list"],
+    object(),
+)
+
+LOOKALIKES: Final = (
+    "a",
+    "A",
+    "a ",
+    " a",
+    "a\t",
+    "é",
+    unicodedata.normalize("NFD", "é"),
+    "É",
+    "e",
+    "\N{ANGSTROM SIGN}",
+    "\N{LATIN CAPITAL LETTER A WITH RING ABOVE}",
+    "ß",
+    "ss",
+    "SS",
+    "\N{LATIN SMALL LIGATURE FI}",
+    "fi",
+    "i",
+    "I",
+    "\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}",
+    "\N{LATIN SMALL LETTER DOTLESS I}",
+    "\N{FULLWIDTH LATIN SMALL LETTER A}",
+    "a\N{ZERO WIDTH SPACE}",
+    "1",
+    "01",
+    "1.0",
+)
+
+INJECTIONS: Final = (
+    "'; DROP TABLE items; --",
+    "x' OR '1'='1",
+    '" OR ""="',
+    "`; DELETE FROM items; #",
+    "1); DROP TABLE items; --",
+    "/* */",
+    "\\'; --",
+    "$where",
+    "$.items[*]",
+    "{'$gt': ''}",
+    '{"$ne": null}',
+    "#n = :v",
+    ":version",
+    "attribute_exists(version)",
+    "doc.version",
+    "version = 1 OR 1=1",
+    "%(name)s",
+    "{0.__class__}",
+    "$(reboot)",
+    "../../../etc/passwd",
+    "items",
+    "*",
+    "' || (SELECT 1) || '",
+    "a'->>'b",
+    "{a,b}",
+)
+
+
+class EntityContract:
+    """What the verbs on one entity do."""
+
+    # 1 --------------------------------------------------------------------------------------
+
+    async def test_01_get_of_missing_is_none(self, store: StorageStrategy) -> None:
+        assert await store.get_entity("items", "nobody") is None
+        await store.create_entity("items", {"item_id": "a"})
+        assert await store.get_entity("items", "nobody") is None
+        found = await store.get_entities("items", ["nobody", "a", "none"])
+        assert [content(each) for each in found] == [None, {"item_id": "a"}, None]
+        assert await store.get_entities("items", []) == []
+        assert await store.query_entities("items", {"item_id": "nobody"}) == []
+
+    async def test_01_a_verb_that_needs_it_says_so(self, store: StorageStrategy) -> None:
+        calls: tuple[Callable[[], Awaitable[object]], ...] = (
+            lambda: store.update_entity("items", "nobody", {"label": "x"}),
+            lambda: store.save_entity("items", {"item_id": "nobody"}, expected_version=1),
+            lambda: store.delete_entity("items", "nobody", expected_version=1),
+            lambda: store.modify_entity("items", "nobody", lambda entity: entity),
+        )
+        for call in calls:
+            with pytest.raises(EntityNotFoundError) as caught:
+                await call()
+            assert (caught.value.collection, caught.value.entity_id) == ("items", "nobody")
+            assert not caught.value.retryable
+            assert not caught.value.outcome_unknown
+        assert await store.get_entity("items", "nobody") is None
+
+    # 2 --------------------------------------------------------------------------------------
+
+    async def test_02_create_then_get_is_equal_in_value_and_type(
+        self, store: StorageStrategy
+    ) -> None:
+        assert await store.create_entity("items", FULL) == 1
+        entity = await stored(store, "items", "full")
+        assert exact(content(entity)) == exact(FULL)
+        assert exact(entity["version"]) == exact(1)
+        assert {"created_at", "updated_at"} < entity.keys()
+
+    async def test_02_the_smallest_entity(self, store: StorageStrategy) -> None:
+        assert await store.create_entity("counters", {"counter_id": "c"}) == 1
+        entity = await stored(store, "counters", "c")
+        assert entity.keys() == {"counter_id", "version", "created_at", "updated_at"}
+
+    # 3 --------------------------------------------------------------------------------------
+
+    async def test_03_create_on_an_existing_id_changes_nothing(
+        self, store: StorageStrategy
+    ) -> None:
+        await store.create_entity("items", FULL)
+        before = await stored(store, "items", "full")
+        with pytest.raises(AlreadyExistsError) as caught:
+            await store.create_entity("items", {"item_id": "full", "label": "other"})
+        assert (caught.value.collection, caught.value.entity_id) == ("items", "full")
+        assert exact(await store.get_entity("items", "full")) == exact(before)
+
+    # 4 --------------------------------------------------------------------------------------
+
+    async def test_04_update_of_a_missing_id_inserts_nothing(self, store: StorageStrategy) -> None:
+        with pytest.raises(EntityNotFoundError):
+            await store.update_entity("items", "nobody", {"label": "x"})
+        with pytest.raises(BatchError):
+            await store.update_entities("items", {"nobody": {"label": "x"}})
+        assert await store.get_entity("items", "nobody") is None
+        assert await counted(store, "items", 0) == 0
+
+    # 5 --------------------------------------------------------------------------------------
+
+    async def test_05_save_inserts_then_replaces_the_whole_document(
+        self, store: StorageStrategy
+    ) -> None:
+        assert await store.save_entity("items", FULL) == 1
+        first = await stored(store, "items", "full")
+        assert exact(content(first)) == exact(FULL)
+        second = {"item_id": "full", "count": 8, "new": {"a": None}}
+        assert await store.save_entity("items", second) == 2
+        entity = await stored(store, "items", "full")
+        assert exact(content(entity)) == exact(second)
+        assert entity["version"] == 2
+        assert entity["created_at"] == first["created_at"]
+
+    async def test_05_save_may_leave_nothing_but_the_key(self, store: StorageStrategy) -> None:
+        await store.save_entity("items", FULL)
+        await store.save_entity("items", {"item_id": "full"})
+        assert content(await store.get_entity("items", "full")) == {"item_id": "full"}
+
+    # 6 --------------------------------------------------------------------------------------
+
+    async def test_06_update_changes_only_the_named_fields(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        named = {"label": "new", "undeclared": 1, "extra": {"deep": [1]}, "ratio": 2}
+        assert await store.update_entity("items", "full", named) == 2
+        entity = await stored(store, "items", "full")
+        assert exact(content(entity)) == exact({**FULL, **named})
+        assert entity["version"] == 2
+
+    async def test_06_a_named_map_is_replaced_and_not_merged(self, store: StorageStrategy) -> None:
+        maps = {"data": {"a": 1, "b": 2}, "other": {"a": 1, "b": {"c": 3}}}
+        await store.create_entity("items", {"item_id": "m", **maps})
+        await store.update_entity("items", "m", {"data": {"a": 9}, "other": {"b": {}}})
+        assert exact(content(await store.get_entity("items", "m"))) == exact(
+            {"item_id": "m", "data": {"a": 9}, "other": {"b": {}}}
+        )
+
+    async def test_06_an_update_of_no_field_is_a_write(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        assert await store.update_entity("items", "full", {}) == 2
+        entity = await stored(store, "items", "full")
+        assert exact(content(entity)) == exact(FULL)
+        assert entity["version"] == 2
+
+    async def test_06_the_key_may_be_named_but_not_changed(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        await store.update_entity("items", "full", {"item_id": "full", "label": "x"})
+        for change in ({"item_id": "other"}, {"item_id": None}, {"item_id": REMOVED}):
+            refused_at_once(store.update_entity("items", "full", change), InvalidFieldError)
+        entity = await store.get_entity("items", "full")
+        assert exact(content(entity)) == exact({**FULL, "label": "x"})
+
+    async def test_06_nor_by_modify_entity(self, store: StorageStrategy) -> None:
+        """Else it would replace another entity that happens to be of the same version."""
+        both = [{"item_id": "a", "label": "a"}, {"item_id": "b", "label": "b"}]
+        await store.create_entities("items", both)
+        with pytest.raises(InvalidFieldError):
+            await store.modify_entity("items", "a", lambda entity: {**entity, "item_id": "b"})
+        assert list((await contents(store, "items", ["a", "b"])).values()) == both
+
+    # 7 --------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "field", ["label", "count", "due_at", "data", "undeclared", "odd.name"]
+    )
+    async def test_07_null_and_removed_are_different(
+        self, store: StorageStrategy, field: str
+    ) -> None:
+        before = {**FULL, "odd.name": 1}
+        await store.create_entity("items", before)
+        await store.update_entity("items", "full", {field: None})
+        assert exact(content(await store.get_entity("items", "full"))) == exact(
+            {**before, field: None}
+        )
+        await store.update_entity("items", "full", {field: REMOVED})
+        without = {name: each for name, each in before.items() if name != field}
+        assert exact(content(await store.get_entity("items", "full"))) == exact(without)
+        # What is not there can be taken away: the wish is fulfilled.
+        assert await store.update_entity("items", "full", {field: REMOVED}) == 4
+        assert exact(content(await store.get_entity("items", "full"))) == exact(without)
+
+    async def test_07_queries_tell_null_from_removed(self, store: StorageStrategy) -> None:
+        await store.create_entities(
+            "items", [{"item_id": "null", "label": None}, {"item_id": "missing"}]
+        )
+        for filters, expected in (
+            ({"label": None}, ["null"]),
+            ({"item_id": "missing", "label": None}, []),
+        ):
+            found = await answer_of(
+                store.capabilities,
+                lambda wanted=filters: _ids(store, wanted),  # type: ignore[misc]
+                expected,
+            )
+            assert found == expected
+
+    async def test_07_removed_is_no_value(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        all_refused_at_once(
+            ValueOutOfDomainError,
+            store.save_entity("items", {"item_id": "x", "label": REMOVED}),
+            store.create_entity("items", {"item_id": "x", "data": [REMOVED]}),
+            store.update_entity("items", "full", {"data": {"inner": REMOVED}}),
+        )
+
+    # 8 --------------------------------------------------------------------------------------
+
+    async def test_08_delete_is_true_then_false(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        await store.create_entity("items", {"item_id": "other"})
+        assert await store.delete_entity("items", "full") is True
+        assert await store.get_entity("items", "full") is None
+        assert await store.delete_entity("items", "full") is False
+        assert await store.delete_entity("items", "never") is False
+        assert content(await store.get_entity("items", "other")) == {"item_id": "other"}
+
+    async def test_08_a_deleted_id_can_be_used_again(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        await store.update_entity("items", "full", {"label": "x"})
+        await store.delete_entity("items", "full")
+        assert await store.create_entity("items", {"item_id": "full", "count": 1}) == 1
+        entity = await stored(store, "items", "full")
+        assert content(entity) == {"item_id": "full", "count": 1}
+
+    # 9 --------------------------------------------------------------------------------------
+
+    async def test_09_one_id_in_two_collections_is_two_entities(
+        self, store: StorageStrategy
+    ) -> None:
+        await store.create_entity("items", {"item_id": "same", "label": "item"})
+        await store.create_entity("counters", {"counter_id": "same", "n": 1})
+        await store.create_entity("templates", {"template_id": "same", "name": "template"})
+        assert await store.update_entity("counters", "same", {"n": 2}) == 2
+        assert await store.delete_entity("templates", "same") is True
+        item, counter = (
+            await stored(store, "items", "same"),
+            await stored(store, "counters", "same"),
+        )
+        assert content(item) == {"item_id": "same", "label": "item"}
+        assert item["version"] == 1
+        assert content(counter) == {"counter_id": "same", "n": 2}
+        assert await store.get_entity("templates", "same") is None
+
+    # 10 -------------------------------------------------------------------------------------
+
+    async def test_10_what_is_returned_is_the_callers_own(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        before = deepcopy(await stored(store, "items", "full"))
+        async for each in _every_way_to_read(store, "full"):
+            assert exact(each) == exact(before)
+            _spoil(each)
+        assert exact(await stored(store, "items", "full")) == exact(before)
+
+    async def test_10_two_answers_share_nothing(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        first, second = await store.get_entities("items", ["full", "full"])
+        assert first is not None
+        assert second is not None
+        _spoil(first)
+        assert exact(content(second)) == exact(FULL)
+
+    async def test_10_also_in_a_transaction(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        async with store.begin_transaction() as tx:
+            _spoil(await stored(tx, "items", "full"))
+            assert exact(content(await stored(tx, "items", "full"))) == exact(FULL)
+            await tx.save_entity("items", {"item_id": "new", "data": {"list": [1]}})
+            _spoil(await stored(tx, "items", "new"))
+        assert exact(content(await stored(store, "items", "full"))) == exact(FULL)
+        assert content(await stored(store, "items", "new")) == {
+            "item_id": "new",
+            "data": {"list": [1]},
+        }
+
+    async def test_10_the_entity_in_a_conflict_is_a_copy(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        with pytest.raises(ConcurrencyConflictError) as caught:
+            await store.update_entity("items", "full", {}, expected_version=9)
+        if caught.value.current is not None:
+            _spoil(caught.value.current)
+        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+
+    # 11 -------------------------------------------------------------------------------------
+
+    async def test_11_a_write_leaves_the_callers_object_as_it_was(
+        self, store: StorageStrategy
+    ) -> None:
+        given = {**deepcopy(FULL), "version": 77, "created_at": "2001-01-01", "zone": (1, [2])}
+        before = deepcopy(given)
+        fields = {"data": {"list": [1, {"a": 2}]}, "label": REMOVED, "version": 5}
+        named = deepcopy(fields)
+        await store.create_entity("items", given)
+        await store.save_entity("items", given)
+        await store.update_entity("items", "full", fields)
+        await store.save_entities("items", [given])
+        await store.update_entities("items", {"full": fields})
+        await store.import_entities("items", [given])
+        async with store.begin_transaction() as tx:
+            await tx.save_entity("items", given)
+            await tx.update_entity("items", "full", fields)
+        assert given == before
+        assert fields == named
+
+    async def test_11_so_does_a_write_that_fails(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        given = {**deepcopy(FULL), "version": 77, "due_at": "2024-01-01T00:00:00+02:00"}
+        bad = {**deepcopy(given), "undeclared": {"deep": [float("nan")]}}
+        before, before_bad = deepcopy(given), repr(bad)
+        with pytest.raises(AlreadyExistsError):
+            await store.create_entity("items", given)
+        with pytest.raises(ConcurrencyConflictError):
+            await store.save_entity("items", given, expected_version=9)
+        with pytest.raises(BatchError):
+            await store.create_entities("items", [given])
+        with pytest.raises(ValueOutOfDomainError):
+            await store.save_entity("items", bad)
+        with pytest.raises(ValueOutOfDomainError):
+            await store.update_entity("items", "full", bad)
+        assert given == before
+        assert repr(bad) == before_bad
+
+    async def test_11_what_the_caller_does_to_it_afterwards_is_not_stored(
+        self, store: StorageStrategy
+    ) -> None:
+        given = deepcopy(FULL)
+        await store.save_entity("items", given)
+        _spoil(given)
+        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+
+    async def test_11_nor_what_it_does_while_the_write_is_under_way(
+        self, store: StorageStrategy
+    ) -> None:
+        given, batch = deepcopy(FULL), [{**deepcopy(FULL), "item_id": "in a batch"}]
+        writes = [
+            asyncio.create_task(store.save_entity("items", given)),
+            asyncio.create_task(store.save_entities("items", batch)),
+        ]
+        await asyncio.sleep(0)
+        _spoil(given)
+        _spoil(batch[0])
+        batch.clear()
+        await asyncio.gather(*writes)
+        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+        assert exact(content(await store.get_entity("items", "in a batch"))) == exact(
+            {**FULL, "item_id": "in a batch"}
+        )
+
+    # 12 -------------------------------------------------------------------------------------
+
+    async def test_12_strange_ids_are_ids(self, store: StorageStrategy) -> None:
+        for each in STRANGE_IDS:
+            assert await store.create_entity("items", {"item_id": each, "label": each}) == 1, each
+        expected = {each: {"item_id": each, "label": each} for each in STRANGE_IDS}
+        assert await contents(store, "items", STRANGE_IDS) == expected
+        for each in STRANGE_IDS:
+            assert await store.update_entity("items", each, {"count": 1}) == 2, each
+            assert content(await store.get_entity("items", each)) == {**expected[each], "count": 1}
+        for each in STRANGE_IDS[::2]:
+            assert await store.delete_entity("items", each) is True, each
+        left = sorted(STRANGE_IDS[1::2])
+        assert sorted(await _settled_ids(store, left)) == left
+
+    async def test_12_strange_ids_in_queries_and_pages(self, store: StorageStrategy) -> None:
+        await store.create_entities("items", [{"item_id": each} for each in STRANGE_IDS])
+        assert sorted(await _settled_ids(store, sorted(STRANGE_IDS))) == sorted(STRANGE_IDS)
+        for each in STRANGE_IDS:
+            assert await _ids(store, {"item_id": each}) == [each]
+        assert await _walk(store, 7) == sorted(STRANGE_IDS)
+
+    async def test_12_strange_ids_outlive_the_store(self, harness: Harness) -> None:
+        if not harness.capabilities.durable:
+            return
+        entities = [{"item_id": each, "label": each} for each in STRANGE_IDS]
+        async with harness.store() as store:
+            await store.create_entities("items", entities)
+        async with harness.store() as store:
+            found = await contents(store, "items", STRANGE_IDS)
+        assert list(found.values()) == entities
+
+    # 13 -------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: ascii(bad)[:12])
+    async def test_13_a_bad_id_is_refused_at_once(
+        self, harness: Harness, store: StorageStrategy, bad: Any
+    ) -> None:
+        all_refused_at_once(
+            InvalidKeyError,
+            store.get_entity("items", bad),
+            store.get_entities("items", ["good", bad]),
+            store.create_entity("items", {"item_id": bad}),
+            store.save_entity("items", {"item_id": bad}),
+            store.update_entity("items", bad, {"label": "x"}),
+            store.delete_entity("items", bad),
+            store.create_entities("items", [{"item_id": "good"}, {"item_id": bad}]),
+            store.save_entities("items", [{"item_id": "good"}, {"item_id": bad}]),
+            store.delete_entities("items", ["good", bad]),
+            store.import_entities("items", [{"item_id": bad, "version": 1}]),
+            store.modify_entity("items", bad, lambda entity: entity),
+        )
+        if isinstance(harness, ShowsTraces):
+            assert not harness.touched()
+
+    async def test_13_an_entity_needs_its_key(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        for entity in ({}, {"label": "x"}, {"id": "x"}, {"request_id": "x"}):
+            refused_at_once(store.create_entity("items", entity), InvalidKeyError)
+            refused_at_once(store.save_entity("items", entity), InvalidKeyError)
+        if isinstance(harness, ShowsTraces):
+            assert not harness.touched()
+
+    async def test_13_the_place_in_a_batch_is_named(self, store: StorageStrategy) -> None:
+        batch = [{"item_id": "good"}, {"item_id": "fine"}, {"item_id": ""}]
+        error = refused_at_once(store.create_entities("items", batch), InvalidKeyError)
+        assert "item 2" in str(error)
+        assert await store.get_entity("items", "good") is None
+
+    # 14 -------------------------------------------------------------------------------------
+
+    async def test_14_lookalikes_are_different_ids(self, store: StorageStrategy) -> None:
+        for place, each in enumerate(LOOKALIKES):
+            assert await store.create_entity("items", {"item_id": each, "count": place}) == 1
+        expected: dict[str, dict[str, object] | None] = {
+            each: {"item_id": each, "count": place} for place, each in enumerate(LOOKALIKES)
+        }
+        assert await contents(store, "items", LOOKALIKES) == expected
+        assert await _settled_ids(store, sorted(LOOKALIKES)) == sorted(LOOKALIKES)
+        for each in LOOKALIKES:
+            assert await _ids(store, {"item_id": each}) == [each]
+        for each in LOOKALIKES[::2]:
+            assert await store.delete_entity("items", each) is True
+            expected[each] = None
+        assert await contents(store, "items", LOOKALIKES) == expected
+
+    # 15 -------------------------------------------------------------------------------------
+
+    async def test_15_injection_as_id_field_name_and_value(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        entities = [{"item_id": each, each: each, "label": each} for each in INJECTIONS]
+        for entity in entities:
+            await store.create_entity("items", entity)
+            await store.update_entity("items", entity["item_id"], {"data": {entity["label"]: 1}})
+        expected = [{**each, "data": {each["label"]: 1}} for each in entities]
+        found = await contents(store, "items", INJECTIONS)
+        assert list(found.values()) == expected
+        for each in INJECTIONS:
+            assert await store.update_entity("items", each, {each: REMOVED}) == 3
+            assert await store.delete_entity("items", each) is True
+        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+        assert await counted(store, "items", 1) == 1
+
+    async def test_15_injection_as_filter_and_order(self, store: StorageStrategy) -> None:
+        entities = [{"item_id": each, each: each, "label": each} for each in INJECTIONS]
+        await store.create_entities("items", [FULL, *entities])
+        everyone = sorted(["full", *INJECTIONS])
+        assert await _settled_ids(store, everyone) == everyone
+        for each in INJECTIONS:
+            assert await _ids(store, {each: each}) == [each]
+            assert await _ids(store, {"label": eq(each)}) == [each]
+            assert await _ids(store, {path("data", each): each}) == []
+            ordered = await store.query_entities("items", order_by=f"-{each}", limit=1)
+            assert [found["item_id"] for found in ordered] == [each]
+            named = await store.query_entities("items", {"item_id": each}, fields=[each])
+            assert named == [{"item_id": each, each: each, "version": 1}]
+        assert await store.count_entities("items") == len(INJECTIONS) + 1
+
+    async def test_15_injection_as_collection(self, store: StorageStrategy) -> None:
+        await store.create_entity("items", FULL)
+        for name in (
+            *(each for each in INJECTIONS if each != "items"),
+            "",
+            "Items",
+            "sqlite_master",
+        ):
+            all_refused_at_once(
+                UnknownCollectionError,
+                store.get_entity(name, "x"),
+                store.save_entity(name, {"item_id": "x"}),
+                store.delete_entity(name, "x"),
+                store.query_entities(name),
+                store.count_entities(name),
+            )
+        error = refused_at_once(store.get_entity("Items", "x"), UnknownCollectionError)
+        assert "items" in str(error), "the error names the collections that there are"
+        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+
+
+async def _ids(store: StorageStrategy, filters: Any = None) -> list[str]:
+    rows = await store.query_entities("items", filters, order_by="item_id")
+    return [str(each["item_id"]) for each in rows]
+
+
+async def _settled_ids(store: StorageStrategy, expected: list[str]) -> list[str]:
+    return await answer_of(store.capabilities, lambda: _ids(store), expected)
+
+
+async def _walk(store: StorageStrategy, limit: int) -> list[str]:
+    ids: list[str] = []
+    cursor = None
+    while True:
+        page = await store.query_page("items", order_by="item_id", limit=limit, cursor=cursor)
+        ids += [str(each["item_id"]) for each in page.items]
+        cursor = page.cursor
+        if cursor is None:
+            return ids
+
+
+async def _every_way_to_read(store: StorageStrategy, entity_id: str) -> Any:
+    yield await stored(store, "items", entity_id)
+    for found in await store.get_entities("items", [entity_id]):
+        yield found
+    await _settled_ids(store, [entity_id])
+    for row in await store.query_entities("items"):
+        yield row
+    async for row in store.stream_entities("items"):
+        yield row
+    for row in (await store.query_page("items")).items:
+        yield row
+
+
+def _containers(value: object) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _containers(each)
+        yield value
+
+
+def _spoil(entity: dict[str, Any]) -> None:
+    """Change every container in an entity, the innermost first."""
+    for each in list(_containers(entity)):
+        if isinstance(each, dict):
+            each["spoilt"] = "spoilt"
+        else:
+            each.append("spoilt")

@@ -1,0 +1,89 @@
+"""What a one-shot command costs before it does anything."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from command import PROGRAM
+
+if TYPE_CHECKING:
+    from command import Cli
+
+HEAVY = {
+    "sqlalchemy",
+    "aiosqlite",
+    "asyncpg",
+    "aiobotocore",
+    "botocore",
+    "boto3",
+    "rich",
+    "pydantic",
+    "anyio",
+    "hypothesis",
+    "pytest",
+}
+NOT_NEEDED = {
+    "hf_async_store.cli.backups",
+    "hf_async_store.cli.jsonfiles",
+    "hf_async_store.cli.tables",
+    "hf_async_store.cli.upkeep",
+    "hf_async_store.demo",
+    "hf_async_store.strategies.memory",
+    "hf_async_store.testing",
+}
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("words", [["get", "machines", "m-1"], ["query", "machines", "status=x"]])
+def test_what_is_imported(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom hf_async_store.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print(*sys.modules, sep='\\n')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    imported = set(done.stdout.splitlines())
+    assert "hf_async_store.strategies.json" in imported
+    assert imported & NOT_NEEDED == set()
+    assert {each.partition(".")[0] for each in imported} & HEAVY == set()
+
+
+RATIO = 2.5
+ROUNDS = 6
+
+
+def test_get_costs_little_more_than_the_loop_itself(cli: Cli, workplace: Path) -> None:
+    """On a store of 3 MB, 10,000 machines: processor time, for other work may hold up the clock."""
+    machine = '{"machine_id": "m-%05d", "status": "RUNNING", "name": "host-%05d", "%s": "%s"}\n'
+    lines = "".join(machine % (each, each, "x" * 20, "y" * 130) for each in range(10_000))
+    cli("put", "machines", "-", stdin=lines.encode())
+    cli("checkpoint")
+    assert Path("data/db.json").stat().st_size > 3_000_000
+    # As installed: with the bytecode that the first run leaves.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(workplace / "bytecode")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def cost(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=60, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    bare: list[float] = []
+    get: list[float] = []
+    cost(*PROGRAM, "get", "machines", "m-05000")
+    for _ in range(ROUNDS):
+        for _ in range(3):
+            bare.append(cost(sys.executable, "-c", "import asyncio; asyncio.run(asyncio.sleep(0))"))
+            get.append(cost(*PROGRAM, "get", "machines", "m-05000"))
+        if min(get) <= RATIO * min(bare):
+            return
+    pytest.fail(f"{min(get) * 1000:.0f} ms, and the loop alone {min(bare) * 1000:.0f} ms")

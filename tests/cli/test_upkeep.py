@@ -1,0 +1,281 @@
+"""init, health, describe, checkpoint, demo, and how a store and its collections are named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+from command import absolute
+
+from hf_async_store import open_store
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+    from command import Cli
+
+# -- init -----------------------------------------------------------------------------------
+
+
+def test_init_makes_a_store_at_rest_once(cli: Cli) -> None:
+    ran = cli("init")
+    made = [absolute("data/db.json")]
+    assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "made": made}])
+    assert json.loads(Path("data/db.json").read_bytes()) == {}
+    assert Path("data/db.json").stat().st_mode & 0o777 == 0o600
+    assert cli("count", "machines").out == "0\n"
+    again = cli("init")
+    assert (again.code, again.rows) == (0, [{"store": "data/db.json", "made": []}])
+
+
+def test_init_leaves_what_is_there(filled: Cli) -> None:
+    assert filled("init").rows[0]["made"] == []
+    assert filled("count", "machines").out == "3\n"
+
+
+def test_init_leaves_commits_that_no_file_holds_yet(cli: Cli) -> None:
+    async def commit_and_die() -> None:
+        store = await open_store("json:data/db.json").open()
+        await store.save_entity("templates", {"template_id": "t-1"})
+        # Killed here, as far as the files can tell.
+        journal = next(Path("data").glob("*.journal.*"))
+        Path("kept").write_bytes(journal.read_bytes())
+        await store.close()
+        for each in Path("data").iterdir():
+            each.unlink()
+        Path("kept").rename(journal)
+
+    asyncio.run(commit_and_die())
+    assert cli("init").rows[0]["made"] == []
+    assert cli("get", "templates", "t-1").code == 0
+
+
+def test_init_of_split_and_compressed_files(cli: Cli) -> None:
+    made = cli("init", "--store", "json:split").rows[0]["made"]
+    names = ("templates", "requests", "machines")
+    assert made == [absolute(f"split/{name}.json") for name in names]
+    Path("split/requests.json").unlink()
+    assert cli("init", "--store", "json:split").rows[0]["made"] == [absolute("split/requests.json")]
+    made = cli("init", "--store", "json:z/db.json?enable_compression=yes").rows[0]["made"]
+    assert made == [absolute("z/db.json.gz")]
+    assert cli("health", "--store", "json:z/db.json?enable_compression=yes").rows[0]["ok"] is True
+
+
+def test_init_of_another_engine(cli: Cli) -> None:
+    assert cli("init", "--store", "memory:").rows == [{"store": "memory", "made": []}]
+
+
+# -- health, describe, checkpoint -----------------------------------------------------------
+
+
+def test_health(filled: Cli) -> None:
+    ran = filled("health")
+    [report] = ran.rows
+    assert (ran.code, ran.err, report["ok"]) == (0, "", True)
+    assert report["entities"] == {"templates": 1, "requests": 2, "machines": 3}
+
+
+def test_health_of_a_damaged_store(filled: Cli) -> None:
+    Path("data/db.json").write_text('{"machines": {')
+    ran = filled("health")
+    assert ran.code == 4
+    assert ran.rows[0]["ok"] is False
+    assert f"hf-async-store: problem: {absolute('data/db.json')}" in ran.err
+
+
+def test_describe_shows_no_secret(cli: Cli) -> None:
+    ran = cli("describe")
+    assert ran.code == 0
+    assert ran.rows[0]["collections"]["machines"]["key"] == "machine_id"
+    assert not Path("data").exists()
+
+
+def test_checkpoint(filled: Cli) -> None:
+    filled("update", "machines", "m-1", "status=GONE")
+    ran = filled("checkpoint")
+    assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "adopted": None}])
+    assert json.loads(Path("data/db.json").read_bytes())["machines"]["m-1"]["status"] == "GONE"
+
+
+def replaced_by_hand(cli: Cli) -> None:
+    """A data file from elsewhere, while the journal holds a commit."""
+
+    async def make() -> None:
+        store = await open_store("json:data/db.json").open()
+        await store.save_entity("templates", {"template_id": "t-1"})
+        await store.checkpoint()  # type: ignore[attr-defined]
+        await store.save_entity("templates", {"template_id": "t-2"})
+        Path("data/db.json").write_text('{"templates": {"t-3": {"template_id": "t-3"}}}')
+        await store.close()
+
+    asyncio.run(make())
+    ran = cli("get", "templates", "t-1")
+    assert ran.code == 4
+    assert "`hf-async-store checkpoint --adopt-file`" in ran.message
+    assert "`--adopt-journal`" in ran.message
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("which", "there"), [("file", ["t-3"]), ("journal", ["t-2", "t-3"])])
+def test_checkpoint_settles_a_replaced_file(cli: Cli, which: str, there: list[str]) -> None:
+    replaced_by_hand(cli)
+    ran = cli("checkpoint", f"--adopt-{which}")
+    assert (ran.code, ran.rows[0]["adopted"]) == (0, which)
+    assert [each["template_id"] for each in cli("query", "templates").rows] == there
+
+
+def test_checkpoint_of_another_engine(cli: Cli) -> None:
+    for command in (["checkpoint"], ["backup"], ["backups"], ["restore", "x"]):
+        ran = cli(*command, "--store", "memory:")
+        assert ran.code == 2
+        assert ran.message == "this command is for JSON stores; here is the engine memory"
+
+
+# -- which store ----------------------------------------------------------------------------
+
+
+def test_the_store_may_be_named_before_or_after(
+    filled: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_ASYNC_STORE")
+    for words in (
+        ["--store", "json:data/db.json", "count", "machines"],
+        ["count", "--store", "json:data/db.json", "machines"],
+        ["count", "machines", "--store=json:data/db.json"],
+    ):
+        assert filled(*words).out == "3\n"
+
+
+def test_the_option_goes_before_the_environment(filled: Cli) -> None:
+    assert filled("init", "--store", "json:other.json").code == 0
+    assert filled("count", "machines", "--store", "json:other.json").out == "0\n"
+
+
+def test_a_configuration_file(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = {"base_path": "data", "filenames": {"single_file": "db.json"}}
+    storage = {"storage": {"strategy": "json", "json_strategy": block}}
+    Path("config.json").write_text(json.dumps(storage))
+    assert filled("--config", "config.json", "count", "machines").out == "3\n"
+    monkeypatch.setenv("HF_ASYNC_STORE", "config.json")
+    assert filled("count", "machines").out == "3\n"
+
+
+def test_no_store_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ASYNC_STORE")
+    ran = cli("count", "machines")
+    assert ran.code == 2
+    assert ran.message == (
+        "no store is named; give --store json:data/request_database.json (or another URL), "
+        "--config FILE, or set HF_ASYNC_STORE to either"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"storage": ', "config.json, line 1, column 13: Input data was truncated"),
+        ('{"storage": {"strategy": "jsn"}}', "config.json: storage.strategy: unknown strategy"),
+        (
+            '{"storage": {"strategy": "json", "json_strategy": {"base_pat": "x"}}}',
+            "config.json: storage.json_strategy.base_pat: unknown key (known: storage_type",
+        ),
+        (
+            '{"storage": {"strategy": "json", "json_strategy": {"cache_size": "x"}}}',
+            "config.json: storage.json_strategy.cache_size: expected int, got str",
+        ),
+        ('{"templates": {}}', "config.json: not a configuration, which has a key 'storage'"),
+    ],
+)
+def test_a_configuration_that_is_wrong(cli: Cli, text: str, told: str) -> None:
+    Path("config.json").write_text(text)
+    ran = cli("count", "machines", "--config", "config.json")
+    assert ran.code == 2
+    assert told in ran.message
+
+
+def test_other_ways_to_name_a_store_wrongly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = cli("count", "machines", "--store", "json:x.json", "--config", "c.json")
+    assert (both.code, both.message) == (2, "give --store or --config, not both")
+    missing = cli("count", "machines", "--config", "c.json")
+    assert (missing.code, missing.message[:37]) == (2, "no such configuration file 'c.json'; ")
+    typo = cli("count", "machines", "--store", "jsn:x.json")
+    assert typo.code == 2
+    assert "did you mean 'json:'?" in typo.message
+    monkeypatch.setenv("HF_ASYNC_STORE", "json:")
+    assert cli("count", "machines").message.startswith("HF_ASYNC_STORE: json: URL: expected json:")
+
+
+# -- which collections ----------------------------------------------------------------------
+
+MINE = """
+from hf_async_store import Collection, Field
+ORDERS = Collection("orders", key="order_id", fields=[Field("total", "number"), "state"])
+ALL = [ORDERS, Collection("parts", key="part_id", fields=[Field("order_id", references="orders")])]
+EMPTY = []
+TEXT = "orders"
+"""
+
+
+@pytest.fixture
+def mine(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", ".")])
+    (workplace / "mine.py").write_text(MINE)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+@pytest.mark.usefixtures("mine")
+def test_collections_of_ones_own(cli: Cli) -> None:
+    own = ["--collections", "mine:ALL"]
+    assert cli("put", "orders", '{"order_id": "o-1", "total": 2.5}', *own).code == 0
+    assert cli("put", "parts", '{"part_id": "p-1", "order_id": "o-1"}', *own).code == 0
+    assert cli(*own, "query", "orders", "total:gt=2").rows[0]["order_id"] == "o-1"
+    assert cli("delete", "orders", "o-1", *own).code == 3
+    assert cli("count", "orders", "--collections", "mine:ORDERS").out == "1\n"
+    unknown = cli("get", "machines", "m-1", *own)
+    assert unknown.message.startswith("no collection 'machines'; declared are: orders, parts")
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("mine", "--collections 'mine': expected MODULE:NAME"),
+        ("nope:ALL", "ModuleNotFoundError: No module named 'nope'"),
+        ("mine:NOPE", "AttributeError: module 'mine' has no attribute 'NOPE'"),
+        ("mine:TEXT", "TEXT is no list of Collection, but str"),
+        ("mine:EMPTY", "EMPTY is no list of Collection, but list"),
+    ],
+)
+def test_collections_that_cannot_be_had(cli: Cli, named: str, told: str) -> None:
+    ran = cli("count", "orders", "--collections", named)
+    assert ran.code == 2
+    assert told in ran.message
+
+
+# -- the demo -------------------------------------------------------------------------------
+
+
+def test_the_demo_is_asked_only_when_it_is_chosen(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = ModuleType("hf_async_store.demo")
+    seen: list[Namespace] = []
+
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--data")
+        parser.add_argument("--store", help="its own meaning")
+
+    async def run(arguments: Namespace) -> int:
+        seen.append(arguments)
+        return 4
+
+    demo.__dict__.update(add_arguments=add_arguments, run=run)
+    monkeypatch.setitem(sys.modules, "hf_async_store.demo", demo)
+    assert cli("--config", "c.json", "demo", "--data", "d", "--store", "memory:").code == 4
+    assert (seen[0].data, seen[0].store, seen[0].config) == ("d", "memory:", "c.json")
+    assert cli("demo", "--help").out.startswith("usage: hf-async-store demo")

@@ -1,0 +1,333 @@
+"""put, get, update, delete, query, count: what they do, print and return."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from command import Cli
+
+
+def machines(count: int) -> bytes:
+    return b"".join(
+        json.dumps({"machine_id": f"m-{number:05}", "status": "RUNNING"}).encode() + b"\n"
+        for number in range(count)
+    )
+
+
+# -- put ------------------------------------------------------------------------------------
+
+
+def test_put_one_object(cli: Cli) -> None:
+    ran = cli("put", "templates", '{"template_id": "t-1", "name": "Standard"}')
+    assert (ran.code, ran.rows) == (0, [{"template_id": "t-1", "version": 1}])
+    assert ran.message == "note: a new store was made at data/db.json"
+    again = cli("put", "templates", '{"template_id": "t-1"}')
+    assert (again.code, again.rows, again.err) == (0, [{"template_id": "t-1", "version": 2}], "")
+    [entity] = cli("get", "templates", "t-1").rows
+    assert "name" not in entity
+
+
+def test_put_from_a_file_and_from_stdin(cli: Cli, workplace: Path) -> None:
+    (workplace / "in.jsonl").write_bytes(machines(3))
+    assert len(cli("put", "machines", "--file", "in.jsonl").rows) == 3
+    assert len(cli("put", "machines", "-", stdin=machines(4)).rows) == 4
+    assert len(cli("put", "machines", stdin=machines(5)).rows) == 5
+    assert cli("count", "machines").out == "5\n"
+
+
+def test_what_a_query_prints_can_be_put(filled: Cli) -> None:
+    printed = filled("query", "requests").out
+    filled("put", "templates", '{"template_id": "t-1"}', "--store", "json:copy.json")
+    copied = filled("put", "requests", "-", "--store", "json:copy.json", stdin=printed.encode())
+    assert copied.code == 0
+    copies = filled("query", "requests", "--store", "json:copy.json").rows
+    for copy, row in zip(copies, [json.loads(each) for each in printed.splitlines()], strict=True):
+        assert {**copy, "updated_at": 0, "version": 0} == {**row, "updated_at": 0, "version": 0}
+
+
+def test_create_refuses_what_is_there(filled: Cli) -> None:
+    for words in (["--create"], ["--expected-version", "absent"]):
+        ran = filled("put", "templates", '{"template_id": "t-1"}', *words)
+        assert ran.code == 3
+        assert ran.message == (
+            "templates already has an entity 't-1'; "
+            "`update` changes it; `put` without --create replaces it"
+        )
+    assert filled("get", "templates", "t-1").rows[0]["name"] == "Standard"
+
+
+def test_put_with_an_expected_version(filled: Cli) -> None:
+    body = '{"template_id": "t-1"}'
+    stale = filled("put", "templates", body, "--expected-version", "7")
+    assert stale.code == 3
+    assert "'t-1' is at version 1, not 7; somebody else changed it: `get` it again" in stale.message
+    assert filled("put", "templates", body, "--expected-version", "1").rows[0]["version"] == 2
+    missing = filled("put", "templates", '{"template_id": "x"}', "--expected-version", "1")
+    assert (missing.code, missing.message) == (1, "templates has no entity 'x'")
+
+
+def test_some_of_many_are_refused(filled: Cli) -> None:
+    ran = filled("put", "machines", "--create", stdin=machines(3) + b'{"machine_id": "m-1"}')
+    assert ran.code == 3
+    assert [each["machine_id"] for each in ran.rows] == ["m-00000", "m-00001", "m-00002"]
+    first, last = ran.err.splitlines()
+    assert "machines already has an entity 'm-1'" in first
+    assert last == "hf-async-store: 1 of 4 failed; the others are done"
+
+
+def test_a_missing_parent(filled: Cli) -> None:
+    ran = filled("put", "machines", '{"machine_id": "m-9", "request_id": "r-9"}')
+    assert ran.code == 3
+    assert ran.message == (
+        "machines 'm-9': request_id names 'r-9', which requests does not have; put that first"
+    )
+
+
+def test_many_failures_are_not_all_told(filled: Cli) -> None:
+    filled("put", "machines", stdin=machines(30))
+    ran = filled("put", "machines", "--create", stdin=machines(30))
+    lines = ran.err.splitlines()
+    assert (ran.code, len(lines)) == (3, 12)
+    assert lines[10:] == [
+        "hf-async-store: and 20 more like these (--verbose shows all)",
+        "hf-async-store: 30 of 30 failed",
+    ]
+
+
+def test_nothing_is_put_if_one_cannot_be_stored(cli: Cli) -> None:
+    wrong = machines(2500) + b'{"machine_id": "bad", "status": 5}\n'
+    ran = cli("put", "machines", stdin=wrong)
+    assert ran.code == 2
+    assert ran.message == "stdin, line 2501: machines.status is declared text, not an integer"
+    assert not Path("data").exists()
+
+
+def test_many_are_put_in_pieces(cli: Cli) -> None:
+    ran = cli("put", "machines", stdin=machines(2500))
+    assert (ran.code, len(ran.rows)) == (0, 2500)
+    assert cli("count", "machines", "status=RUNNING").out == "2500\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["put", "machines"], "nothing to put: give the JSON, - for stdin, or --file FILE"),
+        (["put", "machines", "-", "--file", "x"], "give the JSON, - or --file, only one of them"),
+        (["put", "machines", "--file", "x"], "cannot read x: No such file or directory"),
+        (["put", "machines", "in.json"], "to read a file, give --file in.json"),
+        (["put", "machines", '{"status": "x"}'], "needs its key field 'machine_id'; it holds the"),
+        (["put", "machines", '{"machine_id": 5}'], "an id of machines is text, not int"),
+        (
+            ["put", "nope", "{}"],
+            "no collection 'nope'; declared are: templates, requests, machines",
+        ),
+        (["put", "nope", "{}"], "--collections MODULE:NAME declares others"),
+        (
+            ["put", "machines", "{}", "--create", "--expected-version", "1"],
+            "give --create or --expected-version, not both",
+        ),
+        (
+            ["put", "machines", '[{"machine_id":"a"},{"machine_id":"b"}]', "--expected-version=1"],
+            "--expected-version N is for one object; here are 2",
+        ),
+        (
+            ["put", "machines", "{}", "--expected-version", "-1"],
+            "expected a version, a number from",
+        ),
+    ],
+)
+def test_a_put_that_cannot_be_understood(cli: Cli, words: list[str], told: str) -> None:
+    ran = cli(*words)
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.message
+
+
+# -- get ------------------------------------------------------------------------------------
+
+
+def test_get_several_of_which_one_is_missing(filled: Cli) -> None:
+    ran = filled("get", "machines", "m-2", "m-9", "m-1")
+    assert ran.code == 1
+    assert [each["machine_id"] for each in ran.rows] == ["m-2", "m-1"]
+    assert ran.message == "machines has no entity 'm-9'"
+
+
+def test_get_an_id_that_begins_with_a_dash(cli: Cli) -> None:
+    cli("put", "machines", '{"machine_id": "-x"}')
+    assert cli("get", "machines", "--", "-x").rows[0]["machine_id"] == "-x"
+    assert cli("get", "machines", "--json", "--", "-x").code == 0
+
+
+# -- update ---------------------------------------------------------------------------------
+
+
+def test_update(filled: Cli) -> None:
+    ran = filled(
+        "update", "requests", "r-1", "status=RUNNING", "note:=null", "--remove", "tags", "zone=x"
+    )
+    assert (ran.code, ran.rows) == (0, [{"request_id": "r-1", "version": 2}])
+    [entity] = filled("get", "requests", "r-1").rows
+    assert (entity["status"], entity["note"], entity["zone"]) == ("RUNNING", None, "x")
+    assert "tags" not in entity
+    assert entity["machine_count"] == 3
+    assert filled("update", "requests", "r-1", '{"machine_count": 5}').rows[0]["version"] == 3
+
+
+def test_update_with_an_expected_version(filled: Cli) -> None:
+    stale = filled("update", "requests", "r-1", "status=X", "--expected-version", "4")
+    assert (stale.code, stale.out) == (3, "")
+    assert "requests 'r-1' is at version 1, not 4" in stale.message
+    assert filled("update", "requests", "r-1", "status=X", "--expected-version", "1").code == 0
+
+
+def test_update_of_what_is_not_there(filled: Cli) -> None:
+    ran = filled("update", "requests", "r-9", "status=X")
+    assert (ran.code, ran.message) == (1, "requests has no entity 'r-9'")
+
+
+def test_update_to_a_wrong_type(filled: Cli) -> None:
+    ran = filled("update", "requests", "r-1", "machine_count=2.5")
+    assert ran.code == 2
+    assert ran.message == "requests.machine_count is declared integer, not a float"
+    ran = filled("update", "requests", "r-1", "--remove", "request_id")
+    assert ran.code == 2
+    assert "requests.request_id is the key" in ran.message
+
+
+# -- delete ---------------------------------------------------------------------------------
+
+
+def test_delete(filled: Cli) -> None:
+    ran = filled("delete", "machines", "m-1", "m-9", "m-2")
+    assert ran.code == 1
+    assert ran.rows == [
+        {"machine_id": "m-1", "deleted": True},
+        {"machine_id": "m-2", "deleted": True},
+    ]
+    assert ran.message == "machines has no entity 'm-9'"
+    assert filled("count", "machines").out == "1\n"
+
+
+def test_delete_what_others_refer_to(filled: Cli) -> None:
+    ran = filled("delete", "requests", "r-1", "r-2")
+    assert ran.code == 3
+    first, second, last = ran.err.splitlines()
+    assert "requests 'r-1' cannot be deleted: machines 'm-" in first
+    assert first.endswith("names it in request_id; delete those first")
+    assert "requests 'r-2' cannot be deleted: machines 'm-3' names it" in second
+    assert last == "hf-async-store: 2 of 2 failed"
+    assert filled("delete", "requests", "r-1").message.endswith("delete those first")
+
+
+def test_delete_with_an_expected_version(filled: Cli) -> None:
+    assert filled("delete", "machines", "m-1", "--expected-version", "2").code == 3
+    assert filled("delete", "machines", "m-1", "m-2", "--expected-version", "1").code == 2
+    assert filled("delete", "machines", "m-1", "--expected-version", "1").code == 0
+    missing = filled("delete", "machines", "m-1", "--expected-version", "1")
+    assert (missing.code, missing.message) == (1, "machines has no entity 'm-1'")
+
+
+# -- query and count ------------------------------------------------------------------------
+
+
+def ids(cli: Cli, *words: str) -> list[str]:
+    ran = cli("query", *words)
+    assert (ran.code, ran.err) == (0, "")
+    return [next(value for name, value in row.items() if name.endswith("_id")) for row in ran.rows]
+
+
+def test_query(filled: Cli) -> None:
+    assert ids(filled, "machines") == ["m-1", "m-2", "m-3"]
+    assert ids(filled, "machines", "status=RUNNING", "request_id=r-1") == ["m-1"]
+    assert ids(filled, "machines", "status:in=STOPPED,GONE") == ["m-2"]
+    assert ids(filled, "machines", "name:exists=false") == ["m-3"]
+    assert ids(filled, "machines", "name:=null") == ["m-2"]
+    assert ids(filled, "requests", "tags/owner=ops") == ["r-1"]
+    assert ids(filled, "requests", '["tags","a/b",1]=2') == ["r-1"]
+    assert ids(filled, "requests", "zone=7") == ["r-2"]
+    assert ids(filled, "requests", 'zone:="7"') == []
+    assert ids(filled, "requests", "completed_at:gt=2025-06-30T10:00:00+02:00") == ["r-2"]
+    assert ids(filled, "requests", "machine_count:between=2,4") == ["r-1"]
+
+
+def test_order_and_limit(filled: Cli) -> None:
+    assert ids(filled, "machines", "--order", "-machine_id") == ["m-3", "m-2", "m-1"]
+    assert ids(filled, "machines", "--order=-status,-machine_id") == ["m-2", "m-3", "m-1"]
+    assert ids(filled, "machines", "--order", "status", "--order", "-machine_id") == [
+        "m-3",
+        "m-1",
+        "m-2",
+    ]
+    assert ids(filled, "requests", "--order", "-tags/owner") == ["r-1", "r-2"]
+    assert ids(filled, "machines", "--limit", "1", "--order", "-machine_id") == ["m-3"]
+    assert ids(filled, "machines", "--limit", "0") == []
+
+
+def test_options_and_filters_in_any_order(filled: Cli) -> None:
+    assert ids(filled, "--limit", "5", "machines", "--json", "status=RUNNING") == ["m-1", "m-3"]
+    assert ids(filled, "machines", "request_id=r-1", "--order", "-name", "status=RUNNING") == [
+        "m-1"
+    ]
+
+
+def test_fields(filled: Cli) -> None:
+    ran = filled("query", "machines", "--fields", "status, nope", "--limit", "1")
+    assert ran.rows == [{"machine_id": "m-1", "status": "RUNNING", "version": 1}]
+    assert "--fields needs names" in filled("query", "machines", "--fields", ",").message
+
+
+def test_explain(filled: Cli) -> None:
+    [plan] = filled("query", "machines", "status=RUNNING", "--explain").rows
+    assert (plan["access"], plan["index"]) == ("index", "status-index")
+
+
+def test_count(filled: Cli) -> None:
+    assert filled("count", "machines").out == "3\n"
+    assert filled("count", "machines", "status=RUNNING").out == "2\n"
+    assert filled("count", "machines", "status=GONE").out == "0\n"
+
+
+@pytest.mark.parametrize("command", ["query", "count"])
+def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
+    ran = filled(command, "machines", "statu:equals=x")
+    assert ran.code == 2
+    assert "no operator 'equals'; there are: eq, ne, lt" in ran.message
+
+
+# -- where there is no store ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["get", "machines", "m-1"],
+        ["query", "machines"],
+        ["count", "machines"],
+        ["update", "machines", "m-1", "status=x"],
+        ["delete", "machines", "m-1"],
+        ["health"],
+        ["checkpoint"],
+        ["backup"],
+        ["backups"],
+    ],
+)
+def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) -> None:
+    ran = cli(*words)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.message == (
+        "there is no store at data/db.json; mend --store or --config, or make an empty one: "
+        "`hf-async-store init`"
+    )
+    assert list(workplace.iterdir()) == []
+
+
+def test_a_store_that_is_only_a_journal_yet(cli: Cli) -> None:
+    cli("init")
+    Path("data/db.json").rename("data/db.json.journal.00000001")
+    # Whatever is in it: something is there, and what is wrong with it is the store's to say.
+    assert cli("count", "machines").code == 4

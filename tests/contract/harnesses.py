@@ -1,0 +1,80 @@
+"""The engines of this package, as the contract suite reaches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_async_store import open_store
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hf_async_store import Capabilities, Collection, StorageStrategy
+
+
+class MemoryHarness:
+    """Every store is empty at first, and forgets."""
+
+    def __init__(self) -> None:
+        self.capabilities: Capabilities = self.store().capabilities
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        config: dict[str, Any] = {"strategy": "memory", "memory_strategy": settings}
+        return open_store(config, collections=collections)
+
+    def url(self) -> None:
+        return None
+
+    def leaks(self) -> list[str]:
+        return []
+
+
+class JSONHarness:
+    """A store in a folder of its own.
+
+    Args:
+        name: of the one file, or of the folder of split files.
+    """
+
+    def __init__(self, tmp_path: Path, name: str) -> None:
+        self._path = tmp_path / "data" / name
+        self._folder = self._path.parent if name.endswith(".json") else self._path
+        self.capabilities: Capabilities = self.store().capabilities
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
+        return open_store(f"{self.url()}?{query}", collections=collections)
+
+    def url(self) -> str:
+        return f"json:{self._path}"
+
+    def touched(self) -> bool:
+        return self._path.exists() or self._folder.exists()
+
+    def leaks(self) -> list[str]:
+        return [*self._temporary_files(), *self._open_files()]
+
+    def _temporary_files(self) -> list[str]:
+        return [str(each) for each in self._folder.rglob("*") if ".tmp" in each.name]
+
+    def _open_files(self) -> list[str]:
+        """What this process still has open there, where the system tells."""
+        found = []
+        for each in Path("/proc/self/fd").glob("*"):
+            try:
+                target = str(each.readlink())
+            except OSError:
+                continue  # the descriptor by which the folder was listed
+            if target.startswith(str(self._folder)):
+                found.append(f"open: {target}")
+        return found
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,259 @@
+"""Stores that lie: whatever they do to an acknowledged write, the demo sees it and names it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from hf_async_store import StorageStrategy, Transaction
+from hf_async_store.demo import orchestrator
+from hf_async_store.demo.data import OPEN, Source
+from hf_async_store.demo.plan import Settings
+from hf_async_store.demo.play import FAILED, play
+from hf_async_store.entities import PRESENT, Change, Delete, Key, Outcome, Patch, Put
+from hf_async_store.strategies.json import JSONStorageStrategy
+from hf_async_store.strategies.memory import MemoryStorageStrategy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NOW = "2026-01-01T00:00:00.000000Z"
+Chosen = Callable[[Change], bool]
+
+
+class Once:
+    """True for the first change of a kind, after some others."""
+
+    def __init__(self, chosen: Chosen, after: int = 3) -> None:
+        self._chosen = chosen
+        self._left = after
+
+    def __call__(self, change: Change) -> bool:
+        if self._chosen(change):
+            self._left -= 1
+            return self._left == -1
+        return False
+
+
+def is_machine(kind: type, **fields: object) -> Chosen:
+    def chosen(change: Change) -> bool:
+        given = getattr(change, "fields", None) or getattr(change, "entity", None) or {}
+        return (
+            isinstance(change, kind)
+            and change.key.collection == "machines"
+            and all(given.get(name) == value for name, value in fields.items())
+        )
+
+    return chosen
+
+
+class _Drops(StorageStrategy):
+    """Acknowledges one write that it does not do."""
+
+    lost: Once
+
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        done = [each for each in changes if not self.lost(each)]
+        outcomes = iter(await super()._write(done, timeout) if done else [])
+        kept = {id(each) for each in done}
+        return [next(outcomes) if id(each) in kept else _claimed(each) for each in changes]
+
+
+def _claimed(change: Change) -> Outcome:
+    return change.expect + 1 if isinstance(change.expect, int) else 1
+
+
+class Dropping(_Drops, MemoryStorageStrategy):
+    def __init__(self, lost: Once) -> None:
+        super().__init__()
+        self.lost = lost
+
+
+class DroppingOnDisk(_Drops, JSONStorageStrategy):
+    def __init__(self, lost: Once, path: Path) -> None:
+        super().__init__(f"json:{path}/db.json")
+        self.lost = lost
+
+
+class _Torn(Transaction):
+    lost: Once
+
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        done = [each for each in changes if not type(self).lost(each)]
+        outcomes = iter(await super()._write(done, timeout) if done else [])
+        kept = {id(each) for each in done}
+        return [next(outcomes) if id(each) in kept else 1 for each in changes]
+
+
+class Tearing(MemoryStorageStrategy):
+    """Commits a transaction without one of its changes."""
+
+    def __init__(self, lost: Once) -> None:
+        super().__init__()
+        self.transaction_type = type("Torn", (_Torn,), {"lost": lost})  # type: ignore[misc]
+
+
+class Unconditional(MemoryStorageStrategy):
+    """Forgets the conditions of writes: the last writer wins."""
+
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        free = [
+            msgspec.structs.replace(each, expect=PRESENT) if isinstance(each.expect, int) else each
+            for each in changes
+        ]
+        return await super()._write(free, timeout)
+
+
+class Spilling(MemoryStorageStrategy):
+    """Does one update, and one write more that nobody asked for.
+
+    Args:
+        extra: makes it of the one that was asked for.
+    """
+
+    def __init__(self, extra: Callable[[Change], Change]) -> None:
+        super().__init__()
+        self._extra: Callable[[Change], Change] | None = extra
+
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        outcomes = await super()._write(changes, timeout)
+        if self._extra is not None and RUNNING(changes[0]):
+            extra, self._extra = self._extra, None
+            await super()._write([extra(changes[0])], timeout)
+        return outcomes
+
+
+class Hiding(MemoryStorageStrategy):
+    """Its queries leave out one machine, once; all of it is stored."""
+
+    hidden = 3  # counts down to the query that hides
+
+    async def query_entities(self, collection, *args, **more):  # type: ignore[no-untyped-def]
+        rows = await super().query_entities(collection, *args, **more)
+        if collection == "machines" and rows:
+            self.hidden -= 1
+            return rows[1:] if self.hidden == 0 else rows
+        return rows
+
+
+class _Truncated(Transaction):
+    lost: Chosen
+
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        short = [_without_price(each) if self.lost(each) else each for each in changes]
+        return await super()._write(short, timeout)
+
+
+def _without_price(change: Change) -> Change:
+    assert isinstance(change, Put)
+    entity = {name: value for name, value in change.entity.items() if name != "price"}
+    return Put(change.key, entity, change.at, change.expect)
+
+
+class Truncating(MemoryStorageStrategy):
+    """Keeps version and all, but loses the value of a field."""
+
+    def __init__(self, lost: Chosen) -> None:
+        super().__init__()
+        self.transaction_type = type("Truncated", (_Truncated,), {"lost": staticmethod(lost)})  # type: ignore[misc]
+
+
+RUNNING = is_machine(Patch, status="running")
+CREATED = is_machine(Put, status="pending")
+GONE = is_machine(Delete)
+
+
+def ghost(of: Change) -> Put:
+    name = f"{of.key.id}-ghost"
+    return Put(Key("machines", name), {"machine_id": name, "request_id": None}, NOW)
+
+
+LIARS: dict[str, tuple[Callable[[], StorageStrategy], set[str]]] = {
+    "a lost status write": (lambda: Dropping(Once(RUNNING)), {"versions"}),
+    "a lost create": (lambda: Dropping(Once(CREATED)), {"acknowledged", "counts"}),
+    "a torn burst": (lambda: Tearing(Once(CREATED)), {"acknowledged", "transactions", "counts"}),
+    "a delete that was none": (lambda: Tearing(Once(GONE)), {"acknowledged", "transactions"}),
+    "no conditions": (Unconditional, {"counters"}),
+    "a lost value": (lambda: Truncating(CREATED), {"contents"}),
+    "a query that hides": (Hiding, {"pollers"}),
+    "an entity from nowhere": (lambda: Spilling(ghost), {"acknowledged"}),
+}
+
+
+def settings(**more: object) -> Settings:
+    given: dict[str, object] = {
+        "store": "memory:",
+        "seconds": 3.0,
+        "requests": 8,
+        "processes": 1,
+        **more,
+    }
+    return Settings(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("liar", LIARS)
+async def test_a_lie_is_seen(liar: str, capsys: pytest.CaptureFixture[str]) -> None:
+    opening, broken = LIARS[liar]
+    assert await play(settings(), lambda plan: opening()) == FAILED
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    assert last.startswith("FAILED: broken: ")
+    assert broken <= set(re.findall(r"[a-z]+", last.partition("broken:")[2].partition("(")[0]))
+    for each in broken:
+        assert re.search(rf"^  {each}: (machines|requests|templates)/demo-[0-9a-f]+-", out, re.M)
+
+
+async def test_a_changed_entity_that_nobody_wrote_is_seen(
+    single_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = Source(single_file).plain({"requests": None, "machines": None})
+    assert held is not None
+    # The run goes on with open requests only.
+    name = next(
+        each
+        for each, one in held["machines"].items()
+        if held["requests"][str(one["request_id"])]["status"] not in OPEN
+    )
+    extra = Patch(Key("machines", name), {"name": "another"}, NOW)
+    asked = settings(data=str(single_file))
+    assert await play(asked, lambda plan: Spilling(lambda of: extra)) == FAILED
+    assert f"loaded: machines/{name}: had version" in capsys.readouterr().out
+
+
+async def test_a_lie_on_disk_is_seen_among_three_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = Once(RUNNING)
+    asked = settings(store=f"json:{tmp_path}/db.json", processes=3, requests=12)
+    assert await play(asked, lambda plan: DroppingOnDisk(lost, tmp_path)) == FAILED
+    out = capsys.readouterr().out
+    assert re.search(r"^  (acknowledged|versions): machines/demo-", out, re.M)
+    (kept,) = (tmp_path / "tmp").iterdir()
+    assert f"(kept in {kept})" in out
+
+
+class Silent(MemoryStorageStrategy):
+    """Never answers one call."""
+
+    answers = 5
+
+    async def update_entities(self, *args, **more):  # type: ignore[no-untyped-def]
+        self.answers -= 1
+        if self.answers == 0:
+            await asyncio.Event().wait()
+        return await super().update_entities(*args, **more)
+
+
+async def test_a_silence_is_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(orchestrator, "_DRAIN_SECONDS", 0.5)
+    monkeypatch.setattr(orchestrator, "_STUCK_SECONDS", 0.5)
+    assert await play(settings(seconds=2.0), lambda plan: Silent()) == FAILED
+    out = capsys.readouterr().out
+    assert re.search(r"^  finished: machines/demo-\S+: status write was never answered", out, re.M)

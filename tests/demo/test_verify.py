@@ -1,0 +1,269 @@
+"""The examination, on notes and stores made by hand: what it forgives, and what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store.demo.ledger import Answer, Ledger, Notes, Write
+from hf_async_store.demo.verify import Examination
+from hf_async_store.entities import HOST_FACTORY, Schema
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+P = "demo-1-"
+REQUEST = f"{P}request-0-0000"
+MACHINES = [f"{P}machine-0-{number}" for number in range(3)]
+RETURN = f"{P}return-0-0000"
+
+Script = Callable[[Ledger], None]
+
+
+def examined(path: Path, stored: dict[str, Any], base: dict[str, Any], *scripts: Script):  # type: ignore[no-untyped-def]
+    """The examination of what processes noted, one script each."""
+    notes = []
+    for number, script in enumerate(scripts):
+        file = path / f"{number}.notes"
+        file.unlink(missing_ok=True)
+        with Ledger(file) as ledger:
+            script(ledger)
+        # The first process is the one that was killed.
+        notes.append(Notes.of(file, killed=not number))
+    names = ("templates", "requests", "machines")
+    return Examination(
+        notes,
+        {name: base.get(name, {}) for name in names},
+        {name: stored.get(name, {}) for name in names},
+        Schema(HOST_FACTORY),
+        P,
+    )
+
+
+def broken(path: Path, stored: dict[str, Any], *scripts: Script, **base: Any) -> dict[str, str]:
+    """The first failure of each broken invariant."""
+    invariants = examined(path, stored, base, *scripts).invariants()
+    return {each.name: each.failures[0] for each in invariants if each.failures}
+
+
+def noted(work: str, *writes: tuple[Write, list[Answer] | None], whole: bool = False) -> Script:
+    """Notes one operation; without answers it was under way at the end."""
+
+    def script(ledger: Ledger) -> None:
+        number = ledger.will(work, [each for each, _ in writes], whole=whole)
+        answers = [each for _, each in writes if each is not None]
+        if answers:
+            ledger.done(number, answers, 0.1, 0)
+
+    return script
+
+
+def burst(answers: bool = True) -> Script:
+    request = Write("requests", "create", [REQUEST], {"status": "PENDING"})
+    machines = Write("machines", "create", MACHINES, {"request_id": REQUEST, "status": "pending"})
+    return noted(
+        "acquire",
+        (request, [1] if answers else None),
+        (machines, [1, 1, 1] if answers else None),
+        whole=True,
+    )
+
+
+def a_request(**fields: Any) -> dict[str, Any]:
+    made = {"request_type": "acquire", "status": "COMPLETED", "machine_count": 3, "version": 1}
+    return {"request_id": REQUEST, **made, **fields}
+
+
+def a_machine(name: str, **fields: Any) -> dict[str, Any]:
+    made = {"machine_id": name, "request_id": REQUEST, "status": "pending", "version": 1}
+    return {**made, **fields}
+
+
+def stored_burst(machines: list[str] = MACHINES, **fields: Any) -> dict[str, Any]:
+    return {
+        "requests": {REQUEST: a_request(status="PENDING", **fields)},
+        "machines": {each: a_machine(each) for each in machines},
+    }
+
+
+def sequence(*scripts: Script) -> Script:
+    def script(ledger: Ledger) -> None:
+        for each in scripts:
+            each(ledger)
+
+    return script
+
+
+# -- what was under way at a kill may have landed, or not ------------------------------------
+
+
+def test_an_unanswered_burst_may_be_there_whole(tmp_path: Path) -> None:
+    assert "transactions" not in broken(tmp_path, stored_burst(), burst(answers=False))
+
+
+def test_an_unanswered_burst_may_be_missing(tmp_path: Path) -> None:
+    assert broken(tmp_path, {}, burst(answers=False)) == {}
+
+
+@pytest.mark.parametrize("there", [[], MACHINES[:2]])
+def test_an_unanswered_burst_may_not_be_there_in_part(tmp_path: Path, there: list[str]) -> None:
+    seen = broken(tmp_path, stored_burst(there), burst(answers=False))
+    assert seen["transactions"].startswith("machines/demo-1-machine-0-")
+    assert "is not there, and other parts of its acquire are" in seen["transactions"]
+    assert seen["counts"].startswith(f"requests/{REQUEST}: 3 machines, 0 went back")
+
+
+def test_an_acknowledged_burst_must_be_there(tmp_path: Path) -> None:
+    seen = broken(tmp_path, {}, burst())
+    assert seen.keys() == {"acknowledged", "transactions"}
+    assert "is gone; version 1 was acknowledged" in seen["acknowledged"]
+
+
+STEP = Write("templates", "add", ["t"], {"uses": 1})
+
+
+@pytest.mark.parametrize(
+    ("uses", "version", "holds"), [(4, 3, True), (5, 4, True), (6, 5, False), (3, 2, False)]
+)
+def test_a_counter_may_be_one_ahead_per_unanswered_step(
+    tmp_path: Path, uses: int, version: int, holds: bool
+) -> None:
+    base = {"t": {"template_id": "t", "uses": 2, "version": 1}}
+    steps = sequence(noted("count", (STEP, [2])), noted("count", (STEP, [3])))
+    stored = {"templates": {"t": {"template_id": "t", "uses": uses, "version": version}}}
+    seen = broken(tmp_path, stored, noted("count", (STEP, None)), steps, templates=base)
+    assert (seen == {}) is holds
+    assert holds or seen["counters"] == f"templates/t: counts {uses}, 4 were acknowledged"
+
+
+def test_what_landed_unanswered_is_counted(tmp_path: Path) -> None:
+    base = {"templates": {"t": {"template_id": "t", "uses": 0, "version": 1}}}
+    stored = {"templates": {"t": {"template_id": "t", "uses": 2, "version": 3}}, **stored_burst()}
+    lost = noted("count", (STEP, None))
+    seen = examined(tmp_path, stored, base, sequence(lost, lost, lost, burst(answers=False)))
+    assert seen.landed(Notes.of(tmp_path / "0.notes").unanswered) == 3
+
+
+def test_a_return_that_never_landed_is_no_part_of_anothers(tmp_path: Path) -> None:
+    """The killed process wanted a machine that another returned, and that is gone since."""
+    mark = Write("machines", "update", MACHINES[:1], {"return_request_id": RETURN})
+    killed = noted(
+        "return", (Write("requests", "create", [RETURN]), None), (mark, None), whole=True
+    )
+    gone = noted("terminate", (Write("machines", "delete", MACHINES[:1]), ["deleted"]), whole=True)
+    stored = {"machines": {}}
+    seen = broken(tmp_path, stored, killed, gone, machines={MACHINES[0]: a_machine(MACHINES[0])})
+    assert seen == {}
+
+
+def test_a_termination_that_another_did_again_is_no_part(tmp_path: Path) -> None:
+    """The sweep terminates what the killed process was about to: with another time in it."""
+
+    def end(at: str, answered: bool) -> Script:
+        done = Write("requests", "update", [RETURN], {"status": "COMPLETED", "completed_at": at})
+        return noted(
+            "terminate",
+            (Write("machines", "delete", MACHINES[:1]), ["deleted"] if answered else None),
+            (done, [2] if answered else None),
+            whole=True,
+        )
+
+    first, second = "2026-01-01T00:00:00.000000Z", "2026-01-01T00:00:01.000000Z"
+    back = a_request(request_id=RETURN, request_type="return", status="PENDING")
+    now = {**back, "status": "COMPLETED", "completed_at": second, "version": 2}
+    stored = {"requests": {RETURN: {**now, "metadata": {"of": "x"}}}}
+    base = {"requests": {RETURN: {**back, "metadata": {"of": "x"}}}}
+    base["machines"] = {MACHINES[0]: a_machine(MACHINES[0])}
+    seen = broken(tmp_path, stored, end(first, False), end(second, True), **base)
+    assert seen == {}
+
+
+def test_what_the_killed_process_was_creating_may_stay(tmp_path: Path) -> None:
+    create = noted("create", (Write("requests", "create", [REQUEST]), [1]))
+    batch = noted("create batch", (Write("machines", "create", MACHINES), None))
+    stored = {"requests": {REQUEST: a_request(status="creating")}}
+    assert broken(tmp_path, stored, sequence(create, batch)) == {}
+    nobody = sequence()
+    assert broken(tmp_path, stored, nobody, create).keys() == {"finished"}
+
+
+def test_a_living_process_has_no_unanswered_writes(tmp_path: Path) -> None:
+    seen = broken(tmp_path, {}, sequence(), burst(answers=False))
+    assert seen == {"finished": f"requests/{REQUEST}: acquire was never answered"}
+
+
+# -- what is never forgiven ------------------------------------------------------------------
+
+
+def test_one_version_for_two_writers(tmp_path: Path) -> None:
+    base = {"t": {"template_id": "t", "uses": 0, "version": 1}}
+    stored = {"templates": {"t": {"template_id": "t", "uses": 2, "version": 2}}}
+    writers = noted("count", (STEP, [2])), noted("count", (STEP, [2]))
+    seen = broken(tmp_path, stored, *writers, templates=base)
+    assert seen["versions"] == "templates/t: version 2 was acknowledged to two writers"
+
+
+def test_a_delete_that_came_back(tmp_path: Path) -> None:
+    name = MACHINES[0]
+    gone = noted("terminate", (Write("machines", "delete", [name]), ["deleted"]))
+    stored = {"machines": {name: a_machine(name, request_id=None)}}
+    seen = broken(tmp_path, stored, gone, machines={name: a_machine(name, request_id=None)})
+    assert seen == {"acknowledged": f"machines/{name}: is there, and its delete was acknowledged"}
+
+
+def test_an_orphan(tmp_path: Path) -> None:
+    stored = {"machines": {MACHINES[0]: a_machine(MACHINES[0], return_request_id=RETURN)}}
+    base = {"machines": stored["machines"]}
+    failures = [
+        failure
+        for each in examined(tmp_path, stored, base).invariants()
+        for failure in each.failures
+    ]
+    assert failures == [
+        f"machines/{MACHINES[0]}: request_id names '{REQUEST}', which is not there",
+        f"machines/{MACHINES[0]}: return_request_id names '{RETURN}', which is not there",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "was", "now"),
+    [("ratio", 1.0, 1), ("flag", True, 1), ("note", None, "x"), ("tags", {"a": [1]}, {"a": [1.0]})],
+)
+def test_a_loaded_value_of_another_type(
+    tmp_path: Path, field: str, was: object, now: object
+) -> None:
+    base = {"templates": {"t": {"template_id": "t", field: was}}}
+    stored = {"templates": {"t": {"template_id": "t", field: now, "version": 0}}}
+    seen = broken(tmp_path, stored, **base)
+    assert seen == {"loaded": f"templates/t: {field} was {was!r}, is {now!r}"}
+
+
+def test_one_moment_in_several_forms_is_the_same(tmp_path: Path) -> None:
+    base = {"templates": {"t": {"template_id": "t", "created_at": "2026-06-01T10:00:00+02:00"}}}
+    fixed = {"template_id": "t", "created_at": "2026-06-01T08:00:00.000000Z", "version": 0}
+    assert broken(tmp_path, {"templates": {"t": fixed}}, **base) == {}
+
+
+# -- the notes themselves --------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_the_kill(tmp_path: Path) -> None:
+    file = tmp_path / "torn.notes"
+    with Ledger(file) as ledger:
+        burst()(ledger)
+        burst(answers=False)(ledger)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    assert len(Notes.of(file).operations) == 1
+    file.write_bytes(whole + b'{"type":"do')
+    assert [len(each) for each in (Notes.of(file).operations, Notes.of(file).unanswered)] == [2, 1]
+
+
+def test_a_refused_write_leaves_nothing_open(tmp_path: Path) -> None:
+    file = tmp_path / "refused.notes"
+    with Ledger(file) as ledger:
+        ledger.refused(ledger.will("acquire", [STEP]), 4)
+    notes = Notes.of(file)
+    assert (notes.operations, notes.unanswered, notes.conflicts) == ([], [], 4)

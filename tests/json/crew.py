@@ -1,0 +1,214 @@
+"""Processes that use one JSON store at the same time.
+
+    python -m tests.json.crew ROLE '{"folder": ..., "layout": ..., "settings": {}, ...}'
+
+Each opens the store, says "ready", waits for a line, does its role, and prints the result as one
+line of JSON. The roles are the functions below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final, Self
+
+from hf_async_store import JSONStorageStrategy
+from hf_async_store.entities import Key
+from hf_async_store.errors import ConcurrencyConflictError, StorageError
+from tests.json.support import WHOLE, Call, FileCalls, open_json
+
+_ROOT: Final = Path(__file__).parents[2]
+_PATIENCE: Final = 240.0
+
+
+class Member:
+    """One process of a crew, started and not let go yet."""
+
+    def __init__(self, role: str, folder: Path, layout: str, **arguments: Any) -> None:
+        self._command = [
+            *(sys.executable, "-m", "tests.json.crew", role),
+            json.dumps({"folder": str(folder), "layout": layout, **arguments}),
+        ]
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Self:
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, cwd=_ROOT, stdin=pipe, stdout=pipe
+        )
+        assert await self.line() == "ready"
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        process = self.process
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        assert self._process is not None, "entered first"
+        return self._process
+
+    async def line(self) -> Any:
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(self.process.stdout.readline(), _PATIENCE)
+        return json.loads(line) if line else None
+
+    def say(self, word: str = "go") -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word.encode() + b"\n")
+
+    async def result(self) -> Any:
+        """What it prints at its end; everything it started is over then."""
+        found = await self.line()
+        await self.process.wait()
+        assert self.process.returncode == 0
+        return found
+
+
+async def together(*members: Member) -> list[Any]:
+    """Let all go at the same moment; their results."""
+    async with AsyncExitStack() as stack:
+        started = await asyncio.gather(*map(stack.enter_async_context, members))
+        for each in started:
+            each.say()
+        return await asyncio.gather(*(each.result() for each in started))
+
+
+# -- roles ------------------------------------------------------------------------------------
+
+
+async def saver(store: JSONStorageStrategy, *, name: str, times: int) -> list[int]:
+    rows = [{"machine_id": f"{name}-{number}"} for number in range(times)]
+    return [await store.save_entity("machines", row) for row in rows]
+
+
+async def counter(store: JSONStorageStrategy, *, times: int) -> int:
+    """Count up by compare and set; how often it lost."""
+    lost = 0
+    for _ in range(times):
+        while True:
+            entity: dict[str, Any] = await store.get_entity("templates", "counter") or {}
+            try:
+                await store.update_entity(
+                    "templates",
+                    "counter",
+                    {"max_number": entity["max_number"] + 1},
+                    expected_version=entity["version"],
+                )
+                break
+            except ConcurrencyConflictError:
+                lost += 1
+    return lost
+
+
+async def pairs(store: JSONStorageStrategy, *, name: str, times: int) -> int:
+    """Write two files in each transaction."""
+    for number in range(1, times + 1):
+        async with store.begin_transaction() as tx:
+            await tx.save_entity("templates", {"template_id": name, "name": str(number)})
+            await tx.save_entity("machines", {"machine_id": name, "name": str(number)})
+    return times
+
+
+async def teller(store: JSONStorageStrategy, *, name: str) -> None:
+    """`pairs` without an end, saying after each commit that it is acknowledged; folds now and then."""
+    entity = await store.get_entity("templates", name) or {"version": 0}
+    number = int(str(entity["version"]))
+    while True:
+        number += 1
+        async with store.begin_transaction() as tx:
+            await tx.save_entity("templates", {"template_id": name, "name": str(number)})
+            await tx.save_entity("machines", {"machine_id": name, "name": str(number)})
+        os.write(1, b"%d\n" % number)
+        if not number % 7:
+            await store.checkpoint()
+
+
+async def folder(store: JSONStorageStrategy) -> int:
+    """Fold until told to stop."""
+    stop = _stopped()
+    folds = 0
+    while not stop.done():
+        await store.checkpoint()
+        folds += 1
+        await asyncio.sleep(0.001)
+    return folds
+
+
+async def watcher(store: JSONStorageStrategy, *, names: list[str], pause: float) -> dict[str, int]:
+    """Read pairs until told to stop: both halves agree, and no version goes back."""
+    stop = _stopped()
+    keys = [Key(collection, name) for name in names for collection in ("templates", "machines")]
+    highest = dict.fromkeys(names, 0)
+    looks = 0
+    while not stop.done():
+        records = await store._fetch(keys, None)
+        for number, name in enumerate(names):
+            halves = [each and each.version for each in records[2 * number : 2 * number + 2]]
+            assert halves[0] == halves[1], f"half a transaction: {name} {halves}"
+            assert (halves[0] or 0) >= highest[name], f"{name} went back to {halves[0]}"
+            highest[name] = halves[0] or 0
+        looks += 1
+        await asyncio.sleep(pause)
+    return {"looks": looks, **highest}
+
+
+async def holder(store: JSONStorageStrategy) -> str:
+    """Stop, as if suspended, while holding the write lock."""
+    async with store.begin_transaction() as tx:
+        await tx.save_entity("templates", {"template_id": "held"})
+        print(json.dumps("holding"), flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return "committed"
+
+
+async def sleeper_in_a_fold(store: JSONStorageStrategy) -> str:
+    """Stop, as if suspended, in the middle of a fold."""
+
+    def hook(call: Call, size: int) -> int:
+        if call.name == "fdatasync" and call.path.endswith(".tmp"):
+            print(json.dumps("folding"), flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return WHOLE
+
+    await store.save_entity("templates", {"template_id": "before"})
+    with FileCalls(Path(str(store.describe()["folder"])), hook):
+        await store.checkpoint()
+    return "folded"
+
+
+ROLES: Final[dict[str, Callable[..., Awaitable[object]]]] = {
+    each.__name__: each
+    for each in (saver, counter, pairs, teller, folder, watcher, holder, sleeper_in_a_fold)
+}
+
+
+def _stopped() -> asyncio.Future[str]:
+    """Done when another line comes in."""
+    return asyncio.ensure_future(asyncio.to_thread(sys.stdin.readline))
+
+
+async def main(role: str, given: str) -> None:
+    arguments = json.loads(given)
+    folder = Path(arguments.pop("folder"))
+    store = open_json(folder, arguments.pop("layout"), **arguments.pop("settings", {}))
+    print(json.dumps("ready"), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    async with store:
+        try:
+            result = await ROLES[role](store, **arguments)
+        except (StorageError, AssertionError) as exc:
+            result = f"{type(exc).__name__}: {exc}"
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,730 @@
+"""Files that somebody replaces, edits or removes by hand (contract 91).
+
+With an empty journal a changed file is taken over. With commits waiting it is an error with two ways
+out. Whatever is done, and by whomever the store is open: never a silent mixture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pytest
+
+from hf_async_store import JSONStorageStrategy
+from hf_async_store.errors import (
+    CorruptionError,
+    DiskFullError,
+    FileReplacedError,
+    StorageError,
+)
+from tests.json.support import (
+    LAYOUTS,
+    SINGLE,
+    WHOLE,
+    Call,
+    FileCalls,
+    Stored,
+    abandon,
+    data_files,
+    journals,
+    open_json,
+    parsed,
+    reopened,
+    temporary,
+    whole,
+)
+
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+both_ways = pytest.mark.parametrize("way", ["file", "journal"])
+_PATIENCE: Final = 60.0
+"""Seconds until a test gives up; a replaced file is noticed in a fraction of one."""
+
+Way = Literal["file", "journal"]
+
+
+async def _generations(folder: Path, layout: str) -> list[Stored]:
+    """A store at rest after three folds; what each of them wrote, the oldest first."""
+    states = []
+    async with open_json(folder, layout) as store:
+        for number in range(3):
+            async with store.begin_transaction() as tx:
+                await tx.save_entity("templates", {"template_id": "t", "name": str(number)})
+                await tx.save_entity("machines", {"machine_id": f"m{number}"})
+            await store.checkpoint()
+            states.append(await whole(store))
+    return states
+
+
+def _put_back(folder: Path, age: int, *, by_rename: bool = False) -> None:
+    """Copy the backups of one fold over the data files; `age` 1 is the newest."""
+    for name in ("request_database.json", "templates.json", "machines.json"):
+        backups = sorted(folder.glob(f"{name}.bak.*"))
+        if backups:
+            _replace(folder / name, backups[-age].read_bytes(), by_rename=by_rename)
+
+
+def _replace(file: Path, text: bytes, *, by_rename: bool) -> None:
+    if by_rename:
+        new = file.with_name(file.name + "~")
+        new.write_bytes(text)
+        new.replace(file)
+    else:
+        file.write_bytes(text)
+
+
+def _edit(folder: Path, *, by_rename: bool) -> None:
+    """As an editor does: another name in every data file that has one."""
+    for file in data_files(folder):
+        text = file.read_bytes().replace(b'"name":"2"', b'"name": "edited"')
+        _replace(file, text, by_rename=by_rename)
+
+
+async def _until(check: Callable[[], Awaitable[bool]]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not await check():
+        assert time.monotonic() < deadline, "it was never noticed"
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def _others(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
+    """A store that has it open, with everything in memory; it never folds at its close."""
+    store = await open_json(folder, layout).open()
+    await whole(store)
+    try:
+        yield store
+    finally:
+        await abandon(store)
+
+
+async def _replaced(store: JSONStorageStrategy) -> bool:
+    try:
+        await store.get_entity("templates", "t")
+    except FileReplacedError as exc:
+        assert "--adopt-file" in str(exc)
+        assert "--adopt-journal" in str(exc)
+        return True
+    return False
+
+
+# -- at rest ----------------------------------------------------------------------------------
+
+
+@both_layouts
+@pytest.mark.parametrize("age", [1, 2])
+async def test_91_a_backup_is_copied_over_a_closed_store(
+    tmp_path: Path, layout: str, age: int
+) -> None:
+    states = await _generations(tmp_path, layout)
+    _put_back(tmp_path, age)
+    wanted = states[-1 - age]
+    assert await reopened(tmp_path, layout) == wanted
+    async with open_json(tmp_path, layout) as store:
+        assert "replaced by hand" in str((await store.health())["problems"])
+        assert await store.save_entity("templates", {"template_id": "new"}) == 1
+        await store.checkpoint()
+        assert (await store.health())["problems"] == []
+    now = await reopened(tmp_path, layout)
+    assert now["templates"].pop("new")
+    assert now == wanted
+
+
+@both_layouts
+@pytest.mark.parametrize("by_rename", [False, True])
+@pytest.mark.parametrize("age", [1, 2])
+async def test_91_a_backup_is_copied_over_an_open_store_at_rest(
+    tmp_path: Path, layout: str, age: int, by_rename: bool
+) -> None:
+    """Those who only read and those who write follow, whoever folded last."""
+    states = await _generations(tmp_path, layout)
+    async with (
+        _others(tmp_path, layout) as reader,
+        _others(tmp_path, layout) as folder,
+        _others(tmp_path, layout) as writer,
+    ):
+        await folder.save_entity("requests", {"request_id": "r"})
+        await folder.checkpoint()
+        for each in (reader, writer):
+            assert (await each.get_entity("templates", "t") or {})["version"] == 3
+        _put_back(tmp_path, age, by_rename=by_rename)
+        wanted = states[-1 - age] if layout == "split_files" else (states[-age])
+        await writer.save_entity("templates", {"template_id": "new"})
+        for each in (writer, folder, reader):
+            now = await whole(each)
+            assert now["templates"].pop("new")["version"] == 1
+            assert {**now, "requests": {}} == wanted
+        await folder.checkpoint()
+        assert await whole(reader) == await reopened(tmp_path, layout) == await whole(writer)
+
+
+@both_layouts
+@pytest.mark.parametrize("by_rename", [False, True])
+async def test_91_an_edit_is_seen_by_those_who_only_read(
+    tmp_path: Path, layout: str, by_rename: bool
+) -> None:
+    states = await _generations(tmp_path, layout)
+    async with _others(tmp_path, layout) as reader:
+        _edit(tmp_path, by_rename=by_rename)
+
+        async def edited() -> bool:
+            entity = await reader.get_entity("templates", "t")
+            assert entity in (states[-1]["templates"]["t"], {**(entity or {}), "name": "edited"})
+            return (entity or {})["name"] == "edited"
+
+        await _until(edited)
+        assert await reader.get_entity("machines", "m2")
+
+
+# -- with commits waiting ---------------------------------------------------------------------
+
+
+async def _pending(folder: Path, layout: str) -> tuple[list[Stored], Stored]:
+    states = await _generations(folder, layout)
+    store = await open_json(folder, layout).open()
+    await store.save_entity("templates", {"template_id": "t", "name": "pending"})
+    await store.save_entity("machines", {"machine_id": "pending"})
+    now = await whole(store)
+    await abandon(store)
+    return states, now
+
+
+def _on_top(base: Stored, pending: Stored) -> Stored:
+    """The journal's two commits on top of a file."""
+    return {
+        "templates": {**base["templates"], "t": pending["templates"]["t"]},
+        "requests": base["requests"],
+        "machines": {**base["machines"], "pending": pending["machines"]["pending"]},
+    }
+
+
+@both_ways
+@both_layouts
+@pytest.mark.parametrize("age", [1, 2])
+async def test_91_a_backup_over_a_closed_store_with_commits(
+    tmp_path: Path, layout: str, way: Way, age: int
+) -> None:
+    states, pending = await _pending(tmp_path, layout)
+    _put_back(tmp_path, age)
+    before = {each.name: each.read_bytes() for each in [*data_files(tmp_path), *journals(tmp_path)]}
+    async with _others_in_doubt(tmp_path, layout) as store:
+        for verb in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.query_entities("machines"),
+            lambda: store.save_entity("templates", {"template_id": "t"}),
+            store.checkpoint,
+        ):
+            with pytest.raises(FileReplacedError):
+                await verb()
+        after = [*data_files(tmp_path), *journals(tmp_path)]
+        assert before == {each.name: each.read_bytes() for each in after}
+        await store.checkpoint(adopt=way)
+        base = states[-1 - age]
+        wanted = base if way == "file" else _on_top(base, pending)
+        assert await whole(store) == wanted
+        assert await reopened(tmp_path, layout) == wanted
+        assert await store.save_entity("templates", {"template_id": "t"}) > 1
+    assert len(journals(tmp_path)) == 1
+
+
+@asynccontextmanager
+async def _others_in_doubt(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
+    store = await open_json(folder, layout).open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@both_ways
+@both_layouts
+@pytest.mark.parametrize("by_rename", [False, True])
+async def test_91_a_backup_over_an_open_store_with_commits(
+    tmp_path: Path, layout: str, way: Way, by_rename: bool
+) -> None:
+    """The one that has the commits in memory, and one that only reads, and one that comes later."""
+    states, pending = await _pending(tmp_path, layout)
+    async with _others(tmp_path, layout) as writer, _others(tmp_path, layout) as reader:
+        assert await whole(writer) == pending
+        _put_back(tmp_path, 1, by_rename=by_rename)
+        with pytest.raises(FileReplacedError):
+            await writer.save_entity("templates", {"template_id": "t"})
+        await _until(lambda: _replaced(reader))
+        await _until(lambda: _replaced(writer))
+        async with _others_in_doubt(tmp_path, layout) as later:
+            assert await _replaced(later)
+            await later.checkpoint(adopt=way)
+        wanted = states[-2] if way == "file" else _on_top(states[-2], pending)
+        for each in (reader, writer):
+            assert await whole(each) == wanted
+        version = wanted["templates"]["t"]["version"]
+        assert await writer.save_entity("templates", {"template_id": "t"}) == int(str(version)) + 1
+        assert await whole(reader) == await whole(writer) == await reopened(tmp_path, layout)
+
+
+@both_ways
+async def test_91_one_of_the_split_files_with_commits(tmp_path: Path, way: Way) -> None:
+    """A transaction waits for two files, and one of them is put back."""
+    states, pending = await _pending(tmp_path, "split_files")
+    backup = sorted(tmp_path.glob("templates.json.bak.*"))[-1]
+    shutil.copy(backup, tmp_path / "templates.json")
+    async with _others_in_doubt(tmp_path, "split_files") as store:
+        with pytest.raises(FileReplacedError, match=r"templates\.json"):
+            await store.get_entity("machines", "pending")
+        await store.checkpoint(adopt=way)
+        now = await whole(store)
+    if way == "journal":
+        assert now == pending  # its images are whole entities: nothing of the old one is left
+    else:
+        assert now == {**states[-1], "templates": states[-2]["templates"]}
+
+
+async def test_91_what_was_replaced_is_put_right(tmp_path: Path) -> None:
+    """The right file comes back, and with it everything, without a word to the store."""
+    _, pending = await _pending(tmp_path, "single_file")
+    right = (tmp_path / SINGLE).read_bytes()
+    async with _others(tmp_path, "single_file") as store:
+        (tmp_path / SINGLE).write_bytes(b"{}\n")
+        await _until(lambda: _replaced(store))
+        (tmp_path / SINGLE).write_bytes(right)
+        assert await whole(store) == pending
+        assert await store.save_entity("templates", {"template_id": "t"}) == 5
+
+
+# -- in another process -----------------------------------------------------------------------
+
+_WATCHER: Final = """
+import asyncio, json, sys
+from hf_async_store import StorageError
+from tests.json.support import open_json
+
+async def main(folder, layout):
+    told = None
+    store = await open_json(__import__("pathlib").Path(folder), layout).open()
+    while True:
+        try:
+            entity = await store.get_entity("templates", "t")
+            now = entity and entity["name"]
+        except StorageError as exc:
+            now = type(exc).__name__
+        except Exception as exc:
+            now = repr(exc)
+        if now != told:
+            told = now
+            print(json.dumps(now), flush=True)
+        await asyncio.sleep(0.001)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@asynccontextmanager
+async def _watcher(folder: Path, layout: str) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+    """A process that has the store open, and tells what it sees when that changes."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        _WATCHER,
+        str(folder),
+        layout,
+        cwd=Path(__file__).parents[2],
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    out = process.stdout
+
+    async def told() -> Any:
+        return json.loads(await asyncio.wait_for(out.readline(), _PATIENCE))
+
+    try:
+        yield told
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@both_layouts
+async def test_91_another_process_follows_a_replacement(tmp_path: Path, layout: str) -> None:
+    await _generations(tmp_path, layout)
+    async with _watcher(tmp_path, layout) as told:
+        assert await told() == "2"
+        _put_back(tmp_path, 1, by_rename=True)
+        assert await told() == "1"
+        async with open_json(tmp_path, layout) as store:
+            await store.save_entity("templates", {"template_id": "t", "name": "new"})
+            assert await told() == "new"
+
+
+@both_ways
+@both_layouts
+async def test_91_another_process_recovers_from_a_replacement(
+    tmp_path: Path, layout: str, way: Way
+) -> None:
+    await _pending(tmp_path, layout)
+    async with _watcher(tmp_path, layout) as told:
+        assert await told() == "pending"
+        _put_back(tmp_path, 1, by_rename=True)
+        assert await told() == "FileReplacedError"
+        async with _others_in_doubt(tmp_path, layout) as store:
+            await store.checkpoint(adopt=way)
+            assert await told() == ("1" if way == "file" else "pending")
+            await store.save_entity("templates", {"template_id": "t", "name": "new"})
+            assert await told() == "new"
+
+
+# -- removed ----------------------------------------------------------------------------------
+
+
+@both_layouts
+async def test_91_a_data_file_is_removed(tmp_path: Path, layout: str) -> None:
+    """Never an empty store: an error, until the file is back or the operator says so."""
+    states = await _generations(tmp_path, layout)
+    kept = {each: each.read_bytes() for each in data_files(tmp_path)}
+    async with _others(tmp_path, layout) as opened:
+        for each in kept:
+            each.unlink()
+        with pytest.raises(CorruptionError, match="missing"):
+            await reopened(tmp_path, layout)
+        with pytest.raises(CorruptionError, match="missing"):
+            await opened.save_entity("templates", {"template_id": "t"})
+        with pytest.raises(CorruptionError, match="missing"):
+            await opened.checkpoint()
+        for file, text in kept.items():
+            file.write_bytes(text)
+        assert await whole(opened) == states[-1]
+        for each in kept:
+            each.unlink()
+        await opened.checkpoint(adopt="file")
+        assert await whole(opened) == {"templates": {}, "requests": {}, "machines": {}}
+        assert await opened.save_entity("templates", {"template_id": "t"}) == 1
+    assert (await reopened(tmp_path, layout))["templates"]["t"]["version"] == 1
+
+
+@both_layouts
+async def test_91_the_journal_of_a_closed_store_is_removed(tmp_path: Path, layout: str) -> None:
+    """At rest the files hold everything."""
+    states = await _generations(tmp_path, layout)
+    for each in journals(tmp_path):
+        each.unlink()
+    assert await reopened(tmp_path, layout) == states[-1]
+    async with open_json(tmp_path, layout) as store:
+        assert await store.save_entity("templates", {"template_id": "t"}) == 4
+
+
+@both_layouts
+async def test_91_the_journal_is_removed_at_rest(tmp_path: Path, layout: str) -> None:
+    """With the store open, but no commit waiting: nothing is missing."""
+    states = await _generations(tmp_path, layout)
+    async with _others(tmp_path, layout) as store, _others(tmp_path, layout) as other:
+        for each in journals(tmp_path):
+            each.unlink()
+        assert await whole(store) == states[-1]
+        assert await store.save_entity("templates", {"template_id": "t"}) == 4
+        assert await other.save_entity("templates", {"template_id": "t"}) == 5
+        assert await whole(store) == await whole(other) == await reopened(tmp_path, layout)
+
+
+@both_layouts
+async def test_91_the_journal_is_removed_with_commits(tmp_path: Path, layout: str) -> None:
+    """Who had the store open knows that something is missing."""
+    states, pending = await _pending(tmp_path, layout)
+    async with _others(tmp_path, layout) as store:
+        assert await whole(store) == pending
+        for each in journals(tmp_path):
+            each.unlink()
+        for verb in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.save_entity("templates", {"template_id": "t"}),
+            store.checkpoint,
+        ):
+            with pytest.raises(CorruptionError, match="removed"):
+                await verb()
+        await store.checkpoint(adopt="file")
+        assert await whole(store) == states[-1]
+        assert await store.save_entity("templates", {"template_id": "t"}) == 4
+
+
+async def test_91_the_journal_is_moved_away_from_a_reader(tmp_path: Path) -> None:
+    _, pending = await _pending(tmp_path, "single_file")
+    async with _others(tmp_path, "single_file") as store:
+        (journal,) = journals(tmp_path)
+        journal.rename(tmp_path / "away")
+
+        async def noticed() -> bool:
+            try:
+                assert (await store.get_entity("templates", "t")) == pending["templates"]["t"]
+            except CorruptionError:
+                return True
+            return False
+
+        await _until(noticed)
+
+
+async def test_91_the_journal_is_moved_away(tmp_path: Path) -> None:
+    """A file that is open stays what it was; commits must not go where nobody will read them."""
+    await _pending(tmp_path, "single_file")
+    async with _others(tmp_path, "single_file") as store:
+        await store.save_entity("templates", {"template_id": "t", "name": "more"})
+        expected = await whole(store)
+        (journal,) = journals(tmp_path)
+        away = tmp_path / "away"
+        journal.rename(away)
+        with pytest.raises(CorruptionError, match="removed"):
+            await store.save_entity("templates", {"template_id": "t", "name": "lost"})
+        away.rename(journal)
+        assert await whole(store) == expected
+        assert await store.save_entity("templates", {"template_id": "t"}) == 6
+        assert await whole(store) == await reopened(tmp_path)
+
+
+@both_layouts
+async def test_91_lock_files_are_removed(tmp_path: Path, layout: str) -> None:
+    """Removed while nobody holds them: writers exclude one another as before."""
+    await _generations(tmp_path, layout)
+    async with _others(tmp_path, layout) as one, _others(tmp_path, layout) as other:
+        for round_ in range(5):
+            for each in tmp_path.glob(".*.lock*"):
+                each.unlink()
+            both = await asyncio.gather(
+                *(
+                    each.save_entity("templates", {"template_id": "t", "name": str(round_)})
+                    for each in (one, other)
+                    for _ in range(10)
+                )
+            )
+            assert len(set(both)) == 20
+        await one.checkpoint()
+        for each in tmp_path.glob(".*.lock*"):
+            each.unlink()
+        await other.checkpoint()
+        assert (await one.get_entity("templates", "t") or {})["version"] == 103
+
+
+@both_layouts
+@pytest.mark.parametrize("waiting", [False, True])
+async def test_91_the_folder_is_removed_while_open(
+    tmp_path: Path, layout: str, waiting: bool
+) -> None:
+    """Not an empty store, until the operator says that it is one."""
+    folder = tmp_path / "data"
+    await (_pending if waiting else _generations)(folder, layout)
+    async with _others(folder, layout) as store:
+        shutil.rmtree(folder)
+        for verb in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.query_entities("templates"),
+            lambda: store.save_entity("templates", {"template_id": "t"}),
+        ):
+            with pytest.raises(StorageError):
+                await verb()
+        await store.checkpoint(adopt="file")
+        assert await whole(store) == {"templates": {}, "requests": {}, "machines": {}}
+        assert await store.save_entity("templates", {"template_id": "t"}) == 1
+        assert await whole(store) == await reopened(folder, layout)
+
+
+@both_layouts
+async def test_91_the_folder_is_moved_away_and_another_put_there(
+    tmp_path: Path, layout: str
+) -> None:
+    folder = tmp_path / "data"
+    states = await _generations(folder, layout)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    async with _others(folder, layout) as store, _others(folder, layout) as reader:
+        for each in (store, reader):
+            await each.save_entity("templates", {"template_id": "t", "name": "later"})
+        folder.rename(tmp_path / "away")
+        copy.rename(folder)
+        assert await store.save_entity("templates", {"template_id": "t", "name": "here"}) == 4
+
+        async def here() -> bool:
+            return (await reader.get_entity("templates", "t") or {})["name"] == "here"
+
+        await _until(here)
+        found = await reopened(folder, layout)
+        assert found["machines"] == states[-1]["machines"]
+        assert found["templates"]["t"]["version"] == 4
+    away = await reopened(tmp_path / "away", layout)
+    assert away["templates"]["t"]["version"] == 5
+
+
+# -- files of one's own beside the store --------------------------------------------------------
+
+
+@both_layouts
+async def test_copies_of_ones_own_are_nobodys_business(tmp_path: Path, layout: str) -> None:
+    """Names that look like the store's: never read, never removed."""
+    name = SINGLE if layout == "single_file" else "machines.json"
+    stem = SINGLE if layout == "single_file" else "store"
+    own = [
+        f"{name}.bak",
+        f"{name}.bak.before-upgrade",
+        f"{name}.bak.00000001.keep",
+        f"{name}.bak.²",
+        f"{stem}.journal",
+        f"{stem}.journal.00000001.copy",
+        f"{stem}.journal.²",
+        f"{name}.tmp",
+        f".{name}",
+        "notes.tmp",
+    ]
+    for each in own:
+        (tmp_path / each).write_bytes(b"mine")
+    async with open_json(tmp_path, layout, backup_count=2) as store:
+        for number in range(5):
+            await store.save_entity("machines", {"machine_id": f"m{number}"})
+            await store.checkpoint()
+        assert len(store.backups()) == 2
+    assert [each for each in own if (tmp_path / each).read_bytes() != b"mine"] == []
+    assert len((await reopened(tmp_path, layout))["machines"]) == 5
+
+
+@both_layouts
+async def test_backups_go_on_where_the_journal_was_removed(tmp_path: Path, layout: str) -> None:
+    """Generations begin anew then; the newest backups are those of the last folds all the same."""
+    name = SINGLE if layout == "single_file" else "machines.json"
+    async with open_json(tmp_path, layout, backup_count=2) as store:
+        for number in range(6):
+            await store.save_entity("machines", {"machine_id": f"m{number}"})
+            await store.checkpoint()
+    for each in journals(tmp_path):
+        each.unlink()
+    async with open_json(tmp_path, layout, backup_count=2) as store:
+        for number in range(6, 9):
+            before = (tmp_path / name).read_bytes()
+            await store.save_entity("machines", {"machine_id": f"m{number}"})
+            await store.checkpoint()
+            newest = store.backups()[0]
+            assert newest.read_bytes() == before
+            assert len(store.backups()) == 2
+
+
+async def test_backups_stay_where_no_more_are_made(tmp_path: Path) -> None:
+    await _generations(tmp_path, "single_file")
+    before = sorted(tmp_path.glob("*.bak.*"))
+    assert before
+    async with open_json(tmp_path, backup_enabled=False) as store:
+        await store.save_entity("machines", {"machine_id": "more"})
+        await store.checkpoint()
+    assert sorted(tmp_path.glob("*.bak.*")) == before
+
+
+async def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder is below the working directory of the moment in which the store was made."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    async with open_json(Path("data")) as store:
+        await store.save_entity("templates", {"template_id": "t"})
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert await store.save_entity("templates", {"template_id": "t"}) == 2
+        await store.checkpoint()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (await reopened(tmp_path / "data"))["templates"]["t"]["version"] == 2
+
+
+@both_layouts
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, which: int) -> None:
+    """Folds that failed leave a chain; without one of its links there is an error and a way out."""
+
+    def full(call: Call, size: int) -> int:
+        if call.name == "create" and ".journal." not in call.path:
+            raise OSError(errno.ENOSPC, "no room for a data file")
+        return WHOLE
+
+    await _generations(tmp_path, layout)
+    async with _others(tmp_path, layout) as store:
+        for number in range(2):
+            await store.save_entity("templates", {"template_id": "t", "name": f"chain {number}"})
+            with FileCalls(tmp_path, full), pytest.raises(DiskFullError):
+                await store.checkpoint()
+        await store.save_entity("templates", {"template_id": "t", "name": "chain 2"})
+    chain = journals(tmp_path)
+    assert len(chain) == 3
+    chain[which].unlink()
+    async with _others_in_doubt(tmp_path, layout) as store:
+        if which == 2:  # the newest: nobody can know of it
+            assert (await store.get_entity("templates", "t") or {})["name"] == "chain 1"
+            return
+        for verb in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.save_entity("templates", {"template_id": "t"}),
+            store.checkpoint,
+            lambda: store.checkpoint(adopt="journal"),
+        ):
+            with pytest.raises(CorruptionError, match="journal"):
+                await verb()
+        await store.checkpoint(adopt="file")
+        assert (await store.get_entity("templates", "t") or {})["name"] == "2"
+        assert await store.save_entity("templates", {"template_id": "t"}) == 4
+
+
+# -- in the middle of things ------------------------------------------------------------------
+
+
+@both_layouts
+async def test_91_replaced_between_the_halves_of_a_fold(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fold has written its files and not put them in place yet: it must not go over the hand."""
+    await _pending(tmp_path, layout)
+    async with _others(tmp_path, layout) as store:
+        folding = store._json.folding
+        real = folding._write
+        fired: list[bool] = []
+
+        async def write(*args: Any) -> Any:
+            written = await real(*args)
+            if not fired:
+                fired.append(True)
+                _edit(tmp_path, by_rename=True)
+            return written
+
+        monkeypatch.setattr(folding, "_write", write)
+        edited = {each.name: each.read_bytes() for each in data_files(tmp_path)}
+        with pytest.raises(FileReplacedError):
+            await store.checkpoint()
+        assert fired
+        for each in data_files(tmp_path):
+            assert each.read_bytes() in (
+                edited[each.name],
+                edited[each.name].replace(b'"name":"2"', b'"name": "edited"'),
+            )
+            assert b'"name":"2"' not in each.read_bytes()
+        assert not temporary(tmp_path)
+
+
+async def test_91_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    """`cp` is no atomic replacement: half of a file is an error or the whole, later."""
+    await _generations(tmp_path, "single_file")
+    text = (tmp_path / SINGLE).read_bytes().replace(b'"name":"2"', b'"name":"3"')
+    async with _others(tmp_path, "single_file") as store:
+        fd = os.open(tmp_path / SINGLE, os.O_WRONLY | os.O_TRUNC)
+        seen = set()
+        for place in range(len(text)):
+            os.write(fd, text[place : place + 1])
+            try:
+                entity = await store.get_entity("templates", "t")
+                seen.add((entity or {}).get("name"))
+            except CorruptionError:
+                seen.add("error")
+        os.close(fd)
+
+        async def all_there() -> bool:
+            entity = await store.get_entity("templates", "t")
+            seen.add((entity or {}).get("name"))
+            return (entity or {}).get("name") == "3"
+
+        await _until(all_there)
+    assert seen <= {"2", "3", "error"}
+    assert parsed(tmp_path / SINGLE)

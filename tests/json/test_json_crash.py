@@ -1,0 +1,111 @@
+"""A process is killed at every file call of a commit, a fold, a close, an adoption (contract 82).
+
+Swept, not sampled: before each call that changes a file, and in the middle of each that writes. The
+work is done by `crash_driver.py`, a program that forks, in as many lanes as there are processors here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.json.crash_driver import Spec
+
+_ROOT = Path(__file__).parents[2]
+_LANES = 2
+
+
+async def _swept(workload: str, layout: str, *, at_least: int, **more: Any) -> None:
+    """Every kill of a workload, and nothing wrong after any of them."""
+    memory = Path("/dev/shm")
+    where = str(memory) if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="hf-crash-", dir=where) as folder:
+        specs = [
+            Spec(f"{folder}/{lane}", workload, layout, lane=lane, lanes=_LANES, **more)
+            for lane in range(_LANES)
+        ]
+        reports = await asyncio.gather(*map(_lane, specs))
+    problems = [each for report in reports for each in report["problems"]]
+    assert not problems, "\n".join(problems)
+    assert sum(report["kills"] for report in reports) >= at_least
+
+
+async def _lane(spec: Spec) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.json.crash_driver", msgspec.json.encode(spec).decode()]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=_ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, "the driver itself failed; see its words above"
+    report: dict[str, Any] = json.loads(out)
+    return report
+
+
+async def test_82_killed_at_every_step_of_one_file() -> None:
+    await _swept("script", "single_file", at_least=150, readers=4)
+
+
+async def test_82_killed_at_every_step_of_split_files() -> None:
+    await _swept("script", "split_files", at_least=200, readers=4)
+
+
+async def test_82_killed_at_every_step_after_a_failed_sync() -> None:
+    await _swept("failed sync", "split_files", at_least=150)
+
+
+async def test_82_killed_while_compression_is_taken_up() -> None:
+    await _swept("take over", "single_file", at_least=50, settings={"enable_compression": True})
+
+
+async def test_82_killed_while_a_file_is_adopted() -> None:
+    await _swept("adopt", "split_files", at_least=40, adopt="journal")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["single_file", "split_files"])
+async def test_82_killed_at_every_step_with_compression(layout: str) -> None:
+    packed = {"enable_compression": True}
+    await _swept("script", layout, at_least=120, readers=2, settings=packed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["single_file", "split_files"])
+async def test_82_killed_in_a_crowd(layout: str) -> None:
+    """Tasks that share commits, beside folds, some of them begun by the size of the journal."""
+    await _swept("crowd", layout, at_least=100, settings={"write_buffer_size": 300})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["single_file", "split_files"])
+async def test_82_killed_without_backups(layout: str) -> None:
+    await _swept("script", layout, at_least=100, settings={"backup_enabled": False})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("adopt", ["file", "journal"])
+@pytest.mark.parametrize("layout", ["single_file", "split_files"])
+async def test_82_killed_while_either_is_adopted(layout: str, adopt: str) -> None:
+    await _swept("adopt", layout, at_least=30, adopt=adopt)
+
+
+@pytest.mark.long
+async def test_82_killed_after_a_failed_sync_of_one_file() -> None:
+    await _swept("failed sync", "single_file", at_least=120)
+
+
+@pytest.mark.long
+async def test_82_killed_while_split_files_are_packed() -> None:
+    await _swept("take over", "split_files", at_least=50, settings={"enable_compression": True})

@@ -1,0 +1,454 @@
+"""Folds, and those who follow them: what a generation leaves behind, and to whom."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import struct
+import threading
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_async_store import Collection, JSONStorageStrategy
+from hf_async_store.entities import Key
+from hf_async_store.errors import (
+    CorruptionError,
+    DiskFullError,
+    FileReplacedError,
+    StorageError,
+    UnavailableError,
+)
+from tests.json.support import (
+    LAYOUTS,
+    WHOLE,
+    Call,
+    FileCalls,
+    abandon,
+    data_files,
+    journals,
+    open_files,
+    open_json,
+    parsed,
+    reopened,
+    temporary,
+    whole,
+)
+
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@asynccontextmanager
+async def abandoned(store: JSONStorageStrategy) -> AsyncIterator[JSONStorageStrategy]:
+    """A store whose process ends without its last fold."""
+    await store.open()
+    try:
+        yield store
+    finally:
+        await abandon(store)
+
+
+def failing(name: str, number: int = errno.EIO) -> Any:
+    """A hook: every call of this name fails."""
+
+    def hook(call: Call, size: int) -> int:
+        if call.name == name:
+            raise OSError(number, os.strerror(number))
+        return WHOLE
+
+    return hook
+
+
+@both_layouts
+async def test_folds_leave_one_journal(tmp_path: Path, layout: str) -> None:
+    async with open_json(tmp_path, layout) as store:
+        await store.save_entity("templates", {"template_id": "t1"})
+        await store.checkpoint()
+        for number in range(4):
+            await store.save_entity("machines", {"machine_id": f"m{number}"})
+            await store.checkpoint()
+            assert len(journals(tmp_path)) == 1
+            assert len(await _a_look(tmp_path, layout)) == number + 1
+
+
+async def _a_look(folder: Path, layout: str) -> list[str]:
+    return list((await reopened(folder, layout))["machines"])
+
+
+@both_layouts
+async def test_a_fold_that_died_before_its_renames_is_not_taken_for_done(
+    tmp_path: Path, layout: str
+) -> None:
+    async with abandoned(open_json(tmp_path, layout)) as follower:
+        async with abandoned(open_json(tmp_path, layout)) as writer:
+            await writer.save_entity("templates", {"template_id": "t1"})
+            assert await follower.get_entity("templates", "t1")
+            with FileCalls(tmp_path, failing("replace")), pytest.raises(UnavailableError):
+                await writer.checkpoint()
+        # The journal names files that never came to their place.
+        assert await follower.get_entity("templates", "t1")
+        await follower.checkpoint()
+        assert not temporary(tmp_path)
+    assert list((await reopened(tmp_path, layout))["templates"]) == ["t1"]
+
+
+async def test_some_of_the_renames_were_made(tmp_path: Path) -> None:
+    """Split files: a fold died between two of them, and another process goes on from there."""
+    renamed: list[str] = []
+
+    def hook(call: Call, size: int) -> int:
+        if call.name == "replace":
+            if renamed:
+                raise OSError(errno.EIO, "the second fails")
+            renamed.append(call.path)
+        return WHOLE
+
+    async with abandoned(open_json(tmp_path, "split_files")) as follower:
+        async with abandoned(open_json(tmp_path, "split_files")) as writer:
+            for name in range(2):
+                async with writer.begin_transaction() as tx:
+                    await tx.save_entity("templates", {"template_id": "t1", "name": str(name)})
+                    await tx.save_entity("requests", {"request_id": "r1", "status": str(name)})
+                assert await follower.get_entity("requests", "r1")
+                with FileCalls(tmp_path, hook), pytest.raises(UnavailableError):
+                    await writer.checkpoint()
+                renamed.clear()
+            await writer.update_entity("requests", "r1", {"status": "last"})
+        expected = await whole(follower)
+        assert expected["requests"]["r1"]["version"] == 3
+        assert await reopened(tmp_path, "split_files") == expected
+        await follower.checkpoint()
+        assert len(journals(tmp_path)) == 1
+    assert await reopened(tmp_path, "split_files") == expected
+
+
+@both_layouts
+async def test_a_cancelled_checkpoint_leaves_one_journal_to_write_to(
+    tmp_path: Path, layout: str
+) -> None:
+    """Cancelled at every one of its awaits: what is sealed is known to be sealed."""
+    async with open_json(tmp_path, layout) as one, open_json(tmp_path, layout) as other:
+        for turns in range(60):
+            await one.save_entity("templates", {"template_id": "t", "name": "n"})
+            task = asyncio.ensure_future(one.checkpoint())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            version = await one.save_entity("templates", {"template_id": "t", "name": "one"})
+            assert await other.save_entity("templates", {"template_id": "t"}) == version + 1
+            assert (await one.get_entity("templates", "t") or {})["version"] == version + 1
+        assert await reopened(tmp_path, layout) == await whole(one)
+    assert open_files(tmp_path) == []
+
+
+class Gate:
+    """Stops a call in a worker thread until it is let go; a hook."""
+
+    def __init__(self, name: str, part: str = "") -> None:
+        self._name = name
+        self._part = part
+        self._open = threading.Event()
+        self.reached = threading.Event()
+        self.fails: int | None = None
+
+    def __call__(self, call: Call, size: int) -> int:
+        if call.name == self._name and self._part in call.path and not self._open.is_set():
+            self.reached.set()
+            assert self._open.wait(60), "the test forgot this call"
+            if self.fails is not None:
+                raise OSError(self.fails, os.strerror(self.fails))
+        return WHOLE
+
+    async def stands(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, 60), "the call never came"
+
+    def release(self) -> None:
+        self._open.set()
+
+
+@both_layouts
+@pytest.mark.parametrize(
+    "moment", [("rename", ".journal."), ("pwrite", ".journal."), ("write", "")]
+)
+async def test_a_checkpoint_cancelled_while_a_thread_works(
+    tmp_path: Path, layout: str, moment: tuple[str, str]
+) -> None:
+    """The thread ends its call before anything is closed or given back."""
+    gate = Gate(*moment)
+    async with open_json(tmp_path, layout) as one, open_json(tmp_path, layout) as other:
+        await one.save_entity("templates", {"template_id": "t"})
+        await other.save_entity("templates", {"template_id": "t"})
+        before = open_files(tmp_path)
+        with FileCalls(tmp_path, gate):
+            task = asyncio.ensure_future(one.checkpoint())
+            await gate.stands()
+            task.cancel()
+            for _ in range(50):
+                await asyncio.sleep(0)
+            closed = moment[0] == "write" and len(open_files(tmp_path)) <= len(before)
+            gate.release()
+            await asyncio.gather(task, return_exceptions=True)
+        assert not closed, "the file was closed while a thread was writing to it"
+        for number in range(3, 9):
+            writer = other if number % 2 else one
+            assert await writer.save_entity("templates", {"template_id": "t"}) == number
+        assert await reopened(tmp_path, layout) == await whole(one) == await whole(other)
+    assert open_files(tmp_path) == []
+    assert len(journals(tmp_path)) == 1
+
+
+async def test_files_of_two_moments_are_no_store(tmp_path: Path) -> None:
+    """Split files: a whole transaction and its fold go by while a reader is between two of them."""
+    async with open_json(tmp_path, "split_files") as writer:
+        await _pair(writer, 1)
+        await writer.checkpoint()
+        await _read_between(tmp_path, writer)
+
+
+async def test_files_of_two_moments_without_a_journal(tmp_path: Path) -> None:
+    """The same where the files came from elsewhere and no journal names them."""
+    async with open_json(tmp_path, "split_files") as writer:
+        await _pair(writer, 1)
+    for each in journals(tmp_path):
+        each.unlink()
+    async with open_json(tmp_path, "split_files") as writer:
+        await _read_between(tmp_path, writer)
+
+
+async def _read_between(folder: Path, writer: JSONStorageStrategy) -> None:
+    """A reader loads the files; before the last of them, the others are folded anew."""
+    done: list[str] = []
+    async with open_json(folder, "split_files") as reader:
+        files = reader._json.files
+        real = files.read
+
+        async def read(name: str, *known: Any) -> Any:
+            if name == "machines.json" and not done:
+                done.append(name)
+                await _pair(writer, 2)
+                await writer.checkpoint()
+            return await real(name, *known)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "read", read)
+            found = await reader._json.fetch([_key("templates"), _key("machines")])
+    assert done
+    assert [each and each.entity["name"] for each in found] == ["2", "2"]
+
+
+def _key(collection: str) -> Key:
+    return Key(collection, "x")
+
+
+async def _pair(store: JSONStorageStrategy, number: int) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.save_entity("templates", {"template_id": "x", "name": str(number)})
+        await tx.save_entity("machines", {"machine_id": "x", "name": str(number)})
+
+
+async def test_sections_that_only_others_declare_come_through_a_fold(tmp_path: Path) -> None:
+    """A fold writes while another process commits to a collection that the folding one does not
+    declare, and the folding one follows."""
+    known = [Collection("known", key="id")]
+    extra = [*known, Collection("extra", key="id")]
+    async with open_json(tmp_path, collections=extra) as other:
+        await other.save_entities("extra", [{"id": "one"}, {"id": "two"}])
+    gate = Gate("write")
+    async with (
+        open_json(tmp_path, collections=known) as folding,
+        open_json(tmp_path, collections=extra) as other,
+    ):
+        await folding.save_entity("known", {"id": "k"})
+        with FileCalls(tmp_path, gate):
+            fold = asyncio.ensure_future(folding.checkpoint())
+            await gate.stands()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "write", os.write)
+                await other.save_entity("extra", {"id": "three"})
+            assert await folding.get_entity("known", "k")
+            gate.release()
+            await fold
+        for _ in range(2):
+            async with abandoned(open_json(tmp_path, collections=extra)) as store:
+                found = {each["id"] for each in await store.query_entities("extra")}
+                assert found == {"one", "two", "three"}
+            await folding.save_entity("known", {"id": "k"})
+            await folding.checkpoint()
+
+
+@both_layouts
+async def test_a_collection_that_the_journal_does_not_know(tmp_path: Path, layout: str) -> None:
+    """One process declares more than the one that began the journal."""
+    few = [Collection("few", key="id")]
+    more = [*few, Collection("more", key="id")]
+    async with open_json(tmp_path, layout, collections=few) as one:
+        await one.save_entity("few", {"id": "f"})
+        async with abandoned(open_json(tmp_path, layout, collections=more)) as other:
+            await other.save_entity("more", {"id": "m"})
+            await other.save_entity("few", {"id": "f"})
+            async with abandoned(open_json(tmp_path, layout, collections=more)) as third:
+                assert (await third.get_entity("more", "m") or {})["version"] == 1
+                assert await third.save_entity("more", {"id": "m"}) == 2
+                assert await third.save_entity("few", {"id": "f"}) == 3
+            assert (await other.get_entity("more", "m") or {})["version"] == 2
+        assert await one.save_entity("few", {"id": "f"}) == 4
+        await one.checkpoint()
+    async with open_json(tmp_path, layout, collections=more) as store:
+        assert (await store.get_entity("more", "m") or {})["version"] == 2
+        assert (await store.get_entity("few", "f") or {})["version"] == 4
+
+
+async def test_a_torn_tail_is_not_taken_for_the_commit_in_its_place(tmp_path: Path) -> None:
+    """A process died in the middle of a long append; a short one follows, and fails."""
+    header = struct.pack(">4sB3xIIQ", b"HFJ1", 2, 1 << 20, 7, 2)
+    torn = header + struct.pack(">I", zlib.crc32(header)) + b"x" * 5000
+    async with open_json(tmp_path) as store:
+        await store.save_entity("templates", {"template_id": "t1"})
+        (journal,) = journals(tmp_path)
+        with journal.open("ab") as file:
+            file.write(torn)
+        gate = Gate("pwrite")
+        gate.fails = errno.ENOSPC
+
+        def hook(call: Call, size: int) -> int:
+            # The first call in a thread: should the tail be cut off there, readers come before.
+            in_thread = threading.current_thread() is not threading.main_thread()
+            return gate(call._replace(name="pwrite"), size) if in_thread else WHOLE
+
+        with FileCalls(tmp_path, hook):
+            write = asyncio.ensure_future(store.save_entity("templates", {"template_id": "t2"}))
+            await gate.stands()
+            assert await store.get_entity("templates", "t2") is None
+            gate.release()
+            with pytest.raises(DiskFullError):
+                await write
+        assert await store.get_entity("templates", "t2") is None
+        assert await store.save_entity("templates", {"template_id": "t2"}) == 1
+        assert await reopened(tmp_path) == await whole(store)
+
+
+async def test_another_form_is_taken_over_after_a_crash(tmp_path: Path) -> None:
+    """Compression was switched on, and the first fold died between its rename and its unlink."""
+    async with open_json(tmp_path) as store:
+        await store.save_entity("templates", {"template_id": "t1"})
+    async with abandoned(open_json(tmp_path, enable_compression=True)) as store:
+        await store.save_entity("templates", {"template_id": "t2"})
+
+        def hook(call: Call, size: int) -> int:
+            if call.name == "unlink" and call.path.endswith(".json"):
+                raise OSError(errno.EIO, "now")
+            return WHOLE
+
+        with FileCalls(tmp_path, hook), pytest.raises(StorageError):
+            await store.checkpoint()
+    assert len(data_files(tmp_path)) == 2
+    for compressed in (True, False):
+        found = await reopened(tmp_path, enable_compression=compressed)
+        assert list(found["templates"]) == ["t1", "t2"]
+    async with open_json(tmp_path, enable_compression=True) as store:
+        await store.checkpoint()
+        (left,) = data_files(tmp_path)
+        assert left.suffix == ".gz"
+        assert list(parsed(left)["templates"]) == ["t1", "t2"]
+
+
+async def test_both_forms_of_a_file_where_one_is_strange(tmp_path: Path) -> None:
+    """Somebody unpacked the file and changed it: nobody can say which one counts."""
+    async with open_json(tmp_path, enable_compression=True) as store:
+        await store.save_entity("templates", {"template_id": "t1"})
+    (tmp_path / "request_database.json").write_bytes(b"{}\n")
+    with pytest.raises(CorruptionError, match="both"):
+        await reopened(tmp_path, enable_compression=True)
+
+
+async def test_what_is_known_of_old_files_does_not_pile_up(tmp_path: Path) -> None:
+    async with open_json(tmp_path) as store, open_json(tmp_path) as follower:
+        for number in range(20):
+            await store.save_entity("templates", {"template_id": "t", "name": str(number)})
+            await store.checkpoint()
+            await follower.get_entity("templates", "t")
+        for each in (store, follower):
+            state = each._json.loaded
+            assert state is not None
+            assert max(map(len, state.known.values())) <= 4
+
+
+async def test_a_look_at_nothing_is_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_json(tmp_path / "nowhere") as store:
+        assert await store.get_entity("templates", "t") is None
+    assert not (tmp_path / "nowhere").exists()
+    assert not caplog.records
+
+
+@both_layouts
+async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout: str) -> None:
+    """Each try begins a generation. While the disk is full, commits go on, and journals are few."""
+
+    def full(call: Call, size: int) -> int:
+        if call.name == "fdatasync" and call.path.endswith(".tmp"):
+            tries.append(call)
+            raise OSError(errno.ENOSPC, "no room for a data file")
+        return WHOLE
+
+    tries: list[Call] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_async_store.strategies.json.folding._PAUSE_SECONDS", 0.001)
+        patch.setattr("hf_async_store.strategies.json.folding._IDLE_SECONDS", 0.002)
+        async with open_json(tmp_path, layout, write_buffer_size=100) as store:
+            with FileCalls(tmp_path, full):
+                for number in range(400):
+                    await store.save_entity("templates", {"template_id": "t", "name": str(number)})
+                    await asyncio.sleep(0.001)
+            assert tries
+            assert len(journals(tmp_path)) < 20
+            await store.checkpoint()
+            assert len(journals(tmp_path)) == 1
+        assert (await reopened(tmp_path, layout))["templates"]["t"]["version"] == 400
+
+
+@both_layouts
+@pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])
+async def test_cancelled_at_every_await(tmp_path: Path, layout: str, verb: str) -> None:
+    """Nothing stays open, nothing is lost, and whoever comes next can work."""
+    for turns in range(0, 60, 3):
+        folder = tmp_path / str(turns)
+        async with abandoned(open_json(folder, layout)) as store:
+            await store.save_entity("templates", {"template_id": "t"})
+            await store.checkpoint()
+            await store.save_entity("templates", {"template_id": "t", "name": "pending"})
+            before = await store.read_file()
+            after: dict[str, Any] = {**before, "machines": {"m": {"machine_id": "m"}}}
+            if verb == "close":
+                work = store.close()
+            elif verb == "adopt":
+                work = store.checkpoint(adopt="journal")
+            else:
+                work = store.write_file(after)
+            task = asyncio.ensure_future(work)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        try:
+            found = await reopened(folder, layout)
+        except FileReplacedError:
+            assert verb == "adopt"
+        else:
+            assert found["templates"] == before["templates"]
+            assert set(found["machines"]) in (set(), {"m"})
+        async with open_json(folder, layout) as other:
+            if verb == "adopt":
+                await other.checkpoint(adopt="journal")
+            assert await other.save_entity("templates", {"template_id": "t"}) == 3
+            await other.checkpoint()
+            assert not temporary(folder)
+            assert len(journals(folder)) == 1
+        assert open_files(folder) == []

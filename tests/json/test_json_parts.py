@@ -1,0 +1,601 @@
+"""The parts of the JSON engine alone: the framing of the journal, the texts, the indexes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from hf_async_store import Collection, Field, Index
+from hf_async_store.entities import Entity, Schema, Value
+from hf_async_store.errors import CorruptionError
+from hf_async_store.query import build_query, eq, matches
+from hf_async_store.strategies.json import JSONSerializer
+from hf_async_store.strategies.json import section as section_module
+from hf_async_store.strategies.json.journal import (
+    HEADER_SIZE,
+    Entry,
+    FileState,
+    Fold,
+    Head,
+    Kind,
+    Seal,
+    commit_text,
+    control,
+    merge,
+    read_commit,
+    read_fold,
+    read_head,
+    read_seal,
+    record,
+    scan,
+)
+from hf_async_store.strategies.json.section import Section
+from hf_async_store.strategies.json.serializer import (
+    Held,
+    NotOurs,
+    compact,
+    cut_lines,
+    cut_object,
+    section_lines,
+)
+from tests.json.support import SINGLE, open_json
+
+# A loaded machine generates slowly, and that is no finding.
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# -- what may be stored -----------------------------------------------------------------------
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=12,
+)
+ids = texts.filter(bool)
+versions = st.integers(0, 2**63 - 1)
+THINGS: Final = Collection(
+    "things",
+    key="id",
+    fields=["status", Field("due_at", "timestamp"), Field("data", "json"), Field("n", "number")],
+    indexes=["status", Index("n")],
+)
+UNDECLARED: Final = st.text('abcxyz é"\\/$.#[]', min_size=1, max_size=8).filter(
+    lambda name: name not in THINGS.fields
+)
+entities = st.dictionaries(UNDECLARED, values, max_size=5)
+SERIALIZER: Final = JSONSerializer(Schema([THINGS]))
+
+
+def same(one: object, other: object) -> bool:
+    """Equal in value and type, to the bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        two = cast("dict[str, object]", other)
+        return one.keys() == two.keys() and all(same(one[each], two[each]) for each in one)
+    if isinstance(one, list):
+        more = cast("list[object]", other)
+        return len(one) == len(more) and all(map(same, one, more))
+    if isinstance(one, float):
+        return one.hex() == cast("float", other).hex()
+    return one == other
+
+
+# -- the framing of the journal ---------------------------------------------------------------
+
+payloads = st.binary(max_size=40)
+kinds = st.sampled_from(Kind)
+journals = st.lists(st.tuples(kinds, payloads), min_size=1, max_size=5)
+
+
+def _journal(entries: Iterable[tuple[Kind, bytes]]) -> tuple[bytes, list[int]]:
+    """The bytes of a journal, and where each record ends."""
+    data = b""
+    ends = []
+    for number, (kind, payload) in enumerate(entries):
+        data += record(kind, payload, number)
+        ends.append(len(data))
+    return data, ends
+
+
+def _scanned(data: bytes) -> tuple[list[tuple[Entry, int]], CorruptionError | None]:
+    found = []
+    try:
+        for each in scan(data, "journal", 0, 0):
+            found.append(each)  # noqa: PERF402  # what came before the error counts
+    except CorruptionError as exc:
+        return found, exc
+    return found, None
+
+
+@given(journals)
+@relaxed
+def test_records_come_back(entries: list[tuple[Kind, bytes]]) -> None:
+    data, ends = _journal(entries)
+    found, error = _scanned(data)
+    assert error is None
+    assert [(each.kind, each.payload) for each, _ in found] == entries
+    assert [end for _, end in found] == ends
+
+
+@given(journals, st.data())
+@relaxed
+def test_reading_goes_on_from_any_record(entries: list[tuple[Kind, bytes]], data: Any) -> None:
+    text, ends = _journal(entries)
+    start = data.draw(st.integers(0, len(ends)))
+    offset = ends[start - 1] if start else 0
+    found = list(scan(text[offset:], "journal", offset, start))
+    assert [end for _, end in found] == ends[start:]
+
+
+@given(journals)
+@settings(relaxed, max_examples=30)
+def test_every_cut_is_a_torn_tail(entries: list[tuple[Kind, bytes]]) -> None:
+    data, ends = _journal(entries)
+    for length in range(len(data)):
+        found, error = _scanned(data[:length])
+        assert error is None, f"cut at {length}"
+        assert [end for _, end in found] == [end for end in ends if end <= length]
+
+
+@given(journals, st.integers(0, 7))
+@settings(relaxed, max_examples=30)
+def test_every_flip_is_damage(entries: list[tuple[Kind, bytes]], bit: int) -> None:
+    data, ends = _journal(entries)
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << bit
+        found, error = _scanned(bytes(changed))
+        assert error is not None, f"byte {place}"
+        assert "journal" in str(error)
+        before = [end for end in ends if end <= place]
+        assert [end for _, end in found] == before
+
+
+@given(journals, st.data())
+@relaxed
+def test_a_flip_in_a_torn_journal_yields_nothing_wrong(
+    entries: list[tuple[Kind, bytes]], data: Any
+) -> None:
+    text, _ = _journal(entries)
+    length = data.draw(st.integers(1, len(text)))
+    place = data.draw(st.integers(0, length - 1))
+    changed = bytearray(text[:length])
+    changed[place] ^= 1 << data.draw(st.integers(0, 7))
+    found, _ = _scanned(bytes(changed))
+    assert [(each.kind, each.payload) for each, _ in found] == entries[: len(found)]
+
+
+@given(journals, st.data())
+@relaxed
+def test_a_record_too_few_or_twice_is_damage(entries: list[tuple[Kind, bytes]], data: Any) -> None:
+    records = [record(kind, payload, n) for n, (kind, payload) in enumerate(entries)]
+    place = data.draw(st.integers(0, len(records) - 1))
+    assert _scanned(b"".join([*records[: place + 1], *records[place:]]))[1] is not None
+    if place < len(records) - 1:
+        assert _scanned(b"".join([*records[:place], *records[place + 1 :]]))[1] is not None
+
+
+@given(journals, st.binary(min_size=1, max_size=60))
+@relaxed
+def test_what_follows_the_last_record_is_a_beginning_or_damage(
+    entries: list[tuple[Kind, bytes]], more: bytes
+) -> None:
+    data, ends = _journal(entries)
+    found, error = _scanned(data + more)
+    assert [end for _, end in found] == ends
+    assert (error is None) == b"HFJ1".startswith(more[:4]) or len(more) >= HEADER_SIZE
+
+
+small = st.dictionaries(UNDECLARED, scalars, max_size=3)
+
+
+sections = st.dictionaries(ids, st.none() | small, max_size=3)
+
+
+@given(st.dictionaries(ids, sections, min_size=1, max_size=3))
+@relaxed
+def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
+    texts_of = {
+        name: {
+            each: None if entity is None else SERIALIZER.encode({**entity, "id": each}, 3)
+            for each, entity in section.items()
+        }
+        for name, section in images.items()
+    }
+    assert read_commit(b"".join(commit_text(texts_of))) == texts_of
+
+
+@given(st.lists(st.dictionaries(ids, st.dictionaries(ids, st.none() | payloads), max_size=3)))
+@relaxed
+def test_merged_images_are_the_last_of_each(
+    commits: list[dict[str, dict[str, bytes | None]]],
+) -> None:
+    expected: dict[tuple[str, str], bytes | None] = {}
+    for commit in commits:
+        for name, section in commit.items():
+            expected |= {(name, each): raw for each, raw in section.items()}
+    merged = merge(commits)
+    assert {(n, i): raw for n, each in merged.items() for i, raw in each.items()} == expected
+
+
+def test_control_records_come_back() -> None:
+    state = FileState("ab" * 32, 7, ours=True, collection="things", size=5, mtime_ns=6, inode=7)
+    none = FileState(None, 1, ours=False)
+    for body, read in (
+        (Head(3, {"a.json": state, "b.json": none}), read_head),
+        (Fold({"a.json": state}), read_fold),
+        (Seal(4), read_seal),
+    ):
+        kind, payload = control(body)
+        assert kind is {Head: Kind.HEAD, Fold: Kind.FOLD, Seal: Kind.SEAL}[type(body)]
+        assert read(payload) == body
+
+
+# -- texts of entities ------------------------------------------------------------------------
+
+
+@given(entities, ids, versions)
+@relaxed
+def test_an_entity_comes_back(entity: Entity, entity_id: str, version: int) -> None:
+    given_entity = {**entity, "id": entity_id, "created_at": None}
+    text = SERIALIZER.encode(given_entity, version)
+    assert SERIALIZER.version(text) == version
+    assert SERIALIZER.created_at(text) is None
+    assert same(SERIALIZER.decode(text), {"version": version, **given_entity})
+    assert b"\n" not in text
+    assert same(json.loads(text), {"version": version, **given_entity})
+
+
+@given(entities, ids, versions, st.booleans(), st.sampled_from([None, 0, 2, "\t"]))
+@relaxed
+def test_a_foreign_text_is_adopted_as_it_reads(
+    entity: Entity, entity_id: str, version: int, escaped: bool, indent: int | str | None
+) -> None:
+    found = {**entity, "id": entity_id, "version": version}
+    raw = msgspec.Raw(json.dumps(found, ensure_ascii=escaped, indent=indent).encode())
+    adopted = SERIALIZER.adopt(THINGS, entity_id, raw)
+    assert same(SERIALIZER.decode(adopted), {"version": version, **found})
+    assert SERIALIZER.adopt(THINGS, entity_id, msgspec.Raw(adopted)) == adopted
+    assert SERIALIZER.version(adopted) == version
+
+
+def _adopted(text: str, entity_id: str = "x") -> Entity:
+    return SERIALIZER.decode(SERIALIZER.adopt(THINGS, entity_id, msgspec.Raw(text.encode())))
+
+
+def test_what_is_missing_is_filled_in() -> None:
+    assert _adopted("{}") == {"version": 0, "id": "x"}
+    assert _adopted('{"version":7}') == {"version": 7, "id": "x"}
+    assert _adopted('{"version":-0}') == {"version": 0, "id": "x"}
+
+
+@pytest.mark.parametrize(
+    ("given_text", "kept"),
+    [
+        ("2026-07-06T22:07:11", "2026-07-06T22:07:11.000000Z"),
+        ("2026-07-06T22:07:11.5+02:00", "2026-07-06T20:07:11.500000Z"),
+        ("2026-07-06T22:07:11Z", "2026-07-06T22:07:11.000000Z"),
+        ("2026-07-06", "2026-07-06T00:00:00.000000Z"),
+        ("yesterday", "yesterday"),
+        ("", ""),
+    ],
+)
+def test_declared_timestamps_take_the_fixed_form(given_text: str, kept: str) -> None:
+    found = _adopted(json.dumps({"due_at": given_text, "other": given_text}))
+    assert found["due_at"] == kept
+    assert found["other"] == given_text
+
+
+@pytest.mark.parametrize("value", ["null", "5", "true", "[]", "{}"])
+def test_a_timestamp_that_is_none_stays(value: str) -> None:
+    assert _adopted(f'{{"due_at":{value}}}')["due_at"] == json.loads(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "1",
+        '"text"',
+        "{",
+        '{"version":"x"}',
+        '{"version":-1}',
+        '{"version":1.0}',
+        '{"version":true}',
+        '{"version":null}',
+        f'{{"version":{2**63}}}',
+        '{"id":"y"}',
+        '{"id":1}',
+        '{"id":null}',
+        '{"n":1e400}',
+        f'{{"n":{10**30}}}',
+        f'{{"n":{"9" * 5000}}}',
+        '{"s":"a\\u0000b"}',
+        '{"a\\u0000b":1}',
+        '{"s":"\\ud800"}',
+        '{"data":%s}' % ("[" * 31 + "]" * 31),
+        '{"data":%s}' % ("[" * 5000 + "]" * 5000),
+    ],
+)
+def test_what_cannot_be_stored_is_not_adopted(text: str) -> None:
+    with pytest.raises(CorruptionError, match="things 'x'"):
+        _adopted(text)
+
+
+def test_bytes_that_are_no_text_are_not_adopted() -> None:
+    for raw in (b'{"s":"\xff"}', b'{"\xff":1}', b"\xef\xbb\xbf{}", b""):
+        with pytest.raises(CorruptionError, match="things 'x'"):
+            SERIALIZER.adopt(THINGS, "x", msgspec.Raw(raw))
+
+
+@given(entities, versions, st.sampled_from([None, 2]))
+@relaxed
+def test_what_is_kept_as_it_is_never_passes_for_canonical(
+    entity: Entity, version: int, indent: int | None
+) -> None:
+    for found in ({"version": version, **entity}, entity):
+        text = compact(msgspec.Raw(json.dumps(found, indent=indent).encode()))
+        assert b"\n" not in text
+        assert not text.startswith(b'{"version":')
+        assert same(json.loads(text), found)
+
+
+# -- files of lines ---------------------------------------------------------------------------
+
+
+def _cut(text: bytes, *, ours: bool) -> tuple[dict[str, Held], int]:
+    found: dict[str, Held] = {}
+    end = 0
+    for piece in cut_lines(text, 2, ours=ours):
+        if isinstance(piece, int):
+            end = piece
+        else:
+            found |= piece
+    return found, end
+
+
+@given(st.dictionaries(ids, small, max_size=8), st.booleans(), st.integers(1, 200))
+@relaxed
+def test_lines_are_cut_as_they_were_written(
+    section: dict[str, Entity], ours: bool, piece: int
+) -> None:
+    images = {each: SERIALIZER.encode({**one, "id": each}, 1) for each, one in section.items()}
+    text = b"{\n" + section_lines(images) + (b"\n" if images else b"") + b"}\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_async_store.strategies.json.serializer.PIECE", piece)
+        found, end = _cut(text, ours=ours)
+    assert end == len(text) - 2
+    assert {each: bytes(raw) for each, raw in found.items()} == images
+    assert {type(raw) for raw in found.values()} <= {bytes if ours else msgspec.Raw}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{\n"a":{}, "b":{}\n}\n',
+        b'{\n"a":{}\n"b":{}\n}\n',
+        b'{\n"a":{},\n}\n',
+        b'{\n"a":{\n}\n}\n',
+        b'{\n"a":{},\n"a":{}\n}\n',
+        b"{\nx\n}\n",
+        b'{\n\n"a":{}\n}\n',
+        b'{\n"a":{}',
+    ],
+)
+def test_what_lies_otherwise_is_not_cut_by_lines(text: bytes) -> None:
+    with pytest.raises(NotOurs):
+        _cut(text, ours=False)
+
+
+@given(st.dictionaries(ids, values, max_size=6), st.sampled_from([None, 1]), st.data())
+@relaxed
+def test_a_member_twice_is_found(members: dict[str, Value], indent: int | None, data: Any) -> None:
+    text = json.dumps(members, indent=indent).encode()
+    assert cut_object(text, "it", once=True).keys() == members.keys()
+    if not members:
+        return
+    name = data.draw(st.sampled_from(sorted(members)))
+    again = json.dumps({name: data.draw(values)}, indent=indent).encode()
+    twice = text.rstrip()[:-1] + b"," + again.lstrip()[1:]
+    with pytest.raises(CorruptionError, match="twice"):
+        cut_object(twice, "it", once=True)
+    first = again.rstrip()[:-1] + b"," + text.lstrip()[1:]
+    with pytest.raises(CorruptionError, match="twice"):
+        cut_object(first, "it", once=True)
+
+
+@given(st.binary(max_size=30) | st.text('{}[]":,\\ tfn0e-.\n', max_size=30).map(str.encode))
+@relaxed
+def test_an_object_or_an_error(text: bytes) -> None:
+    try:
+        expected = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        expected = None
+    if not isinstance(expected, dict):
+        return  # what is more lenient here is checked when an entity is first looked at
+    try:
+        found = cut_object(text, "it")
+    except CorruptionError:
+        assert any(
+            isinstance(each, float) and not math.isfinite(each) for each in expected.values()
+        )
+    else:
+        assert found.keys() == expected.keys()
+
+
+# -- the indexes of a section -----------------------------------------------------------------
+
+_MISSING: Final = object()
+indexed = st.sampled_from(
+    [_MISSING, None, True, False, 0, 1, 1.0, 0.5, -1, "", "a", "b", "1", [1], {"a": 1}]
+)
+few_ids = st.sampled_from([f"i{n}" for n in range(9)])
+puts = st.tuples(st.just("put"), few_ids, indexed, indexed)
+deletes = st.tuples(st.just("delete"), few_ids, st.none(), st.none())
+looks = st.tuples(st.sampled_from(["status", "n", "ids"]), st.just(""), indexed, indexed)
+steps = st.lists(puts | deletes | looks, max_size=40)
+Step = tuple[str, str, Any, Any]
+starts = st.dictionaries(few_ids, st.tuples(indexed, indexed), max_size=6)
+
+
+class _Model:
+    """A section, and beside it what it must say."""
+
+    def __init__(self, foreign: Mapping[str, tuple[Any, Any]]) -> None:
+        self.section = Section(THINGS, SERIALIZER, 2)
+        self.entities: dict[str, Entity] = {}
+        for entity_id, (status, number) in foreign.items():
+            entity = _entity(entity_id, status, number)
+            self.entities[entity_id] = entity
+            self.section.held[entity_id] = msgspec.Raw(json.dumps(entity, indent=1).encode())
+
+    def change(self, step: Step) -> None:
+        kind, entity_id, status, number = step
+        if kind == "delete":
+            self.entities.pop(entity_id, None)
+            self.section.apply({entity_id: None})
+            return
+        entity = _entity(entity_id, status, number)
+        self.entities[entity_id] = entity
+        self.section.apply({entity_id: SERIALIZER.encode(entity, 1)})
+
+    async def look(self, step: Step) -> None:
+        kind, _, *wanted = step
+        if kind == "ids":
+            assert list(await self.section.sorted_ids()) == sorted(self.entities)
+            return
+        asked = [each for each in wanted if each is not _MISSING]
+        await self.section.index(kind)
+        found = self.section.find(kind, asked)
+        assert found == {
+            each
+            for each, entity in self.entities.items()
+            if kind in entity and any(_alike(entity[kind], value) for value in asked)
+        }
+
+    def check(self) -> None:
+        assert self.section.held.keys() == self.entities.keys()
+        for entity_id, entity in self.entities.items():
+            raw = self.section.canonical(entity_id)
+            assert raw is not None
+            found = SERIALIZER.decode(raw)
+            del found["version"]
+            assert same(found, entity)
+
+
+def _entity(entity_id: str, status: Any, number: Any) -> Entity:
+    entity: Entity = {"id": entity_id}
+    for name, value in (("status", status), ("n", number)):
+        if value is not _MISSING:
+            entity[name] = value
+    return entity
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equality of the query language; to an index all lists and maps are alike."""
+    if isinstance(one, list | dict) or isinstance(other, list | dict):
+        return isinstance(one, list | dict) and isinstance(other, list | dict)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+@example({"i0": ([1], _MISSING), "i1": ({"a": 1}, _MISSING)}, [1], "status")
+@given(starts, indexed, st.sampled_from(["status", "n"]))
+@settings(relaxed, max_examples=60)
+def test_queries_over_strange_values_agree_with_the_reference(
+    start: dict[str, tuple[Any, Any]], value: Any, field: str
+) -> None:
+    """Files from elsewhere may hold anything in a declared field, also what no verb takes."""
+    rows = {each: _entity(each, *fields) for each, fields in start.items()}
+    wanted = None if value is _MISSING else value
+    query = build_query(THINGS, filters={field: eq(wanted)})
+    expected = [rows[each] for each in sorted(rows) if matches(query.where, rows[each])]
+
+    async def run(folder: Path) -> list[Entity]:
+        (folder / SINGLE).write_text(json.dumps({"things": rows}))
+        async with open_json(folder, collections=[THINGS]) as store:
+            found = await store.query_entities("things", {field: eq(wanted)})
+            assert await store.count_entities("things", {field: eq(wanted)}) == len(found)
+            return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = asyncio.run(run(Path(folder)))
+    assert same(found, [{"version": 0, **each} for each in expected])
+
+
+@given(starts, steps)
+@settings(relaxed, max_examples=80)
+def test_indexes_say_what_a_walk_over_all_says(
+    start: dict[str, tuple[Any, Any]], taken: list[Step]
+) -> None:
+    async def run() -> None:
+        model = _Model(start)
+        for step in taken:
+            if step[0] in ("put", "delete"):
+                model.change(step)
+            else:
+                await model.look(step)
+        for kind in ("status", "n", "ids"):
+            for value in (None, True, 1, "a", "1"):
+                await model.look((kind, "", value, _MISSING))
+        model.check()
+
+    _in_small_pieces(run)
+
+
+@given(starts, steps, steps, st.lists(st.integers(0, 3), max_size=30))
+@settings(relaxed, max_examples=80)
+def test_indexes_are_right_while_changes_come(
+    start: dict[str, tuple[Any, Any]], taken: list[Step], meanwhile: list[Step], turns: list[int]
+) -> None:
+    """Changes and other looks come at every turn that an index gives to the loop."""
+
+    async def run() -> None:
+        model = _Model(start)
+        changes = [each for each in meanwhile if each[0] in ("put", "delete")]
+
+        async def disturb() -> None:
+            for number, step in enumerate(changes):
+                model.change(step)
+                for _ in range(turns[number % len(turns)] if turns else 0):
+                    await asyncio.sleep(0)
+
+        async def use() -> None:
+            for step in taken:
+                if step[0] in ("put", "delete"):
+                    model.change(step)
+                else:
+                    await model.look(step)
+
+        await asyncio.gather(disturb(), use(), use())
+        for kind in ("status", "n", "ids"):
+            await model.look((kind, "", "a", 1))
+        model.check()
+
+    _in_small_pieces(run)
+
+
+def _in_small_pieces(run: Any) -> None:
+    """Pieces of two, so that few entities are enough to give the loop many turns."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("_PIECE", 2), ("_SORT_PIECE", 2), ("_MUCH", 5), ("_FEW", 1)):
+            patch.setattr(section_module, name, size)
+        asyncio.run(run())

@@ -1,0 +1,155 @@
+"""The longest hold of the event loop does not grow with the store."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from hf_async_store import JSONStorageStrategy
+from tests.json.support import abandon, open_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL: Final = 1_000
+LARGE: Final = 100_000
+BATCH: Final = 10_000
+NEVER: Final = 1 << 40
+
+ROOM: Final = 10
+"""How many times the hold at 1,000 machines that at 100,000 may be: what takes a step over all of
+them takes 100 times as long."""
+
+SHORT: Final = 0.050
+"""Seconds that are nobody's complaint here, however short the hold at 1,000 machines is."""
+
+ATTEMPTS: Final = 10
+FEW_ATTEMPTS: Final = 3
+"""A busy machine only ever adds to a hold, so the shortest of several attempts is the true one."""
+
+Work = Callable[[JSONStorageStrategy], Awaitable[object]]
+
+
+def machines(start: int, count: int) -> list[dict[str, object]]:
+    return [
+        {
+            "machine_id": f"i-{number:017x}",
+            "name": f"node-{number}",
+            "status": "RUNNING",
+            "private_ip": None,
+            "tags": {"owner": "somebody"},
+        }
+        for number in range(start, start + count)
+    ]
+
+
+async def make(folder: Path, size: int) -> None:
+    async with open_json(folder, write_buffer_size=NEVER) as store:
+        for start in range(0, size, BATCH):
+            await store.create_entities("machines", machines(start, min(size - start, BATCH)))
+        await store.checkpoint()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A folder with a store of so many machines, by their number; to be copied."""
+    folders = {size: tmp_path_factory.mktemp(f"machines-{size}") for size in (SMALL, LARGE)}
+    for size, folder in folders.items():
+        asyncio.run(make(folder, size))
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def _frozen() -> Iterator[None]:
+    """What the tests before left in memory is none of the collector's business here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+async def longest_hold(work: Awaitable[object]) -> float:
+    """The longest time between two turns of the loop while `work` runs."""
+    longest = 0.0
+
+    async def tick() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            longest = max(longest, now - last)
+            last = now
+
+    ticker = asyncio.create_task(tick())
+    await asyncio.sleep(0.005)
+    await work
+    await asyncio.sleep(0.005)
+    ticker.cancel()
+    return longest
+
+
+async def nothing(store: JSONStorageStrategy) -> None:
+    pass
+
+
+async def open_it(store: JSONStorageStrategy) -> None:
+    await store.open()
+    assert await store.get_entity("machines", f"i-{0:017x}")
+
+
+async def change_some(store: JSONStorageStrategy) -> None:
+    await store.open()
+    await store.save_entities("machines", machines(0, SMALL))
+
+
+async def create_many(store: JSONStorageStrategy) -> None:
+    await store.create_entities("machines", machines(LARGE, BATCH))
+
+
+async def fold(store: JSONStorageStrategy) -> None:
+    await store.checkpoint()
+
+
+async def hold_of(before: Work, work: Work, folder: Path, copy: Path) -> float:
+    """The longest hold of `work` on a copy of a store."""
+    shutil.copytree(folder, copy)
+    store = open_json(copy, write_buffer_size=NEVER)
+    try:
+        await before(store)
+        return await longest_hold(work(store))
+    finally:
+        await abandon(store)
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    ("before", "work"),
+    [
+        pytest.param(nothing, open_it, id="open"),
+        pytest.param(open_it, create_many, id="batch"),
+        pytest.param(change_some, fold, id="fold"),
+    ],
+)
+async def test_the_longest_hold_does_not_grow_with_the_store(
+    before: Work, work: Work, made: dict[int, Path], tmp_path: Path
+) -> None:
+    async def hold(size: int) -> float:
+        return await hold_of(before, work, made[size], tmp_path / "copy")
+
+    small = min([await hold(SMALL) for _ in range(FEW_ATTEMPTS)])
+    large = float("inf")
+    for _ in range(ATTEMPTS):
+        large = min(large, await hold(LARGE))
+        if large <= max(ROOM * small, SHORT):
+            return
+    pytest.fail(
+        f"the loop was held for {large * 1000:.0f} ms at {LARGE:,} machines, "
+        f"for {small * 1000:.0f} ms at {SMALL:,}"
+    )

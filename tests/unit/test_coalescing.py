@@ -1,0 +1,191 @@
+"""Coalescing: waiting operations share a batch, and are otherwise as if alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from hf_async_store import OperationTimeoutError, StorageError, UnavailableError
+from hf_async_store.coalescing import Coalescer
+from hf_async_store.entities import Key
+
+
+class Recorder:
+    """Stands for an engine: answers each item by itself, and remembers the batches."""
+
+    def __init__(self, *, turns: int = 1) -> None:
+        self.batches: list[list[Key]] = []
+        self.under_way: list[Key] = []
+        self.turns = turns
+        self.fail: StorageError | None = None
+
+    async def run(self, items: Sequence[Key]) -> list[str]:
+        assert not set(self.under_way) & set(items), "a key is under way twice"
+        self.batches.append(list(items))
+        self.under_way += items
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        for each in items:
+            self.under_way.remove(each)
+        if self.fail is not None:
+            raise self.fail
+        return [each.id for each in items]
+
+
+def keys(*ids: str) -> list[Key]:
+    return [Key("things", each) for each in ids]
+
+
+def identity(key: Key) -> Key:
+    return key
+
+
+async def test_tasks_of_one_turn_share_a_batch() -> None:
+    recorder = Recorder()
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100)
+    results = await asyncio.gather(*(calls.submit(keys(str(each)), None) for each in range(64)))
+    assert [each[0] for each in results] == [str(each) for each in range(64)]
+    assert len(recorder.batches) == 1
+
+
+async def test_who_comes_while_a_batch_is_under_way_shares_the_next() -> None:
+    recorder = Recorder(turns=5)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100)
+    first = asyncio.create_task(calls.submit(keys("a"), None))
+    while not recorder.batches:
+        await asyncio.sleep(0)
+    await asyncio.gather(first, *(calls.submit(keys(each), None) for each in "bcd"))
+    assert [len(each) for each in recorder.batches] == [1, 3]
+
+
+async def test_a_closed_loop_keeps_its_batches_whole() -> None:
+    recorder = Recorder(turns=3)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100)
+
+    async def worker(name: str) -> None:
+        for _ in range(20):
+            await calls.submit(keys(name), None)
+
+    await asyncio.gather(*(worker(str(each)) for each in range(16)))
+    assert [len(each) for each in recorder.batches] == [16] * 20
+
+
+async def test_a_large_call_is_split_and_comes_back_in_order() -> None:
+    recorder = Recorder()
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    ids = [str(each) for each in range(35)]
+    assert await calls.submit(keys(*ids), None) == ids
+    assert [len(each) for each in recorder.batches] == [10, 10, 10, 5]
+
+
+async def test_a_failed_batch_gives_each_item_an_error_of_its_own() -> None:
+    recorder = Recorder()
+    recorder.fail = UnavailableError("gone")
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    (one, other), (third,) = await asyncio.gather(
+        calls.submit(keys("a", "b"), None), calls.submit(keys("c"), None)
+    )
+    assert isinstance(one, UnavailableError)
+    assert isinstance(other, UnavailableError)
+    assert isinstance(third, UnavailableError)
+    assert len({id(one), id(other), id(third)}) == 3
+
+
+async def test_a_defect_reaches_every_caller() -> None:
+    async def broken(items: Sequence[Key]) -> list[str]:
+        raise ZeroDivisionError
+
+    calls: Coalescer[Key, str] = Coalescer(broken, lanes=1, size=10)
+    results = await asyncio.gather(
+        *(calls.submit(keys(each), None) for each in "ab"), return_exceptions=True
+    )
+    assert [type(each) for each in results] == [ZeroDivisionError] * 2
+    lanes = [each for each in asyncio.all_tasks() if each is not asyncio.current_task()]
+    await asyncio.gather(*lanes, return_exceptions=True)
+
+
+async def test_what_no_batch_took_is_taken_back_by_a_cancellation() -> None:
+    recorder = Recorder(turns=5)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    first = asyncio.create_task(calls.submit(keys("a"), None))
+    while not recorder.batches:
+        await asyncio.sleep(0)
+    late = asyncio.create_task(calls.submit(keys("b"), None))
+    await asyncio.sleep(0)
+    late.cancel()
+    await first
+    await calls.drain()
+    assert recorder.batches == [keys("a")]
+
+
+async def test_a_timeout_knows_whether_the_item_was_taken() -> None:
+    started = asyncio.Event()
+    release = asyncio.Event()
+
+    async def slow(items: Sequence[Key]) -> list[str]:
+        started.set()
+        await release.wait()
+        return [each.id for each in items]
+
+    calls: Coalescer[Key, str] = Coalescer(slow, lanes=1, size=10)
+    taken = asyncio.create_task(calls.submit(keys("a"), 0.05))
+    await started.wait()
+    with pytest.raises(OperationTimeoutError) as queued:
+        await calls.submit(keys("b"), 0.01)
+    assert not queued.value.outcome_unknown
+    assert queued.value.retryable
+    with pytest.raises(OperationTimeoutError) as unknown:
+        await taken
+    assert unknown.value.outcome_unknown
+    release.set()
+    await calls.drain()
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_several_lanes_keep_the_order_of_each_key(seed: int) -> None:
+    chance = random.Random(seed)
+    done: dict[str, list[int]] = {}
+    under_way: set[str] = set()
+
+    async def run(items: Sequence[tuple[Key, int]]) -> list[int]:
+        ids = {key.id for key, _ in items}
+        assert not ids & under_way
+        under_way.update(ids)
+        for _ in range(chance.randrange(4)):
+            await asyncio.sleep(0)
+        for key, number in items:
+            done.setdefault(key.id, []).append(number)
+        under_way.difference_update(ids)
+        return [number for _, number in items]
+
+    calls: Coalescer[tuple[Key, int], int] = Coalescer(
+        run, lanes=4, size=3, key=lambda item: item[0]
+    )
+    waiting: list[asyncio.Task[object]] = []
+    for number in range(200):
+        key = Key("things", chance.choice("abcdef"))
+        waiting.append(asyncio.create_task(calls.submit([(key, number)], None)))
+        if chance.random() < 0.2:
+            await asyncio.sleep(0)
+        if chance.random() < 0.1:
+            chance.choice(waiting).cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await calls.drain()
+    assert all(each == sorted(each) for each in done.values())
+    kept = {number for each in done.values() for number in each}
+    assert all(task.cancelled() for number, task in enumerate(waiting) if number not in kept)
+
+
+async def test_a_lane_that_just_ended_is_not_relied_on() -> None:
+    """A submit in the very turn in which a lane ends must start another one."""
+    recorder = Recorder(turns=0)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    for turns in range(12):
+        await calls.submit(keys("a"), None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await calls.submit(keys("b"), None)

@@ -1,0 +1,79 @@
+"""Strategies by name: built in, registered by another package, planned, and unknown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_async_store import ConfigurationError, StorageConfig, open_store
+from hf_async_store.strategies import GROUP
+
+TOY = '''
+from hf_async_store.config import StorageConfig
+from hf_async_store.strategies.memory import MemoryStorageStrategy
+
+
+class ToyStorageStrategy(MemoryStorageStrategy):
+    """Memory under another name; it remembers how it was configured."""
+
+    def __init__(self, config, *, collections):
+        super().__init__(collections=collections)
+        self.options = dict(config.options)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that registers the strategy `toy`, and `torn`, which cannot be imported."""
+    (tmp_path / "toy_strategy.py").write_text(TOY)
+    info = tmp_path / "toy_strategy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-strategy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[{GROUP}]\ntoy = toy_strategy:ToyStorageStrategy\ntorn = no_such_module:Nothing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(
+    "config",
+    [
+        "toy:somewhere?colour=red",
+        {"storage": {"strategy": "toy", "toy_strategy": {"colour": "red"}}},
+        StorageConfig(strategy="toy", options={"colour": "red"}),
+    ],
+    ids=["url", "mapping", "config"],
+)
+async def test_another_package_registers_a_strategy(config: object) -> None:
+    async with open_store(config) as store:  # type: ignore[arg-type]  # all that it takes
+        assert type(store).__name__ == "ToyStorageStrategy"
+        assert store.options["colour"] == "red"  # type: ignore[attr-defined]  # of the toy
+        assert await store.save_entity("templates", {"template_id": "t-1"}) == 1
+        assert await store.count_entities("templates") == 1
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_registered_strategy_that_cannot_be_imported() -> None:
+    with pytest.raises(ConfigurationError, match="'torn' .*cannot be imported.*no_such_module"):
+        open_store(StorageConfig(strategy="torn", options={}))
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_unknown_strategy_is_told_from_a_planned_one() -> None:
+    with pytest.raises(ConfigurationError, match="no storage strategy 'nope'; there are: json"):
+        open_store(StorageConfig(strategy="nope", options={}))
+    with pytest.raises(ConfigurationError, match="'sql' .*planned"):
+        open_store("sqlite:some.db")
+
+
+@pytest.mark.parametrize("module", ["hf_async_store", "hf_async_store.strategies.json"])
+def test_no_driver_and_nothing_heavy_is_imported(module: str) -> None:
+    heavy = ("sqlalchemy", "aiosqlite", "asyncpg", "aiobotocore", "botocore", "rich", "pydantic")
+    code = f"import {module}, sys; print([each for each in {heavy} if each in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
