@@ -31,7 +31,6 @@ from hf_async_store.strategies.json.journal import (
     Seal,
     commit_text,
     control,
-    merge,
     read_commit,
     read_fold,
     read_head,
@@ -221,19 +220,6 @@ def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
         for name, section in images.items()
     }
     assert read_commit(b"".join(commit_text(texts_of))) == texts_of
-
-
-@given(st.lists(st.dictionaries(ids, st.dictionaries(ids, st.none() | payloads), max_size=3)))
-@relaxed
-def test_merged_images_are_the_last_of_each(
-    commits: list[dict[str, dict[str, bytes | None]]],
-) -> None:
-    expected: dict[tuple[str, str], bytes | None] = {}
-    for commit in commits:
-        for name, section in commit.items():
-            expected |= {(name, each): raw for each, raw in section.items()}
-    merged = merge(commits)
-    assert {(n, i): raw for n, each in merged.items() for i, raw in each.items()} == expected
 
 
 def test_control_records_come_back() -> None:

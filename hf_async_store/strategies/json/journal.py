@@ -18,7 +18,7 @@ interrupted append leaves, is told from damage: everything else that is bad is c
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from itertools import islice
 from typing import Final, TypeAlias, TypeVar
@@ -211,15 +211,6 @@ def scan(data: bytes, name: str, offset: int, sequence: int) -> Iterator[tuple[E
         position = start + length
         sequence += 1
         yield Entry(Kind(kind), payload), offset + position
-
-
-def merge(images: Iterable[Images]) -> dict[str, dict[str, bytes | None]]:
-    """Several commits as one: later images win."""
-    merged: dict[str, dict[str, bytes | None]] = {}
-    for each in images:
-        for name, section in each.items():
-            merged.setdefault(name, {}).update(section)
-    return merged
 
 
 def _damaged(name: str, offset: int, what: str) -> CorruptionError:
