@@ -196,9 +196,7 @@ async def _overtaken(
         assert isinstance(failure, ConcurrencyConflictError), failure
         assert failure.retryable
     else:
-        assert before or not overtaken, (
-            "it committed although what it relied on had been changed"
-        )
+        assert before or not overtaken, "it committed although what it relied on had been changed"
     return failure
 
 

@@ -15,7 +15,7 @@ from hf_async_store import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
     from hf_async_store.testing.servers import PostgresServer
@@ -152,15 +152,27 @@ class PostgreSQLHarness:
 def ask(url: str, query: str) -> list[str]:
     """The first column of the answer of a PostgreSQL, by a connection of its own."""
 
-    async def asked() -> list[str]:
+    async def asked(connection: Any) -> list[str]:
+        return [str(each[0]) for each in await connection.fetch(query)]
+
+    return _elsewhere(url, asked)
+
+
+def execute(url: str, statements: str) -> None:
+    """Run statements on a PostgreSQL, by a connection of its own."""
+    _elsewhere(url, lambda connection: connection.execute(statements))
+
+
+def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def worked() -> Any:
         connection = await asyncpg.connect(url)
         try:
-            return [str(each[0]) for each in await connection.fetch(query)]
+            return await work(connection)
         finally:
             await connection.close()
 
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: asyncio.run(asked())).result()
+        return thread.submit(lambda: asyncio.run(worked())).result()
 
 
 def _text(value: object) -> str:

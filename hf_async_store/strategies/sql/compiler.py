@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from hf_async_store.entities import INT_MAX, INT_MIN, VERSION, Entity, Field, Value
 from hf_async_store.query import (
@@ -96,7 +96,7 @@ def compile_query(table: Table, query: Query) -> Compiled:
     names, selected = compiler.selected(query, exact=exact)
     where = " AND ".join(conditions) or TRUE
     return Compiled(
-        sql=f"SELECT {selected} FROM {table.name} AS t WHERE {where}{order}",  # noqa: S608 - names are declared
+        sql=f"SELECT {selected} FROM {table.name} AS t WHERE {where}{order}",
         args=compiler.args.values,
         names=names,
         residual=None if exact else compile_filter(query.where),
@@ -111,7 +111,7 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
     if not exact or query.limit is not None or query.after is not None:
         return None
     where = " AND ".join(conditions) or TRUE
-    sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"  # noqa: S608 - as above
+    sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"
     return Compiled(sql, compiler.args.values, (), None, sorted_here=False)
 
 
@@ -334,7 +334,11 @@ class _Compiler:
         if value is MISSING:
             return FALSE, f"{column} IS NULL", f"{column} IS NOT NULL"
         there = self.args.add(self._dialect.order_argument(value), "sort")
-        return f"({column} IS NULL OR {column} < {there})", f"{column} = {there}", f"{column} > {there}"
+        return (
+            f"({column} IS NULL OR {column} < {there})",
+            f"{column} = {there}",
+            f"{column} > {there}",
+        )
 
     def _behind_in_column(
         self, part: SortPart, field: Field, value: Value | Missing
@@ -347,11 +351,15 @@ class _Compiler:
             return FALSE, missing, f"({is_null} OR {some})"
         if value is None:
             return missing, is_null, some
-        if not _comparable(field.type, value) or isinstance(value, float) and field.type == "integer":
+        if not _comparable(field.type, value) or (
+            isinstance(value, float) and field.type == "integer"
+        ):
             # No row of this store was ever there: a cursor that somebody made up.
             return FALSE, FALSE, FALSE
         there = self.args.add(value, field.type)
-        less = f"({column} IS NULL OR {column} < {there})" if part.nullable else f"{column} < {there}"
+        less = (
+            f"({column} IS NULL OR {column} < {there})" if part.nullable else f"{column} < {there}"
+        )
         return less, f"{column} = {there}", f"{column} > {there}"
 
 
@@ -406,4 +414,3 @@ def _after_all_with(prefix: str) -> str | None:
             return prefix[:-1] + chr(0xE000 if last == 0xD7FF else last + 1)
         prefix = prefix[:-1]
     return None
-

@@ -9,9 +9,9 @@ statements go to the driver itself, without SQLAlchemy's own path around each.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -44,8 +44,11 @@ class Lease:
         self.connection = connection
         self.driver = driver
         self.killed = False
-        self.ending = False  # a commit is under way
+        self.ended = asyncio.Event()  # no commit is under way
+        self.ended.set()
+        self.doubtful = False  # a cancellation left the driver in the middle of something
         self._open: list[Any] = []
+        self._written = True  # what is open may write
 
     async def rows(
         self, sql: str, args: Sequence[object] = (), *, doing: str = "read", writes: bool = False
@@ -56,6 +59,9 @@ class Lease:
             return await self.dialect.rows(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, doing, writes=writes and not self._open) from exc
+        except BaseException:
+            self.doubtful = True
+            raise
 
     async def labelled(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
         self._usable()
@@ -63,6 +69,9 @@ class Lease:
             return await self.dialect.labelled(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "execute the statement", writes=False) from exc
+        except BaseException:
+            self.doubtful = True
+            raise
 
     async def pieces(
         self, sql: str, args: Sequence[object]
@@ -70,19 +79,22 @@ class Lease:
         """Run one statement and read its rows piece by piece."""
         self._usable()
         try:
-            async with aclosing(self.dialect.pieces(self.driver, sql, args)) as pieces:
+            async with aclosing(
+                self.dialect.pieces(self.driver, sql, args, written=self._written)
+            ) as pieces:
                 async for each in pieces:
                     yield each
                     self._usable()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "read", writes=False) from exc
+        except asyncio.CancelledError:
+            self.doubtful = True
+            raise
 
     @asynccontextmanager
-    async def transaction(
-        self, isolation: Isolation | None = None, *, reading: bool = False
-    ) -> AsyncIterator[None]:
+    async def transaction(self, isolation: Isolation | None = None) -> AsyncIterator[None]:
         """Everything inside commits together; inside another, it is a savepoint."""
-        await self._begin(isolation, reading=reading)
+        await self._begin(lambda: self.dialect.begin(self.driver, isolation))
         try:
             yield
         except BaseException:
@@ -90,26 +102,34 @@ class Lease:
             raise
         await finish(self._commit())
 
-    async def _begin(self, isolation: Isolation | None, *, reading: bool) -> None:
-        self._usable()
-        dialect = self.dialect
+    @asynccontextmanager
+    async def reading(self, *, statements: Literal["one", "many"]) -> AsyncIterator[None]:
+        """Everything inside sees one state, and writes nothing."""
+        await self._begin(lambda: self.dialect.begin_reading(self.driver, statements))
+        self._written = False
         try:
-            handle = (
-                await dialect.begin_reading(self.driver)
-                if reading
-                else await dialect.begin(self.driver, isolation)
-            )
-        except dialect.driver_errors as exc:
+            yield
+        finally:
+            await finish(self._roll_back())
+            self._written = True
+
+    async def _begin(self, begin: Callable[[], Awaitable[Any]]) -> None:
+        self._usable()
+        try:
+            handle = await begin()
+        except self.dialect.driver_errors as exc:
             raise self._error(exc, "begin a transaction", writes=False) from exc
+        except BaseException:
+            self.doubtful = True
+            raise
         self._open.append(handle)
 
     async def _commit(self) -> None:
         outermost = len(self._open) == 1
         handle = self._open.pop()
-        if handle is None:
-            return
         self._usable()
-        self.ending = outermost
+        if outermost:
+            self.ended.clear()
         try:
             await self.dialect.commit(handle)
         except self.dialect.driver_errors as exc:
@@ -118,7 +138,7 @@ class Lease:
             await self._roll_back()
             raise error from exc
         finally:
-            self.ending = False
+            self.ended.set()
 
     async def _roll_back(self) -> None:
         handle = self._open.pop()
@@ -128,6 +148,7 @@ class Lease:
         # here is what the caller must hear.
         with suppress(*self.dialect.driver_errors):
             await self.dialect.roll_back(handle)
+            self.doubtful = self.doubtful and bool(self._open)
 
     def _usable(self) -> None:
         if self.killed:
@@ -253,6 +274,8 @@ class Connections:
                 self._gate.release()
 
     async def _is_tidy(self, lease: Lease) -> bool:
+        if lease.doubtful:
+            return False
         try:
             return await self._dialect.tidy(lease.driver)
         except self._dialect.driver_errors:
@@ -274,8 +297,7 @@ class Connections:
         """Close every connection, those in use, too; a commit that is under way ends first."""
         self._closed = True
         for lease in list(self._held):
-            while lease.ending:
-                await asyncio.sleep(0.001)
+            await lease.ended.wait()
             lease.killed = True
             await lease.connection.invalidate()
             await lease.connection.close()

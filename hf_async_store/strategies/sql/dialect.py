@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_async_store.engine import Capabilities, Isolation, Plan
 from hf_async_store.entities import Value
@@ -77,16 +77,20 @@ class Dialect(ABC):
 
     @abstractmethod
     def pieces(
-        self, driver: Any, sql: str, args: Sequence[object]
+        self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        """Run one statement and read its rows piece by piece, from a cursor of the server."""
+        """Run one statement and read its rows piece by piece, from a cursor of the engine.
+
+        Args:
+            written: the connection may write meanwhile, and that must not show in the rows.
+        """
 
     @abstractmethod
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
         """Begin a transaction that may write, or with one begun, a savepoint; returns its handle."""
 
     @abstractmethod
-    async def begin_reading(self, driver: Any) -> Any:
+    async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
         """Begin a transaction that reads one snapshot; None where a statement is one anyway."""
 
     @abstractmethod
@@ -200,9 +204,7 @@ class Dialect(ABC):
         """An operator on a place in a JSON column; and whether it is exact, or lets more pass."""
 
     @abstractmethod
-    def json_order(
-        self, base: str, steps: Sequence[str | int], args: Arguments
-    ) -> SortPart | None:
+    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
         """What sorts by a place in a JSON column; None if nothing does."""
 
     @abstractmethod

@@ -11,14 +11,13 @@ from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.engine import Isolation, Plan
+from hf_async_store.engine import Isolation, Plan, Reader
 from hf_async_store.entities import Change, Key, Outcome, Record, Schema, Value
 from hf_async_store.errors import (
     BrokenReferenceError,
     ConcurrencyConflictError,
     LockTimeoutError,
     StorageError,
-    StoreClosedError,
     UnavailableError,
 )
 from hf_async_store.query import Query
@@ -27,10 +26,10 @@ from hf_async_store.strategies.sql.binding import bound
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, Lease
 from hf_async_store.strategies.sql.schema import PROBES, Tables
-from hf_async_store.strategies.sql.session import SQLSession
+from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.strategies.sql.statements import Statements
 from hf_async_store.strategies.sql.tables import Table, sql_name
-from hf_async_store.strategies.sql.writing import Writer, mark_put
+from hf_async_store.strategies.sql.writing import Sent, Writer, mark_put
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -52,9 +51,7 @@ class SQLEngine:
         self.schema = schema
         self.tables = {name: Table(each, dialect) for name, each in schema.items()}
         statements = Statements(schema, self.tables, references=config.enforce_references)
-        self.writer = Writer(
-            schema, self.tables, statements, references=config.enforce_references
-        )
+        self.writer = Writer(schema, self.tables, statements, references=config.enforce_references)
         self._config = config
         self._dialect = dialect
         self._main, self._readers = _pools(config, dialect)
@@ -105,10 +102,16 @@ class SQLEngine:
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[Lease]:
-        """A connection on which every statement inside sees the same state."""
+        """A connection on which one statement sees one state."""
         await self._prepared()
-        async with self._main.lease() as lease, lease.transaction(reading=True):
+        async with self._main.lease() as lease, lease.reading(statements="one"):
             yield lease
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Reader]:
+        await self._prepared()
+        async with self._main.lease() as lease, lease.reading(statements="many"):
+            yield SQLReader(self, lease)
 
     # -- reads -------------------------------------------------------------------------------
 
@@ -166,9 +169,7 @@ class SQLEngine:
             async with lease.transaction():
                 for wave in waves:
                     for sents in wave.values():
-                        await self.writer.send(
-                            _Plain(lease), lease, sents, outcomes, halves=True
-                        )
+                        await self.writer.send(_Plain(lease), lease, sents, outcomes, halves=True)
             return outcomes
         run = _Retrying(lease, self._config.timeout)
         failure: StorageError | None = None
@@ -228,7 +229,7 @@ class SQLEngine:
         for wave in self.writer.waves(changes):
             for sents in wave.values():
                 await self.writer.send(run, lease, sents, outcomes, halves=halves)
-                if all_or_none and any(isinstance(outcomes[s.index], StorageError) for s in sents):
+                if all_or_none and any(isinstance(outcomes[s.place], StorageError) for s in sents):
                     return
         marks = [
             mark_put(change.mark, getattr(change, "at", ""))
@@ -297,13 +298,13 @@ class SQLEngine:
         name = f"probe-{secrets.token_hex(8)}"
         async with self.writing() as lease:
             await lease.rows(
-                f"INSERT INTO {PROBES} (name, value) VALUES ({parameters[0]}, {parameters[1]})",  # noqa: S608
+                f"INSERT INTO {PROBES} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
                 (name, "probe"),
                 doing="write",
                 writes=True,
             )
             found = await lease.rows(
-                f"DELETE FROM {PROBES} WHERE name = {parameters[0]} RETURNING value",  # noqa: S608
+                f"DELETE FROM {PROBES} WHERE name = {parameters[0]} RETURNING value",
                 (name,),
                 doing="delete",
                 writes=True,
@@ -385,7 +386,6 @@ async def _paused(pause: float) -> float:
     return min(pause * 2, _LONGEST_PAUSE)
 
 
-def _fail(sents: Sequence[object], exc: StorageError, outcomes: list[Outcome]) -> None:
+def _fail(sents: Sequence[Sent], exc: StorageError, outcomes: list[Outcome]) -> None:
     for each in sents:
-        index = getattr(each, "index")
-        outcomes[index] = exc.copy()
+        outcomes[each.place] = exc.copy()

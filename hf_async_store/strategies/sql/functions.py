@@ -41,12 +41,11 @@ def at(text: str | None, steps: str) -> str | None:
     if text is None:
         return None
     for step in decode_json(steps):
-        if isinstance(step, str) and isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(step, int) and isinstance(value, list) and step < len(value):
-            value = value[step]
-        else:
+        kind = dict if isinstance(step, str) else list
+        there = isinstance(value, kind) and (step in value if kind is dict else step < len(value))
+        if not there:
             return None
+        value = value[step]
     return encode_json(value).decode()
 
 

@@ -44,7 +44,9 @@ def _written(value: Value) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{_written(name)}:{_written(each)}' for name, each in value.items())}}}"
+        return (
+            f"{{{','.join(f'{_written(name)}:{_written(each)}' for name, each in value.items())}}}"
+        )
     return encode_json(value).decode()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, cast
 
 from sqlalchemy import BigInteger, Boolean, Numeric, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
@@ -85,8 +84,8 @@ class PostgreSQL(Dialect):
     one_writer = False
     batches_commit_together = False
     inline_references = False
-    to_column = {"number": decimal_text, "json": json_text}
-    from_column = {"number": number_of, "json": decode_json}
+    to_column = MappingProxyType({"number": decimal_text, "json": json_text})
+    from_column = MappingProxyType({"number": number_of, "json": decode_json})
 
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
@@ -136,7 +135,9 @@ class PostgreSQL(Dialect):
                 database=config.name or None,
                 timeout=config.timeout,
                 command_timeout=config.timeout + _GRACE,
-                statement_cache_size=0 if config.pgbouncer or not config.enable_query_cache else 512,
+                statement_cache_size=0
+                if config.pgbouncer or not config.enable_query_cache
+                else 512,
                 server_settings=self._settings(read_only=read_only),
             )
         except self.driver_errors as exc:
@@ -147,7 +148,7 @@ class PostgreSQL(Dialect):
         from urllib.parse import urlencode
 
         config = self._config
-        query = {"sslmode": config.sslmode}
+        query: dict[str, str] = {"sslmode": config.sslmode}
         if config.sslrootcert:
             query["sslrootcert"] = config.sslrootcert
         return f"postgresql:///?{urlencode(query)}"
@@ -157,7 +158,7 @@ class PostgreSQL(Dialect):
         if self._password is None:
             return None if config.password is None else config.password.reveal()
         found = self._password(host, port, config.username)
-        return await found if inspect.isawaitable(found) else cast("str", found)
+        return found if isinstance(found, str) else await found
 
     def _settings(self, *, read_only: bool) -> dict[str, str]:
         if self._config.pgbouncer:
@@ -192,7 +193,7 @@ class PostgreSQL(Dialect):
         return [dict(each) for each in await driver.fetch(sql, *args)]
 
     async def pieces(
-        self, driver: Any, sql: str, args: Sequence[object]
+        self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         cursor = await driver.cursor(sql, *args)
         while rows := await cursor.fetch(_PIECE):
@@ -207,7 +208,7 @@ class PostgreSQL(Dialect):
         await handle.start()
         return handle
 
-    async def begin_reading(self, driver: Any) -> Any:
+    async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
         # Not serializable: the row locks of a long reader would become a lock of the table, and
         # abort its neighbours.
         handle = driver.transaction(isolation="repeatable_read", readonly=True)
@@ -221,11 +222,7 @@ class PostgreSQL(Dialect):
         await handle.rollback()
 
     async def tidy(self, driver: Any) -> bool:
-        if driver.is_closed():
-            return False
-        if driver.is_in_transaction():
-            await driver.reset(timeout=_GRACE)
-        return not driver.is_in_transaction()
+        return not driver.is_closed() and not driver.is_in_transaction()
 
     def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
         if isinstance(exc, asyncpg.PostgresError) and exc.sqlstate is not None:
@@ -251,9 +248,7 @@ class PostgreSQL(Dialect):
             column = func.left(column, SHORT)
         return [column.nulls_first()]
 
-    async def found_columns(
-        self, driver: Any, tables: Sequence[str]
-    ) -> dict[str, dict[str, str]]:
+    async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
         found: dict[str, dict[str, str]] = {}
         for table, column, kind in rows:
@@ -262,7 +257,7 @@ class PostgreSQL(Dialect):
 
     async def found_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
         rows = await self.rows(driver, _INDEXES, (list(tables),))
-        return {name: definition for name, definition in rows}
+        return dict(cast("Any", rows))
 
     def same_type(self, found: str, kind: FieldType | Kind) -> bool:
         return found.split(" PRIMARY")[0].split(" NOT")[0] == _TYPES.get(kind, "text COLLATE C")
@@ -298,9 +293,7 @@ class PostgreSQL(Dialect):
                 if not wanted and name in found:
                     statements.append(f'ALTER TABLE {table} DROP CONSTRAINT "{name}"')
                 if index not in found:
-                    statements.append(
-                        f'CREATE INDEX "{index}" ON {table} USING hash ({column})'
-                    )
+                    statements.append(f'CREATE INDEX "{index}" ON {table} USING hash ({column})')
         return statements
 
     # -- grammar: writes ---------------------------------------------------------------------
@@ -360,7 +353,7 @@ class PostgreSQL(Dialect):
         return f"{expression} = ANY($1::text[])"
 
     def shortened(self, expression: str) -> str | None:
-        return f'left({expression}, {SHORT})'
+        return f"left({expression}, {SHORT})"
 
     def has_side(self, name: str) -> str:
         return f"coalesce(t.{SIDE} ? '{name}', false)"
@@ -398,9 +391,7 @@ class PostgreSQL(Dialect):
             return f"({_is(place, 'string')} AND {begins})", True
         return self._compared(place, op, value, args)
 
-    def _compared(
-        self, place: str, op: str, value: Value, args: Arguments
-    ) -> tuple[str, bool]:
+    def _compared(self, place: str, op: str, value: Value, args: Arguments) -> tuple[str, bool]:
         sign = _SIGNS[op]
         if isinstance(value, list | dict):
             # JSONB has an order of these, but it is not ours.
@@ -415,15 +406,15 @@ class PostgreSQL(Dialect):
     def _contains(self, place: str, value: Value, args: Arguments) -> str:
         array = f"CASE WHEN {_is(place, 'array')} THEN {place} ELSE '[]'::jsonb END"
         element = args.add(value, "json")
-        test = f"EXISTS (SELECT 1 FROM jsonb_array_elements({array}) AS e (v) WHERE e.v = {element})"
+        test = (
+            f"EXISTS (SELECT 1 FROM jsonb_array_elements({array}) AS e (v) WHERE e.v = {element})"
+        )
         if not isinstance(value, str):
             return test
         text = self.has_text(f"({place} #>> '{{}}')", args.add(value, "text"))
         return f"({test} OR ({_is(place, 'string')} AND {text}))"
 
-    def json_order(
-        self, base: str, steps: Sequence[str | int], args: Arguments
-    ) -> SortPart | None:
+    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
         return None  # its order of lists and maps is another, and its texts go by the locale
 
     def order_argument(self, value: Value) -> object:
@@ -463,7 +454,7 @@ class PostgreSQL(Dialect):
         return {
             "server_version": version,
             "database_bytes": size,
-            "table_bytes": dict(sizes),
+            "table_bytes": dict(cast("Any", sizes)),
             "server_connections": used,
             "server_max_connections": most,
             "problems": problems,
@@ -531,10 +522,17 @@ def _provider(name: str) -> PasswordProvider | None:
 def _place(base: str, steps: Sequence[str | int], args: Arguments) -> str:
     """The JSON at a place below a column, NULL where there is none.
 
-    An arrow with a text steps into maps alone, one with an integer into lists alone.
+    An arrow with a text steps into maps alone.
     """
-    arrows = [f" -> {args.add(each, 'step' if isinstance(each, int) else 'text')}" for each in steps]
-    return f"({base}{''.join(arrows)})" if arrows else base
+    place = base
+    for each in steps:
+        if isinstance(each, str):
+            place = f"({place} -> {args.add(each, 'text')})"
+        else:
+            # To this arrow a lone text or number is a list of one.
+            element = f"{place} -> {args.add(each, 'step')}"
+            place = f"(CASE WHEN {_is(place, 'array')} THEN {element} END)"
+    return place
 
 
 def _is(place: str, kind: str) -> str:
@@ -550,8 +548,6 @@ def _nodes(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _said(node: Mapping[str, Any]) -> str:
-    words = [str(node["Node Type"])]
-    for name in ("Index Name", "Relation Name", "Index Cond", "Filter", "Sort Key"):
-        if name in node:
-            words.append(f"{name.lower()} {node[name]}")
-    return ", ".join(words)
+    names = ("Index Name", "Relation Name", "Index Cond", "Filter", "Sort Key")
+    more = (f"{name.lower()} {node[name]}" for name in names if name in node)
+    return ", ".join((str(node["Node Type"]), *more))

@@ -17,14 +17,40 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.engine import SQLEngine
 
 
-class SQLSession:
+class SQLReader:
+    """Reads on one connection."""
+
+    def __init__(self, engine: SQLEngine, lease: Lease | None) -> None:
+        self._engine = engine
+        self._lease = lease
+
+    async def _begun(self) -> Lease:
+        assert self._lease is not None, "a session begins it; all others have it"
+        return self._lease
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return await self._engine.writer.fetch(await self._begun(), keys)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        lease = await self._begun()
+        table = self._engine.tables[query.collection]
+        async with aclosing(reading.records(lease, table, query)) as records:
+            async for each in records:
+                yield each
+
+    async def count(self, query: Query) -> int:
+        return await reading.count(
+            await self._begun(), self._engine.tables[query.collection], query
+        )
+
+
+class SQLSession(SQLReader):
     """A session of the engine, and its context."""
 
     def __init__(self, engine: SQLEngine, isolation: Isolation | None) -> None:
-        self._engine = engine
+        super().__init__(engine, None)
         self._isolation = isolation
         self._stack = AsyncExitStack()
-        self._lease: Lease | None = None
 
     async def __aenter__(self) -> SQLSession:
         return self
@@ -43,21 +69,6 @@ class SQLSession:
             await self._stack.enter_async_context(lease.transaction(self._isolation))
             self._lease = lease
         return self._lease
-
-    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await self._engine.writer.fetch(await self._begun(), keys)
-
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        lease = await self._begun()
-        table = self._engine.tables[query.collection]
-        async with aclosing(reading.records(lease, table, query)) as records:
-            async for each in records:
-                yield each
-
-    async def count(self, query: Query) -> int:
-        return await reading.count(
-            await self._begun(), self._engine.tables[query.collection], query
-        )
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         lease = await self._begun()

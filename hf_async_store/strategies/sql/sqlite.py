@@ -9,7 +9,8 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 import aiosqlite
 from sqlalchemy import BigInteger, Boolean, Text
@@ -26,7 +27,7 @@ from hf_async_store.strategies.sql import functions
 from hf_async_store.strategies.sql.compiler import Arguments, SortPart
 from hf_async_store.strategies.sql.dialect import Dialect
 from hf_async_store.strategies.sql.errors import sqlite_error
-from hf_async_store.strategies.sql.tables import SIDE, Kind, encode_json
+from hf_async_store.strategies.sql.tables import SIDE, Kind, decode_json, encode_json
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
@@ -72,8 +73,8 @@ class SQLite(Dialect):
     needs_transactions = False
     batches_commit_together = True
     inline_references = True
-    to_column = {"json": lambda value: (encode_json(value).decode(), True)}
-    from_column = {"boolean": bool, "json": functions.decode_json}
+    to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
+    from_column = MappingProxyType({"boolean": bool, "json": decode_json})
 
     def __init__(self, config: SQLConfig) -> None:
         if config.name in ("", ":memory:"):
@@ -161,9 +162,7 @@ class SQLite(Dialect):
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
-                return cast(
-                    "Sequence[Sequence[Any]]", await driver.execute_fetchall(sql, args)
-                )
+                return cast("Sequence[Sequence[Any]]", await driver.execute_fetchall(sql, args))
             except sqlite3.OperationalError as exc:
                 if (exc.sqlite_errorcode & 0xFF) not in _BUSY or time.monotonic() > deadline:
                     raise
@@ -179,9 +178,9 @@ class SQLite(Dialect):
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     async def pieces(
-        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
+        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        if driver.in_transaction:
+        if written:
             # What is written meanwhile must not show, and SQLite does not promise that.
             yield await self.rows(driver, sql, args)
             return
@@ -198,8 +197,13 @@ class SQLite(Dialect):
         await self.rows(driver, "BEGIN IMMEDIATE", ())
         return driver, None
 
-    async def begin_reading(self, driver: aiosqlite.Connection) -> Any:
-        return None
+    async def begin_reading(
+        self, driver: aiosqlite.Connection, statements: Literal["one", "many"]
+    ) -> Any:
+        if statements == "one":
+            return None
+        await self.rows(driver, "BEGIN", ())
+        return driver, None
 
     async def commit(self, handle: Any) -> None:
         driver, savepoint = handle
@@ -239,7 +243,7 @@ class SQLite(Dialect):
     ) -> dict[str, dict[str, str]]:
         rows = await self.rows(
             driver,
-            "SELECT m.name, p.name, p.type, p.pk, p.\"notnull\" AND p.dflt_value IS NULL "
+            'SELECT m.name, p.name, p.type, p.pk, p."notnull" AND p.dflt_value IS NULL '
             "FROM sqlite_master AS m, pragma_table_info(m.name) AS p WHERE m.type = 'table'",
             (),
         )
@@ -358,9 +362,7 @@ class SQLite(Dialect):
         operand = args.add(encode_json(value).decode(), "text")
         return f"hf_test({place}, '{op}', {operand})", True
 
-    def json_order(
-        self, base: str, steps: Sequence[str | int], args: Arguments
-    ) -> SortPart | None:
+    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
         return SortPart(f"hf_key({_place(base, steps, args)})", nullable=True)
 
     def order_argument(self, value: Value) -> object:
@@ -391,9 +393,7 @@ class SQLite(Dialect):
             detail="; ".join(lines),
         )
 
-    async def health(
-        self, driver: aiosqlite.Connection, tables: Sequence[str]
-    ) -> dict[str, Value]:
+    async def health(self, driver: aiosqlite.Connection, tables: Sequence[str]) -> dict[str, Value]:
         problems: list[Value] = []
         for [line] in await self.rows(driver, "PRAGMA quick_check(5)", ()):
             if line != "ok":
@@ -430,7 +430,9 @@ def _member(number: int, kind: Kind) -> str:
     member = f"value ->> '$[{number}]'"
     if kind != "number":
         return member
-    return f"CASE json_type(value, '$[{number}]') WHEN 'text' THEN hf_real({member}) ELSE {member} END"
+    return (
+        f"CASE json_type(value, '$[{number}]') WHEN 'text' THEN hf_real({member}) ELSE {member} END"
+    )
 
 
 def _floats_as_text(row: Sequence[object], numbers: Sequence[int]) -> Sequence[object]:

@@ -181,7 +181,11 @@ class Statements:
         if self._references:
             for child, field in self._schema.children[shape.collection]:
                 theirs = self._tables[child.name]
-                itself = f" AND c.{theirs.key} <> t.{table.key}" if child.name == shape.collection else ""
+                itself = (
+                    f" AND c.{theirs.key} <> t.{table.key}"
+                    if child.name == shape.collection
+                    else ""
+                )
                 children += (
                     f" AND NOT EXISTS (SELECT 1 FROM {theirs.name} AS c "
                     f"WHERE c.{quoted(field.name)} = t.{table.key}{itself})"

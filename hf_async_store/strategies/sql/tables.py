@@ -95,7 +95,7 @@ class Table:
             if each.type in dialect.from_column
         )
         self.selected = self.selection(self.fields, doc=True)
-        source = f"SELECT {self.selected} FROM {self.name} AS t WHERE"  # noqa: S608 - declared names
+        source = f"SELECT {self.selected} FROM {self.name} AS t WHERE"
         self.fetch_one = f"{source} t.{self.key} = {dialect.parameter(1, 'text')}"
         self.fetch_many = f"{source} {dialect.one_of_ids(f't.{self.key}')}"
 
@@ -114,7 +114,7 @@ class Table:
         side: dict[str, str | None] = {}
         seen = 0
         for name, convert in self._stored:
-            value = entity.get(name)
+            value: object = entity.get(name)
             if value is None:
                 if name in entity:
                     seen += 1
@@ -122,15 +122,13 @@ class Table:
             else:
                 seen += 1
                 if convert is not None:
-                    value = self._converted(name, value, side)
+                    value = self._converted(name, cast("Value", value), side)
             row.append(value)
         if seen == len(entity):
             row.append(None)
         else:
             declared = self.collection.fields
-            row.append(
-                self._document({n: v for n, v in entity.items() if n not in declared}, side)
-            )
+            row.append(self._document({n: v for n, v in entity.items() if n not in declared}, side))
         row.append(encode_json(side).decode() if side else None)
         return row
 

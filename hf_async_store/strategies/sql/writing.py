@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
-
-import msgspec
 
 from hf_async_store.conditions import changed, check_children, check_parents, missing_parents
 from hf_async_store.entities import (
@@ -58,10 +56,10 @@ class Run(Protocol):
     ) -> Awaitable[Sequence[Sequence[object]]]: ...
 
 
-class _Sent(NamedTuple):
+class Sent(NamedTuple):
     """A change with its place in the batch, the shape of its statement, and its arguments there."""
 
-    index: int
+    place: int
     change: Change
     shape: Shape
     row: list[object]
@@ -71,16 +69,21 @@ class Writer:
     """The writes of a store, on whatever connection they are to run."""
 
     def __init__(
-        self, schema: Schema, tables: Mapping[str, Table], statements: Statements, *, references: bool
+        self,
+        schema: Schema,
+        tables: Mapping[str, Table],
+        statements: Statements,
+        *,
+        references: bool,
     ) -> None:
         self._schema = schema
         self._tables = tables
         self._statements = statements
         self._references = references
 
-    def waves(self, changes: Sequence[Change]) -> list[dict[Shape, list[_Sent]]]:
+    def waves(self, changes: Sequence[Change]) -> list[dict[Shape, list[Sent]]]:
         """The changes in waves, each by shape, as they would have to follow one another."""
-        waves: list[dict[Shape, list[_Sent]]] = []
+        waves: list[dict[Shape, list[Sent]]] = []
         levels = _levels(self._schema, changes) if self._may_touch(changes) else None
         for index, change in enumerate(changes):
             sent = self._sent(index, change)
@@ -109,7 +112,7 @@ class Writer:
             )
         )
 
-    def _sent(self, index: int, change: Change, kept: tuple[str, ...] = ()) -> _Sent:
+    def _sent(self, index: int, change: Change, kept: tuple[str, ...] = ()) -> Sent:
         collection = change.key.collection
         table = self._tables[collection]
         versions = type(change.expect) is int
@@ -140,13 +143,13 @@ class Writer:
             )
         if versions:
             row.append(change.expect)
-        return _Sent(index, change, shape, row)
+        return Sent(index, change, shape, row)
 
     async def send(
         self,
         run: Run,
         lease: Lease,
-        sents: Sequence[_Sent],
+        sents: Sequence[Sent],
         outcomes: list[Outcome],
         *,
         halves: bool,
@@ -173,12 +176,12 @@ class Writer:
                         for half in (waiting[:middle], waiting[middle:]):
                             await self.send(run, lease, half, outcomes, halves=True)
                         break
-                    outcomes[waiting[0].index] = exc
+                    outcomes[waiting[0].place] = exc
                     landed = {}
                 left = [each for each in waiting if each.change.key.id not in landed]
                 for each in waiting:
                     if each.change.key.id in landed:
-                        outcomes[each.index] = landed[each.change.key.id]
+                        outcomes[each.place] = landed[each.change.key.id]
                 if not left:
                     break
                 waiting = await self._judged(lease, left, outcomes)
@@ -188,9 +191,9 @@ class Writer:
                     await asyncio.sleep(random.uniform(0, 0.001 * attempt))
             else:
                 for each in waiting:
-                    outcomes[each.index] = _overtaken(each.change.key)
+                    outcomes[each.place] = _overtaken(each.change.key)
 
-    async def _landed(self, run: Run, sents: Sequence[_Sent]) -> dict[str, int]:
+    async def _landed(self, run: Run, sents: Sequence[Sent]) -> dict[str, int]:
         if sents[0].shape != sents[-1].shape or len({each.shape for each in sents}) > 1:
             # Patches that became replacements of their own.
             landed: dict[str, int] = {}
@@ -206,19 +209,19 @@ class Writer:
     # -- what was refused --------------------------------------------------------------------
 
     async def _judged(
-        self, lease: Lease, sents: Sequence[_Sent], outcomes: list[Outcome]
-    ) -> list[_Sent]:
+        self, lease: Lease, sents: Sequence[Sent], outcomes: list[Outcome]
+    ) -> list[Sent]:
         """Note the errors of changes that were refused; those that would be accepted by now."""
         gone = [each for each in sents if self._tells_absence(each.change)]
         for each in gone:
-            outcomes[each.index] = None
+            outcomes[each.place] = None
         sents = [each for each in sents if each not in gone]
         if not sents:
             return []
         keys = [each.change.key for each in sents]
         records = await self.fetch(lease, keys)
         parents = await self._parents(lease, [each.change for each in sents])
-        again: list[_Sent] = []
+        again: list[Sent] = []
         for sent, record in zip(sents, records, strict=True):
             change = sent.change
             try:
@@ -226,11 +229,11 @@ class Writer:
                 if self._references:
                     await self._check_references(lease, change, record, parents)
             except StorageError as exc:
-                outcomes[sent.index] = exc
+                outcomes[sent.place] = exc
                 continue
             if isinstance(change, Delete):
                 if record is None:
-                    outcomes[sent.index] = None
+                    outcomes[sent.place] = None
                 else:
                     again.append(sent)
                 continue
@@ -243,7 +246,7 @@ class Writer:
             # this very version is replaced or none.
             version = cast("int", entity.pop(VERSION))
             put = Put(change.key, entity, change.at, record.version, version)
-            again.append(self._sent(sent.index, put, kept))
+            again.append(self._sent(sent.place, put, kept))
         return again
 
     def _broken(self, change: Put | Patch, parents: set[Key]) -> tuple[str, ...]:
@@ -281,7 +284,7 @@ class Writer:
             ids = [each.id for each in wanted if each.collection == name]
             source = table.dialect.source(["text"], many=len(ids) > 1)
             rows = await lease.rows(
-                f"SELECT t.{table.key} FROM {table.name} AS t "  # noqa: S608 - names are declared
+                f"SELECT t.{table.key} FROM {table.name} AS t "
                 f"WHERE t.{table.key} IN (SELECT i.c0 FROM {source})",
                 table.dialect.pack([[each] for each in ids], ["text"]),
             )
@@ -309,7 +312,7 @@ class Writer:
         table = self._tables[child.name]
         parameter = table.dialect.parameter(1, "text")
         rows = await lease.rows(
-            f"SELECT t.{table.key} FROM {table.name} AS t "  # noqa: S608 - names are declared
+            f"SELECT t.{table.key} FROM {table.name} AS t "
             f"WHERE t.{quoted(field.name)} = {parameter} LIMIT 2",
             (parent.id,),
         )
@@ -334,8 +337,8 @@ class Writer:
                     found[row[0]] = row
         records: list[Record | None] = []
         for key in keys:
-            row = by_collection[key.collection].get(key.id)
-            entity = None if row is None else self._tables[key.collection].entity(row)
+            found_row = by_collection[key.collection].get(key.id)
+            entity = None if found_row is None else self._tables[key.collection].entity(found_row)
             records.append(None if entity is None else Record(key, entity))
         return records
 
@@ -347,7 +350,7 @@ def mark_put(mark: Mark, at: str) -> Put:
     return Put(mark.key, entity, at, version=version)
 
 
-def _id_of(sent: _Sent) -> str:
+def _id_of(sent: Sent) -> str:
     return sent.change.key.id
 
 
@@ -378,14 +381,16 @@ def _levels(schema: Schema, changes: Sequence[Change]) -> list[int]:
         if not isinstance(change, Delete):
             fields = change.entity if isinstance(change, Put) else change.fields
             for field in declared.references:
-                parent = fields.get(field.name)
-                if isinstance(parent, str):
-                    named.append(Key(cast("str", field.references), parent))
+                given = fields.get(field.name)
+                if isinstance(given, str):
+                    named.append(Key(cast("str", field.references), given))
         before = [of_key.get(change.key, -1), of_children.get(change.key, -1)]
         before += [of_key.get(parent, -1) for parent in named]
         before += [of_deletes.get(cast("str", each.references), -1) for each in declared.references]
         if isinstance(change, Delete):
-            before += [of_collection.get(child.name, -1) for child, _ in schema.children[collection]]
+            before += [
+                of_collection.get(child.name, -1) for child, _ in schema.children[collection]
+            ]
         level = 1 + max(before)
         levels.append(level)
         of_key[change.key] = level
