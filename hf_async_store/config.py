@@ -198,7 +198,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         isolation: PostgreSQL: what transactions, and single operations, run at.
         sslmode, sslrootcert: PostgreSQL: as libpq takes them; the file of trusted authorities.
         pgbouncer: PostgreSQL behind a pool that hands out connections by transaction.
-        password_provider: `module:function`, asked for the password of each new connection with
+        login_provider: `module:function`, asked for the password of each new connection with
             host, port and user name; it may be async.
     """
 
@@ -220,7 +220,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = "prefer"
     sslrootcert: str = ""
     pgbouncer: bool = False
-    password_provider: str = ""
+    login_provider: str = ""
 
 
 class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):

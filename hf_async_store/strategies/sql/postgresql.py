@@ -89,7 +89,7 @@ class PostgreSQL(Dialect):
 
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
-        self._password = password or _provider(config.password_provider)
+        self._password = password or _provider(config.login_provider)
         self.needs_transactions = config.pgbouncer
         self.gains_by_readers = not config.pgbouncer
         first = config.isolation
@@ -515,7 +515,7 @@ def _provider(name: str) -> PasswordProvider | None:
         return cast("PasswordProvider", getattr(import_module(module), attribute))
     except (ImportError, AttributeError, ValueError) as exc:
         raise ConfigurationError(
-            f"password_provider: {name!r} is no module:function that can be imported"
+            f"login_provider: {name!r} is no module:function that can be imported"
         ) from exc
 
 
