@@ -267,7 +267,7 @@ class _Compiler:
         return low if above is None else f"({low} AND {self._range(column, kind, 'lt', above)})"
 
     def _shortened(self, column: str, kind: Kind) -> str | None:
-        if kind != "text" or column == f"t.{self._table.key}":
+        if kind != "text" or column in self._table.whole:
             return None
         return self._dialect.shortened(column)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.types import TypeEngine
 
-    from hf_async_store.entities import FieldType, Index, Schema
+    from hf_async_store.entities import Field, FieldType, Index, Schema
     from hf_async_store.errors import StorageError
     from hf_async_store.strategies.sql.compiler import Arguments, SortPart
     from hf_async_store.strategies.sql.tables import Kind
@@ -113,7 +113,7 @@ class Dialect(ABC):
     def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]: ...
 
     @abstractmethod
-    def index_parts(self, column: Any, kind: FieldType) -> Sequence[Any]:
+    def index_part(self, column: Any, field: Field) -> Any:
         """What of a column an index holds."""
 
     @abstractmethod

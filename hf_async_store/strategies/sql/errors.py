@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
     UnavailableError,
+    ValueOutOfDomainError,
 )
 from hf_async_store.oserrors import translate_os_error
 
@@ -72,6 +73,7 @@ _POSTGRES: Final[dict[str, type[StorageError]]] = {
     "53100": DiskFullError,
     "55P03": LockTimeoutError,
     "57": UnavailableError,
+    "54000": ValueOutOfDomainError,
     "57014": OperationTimeoutError,
     "58": UnavailableError,
     "58030": UnavailableError,

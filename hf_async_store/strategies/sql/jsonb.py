@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from hf_async_store.entities import Value
@@ -17,6 +18,7 @@ from hf_async_store.strategies.sql.tables import encode_json
 # A number with an exponent, or -0.0, where a number may stand. In a text it may look like one,
 # too; then the value is only written the long way.
 _ODD: Final = re.compile(rb"(?:^|[:,\[])-?(?:0\.0(?:$|[],}])|[0-9]+(?:\.[0-9]+)?e[0-9])")
+_ESCAPED: Final = re.compile(r'\\[^"\\]')
 _LARGE: Final = 1e15
 
 
@@ -31,6 +33,25 @@ def json_text(value: Value) -> tuple[str, bool]:
 def decimal_text(value: float) -> tuple[str, bool]:
     """The text of a number for a NUMERIC column, and whether it gives the number back as it is."""
     return _written(value), not _is_negative_zero(value)
+
+
+def array_text(values: Sequence[object]) -> str:
+    """A list of texts, integers, booleans and nulls as PostgreSQL writes an array.
+
+    It writes one as JSON does, but for the brackets, and for what a backslash before a letter is. So
+    the encoder does it at once; the driver looks at each element, at five times the cost.
+    """
+    text = encode_json(values).decode()
+    if _ESCAPED.search(text):
+        text = f"[{','.join(map(_element, values))}]"
+    return f"{{{text[1:-1]}}}"
+
+
+def _element(value: object) -> str:
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return encode_json(value).decode()
 
 
 def number_of(text: str) -> int | float:

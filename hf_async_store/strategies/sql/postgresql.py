@@ -15,7 +15,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hf_async_store.config import SQLConfig
 from hf_async_store.engine import Capabilities, Isolation, Plan
-from hf_async_store.entities import FieldType, Index, Schema, Value
+from hf_async_store.entities import Field, FieldType, Index, Schema, Value
 from hf_async_store.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -25,7 +25,7 @@ from hf_async_store.errors import (
 from hf_async_store.strategies.sql.compiler import SHORT, Arguments, SortPart
 from hf_async_store.strategies.sql.dialect import Dialect
 from hf_async_store.strategies.sql.errors import link_error, postgres_error
-from hf_async_store.strategies.sql.jsonb import decimal_text, json_text, number_of
+from hf_async_store.strategies.sql.jsonb import array_text, decimal_text, json_text, number_of
 from hf_async_store.strategies.sql.tables import SIDE, Kind, decode_json, limited, quoted
 
 try:
@@ -57,7 +57,7 @@ _PARAMETERS: Final = {
     "number": "::text::numeric",
     "json": "::text::jsonb",
     "step": "::int",
-    "list": "::text[]",
+    "list": "::text::text[]",
 }
 _TYPES: Final = {
     "integer": "bigint",
@@ -242,11 +242,11 @@ class PostgreSQL(Dialect):
             return Numeric()
         return JSONB() if kind == "json" else Text(collation="C")
 
-    def index_parts(self, column: Any, kind: FieldType) -> Sequence[Any]:
-        if kind == "text":
+    def index_part(self, column: Any, field: Field) -> Any:
+        if field.type == "text" and field.references is None:
             # The server refuses index entries of more than about 2,700 bytes.
             column = func.left(column, SHORT)
-        return [column.nulls_first()]
+        return column.nulls_first()
 
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
@@ -273,9 +273,7 @@ class PostgreSQL(Dialect):
     def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
         """The foreign keys, as the switch has them, and what lets a parent find its children.
 
-        A foreign key is added as not valid: what was broken before stands in nobody's way. The
-        index is a hash, because an entry of it has no limit, and a reference may be any text where
-        the switch is off.
+        A foreign key is added as not valid: what was broken before stands in nobody's way.
         """
         wanted = self._config.enforce_references
         statements: list[str] = []
@@ -292,19 +290,20 @@ class PostgreSQL(Dialect):
                     )
                 if not wanted and name in found:
                     statements.append(f'ALTER TABLE {table} DROP CONSTRAINT "{name}"')
-                if index not in found:
-                    statements.append(f'CREATE INDEX "{index}" ON {table} USING hash ({column})')
+                leads = any(each.field == field.name for each in collection.indexes)
+                if not leads and index not in found:
+                    statements.append(f'CREATE INDEX "{index}" ON {table} ({column})')
         return statements
 
     # -- grammar: writes ---------------------------------------------------------------------
 
     def source(self, kinds: Sequence[Kind], *, many: bool) -> str:
-        arrays = [f"${n}::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
+        arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
         columns = [f"c{n}" for n in range(len(kinds))]
         return f"unnest({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
     def pack(self, rows: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
-        return list(zip(*rows, strict=True))
+        return [array_text(each) for each in zip(*rows, strict=True)]
 
     def given(self, column: str, kind: Kind) -> str:
         return f"{column}{_CASTS.get(kind, '')}"
@@ -338,19 +337,20 @@ class PostgreSQL(Dialect):
     def argument(self, value: Any, kind: Kind) -> object:
         if kind == "number":
             return decimal_text(value)[0]
+        if kind == "list":
+            return array_text(value)
         return json_text(value)[0] if kind == "json" else value
 
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
         if kind in ("number", "json"):
             texts = [self.argument(each, kind) for each in values]
             return f"{expression} = ANY({args.add(texts, 'list')}{_CASTS[kind]}[])"
-        if kind in ("integer", "boolean"):
-            args.values.append(list(values))
-            return f"{expression} = ANY(${len(args.values)}::{_ARRAYS[kind]}[])"
-        return f"{expression} = ANY({args.add(list(values), 'list')})"
+        array = args.add(list(values), "list")
+        cast_to = f"::{_ARRAYS[kind]}[]" if kind in _ARRAYS else ""
+        return f"{expression} = ANY({array}{cast_to})"
 
     def one_of_ids(self, expression: str) -> str:
-        return f"{expression} = ANY($1::text[])"
+        return f"{expression} = ANY($1::text::text[])"
 
     def shortened(self, expression: str) -> str | None:
         return f"left({expression}, {SHORT})"

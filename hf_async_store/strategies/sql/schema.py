@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Column, ForeignKey, Index, MetaData
 from sqlalchemy import Table as SQLTable
@@ -79,16 +79,13 @@ class Tables:
         self._kinds[name] = kinds
         self.indexes[collection.name] = {}
         for index in collection.indexes:
-            parts: list[Any] = []
-            for field in filter(None, (index.field, index.sort)):
-                kind = collection.fields[field].type
-                parts += self._dialect.index_parts(table.c[sql_name(field)], kind)
+            parts = [
+                self._dialect.index_part(table.c[sql_name(field)], collection.fields[field])
+                for field in filter(None, (index.field, index.sort))
+            ]
             in_sql = limited(f"{name}-{index.name}")
             Index(in_sql, *parts)  # it finds its table by the columns
             self.indexes[collection.name][in_sql] = index
-            # Where there is one for the children of a parent, too, it says the same.
-            twin = limited(f"{collection.name}-{index.field}-children")
-            self.indexes[collection.name].setdefault(twin, index)
 
     async def ensure(self, lease: Lease) -> None:
         """See that everything is there.

@@ -20,7 +20,7 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from hf_async_store.config import SQLConfig
 from hf_async_store.engine import Capabilities, Isolation, Plan
-from hf_async_store.entities import FieldType, Index, Schema, Value
+from hf_async_store.entities import Field, FieldType, Index, Schema, Value
 from hf_async_store.errors import ConfigurationError, StorageError
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.sql import functions
@@ -235,8 +235,8 @@ class SQLite(Dialect):
             return Boolean(create_constraint=False)
         return _Untyped() if kind == "number" else Text()
 
-    def index_parts(self, column: Any, kind: FieldType) -> Sequence[Any]:
-        return [column]
+    def index_part(self, column: Any, field: Field) -> Any:
+        return column
 
     async def found_columns(
         self, driver: aiosqlite.Connection, tables: Sequence[str]

@@ -77,6 +77,7 @@ class Table:
         key: the key column, quoted.
         columns: those of the declared fields, quoted, the key first.
         kinds: what they hold.
+        whole: the text columns, as a SELECT names them, that an index holds whole.
     """
 
     def __init__(self, collection: Collection, dialect: Dialect) -> None:
@@ -88,6 +89,8 @@ class Table:
         self.columns = tuple(quoted(each.name) for each in self.fields)
         self.kinds: tuple[Kind, ...] = tuple(each.type for each in self.fields)
         self.names = tuple(each.name for each in self.fields)
+        references = {f"t.{quoted(each.name)}" for each in collection.references}
+        self.whole = frozenset({f"t.{self.key}", *references})
         self._stored = tuple((each.name, dialect.to_column.get(each.type)) for each in self.fields)
         self._loaded = tuple(
             (each.name, dialect.from_column[each.type])
