@@ -69,9 +69,7 @@ class Core:
 
     def __init__(self, engine: AsyncEngine, *, autocommit: bool) -> None:
         self.engine = engine
-        self._run = (
-            engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else engine
-        )
+        self._run = engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else engine
         insert = (sqlite if engine.dialect.name == "sqlite" else postgresql).insert(BARE)
         self._save = insert.on_conflict_do_update(
             index_elements=["machine_id"],
@@ -193,5 +191,3 @@ async def postgresql_load(pool: Any, machines: Sequence[Entity]) -> None:
         await connection.copy_records_to_table(
             "bare", columns=COLUMNS, records=[values_of(each) for each in machines]
         )
-
-

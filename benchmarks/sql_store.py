@@ -220,7 +220,9 @@ async def sqlite_many(bench: Bench) -> list[Figure]:
         many = await alternate(
             max(setting.rounds // 2, 2),
             lambda: _import(store, next(loads), setting.load),
-            lambda: _rate(floors.sqlite_load(path, _machines(next(loads), setting.load)), setting.load),
+            lambda: _rate(
+                floors.sqlite_load(path, _machines(next(loads), setting.load)), setting.load
+            ),
         )
     return [
         _slower("sqlite", "1,000 machines in one transaction", *bursts, at_most=1.5),
@@ -367,7 +369,9 @@ async def postgresql_many(bench: Bench) -> list[Figure]:
         many = await alternate(
             max(setting.rounds // 2, 2),
             lambda: _import(store, next(loads), setting.load),
-            lambda: _rate(floors.postgresql_load(pool, _machines(next(loads), setting.load)), setting.load),
+            lambda: _rate(
+                floors.postgresql_load(pool, _machines(next(loads), setting.load)), setting.load
+            ),
         )
     return [
         _slower("postgresql", "1,000 machines in one transaction", *bursts, at_most=1.5),

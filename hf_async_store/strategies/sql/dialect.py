@@ -138,7 +138,15 @@ class Dialect(ABC):
     # -- grammar: writes ---------------------------------------------------------------------
 
     @abstractmethod
-    def source(self, kinds: Sequence[Kind], *, many: bool) -> str:
+    def batches(self, rows: int) -> list[int]:
+        """How so many rows are best cut into statements."""
+
+    @abstractmethod
+    def form(self, rows: int) -> int:
+        """A number that is the same for all numbers of rows that share one text."""
+
+    @abstractmethod
+    def source(self, kinds: Sequence[Kind], rows: int) -> str:
         """What a FROM names so that rows of arguments are there as `i (c0, c1, ...)`."""
 
     @abstractmethod
@@ -158,7 +166,7 @@ class Dialect(ABC):
         """The bytes of a text or JSON column; NULL for NULL."""
 
     @abstractmethod
-    def deletion(self, table: str, key: str, *, many: bool, versions: bool) -> str:
+    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
         """A DELETE of rows `t` by their keys and perhaps versions, up to its conditions."""
 
     # -- grammar: reads ----------------------------------------------------------------------

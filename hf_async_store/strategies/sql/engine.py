@@ -165,7 +165,7 @@ class SQLEngine:
     async def _write_apart(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
         waves = self.writer.waves(changes)
         outcomes: list[Outcome] = [None] * len(changes)
-        if self._dialect.batches_commit_together and sum(map(len, waves)) > 1:
+        if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
             async with lease.transaction():
                 for wave in waves:
                     for sents in wave.values():

@@ -44,6 +44,7 @@ PasswordProvider: TypeAlias = "Callable[[str, int, str], str | Awaitable[str]]"
 
 _PORT: Final = 5432
 _PIECE: Final = 256
+_MOST_ROWS: Final = 1024
 _GRACE: Final = 5.0
 """How much longer than the server we wait for its word that a statement took too long."""
 
@@ -297,7 +298,13 @@ class PostgreSQL(Dialect):
 
     # -- grammar: writes ---------------------------------------------------------------------
 
-    def source(self, kinds: Sequence[Kind], *, many: bool) -> str:
+    def batches(self, rows: int) -> list[int]:
+        return [min(_MOST_ROWS, rows - n) for n in range(0, rows, _MOST_ROWS)]
+
+    def form(self, rows: int) -> int:
+        return 0
+
+    def source(self, kinds: Sequence[Kind], rows: int) -> str:
         arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
         columns = [f"c{n}" for n in range(len(kinds))]
         return f"unnest({', '.join(arrays)}) AS i ({', '.join(columns)})"
@@ -318,12 +325,11 @@ class PostgreSQL(Dialect):
     def size(self, column: str) -> str:
         return f"octet_length({column}::text)"
 
-    def deletion(self, table: str, key: str, *, many: bool, versions: bool) -> str:
+    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
         kinds = ["text", "bigint"] if versions else ["text"]
         also = " AND t.version = i.c1" if versions else ""
         return (
-            f"DELETE FROM {table} AS t USING {self.source(kinds, many=many)} "
-            f"WHERE t.{key} = i.c0{also}"
+            f"DELETE FROM {table} AS t USING {self.source(kinds, rows)} WHERE t.{key} = i.c0{also}"
         )
 
     # -- grammar: reads ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import sqlite3
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
 _PIECE: Final = 256
+_BLOCK: Final = 250
+_MOST_PARAMETERS: Final = 32_766
 _INNER_WAIT_MS: Final = 20
 """How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
 
@@ -274,16 +277,29 @@ class SQLite(Dialect):
 
     # -- grammar: writes ---------------------------------------------------------------------
 
-    def source(self, kinds: Sequence[Kind], *, many: bool) -> str:
-        if not many:
-            parts = [f"?{n} AS c{n - 1}" for n in range(1, len(kinds) + 1)]
-            return f"(SELECT {', '.join(parts)}) AS i"
+    def batches(self, rows: int) -> list[int]:
+        # As parameters they are twice as fast as out of JSON; but each number of rows is a text of
+        # its own, so there is one only.
+        rest = rows % _BLOCK
+        return [_BLOCK] * (rows // _BLOCK) + ([rest] if rest else [])
+
+    def form(self, rows: int) -> int:
+        return rows if rows in (1, _BLOCK) else 0
+
+    def source(self, kinds: Sequence[Kind], rows: int) -> str:
+        if _as_parameters(kinds, rows):
+            numbers = itertools.count(1)
+            values = ", ".join(
+                f"({', '.join(f'?{next(numbers)}' for _ in kinds)})" for _ in range(rows)
+            )
+            parts = [f"column{n + 1} AS c{n}" for n in range(len(kinds))]
+            return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
         parts = [f"{_member(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
         return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
 
     def pack(self, rows: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
-        if len(rows) == 1:
-            return rows[0]
+        if _as_parameters(kinds, len(rows)):
+            return rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
         numbers = [n for n, kind in enumerate(kinds) if kind == "number"]
         if numbers:
             rows = [_floats_as_text(row, numbers) for row in rows]
@@ -298,9 +314,9 @@ class SQLite(Dialect):
     def size(self, column: str) -> str:
         return f"length(CAST({column} AS BLOB))"
 
-    def deletion(self, table: str, key: str, *, many: bool, versions: bool) -> str:
+    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
         kinds = ["text", "bigint"] if versions else ["text"]
-        source = self.source(kinds, many=many)
+        source = self.source(kinds, rows)
         if versions:
             return (
                 f"DELETE FROM {table} AS t "
@@ -423,6 +439,10 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:
+    return rows == 1 or (rows == _BLOCK and rows * len(kinds) <= _MOST_PARAMETERS)
 
 
 def _member(number: int, kind: Kind) -> str:

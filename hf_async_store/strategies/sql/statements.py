@@ -56,25 +56,26 @@ class Statements:
         self._schema = schema
         self._tables = tables
         self._references = references
-        self._written: dict[tuple[Shape, bool], Statement] = {}
+        self._written: dict[tuple[Shape, int], Statement] = {}
 
-    def of(self, shape: Shape, *, many: bool) -> Statement:
-        found = self._written.get((shape, many))
+    def of(self, shape: Shape, rows: int) -> Statement:
+        form = self._tables[shape.collection].dialect.form(rows)
+        found = self._written.get((shape, form))
         if found is None:
-            found = self._written[shape, many] = self._write(shape, many=many)
+            found = self._written[shape, form] = self._write(shape, rows)
         return found
 
-    def _write(self, shape: Shape, *, many: bool) -> Statement:
+    def _write(self, shape: Shape, rows: int) -> Statement:
         table = self._tables[shape.collection]
         if shape.verb == "patch":
-            return self._patch(table, shape, many=many)
+            return self._patch(table, shape, rows)
         if shape.verb == "delete":
-            return self._delete(table, shape, many=many)
-        return self._put(table, shape, many=many)
+            return self._delete(table, shape, rows)
+        return self._put(table, shape, rows)
 
     # -- whole entities: key and fields, doc, _side; then version and expected version as needed ---
 
-    def _put(self, table: Table, shape: Shape, *, many: bool) -> Statement:
+    def _put(self, table: Table, shape: Shape, rows: int) -> Statement:
         kinds: list[Kind] = [*table.kinds, "json", "json"]
         columns = [*table.columns, DOC, SIDE]
         given = [table.dialect.given(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
@@ -86,7 +87,7 @@ class Statements:
         if shape.versions:
             expected = f" AND t.{VERSION} = i.c{len(kinds)}"
             kinds.append("bigint")
-        source = table.dialect.source(kinds, many=many)
+        source = table.dialect.source(kinds, rows)
         if shape.verb == "replace":
             sets = self._sets(table, shape, dict(zip(columns, given, strict=True)), version)
             parents = self._parents(table, table.fields, kept=shape.kept)
@@ -125,7 +126,7 @@ class Statements:
 
     # -- named fields: key, those fields, sets, removes, side sets, side removes, weight, version --
 
-    def _patch(self, table: Table, shape: Shape, *, many: bool) -> Statement:
+    def _patch(self, table: Table, shape: Shape, rows: int) -> Statement:
         fields = [table.collection.fields[each] for each in shape.names]
         kinds: list[Kind] = ["text", *(each.type for each in fields)]
         dialect = table.dialect
@@ -151,7 +152,7 @@ class Statements:
         sql = (
             f"UPDATE {table.name} AS t "
             f"SET {', '.join(f'{column} = {value}' for column, value in sets.items())} "
-            f"FROM {dialect.source(kinds, many=many)} "
+            f"FROM {dialect.source(kinds, rows)} "
             f"WHERE t.{table.key} = i.c0{expected}{_room(shape)}{light}{parents} "
             f"RETURNING {table.key}, {VERSION}"
         )
@@ -174,9 +175,9 @@ class Statements:
 
     # -- deletes: key, expected version ------------------------------------------------------
 
-    def _delete(self, table: Table, shape: Shape, *, many: bool) -> Statement:
+    def _delete(self, table: Table, shape: Shape, rows: int) -> Statement:
         dialect = table.dialect
-        deletion = dialect.deletion(table.name, table.key, many=many, versions=shape.versions)
+        deletion = dialect.deletion(table.name, table.key, rows, versions=shape.versions)
         children = ""
         if self._references:
             for child, field in self._schema.children[shape.collection]:

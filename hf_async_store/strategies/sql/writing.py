@@ -81,6 +81,14 @@ class Writer:
         self._statements = statements
         self._references = references
 
+    def statements(self, waves: Sequence[Mapping[Shape, Sequence[Sent]]]) -> int:
+        """How many statements it takes to send them."""
+        return sum(
+            len(self._tables[shape.collection].dialect.batches(len(sents)))
+            for wave in waves
+            for shape, sents in wave.items()
+        )
+
     def waves(self, changes: Sequence[Change]) -> list[dict[Shape, list[Sent]]]:
         """The changes in waves, each by shape, as they would have to follow one another."""
         waves: list[dict[Shape, list[Sent]]] = []
@@ -162,8 +170,10 @@ class Writer:
         Raises:
             BrokenReferenceError: where it may not.
         """
-        for start in range(0, len(sents), _MOST_ROWS):
-            waiting = sents[start : start + _MOST_ROWS]
+        start = 0
+        for size in self._tables[sents[0].shape.collection].dialect.batches(len(sents)):
+            waiting = sents[start : start + size]
+            start += size
             for attempt in range(_TRIES):
                 try:
                     landed = await self._landed(run, waiting)
@@ -200,7 +210,7 @@ class Writer:
             for each in sents:
                 landed |= await self._landed(run, [each])
             return landed
-        statement = self._statements.of(sents[0].shape, many=len(sents) > 1)
+        statement = self._statements.of(sents[0].shape, len(sents))
         dialect = self._tables[sents[0].shape.collection].dialect
         args = dialect.pack([each.row for each in sents], statement.kinds)
         rows = await run(statement.sql, args)
@@ -282,7 +292,7 @@ class Writer:
         for name in {each.collection for each in wanted}:
             table = self._tables[name]
             ids = [each.id for each in wanted if each.collection == name]
-            source = table.dialect.source(["text"], many=len(ids) > 1)
+            source = table.dialect.source(["text"], len(ids))
             rows = await lease.rows(
                 f"SELECT t.{table.key} FROM {table.name} AS t "
                 f"WHERE t.{table.key} IN (SELECT i.c0 FROM {source})",
