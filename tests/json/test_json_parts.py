@@ -409,6 +409,21 @@ def test_a_member_twice_is_found(members: dict[str, Value], indent: int | None, 
         cut_object(first, "it", once=True)
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("odd", ["", "\u00e9", '"'])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 513, 514, 515, 1999])
+def test_a_member_twice_is_found_among_many(place: int, odd: str, indent: int | None) -> None:
+    """They are looked through in pieces, and most of these at once."""
+    members = {f"m{each}{odd if each == 700 else ''}": {"n": each} for each in range(2000)}
+    text = json.dumps(members, indent=indent).encode()
+    assert cut_object(text, "it", once=True).keys() == members.keys()
+    begin = text.index(b'"m%d"' % place)
+    for name in ("m0", "m1", "m2", "m1000", "m1999"):
+        again = json.dumps({name: {"n": place}}, indent=indent).encode()[1:-1].strip()
+        with pytest.raises(CorruptionError, match="twice"):
+            cut_object(text[:begin] + again + b"," + text[begin:], "it", once=True)
+
+
 @given(st.binary(max_size=30) | st.text('{}[]":,\\ tfn0e-.\n', max_size=30).map(str.encode))
 @relaxed
 def test_an_object_or_an_error(text: bytes) -> None:

@@ -33,12 +33,14 @@ from hf_async_store.strategies.json.journal import (
 )
 from hf_async_store.strategies.json.section import Section
 from hf_async_store.strategies.json.serializer import (
+    Held,
     JSONSerializer,
     NotOurs,
     cut_lines,
     cut_object,
     held,
     layout_of,
+    refuse_repeated,
 )
 
 if TYPE_CHECKING:
@@ -395,7 +397,7 @@ class Loader:
             line = text[position:end]
             section_name = _name_of(line)
             if section_name not in state.sections:
-                self._cut_rest(name, b"{" + text[position:], state, ours=ours, seen=seen)
+                await self._cut_rest(name, b"{" + text[position:], state, ours=ours, seen=seen)
                 return
             if section_name in seen:
                 raise NotOurs
@@ -420,13 +422,13 @@ class Loader:
                 lines = await rewritten(text, declared, self._schema)
                 await self._cut_lines(name, lines, state, ours=False)
                 return
-        self._cut_rest(name, text, state, ours=ours)
+        await self._cut_rest(name, text, state, ours=ours)
 
-    def _cut_rest(
+    async def _cut_rest(
         self, name: str, text: bytes, state: State, *, ours: bool, seen: Set[str] = frozenset()
     ) -> None:
         path = str(self._files.path(name))
-        members = cut_object(text, path, once=not ours)
+        members = await _members(text, path, once=not ours)
         if seen & members.keys():
             raise NotOurs
         collection = self._files.names[name]
@@ -439,10 +441,20 @@ class Loader:
             return
         for each, raw in members.items():
             if each in state.sections and collection in (None, each):
-                found = cut_object(raw, f"section {each!r} of {path}", once=not ours)
+                found = await _members(raw, f"section {each!r} of {path}", once=not ours)
                 state.sections[each].held.update(held(found, ours=ours))
             else:
                 state.extras.setdefault(name, {})[each] = bytes(raw)
+
+
+async def _members(text: Held, what: str, *, once: bool) -> dict[str, msgspec.Raw]:
+    """`cut_object`, with turns for the loop."""
+    found = cut_object(text, what)
+    if once:
+        await asyncio.sleep(0)
+        for _ in refuse_repeated(bytes(text), found, what):
+            await asyncio.sleep(0)
+    return found
 
 
 async def _fill(section: Section, text: bytes, start: int, *, ours: bool) -> int:
