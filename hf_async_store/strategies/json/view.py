@@ -168,8 +168,8 @@ class View:
             for path in pinned
             if len(path) == 1 and isinstance(path[0], str) and section.can_index(path[0])
         ]
-        for field in fields:
-            await section.index(field)
+        if fields:
+            await section.index(*fields)
         for field in fields:
             ids = section.find(field, pinned[(field,)])
             if best is None or len(ids) < len(best.ids or ()):
