@@ -269,7 +269,7 @@ class Section:
         indexes = self._indexes
         index: _Index = {}
         value_of = attrgetter(field)
-        ids, texts = list(self.held), list(self.held.values())
+        ids, texts = tuple(self.held), tuple(self.held.values())  # the collector leaves them alone
         for number, (entity_id, held) in enumerate(zip(ids, texts, strict=True)):
             if number and not number % _PIECE:
                 await asyncio.sleep(0)
