@@ -67,6 +67,8 @@ async def _run(path: Path, found: dict[str, list[Hold]]) -> None:
     other = opened(path)
     await _open(other)
     await watch("write_file, all machines changed", lambda s: s.write_file(whole))
+    for each in whole["machines"].values():
+        each["status"] = "AGAIN"
     await watch("the same with a snapshot open", lambda s: _write_beside(s, whole))
     await watch("another store follows that", lambda _: other.get_entity("machines", _IDS[0]))
     await watch("fold of all that", lambda s: s.checkpoint())
@@ -99,8 +101,6 @@ async def _stream(store: JSONStorageStrategy) -> None:
 
 
 async def _write_beside(store: JSONStorageStrategy, whole: dict[str, dict[str, Entity]]) -> None:
-    for each in whole["machines"].values():
-        each["status"] = "AGAIN"
     async with store.snapshot():
         await store.write_file(whole)
 
