@@ -1,4 +1,4 @@
-"""hf_async_store: an async-first store for entities, on JSON files and in memory.
+"""hf_async_store: an async-first store for entities, on JSON files, DynamoDB and in memory.
 
     from hf_async_store import open_store
 
@@ -87,12 +87,14 @@ from hf_async_store.strategy import StorageStrategy
 from hf_async_store.transaction import Transaction
 
 if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb import DynamoDBStorageStrategy
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategies.memory import MemoryStorageStrategy
 
 __version__ = "0.1.0"
 
 _ON_DEMAND: Final = {
+    "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
 }
@@ -117,6 +119,7 @@ __all__ = [
     "ConfigurationError",
     "CorruptionError",
     "DiskFullError",
+    "DynamoDBStorageStrategy",
     "Entity",
     "EntityNotFoundError",
     "Field",
