@@ -152,6 +152,13 @@ class Engine(Reader, Protocol):
         """
         ...
 
+    def snapshot(self) -> AbstractAsyncContextManager[Reader]:
+        """Reads of one moment for as long as it is open, for backups and comparisons.
+
+        It holds up no writer. Where `query_isolation` is "eventual" it shows what queries show.
+        """
+        ...
+
     async def explain(self, query: Query) -> Plan:
         """How `select` would run."""
         ...

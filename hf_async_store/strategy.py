@@ -10,11 +10,12 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, finish
+from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, finish
 from hf_async_store.entities import (
     HOST_FACTORY,
     Change,
@@ -215,6 +216,19 @@ class StorageStrategy(RepositoryInterface):
                 return await work(tx)
 
         return await retry_conflicts(attempt, retry_seconds)
+
+    # -- beneath the verbs: for backups and migrations ----------------------------------------
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+        """The whole store as it is at one moment, at the level of queries and records.
+
+        For what reads everything, as a backup does: it holds up no writer, and takes no memory
+        that grows with what is read. Where `capabilities.query_isolation` is "eventual" it shows
+        what queries show.
+        """
+        async with self._usable().snapshot() as reader:
+            yield reader
 
     # -- health ------------------------------------------------------------------------------
 

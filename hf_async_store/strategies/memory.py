@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.conditions import changed, check_children, check_parents
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
-from hf_async_store.engine import Capabilities, Isolation, Plan, Session
+from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
 from hf_async_store.entities import (
     HOST_FACTORY,
     Change,
@@ -169,6 +169,11 @@ class MemoryEngine(_Reader):
             view = _View(self._stored)
             yield _Session(self, view)
             view.fold()
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+        # What is stored is replaced as a whole and never changed, so a copy of the dict will do.
+        yield _Reader(_View(self._stored.copy()))
 
     def apply(self, change: Change, view: _View) -> Outcome:
         """Decide one change and put it, with its mark, in the top layer; or return its error."""

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import redacted
-from hf_async_store.engine import Capabilities, Isolation, Plan, Session, finish
+from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
 from hf_async_store.entities import Change, Key, Outcome, Record, Value
 from hf_async_store.errors import (
     CorruptionError,
@@ -63,6 +63,7 @@ from hf_async_store.strategies.json.loading import (
     scanned,
 )
 from hf_async_store.strategies.json.serializer import JSONSerializer
+from hf_async_store.strategies.json.snapshot import Snapshot
 from hf_async_store.strategies.json.view import View
 
 if TYPE_CHECKING:
@@ -385,6 +386,11 @@ class JSONEngine:
 
     def session(self, isolation: Isolation | None) -> _SessionContext:
         return _SessionContext(self)
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+        with Snapshot(await self.current(), self.serializer) as reader:
+            yield reader
 
     @asynccontextmanager
     async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[State]:

@@ -28,6 +28,9 @@ _SORT_PIECE: Final = 16_384
 _MUCH: Final = 4096
 """So many changes may wait for the next query at least, before the indexes are given up instead."""
 
+Before: TypeAlias = "dict[str, Held | None]"
+"""What entities were before they changed; None: not there."""
+
 _Scalar: TypeAlias = "str | int | float | None | tuple[bool]"
 _Index: TypeAlias = "dict[_Scalar, str | set[str]]"
 
@@ -54,9 +57,10 @@ class Section:
         # A tuple of texts is nothing to the collector; a list of them it would walk again and again.
         self._ids: tuple[str, ...] | None = None
         # What each entity that changed was before, as the indexes still have it. None: not there.
-        self._before: dict[str, Held | None] = {}
+        self._before: Before = {}
         self._tracking = False
         self._indexing = asyncio.Lock()
+        self._snapshots: list[Before] = []
 
     @property
     def declared(self) -> bool:
@@ -94,6 +98,10 @@ class Section:
     def apply(self, images: Mapping[str, bytes | None]) -> None:
         """Take over the images of a commit."""
         held = self.held
+        for kept in self._snapshots:
+            for entity_id in images:
+                if entity_id not in kept:
+                    kept[entity_id] = held.get(entity_id)
         if self._tracking:
             before = self._before
             many = len(before) + len(images) > max(_MUCH, len(held) // 2)
@@ -122,6 +130,23 @@ class Section:
         if cached is not None or len(self._cache) < self._cache_size:
             self._cache[entity_id] = (raw, entity)
         return entity
+
+    # -- snapshots ---------------------------------------------------------------------------
+
+    def keep(self, before: Before) -> None:
+        """From now on note in `before` what each entity was that changes."""
+        self._snapshots.append(before)
+
+    def release(self, before: Before) -> None:
+        self._snapshots = [each for each in self._snapshots if each is not before]
+
+    async def ids_before(self, before: Before) -> tuple[str, ...]:
+        """All ids in order as they were when `before` began."""
+        ids = await self.sorted_ids()
+        held = self.held
+        came = [each for each, was in before.items() if was is None and each in held]
+        went = [each for each, was in before.items() if was is not None and each not in held]
+        return _resorted(ids, went, came) if came or went else ids
 
     # -- indexes -----------------------------------------------------------------------------
 
