@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_async_store import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,6 +76,52 @@ class JSONHarness:
             if target.startswith(str(self._folder)):
                 found.append(f"open: {target}")
         return found
+
+
+class DynamoDBHarness:
+    """Tables with a prefix of their own, reached through a proxy that can do harm."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._prefix = f"t{secrets.token_hex(6)}"
+        self.capabilities: Capabilities = self.store().capabilities
+        proxy.requests.clear()
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        more = "".join(f"&{name}={_text(value)}" for name, value in settings.items())
+        return open_store(f"{self.url()}{more}", collections=collections)
+
+    def url(self) -> str:
+        return f"dynamodb://us-east-1/{self._prefix}?endpoint_url={self._proxy.url}"
+
+    def touched(self) -> bool:
+        return bool(self._proxy.requests)
+
+    def leaks(self) -> list[str]:
+        return []
+
+    def lose_next_answer(self) -> None:
+        def rule(request: Request) -> Fault | None:
+            if request.operation not in WRITES:
+                return None
+            self._proxy.rule = None
+            return Cut(applied=True)
+
+        self._proxy.rule = rule
+
+    def throttle(self, requests: int) -> None:
+        left = requests
+
+        def rule(request: Request) -> Fault | None:
+            nonlocal left
+            if left <= 0:
+                return None
+            left -= 1
+            return Partly() if left % 2 else throttled()
+
+        self._proxy.rule = rule
 
 
 def _text(value: object) -> str:

@@ -175,8 +175,8 @@ async def _connect(config: DynamoDBConfig) -> _Connection:
 
 def _prepare(config: DynamoDBConfig) -> tuple[Any, Any]:
     """A session with the service model in its cache: the slow part, which blocks."""
-    from aiobotocore.config import AioConfig
-    from aiobotocore.session import AioSession
+    from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
+    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
     session = AioSession(profile=config.profile)
     loader = session.get_component("data_loader")

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from hf_async_store.config import AutoScaling, DynamoDBConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan, Session
+from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
 from hf_async_store.entities import MAX_KEY_BYTES, Change, Key, Outcome, Record, Schema, Value
 from hf_async_store.errors import UnavailableError
 from hf_async_store.query import Query
@@ -67,6 +67,11 @@ class DynamoDBEngine:
         session = DynamoDBSession(self.client, self.tables, self.reading)
         yield session
         await session.commit()
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+        # There is no such thing: queries and gets show what they show.
+        yield self
 
     async def explain(self, query: Query) -> Plan:
         return await self.reading.explain(query)

@@ -418,13 +418,13 @@ class _Rows:
             # One after the other, in the table's own order: a page goes on where one ended.
             if self._query.after is not None:
                 params["ExclusiveStartKey"] = {self._form.key: {"S": self._query.after.id}}
-            async with aclosing(self._reading.pages("Scan", params, self._hint())) as answers:
-                async for answer in answers:
-                    yield answer["Items"]
+            async with aclosing(self._reading.pages("Scan", params, self._hint())) as pages:
+                async for page in pages:
+                    yield page["Items"]
             return
-        async for answers in _side_by_side(self._reading, params):
-            for answer in answers:
-                yield answer["Items"]
+        async for round_of_pages in _side_by_side(self._reading, params):
+            for page in round_of_pages:
+                yield page["Items"]
 
     def _hint(self) -> int | None:
         limit = self._query.limit
@@ -438,8 +438,8 @@ class _Rows:
         number = 0
         if self._access.is_scan:
             params = self._scan_params(counting=True)
-            async for answers in _side_by_side(self._reading, params):
-                number += sum(each["Count"] for each in answers)
+            async for round_of_pages in _side_by_side(self._reading, params):
+                number += sum(each["Count"] for each in round_of_pages)
             return number
         if self._access.sort.is_empty:
             return 0
