@@ -6,6 +6,7 @@ It runs in a thread with a loop of its own, so that it answers whatever the test
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 from collections import Counter
@@ -118,7 +119,7 @@ class Proxy:
             await runner.cleanup()
 
     async def _handle(self, incoming: web.BaseRequest) -> web.StreamResponse:
-        body = await incoming.read()
+        body = await incoming.content.read()  # `read()` has a limit
         operation = incoming.headers.get("X-Amz-Target", "").rpartition(".")[2]
         request = Request(operation, json.loads(body or b"{}"))
         self.requests.append(request)
@@ -147,7 +148,8 @@ class Proxy:
             for name, value in incoming.headers.items()
             if name.lower() not in ("host", "content-length")
         }
-        async with self._session.post(self._server_url, data=body, headers=headers) as answer:
+        data = io.BytesIO(body)
+        async with self._session.post(self._server_url, data=data, headers=headers) as answer:
             return answer.status, await answer.read()
 
     async def _cut(self, incoming: web.BaseRequest, fault: Cut) -> web.StreamResponse:

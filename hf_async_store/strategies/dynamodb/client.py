@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from contextlib import AsyncExitStack
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _ENCODE: Final = msgspec.json.Encoder().encode
 _DECODE: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _SERVICE: Final = "dynamodb"
+_LARGE_BODY: Final = 2**20
 
 
 class Client:
@@ -112,7 +114,10 @@ class _Connection:
                 data=_ENCODE(params),
             )
             self._signer(credentials, _SERVICE, self._region).add_auth(request)
-            response = await self._send(request.prepare())
+            prepared = request.prepare()
+            if len(prepared.body) > _LARGE_BODY:
+                prepared.body = BytesIO(prepared.body)  # sent in pieces, as aiohttp wants it
+            response = await self._send(prepared)
             body = await response.content
         except Exception as exc:
             raise of_client(exc) from exc

@@ -9,6 +9,7 @@ It is not said where the two disagree: a number in a list, a list or map as a wh
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from hf_async_store.entities import CREATED_AT, INT_MAX, INT_MIN, VERSION, Value
@@ -36,6 +37,7 @@ _MOST_VALUES: Final = 64_000
 _MOST_CHOICES: Final = 40
 _MOST_DEPTH: Final = 30
 
+_PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _RANGE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 
@@ -74,13 +76,16 @@ class Names:
                 text += ("." if text else "") + self.name(step)
         return text
 
-    def request(self) -> dict[str, Any]:
-        """The part of a request that explains the placeholders."""
-        request: dict[str, Any] = {}
-        if self.names:
-            request["ExpressionAttributeNames"] = self.names
-        if self.values:
-            request["ExpressionAttributeValues"] = self.values
+    def request(self, **texts: str) -> dict[str, Any]:
+        """The part of a request with these expressions: they, and the placeholders in them."""
+        used = set(_PLACEHOLDER.findall(" ".join(texts.values())))
+        names = {holder: name for holder, name in self.names.items() if holder in used}
+        values = {holder: value for holder, value in self.values.items() if holder in used}
+        request: dict[str, Any] = dict(texts)
+        if names:
+            request["ExpressionAttributeNames"] = names
+        if values:
+            request["ExpressionAttributeValues"] = values
         return request
 
 
@@ -99,18 +104,10 @@ class FilterWriter:
 
     def say(self, where: Filter) -> Said | None:
         """The filter, or what of it can be said; None if nothing can."""
-        kept = dict(self._names.names), dict(self._names.values), dict(self._names._by_name)
         said = self._say(where)
         size = sum(len(str(each)) for each in self._names.values.values())
-        if said is not None and (
-            len(said.text) > _MOST_TEXT
-            or self._operators > _MOST_OPERATORS
-            or size > _MOST_VALUES
-        ):
-            said = None
-        if said is None:
-            self._names.names, self._names.values, self._names._by_name = kept
-        return said
+        too_much = self._operators > _MOST_OPERATORS or size > _MOST_VALUES
+        return None if said is None or too_much or len(said.text) > _MOST_TEXT else said
 
     def _say(self, where: Filter) -> Said | None:
         if isinstance(where, And):
@@ -167,15 +164,23 @@ class FilterWriter:
             low, high = cast("list[Value]", value)
             one, two = self._ranged(path, "gte", low), self._ranged(path, "lte", high)
             if one is None or two is None:
-                return one or two
+                half = one or two
+                return None if half is None else Said(half.text, is_exact=False)
             return Said(f"({one.text} AND {two.text})", one.is_exact and two.is_exact)
         if op in ("contains", "begins_with"):
             if not isinstance(value, str) or not value:
                 return None
+            if op == "begins_with":
+                return Said(self._begins(path, value), is_exact=True)
             # A side form is a set, and sets are looked into as well.
-            exact = op == "begins_with"
-            return Said(f"{op}({path}, {self._names.value({'S': value})})", exact)
+            return Said(f"contains({path}, {self._names.value({'S': value})})", is_exact=False)
         return self._ranged(path, op, value)
+
+    def _begins(self, path: str, prefix: str) -> str:
+        """That a text begins so, as a range: no function has to meet values that are no text."""
+        text = f"{path} >= {self._names.value({'S': prefix})}"
+        end = _after(prefix)
+        return text if not end else f"({text} AND {path} < {self._names.value({'S': end})})"
 
     def _one_of(self, path: str, values: list[Value]) -> Said | None:
         if not 0 < len(values) <= _MOST_CHOICES:
@@ -237,9 +242,9 @@ class FilterWriter:
             whole = Said(_joined(" OR ", said), all(each.is_exact for each in said))
             return whole if where.op == "in" else _negated(whole)
         if where.op == "begins_with" and isinstance(where.value, str) and where.value:
-            start = self._names.value({"S": shortened(where.value, SURE_SORT_BYTES)})
+            start = shortened(where.value, SURE_SORT_BYTES)
             tests = [
-                f"begins_with({each}, {start})"
+                self._begins(each, start)
                 for each in (self._names.name(field.name), self._side(field))
             ]
             return Said(f"({' OR '.join(tests)})", is_exact=False)
@@ -277,6 +282,16 @@ def _negated(said: Said | None) -> Said | None:
     if said is None or not said.is_exact:
         return None
     return Said(f"(NOT {said.text})", is_exact=True)
+
+
+def _after(prefix: str) -> str:
+    """The first text behind all that begin so; "" if there is none."""
+    kept = prefix.rstrip("\U0010ffff")
+    if not kept:
+        return ""
+    code = ord(kept[-1]) + 1
+    # There are no texts with surrogates.
+    return kept[:-1] + chr(0xE000 if 0xD800 <= code <= 0xDFFF else code)
 
 
 def is_float_key(value: float) -> bool:

@@ -152,11 +152,11 @@ class IndexedField:
         """The attribute by which an index finds exactly this value; None if it cannot."""
         if type(value) is bool:
             return {"S": "2" if value else "1"} if self.type == "boolean" else None
-        if isinstance(value, str):
+        if isinstance(value, str) and self.type in ("text", "timestamp"):
             most = MOST_SORT_BYTES if self.is_sort else MOST_HASH_BYTES
             return {"S": value} if value and shortened(value, most) is value else None
-        if isinstance(value, int | float) and self.type in ("integer", "number"):
-            number = number_key(value)
+        if type(value) in (int, float) and self.type in ("integer", "number"):
+            number = number_key(cast("float", value))
             return None if number is None else {"N": number}
         return None
 

@@ -466,11 +466,10 @@ class _Rows:
         params: dict[str, Any] = {
             "TableName": self._reading.table(self._query.collection),
             "IndexName": index.name,
-            "KeyConditionExpression": condition,
         }
         if self._access.is_ordered and self._query.order[0].descending:
             params["ScanIndexForward"] = False
-        return self._finished(params, names, counting)
+        return self._finished(params, names, counting, KeyConditionExpression=condition)
 
     def _scan_params(self, *, counting: bool = False) -> dict[str, Any]:
         names = _copied(self._names)
@@ -480,7 +479,9 @@ class _Rows:
         }
         return self._finished(params, names, counting)
 
-    def _finished(self, params: dict[str, Any], names: Names, counting: bool) -> dict[str, Any]:
+    def _finished(
+        self, params: dict[str, Any], names: Names, counting: bool, **expressions: str
+    ) -> dict[str, Any]:
         texts = [self.filter_text] if self.filter_text else []
         if counting:
             params["Select"] = "COUNT"
@@ -491,10 +492,10 @@ class _Rows:
         else:
             projection = self._projection(names)
             if projection is not None:
-                params["ProjectionExpression"] = projection
+                expressions["ProjectionExpression"] = projection
         if texts:
-            params["FilterExpression"] = " AND ".join(texts)
-        params.update(names.request())
+            expressions["FilterExpression"] = " AND ".join(texts)
+        params.update(names.request(**expressions))
         return params
 
     def _projection(self, names: Names) -> str | None:

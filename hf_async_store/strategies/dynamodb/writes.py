@@ -29,6 +29,7 @@ from hf_async_store.entities import (
     ABSENT,
     ANY,
     CREATED_AT,
+    INT_MAX,
     MAX_ENTITY_BYTES,
     VERSION,
     Change,
@@ -285,7 +286,9 @@ class Writes:
         work.guarded_by_token = False
         if change.expect is ABSENT:
             return self._insert(work)
-        if isinstance(seen, _Unknown):
+        if change.expect == INT_MAX and not isinstance(change, Delete):
+            return None  # there is no version after it, if that is what is stored
+        if seen is not None and (isinstance(seen, _Unknown) or not work.needs_state):
             guard = self._blind_guard(work)
         elif seen is None:
             if change.expect is not ANY:
