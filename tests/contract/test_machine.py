@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,8 @@ from hf_async_store.testing.machine import Stores, run_machine
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+
+    from hf_async_store.testing.servers import DynamoDBServer
 
 
 def json_at(name: str) -> Callable[[], AbstractContextManager[Stores]]:
@@ -36,9 +39,22 @@ def memory() -> Iterator[Stores]:
 ENGINES = {"memory": memory, "json-single": json_at("db.json"), "json-split": json_at("folder")}
 
 
+def dynamodb_at(server: DynamoDBServer) -> Callable[[], AbstractContextManager[Stores]]:
+    @contextmanager
+    def make() -> Iterator[Stores]:
+        url = f"dynamodb://us-east-1/m{secrets.token_hex(6)}?endpoint_url={server.endpoint_url}"
+        yield lambda: open_store(url, collections=HOST_FACTORY)
+
+    return make
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_machine(engine: str) -> None:
     run_machine(ENGINES[engine])
+
+
+def test_machine_dynamodb(dynamodb_server: DynamoDBServer) -> None:
+    run_machine(dynamodb_at(dynamodb_server))
 
 
 @pytest.mark.long
@@ -46,3 +62,9 @@ def test_machine(engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_machine_long(engine: str) -> None:
     run_machine(ENGINES[engine], long=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_machine_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
+    run_machine(dynamodb_at(dynamodb_server), long=True)

@@ -19,7 +19,7 @@ import msgspec
 
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.engine import finish
-from hf_async_store.errors import StorageError, UnavailableError
+from hf_async_store.errors import StorageError, StoreClosedError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
 from hf_async_store.strategies.dynamodb.retries import retried
 
@@ -39,9 +39,12 @@ class Client:
         self.config = config
         self._opening: asyncio.Task[_Connection] | None = None
         self._connection: _Connection | None = None
+        self._closed = False
 
     async def connection(self) -> _Connection:
         """The connection, made now if there is none yet; by one task for all that wait for it."""
+        if self._closed:
+            raise StoreClosedError("this store was closed")
         if self._connection is not None:
             return self._connection
         if self._opening is None:
@@ -72,6 +75,7 @@ class Client:
         )
 
     async def close(self) -> None:
+        self._closed = True
         opening, self._opening = self._opening, None
         connection, self._connection = self._connection, None
         if connection is None and opening is not None:

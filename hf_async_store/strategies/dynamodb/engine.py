@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
 from hf_async_store.config import AutoScaling, DynamoDBConfig
 from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
-from hf_async_store.entities import MAX_KEY_BYTES, Change, Key, Outcome, Record, Schema, Value
+from hf_async_store.entities import Change, Key, Outcome, Record, Schema, Value
 from hf_async_store.errors import UnavailableError
 from hf_async_store.query import Query
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
+from hf_async_store.strategies.dynamodb.items import probe_id
 from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import MOST_ACTIONS, MOST_BYTES, DynamoDBSession
@@ -48,7 +48,7 @@ class DynamoDBEngine:
         self.tables = Tables(self.client, schema)
         self._cache = cache_of(config)
         self.reading = Reading(self.client, self.tables, self._cache)
-        self._writes = Writes(self.client, self.tables, self.reading)
+        self.writes = Writes(self.client, self.tables, self.reading)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         return await self.reading.fetch(keys)
@@ -60,7 +60,7 @@ class DynamoDBEngine:
         return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._writes.write_each(changes)
+        return await self.writes.write_each(changes)
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
@@ -80,9 +80,7 @@ class DynamoDBEngine:
         collection = next(iter(self.schema))
         await self.tables.ensure(collection)
         table = self.tables.name(collection)
-        # Longer than any id, so that it is no entity.
-        probe = f"probe-{secrets.token_hex(8)}-".ljust(MAX_KEY_BYTES + 64, "-")
-        key = {self.tables.forms[collection].key: {"S": probe}}
+        key = {self.tables.forms[collection].key: {"S": probe_id()}}
         await self.client.read("PutItem", {"TableName": table, "Item": key})
         try:
             params = {"TableName": table, "Key": key, "ConsistentRead": True}

@@ -56,6 +56,13 @@ class Names:
         self.values: dict[str, Attribute] = {}
         self._by_name: dict[str, str] = {}
 
+    def copy(self) -> Names:
+        """Another with the same so far."""
+        twin = Names()
+        twin.names, twin.values = dict(self.names), dict(self.values)
+        twin._by_name = dict(self._by_name)
+        return twin
+
     def name(self, name: str) -> str:
         if name not in self._by_name:
             self._by_name[name] = f"#n{len(self.names)}"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.entities import (
     CREATED_AT,
+    MAX_KEY_BYTES,
     REMOVED,
     VERSION,
     Collection,
@@ -84,6 +85,11 @@ class _Tokens:
 
 def new_token() -> str:
     return f"{_Tokens.start}{next(_Tokens.number):x}"
+
+
+def probe_id() -> str:
+    """A key that is no entity's: it is longer than any id."""
+    return f"probe-{new_token()}-".ljust(MAX_KEY_BYTES + 64, "-")
 
 
 def weight_of(value: Value | Removed) -> int:

@@ -22,7 +22,7 @@ from hf_async_store.query import (
     position_key,
 )
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
-from hf_async_store.strategies.dynamodb.errors import TableMissing
+from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing
 from hf_async_store.strategies.dynamodb.expressions import FilterWriter, Names
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
@@ -38,6 +38,7 @@ from hf_async_store.strategies.dynamodb.tables import attribute_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
+    from hf_async_store.entities import Index
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.dax import Cache
@@ -206,6 +207,36 @@ class Reading:
             async for piece in pieces:
                 number += len(piece)
         return number
+
+    async def by_index(
+        self,
+        collection: str,
+        index: Index,
+        condition: Mapping[str, Any],
+        limit: int | None,
+        descending: bool,
+    ) -> list[Entity]:
+        """The entities of a part of an index, in its own order."""
+        await self._ready((Key(collection, ""),))
+        form = self._tables.forms[collection]
+        params = {
+            "TableName": self._tables.name(collection),
+            "IndexName": index.name,
+            "ScanIndexForward": not descending,
+            **condition,
+        }
+        entities: list[Entity] = []
+        if limit == 0:
+            return entities
+        try:
+            async with aclosing(self.pages("Query", params, limit)) as pages:
+                async for page in pages:
+                    entities += [form.entity(item) for item in page["Items"]]
+                    if limit is not None and len(entities) >= limit:
+                        return entities[:limit]
+        except StatementRefused as exc:
+            raise InvalidQueryError(str(exc)) from exc
+        return entities
 
     async def explain(self, query: Query) -> Plan:
         """As `Engine.explain`."""
@@ -455,7 +486,7 @@ class _Rows:
     def _query_params(self, value: Attribute, *, counting: bool = False) -> dict[str, Any]:
         index = self._access.index
         assert index is not None
-        names = _copied(self._names)
+        names = self._names.copy()
         condition = (
             f"{names.name(attribute_of(self._form, index.field))} = {names.value(value)}"
         )
@@ -472,7 +503,7 @@ class _Rows:
         return self._finished(params, names, counting, KeyConditionExpression=condition)
 
     def _scan_params(self, *, counting: bool = False) -> dict[str, Any]:
-        names = _copied(self._names)
+        names = self._names.copy()
         params: dict[str, Any] = {
             "TableName": self._reading.table(self._query.collection),
             "ConsistentRead": self._reading.is_consistent,
@@ -553,14 +584,6 @@ async def _side_by_side(
             for start, answer in zip(starts, answers, strict=True)
             if answer.get("LastEvaluatedKey")
         ]
-
-
-def _copied(names: Names) -> Names:
-    twin = Names()
-    twin.names = dict(names.names)
-    twin.values = dict(names.values)
-    twin._by_name = dict(names._by_name)
-    return twin
 
 
 def _is_entity(item: Attributes, form: ItemForm) -> bool:

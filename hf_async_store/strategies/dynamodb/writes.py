@@ -24,7 +24,7 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from hf_async_store.conditions import changed, check, next_version
+from hf_async_store.conditions import changed, check, next_version, patched
 from hf_async_store.entities import (
     ABSENT,
     ANY,
@@ -37,6 +37,7 @@ from hf_async_store.entities import (
     Entity,
     Patch,
     Put,
+    check_size,
 )
 from hf_async_store.errors import (
     AlreadyExistsError,
@@ -51,14 +52,17 @@ from hf_async_store.strategies.dynamodb.errors import (
     ConditionFailed,
     StatementRefused,
     TableMissing,
+    refused_query,
     short,
     translate,
 )
+from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
     TOKEN,
     WEIGHT,
     ItemForm,
     new_token,
+    probe_id,
     token_of,
     version_of,
     weight_of,
@@ -86,6 +90,8 @@ Item = TypeVar("Item")
 
 MOST_STATEMENTS: Final = 25
 MOST_PUTS: Final = 25
+_FEW: Final = 4
+"""So many deletes are made one by one, before it is worth learning whether they can share."""
 _CAREFUL_SECONDS: Final = 60.0
 _KEPT_CREATED_AT: Final = 64
 """What a `created_at` weighs that is kept, at most."""
@@ -192,6 +198,8 @@ class Writes:
         imports = [each for each in works if _is_import(each.change)]
         if imports:
             await self._import(imports)
+        if self._returns is None and sum(isinstance(each.change, Delete) for each in works) > _FEW:
+            self._returns = await self._learn(works[0])
         backoff = Backoff(self._seconds)
         waiting = [each for each in works if not each.is_done]
         while waiting:
@@ -201,6 +209,19 @@ class Writes:
             if failed and waiting and not await backoff.pause():
                 for each in waiting:
                     each.done(_given_up(each, failed))
+
+    async def _learn(self, work: _Work) -> bool | None:
+        """Whether a delete brings back what it deleted, by one of a key that nobody else has."""
+        key = {work.form.key: {"S": probe_id()}}
+        statement = delete(work.table, (work.form.key, key[work.form.key]["S"]), Guard())
+        try:
+            await self._client.read("PutItem", {"TableName": work.table, "Item": key})
+            answer = await self._client.read("BatchExecuteStatement", {"Statements": [statement]})
+            await self._client.read("DeleteItem", {"TableName": work.table, "Key": key})
+        except StorageError:
+            return None  # whatever it is, the deletes themselves will meet it, too
+        [response] = answer["Responses"]
+        return "Item" in response
 
     # -- what is known -----------------------------------------------------------------------
 
@@ -212,8 +233,6 @@ class Writes:
             return True
         if work.lost:
             return work.needs_state or change.expect is ABSENT
-        if isinstance(change, Delete) and self._returns is None:
-            return True
         return work.needs_state and (
             self._returns is False or time.monotonic() < self._careful_until
         )
@@ -308,7 +327,7 @@ class Writes:
         if not isinstance(change, Delete):
             return self._update(work, guard)
         # A delete succeeds where nothing is there: only what comes back tells.
-        return None if self._returns is False else delete(work.table, work.key, guard)
+        return delete(work.table, work.key, guard) if self._returns else None
 
     def _blind_guard(self, work: _Work) -> Guard:
         expect = work.change.expect
@@ -394,9 +413,6 @@ class Writes:
             work.seen = _UNKNOWN
         elif work.lost:
             work.done(work.unknown("the answer was lost, and it is gone now"))
-        elif isinstance(work.seen, dict) and self._returns is None:
-            self._returns = False
-            work.done(version_of(work.seen))
         else:
             work.done(None if work.change.expect is ANY else work.not_found())
 
@@ -548,6 +564,51 @@ class Writes:
         except Cancelled as exc:
             raise _reason(exc) from exc
 
+    # -- under a condition of the caller's ---------------------------------------------------
+
+    async def update_where(self, change: Patch, condition: str, names: Names) -> int:
+        """Update an entity if a condition holds of it; returns the new version.
+
+        Args:
+            condition: in DynamoDB's language, with placeholders of `names`.
+
+        Raises:
+            EntityNotFoundError, ConcurrencyConflictError, InvalidQueryError.
+        """
+        await self._tables.ensure(change.key.collection)
+        work = self._work(change)
+        backoff = Backoff(self._seconds)
+        while True:
+            try:
+                answer = await self._client.call(
+                    "UpdateItem", _update_item(work, condition, names.copy())
+                )
+                return version_of(answer["Attributes"])
+            except ConditionFailed as exc:
+                if exc.item is None:
+                    raise work.not_found() from exc
+                if work.lost and work.is_own(exc.item):
+                    return version_of(exc.item)
+                if not _was_the_weight(work, exc.item):
+                    raise _unmet(work, exc.item) from exc
+                work.seen = exc.item
+            except StatementRefused as exc:
+                raise refused_query(exc) from exc
+            except TableMissing as exc:
+                raise _gone(work) from exc
+            except ConcurrencyConflictError:
+                if not await backoff.pause():
+                    raise
+            except UnavailableError as exc:
+                if not left_nothing(exc):
+                    # The condition may hold still, or again: sent twice, it could land twice.
+                    item = await self._reading.item(change.key)
+                    if item is not None and work.is_own(item):
+                        return version_of(item)
+                    raise work.unknown(f"the answer was lost: {exc}") from exc
+                if not await backoff.pause():
+                    raise
+
     # -- imports -----------------------------------------------------------------------------
 
     async def _import(self, works: list[_Work]) -> None:
@@ -609,6 +670,75 @@ class Writes:
             if place not in left:
                 work.done(cast("Put", work.change).version)
         return left
+
+
+def _update_item(work: _Work, condition: str, names: Names) -> dict[str, Any]:
+    """The request of an update under a condition."""
+    change = cast("Patch", work.change)
+    fields = {name: each for name, each in change.fields.items() if name != work.form.key}
+    sets, removed = work.form.changes(fields)
+    weight = weight_of(cast("Entity", fields))
+    version, stored = names.name(VERSION), names.name(WEIGHT)
+    puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
+    puts.append(f"{names.name(TOKEN)} = {names.value({'S': work.token})}")
+    puts.append(f"{version} = {version} + {names.value({'N': '1'})}")
+    puts.append(f"{stored} = {stored} + {names.value({'N': str(weight)})}")
+    update = f"SET {', '.join(puts)}"
+    if removed:
+        update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
+    tests = [
+        f"attribute_exists({names.name(work.form.key)})",
+        f"({condition})",
+        f"{version} < {names.value({'N': str(INT_MAX)})}",
+    ]
+    if type(change.expect) is int:
+        tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
+    if isinstance(work.seen, dict):
+        token = names.value({"S": token_of(work.seen) or ""})
+        tests.append(f"{names.name(TOKEN)} = {token}")
+    else:
+        most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
+        tests.append(f"{stored} <= {most}")
+    return {
+        "TableName": work.table,
+        "Key": {work.form.key: {"S": change.key.id}},
+        "ReturnValues": "UPDATED_NEW",
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(tests)),
+    }
+
+
+def _was_the_weight(work: _Work, item: Attributes) -> bool:
+    """Whether an update may have been refused for its weight alone, though it is not too heavy.
+
+    Raises:
+        ValueOutOfDomainError: it is.
+    """
+    change = cast("Patch", work.change)
+    if type(change.expect) is int and version_of(item) != change.expect:
+        return False
+    weight = weight_of(cast("Entity", dict(change.fields)))
+    if isinstance(work.seen, dict):
+        return token_of(item) != token_of(work.seen)  # others wrote meanwhile
+    if int(item.get(WEIGHT, {"N": "0"})["N"]) <= MAX_ENTITY_BYTES - weight:
+        return False
+    entity = work.form.entity(item)
+    check_size(patched(entity, change.fields, cast("int", entity[VERSION])))
+    return True
+
+
+def _unmet(work: _Work, item: Attributes) -> StorageError:
+    expect = work.change.expect
+    if type(expect) is int and version_of(item) != expect:
+        return _stale(work, item)
+    version = next_version(work.change.key, version_of(item)) - 1
+    return ConcurrencyConflictError(
+        f"the condition does not hold for {work.change.key.collection} {work.change.key.id!r}",
+        collection=work.change.key.collection,
+        entity_id=work.change.key.id,
+        actual=version,
+        current=work.form.entity(item),
+    )
 
 
 def unchanged(form: ItemForm, seen: Attributes | None) -> dict[str, Any]:
