@@ -144,7 +144,9 @@ def _answer(status: int, headers: Mapping[str, str], body: bytes) -> dict[str, A
         answer = _DECODE(body) if body else {}
     except msgspec.DecodeError as exc:
         if status < 300:
-            raise UnavailableError("the answer of DynamoDB came torn", outcome_unknown=True) from exc
+            raise UnavailableError(
+                "the answer of DynamoDB came torn", outcome_unknown=True
+            ) from exc
         answer = {}
     if status < 300:
         return answer

@@ -16,7 +16,11 @@ from hf_async_store.strategies.dynamodb.dax import cache_of
 from hf_async_store.strategies.dynamodb.items import probe_id
 from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
 from hf_async_store.strategies.dynamodb.tables import Tables
-from hf_async_store.strategies.dynamodb.transactions import MOST_ACTIONS, MOST_BYTES, DynamoDBSession
+from hf_async_store.strategies.dynamodb.transactions import (
+    MOST_ACTIONS,
+    MOST_BYTES,
+    DynamoDBSession,
+)
 from hf_async_store.strategies.dynamodb.writes import MOST_STATEMENTS, Writes
 
 _LANES: Final = 8

@@ -151,7 +151,12 @@ def of_client(exc: Exception) -> StorageError:
         "RefreshWithMFAUnsupportedError",
     ):
         return PermissionDeniedError(f"no usable AWS credentials: {name}")
-    if name in ("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"):
+    if name in (
+        "EndpointConnectionError",
+        "ConnectTimeoutError",
+        "ProxyConnectionError",
+        "SSLError",
+    ):
         return UnavailableError(f"DynamoDB cannot be reached: {name}")
     return UnavailableError(f"the answer of DynamoDB was lost: {name}", outcome_unknown=True)
 

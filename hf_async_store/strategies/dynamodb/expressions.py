@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from hf_async_store.entities import CREATED_AT, INT_MAX, INT_MIN, VERSION, Value
 from hf_async_store.query import And, Comparison, Filter, Not, Or
-from hf_async_store.strategies.dynamodb.codec import NULL, is_native, is_plain_name
+from hf_async_store.strategies.dynamodb.codec import is_native, is_plain_name
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
     DOC,
@@ -25,7 +25,7 @@ from hf_async_store.strategies.dynamodb.items import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
@@ -265,7 +265,9 @@ class FilterWriter:
         key = field.key_of(value)
         if key is not None:
             exact = not field.is_sort or (
-                isinstance(value, str) and len(value.encode()) < SURE_SORT_BYTES and value > "\x01"
+                isinstance(value, str)
+                and len(value.encode()) < SURE_SORT_BYTES
+                and value > "\x01"
                 and field.type == "text"
             )
             return Said(f"{self._names.name(field.name)} = {self._names.value(key)}", exact)
@@ -321,6 +323,3 @@ def _forms_of_number(value: float) -> list[Attribute]:
         if value == 0:
             forms = [{"N": "0"}, {"SS": ["0.0"]}, {"SS": ["-0.0"]}]
     return forms
-
-
-__all__ = ["NULL", "FilterWriter", "Names", "Said"]

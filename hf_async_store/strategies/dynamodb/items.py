@@ -210,9 +210,8 @@ class ItemForm:
                 other[name] = value
         if other:
             document = encode_map(other)
-        for name in plain:
-            if name not in attributes and not (keep_created and name == CREATED_AT):
-                removed.append(name)
+        kept = CREATED_AT if keep_created else None
+        removed += [name for name in plain if name not in attributes and name != kept]
         for name, field in indexed.items():
             if keep_created and name == CREATED_AT and name not in entity:
                 continue

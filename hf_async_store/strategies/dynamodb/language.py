@@ -137,9 +137,11 @@ def _steps(parts: list[_Part], place: int, steps: list[str | int]) -> int:
         if sign == "." and step.kind in ("word", "name"):
             steps.append(step.text)
             place += 2
-        elif sign == "[" and step.kind == "number" and parts[place + 2 : place + 3] == [
-            _Part("sign", "]")
-        ]:
+        elif (
+            sign == "["
+            and step.kind == "number"
+            and parts[place + 2 : place + 3] == [_Part("sign", "]")]
+        ):
             steps.append(int(step.text))
             place += 3
         else:

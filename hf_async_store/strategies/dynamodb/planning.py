@@ -18,7 +18,7 @@ from hf_async_store.strategies.dynamodb.items import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
 
     from hf_async_store.query import Missing
@@ -105,9 +105,7 @@ def _worth(way: Access) -> tuple[bool, bool, int]:
     return way.is_ordered, narrow, -len(way.partitions)
 
 
-def _by_index(
-    query: Query, form: ItemForm, index: Index, values: Sequence[Value]
-) -> Access | None:
+def _by_index(query: Query, form: ItemForm, index: Index, values: Sequence[Value]) -> Access | None:
     if index.field == form.key:
         return None  # its key is the shorter way
     field = form.indexed[index.field]
@@ -242,8 +240,3 @@ def _continued(
     else:
         low = max([*bound, *([] if low is None else [low])], key=by)
     return SortRange(low=low, high=high, kind=kind)
-
-
-def named(names: Iterable[str | int]) -> str:
-    """The field at the beginning of a path."""
-    return str(next(iter(names)))

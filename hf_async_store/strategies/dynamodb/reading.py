@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.engine import Plan
 from hf_async_store.entities import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key, Record
-from hf_async_store.errors import InvalidQueryError, StorageError, UnavailableError
+from hf_async_store.errors import InvalidQueryError, UnavailableError
 from hf_async_store.query import (
     And,
     Comparison,
@@ -29,7 +29,6 @@ from hf_async_store.strategies.dynamodb.items import (
     DOC,
     TOKEN,
     ItemForm,
-    version_of,
 )
 from hf_async_store.strategies.dynamodb.planning import Access, access_of
 from hf_async_store.strategies.dynamodb.retries import Backoff, throttled
@@ -63,7 +62,9 @@ class Reading:
 
     # -- by key ------------------------------------------------------------------------------
 
-    async def fetch(self, keys: Sequence[Key], *, consistent: bool | None = None) -> list[Record | None]:
+    async def fetch(
+        self, keys: Sequence[Key], *, consistent: bool | None = None
+    ) -> list[Record | None]:
         """As `Engine.fetch`."""
         items = await self.items(keys, consistent=consistent)
         return [
@@ -325,7 +326,10 @@ class _Rows:
             hidden.add(attribute_of(form, access.index.field))
             if access.index.sort is not None:
                 hidden.add(attribute_of(form, access.index.sort))
-            if access.index.field in form.indexed and form.indexed[access.index.field].type == "boolean":
+            if (
+                access.index.field in form.indexed
+                and form.indexed[access.index.field].type == "boolean"
+            ):
                 hidden.add(access.index.field)
         if where == And(()):
             self.is_exact = True
@@ -487,13 +491,9 @@ class _Rows:
         index = self._access.index
         assert index is not None
         names = self._names.copy()
-        condition = (
-            f"{names.name(attribute_of(self._form, index.field))} = {names.value(value)}"
-        )
+        condition = f"{names.name(attribute_of(self._form, index.field))} = {names.value(value)}"
         if index.sort is not None:
-            condition += _sort_condition(
-                self._access, names, attribute_of(self._form, index.sort)
-            )
+            condition += _sort_condition(self._access, names, attribute_of(self._form, index.sort))
         params: dict[str, Any] = {
             "TableName": self._reading.table(self._query.collection),
             "IndexName": index.name,
@@ -622,6 +622,3 @@ def _named(where: Filter) -> Iterator[str]:
     else:
         for each in where.parts:
             yield from _named(each)
-
-
-__all__ = ["MOST_KEYS", "Reading", "StorageError", "version_of"]

@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from hf_async_store.config import AutoScaling, DynamoDBConfig
+from hf_async_store.config import AutoScaling
 from hf_async_store.entities import Collection, Index, Schema
 from hf_async_store.errors import PermissionDeniedError, StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import TableMissing, of_client
@@ -119,9 +119,7 @@ class Tables:
 
     async def _described(self, collection: str) -> dict[str, Any] | None:
         try:
-            answer = await self._client.read(
-                "DescribeTable", {"TableName": self.name(collection)}
-            )
+            answer = await self._client.read("DescribeTable", {"TableName": self.name(collection)})
         except TableMissing:
             return None
         table: dict[str, Any] = answer["Table"]

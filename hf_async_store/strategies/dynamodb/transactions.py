@@ -15,7 +15,16 @@ import msgspec
 
 from hf_async_store.conditions import changed
 from hf_async_store.engine import Session, finish
-from hf_async_store.entities import VERSION, Change, Delete, Entity, Key, Outcome, Record, copy_entity
+from hf_async_store.entities import (
+    VERSION,
+    Change,
+    Delete,
+    Entity,
+    Key,
+    Outcome,
+    Record,
+    copy_entity,
+)
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     StorageError,
@@ -72,7 +81,9 @@ class DynamoDBSession:
         if query.limit == 0:
             return
         # An order that the rows written here fit into, too.
-        query = msgspec.structs.replace(query, by_id=query.by_id or (query.paged and not query.order))
+        query = msgspec.structs.replace(
+            query, by_id=query.by_id or (query.paged and not query.order)
+        )
         own = self._own(query)
         written = {each.key for each in own} | self._written(query.collection)
         limit = None if query.limit is None else query.limit + len(written)
@@ -259,9 +270,7 @@ class DynamoDBSession:
         params = {"TransactItems": actions, "ClientRequestToken": token}
         await self._transact("TransactWriteItems", params, keys, token=token)
 
-    def _action(
-        self, key: Key, written: Mapping[Key, Entity | None], token: str
-    ) -> dict[str, Any]:
+    def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
         form = self._tables.forms[key.collection]
         seen = self._seen[key]
         action: dict[str, Any] = {

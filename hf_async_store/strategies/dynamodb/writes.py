@@ -44,7 +44,6 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     EntityNotFoundError,
     StorageError,
-    ThrottledError,
     UnavailableError,
 )
 from hf_async_store.strategies.dynamodb.errors import (
@@ -624,9 +623,7 @@ class Writes:
             requests: dict[str, list[dict[str, Any]]] = {}
             for work in left.values():
                 put = cast("Put", work.change)
-                item = work.form.item(
-                    put.key.id, put.entity, cast("int", put.version), work.token
-                )
+                item = work.form.item(put.key.id, put.entity, cast("int", put.version), work.token)
                 requests.setdefault(work.table, []).append({"PutRequest": {"Item": item}})
             try:
                 answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
@@ -841,6 +838,3 @@ def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-__all__ = ["ThrottledError", "Writes", "unchanged"]
