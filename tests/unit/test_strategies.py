@@ -65,7 +65,9 @@ def test_a_registered_strategy_that_cannot_be_imported() -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_an_unknown_strategy_is_told_from_a_planned_one() -> None:
-    with pytest.raises(ConfigurationError, match="no storage strategy 'nope'; there are: json"):
+    with pytest.raises(
+        ConfigurationError, match="no storage strategy 'nope'; there are: dynamodb, json"
+    ):
         open_store(StorageConfig(strategy="nope", options={}))
     with pytest.raises(ConfigurationError, match="'sql' .*planned"):
         open_store("sqlite:some.db")
