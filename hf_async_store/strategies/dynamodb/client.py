@@ -19,8 +19,8 @@ import msgspec
 
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.engine import finish
-from hf_async_store.errors import StorageError, StoreClosedError, UnavailableError
-from hf_async_store.strategies.dynamodb.errors import of_client, translate
+from hf_async_store.errors import StorageError, StoreClosedError
+from hf_async_store.strategies.dynamodb.errors import AnswerLost, of_client, translate
 from hf_async_store.strategies.dynamodb.retries import retried
 
 if TYPE_CHECKING:
@@ -139,14 +139,12 @@ def _answer(status: int, headers: Mapping[str, str], body: bytes) -> dict[str, A
     """
     checksum = headers.get("x-amz-crc32")
     if checksum is not None and int(checksum) != zlib.crc32(body):
-        raise UnavailableError("the answer of DynamoDB came damaged", outcome_unknown=True)
+        raise AnswerLost("the answer of DynamoDB came damaged", outcome_unknown=True)
     try:
         answer = _DECODE(body) if body else {}
     except msgspec.DecodeError as exc:
         if status < 300:
-            raise UnavailableError(
-                "the answer of DynamoDB came torn", outcome_unknown=True
-            ) from exc
+            raise AnswerLost("the answer of DynamoDB came torn", outcome_unknown=True) from exc
         answer = {}
     if status < 300:
         return answer

@@ -47,6 +47,10 @@ class TableMissing(StorageError):  # noqa: N818  # as above
     """There is no such table, or index."""
 
 
+class AnswerLost(UnavailableError):  # noqa: N818  # as above
+    """A request was sent and never answered: it may have been done, or be done at any time."""
+
+
 class StatementRefused(StorageError):  # noqa: N818  # as above
     """A statement that the server does not understand."""
 
@@ -158,7 +162,7 @@ def of_client(exc: Exception) -> StorageError:
         "SSLError",
     ):
         return UnavailableError(f"DynamoDB cannot be reached: {name}")
-    return UnavailableError(f"the answer of DynamoDB was lost: {name}", outcome_unknown=True)
+    return AnswerLost(f"the answer of DynamoDB was lost: {name}", outcome_unknown=True)
 
 
 def refused_query(exc: StatementRefused) -> InvalidQueryError:

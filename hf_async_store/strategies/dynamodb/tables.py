@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from hf_async_store.config import AutoScaling
 from hf_async_store.entities import Collection, Index, Schema
 from hf_async_store.errors import PermissionDeniedError, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb.errors import TableMissing, of_client
+from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing, of_client
 from hf_async_store.strategies.dynamodb.items import IndexedField, ItemForm
+from hf_async_store.strategies.dynamodb.retries import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -236,13 +237,17 @@ class Tables:
             params["GlobalSecondaryIndexes"] = [
                 self._index(collection, each) for each in declared.indexes
             ]
-        try:
-            await self._client.read("CreateTable", params)
-        except UnavailableError as exc:
-            if await self._described(collection) is not None:
-                return False
-            raise exc from exc.__cause__
-        return True
+        backoff = Backoff(self._config.retry_timeout)
+        while True:
+            try:
+                await self._client.call("CreateTable", params)
+            except UnavailableError:
+                if await self._described(collection) is not None:
+                    return False
+                if not await backoff.pause():
+                    raise
+            else:
+                return True
 
     def _attributes(self, declared: Collection, indexes: Sequence[Index]) -> list[dict[str, str]]:
         form = self.forms[declared.name]
@@ -267,16 +272,26 @@ class Tables:
         }
 
     async def _add_index(self, collection: str, index: Index) -> None:
-        """Add an index to a table; DynamoDB makes one at a time."""
-        await self._client.read(
-            "UpdateTable",
-            {
-                "TableName": self.name(collection),
-                "AttributeDefinitions": self._attributes(self.schema[collection], (index,)),
-                "GlobalSecondaryIndexUpdates": [{"Create": self._index(collection, index)}],
-            },
-        )
-        await self._active(collection)
+        """Add an index to a table; DynamoDB makes one at a time, whoever asks for it."""
+        backoff = Backoff(self._config.retry_timeout)
+        params = {
+            "TableName": self.name(collection),
+            "AttributeDefinitions": self._attributes(self.schema[collection], (index,)),
+            "GlobalSecondaryIndexUpdates": [{"Create": self._index(collection, index)}],
+        }
+        while True:
+            try:
+                await self._client.call("UpdateTable", params)
+            except (UnavailableError, StatementRefused):
+                # Perhaps another process does the same; what then is there decides.
+                table = await self._active(collection)
+                if index not in self._missing(collection, table):
+                    return
+                if not await backoff.pause():
+                    raise
+            else:
+                await self._active(collection)
+                return
 
     async def _configure(self, collection: str) -> None:
         name = self.name(collection)

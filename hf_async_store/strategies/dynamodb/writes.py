@@ -13,7 +13,8 @@ change is made depends on what is known before it:
 
 **Answers that are lost.** Every write leaves its token. A write whose condition names a version or
 token is simply tried again: it lands once, or meets its own token. The others look for their token;
-if it is not there, nobody can tell, and the error says `outcome_unknown`. For a while after that,
+if it is not there, nobody can tell, and the error says `outcome_unknown`. (An insert that the server
+answered by a failure, and that left nothing, is tried again.) For a while after that,
 updates and deletes read first, too, so that more lost answers do no harm.
 """
 
@@ -47,6 +48,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.strategies.dynamodb.errors import (
+    AnswerLost,
     Cancelled,
     ConditionFailed,
     StatementRefused,
@@ -110,6 +112,7 @@ class _Work:
         seen: the item as it was read, None if there was none, or `_UNKNOWN`.
         guard: what the statement that is under way insists on.
         lost: the answer to a try was lost; it may have landed.
+        in_flight: it may even land later.
         whole: it must be written whole.
         outcome: as soon as it is known; `is_done` tells.
     """
@@ -118,6 +121,7 @@ class _Work:
         "change",
         "form",
         "guarded_by_token",
+        "in_flight",
         "is_done",
         "lost",
         "new_version",
@@ -137,6 +141,7 @@ class _Work:
         self.guarded_by_token = False
         self.new_version: int | None = None
         self.lost = False
+        self.in_flight = False
         self.whole = change.mark is not None
         self.is_done = False
         self.outcome: Outcome = None
@@ -263,11 +268,11 @@ class Writes:
     def _settle_lost(self, work: _Work, item: Attributes | None) -> None:
         if item is not None and work.is_own(item):
             work.done(version_of(item))
-        elif work.guarded_by_token or (work.change.expect is ABSENT and item is None):
+        elif work.guarded_by_token:
             return  # the next try cannot land twice
-        elif isinstance(work.change, Put) and item is None:
-            return  # an insert, as above
-        elif work.change.expect is ABSENT:
+        elif isinstance(work.change, Put) and item is None and not work.in_flight:
+            return  # an insert that left nothing
+        elif work.change.expect is ABSENT and item is not None:
             error = AlreadyExistsError(work.change.key.collection, work.change.key.id)
             error.outcome_unknown = True
             work.done(error)
@@ -440,8 +445,10 @@ class Writes:
             return None
         if not left_nothing(exc):
             work.lost = True
+            work.in_flight = work.in_flight or isinstance(exc, AnswerLost)
             if work.whole:
-                pass  # the same condition again
+                if work.seen is None:
+                    work.seen = _UNKNOWN
             elif work.needs_state and not work.guarded_by_token:
                 self._careful_until = time.monotonic() + _CAREFUL_SECONDS
                 work.seen = _UNKNOWN
@@ -502,6 +509,10 @@ class Writes:
         try:
             if isinstance(work.seen, _Unknown) or not _is_whole(work):
                 work.seen = await self._reading.item(change.key)
+                if work.lost:
+                    self._settle_lost(work, work.seen)
+                    if work.is_done:
+                        return None
             current = None if work.seen is None else work.form.entity(work.seen)
             if work.lost and work.seen is not None and work.is_own(work.seen):
                 work.done(version_of(work.seen))
