@@ -270,7 +270,10 @@ async def together(bench: Bench) -> list[Figure]:
                 ratios(used["ours"][1:], used["theirs"][1:]),
                 "x",
                 at_most=pair.processor,
-                beside={"us": _median(used["ours"][1:]), "aiobotocore": _median(used["theirs"][1:])},
+                beside={
+                    "us": _median(used["ours"][1:]),
+                    "aiobotocore": _median(used["theirs"][1:]),
+                },
             )
         )
     return figures
@@ -354,9 +357,7 @@ async def batch(bench: Bench) -> list[Figure]:
             return _BATCH / await seconds(call())
 
         async def theirs() -> float:
-            return _BATCH / await seconds(
-                bare_batch(bench, [bench.fresh() for _ in range(_BATCH)])
-            )
+            return _BATCH / await seconds(bare_batch(bench, [bench.fresh() for _ in range(_BATCH)]))
 
         mine, others = await alternate(bench.settings.rounds, ours, theirs)
         figures.append(
@@ -397,9 +398,7 @@ async def transactions(bench: Bench) -> list[Figure]:
     async def rate(operation: Operation) -> float:
         return 25 * number / await seconds(at_once(operation, number, 8))
 
-    mine, others = await alternate(
-        bench.settings.rounds, lambda: rate(ours), lambda: rate(theirs)
-    )
+    mine, others = await alternate(bench.settings.rounds, lambda: rate(ours), lambda: rate(theirs))
     return [
         Figure(
             "transactions",

@@ -56,7 +56,13 @@ class Partly(NamedTuple):
     """Do a part of the request, and say so."""
 
 
-Fault = Answer | Cut | Late | Failed | Partly
+class Changed(NamedTuple):
+    """The server's answer, changed on its way."""
+
+    change: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+Fault = Changed | Answer | Cut | Late | Failed | Partly
 Rule = Callable[[Request], Fault | None]
 
 
@@ -117,6 +123,10 @@ class Proxy:
             self._ready.set()
             await self._stop.wait()
             await runner.cleanup()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for each in others:
+                each.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
     async def _handle(self, incoming: web.BaseRequest) -> web.StreamResponse:
         body = await incoming.content.read()  # `read()` has a limit
@@ -138,6 +148,8 @@ class Proxy:
             return await self._cut(incoming, Cut(applied=False))
         if isinstance(fault, Cut):
             return await self._cut(incoming, fault)
+        if isinstance(fault, Changed):
+            answer = json.dumps(fault.change(json.loads(answer))).encode()
         if isinstance(fault, Failed):
             return _response(500, json.dumps(failed().body).encode())
         return _response(status, answer)

@@ -364,7 +364,7 @@ async def test_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
 
         for work in (
             lambda: store.get_entity("items", "a"),
-            lambda: store.save_entity("items", {"item_id": "a"}),
+            lambda: store.save_entity("items", {"item_id": "a"}, expected_version=1),
             lambda: store.query_entities("items", {"label": "x"}),
             lambda: store.update_entity("items", "a", {}, expected_version=2),
         ):
@@ -374,6 +374,13 @@ async def test_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
             await work()
             assert asyncio.get_running_loop().time() - started < 5
             assert stalled > 1
+        stalled = 0
+        with pytest.raises(UnavailableError) as caught:
+            await store.save_entity("items", {"item_id": "a"})
+        assert caught.value.outcome_unknown, "it may be under way still"
+        # Having met that, the store reads first, and can then send again.
+        stalled = 0
+        assert await store.save_entity("items", {"item_id": "a"}) == 4
 
 
 async def test_a_server_that_cannot_be_reached(proxy: Proxy) -> None:

@@ -26,8 +26,6 @@ from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.dynamodb.support import store_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from hf_async_store import Collection
     from tests.dynamodb.proxy import Proxy
 
@@ -37,14 +35,6 @@ INDEXES = [
     for collection in CONTRACT_COLLECTIONS
     for index in collection.indexes
 ]
-
-
-@pytest.fixture
-def proxy(dynamodb_proxy: Proxy) -> Iterator[Proxy]:
-    dynamodb_proxy.requests.clear()
-    yield dynamodb_proxy
-    dynamodb_proxy.rule = None
-    dynamodb_proxy.requests.clear()
 
 
 @pytest.mark.parametrize(("collection", "index"), INDEXES)

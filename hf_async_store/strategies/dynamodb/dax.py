@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from hf_async_store.errors import ConfigurationError, StorageError
+from hf_async_store.errors import ConfigurationError, StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
 from hf_async_store.strategies.dynamodb.retries import retried
 
@@ -83,6 +83,8 @@ def _error(exc: Exception) -> StorageError:
     response = getattr(exc, "response", None)
     if isinstance(response, dict) and response.get("Error"):
         error = response["Error"]
+        if type(exc).__name__ == "DaxClientError":  # it got no answer to translate
+            return UnavailableError(f"the DAX cluster cannot be used: {error.get('Code')}")
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
         return translate(
             str(error.get("Code", "")), str(error.get("Message", "")), status, response

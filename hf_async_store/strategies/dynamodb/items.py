@@ -11,8 +11,8 @@ null, empty or of another type, and leaves it out of the index where the key is 
 * the sort key of an index always has an attribute: for null and missing a stand-in that sorts
   first, for long text its beginning;
 * a boolean has a text attribute `_b_NAME` beside its own, for DynamoDB has no boolean keys;
-* what is told of `created_at` lies in `_c` and not in `doc`: a save that does not name it keeps it,
-  and replaces `doc`.
+* `created_at` is treated so in every collection, and its side form lies in `_c` and not in `doc`: a
+  save that does not name it keeps it, and replaces `doc`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.entities import (
     CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
     MAX_KEY_BYTES,
     REMOVED,
     VERSION,
@@ -62,6 +64,9 @@ SURE_SORT_BYTES: Final = MOST_SORT_BYTES - 4
 
 _MOST_WEIGHT: Final = 32
 """Of a number, by `entities.check_size`."""
+
+_KEPT_CREATED_AT: Final = 64
+LAST_VERSIONS: Final = INT_MAX - 2**40
 
 _MOST_DIGITS: Final = 10.0**38
 
@@ -105,6 +110,16 @@ def weight_of(value: Value | Removed) -> int:
         items = cast("list[Value]", value)
         return sum([3 + len(items), *map(weight_of, items)])
     return _MOST_WEIGHT
+
+
+def stored_weight(entity: Entity, version: int) -> Attribute:
+    """What an item tells of its weight: at least what it has, with a `created_at` that is kept.
+
+    Near the last version an item counts as too heavy for every update: it then goes the way on which
+    both are looked at exactly.
+    """
+    weight = weight_of(entity) + _KEPT_CREATED_AT
+    return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
 
 
 def shortened(text: str, most: int = MOST_SORT_BYTES) -> str:
@@ -175,6 +190,8 @@ class ItemForm:
         self.key = collection.key
         hashes = {each.field for each in collection.indexes}
         sorts = {each.sort for each in collection.indexes if each.sort is not None}
+        # As if it were the key of an index: every item has it, so that a save can keep or set it.
+        sorts.add(CREATED_AT)
         self.indexed: dict[str, IndexedField] = {
             name: IndexedField(field, is_hash=name in hashes, is_sort=name in sorts)
             for name, field in collection.fields.items()
@@ -188,7 +205,7 @@ class ItemForm:
         attributes[self.key] = {"S": entity_id}
         attributes[VERSION] = {"N": str(version)}
         attributes[TOKEN] = {"S": token}
-        attributes[WEIGHT] = {"N": str(weight_of(entity))}
+        attributes[WEIGHT] = stored_weight(entity, version)
         return attributes
 
     def parts(self, entity: Entity, *, keep_created: bool = False) -> tuple[Attributes, list[str]]:
@@ -210,8 +227,7 @@ class ItemForm:
                 other[name] = value
         if other:
             document = encode_map(other)
-        kept = CREATED_AT if keep_created else None
-        removed += [name for name in plain if name not in attributes and name != kept]
+        removed += [name for name in plain if name not in attributes]
         for name, field in indexed.items():
             if keep_created and name == CREATED_AT and name not in entity:
                 continue

@@ -27,7 +27,6 @@ from hf_async_store.strategies.dynamodb.expressions import FilterWriter, Names
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
     DOC,
-    TOKEN,
     ItemForm,
 )
 from hf_async_store.strategies.dynamodb.planning import Access, access_of
@@ -77,23 +76,21 @@ class Reading:
         keys: Sequence[Key],
         *,
         consistent: bool | None = None,
-        only: Sequence[str] | None = None,
     ) -> list[Attributes | None]:
         """The items of these keys, in their order.
 
         Args:
             consistent: other than configured.
-            only: read no other attributes.
         """
         await self._ready(keys)
         if consistent is None:
             consistent = self._consistent
-        if len(keys) == 1 and only is None:
+        if len(keys) == 1:
             return [await self._get(keys[0], consistent)]
         found: dict[tuple[str, str], Attributes] = {}
         places = list(dict.fromkeys((self._tables.name(each.collection), each) for each in keys))
         batches = [places[each : each + MOST_KEYS] for each in range(0, len(places), MOST_KEYS)]
-        work = [self._get_batch(each, consistent, only, found) for each in batches]
+        work = [self._get_batch(each, consistent, found) for each in batches]
         if len(work) == 1:
             await work[0]
         else:
@@ -104,10 +101,6 @@ class Reading:
         """The whole item as it is now."""
         await self._ready((key,))
         return await self._get(key, consistent=True)
-
-    async def states(self, keys: Sequence[Key]) -> list[Attributes | None]:
-        """Of each item its key, version and token, as they are now."""
-        return await self.items(keys, consistent=True, only=(VERSION, TOKEN))
 
     async def _ready(self, keys: Iterable[Key]) -> None:
         for collection in {each.collection for each in keys}:
@@ -128,7 +121,6 @@ class Reading:
         self,
         places: Sequence[tuple[str, Key]],
         consistent: bool,
-        only: Sequence[str] | None,
         found: dict[tuple[str, str], Attributes],
     ) -> None:
         requests: dict[str, dict[str, Any]] = {}
@@ -137,12 +129,6 @@ class Reading:
             request = requests.get(table)
             if request is None:
                 request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
-                if only is not None:
-                    names = Names()
-                    request["ProjectionExpression"] = ", ".join(
-                        names.name(each) for each in (form.key, *only)
-                    )
-                    request["ExpressionAttributeNames"] = names.names
             request["Keys"].append({form.key: {"S": key.id}})
         keys = {table: self._key_of(table) for table in requests}
         backoff = Backoff(self._client.config.retry_timeout)

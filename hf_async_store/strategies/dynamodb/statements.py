@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from hf_async_store.entities import INT_MAX, VERSION
+from hf_async_store.entities import VERSION
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
 from hf_async_store.strategies.dynamodb.items import TOKEN, WEIGHT
 
@@ -24,11 +24,15 @@ Path: TypeAlias = "tuple[str, ...]"
 MOST_STATEMENT: Final = 8192
 _SHAPES: Final = 512
 
-_FRESH: Final = {"N": str(INT_MAX)}
 
+def insert(table: str, item: Attributes, *, whole: bool) -> Statement:
+    """Insert an item whose key must be free.
 
-def insert(table: str, item: Attributes) -> Statement:
-    """Insert an item whose key must be free."""
+    Args:
+        whole: as one parameter, which is read faster; a server may not know that form.
+    """
+    if whole:
+        return {"Statement": f'INSERT INTO "{table}" VALUE ?', "Parameters": [{"M": item}]}
     return {"Statement": _insert(table, tuple(item)), "Parameters": list(item.values())}
 
 
@@ -60,14 +64,10 @@ class Guard:
     def token(cls, token: str) -> Guard:
         return cls(f'"{TOKEN}" = ?', [{"S": token}])
 
-    @classmethod
-    def countable(cls) -> Guard:
-        """There is a version after the stored one."""
-        return cls(f'"{VERSION}" < ?', [_FRESH])
-
     def and_lighter(self, most: int) -> Guard:
         """And it weighs at most so much."""
-        return Guard(f'{self.text} AND "{WEIGHT}" <= ?', [*self.values, {"N": str(most)}])
+        text = f'{self.text} AND "{WEIGHT}" <= ?' if self.text else f'"{WEIGHT}" <= ?'
+        return Guard(text, [*self.values, {"N": str(most)}])
 
 
 def update(

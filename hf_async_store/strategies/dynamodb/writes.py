@@ -59,11 +59,14 @@ from hf_async_store.strategies.dynamodb.errors import (
 )
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
+    CREATED_SIDE,
+    LAST_VERSIONS,
     TOKEN,
     WEIGHT,
     ItemForm,
     new_token,
     probe_id,
+    stored_weight,
     token_of,
     version_of,
     weight_of,
@@ -94,8 +97,6 @@ MOST_PUTS: Final = 25
 _FEW: Final = 4
 """So many deletes are made one by one, before it is worth learning whether they can share."""
 _CAREFUL_SECONDS: Final = 60.0
-_KEPT_CREATED_AT: Final = 64
-"""What a `created_at` weighs that is kept, at most."""
 
 
 class _Unknown:
@@ -113,7 +114,8 @@ class _Work:
         guard: what the statement that is under way insists on.
         lost: the answer to a try was lost; it may have landed.
         in_flight: it may even land later.
-        whole: it must be written whole.
+        whole: it must be written whole, or at least in a request of its own.
+        upserts: it is a save on its own, which one request can do.
         outcome: as soon as it is known; `is_done` tells.
     """
 
@@ -129,6 +131,7 @@ class _Work:
         "seen",
         "table",
         "token",
+        "upserts",
         "whole",
     )
 
@@ -143,6 +146,7 @@ class _Work:
         self.lost = False
         self.in_flight = False
         self.whole = change.mark is not None
+        self.upserts = False
         self.is_done = False
         self.outcome: Outcome = None
 
@@ -183,6 +187,8 @@ class Writes:
         self._seconds = client.config.retry_timeout
         # Whether the answer to a statement brings its item: not every server does that.
         self._returns: bool | None = None
+        # Whether an insert may bring its item as one parameter: AWS does not say so.
+        self._inserts_whole = True
         self._careful_until = 0.0
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
@@ -207,7 +213,8 @@ class Writes:
         backoff = Backoff(self._seconds)
         waiting = [each for each in works if not each.is_done]
         while waiting:
-            await self._look([each for each in waiting if self._must_look(each)])
+            alone = len(waiting) == 1 and time.monotonic() >= self._careful_until
+            await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
             failed = await self._send([each for each in waiting if not each.is_done])
             waiting = [each for each in waiting if not each.is_done]
             if failed and waiting and not await backoff.pause():
@@ -229,11 +236,11 @@ class Writes:
 
     # -- what is known -----------------------------------------------------------------------
 
-    def _must_look(self, work: _Work) -> bool:
+    def _must_look(self, work: _Work, *, is_single: bool) -> bool:
         if work.seen is not _UNKNOWN:
             return False
         change = work.change
-        if isinstance(change, Put) and change.expect is ANY:
+        if isinstance(change, Put) and change.expect is ANY and not is_single:
             return True
         if work.lost:
             return work.needs_state or change.expect is ABSENT
@@ -247,7 +254,7 @@ class Writes:
         if not works:
             return
         try:
-            items = await self._reading.states([each.change.key for each in works])
+            items = await self._reading.items([each.change.key for each in works], consistent=True)
         except StorageError as exc:
             for each in works:
                 if not isinstance(exc, UnavailableError):
@@ -295,7 +302,7 @@ class Writes:
             elif not work.is_done:
                 work.whole = True
         sent = [self._execute(each) for each in _chunks(pairs, MOST_STATEMENTS)]
-        sent += [self._write_whole(each) for each in works if each.whole and not each.is_done]
+        sent += [self._alone(each) for each in works if each.whole and not each.is_done]
         failures = [await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent)
         return next((each for each in failures if each is not None), None)
 
@@ -307,6 +314,9 @@ class Writes:
         """
         change, seen = work.change, work.seen
         work.guarded_by_token = False
+        if isinstance(seen, _Unknown) and isinstance(change, Put) and work.needs_state:
+            work.upserts = True
+            return None
         if change.expect is ABSENT:
             return self._insert(work)
         if change.expect == INT_MAX and not isinstance(change, Delete):
@@ -337,7 +347,7 @@ class Writes:
         expect = work.change.expect
         work.new_version = None
         if type(expect) is not int:
-            return Guard() if isinstance(work.change, Delete) else Guard.countable()
+            return Guard()
         if not isinstance(work.change, Delete):
             work.new_version = next_version(work.change.key, expect)
         return Guard.version(expect)
@@ -349,7 +359,7 @@ class Writes:
             entity = {**entity, CREATED_AT: put.at}
         work.new_version = 1 if put.version is None else put.version
         item = work.form.item(put.key.id, entity, work.new_version, work.token)
-        return insert(work.table, item)
+        return insert(work.table, item, whole=self._inserts_whole)
 
     def _update(self, work: _Work, guard: Guard) -> Statement | None:
         change = work.change
@@ -361,9 +371,12 @@ class Writes:
                 return None
             attributes, names = work.form.parts(change.entity, keep_created=True)
             attributes.pop(work.form.key)
+            assert work.new_version is not None, "only a patch leaves it to the server"
+            attributes[WEIGHT] = stored_weight(change.entity, work.new_version)
+            if isinstance(work.seen, dict) and work.guarded_by_token:
+                attributes, names = _difference(work.seen, attributes, names, work.form)
             put.update({(name,): each for name, each in attributes.items()})
             removed = [(each,) for each in names]
-            put[(WEIGHT,)] = {"N": str(weight_of(change.entity) + _KEPT_CREATED_AT)}
         else:
             assert isinstance(change, Patch)
             fields = change.fields
@@ -435,7 +448,10 @@ class Writes:
 
     def _failed(self, work: _Work, exc: StorageError) -> StorageError | None:
         if isinstance(exc, StatementRefused) and not work.whole:
-            work.whole = True
+            if self._inserts_whole and _inserts(work):
+                self._inserts_whole = False  # and again, in the form that every server knows
+            else:
+                work.whole = True
             return None
         if isinstance(exc, TableMissing):
             work.done(_gone(work))
@@ -499,6 +515,27 @@ class Writes:
             work.done(work.unknown("the answer was lost, and others wrote since"))
             return None
         work.seen = item
+        return None
+
+    # -- alone -------------------------------------------------------------------------------
+
+    async def _alone(self, work: _Work) -> StorageError | None:
+        """A change in a request of its own."""
+        return await (self._upsert(work) if work.upserts else self._write_whole(work))
+
+    async def _upsert(self, work: _Work) -> StorageError | None:
+        """A save that expects nothing, by the one request that inserts or replaces."""
+        work.upserts = work.whole = False  # where it does not come through, it goes the usual way
+        try:
+            answer = await self._client.call("UpdateItem", _upsert_item(work))
+        except ConditionFailed:
+            work.whole = True  # there is no version after the stored one
+            return None
+        except ConcurrencyConflictError as exc:
+            return exc
+        except StorageError as exc:
+            return self._failed(work, exc)
+        work.done(version_of(answer["Attributes"]))
         return None
 
     # -- whole -------------------------------------------------------------------------------
@@ -678,6 +715,55 @@ class Writes:
             if place not in left:
                 work.done(cast("Put", work.change).version)
         return left
+
+
+def _inserts(work: _Work) -> bool:
+    """Whether what was just sent for it was an insert."""
+    return work.change.expect is ABSENT or (work.seen is None and isinstance(work.change, Put))
+
+
+def _difference(
+    seen: Attributes, attributes: Attributes, names: Sequence[str], form: ItemForm
+) -> tuple[Attributes, list[str]]:
+    """What a save must set and remove where all of the item is known.
+
+    Args:
+        attributes, names: what it sets and removes where nothing is.
+    """
+    kept = {form.key, VERSION, TOKEN}
+    if CREATED_AT not in attributes:
+        kept |= {CREATED_AT, CREATED_SIDE}
+    changed = {name: each for name, each in attributes.items() if seen.get(name) != each}
+    return changed, [each for each in seen if each not in attributes and each not in kept]
+
+
+def _upsert_item(work: _Work) -> dict[str, Any]:
+    """The request of a save that expects nothing."""
+    change = cast("Put", work.change)
+    names = Names()
+    attributes, removed = work.form.parts(change.entity, keep_created=True)
+    attributes.pop(work.form.key)
+    attributes[TOKEN] = {"S": work.token}
+    # The version is not known, but its last ones are refused below.
+    attributes[WEIGHT] = stored_weight(change.entity, 0)
+    puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
+    if CREATED_AT not in attributes:
+        created = names.name(CREATED_AT)
+        puts.append(f"{created} = if_not_exists({created}, {names.value({'S': change.at})})")
+    version = names.name(VERSION)
+    zero, one = names.value({"N": "0"}), names.value({"N": "1"})
+    puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
+    update = f"SET {', '.join(puts)}"
+    if removed:
+        update += f" REMOVE {', '.join(map(names.name, removed))}"
+    last = names.value({"N": str(LAST_VERSIONS)})
+    condition = f"attribute_not_exists({names.name(work.form.key)}) OR {version} < {last}"
+    return {
+        "TableName": work.table,
+        "Key": {work.form.key: {"S": change.key.id}},
+        "ReturnValues": "UPDATED_NEW",
+        **names.request(UpdateExpression=update, ConditionExpression=condition),
+    }
 
 
 def _update_item(work: _Work, condition: str, names: Names) -> dict[str, Any]:
