@@ -1,4 +1,4 @@
-"""hf_async_store: an async-first store for entities: on JSON files, SQLite, PostgreSQL and in memory.
+"""hf_async_store: an async-first store for entities: JSON files, SQLite, PostgreSQL, DynamoDB, memory.
 
     from hf_async_store import open_store
 
@@ -91,6 +91,7 @@ from hf_async_store.strategy import StorageStrategy
 from hf_async_store.transaction import Transaction
 
 if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb import DynamoDBStorageStrategy
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategies.memory import MemoryStorageStrategy
     from hf_async_store.strategies.sql import SQLStorageStrategy
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ON_DEMAND: Final = {
+    "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
     "SQLStorageStrategy": "hf_async_store.strategies.sql",
@@ -124,6 +126,7 @@ __all__ = [
     "ConfigurationError",
     "CorruptionError",
     "DiskFullError",
+    "DynamoDBStorageStrategy",
     "Entity",
     "EntityNotFoundError",
     "Field",
