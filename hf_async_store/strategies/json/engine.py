@@ -35,8 +35,11 @@ from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.json.files import (
     FileManager,
     Signature,
+    is_doubtful,
+    mark_doubtful,
     sync_data,
     sync_folder,
+    sync_parents,
     write_all,
 )
 from hf_async_store.strategies.json.folding import Folding
@@ -194,7 +197,8 @@ class JSONEngine:
         now = time.monotonic()
         if now < self._next_file_check:
             return True
-        if self._files_changed(state) or not self._in_place(state):
+        moved = self._has_successor(state) or not self._in_place(state)
+        if moved or self._files_changed(state):
             return False  # and look again at the next read, until this is settled
         self._next_file_check = now + _FILE_CHECK_SECONDS
         return True
@@ -286,10 +290,19 @@ class JSONEngine:
         if self._append is not None or self._owned:
             return True
         while True:
-            if state.fd >= 0 and not await self._read_tail(state):
-                return False
+            try:
+                if state.fd >= 0 and not await self._read_tail(state):
+                    return False
+            except CorruptionError:
+                if self._in_place(state) and not self._has_successor(state):
+                    raise
+                return False  # an adoption put that journal aside
             if state.fd >= 0 and not state.sealed:
-                break
+                if not self._has_successor(state):
+                    break
+                # A seal comes before its successor, unless an adoption put the journal aside.
+                if not await self._read_tail(state) or not state.sealed:
+                    return False
             if not self._has_successor(state):
                 if self.files.journals()[-1:] > [state.generation]:
                     return False
@@ -302,7 +315,10 @@ class JSONEngine:
 
     async def _read_tail(self, state: State) -> bool:
         path = self.files.journal(state.generation)
-        size = os.fstat(state.fd).st_size
+        found = os.fstat(state.fd)
+        size = found.st_size
+        if is_doubtful(found):
+            state.doubtful = state.generation
         if size == state.offset:
             return True
         if size < state.offset:
@@ -332,7 +348,8 @@ class JSONEngine:
             if first is None or first[0].kind is not Kind.HEAD:
                 raise Vanished(f"{path} has no head yet")
             head, end = first
-            if not self._knows(state, read_head(head.payload)):
+            told = read_head(head.payload)
+            if told.alone or not self._knows(state, told):
                 os.close(fd)
                 return False
         except BaseException:
@@ -415,7 +432,11 @@ class JSONEngine:
     async def _own(self) -> State:
         state = await self.refresh_locked()
         self._owned = True
-        if self._broken:
+        if state.superseded:
+            # Left by an adoption that was interrupted; somebody may still have them open.
+            self._drop_journals(state.first)
+            state.superseded = False
+        if self._broken or state.in_doubt:
             await self.folding.renew(state)
             self._broken = False
         return state
@@ -462,7 +483,8 @@ class JSONEngine:
         self._append = append
         # The seal of a broken journal is for those who read on now; it need not last.
         lasting = self.config.sync_writes if kind is Kind.COMMIT else True
-        sync = lasting and not (self._broken and kind is Kind.SEAL)
+        broken = self._broken or state.doubtful == state.generation
+        sync = lasting and not (broken and kind is Kind.SEAL)
         work = asyncio.get_running_loop().run_in_executor(
             self.threads, _append, fd, data, state.offset, sync
         )
@@ -515,32 +537,41 @@ class JSONEngine:
         if state.fd >= 0 and not state.sealed:
             await self.append_control(state, Seal(state.generation + 1))
         generation = state.generation + 1
-        contents = {
-            name: FileState(
-                content.digest,
-                generation if name in state.replaced or state.generation == 0 else content.covers,
-                content.ours,
-                content.collection,
-            )
-            for name, content in state.content.items()
-        }
-        path = self.files.journal(generation)
-        data = record(*control(Head(generation, contents)), 0)
+        await self._begin(
+            state,
+            Head(
+                generation,
+                {
+                    name: _from(
+                        content,
+                        generation
+                        if name in state.replaced or state.generation == 0
+                        else content.covers,
+                    )
+                    for name, content in state.content.items()
+                },
+            ),
+        )
+
+    async def _begin(self, state: State, head: Head, rest: bytes = b"") -> None:
+        """A new journal, whole or not at all, with this head and, behind it, one more record."""
+        path = self.files.journal(head.generation)
+        data = record(*control(head), 0) + rest
         try:
             fd = await asyncio.get_running_loop().run_in_executor(
-                self.threads, _make_journal, path, data
+                self.threads, _make_journal, path, data, head.generation == 1
             )
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
         state.close()
         self._close_writer()
         state.fd = fd
-        state.generation = generation
+        state.generation = head.generation
         state.offset = len(data)
-        state.sequence = 1
+        state.sequence = 2 if rest else 1
         state.sealed = False
         state.replaced.clear()
-        for name, content in contents.items():
+        for name, content in head.files.items():
             state.content[name] = content
             known = state.known.setdefault(name, [])
             if content not in known:
@@ -560,7 +591,12 @@ class JSONEngine:
     # -- life --------------------------------------------------------------------------------
 
     async def adopt(self, which: str) -> None:
-        """Settle a data file that was replaced by hand: "file" or "journal" is what counts."""
+        """Settle a data file that was replaced by hand, or a damaged journal: "file", "journal" or
+        what is "readable" counts.
+
+        One step settles it: a journal that leans on no earlier one. Interrupted before, the question
+        is open still, and nothing was changed; afterwards whoever comes next goes on from there.
+        """
         self.refuse_closed()
         self.files.make_folder()
         async with self.locks.exclusive():
@@ -573,15 +609,39 @@ class JSONEngine:
                     raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
             self._owned = True
             try:
-                await self.folding.start_over(state)
-                self._broken = False
+                await finish(self._stand_alone(state))
+                await self.folding.renew(state)
             except BaseException:
-                # The question is open still: what was read must not be taken for the answer.
+                # What was read must not be taken for the answer: the files have it.
                 state.close()
                 self._state = None
                 raise
             finally:
                 self._owned = False
+
+    async def _stand_alone(self, state: State) -> None:
+        """Begin a journal on the data files as they lie there, with all that was replayed in it."""
+        generation = max([state.generation, *self.files.journals()]) + 1
+        files = {name: _from(content, generation) for name, content in state.content.items()}
+        images, state.replayed = state.replayed, {}
+        rest = b""
+        if any(images.values()):
+            rest = await asyncio.to_thread(_commit_record, images)
+        try:
+            if state.unread:
+                await asyncio.to_thread(self.files.keep_damaged, state.unread)
+        except OSError as exc:
+            raise translate_os_error(exc, f"keep a journal in {self.files.folder}") from exc
+        await self._begin(state, Head(generation, files, alone=True), rest)
+        state.known = {name: [content] for name, content in files.items()}
+        state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
+        self._drop_journals(generation)
+
+    def _drop_journals(self, before: int) -> None:
+        try:
+            self.files.drop_journals(before)
+        except OSError as exc:
+            raise translate_os_error(exc, "remove a journal") from exc
 
     async def probe(self) -> None:
         self.refuse_closed()
@@ -605,6 +665,11 @@ class JSONEngine:
             "`hf-async-store checkpoint`, confirms it"
             for name in sorted(state.replaced)
         ]
+        if state.in_doubt:
+            problems.append(
+                f"{self.files.journal(state.doubtful)} could not be brought to the disk; the next "
+                "write, or `hf-async-store checkpoint`, writes everything anew"
+            )
         problems += await self._unreadable(state)
         return {
             "folder": str(self.files.folder.absolute()),
@@ -750,6 +815,11 @@ class _SessionContext:
         view.merge_top()
 
 
+def _from(content: FileState, generation: int) -> FileState:
+    """The same content of a data file, which lacks nothing before this generation."""
+    return FileState(content.digest, generation, content.ours, content.collection)
+
+
 def _append_error(failure: BaseException, path: Path, *, commit: bool) -> StorageError:
     if isinstance(failure, _SyncFailed) and isinstance(failure.__cause__, OSError):
         error = translate_os_error(failure.__cause__, f"bring {path} to the disk")
@@ -774,11 +844,24 @@ def _append(fd: int, data: bytes, offset: int, sync: bool) -> None:
         try:
             sync_data(fd)
         except OSError as exc:
+            # While the lock is held: whoever writes next must know, also in another process.
+            try:
+                mark_doubtful(fd)
+            except OSError:
+                log.warning("a failed sync could not be marked for other processes", exc_info=True)
             raise _SyncFailed from exc
 
 
-def _make_journal(path: Path, data: bytes) -> int:
-    """A journal that begins with `data`, whole or not at all; a descriptor to read it."""
+def _commit_record(images: Images) -> bytes:
+    return record(Kind.COMMIT, b"".join(commit_text(images)), 1)
+
+
+def _make_journal(path: Path, data: bytes, first: bool) -> int:
+    """A journal that begins with `data`, whole or not at all; a descriptor to read it.
+
+    Args:
+        first: its folder may be new, too.
+    """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -786,6 +869,8 @@ def _make_journal(path: Path, data: bytes) -> int:
         os.fsync(fd)
         temporary.rename(path)
         sync_folder(path.parent)
+        if first:
+            sync_parents(path.parent)
     except BaseException:
         os.close(fd)
         # Perhaps it has its name already, and the folder could not be brought to the disk.

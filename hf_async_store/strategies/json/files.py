@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
+import stat
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -22,6 +24,8 @@ from hf_async_store.strategies.json.journal import FileState
 if TYPE_CHECKING:
     from hf_async_store.config import JSONConfig
     from hf_async_store.entities import Schema
+
+log: Final = logging.getLogger("hf_async_store.json")
 
 _MODE: Final = 0o600
 _WRITE_PIECE: Final = 1 << 20
@@ -257,6 +261,16 @@ class FileManager:
                 with suppress(FileNotFoundError):
                     self.journal(generation).unlink()
 
+    def keep_damaged(self, generations: Iterable[int]) -> None:
+        """Copy journals aside: evidence of what could not be read. Nobody but a person uses them."""
+        import shutil  # here, because it brings every compressor along
+
+        for generation in generations:
+            # No link: whoever has the journal open takes it for removed when it has no name left.
+            aside = self.folder / f"{self._stem}.damaged.{generation:08d}"
+            shutil.copy2(self.journal(generation), aside)
+            log.warning("%s keeps the journal that could not be read to its end", aside)
+
     def free_bytes(self) -> int:
         import shutil  # here, because it brings every compressor along
 
@@ -300,6 +314,33 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_parents(folder: Path) -> None:
+    """Make a folder that was just made, with those above it, outlive a loss of power."""
+    device = folder.stat().st_dev
+    for each in folder.parents:
+        if each.stat().st_dev != device:
+            return
+        with suppress(PermissionError):  # then this user did not make it
+            sync_folder(each)
+
+
+_DOUBT: Final = stat.S_IXUSR
+
+
+def mark_doubtful(fd: int) -> None:
+    """Tell every process that a sync of this journal failed.
+
+    By a bit of its mode: that takes no room on a disk that is full, and no write on one that fails.
+    It need not outlive a loss of power, after which everybody reads what the disk has.
+    """
+    os.fchmod(fd, _MODE | _DOUBT)
+
+
+def is_doubtful(found: os.stat_result) -> bool:
+    """Whether a sync of the journal that `stat` shows so failed."""
+    return bool(found.st_mode & _DOUBT)
 
 
 def sync_data(fd: int) -> None:
@@ -368,8 +409,11 @@ __all__ = [
     "DataFile",
     "FileManager",
     "Signature",
+    "is_doubtful",
+    "mark_doubtful",
     "read_file",
     "sync_data",
     "sync_folder",
+    "sync_parents",
     "write_all",
 ]
