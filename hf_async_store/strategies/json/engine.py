@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -99,6 +99,41 @@ class _Append:
         self.end = end
         self.size = size
         self.applied = False
+
+
+class _Hop:
+    """One call in a worker thread; whoever waits for it may be cancelled, the call is not.
+
+    `run_in_executor` and a shield do the same by four futures and another turn of the loop, which a
+    commit of one entity feels.
+    """
+
+    __slots__ = ("_call", "_loop", "_waiter", "done", "failure")
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self.done = False
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            self._call()
+        except BaseException as exc:  # noqa: BLE001  # raised where the commit looks at it
+            self.failure = exc
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self.done = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        await self._waiter
 
 
 class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
@@ -204,7 +239,7 @@ class JSONEngine:
         return True
 
     def _has_successor(self, state: State) -> bool:
-        return self.files.journal(state.generation + 1).exists()
+        return os.path.exists(self.files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
 
     def _files_changed(self, state: State) -> bool:
         return any(
@@ -245,6 +280,26 @@ class JSONEngine:
             "checkpoint --adopt-file`"
         )
 
+    def _unchanged(self, state: State) -> bool:
+        """Whether there is surely nothing to follow: the common case, decided in a few calls.
+
+        Others must be kept from writing, and no other task of this process may be following.
+        """
+        if self._closed or self._refreshing.locked() or state.fd < 0 or state.sealed:
+            return False
+        try:
+            found = os.fstat(state.fd)
+            there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # every write
+            return (
+                found.st_size == state.offset
+                and not is_doubtful(found)
+                and os.path.samestat(found, there)
+                and not self._has_successor(state)
+                and not self._files_changed(state)
+            )
+        except OSError:
+            return False  # told where it is looked at in full
+
     async def _follow(self) -> State:
         async with self._refreshing:
             state = self._state
@@ -280,7 +335,7 @@ class JSONEngine:
     def _in_place(self, state: State) -> bool:
         """Whether the journal that is open is the one in the folder."""
         try:
-            there = self.files.journal(state.generation).stat()
+            there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # often
         except FileNotFoundError:
             return False
         return os.path.samestat(there, os.fstat(state.fd))
@@ -417,9 +472,22 @@ class JSONEngine:
             owner: the task that holds it, where that is not the current one.
         """
         self.refuse_closed()
-        self.files.make_folder()
-        async with self.locks.exclusive(owner=owner), self.owning() as state:
-            yield state
+        if not self._has_journal():
+            self.files.make_folder()
+        async with self.locks.exclusive(owner=owner):
+            # As `owning`, which costs every write as much as a look at the files.
+            try:
+                yield await self._own()
+            finally:
+                self._owned = False
+
+    def _has_journal(self) -> bool:
+        """Whether the open journal still lies in a folder; then that folder is there."""
+        try:
+            state = self._state
+            return state is not None and state.fd >= 0 and os.fstat(state.fd).st_nlink > 0
+        except OSError:
+            return False
 
     @asynccontextmanager
     async def owning(self) -> AsyncIterator[State]:
@@ -430,7 +498,9 @@ class JSONEngine:
             self._owned = False
 
     async def _own(self) -> State:
-        state = await self.refresh_locked()
+        state = self._state
+        if state is None or not self._unchanged(state):
+            state = await self.refresh_locked()
         self._owned = True
         if state.superseded:
             # Left by an adoption that was interrupted; somebody may still have them open.
@@ -471,7 +541,7 @@ class JSONEngine:
         else:
             data = record(kind, payload, state.sequence)
         append = _Append(images or {}, state.offset + len(data), len(payload))
-        path = self.files.journal(state.generation)
+        path = self.files.journal_path(state.generation)
         try:
             fd = self._writer(state)
             if os.fstat(fd).st_size > state.offset:
@@ -480,24 +550,22 @@ class JSONEngine:
                 os.ftruncate(fd, state.offset)
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
-        self._append = append
         # The seal of a broken journal is for those who read on now; it need not last.
         lasting = self.config.sync_writes if kind is Kind.COMMIT else True
         broken = self._broken or state.doubtful == state.generation
         sync = lasting and not (broken and kind is Kind.SEAL)
-        work = asyncio.get_running_loop().run_in_executor(
-            self.threads, _append, fd, data, state.offset, sync
-        )
+        offset = state.offset  # which moves on as soon as somebody sees the record
+        hop = _Hop(lambda: _append(fd, data, offset, sync))
+        self.threads.submit(hop.run)
+        self._append = append
         cancelled: asyncio.CancelledError | None = None
-        try:
-            await finish(work)
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-        except (OSError, _SyncFailed):
-            pass  # looked at below, where a cancellation does not hide it
-        finally:
-            self._append = None
-        failure = work.exception()
+        while not hop.done:
+            try:
+                await hop.wait()
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        self._append = None
+        failure = hop.failure
         if failure is None or isinstance(failure, _SyncFailed):
             self._apply(state, append)
         if isinstance(failure, _SyncFailed):
@@ -506,9 +574,11 @@ class JSONEngine:
             self._broken = True
         if cancelled is not None:
             raise cancelled
-        if failure is not None:
+        if isinstance(failure, OSError | _SyncFailed):
             cause = failure.__cause__ or failure
             raise _append_error(failure, path, commit=kind is Kind.COMMIT) from cause
+        if failure is not None:
+            raise failure  # a defect, or no memory
 
     def _apply(self, state: State, append: _Append) -> None:
         if not append.applied:
@@ -579,7 +649,7 @@ class JSONEngine:
 
     def _writer(self, state: State) -> int:
         if self._write_fd < 0:
-            path = self.files.journal(state.generation)
+            path = self.files.journal_path(state.generation)
             self._write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         return self._write_fd
 
@@ -820,12 +890,12 @@ def _from(content: FileState, generation: int) -> FileState:
     return FileState(content.digest, generation, content.ours, content.collection)
 
 
-def _append_error(failure: BaseException, path: Path, *, commit: bool) -> StorageError:
+def _append_error(failure: OSError | _SyncFailed, path: str, *, commit: bool) -> StorageError:
     if isinstance(failure, _SyncFailed) and isinstance(failure.__cause__, OSError):
         error = translate_os_error(failure.__cause__, f"bring {path} to the disk")
         error.outcome_unknown = commit
         return error
-    assert isinstance(failure, OSError), "all that appending raises"
+    assert isinstance(failure, OSError), "all else that appending raises"
     return translate_os_error(failure, f"write {path}")
 
 

@@ -76,6 +76,7 @@ class FileManager:
             self._collections = {file: name for name, file in config.files(schema).items()}
             self._stem = "store"
         self._journal_prefix = f"{self._stem}.journal."
+        self._journals = str(self.folder / self._journal_prefix)
         self._paths: dict[str, tuple[Path, Path]] = {}
 
     # -- names -------------------------------------------------------------------------------
@@ -111,9 +112,9 @@ class FileManager:
 
     def signature(self, name: str) -> Signature | None:
         """How the file looks to `stat` now; None if there is none."""
-        for path in (self.path(name), self._other_path(name)):
+        for path in self._both_paths(name):
             try:
-                return Signature.of(path.stat())
+                return Signature.of(os.stat(path))  # noqa: PTH116  # every write asks
             except FileNotFoundError:
                 continue
             except OSError as exc:
@@ -121,7 +122,11 @@ class FileManager:
         return None
 
     def journal(self, generation: int) -> Path:
-        return self.folder / f"{self._journal_prefix}{generation:08d}"
+        return Path(self.journal_path(generation))
+
+    def journal_path(self, generation: int) -> str:
+        """The same as text: every write asks, and making a Path costs more than a look at the file."""
+        return f"{self._journals}{generation:08d}"
 
     def lock(self, suffix: str = "") -> Path:
         """Lock files begin with a dot: they are nobody's business but the store's."""

@@ -303,7 +303,7 @@ class Loader:
         end = 0
         alone = False
         try:
-            async for entry, end in scanned(data, str(path), 0, 0):
+            async for entry, position in scanned(data, str(path), 0, 0):
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
@@ -314,6 +314,7 @@ class Loader:
                         )
                     alone = head.alone
                 entries.append(entry)
+                end = position
             if not entries:
                 raise CorruptionError(
                     f"{path} at byte 0: a journal begins with its head. Restore a backup "
