@@ -191,7 +191,15 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         pool_timeout: seconds to wait for a free connection.
         pool_recycle: seconds after which a connection is replaced.
         timeout: seconds to wait for a lock or a statement.
-        enable_query_cache: the statement caches of the toolkit and the driver.
+        enable_query_cache: the statement cache of the driver.
+        enforce_references: refuse missing parents, and deleting a parent that has children.
+        synchronous: SQLite: FULL brings every commit to the disk, NORMAL may lose the last ones
+            with the power, and tears none.
+        isolation: PostgreSQL: what transactions, and single operations, run at.
+        sslmode, sslrootcert: PostgreSQL: as libpq takes them; the file of trusted authorities.
+        pgbouncer: PostgreSQL behind a pool that hands out connections by transaction.
+        login_provider: `module:function`, asked for the password of each new connection with
+            host, port and user name; it may be async.
     """
 
     type: Literal["sqlite", "postgresql"] = "sqlite"
@@ -206,6 +214,13 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pool_recycle: Seconds = 3600.0
     timeout: Seconds = 30.0
     enable_query_cache: bool = True
+    enforce_references: bool = True
+    synchronous: Literal["FULL", "NORMAL"] = "FULL"
+    isolation: Literal["serializable", "repeatable_read", "read_committed"] = "serializable"
+    sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = "prefer"
+    sslrootcert: str = ""
+    pgbouncer: bool = False
+    login_provider: str = ""
 
 
 class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -231,8 +246,15 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         region, profile: None leaves them to the AWS environment.
         read_capacity, write_capacity: for `PROVISIONED` tables.
+        enable_dax, dax_endpoint: reads that need not be consistent go through this DAX cluster.
         consistent_reads: reads by key, table queries and scans are strongly consistent.
+        point_in_time_recovery: kept for tables that are made here.
+        allow_scan: a query that no key or index can answer reads the whole table; else it is
+            refused.
         endpoint_url: another server than the region's own.
+        connect_timeout, read_timeout: seconds for one request.
+        retry_timeout: seconds for which throttled or failed requests are tried again.
+        max_pool_connections: how many requests may be under way at once.
     """
 
     _parts = {"auto_scaling": AutoScaling}
@@ -245,8 +267,15 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     billing_mode: Literal["PAY_PER_REQUEST", "PROVISIONED"] = "PAY_PER_REQUEST"
     auto_scaling: bool | AutoScaling = False
     enable_dax: bool = False
+    dax_endpoint: str | None = None
     consistent_reads: bool = True
+    point_in_time_recovery: bool = False
+    allow_scan: bool = True
     endpoint_url: str | None = None
+    connect_timeout: Seconds = 5.0
+    read_timeout: Seconds = 10.0
+    retry_timeout: Seconds = 30.0
+    max_pool_connections: AtLeastOne = 32
 
 
 class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
