@@ -43,12 +43,15 @@ from hf_async_store.errors import (
     InvalidQueryError,
     InvalidVersionError,
     LockTimeoutError,
+    MigrationError,
     OperationTimeoutError,
     PermissionDeniedError,
     ReadOnlyError,
     RetriesExhaustedError,
     StorageError,
     StoreClosedError,
+    StoreMovedError,
+    TargetNotEmptyError,
     ThrottledError,
     TransactionAbortedError,
     TransactionClosedError,
@@ -58,6 +61,7 @@ from hf_async_store.errors import (
     UnavailableError,
     UnknownCollectionError,
     ValueOutOfDomainError,
+    VerificationError,
     WrongLoopError,
 )
 from hf_async_store.query import (
@@ -87,6 +91,7 @@ from hf_async_store.strategy import StorageStrategy
 from hf_async_store.transaction import Transaction
 
 if TYPE_CHECKING:
+    from hf_async_store.migration import MigrationTool
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategies.memory import MemoryStorageStrategy
 
@@ -95,6 +100,7 @@ __version__ = "0.1.0"
 _ON_DEMAND: Final = {
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
+    "MigrationTool": "hf_async_store.migration",
 }
 
 
@@ -131,6 +137,8 @@ __all__ = [
     "JSONStorageStrategy",
     "LockTimeoutError",
     "MemoryStorageStrategy",
+    "MigrationError",
+    "MigrationTool",
     "OperationTimeoutError",
     "Page",
     "PermissionDeniedError",
@@ -142,6 +150,8 @@ __all__ = [
     "StorageError",
     "StorageStrategy",
     "StoreClosedError",
+    "StoreMovedError",
+    "TargetNotEmptyError",
     "ThrottledError",
     "Transaction",
     "TransactionAbortedError",
@@ -153,6 +163,7 @@ __all__ = [
     "UnknownCollectionError",
     "Value",
     "ValueOutOfDomainError",
+    "VerificationError",
     "WrongLoopError",
     "and_",
     "asc",

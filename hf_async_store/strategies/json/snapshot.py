@@ -101,7 +101,9 @@ class Snapshot:
         matches = compile_filter(query.where)
         decode = self._serializer.decode
         for start in range(first, len(ids), _PIECE):
-            raws = ((each, self._raw(query.collection, each)) for each in ids[start : start + _PIECE])
+            raws = (
+                (each, self._raw(query.collection, each)) for each in ids[start : start + _PIECE]
+            )
             found = [(each, decode(raw)) for each, raw in raws if raw is not None]
             yield found if query.where == EVERYTHING else [row for row in found if matches(row[1])]
             await asyncio.sleep(0)
