@@ -44,7 +44,7 @@ class Context:
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
         self.config = _config_of(arguments)
-        self.schema = Schema(_collections_of(arguments.collections))
+        self.schema = Schema(collections_of(arguments.collections))
         self.store = open_store(self.config, collections=self.schema.values())
         self._ends: float | None = None
 
@@ -68,7 +68,7 @@ class Context:
             async with _opened(self.store) as store, within(None if writes else timeout):
                 return await work(store)
 
-        with _warnings_told(verbose=self.arguments.verbose):
+        with warnings_told(verbose=self.arguments.verbose):
             try:
                 return asyncio.run(body())
             except OperationTimeoutError as exc:
@@ -185,7 +185,7 @@ def _config_of(arguments: Namespace) -> StorageConfig:
     )
 
 
-def _collections_of(named: str | None) -> Iterable[Collection]:
+def collections_of(named: str | None) -> Iterable[Collection]:
     """The collections that `--collections MODULE:NAME` stands for."""
     if named is None:
         return HOST_FACTORY
@@ -235,7 +235,7 @@ class _Told(logging.Handler):
 
 
 @contextmanager
-def _warnings_told(*, verbose: bool) -> Iterator[None]:
+def warnings_told(*, verbose: bool) -> Iterator[None]:
     handler = _Told(verbose=verbose)
     _LOG.addHandler(handler)
     try:

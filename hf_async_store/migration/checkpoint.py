@@ -11,17 +11,17 @@ import os
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from hf_async_store.engine import finish
 from hf_async_store.errors import CorruptionError
+from hf_async_store.migration.merging import MergeRule
 from hf_async_store.oserrors import translate_os_error
 
 if TYPE_CHECKING:
     from hf_async_store.entities import Value
-    from hf_async_store.migration.merging import MergeRule
     from hf_async_store.strategy import StorageStrategy
 
 _FORMAT: Final = "hf_async_store checkpoint 1"
@@ -47,12 +47,14 @@ class Checkpoint(msgspec.Struct):
 
     Attributes:
         pair: tells which source and target it is about.
-        rule: how entities are merged; None: the target was empty.
+        rule: how batches are written (see `MergeRule`); None: over whatever is there.
+        merge: the rule that the operator gave for what was there before; None: nothing was.
     """
 
     pair: str
     batch_size: int
-    rule: str | None
+    rule: MergeRule | None
+    merge: MergeRule | None
     collections: dict[str, Progress]
     backup: str | None = None
     format: str = _FORMAT
@@ -147,7 +149,3 @@ def _replace(path: Path, data: bytes) -> None:
     finally:
         os.close(fd)
     temporary.replace(path)
-
-
-def rule_of(checkpoint: Checkpoint) -> MergeRule | None:
-    return cast("MergeRule | None", checkpoint.rule)

@@ -15,6 +15,7 @@ from hf_async_store.config import MigrationConfig, load_migration
 from hf_async_store.entities import HOST_FACTORY, VERSION, Collection, Entity
 from hf_async_store.errors import (
     BatchError,
+    BrokenReferenceError,
     ConfigurationError,
     MigrationError,
     StorageError,
@@ -27,7 +28,6 @@ from hf_async_store.migration.checkpoint import (
     CheckpointFile,
     Progress,
     identity,
-    rule_of,
 )
 from hf_async_store.migration.comparing import (
     Comparison,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
 
 _PIECE: Final = 500
+_SHOWN: Final = 3
 
 Advance = Callable[[str, int], None]
 """Is told what is going on, and how many entities it has done more."""
@@ -137,7 +138,7 @@ class MigrationTool:
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
-        self._advance = advance
+        self.advance = advance
         self._stack = AsyncExitStack()
         location = self._config.backup_location
         folder = Path(location) if location.endswith("/") else Path(location).parent
@@ -263,7 +264,7 @@ class MigrationTool:
     async def compare(self) -> Comparison:
         """Both stores side by side: counts, digests, and the first differences."""
         return await compare_stores(
-            self.source, self.target, advance=lambda count: self._advance("verify", count)
+            self.source, self.target, advance=lambda count: self.advance("verify", count)
         )
 
     # -- all of them -------------------------------------------------------------------------
@@ -296,6 +297,7 @@ class MigrationTool:
                 self._file.pair,
                 self._config.batch_size,
                 rule,
+                self._merge if rule == self._merge else None,
                 {name: Progress() for name in self.source.collections},
                 report.backup,
             )
@@ -349,7 +351,7 @@ class MigrationTool:
         except StorageError as exc:
             raise _failed("the target cannot be read", exc) from exc
         counts, problems, more = await what_does_not_fit(
-            self.source, self.target, advance=lambda count: self._advance("check", count)
+            self.source, self.target, advance=lambda count: self.advance("check", count)
         )
         for name, count in counts.items():
             report.collections[name].read = count
@@ -391,9 +393,9 @@ class MigrationTool:
         for name in self.source.collections:
             await self._copy(name, checkpoint, report)
         if self._config.validate_after_migration:
-            await self._verify(checkpoint, report)
+            await self._verify(checkpoint.merge, report)
         if self._config.cleanup_source:
-            await self._clean(report)
+            await self._clean(checkpoint.merge, report)
         await self._file.remove()
 
     async def _copy(self, name: str, checkpoint: Checkpoint, report: MigrationReport) -> None:
@@ -413,12 +415,12 @@ class MigrationTool:
             name,
             size=self._config.batch_size,
             workers=self._config.parallel_workers,
-            rule=rule_of(checkpoint),
+            rule=checkpoint.rule,
             start=start,
             save=save,
-            advance=lambda count: self._advance(name, count),
+            advance=lambda count: self.advance(name, count),
         )
-        self._advance(name, start.count)
+        self.advance(name, start.count)
         try:
             await copying.run()
         except StorageError as exc:
@@ -442,20 +444,19 @@ class MigrationTool:
         changed: list[str] = []
         async with aclosing(batches_of(self.source, name, checkpoint.batch_size)) as batches:
             async for batch in batches:
-                left = progress.count - ours.count
+                # All of it, if all was copied: it may have grown since.
+                left = len(batch.entities) if progress.done else progress.count - ours.count
                 if left <= 0:
                     break
                 entities = batch.entities[:left]
-                twins = await self.target.get_entities(
-                    name, [cast("str", each[key]) for each in entities]
-                )
-                for entity, twin in zip(entities, twins, strict=True):
+                ids = [cast("str", each[key]) for each in entities]
+                twins = await self.target.get_entities(name, ids)
+                for entity_id, entity, twin in zip(ids, entities, twins, strict=True):
                     ours.add(canonical(entity))
                     if twin is not None:
                         theirs.add(canonical(twin))
-                    if twin is None or differing(entity, twin):
-                        changed.append(cast("str", entity[key]))
-                        del changed[10:]
+                    if (twin is None or differing(entity, twin)) and len(changed) < _SHOWN:
+                        changed.append(entity_id)
         recorded = Digest(progress.digest, progress.count)
         if ours != recorded:
             report.notices.append(
@@ -471,12 +472,20 @@ class MigrationTool:
                 f"migrate anew, or migrate with a merge rule; {self._file.path} can be removed"
             )
 
-    async def _verify(self, checkpoint: Checkpoint, report: MigrationReport) -> None:
-        rule = rule_of(checkpoint)
-        if rule is None or self._merge is None:
-            refuse_different(await self.compare())
-        else:
-            await self._verify_merge(rule)
+    async def _verify(self, merge: MergeRule | None, report: MigrationReport) -> None:
+        try:
+            if merge is None:
+                refuse_different(await self.compare())
+            else:
+                await self._verify_merge(merge)
+        except VerificationError:
+            raise
+        except StorageError as exc:
+            raise _failed(
+                "everything was copied, and could not be verified; the source is as it was. Mend "
+                "the cause, then verify again, or resume",
+                exc,
+            ) from exc
         report.verified = True
 
     async def _verify_merge(self, rule: MergeRule) -> None:
@@ -494,47 +503,51 @@ class MigrationTool:
                         f"{batch.collection} {entity_id!r} differs in "
                         + ", ".join(differing(entity, twin))
                     )
-            self._advance("verify", len(ids))
+            self.advance("verify", len(ids))
             if len(wrong) > _PIECE:
                 break
         if wrong:
             raise VerificationError(_different(wrong), wrong)
 
-    async def _clean(self, report: MigrationReport) -> None:
-        """Empty the source, children before parents: each entity only if the target has it just so."""
+    async def _clean(self, merge: MergeRule | None, report: MigrationReport) -> None:
+        """Empty the source, children before parents: of each entity that the target has."""
         for name in reversed(list(self.source.collections)):
-            await self._clean_collection(name, report.collections[name])
+            while entities := await self.source.query_entities(name, limit=_PIECE):
+                gone = await self._clean_batch(name, entities, merge)
+                report.collections[name].cleaned += gone
+                self.advance("clean", gone)
         report.cleaned = True
 
-    async def _clean_collection(self, name: str, told: CollectionReport) -> None:
+    async def _clean_batch(self, name: str, entities: list[Entity], merge: MergeRule | None) -> int:
+        """Delete what is certainly in the target, and has not changed since it was read here."""
         key = self.source.collections[name].key
-        while True:
-            entities = await self.source.query_entities(name, limit=_PIECE)
-            if not entities:
-                return
-            ids = [cast("str", each[key]) for each in entities]
-            twins = await self.target.get_entities(name, ids)
-            safe = {
-                entity_id: cast("int", entity[VERSION])
-                for entity_id, entity, twin in zip(ids, entities, twins, strict=True)
-                if twin is not None and (self._merge is not None or not differing(entity, twin))
-            }
-            if len(safe) < len(ids):
-                other = next(each for each in ids if each not in safe)
+        ids = [cast("str", each[key]) for each in entities]
+        twins = await self.target.get_entities(name, ids)
+        for entity_id, entity, twin in zip(ids, entities, twins, strict=True):
+            if twin is None or (
+                differing(entity, twin) and (merge is None or wins(entity, twin, merge))
+            ):
                 raise MigrationError(
-                    f"the source is not emptied any further: {name} {other!r} changed since it was "
-                    "verified, and the target does not have it so. Everything else is in the target"
+                    f"the source is not emptied any further: {name} {entity_id!r} changed since it "
+                    "was verified, and the target does not have it so; all that is gone from the "
+                    "source is in the target"
                 )
-            try:
-                gone = await self.source.delete_entities(name, ids, safe)
-            except BatchError as exc:
-                raise _failed(
-                    "the source was verified, and could not be emptied as a whole; what is left "
-                    "in it is in the target, too",
-                    _first(exc),
-                ) from exc
-            told.cleaned += sum(gone)
-            self._advance("clean", len(ids))
+        versions = {
+            entity_id: cast("int", entity[VERSION])
+            for entity_id, entity in zip(ids, entities, strict=True)
+        }
+        try:
+            return len(await self.source.delete_entities(name, ids, versions))
+        except BatchError as exc:
+            errors = [each for each in exc.outcomes if isinstance(each, StorageError)]
+            done = len(ids) - len(errors)
+            if done and all(isinstance(each, BrokenReferenceError) for each in errors):
+                return done  # parents in their own collection: their children are gone now
+            raise _failed(
+                "the source was verified, and could not be emptied as a whole; all that is gone "
+                "from it is in the target",
+                errors[0],
+            ) from exc
 
 
 # -- parts ----------------------------------------------------------------------------------
@@ -567,7 +580,7 @@ def _failed(what: str, cause: StorageError) -> MigrationError:
 
 
 def _ids(changed: list[str]) -> str:
-    return f"the first: {', '.join(map(repr, changed[:3]))}" if changed else "some are gone"
+    return f"the first: {', '.join(map(repr, changed))}" if changed else "some are gone"
 
 
 def _different(differences: list[str]) -> str:

@@ -231,7 +231,7 @@ def test_interrupted_while_it_reads() -> None:
         (["delete", "machines", "m-1"], True),
         (["restore", "data/db.json"], True),
         (["checkpoint"], False),
-        (["backup", "b.json"], False),
+        (["backup", "--copy", "b.json"], False),
     ],
 )
 def test_no_time_left(filled: Cli, words: list[str], unknown: bool) -> None:
@@ -376,7 +376,7 @@ def test_verbose_shows_where() -> None:
         ["count", "machines", "--config", "postgresql://app:hunter2@h/x"],
         ["postgresql://app:hunter2@h/x"],
         ["restore", "postgresql://app:hunter2@h/x"],
-        ["backup", "postgresql://app:hunter2@h/x"],
+        ["backup", "--copy", "postgresql://app:hunter2@h/x"],
         ["put", "machines", "--file", "postgresql://app:hunter2@h/x"],
     ],
 )

@@ -130,7 +130,7 @@ def test_checkpoint_settles_a_replaced_file(cli: Cli, which: str, there: list[st
 
 
 def test_checkpoint_of_another_engine(cli: Cli) -> None:
-    for command in (["checkpoint"], ["backup"], ["backups"], ["restore", "x"]):
+    for command in (["checkpoint"], ["backup", "--copy"], ["backups"], ["restore", "x"]):
         ran = cli(*command, "--store", "memory:")
         assert ran.code == 2
         assert ran.message == "this command is for JSON stores; here is the engine memory"
