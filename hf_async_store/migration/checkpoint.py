@@ -70,6 +70,8 @@ def identity(store: StorageStrategy) -> str:
     configured = store.describe().get("configuration")
     settings = configured if isinstance(configured, dict) else {}
     place: dict[str, Value] = {name: settings[name] for name in _PLACE if name in settings}
+    if not store.capabilities.durable:
+        place["object"] = id(store)  # it is nowhere else
     text = msgspec.json.encode({**told, **place}, order="deterministic")
     return blake2b(text, digest_size=8).hexdigest()
 

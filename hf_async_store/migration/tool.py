@@ -301,6 +301,8 @@ class MigrationTool:
                 {name: Progress() for name in self.source.collections},
                 report.backup,
             )
+            # Before the first write, so that whatever follows can be resumed.
+            await self._file.save(checkpoint)
             await self._go_on(checkpoint, report)
         report.seconds = round(time.monotonic() - started, 3)
         return report
