@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import redacted
 from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
-from hf_async_store.entities import Change, Key, Outcome, Record, Value
+from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Value
 from hf_async_store.errors import (
     CorruptionError,
     PermissionDeniedError,
@@ -150,6 +150,14 @@ class JSONEngine:
 
     async def count(self, query: Query) -> int:
         return await self.view(await self.current()).count(query)
+
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        state = await self.current()
+        raw = state.kept(collection.name, entity_id)
+        if raw is None:
+            return None
+        text = self.serializer.adopt(collection, entity_id, raw)
+        return Record(Key(collection.name, entity_id), self.serializer.decode(text))
 
     async def explain(self, query: Query) -> Plan:
         return await self.view(await self.current()).explain(query)

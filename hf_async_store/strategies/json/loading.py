@@ -33,6 +33,7 @@ from hf_async_store.strategies.json.journal import (
 )
 from hf_async_store.strategies.json.section import Section
 from hf_async_store.strategies.json.serializer import (
+    Held,
     JSONSerializer,
     NotOurs,
     cut_lines,
@@ -110,6 +111,17 @@ class State:
                 self.pending[generation].pop(collection, None)
             if not self.pending[generation]:
                 del self.pending[generation]
+
+    def kept(self, collection: str, entity_id: str) -> Held | None:
+        """The text of an entity, also of a collection that only others declare."""
+        section = self.sections.get(collection)
+        if section is not None and entity_id in section.held:
+            return section.held[entity_id]
+        for extras in self.extras.values():
+            if collection in extras:
+                members = cut_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
+                return members.get(entity_id)
+        return None
 
     def close(self) -> None:
         if self.fd >= 0:
