@@ -129,17 +129,27 @@ class _Side(msgspec.Struct):
     """Where operations go for the length of a lease.
 
     Attributes:
+        place: the URL of it; None is that of the store itself.
         engine: None is the engine that the store was opened with.
         marks: changes carry marks.
         term: of the move; 0 without one.
     """
 
+    place: str | None
     engine: Engine | None
     marks: bool
     term: int
 
+    def is_as(self, other: _Side) -> bool:
+        return (
+            self.place == other.place
+            and self.engine is other.engine
+            and self.marks == other.marks
+            and self.term == other.term
+        )
 
-_HOME: Final = _Side(None, marks=False, term=0)
+
+_HOME: Final = _Side(None, None, marks=False, term=0)
 
 Opening: TypeAlias = "Callable[[str | None], Engine]"
 """An engine that knows the hidden collections: of the store itself (None), or of a URL."""
@@ -162,7 +172,7 @@ class Moving:
         self._engines: dict[str | None, Engine] = {}
         self._waiting: tuple[int, float] | None = None
         self._followed = False
-        self._final = False
+        self._place: str | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -174,6 +184,13 @@ class Moving:
     def last(self) -> _Side:
         """What is known, be the lease on it over."""
         return self._side
+
+    def for_reading(self) -> Engine:
+        """What reads go to: the engine itself while the lease goes on, for they need nothing more."""
+        side = self._side
+        if time.monotonic() >= self._until:
+            return self
+        return self._home() if side.engine is None else side.engine
 
     def relies_on(self, side: _Side) -> bool:
         """Whether the lease on `side` goes on."""
@@ -199,53 +216,44 @@ class Moving:
             if begun < self._until:
                 return self._side
             side = await self._read()
-            if side is not None:
-                if (side.engine, side.marks, side.term) != self._known():
-                    self._side = side
-                self._until = begun + LEASE_SECONDS
-                if self._final:
-                    self._until = float("inf")
-                return self._side
-            return None
-
-    def _known(self) -> tuple[Engine | None, bool, int]:
-        return self._side.engine, self._side.marks, self._side.term
+            if side is None:
+                return None
+            if not side.is_as(self._side):
+                self._side = side
+            self._until = begun + LEASE_SECONDS
+            return self._side
 
     async def _read(self) -> _Side | None:
-        move = await self._move_at(None)
+        own = self._place
+        move = await self._move_at(own)
+        while move is not None and move.phase == "moved":
+            if not self._followed:
+                raise StoreMovedError(
+                    f"this store was moved to {move.other}; open that", move.other
+                )
+            # It was moved while it was open here: from now on this is a store at the new place.
+            self._place = own = move.other
+            move = await self._move_at(own)
         if move is None:
-            # Also after a move that was called off: then it is over.
-            return _HOME
-        if move.phase == "moved":
-            return self._moved(move)
-        self._followed = True  # whatever happens from here on, this process comes along
-        source: str | None = None
+            return _HOME if own is None else _Side(own, self._engine(own), marks=False, term=0)
+        self._followed = True  # whatever becomes of the move, this process comes along
+        source, target = (own, move.other) if move.role == "source" else (move.other, own)
         if move.role == "target":
-            source = move.other
             found = await self._move_at(source)
             if found is None or found.role != "source":
-                # The source ended it, and this place was not told yet: it is a copy of no use.
+                # The source ended it, and this place was not told yet.
                 raise StoreMovedError(
-                    f"the move to this store was called off; use {source}", source
+                    f"the move to this store was called off; use {source}", f"{source}"
                 )
             move = found
-        if move.phase == "moved":
-            # This is the target, and it stays the place. Its record goes any moment.
-            return _Side(self._engine(None), marks=False, term=move.term)
         if move.phase in ("cut_over", "cut_back"):
             await self._end_dead(move, source)
             return None
         self._waiting = None
-        target = move.other if source is None else None
-        engine = self._engine(source if move.phase == "copying" else target)
-        return _Side(engine, marks=engine.capabilities.marks, term=move.term)
-
-    def _moved(self, move: Move) -> _Side:
-        if not self._followed:
-            raise StoreMovedError(f"this store was moved to {move.other}; open that", move.other)
-        # It was moved while it was open: go on where it is now.
-        self._final = True
-        return _Side(self._engine(move.other), marks=False, term=move.term)
+        place = source if move.phase == "copying" else target
+        engine = self._engine(place)
+        marks = move.phase != "moved" and engine.capabilities.marks
+        return _Side(place, engine, marks=marks, term=move.term)
 
     async def _move_at(self, place: str | None) -> Move | None:
         if place is None and None not in self._engines:
@@ -275,16 +283,15 @@ class Moving:
         """
         while not self.relies_on(side):
             now = await self.current()
-            if now.term != side.term or (now.engine is None) != (side.engine is None):
-                if side.engine is None and now.term == 0:
-                    # A move began meanwhile, and this side stays authoritative: mark it now.
-                    await _write_marks(now, changes)
-                    return
+            if now.place != side.place or now.term != side.term:
                 raise UnavailableError(
                     "the store moved while this was written: nobody knows whether it came along",
                     outcome_unknown=True,
                     retryable=False,
                 )
+            if now.marks and not side.marks:
+                # A move began meanwhile, and this side stays the one that counts: mark it now.
+                await _write_marks(now, changes)
             side = now
 
     def engine_of(self, side: _Side) -> Engine:

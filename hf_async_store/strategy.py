@@ -146,7 +146,7 @@ class StorageStrategy(RepositoryInterface):
                 raise StoreClosedError("this store is not open (use `async with`)")
             raise WrongLoopError("this store was opened in another event loop")
         self._transactions.refuse_reentry()
-        return self._engine if self._moving is None else self._moving
+        return self._engine if self._moving is None else self._moving.for_reading()
 
     # -- moving ------------------------------------------------------------------------------
 

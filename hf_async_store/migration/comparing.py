@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -90,22 +90,34 @@ async def compare_stores(
         limit: how many differences are listed at most.
         advance: is told how many entities were read.
     """
-    compared: dict[str, CollectionComparison] = {}
     async with source.snapshot() as there, target.snapshot() as here:
-        for name, declared in source.collections.items():
-            ours, theirs = await asyncio.gather(
-                digest_of(there, declared, advance), digest_of(here, declared, advance)
-            )
-            compared[name] = CollectionComparison(ours.count, theirs.count, str(ours), str(theirs))
-        found: list[Difference] = []
-        for name, each in compared.items():
-            if not each.equal and len(found) <= limit:
-                differences = differences_of(there, here, source.collections[name])
-                async with aclosing(differences):
-                    async for difference in differences:
-                        found.append(difference)
-                        if len(found) > limit:
-                            break
+        return await compare_readers(there, here, source.collections, limit=limit, advance=advance)
+
+
+async def compare_readers(
+    source: Reader,
+    target: Reader,
+    schema: Mapping[str, Collection],
+    *,
+    limit: int = LIMIT,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Comparison:
+    """As `compare_stores`, of what is read already."""
+    compared: dict[str, CollectionComparison] = {}
+    for name, declared in schema.items():
+        ours, theirs = await asyncio.gather(
+            digest_of(source, declared, advance), digest_of(target, declared, advance)
+        )
+        compared[name] = CollectionComparison(ours.count, theirs.count, str(ours), str(theirs))
+    found: list[Difference] = []
+    for name, each in compared.items():
+        if not each.equal and len(found) <= limit:
+            differences = differences_of(source, target, schema[name])
+            async with aclosing(differences):
+                async for difference in differences:
+                    found.append(difference)
+                    if len(found) > limit:
+                        break
     return Comparison(compared, found[:limit], more=len(found) > limit)
 
 
