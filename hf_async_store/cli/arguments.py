@@ -396,6 +396,19 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
+def _move(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", metavar="ACTION", choices=("start", "status", "back", "stop", "finish")
+    )
+    _add_pair(parser, required=True)
+    parser.add_argument(
+        "--rate", metavar="N", type=_at_least_one, default=5000, help="entities a second, at most"
+    )
+    parser.add_argument(
+        "--no-cut-over", action="store_true", help="copy and verify only; start again to cut over"
+    )
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="BACKUP", nargs="?", help="a file that `backup` made")
     _add_pair(parser, required=False)
@@ -556,6 +569,22 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "--source-config and --target-config name a file each.\n\n"
         f"  {PROGRAM} migrateRepository --source-type json --target-type sql --batch-size 100 \\\n"
         "      --config config.json\n",
+    ),
+    "move": Command(
+        "move ACTION --from URL --to URL [OPTIONS]",
+        "move everything while applications use the store",
+        f"{_CLI}.live:move",
+        _move,
+        "  start    copy, follow the changes, verify, and make the target the one that counts\n"
+        "  status   show how far it is\n"
+        "  back     make the source the one that counts again, with all that was written since\n"
+        "  stop     call it off before the cut-over\n"
+        "  finish   give the source up for good: it then refuses to open, and names the target\n\n"
+        "Applications may use either URL, before and after, and follow by themselves. The URLs are\n"
+        "written into the stores: passwords in them must be ${VARIABLES}. An action that was\n"
+        "interrupted is given again.\n\n"
+        f"  {PROGRAM} move start --from json:data --to json:data.json\n"
+        f"  {PROGRAM} move finish --from json:data --to json:data.json\n",
     ),
     "verify": Command(
         "verify --from URL --to URL | verify BACKUP",

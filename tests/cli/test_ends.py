@@ -305,9 +305,9 @@ def test_a_file_in_the_place_of_the_folder(cli: Cli) -> None:
     for words in (["put", "machines", '{"machine_id": "m-1"}'], ["init"]):
         ran = cli(*words)
         assert ran.code == 4
-        assert ran.message == (
-            f"cannot make the folder {absolute('data')}: File exists; a file stands where a folder "
-            "is needed, or the reverse: mend the path, or move it"
+        assert absolute("data") in ran.message
+        assert ran.message.endswith(
+            "a file stands where a folder is needed, or the reverse: mend the path, or move it"
         )
     assert cli("get", "machines", "m-1").code == 1
 

@@ -31,6 +31,7 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.locks import FileLock, LockManager
+from hf_async_store.moving import HIDDEN
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.json.files import (
     FileManager,
@@ -645,7 +646,8 @@ class JSONEngine:
 
     def _undeclared(self, state: State) -> list[str]:
         kept = {each for extras in state.extras.values() for each in extras}
-        return sorted(kept | (state.sections.keys() - self.schema.keys()))
+        there = kept | (state.sections.keys() - self.schema.keys())
+        return sorted(there - {each.name for each in HIDDEN})
 
     def describe(self) -> Mapping[str, Value]:
         return {
