@@ -101,16 +101,7 @@ class Context:
     # -- is there a store at all -------------------------------------------------------------
 
     def is_there(self) -> bool:
-        """Whether there is anything of the store yet. Only files can be asked without a driver."""
-        options = self.config.options
-        if not isinstance(options, JSONConfig):
-            return True
-        folder = Path(options.base_path)
-        names = set(options.files(self.schema).values())
-        if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
-            return True
-        # Commits that no fold has brought into a file yet.
-        return any(folder.glob("*.journal.*"))
+        return is_there(self.config, self.schema)
 
     def require_store(self) -> None:
         """Refuse to look for anything in a store that is not there: its name may be mistyped.
@@ -130,6 +121,19 @@ class Context:
         folder = Path(options.base_path)
         single = options.storage_type == "single_file"
         return str(folder / options.filenames.single_file if single else folder)
+
+
+def is_there(config: StorageConfig, schema: Iterable[str]) -> bool:
+    """Whether there is anything of a store yet. Only files can be asked without a driver."""
+    options = config.options
+    if not isinstance(options, JSONConfig):
+        return True
+    folder = Path(options.base_path)
+    names = set(options.files(schema).values())
+    if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
+        return True
+    # Commits that no fold has brought into a file yet.
+    return any(folder.glob("*.journal.*"))
 
 
 @asynccontextmanager

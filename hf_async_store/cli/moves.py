@@ -12,8 +12,8 @@ import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.context import collections_of, warnings_told
-from hf_async_store.cli.failures import CONFLICT
+from hf_async_store.cli.context import collections_of, is_there, warnings_told
+from hf_async_store.cli.failures import CONFLICT, NothingThereError
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import SQLConfig, StorageConfig, load_config, redact_url
 from hf_async_store.errors import ConfigurationError, VerificationError
@@ -86,6 +86,8 @@ def _run(
     arguments: Namespace, source: StorageConfig, target: StorageConfig, config: MigrationConfig
 ) -> int:
     schema = tuple(collections_of(arguments.collections))
+    if not is_there(source, [each.name for each in schema]):
+        raise NothingThereError("there is no store at the source; its name may be mistyped")
     tool = MigrationTool(
         source,
         target,
