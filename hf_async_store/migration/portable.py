@@ -435,7 +435,7 @@ class _Unpacking:
                 # What did not fit into the text, without any data of its own.
                 text += self._unpack.decompress(b"")
         except zlib.error as exc:
-            if not self._began:
+            if not (self._began or data.startswith(_MAGIC)):
                 raise InvalidInputError(f"{self._path} is no portable backup") from exc
             raise _damaged(self._path, f"its bytes are damaged ({exc})") from exc
         self._began = True
