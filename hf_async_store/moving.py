@@ -58,6 +58,9 @@ CUT_OVER_SECONDS: Final = 10.0
 GIVE_UP_SECONDS: Final = 12.0
 """So long an operation waits for a cut-over; then its process ends it, for its maker must be dead."""
 
+_ROOM_SECONDS: Final = 0.25
+"""An operation begins only if so much of the lease is left: then a quick one ends within it."""
+
 _POLL_SECONDS: Final = 0.05
 _STILL_SECONDS: Final = 1.0
 
@@ -167,7 +170,8 @@ class Moving:
         self._home = home
         self._opening = opening
         self._side = _HOME
-        self._until = 0.0
+        self._until = 0.0  # operations begin
+        self._valid_until = 0.0  # what has begun counts
         self._renewing = asyncio.Lock()
         self._engines: dict[str | None, Engine] = {}
         self._waiting: tuple[int, float] | None = None
@@ -194,7 +198,7 @@ class Moving:
 
     def relies_on(self, side: _Side) -> bool:
         """Whether the lease on `side` goes on."""
-        return self._side is side and time.monotonic() < self._until
+        return self._side is side and time.monotonic() < self._valid_until
 
     async def current(self) -> _Side:
         """Where an operation that begins now goes; waits while nobody can know."""
@@ -220,7 +224,8 @@ class Moving:
                 return None
             if not side.is_as(self._side):
                 self._side = side
-            self._until = begun + LEASE_SECONDS
+            self._until = begun + LEASE_SECONDS - _ROOM_SECONDS
+            self._valid_until = begun + LEASE_SECONDS
             return self._side
 
     async def _read(self) -> _Side | None:

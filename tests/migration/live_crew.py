@@ -45,7 +45,7 @@ BALANCE: Final = 100
 
 def hurry() -> None:
     """Short leases, the same in every process of a test."""
-    lease = float(os.environ.get("HF_TEST_LEASE", "0.4"))
+    lease = float(os.environ.get("HF_TEST_LEASE", "0.6"))
     moving.LEASE_SECONDS = live.LEASE_SECONDS = lease  # type: ignore[misc]
     moving.GIVE_UP_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
     live.CUT_OVER_SECONDS = 10.0 if lease > 1 else 2.5  # type: ignore[misc]
