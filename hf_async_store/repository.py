@@ -325,6 +325,25 @@ class RepositoryInterface(ABC):
         expected.all_taken()
         return cast("list[int]", await self._many(changes, timeout))
 
+    async def _import_stored(
+        self,
+        collection: str,
+        entities: Iterable[Entity],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+    ) -> list[int]:
+        """`import_entities` of what came out of a store: it is checked against the declarations
+        here, and neither copied nor weighed again."""
+        declared = self._schema[collection]
+        expected = _Expected(expected_versions, absent=True)
+        at = utc_now()
+
+        def change(each: Entity) -> Put:
+            key, entity = declared.stored(each)
+            return Put(key, entity, at, expected.take(key.id), cast("int", each[VERSION]))
+
+        changes = await _pieces(entities, change)
+        return cast("list[int]", await self._many(changes, None))
+
     async def modify_entity(
         self,
         collection: str,

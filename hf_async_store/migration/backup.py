@@ -147,7 +147,7 @@ async def restore_store(
         async for name, entities in pieces:
             for start in range(0, len(entities), _BATCH):
                 batch = entities[start : start + _BATCH]
-                merged[name].add(await put(store, name, batch, merge))
+                merged[name].add(await put(store, name, batch, merge, stored=False))
                 advance(len(batch))
     return RestoreResult(str(path), merged)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
@@ -62,22 +62,26 @@ async def put(
     collection: str,
     entities: Sequence[Entity],
     rule: MergeRule | None,
+    *,
+    stored: bool = True,
 ) -> Merged:
     """Write a batch.
 
     Args:
         rule: None writes all of it, over whatever is there.
+        stored: the entities come out of a store, so their values are portable for certain.
 
     Raises:
         BatchError: some could not be written; the others were.
     """
+    write = store._import_stored if stored else store.import_entities
     if rule is None:
-        await store.import_entities(collection, entities)
+        await write(collection, entities)
         return Merged(written=len(entities))
     done = Merged()
     left = list(entities)
     for _ in range(_TRIES):
-        left = await _merge(store, collection, left, rule, done)
+        left = await _merge(store, collection, left, rule, done, write)
         if not left:
             return done
     raise MigrationError(
@@ -92,6 +96,7 @@ async def _merge(
     entities: Sequence[Entity],
     rule: MergeRule,
     done: Merged,
+    write: Callable[..., Awaitable[list[int]]],
 ) -> list[Entity]:
     """Merge a batch; returns what others changed meanwhile, to be looked at again."""
     key = store.collections[collection].key
@@ -115,7 +120,7 @@ async def _merge(
     if not arriving:
         return []
     try:
-        await store.import_entities(collection, arriving, expected)
+        await write(collection, arriving, expected)
     except BatchError as exc:
         lost = [isinstance(each, _LOST) for each in exc.outcomes]
         if any(

@@ -557,7 +557,7 @@ async def test_workers_are_held_back_by_a_slow_target(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await source.create_entities("items", [{"item_id": f"i-{n:04d}"} for n in range(400)])
         read = written = furthest = 0
-        page, write = source.query_page, target.import_entities
+        page, write = source.query_page, target._import_stored
 
         async def reading(*arguments: object, **named: object) -> object:
             nonlocal read, furthest
@@ -574,7 +574,7 @@ async def test_workers_are_held_back_by_a_slow_target(tmp_path: Path) -> None:
             return done
 
         source.query_page = reading  # type: ignore[method-assign, assignment]
-        target.import_entities = writing  # type: ignore[method-assign, assignment]
+        target._import_stored = writing  # type: ignore[method-assign, assignment]
         await _migrate(source, target, tmp_path, batch_size=10, parallel_workers=3)
         # In the workers' hands, in the queue, and in the hand of the walk.
         assert 10 < furthest <= 10 * (3 + 3 + 2)
