@@ -17,7 +17,7 @@ from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 if TYPE_CHECKING:
     from hf_async_store import Collection, StorageStrategy
 
-JSON_KINDS: Final = ("json-single", "json-split")
+KINDS: Final = ("json-single", "json-split", "sqlite", "postgresql", "dynamodb")
 ITEMS: Final = CONTRACT_COLLECTIONS[3]
 MOMENT: Final = "2026-06-01T08:00:00.414002Z"
 

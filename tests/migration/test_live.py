@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from live_crew import ACCOUNTS, BALANCE, COLLECTIONS, COUNTERS, STEPS, fill, hurry
-from support import JSON_KINDS
+from support import KINDS
 
 from hf_async_store import (
     ConfigurationError,
@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from conftest import Place
 
 CREW = [sys.executable, str(Path(__file__).with_name("live_crew.py"))]
-PAIRS = list(itertools.permutations(JSON_KINDS, 2))
+_SHORT = {("json-single", "json-split"), ("json-single", "postgresql"), ("sqlite", "dynamodb")}
+PAIRS = [
+    each if each in _SHORT else pytest.param(*each, marks=pytest.mark.long)
+    for each in itertools.permutations(KINDS, 2)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -190,9 +194,7 @@ def bound(notes: list[dict[str, Any]], seconds: float) -> None:
 # -- the whole way --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("source_kind", "target_kind"), [PAIRS[0], pytest.param(*PAIRS[1], marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
 async def test_nothing_acknowledged_is_lost_there_back_and_there_for_good(
     source_kind: str, target_kind: str, place: Place, crew: Crew
 ) -> None:
