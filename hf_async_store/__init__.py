@@ -1,4 +1,4 @@
-"""hf_async_store: an async-first store for entities: on JSON files, SQLite, PostgreSQL and in memory.
+"""hf_async_store: an async-first store for entities: JSON files, SQLite, PostgreSQL, DynamoDB, memory.
 
     from hf_async_store import open_store
 
@@ -96,6 +96,7 @@ from hf_async_store.transaction import Transaction
 
 if TYPE_CHECKING:
     from hf_async_store.migration import MigrationTool
+    from hf_async_store.strategies.dynamodb import DynamoDBStorageStrategy
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategies.memory import MemoryStorageStrategy
     from hf_async_store.strategies.sql import SQLStorageStrategy
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ON_DEMAND: Final = {
+    "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
     "MigrationTool": "hf_async_store.migration",
@@ -130,6 +132,7 @@ __all__ = [
     "ConfigurationError",
     "CorruptionError",
     "DiskFullError",
+    "DynamoDBStorageStrategy",
     "Entity",
     "EntityNotFoundError",
     "Field",

@@ -246,8 +246,15 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         region, profile: None leaves them to the AWS environment.
         read_capacity, write_capacity: for `PROVISIONED` tables.
+        enable_dax, dax_endpoint: reads that need not be consistent go through this DAX cluster.
         consistent_reads: reads by key, table queries and scans are strongly consistent.
+        point_in_time_recovery: kept for tables that are made here.
+        allow_scan: a query that no key or index can answer reads the whole table; else it is
+            refused.
         endpoint_url: another server than the region's own.
+        connect_timeout, read_timeout: seconds for one request.
+        retry_timeout: seconds for which throttled or failed requests are tried again.
+        max_pool_connections: how many requests may be under way at once.
     """
 
     _parts = {"auto_scaling": AutoScaling}
@@ -260,8 +267,15 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     billing_mode: Literal["PAY_PER_REQUEST", "PROVISIONED"] = "PAY_PER_REQUEST"
     auto_scaling: bool | AutoScaling = False
     enable_dax: bool = False
+    dax_endpoint: str | None = None
     consistent_reads: bool = True
+    point_in_time_recovery: bool = False
+    allow_scan: bool = True
     endpoint_url: str | None = None
+    connect_timeout: Seconds = 5.0
+    read_timeout: Seconds = 10.0
+    retry_timeout: Seconds = 30.0
+    max_pool_connections: AtLeastOne = 32
 
 
 class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -453,7 +453,13 @@ class RepositoryInterface(ABC):
             raise InvalidQueryError("a page needs a limit from 1 on")
         declared = self._schema[collection]
         query = build_query(
-            declared, filters=filters, order_by=order_by, limit=limit, fields=fields, cursor=cursor
+            declared,
+            filters=filters,
+            order_by=order_by,
+            limit=limit,
+            fields=fields,
+            cursor=cursor,
+            paged=True,
         )
         # One more than asked tells whether there is a next page.
         ahead = query.with_limit(limit + 1)

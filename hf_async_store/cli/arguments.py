@@ -506,6 +506,15 @@ COMMANDS: Final[Mapping[str, Command]] = {
         _nothing,
         "Passwords are not shown.\n",
     ),
+    "create-tables": Command(
+        "create-tables",
+        "make the tables and indexes that are missing (DynamoDB stores)",
+        f"{_CLI}.upkeep:create_tables",
+        _nothing,
+        "Waits until they are active, and sets auto scaling and point-in-time recovery as they\n"
+        "are configured. Tables are also made at their first use; an index that is missing on a\n"
+        "table that is there is made by this command alone, because that may take long.\n",
+    ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",
         "bring everything into the data files (JSON stores)",

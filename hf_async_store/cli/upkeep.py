@@ -1,4 +1,5 @@
-"""The commands on the store as a whole: init, health, describe, checkpoint; and the demo."""
+"""The commands on the store as a whole: init, health, describe,
+create-tables, checkpoint; and the demo."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from hf_async_store.cli.context import Context
 from hf_async_store.cli.failures import STORAGE
 from hf_async_store.cli.jsonfiles import JSONFiles, as_json
 from hf_async_store.config import JSONConfig
+from hf_async_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -57,6 +59,24 @@ def describe(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         show = output.indented if output.for_people(arguments) else output.json_line
         show(store.describe())
+        return 0
+
+    return context.run(work)
+
+
+def create_tables(arguments: Namespace) -> int:
+    context = Context(arguments)
+    create = getattr(context.store, "create_tables", None)
+    if create is None:
+        engine = context.store.capabilities.engine
+        raise ConfigurationError(
+            f"this command is for stores whose tables are made once; here is the engine {engine}"
+        )
+
+    async def work(store: StorageStrategy) -> int:
+        made: list[str] = await create()
+        told = "\n".join(made) or "everything is there already, nothing to do"
+        output.result(arguments, {"made": made}, told)
         return 0
 
     return context.run(work)
