@@ -166,19 +166,6 @@ class SQLEngine:
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
 
-    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
-        table = Table(collection, self._dialect)
-        async with self._main.lease() as lease:
-            try:
-                there = await self._dialect.found_columns(lease.driver, [sql_name(collection.name)])
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="look", writes=False) from exc
-            if not there:
-                return None
-            for row in await lease.rows(table.fetch_one, [entity_id]):
-                return Record(Key(collection.name, entity_id), table.entity(row))
-        return None
-
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
