@@ -148,7 +148,7 @@ def test_checkpoint_keeps_the_readable_part(cli: Cli) -> None:
 
 
 def test_checkpoint_of_another_engine(cli: Cli) -> None:
-    for command in (["checkpoint"], ["backup"], ["backups"], ["restore", "x"]):
+    for command in (["checkpoint"], ["backup", "--copy"], ["backups"], ["restore", "x"]):
         ran = cli(*command, "--store", "memory:")
         assert ran.code == 2
         assert ran.message == "this command is for JSON stores; here is the engine memory"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import redacted
 from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
-from hf_async_store.entities import Change, Key, Outcome, Record, Value
+from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Value
 from hf_async_store.errors import (
     CorruptionError,
     PermissionDeniedError,
@@ -31,6 +31,7 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.locks import FileLock, LockManager
+from hf_async_store.moving import HIDDEN
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.json.files import (
     FileManager,
@@ -192,6 +193,14 @@ class JSONEngine:
 
     async def count(self, query: Query) -> int:
         return await self.view(await self.current()).count(query)
+
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        state = await self.current()
+        raw = state.kept(collection.name, entity_id)
+        if raw is None:
+            return None
+        text = self.serializer.adopt(collection, entity_id, raw)
+        return Record(Key(collection.name, entity_id), self.serializer.decode(text))
 
     async def explain(self, query: Query) -> Plan:
         return await self.view(await self.current()).explain(query)
@@ -790,7 +799,8 @@ class JSONEngine:
 
     def _undeclared(self, state: State) -> list[str]:
         kept = {each for extras in state.extras.values() for each in extras}
-        return sorted(kept | (state.sections.keys() - self.schema.keys()))
+        there = kept | (state.sections.keys() - self.schema.keys())
+        return sorted(there - {each.name for each in HIDDEN})
 
     def describe(self) -> Mapping[str, Value]:
         return {

@@ -151,6 +151,17 @@ class State:
             if not self.pending[generation]:
                 del self.pending[generation]
 
+    def kept(self, collection: str, entity_id: str) -> Held | None:
+        """The text of an entity, also of a collection that only others declare."""
+        section = self.sections.get(collection)
+        if section is not None and entity_id in section.held:
+            return section.held[entity_id]
+        for extras in self.extras.values():
+            if collection in extras:
+                members = cut_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
+                return members.get(entity_id)
+        return None
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

@@ -74,6 +74,8 @@ class JSONStorageStrategy(StorageStrategy):
         self, what: str, *, exclusive: bool, timeout: float | None
     ) -> AsyncIterator[None]:
         self._usable()
+        if exclusive:
+            await self._refuse_moving(what)
         leave = self._transactions.enter(what)
         try:
             locks = self._json.locks
@@ -134,6 +136,9 @@ class JSONStorageStrategy(StorageStrategy):
         return [each for name in files.names for each in files.backups(name)]
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _twin(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
+        return JSONStorageStrategy(self._json.config, collections=collections)
 
     @asynccontextmanager
     async def _holding(self, *, exclusive: bool) -> AsyncIterator[None]:
