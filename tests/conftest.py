@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.harness import leave_out
-from hf_async_store.testing.servers import DynamoDBServer, ServerUnavailable, dynamodb
+from hf_async_store.testing.servers import (
+    DynamoDBServer,
+    PostgresServer,
+    ServerUnavailable,
+    dynamodb,
+    postgres,
+)
 from tests.dynamodb.proxy import Proxy, proxy_before
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The test server takes any credentials; without some, botocore would ask the network for them.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
@@ -22,6 +31,16 @@ settings.register_profile(
     "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL for the whole run; a run without one says so."""
+    try:
+        with postgres() as server:
+            yield server
+    except ServerUnavailable as exc:
+        leave_out("postgresql", str(exc))
 
 
 @pytest.fixture(scope="session")
