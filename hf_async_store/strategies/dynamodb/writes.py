@@ -316,7 +316,7 @@ class Writes:
         change, seen = work.change, work.seen
         work.guarded_by_token = False
         if isinstance(seen, _Unknown) and isinstance(change, Put) and work.needs_state:
-            work.upserts = True
+            work.upserts = change.expect is ANY
             return None
         if change.expect is ABSENT:
             return self._insert(work)
