@@ -328,6 +328,13 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
         const="journal",
         help="put the journal's commits on top of the data file",
     )
+    adopt.add_argument(
+        "--adopt-readable",
+        dest="adopt",
+        action="store_const",
+        const="readable",
+        help="keep every commit before the place where a journal is damaged",
+    )
 
 
 def _backup(parser: argparse.ArgumentParser) -> None:
@@ -521,8 +528,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.upkeep:checkpoint",
         _checkpoint,
         "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
-        "The --adopt options settle a data file that was replaced by hand while the journal held\n"
-        "commits; what loses is gone, so make a copy of the folder first.\n",
+        "--adopt-file and --adopt-journal settle a data file that was replaced by hand while the\n"
+        "journal held commits; what loses is gone, so make a copy of the folder first.\n"
+        "--adopt-readable settles a damaged journal, which is kept beside.\n",
     ),
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",
