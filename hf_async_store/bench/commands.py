@@ -173,7 +173,7 @@ def _show(results: Results, written: list[Path]) -> None:
             say(tables.as_text(_short(tables.measured(results, load))) + "\n\n")
     for sweep in results.sweeps:
         say(tables.as_text(tables.grown(sweep)) + "\n\n")
-    say(tables.as_text(tables.merits(results)) + "\n\n")
+    say(tables.as_text(tables.merits(results, measured_only=True)) + "\n\n")
     if results.left_out:
         say(tables.as_text(tables.left_out(results)) + "\n\n")
     for each in results.failures:

@@ -108,7 +108,7 @@ def figures(results: Results, files: Sequence[Path]) -> list[Figure]:
             unit="",
             target="several",
             source=f"benchmarks/{name}.py",
-            note="not measured: its file was not given",
+            note="its file was not given (--figures)",
         )
         for name, (engine, what) in SCRIPTS.items()
         if name not in names
@@ -151,18 +151,18 @@ def _value(results: Results, merit: Merit) -> tuple[float, float, float] | str:
     """The figure, or why there is none."""
     ours = results.cell(merit.engine, merit.load.name)
     if ours is None:
-        return f"not measured: {merit.engine} was not run with {merit.load.name}"
+        return "not in this run"
     if merit.to is None:
         return ours.rate, min(ours.rates), max(ours.rates)
     theirs = results.cell(merit.to, merit.load.name)
     if theirs is None:
-        return f"not measured: {merit.to} was not run with {merit.load.name}"
+        return f"{merit.to} is not in this run"
     if merit.of == "processor":
         value = ours.processor / max(theirs.processor, 1e-9)
         return value, value, value
     found = ratio(ours, theirs)
     if found is None:
-        return "not measured: no round in common"
+        return "no round in common"
     if merit.of == "time":
         return 1 / found.value, 1 / found.high, 1 / found.low if found.low else float("inf")
     return found

@@ -76,6 +76,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 Told = Callable[[str], None]
 
 
+class _Expected:
+    """How long the next point of a sweep will take: what does not grow, and what grows evenly."""
+
+    def __init__(self) -> None:
+        self._least = 0.0
+        self._last = 0.0
+
+    def took(self, seconds: float) -> None:
+        self._least = min(self._least or seconds, seconds)
+        self._last = seconds
+
+    def next(self, growth: float) -> float:
+        return self._least + (self._last - self._least) * growth
+
+
 class Run:
     """One run; `whole` is the story.
 
@@ -198,7 +213,12 @@ class Run:
             cell.failures.append(f"and {more:,} more like these")
 
     def _look_at(self, cell: Cell, tally: Tally) -> None:
+        """Nothing here makes an operation fail but a conflict, and those are counted apart."""
         cell.failures += [f"wrong answer: {each}" for each in tally.wrong[:3]]
+        if cell.kind == "strategy":
+            cell.failures += [
+                f"{count:,} operations ended in {name}" for name, count in tally.errors.items()
+            ]
 
     def _broken(self, subject: Subject, cell: Cell, exc: BrokenError) -> None:
         """A strategy must not break; a floor or a peer that does is left out."""
@@ -234,12 +254,12 @@ class Run:
             stack.push_async_callback(crew.end)
             await crew.start()
         except LeftOutError as exc:
-            self._leave_out(f"{subject.name}: {load.workload}", str(exc))
+            self._leave_out(f"{subject.name}: {load.name}", str(exc))
         except BrokenError as exc:
             if subject.kind == "strategy":
                 self.results.broken.append(f"{subject.name}: {load.name}: {exc}")
             else:
-                self._leave_out(f"{subject.name}: {load.workload}", str(exc))
+                self._leave_out(f"{subject.name}: {load.name}", str(exc))
         else:
             return crew
         return None
@@ -258,21 +278,21 @@ class Run:
             )
             for name in series.workloads
         }
-        took: dict[str, float] = {}
+        expected: dict[str, _Expected] = {}
         strategies = [each for each in self._subjects if each.kind == "strategy"]
         for place, value in enumerate(series.values):
             growth = value / series.values[place - 1] if place else 1.0
             for subject in strategies:
                 left = series.budget - (time.monotonic() - started)
-                expected = took.get(subject.name, 0.0) * (growth if series.knob != "tasks" else 1)
-                if expected > left:
+                guess = expected.setdefault(subject.name, _Expected())
+                if guess.next(growth) > left:
                     for each in sweeps.values():
                         each.left_out.append(f"{subject.name} at {value:,}")
                     continue
                 self._tell(f"growth with {series.knob}: {subject.name} at {value:,}")
                 began = time.monotonic()
                 await self._points(subject, series, value, sweeps)
-                took[subject.name] = time.monotonic() - began
+                guess.took(time.monotonic() - began)
         for each in sweeps.values():
             each.seconds = round(time.monotonic() - started, 1)
         return list(sweeps.values())

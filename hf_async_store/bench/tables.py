@@ -21,13 +21,16 @@ class Table(NamedTuple):
     note: str = ""
 
 
-def merits(results: Results) -> Table:
+def merits(results: Results, *, measured_only: bool = False) -> Table:
     """Every figure of merit with its target."""
+    figures = [each for each in results.figures if each.value is not None or not measured_only]
+    note = "A ratio is against the side named, in the same run; its range is the 95 % interval."
+    more = len(results.figures) - len(figures)
     return Table(
         "Figures of merit",
         ("engine", "what", "value", "range", "target", ""),
-        [_merit(each) for each in results.figures],
-        "A ratio is against the side named, in the same run; its range is the 95 % interval.",
+        [_merit(each) for each in figures],
+        note + (f" {more} more are not in this run." if more else ""),
     )
 
 
@@ -166,17 +169,17 @@ READING: Final = (
 
 
 def as_text(table: Table) -> str:
-    """Aligned, for a terminal or a log."""
-    lines = [table.heads, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    out = [table.title]
-    for line in lines:
-        cells = [
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        out.append("  " + "  ".join(cells).rstrip())
-    return "\n".join([*out, *([f"  {table.note}"] if table.note else [])])
+    """Aligned, for a terminal or a log: words to the left, numbers to the right."""
+    columns = list(zip(table.heads, *table.rows, strict=True))
+    aligned = [_aligned(column, words=not place) for place, column in enumerate(columns)]
+    lines = ["  " + "  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
+    return "\n".join([table.title, *lines, *([f"  {table.note}"] if table.note else [])])
+
+
+def _aligned(column: Sequence[str], *, words: bool) -> list[str]:
+    width = max(map(len, column))
+    words = words or any(cell[:1].isalpha() for cell in column[1:])
+    return [cell.ljust(width) if words else cell.rjust(width) for cell in column]
 
 
 def as_markdown(table: Table, level: int = 3) -> str:

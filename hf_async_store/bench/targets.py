@@ -147,10 +147,16 @@ class StoreTarget:
             async with self.store.begin_transaction() as tx:
                 await tx.create_entity("requests", request)
                 await tx.create_entities("machines", machines)
+        else:
+            await self._acquire_in_pieces(request, machines)
+
+    async def _acquire_in_pieces(self, request: Entity, machines: Sequence[Entity]) -> None:
         version = await self.store.create_entity("requests", {**request, "status": "creating"})
         for start in range(0, len(machines), _PIECE):
             await self.store.create_entities("machines", machines[start : start + _PIECE])
-        status = {"status": request["status"]}
         await self.store.update_entity(
-            "requests", str(request["request_id"]), status, expected_version=version
+            "requests",
+            str(request["request_id"]),
+            {"status": request["status"]},
+            expected_version=version,
         )
