@@ -56,6 +56,7 @@ async def _run(path: Path, found: dict[str, list[Hold]]) -> None:
     await watch("query by index", _by_request)
     await watch("count with a filter", lambda s: s.count_entities("machines", _FILTER))
     await watch("full scan with order_by", lambda s: s.query_entities("machines", None, "name"))
+    await watch("stream with order_by, nothing kept", _stream)
     await watch("walk over sorted pages of 1,000", _walk)
     await watch("get_entities of 10,000", lambda s: s.get_entities("machines", _IDS))
     await watch("fold (checkpoint)", lambda s: s.checkpoint())
@@ -63,8 +64,15 @@ async def _run(path: Path, found: dict[str, list[Hold]]) -> None:
     whole = await store.read_file()
     for each in whole["machines"].values():
         each["status"] = "CHANGED"
+    other = opened(path)
+    await _open(other)
     await watch("write_file, all machines changed", lambda s: s.write_file(whole))
+    for each in whole["machines"].values():
+        each["status"] = "AGAIN"
+    await watch("the same with a snapshot open", lambda s: _write_beside(s, whole))
+    await watch("another store follows that", lambda _: other.get_entity("machines", _IDS[0]))
     await watch("fold of all that", lambda s: s.checkpoint())
+    await other.close()
     await store.close()
 
 
@@ -85,6 +93,16 @@ async def _acquire(store: JSONStorageStrategy, machines: list[Entity]) -> None:
     async with store.begin_transaction() as tx:
         await tx.create_entity("requests", request(_REQUESTS))
         await tx.create_entities("machines", machines)
+
+
+async def _stream(store: JSONStorageStrategy) -> None:
+    async for _ in store.stream_entities("machines", None, "name"):
+        pass
+
+
+async def _write_beside(store: JSONStorageStrategy, whole: dict[str, dict[str, Entity]]) -> None:
+    async with store.snapshot():
+        await store.write_file(whole)
 
 
 async def _walk(store: JSONStorageStrategy) -> object:

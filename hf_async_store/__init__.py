@@ -1,4 +1,4 @@
-"""hf_async_store: an async-first store for entities, on JSON files and in memory.
+"""hf_async_store: an async-first store for entities: on JSON files, SQLite, PostgreSQL and in memory.
 
     from hf_async_store import open_store
 
@@ -28,6 +28,7 @@ from hf_async_store.entities import (
 )
 from hf_async_store.errors import (
     AlreadyExistsError,
+    AuthenticationError,
     BatchError,
     BrokenReferenceError,
     ConcurrencyConflictError,
@@ -45,8 +46,11 @@ from hf_async_store.errors import (
     LockTimeoutError,
     OperationTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
+    ProtocolError,
     ReadOnlyError,
     RetriesExhaustedError,
+    SchemaMismatchError,
     StorageError,
     StoreClosedError,
     ThrottledError,
@@ -89,12 +93,14 @@ from hf_async_store.transaction import Transaction
 if TYPE_CHECKING:
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategies.memory import MemoryStorageStrategy
+    from hf_async_store.strategies.sql import SQLStorageStrategy
 
 __version__ = "0.1.0"
 
 _ON_DEMAND: Final = {
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
+    "SQLStorageStrategy": "hf_async_store.strategies.sql",
 }
 
 
@@ -109,6 +115,7 @@ __all__ = [
     "HOST_FACTORY",
     "REMOVED",
     "AlreadyExistsError",
+    "AuthenticationError",
     "BatchError",
     "BrokenReferenceError",
     "Capabilities",
@@ -135,9 +142,13 @@ __all__ = [
     "Page",
     "PermissionDeniedError",
     "Plan",
+    "PoolTimeoutError",
+    "ProtocolError",
     "ReadOnlyError",
     "RepositoryInterface",
     "RetriesExhaustedError",
+    "SQLStorageStrategy",
+    "SchemaMismatchError",
     "StorageConfig",
     "StorageError",
     "StorageStrategy",

@@ -191,7 +191,15 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         pool_timeout: seconds to wait for a free connection.
         pool_recycle: seconds after which a connection is replaced.
         timeout: seconds to wait for a lock or a statement.
-        enable_query_cache: the statement caches of the toolkit and the driver.
+        enable_query_cache: the statement cache of the driver.
+        enforce_references: refuse missing parents, and deleting a parent that has children.
+        synchronous: SQLite: FULL brings every commit to the disk, NORMAL may lose the last ones
+            with the power, and tears none.
+        isolation: PostgreSQL: what transactions, and single operations, run at.
+        sslmode, sslrootcert: PostgreSQL: as libpq takes them; the file of trusted authorities.
+        pgbouncer: PostgreSQL behind a pool that hands out connections by transaction.
+        login_provider: `module:function`, asked for the password of each new connection with
+            host, port and user name; it may be async.
     """
 
     type: Literal["sqlite", "postgresql"] = "sqlite"
@@ -206,6 +214,13 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pool_recycle: Seconds = 3600.0
     timeout: Seconds = 30.0
     enable_query_cache: bool = True
+    enforce_references: bool = True
+    synchronous: Literal["FULL", "NORMAL"] = "FULL"
+    isolation: Literal["serializable", "repeatable_read", "read_committed"] = "serializable"
+    sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = "prefer"
+    sslrootcert: str = ""
+    pgbouncer: bool = False
+    login_provider: str = ""
 
 
 class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):

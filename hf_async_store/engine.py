@@ -29,6 +29,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         queries_in_transaction: how a query inside a transaction relates to it: "serializable"
             (sees its own writes, and what it saw is part of the transaction), "own_writes" (sees
             them, is not part of it) or "outside" (sees neither).
+        overtaken_reads: what becomes of a transaction that read by key what another has changed
+            before its commit: "conflict", or "ordered", where it may commit as long as some order
+            of the two explains what both saw and wrote.
         savepoints: nested transactions.
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
@@ -49,6 +52,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     isolations: tuple[Isolation, ...] = ("serializable",)
     query_isolation: Literal["snapshot", "eventual"] = "snapshot"
     queries_in_transaction: Literal["serializable", "own_writes", "outside"] = "serializable"
+    overtaken_reads: Literal["conflict", "ordered"] = "conflict"
     savepoints: bool = True
     indexes: bool = True
     references: bool = True

@@ -237,8 +237,16 @@ class ThrottledError(UnavailableError):
     """The engine asked for less, and retries did not outlast it."""
 
 
+class PoolTimeoutError(UnavailableError):
+    """No connection of the pool became free in time; the message names the settings."""
+
+
 class PermissionDeniedError(StorageError):
     """The operating system or the server refused access."""
+
+
+class AuthenticationError(PermissionDeniedError):
+    """The server did not accept the user or the password."""
 
 
 class ReadOnlyError(StorageError):
@@ -255,3 +263,11 @@ class CorruptionError(StorageError):
 
 class FileReplacedError(CorruptionError):
     """A data file was replaced by hand while its journal holds commits. Names the two ways out."""
+
+
+class SchemaMismatchError(StorageError):
+    """A table that is there differs from the declaration; the message lists the differences."""
+
+
+class ProtocolError(StorageError):
+    """The engine answered by an error that it should not give, or did not speak its protocol."""

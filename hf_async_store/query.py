@@ -823,16 +823,20 @@ async def _runs(
     after = None if query.after is None else position_key(query, query.after)
     limit = query.limit if query.limit is not None and query.limit <= _SMALL_LIMIT else None
     runs: list[tuple[_Row, ...]] = []
-    waiting: list[tuple[str, Entity]] = []
+    waiting: list[_Row] = []
 
-    def sort_waiting() -> None:
+    def add(part: Sequence[tuple[str, Entity]]) -> None:
         rows = [
             _Row(key_of(entity_id, entity), entity if keep else _NOTHING)
-            for entity_id, entity in waiting
+            for entity_id, entity in part
         ]
-        waiting.clear()
         if after is not None:
             rows = [row for row in rows if row.key > after]
+        waiting.extend(rows)
+
+    def sort_waiting() -> None:
+        rows = waiting.copy()
+        waiting.clear()
         if limit is not None and runs:
             best = list(runs.pop())
             if len(best) == limit:
@@ -844,7 +848,7 @@ async def _runs(
 
     async for piece in pieces:
         for start in range(0, len(piece), _RUN):
-            waiting += piece[start : start + _RUN]
+            add(piece[start : start + _RUN])
             if len(waiting) >= _RUN:
                 sort_waiting()
                 await asyncio.sleep(0)

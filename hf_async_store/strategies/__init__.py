@@ -22,9 +22,10 @@ GROUP: Final = "hf_async_store.strategies"
 _BUILT_IN: Final = {
     "memory": ("hf_async_store.strategies.memory", "MemoryStorageStrategy"),
     "json": ("hf_async_store.strategies.json", "JSONStorageStrategy"),
+    "sql": ("hf_async_store.strategies.sql", "SQLStorageStrategy"),
 }
 
-_PLANNED: Final = frozenset({"sql", "dynamodb"})
+_PLANNED: Final = frozenset({"dynamodb"})
 
 
 def open_store(
@@ -36,8 +37,9 @@ def open_store(
 
     Args:
         config: a map in the spec's shape, the path of a JSON file that holds one, a
-            `StorageConfig`, or a URL: `json:PATH`, `memory:`. A URL's query sets any key of the
-            strategy's configuration.
+            `StorageConfig`, or a URL: `json:PATH`, `sqlite:PATH`,
+            `postgresql://USER:PASSWORD@HOST:PORT/NAME`, `memory:`. A URL's query sets any key of
+            the strategy's configuration.
         collections: what may be stored; the spec's schema by default.
 
     Raises:

@@ -32,7 +32,7 @@ def on_a_terminal(*words: str, columns: int = 100, stdin: bytes | None = None) -
         stdin=theirs if stdin is None else subprocess.PIPE,
         stdout=theirs,
         stderr=theirs,
-        env={**os.environ, "TERM": "xterm"},
+        env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "TERM": "xterm"},
     ) as process:
         os.close(theirs)
         if process.stdin is not None:

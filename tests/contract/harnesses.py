@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import asyncpg
 
 from hf_async_store import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
+    from hf_async_store.testing.servers import PostgresServer
 
 
 class MemoryHarness:
@@ -58,22 +65,114 @@ class JSONHarness:
         return self._path.exists() or self._folder.exists()
 
     def leaks(self) -> list[str]:
-        return [*self._temporary_files(), *self._open_files()]
+        return [*self._temporary_files(), *open_files(self._folder)]
 
     def _temporary_files(self) -> list[str]:
         return [str(each) for each in self._folder.rglob("*") if ".tmp" in each.name]
 
-    def _open_files(self) -> list[str]:
-        """What this process still has open there, where the system tells."""
-        found = []
-        for each in Path("/proc/self/fd").glob("*"):
-            try:
-                target = str(each.readlink())
-            except OSError:
-                continue  # the descriptor by which the folder was listed
-            if target.startswith(str(self._folder)):
-                found.append(f"open: {target}")
-        return found
+
+def open_files(folder: Path) -> list[str]:
+    """What this process still has open in a folder, where the system tells."""
+    found = []
+    for each in Path("/proc/self/fd").glob("*"):
+        try:
+            target = str(each.readlink())
+        except OSError:
+            continue  # the descriptor by which the folder was listed
+        if target.startswith(str(folder)):
+            found.append(f"open: {target}")
+    return found
+
+
+class SQLiteHarness:
+    """A file in a folder of its own."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._path = tmp_path / "data" / "store.db"
+        self.capabilities: Capabilities = self.store().capabilities
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
+        return open_store(f"{self.url()}?{query}", collections=collections)
+
+    def url(self) -> str:
+        return f"sqlite:{self._path}"
+
+    def touched(self) -> bool:
+        return self._path.exists()
+
+    def leaks(self) -> list[str]:
+        return open_files(self._path.parent)
+
+
+class PostgreSQLHarness:
+    """A database of its own for each test.
+
+    Args:
+        server: where it is made, and dropped.
+    """
+
+    def __init__(self, server: PostgresServer, *, options: str = "") -> None:
+        self._server = server
+        self._url = server.database(options)
+        self.capabilities: Capabilities = self.store().capabilities
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
+        return open_store(f"{self._url}?{query}", collections=collections)
+
+    def url(self) -> str:
+        return self._url
+
+    def touched(self) -> bool:
+        tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+        return bool(self._connections() or ask(self._url, tables))
+
+    def leaks(self) -> list[str]:
+        for _ in range(40):  # the server may take a moment to see that a client has gone
+            found = self._connections()
+            if not found:
+                return []
+            time.sleep(0.05)
+        return [f"connected: {each}" for each in found]
+
+    def close(self) -> None:
+        self._server.drop(self._url)
+
+    def _connections(self) -> list[str]:
+        name = urlsplit(self._url).path[1:]
+        query = f"SELECT pid || ' ' || state FROM pg_stat_activity WHERE datname = '{name}'"
+        return ask(self._server.url, query)
+
+
+def ask(url: str, query: str) -> list[str]:
+    """The first column of the answer of a PostgreSQL, by a connection of its own."""
+
+    async def asked(connection: Any) -> list[str]:
+        return [str(each[0]) for each in await connection.fetch(query)]
+
+    return _elsewhere(url, asked)
+
+
+def execute(url: str, statements: str) -> None:
+    """Run statements on a PostgreSQL, by a connection of its own."""
+    _elsewhere(url, lambda connection: connection.execute(statements))
+
+
+def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def worked() -> Any:
+        connection = await asyncpg.connect(url)
+        try:
+            return await work(connection)
+        finally:
+            await connection.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(worked())).result()
 
 
 def _text(value: object) -> str:

@@ -427,6 +427,14 @@ async def test_85_an_id_twice_is_refused(tmp_path: Path) -> None:
         await reopened(tmp_path)
 
 
+async def test_85_an_id_twice_where_lines_hold_several(tmp_path: Path) -> None:
+    """As many lines as ids do not say that no id comes twice."""
+    text = b'{\n"templates":{\n"t1":{"name":"a"},"t2":{},\n"t1":{"name":"b"}\n}\n}\n'
+    (tmp_path / SINGLE).write_bytes(text)
+    with pytest.raises(CorruptionError):
+        await reopened(tmp_path)
+
+
 async def test_85_an_id_twice_far_apart(tmp_path: Path) -> None:
     """The pieces in which a large file is cut do not hide it."""
     rows = [b'"m%d":{"name":"%b"}' % (n, b"x" * 2000) for n in range(2000)]

@@ -59,7 +59,8 @@ async def test_82_killed_at_every_step_of_one_file() -> None:
 
 
 async def test_82_killed_at_every_step_of_split_files() -> None:
-    await _swept("script", "split_files", at_least=200, readers=4)
+    # How many steps there are depends on how far the readers are: 196 to 204.
+    await _swept("script", "split_files", at_least=190, readers=4)
 
 
 async def test_82_killed_at_every_step_after_a_failed_sync() -> None:

@@ -409,6 +409,21 @@ def test_a_member_twice_is_found(members: dict[str, Value], indent: int | None, 
         cut_object(first, "it", once=True)
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("odd", ["", "\u00e9", '"'])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 513, 514, 515, 1999])
+def test_a_member_twice_is_found_among_many(place: int, odd: str, indent: int | None) -> None:
+    """They are looked through in pieces, and most of these at once."""
+    members = {f"m{each}{odd if each == 700 else ''}": {"n": each} for each in range(2000)}
+    text = json.dumps(members, indent=indent).encode()
+    assert cut_object(text, "it", once=True).keys() == members.keys()
+    begin = text.index(b'"m%d"' % place)
+    for name in ("m0", "m1", "m2", "m1000", "m1999"):
+        again = json.dumps({name: {"n": place}}, indent=indent).encode()[1:-1].strip()
+        with pytest.raises(CorruptionError, match="twice"):
+            cut_object(text[:begin] + again + b"," + text[begin:], "it", once=True)
+
+
 @given(st.binary(max_size=30) | st.text('{}[]":,\\ tfn0e-.\n', max_size=30).map(str.encode))
 @relaxed
 def test_an_object_or_an_error(text: bytes) -> None:
@@ -436,9 +451,10 @@ indexed = st.sampled_from(
 )
 few_ids = st.sampled_from([f"i{n}" for n in range(9)])
 puts = st.tuples(st.just("put"), few_ids, indexed, indexed)
+swaps = st.tuples(st.just("swap"), few_ids, indexed, indexed)
 deletes = st.tuples(st.just("delete"), few_ids, st.none(), st.none())
 looks = st.tuples(st.sampled_from(["status", "n", "ids"]), st.just(""), indexed, indexed)
-steps = st.lists(puts | deletes | looks, max_size=40)
+steps = st.lists(puts | swaps | deletes | looks, max_size=40)
 Step = tuple[str, str, Any, Any]
 starts = st.dictionaries(few_ids, st.tuples(indexed, indexed), max_size=6)
 
@@ -462,7 +478,9 @@ class _Model:
             return
         entity = _entity(entity_id, status, number)
         self.entities[entity_id] = entity
-        self.section.apply({entity_id: SERIALIZER.encode(entity, 1)})
+        images = {entity_id: SERIALIZER.encode(entity, 1)}
+        merged = {**self.section.held, **images} if kind == "swap" else None
+        self.section.apply(images, merged)
 
     async def look(self, step: Step) -> None:
         kind, _, *wanted = step
@@ -535,7 +553,7 @@ def test_indexes_say_what_a_walk_over_all_says(
     async def run() -> None:
         model = _Model(start)
         for step in taken:
-            if step[0] in ("put", "delete"):
+            if step[0] in ("put", "swap", "delete"):
                 model.change(step)
             else:
                 await model.look(step)
@@ -556,7 +574,7 @@ def test_indexes_are_right_while_changes_come(
 
     async def run() -> None:
         model = _Model(start)
-        changes = [each for each in meanwhile if each[0] in ("put", "delete")]
+        changes = [each for each in meanwhile if each[0] in ("put", "swap", "delete")]
 
         async def disturb() -> None:
             for number, step in enumerate(changes):
@@ -566,7 +584,7 @@ def test_indexes_are_right_while_changes_come(
 
         async def use() -> None:
             for step in taken:
-                if step[0] in ("put", "delete"):
+                if step[0] in ("put", "swap", "delete"):
                     model.change(step)
                 else:
                     await model.look(step)

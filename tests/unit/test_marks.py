@@ -12,7 +12,9 @@ from hf_async_store.entities import Key, Mark, Put
 COLLECTIONS = (*HOST_FACTORY, Collection("marks", key="mark_id"))
 
 
-@pytest.mark.parametrize("url", ["memory:", "json:{}/db.json", "json:{}/split"])
+@pytest.mark.parametrize(
+    "url", ["memory:", "json:{}/db.json", "json:{}/split", "sqlite:{}/store.db"]
+)
 async def test_a_mark_lands_with_its_change(url: str, tmp_path: Path) -> None:
     async with open_store(url.format(tmp_path), collections=COLLECTIONS) as store:
         at = "2026-01-01T00:00:00.000000Z"

@@ -67,11 +67,13 @@ def test_a_registered_strategy_that_cannot_be_imported() -> None:
 def test_an_unknown_strategy_is_told_from_a_planned_one() -> None:
     with pytest.raises(ConfigurationError, match="no storage strategy 'nope'; there are: json"):
         open_store(StorageConfig(strategy="nope", options={}))
-    with pytest.raises(ConfigurationError, match="'sql' .*planned"):
-        open_store("sqlite:some.db")
+    with pytest.raises(ConfigurationError, match="'dynamodb' .*planned"):
+        open_store("dynamodb://region/prefix")
 
 
-@pytest.mark.parametrize("module", ["hf_async_store", "hf_async_store.strategies.json"])
+@pytest.mark.parametrize(
+    "module", ["hf_async_store", "hf_async_store.strategies.json", "hf_async_store.strategies"]
+)
 def test_no_driver_and_nothing_heavy_is_imported(module: str) -> None:
     heavy = ("sqlalchemy", "aiosqlite", "asyncpg", "aiobotocore", "botocore", "rich", "pydantic")
     code = f"import {module}, sys; print([each for each in {heavy} if each in sys.modules])"

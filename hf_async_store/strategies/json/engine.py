@@ -41,6 +41,7 @@ from hf_async_store.strategies.json.files import (
 )
 from hf_async_store.strategies.json.folding import Folding
 from hf_async_store.strategies.json.journal import (
+    HEADER_SIZE,
     FileState,
     Fold,
     Head,
@@ -49,6 +50,7 @@ from hf_async_store.strategies.json.journal import (
     Seal,
     commit_text,
     control,
+    header,
     read_fold,
     read_head,
     record,
@@ -56,6 +58,7 @@ from hf_async_store.strategies.json.journal import (
 )
 from hf_async_store.strategies.json.loading import (
     Loader,
+    Merged,
     State,
     Vanished,
     open_journal,
@@ -89,12 +92,13 @@ _BREATH: Final = 0x7F
 class _Append:
     """A commit on its way to the journal."""
 
-    __slots__ = ("applied", "end", "images", "size")
+    __slots__ = ("applied", "end", "images", "merged", "size")
 
-    def __init__(self, images: Images, end: int, size: int) -> None:
+    def __init__(self, images: Images, end: int, size: int, merged: Merged) -> None:
         self.images = images
         self.end = end
         self.size = size
+        self.merged = merged
         self.applied = False
 
 
@@ -313,7 +317,7 @@ class JSONEngine:
             data = read_from(state.fd, state.offset, size, path)
         async for entry, end in scanned(data, str(path), state.offset, state.sequence):
             if entry.kind is Kind.COMMIT:
-                self.loader.commit(state, entry)
+                await self.loader.commit(state, entry)
             elif entry.kind is Kind.SEAL:
                 state.sealed = True
             elif entry.kind is Kind.FOLD:
@@ -389,8 +393,11 @@ class JSONEngine:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        with Snapshot(await self.current(), self.serializer) as reader:
+        reader = Snapshot(await self.current(), self.serializer)
+        try:
             yield reader
+        finally:
+            await reader.close()
 
     @asynccontextmanager
     async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[State]:
@@ -432,24 +439,34 @@ class JSONEngine:
         unnamed = state.replaced or state.content.keys() - state.known.keys()
         if state.fd < 0 or state.sealed or unnamed:
             await self.start_generation(state)
-        pieces: list[bytes] = []
+        payload: list[bytes] = []
         for piece in commit_text(images):
-            pieces.append(piece)
+            payload.append(piece)
             if len(piece) > _LARGE_PIECE:
                 await asyncio.sleep(0)
-        payload = b"".join(pieces)
-        await self._append_record(state, Kind.COMMIT, payload, images)
+        merged = await state.merged(images)
+        try:
+            await self._append_record(state, Kind.COMMIT, payload, images, merged)
+        finally:
+            await state.sweep()
         self.folding.consider()
 
     async def _append_record(
-        self, state: State, kind: Kind, payload: bytes, images: Images | None = None
+        self,
+        state: State,
+        kind: Kind,
+        payload: Sequence[bytes],
+        images: Images | None = None,
+        merged: Merged | None = None,
     ) -> None:
-        if len(payload) > _LARGE_RECORD:
-            # Its checksum alone would hold the loop.
-            data = await asyncio.to_thread(record, kind, payload, state.sequence)
+        size = sum(map(len, payload))
+        if size > _LARGE_RECORD:
+            # Its checksum alone would hold the loop, and so would making one text of it.
+            head = await asyncio.to_thread(header, kind, payload, state.sequence)
+            data = [head, *payload]
         else:
-            data = record(kind, payload, state.sequence)
-        append = _Append(images or {}, state.offset + len(data), len(payload))
+            data = [b"".join((header(kind, payload, state.sequence), *payload))]
+        append = _Append(images or {}, state.offset + HEADER_SIZE + size, size, merged or {})
         path = self.files.journal(state.generation)
         try:
             fd = self._writer(state)
@@ -494,13 +511,14 @@ class JSONEngine:
             state.offset = append.end
             state.sequence += 1
             if append.images:
-                state.take(append.images, append.size)
+                state.take(append.images, append.size, append.merged)
 
     async def append_control(self, state: State, body: Head | Seal | Fold) -> None:
         """Append a record that is no commit. The lock is held."""
         sequence = state.sequence
         try:
-            await self._append_record(state, *control(body))
+            kind, payload = control(body)
+            await self._append_record(state, kind, [payload])
         finally:
             # Also where its sync failed: whoever reads on finds it there.
             if isinstance(body, Seal) and state.sequence > sequence:
@@ -762,10 +780,13 @@ def _append_error(failure: BaseException, path: Path, *, commit: bool) -> Storag
 # -- in worker threads ----------------------------------------------------------------------
 
 
-def _append(fd: int, data: bytes, offset: int, sync: bool) -> None:
+def _append(fd: int, data: Sequence[bytes], offset: int, sync: bool) -> None:
     """One record at the end of a journal."""
+    end = offset
     try:
-        write_all(fd, data, offset)
+        for piece in data:
+            write_all(fd, piece, end)
+            end += len(piece)
     except OSError:
         with suppress(OSError):
             os.ftruncate(fd, offset)

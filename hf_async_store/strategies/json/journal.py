@@ -18,7 +18,7 @@ interrupted append leaves, is told from damage: everything else that is bad is c
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
 from typing import Final, TypeAlias, TypeVar
@@ -106,8 +106,16 @@ Body = TypeVar("Body")
 
 def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
     """A whole record, ready to be appended."""
-    header = _HEADER.pack(_MAGIC, kind, len(payload), crc32(payload), sequence)
-    return b"".join((header, _CHECK.pack(crc32(header)), payload))
+    return header(kind, [payload], sequence) + payload
+
+
+def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
+    """What goes before a payload, which may lie in pieces."""
+    check = 0
+    for piece in payload:
+        check = crc32(piece, check)
+    own = _HEADER.pack(_MAGIC, kind, sum(map(len, payload)), check, sequence)
+    return own + _CHECK.pack(crc32(own))
 
 
 def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
@@ -117,32 +125,35 @@ def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
 
 
 def commit_text(images: Images) -> Iterator[bytes]:
-    """The payload of a COMMIT in pieces, for the loop to have a turn between them."""
+    """The payload of a COMMIT in pieces, for the loop to have a turn between them.
+
+    One entity a line, so that a large one can be read in pieces, too.
+    """
     start = b"{"
     for name, section in images.items():
-        yield start + _encode(name) + b":{"
-        start = b"},"
+        yield start + _encode(name) + b":{\n"
+        start = b"\n},"
         items = iter(section.items())
         comma = b""
         while part := list(islice(items, _PIECE)):
-            yield comma + b",".join(
+            yield comma + b",\n".join(
                 b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
                 for entity_id, raw in part
             )
-            comma = b","
-    yield b"}}"
+            comma = b",\n"
+    yield b"\n}}"
 
 
 def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
     """The post-images in the payload of a COMMIT."""
     return {
-        name: {entity_id: _image(raw) for entity_id, raw in images.items()}
+        name: {entity_id: image(bytes(raw)) for entity_id, raw in images.items()}
         for name, images in _read(_commit_decoder, payload).items()
     }
 
 
-def _image(raw: msgspec.Raw) -> bytes | None:
-    text = bytes(raw)
+def image(text: bytes) -> bytes | None:
+    """An image as it lies in a COMMIT."""
     if text == b"null":
         return None
     if not text.startswith(_ENTITY):

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Mapping, Set
+from collections.abc import AsyncGenerator, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -26,6 +26,7 @@ from hf_async_store.strategies.json.journal import (
     FileState,
     Images,
     Kind,
+    image,
     read_commit,
     read_fold,
     read_head,
@@ -33,12 +34,15 @@ from hf_async_store.strategies.json.journal import (
 )
 from hf_async_store.strategies.json.section import Section
 from hf_async_store.strategies.json.serializer import (
+    PIECE,
+    Held,
     JSONSerializer,
     NotOurs,
     cut_lines,
     cut_object,
     held,
     layout_of,
+    refuse_repeated,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +59,11 @@ _LARGE: Final = 16 << 20
 it takes one step, which would hold the loop."""
 
 _READ_PIECE: Final = 4 << 20
+_LARGE_TAIL: Final = 4 << 20
+_TAIL_PIECE: Final = 1 << 20
+
+Merged: TypeAlias = Mapping[str, "dict[str, Held]"]
+"""Sections by name, with the images of a commit in them already."""
 
 
 class Vanished(Exception):  # noqa: N818  # never leaves the strategy
@@ -91,12 +100,21 @@ class State:
         """Whether a commit to one of these is not in its data file yet."""
         return any(name in collections for each in self.pending.values() for name in each)
 
-    def take(self, images: Images, size: int) -> None:
-        """A commit of the current generation, `size` bytes of journal."""
+    async def merged(self, images: Images) -> Merged:
+        """What those sections will be that many images go to, for `take`."""
+        made = {name: await self.sections[name].merged(each) for name, each in images.items()}
+        return {name: merged for name, merged in made.items() if merged is not None}
+
+    def take(self, images: Images, size: int, merged: Merged) -> None:
+        """A commit of the current generation, `size` bytes of journal; `sweep` is to follow."""
         waiting = self.pending.setdefault(self.generation, {})
         for name, section_images in images.items():
             waiting[name] = waiting.get(name, 0) + size // len(images)
-            self.sections[name].apply(section_images)
+            self.sections[name].apply(section_images, merged.get(name))
+
+    async def sweep(self) -> None:
+        for section in self.sections.values():
+            await section.sweep()
 
     def covered(self, name: str, content: FileState, collections: set[str]) -> None:
         """This file, as it lies in its place, holds everything before its generation."""
@@ -299,15 +317,15 @@ class Loader:
         try:
             for number, entry in enumerate(journal.entries, 1):
                 if entry.kind is Kind.COMMIT:
-                    self.commit(state, entry)
+                    await self.commit(state, entry)
                 if not number % 64:
                     await asyncio.sleep(0)
         finally:
             state.generation = newest
 
-    def commit(self, state: State, entry: Entry) -> None:
+    async def commit(self, state: State, entry: Entry) -> None:
         """Take over a COMMIT of the current generation."""
-        images = read_commit(entry.payload)
+        images = await _images(entry.payload)
         for name in images.keys() - state.sections.keys():
             state.sections[name] = self._revived(state, name)
         held_already = {
@@ -318,7 +336,8 @@ class Loader:
         }
         lacking = {name: each for name, each in images.items() if name not in held_already}
         if lacking:
-            state.take(lacking, len(entry.payload))
+            state.take(lacking, len(entry.payload), await state.merged(lacking))
+            await state.sweep()
 
     def _revived(self, state: State, name: str) -> Section:
         """The section of a collection that only others declare, out of what was kept of it."""
@@ -395,7 +414,7 @@ class Loader:
             line = text[position:end]
             section_name = _name_of(line)
             if section_name not in state.sections:
-                self._cut_rest(name, b"{" + text[position:], state, ours=ours, seen=seen)
+                await self._cut_rest(name, b"{" + text[position:], state, ours=ours, seen=seen)
                 return
             if section_name in seen:
                 raise NotOurs
@@ -420,13 +439,13 @@ class Loader:
                 lines = await rewritten(text, declared, self._schema)
                 await self._cut_lines(name, lines, state, ours=False)
                 return
-        self._cut_rest(name, text, state, ours=ours)
+        await self._cut_rest(name, text, state, ours=ours)
 
-    def _cut_rest(
+    async def _cut_rest(
         self, name: str, text: bytes, state: State, *, ours: bool, seen: Set[str] = frozenset()
     ) -> None:
         path = str(self._files.path(name))
-        members = cut_object(text, path, once=not ours)
+        members = await _members(text, path, once=not ours)
         if seen & members.keys():
             raise NotOurs
         collection = self._files.names[name]
@@ -439,10 +458,20 @@ class Loader:
             return
         for each, raw in members.items():
             if each in state.sections and collection in (None, each):
-                found = cut_object(raw, f"section {each!r} of {path}", once=not ours)
+                found = await _members(raw, f"section {each!r} of {path}", once=not ours)
                 state.sections[each].held.update(held(found, ours=ours))
             else:
                 state.extras.setdefault(name, {})[each] = bytes(raw)
+
+
+async def _members(text: Held, what: str, *, once: bool) -> dict[str, msgspec.Raw]:
+    """`cut_object`, with turns for the loop."""
+    found = cut_object(text, what)
+    if once:
+        await asyncio.sleep(0)
+        for _ in refuse_repeated(bytes(text), found, what):
+            await asyncio.sleep(0)
+    return found
 
 
 async def _fill(section: Section, text: bytes, start: int, *, ours: bool) -> int:
@@ -467,13 +496,74 @@ async def _fill(section: Section, text: bytes, start: int, *, ours: bool) -> int
 async def scanned(
     data: bytes, name: str, offset: int, sequence: int
 ) -> AsyncGenerator[tuple[Entry, int], None]:
-    """`scan`, with a turn for the loop now and then."""
-    done = offset
-    for entry, end in scan(data, name, offset, sequence):
-        yield entry, end
-        if end - done > 1 << 20:
-            done = end
+    """`scan`, with turns for the loop."""
+    entries = scan(data, name, offset, sequence)
+    # The checksum of a large record would hold the loop.
+    large = len(data) > _LARGE_TAIL
+    while True:
+        some = _Some()
+        if large:
+            await asyncio.to_thread(some.take, entries)
+        else:
+            some.take(entries)
+        for each in some.entries:
+            yield each
+        if some.failure is not None:
+            raise some.failure
+        if not some.more:
+            return
+        await asyncio.sleep(0)
+
+
+class _Some:
+    """The next records of a journal, up to a piece."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Entry, int]] = []
+        self.more = False
+        self.failure: CorruptionError | None = None
+
+    def take(self, entries: Iterator[tuple[Entry, int]]) -> None:
+        size = 0
+        try:
+            for entry, end in entries:
+                self.entries.append((entry, end))
+                size += len(entry.payload)
+                if size > _TAIL_PIECE:
+                    self.more = True
+                    return
+        except CorruptionError as exc:
+            self.failure = exc  # what lies before it counts
+
+
+async def _images(payload: bytes) -> dict[str, dict[str, bytes | None]]:
+    """The post-images in the payload of a COMMIT."""
+    if len(payload) > PIECE:
+        with suppress(NotOurs):
+            return await _cut_commit(payload)
+    return read_commit(payload)
+
+
+async def _cut_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
+    """One that lies one entity a line."""
+    found: dict[str, dict[str, bytes | None]] = {}
+    end = 0
+    while payload[end:] != b"}}":
+        start = payload.find(b"\n", end) + 1
+        name = _name_of(payload[end + 1 : start - 1].removeprefix(b","))
+        if not start or not name or name in found:
+            raise NotOurs
+        images = found[name] = {}
+        for piece in cut_lines(payload, start, ours=True):
+            if isinstance(piece, int):
+                end = piece
+                continue
+            images.update(
+                (each, text if type(text) is bytes else image(bytes(text)))
+                for each, text in piece.items()
+            )
             await asyncio.sleep(0)
+    return found
 
 
 def _name_of(line: bytes) -> str:

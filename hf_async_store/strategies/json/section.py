@@ -28,11 +28,32 @@ _SORT_PIECE: Final = 16_384
 _MUCH: Final = 4096
 """So many changes may wait for the next query at least, before the indexes are given up instead."""
 
+_SHARE: Final = 8
+"""Changes to more than this part of a section are made to a copy of it, in pieces."""
+
+_FREE_PIECE: Final = 4096
+_MERGE_PIECE: Final = 1024
+
 Before: TypeAlias = "dict[str, Held | None]"
 """What entities were before they changed; None: not there."""
 
 _Scalar: TypeAlias = "str | int | float | None | tuple[bool]"
 _Index: TypeAlias = "dict[_Scalar, str | set[str]]"
+
+
+class Past:
+    """What a section was at one moment, as far as it differs from what it is now.
+
+    Attributes:
+        before: what changed since, one by one.
+        whole: all the rest, once the section itself was replaced; None: it is there still.
+    """
+
+    __slots__ = ("before", "whole")
+
+    def __init__(self) -> None:
+        self.before: Before = {}
+        self.whole: dict[str, Held] | None = None
 
 
 class Section:
@@ -60,7 +81,8 @@ class Section:
         self._before: Before = {}
         self._tracking = False
         self._indexing = asyncio.Lock()
-        self._snapshots: list[Before] = []
+        self._past: list[Past] = []
+        self._garbage: list[dict[Any, Any]] = []
 
     @property
     def declared(self) -> bool:
@@ -95,22 +117,47 @@ class Section:
         assert self._collection is not None, "nobody can name what is not declared"
         return self._serializer.adopt(self._collection, entity_id, held)
 
-    def apply(self, images: Mapping[str, bytes | None]) -> None:
-        """Take over the images of a commit."""
+    async def merged(self, images: Mapping[str, bytes | None]) -> dict[str, Held] | None:
+        """The section with many images in it, for `apply`; None where those are few.
+
+        Made in pieces, so nothing else may be applied until it is.
+        """
+        if len(images) <= max(_MUCH, len(self.held) // _SHARE):
+            return None
+        merged = self.held.copy()
+        left = iter(images.items())
+        while part := dict(islice(left, _MERGE_PIECE)):
+            self._put(merged, part)
+            await asyncio.sleep(0)
+        return merged
+
+    def apply(
+        self, images: Mapping[str, bytes | None], merged: dict[str, Held] | None = None
+    ) -> None:
+        """Take over the images of a commit.
+
+        Args:
+            merged: what the section is with them, if it was made before.
+        """
         held = self.held
-        for kept in self._snapshots:
-            for entity_id in images:
-                if entity_id not in kept:
-                    kept[entity_id] = held.get(entity_id)
         if self._tracking:
-            before = self._before
-            many = len(before) + len(images) > max(_MUCH, len(held) // 2)
-            if many and not self._indexing.locked():
+            if len(self._before) + len(images) > max(_MUCH, len(held) // 2):
                 self._forget()
             else:
-                for entity_id in images:
-                    if entity_id not in before:
-                        before[entity_id] = held.get(entity_id)
+                _note(self._before, images, held)
+        if merged is None:
+            for past in self._past:
+                if past.whole is None:
+                    _note(past.before, images, held)
+            self._put(held, images)
+            return
+        for past in self._past:
+            if past.whole is None:
+                past.whole = held
+        self.held = merged
+        self._discard_whole(held)
+
+    def _put(self, held: dict[str, Held], images: Mapping[str, bytes | None]) -> None:
         if None not in images.values():
             held.update(cast("Mapping[str, bytes]", images))
             return
@@ -120,6 +167,15 @@ class Section:
                 self._cache.pop(entity_id, None)
             else:
                 held[entity_id] = raw
+
+    def _discard_whole(self, whole: dict[str, Held]) -> None:
+        if not any(each.whole is whole for each in self._past):
+            self._garbage.append(whole)
+
+    async def sweep(self) -> None:
+        """Free what changes left behind, in pieces: at once it would hold the loop."""
+        while self._garbage:
+            await _freed(self._garbage.pop())
 
     def look(self, entity_id: str, raw: bytes) -> Entity:
         """The entity decoded, to be looked at and not to be given away: it may be cached."""
@@ -133,19 +189,40 @@ class Section:
 
     # -- snapshots ---------------------------------------------------------------------------
 
-    def keep(self, before: Before) -> None:
-        """From now on note in `before` what each entity was that changes."""
-        self._snapshots.append(before)
+    def keep(self) -> Past:
+        """From now on note what each entity was that changes."""
+        past = Past()
+        self._past.append(past)
+        return past
 
-    def release(self, before: Before) -> None:
-        self._snapshots = [each for each in self._snapshots if each is not before]
+    async def release(self, past: Past) -> None:
+        """It is no longer wanted."""
+        self._past = [each for each in self._past if each is not past]
+        self._garbage.append(past.before)
+        if past.whole is not None:
+            self._discard_whole(past.whole)
+        await self.sweep()
 
-    async def ids_before(self, before: Before) -> tuple[str, ...]:
-        """All ids in order as they were when `before` began."""
-        ids = await self.sorted_ids()
+    def raw_before(self, past: Past, entity_id: str) -> bytes | None:
+        """`canonical` as it was then."""
+        if entity_id in past.before:
+            was = past.before[entity_id]
+        elif past.whole is not None:
+            was = past.whole.get(entity_id)
+        else:
+            return self.canonical(entity_id)
+        return None if was is None else self.adopted(entity_id, was)
+
+    async def ids_before(self, past: Past) -> tuple[str, ...]:
+        """All ids in order as they were then."""
+        if past.whole is None:
+            ids = await self.sorted_ids()
         held = self.held
-        came = [each for each, was in before.items() if was is None and each in held]
-        went = [each for each, was in before.items() if was is not None and each not in held]
+        if past.whole is not None:  # perhaps only now
+            held = past.whole
+            ids = await _sorted(held)
+        came = [each for each, was in past.before.items() if was is None and each in held]
+        went = [each for each, was in past.before.items() if was is not None and each not in held]
         return _resorted(ids, went, came) if came or went else ids
 
     # -- indexes -----------------------------------------------------------------------------
@@ -153,20 +230,22 @@ class Section:
     def can_index(self, field: str) -> bool:
         return field in self._indexable
 
-    async def index(self, field: str) -> None:
-        """Have the index of `field` current when this returns, up to the next await."""
+    async def index(self, *fields: str) -> None:
+        """Have the indexes of these fields current when this returns, up to the next await."""
         async with self._indexing:
-            if field not in self._indexes:
-                await self._build(field)
             await self._catch_up()
+            # Many changes may have made all indexes be given up meanwhile.
+            while lacking := [each for each in fields if each not in self._indexes]:
+                await self._build(lacking[0])
+                await self._catch_up()
 
     async def sorted_ids(self) -> tuple[str, ...]:
         """All ids in order, current up to the next await."""
         async with self._indexing:
-            if self._ids is None:
-                await self._sort_ids()
             await self._catch_up()
-            assert self._ids is not None, "just made, under the lock"
+            while self._ids is None:
+                await self._sort_ids()
+                await self._catch_up()
             return self._ids
 
     def find(self, field: str, values: Iterable[Value]) -> set[str]:
@@ -185,30 +264,27 @@ class Section:
         return found
 
     async def _build(self, field: str) -> None:
-        self._tracking = True
-        await self._catch_up()
         # What changes from here on waits in `_before`, and is then settled in this index, too.
+        self._tracking = True
+        indexes = self._indexes
         index: _Index = {}
         value_of = attrgetter(field)
-        ids, texts = list(self.held), list(self.held.values())
+        ids, texts = tuple(self.held), tuple(self.held.values())  # the collector leaves them alone
         for number, (entity_id, held) in enumerate(zip(ids, texts, strict=True)):
             if number and not number % _PIECE:
                 await asyncio.sleep(0)
             value = value_of(self._peek(self.adopted(entity_id, held)))
             if value is not msgspec.UNSET:
                 _add(index, _scalar(value), entity_id)
-        self._indexes[field] = index
+        if indexes is self._indexes:  # not given up meanwhile
+            indexes[field] = index
 
     async def _sort_ids(self) -> None:
         self._tracking = True
-        await self._catch_up()
-        unsorted = list(self.held)
-        ids: list[str] = []
-        for start in range(0, len(unsorted), _SORT_PIECE):
-            ids += sorted(unsorted[start : start + _SORT_PIECE])
-            await asyncio.sleep(0)
-        ids.sort()  # merges sorted runs, which takes a fraction of sorting
-        self._ids = tuple(ids)
+        indexes = self._indexes
+        ids = await _sorted(self.held)
+        if indexes is self._indexes:
+            self._ids = ids
 
     async def _catch_up(self) -> None:
         """Settle every change that waits; the last piece is settled without an await."""
@@ -245,10 +321,34 @@ class Section:
 
     def _forget(self) -> None:
         """Give the indexes up: building them again costs less than settling so many changes."""
-        self._indexes.clear()
+        self._garbage += [*self._indexes.values(), self._before]
+        self._indexes = {}
         self._ids = None
-        self._before.clear()
+        self._before = {}
         self._tracking = False
+
+
+async def _freed(garbage: dict[Any, Any]) -> None:
+    while garbage:
+        for _ in range(min(len(garbage), _FREE_PIECE)):
+            garbage.popitem()
+        await asyncio.sleep(0)
+
+
+async def _sorted(unsorted: Iterable[str]) -> tuple[str, ...]:
+    rest = list(unsorted)
+    ids: list[str] = []
+    for start in range(0, len(rest), _SORT_PIECE):
+        ids += sorted(rest[start : start + _SORT_PIECE])
+        await asyncio.sleep(0)
+    ids.sort()  # merges sorted runs, which takes a fraction of sorting
+    return tuple(ids)
+
+
+def _note(before: Before, changed: Iterable[str], held: Mapping[str, Held]) -> None:
+    for entity_id in changed:
+        if entity_id not in before:
+            before[entity_id] = held.get(entity_id)
 
 
 def _indexable(collection: Collection | None) -> frozenset[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
@@ -33,7 +34,8 @@ _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _FILE_WAY_BACK: Final = (
     "Nothing was changed. Mend the file, or restore a backup (`hf-async-store restore`)"
 )
-_NAME: Final = re.compile(rb'[\s,]*"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
+_NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
+_MEMBERS: Final = 512
 PIECE: Final = 1 << 19
 """How many bytes of a file are cut in one go: about 1 ms."""
 
@@ -168,9 +170,13 @@ def cut_lines(data: bytes, start: int, *, ours: bool) -> Iterator[dict[str, Held
 def _cut_piece(lines: bytes, *, last: bool, ours: bool) -> dict[str, Held]:
     if not last and not lines.endswith(b","):
         raise NotOurs
+    text = b"{" + (lines if last else lines[:-1]) + b"}"
     try:
-        found = _cut(b"{" + (lines if last else lines[:-1]) + b"}")
-    except _UNREADABLE as exc:
+        found = _cut(text)
+        if not ours:
+            for _ in refuse_repeated(text, found, "a piece"):
+                pass
+    except (*_UNREADABLE, CorruptionError) as exc:
         raise NotOurs from exc
     if len(found) != lines.count(b"\n") + 1:
         raise NotOurs
@@ -204,22 +210,43 @@ def cut_object(text: Held, what: str, *, once: bool = False) -> dict[str, msgspe
             f"{what} is not what it should be, a JSON object: {exc}. {_FILE_WAY_BACK}"
         ) from exc
     if once:
-        _refuse_repeated(bytes(text), found, what)
+        for _ in refuse_repeated(bytes(text), found, what):
+            pass
     return found
 
 
-def _refuse_repeated(text: bytes, found: Mapping[str, msgspec.Raw], what: str) -> None:
-    """A decoder keeps the last member of a name. Then the others do not lie as they should: one
-    behind another, with nothing but a name between them."""
+def refuse_repeated(text: bytes, found: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
+    """Make sure, piece by piece, that no name came twice in the object that was cut.
+
+    A decoder keeps the last member of a name. Then the others do not lie as they should: one
+    behind another, with nothing but a name between them.
+
+    Raises:
+        CorruptionError: one did.
+    """
+    members = iter(found.items())
     end = text.index(b"{") + 1
-    for name, raw in found.items():
-        value = bytes(raw)
-        between = _NAME.match(text, end)
-        if between is None or not text.startswith(value, between.end()):
-            raise CorruptionError(
-                f"{what}: {name!r}, or a name before it, comes twice. {_FILE_WAY_BACK}"
-            )
-        end = between.end() + len(value)
+    before, after = b"", b""
+    size = 2  # The second member shows how they lie.
+    while part := list(islice(members, size)):
+        # Most files are laid out evenly: comparing a whole piece takes a third of the time.
+        even = b"".join(
+            [each for name, raw in part for each in (before, encode_text(name), after, raw)]
+        )
+        if after and text.startswith(even, end):
+            end += len(even)
+        else:
+            for name, raw in part:
+                value = bytes(raw)
+                between = _NAME.match(text, end)
+                if between is None or not text.startswith(value, between.end()):
+                    raise CorruptionError(
+                        f"{what}: {name!r}, or a name before it, comes twice. {_FILE_WAY_BACK}"
+                    )
+                before, after = between.groups()
+                end = between.end() + len(value)
+        size = _MEMBERS
+        yield
     if text[end:].strip() != b"}":
         raise CorruptionError(f"{what}: a name comes twice. {_FILE_WAY_BACK}")
 

@@ -1,7 +1,8 @@
 """The store as it was at one moment, while others go on writing.
 
 Nothing is copied: each section notes what an entity was before it changes, for as long as the
-snapshot is open. So it costs what changes meanwhile, not what is stored.
+snapshot is open. So it costs what changes meanwhile, not what is stored. A section that is replaced as
+a whole is kept instead.
 """
 
 from __future__ import annotations
@@ -10,22 +11,21 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from hf_async_store.entities import Entity, Key, Record
 from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.json.loading import State
-    from hf_async_store.strategies.json.section import Before, Section
+    from hf_async_store.strategies.json.section import Past, Section
     from hf_async_store.strategies.json.serializer import JSONSerializer
 
 _PIECE: Final = 512
 
 
 class Snapshot:
-    """Reads of one moment; a context manager that ends them.
+    """Reads of one moment; to be closed.
 
     Args:
         state: current at the moment that is kept.
@@ -33,30 +33,19 @@ class Snapshot:
 
     def __init__(self, state: State, serializer: JSONSerializer) -> None:
         self._serializer = serializer
-        self._sections: dict[str, tuple[Section, Before]] = {
-            name: (section, {}) for name, section in state.sections.items() if section.declared
+        self._sections: dict[str, tuple[Section, Past]] = {
+            name: (section, section.keep())
+            for name, section in state.sections.items()
+            if section.declared
         }
 
-    def __enter__(self) -> Self:
-        for section, before in self._sections.values():
-            section.keep(before)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for section, before in self._sections.values():
-            section.release(before)
+    async def close(self) -> None:
+        for section, past in self._sections.values():
+            await section.release(past)
 
     def _raw(self, collection: str, entity_id: str) -> bytes | None:
-        section, before = self._sections[collection]
-        if entity_id not in before:
-            return section.canonical(entity_id)
-        was = before[entity_id]
-        return None if was is None else section.adopted(entity_id, was)
+        section, past = self._sections[collection]
+        return section.raw_before(past, entity_id)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         found: list[Record | None] = []
@@ -85,16 +74,16 @@ class Snapshot:
 
     async def count(self, query: Query) -> int:
         if query.where == EVERYTHING:
-            section, before = self._sections[query.collection]
-            return len(await section.ids_before(before))
+            section, past = self._sections[query.collection]
+            return len(await section.ids_before(past))
         pieces = self._pieces(query)
         async with aclosing(pieces):
             return sum([len(piece) async for piece in pieces])
 
     async def _pieces(self, query: Query) -> AsyncGenerator[list[tuple[str, Entity]], None]:
         """What matches, by id."""
-        section, before = self._sections[query.collection]
-        ids: Sequence[str] = await section.ids_before(before)
+        section, past = self._sections[query.collection]
+        ids: Sequence[str] = await section.ids_before(past)
         first = 0
         if query.after is not None and not query.order:
             first = bisect_right(ids, query.after.id)

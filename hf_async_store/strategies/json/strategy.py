@@ -16,7 +16,6 @@ from hf_async_store.entities import (
     VERSION,
     Collection,
     Entity,
-    Schema,
     check_version,
     utc_now,
 )
@@ -108,7 +107,7 @@ class JSONStorageStrategy(StorageStrategy):
         wanted = await self._checked(data)
         async with self._holding(exclusive=True), self._json.owning() as state:
             if self._json.config.enforce_references:
-                await _refuse_broken(self._schema, wanted)
+                await self._refuse_broken(wanted)
             images = {name: await self._images(state, name, wanted[name]) for name in wanted}
             await self._json.commit(state, {name: each for name, each in images.items() if each})
 
@@ -158,8 +157,10 @@ class JSONStorageStrategy(StorageStrategy):
 
     async def _checked(
         self, data: Mapping[str, Mapping[str, Mapping[str, object]]]
-    ) -> dict[str, dict[str, Entity]]:
-        wanted: dict[str, dict[str, Entity]] = {name: {} for name in self._schema}
+    ) -> dict[str, dict[str, bytes]]:
+        """The text of each entity, which the garbage collector never looks into."""
+        encode = self._json.serializer.encode
+        wanted: dict[str, dict[str, bytes]] = {name: {} for name in self._schema}
         number = 0
         for name, entities in data.items():
             collection = self._schema[name]
@@ -173,24 +174,27 @@ class JSONStorageStrategy(StorageStrategy):
                     raise ValueOutOfDomainError(
                         f"{name}[{entity_id!r}] names itself {key.id!r} in {collection.key}"
                     )
-                wanted[name][entity_id] = {**entity, VERSION: cast("int", version)}
+                wanted[name][entity_id] = encode(entity, cast("int", version))
                 number += 1
                 if not number % _PIECE:
                     await asyncio.sleep(0)
         return wanted
 
     async def _images(
-        self, state: State, name: str, wanted: dict[str, Entity]
+        self, state: State, name: str, wanted: dict[str, bytes]
     ) -> dict[str, bytes | None]:
         """What changes in a section; `wanted` is used up, for freeing it at once holds the loop."""
         section = state.sections[name]
         serializer = self._json.serializer
         at = utc_now()
-        images: dict[str, bytes | None] = {
-            each: None for each in section.held if each not in wanted
-        }
+        images: dict[str, bytes | None] = {}
+        for number, entity_id in enumerate(list(section.held), 1):
+            if entity_id not in wanted:
+                images[entity_id] = None
+            if not number % _CHECK_PIECE:
+                await asyncio.sleep(0)
         for number, entity_id in enumerate(list(wanted), 1):
-            entity = wanted.pop(entity_id)
+            entity = serializer.decode(wanted.pop(entity_id))
             raw = section.canonical(entity_id)
             given = entity.pop(VERSION)
             if raw is None:
@@ -208,6 +212,24 @@ class JSONStorageStrategy(StorageStrategy):
                 await asyncio.sleep(0)
         return images
 
+    async def _refuse_broken(self, wanted: Mapping[str, Mapping[str, bytes]]) -> None:
+        decode = self._json.serializer.decode
+        for name, collection in self._schema.items():
+            if not collection.references:
+                continue
+            for number, (entity_id, text) in enumerate(wanted[name].items(), 1):
+                if not number % _PIECE:
+                    await asyncio.sleep(0)
+                entity = decode(text)
+                for field in collection.references:
+                    parent = entity.get(field.name)
+                    parents = wanted[cast("str", field.references)]
+                    if isinstance(parent, str) and parent not in parents:
+                        raise BrokenReferenceError(
+                            f"{name} {entity_id!r}: {field.name} names {parent!r}, "
+                            f"which {field.references} does not have"
+                        )
+
 
 def _same(entity: Entity, current: Entity) -> bool:
     """Equal in value and type, but for `updated_at`."""
@@ -215,18 +237,3 @@ def _same(entity: Entity, current: Entity) -> bool:
     stored = {name: value for name, value in current.items() if name != UPDATED_AT}
     # repr tells 1, 1.0 and True apart, and -0.0 from 0.0, which == does not.
     return without == stored and all(repr(without[name]) == repr(stored[name]) for name in without)
-
-
-async def _refuse_broken(schema: Schema, wanted: Mapping[str, Mapping[str, Entity]]) -> None:
-    for name, collection in schema.items():
-        for field in collection.references:
-            parents = wanted[cast("str", field.references)]
-            for number, (entity_id, entity) in enumerate(wanted[name].items(), 1):
-                if not number % _CHECK_PIECE:
-                    await asyncio.sleep(0)
-                parent = entity.get(field.name)
-                if isinstance(parent, str) and parent not in parents:
-                    raise BrokenReferenceError(
-                        f"{name} {entity_id!r}: {field.name} names {parent!r}, "
-                        f"which {field.references} does not have"
-                    )

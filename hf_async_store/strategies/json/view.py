@@ -59,6 +59,9 @@ Layer: TypeAlias = dict[str, dict[str, bytes | None]]
 _DECIDE_PIECE: Final = 128
 _FEW: Final = 1000
 _READ_PIECE: Final = 1024
+_LOOK_PIECE: Final = 256
+"""Pairs with a map in them are counted by the collector: fewer than make it run are alive at a time."""
+
 _LIGHT: Final = MAX_ENTITY_BYTES // 8
 """A text shorter than this cannot weigh too much: no value weighs 8 times its JSON."""
 
@@ -168,8 +171,8 @@ class View:
             for path in pinned
             if len(path) == 1 and isinstance(path[0], str) and section.can_index(path[0])
         ]
-        for field in fields:
-            await section.index(field)
+        if fields:
+            await section.index(*fields)
         for field in fields:
             ids = section.find(field, pinned[(field,)])
             if best is None or len(ids) < len(best.ids or ()):
@@ -263,8 +266,9 @@ class View:
     ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
         """The candidates that match, decoded to be looked at, in pieces."""
         matches = compile_filter(query.where)
-        for start in range(0, len(ids), _READ_PIECE):
-            part = slice(start, start + _READ_PIECE)
+        await asyncio.sleep(0)  # copying the candidates took its time
+        for start in range(0, len(ids), _LOOK_PIECE):
+            part = slice(start, start + _LOOK_PIECE)
             found = (
                 (each, section.look(each, section.adopted(each, held[each]))) for each in ids[part]
             )

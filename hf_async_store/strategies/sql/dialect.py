@@ -1,0 +1,249 @@
+"""What differs between SQLite and PostgreSQL, as the rest of the strategy asks for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_async_store.engine import Capabilities, Isolation, Plan
+from hf_async_store.entities import Value
+
+if TYPE_CHECKING:
+    from sqlalchemy import MetaData
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.types import TypeEngine
+
+    from hf_async_store.entities import Field, FieldType, Index, Schema
+    from hf_async_store.errors import StorageError
+    from hf_async_store.strategies.sql.compiler import Arguments, SortPart
+    from hf_async_store.strategies.sql.tables import Kind
+
+
+class Dialect(ABC):
+    """One of the two: its driver, its grammar, its limits."""
+
+    capabilities: Capabilities
+    driver_errors: ClassVar[tuple[type[Exception], ...]]
+    """What the driver raises; `translate` knows what it means."""
+
+    mark: ClassVar[str]
+    """What stands before the number of a parameter."""
+
+    one_writer: ClassVar[bool]
+    """Whether only one connection can write at a time."""
+
+    gains_by_readers: bool
+    """Whether gets by key should have connections of their own, which never write."""
+
+    needs_transactions: bool
+    """Whether a statement by itself must be put into a transaction, to run as it should."""
+
+    batches_commit_together: ClassVar[bool]
+    """Whether the statements of one batch of independent changes share a transaction."""
+
+    inline_references: ClassVar[bool]
+    """Whether a table is made with its foreign keys, which then cannot be added or dropped."""
+
+    to_column: Mapping[str, Callable[[Any], tuple[object, bool]]]
+    """By field type: a value as its column takes it, and whether the column holds it exactly."""
+
+    from_column: Mapping[str, Callable[[Any], Value]]
+    """By field type: what a column gives, as a value. What is not there is one already."""
+
+    @abstractmethod
+    def json_text(self, value: Value) -> tuple[str, bool]:
+        """A value as a JSON column takes it, and whether the column holds it exactly."""
+
+    # -- the driver --------------------------------------------------------------------------
+
+    @abstractmethod
+    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+        """A pool of connections, none of them open yet."""
+
+    @abstractmethod
+    def is_lost(self, driver: Any) -> bool:
+        """Whether a connection of the pool is known to be broken."""
+
+    @abstractmethod
+    async def rows(self, driver: Any, sql: str, args: Sequence[object]) -> Sequence[Sequence[Any]]:
+        """Run one statement and read all its rows."""
+
+    @abstractmethod
+    async def labelled(
+        self, driver: Any, sql: str, args: Sequence[object]
+    ) -> list[dict[str, Value]]:
+        """As `rows`, each a map by column."""
+
+    @abstractmethod
+    def pieces(
+        self, driver: Any, sql: str, args: Sequence[object], *, written: bool
+    ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
+        """Run one statement and read its rows piece by piece, from a cursor of the engine.
+
+        Args:
+            written: the connection may write meanwhile, and that must not show in the rows.
+        """
+
+    @abstractmethod
+    async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
+        """Begin a transaction that may write, or with one begun, a savepoint; returns its handle."""
+
+    @abstractmethod
+    async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
+        """Begin a transaction that reads one snapshot; None where a statement is one anyway."""
+
+    @abstractmethod
+    async def commit(self, handle: Any) -> None: ...
+
+    @abstractmethod
+    async def roll_back(self, handle: Any) -> None: ...
+
+    @abstractmethod
+    async def tidy(self, driver: Any) -> bool:
+        """End whatever a failure left open; whether the connection may go back to the pool."""
+
+    @abstractmethod
+    def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
+        """The store's error for one of the driver."""
+
+    # -- the schema --------------------------------------------------------------------------
+
+    @abstractmethod
+    def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]: ...
+
+    @abstractmethod
+    def index_part(self, column: Any, field: Field) -> Any:
+        """What of a column an index holds."""
+
+    @abstractmethod
+    async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
+        """By table and column, the types that are there."""
+
+    @abstractmethod
+    async def found_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
+        """By name, the tables of the indexes and constraints that are there."""
+
+    @abstractmethod
+    def same_type(self, found: str, kind: FieldType | Kind) -> bool: ...
+
+    @abstractmethod
+    async def begin_ddl(self, driver: Any) -> Any:
+        """Begin a transaction that no other one of its kind is beside."""
+
+    @abstractmethod
+    def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
+        """What else the schema needs, beyond tables, columns and indexes."""
+
+    # -- grammar: writes ---------------------------------------------------------------------
+
+    @abstractmethod
+    def batches(self, rows: int) -> list[int]:
+        """How so many rows are best cut into statements."""
+
+    @abstractmethod
+    def form(self, rows: int) -> int:
+        """A number that is the same for all numbers of rows that share one text."""
+
+    @abstractmethod
+    def source(self, kinds: Sequence[Kind], rows: int) -> str:
+        """What a FROM names so that rows of arguments are there as `i (c0, c1, ...)`."""
+
+    @abstractmethod
+    def pack(self, rows: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+        """The arguments of `source` for these rows."""
+
+    @abstractmethod
+    def given(self, column: str, kind: Kind) -> str:
+        """A column of `source` as its kind."""
+
+    @abstractmethod
+    def merged(self, column: str, sets: str, removes: str) -> str:
+        """A JSON map with the members of another, and without those of a list; NULL if empty."""
+
+    @abstractmethod
+    def size(self, column: str) -> str:
+        """The bytes of a text or JSON column; NULL for NULL."""
+
+    @abstractmethod
+    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
+        """A DELETE of rows `t` by their keys and perhaps versions, up to its conditions."""
+
+    # -- grammar: reads ----------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, column: str, kind: Kind) -> str:
+        """A column as a SELECT names it."""
+
+    @abstractmethod
+    def parameter(self, number: int, kind: Kind) -> str: ...
+
+    @abstractmethod
+    def argument(self, value: Any, kind: Kind) -> object:
+        """A value as the driver takes it for a parameter of this kind."""
+
+    @abstractmethod
+    def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
+        """Whether a column is one of some values of its kind."""
+
+    @abstractmethod
+    def one_of_ids(self, expression: str) -> str:
+        """Whether a key is one of a list, which is the first and only argument."""
+
+    @abstractmethod
+    def shortened(self, expression: str) -> str | None:
+        """What an index holds of a text; None if all of it."""
+
+    @abstractmethod
+    def has_side(self, name: str) -> str:
+        """Whether `_side` says something of a declared field: two-valued."""
+
+    @abstractmethod
+    def has_text(self, expression: str, part: str) -> str: ...
+
+    @abstractmethod
+    def ordered(self, part: SortPart, *, descending: bool) -> str:
+        """A part of an ORDER BY, with NULL before everything when it ascends."""
+
+    @abstractmethod
+    def json_test(
+        self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
+    ) -> tuple[str, bool]:
+        """An operator on a place in a JSON column; and whether it is exact, or lets more pass."""
+
+    @abstractmethod
+    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
+        """What sorts by a place in a JSON column; None if nothing does."""
+
+    @abstractmethod
+    def order_argument(self, value: Value) -> object:
+        """A value as `json_order` compares with it."""
+
+    # -- the rest ----------------------------------------------------------------------------
+
+    @abstractmethod
+    async def explain(
+        self,
+        driver: Any,
+        sql: str,
+        args: Sequence[object],
+        indexes: Mapping[str, Index],
+        comparisons: int,
+    ) -> Plan:
+        """The engine's own plan.
+
+        Args:
+            indexes: the declared ones by their names in SQL.
+            comparisons: how many the filter has.
+        """
+
+    @abstractmethod
+    async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]: ...
+
+    @abstractmethod
+    def describe(self) -> dict[str, Value]:
+        """Where the data is."""
+
+    @abstractmethod
+    def lockable(self, sql: str) -> str:
+        """A statement of the caller as the engine takes it."""

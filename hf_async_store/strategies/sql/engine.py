@@ -1,0 +1,391 @@
+"""The engine on SQL: reads, independent writes and sessions over leased connections."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from hf_async_store.config import SQLConfig, redacted
+from hf_async_store.engine import Isolation, Plan, Reader
+from hf_async_store.entities import Change, Key, Outcome, Record, Schema, Value
+from hf_async_store.errors import (
+    BrokenReferenceError,
+    ConcurrencyConflictError,
+    LockTimeoutError,
+    StorageError,
+    UnavailableError,
+)
+from hf_async_store.query import Query
+from hf_async_store.strategies.sql import reading
+from hf_async_store.strategies.sql.binding import bound
+from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
+from hf_async_store.strategies.sql.connections import Connections, Lease
+from hf_async_store.strategies.sql.schema import PROBES, Tables
+from hf_async_store.strategies.sql.session import SQLReader, SQLSession
+from hf_async_store.strategies.sql.statements import Statements
+from hf_async_store.strategies.sql.tables import Table, sql_name
+from hf_async_store.strategies.sql.writing import Sent, Writer, mark_put
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.dialect import Dialect
+
+_FIRST_PAUSE: Final = 0.002
+_LONGEST_PAUSE: Final = 0.1
+
+
+class SQLEngine:
+    """One database.
+
+    Attributes:
+        tables: by collection.
+        writer: carries out changes.
+    """
+
+    def __init__(self, config: SQLConfig, schema: Schema, dialect: Dialect) -> None:
+        self.capabilities = dialect.capabilities
+        self.schema = schema
+        self.tables = {name: Table(each, dialect) for name, each in schema.items()}
+        statements = Statements(schema, self.tables, references=config.enforce_references)
+        self.writer = Writer(schema, self.tables, statements, references=config.enforce_references)
+        self._config = config
+        self._dialect = dialect
+        self._main, self._readers = _pools(config, dialect)
+        self._made = Tables(schema, dialect, self._main.sql_dialect)
+        self._ready = False
+        self._making = asyncio.Lock()
+        self._turn = asyncio.Lock()  # of the one that writes, where there can be one only
+        self._closed = False
+
+    # -- connections -------------------------------------------------------------------------
+
+    async def _prepared(self) -> None:
+        """See that the tables are there, once."""
+        if self._ready:
+            return
+        async with self._making:
+            if not self._ready:
+                async with self._main.lease() as lease:
+                    await self._made.ensure(lease)
+                self._ready = True
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[Lease]:
+        """A connection to write on."""
+        await self._prepared()
+        if not self._dialect.one_writer:
+            async with self._main.lease() as lease:
+                yield lease
+            return
+        await self._take_turn()
+        try:
+            async with self._main.lease() as lease:
+                yield lease
+        finally:
+            self._turn.release()
+
+    async def _take_turn(self) -> None:
+        if not self._turn.locked():
+            await self._turn.acquire()
+            return
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                await self._turn.acquire()
+        except TimeoutError as exc:
+            raise LockTimeoutError(
+                f"another write of this store has lasted {self._config.timeout:g} s"
+            ) from exc
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Lease]:
+        """A connection on which one statement sees one state."""
+        await self._prepared()
+        async with self._main.lease() as lease, lease.reading(statements="one"):
+            yield lease
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Reader]:
+        await self._prepared()
+        async with self._main.lease() as lease, lease.reading(statements="many"):
+            yield SQLReader(self, lease)
+
+    # -- reads -------------------------------------------------------------------------------
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        await self._prepared()
+        deadline = time.monotonic() + self._config.timeout
+        pause = _FIRST_PAUSE
+        lost = False
+        while True:
+            try:
+                async with self._readers.lease() as lease:
+                    if not self._dialect.needs_transactions:
+                        return await self.writer.fetch(lease, keys)
+                    async with lease.transaction():
+                        return await self.writer.fetch(lease, keys)
+            except ConcurrencyConflictError:
+                if time.monotonic() > deadline:
+                    raise
+            except UnavailableError:
+                # Nothing was changed, and a connection may just have been an old one.
+                if lost:
+                    raise
+                lost = True
+            pause = await _paused(pause)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        table = self.tables[query.collection]
+        async with self._reading() as lease:
+            found = await reading.small(lease, table, query)
+            if found is None:
+                async with aclosing(reading.records(lease, table, query)) as records:
+                    async for each in records:
+                        yield each
+                return
+        for each in found:
+            yield each
+
+    async def count(self, query: Query) -> int:
+        async with self._reading() as lease:
+            return await reading.count(lease, self.tables[query.collection], query)
+
+    # -- independent writes ------------------------------------------------------------------
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        marked = any(each.mark is not None for each in changes)
+        async with self.writing() as lease:
+            if marked or self._dialect.needs_transactions:
+                return await self._write_together(lease, changes)
+            return await self._write_apart(lease, changes)
+
+    async def _write_apart(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
+        waves = self.writer.waves(changes)
+        outcomes: list[Outcome] = [None] * len(changes)
+        if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
+            async with lease.transaction():
+                for wave in waves:
+                    for sents in wave.values():
+                        await self.writer.send(_Plain(lease), lease, sents, outcomes, halves=True)
+            return outcomes
+        run = _Retrying(lease, self._config.timeout)
+        failure: StorageError | None = None
+        first = True
+        for wave in waves:
+            for sents in wave.values():
+                if failure is None:
+                    try:
+                        await self.writer.send(run, lease, sents, outcomes, halves=True)
+                    except StorageError as exc:
+                        if first:
+                            raise
+                        # What landed before must not be told as failed.
+                        failure = exc
+                        _fail(sents, exc, outcomes)
+                else:
+                    unsent = failure.copy()
+                    unsent.outcome_unknown = False
+                    _fail(sents, unsent, outcomes)
+                first = False
+        return outcomes
+
+    async def _write_together(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
+        """Changes with their marks in one commit; in halves where a reference breaks that."""
+        deadline = time.monotonic() + self._config.timeout
+        pause = _FIRST_PAUSE
+        while True:
+            outcomes: list[Outcome] = [None] * len(changes)
+            try:
+                async with lease.transaction():
+                    await self._send(lease, changes, outcomes, all_or_none=False)
+            except ConcurrencyConflictError:
+                if time.monotonic() > deadline:
+                    raise
+                pause = await _paused(pause)
+            except BrokenReferenceError as exc:
+                if len(changes) == 1:
+                    return [exc]
+                middle = len(changes) // 2
+                return [
+                    *await self._write_together(lease, changes[:middle]),
+                    *await self._write_together(lease, changes[middle:]),
+                ]
+            else:
+                return outcomes
+
+    async def _send(
+        self,
+        lease: Lease,
+        changes: Sequence[Change],
+        outcomes: list[Outcome],
+        *,
+        all_or_none: bool,
+    ) -> None:
+        halves = self._dialect.batches_commit_together
+        run = _Plain(lease)
+        for wave in self.writer.waves(changes):
+            for sents in wave.values():
+                await self.writer.send(run, lease, sents, outcomes, halves=halves)
+                if all_or_none and any(isinstance(outcomes[s.place], StorageError) for s in sents):
+                    return
+        marks = [
+            mark_put(change.mark, getattr(change, "at", ""))
+            for change, outcome in zip(changes, outcomes, strict=True)
+            if change.mark is not None and not isinstance(outcome, StorageError)
+        ]
+        if marks:
+            noted: list[Outcome] = [None] * len(marks)
+            await self._send(lease, marks, noted, all_or_none=False)
+            for each in noted:
+                if isinstance(each, StorageError):
+                    raise each
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    def session(self, isolation: Isolation | None) -> SQLSession:
+        return SQLSession(self, isolation)
+
+    async def apply(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
+        """The changes of a session, up to the first that fails."""
+        outcomes: list[Outcome] = [None] * len(changes)
+        await self._send(lease, changes, outcomes, all_or_none=True)
+        for index, each in enumerate(outcomes):
+            if isinstance(each, StorageError):
+                return outcomes[: index + 1]
+        return outcomes
+
+    async def execute_with_lock(
+        self, sql: str, params: Sequence[object] | Mapping[str, object]
+    ) -> list[dict[str, Value]]:
+        async with self.writing() as lease, lease.transaction():
+            return await self.execute(lease, sql, params)
+
+    async def execute(
+        self, lease: Lease, sql: str, params: Sequence[object] | Mapping[str, object]
+    ) -> list[dict[str, Value]]:
+        """A statement of the caller, in the transaction that is open."""
+        text, args = bound(self._dialect.lockable(sql), params, self._dialect.mark)
+        return await lease.labelled(text, args)
+
+    # -- life --------------------------------------------------------------------------------
+
+    async def explain(self, query: Query) -> Plan:
+        table = self.tables[query.collection]
+        compiled = compile_query(table, query)
+        async with self._reading() as lease:
+            plan = await self._dialect.explain(
+                lease.driver,
+                compiled.sql,
+                compiled.args,
+                self._made.indexes[query.collection],
+                comparisons_in(query.where),
+            )
+        if compiled.residual is None and not compiled.sorted_here:
+            return plan
+        return Plan(
+            access=plan.access,
+            index=plan.index,
+            residual=plan.residual or compiled.residual is not None,
+            sorted_here=plan.sorted_here or compiled.sorted_here,
+            detail=plan.detail,
+        )
+
+    async def probe(self) -> None:
+        parameters = [self._dialect.parameter(n, "text") for n in (1, 2)]
+        name = f"probe-{secrets.token_hex(8)}"
+        async with self.writing() as lease:
+            await lease.rows(
+                f"INSERT INTO {PROBES} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
+                (name, "probe"),
+                doing="write",
+                writes=True,
+            )
+            found = await lease.rows(
+                f"DELETE FROM {PROBES} WHERE name = {parameters[0]} RETURNING value",
+                (name,),
+                doing="delete",
+                writes=True,
+            )
+        if [tuple(each) for each in found] != [("probe",)]:
+            raise UnavailableError("what was written did not come back")
+
+    async def health(self) -> Mapping[str, Value]:
+        async with self._reading() as lease:
+            try:
+                names = [sql_name(each) for each in self.schema]
+                found = await self._dialect.health(lease.driver, names)
+            except self._dialect.driver_errors as exc:
+                raise self._dialect.translate(exc, doing="look", writes=False) from exc
+        figures = self._main.figures()
+        if self._readers is not self._main:
+            figures = {name: n + self._readers.figures()[name] for name, n in figures.items()}
+        return {**found, "pool": {**figures}}
+
+    def describe(self) -> Mapping[str, Value]:
+        return {**self._dialect.describe(), "configuration": redacted(self._config)}
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._main.close()
+        if self._readers is not self._main:
+            await self._readers.close()
+
+
+def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connections]:
+    """The pool, and the part of it that gets by key use: the same where there is no gain."""
+    size = max(config.pool_size, 1)
+    most = size + config.max_overflow
+    lanes = dialect.capabilities.read_lanes
+    if not dialect.gains_by_readers or most < 2 * lanes:
+        main = Connections(
+            dialect, config, size=size, overflow=config.max_overflow, read_only=False
+        )
+        return main, main
+    rest = most - lanes
+    size = max(size - lanes, 1)
+    return (
+        Connections(dialect, config, size=size, overflow=rest - size, read_only=False),
+        Connections(dialect, config, size=lanes, overflow=0, read_only=True),
+    )
+
+
+class _Plain:
+    """Runs a statement in a transaction: whatever fails it ends it."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
+        return await self._lease.rows(sql, args, doing="write", writes=True)
+
+
+class _Retrying:
+    """Runs a statement that is a transaction by itself, again when it lost a race."""
+
+    def __init__(self, lease: Lease, seconds: float) -> None:
+        self._lease = lease
+        self._deadline = time.monotonic() + seconds
+
+    async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await self._lease.rows(sql, args, doing="write", writes=True)
+            except ConcurrencyConflictError as exc:
+                if exc.outcome_unknown or time.monotonic() > self._deadline:
+                    raise
+            pause = await _paused(pause)
+
+
+async def _paused(pause: float) -> float:
+    """Wait for a random part of a pause; returns the next one."""
+    await asyncio.sleep(random.uniform(0, pause))
+    return min(pause * 2, _LONGEST_PAUSE)
+
+
+def _fail(sents: Sequence[Sent], exc: StorageError, outcomes: list[Outcome]) -> None:
+    for each in sents:
+        outcomes[each.place] = exc.copy()

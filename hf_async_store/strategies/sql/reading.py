@@ -1,0 +1,86 @@
+"""Queries on a connection: the rows of a SELECT as records, and what the SELECT could not do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final, cast
+
+from hf_async_store.entities import Entity, Key, Record
+from hf_async_store.query import Query, ordered
+from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
+from hf_async_store.strategies.sql.tables import Table
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import Lease
+
+_PIECE: Final = 256
+"""How many rows are decoded before the loop gets a turn."""
+
+_SMALL: Final = 512
+"""Up to this limit rows come in one answer, without a cursor."""
+
+
+async def records(lease: Lease, table: Table, query: Query) -> AsyncGenerator[Record, None]:
+    """The records that match, in the query's order."""
+    if query.limit == 0:
+        return
+    compiled = compile_query(table, query)
+    collection = query.collection
+    async with aclosing(_entities(lease, table, query, compiled)) as pieces:
+        if compiled.sorted_here:
+            async with aclosing(ordered(pieces, query)) as rows:
+                async for entity_id, entity in rows:
+                    yield Record(Key(collection, entity_id), entity)
+            return
+        count = 0
+        async for piece in pieces:
+            for entity_id, entity in piece:
+                yield Record(Key(collection, entity_id), entity)
+                count += 1
+                if count == query.limit:
+                    return
+
+
+async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None:
+    """The records of a query with a small limit, in one statement; None where it takes more."""
+    if query.limit is None or query.limit > _SMALL:
+        return None
+    compiled = compile_query(table, query)
+    if compiled.sorted_here or compiled.residual is not None:
+        return None
+    return [
+        Record(Key(query.collection, cast("str", row[0])), table.entity(row, compiled.names))
+        for row in await lease.rows(compiled.sql, compiled.args)
+    ]
+
+
+async def count(lease: Lease, table: Table, query: Query) -> int:
+    """How many records match."""
+    compiled = compile_count(table, query)
+    if compiled is not None:
+        [[number]] = await lease.rows(compiled.sql, compiled.args)
+        return cast("int", number)
+    number = 0
+    async with aclosing(records(lease, table, query)) as found:
+        async for _ in found:
+            number += 1
+    return number
+
+
+async def _entities(
+    lease: Lease, table: Table, query: Query, compiled: Compiled
+) -> AsyncGenerator[list[tuple[str, Entity]], None]:
+    """The entities of a SELECT that pass what it could not test, in pieces."""
+    key = table.collection.key
+    async with aclosing(lease.pieces(compiled.sql, compiled.args)) as pieces:
+        async for rows in pieces:
+            for start in range(0, len(rows), _PIECE):
+                entities = [
+                    table.entity(row, compiled.names) for row in rows[start : start + _PIECE]
+                ]
+                if compiled.residual is not None:
+                    entities = [each for each in entities if compiled.residual(each)]
+                yield [(cast("str", each[key]), each) for each in entities]
+                await asyncio.sleep(0)

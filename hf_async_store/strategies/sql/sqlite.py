@@ -1,0 +1,485 @@
+"""SQLite: a file, one writer at a time, JSON as text."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import sqlite3
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
+
+import aiosqlite
+from sqlalchemy import BigInteger, Boolean, Text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.types import TypeEngine, UserDefinedType
+
+from hf_async_store.config import SQLConfig
+from hf_async_store.engine import Capabilities, Isolation, Plan
+from hf_async_store.entities import Field, FieldType, Index, Schema, Value
+from hf_async_store.errors import ConfigurationError, StorageError
+from hf_async_store.oserrors import translate_os_error
+from hf_async_store.strategies.sql import functions
+from hf_async_store.strategies.sql.compiler import Arguments, SortPart
+from hf_async_store.strategies.sql.dialect import Dialect
+from hf_async_store.strategies.sql.errors import sqlite_error
+from hf_async_store.strategies.sql.tables import SIDE, Kind, decode_json, encode_json
+
+if TYPE_CHECKING:
+    from sqlalchemy import MetaData
+
+_OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
+_PIECE: Final = 256
+_BLOCK: Final = 250
+_MOST_PARAMETERS: Final = 32_766
+_INNER_WAIT_MS: Final = 20
+"""How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
+
+_FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
+    "hf_real": (1, functions.real),
+    "hf_test": (3, functions.test),
+    "hf_at": (2, functions.at),
+    "hf_merged": (3, functions.merged),
+    "hf_key": (1, functions.key),
+}
+
+_MEMBER: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
+_BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_FOR_UPDATE: Final = re.compile(r"(?is)\s+for\s+update\s*;?\s*\Z")
+
+
+class _Untyped(UserDefinedType[Any]):
+    """A column without affinity: it keeps 1 and 1.0 apart."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        return "BLOB"
+
+
+class SQLite(Dialect):
+    """The dialect of one file.
+
+    Raises:
+        ConfigurationError: there is no file named.
+    """
+
+    driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, OSError, ValueError)
+    mark = "?"
+    one_writer = True
+    gains_by_readers = False
+    needs_transactions = False
+    batches_commit_together = True
+    inline_references = True
+    to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
+    from_column = MappingProxyType({"boolean": bool, "json": decode_json})
+
+    def __init__(self, config: SQLConfig) -> None:
+        if config.name in ("", ":memory:"):
+            raise ConfigurationError(
+                "name: SQLite needs the path of a file (a store in memory is `memory:`)"
+            )
+        if sqlite3.sqlite_version_info < _OLDEST:
+            raise ConfigurationError(
+                f"SQLite {'.'.join(map(str, _OLDEST))} is needed, not {sqlite3.sqlite_version}"
+            )
+        self._config = config
+        self._path = Path(config.name)
+        self.capabilities = Capabilities(
+            engine="sqlite",
+            durable=True,
+            processes=True,
+            references=True,
+            read_batch=1024,
+            read_lanes=2,
+        )
+
+    def json_text(self, value: Value) -> tuple[str, bool]:
+        return encode_json(value).decode(), True
+
+    # -- the driver --------------------------------------------------------------------------
+
+    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+        return create_async_engine(
+            "sqlite+aiosqlite://",
+            async_creator=self._connect,
+            poolclass=AsyncAdaptedQueuePool,
+            pool_size=size,
+            max_overflow=overflow,
+            pool_recycle=self._config.pool_recycle,
+            pool_reset_on_return=None,
+            pool_use_lifo=True,
+        )
+
+    async def _connect(self) -> aiosqlite.Connection:
+        try:
+            self._make_file()
+        except OSError as exc:
+            raise translate_os_error(exc, f"create {self._path}") from exc
+        try:
+            driver = await aiosqlite.connect(
+                self._path,
+                isolation_level=None,
+                timeout=_INNER_WAIT_MS / 1000,
+                cached_statements=256 if self._config.enable_query_cache else 0,
+            )
+        except sqlite3.Error as exc:
+            raise self.translate(exc, doing=f"open {self._path}", writes=False) from exc
+        try:
+            await self._prepare(driver)
+        except BaseException:
+            await driver.close()
+            raise
+        return driver
+
+    def _make_file(self) -> None:
+        """Nobody else may read what is stored; SQLite gives its other files the same mode."""
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+
+    async def _prepare(self, driver: aiosqlite.Connection) -> None:
+        try:
+            for name, (arguments, function) in _FUNCTIONS.items():
+                await driver.create_function(name, arguments, function, deterministic=True)
+            enforced = "ON" if self._config.enforce_references else "OFF"
+            [[mode]] = await self.rows(driver, "PRAGMA journal_mode", ())
+            if mode != "wal":
+                await self.rows(driver, "PRAGMA journal_mode = WAL", ())
+            await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
+            await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())
+        except sqlite3.Error as exc:
+            raise self.translate(exc, doing=f"open {self._path}", writes=False) from exc
+
+    def is_lost(self, driver: aiosqlite.Connection) -> bool:
+        return False
+
+    async def rows(
+        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
+    ) -> Sequence[Sequence[Any]]:
+        deadline = time.monotonic() + self._config.timeout
+        while True:
+            try:
+                return cast("Sequence[Sequence[Any]]", await driver.execute_fetchall(sql, args))
+            except sqlite3.OperationalError as exc:
+                if (exc.sqlite_errorcode & 0xFF) not in _BUSY or time.monotonic() > deadline:
+                    raise
+            # Nothing of the statement happened; another process has the lock.
+            await asyncio.sleep(0)
+
+    async def labelled(
+        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
+    ) -> list[dict[str, Value]]:
+        async with driver.execute(sql, args) as cursor:
+            rows = await cursor.fetchall()
+            names = [each[0] for each in cursor.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    async def pieces(
+        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object], *, written: bool
+    ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
+        if written:
+            # What is written meanwhile must not show, and SQLite does not promise that.
+            yield await self.rows(driver, sql, args)
+            return
+        async with driver.execute(sql, args) as cursor:
+            while rows := await cursor.fetchmany(_PIECE):
+                yield cast("Sequence[Sequence[Any]]", rows)
+
+    async def begin(self, driver: aiosqlite.Connection, isolation: Isolation | None) -> Any:
+        if driver.in_transaction:
+            name = f"s{time.monotonic_ns()}"
+            await self.rows(driver, f"SAVEPOINT {name}", ())
+            return driver, name
+        # Not deferred: what was read would have to be read again once another has written.
+        await self.rows(driver, "BEGIN IMMEDIATE", ())
+        return driver, None
+
+    async def begin_reading(
+        self, driver: aiosqlite.Connection, statements: Literal["one", "many"]
+    ) -> Any:
+        if statements == "one":
+            return None
+        await self.rows(driver, "BEGIN", ())
+        return driver, None
+
+    async def commit(self, handle: Any) -> None:
+        driver, savepoint = handle
+        await self.rows(driver, "COMMIT" if savepoint is None else f"RELEASE {savepoint}", ())
+
+    async def roll_back(self, handle: Any) -> None:
+        driver, savepoint = handle
+        if savepoint is not None:
+            await self.rows(driver, f"ROLLBACK TO {savepoint}", ())
+            await self.rows(driver, f"RELEASE {savepoint}", ())
+        elif driver.in_transaction:
+            await self.rows(driver, "ROLLBACK", ())
+
+    async def tidy(self, driver: aiosqlite.Connection) -> bool:
+        await driver.execute_fetchall("SELECT 1")  # behind whatever was cancelled
+        if driver.in_transaction:
+            await driver.execute_fetchall("ROLLBACK")
+        return True
+
+    def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
+        return sqlite_error(exc, doing=doing, path=self._path)
+
+    # -- the schema --------------------------------------------------------------------------
+
+    def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]:
+        if kind in ("integer", "bigint"):
+            return BigInteger()
+        if kind == "boolean":
+            return Boolean(create_constraint=False)
+        return _Untyped() if kind == "number" else Text()
+
+    def index_part(self, column: Any, field: Field) -> Any:
+        return column
+
+    async def found_columns(
+        self, driver: aiosqlite.Connection, tables: Sequence[str]
+    ) -> dict[str, dict[str, str]]:
+        rows = await self.rows(
+            driver,
+            'SELECT m.name, p.name, p.type, p.pk, p."notnull" AND p.dflt_value IS NULL '
+            "FROM sqlite_master AS m, pragma_table_info(m.name) AS p WHERE m.type = 'table'",
+            (),
+        )
+        found: dict[str, dict[str, str]] = {}
+        for table, column, kind, key, needed in rows:
+            if table in tables:
+                notes = " PRIMARY KEY" if key else " NOT NULL" if needed else ""
+                found.setdefault(table, {})[column] = f"{kind.upper()}{notes}"
+        return found
+
+    async def found_indexes(
+        self, driver: aiosqlite.Connection, tables: Sequence[str]
+    ) -> dict[str, str]:
+        rows = await self.rows(
+            driver, "SELECT name, sql FROM sqlite_master WHERE type = 'index'", ()
+        )
+        return {name: sql or "" for name, sql in rows}
+
+    def same_type(self, found: str, kind: FieldType | Kind) -> bool:
+        wanted = {"integer": "BIGINT", "bigint": "BIGINT", "boolean": "BOOLEAN", "number": "BLOB"}
+        return found.split(" ")[0] == wanted.get(kind, "TEXT")
+
+    async def begin_ddl(self, driver: aiosqlite.Connection) -> Any:
+        return await self.begin(driver, None)
+
+    def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
+        return []
+
+    # -- grammar: writes ---------------------------------------------------------------------
+
+    def batches(self, rows: int) -> list[int]:
+        # As parameters they are twice as fast as out of JSON; but each number of rows is a text of
+        # its own, so there is one only.
+        rest = rows % _BLOCK
+        return [_BLOCK] * (rows // _BLOCK) + ([rest] if rest else [])
+
+    def form(self, rows: int) -> int:
+        return rows if rows in (1, _BLOCK) else 0
+
+    def source(self, kinds: Sequence[Kind], rows: int) -> str:
+        if _as_parameters(kinds, rows):
+            numbers = itertools.count(1)
+            values = ", ".join(
+                f"({', '.join(f'?{next(numbers)}' for _ in kinds)})" for _ in range(rows)
+            )
+            parts = [f"column{n + 1} AS c{n}" for n in range(len(kinds))]
+            return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
+        parts = [f"{_member(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
+        return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
+
+    def pack(self, rows: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+        if _as_parameters(kinds, len(rows)):
+            return rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
+        numbers = [n for n, kind in enumerate(kinds) if kind == "number"]
+        if numbers:
+            rows = [_floats_as_text(row, numbers) for row in rows]
+        return (encode_json(rows).decode(),)
+
+    def given(self, column: str, kind: Kind) -> str:
+        return column
+
+    def merged(self, column: str, sets: str, removes: str) -> str:
+        return f"hf_merged({column}, {sets}, {removes})"
+
+    def size(self, column: str) -> str:
+        return f"length(CAST({column} AS BLOB))"
+
+    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
+        kinds = ["text", "bigint"] if versions else ["text"]
+        source = self.source(kinds, rows)
+        if versions:
+            return (
+                f"DELETE FROM {table} AS t "
+                f"WHERE (t.{key}, t.version) IN (SELECT i.c0, i.c1 FROM {source})"
+            )
+        return f"DELETE FROM {table} AS t WHERE t.{key} IN (SELECT i.c0 FROM {source})"
+
+    # -- grammar: reads ----------------------------------------------------------------------
+
+    def read(self, column: str, kind: Kind) -> str:
+        return column
+
+    def parameter(self, number: int, kind: Kind) -> str:
+        return f"?{number}"
+
+    def argument(self, value: Any, kind: Kind) -> object:
+        return encode_json(value).decode() if kind == "list" else value
+
+    def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
+        if kind == "number":
+            # Not through JSON, which would read floats to within the last bit.
+            return f"{expression} IN ({', '.join(args.add(each, kind) for each in values)})"
+        return f"{expression} IN (SELECT value FROM json_each({args.add(list(values), 'list')}))"
+
+    def one_of_ids(self, expression: str) -> str:
+        return f"{expression} IN (SELECT value FROM json_each(?1))"
+
+    def shortened(self, expression: str) -> str | None:
+        return None
+
+    def has_side(self, name: str) -> str:
+        return f"(json_type(t.{SIDE}, '$.{name}') IS NOT NULL)"
+
+    def has_text(self, expression: str, part: str) -> str:
+        return f"instr({expression}, {part}) > 0"
+
+    def ordered(self, part: SortPart, *, descending: bool) -> str:
+        way = " DESC" if descending else ""
+        null = f", {part.null}{way}" if part.null is not None else ""
+        return f"{part.sql}{way}{null}"
+
+    def json_test(
+        self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
+    ) -> tuple[str, bool]:
+        if op == "in" and not value:
+            return "FALSE", True
+        place = _place(base, steps, args)
+        if op == "exists":
+            return f"{place} IS {'NOT ' if value else ''}NULL", True
+        if op in ("eq", "in"):
+            values = [value] if op == "eq" else cast("list[Value]", value)
+            if not any(isinstance(each, list | dict) for each in values):
+                texts = [text for each in values for text in _json_texts(each)]
+                return self.one_of(place, texts, "text", args), True
+        if op in ("lt", "lte", "gt", "gte") and isinstance(value, str):
+            sign = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}[op]
+            bound = args.add(value, "text")
+            return f"(substr({place}, 1, 1) = '\"' AND {place} ->> '$' {sign} {bound})", True
+        operand = args.add(encode_json(value).decode(), "text")
+        return f"hf_test({place}, '{op}', {operand})", True
+
+    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
+        return SortPart(f"hf_key({_place(base, steps, args)})", nullable=True)
+
+    def order_argument(self, value: Value) -> object:
+        return functions.order_bytes(value)
+
+    # -- the rest ----------------------------------------------------------------------------
+
+    async def explain(
+        self,
+        driver: aiosqlite.Connection,
+        sql: str,
+        args: Sequence[object],
+        indexes: Mapping[str, Index],
+        comparisons: int,
+    ) -> Plan:
+        lines = [row[3] for row in await self.rows(driver, f"EXPLAIN QUERY PLAN {sql}", args)]
+        # The table itself is "t" here; what else is read are lists of arguments.
+        own = next(each for each in lines if re.match(r"(SEARCH|SCAN) t\b", each))
+        used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", own)
+        index = indexes.get(used[1]) if used is not None else None
+        found = own.startswith("SEARCH")
+        terms = used[2].count(" AND ") + 1 if used is not None and used[2] else 0
+        return Plan(
+            access="scan" if not found else "index" if index is not None else "key",
+            index=index.name if found and index is not None else None,
+            residual=comparisons > terms if found else comparisons > 0,
+            sorted_here=any("TEMP B-TREE FOR" in each for each in lines),
+            detail="; ".join(lines),
+        )
+
+    async def health(self, driver: aiosqlite.Connection, tables: Sequence[str]) -> dict[str, Value]:
+        problems: list[Value] = []
+        for [line] in await self.rows(driver, "PRAGMA quick_check(5)", ()):
+            if line != "ok":
+                problems.append(f"{self._path}: {line}")
+        if not os.access(self._path, os.W_OK):
+            problems.append(f"{self._path} cannot be written")
+        room = os.statvfs(self._path.parent)
+        return {
+            "path": str(self._path.absolute()),
+            "mode": oct(self._path.stat().st_mode & 0o777),
+            "database_bytes": _size(self._path),
+            "wal_bytes": _size(Path(f"{self._path}-wal")),
+            "free_bytes": room.f_bavail * room.f_frsize,
+            "problems": problems,
+        }
+
+    def describe(self) -> dict[str, Value]:
+        return {"path": str(self._path.absolute()), "sqlite": sqlite3.sqlite_version}
+
+    def lockable(self, sql: str) -> str:
+        # The transaction that it runs in begins by taking the write lock.
+        return _FOR_UPDATE.sub("", sql)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:
+    return rows == 1 or (rows == _BLOCK and rows * len(kinds) <= _MOST_PARAMETERS)
+
+
+def _member(number: int, kind: Kind) -> str:
+    """A member of a row of arguments that came as JSON."""
+    member = f"value ->> '$[{number}]'"
+    if kind != "number":
+        return member
+    return (
+        f"CASE json_type(value, '$[{number}]') WHEN 'text' THEN hf_real({member}) ELSE {member} END"
+    )
+
+
+def _floats_as_text(row: Sequence[object], numbers: Sequence[int]) -> Sequence[object]:
+    copied = list(row)
+    for n in numbers:
+        if isinstance(copied[n], float):
+            copied[n] = repr(copied[n])
+    return copied
+
+
+def _place(base: str, steps: Sequence[str | int], args: Arguments) -> str:
+    """The JSON text at a place below a column, NULL where there is none."""
+    if not steps:
+        return base
+    if all(isinstance(each, int) or _MEMBER.match(each) for each in steps):
+        path = "".join(f"[{each}]" if isinstance(each, int) else f'."{each}"' for each in steps)
+        return f"({base} -> {args.add(f'${path}', 'text')})"
+    return f"hf_at({base}, {args.add(encode_json(list(steps)).decode(), 'text')})"
+
+
+def _json_texts(value: Value) -> list[str]:
+    """The ways in which a stored JSON text may write a value that equals this one."""
+    texts = [encode_json(value).decode()]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return texts
+    if isinstance(value, float) and value.is_integer():
+        texts.append(str(int(value)))
+    elif isinstance(value, int) and int(float(value)) == value:
+        texts.append(encode_json(float(value)).decode())
+    return [*texts, "0.0", "-0.0"] if value == 0 else texts

@@ -1,0 +1,88 @@
+"""`SQLStorageStrategy`: the store in SQLite or PostgreSQL, and the verb that only it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from hf_async_store.config import SQLConfig, StorageConfig, strategy_config
+from hf_async_store.entities import HOST_FACTORY, Collection, Value
+from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.session import SQLSession
+from hf_async_store.strategy import StorageStrategy, schema_of
+from hf_async_store.transaction import Transaction
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.postgresql import PasswordProvider
+
+
+class SQLTransaction(Transaction):
+    """A transaction that also takes the caller's own SQL."""
+
+    async def execute_with_lock(
+        self,
+        sql: str,
+        params: Sequence[object] | Mapping[str, object] = (),
+        *,
+        timeout: float | None = None,
+    ) -> list[dict[str, Value]]:
+        """As on the store, but what the statement locks stays locked until this transaction ends."""
+        async with self._step(timeout) as session:
+            return await cast("SQLSession", session).execute(sql, params)
+
+
+class SQLStorageStrategy(StorageStrategy):
+    """A store in SQLite or PostgreSQL.
+
+    Args:
+        config: `sqlite:PATH`, `postgresql://USER:PASSWORD@HOST:PORT/NAME`, a map in the spec's
+            shape, a `StorageConfig` or an `SQLConfig`.
+        collections: what may be stored.
+        password: asked for the password of each new connection to PostgreSQL, with host, port and
+            user name; for tokens that expire. It may be async.
+
+    Raises:
+        ConfigurationError.
+    """
+
+    transaction_type: ClassVar[type[Transaction]] = SQLTransaction
+
+    def __init__(
+        self,
+        config: StorageConfig | SQLConfig | Mapping[str, object] | str | Path,
+        *,
+        collections: Iterable[Collection] = HOST_FACTORY,
+        password: PasswordProvider | None = None,
+    ) -> None:
+        schema = schema_of(collections)
+        sql = strategy_config(config, SQLConfig)
+        self._sql = SQLEngine(sql, schema, _dialect(sql, password))
+        super().__init__(self._sql, schema)
+
+    async def execute_with_lock(
+        self, sql: str, params: Sequence[object] | Mapping[str, object] = ()
+    ) -> list[dict[str, Value]]:
+        """Run a statement of one's own in a transaction of its own; its rows as maps by column.
+
+        It runs on the tables as they are (their columns are the declared fields, `doc`, `version`
+        and `_side`), so what it writes is not checked. A trailing FOR UPDATE is dropped on SQLite,
+        where the transaction begins by taking the write lock. The locks end with the call.
+
+        Args:
+            params: a list for `?`, a map for `:name`.
+        """
+        self._usable()
+        return await self._sql.execute_with_lock(sql, params)
+
+
+def _dialect(config: SQLConfig, password: PasswordProvider | None) -> Dialect:
+    # Each imports its driver.
+    if config.type == "sqlite":
+        from hf_async_store.strategies.sql.sqlite import SQLite
+
+        return SQLite(config)
+    from hf_async_store.strategies.sql.postgresql import PostgreSQL
+
+    return PostgreSQL(config, password)

@@ -1,0 +1,217 @@
+"""The storage form: how an entity lies in the row of a table, and how it comes back.
+
+* Declared fields are columns of their own names, NULL where they are missing; json ones hold JSON.
+* `doc` holds all other fields as one JSON map, NULL if there are none.
+* `version` is the store's.
+* `_side` holds, by field name, what its column cannot: null for an explicit null (so that it stays
+  apart from missing), or the exact JSON text of a value that the engine would change. NULL if there
+  is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+import msgspec
+
+from hf_async_store.entities import VERSION, Collection, Entity, Field, Removed, Value
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.dialect import Dialect
+
+DOC: Final = "doc"
+SIDE: Final = "_side"
+
+Kind: TypeAlias = str
+"""What a column holds: a field type, or "bigint", for what is the store's own."""
+
+# Columns that PostgreSQL has in every table, and names that SQLite keeps for itself.
+_TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
+
+encode_json: Final = msgspec.json.encode
+decode_json: Final = msgspec.json.decode
+
+
+def sql_name(name: str) -> str:
+    """The name of a declared field or collection in SQL. Ours begin with `_`, theirs never do."""
+    return f"_{name}" if name in _TAKEN or name.startswith("sqlite_") else name
+
+
+def quoted(name: str) -> str:
+    """A declared name as an SQL identifier; those match `[a-z][a-z0-9_]*`."""
+    return f'"{sql_name(name)}"'
+
+
+def limited(name: str) -> str:
+    """A name that PostgreSQL does not cut off, at 63 bytes."""
+    if len(name) <= 63:
+        return name
+    return f"{name[:50]}~{blake2b(name.encode(), digest_size=6).hexdigest()}"
+
+
+class Patched(msgspec.Struct, frozen=True):
+    """The fields of an update in storage form.
+
+    Attributes:
+        values: by declared field, what its column shall hold.
+        sets, removes: JSON: the map of the other fields that are set, the list of those removed.
+        side_sets, side_removes: the same for `_side`.
+        weight: a bound of what the update adds to the weight of the entity.
+    """
+
+    values: dict[str, object]
+    sets: str | None
+    removes: str | None
+    side_sets: str | None
+    side_removes: str
+    weight: int
+
+
+class Table:
+    """The table of a collection.
+
+    Attributes:
+        name: quoted.
+        key: the key column, quoted.
+        columns: those of the declared fields, quoted, the key first.
+        kinds: what they hold.
+        whole: the text columns, as a SELECT names them, that an index holds whole.
+    """
+
+    def __init__(self, collection: Collection, dialect: Dialect) -> None:
+        self.collection = collection
+        self.dialect = dialect
+        self.name = quoted(collection.name)
+        self.key = quoted(collection.key)
+        self.fields: tuple[Field, ...] = tuple(collection.fields.values())
+        self.columns = tuple(quoted(each.name) for each in self.fields)
+        self.kinds: tuple[Kind, ...] = tuple(each.type for each in self.fields)
+        self.names = tuple(each.name for each in self.fields)
+        references = {f"t.{quoted(each.name)}" for each in collection.references}
+        self.whole = frozenset({f"t.{self.key}", *references})
+        self._stored = tuple((each.name, dialect.to_column.get(each.type)) for each in self.fields)
+        self._loaded = tuple(
+            (each.name, dialect.from_column[each.type])
+            for each in self.fields
+            if each.type in dialect.from_column
+        )
+        self.selected = self.selection(self.fields, doc=True)
+        source = f"SELECT {self.selected} FROM {self.name} AS t WHERE"
+        self.fetch_one = f"{source} t.{self.key} = {dialect.parameter(1, 'text')}"
+        self.fetch_many = f"{source} {dialect.one_of_ids(f't.{self.key}')}"
+
+    def selection(self, fields: Iterable[Field], *, doc: bool) -> str:
+        """What a SELECT names so that `entity` can read its rows."""
+        parts = [self.dialect.read(f"t.{quoted(each.name)}", each.type) for each in fields]
+        parts.append(self.dialect.read(f"t.{DOC}", "json") if doc else "NULL")
+        parts.append(self.dialect.read(f"t.{SIDE}", "json"))
+        return ", ".join([*parts, f"t.{VERSION}"])
+
+    # -- there -------------------------------------------------------------------------------
+
+    def row(self, entity: Entity) -> list[object]:
+        """An entity without version in storage form: its columns, `doc`, `_side`."""
+        row: list[object] = []
+        side: dict[str, str | None] = {}
+        seen = 0
+        for name, convert in self._stored:
+            value: object = entity.get(name)
+            if value is None:
+                if name in entity:
+                    seen += 1
+                    value = self._null(name, side)
+            else:
+                seen += 1
+                if convert is not None:
+                    value = self._converted(name, cast("Value", value), side)
+            row.append(value)
+        if seen == len(entity):
+            row.append(None)
+        else:
+            declared = self.collection.fields
+            row.append(self._document({n: v for n, v in entity.items() if n not in declared}, side))
+        row.append(encode_json(side).decode() if side else None)
+        return row
+
+    def patched(self, fields: Mapping[str, Value | Removed]) -> Patched:
+        """The fields of an update in storage form."""
+        declared = self.collection.fields
+        values: dict[str, object] = {}
+        sets: Entity = {}
+        removes: list[str] = []
+        side: dict[str, str | None] = {}
+        plain: Entity = {}
+        for name, value in fields.items():
+            if isinstance(value, Removed):
+                if name in declared:
+                    values[name] = None
+                else:
+                    removes.append(name)
+                continue
+            plain[name] = value
+            if name not in declared:
+                sets[name] = value
+            elif value is None:
+                values[name] = self._null(name, side)
+            else:
+                values[name] = self._converted(name, value, side)
+        document = self._document(sets, side) if sets else None
+        return Patched(
+            values={name: values[name] for name in sorted(values)},
+            sets=document,
+            removes=encode_json(removes).decode() if removes else None,
+            side_sets=encode_json(side).decode() if side else None,
+            side_removes=encode_json([name for name in fields if name not in side]).decode(),
+            weight=9 * len(encode_json(plain)),
+        )
+
+    def _null(self, name: str, side: dict[str, str | None]) -> str | None:
+        if self.collection.fields[name].type == "json":
+            return "null"
+        side[name] = None
+        return None
+
+    def _converted(self, name: str, value: Value, side: dict[str, str | None]) -> object:
+        convert = self.dialect.to_column.get(self.collection.fields[name].type)
+        if convert is None:
+            return value
+        stored, exact = convert(value)
+        if not exact:
+            side[name] = encode_json(value).decode()
+        return stored
+
+    def _document(self, others: Entity, side: dict[str, str | None]) -> str:
+        text, exact = self.dialect.json_text(others)
+        if not exact:
+            for name, value in others.items():
+                if not self.dialect.json_text(value)[1]:
+                    side[name] = encode_json(value).decode()
+        return text
+
+    # -- and back ----------------------------------------------------------------------------
+
+    def entity(self, row: Sequence[object], names: Sequence[str] | None = None) -> Entity:
+        """The entity of a row.
+
+        Args:
+            names: the declared fields that the row begins with; all without it.
+        """
+        entity: Entity = {
+            name: value
+            for name, value in zip(names or self.names, cast("Sequence[Value]", row), strict=False)
+            if value is not None
+        }
+        for name, convert in self._loaded:
+            if name in entity:
+                entity[name] = convert(cast("str", entity[name]))
+        doc, side, version = row[-3:]
+        if doc is not None:
+            entity.update(decode_json(cast("str", doc)))
+        if side is not None:
+            for name, text in decode_json(cast("str", side)).items():
+                if names is None or name in names or name not in self.collection.fields:
+                    entity[name] = None if text is None else decode_json(text)
+        entity[VERSION] = cast("int", version)
+        return entity

@@ -1,0 +1,412 @@
+"""Carrying out changes: put into waves, sent by the shape of their statement, judged where refused.
+
+A wave holds changes that do not touch one another, so that each shape in it is one statement. What
+a statement does not return did not meet its condition; then the stored entity is read and judged
+by `conditions`, as every engine judges. Should it meet the condition by now, the change is sent
+again: nothing of it had happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+
+from hf_async_store.conditions import changed, check_children, check_parents, missing_parents
+from hf_async_store.entities import (
+    ABSENT,
+    ANY,
+    CREATED_AT,
+    VERSION,
+    Change,
+    Collection,
+    Delete,
+    Field,
+    Key,
+    Mark,
+    Outcome,
+    Patch,
+    Put,
+    Record,
+    Schema,
+)
+from hf_async_store.errors import (
+    BrokenReferenceError,
+    ConcurrencyConflictError,
+    StorageError,
+)
+from hf_async_store.strategies.sql.statements import Shape, Statements, Verb
+from hf_async_store.strategies.sql.tables import Table, quoted
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import Lease
+
+_TRIES: Final = 64
+"""How often a change is sent whose condition holds whenever it is looked at."""
+
+_MOST_ROWS: Final = 1024
+
+
+class Run(Protocol):
+    """Runs one statement that writes; how it fails is up to where it runs."""
+
+    def __call__(
+        self, sql: str, args: Sequence[object]
+    ) -> Awaitable[Sequence[Sequence[object]]]: ...
+
+
+class Sent(NamedTuple):
+    """A change with its place in the batch, the shape of its statement, and its arguments there."""
+
+    place: int
+    change: Change
+    shape: Shape
+    row: list[object]
+
+
+class Writer:
+    """The writes of a store, on whatever connection they are to run."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        tables: Mapping[str, Table],
+        statements: Statements,
+        *,
+        references: bool,
+    ) -> None:
+        self._schema = schema
+        self._tables = tables
+        self._statements = statements
+        self._references = references
+
+    def statements(self, waves: Sequence[Mapping[Shape, Sequence[Sent]]]) -> int:
+        """How many statements it takes to send them."""
+        return sum(
+            len(self._tables[shape.collection].dialect.batches(len(sents)))
+            for wave in waves
+            for shape, sents in wave.items()
+        )
+
+    def waves(self, changes: Sequence[Change]) -> list[dict[Shape, list[Sent]]]:
+        """The changes in waves, each by shape, as they would have to follow one another."""
+        waves: list[dict[Shape, list[Sent]]] = []
+        levels = _levels(self._schema, changes) if self._may_touch(changes) else None
+        for index, change in enumerate(changes):
+            sent = self._sent(index, change)
+            level = 0 if levels is None else levels[index]
+            while len(waves) <= level:
+                waves.append({})
+            waves[level].setdefault(sent.shape, []).append(sent)
+        for wave in waves:
+            for sents in wave.values():
+                sents.sort(key=_id_of)
+        return waves
+
+    def _may_touch(self, changes: Sequence[Change]) -> bool:
+        if len(changes) == 1:
+            return False
+        keys = {each.key for each in changes}
+        if len(keys) < len(changes):
+            return True
+        collections = {each.key.collection for each in changes}
+        return self._references and (
+            len(collections) > 1
+            or any(
+                each.references in collections
+                for name in collections
+                for each in self._schema[name].references
+            )
+        )
+
+    def _sent(self, index: int, change: Change, kept: tuple[str, ...] = ()) -> Sent:
+        collection = change.key.collection
+        table = self._tables[collection]
+        versions = type(change.expect) is int
+        if isinstance(change, Delete):
+            row: list[object] = [change.key.id]
+            shape = Shape(collection, "delete", versions=versions)
+        elif isinstance(change, Patch):
+            patched = table.patched(change.fields)
+            document = patched.sets is not None or patched.removes is not None
+            row = [change.key.id, *patched.values.values()]
+            if document:
+                row += [patched.sets, patched.removes]
+            row += [patched.side_sets, patched.side_removes, patched.weight]
+            names = tuple(patched.values)
+            shape = Shape(collection, "patch", versions=versions, names=names, document=document)
+        else:
+            given = change.version is not None
+            created = CREATED_AT in change.entity
+            whole = created or given
+            row = table.row(change.entity if whole else {**change.entity, CREATED_AT: change.at})
+            if given:
+                row.append(change.version)
+            verb: Verb = "replace"
+            if change.expect is ANY or change.expect is ABSENT:
+                verb = "save" if change.expect is ANY else "create"
+            shape = Shape(
+                collection, verb, created=created, given=given, versions=versions, kept=kept
+            )
+        if versions:
+            row.append(change.expect)
+        return Sent(index, change, shape, row)
+
+    async def send(
+        self,
+        run: Run,
+        lease: Lease,
+        sents: Sequence[Sent],
+        outcomes: list[Outcome],
+        *,
+        halves: bool,
+    ) -> None:
+        """Carry out changes of one shape, and note how each ended.
+
+        Args:
+            halves: a statement that broke a reference may be sent again in two halves.
+
+        Raises:
+            BrokenReferenceError: where it may not.
+        """
+        start = 0
+        for size in self._tables[sents[0].shape.collection].dialect.batches(len(sents)):
+            waiting = sents[start : start + size]
+            start += size
+            for attempt in range(_TRIES):
+                try:
+                    landed = await self._landed(run, waiting)
+                except BrokenReferenceError as exc:
+                    # Its own look at the references was overtaken by another's write.
+                    if not halves or attempt == _TRIES - 1:
+                        raise
+                    if len(waiting) > 1:
+                        middle = len(waiting) // 2
+                        for half in (waiting[:middle], waiting[middle:]):
+                            await self.send(run, lease, half, outcomes, halves=True)
+                        break
+                    outcomes[waiting[0].place] = exc
+                    landed = {}
+                left = [each for each in waiting if each.change.key.id not in landed]
+                for each in waiting:
+                    if each.change.key.id in landed:
+                        outcomes[each.place] = landed[each.change.key.id]
+                if not left:
+                    break
+                waiting = await self._judged(lease, left, outcomes)
+                if not waiting:
+                    break
+                if attempt:
+                    await asyncio.sleep(random.uniform(0, 0.001 * attempt))
+            else:
+                for each in waiting:
+                    outcomes[each.place] = _overtaken(each.change.key)
+
+    async def _landed(self, run: Run, sents: Sequence[Sent]) -> dict[str, int]:
+        if sents[0].shape != sents[-1].shape or len({each.shape for each in sents}) > 1:
+            # Patches that became replacements of their own.
+            landed: dict[str, int] = {}
+            for each in sents:
+                landed |= await self._landed(run, [each])
+            return landed
+        statement = self._statements.of(sents[0].shape, len(sents))
+        dialect = self._tables[sents[0].shape.collection].dialect
+        args = dialect.pack([each.row for each in sents], statement.kinds)
+        rows = await run(statement.sql, args)
+        return {cast("str", row[0]): cast("int", row[1]) for row in rows}
+
+    # -- what was refused --------------------------------------------------------------------
+
+    async def _judged(
+        self, lease: Lease, sents: Sequence[Sent], outcomes: list[Outcome]
+    ) -> list[Sent]:
+        """Note the errors of changes that were refused; those that would be accepted by now."""
+        gone = [each for each in sents if self._tells_absence(each.change)]
+        for each in gone:
+            outcomes[each.place] = None
+        sents = [each for each in sents if each not in gone]
+        if not sents:
+            return []
+        keys = [each.change.key for each in sents]
+        records = await self.fetch(lease, keys)
+        parents = await self._parents(lease, [each.change for each in sents])
+        again: list[Sent] = []
+        for sent, record in zip(sents, records, strict=True):
+            change = sent.change
+            try:
+                entity = changed(change, None if record is None else record.entity)
+                if self._references:
+                    await self._check_references(lease, change, record, parents)
+            except StorageError as exc:
+                outcomes[sent.place] = exc
+                continue
+            if isinstance(change, Delete):
+                if record is None:
+                    outcomes[sent.place] = None
+                else:
+                    again.append(sent)
+                continue
+            kept = self._broken(change, parents)
+            if record is None or entity is None or not (kept or isinstance(change, Patch)):
+                again.append(sent)
+                continue
+            # Two things that SQL could not tell: an update of what is heavy may still be light
+            # enough, and a reference that is broken may be so already. Both are known now, so
+            # this very version is replaced or none.
+            version = cast("int", entity.pop(VERSION))
+            put = Put(change.key, entity, change.at, record.version, version)
+            again.append(self._sent(sent.place, put, kept))
+        return again
+
+    def _broken(self, change: Put | Patch, parents: set[Key]) -> tuple[str, ...]:
+        """The names of references to what is not there, which `check_parents` let pass."""
+        if not self._references:
+            return ()
+        return tuple(
+            field.name for field, _ in missing_parents(self._schema, change, parents.__contains__)
+        )
+
+    def _tells_absence(self, change: Change) -> bool:
+        """Whether there is one reason only for which this change can be refused: nothing is there."""
+        return (
+            isinstance(change, Delete)
+            and change.expect is ANY
+            and not (self._references and self._schema.children[change.key.collection])
+        )
+
+    async def _parents(self, lease: Lease, changes: Iterable[Change]) -> set[Key]:
+        """Those of the entities that changes refer to that are there."""
+        if not self._references:
+            return set()
+        wanted: set[Key] = set()
+        for change in changes:
+            if isinstance(change, Delete):
+                continue
+            fields = change.entity if isinstance(change, Put) else change.fields
+            for field in self._schema[change.key.collection].references:
+                parent = fields.get(field.name)
+                if isinstance(parent, str):
+                    wanted.add(Key(cast("str", field.references), parent))
+        there: set[Key] = set()
+        for name in {each.collection for each in wanted}:
+            table = self._tables[name]
+            ids = [each.id for each in wanted if each.collection == name]
+            source = table.dialect.source(["text"], len(ids))
+            rows = await lease.rows(
+                f"SELECT t.{table.key} FROM {table.name} AS t "
+                f"WHERE t.{table.key} IN (SELECT i.c0 FROM {source})",
+                table.dialect.pack([[each] for each in ids], ["text"]),
+            )
+            there.update(Key(name, row[0]) for row in rows)
+        return there
+
+    async def _check_references(
+        self, lease: Lease, change: Change, record: Record | None, parents: set[Key]
+    ) -> None:
+        if not isinstance(change, Delete):
+            entity = None if record is None else record.entity
+            check_parents(self._schema, change, entity, parents.__contains__)
+        elif record is not None:
+            children = {
+                (child.name, field.name): await self._children(lease, child, field, change.key)
+                for child, field in self._schema.children[change.key.collection]
+            }
+            check_children(
+                self._schema, change.key, lambda child, field, _: children[child.name, field.name]
+            )
+
+    async def _children(
+        self, lease: Lease, child: Collection, field: Field, parent: Key
+    ) -> list[str]:
+        table = self._tables[child.name]
+        parameter = table.dialect.parameter(1, "text")
+        rows = await lease.rows(
+            f"SELECT t.{table.key} FROM {table.name} AS t "
+            f"WHERE t.{quoted(field.name)} = {parameter} LIMIT 2",
+            (parent.id,),
+        )
+        return [row[0] for row in rows]
+
+    # -- what both reads and writes need -----------------------------------------------------
+
+    async def fetch(self, lease: Lease, keys: Sequence[Key]) -> list[Record | None]:
+        """The records of `keys`, in their order."""
+        by_collection: dict[str, dict[str, Sequence[object]]] = {}
+        for key in keys:
+            by_collection.setdefault(key.collection, {})[key.id] = ()
+        for name, found in by_collection.items():
+            ids = list(found)
+            found.clear()
+            table = self._tables[name]
+            for start in range(0, len(ids), _MOST_ROWS):
+                piece = ids[start : start + _MOST_ROWS]
+                sql = table.fetch_many if len(piece) > 1 else table.fetch_one
+                args = (table.dialect.argument(piece, "list"),) if len(piece) > 1 else piece
+                for row in await lease.rows(sql, args):
+                    found[row[0]] = row
+        records: list[Record | None] = []
+        for key in keys:
+            found_row = by_collection[key.collection].get(key.id)
+            entity = None if found_row is None else self._tables[key.collection].entity(found_row)
+            records.append(None if entity is None else Record(key, entity))
+        return records
+
+
+def mark_put(mark: Mark, at: str) -> Put:
+    """A mark as the change that writes it as it is."""
+    entity = dict(mark.entity)
+    version = cast("int", entity.pop(VERSION, 0))
+    return Put(mark.key, entity, at, version=version)
+
+
+def _id_of(sent: Sent) -> str:
+    return sent.change.key.id
+
+
+def _overtaken(key: Key) -> ConcurrencyConflictError:
+    return ConcurrencyConflictError(
+        f"{key.collection} {key.id!r}: others kept changing it between a write and a look at it",
+        collection=key.collection,
+        entity_id=key.id,
+        retryable=True,
+    )
+
+
+def _levels(schema: Schema, changes: Sequence[Change]) -> list[int]:
+    """For each change, the wave that it must wait for: behind all that it may depend on.
+
+    These depend on one another, in input order: changes of one key; a child and a change of the
+    parent that it names; a delete in a collection that has children and any change of those.
+    """
+    of_key: dict[Key, int] = {}
+    of_children: dict[Key, int] = {}  # by parent: of the changes that name it
+    of_deletes: dict[str, int] = {}  # by collection of parents
+    of_collection: dict[str, int] = {}  # any change
+    levels: list[int] = []
+    for change in changes:
+        collection = change.key.collection
+        declared = schema[collection]
+        named: list[Key] = []
+        if not isinstance(change, Delete):
+            fields = change.entity if isinstance(change, Put) else change.fields
+            for field in declared.references:
+                given = fields.get(field.name)
+                if isinstance(given, str):
+                    named.append(Key(cast("str", field.references), given))
+        before = [of_key.get(change.key, -1), of_children.get(change.key, -1)]
+        before += [of_key.get(parent, -1) for parent in named]
+        before += [of_deletes.get(cast("str", each.references), -1) for each in declared.references]
+        if isinstance(change, Delete):
+            before += [
+                of_collection.get(child.name, -1) for child, _ in schema.children[collection]
+            ]
+        level = 1 + max(before)
+        levels.append(level)
+        of_key[change.key] = level
+        of_collection[collection] = max(level, of_collection.get(collection, -1))
+        for parent in named:
+            of_children[parent] = max(level, of_children.get(parent, -1))
+        if isinstance(change, Delete) and schema.children[collection]:
+            of_deletes[collection] = max(level, of_deletes.get(collection, -1))
+    return levels

@@ -1,0 +1,23 @@
+"""The contract on the SQL engine with PostgreSQL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hf_async_store.testing.contract import StrategyContract
+from tests.contract.harnesses import PostgreSQLHarness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_async_store.testing.servers import PostgresServer
+
+
+class TestPostgreSQL(StrategyContract):
+    @pytest.fixture
+    def harness(self, postgres_server: PostgresServer) -> Iterator[PostgreSQLHarness]:
+        harness = PostgreSQLHarness(postgres_server)
+        yield harness
+        harness.close()

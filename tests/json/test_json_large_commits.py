@@ -1,0 +1,257 @@
+"""Commits that replace a section: made in pieces, seen at once."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from hf_async_store import JSONStorageStrategy, in_
+from hf_async_store.engine import Reader
+from hf_async_store.entities import Key, Schema
+from hf_async_store.errors import DiskFullError
+from hf_async_store.query import build_query
+from hf_async_store.strategies.json import engine as json_engine
+from hf_async_store.strategies.json import journal
+from tests.json.support import LAYOUTS, abandon, open_json, reopened, whole, without_times
+
+COUNT: Final = 6000
+"""More than is ever applied one by one."""
+
+Whole = dict[str, dict[str, dict[str, Any]]]
+
+
+def machines(status: str, numbers: range) -> dict[str, dict[str, Any]]:
+    return {
+        f"m{each:05}": {"machine_id": f"m{each:05}", "status": status, "name": f"n{each % 7}"}
+        for each in numbers
+    }
+
+
+OLD: Final[Whole] = {
+    "templates": {"t-1": {"template_id": "t-1", "name": "old"}},
+    "requests": {},
+    "machines": machines("OLD", range(COUNT)),
+}
+NEW: Final[Whole] = {
+    "templates": {"t-1": {"template_id": "t-1", "name": "new"}},
+    "requests": {"r-1": {"request_id": "r-1", "status": "NEW"}},
+    "machines": machines("NEW", range(10, COUNT + 10)),
+}
+
+
+def plain(found: Any) -> Any:
+    return {
+        name: {
+            each: {key: value for key, value in entity.items() if key != "version"}
+            for each, entity in entities.items()
+        }
+        for name, entities in without_times(found).items()
+    }
+
+
+async def made(folder: Path, layout: str = "single_file") -> JSONStorageStrategy:
+    store = await open_json(folder, layout).open()
+    await store.write_file(OLD)
+    return store
+
+
+@asynccontextmanager
+async def used(folder: Path, layout: str = "single_file") -> AsyncIterator[JSONStorageStrategy]:
+    store = await made(folder, layout)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def seen(reader: Reader, schema: Schema, **query: Any) -> list[dict[str, Any]]:
+    built = build_query(schema["machines"], **query)
+    return [each.entity async for each in reader.select(built)]
+
+
+async def check_snapshot(reader: Reader, store: JSONStorageStrategy, wanted: Whole) -> None:
+    """Everything that a snapshot can be asked says what was there."""
+    schema = store.collections
+    machines = wanted["machines"]
+    ids = [f"m{each:05}" for each in range(0, COUNT + 10, 5)]
+    records = await reader.fetch([Key("machines", each) for each in ids])
+    for each, record in zip(ids, records, strict=True):
+        status = None if record is None else record.entity["status"]
+        assert status == machines.get(each, {}).get("status")
+    found = await seen(reader, schema)
+    assert [each["machine_id"] for each in found] == sorted(machines)
+    assert all(each["status"] == machines[each["machine_id"]]["status"] for each in found)
+    found = await seen(reader, schema, order_by=["name", "-status"])
+    rows = sorted(machines.values(), key=lambda each: (each["name"], each["machine_id"]))
+    if len({each["status"] for each in rows}) == 1:
+        assert [each["machine_id"] for each in found] == [each["machine_id"] for each in rows]
+    assert await reader.count(build_query(schema["machines"])) == len(machines)
+    statuses = [each["status"] for each in machines.values()]
+    old = build_query(schema["machines"], filters={"status": "OLD"})
+    assert await reader.count(old) == statuses.count("OLD")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_a_snapshot_shows_the_old_state_through_write_file(
+    layout: str, tmp_path: Path
+) -> None:
+    async with used(tmp_path, layout) as store, store.snapshot() as first:
+        await store.save_entity("machines", {"machine_id": "m00005", "status": "ONE"})
+        await store.delete_entity("machines", "m00007")
+        between: Whole = {**OLD, "machines": {**OLD["machines"]}}
+        between["machines"]["m00005"] = {"machine_id": "m00005", "status": "ONE", "name": "n5"}
+        del between["machines"]["m00007"]
+        await store.save_entity("machines", between["machines"]["m00005"])
+        async with store.snapshot() as second:
+            await store.write_file(NEW)
+            async with store.snapshot() as third:
+                await check_snapshot(first, store, OLD)
+                await check_snapshot(second, store, between)
+                await check_snapshot(third, store, NEW)
+                await store.save_entity("machines", {"machine_id": "m00011", "status": "TWO"})
+                await store.delete_entity("machines", "m00012")
+                await store.write_file(OLD)
+                await check_snapshot(first, store, OLD)
+                await check_snapshot(second, store, between)
+                await check_snapshot(third, store, NEW)
+        await check_snapshot(first, store, OLD)
+        assert plain(await whole(store)) == OLD
+
+
+async def test_a_snapshot_that_is_read_while_write_file_goes_on(tmp_path: Path) -> None:
+    async with used(tmp_path) as store, store.snapshot() as reader:
+        writing = asyncio.create_task(store.write_file(NEW))
+        looks = 0
+        while not writing.done():
+            await check_snapshot(reader, store, OLD)
+            looks += 1
+        await writing
+        assert looks > 1
+        await check_snapshot(reader, store, OLD)
+
+
+async def test_what_a_closed_snapshot_kept_is_given_up(tmp_path: Path) -> None:
+    async with used(tmp_path) as store:
+        section = (await store._json.current()).sections["machines"]
+        async with store.snapshot():
+            await store.write_file(NEW)
+        assert not section._past
+        assert not section._garbage
+
+
+async def test_queries_see_all_of_it_or_nothing(tmp_path: Path) -> None:
+    """By a scan, by an index that is built meanwhile, and by two of them at once."""
+    async with used(tmp_path) as store:
+
+        async def look() -> int:
+            looks = 0
+            while not done.is_set():
+                found = await store.query_entities("machines")
+                assert len({each["status"] for each in found}) == 1
+                counts = [
+                    await store.count_entities("machines", {"status": each})
+                    for each in ("OLD", "NEW")
+                ]
+                assert set(counts) <= {0, COUNT}
+                both = {"status": in_(["OLD", "NEW"]), "request_id": None}
+                found = await store.query_entities("machines", {**both})
+                assert found == []
+                looks += 1
+            return looks
+
+        done = asyncio.Event()
+        looking = [asyncio.create_task(look()) for _ in range(2)]
+        for wanted in (NEW, OLD, NEW, OLD):
+            await store.write_file(wanted)
+        done.set()
+        assert min(await asyncio.gather(*looking)) > 1
+        assert await store.count_entities("machines", {"status": "OLD"}) == COUNT
+        assert plain(await whole(store)) == OLD
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_others_follow_it(layout: str, tmp_path: Path) -> None:
+    store = await made(tmp_path, layout)
+    other = await open_json(tmp_path, layout).open()
+    assert plain(await whole(other)) == OLD
+    await store.write_file(NEW)
+    assert plain(await whole(other)) == NEW
+    assert await other.count_entities("machines", {"status": "NEW"}) == COUNT
+    await abandon(store)
+    await abandon(other)
+    assert plain(await reopened(tmp_path, layout)) == NEW
+
+
+async def test_a_record_on_one_line_is_followed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier version wrote it."""
+
+    def on_one_line(images: journal.Images) -> list[bytes]:
+        return [b"".join(journal.commit_text(images)).replace(b"\n", b"")]
+
+    store = await made(tmp_path)
+    monkeypatch.setattr(json_engine, "commit_text", on_one_line)
+    await store.write_file(NEW)
+    await abandon(store)
+    assert b"\n" not in sorted(tmp_path.glob("*.journal.*"))[-1].read_bytes()[-100_000:]
+    assert plain(await reopened(tmp_path)) == NEW
+
+
+async def test_nothing_of_it_is_seen_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = 0
+
+    def full(fd: int, data: bytes, offset: int) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(fd, data, offset)
+
+    write_all = json_engine.write_all
+    store = await made(tmp_path)
+    monkeypatch.setattr(json_engine, "write_all", full)
+    monkeypatch.setattr(json_engine, "_LARGE_RECORD", 1 << 16)
+    with pytest.raises(DiskFullError):
+        await store.write_file(NEW)
+    assert pieces == 3
+    assert plain(await whole(store)) == OLD
+    await store.save_entity("templates", {"template_id": "t-1", "name": "again"})
+    await abandon(store)
+    found = plain(await reopened(tmp_path))
+    assert found.pop("templates") == {"t-1": {"template_id": "t-1", "name": "again"}}
+    assert found == {name: OLD[name] for name in found}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99])
+async def test_cancelled_it_is_all_there_or_not_at_all(share: float, tmp_path: Path) -> None:
+    store = await made(tmp_path)
+    turns = 0
+    for number in range(2):
+        writing = asyncio.create_task(store.write_file(NEW if number else OLD | {"requests": {}}))
+        limit = int(turns * share) if number else 1 << 30
+        count = 0
+        while not writing.done() and count < limit:
+            await asyncio.sleep(0)
+            count += 1
+        turns = count
+        writing.cancel()
+        await asyncio.wait([writing])
+        if not number:
+            await store.write_file({**OLD, "machines": machines("ELSE", range(COUNT))})
+            await store.write_file(OLD)
+    found = plain(await whole(store))
+    assert found in (OLD, NEW)
+    await store.save_entity("templates", {"template_id": "t-2"})
+    await abandon(store)
+    again = plain(await reopened(tmp_path))
+    del again["templates"]["t-2"]
+    assert again == found
