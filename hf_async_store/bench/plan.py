@@ -41,6 +41,13 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
     relaxed: str = ""
 
+    def url_of(self, **places: str) -> str:
+        """The URL with its places filled in."""
+        url = self.url
+        for name, place in places.items():
+            url = url.replace("{" + name + "}", place)
+        return url
+
     def load(self) -> type[Target]:
         """Its class, imported now."""
         module, _, name = self.target.partition(":")

@@ -115,12 +115,15 @@ class Run:
         before = meter.load_average()
         results.machine = await asyncio.to_thread(meter.machine)
         results.versions = meter.versions()
+        last = 0.0
         for number, load in enumerate(self._settings.loads):
-            if self._spent() > self._settings.budget:
+            began = self._spent()
+            if began + last / 2 > self._settings.budget:
                 rest = ", ".join(each.name for each in self._settings.loads[number:])
                 self._leave_out(rest, f"the {self._settings.budget:.0f} s for workloads were over")
                 break
             await self._measure(load)
+            last = self._spent() - began
         for series in self._settings.series:
             results.sweeps += await self._sweep(series)
         results.seconds = round(self._spent(), 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.bench.plan import Subject
 from hf_async_store.config import load_config
-from hf_async_store.errors import ConfigurationError
+from hf_async_store.errors import ConfigurationError, InvalidInputError
 from hf_async_store.strategies import strategy_type
 
 if TYPE_CHECKING:
@@ -282,14 +282,26 @@ def chosen(names: Sequence[str]) -> list[Subject]:
 
 
 def of_url(url: str) -> Subject:
-    """A store that the user names. What is measured is written into it."""
-    strategy = load_config(url).strategy
-    escaped = url.replace("{", "{{").replace("}", "}}")
+    """A store that the user names, as of a strategy of another package.
+
+    Args:
+        url: with `{folder}` in it, the place of each temporary store.
+
+    Raises:
+        InvalidInputError: it has none: what is measured would be written into a store in use.
+        ConfigurationError: it names no store.
+    """
+    if "{folder}" not in url:
+        raise InvalidInputError(
+            "--store: the URL needs {folder} in it, where temporary stores are made, as in "
+            "'json:{folder}/store.json?cache_size=0'; what is measured is never written elsewhere"
+        )
+    strategy = load_config(url.replace("{folder}", "folder")).strategy
     return Subject(
-        name="yours",
+        name=f"yours ({strategy})",
         kind="strategy",
         family=strategy,
         target=_STORE,
-        place="nothing",
-        url=escaped,
+        place="folder",
+        url=url,
     )

@@ -476,8 +476,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "measure every engine here, beside its floor and its peers",
         f"{_CLI}.benchmarks:bench",
         partial(_foreign, "hf_async_store.bench"),
-        "The stores are temporary ones, and servers that are needed are started. --store adds an\n"
-        "empty store of yours; it is emptied again. The report is a page, Markdown, JSON and PNG.\n"
+        "The stores are temporary ones, and servers that are needed are started. --store adds one\n"
+        "with {folder} in its URL, as of a strategy of your own. The report is a page, Markdown,\n"
+        "JSON and PNG.\n"
         "Exit code 4 if a write was lost or an answer was wrong.\n\n"
         f"  {PROGRAM} bench\n"
         f"  {PROGRAM} bench --full --output report\n"
