@@ -60,9 +60,7 @@ class Places:
             server = self._postgres_server().database()
         elif subject.place == "dynamodb":
             server = self._dynamodb_server().endpoint_url
-        url = subject.url_of(
-            folder=str(folder), postgres=server, dynamodb=server, name=name
-        )
+        url = subject.url_of(folder=str(folder), postgres=server, dynamodb=server, name=name)
         if not self._durable and subject.relaxed:
             url += ("&" if "?" in url else "?") + subject.relaxed
         return Place(folder=str(folder), server=server, url=url, prefix=name, durable=self._durable)

@@ -161,8 +161,8 @@ class Run:
             cells = [cell_of(each.subject, load, workload.unit) for each in crews]
             turns = list(zip(crews, cells, strict=True))
             for number in range(self._settings.rounds + 1):
-                # The first of a round does not stay the first.
-                for crew, cell in turns[number % len(turns) :] + turns[: number % len(turns)]:
+                first = number % max(len(turns), 1)  # who begins does not stay the same
+                for crew, cell in turns[first:] + turns[:first]:
                     await self._round(crew, cell, warm_up=number == 0)
             for crew, cell in turns:
                 await self._steady_round(crew, cell)

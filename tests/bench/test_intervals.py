@@ -23,7 +23,9 @@ def test_an_interval_of_five_rounds_holds_the_truth_nearly_always() -> None:
     held = 0
     for _ in range(150):
         slow = [CHANCE.gauss(0, 0.2) for _ in range(5)]  # of the machine: it hits both sides
-        ones = [2 * rate * math.exp(each) for rate, each in zip(rounds(100, 0.05), slow, strict=True)]
+        ones = [
+            2 * rate * math.exp(each) for rate, each in zip(rounds(100, 0.05), slow, strict=True)
+        ]
         others = [rate * math.exp(each) for rate, each in zip(rounds(100, 0.05), slow, strict=True)]
         found = ratio_of_pairs(ones, others)
         assert found is not None
