@@ -29,12 +29,13 @@ format: $(STAMP)
 
 bench: $(STAMP)  ## measures this machine; prints a table, writes benchmarks/results
 	$(BIN)/python benchmarks/json_store.py
+	$(BIN)/python benchmarks/dynamodb_store.py
 
 # The test servers have an environment of their own: what they require would rule out our drivers.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group lint --editable ".[all]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group lint --group bench --editable ".[all]"
 	$(PYTHON) -m venv $(VENV)/servers
 	$(VENV)/servers/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)/servers/bin/python -m pip install --quiet --group servers

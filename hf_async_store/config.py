@@ -977,6 +977,43 @@ def _redact_pair(match: re.Match[str]) -> str:
     return f"{mark}{key}={_HIDDEN if re.search(_SENSITIVE, key) else value}"
 
 
+_VARIABLE: Final = r"\$\{[A-Za-z_]\w*(:-[^{}]*)?\}"
+
+
+def recordable_url(url: str) -> str:
+    """A URL as it may be written down where others read it, and mean the same by it.
+
+    A relative path is made absolute. Secrets must be variables, as in `app:${DB_PASSWORD}@host`.
+
+    Raises:
+        ConfigurationError: it is no URL, or has a secret in it.
+    """
+    scheme = _scheme(url)
+    if scheme is None:
+        raise ConfigurationError("a URL is needed here, not the file of a configuration")
+    body, _, query = url.partition("?")
+    found = re.match(r"(?is)[a-z][a-z0-9+._-]*://(.*)@", body)
+    if found is not None:
+        password = found[1].partition(":")[2]
+        if password and not re.fullmatch(_VARIABLE, password):
+            raise ConfigurationError("this URL is recorded: write its password as ${VARIABLE}")
+    for pair in filter(None, query.split("&")):
+        key, _, value = pair.partition("=")
+        if re.search(_SENSITIVE, key) and value and not re.fullmatch(_VARIABLE, value):
+            raise ConfigurationError(f"this URL is recorded: write {key} as ${{VARIABLE}}")
+    if not url.lower().startswith(("json:", "sqlite:")):
+        return url
+    path = body.partition(":")[2]
+    absolute = path if path.startswith(("/", "$")) else f"{_quoted_path(os.getcwd())}/{path}"  # noqa: PTH109  # text, before decoding
+    return f"{scheme}:{absolute}" + (f"?{query}" if query else "")
+
+
+def _quoted_path(path: str) -> str:
+    from urllib.parse import quote
+
+    return quote(path)
+
+
 def redacted(
     config: StorageConfig | StrategyConfig | MigrationConfig | Mapping[str, object],
 ) -> dict[str, Value]:

@@ -27,8 +27,10 @@ from hf_async_store.errors import (
     ReadOnlyError,
     RetriesExhaustedError,
     StorageError,
+    TargetNotEmptyError,
     ThrottledError,
     UnknownCollectionError,
+    VerificationError,
 )
 from hf_async_store.oserrors import translate_os_error
 
@@ -56,6 +58,8 @@ _CODES: Final[tuple[tuple[type[StorageError], int], ...]] = (
     (AlreadyExistsError, CONFLICT),
     # What is stored stands in the way, as with the others, and not how the command was written.
     (BrokenReferenceError, CONFLICT),
+    (TargetNotEmptyError, CONFLICT),
+    (VerificationError, CONFLICT),
 )
 
 # The messages of the store say what happened; where they leave open what to do, this does.

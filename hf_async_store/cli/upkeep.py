@@ -4,7 +4,7 @@ create-tables, checkpoint; and the demo."""
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context
@@ -82,6 +82,13 @@ def create_tables(arguments: Namespace) -> int:
     return context.run(work)
 
 
+_COUNTED: Final = {
+    "file": "the file",
+    "journal": "the journal",
+    "readable": "what could be read",
+}
+
+
 def checkpoint(arguments: Namespace) -> int:
     context = Context(arguments)
     json_store = as_json(context.store)
@@ -91,7 +98,7 @@ def checkpoint(arguments: Namespace) -> int:
         await json_store.checkpoint(arguments.adopt)
         where = context.location()
         done: dict[str, Any] = {"store": where, "adopted": arguments.adopt}
-        taken = f" (the {arguments.adopt} counted)" if arguments.adopt else ""
+        taken = f" ({_COUNTED[arguments.adopt]} counted)" if arguments.adopt else ""
         output.result(arguments, done, f"{where} holds everything{taken}")
         return 0
 

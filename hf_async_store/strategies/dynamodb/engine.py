@@ -8,12 +8,13 @@ from typing import Final
 
 from hf_async_store.config import AutoScaling, DynamoDBConfig
 from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
-from hf_async_store.entities import Change, Key, Outcome, Record, Schema, Value
-from hf_async_store.errors import UnavailableError
+from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Schema, Value
+from hf_async_store.errors import PermissionDeniedError, UnavailableError
 from hf_async_store.query import Query
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
-from hf_async_store.strategies.dynamodb.items import probe_id
+from hf_async_store.strategies.dynamodb.errors import TableMissing
+from hf_async_store.strategies.dynamodb.items import ItemForm, probe_id
 from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import (
@@ -76,6 +77,23 @@ class DynamoDBEngine:
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
         # There is no such thing: queries and gets show what they show.
         yield self
+
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        form = ItemForm(collection)
+        params = {
+            "TableName": f"{self.config.table_prefix}_{collection.name}",
+            "Key": {form.key: {"S": entity_id}},
+            "ConsistentRead": True,
+        }
+        try:
+            item = (await self.client.read("GetItem", params)).get("Item")
+        except TableMissing:
+            return None
+        except PermissionDeniedError:
+            # The least rights name the declared tables. Then nobody moves this store in use, for
+            # a move needs the rights to this table, too.
+            return None
+        return None if item is None else form.record(item)
 
     async def explain(self, query: Query) -> Plan:
         return await self.reading.explain(query)

@@ -49,6 +49,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
         self._dynamodb = DynamoDBEngine(strategy_config(config, DynamoDBConfig), schema)
         super().__init__(self._dynamodb, schema)
 
+    def _twin(self, collections: Iterable[Collection]) -> DynamoDBStorageStrategy:
+        return DynamoDBStorageStrategy(self._dynamodb.config, collections=collections)
+
     async def create_tables(self) -> list[str]:
         """Make the tables and indexes that are declared and missing, and wait until they are there.
 

@@ -6,16 +6,17 @@ change is made depends on what is known before it:
 * create, and whatever expects a version: at once; the condition says everything;
 * an update or delete that only needs something to be there: at once, and the answer brings the
   version;
-* a save that expects nothing: the versions and tokens of its batch are read first, for PartiQL has
-  no upsert; then an insert, or an update that insists on the token, tried again if it lost a race;
+* a save that expects nothing, alone: by `UpdateItem`, which inserts or replaces;
+* among others: the items of its batch are read first, for PartiQL has no upsert; then an insert, or an
+  update of what differs, that insists on the token, tried again if it lost a race;
 * what no statement can say (very long names, a change with a mark, an entity near its limits): read,
   changed here, and written whole under the condition that its token is still the same.
 
 **Answers that are lost.** Every write leaves its token. A write whose condition names a version or
 token is simply tried again: it lands once, or meets its own token. The others look for their token;
 if it is not there, nobody can tell, and the error says `outcome_unknown`. (An insert that the server
-answered by a failure, and that left nothing, is tried again.) For a while after that,
-updates and deletes read first, too, so that more lost answers do no harm.
+answered by a failure, and that left nothing, is tried again.) For a while after that, all of these
+read first, so that more lost answers do no harm.
 """
 
 from __future__ import annotations
@@ -315,7 +316,7 @@ class Writes:
         change, seen = work.change, work.seen
         work.guarded_by_token = False
         if isinstance(seen, _Unknown) and isinstance(change, Put) and work.needs_state:
-            work.upserts = True
+            work.upserts = change.expect is ANY
             return None
         if change.expect is ABSENT:
             return self._insert(work)
