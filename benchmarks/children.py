@@ -25,11 +25,20 @@ _STATUS: Final = Path("/proc/self/status")
 
 def resident_bytes() -> int:
     """What this process holds in memory now; where the system does not tell, its peak."""
+    return _status_bytes("VmRSS:")
+
+
+def peak_bytes() -> int:
+    """The most that this process has ever held."""
+    return _status_bytes("VmHWM:")
+
+
+def _status_bytes(name: str) -> int:
     if not _STATUS.exists():
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     lines = _STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 async def memory(path: Path) -> dict[str, float]:

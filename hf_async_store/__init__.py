@@ -1,4 +1,4 @@
-"""hf_async_store: an async-first store for entities: on JSON files, SQLite, PostgreSQL and in memory.
+"""hf_async_store: an async-first store for entities: JSON files, SQLite, PostgreSQL, DynamoDB, memory.
 
     from hf_async_store import open_store
 
@@ -44,6 +44,7 @@ from hf_async_store.errors import (
     InvalidQueryError,
     InvalidVersionError,
     LockTimeoutError,
+    MigrationError,
     OperationTimeoutError,
     PermissionDeniedError,
     PoolTimeoutError,
@@ -53,6 +54,8 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
     StoreClosedError,
+    StoreMovedError,
+    TargetNotEmptyError,
     ThrottledError,
     TransactionAbortedError,
     TransactionClosedError,
@@ -62,6 +65,7 @@ from hf_async_store.errors import (
     UnavailableError,
     UnknownCollectionError,
     ValueOutOfDomainError,
+    VerificationError,
     WrongLoopError,
 )
 from hf_async_store.query import (
@@ -91,6 +95,8 @@ from hf_async_store.strategy import StorageStrategy
 from hf_async_store.transaction import Transaction
 
 if TYPE_CHECKING:
+    from hf_async_store.migration import MigrationTool
+    from hf_async_store.strategies.dynamodb import DynamoDBStorageStrategy
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategies.memory import MemoryStorageStrategy
     from hf_async_store.strategies.sql import SQLStorageStrategy
@@ -98,8 +104,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ON_DEMAND: Final = {
+    "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
+    "MigrationTool": "hf_async_store.migration",
     "SQLStorageStrategy": "hf_async_store.strategies.sql",
 }
 
@@ -124,6 +132,7 @@ __all__ = [
     "ConfigurationError",
     "CorruptionError",
     "DiskFullError",
+    "DynamoDBStorageStrategy",
     "Entity",
     "EntityNotFoundError",
     "Field",
@@ -138,6 +147,8 @@ __all__ = [
     "JSONStorageStrategy",
     "LockTimeoutError",
     "MemoryStorageStrategy",
+    "MigrationError",
+    "MigrationTool",
     "OperationTimeoutError",
     "Page",
     "PermissionDeniedError",
@@ -153,6 +164,8 @@ __all__ = [
     "StorageError",
     "StorageStrategy",
     "StoreClosedError",
+    "StoreMovedError",
+    "TargetNotEmptyError",
     "ThrottledError",
     "Transaction",
     "TransactionAbortedError",
@@ -164,6 +177,7 @@ __all__ = [
     "UnknownCollectionError",
     "Value",
     "ValueOutOfDomainError",
+    "VerificationError",
     "WrongLoopError",
     "and_",
     "asc",

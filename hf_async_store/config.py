@@ -246,8 +246,15 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         region, profile: None leaves them to the AWS environment.
         read_capacity, write_capacity: for `PROVISIONED` tables.
+        enable_dax, dax_endpoint: reads that need not be consistent go through this DAX cluster.
         consistent_reads: reads by key, table queries and scans are strongly consistent.
+        point_in_time_recovery: kept for tables that are made here.
+        allow_scan: a query that no key or index can answer reads the whole table; else it is
+            refused.
         endpoint_url: another server than the region's own.
+        connect_timeout, read_timeout: seconds for one request.
+        retry_timeout: seconds for which throttled or failed requests are tried again.
+        max_pool_connections: how many requests may be under way at once.
     """
 
     _parts = {"auto_scaling": AutoScaling}
@@ -260,8 +267,15 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     billing_mode: Literal["PAY_PER_REQUEST", "PROVISIONED"] = "PAY_PER_REQUEST"
     auto_scaling: bool | AutoScaling = False
     enable_dax: bool = False
+    dax_endpoint: str | None = None
     consistent_reads: bool = True
+    point_in_time_recovery: bool = False
+    allow_scan: bool = True
     endpoint_url: str | None = None
+    connect_timeout: Seconds = 5.0
+    read_timeout: Seconds = 10.0
+    retry_timeout: Seconds = 30.0
+    max_pool_connections: AtLeastOne = 32
 
 
 class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -961,6 +975,43 @@ def redact_url(url: str) -> str:
 def _redact_pair(match: re.Match[str]) -> str:
     mark, key, value = match.groups()
     return f"{mark}{key}={_HIDDEN if re.search(_SENSITIVE, key) else value}"
+
+
+_VARIABLE: Final = r"\$\{[A-Za-z_]\w*(:-[^{}]*)?\}"
+
+
+def recordable_url(url: str) -> str:
+    """A URL as it may be written down where others read it, and mean the same by it.
+
+    A relative path is made absolute. Secrets must be variables, as in `app:${DB_PASSWORD}@host`.
+
+    Raises:
+        ConfigurationError: it is no URL, or has a secret in it.
+    """
+    scheme = _scheme(url)
+    if scheme is None:
+        raise ConfigurationError("a URL is needed here, not the file of a configuration")
+    body, _, query = url.partition("?")
+    found = re.match(r"(?is)[a-z][a-z0-9+._-]*://(.*)@", body)
+    if found is not None:
+        password = found[1].partition(":")[2]
+        if password and not re.fullmatch(_VARIABLE, password):
+            raise ConfigurationError("this URL is recorded: write its password as ${VARIABLE}")
+    for pair in filter(None, query.split("&")):
+        key, _, value = pair.partition("=")
+        if re.search(_SENSITIVE, key) and value and not re.fullmatch(_VARIABLE, value):
+            raise ConfigurationError(f"this URL is recorded: write {key} as ${{VARIABLE}}")
+    if not url.lower().startswith(("json:", "sqlite:")):
+        return url
+    path = body.partition(":")[2]
+    absolute = path if path.startswith(("/", "$")) else f"{_quoted_path(os.getcwd())}/{path}"  # noqa: PTH109  # text, before decoding
+    return f"{scheme}:{absolute}" + (f"?{query}" if query else "")
+
+
+def _quoted_path(path: str) -> str:
+    from urllib.parse import quote
+
+    return quote(path)
 
 
 def redacted(

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
-from hf_async_store.entities import Change, Key, Outcome, Record, Value
+from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Value
 from hf_async_store.query import Query
 
 Isolation: TypeAlias = Literal["serializable", "repeatable_read", "read_committed"]
@@ -160,6 +160,13 @@ class Engine(Reader, Protocol):
         """Reads of one moment for as long as it is open, for backups and comparisons.
 
         It holds up no writer. Where `query_isolation` is "eventual" it shows what queries show.
+        """
+        ...
+
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        """An entity of a collection that need not be declared, nor be there: nothing is made.
+
+        As current as `fetch`. By this a store finds out that it is being moved.
         """
         ...
 

@@ -54,6 +54,9 @@ INT_MAX: Final = 2**63 - 1
 _INT_WEIGHT: Final = 12
 _FLOAT_WEIGHT: Final = 32
 
+_LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
+"""An entity whose JSON is shorter cannot weigh too much: no value weighs 8 times its JSON."""
+
 _NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
 _FIXED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z", re.ASCII)
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -533,12 +536,27 @@ class Collection:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
         # Before the copy, so that an id that cannot be stored is refused as an id.
         key = self.key_of(data[self.key])
-        copied = self._copied(data)
-        copied.pop(VERSION, None)
+        return key, self._whole(self._copied(data))
+
+    def stored(self, data: Entity) -> tuple[Key, Entity]:
+        """As `entity`, of one that came out of a store: its values are portable, and are not copied.
+
+        Raises:
+            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
+        """
+        if self.key not in data:
+            raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
+        key = self.key_of(data[self.key])
+        if len(msgspec.json.encode(data)) > _LIGHT_BYTES:
+            check_size(data)
+        return key, self._whole(self._checked(dict(data)))
+
+    def _whole(self, entity: Entity) -> Entity:
+        entity.pop(VERSION, None)
         for name in self.required:
-            if name not in copied:
+            if name not in entity:
                 raise InvalidFieldError(f"{self.name}.{name} is required")
-        return key, copied
+        return entity
 
     def changes(self, entity_id: str, data: Mapping[str, object]) -> dict[str, Value | Removed]:
         """A portable, checked copy of the named fields of an update; `version` is left out.
@@ -569,6 +587,10 @@ class Collection:
     def _copied(self, data: Mapping[str, object]) -> Entity:
         entity, weight = _weighed(data)
         _refuse_weight(entity, weight)
+        return self._checked(entity)
+
+    def _checked(self, entity: Entity) -> Entity:
+        """The entity with its declared fields as they are stored, in place."""
         for name, kind in self._usual:
             if name in entity and type(entity[name]) is not kind:
                 entity[name] = self.typed[name].check(entity[name], self.name)

@@ -212,6 +212,38 @@ class WrongLoopError(StorageError):
     """The store was used from another event loop, or after a fork, than the one it opened in."""
 
 
+class MigrationError(StorageError):
+    """A move or restore that cannot go on. The source is as it was; the message says what to do."""
+
+
+class TargetNotEmptyError(MigrationError):
+    """The target holds entities already, and nothing says how to merge them."""
+
+
+class VerificationError(MigrationError):
+    """Source and target differ.
+
+    Attributes:
+        differences: the first of them, as text: collection, id, field and both values' types.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.differences = list(differences)
+
+
+class StoreMovedError(StorageError):
+    """The store was moved, and this is the old place.
+
+    Attributes:
+        new_place: the URL of the new one, without secrets.
+    """
+
+    def __init__(self, message: str, new_place: str) -> None:
+        super().__init__(message)
+        self.new_place = new_place
+
+
 # -- what went wrong beneath ----------------------------------------------------------------
 
 

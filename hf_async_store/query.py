@@ -258,6 +258,9 @@ class Query(msgspec.Struct, frozen=True):
     Attributes:
         order: rows that are equal by all of it follow in ascending order of their ids; without
             any, that alone is the order. No path comes twice, and nothing after the key field.
+        by_id: the caller asked for the order of ids in so many words. It matters only to an engine
+            whose default order is "none": there, an empty order without it is any order.
+        paged: it is a page of a walk, so that its order must be one that an id can continue.
         fields: the only top-level fields that are wanted, the key field and `version` among them;
             None is the whole entity. What the filter and the order read may not be among them.
     """
@@ -268,6 +271,8 @@ class Query(msgspec.Struct, frozen=True):
     limit: int | None = None
     after: Position | None = None
     fields: tuple[str, ...] | None = None
+    by_id: bool = False
+    paged: bool = False
 
     def with_limit(self, limit: int | None) -> Query:
         """The same query with another limit. Its cursors are the same."""
@@ -301,6 +306,7 @@ def build_query(
     limit: int | None = None,
     fields: Iterable[str] | None = None,
     cursor: str | None = None,
+    paged: bool = False,
 ) -> Query:
     """The checked query of what a caller wrote.
 
@@ -312,6 +318,7 @@ def build_query(
         fields: the top-level fields to read; the key and `version` always come along.
         cursor: where the page before ended, by `encode_cursor` of the same collection, filters and
             order. The limit and the fields may differ.
+        paged: it is for one page of a walk.
 
     Operands are made portable as stored values are. Those compared with a declared timestamp are
     brought to its fixed form where they can be read as one; `contains` and `begins_with` take the
@@ -322,12 +329,15 @@ def build_query(
         ValueOutOfDomainError: an operand that could not be stored.
         InvalidCursorError: a cursor that was altered, or belongs to another query.
     """
+    order = None if order_by is None else _order(order_by, collection.key)
     query = Query(
         collection=collection.name,
         where=EVERYTHING if filters is None else _filter(filters, collection, 0),
-        order=() if order_by is None else _order(order_by, collection.key),
+        order=order or (),
         limit=None if limit is None else _limit(limit),
         fields=None if fields is None else _fields(fields, collection.key),
+        by_id=order == () and order_by != [] and order_by != (),
+        paged=paged,
     )
     if cursor is None:
         return query

@@ -308,19 +308,41 @@ class RepositoryInterface(ABC):
         self,
         collection: str,
         entities: Iterable[Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None = None,
         *,
         timeout: float | None = None,
     ) -> list[int]:
         """Write entities as they are, for migration and restore; returns their versions.
 
-        What is there is replaced, whatever its version. `version` is written as given (0 if it is
-        missing), and so are the timestamps: null stays null, missing stays missing. References
-        are checked. Fails as `create_entities` does.
+        What is there is replaced, whatever its version unless `expected_versions` maps its id to
+        one. `version` is written as given (0 if it is missing), and so are the timestamps: null
+        stays null, missing stays missing. References are checked. Fails as `create_entities` does.
         """
         declared = self._schema[collection]
+        expected = _Expected(expected_versions, absent=True)
         at = utc_now()
-        changes = await _pieces(entities, lambda each: _imported(declared, each, at))
+        changes = await _pieces(entities, lambda each: _imported(declared, each, expected, at))
+        expected.all_taken()
         return cast("list[int]", await self._many(changes, timeout))
+
+    async def _import_stored(
+        self,
+        collection: str,
+        entities: Iterable[Entity],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+    ) -> list[int]:
+        """`import_entities` of what came out of a store: it is checked against the declarations
+        here, and neither copied nor weighed again."""
+        declared = self._schema[collection]
+        expected = _Expected(expected_versions, absent=True)
+        at = utc_now()
+
+        def change(each: Entity) -> Put:
+            key, entity = declared.stored(each)
+            return Put(key, entity, at, expected.take(key.id), cast("int", each[VERSION]))
+
+        changes = await _pieces(entities, change)
+        return cast("list[int]", await self._many(changes, None))
 
     async def modify_entity(
         self,
@@ -431,7 +453,13 @@ class RepositoryInterface(ABC):
             raise InvalidQueryError("a page needs a limit from 1 on")
         declared = self._schema[collection]
         query = build_query(
-            declared, filters=filters, order_by=order_by, limit=limit, fields=fields, cursor=cursor
+            declared,
+            filters=filters,
+            order_by=order_by,
+            limit=limit,
+            fields=fields,
+            cursor=cursor,
+            paged=True,
         )
         # One more than asked tells whether there is a next page.
         ahead = query.with_limit(limit + 1)
@@ -551,13 +579,15 @@ def _delete(key: Key, expected: _Expected) -> Delete:
     return Delete(key, expected.take(key.id))
 
 
-def _imported(collection: Collection, data: Mapping[str, object], at: str) -> Put:
+def _imported(
+    collection: Collection, data: Mapping[str, object], expected: _Expected, at: str
+) -> Put:
     given = data.get(VERSION, 0) if isinstance(data, Mapping) else 0
     version = check_version(given, absent=False)
     if version is ANY:
         raise InvalidVersionError("an imported version is an integer from 0 on")
     key, entity = collection.entity(data)
-    return Put(key, entity, at, version=cast("int", version))
+    return Put(key, entity, at, expected.take(key.id), cast("int", version))
 
 
 async def _pieces(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:

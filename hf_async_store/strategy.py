@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
@@ -32,6 +33,7 @@ from hf_async_store.errors import (
     StoreClosedError,
     WrongLoopError,
 )
+from hf_async_store.moving import HIDDEN, Moving
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.repository import RETRY_SECONDS, RepositoryInterface, retry_conflicts, within
 from hf_async_store.transaction import Transaction, TransactionManager
@@ -74,6 +76,10 @@ class StorageStrategy(RepositoryInterface):
         self._forks = _Forks.seen
         self._closed = False
         can = engine.capabilities
+        # What moves while it is in use is shared by processes: only there is it looked for.
+        self._moving = Moving(lambda: self._engine, self._engine_at) if can.processes else None
+        if self._moving is not None:
+            engine = self._moving
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_each, lanes=can.write_lanes, size=can.write_batch, key=_key_of
         )
@@ -114,6 +120,8 @@ class StorageStrategy(RepositoryInterface):
         await self._writes.drain()
         if self._reads is not None:
             await self._reads.drain()
+        if self._moving is not None:
+            await self._moving.close()
         await self._engine.close()
 
     async def __aenter__(self) -> Self:
@@ -138,7 +146,28 @@ class StorageStrategy(RepositoryInterface):
                 raise StoreClosedError("this store is not open (use `async with`)")
             raise WrongLoopError("this store was opened in another event loop")
         self._transactions.refuse_reentry()
-        return self._engine
+        return self._engine if self._moving is None else self._moving.for_reading()
+
+    # -- moving ------------------------------------------------------------------------------
+
+    def _twin(self, collections: Iterable[Collection]) -> StorageStrategy:
+        """Another store on the same data, with other collections."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be moved while it is in use")
+
+    def _engine_at(self, place: str | None) -> Engine:
+        """An engine that knows what a move keeps in a store: of this one, or of a URL."""
+        collections = [*self._schema.values(), *HIDDEN]
+        if place is None:
+            return self._twin(collections)._engine
+        # Not an import: the strategies stand above, and are found by name as everywhere.
+        other: StorageStrategy = import_module("hf_async_store.strategies").open_store(
+            place, collections=collections
+        )
+        return other._engine
+
+    async def _refuse_moving(self, what: str) -> None:
+        if self._moving is not None:
+            await self._moving.refuse_moving(what)
 
     # -- primitives --------------------------------------------------------------------------
 
@@ -185,7 +214,7 @@ class StorageStrategy(RepositoryInterface):
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
             raise InvalidInputError(f"isolation is one of {', '.join(known)}, not {isolation!r}")
-        engine = self._engine
+        engine = self._engine if self._moving is None else self._moving
         return self.transaction_type(
             self._schema, engine.session(isolation), enter=self._enter_transaction
         )

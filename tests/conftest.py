@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.harness import leave_out
-from hf_async_store.testing.servers import PostgresServer, ServerUnavailable, postgres
+from hf_async_store.testing.servers import (
+    DynamoDBServer,
+    PostgresServer,
+    ServerUnavailable,
+    dynamodb,
+    postgres,
+)
+from tests.dynamodb.proxy import Proxy, proxy_before
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# The test server takes any credentials; without some, botocore would ask the network for them.
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 # Time says how loaded a machine is, and nothing about the product.
 settings.register_profile(
@@ -28,3 +41,20 @@ def postgres_server() -> Iterator[PostgresServer]:
             yield server
     except ServerUnavailable as exc:
         leave_out("postgresql", str(exc))
+
+
+@pytest.fixture(scope="session")
+def dynamodb_server() -> Iterator[DynamoDBServer]:
+    """A DynamoDB server for the whole run; each test has a table prefix of its own."""
+    try:
+        with dynamodb() as server:
+            yield server
+    except ServerUnavailable as exc:
+        leave_out("dynamodb", str(exc))
+
+
+@pytest.fixture(scope="session")
+def dynamodb_proxy(dynamodb_server: DynamoDBServer) -> Iterator[Proxy]:
+    """A proxy before it, that counts requests and loses answers."""
+    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+        yield proxy

@@ -33,7 +33,7 @@ value a line. Messages go to stderr, one line each.
 
 exit codes:
   0  done          1  not found: the entity, or the store itself
-  2  wrong usage   3  conflict: another version, exists already, or references stand in the way
+  2  wrong usage   3  conflict: another version, exists already, references, or stores differ
   4  the store failed, or `health` found problems      130  Ctrl-C      141  the reader went away
 """
 
@@ -131,7 +131,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    names = "\n".join(f"  {name:<12}{each.summary}" for name, each in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    names = "\n".join(f"  {name:<{width}}{each.summary}" for name, each in COMMANDS.items())
     parser = _new_parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [OPTIONS] COMMAND ...",
@@ -220,6 +221,13 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
     return int(text)
+
+
+def _at_least_one(text: str) -> int:
+    number = _count(text)
+    if not number:
+        raise argparse.ArgumentTypeError("expected a number from 1 on, got '0'")
+    return number
 
 
 def _version(text: str) -> int:
@@ -320,6 +328,13 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
         const="journal",
         help="put the journal's commits on top of the data file",
     )
+    adopt.add_argument(
+        "--adopt-readable",
+        dest="adopt",
+        action="store_const",
+        const="readable",
+        help="keep every commit before the place where a journal is damaged",
+    )
 
 
 def _backup(parser: argparse.ArgumentParser) -> None:
@@ -330,10 +345,80 @@ def _backup(parser: argparse.ArgumentParser) -> None:
         help="a new file or folder, or a folder for a dated one (default: the configuration's "
         "migration.backup_location, which is backups/)",
     )
+    parser.add_argument(
+        "--keep", metavar="N", type=_at_least_one, help="keep only the last N dated backups there"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="a copy of the data files instead (JSON stores)"
+    )
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a backup: a file, or a folder of files")
+    _add_merge(parser)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--merge",
+        metavar="RULE",
+        choices=("keep", "replace", "newest"),
+        help="what counts where both have an entity: keep, replace, or newest (by updated_at)",
+    )
+
+
+def _add_pair(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--from", dest="source", metavar="URL", required=required, help="the source"
+    )
+    parser.add_argument("--to", dest="target", metavar="URL", required=required, help="the target")
+
+
+def _migrate(parser: argparse.ArgumentParser) -> None:
+    _add_pair(parser, required=True)
+    _add_migration(parser)
+
+
+def _migrate_repository(parser: argparse.ArgumentParser) -> None:
+    types = "json, sql, sqlite, postgresql, dynamodb"
+    parser.add_argument("--source-type", metavar="TYPE", required=True, help=types)
+    parser.add_argument("--target-type", metavar="TYPE", required=True, help=types)
+    parser.add_argument("--source-config", metavar="FILE", help="the source's own configuration")
+    parser.add_argument("--target-config", metavar="FILE", help="the target's own configuration")
+    _add_migration(parser)
+
+
+def _add_migration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", metavar="N", type=_at_least_one, help="entities in a batch")
+    parser.add_argument("--workers", metavar="N", type=_at_least_one, help="batches at once")
+    parser.add_argument("--backup-location", metavar="PATH", help="a file, or a folder with a /")
+    parser.add_argument("--no-backup", action="store_true", help="make no backup first")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare afterwards")
+    parser.add_argument(
+        "--cleanup-source", action="store_true", help="empty the source once all is verified"
+    )
+    _add_merge(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="write nothing, say what would not fit")
+    how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def _move(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", metavar="ACTION", choices=("start", "status", "back", "stop", "finish")
+    )
+    _add_pair(parser, required=True)
+    parser.add_argument(
+        "--rate", metavar="N", type=_at_least_one, default=5000, help="entities a second, at most"
+    )
+    parser.add_argument(
+        "--no-cut-over", action="store_true", help="copy and verify only; start again to cut over"
+    )
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backup", metavar="BACKUP", nargs="?", help="a file that `backup` made")
+    _add_pair(parser, required=False)
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:
@@ -428,34 +513,49 @@ COMMANDS: Final[Mapping[str, Command]] = {
         _nothing,
         "Passwords are not shown.\n",
     ),
+    "create-tables": Command(
+        "create-tables",
+        "make the tables and indexes that are missing (DynamoDB stores)",
+        f"{_CLI}.upkeep:create_tables",
+        _nothing,
+        "Waits until they are active, and sets auto scaling and point-in-time recovery as they\n"
+        "are configured. Tables are also made at their first use; an index that is missing on a\n"
+        "table that is there is made by this command alone, because that may take long.\n",
+    ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",
         "bring everything into the data files (JSON stores)",
         f"{_CLI}.upkeep:checkpoint",
         _checkpoint,
         "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
-        "The --adopt options settle a data file that was replaced by hand while the journal held\n"
-        "commits; what loses is gone, so make a copy of the folder first.\n",
+        "--adopt-file and --adopt-journal settle a data file that was replaced by hand while the\n"
+        "journal held commits; what loses is gone, so make a copy of the folder first.\n"
+        "--adopt-readable settles a damaged journal, which is kept beside.\n",
     ),
     "backup": Command(
-        "backup [DESTINATION]",
-        "copy the data files while the store is in use (JSON stores)",
+        "backup [DESTINATION] [OPTIONS]",
+        "write everything to one file while the store is in use",
         f"{_CLI}.backups:backup",
         _backup,
-        "The copy holds everything that was written before the command began.\n\n"
+        "The file is the same whatever engine the store has: JSON lines, gzip, with a digest. It\n"
+        "holds one moment of the store, where the engine can show one (`describe`).\n\n"
         f"  {PROGRAM} backup\n"
-        f"  {PROGRAM} backup /mnt/backups/before-upgrade.json\n",
+        f"  {PROGRAM} backup backups/ --keep 7\n"
+        f"  {PROGRAM} backup /mnt/backups/before-upgrade.jsonl.gz\n",
     ),
     "restore": Command(
-        "restore SOURCE",
-        "replace the content of the store by a backup (JSON stores)",
+        "restore SOURCE [OPTIONS]",
+        "bring a backup back",
         f"{_CLI}.backups:restore",
         _restore,
-        "SOURCE is what `backup` made or `backups` lists, or any file in the store's form. It is\n"
-        "checked first, and what was in the store is kept beside it as replaced_TIME. A changed\n"
-        "entity gets its next version, as by any write. If the store cannot be opened any more,\n"
-        "its files are replaced, and kept as they were in damaged_TIME.\n\n"
-        f"  {PROGRAM} restore backups/backup_20250630T120000Z.json\n"
+        "A file that `backup` made goes into an empty store, or with --merge beside what is there;\n"
+        "versions and times are as they were. It is read and proven as a whole first.\n\n"
+        "For JSON stores SOURCE may also be what `backup --copy` made or `backups` lists, or any\n"
+        "file in the store's form. It replaces the content, and what was in the store is kept\n"
+        "beside it as replaced_TIME. A changed entity gets its next version, as by any write. If\n"
+        "the store cannot be opened any more, its files are replaced, and kept in damaged_TIME.\n\n"
+        f"  {PROGRAM} restore backups/backup_20250630T120000Z.jsonl.gz\n"
+        f"  {PROGRAM} restore monday.jsonl.gz --merge newest\n"
         f"  {PROGRAM} restore data/request_database.json.bak.00000012\n",
     ),
     "backups": Command(
@@ -464,6 +564,53 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.backups:backups",
         _nothing,
         f"Newest first; each can be given to `{PROGRAM} restore`.\n",
+    ),
+    "migrate": Command(
+        "migrate --from URL --to URL [OPTIONS]",
+        "move everything to another store, and prove that nothing changed",
+        f"{_CLI}.moves:migrate",
+        _migrate,
+        "Neither store may be written to meanwhile. First a backup of the source is made, then\n"
+        "batches are copied, then both sides are compared. Whatever goes wrong, the source is as\n"
+        "it was. --config FILE gives the `migration` block; options on the command line win.\n\n"
+        f"  {PROGRAM} migrate --from json:data --to json:data.json --dry-run\n"
+        f"  {PROGRAM} migrate --from json:data --to json:data.json\n"
+        f"  {PROGRAM} migrate --from json:data --to json:data.json --resume\n",
+    ),
+    "migrateRepository": Command(
+        "migrateRepository --source-type TYPE --target-type TYPE [OPTIONS]",
+        "the same, by the types of stores in a configuration file",
+        f"{_CLI}.moves:migrate_repository",
+        _migrate_repository,
+        "--config FILE (or the environment) has a block for each type; where both are of one type,\n"
+        "--source-config and --target-config name a file each.\n\n"
+        f"  {PROGRAM} migrateRepository --source-type json --target-type sql --batch-size 100 \\\n"
+        "      --config config.json\n",
+    ),
+    "move": Command(
+        "move ACTION --from URL --to URL [OPTIONS]",
+        "move everything while applications use the store",
+        f"{_CLI}.live:move",
+        _move,
+        "  start    copy, follow the changes, verify, and make the target the one that counts\n"
+        "  status   show how far it is\n"
+        "  back     make the source the one that counts again, with all that was written since\n"
+        "  stop     call it off before the cut-over\n"
+        "  finish   give the source up for good: it then refuses to open, and names the target\n\n"
+        "Applications may use either URL, before and after, and follow by themselves. The URLs are\n"
+        "written into the stores: passwords in them must be ${VARIABLES}. An action that was\n"
+        "interrupted is given again.\n\n"
+        f"  {PROGRAM} move start --from json:data --to json:data.json\n"
+        f"  {PROGRAM} move finish --from json:data --to json:data.json\n",
+    ),
+    "verify": Command(
+        "verify --from URL --to URL | verify BACKUP",
+        "compare two stores, or prove a backup file",
+        f"{_CLI}.moves:verify",
+        _verify,
+        "Exit code 3 if anything differs; what differs is named by id and field.\n\n"
+        f"  {PROGRAM} verify --from json:data --to json:data.json\n"
+        f"  {PROGRAM} verify backups/backup_20250630T120000Z.jsonl.gz\n",
     ),
     "demo": Command(
         None,

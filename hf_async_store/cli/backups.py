@@ -1,5 +1,6 @@
-"""The commands on backups of a JSON store: backup, restore, backups.
+"""The commands on backups: backup, restore, backups.
 
+The portable file is for every store. Beside it stand, for JSON stores, copies of the data files: their
 `restore` replaces the content by one commit, so that others may go on working meanwhile. Only a
 store that cannot be opened has its files replaced, after a copy of everything as it was.
 """
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import to_builtins
 from msgspec.json import encode
 
 from hf_async_store.cli import output
@@ -18,10 +21,10 @@ from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.failures import NothingThereError
 from hf_async_store.cli.jsonfiles import JSONFiles, dated, remove
 from hf_async_store.errors import CorruptionError, InvalidInputError
+from hf_async_store.migration import backup_store, is_portable, restore_store
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from pathlib import Path
 
     from hf_async_store.cli.backupfile import Backup
     from hf_async_store.strategy import StorageStrategy
@@ -35,6 +38,36 @@ _LONG: Final = 4 << 20
 
 
 def backup(arguments: Namespace) -> int:
+    if arguments.copy:
+        return _copy(arguments)
+    context = Context(arguments)
+    context.require_store()
+    place = arguments.destination or context.config.migration.backup_location
+    path_of(place)
+
+    async def work(store: StorageStrategy) -> int:
+        with output.progress("backup", is_long=True):
+            made = await backup_store(store, place, keep=arguments.keep)
+        size = _bytes(Path(made.path))
+        done = {
+            "backup": made.path,
+            "entities": made.counts,
+            "digests": made.digests,
+            "bytes": size,
+            "removed": made.removed,
+        }
+        shown = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
+        gone = f"; {len(made.removed)} older removed" if made.removed else ""
+        output.result(arguments, done, f"{shown} in {made.path} ({size:,} bytes){gone}")
+        return 0
+
+    return context.run(work)
+
+
+def _copy(arguments: Namespace) -> int:
+    """A copy of the data files, which is a JSON store itself."""
+    if arguments.keep is not None:
+        raise InvalidInputError("--keep does not go with --copy")
     context = Context(arguments)
     files = JSONFiles(context)
     context.require_store()
@@ -107,12 +140,16 @@ def backups(arguments: Namespace) -> int:
 
 def restore(arguments: Namespace) -> int:
     context = Context(arguments)
-    files = JSONFiles(context)
     source = path_of(arguments.source)
+    if is_portable(source):
+        return _restore_portable(arguments, context, source)
+    files = JSONFiles(context)
     if not source.exists():
         raise NothingThereError(
             f"there is no backup {source}; `{output.PROGRAM} backups` lists what the store kept"
         )
+    if arguments.merge is not None:
+        raise InvalidInputError(f"--merge is for files that `backup` made, and {source} is none")
 
     async def work(store: StorageStrategy) -> int:
         with output.progress("restore", is_long=max(_bytes(source), files.size()) > _LONG):
@@ -126,6 +163,24 @@ def restore(arguments: Namespace) -> int:
             done,
             f"{context.location()} holds what {source} does: {shown}"
             + (f"; what was there is kept in {done['before']}" if done["before"] else ""),
+        )
+        return 0
+
+    return context.run(work, writes=True)
+
+
+def _restore_portable(arguments: Namespace, context: Context, source: Path) -> int:
+    async def work(store: StorageStrategy) -> int:
+        with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
+            async with context.watched():
+                found = await restore_store(store, source, merge=arguments.merge)
+        shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
+        rest = sum(each.unchanged + each.kept for each in found.merged.values())
+        others = f"; {rest:,} others stayed as they were" if rest else ""
+        output.result(
+            arguments,
+            {"restored": str(source), "entities": to_builtins(found.merged)},
+            f"restored from {source}: {shown}{others}",
         )
         return 0
 

@@ -44,7 +44,7 @@ class Context:
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
         self.config = _config_of(arguments)
-        self.schema = Schema(_collections_of(arguments.collections))
+        self.schema = Schema(collections_of(arguments.collections))
         self.store = open_store(self.config, collections=self.schema.values())
         self._ends: float | None = None
 
@@ -68,7 +68,7 @@ class Context:
             async with _opened(self.store) as store, within(None if writes else timeout):
                 return await work(store)
 
-        with _warnings_told(verbose=self.arguments.verbose):
+        with warnings_told(verbose=self.arguments.verbose):
             try:
                 return asyncio.run(body())
             except OperationTimeoutError as exc:
@@ -101,16 +101,7 @@ class Context:
     # -- is there a store at all -------------------------------------------------------------
 
     def is_there(self) -> bool:
-        """Whether there is anything of the store yet. Only files can be asked without a driver."""
-        options = self.config.options
-        if not isinstance(options, JSONConfig):
-            return True
-        folder = Path(options.base_path)
-        names = set(options.files(self.schema).values())
-        if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
-            return True
-        # Commits that no fold has brought into a file yet.
-        return any(folder.glob("*.journal.*"))
+        return is_there(self.config, self.schema)
 
     def require_store(self) -> None:
         """Refuse to look for anything in a store that is not there: its name may be mistyped.
@@ -130,6 +121,19 @@ class Context:
         folder = Path(options.base_path)
         single = options.storage_type == "single_file"
         return str(folder / options.filenames.single_file if single else folder)
+
+
+def is_there(config: StorageConfig, schema: Iterable[str]) -> bool:
+    """Whether there is anything of a store yet. Only files can be asked without a driver."""
+    options = config.options
+    if not isinstance(options, JSONConfig):
+        return True
+    folder = Path(options.base_path)
+    names = set(options.files(schema).values())
+    if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
+        return True
+    # Commits that no fold has brought into a file yet.
+    return any(folder.glob("*.journal.*"))
 
 
 @asynccontextmanager
@@ -185,7 +189,7 @@ def _config_of(arguments: Namespace) -> StorageConfig:
     )
 
 
-def _collections_of(named: str | None) -> Iterable[Collection]:
+def collections_of(named: str | None) -> Iterable[Collection]:
     """The collections that `--collections MODULE:NAME` stands for."""
     if named is None:
         return HOST_FACTORY
@@ -235,7 +239,7 @@ class _Told(logging.Handler):
 
 
 @contextmanager
-def _warnings_told(*, verbose: bool) -> Iterator[None]:
+def warnings_told(*, verbose: bool) -> Iterator[None]:
     handler = _Told(verbose=verbose)
     _LOG.addHandler(handler)
     try:

@@ -28,10 +28,11 @@ class OutputError(StorageError):
 
 def for_people(arguments: Namespace) -> bool:
     """Whether a person reads stdout."""
-    return not arguments.json and _is_terminal(sys.stdout)
+    return not arguments.json and is_terminal(sys.stdout)
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person is at the other end."""
     return stream is not None and stream.isatty()
 
 
@@ -123,7 +124,7 @@ def progress(
         total: how many steps there are; None if nobody knows.
         is_long: the work takes longer than the start of the bar.
     """
-    if not is_long or not _is_terminal(sys.stderr):
+    if not is_long or not is_terminal(sys.stderr):
         yield lambda steps: None
         return
     from rich.console import Console

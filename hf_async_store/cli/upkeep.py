@@ -1,15 +1,17 @@
-"""The commands on the store as a whole: init, health, describe, checkpoint; and the demo."""
+"""The commands on the store as a whole: init, health, describe,
+create-tables, checkpoint; and the demo."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context
 from hf_async_store.cli.failures import STORAGE
 from hf_async_store.cli.jsonfiles import JSONFiles, as_json
 from hf_async_store.config import JSONConfig
+from hf_async_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -25,11 +27,12 @@ def init(arguments: Namespace) -> int:
             files = [str(each) for each in await JSONFiles(context).make_empty()]
             made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
             where = context.location()
+            output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
         else:
             # Tables are made at first use, and this is one.
             await store.test_connection()
-            files, made, where = [], "ready", store.capabilities.engine
-        output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
+            engine = store.capabilities.engine
+            output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
         return 0
 
     return context.run(work)
@@ -62,6 +65,31 @@ def describe(arguments: Namespace) -> int:
     return context.run(work)
 
 
+def create_tables(arguments: Namespace) -> int:
+    context = Context(arguments)
+    create = getattr(context.store, "create_tables", None)
+    if create is None:
+        engine = context.store.capabilities.engine
+        raise ConfigurationError(
+            f"this command is for stores whose tables are made once; here is the engine {engine}"
+        )
+
+    async def work(store: StorageStrategy) -> int:
+        made: list[str] = await create()
+        told = "\n".join(made) or "everything is there already, nothing to do"
+        output.result(arguments, {"made": made}, told)
+        return 0
+
+    return context.run(work)
+
+
+_COUNTED: Final = {
+    "file": "the file",
+    "journal": "the journal",
+    "readable": "what could be read",
+}
+
+
 def checkpoint(arguments: Namespace) -> int:
     context = Context(arguments)
     json_store = as_json(context.store)
@@ -71,7 +99,7 @@ def checkpoint(arguments: Namespace) -> int:
         await json_store.checkpoint(arguments.adopt)
         where = context.location()
         done: dict[str, Any] = {"store": where, "adopted": arguments.adopt}
-        taken = f" (the {arguments.adopt} counted)" if arguments.adopt else ""
+        taken = f" ({_COUNTED[arguments.adopt]} counted)" if arguments.adopt else ""
         output.result(arguments, done, f"{where} holds everything{taken}")
         return 0
 

@@ -57,7 +57,8 @@ async def run(arguments: argparse.Namespace) -> int:
 
     Args:
         arguments: of `add_arguments`, with `store` (a URL) and `config` (a file), either or both
-            None: then the store is a temporary one, removed at the end.
+            None: then the store is a temporary one, removed at the end. For a DynamoDB URL that
+            names no endpoint the test server is started, where it is installed.
 
     Raises:
         ConfigurationError: a store or data folder that cannot be used.
@@ -65,8 +66,10 @@ async def run(arguments: argparse.Namespace) -> int:
     """
     from hf_async_store.demo.plan import Settings
     from hf_async_store.demo.play import play
+    from hf_async_store.demo.serving import served
 
-    return await play(Settings.of(arguments))
+    with served(Settings.of(arguments)) as settings:
+        return await play(settings)
 
 
 def _positive(kind: type[float]) -> type[float]:

@@ -23,9 +23,8 @@ _BUILT_IN: Final = {
     "memory": ("hf_async_store.strategies.memory", "MemoryStorageStrategy"),
     "json": ("hf_async_store.strategies.json", "JSONStorageStrategy"),
     "sql": ("hf_async_store.strategies.sql", "SQLStorageStrategy"),
+    "dynamodb": ("hf_async_store.strategies.dynamodb", "DynamoDBStorageStrategy"),
 }
-
-_PLANNED: Final = frozenset({"dynamodb"})
 
 
 def open_store(
@@ -38,8 +37,8 @@ def open_store(
     Args:
         config: a map in the spec's shape, the path of a JSON file that holds one, a
             `StorageConfig`, or a URL: `json:PATH`, `sqlite:PATH`,
-            `postgresql://USER:PASSWORD@HOST:PORT/NAME`, `memory:`. A URL's query sets any key of
-            the strategy's configuration.
+            `postgresql://USER:PASSWORD@HOST:PORT/NAME`, `dynamodb://REGION/PREFIX`, `memory:`. A
+            URL's query sets any key of the strategy's configuration.
         collections: what may be stored; the spec's schema by default.
 
     Raises:
@@ -77,8 +76,7 @@ def _registered(name: str) -> StrategyType:
     found = {each.name: each for each in entry_points(group=GROUP)}
     if name not in found:
         known = ", ".join(sorted({*_BUILT_IN, *found}))
-        coming = " (it is planned, and not part of this version)" if name in _PLANNED else ""
-        raise ConfigurationError(f"no storage strategy {name!r}{coming}; there are: {known}")
+        raise ConfigurationError(f"no storage strategy {name!r}; there are: {known}")
     try:
         return cast("StrategyType", found[name].load())
     except (ImportError, AttributeError) as exc:

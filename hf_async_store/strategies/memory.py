@@ -175,6 +175,9 @@ class MemoryEngine(_Reader):
         # What is stored is replaced as a whole and never changed, so a copy of the dict will do.
         yield _Reader(_View(self._stored.copy()))
 
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        return (await self.fetch([Key(collection.name, entity_id)]))[0]
+
     def apply(self, change: Change, view: _View) -> Outcome:
         """Decide one change and put it, with its mark, in the top layer; or return its error."""
         current = view.get(change.key)

@@ -632,16 +632,20 @@ class ReferenceContract:
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", {"item_id": "a", "count": 0})
-        async with store.begin_transaction() as tx:
-            await tx.update_entity("items", "a", {"count": 1})
-            others = [
-                asyncio.create_task(store.update_entity("items", "a", {"label": "other"})),
-                asyncio.create_task(store.create_entity("items", {"item_id": "b"})),
-                asyncio.create_task(store.get_entity("items", "a")),
-                asyncio.create_task(store.query_entities("items")),
-                asyncio.create_task(_transaction(store)),
-            ]
-            await has_ended(*others)
+        others: list[asyncio.Task[Any]] = []
+        try:
+            async with store.begin_transaction() as tx:
+                await tx.update_entity("items", "a", {"count": 1})
+                others += [
+                    asyncio.create_task(store.update_entity("items", "a", {"label": "other"})),
+                    asyncio.create_task(store.create_entity("items", {"item_id": "b"})),
+                    asyncio.create_task(store.get_entity("items", "a")),
+                    asyncio.create_task(store.query_entities("items")),
+                    asyncio.create_task(_transaction(store)),
+                ]
+                await has_ended(*others)
+        except ConcurrencyConflictError as exc:
+            assert exc.retryable, "where nobody waits, the one that comes last must run again"
         results = await asyncio.wait_for(
             asyncio.gather(*others, return_exceptions=True), HANG_SECONDS
         )

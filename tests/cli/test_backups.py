@@ -36,7 +36,7 @@ def state(cli: Cli, *words: str) -> dict[str, dict[str, Any]]:
 
 
 def test_backup_to_a_new_file(filled: Cli) -> None:
-    ran = filled("backup", "kept/before.json")
+    ran = filled("backup", "--copy", "kept/before.json")
     assert ran.code == 0
     size = Path("kept/before.json").stat().st_size
     assert ran.rows == [
@@ -62,7 +62,7 @@ def test_backup_holds_what_the_journal_holds(filled: Cli) -> None:
         try:
             assert other.stdout is not None
             other.stdout.readline()
-            assert filled("backup", "b.json").code == 0
+            assert filled("backup", "--copy", "b.json").code == 0
         finally:
             other.kill()
     assert content("b.json")["machines"]["m-1"]["status"] == "NEW"
@@ -70,8 +70,10 @@ def test_backup_holds_what_the_journal_holds(filled: Cli) -> None:
 
 def test_backup_into_a_folder_has_a_dated_name(filled: Cli) -> None:
     Path("there").mkdir()
-    names = [filled("backup", each).rows[0]["backup"] for each in ("there", "there", "new/")]
-    names.append(filled("backup").rows[0]["backup"])
+    names = [
+        filled("backup", "--copy", each).rows[0]["backup"] for each in ("there", "there", "new/")
+    ]
+    names.append(filled("backup", "--copy").rows[0]["backup"])
     assert len(set(names)) == 4
     assert [Path(each).parent.name for each in names] == ["there", "there", "new", "backups"]
     assert all(Path(each).name.startswith("backup_2") for each in names)
@@ -83,13 +85,13 @@ def test_backup_goes_where_the_configuration_says(filled: Cli) -> None:
     storage = {"strategy": "json", "json_strategy": block}
     whole = {"storage": storage, "migration": {"backup_location": "elsewhere/"}}
     Path("config.json").write_text(json.dumps(whole))
-    ran = filled("backup", "--config", "config.json")
+    ran = filled("backup", "--copy", "--config", "config.json")
     assert Path(ran.rows[0]["backup"]).parent.name == "elsewhere"
 
 
 def test_backup_never_overwrites(filled: Cli) -> None:
-    filled("backup", "b.json")
-    ran = filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
+    ran = filled("backup", "--copy", "b.json")
     assert ran.code == 2
     assert ran.message == "b.json is there already; a backup needs a new name"
 
@@ -97,17 +99,17 @@ def test_backup_never_overwrites(filled: Cli) -> None:
 def test_backup_of_split_files(cli: Cli) -> None:
     cli("put", "templates", '{"template_id": "t-1"}', *SPLIT)
     cli("put", "machines", '{"machine_id": "m-1"}', *SPLIT)
-    ran = cli("backup", "b", *SPLIT)
+    ran = cli("backup", "--copy", "b", *SPLIT)
     assert ran.code == 0
     assert sorted(each.name for each in Path("b").iterdir()) == ["machines.json", "templates.json"]
     assert list(content("b/machines.json")) == ["m-1"]
-    assert cli("backup", "b", *SPLIT).rows[0]["backup"].startswith("b/backup_")
+    assert cli("backup", "--copy", "b", *SPLIT).rows[0]["backup"].startswith("b/backup_")
 
 
 def test_backup_of_compressed_files_is_named_so(cli: Cli) -> None:
     url = "json:z/db.json?enable_compression=yes"
     cli("put", "templates", '{"template_id": "t-1"}', "--store", url)
-    assert cli("backup", "b.json", "--store", url).rows[0]["backup"] == "b.json.gz"
+    assert cli("backup", "--copy", "b.json", "--store", url).rows[0]["backup"] == "b.json.gz"
     assert list(content("b.json.gz")["templates"]) == ["t-1"]
     cli("delete", "templates", "t-1", "--store", url)
     assert cli("restore", "b.json.gz", "--store", url).code == 0
@@ -115,7 +117,7 @@ def test_backup_of_compressed_files_is_named_so(cli: Cli) -> None:
 
 
 def test_a_destination_that_cannot_be(filled: Cli) -> None:
-    ran = filled("backup", "data/db.json/b.json")
+    ran = filled("backup", "--copy", "data/db.json/b.json")
     assert ran.code == 4
     assert "cannot write data/db.json/b.json: " in ran.message
     assert ran.message.endswith(
@@ -143,7 +145,7 @@ def test_backups_under_load_are_whole(workplace: Path) -> None:
             assert writer.stdout is not None
             writer.stdout.readline()
             for number in range(3):
-                ran = shell("backup", f"b{number}", *SPLIT)
+                ran = shell("backup", "--copy", f"b{number}", *SPLIT)
                 assert ran.code == 0, ran.err
                 numbers = {
                     content(f"b{number}/templates.json")["t"]["n"],
@@ -161,7 +163,7 @@ def test_backups_under_load_are_whole(workplace: Path) -> None:
 
 def test_restore(filled: Cli) -> None:
     before = state(filled)
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     filled("update", "machines", "m-1", "status=GONE")
     filled("delete", "machines", "m-2")
     filled("put", "templates", '{"template_id": "t-2"}')
@@ -183,7 +185,7 @@ def test_restore(filled: Cli) -> None:
 def test_restore_split_files_and_back(cli: Cli) -> None:
     cli("put", "machines", '{"machine_id": "m-1", "n": 1}', *SPLIT)
     cli("put", "templates", '{"template_id": "t-1"}', *SPLIT)
-    cli("backup", "b", *SPLIT)
+    cli("backup", "--copy", "b", *SPLIT)
     cli("update", "machines", "m-1", "n=2", *SPLIT)
     [done] = cli("restore", "b", *SPLIT).rows
     assert cli("get", "machines", "m-1", *SPLIT).rows[0]["n"] == 1
@@ -197,14 +199,14 @@ def test_restore_split_files_and_back(cli: Cli) -> None:
 
 
 def test_restore_what_is_there_already(filled: Cli) -> None:
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     assert filled("restore", "b.json").rows[0]["before"] is None
     assert filled("get", "machines", "m-1").rows[0]["version"] == 1
 
 
 def test_restore_where_nothing_is_left(filled: Cli) -> None:
     before = state(filled)
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     for each in Path("data").iterdir():
         each.unlink()
     Path("data").rmdir()
@@ -214,17 +216,17 @@ def test_restore_where_nothing_is_left(filled: Cli) -> None:
 
 def test_restore_into_another_layout(filled: Cli) -> None:
     before = state(filled)
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     assert filled("restore", "b.json", *SPLIT).code == 0
     assert state(filled, *SPLIT) == before
-    filled("backup", "b", *SPLIT)
+    filled("backup", "--copy", "b", *SPLIT)
     filled("delete", "machines", "m-1", "m-2")
     assert filled("restore", "b").code == 0
     assert state(filled) == before
 
 
 def test_restore_one_file_of_several(filled: Cli) -> None:
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     filled("restore", "b.json", *SPLIT)
     filled("delete", "machines", "m-1", *SPLIT)
     filled("checkpoint", *SPLIT)
@@ -238,7 +240,7 @@ def test_restore_one_file_of_several(filled: Cli) -> None:
 
 
 def test_nothing_is_written_beside_a_backup(filled: Cli) -> None:
-    filled("backup", "kept/b.json")
+    filled("backup", "--copy", "kept/b.json")
     filled("restore", "kept/b.json")
     assert [each.name for each in Path("kept").iterdir()] == ["b.json"]
 
@@ -336,7 +338,7 @@ def replaced_file(cli: Cli) -> None:
 @pytest.mark.parametrize("damage", [damaged_file, damaged_entity, damaged_journal, replaced_file])
 def test_restore_a_store_that_cannot_be_opened(filled: Cli, damage: Any) -> None:
     before = state(filled)
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     damage(filled)
     damaged = Path("data/db.json").read_bytes()
     broken = filled("query", "machines", "--order", "status")
@@ -356,9 +358,9 @@ def test_restore_a_store_that_cannot_be_opened(filled: Cli, damage: Any) -> None
 
 
 def test_restore_damaged_split_files(filled: Cli) -> None:
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     filled("restore", "b.json", *SPLIT)
-    filled("backup", "b", *SPLIT)
+    filled("backup", "--copy", "b", *SPLIT)
     before = state(filled, *SPLIT)
     Path("split/machines.json").write_bytes(b"{")
     Path("split/requests.json").write_bytes(b"[")
@@ -371,9 +373,9 @@ def test_restore_damaged_split_files(filled: Cli) -> None:
 
 
 def test_restore_one_damaged_file_keeps_the_commits_of_the_others(filled: Cli) -> None:
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     filled("restore", "b.json", *SPLIT)
-    filled("backup", "b", *SPLIT)
+    filled("backup", "--copy", "b", *SPLIT)
     Path("split/machines.json").write_bytes(b"{")
     ran = filled("restore", "b/machines.json", *SPLIT)
     assert ran.code == 0
@@ -381,9 +383,9 @@ def test_restore_one_damaged_file_keeps_the_commits_of_the_others(filled: Cli) -
 
 
 def test_restore_one_damaged_file_when_commits_wait(filled: Cli) -> None:
-    filled("backup", "b.json")
+    filled("backup", "--copy", "b.json")
     filled("restore", "b.json", *SPLIT)
-    filled("backup", "b", *SPLIT)
+    filled("backup", "--copy", "b", *SPLIT)
     commit_and_die("json:split", "templates", "t-9")
     Path("split/templates.json").write_bytes(b"{")
     # The very file that the journal goes on from: nothing is to be settled.

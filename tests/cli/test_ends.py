@@ -231,7 +231,7 @@ def test_interrupted_while_it_reads() -> None:
         (["delete", "machines", "m-1"], True),
         (["restore", "data/db.json"], True),
         (["checkpoint"], False),
-        (["backup", "b.json"], False),
+        (["backup", "--copy", "b.json"], False),
     ],
 )
 def test_no_time_left(filled: Cli, words: list[str], unknown: bool) -> None:
@@ -305,9 +305,9 @@ def test_a_file_in_the_place_of_the_folder(cli: Cli) -> None:
     for words in (["put", "machines", '{"machine_id": "m-1"}'], ["init"]):
         ran = cli(*words)
         assert ran.code == 4
-        assert ran.message == (
-            f"cannot make the folder {absolute('data')}: File exists; a file stands where a folder "
-            "is needed, or the reverse: mend the path, or move it"
+        assert absolute("data") in ran.message
+        assert ran.message.endswith(
+            "a file stands where a folder is needed, or the reverse: mend the path, or move it"
         )
     assert cli("get", "machines", "m-1").code == 1
 
@@ -376,7 +376,7 @@ def test_verbose_shows_where() -> None:
         ["count", "machines", "--config", "postgresql://app:hunter2@h/x"],
         ["postgresql://app:hunter2@h/x"],
         ["restore", "postgresql://app:hunter2@h/x"],
-        ["backup", "postgresql://app:hunter2@h/x"],
+        ["backup", "--copy", "postgresql://app:hunter2@h/x"],
         ["put", "machines", "--file", "postgresql://app:hunter2@h/x"],
     ],
 )

@@ -119,7 +119,7 @@ def test_json_lines_also_on_a_terminal() -> None:
         (["count", "machines"], 0, "3\n"),
         (["init"], 0, "data/db.json: is there already, nothing to do\n"),
         (["checkpoint"], 0, "data/db.json holds everything\n"),
-        (["backup", "b.json"], 0, "data/db.json copied to b.json ("),
+        (["backup", "--copy", "b.json"], 0, "data/db.json copied to b.json ("),
         (["restore", "data/db.json"], 0, "data/db.json holds what data/db.json does: 1 templates,"),
         (["describe"], 0, '{\n  "engine": "json",'),
     ],

@@ -129,8 +129,26 @@ def test_checkpoint_settles_a_replaced_file(cli: Cli, which: str, there: list[st
     assert [each["template_id"] for each in cli("query", "templates").rows] == there
 
 
+def test_checkpoint_keeps_the_readable_part(cli: Cli) -> None:
+    async def make() -> None:
+        store = await open_store("json:data/db.json").open()
+        await store.save_entity("templates", {"template_id": "t-1"})
+        [journal] = Path("data").glob("db.json.journal.*")
+        journal.write_bytes(journal.read_bytes() + b"\0" * 512)
+        await store.close()
+
+    asyncio.run(make())
+    ran = cli("get", "templates", "t-1")
+    assert ran.code == 4
+    assert "`hf-async-store checkpoint --adopt-readable`" in ran.message
+    ran = cli("checkpoint", "--adopt-readable")
+    assert (ran.code, ran.rows[0]["adopted"]) == (0, "readable")
+    assert cli("get", "templates", "t-1").code == 0
+    assert [each.name for each in Path("data").glob("*.damaged.*")] == ["db.json.damaged.00000001"]
+
+
 def test_checkpoint_of_another_engine(cli: Cli) -> None:
-    for command in (["checkpoint"], ["backup"], ["backups"], ["restore", "x"]):
+    for command in (["checkpoint"], ["backup", "--copy"], ["backups"], ["restore", "x"]):
         ran = cli(*command, "--store", "memory:")
         assert ran.code == 2
         assert ran.message == "this command is for JSON stores; here is the engine memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import asyncpg
 
 from hf_async_store import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -173,6 +175,52 @@ def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(lambda: asyncio.run(worked())).result()
+
+
+class DynamoDBHarness:
+    """Tables with a prefix of their own, reached through a proxy that can do harm."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._prefix = f"t{secrets.token_hex(6)}"
+        self.capabilities: Capabilities = self.store().capabilities
+        proxy.requests.clear()
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        more = "".join(f"&{name}={_text(value)}" for name, value in settings.items())
+        return open_store(f"{self.url()}{more}", collections=collections)
+
+    def url(self) -> str:
+        return f"dynamodb://us-east-1/{self._prefix}?endpoint_url={self._proxy.url}"
+
+    def touched(self) -> bool:
+        return bool(self._proxy.requests)
+
+    def leaks(self) -> list[str]:
+        return []
+
+    def lose_next_answer(self) -> None:
+        def rule(request: Request) -> Fault | None:
+            if request.operation not in WRITES:
+                return None
+            self._proxy.rule = None
+            return Cut(applied=True)
+
+        self._proxy.rule = rule
+
+    def throttle(self, requests: int) -> None:
+        left = requests
+
+        def rule(request: Request) -> Fault | None:
+            nonlocal left
+            if left <= 0:
+                return None
+            left -= 1
+            return Partly() if left % 2 else throttled()
+
+        self._proxy.rule = rule
 
 
 def _text(value: object) -> str:

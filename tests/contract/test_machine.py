@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store.testing.servers import DynamoDBServer, PostgresServer
 
 
 def json_at(name: str) -> Callable[[], AbstractContextManager[Stores]]:
@@ -65,6 +66,15 @@ COLLATIONS = {"C": "", "ICU": "LOCALE_PROVIDER icu ICU_LOCALE 'sv-SE'"}
 """C hides faults of order; in Swedish V comes with W, and Z before what follows it elsewhere."""
 
 
+def dynamodb_at(server: DynamoDBServer) -> Callable[[], AbstractContextManager[Stores]]:
+    @contextmanager
+    def make() -> Iterator[Stores]:
+        url = f"dynamodb://us-east-1/m{secrets.token_hex(6)}?endpoint_url={server.endpoint_url}"
+        yield lambda: open_store(url, collections=HOST_FACTORY)
+
+    return make
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_machine(engine: str) -> None:
     run_machine(ENGINES[engine])
@@ -73,6 +83,10 @@ def test_machine(engine: str) -> None:
 @pytest.mark.parametrize("collation", COLLATIONS)
 def test_machine_on_postgresql(postgres_server: PostgresServer, collation: str) -> None:
     run_machine(postgresql(postgres_server, collation))
+
+
+def test_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
+    run_machine(dynamodb_at(dynamodb_server))
 
 
 @pytest.mark.long
@@ -87,3 +101,9 @@ def test_machine_long(engine: str) -> None:
 @pytest.mark.parametrize("collation", COLLATIONS)
 def test_machine_on_postgresql_long(postgres_server: PostgresServer, collation: str) -> None:
     run_machine(postgresql(postgres_server, collation), long=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
+    run_machine(dynamodb_at(dynamodb_server), long=True)

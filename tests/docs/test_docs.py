@@ -162,7 +162,12 @@ RUNNABLE: Final = ("python", "sh")
     [each for each in PAGES if any(block.language in RUNNABLE for block in blocks_of(each))],
     ids=name_of,
 )
-def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if page.name == "dynamodb.md":
+        server = request.getfixturevalue("dynamodb_server")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_DYNAMODB", server.endpoint_url)
     folder = tmp_path / "page"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -358,7 +363,7 @@ def test_every_verb_is_documented() -> None:
 def test_every_command_is_documented() -> None:
     from hf_async_store.cli.arguments import COMMANDS
 
-    words = {word for page in PAGES for word in re.findall(r"\w+", text_of(page))}
+    words = {word for page in PAGES for word in re.findall(r"[\w-]+", text_of(page))}
     assert set(COMMANDS) <= words
 
 

@@ -25,7 +25,8 @@ import msgspec
 
 from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.entities import Key
-from hf_async_store.errors import FileReplacedError, StorageError
+from hf_async_store.errors import CorruptionError, FileReplacedError, StorageError
+from hf_async_store.strategies.json.journal import HEADER_SIZE, Kind, record
 from tests.json.support import (
     WHOLE,
     Call,
@@ -51,6 +52,7 @@ class Spec(msgspec.Struct, frozen=True):
         workload: a name in `WORKLOADS`, or "crowd".
         settings: of the store.
         adopt: "file" or "journal": the workload is to settle a file that was replaced by hand.
+            "readable": a journal that ends with a record whose content was never written.
         lane, lanes: this process takes every kill whose number is `lane` modulo `lanes`.
         readers: a reader watches every so manyeth store while it is written; 0: none.
     """
@@ -59,7 +61,7 @@ class Spec(msgspec.Struct, frozen=True):
     workload: str
     layout: str
     settings: dict[str, Any] = {}
-    adopt: Literal["file", "journal"] | None = None
+    adopt: Literal["file", "journal", "readable"] | None = None
     lane: int = 0
     lanes: int = 1
     readers: int = 0
@@ -239,6 +241,11 @@ async def prepare(spec: Spec, folder: Path) -> None:
         await _update(store)
         await _again(store)
         await abandon(store)
+        if spec.adopt == "readable":
+            [journal] = journals(folder)
+            torn = record(Kind.COMMIT, b'{"templates":{}}', 3)
+            journal.write_bytes(journal.read_bytes() + torn[:HEADER_SIZE] + b"\0" * 16)
+            return
         for each in data_files(folder):
             text = each.read_bytes()
             each.write_bytes(text.replace(b'"name":"b"', b'"name":"by hand"'))
@@ -297,7 +304,7 @@ async def _settle(spec: Spec, folder: Path, acked: int) -> None:
     """An adoption that was killed is done, or the question is still open."""
     try:
         await reopened(folder, spec.layout, **spec.settings)
-    except FileReplacedError:
+    except (FileReplacedError, CorruptionError):
         assert not acked, "the adoption was acknowledged"
         async with open_json(folder, spec.layout, **spec.settings) as store:
             await store.checkpoint(adopt=spec.adopt)
@@ -490,7 +497,7 @@ def _start(spec: Spec, folder: Path) -> Stored:
     text = {each.name.partition(".")[0]: parsed(each) for each in data_files(folder)}
     text = text["request_database"] if spec.layout == "single_file" else text
     stored: Stored = {name: text[name] for name in ("templates", "requests", "machines")}
-    if spec.adopt == "journal":
+    if spec.adopt in ("journal", "readable"):
         # The journal counts: its two commits lie on top of the file.
         stored["requests"]["r1"] |= {"status": "DONE", "tags": {"x": [1, 1.0]}, "version": 2}
         stored["templates"]["t2"] = {"template_id": "t2", "version": 1}

@@ -9,6 +9,7 @@ line of JSON. The roles are the functions below.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -185,9 +186,38 @@ async def sleeper_in_a_fold(store: JSONStorageStrategy) -> str:
     return "folded"
 
 
+async def unsynced(store: JSONStorageStrategy) -> bool:
+    """A commit whose sync fails, and nothing after it."""
+
+    def hook(call: Call, size: int) -> int:
+        if call.name == "fdatasync" and ".journal." in call.path:
+            raise OSError(errno.EIO, "the device says no")
+        return WHOLE
+
+    await store.save_entity("templates", {"template_id": "synced"})
+    with FileCalls(Path(str(store.describe()["folder"])), hook):
+        try:
+            await store.save_entity("templates", {"template_id": "unsynced"})
+        except StorageError as exc:
+            print(json.dumps({"unknown": exc.outcome_unknown}), flush=True)
+        await _stopped()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
 ROLES: Final[dict[str, Callable[..., Awaitable[object]]]] = {
     each.__name__: each
-    for each in (saver, counter, pairs, teller, folder, watcher, holder, sleeper_in_a_fold)
+    for each in (
+        saver,
+        counter,
+        pairs,
+        teller,
+        folder,
+        watcher,
+        holder,
+        sleeper_in_a_fold,
+        unsynced,
+    )
 }
 
 

@@ -75,6 +75,10 @@ async def test_82_killed_while_a_file_is_adopted() -> None:
     await _swept("adopt", "split_files", at_least=40, adopt="journal")
 
 
+async def test_82_killed_while_the_readable_part_is_adopted() -> None:
+    await _swept("adopt", "split_files", at_least=40, adopt="readable")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_at_every_step_with_compression(layout: str) -> None:
@@ -96,7 +100,7 @@ async def test_82_killed_without_backups(layout: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("adopt", ["file", "journal"])
+@pytest.mark.parametrize("adopt", ["file", "journal", "readable"])
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_while_either_is_adopted(layout: str, adopt: str) -> None:
     await _swept("adopt", layout, at_least=30, adopt=adopt)

@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -399,6 +400,8 @@ async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout:
         return WHOLE
 
     tries: list[Call] = []
+    longest_pause = 0.001 * 2**7
+    begun = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_async_store.strategies.json.folding._PAUSE_SECONDS", 0.001)
         patch.setattr("hf_async_store.strategies.json.folding._IDLE_SECONDS", 0.002)
@@ -408,7 +411,8 @@ async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout:
                     await store.save_entity("templates", {"template_id": "t", "name": str(number)})
                     await asyncio.sleep(0.001)
             assert tries
-            assert len(journals(tmp_path)) < 20
+            # One for each doubling, then one a pause: a slow disk has more of these.
+            assert len(journals(tmp_path)) < 12 + (time.monotonic() - begun) / longest_pause
             await store.checkpoint()
             assert len(journals(tmp_path)) == 1
         assert (await reopened(tmp_path, layout))["templates"]["t"]["version"] == 400

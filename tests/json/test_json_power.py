@@ -10,18 +10,31 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import pytest
 
+from hf_async_store.errors import CorruptionError
+from hf_async_store.strategies.json.journal import (
+    HEADER_SIZE,
+    Kind,
+    control,
+    read_head,
+    record,
+    scan,
+)
 from tests.json.crash_driver import WORKLOADS, model
+from tests.json.crew import Member
 from tests.json.support import (
     LAYOUTS,
     WHOLE,
     Call,
     FileCalls,
     Stored,
+    abandon,
     data_files,
     journals,
     open_json,
@@ -176,3 +189,167 @@ async def test_82_the_power_goes(layout: str, settings: dict[str, Any]) -> None:
 async def test_82_the_power_goes_without_syncs(layout: str) -> None:
     """`sync_writes` off: the last commits may be gone, and nothing else is wrong."""
     await _sweep(layout, {"sync_writes": False}, loses=True)
+
+
+# -- what a loss of power leaves of an append ---------------------------------------------------
+
+_TORN: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "zeros behind a part": lambda whole: whole[: HEADER_SIZE + 4] + b"\0" * (len(whole) - 32),
+    "zeros behind a part of the header": lambda whole: whole[:11] + b"\0" * (len(whole) - 11),
+    "nothing but zeros": lambda whole: b"\0" * 4096,
+    "a content that was not written": lambda whole: (
+        whole[:HEADER_SIZE] + b"\0" * (len(whole) - HEADER_SIZE)
+    ),
+    "zeros to the end of the block": lambda whole: whole[:-3] + b"\0" * 4096,
+}
+
+
+@pytest.mark.parametrize("torn", _TORN)
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_85_the_readable_part_of_a_journal_is_adopted(
+    tmp_path: Path, layout: str, torn: str
+) -> None:
+    before, damaged = await _torn(tmp_path, layout, _TORN[torn])
+    [journal] = journals(tmp_path)
+    async with open_json(tmp_path, layout) as store:
+        with pytest.raises(CorruptionError, match="--adopt-readable"):
+            await store.get_entity("templates", "t0")
+        assert journal.read_bytes() == damaged, "finding the damage changed something"
+        await store.checkpoint(adopt="readable")
+        assert await whole(store) == before
+        assert await store.save_entity("templates", {"template_id": "t2"}) == 2
+    [kept] = tmp_path.glob("*.damaged.*")
+    assert kept.read_bytes() == damaged
+    assert len(journals(tmp_path)) == 1
+    found = await reopened(tmp_path, layout)
+    assert found["templates"].pop("t2")["version"] == 2
+    assert found["templates"] == {
+        name: each for name, each in before["templates"].items() if name != "t2"
+    }
+
+
+async def _torn(folder: Path, layout: str, tear: Callable[[bytes], bytes]) -> tuple[Stored, bytes]:
+    """A store with a file, three commits in its journal, and a torn fourth; what counts of it."""
+    async with open_json(folder, layout) as store:
+        await store.save_entity("templates", {"template_id": "t0", "name": "filed"})
+        await store.checkpoint()
+    store = await open_json(folder, layout).open()
+    await store.save_entity("templates", {"template_id": "t1"})
+    await store.save_entity("machines", {"machine_id": "m1", "name": "ü"})
+    await store.save_entity("templates", {"template_id": "t2"})
+    before = await whole(store)
+    size = journals(folder)[-1].stat().st_size
+    await store.save_entity("templates", {"template_id": "lost"})
+    await abandon(store)
+    [journal] = journals(folder)
+    data = journal.read_bytes()
+    damaged = data[:size] + tear(data[size:])
+    journal.write_bytes(damaged)
+    return before, damaged
+
+
+async def test_85_what_leans_on_the_damage_is_left_out_and_kept(tmp_path: Path) -> None:
+    """Two journals, the older one damaged: the newer one counts only if the files hold the older."""
+    before, damaged = await _torn(tmp_path, "single_file", lambda torn: b"\0" * 99)
+    [old] = journals(tmp_path)
+    generation = int(old.name.rpartition(".")[2])
+    newer = old.with_name(old.name.replace(f"{generation:08d}", f"{generation + 1:08d}"))
+    head = next(scan(damaged, "", 0, 0))[0]
+    told = msgspec.structs.replace(read_head(head.payload), generation=generation + 1)
+    newer.write_bytes(
+        record(*control(told), 0)
+        + record(Kind.COMMIT, b'{"templates":{"t9":{"version":1,"template_id":"t9"}}}', 1)
+    )
+    async with open_json(tmp_path) as store:
+        with pytest.raises(CorruptionError):
+            await store.get_entity("templates", "t0")
+        await store.checkpoint(adopt="readable")
+        assert await whole(store) == before
+    assert len(list(tmp_path.glob("*.damaged.*"))) == 2
+    assert await reopened(tmp_path) == before
+
+
+@pytest.mark.parametrize("torn", _TORN)
+async def test_85_an_open_store_follows_the_adoption(tmp_path: Path, torn: str) -> None:
+    """It had read what the disk lost since: memory must not be of another opinion than the files."""
+    async with open_json(tmp_path) as other:
+        before, damaged = await _torn(tmp_path, "single_file", lambda torn: torn)
+        assert await other.get_entity("templates", "lost")
+        [journal] = journals(tmp_path)
+        size = len(damaged) - len(_last(damaged))
+        damaged = damaged[:size] + _TORN[torn](damaged[size:])
+        with journal.open("r+b") as file:
+            file.truncate(size)
+            file.seek(size)
+            file.write(damaged[size:])
+        async with open_json(tmp_path) as store:
+            await store.checkpoint(adopt="readable")
+            assert await whole(other) == before
+            assert await other.get_entity("templates", "lost") is None
+            assert await other.save_entity("templates", {"template_id": "lost"}) == 1
+            assert await store.save_entity("templates", {"template_id": "lost"}) == 2
+
+
+def _last(data: bytes) -> bytes:
+    *_, (_, start), (_, end) = scan(data, "", 0, 0)
+    return data[start:end]
+
+
+async def test_82_the_folders_above_a_new_store_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = tmp_path / "a" / "b"
+    async with open_json(folder) as store:
+        await store.save_entity("templates", {"template_id": "t"})
+        assert {str(folder), str(folder.parent), str(tmp_path)} <= synced
+
+
+# -- a sync that failed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_82_a_failed_sync_is_known_to_the_other_processes(
+    tmp_path: Path, layout: str
+) -> None:
+    """Nobody leans on that journal: the next one to write first puts everything into new files."""
+    async with open_json(tmp_path, layout) as store:
+        await store.save_entity("templates", {"template_id": "ours"})
+        async with Member("unsynced", tmp_path, layout) as failing:
+            failing.say()
+            assert await failing.line() == {"unknown": True}
+            [journal] = journals(tmp_path)
+            health = await store.health()
+            assert any("could not be brought" in str(each) for each in health["problems"])
+            failing.say()
+            await failing.process.wait()
+        await store.save_entity("templates", {"template_id": "next"})
+        assert not journal.exists(), "somebody goes on with a journal whose sync failed"
+        text = "".join(each.read_text() for each in data_files(tmp_path))
+        assert '"unsynced"' in text
+        assert '"ours"' in text
+        assert (await store.health())["problems"] == []
+        shown = await whole(store)
+        assert {*shown["templates"]} == {"ours", "synced", "unsynced", "next"}
+        assert await reopened(tmp_path, layout) == shown
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_82_a_store_opened_after_a_failed_sync_knows_it(tmp_path: Path, layout: str) -> None:
+    async with Member("unsynced", tmp_path, layout) as failing:
+        failing.say()
+        assert await failing.line() == {"unknown": True}
+        failing.say()
+        await failing.process.wait()
+    [journal] = journals(tmp_path)
+    async with open_json(tmp_path, layout) as store:
+        await store.save_entity("templates", {"template_id": "next"})
+        assert not journal.exists()
+        assert '"unsynced"' in "".join(each.read_text() for each in data_files(tmp_path))

@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import redacted
 from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
-from hf_async_store.entities import Change, Key, Outcome, Record, Value
+from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Value
 from hf_async_store.errors import (
     CorruptionError,
     PermissionDeniedError,
@@ -31,12 +31,16 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.locks import FileLock, LockManager
+from hf_async_store.moving import HIDDEN
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.json.files import (
     FileManager,
     Signature,
+    is_doubtful,
+    mark_doubtful,
     sync_data,
     sync_folder,
+    sync_parents,
     write_all,
 )
 from hf_async_store.strategies.json.folding import Folding
@@ -102,6 +106,41 @@ class _Append:
         self.applied = False
 
 
+class _Hop:
+    """One call in a worker thread; whoever waits for it may be cancelled, the call is not.
+
+    `run_in_executor` and a shield do the same by four futures and another turn of the loop, which a
+    commit of one entity feels.
+    """
+
+    __slots__ = ("_call", "_loop", "_waiter", "done", "failure")
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self.done = False
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            self._call()
+        except BaseException as exc:  # noqa: BLE001  # raised where the commit looks at it
+            self.failure = exc
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self.done = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+
 class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
     """The record was written, and nobody knows whether it is on the disk."""
 
@@ -155,6 +194,14 @@ class JSONEngine:
     async def count(self, query: Query) -> int:
         return await self.view(await self.current()).count(query)
 
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        state = await self.current()
+        raw = state.kept(collection.name, entity_id)
+        if raw is None:
+            return None
+        text = self.serializer.adopt(collection, entity_id, raw)
+        return Record(Key(collection.name, entity_id), self.serializer.decode(text))
+
     async def explain(self, query: Query) -> Plan:
         return await self.view(await self.current()).explain(query)
 
@@ -198,13 +245,14 @@ class JSONEngine:
         now = time.monotonic()
         if now < self._next_file_check:
             return True
-        if self._files_changed(state) or not self._in_place(state):
+        moved = self._has_successor(state) or not self._in_place(state)
+        if moved or self._files_changed(state):
             return False  # and look again at the next read, until this is settled
         self._next_file_check = now + _FILE_CHECK_SECONDS
         return True
 
     def _has_successor(self, state: State) -> bool:
-        return self.files.journal(state.generation + 1).exists()
+        return os.path.exists(self.files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
 
     def _files_changed(self, state: State) -> bool:
         return any(
@@ -245,6 +293,26 @@ class JSONEngine:
             "checkpoint --adopt-file`"
         )
 
+    def _unchanged(self, state: State) -> bool:
+        """Whether there is surely nothing to follow: the common case, decided in a few calls.
+
+        Others must be kept from writing, and no other task of this process may be following.
+        """
+        if self._closed or self._refreshing.locked() or state.fd < 0 or state.sealed:
+            return False
+        try:
+            found = os.fstat(state.fd)
+            there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # every write
+            return (
+                found.st_size == state.offset
+                and not is_doubtful(found)
+                and os.path.samestat(found, there)
+                and not self._has_successor(state)
+                and not self._files_changed(state)
+            )
+        except OSError:
+            return False  # told where it is looked at in full
+
     async def _follow(self) -> State:
         async with self._refreshing:
             state = self._state
@@ -280,7 +348,7 @@ class JSONEngine:
     def _in_place(self, state: State) -> bool:
         """Whether the journal that is open is the one in the folder."""
         try:
-            there = self.files.journal(state.generation).stat()
+            there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # often
         except FileNotFoundError:
             return False
         return os.path.samestat(there, os.fstat(state.fd))
@@ -290,10 +358,19 @@ class JSONEngine:
         if self._append is not None or self._owned:
             return True
         while True:
-            if state.fd >= 0 and not await self._read_tail(state):
-                return False
+            try:
+                if state.fd >= 0 and not await self._read_tail(state):
+                    return False
+            except CorruptionError:
+                if self._in_place(state) and not self._has_successor(state):
+                    raise
+                return False  # an adoption put that journal aside
             if state.fd >= 0 and not state.sealed:
-                break
+                if not self._has_successor(state):
+                    break
+                # A seal comes before its successor, unless an adoption put the journal aside.
+                if not await self._read_tail(state) or not state.sealed:
+                    return False
             if not self._has_successor(state):
                 if self.files.journals()[-1:] > [state.generation]:
                     return False
@@ -306,7 +383,10 @@ class JSONEngine:
 
     async def _read_tail(self, state: State) -> bool:
         path = self.files.journal(state.generation)
-        size = os.fstat(state.fd).st_size
+        found = os.fstat(state.fd)
+        size = found.st_size
+        if is_doubtful(found):
+            state.doubtful = state.generation
         if size == state.offset:
             return True
         if size < state.offset:
@@ -336,7 +416,8 @@ class JSONEngine:
             if first is None or first[0].kind is not Kind.HEAD:
                 raise Vanished(f"{path} has no head yet")
             head, end = first
-            if not self._knows(state, read_head(head.payload)):
+            told = read_head(head.payload)
+            if told.alone or not self._knows(state, told):
                 os.close(fd)
                 return False
         except BaseException:
@@ -407,9 +488,22 @@ class JSONEngine:
             owner: the task that holds it, where that is not the current one.
         """
         self.refuse_closed()
-        self.files.make_folder()
-        async with self.locks.exclusive(owner=owner), self.owning() as state:
-            yield state
+        if not self._has_journal():
+            self.files.make_folder()
+        async with self.locks.exclusive(owner=owner):
+            # As `owning`, which costs every write as much as a look at the files.
+            try:
+                yield await self._own()
+            finally:
+                self._owned = False
+
+    def _has_journal(self) -> bool:
+        """Whether the open journal still lies in a folder; then that folder is there."""
+        try:
+            state = self._state
+            return state is not None and state.fd >= 0 and os.fstat(state.fd).st_nlink > 0
+        except OSError:
+            return False
 
     @asynccontextmanager
     async def owning(self) -> AsyncIterator[State]:
@@ -420,9 +514,15 @@ class JSONEngine:
             self._owned = False
 
     async def _own(self) -> State:
-        state = await self.refresh_locked()
+        state = self._state
+        if state is None or not self._unchanged(state):
+            state = await self.refresh_locked()
         self._owned = True
-        if self._broken:
+        if state.superseded:
+            # Left by an adoption that was interrupted; somebody may still have them open.
+            self._drop_journals(state.first)
+            state.superseded = False
+        if self._broken or state.in_doubt:
             await self.folding.renew(state)
             self._broken = False
         return state
@@ -467,7 +567,7 @@ class JSONEngine:
         else:
             data = [b"".join((header(kind, payload, state.sequence), *payload))]
         append = _Append(images or {}, state.offset + HEADER_SIZE + size, size, merged or {})
-        path = self.files.journal(state.generation)
+        path = self.files.journal_path(state.generation)
         try:
             fd = self._writer(state)
             if os.fstat(fd).st_size > state.offset:
@@ -476,23 +576,22 @@ class JSONEngine:
                 os.ftruncate(fd, state.offset)
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
-        self._append = append
         # The seal of a broken journal is for those who read on now; it need not last.
         lasting = self.config.sync_writes if kind is Kind.COMMIT else True
-        sync = lasting and not (self._broken and kind is Kind.SEAL)
-        work = asyncio.get_running_loop().run_in_executor(
-            self.threads, _append, fd, data, state.offset, sync
-        )
+        broken = self._broken or state.doubtful == state.generation
+        sync = lasting and not (broken and kind is Kind.SEAL)
+        offset = state.offset  # which moves on as soon as somebody sees the record
+        hop = _Hop(lambda: _append(fd, data, offset, sync))
+        self.threads.submit(hop.run)
+        self._append = append
         cancelled: asyncio.CancelledError | None = None
-        try:
-            await finish(work)
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-        except (OSError, _SyncFailed):
-            pass  # looked at below, where a cancellation does not hide it
-        finally:
-            self._append = None
-        failure = work.exception()
+        while not hop.done:
+            try:
+                await hop.wait()
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        self._append = None
+        failure = hop.failure
         if failure is None or isinstance(failure, _SyncFailed):
             self._apply(state, append)
         if isinstance(failure, _SyncFailed):
@@ -501,9 +600,11 @@ class JSONEngine:
             self._broken = True
         if cancelled is not None:
             raise cancelled
-        if failure is not None:
+        if isinstance(failure, OSError | _SyncFailed):
             cause = failure.__cause__ or failure
             raise _append_error(failure, path, commit=kind is Kind.COMMIT) from cause
+        if failure is not None:
+            raise failure  # a defect, or no memory
 
     def _apply(self, state: State, append: _Append) -> None:
         if not append.applied:
@@ -533,32 +634,41 @@ class JSONEngine:
         if state.fd >= 0 and not state.sealed:
             await self.append_control(state, Seal(state.generation + 1))
         generation = state.generation + 1
-        contents = {
-            name: FileState(
-                content.digest,
-                generation if name in state.replaced or state.generation == 0 else content.covers,
-                content.ours,
-                content.collection,
-            )
-            for name, content in state.content.items()
-        }
-        path = self.files.journal(generation)
-        data = record(*control(Head(generation, contents)), 0)
+        await self._begin(
+            state,
+            Head(
+                generation,
+                {
+                    name: _from(
+                        content,
+                        generation
+                        if name in state.replaced or state.generation == 0
+                        else content.covers,
+                    )
+                    for name, content in state.content.items()
+                },
+            ),
+        )
+
+    async def _begin(self, state: State, head: Head, rest: bytes = b"") -> None:
+        """A new journal, whole or not at all, with this head and, behind it, one more record."""
+        path = self.files.journal(head.generation)
+        data = record(*control(head), 0) + rest
         try:
             fd = await asyncio.get_running_loop().run_in_executor(
-                self.threads, _make_journal, path, data
+                self.threads, _make_journal, path, data, head.generation == 1
             )
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
         state.close()
         self._close_writer()
         state.fd = fd
-        state.generation = generation
+        state.generation = head.generation
         state.offset = len(data)
-        state.sequence = 1
+        state.sequence = 2 if rest else 1
         state.sealed = False
         state.replaced.clear()
-        for name, content in contents.items():
+        for name, content in head.files.items():
             state.content[name] = content
             known = state.known.setdefault(name, [])
             if content not in known:
@@ -566,7 +676,7 @@ class JSONEngine:
 
     def _writer(self, state: State) -> int:
         if self._write_fd < 0:
-            path = self.files.journal(state.generation)
+            path = self.files.journal_path(state.generation)
             self._write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         return self._write_fd
 
@@ -578,7 +688,12 @@ class JSONEngine:
     # -- life --------------------------------------------------------------------------------
 
     async def adopt(self, which: str) -> None:
-        """Settle a data file that was replaced by hand: "file" or "journal" is what counts."""
+        """Settle a data file that was replaced by hand, or a damaged journal: "file", "journal" or
+        what is "readable" counts.
+
+        One step settles it: a journal that leans on no earlier one. Interrupted before, the question
+        is open still, and nothing was changed; afterwards whoever comes next goes on from there.
+        """
         self.refuse_closed()
         self.files.make_folder()
         async with self.locks.exclusive():
@@ -591,15 +706,39 @@ class JSONEngine:
                     raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
             self._owned = True
             try:
-                await self.folding.start_over(state)
-                self._broken = False
+                await finish(self._stand_alone(state))
+                await self.folding.renew(state)
             except BaseException:
-                # The question is open still: what was read must not be taken for the answer.
+                # What was read must not be taken for the answer: the files have it.
                 state.close()
                 self._state = None
                 raise
             finally:
                 self._owned = False
+
+    async def _stand_alone(self, state: State) -> None:
+        """Begin a journal on the data files as they lie there, with all that was replayed in it."""
+        generation = max([state.generation, *self.files.journals()]) + 1
+        files = {name: _from(content, generation) for name, content in state.content.items()}
+        images, state.replayed = state.replayed, {}
+        rest = b""
+        if any(images.values()):
+            rest = await asyncio.to_thread(_commit_record, images)
+        try:
+            if state.unread:
+                await asyncio.to_thread(self.files.keep_damaged, state.unread)
+        except OSError as exc:
+            raise translate_os_error(exc, f"keep a journal in {self.files.folder}") from exc
+        await self._begin(state, Head(generation, files, alone=True), rest)
+        state.known = {name: [content] for name, content in files.items()}
+        state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
+        self._drop_journals(generation)
+
+    def _drop_journals(self, before: int) -> None:
+        try:
+            self.files.drop_journals(before)
+        except OSError as exc:
+            raise translate_os_error(exc, "remove a journal") from exc
 
     async def probe(self) -> None:
         self.refuse_closed()
@@ -623,6 +762,11 @@ class JSONEngine:
             "`hf-async-store checkpoint`, confirms it"
             for name in sorted(state.replaced)
         ]
+        if state.in_doubt:
+            problems.append(
+                f"{self.files.journal(state.doubtful)} could not be brought to the disk; the next "
+                "write, or `hf-async-store checkpoint`, writes everything anew"
+            )
         problems += await self._unreadable(state)
         return {
             "folder": str(self.files.folder.absolute()),
@@ -655,7 +799,8 @@ class JSONEngine:
 
     def _undeclared(self, state: State) -> list[str]:
         kept = {each for extras in state.extras.values() for each in extras}
-        return sorted(kept | (state.sections.keys() - self.schema.keys()))
+        there = kept | (state.sections.keys() - self.schema.keys())
+        return sorted(there - {each.name for each in HIDDEN})
 
     def describe(self) -> Mapping[str, Value]:
         return {
@@ -768,12 +913,17 @@ class _SessionContext:
         view.merge_top()
 
 
-def _append_error(failure: BaseException, path: Path, *, commit: bool) -> StorageError:
+def _from(content: FileState, generation: int) -> FileState:
+    """The same content of a data file, which lacks nothing before this generation."""
+    return FileState(content.digest, generation, content.ours, content.collection)
+
+
+def _append_error(failure: OSError | _SyncFailed, path: str, *, commit: bool) -> StorageError:
     if isinstance(failure, _SyncFailed) and isinstance(failure.__cause__, OSError):
         error = translate_os_error(failure.__cause__, f"bring {path} to the disk")
         error.outcome_unknown = commit
         return error
-    assert isinstance(failure, OSError), "all that appending raises"
+    assert isinstance(failure, OSError), "all else that appending raises"
     return translate_os_error(failure, f"write {path}")
 
 
@@ -795,11 +945,24 @@ def _append(fd: int, data: Sequence[bytes], offset: int, sync: bool) -> None:
         try:
             sync_data(fd)
         except OSError as exc:
+            # While the lock is held: whoever writes next must know, also in another process.
+            try:
+                mark_doubtful(fd)
+            except OSError:
+                log.warning("a failed sync could not be marked for other processes", exc_info=True)
             raise _SyncFailed from exc
 
 
-def _make_journal(path: Path, data: bytes) -> int:
-    """A journal that begins with `data`, whole or not at all; a descriptor to read it."""
+def _commit_record(images: Images) -> bytes:
+    return record(Kind.COMMIT, b"".join(commit_text(images)), 1)
+
+
+def _make_journal(path: Path, data: bytes, first: bool) -> int:
+    """A journal that begins with `data`, whole or not at all; a descriptor to read it.
+
+    Args:
+        first: its folder may be new, too.
+    """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -807,6 +970,8 @@ def _make_journal(path: Path, data: bytes) -> int:
         os.fsync(fd)
         temporary.rename(path)
         sync_folder(path.parent)
+        if first:
+            sync_parents(path.parent)
     except BaseException:
         os.close(fd)
         # Perhaps it has its name already, and the folder could not be brought to the disk.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
+import stat
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -22,6 +24,8 @@ from hf_async_store.strategies.json.journal import FileState
 if TYPE_CHECKING:
     from hf_async_store.config import JSONConfig
     from hf_async_store.entities import Schema
+
+log: Final = logging.getLogger("hf_async_store.json")
 
 _MODE: Final = 0o600
 _WRITE_PIECE: Final = 1 << 20
@@ -72,6 +76,7 @@ class FileManager:
             self._collections = {file: name for name, file in config.files(schema).items()}
             self._stem = "store"
         self._journal_prefix = f"{self._stem}.journal."
+        self._journals = str(self.folder / self._journal_prefix)
         self._paths: dict[str, tuple[Path, Path]] = {}
 
     # -- names -------------------------------------------------------------------------------
@@ -107,9 +112,9 @@ class FileManager:
 
     def signature(self, name: str) -> Signature | None:
         """How the file looks to `stat` now; None if there is none."""
-        for path in (self.path(name), self._other_path(name)):
+        for path in self._both_paths(name):
             try:
-                return Signature.of(path.stat())
+                return Signature.of(os.stat(path))  # noqa: PTH116  # every write asks
             except FileNotFoundError:
                 continue
             except OSError as exc:
@@ -117,7 +122,11 @@ class FileManager:
         return None
 
     def journal(self, generation: int) -> Path:
-        return self.folder / f"{self._journal_prefix}{generation:08d}"
+        return Path(self.journal_path(generation))
+
+    def journal_path(self, generation: int) -> str:
+        """The same as text: every write asks, and making a Path costs more than a look at the file."""
+        return f"{self._journals}{generation:08d}"
 
     def lock(self, suffix: str = "") -> Path:
         """Lock files begin with a dot: they are nobody's business but the store's."""
@@ -257,6 +266,16 @@ class FileManager:
                 with suppress(FileNotFoundError):
                     self.journal(generation).unlink()
 
+    def keep_damaged(self, generations: Iterable[int]) -> None:
+        """Copy journals aside: evidence of what could not be read. Nobody but a person uses them."""
+        import shutil  # here, because it brings every compressor along
+
+        for generation in generations:
+            # No link: whoever has the journal open takes it for removed when it has no name left.
+            aside = self.folder / f"{self._stem}.damaged.{generation:08d}"
+            shutil.copy2(self.journal(generation), aside)
+            log.warning("%s keeps the journal that could not be read to its end", aside)
+
     def free_bytes(self) -> int:
         import shutil  # here, because it brings every compressor along
 
@@ -300,6 +319,33 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_parents(folder: Path) -> None:
+    """Make a folder that was just made, with those above it, outlive a loss of power."""
+    device = folder.stat().st_dev
+    for each in folder.parents:
+        if each.stat().st_dev != device:
+            return
+        with suppress(PermissionError):  # then this user did not make it
+            sync_folder(each)
+
+
+_DOUBT: Final = stat.S_IXUSR
+
+
+def mark_doubtful(fd: int) -> None:
+    """Tell every process that a sync of this journal failed.
+
+    By a bit of its mode: that takes no room on a disk that is full, and no write on one that fails.
+    It need not outlive a loss of power, after which everybody reads what the disk has.
+    """
+    os.fchmod(fd, _MODE | _DOUBT)
+
+
+def is_doubtful(found: os.stat_result) -> bool:
+    """Whether a sync of the journal that `stat` shows so failed."""
+    return bool(found.st_mode & _DOUBT)
 
 
 def sync_data(fd: int) -> None:
@@ -368,8 +414,11 @@ __all__ = [
     "DataFile",
     "FileManager",
     "Signature",
+    "is_doubtful",
+    "mark_doubtful",
     "read_file",
     "sync_data",
     "sync_folder",
+    "sync_parents",
     "write_all",
 ]

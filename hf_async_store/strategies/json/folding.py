@@ -301,30 +301,6 @@ class Folding:
         finally:
             _unlink(path for path, _ in written.values())
 
-    async def start_over(self, state: State) -> None:
-        """Write everything anew and begin a journal that leans on no earlier one. The lock is held.
-
-        For a journal that the operator set aside, or put on top of a strange file. Interrupted, it
-        leaves the question open that he has just answered.
-        """
-        engine = self._engine
-        generation = state.generation + 1
-        held = {name: self._held(name, state) for name in engine.files.names}
-        written = await self._write(held, state, generation)
-        try:
-            await finish(self._put_in_place(written, generation))
-        finally:
-            _unlink(path for path, _ in written.values())
-        try:
-            engine.files.drop_journals(generation)
-        except OSError as exc:
-            raise translate_os_error(exc, "remove a journal") from exc
-        state.sealed = True
-        state.pending.clear()
-        for name, (_, content) in written.items():
-            state.covered(name, content, set())
-        await engine.start_generation(state)
-
     # -- the text ----------------------------------------------------------------------------
 
     async def _text(

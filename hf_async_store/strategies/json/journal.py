@@ -65,10 +65,16 @@ class FileState(msgspec.Struct, frozen=True):
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The first record of a generation; `files` by name, as they were when it began."""
+    """The first record of a generation.
+
+    Attributes:
+        files: by name, as they were when it began.
+        alone: nothing before this generation counts: the operator settled what does.
+    """
 
     generation: int
     files: dict[str, FileState]
+    alone: bool = False
 
 
 class Fold(msgspec.Struct, frozen=True):
@@ -227,6 +233,7 @@ def scan(data: bytes, name: str, offset: int, sequence: int) -> Iterator[tuple[E
 def _damaged(name: str, offset: int, what: str) -> CorruptionError:
     return CorruptionError(
         f"{name} at byte {offset}: {what}. Nothing was changed. Restore a backup "
-        "(`hf-async-store restore`), or keep what can be read by `hf-async-store checkpoint "
-        "--adopt-file` (the data file alone, without the journal)"
+        "(`hf-async-store restore`), or go on with what can be read: `hf-async-store checkpoint "
+        "--adopt-readable` (the data file and every commit before this place), or `--adopt-file` "
+        "(the data file alone, without the journal)"
     )

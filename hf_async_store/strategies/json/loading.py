@@ -20,7 +20,7 @@ import msgspec
 
 from hf_async_store.errors import CorruptionError, FileReplacedError
 from hf_async_store.oserrors import translate_os_error
-from hf_async_store.strategies.json.files import DataFile, FileManager, Signature
+from hf_async_store.strategies.json.files import DataFile, FileManager, Signature, is_doubtful
 from hf_async_store.strategies.json.journal import (
     Entry,
     FileState,
@@ -50,8 +50,13 @@ if TYPE_CHECKING:
 
 
 class _Journal(NamedTuple):
+    """A generation as it was read; not `whole`: what came behind these entries is lost."""
+
     generation: int
     entries: list[Entry]
+    end: int
+    alone: bool
+    whole: bool
 
 
 _LARGE: Final = 16 << 20
@@ -86,6 +91,16 @@ class State:
     """The data files that were replaced by hand and taken over; the journal does not name them."""
     pending: dict[int, dict[str, int]] = field(default_factory=dict)
     """By generation and collection: the bytes of commits that are not in the data files yet."""
+    replayed: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
+    """When adopting: what the journals added to the data files."""
+    unread: list[int] = field(default_factory=list)
+    """When adopting what is readable: the generations that are left out, in part or whole."""
+    superseded: bool = False
+    """Journals lie there that an adoption left behind: nothing of them counts."""
+    first: int = 0
+    """The oldest generation that counted when the files were read."""
+    doubtful: int = 0
+    """The newest generation of which a sync failed, whoever's it was."""
     generation: int = 0
     fd: int = -1
     offset: int = 0
@@ -99,6 +114,13 @@ class State:
     def waiting_for(self, collections: Mapping[str, object] | set[str]) -> bool:
         """Whether a commit to one of these is not in its data file yet."""
         return any(name in collections for each in self.pending.values() for name in each)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a data file lacks commits that a loss of power may take."""
+        return self.doubtful > 0 and any(
+            each.covers <= self.doubtful for each in self.content.values()
+        )
 
     async def merged(self, images: Images) -> Merged:
         """What those sections will be that many images go to, for `take`."""
@@ -128,6 +150,17 @@ class State:
                 self.pending[generation].pop(collection, None)
             if not self.pending[generation]:
                 del self.pending[generation]
+
+    def kept(self, collection: str, entity_id: str) -> Held | None:
+        """The text of an entity, also of a collection that only others declare."""
+        section = self.sections.get(collection)
+        if section is not None and entity_id in section.held:
+            return section.held[entity_id]
+        for extras in self.extras.values():
+            if collection in extras:
+                members = cut_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
+                return members.get(entity_id)
+        return None
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -164,7 +197,8 @@ class Loader:
 
         Args:
             adopt: settle a file that was replaced by hand: "file" takes the data files as they
-                are and leaves the journal out, "journal" replays it over them.
+                are and leaves the journal out, "journal" replays it over them. "readable" settles
+                a damaged journal: it counts up to the damage.
 
         Raises:
             CorruptionError: naming the file, the place and the way back.
@@ -188,7 +222,7 @@ class Loader:
             state.generation = max(self._files.journals(), default=0)
             state.sealed = True
         else:
-            journals = await self._journals(state)
+            journals = await self._journals(state, readable=adopt == "readable")
         first = journals[0].generation if journals else state.generation + 1
         strange = [
             name
@@ -198,9 +232,8 @@ class Loader:
         if strange and adopt is None:
             self._refuse_moved(state)
         self._refuse_gap(state, journals)
-        for journal in journals:
-            await self._replay(state, journal)
-        if adopt is None:
+        await self._replay_all(state, journals, adopt)
+        if adopt in (None, "readable"):
             self._refuse_mixture(state)
 
     def _refuse_moved(self, state: State) -> None:
@@ -241,56 +274,93 @@ class Loader:
 
     # -- journals ----------------------------------------------------------------------------
 
-    async def _journals(self, state: State) -> list[_Journal]:
-        """Every generation in the folder, oldest first; the newest stays open in `state`."""
-        generations = self._files.journals()
+    async def _journals(self, state: State, *, readable: bool) -> list[_Journal]:
+        """The generations in the folder that count, oldest first; the newest stays open in `state`.
+
+        Args:
+            readable: take what is before the damage, of each.
+        """
         found: list[_Journal] = []
-        for generation in generations:
-            if found and generation != found[-1].generation + 1:
-                raise Vanished(f"generation {found[-1].generation + 1} is missing")
-            newest = generation == generations[-1]
-            entries = await self._open_journal(state, generation, keep=newest)
-            found.append(_Journal(generation, [each for each, _ in entries]))
+        generations = self._files.journals()
+        for generation in reversed(generations):
+            whole = not found or generation + 1 == found[-1].generation
+            if not whole and not readable:
+                raise Vanished(f"generation {generation + 1} is missing")
+            journal = await self._open_journal(state, generation, readable, keep=not found)
+            found.append(journal._replace(whole=journal.whole and whole))
+            if journal.alone:
+                break
+        found.reverse()
+        if found:
+            state.first = found[0].generation
+            state.superseded = state.first > generations[0]
+        for journal in found:
+            for entry in journal.entries:
+                if entry.kind is Kind.HEAD:
+                    self._know(state, read_head(entry.payload).files)
+                elif entry.kind is Kind.FOLD:
+                    self._know(state, read_fold(entry.payload).files)
         return found
 
     async def _open_journal(
-        self, state: State, generation: int, *, keep: bool
-    ) -> list[tuple[Entry, int]]:
+        self, state: State, generation: int, readable: bool, *, keep: bool
+    ) -> _Journal:
         path = self._files.journal(generation)
         fd = open_journal(path)
         try:
+            if is_doubtful(os.fstat(fd)):
+                state.doubtful = max(state.doubtful, generation)
             data = await asyncio.to_thread(_read_all, fd)
-            entries = [each async for each in scanned(data, str(path), 0, 0)]
-            if not entries or entries[0][0].kind is not Kind.HEAD:
-                raise CorruptionError(
-                    f"{path} at byte 0: a journal begins with its head. Restore a backup "
-                    "(`hf-async-store restore`), or take the data file alone: `hf-async-store "
-                    "checkpoint --adopt-file`"
-                )
-            head = read_head(entries[0][0].payload)
-            if head.generation != generation:
-                raise CorruptionError(f"{path} says that it is generation {head.generation}")
-            self._know(state, head.files)
-            for entry, _ in entries:
-                if entry.kind is Kind.FOLD:
-                    self._know(state, read_fold(entry.payload).files)
+            journal = await self._read_journal(path, generation, data, readable, newest=keep)
         except BaseException:
             os.close(fd)
             raise
         if keep:
             state.fd = fd
             state.generation = generation
-            state.offset = entries[-1][1]
-            state.sequence = len(entries)
-            state.sealed = entries[-1][0].kind is Kind.SEAL
+            state.offset = journal.end
+            state.sequence = len(journal.entries)
+            state.sealed = bool(journal.entries) and journal.entries[-1].kind is Kind.SEAL
         else:
             os.close(fd)
-            if entries[-1][0].kind is not Kind.SEAL:
+        return journal
+
+    async def _read_journal(
+        self, path: Path, generation: int, data: bytes, readable: bool, *, newest: bool
+    ) -> _Journal:
+        entries: list[Entry] = []
+        end = 0
+        alone = False
+        try:
+            async for entry, position in scanned(data, str(path), 0, 0):
+                if not entries:
+                    if entry.kind is not Kind.HEAD:
+                        break
+                    head = read_head(entry.payload)
+                    if head.generation != generation:
+                        raise CorruptionError(
+                            f"{path} says that it is generation {head.generation}"
+                        )
+                    alone = head.alone
+                entries.append(entry)
+                end = position
+            if not entries:
+                raise CorruptionError(
+                    f"{path} at byte 0: a journal begins with its head. Restore a backup "
+                    "(`hf-async-store restore`), or take the data file alone: `hf-async-store "
+                    "checkpoint --adopt-file`"
+                )
+            if not newest and entries[-1].kind is not Kind.SEAL:
                 raise CorruptionError(
                     f"{path} ends without a seal, though generation {generation + 1} exists. "
-                    "Restore a backup (`hf-async-store restore`)"
+                    "Restore a backup (`hf-async-store restore`), or go on with what can be read: "
+                    "`hf-async-store checkpoint --adopt-readable`"
                 )
-        return entries
+        except CorruptionError:
+            if not readable:
+                raise
+            return _Journal(generation, entries, end, alone, whole=False)
+        return _Journal(generation, entries, end, alone, whole=True)
 
     def _know(self, state: State, files: Mapping[str, FileState]) -> None:
         for name, each in files.items():
@@ -308,23 +378,45 @@ class Loader:
             if now.digest == each.digest:
                 state.covered(name, each, self.collections_of(name, state))
 
-    async def _replay(self, state: State, journal: _Journal) -> None:
-        """The commits of a generation, over the data files that do not hold them yet.
-
-        Over one that does, it would be harmless but for a file that was replaced by hand.
-        """
-        newest, state.generation = state.generation, journal.generation
+    async def _replay_all(self, state: State, journals: list[_Journal], adopt: str | None) -> None:
+        newest = state.generation
+        covers = min((each.covers for each in state.content.values()), default=0)
         try:
-            for number, entry in enumerate(journal.entries, 1):
-                if entry.kind is Kind.COMMIT:
-                    await self.commit(state, entry)
-                if not number % 64:
-                    await asyncio.sleep(0)
+            for number, journal in enumerate(journals):
+                state.generation = journal.generation
+                whole = await self._replay(state, journal, adopt)
+                if covers <= journal.generation and not whole:
+                    # What comes later leans on what is lost.
+                    state.unread = [each.generation for each in journals[number:]]
+                    break
         finally:
             state.generation = newest
 
-    async def commit(self, state: State, entry: Entry) -> None:
-        """Take over a COMMIT of the current generation."""
+    async def _replay(self, state: State, journal: _Journal, adopt: str | None) -> bool:
+        """The commits of a generation, over the data files that do not hold them yet.
+
+        Over one that does, it would be harmless but for a file that was replaced by hand.
+
+        Returns:
+            Whether that was all of it.
+        """
+        for number, entry in enumerate(journal.entries, 1):
+            if entry.kind is Kind.COMMIT:
+                try:
+                    images = await self.commit(state, entry)
+                except CorruptionError:
+                    if adopt != "readable":
+                        raise
+                    return False
+                if adopt is not None:
+                    for name, each in images.items():
+                        state.replayed.setdefault(name, {}).update(each)
+            if not number % 64:
+                await asyncio.sleep(0)
+        return journal.whole
+
+    async def commit(self, state: State, entry: Entry) -> Images:
+        """Take over a COMMIT of the current generation; what of it the data files lacked."""
         images = await _images(entry.payload)
         for name in images.keys() - state.sections.keys():
             state.sections[name] = self._revived(state, name)
@@ -338,6 +430,7 @@ class Loader:
         if lacking:
             state.take(lacking, len(entry.payload), await state.merged(lacking))
             await state.sweep()
+        return lacking
 
     def _revived(self, state: State, name: str) -> Section:
         """The section of a collection that only others declare, out of what was kept of it."""

@@ -74,6 +74,8 @@ class JSONStorageStrategy(StorageStrategy):
         self, what: str, *, exclusive: bool, timeout: float | None
     ) -> AsyncIterator[None]:
         self._usable()
+        if exclusive:
+            await self._refuse_moving(what)
         leave = self._transactions.enter(what)
         try:
             locks = self._json.locks
@@ -111,13 +113,16 @@ class JSONStorageStrategy(StorageStrategy):
             images = {name: await self._images(state, name, wanted[name]) for name in wanted}
             await self._json.commit(state, {name: each for name, each in images.items() if each})
 
-    async def checkpoint(self, adopt: Literal["file", "journal"] | None = None) -> None:
+    async def checkpoint(self, adopt: Literal["file", "journal", "readable"] | None = None) -> None:
         """Have all that was committed in the data files, and nothing in the journal.
 
         Args:
             adopt: settles a data file that was replaced by hand while the journal held commits:
                 "file" takes the file and drops the journal, "journal" puts the journal's commits
-                on top of the file. The file that is replaced is kept as a backup.
+                on top of the file. The file that is replaced is kept as a backup. "readable"
+                settles a damaged journal: every commit before the damage counts, and the journal
+                is kept beside, as `NAME.damaged.NUMBER`. If it is interrupted, either nothing was
+                changed or the question is settled.
         """
         self._usable()
         if adopt is None:
@@ -131,6 +136,9 @@ class JSONStorageStrategy(StorageStrategy):
         return [each for name in files.names for each in files.backups(name)]
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _twin(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
+        return JSONStorageStrategy(self._json.config, collections=collections)
 
     @asynccontextmanager
     async def _holding(self, *, exclusive: bool) -> AsyncIterator[None]:

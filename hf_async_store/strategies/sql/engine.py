@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.engine import Isolation, Plan, Reader
-from hf_async_store.entities import Change, Key, Outcome, Record, Schema, Value
+from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Schema, Value
 from hf_async_store.errors import (
     BrokenReferenceError,
     ConcurrencyConflictError,
@@ -59,7 +59,6 @@ class SQLEngine:
         self._ready = False
         self._making = asyncio.Lock()
         self._turn = asyncio.Lock()  # of the one that writes, where there can be one only
-        self._closed = False
 
     # -- connections -------------------------------------------------------------------------
 
@@ -152,6 +151,19 @@ class SQLEngine:
     async def count(self, query: Query) -> int:
         async with self._reading() as lease:
             return await reading.count(lease, self.tables[query.collection], query)
+
+    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        table = Table(collection, self._dialect)
+        async with self._main.lease() as lease:
+            try:
+                there = await self._dialect.found_columns(lease.driver, [sql_name(collection.name)])
+            except self._dialect.driver_errors as exc:
+                raise self._dialect.translate(exc, doing="look", writes=False) from exc
+            if not there:
+                return None
+            for row in await lease.rows(table.fetch_one, [entity_id]):
+                return Record(Key(collection.name, entity_id), table.entity(row))
+        return None
 
     # -- independent writes ------------------------------------------------------------------
 
@@ -328,7 +340,6 @@ class SQLEngine:
         return {**self._dialect.describe(), "configuration": redacted(self._config)}
 
     async def close(self) -> None:
-        self._closed = True
         await self._main.close()
         if self._readers is not self._main:
             await self._readers.close()

@@ -58,8 +58,13 @@ class SQLStorageStrategy(StorageStrategy):
     ) -> None:
         schema = schema_of(collections)
         sql = strategy_config(config, SQLConfig)
+        self._given = (sql, password)
         self._sql = SQLEngine(sql, schema, _dialect(sql, password))
         super().__init__(self._sql, schema)
+
+    def _twin(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
+        config, password = self._given
+        return SQLStorageStrategy(config, collections=collections, password=password)
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = ()

@@ -1,0 +1,98 @@
+"""How long work goes on: bars with rate and remaining time on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from hf_async_store.cli import output
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_EVERY_SECONDS: Final = 5.0
+_LONG: Final = 20_000
+"""From so many entities on a person begins to wonder."""
+
+
+class Bars:
+    """The progress of several kinds of work, by name.
+
+    Args:
+        totals: how much there is of each, where that is known.
+    """
+
+    def __init__(self, totals: Mapping[str, int]) -> None:
+        self._totals = totals
+        self._done: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        self._told = time.monotonic()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        is_long = sum(self._totals.values()) > _LONG or not self._totals
+        if is_long and output.is_terminal(sys.stderr):
+            self._bars = _bars()
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def advance(self, what: str, count: int) -> None:
+        """So many more of `what` are done."""
+        now = time.monotonic()
+        self._began.setdefault(what, now)
+        self._done[what] = self._done.get(what, 0) + count
+        if self._bars is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=self._totals.get(what))
+            self._bars.advance(self._tasks[what], count)
+        elif now - self._told >= _EVERY_SECONDS:
+            self._told = now
+            output.tell(self._line(what, now))
+
+    def _line(self, what: str, now: float) -> str:
+        done, total = self._done[what], self._totals.get(what)
+        rate = done / max(now - self._began[what], 1e-9)
+        of = "" if total is None else f" of {total:,}"
+        left = "" if total is None or not rate else f", {max(total - done, 0) / rate:,.0f} s left"
+        return f"{what}: {done:,}{of} ({rate:,.0f}/s{left})"
+
+
+def _bars() -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f}/s")
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

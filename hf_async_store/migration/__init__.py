@@ -1,0 +1,49 @@
+"""Moving between engines, backup and restore: everything over the verbs of the stores."""
+
+from __future__ import annotations
+
+from hf_async_store.migration.backup import (
+    BackupResult,
+    RestoreResult,
+    backup_store,
+    restore_store,
+)
+from hf_async_store.migration.comparing import (
+    CollectionComparison,
+    Comparison,
+    Difference,
+    compare_stores,
+)
+from hf_async_store.migration.copying import MigrationBatch
+from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.merging import Merged, MergeRule
+from hf_async_store.migration.portable import (
+    check_portable,
+    is_portable,
+    read_header,
+    read_portable,
+)
+from hf_async_store.migration.tool import CollectionReport, MigrationReport, MigrationTool
+
+__all__ = [
+    "BackupResult",
+    "CollectionComparison",
+    "CollectionReport",
+    "Comparison",
+    "Difference",
+    "Digest",
+    "MergeRule",
+    "Merged",
+    "MigrationBatch",
+    "MigrationReport",
+    "MigrationTool",
+    "RestoreResult",
+    "backup_store",
+    "canonical",
+    "check_portable",
+    "compare_stores",
+    "is_portable",
+    "read_header",
+    "read_portable",
+    "restore_store",
+]

@@ -1,0 +1,599 @@
+"""Moving a store while its applications use it: the one who carries the move out.
+
+The applications follow by themselves (`hf_async_store.moving`). docs/live-migration.md tells the
+protocol; here is its other half. Everything that is written to the side that is not authoritative is
+written in transactions that read its record first, so that a mover that was replaced, or woke up too
+late, writes nothing any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, cast
+
+import msgspec
+
+from hf_async_store.config import recordable_url
+from hf_async_store.entities import (
+    ABSENT,
+    HOST_FACTORY,
+    VERSION,
+    Change,
+    Collection,
+    Delete,
+    Entity,
+    Key,
+    Put,
+    Record,
+    Schema,
+    utc_now,
+)
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BrokenReferenceError,
+    ConcurrencyConflictError,
+    MigrationError,
+    StorageError,
+    TargetNotEmptyError,
+    VerificationError,
+)
+from hf_async_store.migration.comparing import compare_readers
+from hf_async_store.migration.digest import canonical
+from hf_async_store.migration.fitting import enforces_references
+from hf_async_store.moving import (
+    CUT_OVER_SECONDS,
+    HIDDEN,
+    LEASE_SECONDS,
+    MARKS,
+    MOVE_KEY,
+    Move,
+    Phase,
+    move_in,
+)
+from hf_async_store.query import Position, build_query, eq
+from hf_async_store.repository import retry_conflicts
+from hf_async_store.strategies import open_store
+
+if TYPE_CHECKING:
+    from hf_async_store.engine import Engine, Session
+
+_MARGIN: Final = 0.25
+"""Seconds beyond a lease, for what a process does between its last look at the clock and its answer."""
+
+_BATCH: Final = 200
+_FEW: Final = 50
+"""So few marks in a round say that the follower keeps up."""
+
+_ROUNDS: Final = 200
+_TRIES: Final = 3
+_CONFLICT_SECONDS: Final = 20.0
+
+Advance = Callable[[str, int], None]
+
+
+class LiveStatus(msgspec.Struct, frozen=True):
+    """How far a live move is.
+
+    Attributes:
+        phase: see `moving.Phase`; None: there is no move.
+        authoritative: the URL of the side that counts.
+        waiting: marks that were not brought over yet: of the source, and of the target.
+    """
+
+    phase: Phase | None
+    authoritative: str
+    waiting: tuple[int, int]
+
+
+class LiveMove:
+    """A live move from one URL to another; an async context manager.
+
+    One at a time carries a move out: whoever comes later takes over, and shuts out the one before.
+
+    Args:
+        source, target: URLs as every application process can use them. They are recorded in the
+            stores: secrets in them must be `${VARIABLE}`s, relative paths become absolute.
+        collections: what the applications declare.
+        rate: entities a second that are copied in the background at most.
+        advance: is told of the progress.
+
+    Raises:
+        ConfigurationError: a URL that cannot be used, or has a secret in it.
+        MigrationError: an engine that cannot take part.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        *,
+        collections: Iterable[Collection] = HOST_FACTORY,
+        rate: float = 5000.0,
+        advance: Advance = lambda what, count: None,
+    ) -> None:
+        self.source_url, self.target_url = recordable_url(source), recordable_url(target)
+        self._schema = Schema(collections)
+        self._rate = rate
+        self._advance = advance
+        declared = [*self._schema.values(), *HIDDEN]
+        stores = [open_store(each, collections=declared) for each in (source, target)]
+        # The engines themselves: the stores would follow the move, and wait for this.
+        self._source, self._target = (each._engine for each in stores)
+        self._references = {id(each._engine): enforces_references(each) for each in stores}
+        self._move: Move | None = None
+        self._touched: set[Key] = set()
+
+    async def __aenter__(self) -> Self:
+        for engine, what in ((self._source, "source"), (self._target, "target")):
+            if not engine.capabilities.processes or not engine.capabilities.durable:
+                raise MigrationError(
+                    f"the engine {engine.capabilities.engine!r} cannot be the {what} of a live move"
+                )
+        if not self._source.capabilities.marks:
+            raise MigrationError(
+                f"the engine {self._source.capabilities.engine!r} cannot mark changes, so it cannot "
+                "be the source of a live move; stop the applications and use `migrate`"
+            )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._source.close()
+        finally:
+            await self._target.close()
+
+    # -- what an operator does ---------------------------------------------------------------
+
+    async def status(self) -> LiveStatus:
+        """How far the move is."""
+        move = await self._read(self._source)
+        waiting = (await self._count_marks(self._source), await self._count_marks(self._target))
+        if move is None:
+            return LiveStatus(None, self.source_url, waiting)
+        at_target = move.phase in ("flipped", "cut_back", "moved")
+        return LiveStatus(move.phase, self.target_url if at_target else self.source_url, waiting)
+
+    async def start(self, *, cut_over: bool = True) -> LiveStatus:
+        """Copy everything to the target, follow the changes, verify, and make the target the one
+        that counts. Started again after a failure, it goes on.
+
+        Args:
+            cut_over: False ends before the target becomes the one that counts.
+
+        Raises:
+            TargetNotEmptyError: the target holds something that is not of this move.
+            MigrationError, VerificationError: what stands in the way; the source counts on.
+        """
+        await self._begin()
+        if self._here().phase == "flipped":
+            return await self.status()
+        await self._copy()
+        await self._catch_up(self._source, self._target)
+        await self._repair(self._source, self._target)
+        if cut_over:
+            await self._flip(self._source, self._target, "cut_over", "flipped")
+        return await self.status()
+
+    async def back(self) -> LiveStatus:
+        """Make the source the one that counts again, with everything that was written since; the
+        move is over then, and the target refuses to open.
+
+        Raises:
+            MigrationError, VerificationError: what stands in the way; the target counts on.
+        """
+        await self._take_over()
+        if self._here().phase == "flipped":
+            if not self._target.capabilities.marks:
+                raise MigrationError(
+                    f"the engine {self._target.capabilities.engine!r} did not mark changes, so "
+                    "nobody knows what to bring back; migrate back with the applications stopped"
+                )
+            await self._catch_up(self._target, self._source)
+            await self._repair(self._target, self._source)
+            await self._flip(self._target, self._source, "cut_back", "copying")
+        await self._call_off()
+        return await self.status()
+
+    async def stop(self) -> LiveStatus:
+        """Call the move off before its cut-over; the source counts on.
+
+        Raises:
+            MigrationError: the target counts already; `back` is what leads back.
+        """
+        await self._take_over()
+        if self._here().phase != "copying":
+            raise MigrationError("the target counts already; `back` leads back, `finish` finishes")
+        await self._call_off()
+        return await self.status()
+
+    async def finish(self) -> LiveStatus:
+        """Give the source up for good: it refuses to open, and names the target.
+
+        Raises:
+            MigrationError: the target does not count yet.
+        """
+        move = await self._read(self._source)
+        if move is not None and move.phase == "moved" and move.other == self.target_url:
+            self._move = move  # interrupted before its end, perhaps
+        else:
+            await self._take_over()
+            if self._here().phase != "flipped":
+                raise MigrationError("the target does not count yet; `start` makes it")
+            await self._change(phase="moved")
+        await _leases_over()
+        await self._forget(self._target)
+        return await self.status()
+
+    # -- the record --------------------------------------------------------------------------
+
+    def _here(self) -> Move:
+        assert self._move is not None, "taken over"
+        return self._move
+
+    async def _read(self, engine: Engine) -> Move | None:
+        return move_in((await engine.fetch([MOVE_KEY]))[0])
+
+    async def _change(self, **changed: object) -> None:
+        """Change the record of the source: nobody else has meanwhile.
+
+        Raises:
+            MigrationError: somebody else took over, or ended the cut-over.
+        """
+        move = self._here()
+        outcome = (await self._source.write_each([move.put(**changed)]))[0]
+        if isinstance(outcome, ConcurrencyConflictError):
+            raise MigrationError(
+                "somebody else carries this move out now, or an application ended a cut-over that "
+                "took too long; start again"
+            ) from outcome
+        if isinstance(outcome, StorageError):
+            raise outcome
+        self._move = await self._read(self._source)
+
+    async def _begin(self) -> None:
+        """Have a record in both places, of this mover."""
+        move = await self._read(self._source)
+        if move is not None:
+            await self._take_over()
+            return
+        await self._refuse_foreign()
+        # The target first: who opens it by its URL then follows from the beginning.
+        await self._put_record(self._target, Move("target", "copying", self.source_url, 1, 0))
+        await self._put_record(self._source, Move("source", "copying", self.target_url, 1, 0))
+        await self._take_over()
+
+    async def _refuse_foreign(self) -> None:
+        there = await self._read(self._target)
+        if there is not None:
+            if there.other == self.source_url:
+                return  # a copy that an earlier move of the two left
+            raise MigrationError(f"the target is part of another move, with {there.other}")
+        for declared in self._schema.values():
+            async with aclosing(self._target.select(build_query(declared, limit=1))) as found:
+                async for record in found:
+                    raise TargetNotEmptyError(
+                        f"the target is not empty: it holds {declared.name} {record.key.id!r}; a "
+                        "live move needs an empty one"
+                    )
+
+    async def _put_record(self, engine: Engine, move: Move) -> None:
+        entity = cast("Entity", msgspec.to_builtins(move))
+        del entity[VERSION]
+        entity["move_id"] = MOVE_KEY.id
+        there = await self._read(engine)
+        expect = ABSENT if there is None else there.version
+        version = 1 if there is None else there.version + 1
+        put = Put(MOVE_KEY, entity, utc_now(), expect, version)
+        outcome = (await engine.write_each([put]))[0]
+        if isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
+            raise MigrationError("somebody else begins a move just now") from outcome
+        if isinstance(outcome, StorageError):
+            raise outcome
+
+    async def _take_over(self) -> None:
+        """Be the one who carries the move out, from here on.
+
+        Raises:
+            MigrationError: there is no such move.
+        """
+        move = await self._read(self._source)
+        if move is None or move.role != "source" or move.other != self.target_url:
+            raise MigrationError(
+                "there is no move between these two"
+                + ("" if move is None else f"; the source is part of one with {move.other}")
+            )
+        if move.phase == "moved":
+            raise MigrationError("this move is finished: the target is the one that counts")
+        self._move = move
+        phase: Phase = move.phase
+        if phase in ("cut_over", "cut_back"):
+            phase = "copying" if phase == "cut_over" else "flipped"
+        await self._change(phase=phase, epoch=move.epoch + 1)
+        there = await self._read(self._target)
+        epoch = self._here().epoch
+        if there is None:
+            await self._put_record(
+                self._target, Move("target", "copying", self.source_url, epoch, 0)
+            )
+        else:
+            change = there.put(role="target", phase="copying", other=self.source_url, epoch=epoch)
+            outcome = (await self._target.write_each([change]))[0]
+            if isinstance(outcome, StorageError):
+                raise MigrationError("somebody else takes this move over just now") from outcome
+        # Whoever did not know of the move, or of this phase, knows it then.
+        await _leases_over()
+
+    async def _call_off(self) -> None:
+        """End a move while the source counts."""
+        there = await self._read(self._target)
+        assert there is not None, "taken over"
+        outcome = (await self._target.write_each([there.put(phase="moved")]))[0]
+        if isinstance(outcome, StorageError):
+            raise outcome
+        await self._forget(self._source)
+
+    async def _forget(self, engine: Engine) -> None:
+        """Take the record and the marks out of the place that stays."""
+        move = await self._read(engine)
+        if move is not None:
+            outcome = (await engine.write_each([Delete(MOVE_KEY, move.version)]))[0]
+            if isinstance(outcome, StorageError):
+                raise outcome
+        await _leases_over()
+        while marks := await self._marks(engine, None):
+            await engine.write_each([Delete(each.key) for each in marks])
+
+    # -- bringing over -----------------------------------------------------------------------
+
+    async def _copy(self) -> None:
+        """Everything of the source, collection by collection, changes in between."""
+        for declared in self._schema.values():
+            async with aclosing(_pieces(self._source, declared, _BATCH)) as pieces:
+                async for keys in pieces:
+                    began = time.monotonic()
+                    await self._bring(self._source, self._target, keys)
+                    await self._drain(self._source, self._target)
+                    self._advance(declared.name, len(keys))
+                    pause = len(keys) / self._rate - (time.monotonic() - began)
+                    await asyncio.sleep(max(0.0, pause))
+
+    async def _catch_up(self, origin: Engine, copy: Engine) -> None:
+        """Drain marks until few are left at a time."""
+        for _ in range(_ROUNDS):
+            if await self._drain(origin, copy) <= _FEW:
+                return
+
+    async def _drain(self, origin: Engine, copy: Engine) -> int:
+        """Bring over what is marked, and take the marks away; how many there were.
+
+        Marks of the side that does not count are of writes that came too late and were not
+        acknowledged: what they changed is put right again.
+        """
+        drained = 0
+        for marked in (origin, copy):
+            after: str | None = None
+            while marks := await self._marks(marked, after):
+                after = marks[-1].key.id
+                keys = [
+                    Key(cast("str", each.entity["collection"]), cast("str", each.entity["id"]))
+                    for each in marks
+                ]
+                await self._bring(origin, copy, [each for each in keys if self._knows(each)])
+                # A mark that was written anew since has another version, and stays.
+                await marked.write_each([Delete(each.key, each.version) for each in marks])
+                drained += len(marks)
+        self._advance("changes", drained)
+        return drained
+
+    def _knows(self, key: Key) -> bool:
+        if key.collection not in self._schema:
+            raise MigrationError(
+                f"an application writes to {key.collection!r}, which is not declared here; name all "
+                "collections that any of them declares"
+            )
+        return True
+
+    async def _marks(self, engine: Engine, after: str | None) -> list[Record]:
+        query = build_query(MARKS, limit=_BATCH)
+        if after is not None:
+            query = msgspec.structs.replace(query, after=Position((), after))
+        async with aclosing(engine.select(query)) as records:
+            return [each async for each in records]
+
+    async def _count_marks(self, engine: Engine) -> int:
+        return await engine.count(build_query(MARKS))
+
+    async def _bring(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+        """Have `copy` hold of these keys, and of what they need, what `origin` does."""
+        limit = copy.capabilities.max_transaction_changes
+        size = _BATCH if limit is None else min(_BATCH, limit // 2 - 1)
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            self._touched.update(part)
+            await retry_conflicts(
+                lambda part=part: self._bring_part(origin, copy, part),  # type: ignore[misc]
+                _CONFLICT_SECONDS,
+            )
+
+    async def _bring_part(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+        async with copy.session(None) as session:
+            record = move_in((await session.fetch([MOVE_KEY]))[0])
+            if record is None or record.epoch != self._here().epoch:
+                raise MigrationError("somebody else carries this move out now")
+            wanted = await self._with_relatives(origin, copy, session, keys)
+            there = dict(zip(wanted, await origin.fetch(wanted), strict=True))
+            here = dict(zip(wanted, await session.fetch(wanted), strict=True))
+            changes = self._changes(wanted, there, here)
+            for outcome in await session.write(changes) if changes else []:
+                if isinstance(outcome, BrokenReferenceError):
+                    # Relatives changed between two looks: look again.
+                    raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
+                if isinstance(outcome, StorageError):
+                    raise outcome
+
+    def _changes(
+        self,
+        keys: Sequence[Key],
+        there: dict[Key, Record | None],
+        here: dict[Key, Record | None],
+    ) -> list[Change]:
+        """What makes the copy equal: parents before children, and the other way round to delete."""
+        rank = {name: number for number, name in enumerate(self._schema)}
+        at = utc_now()
+        puts: list[Change] = []
+        deletes: list[Change] = []
+        for key in sorted(keys, key=lambda each: (rank[each.collection], each.id)):
+            wanted, found = there[key], here[key]
+            if wanted is None:
+                if found is not None:
+                    deletes.append(Delete(key))
+            elif found is None or canonical(wanted.entity) != canonical(found.entity):
+                entity = {name: value for name, value in wanted.entity.items() if name != VERSION}
+                puts.append(Put(key, entity, at, version=wanted.version))
+        return [*puts, *reversed(deletes)]
+
+    async def _with_relatives(
+        self, origin: Engine, copy: Engine, session: Session, keys: Sequence[Key]
+    ) -> list[Key]:
+        """The keys, with the parents that the copy lacks and the children that it must lose first."""
+        found = dict.fromkeys(keys)
+        if not self._references[id(copy)]:
+            return list(found)
+        new = list(found)
+        while new:
+            records = await origin.fetch(new)
+            parents = [
+                Key(cast("str", field.references), parent)
+                for record in records
+                if record is not None
+                for field in self._schema[record.key.collection].references
+                if isinstance(parent := record.entity.get(field.name), str)
+            ]
+            gone = [key for key, record in zip(new, records, strict=True) if record is None]
+            relatives = await self._missing(session, parents)
+            for key in gone:
+                relatives += await self._children(session, key)
+            new = [each for each in dict.fromkeys(relatives) if each not in found]
+            found.update(dict.fromkeys(new))
+        return list(found)
+
+    async def _missing(self, session: Session, keys: list[Key]) -> list[Key]:
+        unique = list(dict.fromkeys(keys))
+        there = await session.fetch(unique)
+        return [key for key, record in zip(unique, there, strict=True) if record is None]
+
+    async def _children(self, session: Session, parent: Key) -> list[Key]:
+        found: list[Key] = []
+        for child, field in self._schema.children[parent.collection]:
+            query = build_query(child, filters={field.name: eq(parent.id)}, fields=[child.key])
+            async with aclosing(session.select(query)) as records:
+                found += [each.key async for each in records]
+        return found
+
+    async def _repair(self, origin: Engine, copy: Engine) -> None:
+        """Compare everything once; what differs is brought over again. From here on, only what is
+        touched can differ."""
+        self._touched.clear()
+        for declared in self._schema.values():
+            for one, other in ((origin, copy), (copy, origin)):
+                async with aclosing(_pieces(one, declared, _BATCH)) as pieces:
+                    async for keys in pieces:
+                        suspects = await self._differing(one, other, keys)
+                        if suspects:
+                            await self._bring(origin, copy, suspects)
+                        self._advance("verify", len(keys))
+                        await self._drain(origin, copy)
+
+    async def _differing(self, one: Engine, other: Engine, keys: Sequence[Key]) -> list[Key]:
+        ours, theirs = await one.fetch(keys), await other.fetch(keys)
+        return [
+            key
+            for key, mine, yours in zip(keys, ours, theirs, strict=True)
+            if (None if mine is None else canonical(mine.entity))
+            != (None if yours is None else canonical(yours.entity))
+        ]
+
+    # -- the cut-over ------------------------------------------------------------------------
+
+    async def _flip(self, origin: Engine, copy: Engine, during: Phase, after: Phase) -> None:
+        """Make `copy` the side that counts, in a few seconds, or leave everything as it was."""
+        for attempt in range(1, _TRIES + 1):
+            await self._catch_up(origin, copy)
+            before = self._here().phase
+            await self._change(phase=during)
+            try:
+                async with asyncio.timeout(CUT_OVER_SECONDS):
+                    await _leases_over()
+                    while await self._drain(origin, copy):
+                        pass
+                    await self._verify(origin, copy)
+            except TimeoutError as exc:
+                await self._change(phase=before)
+                if attempt == _TRIES:
+                    raise MigrationError(
+                        f"no cut-over was done within {CUT_OVER_SECONDS:g} s, {_TRIES} times; all "
+                        "is as before. Try again when less is written"
+                    ) from exc
+            except BaseException:
+                with suppress(StorageError):
+                    await self._change(phase=before)
+                raise
+            else:
+                # This one write is the cut-over: before it one side counts, after it the other.
+                await self._change(phase=after, term=self._here().term + 1)
+                return
+
+    async def _verify(self, origin: Engine, copy: Engine) -> None:
+        """Nobody writes now: what was touched since all was compared must be equal, and the counts.
+
+        Raises:
+            VerificationError.
+        """
+        touched = sorted(self._touched)
+        for start in range(0, len(touched), _BATCH):
+            wrong = await self._differing(origin, copy, touched[start : start + _BATCH])
+            if wrong:
+                named = [f"{each.collection} {each.id!r} differs" for each in wrong[:20]]
+                raise VerificationError(f"the two sides differ: {'; '.join(named[:3])}", named)
+        for name, declared in self._schema.items():
+            query = build_query(declared)
+            counts = await asyncio.gather(origin.count(query), copy.count(query))
+            if counts[0] != counts[1]:
+                raise VerificationError(f"{name}: {counts[0]:,} entities and {counts[1]:,}")
+
+    async def compare(self) -> bool:
+        """Read both sides through and compare their digests; True if they are equal.
+
+        Meant for a time when nobody writes.
+        """
+        async with self._source.snapshot() as there, self._target.snapshot() as here:
+            return (await compare_readers(there, here, self._schema)).equal
+
+
+async def _leases_over() -> None:
+    """Wait until no process relies on a phase from before now."""
+    await asyncio.sleep(LEASE_SECONDS + _MARGIN)
+
+
+async def _pieces(
+    engine: Engine, declared: Collection, size: int
+) -> AsyncGenerator[list[Key], None]:
+    """The keys of a collection, in pieces, by keyset: what is changed meanwhile is no matter."""
+    query = build_query(declared, limit=size, fields=[declared.key])
+    while True:
+        async with aclosing(engine.select(query)) as records:
+            keys = [each.key async for each in records]
+        if keys:
+            yield keys
+        if len(keys) < size:
+            return
+        query = msgspec.structs.replace(query, after=Position((), keys[-1].id))

@@ -1,0 +1,125 @@
+"""Portable values as DynamoDB's attribute values, and back: the hot path of every item.
+
+Most values have a native form. What DynamoDB cannot hold exactly takes a side form, in types that
+no portable value has:
+
+* a float that is integral, -0.0 or out of DynamoDB's range is a text set of its one `repr`: a
+  number would come back as an integer, or not at all;
+* a map key that is empty or longer than 64 KiB stands, with its value, in a list under a key that
+  begins with U+0000, which no portable text has.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias, cast
+
+from hf_async_store.entities import Value
+
+Attribute: TypeAlias = dict[str, Any]
+"""An attribute value as the wire has it: one type letter, and what it holds."""
+
+Attributes: TypeAlias = dict[str, Attribute]
+
+NULL: Final[Attribute] = {"NULL": True}
+
+# Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130.
+_SMALLEST: Final = 1e-130
+_LONGEST_NAME: Final = 65_535
+_SIDE: Final = "\0"
+
+
+def encode(value: Value) -> Attribute:
+    """The attribute value of a portable value."""
+    kind = type(value)
+    if kind is str:
+        return {"S": value}
+    if value is None:
+        return NULL
+    if kind is bool:
+        return {"BOOL": value}
+    if kind is int:
+        return {"N": str(value)}
+    if kind is dict:
+        return {"M": encode_map(cast("dict[str, Value]", value))}
+    if kind is list:
+        return {"L": [encode(each) for each in cast("list[Value]", value)]}
+    return encode_float(cast("float", value))
+
+
+def encode_map(value: dict[str, Value]) -> Attributes:
+    """What a map attribute of these values holds."""
+    encoded = {name: encode(each) for name, each in value.items()}
+    if "" in encoded or any(len(name) > _LONGEST_NAME // 4 for name in encoded):
+        return _with_side_names(encoded)
+    return encoded
+
+
+def _with_side_names(encoded: Attributes) -> Attributes:
+    moved: Attributes = {}
+    for place, (name, each) in enumerate(encoded.items()):
+        if is_plain_name(name):
+            moved[name] = each
+        else:
+            moved[f"{_SIDE}{place}"] = {"L": [{"S": name}, each]}
+    return moved
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether DynamoDB takes this name of an attribute or map key as it is."""
+    return bool(name) and (len(name) <= _LONGEST_NAME // 4 or len(name.encode()) <= _LONGEST_NAME)
+
+
+def encode_float(value: float) -> Attribute:
+    """A number where that is exact and comes back as a float; else the side form."""
+    if is_native(value):
+        return {"N": repr(value)}
+    return {"SS": [repr(value)]}
+
+
+def is_native(value: float) -> bool:
+    return not value.is_integer() and abs(value) >= _SMALLEST
+
+
+def decode(attribute: Attribute) -> Value:
+    """The portable value of an attribute value; sets and binary of others come as lists and text."""
+    [(kind, held)] = attribute.items()
+    if kind == "S":
+        return cast("str", held)
+    if kind == "N":
+        return decode_number(held)
+    if kind == "BOOL":
+        return cast("bool", held)
+    if kind == "NULL":
+        return None
+    if kind == "M":
+        return decode_map(held)
+    if kind == "L":
+        return [decode(each) for each in held]
+    if kind == "SS" and len(held) == 1:
+        try:
+            return float(held[0])
+        except ValueError:
+            return [held[0]]
+    if kind == "NS":
+        return [decode_number(each) for each in held]
+    return cast("Value", held)
+
+
+def decode_number(text: str) -> int | float:
+    """An integer, unless the text has a fraction or an exponent."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def decode_map(held: Attributes) -> dict[str, Value]:
+    decoded = {name: decode(each) for name, each in held.items()}
+    if any(name.startswith(_SIDE) for name in decoded):
+        return dict(
+            cast("tuple[str, Value]", tuple(cast("list[Value]", each)))
+            if name.startswith(_SIDE)
+            else (name, each)
+            for name, each in decoded.items()
+        )
+    return decoded

@@ -1,0 +1,336 @@
+"""How an entity lies in a table.
+
+A declared field is an attribute of its own; all other fields lie in the map `doc`. Beside them
+stand `version`, the write token `_w` (random, new at each write: it tells lives and writers apart)
+and `_s`, what the entity weighs at most, so that an update can be refused in the engine.
+
+**Fields that are keys of an index** need more, because DynamoDB refuses an item whose index key is
+null, empty or of another type, and leaves it out of the index where the key is missing:
+
+* a value that the index cannot hold lies in `doc`, which wins over the attribute when read;
+* the sort key of an index always has an attribute: for null and missing a stand-in that sorts
+  first, for long text its beginning;
+* a boolean has a text attribute `_b_NAME` beside its own, for DynamoDB has no boolean keys;
+* `created_at` is treated so in every collection, and its side form lies in `_c` and not in `doc`: a
+  save that does not name it keeps it, and replaces `doc`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from itertools import count
+from typing import TYPE_CHECKING, Final, cast
+
+from hf_async_store.entities import (
+    CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    MAX_KEY_BYTES,
+    REMOVED,
+    VERSION,
+    Collection,
+    Entity,
+    Field,
+    FieldType,
+    Key,
+    Record,
+    Removed,
+    Value,
+)
+from hf_async_store.strategies.dynamodb.codec import (
+    Attribute,
+    Attributes,
+    decode,
+    decode_map,
+    encode,
+    encode_map,
+    is_native,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DOC: Final = "doc"
+TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
+WEIGHT: Final = "_s"
+CREATED_SIDE: Final = "_c"
+MISSING_MARK: Final[Attribute] = {"SS": ["missing"]}
+
+# Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
+MOST_HASH_BYTES: Final = 2048
+MOST_SORT_BYTES: Final = 1024
+SURE_SORT_BYTES: Final = MOST_SORT_BYTES - 4
+"""What the beginning of a long text keeps at least, wherever its characters end."""
+
+_MOST_WEIGHT: Final = 32
+"""Of a number, by `entities.check_size`."""
+
+_KEPT_CREATED_AT: Final = 64
+LAST_VERSIONS: Final = INT_MAX - 2**40
+
+_MOST_DIGITS: Final = 10.0**38
+
+STAND_INS: Final[Mapping[FieldType, Attribute]] = {
+    "text": {"S": "\x01"},
+    "timestamp": {"S": "0"},
+    "boolean": {"S": "0"},
+    "integer": {"N": str(-(2**63) - 1)},
+    "number": {"N": "-9.9E+125"},
+}
+"""They sort before every value; a text that is equal to one still comes right, for rows with equal
+attributes are put in order by their true values."""
+
+
+class _Tokens:
+    """Write tokens: unique without asking the system for randomness each time."""
+
+    start = secrets.token_urlsafe(9)
+    number = count()
+
+
+def new_token() -> str:
+    return f"{_Tokens.start}{next(_Tokens.number):x}"
+
+
+def probe_id() -> str:
+    """A key that is no entity's: it is longer than any id."""
+    return f"probe-{new_token()}-".ljust(MAX_KEY_BYTES + 64, "-")
+
+
+def weight_of(value: Value | Removed) -> int:
+    """At least what `entities.check_size` makes of a value, at a fraction of its cost."""
+    kind = type(value)
+    if kind is str:
+        text = cast("str", value)
+        return len(text) if text.isascii() else 4 * len(text)
+    if kind is dict:
+        pairs = cast("dict[str, Value]", value)
+        return sum([3 + len(pairs), *[weight_of(each) for each in (*pairs, *pairs.values())]])
+    if kind is list:
+        items = cast("list[Value]", value)
+        return sum([3 + len(items), *map(weight_of, items)])
+    return _MOST_WEIGHT
+
+
+def stored_weight(entity: Entity, version: int) -> Attribute:
+    """What an item tells of its weight: at least what it has, with a `created_at` that is kept.
+
+    Near the last version an item counts as too heavy for every update: it then goes the way on which
+    both are looked at exactly.
+    """
+    weight = weight_of(entity) + _KEPT_CREATED_AT
+    return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
+
+
+def shortened(text: str, most: int = MOST_SORT_BYTES) -> str:
+    """The text, or its beginning of at most so many bytes."""
+    if len(text) <= most // 4:
+        return text
+    raw = text.encode()
+    return text if len(raw) <= most else raw[:most].decode(errors="ignore")
+
+
+def number_key(value: float) -> str | None:
+    """A number as an index holds it, integral floats as integers; None if it cannot be exact."""
+    if type(value) is int:
+        return str(value)
+    if value.is_integer():
+        return str(int(value)) if abs(value) < _MOST_DIGITS else None
+    return repr(value) if is_native(value) else None
+
+
+class IndexedField:
+    """A declared field that is a key of an index."""
+
+    __slots__ = ("attribute", "is_hash", "is_sort", "name", "side", "stand_in", "type")
+
+    def __init__(self, field: Field, *, is_hash: bool, is_sort: bool) -> None:
+        self.name = field.name
+        self.type = field.type
+        self.is_hash = is_hash
+        self.is_sort = is_sort
+        self.attribute = f"_b_{field.name}" if field.type == "boolean" else field.name
+        self.stand_in = STAND_INS[field.type] if is_sort else None
+        self.side = CREATED_SIDE if field.name == CREATED_AT else None
+
+    def forms(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
+        """The index's attribute, and the side form; None where there is none."""
+        if value is REMOVED:
+            return self.stand_in, MISSING_MARK if self.is_sort else None
+        if value is None:
+            return self.stand_in, encode(None)
+        if self.type == "boolean":
+            return self.key_of(value), None
+        key = self.key_of(value)
+        if key is not None and (type(value) is not float or is_native(value)):
+            return key, None
+        if key is None and self.stand_in is not None:
+            text = shortened(value) if isinstance(value, str) else ""
+            key = {"S": text} if text else self.stand_in
+        return key, encode(cast("Value", value))
+
+    def key_of(self, value: object) -> Attribute | None:
+        """The attribute by which an index finds exactly this value; None if it cannot."""
+        if type(value) is bool:
+            return {"S": "2" if value else "1"} if self.type == "boolean" else None
+        if isinstance(value, str) and self.type in ("text", "timestamp"):
+            most = MOST_SORT_BYTES if self.is_sort else MOST_HASH_BYTES
+            return {"S": value} if value and shortened(value, most) is value else None
+        if type(value) in (int, float) and self.type in ("integer", "number"):
+            number = number_key(cast("float", value))
+            return None if number is None else {"N": number}
+        return None
+
+
+class ItemForm:
+    """The items of one collection."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+        self.key = collection.key
+        hashes = {each.field for each in collection.indexes}
+        sorts = {each.sort for each in collection.indexes if each.sort is not None}
+        # As if it were the key of an index: every item has it, so that a save can keep or set it.
+        sorts.add(CREATED_AT)
+        self.indexed: dict[str, IndexedField] = {
+            name: IndexedField(field, is_hash=name in hashes, is_sort=name in sorts)
+            for name, field in collection.fields.items()
+            if (name in hashes or name in sorts) and name != collection.key
+        }
+        self.plain = frozenset(collection.fields) - set(self.indexed)
+
+    def item(self, entity_id: str, entity: Entity, version: int, token: str) -> Attributes:
+        """The whole item of an entity."""
+        attributes, _ = self.parts(entity)
+        attributes[self.key] = {"S": entity_id}
+        attributes[VERSION] = {"N": str(version)}
+        attributes[TOKEN] = {"S": token}
+        attributes[WEIGHT] = stored_weight(entity, version)
+        return attributes
+
+    def parts(self, entity: Entity, *, keep_created: bool = False) -> tuple[Attributes, list[str]]:
+        """The attributes of the fields of a whole entity, and those that it must not have.
+
+        Args:
+            keep_created: leave `created_at` as it is stored if the entity does not name it.
+        """
+        attributes: Attributes = {}
+        document: Attributes = {}
+        removed: list[str] = []
+        other: Entity = {}
+        plain = self.plain
+        indexed = self.indexed
+        for name, value in entity.items():
+            if name in plain:
+                attributes[name] = encode(value)
+            elif name not in indexed and name != VERSION:
+                other[name] = value
+        if other:
+            document = encode_map(other)
+        removed += [name for name in plain if name not in attributes]
+        for name, field in indexed.items():
+            if keep_created and name == CREATED_AT and name not in entity:
+                continue
+            given: Value | Removed = entity.get(name, REMOVED)
+            self._put(field, given, attributes, document, removed)
+        attributes[DOC] = {"M": document}
+        return attributes, removed
+
+    def _put(
+        self,
+        field: IndexedField,
+        value: Value | Removed,
+        attributes: Attributes,
+        document: Attributes,
+        removed: list[str],
+    ) -> None:
+        key, side = field.forms(value)
+        if key is not None:
+            attributes[field.attribute] = key
+        else:
+            removed.append(field.attribute)
+        if field.type == "boolean":
+            if isinstance(value, Removed):
+                removed.append(field.name)
+            else:
+                attributes[field.name] = encode(value)
+        elif field.side is not None:
+            if side is None:
+                removed.append(field.side)
+            else:
+                attributes[field.side] = side
+        elif side is not None:
+            document[field.name] = side
+
+    def changes(
+        self, fields: Mapping[str, Value | Removed]
+    ) -> tuple[dict[tuple[str, ...], Attribute], list[tuple[str, ...]]]:
+        """What an update of these fields sets and removes, by path."""
+        put: dict[tuple[str, ...], Attribute] = {}
+        removed: list[tuple[str, ...]] = []
+        for name, value in fields.items():
+            field = self.indexed.get(name)
+            if field is not None:
+                self._change(field, value, put, removed)
+                continue
+            path = (name,) if name in self.plain else (DOC, name)
+            if isinstance(value, Removed):
+                removed.append(path)
+            else:
+                put[path] = encode(value)
+        return put, removed
+
+    def _change(
+        self,
+        field: IndexedField,
+        value: Value | Removed,
+        put: dict[tuple[str, ...], Attribute],
+        removed: list[tuple[str, ...]],
+    ) -> None:
+        attributes: Attributes = {}
+        document: Attributes = {}
+        gone: list[str] = []
+        self._put(field, value, attributes, document, gone)
+        put.update({(name,): each for name, each in attributes.items()})
+        removed += [(name,) for name in gone]
+        if field.type != "boolean" and field.side is None:
+            if field.name in document:
+                put[(DOC, field.name)] = document[field.name]
+            else:
+                removed.append((DOC, field.name))
+
+    # -- back --------------------------------------------------------------------------------
+
+    def entity(self, item: Attributes) -> Entity:
+        """The entity of an item, `version` in it."""
+        entity: Entity = {}
+        document: Attributes = {}
+        for name, attribute in item.items():
+            if name == DOC:
+                document = attribute.get("M", {})
+            elif name[0] != "_":
+                entity[name] = decode(attribute)
+        if CREATED_SIDE in item:
+            document = {**document, CREATED_AT: item[CREATED_SIDE]}
+        if document:
+            entity.update(decode_map(document))
+            for name in self.indexed:
+                if document.get(name) == MISSING_MARK:
+                    del entity[name]
+        entity.setdefault(VERSION, 0)
+        return entity
+
+    def record(self, item: Attributes) -> Record:
+        entity = self.entity(item)
+        return Record(Key(self.collection.name, cast("str", entity[self.key])), entity)
+
+
+def token_of(item: Attributes) -> str | None:
+    """The write token of an item; None for one that another program wrote."""
+    attribute = item.get(TOKEN)
+    return None if attribute is None else cast("str", attribute.get("S"))
+
+
+def version_of(item: Attributes) -> int:
+    attribute = item.get(VERSION)
+    return 0 if attribute is None else int(attribute["N"])

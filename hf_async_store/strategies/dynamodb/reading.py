@@ -1,0 +1,610 @@
+"""Reads: by key in batches, and queries by the way that `planning` chose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from hf_async_store.engine import Plan
+from hf_async_store.entities import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key, Record
+from hf_async_store.errors import InvalidQueryError, UnavailableError
+from hf_async_store.query import (
+    And,
+    Comparison,
+    Filter,
+    Not,
+    Query,
+    compile_filter,
+    compile_order,
+    ordered,
+    position_key,
+)
+from hf_async_store.strategies.dynamodb.codec import is_plain_name
+from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing
+from hf_async_store.strategies.dynamodb.expressions import FilterWriter, Names
+from hf_async_store.strategies.dynamodb.items import (
+    CREATED_SIDE,
+    DOC,
+    ItemForm,
+)
+from hf_async_store.strategies.dynamodb.planning import Access, access_of
+from hf_async_store.strategies.dynamodb.retries import Backoff, throttled
+from hf_async_store.strategies.dynamodb.tables import attribute_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+
+    from hf_async_store.entities import Index
+    from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
+    from hf_async_store.strategies.dynamodb.dax import Cache
+    from hf_async_store.strategies.dynamodb.tables import Tables
+
+MOST_KEYS: Final = 100
+"""Source: DynamoDB API Reference, BatchGetItem."""
+
+_SEGMENTS: Final = 4
+_SEEN_PER_MATCH: Final = 4
+_DECODED_AT_ONCE: Final = 250
+
+
+class Reading:
+    """What an engine reads."""
+
+    def __init__(self, client: Client, tables: Tables, cache: Cache | None) -> None:
+        self._client = client
+        self._tables = tables
+        self._cache = cache
+        self._consistent = client.config.consistent_reads
+
+    # -- by key ------------------------------------------------------------------------------
+
+    async def fetch(
+        self, keys: Sequence[Key], *, consistent: bool | None = None
+    ) -> list[Record | None]:
+        """As `Engine.fetch`."""
+        items = await self.items(keys, consistent=consistent)
+        return [
+            None if item is None else self._tables.forms[key.collection].record(item)
+            for key, item in zip(keys, items, strict=True)
+        ]
+
+    async def items(
+        self,
+        keys: Sequence[Key],
+        *,
+        consistent: bool | None = None,
+    ) -> list[Attributes | None]:
+        """The items of these keys, in their order.
+
+        Args:
+            consistent: other than configured.
+        """
+        await self._ready(keys)
+        if consistent is None:
+            consistent = self._consistent
+        if len(keys) == 1:
+            return [await self._get(keys[0], consistent)]
+        found: dict[tuple[str, str], Attributes] = {}
+        places = list(dict.fromkeys((self._tables.name(each.collection), each) for each in keys))
+        batches = [places[each : each + MOST_KEYS] for each in range(0, len(places), MOST_KEYS)]
+        work = [self._get_batch(each, consistent, found) for each in batches]
+        if len(work) == 1:
+            await work[0]
+        else:
+            await asyncio.gather(*work)
+        return [found.get((self._tables.name(each.collection), each.id)) for each in keys]
+
+    async def item(self, key: Key) -> Attributes | None:
+        """The whole item as it is now."""
+        await self._ready((key,))
+        return await self._get(key, consistent=True)
+
+    async def _ready(self, keys: Iterable[Key]) -> None:
+        for collection in {each.collection for each in keys}:
+            if not self._tables.is_ready(collection):
+                await self._tables.ensure(collection)
+
+    async def _get(self, key: Key, consistent: bool) -> Attributes | None:
+        form = self._tables.forms[key.collection]
+        params = {
+            "TableName": self._tables.name(key.collection),
+            "Key": {form.key: {"S": key.id}},
+            "ConsistentRead": consistent,
+        }
+        answer = await self._read("GetItem", params)
+        return cast("Attributes | None", answer.get("Item"))
+
+    async def _get_batch(
+        self,
+        places: Sequence[tuple[str, Key]],
+        consistent: bool,
+        found: dict[tuple[str, str], Attributes],
+    ) -> None:
+        requests: dict[str, dict[str, Any]] = {}
+        for table, key in places:
+            form = self._tables.forms[key.collection]
+            request = requests.get(table)
+            if request is None:
+                request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
+            request["Keys"].append({form.key: {"S": key.id}})
+        keys = {table: self._key_of(table) for table in requests}
+        backoff = Backoff(self._client.config.retry_timeout)
+        while True:
+            answer = await self._read("BatchGetItem", {"RequestItems": requests})
+            for table, items in answer["Responses"].items():
+                name = keys[table]
+                for item in items:
+                    found[table, item[name]["S"]] = item
+            requests = answer.get("UnprocessedKeys") or {}
+            if not requests:
+                return
+            if not await backoff.pause():
+                left = sum(len(each["Keys"]) for each in requests.values())
+                raise throttled(f"the read of {left} keys")
+
+    def _key_of(self, table: str) -> str:
+        return self._tables.forms[self._tables.collection_of(table)].key
+
+    async def _read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            if self._cache is not None and self._cache.takes(operation, params):
+                return await self._cache.read(operation, params)
+            return await self._client.read(operation, params)
+        except TableMissing as exc:
+            raise UnavailableError(f"a table or an index is gone: {exc}", retryable=False) from exc
+
+    # -- queries -----------------------------------------------------------------------------
+
+    async def access(self, query: Query) -> Access:
+        """The way that a query goes.
+
+        Raises:
+            InvalidQueryError: it needs a scan, and `allow_scan` is off.
+        """
+        active = await self._tables.ensure(query.collection)
+        access = access_of(query, self._tables.forms[query.collection], active)
+        if access.is_scan and not self._client.config.allow_scan:
+            raise InvalidQueryError(
+                f"no key or index of {query.collection} answers this query, and allow_scan is off"
+            )
+        return access
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        """As `Engine.select`."""
+        if query.limit == 0:
+            return
+        access = await self.access(query)
+        form = self._tables.forms[query.collection]
+        rows = _Rows(self, query, access, form)
+        async with aclosing(rows.in_order()) as found:
+            async for entity in found:
+                yield Record(Key(query.collection, cast("str", entity[form.key])), entity)
+
+    async def count(self, query: Query) -> int:
+        """As `Engine.count`."""
+        access = await self.access(query)
+        rows = _Rows(self, query, access, self._tables.forms[query.collection])
+        if access.ids is None and rows.is_exact:
+            return await rows.counted()
+        number = 0
+        async with aclosing(rows.matching()) as pieces:
+            async for piece in pieces:
+                number += len(piece)
+        return number
+
+    async def by_index(
+        self,
+        collection: str,
+        index: Index,
+        condition: Mapping[str, Any],
+        limit: int | None,
+        descending: bool,
+    ) -> list[Entity]:
+        """The entities of a part of an index, in its own order."""
+        await self._ready((Key(collection, ""),))
+        form = self._tables.forms[collection]
+        params = {
+            "TableName": self._tables.name(collection),
+            "IndexName": index.name,
+            "ScanIndexForward": not descending,
+            **condition,
+        }
+        entities: list[Entity] = []
+        if limit == 0:
+            return entities
+        try:
+            async with aclosing(self.pages("Query", params, limit)) as pages:
+                async for page in pages:
+                    entities += [form.entity(item) for item in page["Items"]]
+                    if limit is not None and len(entities) >= limit:
+                        return entities[:limit]
+        except StatementRefused as exc:
+            raise InvalidQueryError(str(exc)) from exc
+        return entities
+
+    async def explain(self, query: Query) -> Plan:
+        """As `Engine.explain`."""
+        active = await self._tables.ensure(query.collection)
+        form = self._tables.forms[query.collection]
+        access = access_of(query, form, active)
+        rows = _Rows(self, query, access, form)
+        table = self._tables.name(query.collection)
+        sorted_here = bool(query.order or query.by_id) and not access.is_ordered
+        if access.ids is not None:
+            return Plan(
+                access="key",
+                residual=not _only(query.where, form.key),
+                sorted_here=sorted_here,
+                consistent=self._consistent,
+                detail=f"BatchGetItem of {len(access.ids)} keys of {table}",
+            )
+        filtered = ", filtered there in part" if rows.filter_text else ""
+        if access.index is None:
+            allowed = "" if self._client.config.allow_scan else "; refused, as allow_scan is off"
+            return Plan(
+                access="scan",
+                residual=not rows.is_exact,
+                sorted_here=sorted_here,
+                consistent=self._consistent,
+                detail=f"Scan of {table}{filtered}{allowed}",
+            )
+        return Plan(
+            access="index",
+            index=access.index.name,
+            residual=not rows.is_exact,
+            sorted_here=sorted_here,
+            consistent=False,
+            detail=f"Query of {len(access.partitions)} partitions of {access.index.name} "
+            f"of {table}{filtered}; an index is always a little behind",
+        )
+
+    async def pages(
+        self, operation: str, params: Mapping[str, Any], hint: int | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The pages of a Query or Scan; those that come empty are followed.
+
+        Args:
+            hint: about how many rows to look at first; each page then looks at twice as many.
+        """
+        start: Mapping[str, Any] = {}
+        while True:
+            limit = {} if hint is None else {"Limit": hint}
+            answer = await self._read(operation, {**params, **start, **limit})
+            yield answer
+            last = answer.get("LastEvaluatedKey")
+            if not last:
+                return
+            start = {"ExclusiveStartKey": last}
+            hint = None if hint is None or hint > 1000 else hint * 2
+
+    def table(self, collection: str) -> str:
+        return self._tables.name(collection)
+
+    @property
+    def is_consistent(self) -> bool:
+        return self._consistent
+
+
+class _Rows:
+    """The rows of one query."""
+
+    def __init__(self, reading: Reading, query: Query, access: Access, form: ItemForm) -> None:
+        self._reading = reading
+        self._query = query
+        self._access = access
+        self._form = form
+        self._names = Names()
+        self._matches = compile_filter(query.where)
+        self.filter_text = ""
+        self.is_exact = False
+        if access.ids is None:
+            self._say_filter()
+
+    def _say_filter(self) -> None:
+        access, form = self._access, self._form
+        where: Filter = self._query.where
+        hidden: set[str] = set()
+        if access.index is not None:
+            where = _without(where, access.index.field) if access.exact else where
+            hidden.add(attribute_of(form, access.index.field))
+            if access.index.sort is not None:
+                hidden.add(attribute_of(form, access.index.sort))
+            if (
+                access.index.field in form.indexed
+                and form.indexed[access.index.field].type == "boolean"
+            ):
+                hidden.add(access.index.field)
+        if where == And(()):
+            self.is_exact = True
+            return
+        said = FilterWriter(form, self._names, frozenset(hidden)).say(where)
+        if said is not None:
+            self.filter_text = said.text
+            self.is_exact = said.is_exact
+
+    # -- in order ----------------------------------------------------------------------------
+
+    async def in_order(self) -> AsyncGenerator[Entity, None]:
+        """The entities of the query, in its order."""
+        query = self._query
+        if self._access.is_ordered:
+            source = self._by_index_order()
+        elif query.order or query.by_id or (query.paged and not self._access.is_scan):
+            source = self._sorted()
+        else:
+            source = self._as_they_come()
+        number = 0
+        async with aclosing(source) as rows:
+            async for entity in rows:
+                yield entity
+                number += 1
+                if number == query.limit:
+                    return
+
+    async def _sorted(self) -> AsyncGenerator[Entity, None]:
+        key = self._form.key
+
+        async def pieces() -> AsyncGenerator[list[tuple[str, Entity]], None]:
+            async with aclosing(self.matching()) as found:
+                async for piece in found:
+                    yield [(cast("str", each[key]), each) for each in piece]
+
+        async with aclosing(pieces()) as found, aclosing(ordered(found, self._query)) as rows:
+            async for _, entity in rows:
+                yield entity
+
+    async def _as_they_come(self) -> AsyncGenerator[Entity, None]:
+        async with aclosing(self.matching(first=True)) as pieces:
+            async for piece in pieces:
+                for entity in piece:
+                    yield entity
+
+    async def _by_index_order(self) -> AsyncGenerator[Entity, None]:
+        """Row by row as the index gives them; those with equal keys put in order here."""
+        query = self._query
+        key_of = compile_order(query)
+        after = None if query.after is None else position_key(query, query.after)
+        assert self._access.index is not None
+        assert self._access.index.sort is not None
+        attribute = attribute_of(self._form, self._access.index.sort)
+        key = self._form.key
+        group: list[tuple[Any, Entity]] = []
+        of_group: Attribute | None = None
+        async with aclosing(self._items(first=True)) as pages:
+            async for items in pages:
+                for item in items:
+                    if item[attribute] != of_group:
+                        for _, entity in sorted(group, key=_first):
+                            yield entity
+                        group = []
+                        of_group = item[attribute]
+                    entity = self._form.entity(item)
+                    if not self._matches(entity):
+                        continue
+                    place = key_of(cast("str", entity[key]), entity)
+                    if after is None or place > after:
+                        group.append((place, entity))
+        for _, entity in sorted(group, key=_first):
+            yield entity
+
+    # -- what matches ------------------------------------------------------------------------
+
+    async def matching(self, *, first: bool = False) -> AsyncGenerator[list[Entity], None]:
+        """The entities that match, piece by piece, in no order.
+
+        Args:
+            first: only the first ones are wanted, as many as the limit says.
+        """
+        if self._access.ids is not None:
+            keys = [Key(self._query.collection, each) for each in self._access.ids]
+            for start in range(0, len(keys), MOST_KEYS * _SEGMENTS):
+                records = await self._reading.fetch(keys[start : start + MOST_KEYS * _SEGMENTS])
+                yield [
+                    each.entity
+                    for each in records
+                    if each is not None and self._matches(each.entity)
+                ]
+            return
+        async with aclosing(self._items(first=first)) as pages:
+            async for items in pages:
+                for start in range(0, len(items), _DECODED_AT_ONCE):
+                    piece = [
+                        entity
+                        for item in items[start : start + _DECODED_AT_ONCE]
+                        if _is_entity(item, self._form)
+                        and self._matches(entity := self._form.entity(item))
+                    ]
+                    yield piece
+                    await asyncio.sleep(0)
+
+    def _items(self, *, first: bool) -> AsyncGenerator[list[Attributes], None]:
+        return self._scanned(first) if self._access.is_scan else self._queried(first)
+
+    async def _queried(self, first: bool) -> AsyncGenerator[list[Attributes], None]:
+        if self._access.sort.is_empty:
+            return
+        for value in self._access.partitions:
+            params = self._query_params(value)
+            pages = self._reading.pages("Query", params, self._hint() if first else None)
+            async with aclosing(pages) as answers:
+                async for answer in answers:
+                    yield answer["Items"]
+
+    async def _scanned(self, first: bool) -> AsyncGenerator[list[Attributes], None]:
+        params = self._scan_params()
+        if first and (self._query.limit is not None or self._query.after is not None):
+            # One after the other, in the table's own order: a page goes on where one ended.
+            if self._query.after is not None:
+                params["ExclusiveStartKey"] = {self._form.key: {"S": self._query.after.id}}
+            async with aclosing(self._reading.pages("Scan", params, self._hint())) as pages:
+                async for page in pages:
+                    yield page["Items"]
+            return
+        async for round_of_pages in _side_by_side(self._reading, params):
+            for page in round_of_pages:
+                yield page["Items"]
+
+    def _hint(self) -> int | None:
+        limit = self._query.limit
+        if limit is None:
+            return None
+        exact = self.is_exact and not self.filter_text
+        return min(limit + 1 if exact else 32 + limit * _SEEN_PER_MATCH, 5_000)
+
+    async def counted(self) -> int:
+        """How many match, counted by DynamoDB."""
+        number = 0
+        if self._access.is_scan:
+            params = self._scan_params(counting=True)
+            async for round_of_pages in _side_by_side(self._reading, params):
+                number += sum(each["Count"] for each in round_of_pages)
+            return number
+        if self._access.sort.is_empty:
+            return 0
+        for value in self._access.partitions:
+            params = self._query_params(value, counting=True)
+            async with aclosing(self._reading.pages("Query", params)) as answers:
+                async for answer in answers:
+                    number += answer["Count"]
+        return number
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def _query_params(self, value: Attribute, *, counting: bool = False) -> dict[str, Any]:
+        index = self._access.index
+        assert index is not None
+        names = self._names.copy()
+        condition = f"{names.name(attribute_of(self._form, index.field))} = {names.value(value)}"
+        if index.sort is not None:
+            condition += _sort_condition(self._access, names, attribute_of(self._form, index.sort))
+        params: dict[str, Any] = {
+            "TableName": self._reading.table(self._query.collection),
+            "IndexName": index.name,
+        }
+        if self._access.is_ordered and self._query.order[0].descending:
+            params["ScanIndexForward"] = False
+        return self._finished(params, names, counting, KeyConditionExpression=condition)
+
+    def _scan_params(self, *, counting: bool = False) -> dict[str, Any]:
+        names = self._names.copy()
+        params: dict[str, Any] = {
+            "TableName": self._reading.table(self._query.collection),
+            "ConsistentRead": self._reading.is_consistent,
+        }
+        return self._finished(params, names, counting)
+
+    def _finished(
+        self, params: dict[str, Any], names: Names, counting: bool, **expressions: str
+    ) -> dict[str, Any]:
+        texts = [self.filter_text] if self.filter_text else []
+        if counting:
+            params["Select"] = "COUNT"
+            if self._access.is_scan:
+                # A probe of another store may be there at this moment.
+                longest = names.value({"N": str(MAX_KEY_BYTES)})
+                texts.append(f"size({names.name(self._form.key)}) <= {longest}")
+        else:
+            projection = self._projection(names)
+            if projection is not None:
+                expressions["ProjectionExpression"] = projection
+        if texts:
+            expressions["FilterExpression"] = " AND ".join(texts)
+        params.update(names.request(**expressions))
+        return params
+
+    def _projection(self, names: Names) -> str | None:
+        """What must be read for the fields that are wanted, the filter and the order."""
+        if self._query.fields is None:
+            return None
+        wanted = {*self._query.fields, self._form.key, VERSION, *_named(self._query.where)}
+        wanted |= {str(each.path[0]) for each in self._query.order}
+        if self._access.index is not None and self._access.index.sort is not None:
+            wanted.add(self._access.index.sort)
+        if not all(map(is_plain_name, wanted)):
+            return None
+        paths: dict[tuple[str, ...], None] = {}
+        for name in sorted(wanted):
+            field = self._form.indexed.get(name)
+            if name == VERSION or name in self._form.plain or field is not None:
+                paths[(name,)] = None
+            if field is not None:
+                paths[(field.attribute,)] = None
+            if name == CREATED_AT:
+                paths[(CREATED_SIDE,)] = None
+            elif name != VERSION and name not in self._form.plain:
+                paths[(DOC, name)] = None
+        return ", ".join(names.path(each) for each in paths)
+
+
+def _sort_condition(access: Access, names: Names, attribute: str) -> str:
+    sort = access.sort
+    if sort.prefix is not None:
+        return f" AND begins_with({names.name(attribute)}, {names.value({'S': sort.prefix})})"
+    if sort.low is None and sort.high is None:
+        return ""
+    name = names.name(attribute)
+    if sort.low is None or sort.high is None:
+        sign, bound = (">=", sort.low) if sort.low is not None else ("<=", sort.high)
+        return f" AND {name} {sign} {names.value(sort.attribute(cast('str', bound)))}"
+    low, high = (names.value(sort.attribute(each)) for each in (sort.low, sort.high))
+    return f" AND {name} BETWEEN {low} AND {high}"
+
+
+async def _side_by_side(
+    reading: Reading, params: Mapping[str, Any]
+) -> AsyncIterator[list[dict[str, Any]]]:
+    """The pages of a parallel scan, one of each segment at a time."""
+    starts: list[Mapping[str, Any]] = [
+        {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
+    ]
+    while starts:
+        answers = await asyncio.gather(
+            *(reading._read("Scan", {**params, **each}) for each in starts)
+        )
+        yield list(answers)
+        starts = [
+            {**start, "ExclusiveStartKey": answer["LastEvaluatedKey"]}
+            for start, answer in zip(starts, answers, strict=True)
+            if answer.get("LastEvaluatedKey")
+        ]
+
+
+def _is_entity(item: Attributes, form: ItemForm) -> bool:
+    """Whether it is no probe, whose key is longer than any id."""
+    return len(item[form.key]["S"]) <= MAX_KEY_BYTES
+
+
+def _first(pair: tuple[Any, Entity]) -> Any:
+    return pair[0]
+
+
+def _without(where: Filter, field: str) -> Filter:
+    """A filter without the one comparison that an index answers."""
+    parts = where.parts if isinstance(where, And) else (where,)
+    here = [
+        each
+        for each in parts
+        if isinstance(each, Comparison) and each.path == (field,) and each.op in ("eq", "in")
+    ]
+    if len(here) != 1:
+        return where
+    rest = tuple(each for each in parts if each is not here[0])
+    return rest[0] if len(rest) == 1 else And(rest)
+
+
+def _only(where: Filter, field: str) -> bool:
+    return isinstance(where, Comparison) and where.path == (field,)
+
+
+def _named(where: Filter) -> Iterator[str]:
+    """The top-level fields that a filter reads."""
+    if isinstance(where, Comparison):
+        yield str(where.path[0])
+    elif isinstance(where, Not):
+        yield from _named(where.part)
+    else:
+        for each in where.parts:
+            yield from _named(each)

@@ -1,0 +1,70 @@
+"""Trying again: with full jitter, until it is done or the time is up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from hf_async_store.errors import ThrottledError, UnavailableError
+
+Result = TypeVar("Result")
+
+_FIRST_PAUSE: Final = 0.02
+_LONGEST_PAUSE: Final = 2.0
+
+
+class Backoff:
+    """The pauses of one piece of work.
+
+    Args:
+        seconds: after which no further try begins.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._pause = _FIRST_PAUSE
+
+    async def pause(self) -> bool:
+        """Wait; False, at once, if the time would be up."""
+        sleep = random.uniform(0, self._pause)
+        if time.monotonic() + sleep >= self._deadline:
+            return False
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+        await asyncio.sleep(sleep)
+        return True
+
+
+def left_nothing(exc: Exception) -> bool:
+    """Whether it is known that a request did nothing, and it may do it later."""
+    return isinstance(exc, UnavailableError) and not exc.outcome_unknown
+
+
+async def retried(
+    attempt: Callable[[], Awaitable[Result]], seconds: float, *, harmless: bool
+) -> Result:
+    """`attempt` until it succeeds.
+
+    Args:
+        harmless: it may be done twice, so that a lost answer is no obstacle.
+
+    Raises:
+        UnavailableError: the last one, when the time is up.
+        StorageError: whatever no other try will change.
+    """
+    backoff = Backoff(seconds)
+    while True:
+        try:
+            return await attempt()
+        except UnavailableError as exc:
+            if not (harmless or left_nothing(exc)):
+                raise
+            if not await backoff.pause():
+                exc.outcome_unknown = exc.outcome_unknown and not harmless
+                raise
+
+
+def throttled(what: str) -> ThrottledError:
+    return ThrottledError(f"DynamoDB asked for less until the time was up; not done: {what}")

@@ -1,0 +1,158 @@
+"""Independent writes as PartiQL statements, each with its own condition.
+
+What varies goes in as parameters; the text of a statement depends on its shape alone, and is kept.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from hf_async_store.entities import VERSION
+from hf_async_store.strategies.dynamodb.codec import is_plain_name
+from hf_async_store.strategies.dynamodb.items import TOKEN, WEIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
+
+Statement: TypeAlias = dict[str, Any]
+Path: TypeAlias = "tuple[str, ...]"
+
+# Source: DynamoDB API Reference, BatchStatementRequest.
+MOST_STATEMENT: Final = 8192
+_SHAPES: Final = 512
+
+
+def insert(table: str, item: Attributes, *, whole: bool) -> Statement:
+    """Insert an item whose key must be free.
+
+    Args:
+        whole: as one parameter, which is read faster; a server may not know that form.
+    """
+    if whole:
+        return {"Statement": f'INSERT INTO "{table}" VALUE ?', "Parameters": [{"M": item}]}
+    return {"Statement": _insert(table, tuple(item)), "Parameters": list(item.values())}
+
+
+@lru_cache(_SHAPES)
+def _insert(table: str, names: Sequence[str]) -> str:
+    values = ", ".join(f"'{each}': ?" for each in names)
+    return f'INSERT INTO "{table}" VALUE {{{values}}}'
+
+
+class Guard:
+    """On what an update or delete insists, beside its key.
+
+    Attributes:
+        text: a condition with `?` for its values, or "".
+        values: of the condition.
+    """
+
+    __slots__ = ("text", "values")
+
+    def __init__(self, text: str = "", values: Sequence[Attribute] = ()) -> None:
+        self.text = text
+        self.values = list(values)
+
+    @classmethod
+    def version(cls, version: int) -> Guard:
+        return cls(f'"{VERSION}" = ?', [{"N": str(version)}])
+
+    @classmethod
+    def token(cls, token: str) -> Guard:
+        return cls(f'"{TOKEN}" = ?', [{"S": token}])
+
+    def and_lighter(self, most: int) -> Guard:
+        """And it weighs at most so much."""
+        text = f'{self.text} AND "{WEIGHT}" <= ?' if self.text else f'"{WEIGHT}" <= ?'
+        return Guard(text, [*self.values, {"N": str(most)}])
+
+
+def update(
+    table: str,
+    key: tuple[str, str],
+    put: dict[Path, Attribute],
+    removed: Sequence[Path],
+    guard: Guard,
+    *,
+    version: int | None,
+    weight: int | None,
+    returning: bool,
+) -> Statement | None:
+    """Change an item that must be there; None if this cannot be said in one statement.
+
+    Args:
+        version: the new one; None adds 1 to the stored one.
+        weight: what the change adds to the weight; None if `put` has the new one.
+        returning: the answer is to bring what changed.
+    """
+    paths = tuple(put)
+    text = _update(
+        table,
+        key[0],
+        paths,
+        tuple(removed),
+        guard.text,
+        version is None,
+        weight is not None,
+        returning,
+    )
+    if len(text) > MOST_STATEMENT or not all(
+        is_plain_name(each) for path in (*paths, *removed) for each in path
+    ):
+        return None
+    values = list(put.values())
+    if version is not None:
+        values.append({"N": str(version)})
+    if weight is not None:
+        values.append({"N": str(weight)})
+    values.append({"S": key[1]})
+    return {
+        "Statement": text,
+        "Parameters": values + guard.values,
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+    }
+
+
+@lru_cache(_SHAPES)
+def _update(
+    table: str,
+    key: str,
+    put: Sequence[Path],
+    removed: Sequence[Path],
+    guard: str,
+    adds_version: bool,
+    adds_weight: bool,
+    returning: bool,
+) -> str:
+    text = [f'UPDATE "{table}"']
+    text += [f"SET {_quoted(each)} = ?" for each in put]
+    text.append(f'SET "{VERSION}" = "{VERSION}" + 1' if adds_version else f'SET "{VERSION}" = ?')
+    if adds_weight:
+        text.append(f'SET "{WEIGHT}" = "{WEIGHT}" + ?')
+    text += [f"REMOVE {_quoted(each)}" for each in removed]
+    text.append(f'WHERE "{key}" = ?')
+    if guard:
+        text.append(f"AND {guard}")
+    if returning:
+        text.append("RETURNING MODIFIED NEW *")
+    return " ".join(text)
+
+
+def _quoted(path: Path) -> str:
+    return ".".join('"' + each.replace('"', '""') + '"' for each in path)
+
+
+def delete(table: str, key: tuple[str, str], guard: Guard) -> Statement:
+    """Delete an item, if it is there and the guard holds; the answer brings what was there."""
+    # Names of tables and keys are checked where they are declared; all else is a parameter.
+    text = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608
+    if guard.text:
+        text += f" AND {guard.text}"
+    return {
+        "Statement": f"{text} RETURNING ALL OLD *",
+        "Parameters": [{"S": key[1]}, *guard.values],
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+    }

@@ -1,0 +1,141 @@
+"""`DynamoDBStorageStrategy`: the store on DynamoDB, and the verbs that only it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from hf_async_store.config import DynamoDBConfig, StorageConfig, strategy_config
+from hf_async_store.entities import (
+    ANY,
+    HOST_FACTORY,
+    Collection,
+    Entity,
+    Expect,
+    check_version,
+    utc_now,
+)
+from hf_async_store.errors import InvalidQueryError
+from hf_async_store.repository import within
+from hf_async_store.strategies.dynamodb.engine import DynamoDBEngine
+from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.language import condition
+from hf_async_store.strategies.dynamodb.language import key_condition as read_key_condition
+from hf_async_store.strategy import StorageStrategy, schema_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class DynamoDBStorageStrategy(StorageStrategy):
+    """A store on DynamoDB.
+
+    Args:
+        config: `dynamodb://REGION/PREFIX`, a map in the spec's shape, a `StorageConfig` or a
+            `DynamoDBConfig`.
+        collections: what may be stored.
+
+    Raises:
+        ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        config: StorageConfig | DynamoDBConfig | Mapping[str, object] | str | Path,
+        *,
+        collections: Iterable[Collection] = HOST_FACTORY,
+    ) -> None:
+        schema = schema_of(collections)
+        self._dynamodb = DynamoDBEngine(strategy_config(config, DynamoDBConfig), schema)
+        super().__init__(self._dynamodb, schema)
+
+    def _twin(self, collections: Iterable[Collection]) -> DynamoDBStorageStrategy:
+        return DynamoDBStorageStrategy(self._dynamodb.config, collections=collections)
+
+    async def create_tables(self) -> list[str]:
+        """Make the tables and indexes that are declared and missing, and wait until they are there.
+
+        Sets auto scaling and point-in-time recovery as configured. Safe when several processes do
+        it at once; returns what this one made, in words.
+        """
+        self._usable()
+        return await self._dynamodb.tables.create()
+
+    async def query_by_gsi(
+        self,
+        collection: str,
+        index_name: str,
+        key_condition: str,
+        expression_values: Mapping[str, object],
+        *,
+        limit: int | None = None,
+        descending: bool = False,
+        timeout: float | None = None,
+    ) -> list[Entity]:
+        """The entities in a part of an index, in the order of its sort field.
+
+        An index is always a little behind. What it cannot hold is not found: null, "", text of
+        more than 2,048 bytes.
+
+        Args:
+            key_condition: `template_id = :template_id`, and at most one comparison (`=`, `<`,
+                `<=`, `>`, `>=`, `BETWEEN :low AND :high`, `begins_with(field, :start)`) on the
+                sort field, joined by AND.
+            expression_values: the value of each `:name`.
+
+        Raises:
+            InvalidQueryError: no such index, or a malformed condition, before any I/O.
+        """
+        self._usable()
+        declared = self._schema[collection]
+        found = [each for each in declared.indexes if each.name == index_name]
+        if not found:
+            known = ", ".join(each.name for each in declared.indexes) or "none"
+            raise InvalidQueryError(f"{collection} has no index {index_name!r}; there are: {known}")
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise InvalidQueryError("limit is an integer from 0 on, or None")
+        names = Names()
+        form = self._dynamodb.tables.forms[collection]
+        text = read_key_condition(key_condition, expression_values, form, found[0], names)
+        async with within(timeout):
+            return await self._dynamodb.reading.by_index(
+                collection, found[0], names.request(KeyConditionExpression=text), limit, descending
+            )
+
+    async def update_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        fields: Mapping[str, object],
+        *,
+        expected_version: int | Expect = ANY,
+        timeout: float | None = None,
+        condition_expression: str | None = None,
+        expression_values: Mapping[str, object] | None = None,
+    ) -> int:
+        """As `RepositoryInterface.update_entity`, also under a condition in DynamoDB's language.
+
+        Args:
+            condition_expression: what must hold of the stored entity, decided in the same step as
+                the write: `attribute_exists(request_id) AND version = :expected_version`. Names
+                are fields, reserved words or not; a name that is no word stands in double quotes.
+            expression_values: the value of each `:name`.
+
+        Raises:
+            ConcurrencyConflictError: the condition does not hold; it carries the stored entity.
+            InvalidQueryError: a malformed condition, before any I/O.
+        """
+        if condition_expression is None:
+            if expression_values is not None:
+                raise InvalidQueryError("expression_values belong to a condition_expression")
+            return await super().update_entity(
+                collection, entity_id, fields, expected_version=expected_version, timeout=timeout
+            )
+        self._usable()
+        expect = check_version(expected_version, absent=False)
+        change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        names = Names()
+        form = self._dynamodb.tables.forms[collection]
+        text = condition(condition_expression, expression_values, form, names)
+        async with within(timeout, outcome_unknown=lambda: True):
+            return await self._dynamodb.writes.update_where(change, text, names)

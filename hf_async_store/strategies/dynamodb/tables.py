@@ -1,0 +1,384 @@
+"""The tables of a store and their indexes: declared, made, waited for, compared with what is there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from hf_async_store.config import AutoScaling
+from hf_async_store.entities import Collection, Index, Schema
+from hf_async_store.errors import PermissionDeniedError, StorageError, UnavailableError
+from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing, of_client
+from hf_async_store.strategies.dynamodb.items import IndexedField, ItemForm
+from hf_async_store.strategies.dynamodb.retries import Backoff
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hf_async_store.entities import Value
+    from hf_async_store.strategies.dynamodb.client import Client
+
+_WAIT_SECONDS: Final = 600.0
+_FIRST_LOOK: Final = 0.01
+_LONGEST_LOOK: Final = 2.0
+_SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
+
+
+class Tables:
+    """The tables of the declared collections."""
+
+    def __init__(self, client: Client, schema: Schema) -> None:
+        self._client = client
+        self._config = client.config
+        self.schema = schema
+        self.forms: Mapping[str, ItemForm] = {name: ItemForm(each) for name, each in schema.items()}
+        self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
+        self._collections = {table: name for name, table in self._names.items()}
+        self._ready: dict[str, frozenset[str]] = {}
+        self._opening: dict[str, asyncio.Task[frozenset[str]]] = {}
+
+    def name(self, collection: str) -> str:
+        """The name of the table of a collection."""
+        return self._names[collection]
+
+    def collection_of(self, table: str) -> str:
+        return self._collections[table]
+
+    def is_ready(self, collection: str) -> bool:
+        return collection in self._ready
+
+    async def ensure(self, collection: str) -> frozenset[str]:
+        """Have the table there and active, made now if it is missing; returns its active indexes.
+
+        Looks once in the life of a store. An index that the table lacks is not made here, because
+        that may take hours; `create` does it.
+        """
+        ready = self._ready.get(collection)
+        if ready is not None:
+            return ready
+        task = self._opening.get(collection)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._open(collection))
+            self._opening[collection] = task
+        try:
+            ready = await asyncio.shield(task)
+        finally:
+            if task.done():
+                self._opening.pop(collection, None)
+        self._ready[collection] = ready
+        return ready
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        while self._opening:
+            _, task = self._opening.popitem()
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.exception()
+
+    async def _open(self, collection: str) -> frozenset[str]:
+        try:
+            table = await self._described(collection)
+            if table is None or table["TableStatus"] != "ACTIVE":
+                if table is None and await self._create(collection):
+                    await self._active(collection)
+                    await self._configure(collection)
+                table = await self._active(collection)
+        except PermissionDeniedError:
+            # The least rights do not cover the description of tables: then they are there.
+            return frozenset(each.name for each in self.schema[collection].indexes)
+        return _active_indexes(table)
+
+    async def create(self) -> list[str]:
+        """Have everything there that is declared; returns what was done, in words.
+
+        Waits until tables and indexes are active. Nothing that is there is taken away or changed,
+        but for auto scaling and point-in-time recovery, which are set as configured.
+        """
+        done: list[str] = []
+        for collection in self.schema:
+            done += await self._make_whole(collection)
+        return done
+
+    async def _make_whole(self, collection: str) -> list[str]:
+        done: list[str] = []
+        name = self.name(collection)
+        if await self._described(collection) is None and await self._create(collection):
+            done.append(f"made {name}")
+        table = await self._active(collection)
+        for index in self._missing(collection, table):
+            await self._add_index(collection, index)
+            done.append(f"made {index.name} of {name}")
+        await self._active(collection)
+        await self._configure(collection)
+        self._ready.pop(collection, None)
+        return done
+
+    # -- looking -----------------------------------------------------------------------------
+
+    async def _described(self, collection: str) -> dict[str, Any] | None:
+        try:
+            answer = await self._client.read("DescribeTable", {"TableName": self.name(collection)})
+        except TableMissing:
+            return None
+        table: dict[str, Any] = answer["Table"]
+        return table
+
+    async def _active(self, collection: str) -> dict[str, Any]:
+        """The table once it and all its indexes are active."""
+        deadline = time.monotonic() + _WAIT_SECONDS
+        pause = _FIRST_LOOK
+        while True:
+            table = await self._described(collection)
+            if table is not None and _is_active(table):
+                return table
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s"
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_LOOK)
+
+    def _missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
+        there = {each["IndexName"] for each in table.get("GlobalSecondaryIndexes", ())}
+        return [each for each in self.schema[collection].indexes if each.name not in there]
+
+    async def compare(self) -> tuple[dict[str, Value], list[str]]:
+        """By collection what is there; and what differs from what is declared."""
+        found: dict[str, Value] = {}
+        problems: list[str] = []
+        for collection in self.schema:
+            name = self.name(collection)
+            table = await self._described(collection)
+            if table is None:
+                found[collection] = {"table": name, "status": "missing"}
+                continue
+            found[collection] = await self._told(name, table)
+            problems += self._differences(collection, table)
+        return found, problems
+
+    async def _told(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
+        throughput = table.get("ProvisionedThroughput", {})
+        told: dict[str, Value] = {
+            "table": name,
+            "status": table["TableStatus"],
+            "items": table.get("ItemCount", 0),
+            "bytes": table.get("TableSizeBytes", 0),
+            "billing_mode": _billing_mode(table),
+            "read_capacity": throughput.get("ReadCapacityUnits", 0),
+            "write_capacity": throughput.get("WriteCapacityUnits", 0),
+            "indexes": {
+                each["IndexName"]: each.get("IndexStatus", "ACTIVE")
+                for each in table.get("GlobalSecondaryIndexes", ())
+            },
+        }
+        try:
+            backups = await self._client.read("DescribeContinuousBackups", {"TableName": name})
+        except PermissionDeniedError:
+            return told
+        recovery = backups["ContinuousBackupsDescription"].get("PointInTimeRecoveryDescription", {})
+        told["point_in_time_recovery"] = recovery.get("PointInTimeRecoveryStatus") == "ENABLED"
+        return told
+
+    def _differences(self, collection: str, table: Mapping[str, Any]) -> list[str]:
+        name = self.name(collection)
+        problems = [
+            f"{name} has no index {each.name}; `create-tables` makes it"
+            for each in self._missing(collection, table)
+        ]
+        if table["TableStatus"] != "ACTIVE":
+            problems.append(f"{name} is {table['TableStatus']}")
+        key = [each["AttributeName"] for each in table["KeySchema"]]
+        if key != [self.schema[collection].key]:
+            problems.append(f"the key of {name} is {', '.join(key)}")
+        if _billing_mode(table) != self._billing_mode:
+            problems.append(
+                f"{name} is billed {_billing_mode(table)}, configured is {self._billing_mode}"
+            )
+        return problems
+
+    # -- making ------------------------------------------------------------------------------
+
+    @property
+    def _scaling(self) -> AutoScaling | None:
+        given = self._config.auto_scaling
+        if isinstance(given, AutoScaling):
+            return given if given.enabled else None
+        return AutoScaling() if given else None
+
+    @property
+    def _billing_mode(self) -> str:
+        # Tables that are paid per request have no capacity that could be scaled.
+        return "PROVISIONED" if self._scaling else self._config.billing_mode
+
+    def _throughput(self) -> dict[str, Any]:
+        if self._billing_mode != "PROVISIONED":
+            return {}
+        return {
+            "ProvisionedThroughput": {
+                "ReadCapacityUnits": max(self._config.read_capacity, 1),
+                "WriteCapacityUnits": max(self._config.write_capacity, 1),
+            }
+        }
+
+    async def _create(self, collection: str) -> bool:
+        """Ask for the table; False if another was faster."""
+        declared = self.schema[collection]
+        params: dict[str, Any] = {
+            "TableName": self.name(collection),
+            "BillingMode": self._billing_mode,
+            "KeySchema": [{"AttributeName": declared.key, "KeyType": "HASH"}],
+            "AttributeDefinitions": self._attributes(declared, declared.indexes),
+            **self._throughput(),
+        }
+        if declared.indexes:
+            params["GlobalSecondaryIndexes"] = [
+                self._index(collection, each) for each in declared.indexes
+            ]
+        backoff = Backoff(self._config.retry_timeout)
+        while True:
+            try:
+                await self._client.call("CreateTable", params)
+            except UnavailableError:
+                if await self._described(collection) is not None:
+                    return False
+                if not await backoff.pause():
+                    raise
+            else:
+                return True
+
+    def _attributes(self, declared: Collection, indexes: Sequence[Index]) -> list[dict[str, str]]:
+        form = self.forms[declared.name]
+        names = {declared.key: "S"}
+        for index in indexes:
+            for each in (index.field, index.sort):
+                if each is not None and each != declared.key:
+                    field = form.indexed[each]
+                    names[field.attribute] = key_type(field)
+        return [{"AttributeName": name, "AttributeType": kind} for name, kind in names.items()]
+
+    def _index(self, collection: str, index: Index) -> dict[str, Any]:
+        form = self.forms[collection]
+        keys = [{"AttributeName": attribute_of(form, index.field), "KeyType": "HASH"}]
+        if index.sort is not None:
+            keys.append({"AttributeName": attribute_of(form, index.sort), "KeyType": "RANGE"})
+        return {
+            "IndexName": index.name,
+            "KeySchema": keys,
+            "Projection": {"ProjectionType": "ALL"},
+            **self._throughput(),
+        }
+
+    async def _add_index(self, collection: str, index: Index) -> None:
+        """Add an index to a table; DynamoDB makes one at a time, whoever asks for it."""
+        backoff = Backoff(self._config.retry_timeout)
+        params = {
+            "TableName": self.name(collection),
+            "AttributeDefinitions": self._attributes(self.schema[collection], (index,)),
+            "GlobalSecondaryIndexUpdates": [{"Create": self._index(collection, index)}],
+        }
+        while True:
+            try:
+                await self._client.call("UpdateTable", params)
+            except (UnavailableError, StatementRefused):
+                # Perhaps another process does the same; what then is there decides.
+                table = await self._active(collection)
+                if index not in self._missing(collection, table):
+                    return
+                if not await backoff.pause():
+                    raise
+            else:
+                await self._active(collection)
+                return
+
+    async def _configure(self, collection: str) -> None:
+        name = self.name(collection)
+        if self._config.point_in_time_recovery:
+            await self._client.read(
+                "UpdateContinuousBackups",
+                {
+                    "TableName": name,
+                    "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
+                },
+            )
+        scaling = self._scaling
+        if scaling is not None:
+            resources = [f"table/{name}"]
+            resources += [
+                f"table/{name}/index/{each.name}" for each in self.schema[collection].indexes
+            ]
+            await self._scale(resources, scaling)
+
+    async def _scale(self, resources: Sequence[str], scaling: AutoScaling) -> None:
+        connection = await self._client.connection()
+        endpoint = None if os.environ.get(_SCALING_ENDPOINT) else self._config.endpoint_url
+        try:
+            async with connection.session.create_client(
+                "application-autoscaling", region_name=connection.region, endpoint_url=endpoint
+            ) as client:
+                for resource in resources:
+                    for what in ("Read", "Write"):
+                        await _track(client, resource, what, scaling)
+        except Exception as exc:
+            error = getattr(exc, "response", {}).get("Error", {})
+            if error:
+                raise UnavailableError(f"auto scaling was refused: {error.get('Code')}") from exc
+            raise exc if isinstance(exc, StorageError) else of_client(exc) from exc
+
+
+async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) -> None:
+    """Have a capacity follow its use."""
+    kind = "index" if "/index/" in resource else "table"
+    target = {
+        "ServiceNamespace": "dynamodb",
+        "ResourceId": resource,
+        "ScalableDimension": f"dynamodb:{kind}:{what}CapacityUnits",
+    }
+    low, high = (
+        (scaling.min_read_capacity, scaling.max_read_capacity)
+        if what == "Read"
+        else (scaling.min_write_capacity, scaling.max_write_capacity)
+    )
+    await client.register_scalable_target(**target, MinCapacity=low, MaxCapacity=high)
+    await client.put_scaling_policy(
+        **target,
+        PolicyName=f"{resource}-{what.lower()}",
+        PolicyType="TargetTrackingScaling",
+        TargetTrackingScalingPolicyConfiguration={
+            "TargetValue": float(scaling.target_utilization),
+            "PredefinedMetricSpecification": {
+                "PredefinedMetricType": f"DynamoDB{what}CapacityUtilization"
+            },
+        },
+    )
+
+
+def attribute_of(form: ItemForm, field: str) -> str:
+    """The attribute by which an index knows a field."""
+    return field if field == form.key else form.indexed[field].attribute
+
+
+def key_type(field: IndexedField) -> str:
+    return "N" if field.type in ("integer", "number") else "S"
+
+
+def _is_active(table: Mapping[str, Any]) -> bool:
+    return table["TableStatus"] == "ACTIVE" and len(_active_indexes(table)) == len(
+        table.get("GlobalSecondaryIndexes", ())
+    )
+
+
+def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(
+        each["IndexName"]
+        for each in table.get("GlobalSecondaryIndexes", ())
+        if each.get("IndexStatus", "ACTIVE") == "ACTIVE" and not each.get("Backfilling")
+    )
+
+
+def _billing_mode(table: Mapping[str, Any]) -> str:
+    # A table that never was on demand has no summary.
+    mode: str = table.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED")
+    return mode

@@ -1,0 +1,373 @@
+"""Transactions: reads are remembered, changes decided here, and one `TransactWriteItems` at the end.
+
+What was read, be it nothing, is a condition of the commit: the write token of each item must still
+be what it was. So the transaction is serializable with every write beside it, and a commit of which
+the answer was lost can be sent again, for DynamoDB knows its client token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+import msgspec
+
+from hf_async_store.conditions import changed
+from hf_async_store.engine import Session, finish
+from hf_async_store.entities import (
+    VERSION,
+    Change,
+    Delete,
+    Entity,
+    Key,
+    Outcome,
+    Record,
+    copy_entity,
+)
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    StorageError,
+    TransactionTooLargeError,
+    UnavailableError,
+)
+from hf_async_store.query import Query, compile_filter, compile_order, position_key
+from hf_async_store.strategies.dynamodb.errors import (
+    Cancelled,
+    StatementRefused,
+    TableMissing,
+    conflict,
+    short,
+    translate,
+)
+from hf_async_store.strategies.dynamodb.items import TOKEN, new_token, token_of, version_of
+from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing
+from hf_async_store.strategies.dynamodb.writes import unchanged
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.tables import Tables
+
+MOST_ACTIONS: Final = 100
+MOST_BYTES: Final = 4 * 1024 * 1024
+"""Source: DynamoDB service quotas, "Transactions"."""
+
+_CONFLICT_SECONDS: Final = 2.0
+_ENCODE: Final = msgspec.json.Encoder().encode
+
+
+class DynamoDBSession:
+    """One transaction."""
+
+    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+        self._client = client
+        self._tables = tables
+        self._reading = reading
+        self._seen: dict[Key, Attributes | None] = {}
+        self._layers: list[dict[Key, Entity | None]] = [{}]
+        self._reads = 0
+
+    # -- reads -------------------------------------------------------------------------------
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        """As `Reader.fetch`; several keys at once are one snapshot."""
+        await self._load(keys, snapshot=True)
+        return [self._record(each) for each in keys]
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        """As `Reader.select`: rows of the store, with the writes of this transaction over them."""
+        if query.limit == 0:
+            return
+        # An order that the rows written here fit into, too.
+        query = msgspec.structs.replace(
+            query, by_id=query.by_id or (query.paged and not query.order)
+        )
+        own = self._own(query)
+        written = {each.key for each in own} | self._written(query.collection)
+        limit = None if query.limit is None else query.limit + len(written)
+        number = 0
+        async with aclosing(self._reading.select(query.with_limit(limit))) as others:
+            rows = self._merged(query, own, written, others)
+            async with aclosing(rows) as found:
+                async for record in found:
+                    yield record
+                    number += 1
+                    if number == query.limit:
+                        return
+
+    async def _merged(
+        self,
+        query: Query,
+        own: list[Record],
+        written: set[Key],
+        others: AsyncGenerator[Record, None],
+    ) -> AsyncGenerator[Record, None]:
+        in_order = bool(query.order or query.by_id)
+        key_of = compile_order(query)
+        waiting = own[::-1]
+        async for record in others:
+            if record.key in written:
+                continue
+            while waiting and (
+                not in_order
+                or key_of(waiting[-1].key.id, waiting[-1].entity)
+                < key_of(record.key.id, record.entity)
+            ):
+                yield waiting.pop()
+            yield record
+        while waiting:
+            yield waiting.pop()
+
+    def _written(self, collection: str) -> set[Key]:
+        return {key for layer in self._layers for key in layer if key.collection == collection}
+
+    def _own(self, query: Query) -> list[Record]:
+        """What this transaction wrote and the query finds, in its order."""
+        matches = compile_filter(query.where)
+        key_of = compile_order(query)
+        after = None if query.after is None else position_key(query, query.after)
+        found = []
+        for key in self._written(query.collection):
+            entity = self._entity(key)
+            if entity is not None and matches(entity):
+                place = key_of(key.id, entity)
+                if after is None or place > after:
+                    found.append((place, Record(key, copy_entity(entity))))
+        return [record for _, record in sorted(found, key=lambda each: each[0])]
+
+    async def count(self, query: Query) -> int:
+        """As `Reader.count`."""
+        number = 0
+        async with aclosing(self.select(query)) as rows:
+            async for _ in rows:
+                number += 1
+        return number
+
+    async def _load(self, keys: Sequence[Key], *, snapshot: bool) -> None:
+        """Read what was not read yet."""
+        new = [each for each in dict.fromkeys(keys) if each not in self._seen]
+        if not new:
+            return
+        self._refuse_many(len(self._seen) + len(new))
+        self._reads += 1
+        if snapshot and len(new) > 1:
+            items = await self._snapshot(new)
+        else:
+            items = await self._reading.items(new, consistent=True)
+        self._seen.update(zip(new, items, strict=True))
+
+    async def _snapshot(self, keys: Sequence[Key]) -> list[Attributes | None]:
+        gets = [await self._get(each) for each in keys]
+        try:
+            answer = await self._transact("TransactGetItems", {"TransactItems": gets}, keys)
+        except StatementRefused:
+            # More than 4 MB: read in parts, and what was seen is checked at the end.
+            self._reads += 1
+            return await self._reading.items(keys, consistent=True)
+        return [cast("Attributes | None", each.get("Item")) for each in answer["Responses"]]
+
+    async def _get(self, key: Key, *, only_token: bool = False) -> dict[str, Any]:
+        await self._tables.ensure(key.collection)
+        form = self._tables.forms[key.collection]
+        get: dict[str, Any] = {
+            "TableName": self._tables.name(key.collection),
+            "Key": {form.key: {"S": key.id}},
+        }
+        if only_token:
+            get["ProjectionExpression"] = "#k, #w, #v"
+            get["ExpressionAttributeNames"] = {"#k": form.key, "#w": TOKEN, "#v": VERSION}
+        return {"Get": get}
+
+    def _refuse_many(self, number: int) -> None:
+        if number > MOST_ACTIONS:
+            raise TransactionTooLargeError(
+                f"a transaction on DynamoDB reads and writes {MOST_ACTIONS} entities at most"
+            )
+
+    def _entity(self, key: Key) -> Entity | None:
+        for layer in reversed(self._layers):
+            if key in layer:
+                return layer[key]
+        item = self._seen[key]
+        return None if item is None else self._tables.forms[key.collection].entity(item)
+
+    def _record(self, key: Key) -> Record | None:
+        entity = self._entity(key)
+        return None if entity is None else Record(key, copy_entity(entity))
+
+    # -- writes ------------------------------------------------------------------------------
+
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        """As `Session.write`."""
+        keys = [each.key for each in changes]
+        keys += [each.mark.key for each in changes if each.mark is not None]
+        await self._load(keys, snapshot=False)
+        outcomes: list[Outcome] = []
+        for change in changes:
+            outcomes.append(self._apply(change))
+            if isinstance(outcomes[-1], StorageError):
+                break
+        return outcomes
+
+    def _apply(self, change: Change) -> Outcome:
+        current = self._entity(change.key)
+        try:
+            entity = changed(change, current)
+        except StorageError as exc:
+            return exc
+        self._layers[-1][change.key] = entity
+        if change.mark is not None:
+            self._layers[-1][change.mark.key] = change.mark.entity
+        stored = current if isinstance(change, Delete) else entity
+        return None if stored is None else cast("int", stored[VERSION])
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncGenerator[Session, None]:
+        """As `Session.savepoint`; what was read in it stays a condition."""
+        depth = len(self._layers)
+        self._layers.append({})
+        try:
+            yield self
+        except BaseException:
+            del self._layers[depth:]
+            raise
+        top = self._layers.pop()
+        self._layers[-1].update(top)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    async def commit(self) -> None:
+        """Write everything, or nothing.
+
+        Raises:
+            ConcurrencyConflictError, TransactionTooLargeError.
+        """
+        [written] = self._layers
+        if written:
+            await finish(self._commit(written))
+        elif self._reads > 1:
+            await self._validate()
+
+    async def _validate(self) -> None:
+        """That everything that was read is one state still."""
+        keys = list(self._seen)
+        gets = [await self._get(each, only_token=True) for each in keys]
+        answer = await self._transact("TransactGetItems", {"TransactItems": gets}, keys)
+        for key, response in zip(keys, answer["Responses"], strict=True):
+            seen, now = self._seen[key], response.get("Item")
+            if _state_of(seen) != _state_of(now):
+                _raise_conflict(key, seen, now)
+
+    async def _commit(self, written: Mapping[Key, Entity | None]) -> None:
+        token = new_token()
+        keys = list(dict.fromkeys([*written, *self._seen]))
+        self._refuse_many(len(keys))
+        actions = [self._action(each, written, token) for each in keys]
+        if len(_ENCODE(actions)) > MOST_BYTES:
+            raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
+        params = {"TransactItems": actions, "ClientRequestToken": token}
+        await self._transact("TransactWriteItems", params, keys, token=token)
+
+    def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
+        form = self._tables.forms[key.collection]
+        seen = self._seen[key]
+        action: dict[str, Any] = {
+            "TableName": self._tables.name(key.collection),
+            **unchanged(form, seen),
+            "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        }
+        entity = written.get(key)
+        if entity is not None:
+            version = cast("int", entity.get(VERSION, 0))
+            return {"Put": {**action, "Item": form.item(key.id, entity, version, token)}}
+        action["Key"] = {form.key: {"S": key.id}}
+        return {"Delete" if key in written and seen is not None else "ConditionCheck": action}
+
+    async def _transact(
+        self,
+        operation: str,
+        params: Mapping[str, Any],
+        keys: Sequence[Key],
+        *,
+        token: str | None = None,
+    ) -> dict[str, Any]:
+        """Send a transaction until it is answered; it may be sent any number of times."""
+        backoff = Backoff(self._client.config.retry_timeout)
+        while_in_conflict = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
+        lost = False
+        while True:
+            try:
+                return await self._client.call(operation, params)
+            except Cancelled as exc:
+                error = self._cancelled(exc, keys)
+                if lost and token is not None and _is_own(exc, token):
+                    return {}
+                if isinstance(error, ConcurrencyConflictError):
+                    error.outcome_unknown = lost and token is not None
+                    if not _may_pass(exc) or not await while_in_conflict.pause():
+                        raise error from exc
+                elif not isinstance(error, UnavailableError) or not await backoff.pause():
+                    raise error from exc
+            except ConcurrencyConflictError:
+                if not await while_in_conflict.pause():
+                    raise
+            except UnavailableError as exc:
+                lost = lost or not left_nothing(exc)
+                if not await backoff.pause():
+                    exc.outcome_unknown = lost and token is not None
+                    raise
+            except TableMissing as exc:
+                raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+
+    def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
+        """The error of the first reason that is one; a condition comes before all others."""
+        found = [
+            (key, reason)
+            for key, reason in zip(keys, exc.reasons, strict=False)
+            if reason.get("Code") not in (None, "None")
+        ]
+        if not found:
+            return UnavailableError("the transaction was cancelled without a reason")
+        failed = [each for each in found if short(each[1]["Code"]) == "ConditionalCheckFailed"]
+        key, reason = (failed or found)[0]
+        if failed:
+            return _conflict_at(key, self._seen.get(key), reason.get("Item"), self._tables)
+        code = short(reason["Code"])
+        if code == "TransactionConflict":
+            return conflict(key.collection, key.id)
+        return translate(code, reason.get("Message") or "", 400, reason)
+
+
+def _state_of(item: Attributes | None) -> tuple[str | None, int] | None:
+    return None if item is None else (token_of(item), version_of(item))
+
+
+def _conflict_at(
+    key: Key, seen: Attributes | None, now: Attributes | None, tables: Tables | None = None
+) -> ConcurrencyConflictError:
+    return ConcurrencyConflictError(
+        f"{key.collection} {key.id!r} was changed by another since this transaction read it",
+        collection=key.collection,
+        entity_id=key.id,
+        expected=None if seen is None else version_of(seen),
+        actual=None if now is None else version_of(now),
+        current=None if now is None or tables is None else tables.forms[key.collection].entity(now),
+        retryable=True,
+    )
+
+
+def _raise_conflict(key: Key, seen: Attributes | None, now: Attributes | None) -> NoReturn:
+    raise _conflict_at(key, seen, now)
+
+
+def _is_own(exc: Cancelled, token: str) -> bool:
+    """Whether what stands in the way is what this very transaction wrote."""
+    items = [each["Item"] for each in exc.reasons if each.get("Item")]
+    return any(token_of(each) == token for each in items)
+
+
+def _may_pass(exc: Cancelled) -> bool:
+    """Whether no condition failed: others were merely there at the same moment."""
+    return all(short(each.get("Code") or "") != "ConditionalCheckFailed" for each in exc.reasons)

@@ -1,0 +1,23 @@
+"""The contract on DynamoDB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hf_async_store.testing.contract import StrategyContract
+from tests.contract.harnesses import DynamoDBHarness
+
+if TYPE_CHECKING:
+    from tests.dynamodb.proxy import Proxy
+
+
+class TestDynamoDB(StrategyContract):
+    @pytest.fixture
+    def harness(self, dynamodb_proxy: Proxy) -> Iterator[DynamoDBHarness]:
+        harness = DynamoDBHarness(dynamodb_proxy)
+        yield harness
+        dynamodb_proxy.rule = None
+        dynamodb_proxy.requests.clear()

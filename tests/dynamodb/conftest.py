@@ -1,0 +1,22 @@
+"""What the tests of the DynamoDB strategy run on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.dynamodb.proxy import Proxy
+
+
+@pytest.fixture
+def proxy(dynamodb_proxy: Proxy) -> Iterator[Proxy]:
+    """The proxy of the run, without rules and requests of the test before."""
+    dynamodb_proxy.rule = None
+    dynamodb_proxy.requests.clear()
+    yield dynamodb_proxy
+    dynamodb_proxy.rule = None
+    dynamodb_proxy.requests.clear()

@@ -1,0 +1,216 @@
+"""A proxy before the DynamoDB server: it counts requests, and does to them what networks do.
+
+It runs in a thread with a loop of its own, so that it answers whatever the test's loop is at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import aiohttp
+from aiohttp import web
+
+_WRITES = ("BatchExecuteStatement", "BatchWriteItem", "TransactWriteItems", "PutItem", "UpdateItem")
+WRITES = (*_WRITES, "DeleteItem")
+
+
+class Request(NamedTuple):
+    """A request as it came."""
+
+    operation: str
+    params: dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """An answer that the server did not give."""
+
+    status: int
+    body: dict[str, Any]
+
+
+class Cut(NamedTuple):
+    """Cut the connection, after `stall` seconds; before or after the server saw the request."""
+
+    applied: bool
+    stall: float = 0.0
+
+
+class Late(NamedTuple):
+    """Pass the request on after so many seconds."""
+
+    seconds: float
+
+
+class Failed(NamedTuple):
+    """The server did it, and answers 500."""
+
+
+class Partly(NamedTuple):
+    """Do a part of the request, and say so."""
+
+
+class Changed(NamedTuple):
+    """The server's answer, changed on its way."""
+
+    change: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+Fault = Changed | Answer | Cut | Late | Failed | Partly
+Rule = Callable[[Request], Fault | None]
+
+
+def throttled() -> Answer:
+    return Answer(400, {"__type": "com.amazonaws#ProvisionedThroughputExceededException"})
+
+
+def failed() -> Answer:
+    return Answer(500, {"__type": "InternalServerError", "message": "try again"})
+
+
+class Proxy:
+    """A running proxy.
+
+    Attributes:
+        url: its address.
+        rule: what to do to a request; None passes it on.
+        requests: all that came.
+    """
+
+    def __init__(self, server_url: str) -> None:
+        self._server_url = server_url
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self.url = ""
+        self.rule: Rule | None = None
+        self.requests: list[Request] = []
+        self._thread = threading.Thread(
+            target=lambda: self._loop.run_until_complete(self._run()), daemon=True
+        )
+
+    def counted(self) -> Counter[str]:
+        """How many requests of each operation came."""
+        return Counter(each.operation for each in self.requests)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(20), "the proxy did not start"
+
+    def stop(self) -> None:
+        assert self._stop is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+
+    async def _run(self) -> None:
+        self._stop = asyncio.Event()
+        timeout = aiohttp.ClientTimeout(total=None)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as self._session:
+            server = web.Server(self._handle)
+            runner = web.ServerRunner(server, access_log=None, shutdown_timeout=0.1)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            self._ready.set()
+            await self._stop.wait()
+            await runner.cleanup()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for each in others:
+                each.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+    async def _handle(self, incoming: web.BaseRequest) -> web.StreamResponse:
+        body = await incoming.content.read()  # `read()` has a limit
+        operation = incoming.headers.get("X-Amz-Target", "").rpartition(".")[2]
+        request = Request(operation, json.loads(body or b"{}"))
+        self.requests.append(request)
+        fault = None if self.rule is None else self.rule(request)
+        if isinstance(fault, Answer):
+            return _response(fault.status, json.dumps(fault.body).encode())
+        if isinstance(fault, Late):
+            await asyncio.sleep(fault.seconds)
+        if isinstance(fault, Cut) and not fault.applied:
+            return await self._cut(incoming, fault)
+        if isinstance(fault, Partly):
+            return await self._partly(incoming, request)
+        try:
+            status, answer = await self._pass_on(incoming, body)
+        except aiohttp.ClientError:
+            return await self._cut(incoming, Cut(applied=False))
+        if isinstance(fault, Cut):
+            return await self._cut(incoming, fault)
+        if isinstance(fault, Changed):
+            answer = json.dumps(fault.change(json.loads(answer))).encode()
+        if isinstance(fault, Failed):
+            return _response(500, json.dumps(failed().body).encode())
+        return _response(status, answer)
+
+    async def _pass_on(self, incoming: web.BaseRequest, body: bytes) -> tuple[int, bytes]:
+        headers = {
+            name: value
+            for name, value in incoming.headers.items()
+            if name.lower() not in ("host", "content-length")
+        }
+        data = io.BytesIO(body)
+        async with self._session.post(self._server_url, data=data, headers=headers) as answer:
+            return answer.status, await answer.read()
+
+    async def _cut(self, incoming: web.BaseRequest, fault: Cut) -> web.StreamResponse:
+        await asyncio.sleep(fault.stall)
+        if incoming.transport is not None:
+            incoming.transport.abort()
+        return web.Response()
+
+    async def _partly(self, incoming: web.BaseRequest, request: Request) -> web.StreamResponse:
+        """Every second part is done, the others are handed back."""
+        params = request.params
+        if request.operation == "BatchExecuteStatement":
+            statements = params["Statements"]
+            kept = {**params, "Statements": statements[::2]}
+            status, body = await self._pass_on(incoming, json.dumps(kept).encode())
+            done = iter(json.loads(body)["Responses"])
+            error = {"Error": {"Code": "ThrottlingError", "Message": "slow down"}}
+            answers = [error if place % 2 else next(done) for place in range(len(statements))]
+            return _response(status, json.dumps({"Responses": answers}).encode())
+        if request.operation in ("BatchGetItem", "BatchWriteItem"):
+            return await self._half(incoming, request)
+        return _response(400, json.dumps(throttled().body).encode())
+
+    async def _half(self, incoming: web.BaseRequest, request: Request) -> web.StreamResponse:
+        reads = request.operation == "BatchGetItem"
+        kept: dict[str, Any] = {}
+        left: dict[str, Any] = {}
+        for table, asked in request.params["RequestItems"].items():
+            parts = asked["Keys"] if reads else asked
+            first, second = parts[: (len(parts) + 1) // 2], parts[(len(parts) + 1) // 2 :]
+            kept[table] = {**asked, "Keys": first} if reads else first
+            if second:
+                left[table] = {**asked, "Keys": second} if reads else second
+        body = json.dumps({**request.params, "RequestItems": kept}).encode()
+        status, answer = await self._pass_on(incoming, body)
+        merged = {**json.loads(answer), "UnprocessedKeys" if reads else "UnprocessedItems": left}
+        return _response(status, json.dumps(merged).encode())
+
+
+def _response(status: int, body: bytes) -> web.Response:
+    return web.Response(status=status, body=body, content_type="application/x-amz-json-1.0")
+
+
+@contextmanager
+def proxy_before(server_url: str) -> Iterator[Proxy]:
+    """A proxy for as long as the context lasts."""
+    proxy = Proxy(server_url)
+    proxy.start()
+    try:
+        yield proxy
+    finally:
+        proxy.stop()

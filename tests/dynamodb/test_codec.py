@@ -1,0 +1,242 @@
+"""The codec: beside Amazon's own, over everything that can be stored, and in items with indexes."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_async_store import Collection, Field, Index
+from hf_async_store.entities import MAX_ENTITY_BYTES, REMOVED, check_size
+from hf_async_store.strategies.dynamodb.codec import decode, encode, encode_map
+from hf_async_store.strategies.dynamodb.items import (
+    MISSING_MARK,
+    ItemForm,
+    probe_id,
+    shortened,
+    weight_of,
+)
+from hf_async_store.testing import generated
+from hf_async_store.testing.checks import exact
+
+if TYPE_CHECKING:
+    from hf_async_store.entities import Value
+
+THINGS = Collection(
+    "things",
+    key="thing_id",
+    fields=[
+        "label",
+        "plain",
+        Field("count", "integer"),
+        Field("ratio", "number"),
+        Field("active", "boolean"),
+        Field("due_at", "timestamp"),
+        Field("data", "json"),
+    ],
+    indexes=[
+        Index("label", "created_at"),
+        Index("count", "label"),
+        Index("ratio", "count"),
+        Index("active", "ratio"),
+        Index("due_at", "active"),
+    ],
+)
+FORM = ItemForm(THINGS)
+TIMES = st.just("2024-01-02T03:04:05.000006Z") | st.none()
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+
+
+@st.composite
+def things(draw: st.DrawFn) -> dict[str, Any]:
+    columns: dict[str, st.SearchStrategy[Any]] = {
+        "label": TEXTS | st.none() | st.just("x" * 3000) | st.just("\x01"),
+        "plain": TEXTS | st.none(),
+        "count": INTEGERS | st.none(),
+        "ratio": INTEGERS | FLOATS | st.none() | st.sampled_from(generated.LARGE_NUMBERS),
+        "active": st.booleans() | st.none(),
+        "due_at": TIMES,
+        "created_at": TIMES,
+        "data": generated.values,
+        "extra": generated.values,
+        "": generated.values,
+        "_w": generated.values,
+        "doc": generated.values,
+    }
+    entity: dict[str, Any] = {"thing_id": "t"}
+    for name, column in columns.items():
+        if draw(st.booleans()):
+            entity[name] = draw(column)
+    return entity
+
+
+def through_json(attribute: Any) -> Any:
+    """As the wire brings it."""
+    return json.loads(json.dumps(attribute))
+
+
+def as_amazon_reads(attribute: Any) -> Any:
+    """A value by Amazon's own deserializer, with its decimals as numbers."""
+    return _plain(TypeDeserializer().deserialize(attribute))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value
+
+
+@given(generated.values)
+def test_every_value_comes_back_type_for_type(value: Value) -> None:
+    assert exact(decode(through_json(encode(value)))) == exact(value)
+
+
+def _has_side_form(value: Any) -> bool:
+    if isinstance(value, float):
+        return "N" not in encode(value)
+    if isinstance(value, dict):
+        return "" in value or any(map(_has_side_form, value.values()))
+    return isinstance(value, list) and any(map(_has_side_form, value))
+
+
+@given(generated.values)
+def test_amazon_reads_the_same_where_there_is_no_side_form(value: Value) -> None:
+    if not _has_side_form(value):
+        assert as_amazon_reads(encode(value)) == value
+
+
+@given(generated.values)
+def test_amazon_writes_the_same_where_it_can(value: Value) -> None:
+    try:
+        theirs = TypeSerializer().serialize(value)
+    except TypeError:
+        return  # it takes no floats at all
+    if not _has_side_form(value):
+        assert encode(value) == theirs
+
+
+@pytest.mark.parametrize(
+    ("value", "attribute"),
+    [
+        (1, {"N": "1"}),
+        (1.0, {"SS": ["1.0"]}),
+        (-0.0, {"SS": ["-0.0"]}),
+        (0.1, {"N": "0.1"}),
+        (1e-130, {"N": "1e-130"}),
+        (9e-131, {"SS": ["9e-131"]}),
+        (1.7e308, {"SS": ["1.7e+308"]}),
+        (5e-324, {"SS": ["5e-324"]}),
+        (2**63 - 1, {"N": "9223372036854775807"}),
+        (True, {"BOOL": True}),
+        ("", {"S": ""}),
+        (None, {"NULL": True}),
+        ([], {"L": []}),
+        ({}, {"M": {}}),
+    ],
+)
+def test_the_forms(value: Value, attribute: object) -> None:
+    assert encode(value) == attribute
+    assert exact(decode(through_json(attribute))) == exact(value)
+
+
+def test_numbers_as_the_service_writes_them() -> None:
+    assert exact(decode({"N": "0.0000001"})) == exact(1e-7)
+    assert exact(decode({"N": "1E-130"})) == exact(1e-130)
+    assert exact(decode({"N": "-9007199254740993"})) == exact(-(2**53) - 1)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 70_000, "\U0001f600" * 20_000])
+def test_names_that_dynamodb_refuses(name: str) -> None:
+    value: dict[str, Value] = {name: {"": 1}, "plain": [name]}
+    encoded = encode_map(value)
+    assert all(0 < len(each.encode()) <= 65_535 for each in encoded)
+    assert exact(decode(through_json({"M": encoded}))) == exact(value)
+
+
+@given(things())
+def test_every_entity_comes_back(entity: dict[str, Any]) -> None:
+    item = FORM.item("t", entity, 3, "token")
+    assert exact(FORM.entity(through_json(item))) == exact({**entity, "version": 3})
+
+
+@given(things())
+def test_the_keys_of_indexes_are_what_dynamodb_takes(entity: dict[str, Any]) -> None:
+    item = FORM.item("t", entity, 3, "token")
+    for field in FORM.indexed.values():
+        key = item.get(field.attribute)
+        if field.is_sort:
+            assert key is not None, "an item without it drops out of the index"
+        if key is not None:
+            [(kind, held)] = key.items()
+            assert kind == ("N" if field.type in ("integer", "number") else "S")
+            assert held
+            assert len(held.encode()) <= (1024 if field.is_sort else 2048)
+            assert kind != "N" or len(Decimal(held).as_tuple().digits) <= 38
+
+
+@given(things(), things())
+def test_an_update_of_every_field_is_the_same_as_a_save(
+    before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Whatever form each field had and gets."""
+    item = FORM.item("t", before, 1, "token")
+    names = {*before, *after} - {"thing_id"}
+    put, removed = FORM.changes({name: after.get(name, REMOVED) for name in names})
+    for path, attribute in put.items():
+        (item if len(path) == 1 else item["doc"]["M"])[path[-1]] = attribute
+    for path in removed:
+        (item if len(path) == 1 else item["doc"]["M"]).pop(path[-1], None)
+    if "" in names:
+        return  # it goes another way, as `test_writes` shows
+    assert exact(FORM.entity(through_json(item))) == exact({**after, "version": 1})
+
+
+@given(things(), things())
+def test_a_save_leaves_no_old_field_behind(before: dict[str, Any], after: dict[str, Any]) -> None:
+    item = FORM.item("t", before, 1, "token")
+    attributes, removed = FORM.parts(after, keep_created=True)
+    for name in removed:
+        item.pop(name, None)
+    item.update(attributes)
+    kept = {"created_at": before["created_at"]} if "created_at" in before else {}
+    assert exact(FORM.entity(through_json(item))) == exact({**kept, **after, "version": 1})
+
+
+@given(things())
+def test_the_weight_is_never_too_small(entity: dict[str, Any]) -> None:
+    filler = MAX_ENTITY_BYTES - weight_of(entity) - 20
+    if filler > 0:
+        check_size({**entity, "filler": "x" * filler})  # it does not raise
+
+
+def test_a_missing_sort_key_is_told_from_null() -> None:
+    missing = FORM.item("t", {"thing_id": "t"}, 1, "token")
+    null = FORM.item("t", {"thing_id": "t", "label": None, "created_at": None}, 1, "token")
+    assert missing["label"] == null["label"] == {"S": "\x01"}
+    assert missing["doc"]["M"]["label"] == MISSING_MARK
+    assert FORM.entity(missing) == {"thing_id": "t", "version": 1}
+    assert FORM.entity(null) == {"thing_id": "t", "version": 1, "label": None, "created_at": None}
+
+
+def test_shortened_ends_with_a_whole_character() -> None:
+    for text in ("x" * 2000, "é" * 2000, "\U0001f600" * 2000, "x" + "\U0001f600" * 2000):
+        short = shortened(text)
+        assert text.startswith(short)
+        assert 1020 < len(short.encode()) <= 1024
+    assert shortened("short") == "short"
+
+
+def test_a_probe_is_no_id() -> None:
+    assert 1024 < len(probe_id()) <= 2048
+    assert probe_id() != probe_id()

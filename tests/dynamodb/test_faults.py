@@ -1,0 +1,432 @@
+"""Faults on the network and in the service: nothing lost, nothing doubled, nothing "missing".
+
+Each task works on entities of its own, and so knows what must be there: the versions are as many as the
+writes that were acknowledged, or those and some whose outcome was declared unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from hf_async_store import (
+    BatchError,
+    ConcurrencyConflictError,
+    StorageError,
+    ThrottledError,
+    UnavailableError,
+)
+from hf_async_store.testing.driving import seeded
+from tests.dynamodb.proxy import (
+    WRITES,
+    Answer,
+    Cut,
+    Failed,
+    Fault,
+    Late,
+    Partly,
+    Request,
+    failed,
+    proxy_before,
+    throttled,
+)
+from tests.dynamodb.support import new_prefix, store_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_async_store import DynamoDBStorageStrategy
+    from hf_async_store.testing.servers import DynamoDBServer
+    from tests.dynamodb.proxy import Proxy
+
+TASKS: Final = 12
+STEPS: Final = 12
+
+
+@pytest.fixture
+def proxy(dynamodb_server: DynamoDBServer) -> Iterator[Proxy]:
+    """One of its own: what a fault leaves under way must not meet another test."""
+    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+        yield proxy
+
+
+def _conflict(request: Request) -> Fault:
+    if request.operation == "BatchExecuteStatement":
+        error = {"Error": {"Code": "TransactionConflict", "Message": "under way"}}
+        return Answer(200, {"Responses": [error] * len(request.params["Statements"])})
+    if request.operation in ("TransactWriteItems", "TransactGetItems"):
+        reasons = [{"Code": "TransactionConflict"}] * len(request.params["TransactItems"])
+        return Answer(
+            400,
+            {
+                "__type": "com.amazonaws#TransactionCanceledException",
+                "CancellationReasons": reasons,
+            },
+        )
+    return Answer(400, {"__type": "com.amazonaws#TransactionConflictException"})
+
+
+def _statement_failed(request: Request) -> Fault | None:
+    if request.operation != "BatchExecuteStatement":
+        return failed()
+    error = {"Error": {"Code": "InternalServerError", "Message": "?"}}
+    return Answer(200, {"Responses": [error] * len(request.params["Statements"])})
+
+
+FAULTS: Final[dict[str, Callable[[Request], Fault | None]]] = {
+    "throttled": lambda request: throttled(),
+    "conflicts": lambda request: _conflict(request) if request.operation in WRITES else None,
+    "unprocessed": lambda request: Partly(),
+    "500 before": lambda request: failed(),
+    "500 after": lambda request: Failed(),
+    "500 of a statement": _statement_failed,
+    "cut before": lambda request: Cut(applied=False),
+    "cut after": lambda request: Cut(applied=True),
+    "late": lambda request: Late(0.8),
+}
+
+
+class Known:
+    """What must be stored of one entity."""
+
+    def __init__(self, entity_id: str) -> None:
+        self.id = entity_id
+        self.versions: set[int] = {0}
+        """Those it may have; 0 for not being there."""
+        self.values: set[object] = {None}
+
+    def judge(self, entity: dict[str, Any] | None) -> None:
+        version = 0 if entity is None else entity["version"]
+        assert version in self.versions, f"{self.id} is at {version}, not {self.versions}"
+        if entity is not None:
+            assert entity["count"] in self.values, f"{self.id}: {entity}, not {self.values}"
+
+    def landed(self, version: int, value: object) -> None:
+        self.versions, self.values = {version}, {value}
+
+    def may_have_landed(self, version: int | None, value: object) -> None:
+        more = {0} if version is None else {each + 1 for each in self.versions}
+        self.versions |= more
+        self.values.add(value)
+
+
+async def _life(store: DynamoDBStorageStrategy, entity_id: str, random: Random) -> Known:
+    known = Known(entity_id)
+    for step in range(STEPS):
+        try:
+            await _step(store, known, random, step)
+        except ConcurrencyConflictError as exc:
+            assert exc.retryable, "nobody else is here to be in conflict with"
+            assert not exc.outcome_unknown
+        except StorageError as exc:
+            assert isinstance(exc, UnavailableError), repr(exc)
+        entity = await store.get_entity("items", entity_id)
+        known.judge(entity)
+        if len(known.versions) > 1:
+            # It may land later still, but a fresh life has nothing of it.
+            known = Known(f"{known.id}'")
+            entity_id = known.id
+    return known
+
+
+async def _step(store: DynamoDBStorageStrategy, known: Known, random: Random, step: int) -> None:
+    [version] = known.versions
+    value = random.random()
+    entity = {"item_id": known.id, "count": step, "label": "x"}
+    kind = random.choice(("save", "update", "expect", "transaction", "delete", "condition"))
+    try:
+        if not version:
+            landed = await (
+                store.create_entity("items", entity)
+                if value < 0.5
+                else store.save_entity("items", entity)
+            )
+        elif kind == "save":
+            landed = await store.save_entity("items", entity)
+        elif kind == "update":
+            landed = await store.update_entity("items", known.id, {"count": step})
+        elif kind == "expect":
+            landed = await store.update_entity(
+                "items", known.id, {"count": step}, expected_version=version
+            )
+        elif kind == "condition":
+            landed = await store.update_entity(
+                "items",
+                known.id,
+                {"count": step},
+                condition_expression="version = :v",
+                expression_values={":v": version},
+            )
+        elif kind == "transaction":
+            async with store.begin_transaction() as tx:
+                landed = await tx.update_entity("items", known.id, {"count": step})
+                await tx.save_entity("counters", {"counter_id": known.id, "count": step})
+        else:
+            assert await store.delete_entity("items", known.id)
+            known.landed(0, None)
+            return
+    except StorageError as exc:
+        if exc.outcome_unknown:
+            gone = version and kind == "delete"
+            known.may_have_landed(None if gone else version, step)
+        raise
+    assert landed == version + 1, f"{kind} of {known.id} at {version} made it {landed}"
+    known.landed(landed, step)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_work_under_faults(proxy: Proxy, name: str) -> None:
+    with seeded() as random:
+        chance = Random(random.random())
+        burst = 0
+
+        def rule(request: Request) -> Fault | None:
+            nonlocal burst
+            if request.operation == "DescribeTable":
+                return None
+            if not burst and chance.random() < 0.1:
+                burst = chance.randrange(1, 4)
+            if not burst:
+                return None
+            burst -= 1
+            return FAULTS[name](request)
+
+        async with store_at(proxy.url, read_timeout=0.4, retry_timeout=20) as store:
+            await store.create_entity("items", {"item_id": "first"})
+            await store.create_entity("counters", {"counter_id": "first"})
+            proxy.rule = rule
+            lives = await asyncio.gather(
+                *(_life(store, f"life {n}", Random(random.random())) for n in range(TASKS))
+            )
+            proxy.rule = None
+            await asyncio.sleep(1 if name == "late" else 0)
+            for each in lives:
+                each.judge(await store.get_entity("items", each.id))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_batches_under_faults(proxy: Proxy, name: str) -> None:
+    """Every one of many is done once, or reported."""
+    ids = [f"{n:03}" for n in range(200)]
+    async with store_at(proxy.url, read_timeout=0.4, retry_timeout=20) as store:
+        await store.create_entity("items", {"item_id": "first"})
+        left = 0
+
+        def rule(request: Request) -> Fault | None:
+            nonlocal left
+            if left <= 0:
+                return None
+            left -= 1
+            return FAULTS[name](request)
+
+        proxy.rule = rule
+        versions = dict.fromkeys(ids, 0)
+        unknown: dict[str, int] = dict.fromkeys(ids, 0)
+        for verb in ("create", "save", "update", "expect"):
+            left = 5
+            outcomes = await _batch(store, verb, ids, versions)
+            for each, outcome in zip(ids, outcomes, strict=True):
+                if isinstance(outcome, StorageError):
+                    assert isinstance(outcome, UnavailableError | ConcurrencyConflictError)
+                    unknown[each] += outcome.outcome_unknown
+                else:
+                    assert versions[each] < outcome <= versions[each] + unknown[each] + 1
+                    versions[each], unknown[each] = outcome, 0
+        left = 5
+        found = await store.get_entities("items", ids)
+        assert None not in found, "what was not read yet is not missing"
+        for each, entity in zip(ids, found, strict=True):
+            assert entity is not None
+            assert versions[each] <= entity["version"] <= versions[each] + unknown[each]
+        left = 5
+        assert await store.count_entities("items") == len(ids) + 1
+        left = 5
+        assert len(await store.query_entities("items", {"label": "update"})) <= len(ids)
+        left = 5
+        imported = await store.import_entities(
+            "items", [{"item_id": each, "version": 9} for each in ids]
+        )
+        assert imported == [9] * len(ids)
+
+
+async def _batch(
+    store: DynamoDBStorageStrategy, verb: str, ids: list[str], versions: dict[str, int]
+) -> list[Any]:
+    entities = [{"item_id": each, "label": verb} for each in ids]
+    updates = {each: {"label": verb} for each in ids}
+    try:
+        if verb == "create":
+            return list(await store.create_entities("items", entities))
+        if verb == "save":
+            return list(await store.save_entities("items", entities))
+        if verb == "update":
+            return list(await store.update_entities("items", updates))
+        now = await store.get_entities("items", ids)
+        for each, entity in zip(ids, now, strict=True):
+            assert entity is not None
+            versions[each] = int(str(entity["version"]))
+        return list(await store.update_entities("items", updates, dict(versions)))
+    except BatchError as exc:
+        return list(exc.outcomes)
+
+
+async def test_throttling_that_does_not_end_is_reported(proxy: Proxy) -> None:
+    async with store_at(proxy.url, retry_timeout=0.3) as store:
+        await store.create_entity("items", {"item_id": "a"})
+        proxy.rule = lambda request: throttled()
+        works = (
+            store.get_entity("items", "a"),
+            store.get_entities("items", ["a", "b"]),
+            store.create_entity("items", {"item_id": "b"}),
+            store.save_entity("items", {"item_id": "a"}),
+            store.update_entity("items", "a", {}),
+            store.delete_entity("items", "a"),
+            store.query_entities("items"),
+            store.count_entities("items", {"label": "x"}),
+        )
+        for work in works:
+            with pytest.raises(ThrottledError) as caught:
+                await work
+            assert caught.value.retryable
+            assert not caught.value.outcome_unknown
+        with pytest.raises(ThrottledError):
+            async with store.begin_transaction() as tx:
+                await tx.save_entity("items", {"item_id": "a"})
+        proxy.rule = None
+        entity = await store.get_entity("items", "a")
+        assert entity is not None
+        assert entity["version"] == 1
+        assert await store.get_entity("items", "b") is None
+
+
+async def test_a_write_whose_answer_was_lost_knows_itself(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "first"})
+        await store.create_entity("counters", {"counter_id": "first"})
+
+        async def losing(work: Any) -> Any:
+            def rule(request: Request) -> Fault | None:
+                if request.operation not in WRITES:
+                    return None
+                proxy.rule = None
+                return Cut(applied=True)
+
+            proxy.rule = rule
+            try:
+                return await work
+            finally:
+                assert proxy.rule is None, "there was no write to lose the answer of"
+
+        item = {"item_id": "a", "label": "new"}
+        assert await losing(store.create_entity("items", item)) == 1
+        assert await losing(store.save_entity("items", item)) == 2
+        assert await losing(store.save_entity("items", item, expected_version=2)) == 3
+        assert await losing(store.update_entity("items", "a", {"count": 1})) == 4
+        assert await losing(store.update_entity("items", "a", {}, expected_version=4)) == 5
+        assert (
+            await losing(
+                store.update_entity(
+                    "items",
+                    "a",
+                    {},
+                    condition_expression="attribute_exists(label)",
+                )
+            )
+            == 6
+        )
+        assert await losing(store.create_entities("items", [{"item_id": "b"}])) == [1]
+
+        async def transaction() -> int:
+            async with store.begin_transaction() as tx:
+                await tx.create_entity("counters", {"counter_id": "a"})
+                return await tx.update_entity("items", "a", {"count": 2})
+
+        assert await losing(transaction()) == 7
+        with pytest.raises(UnavailableError) as caught:
+            await losing(store.delete_entity("items", "a"))
+        assert caught.value.outcome_unknown, "nobody can tell whose delete it was"
+        assert await store.get_entity("items", "a") is None
+
+
+async def test_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
+    async with store_at(proxy.url, read_timeout=0.3, retry_timeout=5) as store:
+        await store.create_entity("items", {"item_id": "a"})
+        stalled = 0
+
+        def rule(request: Request) -> Fault | None:
+            nonlocal stalled
+            stalled += 1
+            return Cut(applied=False, stall=20) if stalled == 1 else None
+
+        for work in (
+            lambda: store.get_entity("items", "a"),
+            lambda: store.save_entity("items", {"item_id": "a"}, expected_version=1),
+            lambda: store.query_entities("items", {"label": "x"}),
+            lambda: store.update_entity("items", "a", {}, expected_version=2),
+        ):
+            stalled = 0
+            proxy.rule = rule
+            started = asyncio.get_running_loop().time()
+            await work()
+            assert asyncio.get_running_loop().time() - started < 5
+            assert stalled > 1
+        stalled = 0
+        with pytest.raises(UnavailableError) as caught:
+            await store.save_entity("items", {"item_id": "a"})
+        assert caught.value.outcome_unknown, "it may be under way still"
+        # Having met that, the store reads first, and can then send again.
+        stalled = 0
+        assert await store.save_entity("items", {"item_id": "a"}) == 4
+
+
+async def test_a_server_that_cannot_be_reached(proxy: Proxy) -> None:
+    async with store_at("http://127.0.0.1:1", retry_timeout=0.2) as store:
+        for work in (
+            store.get_entity("items", "a"),
+            store.create_entity("items", {"item_id": "a"}),
+            store.query_entities("items"),
+        ):
+            with pytest.raises(UnavailableError) as caught:
+                await work
+            assert caught.value.retryable
+            assert not caught.value.outcome_unknown
+        report = await store.health()
+        assert not report["ok"]
+        assert "cannot be reached" in str(report["problems"])
+
+
+async def test_a_server_that_goes_and_comes_back_under_load(
+    dynamodb_server: DynamoDBServer,
+) -> None:
+    """The proxy is what goes: the server would forget everything."""
+    prefix = new_prefix()
+    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+        async with store_at(proxy.url, prefix, retry_timeout=10) as store:
+            await store.create_entity("counters", {"counter_id": "c", "n": 0})
+            acknowledged = unknown = 0
+            down = asyncio.Event()
+
+            async def work(number: int) -> None:
+                nonlocal acknowledged, unknown
+                for _ in range(20):
+                    try:
+                        await store.update_entity("counters", "c", {f"n{number}": 1})
+                        acknowledged += 1
+                    except UnavailableError as exc:
+                        unknown += exc.outcome_unknown
+                    if acknowledged > 40 and not down.is_set():
+                        down.set()
+                        proxy.rule = lambda request: Cut(applied=False)
+                        await asyncio.sleep(0.5)
+                        proxy.rule = None
+
+            await asyncio.gather(*(work(n) for n in range(16)))
+            entity = await store.get_entity("counters", "c")
+            assert entity is not None
+            assert down.is_set()
+            version = int(str(entity["version"])) - 1
+            assert acknowledged <= version <= acknowledged + unknown

@@ -1,0 +1,328 @@
+"""Ways of writing that the contract cannot tell apart: other servers, old items, odd names, limits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store import (
+    AlreadyExistsError,
+    Collection,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    TransactionTooLargeError,
+    ValueOutOfDomainError,
+)
+from hf_async_store.entities import (
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    PRESENT,
+    Delete,
+    Key,
+    Mark,
+    Patch,
+    Put,
+)
+from hf_async_store.testing.checks import content
+from tests.dynamodb.proxy import Answer, Changed, Fault, Request
+from tests.dynamodb.support import CONTRACT_COLLECTIONS, new_prefix, store_at
+
+if TYPE_CHECKING:
+    from hf_async_store import DynamoDBStorageStrategy
+    from tests.dynamodb.proxy import Proxy
+
+
+async def _everything(store: DynamoDBStorageStrategy) -> None:
+    """Each verb on one and on many, with what it must answer."""
+    ids = [f"i{n:02}" for n in range(30)]
+    entities = [{"item_id": each, "label": "x", "extra": 1.0} for each in ids]
+    assert await store.create_entity("items", {"item_id": "a"}) == 1
+    assert await store.save_entity("items", {"item_id": "a", "count": 1}) == 2
+    assert await store.update_entity("items", "a", {"count": 2}) == 3
+    assert await store.update_entity("items", "a", {"count": 3}, expected_version=3) == 4
+    assert await store.create_entities("items", entities) == [1] * 30
+    assert await store.save_entities("items", entities) == [2] * 30
+    assert await store.update_entities("items", {each: {"count": 1} for each in ids}) == [3] * 30
+    with pytest.raises(AlreadyExistsError):
+        await store.create_entity("items", {"item_id": "a"})
+    with pytest.raises(EntityNotFoundError):
+        await store.update_entity("items", "nobody", {})
+    with pytest.raises(ConcurrencyConflictError):
+        await store.delete_entity("items", "a", expected_version=9)
+    with pytest.raises(EntityNotFoundError):
+        await store.delete_entity("items", "nobody", expected_version=9)
+    assert await store.delete_entity("items", "a", expected_version=4)
+    assert not await store.delete_entity("items", "a")
+    assert await store.delete_entities("items", [*ids, "nobody"]) == [True] * 30 + [False]
+    assert await store.count_entities("items") == 0
+
+
+async def test_a_server_whose_statements_bring_nothing_back(proxy: Proxy) -> None:
+    def strip(answer: dict[str, Any]) -> dict[str, Any]:
+        responses = [
+            {name: each for name, each in response.items() if name != "Item"}
+            for response in answer["Responses"]
+        ]
+        return {**answer, "Responses": responses}
+
+    def rule(request: Request) -> Fault | None:
+        return Changed(strip) if request.operation == "BatchExecuteStatement" else None
+
+    proxy.rule = rule
+    async with store_at(proxy.url) as store:
+        await _everything(store)
+
+
+def _refuses(what: str) -> Any:
+    def rule(request: Request) -> Fault | None:
+        if request.operation != "BatchExecuteStatement":
+            return None
+        statements = request.params["Statements"]
+        if not any(what in each["Statement"] for each in statements):
+            return None
+        error = {"Error": {"Code": "ValidationError", "Message": "not understood"}}
+        return Answer(200, {"Responses": [error] * len(statements)})
+
+    return rule
+
+
+@pytest.mark.parametrize("what", ["VALUE ?", "RETURNING", "UPDATE", "PARTIQL", '"'])
+async def test_a_server_that_does_not_know_a_form(proxy: Proxy, what: str) -> None:
+    proxy.rule = _refuses(what)
+    async with store_at(proxy.url) as store:
+        await _everything(store)
+
+
+async def test_inserts_in_the_long_form(proxy: Proxy) -> None:
+    proxy.rule = _refuses("VALUE ?")
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "a"})
+        proxy.requests.clear()
+        await store.create_entities("items", [{"item_id": f"{n}"} for n in range(30)])
+        assert proxy.counted() == {"BatchExecuteStatement": 2}, "it is asked once"
+
+
+async def test_a_delete_that_was_faster_is_not_taken_for_ones_own(proxy: Proxy) -> None:
+    """A statement that deletes nothing succeeds as well."""
+    async with store_at(proxy.url) as store:
+        for verb in ("single", "many"):
+            for round_number in range(5):
+                ids = [f"{verb} {round_number} {n}" for n in range(30)]
+                await store.create_entities("items", [{"item_id": each} for each in ids])
+                async with store_at(
+                    proxy.url, store.describe()["configuration"]["table_prefix"]
+                ) as other:  # type: ignore[index,call-overload,arg-type]
+                    results = await asyncio.gather(
+                        *(
+                            each.delete_entities("items", ids if verb == "many" else ids[:1])
+                            for each in (store, other, store, other)
+                        )
+                    )
+                for answers in zip(*results, strict=True):
+                    assert sum(answers) == 1
+
+
+async def test_an_item_of_another_program(proxy: Proxy) -> None:
+    """It has neither version nor token."""
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "first"})
+        table = store.describe()["tables"]["items"]  # type: ignore[index,call-overload]
+        client = store._dynamodb.client
+        for name in "abcd":
+            item = {"item_id": {"S": name}, "label": {"S": "x"}, "SS": {"SS": ["one", "two"]}}
+            await client.call("PutItem", {"TableName": table, "Item": item})
+        entity = await store.get_entity("items", "a")
+        assert entity == {"item_id": "a", "label": "x", "SS": ["one", "two"], "version": 0}
+        assert len(await store.query_entities("items", {"label": "x"})) == 4
+        assert await store.update_entity("items", "a", {"count": 1}, expected_version=0) == 1
+        assert await store.save_entity("items", {"item_id": "b", "count": 1}) == 1
+        assert await store.delete_entity("items", "c")
+        async with store.begin_transaction() as tx:
+            assert await tx.update_entity("items", "d", {"count": 1}) == 1
+        for name in "abd":
+            found = await store.get_entity("items", name)
+            assert found is not None
+            assert (found["version"], found["count"]) == (1, 1)
+            assert await store.update_entity("items", name, {"count": 2}) == 2
+
+
+async def test_a_field_that_is_declared_no_more(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    before = [Collection("items", key="item_id", fields=["old", "kept"])]
+    after = [Collection("items", key="item_id", fields=["kept", "new"])]
+    entity = {"item_id": "a", "old": "o", "kept": "k", "new": {"any": 1}}
+    async with store_at(proxy.url, prefix, before) as store:
+        await store.create_entities("items", [entity, {**entity, "item_id": "b"}])
+    async with store_at(proxy.url, prefix, after) as store:
+        assert content(await store.get_entity("items", "a")) == entity
+        # Many share a read of what is there, and so leave nothing behind.
+        saved = [{"item_id": each, "kept": "k2"} for each in "ab"]
+        assert await store.save_entities("items", saved) == [2, 2]
+        assert content(await store.get_entity("items", "a")) == saved[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.b", "a'b", 'a"b', "", "x" * 9000, "\U0001f600", "[0]", "_w", "SET", "doc", "?"]
+)
+async def test_odd_names_in_updates(proxy: Proxy, name: str) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "a", "kept": 1})
+        assert await store.update_entity("items", "a", {name: {"deep": [1.0]}, "label": "x"}) == 2
+        assert await store.update_entity("items", "a", {name: -0.0}, expected_version=2) == 3
+        found = content(await store.get_entity("items", "a"))
+        assert found == {"item_id": "a", "kept": 1, name: -0.0, "label": "x"}
+        from hf_async_store import REMOVED
+
+        assert await store.update_entity("items", "a", {name: REMOVED}) == 4
+        found = content(await store.get_entity("items", "a"))
+        assert found == {"item_id": "a", "kept": 1, "label": "x"}
+
+
+async def test_updates_near_the_limit_are_looked_at_exactly(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        filler = "x" * (MAX_ENTITY_BYTES - 400)
+        await store.create_entity("items", {"item_id": "a", "filler": filler, "n": 0})
+        for n in range(20):  # by the rough measure the first ones would not fit
+            assert await store.update_entity("items", "a", {"n": n, "label": "y" * 50}) == n + 2
+        with pytest.raises(ValueOutOfDomainError):
+            await store.update_entity("items", "a", {"more": "z" * 500})
+        with pytest.raises(ValueOutOfDomainError):
+            await store.update_entity("items", "a", {"more": "z" * 500}, expected_version=21)
+        with pytest.raises(ValueOutOfDomainError):
+            await store.update_entity(
+                "items", "a", {"more": "z" * 500}, condition_expression="attribute_exists(n)"
+            )
+        assert (
+            await store.update_entity(
+                "items", "a", {"n": 9}, condition_expression="attribute_exists(n)"
+            )
+            == 22
+        )
+
+
+async def test_there_is_no_version_after_the_last(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.import_entities("items", [{"item_id": "a", "version": INT_MAX - 1}])
+        assert await store.update_entity("items", "a", {"count": 1}) == INT_MAX
+        for write in (
+            store.update_entity("items", "a", {"count": 2}),
+            store.update_entity("items", "a", {"count": 2}, expected_version=INT_MAX),
+            store.save_entity("items", {"item_id": "a"}),
+            store.save_entity("items", {"item_id": "a"}, expected_version=INT_MAX),
+        ):
+            with pytest.raises(ValueOutOfDomainError):
+                await write
+        with pytest.raises(ConcurrencyConflictError):
+            await store.update_entity("items", "a", {}, expected_version=3)
+        entity = await store.get_entity("items", "a")
+        assert entity is not None
+        assert (entity["version"], entity["count"]) == (INT_MAX, 1)
+        assert await store.delete_entity("items", "a")
+
+
+async def test_created_at_that_was_imported_as_null_or_missing_stays_so(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        imported: list[dict[str, object]] = [
+            {"item_id": "null", "created_at": None},
+            {"item_id": "missing"},
+        ]
+        await store.import_entities("items", imported)
+        for _ in range(2):
+            for name in ("null", "missing"):
+                await store.save_entity("items", {"item_id": name, "label": "x"})
+                await store.update_entity("items", name, {"count": 1})
+            await store.save_entities("items", [{"item_id": each} for each in ("null", "missing")])
+            null = await store.get_entity("items", "null")
+            missing = await store.get_entity("items", "missing")
+            assert null is not None
+            assert missing is not None
+            assert null["created_at"] is None
+            assert "created_at" not in missing
+        assert len(await store.query_entities("items", order_by="created_at")) == 2
+
+
+async def test_a_mark_lands_with_its_change(proxy: Proxy) -> None:
+    collections = (*CONTRACT_COLLECTIONS, Collection("marks", key="mark_id"))
+    async with store_at(proxy.url, None, collections) as store:
+        at = "2026-01-01T00:00:00.000000Z"
+
+        def mark(name: str) -> Mark:
+            return Mark(Key("marks", name), {"mark_id": name, "of": "t", "version": 1})
+
+        key = Key("items", "t")
+        put = Put(key, {"item_id": "t"}, at, mark=mark("1"))
+        stale = Put(key, {"item_id": "t"}, at, expect=7, mark=mark("2"))
+        patch = Patch(key, {"label": "x"}, at, mark=mark("3"))
+        gone = Delete(key, mark=mark("4"))
+        imported = Put(key, {"item_id": "t"}, at, version=8, mark=mark("5"))
+        changes = [put, stale, patch, gone, imported]
+        outcomes = await store._engine.write_each(changes)
+        assert isinstance(outcomes[1], ConcurrencyConflictError)
+        assert [outcomes[0], *outcomes[2:]] == [1, 2, 2, 8]
+        found = await store.get_entities("marks", list("12345"))
+        assert [each is not None for each in found] == [True, False, True, True, True]
+        assert found[0] == mark("1").entity
+
+
+async def test_reads_of_a_transaction_count(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        ids = [f"{n:03}" for n in range(101)]
+        await store.create_entities("items", [{"item_id": each} for each in ids])
+        async with store.begin_transaction() as tx:
+            await tx.get_entities("items", ids[:99])
+            await tx.update_entity("items", ids[99], {"count": 1})
+
+        async def too_much() -> None:
+            async with store.begin_transaction() as tx:
+                await tx.get_entities("items", ids[:100])
+                await tx.update_entity("items", ids[100], {"count": 1})
+
+        with pytest.raises(TransactionTooLargeError):
+            await too_much()
+        entity = await store.get_entity("items", ids[100])
+        assert entity is not None
+        assert entity["version"] == 1
+
+
+async def test_what_a_transaction_sends(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entities("items", [{"item_id": each} for each in "abc"])
+        proxy.requests.clear()
+        async with store.begin_transaction() as tx:
+            await tx.get_entities("items", ["a", "b", "nobody"])
+        assert proxy.counted() == {"TransactGetItems": 1}, "one snapshot needs no check"
+        proxy.requests.clear()
+        async with store.begin_transaction() as tx:
+            await tx.get_entity("items", "a")
+            await tx.get_entity("items", "b")
+        assert proxy.counted() == {"GetItem": 2, "TransactGetItems": 1}
+        proxy.requests.clear()
+        async with store.begin_transaction() as tx:
+            await tx.get_entity("items", "a")
+            await tx.save_entities("items", [{"item_id": "b"}, {"item_id": "new"}])
+            await tx.delete_entity("items", "c")
+        assert proxy.counted()["TransactWriteItems"] == 1
+        [*_, commit] = proxy.requests
+        actions = [next(iter(each)) for each in commit.params["TransactItems"]]
+        assert sorted(actions) == ["ConditionCheck", "Delete", "Put", "Put"]
+        assert commit.params["ClientRequestToken"]
+
+
+async def test_a_replacement_of_what_must_be_there(proxy: Proxy) -> None:
+    """No verb asks for it; the seam may."""
+    async with store_at(proxy.url) as store:
+        at = "2026-01-01T00:00:00.000000Z"
+
+        def put(entity_id: str) -> Put:
+            return Put(Key("items", entity_id), {"item_id": entity_id}, at, expect=PRESENT)
+
+        [outcome] = await store._engine.write_each([put("a")])
+        assert isinstance(outcome, EntityNotFoundError)
+        await store.create_entities("items", [{"item_id": "a"}, {"item_id": "b"}])
+        assert await store._engine.write_each([put("a")]) == [2]
+        outcomes = await store._engine.write_each([put("a"), put("b"), put("c")])
+        assert outcomes[:2] == [3, 2]
+        assert isinstance(outcomes[2], EntityNotFoundError)
+        assert await store.get_entity("items", "c") is None

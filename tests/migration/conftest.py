@@ -1,0 +1,43 @@
+"""Places for stores of every kind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import json_url
+
+from hf_async_store import strategies
+from hf_async_store.testing.harness import leave_out
+
+# The test server takes any; without some, the client would ask the network for them.
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+Place = Callable[[str, str], str]
+
+_STRATEGIES = {"sqlite": "sql", "postgresql": "sql", "dynamodb": "dynamodb"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
+    """The URL of a new store: of a kind, by a name."""
+
+    def make(kind: str, name: str) -> str:
+        if kind in _STRATEGIES and _STRATEGIES[kind] not in strategies._BUILT_IN:
+            leave_out(kind, "its strategy is not part of this version")
+        if kind == "sqlite":
+            return f"sqlite:{tmp_path / name}.db"
+        if kind == "postgresql":
+            url: str = request.getfixturevalue("postgres_server").database()
+            return url
+        if kind == "dynamodb":
+            endpoint = request.getfixturevalue("dynamodb_server").endpoint_url
+            return f"dynamodb://us-east-1/m{secrets.token_hex(4)}?endpoint_url={endpoint}"
+        return json_url(kind, tmp_path, name)
+
+    return make

@@ -1,0 +1,266 @@
+"""What runs beside a live move in processes of its own: applications, and movers that get killed.
+
+    python live_crew.py work URL NOTES SEED        until its stdin is closed
+    python live_crew.py move ACTION SOURCE TARGET [KILL_AT]
+
+An application writes down what was acknowledged, one JSON line each, before it goes on. A mover
+kills itself (SIGKILL) at the named step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    Entity,
+    Field,
+    StorageError,
+    StorageStrategy,
+    Transaction,
+    moving,
+    open_store,
+)
+from hf_async_store.migration import live
+from hf_async_store.migration.live import LiveMove
+
+COLLECTIONS: Final = (
+    *HOST_FACTORY,
+    Collection("accounts", key="account_id", fields=[Field("balance", "integer", required=True)]),
+)
+ACCOUNTS: Final = 8
+COUNTERS: Final = 4
+BALANCE: Final = 100
+
+
+def hurry() -> None:
+    """Short leases, the same in every process of a test."""
+    lease = float(os.environ.get("HF_TEST_LEASE", "0.6"))
+    moving.LEASE_SECONDS = live.LEASE_SECONDS = lease  # type: ignore[misc]
+    moving.GIVE_UP_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
+    live.CUT_OVER_SECONDS = 10.0 if lease > 1 else 2.5  # type: ignore[misc]
+
+
+async def fill(store: StorageStrategy, machines: int = 400) -> None:
+    await store.create_entity("templates", {"template_id": "t-1"})
+    await store.create_entities(
+        "requests", [{"request_id": f"r-{n}", "template_id": "t-1"} for n in range(10)]
+    )
+    await store.create_entities(
+        "machines",
+        [{"machine_id": f"old-{n:04d}", "request_id": f"r-{n % 10}"} for n in range(machines)],
+    )
+    await store.create_entities(
+        "accounts", [{"account_id": f"a-{n}", "balance": BALANCE} for n in range(ACCOUNTS)]
+    )
+    await store.create_entities(
+        "templates", [{"template_id": f"counter-{n}", "uses": 0} for n in range(COUNTERS)]
+    )
+
+
+class Application:
+    """One process of an application: four tasks that write, each in its own way."""
+
+    def __init__(self, store: StorageStrategy, notes: Path, seed: int) -> None:
+        self._store = store
+        self._notes = notes.open("a", encoding="utf-8")
+        self._rng = random.Random(seed)
+        self._seed = seed
+        self.over = False
+
+    async def run(self) -> None:
+        await asyncio.gather(
+            self._counting(), self._transferring(), self._living(), self._living(), self._reading()
+        )
+
+    def _note(self, what: str, **more: Any) -> None:
+        self._notes.write(json.dumps({"what": what, **more}) + "\n")
+        self._notes.flush()
+
+    async def _try(self, what: str, work: Callable[[], Awaitable[Any]], **more: Any) -> bool:
+        """Whether it was acknowledged. What may have landed is noted as such."""
+        began = time.monotonic()
+        try:
+            await work()
+        except StorageError as exc:
+            if exc.outcome_unknown:
+                self._note(f"maybe {what}", error=str(exc), **more)
+            else:
+                self._note("failed", of=what, error=f"{type(exc).__name__}: {exc}")
+            await asyncio.sleep(0.02)
+            return False
+        finally:
+            self._note("took", seconds=time.monotonic() - began)
+        self._note(what, **more)
+        return True
+
+    async def _counting(self) -> None:
+        while not self.over:
+            name = f"counter-{self._rng.randrange(COUNTERS)}"
+            await self._try(
+                "count",
+                lambda name=name: self._store.modify_entity(  # type: ignore[misc]
+                    "templates",
+                    name,
+                    lambda e: {**e, "uses": e["uses"] + 1},  # type: ignore[operator]
+                ),
+                name=name,
+            )
+            await asyncio.sleep(0.004)
+
+    async def _transferring(self) -> None:
+        while not self.over:
+            one, other = self._rng.sample(range(ACCOUNTS), 2)
+
+            async def transfer(tx: Transaction, one: int = one, other: int = other) -> None:
+                accounts = await tx.get_entities("accounts", [f"a-{one}", f"a-{other}"])
+                for account, change in zip(accounts, (-1, 1), strict=True):
+                    assert account is not None
+                    balance = account["balance"]
+                    assert isinstance(balance, int)
+                    entity_id = str(account["account_id"])
+                    await tx.update_entity("accounts", entity_id, {"balance": balance + change})
+
+            await self._try("transfer", lambda t=transfer: self._store.run_transaction(t))  # type: ignore[misc]
+            await asyncio.sleep(0.006)
+
+    async def _living(self) -> None:
+        """Machines that are created, changed by compare-and-set, and deleted now and then."""
+        number = 0
+        token = f"{self._seed}-{self._rng.randrange(10**9)}"
+        while not self.over:
+            number += 1
+            name = f"m-{token}-{number}"
+            entity: Entity = {"machine_id": name, "request_id": f"r-{number % 10}", "n": 0}
+            if not await self._try(
+                "create",
+                lambda e=entity: self._store.create_entity("machines", e),
+                name=name,  # type: ignore[misc]
+            ):
+                continue
+            version = 1
+            for n in range(1, self._rng.randrange(1, 4)):
+                if not await self._try(
+                    "update",
+                    lambda v=version, n=n, name=name: self._store.update_entity(  # type: ignore[misc]
+                        "machines", name, {"n": n}, expected_version=v
+                    ),
+                    name=name,
+                    n=n,
+                ):
+                    break
+                version += 1
+            if number % 3 == 0:
+                await self._try(
+                    "delete",
+                    lambda name=name: self._store.delete_entity("machines", name),  # type: ignore[misc]
+                    name=name,
+                )
+            await asyncio.sleep(0.004)
+
+    async def _reading(self) -> None:
+        """The sum over all accounts, in one transaction, is always the same."""
+        while not self.over:
+            total = 0
+
+            async def look(tx: Transaction) -> None:
+                nonlocal total
+                found = await tx.get_entities("accounts", [f"a-{n}" for n in range(ACCOUNTS)])
+                total = sum(each["balance"] for each in found if each is not None)  # type: ignore[misc]
+
+            seen = await self._try("look", lambda: self._store.run_transaction(look))
+            if seen and total != ACCOUNTS * BALANCE:
+                self._note("wrong", total=total)
+            await asyncio.sleep(0.02)
+
+
+async def work(url: str, notes: str, seed: str) -> None:
+    async with open_store(url, collections=COLLECTIONS) as store:
+        application = Application(store, Path(notes), int(seed))
+        print("ready", flush=True)
+        running = asyncio.create_task(application.run())
+        told = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+        await asyncio.wait({running, told}, return_when=asyncio.FIRST_COMPLETED)
+        application.over = True
+        await running
+
+
+STEPS: Final = ("begun", "copying", "copied", "repaired", "cut", "drained", "flipped")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(step: str) -> None:
+    """Have this process die at a step of the move, to the write."""
+    begin, bring, repair = LiveMove._begin, LiveMove._bring, LiveMove._repair
+    change, verify, copy = LiveMove._change, LiveMove._verify, LiveMove._copy
+    brought = 0
+
+    async def begun(self: LiveMove) -> None:
+        await begin(self)
+        if step == "begun":
+            _kill()
+
+    async def bringing(self: LiveMove, *arguments: Any) -> None:
+        nonlocal brought
+        brought += 1
+        await bring(self, *arguments)
+        if step == "copying" and brought == 3:
+            _kill()
+
+    async def copied(self: LiveMove) -> None:
+        await copy(self)
+        if step == "copied":
+            _kill()
+
+    async def repaired(self: LiveMove, *arguments: Any) -> None:
+        await repair(self, *arguments)
+        if step == "repaired":
+            _kill()
+
+    async def changed(self: LiveMove, **named: Any) -> None:
+        await change(self, **named)
+        phase = named.get("phase")
+        if step == "cut" and phase in ("cut_over", "cut_back"):
+            _kill()
+        if step == "flipped" and "term" in named:
+            _kill()
+
+    async def verified(self: LiveMove, *arguments: Any) -> None:
+        await verify(self, *arguments)
+        if step == "drained":
+            _kill()
+
+    LiveMove._begin = begun  # type: ignore[method-assign]
+    LiveMove._bring = bringing  # type: ignore[method-assign]
+    LiveMove._copy = copied  # type: ignore[method-assign]
+    LiveMove._repair = repaired  # type: ignore[method-assign]
+    LiveMove._change = changed  # type: ignore[method-assign]
+    LiveMove._verify = verified  # type: ignore[method-assign]
+
+
+async def move(action: str, source: str, target: str, *kill: str) -> None:
+    if kill:
+        kill_at(kill[0])
+    async with LiveMove(source, target, collections=COLLECTIONS) as mover:
+        if action == "equal":
+            print(await mover.compare())
+        else:
+            print(json.dumps((await getattr(mover, action)()).phase))
+
+
+if __name__ == "__main__":
+    hurry()
+    asyncio.run({"work": work, "move": move}[sys.argv[1]](*sys.argv[2:]))  # type: ignore[operator]

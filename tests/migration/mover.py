@@ -1,0 +1,62 @@
+"""A migration in a process of its own, which a test kills.
+
+    python mover.py SOURCE TARGET FOLDER migrate|resume [KILL_AT [BEFORE]]
+
+Kills itself (SIGKILL) when so many batches are written; with BEFORE, in the middle of writing the
+next: half of it is in the target, and nobody knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from support import opened, settings
+
+from hf_async_store import Entity, MigrationTool
+from hf_async_store.migration import copying
+from hf_async_store.migration.merging import Merged, MergeRule, put
+from hf_async_store.repository import RepositoryInterface
+
+BATCH = 20
+
+
+async def main(source: str, target: str, folder: str, what: str, *kill: str) -> None:
+    at = int(kill[0]) if kill else -1
+    in_the_middle = len(kill) > 1
+    written = 0
+
+    async def counted(
+        store: RepositoryInterface,
+        collection: str,
+        entities: Sequence[Entity],
+        rule: MergeRule | None,
+    ) -> Merged:
+        nonlocal written
+        if written >= at and in_the_middle:
+            await put(store, collection, entities[: len(entities) // 2], rule)
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = await put(store, collection, entities, rule)
+        written += 1
+        return done
+
+    async def checkpointed(copy: copying.Copying, batch: copying.MigrationBatch) -> None:
+        await finish(copy, batch)
+        if written >= at >= 0 and not in_the_middle:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    finish = copying.Copying._finish
+    copying.put = counted  # type: ignore[attr-defined]
+    copying.Copying._finish = checkpointed  # type: ignore[method-assign]
+    config = settings(folder, batch_size=BATCH, create_backup=False, parallel_workers=2)  # type: ignore[arg-type]
+    async with opened(source) as one, opened(target) as other:
+        tool = MigrationTool(one, other, config)
+        report = await (tool.resume() if what == "resume" else tool.migrate())
+    print(sum(each.written for each in report.collections.values()))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""The digest of a collection: exact in type, blind to order."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+
+from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.testing.generated import values
+
+
+def digest_of(*entities: dict[str, object]) -> str:
+    digest = Digest()
+    for each in entities:
+        digest.add(canonical(each))  # type: ignore[arg-type]  # portable, as drawn
+    return str(digest)
+
+
+def test_what_looks_alike_is_told_apart() -> None:
+    alike = [1, 1.0, True, "1", -1, 0, -0.0, 0.0, False, None, "", [], {}, [1], [1.0], {"a": 1}]
+    assert len({digest_of({"x": each}) for each in alike}) == len(alike)
+    assert digest_of({"x": 1}) != digest_of({"y": 1}) != digest_of({"x": 1, "y": None})
+
+
+@given(values)
+def test_the_order_of_keys_is_no_part_of_a_value(value: object) -> None:
+    turned = {"b": _turned(value), "a": 1}
+    assert digest_of({"a": 1, "b": value}) == digest_of(turned)
+
+
+def _turned(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _turned(value[name]) for name in reversed(value)}
+    return [_turned(each) for each in value] if isinstance(value, list) else value
+
+
+def test_the_order_of_entities_does_not_count_and_their_number_does() -> None:
+    entities: list[dict[str, object]] = [{"id": n, "x": n % 3} for n in range(50)]
+    shuffled = random.Random(7).sample(entities, len(entities))
+    assert digest_of(*entities) == digest_of(*shuffled)
+    assert digest_of(*entities) != digest_of(*entities, entities[0])
+    # An exclusive or would lose a pair of equal ones.
+    assert digest_of(*entities) != digest_of(*entities, entities[0], entities[0])
+    assert digest_of() != digest_of(*entities)
+
+
+def test_it_goes_on_from_where_it_was() -> None:
+    entities: list[dict[str, object]] = [{"id": n} for n in range(10)]
+    first = Digest()
+    for each in entities[:4]:
+        first.add(canonical(each))  # type: ignore[arg-type]  # portable
+    second = Digest(str(first), first.count)
+    for each in entities[4:]:
+        second.add(canonical(each))  # type: ignore[arg-type]  # portable
+    assert str(second) == digest_of(*entities)
+    assert second.count == 10

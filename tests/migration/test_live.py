@@ -1,0 +1,423 @@
+"""Live migration: applications in several processes, movers and applications that are killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from live_crew import ACCOUNTS, BALANCE, COLLECTIONS, COUNTERS, STEPS, fill, hurry
+from support import KINDS
+
+from hf_async_store import (
+    ConfigurationError,
+    MigrationError,
+    StorageStrategy,
+    StoreMovedError,
+    TargetNotEmptyError,
+    moving,
+    open_store,
+)
+from hf_async_store.config import recordable_url
+from hf_async_store.migration import live
+from hf_async_store.migration.live import LiveMove
+
+if TYPE_CHECKING:
+    from conftest import Place
+
+CREW = [sys.executable, str(Path(__file__).with_name("live_crew.py"))]
+_SHORT = {("json-single", "json-split"), ("json-single", "postgresql"), ("sqlite", "dynamodb")}
+PAIRS = [
+    each if each in _SHORT else pytest.param(*each, marks=pytest.mark.long)
+    for each in itertools.permutations(KINDS, 2)
+]
+
+
+@pytest.fixture(autouse=True)
+def short_leases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this process as in those that it starts."""
+    kept = (moving.LEASE_SECONDS, moving.GIVE_UP_SECONDS, live.CUT_OVER_SECONDS)
+    hurry()
+    yield
+    moving.LEASE_SECONDS = live.LEASE_SECONDS = kept[0]  # type: ignore[misc]
+    moving.GIVE_UP_SECONDS, live.CUT_OVER_SECONDS = kept[1:]  # type: ignore[misc]
+
+
+class Crew:
+    """The applications of one test, and what they wrote down."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: list[subprocess.Popen[str]] = []
+        self._notes: list[Path] = []
+
+    def begin(self, url: str, seed: int) -> subprocess.Popen[str]:
+        notes = self._folder / f"notes-{seed}"
+        process = subprocess.Popen(
+            [*CREW, "work", url, str(notes), str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        self._running.append(process)
+        self._notes.append(notes)
+        return process
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        self._close(process)
+
+    def end(self) -> None:
+        for each in self._running:
+            if each.poll() is None:
+                assert each.stdin is not None
+                each.stdin.close()
+        for each in self._running:
+            code = each.wait(30)
+            assert code in (0, -signal.SIGKILL)
+            self._close(each)
+
+    def abandon(self) -> None:
+        for each in self._running:
+            if each.poll() is None:
+                each.kill()
+                each.wait()
+            self._close(each)
+
+    def _close(self, process: subprocess.Popen[str]) -> None:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None and not pipe.closed:
+                pipe.close()
+
+    def notes(self) -> list[dict[str, Any]]:
+        found = []
+        for path in self._notes:
+            for line in path.read_text().splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue  # the last line of one that was killed
+        return found
+
+
+@pytest.fixture
+def crew(tmp_path: Path) -> Iterator[Crew]:
+    made = Crew(tmp_path)
+    yield made
+    made.abandon()
+
+
+def mover(action: str, source: str, target: str, *kill: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CREW, "move", action, source, target, *kill],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def moved(action: str, source: str, target: str) -> None:
+    done = mover(action, source, target)
+    assert done.returncode == 0, done.stderr
+
+
+async def prepared(url: str) -> None:
+    async with open_store(url, collections=COLLECTIONS) as store:
+        await fill(store)
+
+
+async def audit(
+    store: StorageStrategy, notes: list[dict[str, Any]], *, killed: int = 0
+) -> Counter[str]:
+    """Nothing that was acknowledged is lost, and nothing is there that nobody wrote.
+
+    Args:
+        killed: applications that may have written one thing more of each kind than they noted.
+    """
+    done = Counter(each["what"] for each in notes)
+    assert not done["wrong"], [each for each in notes if each["what"] == "wrong"]
+    for number in range(COUNTERS):
+        name = f"counter-{number}"
+        counter = await store.get_entity("templates", name)
+        assert counter is not None
+        acknowledged = sum(each["what"] == "count" and each["name"] == name for each in notes)
+        maybe = sum(each["what"] == "maybe count" and each["name"] == name for each in notes)
+        assert acknowledged <= counter["uses"] <= acknowledged + maybe + killed  # type: ignore[operator]
+        assert counter["version"] == counter["uses"] + 1  # type: ignore[operator]
+    accounts = await store.query_entities("accounts")
+    assert sum(each["balance"] for each in accounts) == ACCOUNTS * BALANCE  # type: ignore[misc]
+    lives: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for each in notes:
+        if "name" in each and each["name"].startswith("m-"):
+            lives[each["name"]].append(each)
+    found = {each["machine_id"]: each for each in await store.query_entities("machines")}
+    unsure = 0
+    for name, life in lives.items():
+        last = life[-1]["what"]
+        if last.startswith("maybe"):
+            continue
+        entity = found.get(name)
+        if last == "delete":
+            assert entity is None, name
+            continue
+        n = life[-1].get("n", 0)
+        if entity is None or entity["n"] != n:
+            unsure += 1  # the one that was killed was changing or deleting it
+            continue
+        assert entity["version"] == n + 1
+    assert unsure <= 2 * killed
+    strangers = [each for each in found if str(each).startswith("m-") and each not in lives]
+    assert len(strangers) <= 2 * killed
+    assert sum(str(each).startswith("old-") for each in found) == 400
+    return done
+
+
+def bound(notes: list[dict[str, Any]], seconds: float) -> None:
+    """No operation waited longer than the pages say."""
+    longest = max(each["seconds"] for each in notes if each["what"] == "took")
+    assert longest < seconds
+
+
+# -- the whole way --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
+async def test_nothing_acknowledged_is_lost_there_back_and_there_for_good(
+    source_kind: str, target_kind: str, place: Place, crew: Crew
+) -> None:
+    source, target = place(source_kind, "a"), place(target_kind, "b")
+    await prepared(source)
+    for seed, url in enumerate((source, source, source)):
+        crew.begin(url, seed)
+    time.sleep(0.3)
+    moved("start", source, target)
+    crew.begin(target, 3)  # by either URL
+    time.sleep(0.5)
+    moved("back", source, target)
+    time.sleep(0.5)
+    moved("start", source, target)
+    time.sleep(0.3)
+    moved("finish", source, target)
+    time.sleep(0.5)
+    crew.end()
+    notes = crew.notes()
+    async with open_store(target, collections=COLLECTIONS) as store:
+        done = await audit(store, notes)
+    assert done["count"] > 200
+    assert done["transfer"] > 100
+    assert done["maybe count"] + done["maybe transfer"] + done["maybe create"] < 20
+    bound(notes, moving.GIVE_UP_SECONDS + 5)
+    async with open_store(source, collections=COLLECTIONS) as store:
+        with pytest.raises(StoreMovedError) as caught:
+            await store.get_entity("templates", "t-1")
+        assert caught.value.new_place == recordable_url(target)
+
+
+# -- crashes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        each
+        if each in ("copying", "cut", "flipped")
+        else pytest.param(each, marks=pytest.mark.long)
+        for each in STEPS
+    ],
+)
+async def test_a_mover_that_dies_at_any_step_of_the_way_there(
+    step: str, place: Place, crew: Crew
+) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    for seed in range(2):
+        crew.begin(source, seed)
+    done = mover("start", source, target, step)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    time.sleep(0.3)
+    moved("start", source, target)
+    time.sleep(0.3)
+    crew.end()
+    async with open_store(source, collections=COLLECTIONS) as store:
+        await audit(store, crew.notes())
+    moved("finish", source, target)
+    async with open_store(target, collections=COLLECTIONS) as store:
+        await audit(store, crew.notes())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "cut",
+        "flipped",
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in ("copying", "repaired", "drained")
+        ),
+    ],
+)
+async def test_a_mover_that_dies_at_any_step_of_the_way_back(
+    step: str, place: Place, crew: Crew
+) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    for seed in range(2):
+        crew.begin(source, seed)
+    moved("start", source, target)
+    time.sleep(0.4)
+    done = mover("back", source, target, step)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    time.sleep(0.3)
+    moved("back", source, target)
+    time.sleep(0.3)
+    crew.end()
+    async with open_store(source, collections=COLLECTIONS) as store:
+        await audit(store, crew.notes())
+    async with open_store(target, collections=COLLECTIONS) as store:
+        with pytest.raises(StoreMovedError):
+            await store.get_entity("templates", "t-1")
+
+
+async def test_a_cut_over_whose_mover_died_is_ended_by_the_applications(
+    place: Place, crew: Crew
+) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    crew.begin(source, 0)
+    done = mover("start", source, target, "cut")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    before = Counter(each["what"] for each in crew.notes())["count"]
+    time.sleep(moving.GIVE_UP_SECONDS + 1.5)
+    assert Counter(each["what"] for each in crew.notes())["count"] > before
+    crew.end()
+    bound(crew.notes(), moving.GIVE_UP_SECONDS + 2)
+    async with open_store(source, collections=COLLECTIONS) as store:
+        await audit(store, crew.notes())
+    moved("stop", source, target)
+
+
+@pytest.mark.parametrize(
+    "seconds", [0.9, *(pytest.param(each, marks=pytest.mark.long) for each in (0.2, 1.5, 2.5))]
+)
+async def test_an_application_that_dies_meanwhile_disturbs_nobody(
+    seconds: float, place: Place, crew: Crew
+) -> None:
+    source, target = place("json-split", "a"), place("json-single", "b")
+    await prepared(source)
+    victim = crew.begin(source, 0)
+    crew.begin(source, 1)
+    moving_on = subprocess.Popen(
+        [*CREW, "move", "start", source, target], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    time.sleep(seconds)
+    crew.kill(victim)
+    _, said = moving_on.communicate(timeout=60)
+    assert moving_on.returncode == 0, said
+    time.sleep(0.3)
+    crew.end()
+    moved("finish", source, target)
+    async with open_store(target, collections=COLLECTIONS) as store:
+        await audit(store, crew.notes(), killed=1)
+
+
+async def test_an_application_that_was_asleep_during_the_cut_over_loses_nothing(
+    place: Place, crew: Crew
+) -> None:
+    """It wakes up with a lease that is long over, amid its writes."""
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    sleeper = crew.begin(source, 0)
+    crew.begin(source, 1)
+    mover_process = subprocess.Popen([*CREW, "move", "start", source, target])
+    time.sleep(0.9)
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    os.kill(sleeper.pid, signal.SIGCONT)
+    mover_process.wait(60)
+    time.sleep(0.5)
+    if mover_process.returncode != 0:  # it slept with the lock of the store in its hands
+        moved("start", source, target)
+    crew.end()
+    moved("finish", source, target)
+    async with open_store(target, collections=COLLECTIONS) as store:
+        await audit(store, crew.notes())
+
+
+async def test_a_mover_that_was_replaced_writes_nothing_any_more(place: Place) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    async with (
+        LiveMove(source, target, collections=COLLECTIONS) as old,
+        LiveMove(source, target, collections=COLLECTIONS) as new,
+    ):
+        await old.start(cut_over=False)
+        await new.start(cut_over=False)
+        async with open_store(source, collections=COLLECTIONS) as store:
+            await store.update_entity("accounts", "a-0", {"balance": 1})
+        with pytest.raises(MigrationError, match="somebody else"):
+            await old._drain(old._source, old._target)
+        with pytest.raises(MigrationError, match="somebody else"):
+            await old._flip(old._source, old._target, "cut_over", "flipped")
+        await new.start()
+        assert (await new.status()).phase == "flipped"
+        assert await new.compare()
+
+
+# -- refusals -------------------------------------------------------------------------------
+
+
+async def test_who_cannot_take_part_is_told(place: Place) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    with pytest.raises(MigrationError, match="cannot be the source"):
+        async with LiveMove("memory:", target):
+            pass
+    await prepared(source)
+    async with open_store(target) as store:
+        await store.create_entity("templates", {"template_id": "own"})
+    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        with pytest.raises(TargetNotEmptyError, match="templates 'own'"):
+            await move.start()
+        with pytest.raises(MigrationError, match="no move between"):
+            await move.finish()
+        assert (await move.status()).phase is None
+
+
+async def test_what_goes_around_the_verbs_is_refused_meanwhile(place: Place) -> None:
+    from hf_async_store import JSONStorageStrategy
+
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        await move.start(cut_over=False)
+        async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
+            with pytest.raises(StoreMovedError, match="cannot be used while"):
+                await store.write_file({})
+        await move.stop()
+        async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
+            await store.write_file(await store.read_file())
+
+
+def test_secrets_are_not_recorded() -> None:
+    with pytest.raises(ConfigurationError, match=r"\$\{VARIABLE\}"):
+        recordable_url("postgresql://app:hunter2@host/db")
+    with pytest.raises(ConfigurationError, match=r"password as \$\{VARIABLE\}"):
+        recordable_url("postgresql://app@host/db?password=hunter2")
+    with pytest.raises(ConfigurationError, match="a URL is needed"):
+        recordable_url("config.json")
+    kept = "postgresql://app:${DB_PASSWORD}@host/db?pool_size=3"
+    assert recordable_url(kept) == kept
+    assert recordable_url("json:data?sync_writes=no") == f"json:{Path.cwd()}/data?sync_writes=no"
+    assert recordable_url("json:/abs/x.json") == "json:/abs/x.json"

@@ -1,0 +1,265 @@
+"""Case 81: the portable backup, and that a truncated or altered one is refused."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from support import everything, fill, generated_items, json_url, odd_items, opened
+
+from hf_async_store import (
+    CorruptionError,
+    InvalidInputError,
+    StorageError,
+    TargetNotEmptyError,
+    open_store,
+)
+from hf_async_store.migration import (
+    backup_store,
+    check_portable,
+    is_portable,
+    read_header,
+    restore_store,
+)
+
+URLS = ("memory:", "json:{}/one.json", "json:{}/split")
+
+
+@pytest.mark.parametrize("url", URLS)
+async def test_case_81_backup_and_restore_give_back_an_equal_store(
+    url: str, tmp_path: Path
+) -> None:
+    async with opened(url.format(tmp_path)) as store:
+        await fill(store)
+        before = await everything(store)
+        made = await backup_store(store, tmp_path / "b.jsonl.gz")
+    assert made.counts["machines"] == 60
+    assert is_portable(Path(made.path))
+    assert Path(made.path).stat().st_mode & 0o777 == 0o600
+    for other in URLS:
+        async with opened(other.format(tmp_path / "restored")) as store:
+            await restore_store(store, made.path)
+            after = await everything(store)
+            assert repr(_sorted(after)) == repr(_sorted(before))
+            again = await backup_store(store, tmp_path / f"again-{URLS.index(other)}.jsonl.gz")
+            assert Path(again.path).read_bytes() == Path(made.path).read_bytes()
+            assert again.digests == made.digests
+
+
+def _sorted(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _sorted(value[name]) for name in sorted(value)}
+    return [_sorted(each) for each in value] if isinstance(value, list) else value
+
+
+@given(generated_items())
+@hypothesis_settings(max_examples=25)
+async def test_generated_stores_come_back(items: list[dict[str, object]]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        async with opened("memory:") as one, opened(f"json:{folder}/db.json") as other:
+            await one.import_entities("items", items)
+            first = await backup_store(one, f"{folder}/1.jsonl.gz")
+            await restore_store(other, first.path)
+            second = await backup_store(other, f"{folder}/2.jsonl.gz")
+            assert Path(first.path).read_bytes() == Path(second.path).read_bytes()
+            assert repr(_sorted(await everything(one))) == repr(_sorted(await everything(other)))
+
+
+async def _backup(tmp_path: Path) -> Path:
+    async with opened("memory:") as store:
+        await fill(store, 20)
+        await store.delete_entity("items", "long")
+        return Path((await backup_store(store, tmp_path / "b.jsonl.gz")).path)
+
+
+async def test_case_81_a_truncated_backup_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    whole = path.read_bytes()
+    cut = tmp_path / "cut.jsonl.gz"
+    async with opened("memory:") as store:
+        for length in range(len(whole)):
+            cut.write_bytes(whole[:length])
+            with pytest.raises((CorruptionError, InvalidInputError)):
+                await restore_store(store, cut)
+        assert not any((await everything(store)).values())
+
+
+async def test_case_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    whole = path.read_bytes()
+    altered = tmp_path / "altered.jsonl.gz"
+    digests = await check_portable(path)
+    rng = random.Random(11)
+    harmless = 0
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << rng.randrange(8)
+        altered.write_bytes(data)
+        try:
+            found = await check_portable(altered)
+        except StorageError:
+            continue
+        assert found == digests  # a byte of gzip that means nothing, as that of its time
+        harmless += 1
+    assert harmless < 20
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda lines: [*lines[:3], *lines[4:]],
+        lambda lines: [*lines[:4], lines[3], *lines[4:]],
+        lambda lines: [each.replace(b'"Template 1"', b'"Template 2"') for each in lines],
+        lambda lines: [each.replace(b'"version":1}', b'"version":2}') for each in lines],
+        lambda lines: [lines[0].replace(b'"count":3', b'"count":2'), *lines[1:]],
+        lambda lines: [lines[0].replace(b'"text"', b'"json"'), *lines[1:]],
+        lambda lines: [*lines, lines[3]],
+        lambda lines: lines[:-1],
+        lambda lines: [*lines[:2], b'"machines"', *lines[2:]],
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [*lines[:2], b"what", *lines[2:]],
+        lambda lines: [*lines[:2], b'"nobody"', *lines[2:]],
+    ],
+)
+async def test_case_81_an_alteration_that_is_good_gzip_is_refused(
+    alter: object, tmp_path: Path
+) -> None:
+    path = await _backup(tmp_path)
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    assert callable(alter)
+    altered = alter(lines)
+    assert altered != lines
+    text = b"\n".join([*altered, b""])
+    end = text.index(b"\n") + 1
+    other = tmp_path / "other.jsonl.gz"
+    other.write_bytes(gzip.compress(text[:end]) + gzip.compress(text[end:]))
+    async with opened("memory:") as store:
+        with pytest.raises(CorruptionError, match="is no good backup"):
+            await restore_store(store, other)
+        assert not any((await everything(store)).values())
+
+
+async def test_it_says_no_time_and_no_engine_and_is_plain_json_lines(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    header = lines[0]
+    assert "memory" not in header
+    assert not any(each in header for each in ("20:", "T0", "202"))
+    assert lines[1] == '"templates"'
+    assert lines[2].startswith('{"created_at"') or lines[2].startswith('{"name"')
+    assert lines[-1].startswith('["end",')
+    names = [each.name for each in (await read_header(path)).collections]
+    assert names.index("templates") < names.index("requests") < names.index("machines")
+
+
+async def test_what_is_no_backup_is_said_to_be_none(tmp_path: Path) -> None:
+    for content in (b"", b"{}", gzip.compress(b"{}\n"), gzip.compress(b""), os.urandom(100)):
+        path = tmp_path / "x"
+        path.write_bytes(content)
+        assert not is_portable(path)
+        async with opened("memory:") as store:
+            with pytest.raises((InvalidInputError, CorruptionError)):
+                await restore_store(store, path)
+
+
+async def test_a_new_name_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    async with opened("memory:") as store:
+        with pytest.raises(InvalidInputError, match="is there already"):
+            await backup_store(store, path)
+    assert [each.name for each in tmp_path.iterdir()] == ["b.jsonl.gz"]
+
+
+async def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
+    other = tmp_path / "notes_20200101T000000Z.jsonl.gz"
+    other.write_bytes(b"not ours")
+    async with opened("memory:") as store:
+        made = [(await backup_store(store, f"{tmp_path}/", keep=2)).path for _ in range(5)]
+        left = sorted(each.name for each in tmp_path.glob("backup_*"))
+        assert left == sorted(Path(each).name for each in made[-2:])
+        assert other.exists()
+        with pytest.raises(InvalidInputError, match="keep"):
+            await backup_store(store, tmp_path / "one.jsonl.gz", keep=2)
+
+
+async def test_a_store_that_is_not_empty_needs_a_rule(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    async with opened("memory:") as store:
+        await store.save_entity("templates", {"template_id": "t-1", "name": "mine"})
+        await store.save_entity("templates", {"template_id": "own"})
+        with pytest.raises(TargetNotEmptyError):
+            await restore_store(store, path)
+        kept = await restore_store(store, path, merge="keep")
+        assert (kept.merged["templates"].written, kept.merged["templates"].kept) == (2, 1)
+        newest = await restore_store(store, path, merge="newest")
+        assert newest.merged["templates"].kept == 1  # that of the backup has no updated_at
+        replaced = await restore_store(store, path, merge="replace")
+        assert (replaced.merged["templates"].written, replaced.merged["templates"].unchanged) == (
+            1,
+            2,
+        )
+        found = await store.get_entity("templates", "t-1")
+        assert found == {"template_id": "t-1", "name": "Template 1", "version": 1}
+        assert await store.get_entity("templates", "own") is not None
+
+
+async def test_collections_that_are_not_declared_are_refused(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    async with open_store("memory:") as store:
+        with pytest.raises(InvalidInputError, match=r"entities of 'items', which is not declared"):
+            await restore_store(store, path)
+
+
+async def test_a_backup_holds_one_moment_while_others_write(tmp_path: Path) -> None:
+    """Money moves between two collections; the sum in the backup is right."""
+    import asyncio
+
+    url = json_url("json-single", tmp_path, "db")
+    async with opened(url) as store:
+        await store.create_entities(
+            "accounts", [{"account_id": f"a-{n:04d}", "balance": 10} for n in range(3000)]
+        )
+        await store.create_entity("counters", {"counter_id": "rest", "balance": 0})
+        moved = 0
+
+        async def move() -> None:
+            nonlocal moved
+            rng = random.Random(3)
+            while True:
+                async with store.begin_transaction() as tx:
+                    entity_id = f"a-{rng.randrange(3000):04d}"
+                    account = await tx.get_entity("accounts", entity_id)
+                    rest = await tx.get_entity("counters", "rest")
+                    assert account is not None
+                    assert rest is not None
+                    await tx.update_entity(
+                        "accounts", entity_id, {"balance": account["balance"] - 1}
+                    )
+                    await tx.update_entity("counters", "rest", {"balance": rest["balance"] + 1})
+                moved += 1
+
+        moving = asyncio.create_task(move())
+        await asyncio.sleep(0.05)
+        for number in range(5):
+            before = moved
+            made = await backup_store(store, tmp_path / f"{number}.jsonl.gz")
+            assert moved > before
+            async with opened("memory:") as copy:
+                await restore_store(copy, made.path)
+                accounts = await copy.query_entities("accounts")
+                rest = await copy.get_entity("counters", "rest")
+                assert rest is not None
+                assert sum(each["balance"] for each in accounts) + rest["balance"] == 30_000  # type: ignore[misc, operator]
+        moving.cancel()
+        await asyncio.wait([moving])
+
+
+def test_the_odd_values_are_odd() -> None:
+    assert len(odd_items()) > 30

@@ -1,0 +1,217 @@
+"""TLS, passwords, providers of passwords, and a pool between us and the server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from hf_async_store import (
+    AuthenticationError,
+    ConfigurationError,
+    SQLStorageStrategy,
+    StorageError,
+    UnavailableError,
+    open_store,
+)
+from hf_async_store.testing.servers import ServerUnavailable, postgres
+from tests.contract.harnesses import ask, execute
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_async_store.testing.servers import PostgresServer
+
+SECRET = "p@ss:w/o?r%d #&+'\"\\ é${x}"
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[PostgresServer]:
+    """A server with TLS that asks some users for a password."""
+    try:
+        with _certificate() as folder, postgres() as server:
+            if os.environ.get("HF_ASYNC_STORE_TEST_POSTGRES_URL"):
+                pytest.skip("the server is not ours to configure")
+            [hba] = ask(server.url, "SHOW hba_file")
+            rules = "hostssl all asked 127.0.0.1/32 scram-sha-256\nhost all asked all reject\n"
+            Path(hba).write_text(rules + Path(hba).read_text())
+            execute(server.url, f"ALTER SYSTEM SET ssl_cert_file = '{folder}/server.crt'")
+            execute(server.url, f"ALTER SYSTEM SET ssl_key_file = '{folder}/server.key'")
+            execute(server.url, "ALTER SYSTEM SET ssl = on")
+            literal = SECRET.replace("'", "''")
+            execute(server.url, f"CREATE ROLE asked SUPERUSER LOGIN PASSWORD '{literal}'")
+            execute(server.url, "SELECT pg_reload_conf()")
+            yield server
+    except ServerUnavailable as exc:
+        pytest.skip(str(exc))
+
+
+@contextmanager
+def _certificate() -> Iterator[Path]:
+    """A folder with a certificate for localhost that signs itself."""
+    folder = Path(tempfile.mkdtemp(prefix="hf-async-store-tls-"))
+    try:
+        command = "openssl req -new -x509 -days 2 -nodes -newkey rsa:2048 -subj /CN=localhost"
+        names = "subjectAltName=DNS:localhost"
+        subprocess.run(
+            [*command.split(), "-addext", names, "-keyout", "server.key", "-out", "server.crt"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        folder.chmod(0o755)
+        (folder / "server.key").chmod(0o600)
+        if os.geteuid() == 0:
+            shutil.chown(folder / "server.key", "postgres")
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def config(server: PostgresServer, **more: Any) -> dict[str, Any]:
+    parts = urlsplit(server.url)
+    return {
+        "strategy": "sql",
+        "sql_strategy": {
+            "type": "postgresql",
+            "host": "localhost",
+            "port": parts.port,
+            "name": "postgres",
+            "username": "asked",
+            "password": SECRET.replace("${", "$${"),
+            "timeout": 5,
+            **more,
+        },
+    }
+
+
+async def encrypted(store: Any) -> bool:
+    [row] = await store.execute_with_lock(
+        "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+    )
+    return bool(row["ssl"])
+
+
+async def test_tls_is_checked_as_the_mode_says(guarded: PostgresServer) -> None:
+    [certificate] = ask(guarded.url, "SHOW ssl_cert_file")
+    for more in (
+        {"sslmode": "prefer"},
+        {"sslmode": "require"},
+        {"sslmode": "verify-ca", "sslrootcert": certificate},
+        {"sslmode": "verify-full", "sslrootcert": certificate},
+    ):
+        async with open_store(config(guarded, **more)) as store:
+            assert await encrypted(store), more
+    # The certificate is for localhost, by name.
+    wrong = config(guarded, sslmode="verify-full", sslrootcert=certificate, host="127.0.0.1")
+    async with open_store(wrong) as store:
+        with pytest.raises(UnavailableError):
+            await store.test_connection()
+    async with open_store(config(guarded, sslmode="disable")) as store:
+        with pytest.raises(AuthenticationError):
+            await store.test_connection()
+
+
+async def test_a_password_may_hold_any_character(
+    guarded: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", SECRET)
+    port = urlsplit(guarded.url).port
+    for given in (
+        config(guarded, password="${DB_PASSWORD}"),
+        f"postgresql://asked:${{DB_PASSWORD}}@localhost:{port}/postgres",
+        f"postgresql://asked:{quote(SECRET, safe='')}@localhost:{port}/postgres".replace("$", "$$"),
+    ):
+        async with open_store(given) as store:
+            assert await store.test_connection() > 0
+            shown = f"{store.describe()} {await store.health()} {store!r}"
+            assert SECRET not in shown
+            assert quote(SECRET, safe="") not in shown
+
+
+async def test_a_wrong_password_is_told_without_it(guarded: PostgresServer) -> None:
+    async with open_store(config(guarded, password="not-the-password")) as store:
+        with pytest.raises(AuthenticationError) as caught:
+            await store.save_entity("templates", {"template_id": "t"})
+        assert not caught.value.retryable
+        assert "not-the-password" not in f"{caught.value!r}{caught.value.__cause__!r}"
+    async with open_store(config(guarded, password="")) as store:
+        with pytest.raises(StorageError):
+            await store.test_connection()
+
+
+async def token(host: str, port: int, username: str) -> str:
+    assert (host, username) == ("localhost", "asked")
+    assert port > 0
+    return SECRET
+
+
+async def test_each_connection_asks_for_its_password(guarded: PostgresServer) -> None:
+    asked: list[str] = []
+
+    def provider(host: str, port: int, username: str) -> str:
+        asked.append(username)
+        return SECRET if len(asked) < 3 else "expired"
+
+    given = config(guarded, password="unused", pool_size=1, max_overflow=9)
+    async with SQLStorageStrategy(given, password=provider) as store:
+        await store.test_connection()
+        assert await store.get_entity("templates", "t") is None
+        before = len(asked)
+        assert before >= 1
+        async with store.begin_transaction() as tx:
+            await tx.count_entities("templates")
+            with pytest.raises(AuthenticationError):
+                await asyncio.create_task(_as_many(store, 6))
+    assert len(asked) > before
+    named = config(guarded, password="unused", login_provider=f"{__name__}:token")
+    async with open_store(named) as store:
+        assert await store.test_connection() > 0
+    for wrong in ("nowhere:token", f"{__name__}:nothing", "token"):
+        with pytest.raises(ConfigurationError, match="login_provider"):
+            open_store(config(guarded, login_provider=wrong))
+
+
+async def _as_many(store: Any, number: int) -> None:
+    streams = [store.stream_entities("templates") for _ in range(number)]
+    try:
+        for each in streams:
+            await anext(each, None)
+    finally:
+        for each in streams:
+            await each.aclose()
+
+
+async def test_behind_pgbouncer_nothing_stays_in_a_session(database: str) -> None:
+    async with open_store(f"{database}?pgbouncer=yes&pool_size=1&max_overflow=0") as store:
+        await store.save_entities("templates", [{"template_id": f"t{n}"} for n in range(40)])
+        await store.update_entity("templates", "t1", {"name": "x"}, expected_version=1)
+        assert await store.get_entity("templates", "t1") is not None
+        assert await store.count_entities("templates", {"name": "x"}) == 1
+        async with store.begin_transaction() as tx:
+            await tx.delete_entity("templates", "t2")
+            assert len([each async for each in tx.stream_entities("templates")]) == 39
+        [left] = await store.execute_with_lock(  # type: ignore[attr-defined]
+            "SELECT (SELECT count(*) FROM pg_prepared_statements) AS statements, "
+            "current_setting('transaction_isolation') AS isolation, "
+            "(SELECT reset_val FROM pg_settings WHERE name = 'default_transaction_isolation') AS own"
+        )
+        assert left == {"statements": 0, "isolation": "serializable", "own": "read committed"}
+
+
+async def test_a_lower_isolation_is_the_default_of_all(database: str) -> None:
+    async with open_store(f"{database}?isolation=read_committed") as store:
+        assert store.capabilities.isolations[0] == "read_committed"
+        query = "SELECT current_setting('transaction_isolation') AS isolation"
+        for isolation in (None, "serializable", "repeatable_read"):
+            async with store.begin_transaction(isolation) as tx:  # type: ignore[arg-type]
+                [found] = await tx.execute_with_lock(query)  # type: ignore[attr-defined]
+                assert found["isolation"] == (isolation or "read_committed").replace("_", " ")

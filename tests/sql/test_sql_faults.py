@@ -1,0 +1,354 @@
+"""Faults of real engines: servers that die, links that break, disks that are full."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from hf_async_store import (
+    BatchError,
+    ConcurrencyConflictError,
+    CorruptionError,
+    DiskFullError,
+    PermissionDeniedError,
+    PoolTimeoutError,
+    ReadOnlyError,
+    StorageError,
+    UnavailableError,
+    open_store,
+)
+from hf_async_store.testing.servers import ServerUnavailable, postgres
+from tests.contract.harnesses import ask, execute
+from tests.sql.proxy import link_to
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def template(name: str, **fields: object) -> dict[str, object]:
+    return {"template_id": name, **fields}
+
+
+async def until_it_works(work: Any, seconds: float = 20) -> None:
+    """Do the same again until it succeeds; nothing is opened anew."""
+    async with asyncio.timeout(seconds):
+        while True:
+            with suppress(UnavailableError):
+                await work()
+                return
+            await asyncio.sleep(0.05)
+
+
+# -- PostgreSQL -----------------------------------------------------------------------------
+
+
+async def test_the_server_is_killed_under_load_and_comes_back() -> None:
+    try:
+        context = postgres(durable=True)
+        server = context.__enter__()
+    except ServerUnavailable as exc:
+        pytest.skip(str(exc))
+    try:
+        await _killed_under_load(server)
+    finally:
+        context.__exit__(None, None, None)
+
+
+async def _killed_under_load(server: Any) -> None:
+    acknowledged: dict[str, int] = {}
+    unknown: set[str] = set()
+    stop = asyncio.Event()
+    failures: list[StorageError] = []
+
+    async def write(store: Any, task: int) -> None:
+        n = 0
+        while not stop.is_set():
+            n += 1
+            name = f"{task}-{n}"
+            try:
+                if n % 3:
+                    acknowledged[name] = await store.save_entity("templates", template(name, x=n))
+                else:
+                    async with store.begin_transaction() as tx:
+                        await tx.save_entity("templates", template(name, x=n))
+                    acknowledged[name] = 1
+            except StorageError as exc:
+                failures.append(exc)
+                if exc.outcome_unknown:
+                    unknown.add(name)
+                await asyncio.sleep(0.01)
+
+    async def read(store: Any) -> None:
+        while not stop.is_set():
+            try:
+                name = next(iter(acknowledged), None)
+                if name is not None:
+                    found = await store.get_entity("templates", name)
+                    assert found is not None, "absence is never how an error shows"
+            except StorageError as exc:
+                failures.append(exc)
+            await asyncio.sleep(0.005)
+
+    async with open_store(server.database()) as store:
+        async with asyncio.TaskGroup() as group:
+            for task in range(12):
+                group.create_task(write(store, task))
+            group.create_task(read(store))
+            for how in (server.kill, server.stop):
+                before = len(acknowledged)
+                await asyncio.sleep(0.6)
+                assert len(acknowledged) > before
+                await asyncio.to_thread(how)
+                await asyncio.sleep(0.2)
+                await asyncio.to_thread(server.start)
+                before = len(acknowledged)
+                async with asyncio.timeout(20):
+                    while len(acknowledged) < before + 50:
+                        await asyncio.sleep(0.05)
+            stop.set()
+        assert failures, "the server was away"
+        for each in failures:
+            assert isinstance(each, UnavailableError | ConcurrencyConflictError), repr(each)
+            assert each.__cause__ is not None
+        found = await store.get_entities("templates", acknowledged)
+        lost = [name for name, each in zip(acknowledged, found, strict=True) if each is None]
+        assert lost == [], "acknowledged, and gone"
+        there = {each["template_id"] for each in await store.query_entities("templates")}
+        assert there - acknowledged.keys() <= unknown, "refused, and there"
+
+
+async def test_500_cancellations_leave_the_pool_whole(database: str) -> None:
+    async with open_store(f"{database}?pool_size=4&max_overflow=4") as store:
+        await store.save_entities("templates", [template(f"t{n}", n=n) for n in range(300)])
+
+        async def transaction() -> None:
+            async with store.begin_transaction() as tx:
+                await tx.get_entity("templates", "t1")
+                await tx.save_entity("templates", template(f"t{random.randrange(300)}"))
+                await tx.query_entities("templates", {"n": 5})
+
+        async def stream() -> None:
+            async for _ in store.stream_entities("templates"):
+                await asyncio.sleep(0)
+
+        works = (
+            transaction,
+            stream,
+            lambda: store.save_entity("templates", template(f"t{random.randrange(300)}")),
+            lambda: store.get_entity("templates", "t1"),
+            lambda: store.query_entities("templates", {"n": 7}),
+            lambda: store.count_entities("templates"),
+        )
+        for _ in range(50):
+            tasks = [asyncio.ensure_future(random.choice(works)()) for _ in range(10)]
+            await asyncio.sleep(random.uniform(0, 0.01))
+            for each in tasks:
+                each.cancel()
+            for found in await asyncio.gather(*tasks, return_exceptions=True):
+                assert not isinstance(found, Exception) or isinstance(
+                    found, ConcurrencyConflictError
+                ), repr(found)
+        name = urlsplit(database).path[1:]
+        states = f"SELECT state FROM pg_stat_activity WHERE datname = '{name}'"
+        postgres_url = database.replace(f"/{name}", "/postgres")
+        for _ in range(40):
+            found_states = await asyncio.to_thread(ask, postgres_url, states)
+            if set(found_states) <= {"idle"}:
+                break
+            await asyncio.sleep(0.05)
+        assert set(found_states) <= {"idle"}, found_states
+        assert len(found_states) <= 8
+        assert store._sql._main.figures()["in_use"] == 0  # type: ignore[attr-defined]
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(
+                    store.run_transaction(lambda tx: tx.get_entity("templates", "t1"))
+                )
+
+
+async def test_an_exhausted_pool_names_its_settings(url: str) -> None:
+    more = "pool_size=1&max_overflow=1&pool_timeout=0.2"
+    async with open_store(f"{url}?{more}") as store:
+        await store.save_entities("templates", [template(f"t{n}") for n in range(600)])
+        streams = [store.stream_entities("templates") for _ in range(2)]
+        for each in streams:
+            await anext(each)
+        with pytest.raises(PoolTimeoutError, match=r"pool_size.*max_overflow.*pool_timeout") as no:
+            await store.count_entities("templates")
+        assert no.value.retryable
+        assert not no.value.outcome_unknown
+        for each in streams:
+            await each.aclose()
+        assert await store.count_entities("templates") == 600
+
+
+@pytest.mark.parametrize("verb", ["transaction", "save", "batch"])
+async def test_an_answer_that_is_lost_is_unknown(database: str, verb: str) -> None:
+    parts = urlsplit(database)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    async with link_to(parts.hostname, parts.port) as link:
+        through = database.replace(f":{parts.port}/", f":{link.port}/")
+        async with open_store(f"{through}?sslmode=disable") as store:
+            await store.save_entity("templates", template("t", n=0))
+            if verb == "transaction":
+                link.cut_after = b"COMMIT"
+                with pytest.raises(UnavailableError) as caught:
+                    async with store.begin_transaction() as tx:
+                        await tx.save_entity("templates", template("t", n=1))
+                error: StorageError = caught.value
+            else:
+                link.cut_after = b"marker"
+                marked = template("t", n=1, note="marker")
+                work = (
+                    store.save_entity("templates", marked)
+                    if verb == "save"
+                    else store.save_entities("templates", [marked, template("u")])
+                )
+                with pytest.raises(StorageError) as lost:
+                    await work
+                error = lost.value
+            assert link.cuts == 1
+            assert error.outcome_unknown
+            if isinstance(error, BatchError):
+                assert all(isinstance(each, UnavailableError) for each in error.outcomes)
+            else:
+                assert error.__cause__ is not None
+            # It did land; and the store goes on by itself.
+            found = await store.get_entity("templates", "t")
+            assert found is not None
+            assert (found["n"], found["version"]) == (1, 2)
+
+
+async def test_a_link_that_breaks_in_a_read_is_taken_up_again(database: str) -> None:
+    parts = urlsplit(database)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    async with link_to(parts.hostname, parts.port) as link:
+        through = database.replace(f":{parts.port}/", f":{link.port}/")
+        async with open_store(f"{through}?sslmode=disable") as store:
+            await store.save_entity("templates", template("needle"))
+            link.cut_after = b"needle"
+            assert await store.get_entity("templates", "needle") is not None
+            assert link.cuts == 1
+
+
+async def test_nobody_listens() -> None:
+    async with open_store("postgresql://me@127.0.0.1:1/db?timeout=2") as store:
+        with pytest.raises(UnavailableError) as caught:
+            await store.save_entity("templates", template("t"))
+        assert caught.value.retryable
+        assert not caught.value.outcome_unknown
+        report = await store.health()
+        assert report["ok"] is False
+
+
+async def test_a_role_that_may_not(database: str) -> None:
+    async with open_store(database) as store:
+        await store.save_entity("templates", template("t"))
+    role = f"reader_{random.randrange(10**9)}"
+    execute(
+        database,
+        f"CREATE ROLE {role} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
+    )
+    try:
+        async with open_store(database.replace("postgres@", f"{role}@")) as store:
+            # The tables are there, so nothing is made; what is granted works.
+            assert await store.get_entity("templates", "t") is not None
+            assert await store.count_entities("templates") == 1
+            with pytest.raises(PermissionDeniedError):
+                await store.save_entity("templates", template("t"))
+    finally:
+        execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_a_statement_that_takes_too_long(database: str) -> None:
+    async with open_store(f"{database}?timeout=0.3") as store:
+        with pytest.raises(StorageError) as caught:
+            await store.execute_with_lock("SELECT pg_sleep(5)")  # type: ignore[attr-defined]
+        assert type(caught.value).__name__ == "OperationTimeoutError"
+        await store.save_entity("templates", template("t"))
+
+
+# -- SQLite ---------------------------------------------------------------------------------
+
+
+async def test_a_full_disk(tmp_path: Path) -> None:
+    async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
+        await store.save_entity("templates", template("kept", note="x" * 1000))
+        [[pages]] = await _rows(store, "PRAGMA page_count")
+        await _rows(store, f"PRAGMA max_page_count = {pages + 2}")
+        with pytest.raises(DiskFullError) as caught:
+            await _fill(store)
+        assert not caught.value.outcome_unknown
+        kept = await store.get_entity("templates", "kept")
+        assert kept is not None
+        assert kept["note"] == "x" * 1000
+        await _rows(store, "PRAGMA max_page_count = 1000000")
+        await store.save_entity("templates", template("more", note="y" * 5000))
+
+
+async def test_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
+    async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
+        await store.save_entity("templates", template("t"))
+        await _rows(store, "PRAGMA query_only = ON")
+        with pytest.raises(ReadOnlyError):
+            await store.save_entity("templates", template("u"))
+        assert await store.get_entity("templates", "t") is not None
+        async with store._sql._main.lease() as lease:  # type: ignore[attr-defined]
+            await lease.rows("PRAGMA query_only = OFF")  # in a transaction it would not begin
+        await store.save_entity("templates", template("u"))
+
+
+async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    path.write_bytes(b"this is no database" * 1000)
+    async with open_store(f"sqlite:{path}") as store:
+        for work in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.save_entity("templates", template("t")),
+            lambda: store.query_entities("templates"),
+        ):
+            with pytest.raises(CorruptionError):
+                await work()
+        assert (await store.health())["ok"] is False
+    assert path.read_bytes() == b"this is no database" * 1000
+
+
+async def test_another_process_holds_the_lock(tmp_path: Path) -> None:
+    url = f"sqlite:{tmp_path}/store.db"
+    async with open_store(url) as store, open_store(f"{url}?timeout=0.2") as other:
+        await store.save_entity("templates", template("t"))
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("templates", "t", {"name": "mine"})
+            with pytest.raises(StorageError) as caught:
+                await asyncio.create_task(other.save_entity("templates", template("t")))
+            assert type(caught.value).__name__ == "LockTimeoutError"
+            assert caught.value.retryable
+            # Who only reads waits for nobody.
+            found = await asyncio.create_task(other.get_entity("templates", "t"))
+            assert found is not None
+            assert "name" not in found
+        await other.save_entity("templates", template("t"))
+
+
+async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    async with open_store(f"sqlite:{tmp_path}/sub/store.db") as store:
+        await store.save_entity("templates", template("t"))
+        modes = {each.name: each.stat().st_mode & 0o777 for each in (tmp_path / "sub").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o600)
+    assert "store.db-wal" in modes
+
+
+async def _fill(store: Any) -> None:
+    for n in range(50):
+        await store.save_entity("templates", template(f"t{n}", note="y" * 5000))
+
+
+async def _rows(store: Any, sql: str) -> list[list[object]]:
+    return [list(each.values()) for each in await store.execute_with_lock(sql)]

@@ -1,0 +1,68 @@
+"""The stores found in the field, imported and read back: equal in value, type and version."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from hf_async_store import HOST_FACTORY, open_store
+from hf_async_store.entities import parse_timestamp
+from hf_async_store.testing.checks import exact
+
+REAL: Final = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
+TIMES: Final = {
+    each.name: {name for name, field in each.fields.items() if field.type == "timestamp"}
+    for each in HOST_FACTORY
+}
+
+
+def found_in_the_field() -> dict[str, dict[str, dict[str, Any]]]:
+    if REAL:
+        path = Path(REAL) / "single_file" / "request_database.json"
+        data: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_bytes())
+        return data
+    return {
+        "templates": {"t": {"template_id": "t", "created_at": "2026-07-06T22:07:11.806716"}},
+        "requests": {"r": {"request_id": "r", "template_id": "t", "version": 0, "error": None}},
+        "machines": {"m": {"machine_id": "m", "request_id": "r", "tags": {"a": [1, 1.0]}}},
+    }
+
+
+def stored_form(collection: str, entity: dict[str, Any]) -> object:
+    """As it must come back: times of declared fields in the fixed form, which is the same instant."""
+    times = TIMES[collection]
+    return exact(
+        {
+            "version": 0,
+            **{
+                name: parse_timestamp(value) if name in times and isinstance(value, str) else value
+                for name, value in entity.items()
+            },
+        }
+    )
+
+
+@pytest.mark.skipif(not REAL, reason="HF_ASYNC_STORE_REAL_DATA is not set; generated data is used")
+def test_there_is_real_data() -> None:
+    assert sum(map(len, found_in_the_field().values())) > 10
+
+
+async def test_what_goes_in_comes_out(url: str) -> None:
+    data = found_in_the_field()
+    async with open_store(f"{url}?enforce_references=no") as store:
+        for name in store.collections:
+            entities = list(data[name].values())
+            await store.import_entities(name, entities)
+        for name, collection in store.collections.items():
+            by_id = {each[collection.key]: each for each in data[name].values()}
+            read = await store.get_entities(name, by_id)
+            for entity, back in zip(by_id.values(), read, strict=True):
+                assert back is not None
+                assert exact(back) == stored_form(name, entity)
+            walked = [each async for each in store.stream_entities(name)]
+            assert [each[collection.key] for each in walked] == sorted(by_id)
+            assert await store.count_entities(name) == len(by_id)

@@ -1,0 +1,120 @@
+"""SQL of the caller's own, plans on real numbers of rows, and streams that hold little."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store import InvalidInputError, SQLStorageStrategy, gt, open_store
+from hf_async_store.strategies.sql.binding import bound
+from tests.contract.harnesses import execute
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+EVIL = "'; DROP TABLE requests; --"
+
+
+@pytest.mark.parametrize(
+    ("sql", "params", "text", "args"),
+    [
+        ("SELECT ?, ?", [1, 2], "SELECT $1, $2", [1, 2]),
+        ("SELECT :a, :b, :a", {"a": 1, "b": 2}, "SELECT $1, $2, $1", [1, 2]),
+        ("SELECT '?', \"?\", ? -- ?", [1], "SELECT '?', \"?\", $1 -- ?", [1]),
+        (
+            "SELECT ':a''?', :a::text /* :b ? */",
+            {"a": 1},
+            "SELECT ':a''?', $1::text /* :b ? */",
+            [1],
+        ),
+        ("SELECT $$ ? :a $$, $x$ ? $x$, ?", [1], "SELECT $$ ? :a $$, $x$ ? $x$, $1", [1]),
+        ("SELECT a[1:2], ?", [1], "SELECT a[1:2], $1", [1]),
+    ],
+)
+def test_both_forms_of_parameters(
+    sql: str, params: Sequence[object] | Mapping[str, object], text: str, args: list[object]
+) -> None:
+    assert bound(sql, params, "$") == (text, args)
+
+
+@pytest.mark.parametrize(
+    ("sql", "params"),
+    [("SELECT ?", []), ("SELECT ?", [1, 2]), ("SELECT :a", {}), ("SELECT :a", {"a": 1, "b": 2})],
+)
+def test_what_does_not_fit_is_refused(
+    sql: str, params: Sequence[object] | Mapping[str, object]
+) -> None:
+    with pytest.raises(InvalidInputError):
+        bound(sql, params, "$")
+
+
+async def test_execute_with_lock(url: str) -> None:
+    async with SQLStorageStrategy(url) as store:
+        await store.save_entity("requests", {"request_id": "r", "status": EVIL})
+        query = "SELECT request_id, status, version FROM requests WHERE request_id = {} FOR UPDATE"
+        expected = [{"request_id": "r", "status": EVIL, "version": 1}]
+        assert await store.execute_with_lock(query.format("?"), ["r"]) == expected
+        assert await store.execute_with_lock(query.format(":id"), {"id": "r"}) == expected
+        assert await store.execute_with_lock(query.format("?"), [EVIL]) == []
+        async with store.begin_transaction() as tx:
+            found = await tx.execute_with_lock(query.format("?"), ["r"])  # type: ignore[attr-defined]
+            assert found == expected
+            await tx.update_entity("requests", "r", {"status": "locked"})
+        await store.execute_with_lock(
+            "UPDATE requests SET status = ? WHERE request_id = ?", ["x", "r"]
+        )
+        found = await store.get_entity("requests", "r")
+        assert found is not None
+        assert found["status"] == "x"
+
+
+@pytest.fixture
+async def filled(url: str) -> Any:
+    """10,000 requests of 100 statuses, and the statistics that a server gathers by itself."""
+    async with open_store(url) as store:
+        for start in range(0, 10_000, 1000):
+            await store.create_entities(
+                "requests",
+                [
+                    {"request_id": f"r{n:05}", "status": f"s{n % 100}", "machine_count": n, "x": n}
+                    for n in range(start, start + 1000)
+                ],
+            )
+        if url.startswith("postgresql"):
+            execute(url, "ANALYZE")
+        yield store
+
+
+async def test_plans_on_many_rows(filled: Any) -> None:
+    store = filled
+    plan = await store.explain_query("requests", {"status": "s5"})
+    assert (plan.access, plan.index) == ("index", "status-index"), plan
+    plan = await store.explain_query("requests", {"request_id": "r00005"})
+    assert plan.access == "key", plan
+    # A page by id begins at its cursor, and is not sorted.
+    page = await store.query_page("requests", limit=10)
+    rest = await store.query_page("requests", limit=10, cursor=page.cursor)
+    assert rest.items[0]["request_id"] == "r00010"
+    plan = await store.explain_query("requests", None, None, 10)
+    assert not plan.sorted_here, plan
+    plan = await store.explain_query("requests", {"x": gt(5)}, "-x")
+    assert plan.access == "scan"
+
+
+async def test_a_stream_holds_little(filled: Any) -> None:
+    store = filled
+    tracemalloc.start()
+    try:
+        seen = 0
+        async for _ in store.stream_entities("requests", order_by="-machine_count"):
+            seen += 1
+            if seen == 1:
+                tracemalloc.reset_peak()
+                before, _ = tracemalloc.get_traced_memory()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seen == 10_000
+    assert peak - before < 2_000_000, "all rows at once take more than 10 MB"
