@@ -178,6 +178,12 @@ class Pair:
 
 def pairs(bench: Bench, ids: list[str], machines: list[Entity]) -> list[Pair]:
     store = bench.store
+
+    def changed(n: int) -> Entity:
+        """A machine as a poll found it: two of its fields are new."""
+        more = {"status": f"s{n}", "private_ip": f"10.0.0.{n}"}
+        return {**machines[n % len(ids)], **more}
+
     return [
         Pair(
             "get",
@@ -201,8 +207,8 @@ def pairs(bench: Bench, ids: list[str], machines: list[Entity]) -> list[Pair]:
         ),
         Pair(
             "save",
-            lambda n: store.save_entity("machines", machines[n % len(ids)]),
-            lambda n: bare_save(bench, machines[n % len(ids)]),
+            lambda n: store.save_entity("machines", changed(n)),
+            lambda n: bare_save(bench, changed(n)),
             1.8,
             0.35,
         ),
@@ -341,6 +347,12 @@ async def batch(bench: Bench) -> list[Figure]:
     machines = [bench.fresh() for _ in range(_BATCH)]
     await bench.store.create_entities("machines", machines)
     store = bench.store
+
+    def changed() -> list[Entity]:
+        number = next(bench.numbers)
+        more = {"status": f"s{number}", "private_ip": f"10.0.0.{number}"}
+        return [{**each, **more} for each in machines]
+
     figures = []
     calls: list[tuple[str, float | None, Callable[[], Awaitable[object]]]] = [
         (
@@ -348,7 +360,7 @@ async def batch(bench: Bench) -> list[Figure]:
             0.35,
             lambda: store.create_entities("machines", [bench.fresh() for _ in range(_BATCH)]),
         ),
-        ("save_entities", 0.2, lambda: store.save_entities("machines", machines)),
+        ("save_entities", 0.2, lambda: store.save_entities("machines", changed())),
         ("import_entities", None, lambda: store.import_entities("machines", machines)),
     ]
     for name, target, call in calls:

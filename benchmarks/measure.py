@@ -1,4 +1,10 @@
-"""Measuring: figures with their targets, sides that take turns, and the holds of an event loop."""
+"""Measuring: figures with their targets, sides that take turns, and the holds of an event loop.
+
+What every script of an engine here has in common, so that `hf-async-store bench` can read it into
+its report (`--figures FILE`): it takes `--quick`, `--json FILE` and `--folder DIR`, and writes its
+file by `write_report`. A figure with a target becomes a row of the report; one without is context.
+A ratio to a floor is a figure of its own, in "x", so that the target is held against the ratio.
+"""
 
 from __future__ import annotations
 

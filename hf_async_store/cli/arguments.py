@@ -425,8 +425,8 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-def _foreign(module: str, parser: argparse.ArgumentParser) -> None:
-    import_module(module).add_arguments(parser)
+def _foreign(module: str, parser: argparse.ArgumentParser, adds: str = "add_arguments") -> None:
+    getattr(import_module(module), adds)(parser)
 
 
 _CLI: Final = "hf_async_store.cli"
@@ -617,5 +617,27 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "see it at work: several processes on one store, one killed",
         f"{_CLI}.upkeep:demo",
         partial(_foreign, "hf_async_store.demo"),
+    ),
+    "bench": Command(
+        "bench [compare OLD.json NEW.json] [OPTIONS]",
+        "measure every engine here, beside its floor and its peers",
+        f"{_CLI}.benchmarks:bench",
+        partial(_foreign, "hf_async_store.bench"),
+        "The stores are temporary ones, and servers that are needed are started. --store adds one\n"
+        "with {folder} in its URL, as of a strategy of your own. The report is a page, Markdown,\n"
+        "JSON and PNG.\n"
+        "Exit code 4 if a write was lost or an answer was wrong.\n\n"
+        f"  {PROGRAM} bench\n"
+        f"  {PROGRAM} bench --full --output report\n"
+        f"  {PROGRAM} bench --only json --workload save --tasks 1 --processes 4\n"
+        f"  {PROGRAM} bench compare old/report.json new/report.json\n",
+    ),
+    "advise": Command(
+        "advise [OPTIONS]",
+        "recommend an engine for your load, by measuring it here",
+        f"{_CLI}.benchmarks:advise",
+        partial(_foreign, "hf_async_store.bench", adds="add_advise_arguments"),
+        "It takes about a minute, with temporary stores.\n\n"
+        f"  {PROGRAM} advise --entities 50000 --tasks 32 --processes 4 --reads-percent 90\n",
     ),
 }

@@ -11,6 +11,7 @@ from hf_async_store.cli.output import PROGRAM, tell, write_error
 from hf_async_store.config import redact_url
 from hf_async_store.errors import (
     AlreadyExistsError,
+    AuthenticationError,
     BatchError,
     BrokenReferenceError,
     ConcurrencyConflictError,
@@ -70,6 +71,7 @@ _HINTS: Final[tuple[tuple[type[StorageError], str], ...]] = (
     (LockTimeoutError, "try again, or find out who holds it"),
     (ThrottledError, "try again later"),
     (OperationTimeoutError, "allow more with --timeout"),
+    (AuthenticationError, "mend the user name or the password"),
     (PermissionDeniedError, "look at the owner and mode of the files and of their folder"),
     (ReadOnlyError, "nothing can be written there"),
     (DiskFullError, "what was stored before is intact: make room, then do it again"),
@@ -98,7 +100,11 @@ def sentence(exc: StorageError) -> str:
         hint = "delete those first" if "cannot be deleted" in said else "put that first"
     if isinstance(exc, InvalidKeyError) and "needs its key field" in said:
         hint = "it holds the id"
-    if isinstance(exc, CorruptionError) and PROGRAM not in said:
+    if type(exc) is PermissionDeniedError and not isinstance(exc.__cause__, OSError):
+        hint = None  # a server said no: its rights are not those of files
+    if isinstance(exc, CorruptionError) and "backup" in said:
+        hint = None
+    elif isinstance(exc, CorruptionError) and PROGRAM not in said:
         hint = f"`{PROGRAM} backups` lists what can be restored, `{PROGRAM} restore` does it"
     if isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _IN_THE_WAY:
         hint = "a file stands where a folder is needed, or the reverse: mend the path, or move it"

@@ -27,11 +27,12 @@ def init(arguments: Namespace) -> int:
             files = [str(each) for each in await JSONFiles(context).make_empty()]
             made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
             where = context.location()
+            output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
         else:
             # Tables are made at first use, and this is one.
             await store.test_connection()
-            files, made, where = [], "ready", store.capabilities.engine
-        output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
+            engine = store.capabilities.engine
+            output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
         return 0
 
     return context.run(work)

@@ -15,7 +15,16 @@ from hf_async_store import (
     TransactionTooLargeError,
     ValueOutOfDomainError,
 )
-from hf_async_store.entities import INT_MAX, MAX_ENTITY_BYTES, Delete, Key, Mark, Patch, Put
+from hf_async_store.entities import (
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    PRESENT,
+    Delete,
+    Key,
+    Mark,
+    Patch,
+    Put,
+)
 from hf_async_store.testing.checks import content
 from tests.dynamodb.proxy import Answer, Changed, Fault, Request
 from tests.dynamodb.support import CONTRACT_COLLECTIONS, new_prefix, store_at
@@ -299,3 +308,39 @@ async def test_what_a_transaction_sends(proxy: Proxy) -> None:
         actions = [next(iter(each)) for each in commit.params["TransactItems"]]
         assert sorted(actions) == ["ConditionCheck", "Delete", "Put", "Put"]
         assert commit.params["ClientRequestToken"]
+
+
+async def test_a_replacement_of_what_must_be_there(proxy: Proxy) -> None:
+    """No verb asks for it; the seam may."""
+    async with store_at(proxy.url) as store:
+        at = "2026-01-01T00:00:00.000000Z"
+
+        def put(entity_id: str) -> Put:
+            return Put(Key("items", entity_id), {"item_id": entity_id}, at, expect=PRESENT)
+
+        [outcome] = await store._engine.write_each([put("a")])
+        assert isinstance(outcome, EntityNotFoundError)
+        await store.create_entities("items", [{"item_id": "a"}, {"item_id": "b"}])
+        assert await store._engine.write_each([put("a")]) == [2]
+        outcomes = await store._engine.write_each([put("a"), put("b"), put("c")])
+        assert outcomes[:2] == [3, 2]
+        assert isinstance(outcomes[2], EntityNotFoundError)
+        assert await store.get_entity("items", "c") is None
+
+
+async def test_a_condition_on_an_item_of_another_program(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "first"})
+        table = store.describe()["tables"]["items"]  # type: ignore[index,call-overload]
+        item = {"item_id": {"S": "a"}, "label": {"S": "x"}, "doc": {"M": {}}}
+        await store._dynamodb.client.call("PutItem", {"TableName": table, "Item": item})
+        version = await store.update_entity(
+            "items",
+            "a",
+            {"count": 1},
+            condition_expression="label = :x",
+            expression_values={":x": "x"},
+        )
+        assert version == 1
+        assert await store.update_entity("items", "a", {"count": 2}) == 2
+        assert await store.save_entity("items", {"item_id": "a"}) == 3

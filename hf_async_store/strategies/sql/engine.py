@@ -59,7 +59,6 @@ class SQLEngine:
         self._ready = False
         self._making = asyncio.Lock()
         self._turn = asyncio.Lock()  # of the one that writes, where there can be one only
-        self._closed = False
 
     # -- connections -------------------------------------------------------------------------
 
@@ -341,7 +340,6 @@ class SQLEngine:
         return {**self._dialect.describe(), "configuration": redacted(self._config)}
 
     async def close(self) -> None:
-        self._closed = True
         await self._main.close()
         if self._readers is not self._main:
             await self._readers.close()

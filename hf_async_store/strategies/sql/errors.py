@@ -43,7 +43,7 @@ _SQLITE: Final[dict[int, type[StorageError]]] = {
 }
 
 
-def sqlite_error(exc: Exception, *, doing: str, path: Path) -> StorageError:
+def sqlite_error(exc: Exception, *, doing: str, path: Path, writes: bool) -> StorageError:
     """The store's error for one of sqlite3, the operating system or a closed connection."""
     if isinstance(exc, OSError):
         return translate_os_error(exc, doing)
@@ -55,7 +55,9 @@ def sqlite_error(exc: Exception, *, doing: str, path: Path) -> StorageError:
         return BrokenReferenceError(f"cannot {doing}: a reference names no entity")
     kind = _SQLITE.get(code & 0xFF, ProtocolError)
     more = f"; restore {path} from a backup" if kind is CorruptionError else ""
-    return kind(f"cannot {doing}: {exc}{more}")
+    # Where the disk failed, what it did with the commit is not known.
+    unknown = writes and code & 0xFF == sqlite3.SQLITE_IOERR
+    return kind(f"cannot {doing}: {exc}{more}", outcome_unknown=unknown)
 
 
 # -- PostgreSQL, by SQLSTATE (source: its manual, appendix A) --------------------------------

@@ -227,7 +227,7 @@ class SQLite(Dialect):
         return True
 
     def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
-        return sqlite_error(exc, doing=doing, path=self._path)
+        return sqlite_error(exc, doing=doing, path=self._path, writes=writes)
 
     # -- the schema --------------------------------------------------------------------------
 

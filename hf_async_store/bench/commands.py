@@ -1,0 +1,194 @@
+"""`hf-async-store bench` and `hf-async-store advise`, from their arguments to their exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from hf_async_store.bench import advise, compare, merits, report, tables
+from hf_async_store.bench.places import Places
+from hf_async_store.bench.results import LeftOut, Results
+from hf_async_store.bench.run import Run, Settings
+from hf_async_store.bench.settings import FULL, SHORT, SHORT_SUBJECTS
+from hf_async_store.bench.subjects import ALL, chosen, of_url
+from hf_async_store.bench.workloads import WORKLOADS
+from hf_async_store.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from hf_async_store.bench.plan import Load, Subject
+
+PASSED: Final = 0
+FAILED: Final = 4
+
+_KNOBS: Final = ("entities", "size", "tasks", "processes", "burst")
+
+
+async def bench(arguments: argparse.Namespace) -> int:
+    """Measure, write the report, and tell the outcome; or compare two runs.
+
+    Returns 0, or 4 if an invariant broke: a lost write, a wrong answer, an engine that gave up.
+
+    Raises:
+        InvalidInputError, ConfigurationError: what cannot be measured as it is asked for.
+    """
+    if arguments.words:
+        return _compare(arguments)
+    settings, subjects = _settings(arguments), _subjects(arguments)
+    files = [Path(each) for each in arguments.figures]
+    merits.check(files)  # before the minutes that a run takes, not after
+    with Places(durable=not arguments.not_durable, folder=arguments.folder) as places:
+        run = Run(settings, subjects, places, _tell)
+        for each in ALL:
+            if each not in subjects and not arguments.only:
+                run.results.left_out.append(LeftOut(each.name, "only in the full run"))
+        results = await run.whole()
+    results.settings = _told(arguments, settings)
+    results.figures = merits.figures(results, files)
+    written = report.write(results, Path(arguments.output))
+    if arguments.json:
+        sys.stdout.write(msgspec.json.encode(results).decode() + "\n")
+    else:
+        _show(results, written)
+    return FAILED if results.failures else PASSED
+
+
+async def advice(arguments: argparse.Namespace) -> int:
+    """Measure the engines under the load that is described, and recommend one."""
+    with Places(folder=arguments.folder) as places:
+        found = await advise.advise(
+            advise.Wanted(
+                entities=arguments.entities,
+                tasks=arguments.tasks,
+                processes=arguments.processes,
+                reads=arguments.reads_percent,
+            ),
+            places,
+            _tell,
+        )
+    if arguments.json:
+        sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
+    else:
+        sys.stdout.write(advise.as_text(found) + "\n")
+    return FAILED if found.failures else PASSED
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if len(arguments.words) != 3 or arguments.words[0] != "compare":
+        raise InvalidInputError("expected `bench compare OLD.json NEW.json`, or no words")
+    old, new = (Results.read(Path(each)) for each in arguments.words[1:])
+    found = compare.differences(old, new)
+    if arguments.json:
+        for each in found:
+            sys.stdout.write(msgspec.json.encode(_as_json(each)).decode() + "\n")
+        return PASSED
+    sys.stdout.write(tables.as_text(compare.as_table(found)) + "\n")
+    for line in compare.unmatched(old, new):
+        sys.stdout.write(f"  {line}\n")
+    return PASSED
+
+
+def _as_json(difference: compare.Difference) -> dict[str, Any]:
+    return {
+        "subject": difference.old.subject,
+        "load": difference.old.load.name,
+        "old": difference.old.rate,
+        "new": difference.new.rate,
+        "change": difference.change.value,
+        "low": difference.change.low,
+        "high": difference.change.high,
+        "word": difference.word,
+    }
+
+
+# -- what is asked for ----------------------------------------------------------------------
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    settings = FULL if arguments.full else SHORT
+    loads = _chosen_loads(arguments.workload) if arguments.workload else settings.loads
+    knobs = {name: getattr(arguments, name) for name in _KNOBS}
+    knobs["reads"] = arguments.reads_percent
+    given = {name: value for name, value in knobs.items() if value is not None}
+    loads = tuple(dict.fromkeys(msgspec.structs.replace(each, **given) for each in loads))
+    chosen_ones: dict[str, Any] = {"loads": loads, "seed": arguments.seed, "rate": arguments.rate}
+    if arguments.duration is not None:
+        chosen_ones |= {"duration": arguments.duration, "steady": arguments.duration}
+    if arguments.rounds is not None:
+        chosen_ones["rounds"] = arguments.rounds
+    if arguments.workload or given:
+        # What is chosen by hand is run wherever it can be, and as long as it takes.
+        chosen_ones |= {"series": (), "compared": None, "budget": float("inf")}
+    return msgspec.structs.replace(settings, **chosen_ones)
+
+
+def _chosen_loads(names: list[str]) -> tuple[Load, ...]:
+    unknown = [each for each in names if each not in WORKLOADS]
+    if unknown:
+        known = ", ".join(WORKLOADS)
+        raise InvalidInputError(f"no workload {unknown[0]!r}; there are: {known}")
+    loads = [each for each in FULL.loads if each.workload in names and each.processes == 1]
+    first: dict[str, Load] = {}
+    for each in loads:
+        first.setdefault(each.workload, each)
+    return tuple(first[each] for each in dict.fromkeys(names))
+
+
+def _subjects(arguments: argparse.Namespace) -> list[Subject]:
+    if arguments.only:
+        subjects = chosen(arguments.only)
+    else:
+        subjects = list(ALL) if arguments.full else chosen(SHORT_SUBJECTS)
+    return subjects + ([of_url(arguments.store)] if arguments.store else [])
+
+
+def _told(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
+    told = {
+        "durable": "no" if arguments.not_durable else "yes",
+        "rounds": f"{settings.rounds} of {settings.duration:g} s, taking turns",
+        "at fixed times": f"{settings.steady:g} s",
+        "seed": str(settings.seed),
+    }
+    for load in settings.loads:
+        told[load.name] = f"{load.entities:,} machines of {load.size} bytes stored"
+    return told
+
+
+# -- what is told ---------------------------------------------------------------------------
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _show(results: Results, written: list[Path]) -> None:
+    say = sys.stdout.write
+    for load in results.loads:
+        if results.of(load):
+            say(tables.as_text(_short(tables.measured(results, load))) + "\n\n")
+    for sweep in results.sweeps:
+        say(tables.as_text(tables.grown(sweep)) + "\n\n")
+    say(tables.as_text(tables.merits(results, measured_only=True)) + "\n\n")
+    if results.left_out:
+        say(tables.as_text(tables.left_out(results)) + "\n\n")
+    for each in results.failures:
+        say(f"BROKEN {each}\n")
+    say(f"{tables.verdict(results)}\n")
+    say(f"Took {results.seconds:g} s. Written: {', '.join(map(str, written))}\n")
+
+
+def _short(table: tables.Table) -> tables.Table:
+    """As many columns as a terminal has room for; the report has all."""
+    keep = [place for place, head in enumerate(table.heads) if head not in _WIDE]
+    return table._replace(
+        heads=tuple(table.heads[place] for place in keep),
+        rows=[tuple(row[place] for place in keep) for row in table.rows],
+    )
+
+
+_WIDE: Final = frozenset({"range", "p99.9", "memory", "written", "checked", "retries"})

@@ -1,0 +1,42 @@
+"""What the tests of the harness share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_async_store.bench.places import Places
+from hf_async_store.bench.plan import Load, Subject
+from hf_async_store.bench.results import Results
+from hf_async_store.bench.run import Run, Settings
+
+HERE = Path(__file__).parent
+Measure = Callable[..., Coroutine[Any, Any, Results]]
+
+
+@pytest.fixture(autouse=True)
+def planted_engines_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.syspath_prepend(HERE)
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Measure:
+    """A small run of some subjects under some loads."""
+
+    async def run(subjects: list[Subject], *loads: Load, **changed: Any) -> Results:
+        settings = {"rounds": 3, "duration": 0.3, "steady": 1.0, "budget": 600.0, **changed}
+        with Places(folder=str(tmp_path)) as places:
+            told: list[str] = []
+            chosen = Settings(mode="test", loads=loads, **settings)
+            results = await Run(chosen, subjects, places, told.append).whole()
+        assert told
+        assert list(tmp_path.iterdir()) == []
+        return results
+
+    return run

@@ -1,0 +1,108 @@
+"""Engines with a planted fault. Worker processes import this module by name."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from hf_async_store.bench.data import Entity
+from hf_async_store.bench.plan import Place, Subject
+from hf_async_store.bench.targets import StoreTarget
+from hf_async_store.entities import Change, Outcome, Put
+from hf_async_store.strategies.memory import MemoryStorageStrategy
+
+
+def subject(fault: str) -> Subject:
+    return Subject(
+        name=fault,
+        kind="strategy",
+        family="memory",
+        target=f"planted:{fault}",
+        place="nothing",
+        url="memory:",
+    )
+
+
+class Good(StoreTarget):
+    """The memory engine as it is."""
+
+    kind: type[MemoryStorageStrategy] = MemoryStorageStrategy
+
+    @classmethod
+    async def open(cls, place: Place) -> Self:
+        return cls(await cls.kind({"strategy": "memory"}).open())
+
+
+class Slow(Good):
+    """Each save takes a millisecond more."""
+
+    async def save(self, machine: Entity) -> None:
+        await asyncio.sleep(0.001)
+        await super().save(machine)
+
+
+class Stalling(Good):
+    """As fast as ever, but for a fifth of a second in each second nothing is answered."""
+
+    async def save(self, machine: Entity) -> None:
+        part = time.monotonic() % 0.5
+        if part < 0.2:
+            await asyncio.sleep(0.2 - part)
+        await super().save(machine)
+
+
+class _Losing(MemoryStorageStrategy):
+    """Acknowledges one save in a hundred without doing it."""
+
+    seen = 0
+
+    async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        if len(changes) == 1 and isinstance(changes[0], Put):
+            self.seen += 1
+            if self.seen % 100 == 0:
+                return [1]
+        return await super()._write(changes, timeout)
+
+
+class Losing(Good):
+    kind = _Losing
+
+
+class Lying(Good):
+    """Answers a get with another machine, now and then."""
+
+    asked = 0
+
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        self.asked += 1
+        if self.asked % 1000 == 0:
+            machine = "i-00000000000000000"
+        return await super().get(machine)
+
+
+class Refusing(Good):
+    """Refuses one save in a thousand."""
+
+    asked = 0
+
+    async def save(self, machine: Entity) -> None:
+        self.asked += 1
+        if self.asked % 1000 == 0:
+            raise RuntimeError("no")
+        await super().save(machine)
+
+
+class Dying(Good):
+    """Ends its process in the middle."""
+
+    async def save(self, machine: Entity) -> None:
+        raise SystemExit(3)
+
+
+class Half(Good):
+    """Stores half of the machines of a request."""
+
+    async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
+        await super().acquire(request, machines[: len(machines) // 2])

@@ -1,0 +1,177 @@
+"""`hf-async-store bench` and `advise`, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hf_async_store.bench import advise
+from hf_async_store.bench.plan import Load
+from hf_async_store.bench.results import Results
+from hf_async_store.cli import main
+
+SMALL = ["--entities", "200", "--tasks", "4", "--rounds", "2", "--duration", "0.1"]
+
+
+def called(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hf_async_store", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_run_writes_its_report_and_two_can_be_compared(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        chosen = ["--only", "json split", "--only", "group commit by hand", "--workload", "save"]
+        done = called("bench", *SMALL, *chosen, "--output", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        assert "Every invariant held" in done.stdout
+        assert "json split" in done.stdout
+        assert "save, 4 tasks: 2 subjects" in done.stderr
+    old, new = (str(tmp_path / each / "report.json") for each in ("old", "new"))
+    compared = called("bench", "compare", old, new)
+    assert compared.returncode == 0, compared.stderr
+    assert "save, 4 tasks" in compared.stdout
+    assert "may be the machine" in compared.stdout
+    lines = called("bench", "compare", old, new, "--json").stdout.splitlines()
+    assert {json.loads(each)["subject"] for each in lines} == {"json split", "group commit by hand"}
+
+
+def test_a_store_of_a_url_is_measured_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    done = called(
+        "bench", *SMALL, "--only", "memory", "--workload", "get", "--json",
+        "--store", "json:{folder}/mine.json?cache_size=0", "--output", str(tmp_path / "report"),
+        "--folder", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = msgspec.json.decode(done.stdout, type=Results)
+    assert [each.subject for each in results.cells] == ["memory", "yours (json)"]
+    assert [each.name for each in tmp_path.iterdir()] == ["report"]
+
+
+def test_figures_of_a_script_become_rows(tmp_path: Path) -> None:
+    figure = {"row": "r", "what": "w", "median": 2.0, "low": 1.0, "high": 3.0, "unit": "x"}
+    rows = [
+        {**figure, "target": "at most 1.5", "met": False},
+        {**figure, "target": None, "met": None},
+    ]
+    script = tmp_path / "json_store.json"
+    script.write_text(json.dumps({"figures": rows}))
+    done = called(
+        "bench", *SMALL, "--only", "memory", "--workload", "get", "--figures", str(script),
+        "--output", str(tmp_path / "report"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 missed" in done.stdout
+    found = [
+        each
+        for each in Results.read(tmp_path / "report/report.json").figures
+        if each.what == "r: w"
+    ]
+    assert [(each.engine, each.met, each.value) for each in found] == [("json", False, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "one.json"], "compare OLD.json NEW.json"),
+        (["compare", "no.json", "no.json"], "no.json: cannot be read"),
+        (["--only", "oracle"], "nothing to measure is called 'oracle'"),
+        (["--workload", "dance"], "no workload 'dance'"),
+        (["--store", "json:data"], "needs {folder}"),
+        (["--figures", "no.json"], "these are no figures"),
+        (["--tasks", "0"], "invalid number from 1 on value"),
+        (["--reads-percent", "101"], "invalid number from 0 to 100 value"),
+        (["--short", "--full"], "not allowed with"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_file_that_is_no_result_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"made_at": 5}')
+    assert main(["bench", "compare", str(other), str(other)]) == 2
+    assert "these are no results of a run" in capsys.readouterr().err
+
+
+# -- advice ---------------------------------------------------------------------------------
+
+
+def candidate(engine: str, rate: float, against: str = "") -> advise.Candidate:
+    return advise.Candidate(
+        engine=engine, rate=rate, low=rate, high=rate, p50=0.001, p99=0.002, memory=1e6,
+        needs="this", against=against,
+    )  # fmt: skip
+
+
+def advice(*candidates: advise.Candidate, entities: int = 10) -> advise.Advice:
+    found = advise.Advice(
+        wanted=advise.Wanted(entities=entities, tasks=1, processes=1, reads=80),
+        measured=Load(workload="mixed", entities=10),
+        candidates=list(candidates),
+        left_out=[],
+        failures=[],
+    )
+    advise.decide(found)
+    return found
+
+
+def test_what_needs_less_wins_if_it_is_nearly_as_fast() -> None:
+    close = advice(candidate("json", 80), candidate("sqlite", 90), candidate("postgresql", 100))
+    assert close.engine == "json"
+    far = advice(candidate("json", 10), candidate("sqlite", 90), candidate("postgresql", 100))
+    assert far.engine == "sqlite"
+    best = advice(candidate("json", 10), candidate("sqlite", 20), candidate("postgresql", 100))
+    assert best.engine == "postgresql"
+    assert "5 times" in " ".join(best.reasons)
+
+
+def test_what_does_not_fit_is_not_recommended() -> None:
+    found = advice(candidate("json", 100, "would take 900 GB of memory"), candidate("sqlite", 10))
+    assert found.engine == "sqlite"
+    assert advice(candidate("json", 100, "no")).engine is None
+    assert "no engine" in advise.as_text(advice(candidate("json", 100, "no")))
+
+
+def test_figures_stand_behind_the_advice() -> None:
+    told = advise.as_text(
+        advice(candidate("json", 1234), candidate("dynamodb", 200), entities=10**6)
+    )
+    assert "1,230" in told
+    assert "recommended" in told
+    assert "Measured with 10 machines, not 1,000,000" in told
+    assert "test server" in told
+
+
+@pytest.mark.timeout(200)
+def test_advise_measures_and_recommends(tmp_path: Path) -> None:
+    done = called(
+        "advise", "--entities", "1000", "--tasks", "4", "--processes", "2",
+        "--reads-percent", "90", "--json", "--folder", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = msgspec.json.decode(done.stdout, type=advise.Advice)
+    measured = {each.engine: each for each in found.candidates}
+    assert found.engine in measured
+    assert measured["json"].rate > 10
+    assert measured["json"].p99 >= measured["json"].p50 > 0
+    assert found.measured.processes == 2
+    assert found.reasons
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,108 @@
+"""The harness sees what is wrong with an engine: each fault is planted and has to be found."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Measure
+from planted import subject
+
+from hf_async_store.bench.plan import Load
+from hf_async_store.bench.subjects import chosen
+
+SAVE = Load(workload="save", tasks=8, entities=1000)
+
+
+async def test_a_slow_engine_is_seen_in_throughput_and_in_latency(measure: Measure) -> None:
+    results = await measure([subject("Good"), subject("Slow")], SAVE)
+    good, slow = (results.cell(each, SAVE.name) for each in ("Good", "Slow"))
+    assert good is not None
+    assert slow is not None
+    assert results.failures == []
+    # Eight tasks that wait a millisecond each: 8,000 a second at the very most.
+    assert slow.rate < 8000
+    assert good.rate > 1.5 * slow.rate
+    assert slow.calm.percentile(0.5) > 0.001
+
+
+async def test_a_stall_is_seen_in_the_tail_with_everything_that_it_kept_waiting(
+    measure: Measure,
+) -> None:
+    results = await measure([subject("Good"), subject("Stalling")], SAVE, rate=500.0)
+    good, stalling = (results.cell(each, SAVE.name) for each in ("Good", "Stalling"))
+    assert good is not None
+    assert stalling is not None
+    assert results.failures == []
+    # Two fifths of what was due fell into a stall of a fifth of a second. In a closed loop only
+    # those eight that were under way would have shown it.
+    assert stalling.calm.percentile(0.9) > 0.1
+    assert stalling.calm.percentile(0.99) > 0.17
+    assert good.calm.percentile(0.9) < 0.1
+    assert stalling.rate < 0.9 * good.rate
+
+
+@pytest.mark.parametrize(
+    ("fault", "load", "said"),
+    [
+        ("Losing", SAVE, "acknowledged"),
+        ("Lying", Load(workload="get", tasks=8, entities=1000), "wrong answer"),
+        ("Refusing", SAVE, "operations ended in RuntimeError"),
+        ("Dying", SAVE, "ended"),
+        ("Half", Load(workload="acquire", tasks=1, entities=100, burst=50), "not all there"),
+    ],
+)
+async def test_a_run_against_a_broken_engine_fails(
+    measure: Measure, fault: str, load: Load, said: str
+) -> None:
+    results = await measure([subject("Good"), subject(fault)], load, steady=0.2)
+    assert results.failures
+    assert all(each.startswith(f"{fault}: ") and said in each for each in results.failures[:1])
+    assert not [each for each in results.failures if each.startswith("Good")]
+
+
+async def test_every_workload_holds_on_an_engine_and_is_really_done(measure: Measure) -> None:
+    from hf_async_store.bench.workloads import WORKLOADS
+
+    loads = [
+        Load(workload=each, tasks=4, entities=500, burst=50)
+        for each in WORKLOADS
+        if each != "one-shot"
+    ]
+    subjects = chosen(["json"])[:1]
+    results = await measure(subjects, *loads, rounds=1, duration=0.1, steady=0.1)
+    assert results.failures == []
+    for load in loads:
+        cell = results.cell("json", load.name)
+        assert cell is not None, load.name
+        assert cell.rate > 0
+        assert cell.checked > 0
+        assert cell.calm.count > 0
+
+
+async def test_several_processes_write_and_all_of_it_is_verified(measure: Measure) -> None:
+    loads = [
+        Load(workload="save", tasks=4, processes=3, entities=300),
+        Load(workload="contend", tasks=2, processes=3, entities=300),
+    ]
+    results = await measure(chosen(["json"])[:1], *loads, rounds=1, steady=0.0)
+    assert results.failures == []
+    for load in loads:
+        cell = results.cell("json", load.name)
+        assert cell is not None
+        assert cell.checked > 0
+    counted = results.cell("json", loads[1].name)
+    assert counted is not None
+    assert counted.rounds[0].operations > 3
+
+
+async def test_what_cannot_be_measured_is_left_out_by_name(measure: Measure) -> None:
+    load = Load(workload="save", tasks=2, processes=2, entities=100)
+    missing = subject("Good")
+    absent = type(missing)(
+        name="absent", kind="peer", family="memory", target="x:Y", place="nothing", package="absent"
+    )
+    results = await measure([missing, absent], load, Load(workload="one-shot", entities=100))
+    left_out = {each.what: each.why for each in results.left_out}
+    assert left_out["absent"] == "absent is not installed"
+    assert left_out[f"Good: {load.name}"] == "it lives in one process"
+    assert "no other process" in left_out["Good: one-shot, 64 tasks"]
+    assert results.failures == []
