@@ -450,6 +450,14 @@ class _MovingSession:
         assert self._session is not None, "entered"
         return self._session
 
+    async def own(self, what: str) -> Session:
+        """See `own_session`."""
+        session = await self._begun()
+        assert self._side is not None, "begun"
+        if self._side.engine is not None:
+            raise StoreMovedError(f"{what} cannot be used while the store is being moved", "")
+        return session
+
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         return await (await self._begun()).fetch(keys)
 
@@ -476,6 +484,15 @@ class _MovingSession:
                 yield self
             finally:
                 self._session = outer
+
+
+async def own_session(session: Session, what: str) -> Session:
+    """The session of the engine itself, for a verb that only that engine has.
+
+    Raises:
+        StoreMovedError: a move is going on, and what goes around us would get no mark.
+    """
+    return await session.own(what) if isinstance(session, _MovingSession) else session
 
 
 def _marked(changes: Sequence[Change]) -> list[Change]:

@@ -511,6 +511,17 @@ class TransactionContract:
         assert (caught.value.expected, caught.value.actual) == (_STALE, 1)
         assert not caught.value.retryable
 
+    async def test_39_the_first_of_several_failures_is_told(self, store: StorageStrategy) -> None:
+        await store.create_entities("items", [item("a"), item("b")])
+        for order in (("a", "b", "none"), ("a", "none", "b"), ("b", "a", "none")):
+            with pytest.raises((ConcurrencyConflictError, EntityNotFoundError)) as caught:
+                async with store.begin_transaction() as tx:
+                    updates = {each: {"label": "x"} for each in order}
+                    await tx.update_entities("items", updates, {"b": _STALE})
+            failed = next(each for each in order if each != "a")
+            assert getattr(caught.value, "entity_id", None) == failed, order
+        assert await labels(store, "a", "b") == [None, None]
+
     async def test_39_what_is_refused_before_any_change_aborts_nothing(
         self, store: StorageStrategy
     ) -> None:

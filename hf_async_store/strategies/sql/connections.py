@@ -263,7 +263,7 @@ class Connections:
         try:
             if not lease.killed:
                 if tidy and not await self._is_tidy(lease):
-                    await lease.connection.invalidate()
+                    await self._discard(lease)
                 if self._pool().overflow() > 0:
                     await finish(lease.connection.close())
                 else:
@@ -272,6 +272,11 @@ class Connections:
             if lease in self._held:
                 self._held.discard(lease)
                 self._gate.release()
+
+    async def _discard(self, lease: Lease) -> None:
+        with suppress(*self._dialect.driver_errors):
+            await self._dialect.discard(lease.driver)
+        await lease.connection.invalidate()
 
     async def _is_tidy(self, lease: Lease) -> bool:
         if lease.doubtful:
@@ -299,6 +304,6 @@ class Connections:
         for lease in list(self._held):
             await lease.ended.wait()
             lease.killed = True
-            await lease.connection.invalidate()
+            await self._discard(lease)
             await lease.connection.close()
         await self._engine.dispose()

@@ -104,6 +104,10 @@ class Dialect(ABC):
         """End whatever a failure left open; whether the connection may go back to the pool."""
 
     @abstractmethod
+    async def discard(self, driver: Any) -> None:
+        """Close a connection that is in doubt, as far as its pool would not wait for that."""
+
+    @abstractmethod
     def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
         """The store's error for one of the driver."""
 

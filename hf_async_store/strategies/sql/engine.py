@@ -238,11 +238,18 @@ class SQLEngine:
     ) -> None:
         halves = self._dialect.batches_commit_together
         run = _Plain(lease)
+        failed = len(changes)  # the first that did, where only what comes before it counts
         for wave in self.writer.waves(changes):
             for sents in wave.values():
-                await self.writer.send(run, lease, sents, outcomes, halves=halves)
-                if all_or_none and any(isinstance(outcomes[s.place], StorageError) for s in sents):
-                    return
+                wanted = [each for each in sents if each.place < failed]
+                if not wanted:
+                    continue
+                await self.writer.send(run, lease, wanted, outcomes, halves=halves)
+                for each in wanted:
+                    if all_or_none and isinstance(outcomes[each.place], StorageError):
+                        failed = min(failed, each.place)
+        if failed < len(changes):
+            return
         marks = [
             mark_put(change.mark, getattr(change, "at", ""))
             for change, outcome in zip(changes, outcomes, strict=True)
@@ -251,9 +258,9 @@ class SQLEngine:
         if marks:
             noted: list[Outcome] = [None] * len(marks)
             await self._send(lease, marks, noted, all_or_none=False)
-            for each in noted:
-                if isinstance(each, StorageError):
-                    raise each
+            for outcome in noted:
+                if isinstance(outcome, StorageError):
+                    raise outcome
 
     # -- sessions ----------------------------------------------------------------------------
 

@@ -230,6 +230,9 @@ class PostgreSQL(Dialect):
     async def tidy(self, driver: Any) -> bool:
         return not driver.is_closed() and not driver.is_in_transaction()
 
+    async def discard(self, driver: Any) -> None:
+        pass  # the pool ends it, and the server rolls back
+
     def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
         if isinstance(exc, asyncpg.PostgresError) and exc.sqlstate is not None:
             # `message` alone: details show what is stored.

@@ -226,6 +226,10 @@ class SQLite(Dialect):
             await driver.execute_fetchall("ROLLBACK")
         return True
 
+    async def discard(self, driver: aiosqlite.Connection) -> None:
+        # Behind what its thread still does; the pool would only tell the thread to stop.
+        await driver.close()
+
     def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
         return sqlite_error(exc, doing=doing, path=self._path, writes=writes)
 

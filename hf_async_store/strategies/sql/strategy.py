@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from hf_async_store.config import SQLConfig, StorageConfig, strategy_config
 from hf_async_store.entities import HOST_FACTORY, Collection, Value
+from hf_async_store.moving import own_session
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.strategy import StorageStrategy, schema_of
@@ -30,7 +31,8 @@ class SQLTransaction(Transaction):
     ) -> list[dict[str, Value]]:
         """As on the store, but what the statement locks stays locked until this transaction ends."""
         async with self._step(timeout) as session:
-            return await cast("SQLSession", session).execute(sql, params)
+            own = await own_session(session, "execute_with_lock")
+            return await cast("SQLSession", own).execute(sql, params)
 
 
 class SQLStorageStrategy(StorageStrategy):
@@ -79,6 +81,7 @@ class SQLStorageStrategy(StorageStrategy):
             params: a list for `?`, a map for `:name`.
         """
         self._usable()
+        await self._refuse_moving("execute_with_lock")
         return await self._sql.execute_with_lock(sql, params)
 
 
