@@ -44,6 +44,7 @@ _MORE_LOADS: Final = (
     Load(workload="update"),
     Load(workload="create batch", tasks=1),
     Load(workload="save batch", tasks=1),
+    Load(workload="migrate", tasks=1),
     Load(workload="save", tasks=8, processes=4),
     Load(workload="contend", tasks=1, processes=4),
 )

@@ -86,6 +86,17 @@ def _row(cell: Cell) -> tuple[str, ...]:
     )
 
 
+def rates(results: Results) -> Table:
+    """Every side under every load: what it did in a second."""
+    loads = [each for each in results.loads if results.of(each)]
+    sides = dict.fromkeys(each.subject for load in loads for each in results.of(load))
+    rows = []
+    for side in sides:
+        cells = [results.cell(side, load) for load in loads]
+        rows.append((side, *("" if each is None else shown(each.rate) for each in cells)))
+    return Table("A second, by load", ("", *loads), rows, "The median of the rounds.")
+
+
 def floors(results: Results) -> Table:
     """Each strategy against each floor beneath it and each peer beside it."""
     rows = []

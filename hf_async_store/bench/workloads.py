@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -39,6 +41,7 @@ from hf_async_store.bench.targets import (
     Updates,
 )
 from hf_async_store.errors import BatchError, ConcurrencyConflictError, StorageError
+from hf_async_store.migration import MigrationTool
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -424,6 +427,31 @@ class OneShot(StoreWorkload):
         return 1
 
 
+class Migrate(StoreWorkload):
+    name = "migrate"
+    summary = "the whole store into a new JSON store, verified by the tool itself"
+    unit = "machines"
+    moved = 0
+
+    async def one(self, lane: int) -> int:
+        self.moved += 1
+        folder = Path(self.plan.place.folder) / f"out-{self.plan.index}-{self.moved}"
+        config = {"create_backup": False, "backup_location": f"{folder}/backups/"}
+        async with MigrationTool(self.store, f"json:{folder}/store.json", config) as tool:
+            report = await tool.migrate()
+        await asyncio.to_thread(shutil.rmtree, folder)
+        moved = report.collections["machines"].read
+        if not report.verified or moved != self.entities:
+            raise WrongAnswerError(f"{moved:,} of {self.entities:,} machines moved")
+        return moved
+
+    async def verify(self, target: Target, claims: Claims) -> Verdict:
+        """Each migration was compared; the source is as it was."""
+        assert isinstance(target, StoreTarget)
+        found = await _settled_count(target.store, {}, self.entities)
+        return Verdict(found, [] if found == self.entities else [f"{found:,} of {self.entities:,}"])
+
+
 _NOTHING: Final = Claim()
 
 
@@ -472,6 +500,7 @@ WORKLOADS: Final[dict[str, type[Workload]]] = {
         Contend,
         Mixed,
         OneShot,
+        Migrate,
         Create,
         Update,
         CreateBatch,

@@ -33,6 +33,7 @@ NOT_NEEDED = {
     "hf_async_store.cli.jsonfiles",
     "hf_async_store.cli.tables",
     "hf_async_store.cli.upkeep",
+    "hf_async_store.bench",
     "hf_async_store.demo",
     "hf_async_store.strategies.memory",
     "hf_async_store.testing",

@@ -1,0 +1,88 @@
+"""One command for all figures: the engines' own scripts, then the harness, in one report.
+
+    python benchmarks/report.py [--short] [--keep-docs]
+
+Writes the report to benchmarks/results, and its tables to docs/benchmarks.md, where the machine is
+named. Best on a machine that does nothing else. A script that fails or runs out of its time is told,
+and its figures are then missing in the report by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from hf_async_store.bench import tables
+from hf_async_store.bench.merits import SCRIPTS
+from hf_async_store.bench.results import Results
+
+_HERE: Final = Path(__file__).parent
+_RESULTS: Final = _HERE / "results"
+_PAGE: Final = _HERE.parent / "docs" / "benchmarks.md"
+_BEGIN: Final = "<!-- results: written by benchmarks/report.py -->"
+_END: Final = "<!-- end of results -->"
+_SCRIPT_SECONDS: Final = 110.0
+"""Four of them, and the harness's quarter of an hour, stay within the 20 minutes."""
+
+
+def run_scripts() -> list[Path]:
+    """Each script of an engine, in its quick form; the files of those that came to their end."""
+    files = []
+    for name in SCRIPTS:
+        file = _RESULTS / f"{name}.json"
+        file.unlink(missing_ok=True)  # figures of another day are no figures of this run
+        script = _HERE / f"{name}.py"
+        print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
+        try:
+            subprocess.run(
+                [sys.executable, script, "--quick", "--json", file],
+                check=True,
+                timeout=_SCRIPT_SECONDS,
+                stdout=subprocess.DEVNULL,
+            )
+        except (subprocess.SubprocessError, OSError) as exc:
+            print(f"  left out: {exc}", file=sys.stderr)
+        if file.exists():
+            files.append(file)
+    return files
+
+
+def write_page(results: Results) -> None:
+    """Put the tables between the marks of the page."""
+    page = _PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    parts = [tables.verdict(results), "", tables.as_markdown(tables.conditions(results))]
+    parts += [tables.as_markdown(tables.merits(results))]
+    parts += [tables.as_markdown(tables.rates(results))]
+    parts += map(tables.as_markdown, map(tables.grown, results.sweeps))
+    parts += [tables.as_markdown(tables.left_out(results))]
+    _PAGE.write_text(before + "\n".join([_BEGIN, "", *parts, _END]) + after, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="All figures in one report.")
+    parser.add_argument("--short", action="store_true", help="no scripts, and the short run")
+    parser.add_argument("--keep-docs", action="store_true", help="leave docs/benchmarks.md alone")
+    options = parser.parse_args()
+    started = time.monotonic()
+    _RESULTS.mkdir(exist_ok=True)
+    given = [] if options.short else run_scripts()
+    command = [sys.executable, "-m", "hf_async_store", "bench", "--output", str(_RESULTS)]
+    command += ["--short" if options.short else "--full"]
+    code = subprocess.run(
+        [*command, *(f"--figures={each}" for each in given)], check=False
+    ).returncode
+    report = _RESULTS / "report.json"
+    if code in (0, 4) and not options.keep_docs:
+        write_page(Results.read(report))
+    print(f"{time.monotonic() - started:.0f} s in all", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
