@@ -218,7 +218,10 @@ class Reading:
         try:
             async with aclosing(self.pages("Query", params, limit)) as pages:
                 async for page in pages:
-                    entities += [form.entity(item) for item in page["Items"]]
+                    items = page["Items"]
+                    for start in range(0, len(items), _DECODED_AT_ONCE):
+                        entities += map(form.entity, items[start : start + _DECODED_AT_ONCE])
+                        await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
         except StatementRefused as exc:
@@ -375,7 +378,9 @@ class _Rows:
         of_group: Attribute | None = None
         async with aclosing(self._items(first=True)) as pages:
             async for items in pages:
-                for item in items:
+                for place_in_page, item in enumerate(items):
+                    if not place_in_page % _DECODED_AT_ONCE:
+                        await asyncio.sleep(0)
                     if item[attribute] != of_group:
                         for _, entity in sorted(group, key=_first):
                             yield entity
