@@ -14,6 +14,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from hf_async_store.entities import utc_now
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -82,8 +84,10 @@ class Core:
             await connection.run_sync(_METADATA.create_all)
 
     async def save(self, machine: Entity) -> None:
+        # As every save of the store does; SQLite would not even write what is the same.
+        row = {**row_of(machine), "updated_at": utc_now()}
         async with self._run.begin() as connection:
-            await connection.execute(self._save, row_of(machine))
+            await connection.execute(self._save, row)
 
     async def get(self, machine_id: str) -> Entity:
         async with self._run.connect() as connection:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
+import os
+import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -390,32 +393,39 @@ ROWS: Final[dict[str, Row]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measures the SQL store on this machine.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--json", type=Path, default=_RESULTS, metavar="FILE")
     options = parser.parse_args()
     settings = _QUICK if options.quick else Settings()
     figures: list[Figure] = []
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, postgres(durable=True) as server:
+    before = os.getloadavg()
+    with (
+        tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder,
+        postgres(durable=True) as server,
+    ):
         bench = Bench(settings, Path(folder), server)
-        facts = machine_facts(bench.folder)
-        for name in options.only or ROWS:
-            figures += asyncio.run(ROWS[name](bench))
-    print_table(figures)
-    drivers = {each: version(each) for each in ("sqlalchemy", "aiosqlite", "asyncpg")}
-    write_report(
-        options.json,
-        figures,
-        {
-            "entity_bytes": ENTITY_BYTES,
-            "settings": asdict(settings),
-            "seconds": round(time.perf_counter() - started),
+        drivers = {each: version(each) for each in ("sqlalchemy", "aiosqlite", "asyncpg")}
+        facts: dict[str, object] = {
+            "machine": machine_facts(bench.folder),
             "versions": {**versions(), **drivers},
-            **facts,
-        },
-    )
+            "settings": {"quick": options.quick, "rows": options.only, **asdict(settings)},
+            "entity_bytes": ENTITY_BYTES,
+        }
+        for name in options.only:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+            gc.collect()
+            figures += asyncio.run(ROWS[name](bench))
+    after = os.getloadavg()
+    facts["load"] = {"before": before, "after": after}
+    facts["seconds"] = round(time.perf_counter() - started, 1)
+    print_table(figures)
+    print(f"\nload {before[0]:.1f} before, {after[0]:.1f} after, on {os.cpu_count()} cores")
+    write_report(options.json, figures, facts)
+    missed = sum(each.met is False for each in figures)
+    print(f"{missed} targets missed; {facts['seconds']} s; written to {options.json}")
 
 
 if __name__ == "__main__":

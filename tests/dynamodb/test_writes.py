@@ -326,3 +326,21 @@ async def test_a_replacement_of_what_must_be_there(proxy: Proxy) -> None:
         assert outcomes[:2] == [3, 2]
         assert isinstance(outcomes[2], EntityNotFoundError)
         assert await store.get_entity("items", "c") is None
+
+
+async def test_a_condition_on_an_item_of_another_program(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "first"})
+        table = store.describe()["tables"]["items"]  # type: ignore[index,call-overload]
+        item = {"item_id": {"S": "a"}, "label": {"S": "x"}, "doc": {"M": {}}}
+        await store._dynamodb.client.call("PutItem", {"TableName": table, "Item": item})
+        version = await store.update_entity(
+            "items",
+            "a",
+            {"count": 1},
+            condition_expression="label = :x",
+            expression_values={":x": "x"},
+        )
+        assert version == 1
+        assert await store.update_entity("items", "a", {"count": 2}) == 2
+        assert await store.save_entity("items", {"item_id": "a"}) == 3

@@ -385,6 +385,49 @@ async def test_case_80_a_target_that_fails_midway(
         assert (await tool.resume()).verified
 
 
+async def test_case_80_a_target_whose_server_dies_midway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_async_store.migration import copying
+    from hf_async_store.testing.harness import leave_out
+    from hf_async_store.testing.servers import ServerUnavailable, postgres
+
+    try:
+        server_context = postgres()
+        server = server_context.__enter__()
+    except ServerUnavailable as exc:
+        leave_out("postgresql", str(exc))
+    try:
+        async with (
+            opened(f"json:{tmp_path}/a.json") as source,
+            opened(f"{server.database()}?pool_timeout=5&timeout=5") as target,
+        ):
+            await fill(source, 300)
+            before = await everything(source)
+            tool = MigrationTool(source, target, settings(tmp_path, batch_size=20))
+            put, written = copying.put, 0
+
+            async def dying(*arguments: object) -> object:
+                nonlocal written
+                written += 1
+                if written == 9:
+                    server.kill()
+                return await put(*arguments)  # type: ignore[arg-type]
+
+            with monkeypatch.context() as patch:
+                patch.setattr(copying, "put", dying)
+                with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
+                    await tool.migrate()
+            assert all(isinstance(each, StorageError) for each in _chain(caught.value)[:2])
+            assert await everything(source) == before
+            server.start()
+            report = await tool.resume()
+            assert report.verified
+            assert report.resumed
+    finally:
+        server_context.__exit__(None, None, None)
+
+
 def _chain(exc: BaseException) -> list[BaseException]:
     found = [exc]
     while found[-1].__cause__ is not None:

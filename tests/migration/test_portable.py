@@ -6,11 +6,12 @@ import gzip
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
-from support import everything, fill, generated_items, json_url, odd_items, opened
+from support import everything, fill, generated_items, odd_items, opened
 
 from hf_async_store import (
     CorruptionError,
@@ -26,6 +27,9 @@ from hf_async_store.migration import (
     read_header,
     restore_store,
 )
+
+if TYPE_CHECKING:
+    from conftest import Place
 
 URLS = ("memory:", "json:{}/one.json", "json:{}/split")
 
@@ -217,12 +221,14 @@ async def test_collections_that_are_not_declared_are_refused(tmp_path: Path) -> 
             await restore_store(store, path)
 
 
-async def test_a_backup_holds_one_moment_while_others_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql"])
+async def test_a_backup_holds_one_moment_while_others_write(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
     """Money moves between two collections; the sum in the backup is right."""
     import asyncio
 
-    url = json_url("json-single", tmp_path, "db")
-    async with opened(url) as store:
+    async with opened(place(kind, "db")) as store:
         await store.create_entities(
             "accounts", [{"account_id": f"a-{n:04d}", "balance": 10} for n in range(3000)]
         )
@@ -257,6 +263,9 @@ async def test_a_backup_holds_one_moment_while_others_write(tmp_path: Path) -> N
                 rest = await copy.get_entity("counters", "rest")
                 assert rest is not None
                 assert sum(each["balance"] for each in accounts) + rest["balance"] == 30_000  # type: ignore[misc, operator]
+            if moving.done():
+                break
+        assert not moving.done()
         moving.cancel()
         await asyncio.wait([moving])
 

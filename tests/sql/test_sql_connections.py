@@ -172,6 +172,13 @@ async def test_each_connection_asks_for_its_password(guarded: PostgresServer) ->
             with pytest.raises(AuthenticationError):
                 await asyncio.create_task(_as_many(store, 6))
     assert len(asked) > before
+
+    async def failing(host: str, port: int, username: str) -> str:
+        raise LookupError(username)
+
+    async with SQLStorageStrategy(config(guarded), password=failing) as store:
+        with pytest.raises(AuthenticationError, match="LookupError"):
+            await store.test_connection()
     named = config(guarded, password="unused", login_provider=f"{__name__}:token")
     async with open_store(named) as store:
         assert await store.test_connection() > 0

@@ -41,8 +41,8 @@ from hf_async_store.strategies.dynamodb.errors import (
     translate,
 )
 from hf_async_store.strategies.dynamodb.items import TOKEN, new_token, token_of, version_of
+from hf_async_store.strategies.dynamodb.requests import unchanged
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing
-from hf_async_store.strategies.dynamodb.writes import unchanged
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client

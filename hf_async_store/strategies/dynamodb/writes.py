@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.conditions import changed, check, next_version, patched
@@ -44,7 +43,6 @@ from hf_async_store.entities import (
 from hf_async_store.errors import (
     AlreadyExistsError,
     ConcurrencyConflictError,
-    EntityNotFoundError,
     StorageError,
     UnavailableError,
 )
@@ -59,19 +57,19 @@ from hf_async_store.strategies.dynamodb.errors import (
     translate,
 )
 from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.imports import Imports, is_import
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
-    LAST_VERSIONS,
     TOKEN,
     WEIGHT,
     ItemForm,
-    new_token,
     probe_id,
     stored_weight,
     token_of,
     version_of,
     weight_of,
 )
+from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing, throttled
 from hf_async_store.strategies.dynamodb.statements import (
     Guard,
@@ -81,9 +79,10 @@ from hf_async_store.strategies.dynamodb.statements import (
     insert,
     update,
 )
+from hf_async_store.strategies.dynamodb.work import UNKNOWN, Unknown, Work, chunks, gone
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from hf_async_store.entities import Outcome
     from hf_async_store.strategies.dynamodb.client import Client
@@ -94,88 +93,9 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 MOST_STATEMENTS: Final = 25
-MOST_PUTS: Final = 25
 _FEW: Final = 4
 """So many deletes are made one by one, before it is worth learning whether they can share."""
 _CAREFUL_SECONDS: Final = 60.0
-
-
-class _Unknown:
-    """Nothing was read yet."""
-
-
-_UNKNOWN: Final = _Unknown()
-
-
-class _Work:
-    """One change on its way.
-
-    Attributes:
-        seen: the item as it was read, None if there was none, or `_UNKNOWN`.
-        guard: what the statement that is under way insists on.
-        lost: the answer to a try was lost; it may have landed.
-        in_flight: it may even land later.
-        whole: it must be written whole, or at least in a request of its own.
-        upserts: it is a save on its own, which one request can do.
-        outcome: as soon as it is known; `is_done` tells.
-    """
-
-    __slots__ = (
-        "change",
-        "form",
-        "guarded_by_token",
-        "in_flight",
-        "is_done",
-        "lost",
-        "new_version",
-        "outcome",
-        "seen",
-        "table",
-        "token",
-        "upserts",
-        "whole",
-    )
-
-    def __init__(self, change: Change, form: ItemForm, table: str) -> None:
-        self.change = change
-        self.form = form
-        self.table = table
-        self.token = new_token()
-        self.seen: Attributes | None | _Unknown = _UNKNOWN
-        self.guarded_by_token = False
-        self.new_version: int | None = None
-        self.lost = False
-        self.in_flight = False
-        self.whole = change.mark is not None
-        self.upserts = False
-        self.is_done = False
-        self.outcome: Outcome = None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.form.key, self.change.key.id
-
-    @property
-    def needs_state(self) -> bool:
-        """Whether its condition says neither that nothing is there, nor a version."""
-        return self.change.expect is not ABSENT and type(self.change.expect) is not int
-
-    def done(self, outcome: Outcome) -> None:
-        self.is_done = True
-        self.outcome = outcome
-
-    def is_own(self, item: Attributes) -> bool:
-        return token_of(item) == self.token
-
-    def not_found(self) -> EntityNotFoundError:
-        return EntityNotFoundError(self.change.key.collection, self.change.key.id)
-
-    def unknown(self, why: str) -> UnavailableError:
-        return UnavailableError(
-            f"{self.change.key.collection} {self.change.key.id!r}: {why}",
-            retryable=False,
-            outcome_unknown=True,
-        )
 
 
 class Writes:
@@ -186,6 +106,7 @@ class Writes:
         self._tables = tables
         self._reading = reading
         self._seconds = client.config.retry_timeout
+        self._imports = Imports(client, tables)
         # Whether the answer to a statement brings its item: not every server does that.
         self._returns: bool | None = None
         # Whether an insert may bring its item as one parameter: AWS does not say so.
@@ -201,14 +122,14 @@ class Writes:
             await self._run(wave)
         return [each.outcome for each in works]
 
-    def _work(self, change: Change) -> _Work:
+    def _work(self, change: Change) -> Work:
         name = change.key.collection
-        return _Work(change, self._tables.forms[name], self._tables.name(name))
+        return Work(change, self._tables.forms[name], self._tables.name(name))
 
-    async def _run(self, works: list[_Work]) -> None:
-        imports = [each for each in works if _is_import(each.change)]
+    async def _run(self, works: list[Work]) -> None:
+        imports = [each for each in works if is_import(each.change)]
         if imports:
-            await self._import(imports)
+            await self._imports.write(imports)
         if self._returns is None and sum(isinstance(each.change, Delete) for each in works) > _FEW:
             self._returns = await self._learn(works[0])
         backoff = Backoff(self._seconds)
@@ -222,7 +143,7 @@ class Writes:
                 for each in waiting:
                     each.done(_given_up(each, failed))
 
-    async def _learn(self, work: _Work) -> bool | None:
+    async def _learn(self, work: Work) -> bool | None:
         """Whether a delete brings back what it deleted, by one of a key that nobody else has."""
         key = {work.form.key: {"S": probe_id()}}
         statement = delete(work.table, (work.form.key, key[work.form.key]["S"]), Guard())
@@ -237,8 +158,8 @@ class Writes:
 
     # -- what is known -----------------------------------------------------------------------
 
-    def _must_look(self, work: _Work, *, is_single: bool) -> bool:
-        if work.seen is not _UNKNOWN:
+    def _must_look(self, work: Work, *, is_single: bool) -> bool:
+        if work.seen is not UNKNOWN:
             return False
         change = work.change
         if isinstance(change, Put) and change.expect is ANY and not is_single:
@@ -249,7 +170,7 @@ class Writes:
             self._returns is False or time.monotonic() < self._careful_until
         )
 
-    async def _look(self, works: list[_Work]) -> None:
+    async def _look(self, works: list[Work]) -> None:
         """Read what is there, and settle what that settles."""
         works = [each for each in works if not each.whole]
         if not works:
@@ -273,7 +194,7 @@ class Writes:
             if work.lost:
                 self._settle_lost(work, item)
 
-    def _settle_lost(self, work: _Work, item: Attributes | None) -> None:
+    def _settle_lost(self, work: Work, item: Attributes | None) -> None:
         if item is not None and work.is_own(item):
             work.done(version_of(item))
         elif work.guarded_by_token:
@@ -289,9 +210,9 @@ class Writes:
 
     # -- statements --------------------------------------------------------------------------
 
-    async def _send(self, works: list[_Work]) -> StorageError | None:
+    async def _send(self, works: list[Work]) -> StorageError | None:
         """One try for each; returns an error that says to wait before the next."""
-        pairs: list[tuple[_Work, Statement]] = []
+        pairs: list[tuple[Work, Statement]] = []
         for work in works:
             try:
                 statement = None if work.whole else self._statement(work)
@@ -302,12 +223,12 @@ class Writes:
                 pairs.append((work, statement))
             elif not work.is_done:
                 work.whole = True
-        sent = [self._execute(each) for each in _chunks(pairs, MOST_STATEMENTS)]
+        sent = [self._execute(each) for each in chunks(pairs, MOST_STATEMENTS)]
         sent += [self._alone(each) for each in works if each.whole and not each.is_done]
         failures = [await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent)
         return next((each for each in failures if each is not None), None)
 
-    def _statement(self, work: _Work) -> Statement | None:
+    def _statement(self, work: Work) -> Statement | None:
         """How the change is made; None if it is done, or no statement can say it.
 
         Raises:
@@ -315,14 +236,14 @@ class Writes:
         """
         change, seen = work.change, work.seen
         work.guarded_by_token = False
-        if isinstance(seen, _Unknown) and isinstance(change, Put) and work.needs_state:
+        if isinstance(seen, Unknown) and isinstance(change, Put) and work.needs_state:
             work.upserts = change.expect is ANY
             return None
         if change.expect is ABSENT:
             return self._insert(work)
         if change.expect == INT_MAX and not isinstance(change, Delete):
             return None  # there is no version after it, if that is what is stored
-        if seen is not None and (isinstance(seen, _Unknown) or not work.needs_state):
+        if seen is not None and (isinstance(seen, Unknown) or not work.needs_state):
             guard = self._blind_guard(work)
         elif seen is None:
             if change.expect is not ANY:
@@ -344,7 +265,7 @@ class Writes:
         # A delete succeeds where nothing is there: only what comes back tells.
         return delete(work.table, work.key, guard) if self._returns else None
 
-    def _blind_guard(self, work: _Work) -> Guard:
+    def _blind_guard(self, work: Work) -> Guard:
         expect = work.change.expect
         work.new_version = None
         if type(expect) is not int:
@@ -353,7 +274,7 @@ class Writes:
             work.new_version = next_version(work.change.key, expect)
         return Guard.version(expect)
 
-    def _insert(self, work: _Work) -> Statement:
+    def _insert(self, work: Work) -> Statement:
         put = cast("Put", work.change)
         entity = put.entity
         if CREATED_AT not in entity and put.version is None:
@@ -362,7 +283,7 @@ class Writes:
         item = work.form.item(put.key.id, entity, work.new_version, work.token)
         return insert(work.table, item, whole=self._inserts_whole)
 
-    def _update(self, work: _Work, guard: Guard) -> Statement | None:
+    def _update(self, work: Work, guard: Guard) -> Statement | None:
         change = work.change
         put: dict[Path, Attribute] = {(TOKEN,): {"S": work.token}}
         removed: list[Path]
@@ -398,7 +319,7 @@ class Writes:
             returning=work.new_version is None,
         )
 
-    async def _execute(self, pairs: Sequence[tuple[_Work, Statement]]) -> StorageError | None:
+    async def _execute(self, pairs: Sequence[tuple[Work, Statement]]) -> StorageError | None:
         try:
             answer = await self._client.call(
                 "BatchExecuteStatement", {"Statements": [each for _, each in pairs]}
@@ -418,7 +339,7 @@ class Writes:
 
     # -- answers -----------------------------------------------------------------------------
 
-    def _landed(self, work: _Work, item: Attributes | None) -> None:
+    def _landed(self, work: Work, item: Attributes | None) -> None:
         if work.new_version is not None:
             work.done(work.new_version)
         elif item is not None and VERSION in item:
@@ -428,13 +349,13 @@ class Writes:
             # This server brings nothing back: from now on versions are read before.
             self._returns = False
             work.lost = True
-            work.seen = _UNKNOWN
+            work.seen = UNKNOWN
         elif work.lost:
             work.done(work.unknown("the answer was lost, and it is gone now"))
         else:
             work.done(None if work.change.expect is ANY else work.not_found())
 
-    def _refused(self, work: _Work, answer: Mapping[str, Any]) -> StorageError | None:
+    def _refused(self, work: Work, answer: Mapping[str, Any]) -> StorageError | None:
         """What a statement's own error means; returns it if it says to wait."""
         code = short(answer.get("Code") or "")
         if code == "ConditionalCheckFailed":
@@ -447,7 +368,7 @@ class Writes:
             return error  # a transaction is at it: nothing was done, and soon it can be
         return self._failed(work, error)
 
-    def _failed(self, work: _Work, exc: StorageError) -> StorageError | None:
+    def _failed(self, work: Work, exc: StorageError) -> StorageError | None:
         if isinstance(exc, StatementRefused) and not work.whole:
             if self._inserts_whole and _inserts(work):
                 self._inserts_whole = False  # and again, in the form that every server knows
@@ -455,7 +376,7 @@ class Writes:
                 work.whole = True
             return None
         if isinstance(exc, TableMissing):
-            work.done(_gone(work))
+            work.done(gone(work))
             return None
         if not isinstance(exc, UnavailableError):
             work.done(exc.copy())
@@ -465,24 +386,24 @@ class Writes:
             work.in_flight = work.in_flight or isinstance(exc, AnswerLost)
             if work.whole:
                 if work.seen is None:
-                    work.seen = _UNKNOWN
+                    work.seen = UNKNOWN
             elif work.needs_state and not work.guarded_by_token:
                 self._careful_until = time.monotonic() + _CAREFUL_SECONDS
-                work.seen = _UNKNOWN
+                work.seen = UNKNOWN
             elif work.change.expect is ABSENT:
-                work.seen = _UNKNOWN
+                work.seen = UNKNOWN
         return exc
 
-    def _duplicate(self, work: _Work) -> None:
+    def _duplicate(self, work: Work) -> None:
         if work.change.expect is not ABSENT or work.lost:
-            work.seen = _UNKNOWN  # somebody was faster, or it was this very write
+            work.seen = UNKNOWN  # somebody was faster, or it was this very write
             if work.change.expect is not ABSENT and not work.lost:
                 return
             work.lost = True
         else:
             work.done(AlreadyExistsError(work.change.key.collection, work.change.key.id))
 
-    def _condition_failed(self, work: _Work, item: Attributes | None) -> StorageError | None:
+    def _condition_failed(self, work: Work, item: Attributes | None) -> StorageError | None:
         change = work.change
         if item is not None and work.lost and work.is_own(item):
             work.done(version_of(item))
@@ -498,7 +419,7 @@ class Writes:
             work.seen = item
         return None
 
-    def _nothing_there(self, work: _Work) -> None:
+    def _nothing_there(self, work: Work) -> None:
         if work.lost and isinstance(work.change, Delete):
             work.done(work.unknown("the answer was lost, and it is gone now"))
         elif work.guarded_by_token and work.change.expect is ANY:
@@ -508,7 +429,7 @@ class Writes:
             error.outcome_unknown = work.lost
             work.done(error)
 
-    def _race_lost(self, work: _Work, item: Attributes) -> StorageError | None:
+    def _race_lost(self, work: Work, item: Attributes) -> StorageError | None:
         seen = work.seen
         if isinstance(seen, dict) and token_of(seen) == token_of(item):
             work.whole = True  # it is the weight that does not fit
@@ -520,15 +441,15 @@ class Writes:
 
     # -- alone -------------------------------------------------------------------------------
 
-    async def _alone(self, work: _Work) -> StorageError | None:
+    async def _alone(self, work: Work) -> StorageError | None:
         """A change in a request of its own."""
         return await (self._upsert(work) if work.upserts else self._write_whole(work))
 
-    async def _upsert(self, work: _Work) -> StorageError | None:
+    async def _upsert(self, work: Work) -> StorageError | None:
         """A save that expects nothing, by the one request that inserts or replaces."""
         work.upserts = work.whole = False  # where it does not come through, it goes the usual way
         try:
-            answer = await self._client.call("UpdateItem", _upsert_item(work))
+            answer = await self._client.call("UpdateItem", upsert_item(work))
         except ConditionFailed:
             work.whole = True  # there is no version after the stored one
             return None
@@ -541,11 +462,11 @@ class Writes:
 
     # -- whole -------------------------------------------------------------------------------
 
-    async def _write_whole(self, work: _Work) -> StorageError | None:
+    async def _write_whole(self, work: Work) -> StorageError | None:
         """Read, change here, and write under the condition that nobody else did."""
         change = work.change
         try:
-            if isinstance(work.seen, _Unknown) or not _is_whole(work):
+            if isinstance(work.seen, Unknown) or not _is_whole(work):
                 work.seen = await self._reading.item(change.key)
                 if work.lost:
                     self._settle_lost(work, work.seen)
@@ -581,7 +502,7 @@ class Writes:
         work.done(_outcome(work, entity))
         return None
 
-    async def _replace(self, work: _Work, entity: Entity | None) -> None:
+    async def _replace(self, work: Work, entity: Entity | None) -> None:
         change = work.change
         seen = cast("Attributes | None", work.seen)
         request: dict[str, Any] = {"TableName": work.table, **unchanged(work.form, seen)}
@@ -629,7 +550,7 @@ class Writes:
         while True:
             try:
                 answer = await self._client.call(
-                    "UpdateItem", _update_item(work, condition, names.copy())
+                    "UpdateItem", update_item(work, condition, names.copy())
                 )
                 return version_of(answer["Attributes"])
             except ConditionFailed as exc:
@@ -643,7 +564,7 @@ class Writes:
             except StatementRefused as exc:
                 raise refused_query(exc) from exc
             except TableMissing as exc:
-                raise _gone(work) from exc
+                raise gone(work) from exc
             except ConcurrencyConflictError:
                 if not await backoff.pause():
                     raise
@@ -657,68 +578,8 @@ class Writes:
                 if not await backoff.pause():
                     raise
 
-    # -- imports -----------------------------------------------------------------------------
 
-    async def _import(self, works: list[_Work]) -> None:
-        """Replace what is there, whatever it is, by `BatchWriteItem`."""
-        sent = [self._import_some(each) for each in _chunks(works, MOST_PUTS)]
-        await asyncio.gather(*sent)
-
-    async def _import_some(self, works: Sequence[_Work]) -> None:
-        left = {(each.table, each.change.key.id): each for each in works}
-        backoff = Backoff(self._seconds)
-        last: StorageError = throttled("an import")
-        while left:
-            requests: dict[str, list[dict[str, Any]]] = {}
-            for work in left.values():
-                put = cast("Put", work.change)
-                item = work.form.item(put.key.id, put.entity, cast("int", put.version), work.token)
-                requests.setdefault(work.table, []).append({"PutRequest": {"Item": item}})
-            try:
-                answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
-            except UnavailableError as exc:
-                last = exc
-                if not left_nothing(exc):
-                    for work in left.values():
-                        work.lost = True
-            except TableMissing:
-                for work in left.values():
-                    work.done(_gone(work))
-                return
-            except StorageError as exc:
-                if len(left) == 1:
-                    [work] = left.values()
-                    work.done(exc)
-                    return
-                # One that is refused fails them all; alone, each has its own answer.
-                await asyncio.gather(*(self._import_some([each]) for each in left.values()))
-                return
-            else:
-                left = self._imported(left, answer.get("UnprocessedItems") or {})
-            if left and not await backoff.pause():
-                for work in left.values():
-                    error = last.copy()
-                    error.outcome_unknown = work.lost
-                    work.done(error)
-                return
-
-    def _imported(
-        self, sent: dict[tuple[str, str], _Work], undone: Mapping[str, Sequence[Mapping[str, Any]]]
-    ) -> dict[tuple[str, str], _Work]:
-        """What is left to do."""
-        left = {}
-        for table, requests in undone.items():
-            key = self._tables.forms[self._tables.collection_of(table)].key
-            for each in requests:
-                place = (table, each["PutRequest"]["Item"][key]["S"])
-                left[place] = sent[place]
-        for place, work in sent.items():
-            if place not in left:
-                work.done(cast("Put", work.change).version)
-        return left
-
-
-def _inserts(work: _Work) -> bool:
+def _inserts(work: Work) -> bool:
     """Whether what was just sent for it was an insert."""
     return work.change.expect is ABSENT or (work.seen is None and isinstance(work.change, Put))
 
@@ -738,72 +599,7 @@ def _difference(
     return changed, [each for each in seen if each not in attributes and each not in kept]
 
 
-def _upsert_item(work: _Work) -> dict[str, Any]:
-    """The request of a save that expects nothing."""
-    change = cast("Put", work.change)
-    names = Names()
-    attributes, removed = work.form.parts(change.entity, keep_created=True)
-    attributes.pop(work.form.key)
-    attributes[TOKEN] = {"S": work.token}
-    # The version is not known, but its last ones are refused below.
-    attributes[WEIGHT] = stored_weight(change.entity, 0)
-    puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
-    if CREATED_AT not in attributes:
-        created = names.name(CREATED_AT)
-        puts.append(f"{created} = if_not_exists({created}, {names.value({'S': change.at})})")
-    version = names.name(VERSION)
-    zero, one = names.value({"N": "0"}), names.value({"N": "1"})
-    puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
-    update = f"SET {', '.join(puts)}"
-    if removed:
-        update += f" REMOVE {', '.join(map(names.name, removed))}"
-    last = names.value({"N": str(LAST_VERSIONS)})
-    condition = f"attribute_not_exists({names.name(work.form.key)}) OR {version} < {last}"
-    return {
-        "TableName": work.table,
-        "Key": {work.form.key: {"S": change.key.id}},
-        "ReturnValues": "UPDATED_NEW",
-        **names.request(UpdateExpression=update, ConditionExpression=condition),
-    }
-
-
-def _update_item(work: _Work, condition: str, names: Names) -> dict[str, Any]:
-    """The request of an update under a condition."""
-    change = cast("Patch", work.change)
-    fields = {name: each for name, each in change.fields.items() if name != work.form.key}
-    sets, removed = work.form.changes(fields)
-    weight = weight_of(cast("Entity", fields))
-    version, stored = names.name(VERSION), names.name(WEIGHT)
-    puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
-    puts.append(f"{names.name(TOKEN)} = {names.value({'S': work.token})}")
-    puts.append(f"{version} = {version} + {names.value({'N': '1'})}")
-    puts.append(f"{stored} = {stored} + {names.value({'N': str(weight)})}")
-    update = f"SET {', '.join(puts)}"
-    if removed:
-        update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
-    tests = [
-        f"attribute_exists({names.name(work.form.key)})",
-        f"({condition})",
-        f"{version} < {names.value({'N': str(INT_MAX)})}",
-    ]
-    if type(change.expect) is int:
-        tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
-    if isinstance(work.seen, dict):
-        token = names.value({"S": token_of(work.seen) or ""})
-        tests.append(f"{names.name(TOKEN)} = {token}")
-    else:
-        most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
-        tests.append(f"{stored} <= {most}")
-    return {
-        "TableName": work.table,
-        "Key": {work.form.key: {"S": change.key.id}},
-        "ReturnValues": "UPDATED_NEW",
-        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
-        **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(tests)),
-    }
-
-
-def _was_the_weight(work: _Work, item: Attributes) -> bool:
+def _was_the_weight(work: Work, item: Attributes) -> bool:
     """Whether an update may have been refused for its weight alone, though it is not too heavy.
 
     Raises:
@@ -822,7 +618,7 @@ def _was_the_weight(work: _Work, item: Attributes) -> bool:
     return True
 
 
-def _unmet(work: _Work, item: Attributes) -> StorageError:
+def _unmet(work: Work, item: Attributes) -> StorageError:
     expect = work.change.expect
     if type(expect) is int and version_of(item) != expect:
         return _stale(work, item)
@@ -836,53 +632,18 @@ def _unmet(work: _Work, item: Attributes) -> StorageError:
     )
 
 
-def unchanged(form: ItemForm, seen: Attributes | None) -> dict[str, Any]:
-    """The condition that an item is still what was seen of it."""
-    if seen is None:
-        return {
-            "ConditionExpression": "attribute_not_exists(#k)",
-            "ExpressionAttributeNames": {"#k": form.key},
-        }
-    token = token_of(seen)
-    if token is not None:
-        return {
-            "ConditionExpression": "#w = :w",
-            "ExpressionAttributeNames": {"#w": TOKEN},
-            "ExpressionAttributeValues": {":w": {"S": token}},
-        }
-    # Another program wrote it: there is only its version to go by.
-    request: dict[str, Any] = {
-        "ConditionExpression": "attribute_exists(#k) AND attribute_not_exists(#w)",
-        "ExpressionAttributeNames": {"#k": form.key, "#w": TOKEN},
-    }
-    if VERSION in seen:
-        request["ConditionExpression"] += " AND #v = :v"
-        request["ExpressionAttributeNames"]["#v"] = VERSION
-        request["ExpressionAttributeValues"] = {":v": seen[VERSION]}
-    return request
-
-
-def _is_import(change: Change) -> bool:
-    return (
-        isinstance(change, Put)
-        and change.version is not None
-        and change.expect is ANY
-        and change.mark is None
-    )
-
-
-def _is_whole(work: _Work) -> bool:
+def _is_whole(work: Work) -> bool:
     """Whether what was seen is the whole item: a look reads its version and token alone."""
     return work.seen is None or (isinstance(work.seen, dict) and "doc" in work.seen)
 
 
-def _outcome(work: _Work, entity: Entity | None) -> Outcome:
+def _outcome(work: Work, entity: Entity | None) -> Outcome:
     if entity is not None:
         return cast("int", entity[VERSION])
     return version_of(cast("Attributes", work.seen))
 
 
-def _stale(work: _Work, item: Attributes) -> StorageError:
+def _stale(work: Work, item: Attributes) -> StorageError:
     change = work.change
     actual = version_of(item)
     expected = cast("int", change.expect)
@@ -895,11 +656,7 @@ def _stale(work: _Work, item: Attributes) -> StorageError:
     raise AssertionError("the versions differ")
 
 
-def _gone(work: _Work) -> StorageError:
-    return UnavailableError(f"the table {work.table} is gone", retryable=False)
-
-
-def _given_up(work: _Work, last: StorageError) -> StorageError:
+def _given_up(work: Work, last: StorageError) -> StorageError:
     if work.lost:
         return work.unknown(f"the answer was lost; then: {last}")
     if isinstance(last, UnavailableError | ConcurrencyConflictError):
@@ -918,9 +675,9 @@ def _reason(exc: Cancelled) -> StorageError:
     return exc
 
 
-def _waves(works: Sequence[_Work]) -> list[list[_Work]]:
+def _waves(works: Sequence[Work]) -> list[list[Work]]:
     """The works in as few lists as there may be without a key twice in one."""
-    waves: list[list[_Work]] = []
+    waves: list[list[Work]] = []
     seen: dict[tuple[str, str], int] = {}
     for work in works:
         place = (work.table, work.change.key.id)
@@ -930,9 +687,3 @@ def _waves(works: Sequence[_Work]) -> list[list[_Work]]:
             waves.append([])
         waves[number].append(work)
     return waves
-
-
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -89,10 +89,17 @@ class Snapshot:
             first = bisect_right(ids, query.after.id)
         matches = compile_filter(query.where)
         decode = self._serializer.decode
+        everything = query.where == EVERYTHING
         for start in range(first, len(ids), _PIECE):
-            raws = (
-                (each, self._raw(query.collection, each)) for each in ids[start : start + _PIECE]
-            )
-            found = [(each, decode(raw)) for each, raw in raws if raw is not None]
-            yield found if query.where == EVERYTHING else [row for row in found if matches(row[1])]
+            part = ids[start : start + _PIECE]
+            if past.before or past.whole is not None:
+                raws = [(each, self._raw(query.collection, each)) for each in part]
+                found = [(each, decode(raw)) for each, raw in raws if raw is not None]
+            else:  # nothing has changed since, so all that is held is what was
+                held = map(section.held.__getitem__, part)
+                found = [
+                    (each, decode(raw if type(raw) is bytes else section.adopted(each, raw)))
+                    for each, raw in zip(part, held, strict=True)
+                ]
+            yield found if everything else [row for row in found if matches(row[1])]
             await asyncio.sleep(0)

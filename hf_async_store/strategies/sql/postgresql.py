@@ -158,8 +158,13 @@ class PostgreSQL(Dialect):
         config = self._config
         if self._password is None:
             return None if config.password is None else config.password.reveal()
-        found = self._password(host, port, config.username)
-        return found if isinstance(found, str) else await found
+        try:
+            found = self._password(host, port, config.username)
+            return found if isinstance(found, str) else await found
+        except Exception as exc:  # whatever the caller's own code raises
+            raise AuthenticationError(
+                f"cannot connect to {host}:{port}: no password to be had ({type(exc).__name__})"
+            ) from exc
 
     def _settings(self, *, read_only: bool) -> dict[str, str]:
         if self._config.pgbouncer:

@@ -1,0 +1,99 @@
+"""Imports: whole items that replace whatever is there, by `BatchWriteItem`.
+
+It checks nothing and may be sent twice; what comes back undone is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from hf_async_store.entities import ANY, Change, Put
+from hf_async_store.errors import StorageError, UnavailableError
+from hf_async_store.strategies.dynamodb.errors import TableMissing
+from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing, throttled
+from hf_async_store.strategies.dynamodb.work import Work, chunks, gone
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.tables import Tables
+
+MOST_PUTS: Final = 25
+"""Source: DynamoDB API Reference, BatchWriteItem."""
+
+
+def is_import(change: Change) -> bool:
+    return (
+        isinstance(change, Put)
+        and change.version is not None
+        and change.expect is ANY
+        and change.mark is None
+    )
+
+
+class Imports:
+    """The imports among independent changes."""
+
+    def __init__(self, client: Client, tables: Tables) -> None:
+        self._client = client
+        self._tables = tables
+        self._seconds = client.config.retry_timeout
+
+    async def write(self, works: list[Work]) -> None:
+        """Replace what is there, whatever it is, by `BatchWriteItem`."""
+        sent = [self._some(each) for each in chunks(works, MOST_PUTS)]
+        await asyncio.gather(*sent)
+
+    async def _some(self, works: Sequence[Work]) -> None:
+        left = {(each.table, each.change.key.id): each for each in works}
+        backoff = Backoff(self._seconds)
+        last: StorageError = throttled("an import")
+        while left:
+            requests: dict[str, list[dict[str, Any]]] = {}
+            for work in left.values():
+                put = cast("Put", work.change)
+                item = work.form.item(put.key.id, put.entity, cast("int", put.version), work.token)
+                requests.setdefault(work.table, []).append({"PutRequest": {"Item": item}})
+            try:
+                answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
+            except UnavailableError as exc:
+                last = exc
+                if not left_nothing(exc):
+                    for work in left.values():
+                        work.lost = True
+            except TableMissing:
+                for work in left.values():
+                    work.done(gone(work))
+                return
+            except StorageError as exc:
+                if len(left) == 1:
+                    [work] = left.values()
+                    work.done(exc)
+                    return
+                # One that is refused fails them all; alone, each has its own answer.
+                await asyncio.gather(*(self._some([each]) for each in left.values()))
+                return
+            else:
+                left = self._imported(left, answer.get("UnprocessedItems") or {})
+            if left and not await backoff.pause():
+                for work in left.values():
+                    error = last.copy()
+                    error.outcome_unknown = work.lost
+                    work.done(error)
+                return
+
+    def _imported(
+        self, sent: dict[tuple[str, str], Work], undone: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> dict[tuple[str, str], Work]:
+        """What is left to do."""
+        left = {}
+        for table, requests in undone.items():
+            key = self._tables.forms[self._tables.collection_of(table)].key
+            for each in requests:
+                place = (table, each["PutRequest"]["Item"][key]["S"])
+                left[place] = sent[place]
+        for place, work in sent.items():
+            if place not in left:
+                work.done(cast("Put", work.change).version)
+        return left

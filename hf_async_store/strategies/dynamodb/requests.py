@@ -1,0 +1,123 @@
+"""Requests that write one item, under a condition in DynamoDB's language."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from hf_async_store.entities import (
+    CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    VERSION,
+    Entity,
+    Patch,
+    Put,
+)
+from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.items import (
+    LAST_VERSIONS,
+    TOKEN,
+    WEIGHT,
+    ItemForm,
+    stored_weight,
+    token_of,
+    weight_of,
+)
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.work import Work
+
+
+def upsert_item(work: Work) -> dict[str, Any]:
+    """The request of a save that expects nothing."""
+    change = cast("Put", work.change)
+    names = Names()
+    attributes, removed = work.form.parts(change.entity, keep_created=True)
+    attributes.pop(work.form.key)
+    attributes[TOKEN] = {"S": work.token}
+    # The version is not known, but its last ones are refused below.
+    attributes[WEIGHT] = stored_weight(change.entity, 0)
+    puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
+    if CREATED_AT not in attributes:
+        created = names.name(CREATED_AT)
+        puts.append(f"{created} = if_not_exists({created}, {names.value({'S': change.at})})")
+    version = names.name(VERSION)
+    zero, one = names.value({"N": "0"}), names.value({"N": "1"})
+    puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
+    update = f"SET {', '.join(puts)}"
+    if removed:
+        update += f" REMOVE {', '.join(map(names.name, removed))}"
+    last = names.value({"N": str(LAST_VERSIONS)})
+    condition = f"attribute_not_exists({names.name(work.form.key)}) OR {version} < {last}"
+    return {
+        "TableName": work.table,
+        "Key": {work.form.key: {"S": change.key.id}},
+        "ReturnValues": "UPDATED_NEW",
+        **names.request(UpdateExpression=update, ConditionExpression=condition),
+    }
+
+
+def update_item(work: Work, condition: str, names: Names) -> dict[str, Any]:
+    """The request of an update under a condition."""
+    change = cast("Patch", work.change)
+    fields = {name: each for name, each in change.fields.items() if name != work.form.key}
+    sets, removed = work.form.changes(fields)
+    weight = weight_of(cast("Entity", fields))
+    version, stored = names.name(VERSION), names.name(WEIGHT)
+    puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
+    puts.append(f"{names.name(TOKEN)} = {names.value({'S': work.token})}")
+    # An item of another program has neither; it counts as heavy until it is written whole.
+    zero, one = names.value({"N": "0"}), names.value({"N": "1"})
+    heavy, more = (names.value({"N": str(each)}) for each in (2 * MAX_ENTITY_BYTES, weight))
+    puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
+    puts.append(f"{stored} = if_not_exists({stored}, {heavy}) + {more}")
+    update = f"SET {', '.join(puts)}"
+    if removed:
+        update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
+    tests = [
+        f"attribute_exists({names.name(work.form.key)})",
+        f"({condition})",
+        f"(attribute_not_exists({version}) OR {version} < {names.value({'N': str(INT_MAX)})})",
+    ]
+    if type(change.expect) is int:
+        tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
+    if isinstance(work.seen, dict):
+        token = names.value({"S": token_of(work.seen) or ""})
+        tests.append(f"{names.name(TOKEN)} = {token}")
+    else:
+        most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
+        tests.append(f"(attribute_not_exists({stored}) OR {stored} <= {most})")
+    return {
+        "TableName": work.table,
+        "Key": {work.form.key: {"S": change.key.id}},
+        "ReturnValues": "UPDATED_NEW",
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(tests)),
+    }
+
+
+def unchanged(form: ItemForm, seen: Attributes | None) -> dict[str, Any]:
+    """The condition that an item is still what was seen of it."""
+    if seen is None:
+        return {
+            "ConditionExpression": "attribute_not_exists(#k)",
+            "ExpressionAttributeNames": {"#k": form.key},
+        }
+    token = token_of(seen)
+    if token is not None:
+        return {
+            "ConditionExpression": "#w = :w",
+            "ExpressionAttributeNames": {"#w": TOKEN},
+            "ExpressionAttributeValues": {":w": {"S": token}},
+        }
+    # Another program wrote it: there is only its version to go by.
+    request: dict[str, Any] = {
+        "ConditionExpression": "attribute_exists(#k) AND attribute_not_exists(#w)",
+        "ExpressionAttributeNames": {"#k": form.key, "#w": TOKEN},
+    }
+    if VERSION in seen:
+        request["ConditionExpression"] += " AND #v = :v"
+        request["ExpressionAttributeNames"]["#v"] = VERSION
+        request["ExpressionAttributeValues"] = {":v": seen[VERSION]}
+    return request

@@ -1,0 +1,104 @@
+"""One change on its way through the tries that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from hf_async_store.entities import ABSENT, Change, Outcome
+from hf_async_store.errors import EntityNotFoundError, StorageError, UnavailableError
+from hf_async_store.strategies.dynamodb.items import ItemForm, new_token, token_of
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb.codec import Attributes
+
+Item = TypeVar("Item")
+
+
+class Unknown:
+    """Nothing was read yet."""
+
+
+UNKNOWN: Final = Unknown()
+
+
+class Work:
+    """One change on its way.
+
+    Attributes:
+        seen: the item as it was read, None if there was none, or `UNKNOWN`.
+        guard: what the statement that is under way insists on.
+        lost: the answer to a try was lost; it may have landed.
+        in_flight: it may even land later.
+        whole: it must be written whole, or at least in a request of its own.
+        upserts: it is a save on its own, which one request can do.
+        outcome: as soon as it is known; `is_done` tells.
+    """
+
+    __slots__ = (
+        "change",
+        "form",
+        "guarded_by_token",
+        "in_flight",
+        "is_done",
+        "lost",
+        "new_version",
+        "outcome",
+        "seen",
+        "table",
+        "token",
+        "upserts",
+        "whole",
+    )
+
+    def __init__(self, change: Change, form: ItemForm, table: str) -> None:
+        self.change = change
+        self.form = form
+        self.table = table
+        self.token = new_token()
+        self.seen: Attributes | None | Unknown = UNKNOWN
+        self.guarded_by_token = False
+        self.new_version: int | None = None
+        self.lost = False
+        self.in_flight = False
+        self.whole = change.mark is not None
+        self.upserts = False
+        self.is_done = False
+        self.outcome: Outcome = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.form.key, self.change.key.id
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether its condition says neither that nothing is there, nor a version."""
+        return self.change.expect is not ABSENT and type(self.change.expect) is not int
+
+    def done(self, outcome: Outcome) -> None:
+        self.is_done = True
+        self.outcome = outcome
+
+    def is_own(self, item: Attributes) -> bool:
+        return token_of(item) == self.token
+
+    def not_found(self) -> EntityNotFoundError:
+        return EntityNotFoundError(self.change.key.collection, self.change.key.id)
+
+    def unknown(self, why: str) -> UnavailableError:
+        return UnavailableError(
+            f"{self.change.key.collection} {self.change.key.id!r}: {why}",
+            retryable=False,
+            outcome_unknown=True,
+        )
+
+
+def gone(work: Work) -> StorageError:
+    return UnavailableError(f"the table {work.table} is gone", retryable=False)
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

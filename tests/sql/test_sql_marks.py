@@ -1,0 +1,40 @@
+"""Marks: they land in the commit of their change, in batches, beside changes that fail."""
+
+from __future__ import annotations
+
+from hf_async_store import HOST_FACTORY, BrokenReferenceError, Collection, open_store
+from hf_async_store.entities import Change, Key, Mark, Put
+
+COLLECTIONS = (*HOST_FACTORY, Collection("marks", key="mark_id"))
+AT = "2026-01-01T00:00:00.000000Z"
+
+
+def put(collection: str, entity: dict[str, object], mark: str) -> Put:
+    """An import of an entity, with a mark that names it."""
+    key = Key(collection, str(entity[f"{collection[:-1]}_id"]))
+    noted = Mark(Key("marks", mark), {"mark_id": mark, "of": key.id, "version": 3})
+    return Put(key, entity, AT, version=7, mark=noted)  # type: ignore[arg-type]  # portable values
+
+
+async def test_marks_land_with_their_changes(url: str) -> None:
+    changes: list[Change] = [put("templates", {"template_id": "t"}, "m-0")]
+    for n in range(300):
+        parent = "nobody" if n % 50 == 7 else "t"
+        request = {"request_id": f"r{n:03}", "template_id": parent}
+        changes.append(put("requests", request, f"m-{n + 1}"))
+    async with open_store(url, collections=COLLECTIONS) as store:
+        outcomes = await store._engine.write_each(changes)
+        broken = [n for n, each in enumerate(outcomes) if isinstance(each, BrokenReferenceError)]
+        assert broken == [n + 1 for n in range(300) if n % 50 == 7]
+        assert {each for n, each in enumerate(outcomes) if n not in broken} == {7}
+        marks = await store.get_entities("marks", [f"m-{n}" for n in range(301)])
+        assert [n for n, each in enumerate(marks) if each is None] == broken
+        assert all(each["version"] == 3 for each in marks if each is not None)
+        # The same mark again and again: the last one stands.
+        again = [put("templates", {"template_id": f"t{n}"}, "m-0") for n in range(5)]
+        assert await store._engine.write_each(again) == [7] * 5
+        last = await store.get_entity("marks", "m-0")
+        assert last == {"mark_id": "m-0", "of": "t4", "version": 3}
+        async with store._engine.session(None) as session:
+            assert await session.write([put("templates", {"template_id": "u"}, "m-u")]) == [7]
+        assert await store.get_entity("marks", "m-u") is not None
