@@ -142,7 +142,7 @@ def _subjects(arguments: argparse.Namespace) -> list[Subject]:
     if arguments.only:
         subjects = chosen(arguments.only)
     else:
-        subjects = list(ALL) if arguments.full else chosen(SHORT_SUBJECTS)
+        subjects = [each for each in ALL if arguments.full or each.name in SHORT_SUBJECTS]
     return subjects + ([of_url(arguments.store)] if arguments.store else [])
 
 

@@ -161,10 +161,16 @@ class Run:
             cells = [cell_of(each.subject, load, workload.unit) for each in crews]
             turns = list(zip(crews, cells, strict=True))
             for number in range(self._settings.rounds + 1):
+                if number > 1 and self._spent() > self._settings.budget:
+                    self._leave_out(f"{load.name}: rounds from {number} on", "no time was left")
+                    break
                 first = number % max(len(turns), 1)  # who begins does not stay the same
                 for crew, cell in turns[first:] + turns[:first]:
                     await self._round(crew, cell, warm_up=number == 0)
             for crew, cell in turns:
+                if self._spent() > self._settings.budget:
+                    self._leave_out(f"{load.name}: latencies", "no time was left")
+                    break
                 await self._steady_round(crew, cell)
             for crew, cell in turns:
                 await self._verify(crew, cell)

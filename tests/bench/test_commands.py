@@ -175,3 +175,11 @@ def test_advise_measures_and_recommends(tmp_path: Path) -> None:
     assert found.measured.processes == 2
     assert found.reasons
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_short_run_has_the_sides_that_it_names() -> None:
+    from hf_async_store.bench.settings import SHORT_SUBJECTS
+    from hf_async_store.bench.subjects import ALL
+
+    assert set(SHORT_SUBJECTS) <= {each.name for each in ALL}
+    assert "tinydb" not in SHORT_SUBJECTS
