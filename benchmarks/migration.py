@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from children import peak_bytes, resident_bytes
+from children import forget_peak, peak_bytes, resident_bytes
 from measure import (
     Figure,
     alternate,
@@ -303,6 +303,7 @@ async def child(what: str, source: Path, folder: Path) -> float:
         await store.query_page("machines", limit=1)
         gc.collect()
         before = resident_bytes()
+        forget_peak()
         if what == "backup":
             await backup_store(store, folder / "backup.jsonl.gz")
         else:
