@@ -77,17 +77,26 @@ def _merits() -> Iterator[Merit]:
 
 MERITS: Final = tuple(_merits())
 
-SCRIPTS: Final = {
-    "json_store": (
-        "json",
-        "one save at 1,000 to 1,000,000 machines; the shell's get; opening; memory; "
-        "holds of the event loop",
-    ),
-    "sql_store": ("sqlite and postgresql", "the driver's own ratios, measured at length"),
-    "dynamodb_store": ("dynamodb", "the driver's own ratios, measured at length"),
-    "migration": ("migration", "against bulk loads; memory; backups"),
-}
-"""The scripts, whose engine each measures, and what only they know."""
+_JSON, _SQL, _DYNAMODB, _MIGRATION = "json_store", "sql_store", "dynamodb_store", "migration"
+
+SCRIPTS: Final = {_JSON: "json", _SQL: "sql", _DYNAMODB: "dynamodb", _MIGRATION: "migration"}
+"""The scripts, and what each measures."""
+
+ELSEWHERE: Final = (
+    (_JSON, "one save at 10,000 to 1,000,000 machines against 1,000, time", "at most 1.5"),
+    (_JSON, "get of the shell, 10,000 machines, against an empty asyncio.run", "at most 2.5"),
+    (_JSON, "opening 10,000 machines against decoding their file", "at most 1"),
+    (_JSON, "memory at 100,000 machines, indexes included, against the file", "at most 3"),
+    (_JSON, "longest hold of the event loop at 100,000 machines, in ms", "at most 20"),
+    (_SQL, "one at a time, 64 waiting, and 1,000 in a transaction, measured at length", "several"),
+    (_DYNAMODB, "one at a time, 64 waiting, and batches, measured at length", "several"),
+    (_MIGRATION, "100,000 machines JSON to SQLite against a bulk load", "at least 0.3"),
+    (_MIGRATION, "100,000 machines JSON to PostgreSQL against a bulk load", "at least 0.3"),
+    (_MIGRATION, "memory at 1,000,000 machines against 10,000", "at most 1.2"),
+    (_MIGRATION, "backup of 1,000,000 on JSON against streaming compression", "at least 0.3"),
+    (_MIGRATION, "backup of 1,000,000 on SQLite against streaming compression", "at least 0.3"),
+)
+"""What only the scripts know, with its target; their files have these rows in their own words."""
 
 
 def figures(results: Results, files: Sequence[Path]) -> list[Figure]:
@@ -103,15 +112,15 @@ def figures(results: Results, files: Sequence[Path]) -> list[Figure]:
         rows += _read(path)
     rows += [
         Figure(
-            engine=engine,
+            engine=SCRIPTS[script],
             what=what,
             unit="",
-            target="several",
-            source=f"benchmarks/{name}.py",
-            note="its file was not given (--figures)",
+            target=target,
+            source=f"benchmarks/{script}.py",
+            note=f"benchmarks/{script}.py measures it (--figures)",
         )
-        for name, (engine, what) in SCRIPTS.items()
-        if name not in names
+        for script, what, target in ELSEWHERE
+        if script not in names
     ]
     return rows
 
@@ -198,7 +207,7 @@ def _read(path: Path) -> list[Figure]:
         held: dict[str, Any] = json.loads(path.read_bytes())
         return [
             Figure(
-                engine=SCRIPTS.get(path.stem, (path.stem, ""))[0],
+                engine=SCRIPTS.get(path.stem, path.stem),
                 what=f"{each['row']}: {each['what']}",
                 unit=each["unit"],
                 target=each["target"],

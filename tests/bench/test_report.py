@@ -155,7 +155,7 @@ async def test_a_sweep_stops_at_its_budget(tmp_path: Path) -> None:
 
 def test_targets_are_seen_at_a_glance(results: Results) -> None:
     rows = {(each.engine, each.what): each for each in results.figures}
-    assert len(rows) >= len(merits.MERITS) + len(merits.SCRIPTS)
+    assert len(rows) >= len(merits.MERITS) + len(merits.ELSEWHERE)
     assert sum(each.value is None for each in results.figures) > 0
     assert all(each.note for each in results.figures if each.value is None)
 
