@@ -13,7 +13,7 @@ demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes,
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
 
 test: $(STAMP)  ## every test but the long sweeps
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-long: $(STAMP)  ## the long sweeps, too
 	$(BIN)/python -m pytest -m "long or not long"

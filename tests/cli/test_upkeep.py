@@ -67,7 +67,7 @@ def test_init_of_split_and_compressed_files(cli: Cli) -> None:
 
 
 def test_init_of_another_engine(cli: Cli) -> None:
-    assert cli("init", "--store", "memory:").rows == [{"store": "memory", "made": []}]
+    assert cli("init", "--store", "memory:").rows == [{"store": "memory", "ready": True}]
 
 
 # -- health, describe, checkpoint -----------------------------------------------------------

@@ -198,15 +198,16 @@ async def test_case_78_killed_at_any_batch_then_resumed(
         await fill(source, 100)
     killed = 0
     more = ["amid"] if in_the_middle else []
-    for at in itertools.count(0 if in_the_middle else 1):
-        # Each kill comes one batch further on in what is left.
+    while True:
+        # A batch that ends before an earlier one is not in the checkpoint yet: kills at the first
+        # batch alone might never get anywhere.
         what = "resume" if killed else "migrate"
-        done = _mover(one, other, str(tmp_path), what, str(at % 3 or 1), *more)
+        done = _mover(one, other, str(tmp_path), what, str(1 + killed // 3), *more)
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
         killed += 1
-        assert killed < 40
+        assert killed < 60
     assert killed >= 3
     async with opened(one) as source, opened(other) as target:
         compared = await compare_stores(source, target)
