@@ -579,9 +579,18 @@ class ValueContract:
     # 25 -------------------------------------------------------------------------------------
 
     async def test_25_depth_at_the_limit(self, store: StorageStrategy) -> None:
-        deepest = (_nested(MAX_DEPTH, list), _nested(MAX_DEPTH, dict), _nested(MAX_DEPTH, None))
-        for each in deepest:
+        deepest = (
+            _nested(MAX_DEPTH, list),
+            _nested(MAX_DEPTH, dict),
+            _nested(MAX_DEPTH, dict, key=""),
+            _nested(MAX_DEPTH, None),
+        )
+        for number, each in enumerate(deepest):
             await _kept_fields(store, {"x": each, "data": each})
+            made = {"item_id": f"made-{number}", "": each, "data": each}
+            assert await store.create_entity("items", made) == 1
+            found = await store.get_entity("items", f"made-{number}")
+            assert exact(content(found)) == exact(made)
 
     async def test_25_one_deeper_is_refused(self, harness: Harness, store: StorageStrategy) -> None:
         for form in (list, dict, None):
@@ -711,12 +720,12 @@ def _untouched(harness: Harness) -> None:
 # -- depth and size -------------------------------------------------------------------------
 
 
-def _nested(depth: int, form: type | None) -> object:
+def _nested(depth: int, form: type | None, *, key: str = "k") -> object:
     """A value with `depth` containers around a number: lists, maps, or both by turns."""
     value: object = 1
     for level in range(depth):
         in_list = form is list or (form is None and level % 2)
-        value = [value] if in_list else {"k": value}
+        value = [value] if in_list else {key: value}
     return value
 
 

@@ -5,8 +5,9 @@ no portable value has:
 
 * a float that is integral, -0.0 or out of DynamoDB's range is a text set of its one `repr`: a
   number would come back as an integer, or not at all;
-* a map key that is empty or longer than 64 KiB stands, with its value, in a list under a key that
-  begins with U+0000, which no portable text has.
+* of a map key that is empty or longer than 64 KiB, the name and the value stand under two keys that
+  begin with U+0000, which no portable text has. (In a list under one, they would be nested a level
+  deeper, and what is as deep as it may be would not fit.)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ NULL: Final[Attribute] = {"NULL": True}
 _SMALLEST: Final = 1e-130
 _LONGEST_NAME: Final = 65_535
 _SIDE: Final = "\0"
+_NAME: Final = "n"
 
 
 def encode(value: Value) -> Attribute:
@@ -60,7 +62,8 @@ def _with_side_names(encoded: Attributes) -> Attributes:
         if is_plain_name(name):
             moved[name] = each
         else:
-            moved[f"{_SIDE}{place}"] = {"L": [{"S": name}, each]}
+            moved[f"{_SIDE}{place}"] = each
+            moved[f"{_SIDE}{place}{_NAME}"] = {"S": name}
     return moved
 
 
@@ -116,10 +119,9 @@ def decode_number(text: str) -> int | float:
 def decode_map(held: Attributes) -> dict[str, Value]:
     decoded = {name: decode(each) for name, each in held.items()}
     if any(name.startswith(_SIDE) for name in decoded):
-        return dict(
-            cast("tuple[str, Value]", tuple(cast("list[Value]", each)))
-            if name.startswith(_SIDE)
-            else (name, each)
+        return {
+            cast("str", decoded[f"{name}{_NAME}"]) if name.startswith(_SIDE) else name: each
             for name, each in decoded.items()
-        )
+            if not (name.startswith(_SIDE) and name.endswith(_NAME))
+        }
     return decoded

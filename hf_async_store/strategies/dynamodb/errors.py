@@ -123,7 +123,8 @@ def _invalid(code: str, message: str) -> StorageError:
     if "size" in lower and "exceeded" in lower:
         return ValueOutOfDomainError("(entity): more than DynamoDB takes in one item")
     if "nesting" in lower:
-        return ValueOutOfDomainError("(entity): nested deeper than DynamoDB takes")
+        # Whatever is portable fits into an item; a statement that holds the item is one level deeper.
+        return StatementRefused("DynamoDB refuses the request: nested deeper than it takes")
     if "security token" in lower or "signature" in lower:
         return PermissionDeniedError(f"DynamoDB refuses access: {code}")
     if "specified index" in lower:
