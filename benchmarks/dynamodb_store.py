@@ -8,17 +8,13 @@ of both sides. So the client's own processor time is measured as well; on AWS th
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import itertools
 import os
 import resource
 import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -31,13 +27,11 @@ from aiodynamo.http.aiohttp import AIOHTTP
 from measure import (
     Figure,
     alternate,
-    machine_facts,
-    print_table,
+    arguments,
     ratios,
+    reported,
     seconds,
-    versions,
     watched_loop,
-    write_report,
 )
 from stores import Entity, machine
 from yarl import URL
@@ -491,34 +485,15 @@ async def measured(names: Iterable[str], settings: Settings, url: str) -> list[F
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures the DynamoDB store on this machine.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--only", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--json", type=Path, default=_RESULTS, metavar="FILE")
-    options = parser.parse_args()
+    about = "Measures the DynamoDB store on this machine."
+    options = arguments(about, _ROWS, _RESULTS).parse_args()
     settings = _QUICK if options.quick else Settings()
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "bench"
-    started = time.perf_counter()
-    before = os.getloadavg()
-    with tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder:
-        drivers = ("aiobotocore", "botocore", "aiohttp", "aiodynamo")
-        facts: dict[str, object] = {
-            "machine": machine_facts(Path(folder)),
-            "versions": {**versions(), **{each: version(each) for each in drivers}},
-            "settings": {"quick": options.quick, "rows": options.only, **asdict(settings)},
-        }
-    figures: list[Figure] = []
-    for name in options.only:  # a server each: what one row stored must not slow the next
-        with dynamodb() as server:
-            figures += asyncio.run(measured([name], settings, server.endpoint_url))
-    after = os.getloadavg()
-    facts["load"] = {"before": before, "after": after}
-    facts["seconds"] = round(time.perf_counter() - started, 1)
-    print_table(figures)
-    print(f"\nload {before[0]:.1f} before, {after[0]:.1f} after, on {os.cpu_count()} cores")
-    write_report(options.json, figures, facts)
-    missed = sum(each.met is False for each in figures)
-    print(f"{missed} targets missed; {facts['seconds']} s; written to {options.json}")
+    drivers = ("aiobotocore", "botocore", "aiohttp", "aiodynamo")
+    with reported(options, settings, drivers) as (_, figures):
+        for name in options.only:  # a server each: what one row stored must not slow the next
+            with dynamodb() as server:
+                figures += asyncio.run(measured([name], settings, server.endpoint_url))
 
 
 if __name__ == "__main__":

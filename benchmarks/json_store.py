@@ -8,7 +8,6 @@ to the ratios: absolute figures move from machine to machine.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import itertools
@@ -19,27 +18,24 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import AsyncExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
-from floors import BareGroupCommit, BareJournal, RewritingStore
+from floors import RewritingStore
 from holds import IDLE, longest_holds
 from measure import (
     Figure,
     Hold,
     alternate,
-    machine_facts,
-    print_table,
+    arguments,
     ratios,
+    reported,
     seconds,
-    versions,
     watched_loop,
-    write_report,
 )
 from stores import (
     ENTITY_BYTES,
@@ -55,6 +51,8 @@ from stores import (
     rewrite_as_ours,
     write_foreign,
 )
+
+from hf_async_store.bench.floors.journal import BareGroupCommit, BareJournal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
@@ -575,31 +573,10 @@ def measured(names: Iterable[str], settings: Settings, folder: Path) -> list[Fig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures the JSON store on this machine.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no million machines")
-    parser.add_argument("--only", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--json", type=Path, default=_RESULTS, metavar="FILE")
-    parser.add_argument("--folder", type=Path, help="where the stores lie, on the disk to measure")
-    options = parser.parse_args()
+    options = arguments("Measures the JSON store on this machine.", _ROWS, _RESULTS).parse_args()
     settings = _QUICK if options.quick else Settings()
-    started = time.perf_counter()
-    before = os.getloadavg()
-    with tempfile.TemporaryDirectory(prefix="hf-async-store-", dir=options.folder) as folder:
-        facts: dict[str, object] = {
-            "machine": machine_facts(Path(folder)),
-            "versions": versions(),
-            "settings": {"quick": options.quick, "rows": options.only, **asdict(settings)},
-        }
-        figures = measured(options.only, settings, Path(folder))
-    after = os.getloadavg()
-    facts["load"] = {"before": before, "after": after}
-    facts["seconds"] = round(time.perf_counter() - started, 1)
-    print_table(figures)
-    # Others at work make everything slower, and not all of it alike.
-    print(f"\nload {before[0]:.1f} before, {after[0]:.1f} after, on {os.cpu_count()} cores")
-    write_report(options.json, figures, facts)
-    missed = sum(each.met is False for each in figures)
-    print(f"{missed} targets missed; {facts['seconds']} s; written to {options.json}")
+    with reported(options, settings) as (folder, figures):
+        figures += measured(options.only, settings, folder)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 What every script of an engine here has in common, so that `hf-async-store bench` can read it into
 its report (`--figures FILE`): it takes `--quick`, `--json FILE` and `--folder DIR`, and writes its
-file by `write_report`. A figure with a target becomes a row of the report; one without is context.
+file by `reported`. A figure with a target becomes a row of the report; one without is context.
 A ratio to a floor is a figure of its own, in "x", so that the target is held against the ratio.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import json
@@ -18,13 +19,23 @@ import sys
 import tempfile
 import time
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from hf_async_store.bench.floors.journal import sync_data
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Collection,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
 _PACKAGES: Final = ("hf_async_store", "msgspec", "aiofiles")
 _SYNCS: Final = 200
@@ -118,17 +129,62 @@ def print_table(figures: Sequence[Figure]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def write_report(path: Path, figures: Sequence[Figure], facts: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+# -- a run ----------------------------------------------------------------------------------
+
+
+def arguments(about: str, rows: Collection[str], results: Path) -> argparse.ArgumentParser:
+    """What every script takes.
+
+    Args:
+        about: what it measures.
+        rows: the names that `--only` chooses from.
+        results: where it writes unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--quick", action="store_true", help="less of everything, fewer rounds")
+    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows), metavar="NAME")
+    parser.add_argument("--json", type=Path, default=results, metavar="FILE")
+    parser.add_argument("--folder", type=Path, help="where the stores lie, on the disk to measure")
+    return parser
+
+
+@contextmanager
+def reported(
+    options: argparse.Namespace, settings: Any, packages: Sequence[str] = ()
+) -> Iterator[tuple[Path, list[Figure]]]:
+    """A folder to measure in, and the list of the figures: printed and written at the end.
+
+    Args:
+        settings: of the run, a dataclass.
+        packages: whose versions count, beside the usual ones.
+    """
+    started = time.perf_counter()
+    before = os.getloadavg()
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="hf-async-store-", dir=options.folder) as folder:
+        facts: dict[str, object] = {
+            "machine": machine_facts(Path(folder)),
+            "versions": {
+                "python": sys.version.split()[0],
+                **{each: version(each) for each in (*_PACKAGES, *packages)},
+            },
+            "settings": {"quick": options.quick, "rows": options.only, **asdict(settings)},
+        }
+        yield Path(folder), figures
+    after = os.getloadavg()
+    facts["load"] = {"before": before, "after": after}
+    facts["seconds"] = round(time.perf_counter() - started, 1)
+    print_table(figures)
+    # Others at work make everything slower, and not all of it alike.
+    print(f"\nload {before[0]:.1f} before, {after[0]:.1f} after, on {os.cpu_count()} cores")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     report = {**facts, "figures": [each.as_json() for each in figures]}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    missed = sum(each.met is False for each in figures)
+    print(f"{missed} targets missed; {facts['seconds']} s; written to {options.json}")
 
 
 # -- what it was measured on ----------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    return {"python": sys.version.split()[0], **{each: version(each) for each in _PACKAGES}}
 
 
 def machine_facts(folder: Path) -> dict[str, object]:
@@ -156,16 +212,6 @@ def _sync_times(folder: Path) -> list[float]:
             sync_data(file.fileno())
             times.append(time.perf_counter() - started)
     return times
-
-
-def sync_data(fd: int) -> None:
-    """As durable as the store's own sync: macOS needs to be told to pass the drive's cache."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fdatasync(fd)
 
 
 # -- sides that take turns ------------------------------------------------------------------

@@ -17,11 +17,10 @@ import os
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -29,11 +28,9 @@ from children import forget_peak, peak_bytes, resident_bytes
 from measure import (
     Figure,
     alternate,
-    machine_facts,
-    print_table,
+    arguments,
     ratios,
-    versions,
-    write_report,
+    reported,
 )
 from stores import Stores, machine, opened, request
 
@@ -342,11 +339,7 @@ def measured(names: Sequence[str], settings: Settings, folder: Path) -> list[Fig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures moving and backing up.")
-    parser.add_argument("--quick", action="store_true", help="fewer machines and rounds")
-    parser.add_argument("--only", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--json", type=Path, default=_RESULTS, metavar="FILE")
-    parser.add_argument("--folder", type=Path, help="where the stores lie, on the disk to measure")
+    parser = arguments("Measures moving and backing up.", _ROWS, _RESULTS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -354,21 +347,8 @@ def main() -> None:
         print(json.dumps(asyncio.run(child(what, Path(source), Path(place)))))
         return
     settings = _QUICK if options.quick else Settings()
-    started = time.perf_counter()
-    before = os.getloadavg()
-    with tempfile.TemporaryDirectory(prefix="hf-async-store-", dir=options.folder) as folder:
-        facts: dict[str, object] = {
-            "machine": machine_facts(Path(folder)),
-            "versions": versions(),
-            "settings": {"quick": options.quick, "rows": options.only, **asdict(settings)},
-        }
-        figures = measured(options.only, settings, Path(folder))
-    facts["load"] = {"before": before, "after": os.getloadavg()}
-    facts["seconds"] = round(time.perf_counter() - started, 1)
-    print_table(figures)
-    write_report(options.json, figures, facts)
-    missed = sum(each.met is False for each in figures)
-    print(f"{missed} targets missed; {facts['seconds']} s; written to {options.json}")
+    with reported(options, settings) as (folder, figures):
+        figures += measured(options.only, settings, folder)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,12 @@ comparison take turns in one run, so hold on to the ratios.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import itertools
-import os
 import sys
-import tempfile
-import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -27,14 +22,12 @@ import sql_floors as floors
 from measure import (
     Figure,
     alternate,
-    machine_facts,
-    print_table,
+    arguments,
     ratios,
+    reported,
     seconds,
-    versions,
-    write_report,
 )
-from stores import ENTITY_BYTES, Entity, machine, machine_id, request, request_id
+from stores import Entity, machine, machine_id, request, request_id
 
 from hf_async_store import SQLStorageStrategy, open_store
 from hf_async_store.testing.servers import postgres
@@ -393,39 +386,18 @@ ROWS: Final[dict[str, Row]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures the SQL store on this machine.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument("--json", type=Path, default=_RESULTS, metavar="FILE")
-    options = parser.parse_args()
+    options = arguments("Measures the SQL store on this machine.", ROWS, _RESULTS).parse_args()
     settings = _QUICK if options.quick else Settings()
-    figures: list[Figure] = []
-    started = time.perf_counter()
-    before = os.getloadavg()
+    drivers = ("sqlalchemy", "aiosqlite", "asyncpg")
     with (
-        tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder,
+        reported(options, settings, drivers) as (folder, figures),
         postgres(durable=True) as server,
     ):
-        bench = Bench(settings, Path(folder), server)
-        drivers = {each: version(each) for each in ("sqlalchemy", "aiosqlite", "asyncpg")}
-        facts: dict[str, object] = {
-            "machine": machine_facts(bench.folder),
-            "versions": {**versions(), **drivers},
-            "settings": {"quick": options.quick, "rows": options.only, **asdict(settings)},
-            "entity_bytes": ENTITY_BYTES,
-        }
+        bench = Bench(settings, folder, server)
         for name in options.only:
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
             gc.collect()
             figures += asyncio.run(ROWS[name](bench))
-    after = os.getloadavg()
-    facts["load"] = {"before": before, "after": after}
-    facts["seconds"] = round(time.perf_counter() - started, 1)
-    print_table(figures)
-    print(f"\nload {before[0]:.1f} before, {after[0]:.1f} after, on {os.cpu_count()} cores")
-    write_report(options.json, figures, facts)
-    missed = sum(each.met is False for each in figures)
-    print(f"{missed} targets missed; {facts['seconds']} s; written to {options.json}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from hf_async_store.bench.floors.together import Together
-
 if TYPE_CHECKING:
     from hf_async_store.bench.data import Entity
     from hf_async_store.bench.plan import Place
@@ -48,11 +46,28 @@ class BareGroupCommit(BareJournal):
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:
         super().__init__(path, durable=durable)
-        self.save = Together(self._save_all, size=1 << 20)
+        self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._flushing: asyncio.Task[None] | None = None
 
-    async def _save_all(self, lines: Sequence[bytes]) -> Sequence[None]:
-        await self.append(b"".join(lines))
-        return [None] * len(lines)
+    async def save(self, line: bytes) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((line, done))
+        if self._flushing is None:
+            self._flushing = asyncio.create_task(self._flush())
+        await done
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                await self.append(b"".join([line for line, _ in batch]))
+            except OSError as exc:
+                for _, done in batch:
+                    done.set_exception(exc)
+            else:
+                for _, done in batch:
+                    done.set_result(None)
+        self._flushing = None
 
 
 class JournalEach:
