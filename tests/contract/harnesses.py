@@ -17,7 +17,7 @@ from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
     from hf_async_store.testing.servers import PostgresServer
@@ -57,8 +57,7 @@ class JSONHarness:
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
-        return open_store(f"{self.url()}?{query}", collections=collections)
+        return _opened(self.url(), collections, settings)
 
     def url(self) -> str:
         return f"json:{self._path}"
@@ -96,8 +95,7 @@ class SQLiteHarness:
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
-        return open_store(f"{self.url()}?{query}", collections=collections)
+        return _opened(self.url(), collections, settings)
 
     def url(self) -> str:
         return f"sqlite:{self._path}"
@@ -124,8 +122,7 @@ class PostgreSQLHarness:
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
-        return open_store(f"{self._url}?{query}", collections=collections)
+        return _opened(self._url, collections, settings)
 
     def url(self) -> str:
         return self._url
@@ -189,8 +186,7 @@ class DynamoDBHarness:
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        more = "".join(f"&{name}={_text(value)}" for name, value in settings.items())
-        return open_store(f"{self.url()}{more}", collections=collections)
+        return _opened(self.url(), collections, settings)
 
     def url(self) -> str:
         return f"dynamodb://us-east-1/{self._prefix}?endpoint_url={self._proxy.url}"
@@ -221,6 +217,13 @@ class DynamoDBHarness:
             return Partly() if left % 2 else throttled()
 
         self._proxy.rule = rule
+
+
+def _opened(
+    url: str, collections: Iterable[Collection], settings: Mapping[str, object]
+) -> StorageStrategy:
+    query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
+    return open_store(f"{url}{'&' if '?' in url else '?'}{query}", collections=collections)
 
 
 def _text(value: object) -> str:
