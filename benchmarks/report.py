@@ -13,6 +13,7 @@ import argparse
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,7 @@ _RESULTS: Final = _HERE / "results"
 _PAGE: Final = _HERE.parent / "docs" / "benchmarks.md"
 _BEGIN: Final = "<!-- results: written by benchmarks/report.py -->"
 _END: Final = "<!-- end of results -->"
+_WIDTH: Final = 110
 _SCRIPT_SECONDS: Final = 300.0
 """Beside the harness's own quarter of an hour."""
 
@@ -67,7 +69,19 @@ def write_page(results: Results) -> None:
     parts += [tables.as_markdown(tables.rates(results))]
     parts += map(tables.as_markdown, map(tables.grown, results.sweeps))
     parts += [tables.as_markdown(tables.left_out(results))]
-    _PAGE.write_text(before + "\n".join([_BEGIN, "", *parts, _END]) + after, encoding="utf-8")
+    lines = [each for part in parts for each in _for_the_page(part)]
+    _PAGE.write_text(before + "\n".join([_BEGIN, "", *lines, _END]) + after, encoding="utf-8")
+
+
+def _for_the_page(text: str) -> list[str]:
+    """The lines of a part, as documentation has them: prose of a bounded width, no path of a machine."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if line.startswith("|"):
+            lines += [] if line.startswith("| folder |") else [line]
+        else:
+            lines += textwrap.wrap(line, _WIDTH) or [""]
+    return lines
 
 
 def main() -> int:
