@@ -1014,6 +1014,7 @@ print(*sorted(set(sys.modules) - before))
     )
     assert set(done.stdout.split()) <= {
         "errno",
+        "math",
         "hf_async_store.config",
         "hf_async_store.entities",
         "hf_async_store.errors",
