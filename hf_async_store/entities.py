@@ -54,7 +54,7 @@ INT_MAX: Final = 2**63 - 1
 _INT_WEIGHT: Final = 12
 _FLOAT_WEIGHT: Final = 32
 
-_LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
+LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
 """An entity whose JSON is shorter cannot weigh too much: no value weighs 8 times its JSON."""
 
 _NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
@@ -547,7 +547,7 @@ class Collection:
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
         key = self.key_of(data[self.key])
-        if len(msgspec.json.encode(data)) > _LIGHT_BYTES:
+        if len(msgspec.json.encode(data)) > LIGHT_BYTES:
             check_size(data)
         return key, self._whole(self._checked(dict(data)))
 

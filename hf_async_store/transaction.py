@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 from hf_async_store.engine import Session
 from hf_async_store.entities import (
@@ -277,8 +277,8 @@ class Transaction(RepositoryInterface):
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
         for change, outcome in zip(changes, outcomes, strict=True):
-            if not isinstance(outcome, StorageError):
-                self._seen[change.key] = outcome if not isinstance(change, Delete) else None
+            # None of them is an error now.
+            self._seen[change.key] = None if type(change) is Delete else cast("int", outcome)
         return outcomes
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
