@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from math import isfinite
+from operator import methodcaller
 from types import NoneType
 from typing import Final, TypeAlias, TypeVar, cast
 
@@ -36,6 +37,7 @@ from hf_async_store.errors import ValueOutOfDomainError
 Each = TypeVar("Each")
 Column: TypeAlias = "Sequence[Value]"
 
+_VALUES: Final = methodcaller("values")
 _ALIKE: Final = 8
 """How many entities must have the same fields, on average, for columns to be a gain."""
 
@@ -65,9 +67,9 @@ def alike(items: Sequence[Mapping[str, object]]) -> dict[tuple[str, ...], list[i
     return places if len(places) * _ALIKE <= len(keys) else None
 
 
-def columns_of(items: Sequence[Mapping[str, Each]]) -> list[tuple[Each, ...]]:
+def columns_of(items: Sequence[dict[str, Each]]) -> list[tuple[Each, ...]]:
     """The values of maps that have the same keys, by key."""
-    return list(zip(*(each.values() for each in items), strict=True))
+    return list(zip(*map(_VALUES, items), strict=True))
 
 
 def checked(
@@ -82,7 +84,7 @@ def checked(
     groups = alike(items)
     if groups is None or not all(_has_what_it_must(collection, names) for names in groups):
         return None
-    ids: list[str] = [""] * len(items)
+    ids: list[Value] = [None] * len(items)
     entities = list(map(dict.copy, cast("Sequence[Entity]", items)))
     weight = 0
     for names, places in groups.items():
@@ -96,16 +98,17 @@ def checked(
             weight += more
             if name == collection.key:
                 for place, value in zip(places, column, strict=True):
-                    ids[place] = cast("str", value)
+                    ids[place] = value
             if name == VERSION:
                 for each in mine:
                     del each[VERSION]
             elif column is not given:
                 for each, value in zip(mine, column, strict=True):
                     each[name] = value
-    if not _are_keys(ids) or (weight > MAX_ENTITY_BYTES and not _are_light(entities)):
+    texts = cast("list[str]", ids)
+    if not _are_keys(texts) or (weight > MAX_ENTITY_BYTES and not _are_light(entities)):
         return None
-    return list(zip(map(Key, repeat(collection.name), ids), entities, strict=True))
+    return list(zip(map(Key, repeat(collection.name), texts), entities, strict=True))
 
 
 class _Unusual(Exception):  # noqa: N818  # no error: it says which way to go

@@ -788,7 +788,7 @@ class Mark(msgspec.Struct, frozen=True):
     entity: Entity
 
 
-class Put(msgspec.Struct, frozen=True):
+class Put(msgspec.Struct, frozen=True, gc=False):
     """Insert or replace a whole entity.
 
     Attributes:
@@ -806,7 +806,7 @@ class Put(msgspec.Struct, frozen=True):
     mark: Mark | None = None
 
 
-class Patch(msgspec.Struct, frozen=True):
+class Patch(msgspec.Struct, frozen=True, gc=False):
     """Change the named top-level fields of an entity that is there; REMOVED takes one away."""
 
     key: Key
@@ -816,7 +816,7 @@ class Patch(msgspec.Struct, frozen=True):
     mark: Mark | None = None
 
 
-class Delete(msgspec.Struct, frozen=True):
+class Delete(msgspec.Struct, frozen=True, gc=False):
     """Take an entity away. Its outcome is the version that it had, or None if it was not there."""
 
     key: Key
