@@ -79,7 +79,7 @@ def checked(
 
     None says nothing about them but that they are to be looked at one by one.
     """
-    if set(map(type, items)) != {dict} or set(map(type, chain.from_iterable(items))) != {str}:
+    if _kinds(items) != {dict} or _kinds(list(chain.from_iterable(items))) != {str}:
         return None
     groups = alike(items)
     if groups is None or not all(_has_what_it_must(collection, names) for names in groups):
@@ -122,19 +122,25 @@ def _has_what_it_must(collection: Collection, names: Sequence[str]) -> bool:
     return required and text.isascii() and "\x00" not in text
 
 
+def _kinds(values: Sequence[object]) -> set[type]:
+    kinds = list(map(type, values))
+    # Mostly there is one, and to count it is quicker than to make a set.
+    return {kinds[0]} if kinds and kinds.count(kinds[0]) == len(kinds) else set(kinds)
+
+
 def _checked(column: Column, field: Field | None) -> tuple[Column, int]:
     """A column as it is stored, and a bound of what all of it weighs.
 
     Raises:
         _Unusual, ValueOutOfDomainError: one by one will tell.
     """
-    kinds = set(map(type, column))
+    kinds = _kinds(column)
     if kinds <= _SCALARS:
         weight = len(column) * _MOST_OF_A_NUMBER + _weight_of_texts(column, kinds)
         _refuse_odd_numbers(column, kinds)
     else:
         column = [normalise(each) for each in column]
-        kinds = set(map(type, column))
+        kinds = _kinds(column)
         weight = _WEIGHT_OF_JSON * len(msgspec.json.encode(column))
     if field is not None and field.type != "json":
         if not kinds <= _KINDS[field.type]:

@@ -1,7 +1,7 @@
 """The entity verbs: one interface for the store and for a transaction in it.
 
 `RepositoryInterface` is written once, over four primitives. What callers hand in is checked and
-copied before any I/O, synchronously up to a piece of 256 entities: a caller may change its dict as
+copied before any I/O, synchronously up to a piece of 128 entities: a caller may change its dict as
 soon as the coroutine runs.
 """
 
@@ -77,8 +77,11 @@ Result = TypeVar("Result")
 RETRY_SECONDS: Final = 30.0
 _FIRST_PAUSE: Final = 0.004
 _LONGEST_PAUSE: Final = 1.0
-_PIECE: Final = 256
-"""How many entities are checked before the loop gets a turn."""
+_PIECE: Final = 128
+"""How many entities are checked one by one before the loop gets a turn."""
+
+_PIECE_TOGETHER: Final = 512
+"""How many of them in the same time where they are checked together."""
 
 
 class RepositoryInterface(ABC):
@@ -631,10 +634,10 @@ async def _pieces(
                 await asyncio.sleep(0)
             made.append(_made(make, index, item))
         return made
-    for start in range(0, len(items), _PIECE):
+    for start in range(0, len(items), _PIECE_TOGETHER):
         if start:
             await asyncio.sleep(0)
-        piece = items[start : start + _PIECE]
+        piece = items[start : start + _PIECE_TOGETHER]
         made += together(piece) or [
             _made(make, index, item) for index, item in enumerate(piece, start)
         ]

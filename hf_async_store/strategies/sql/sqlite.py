@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
 _PIECE: Final = 256
 _BLOCK: Final = 250
-_MOST_IN_BULK: Final = 500
+_IN_BULK: Final = (1000, 250)
 _MOST_PARAMETERS: Final = 32_766
 _INNER_WAIT_MS: Final = 20
 """How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
@@ -460,21 +460,36 @@ def _put_all(connection: sqlite3.Connection, puts: Puts) -> dict[str, int] | Non
         [[there]] = connection.execute(sql, (encode_json(parents).decode(),))
         if there < len(parents):
             return None
+    rows = list(zip(*puts.columns, strict=True))
+    blocks = _blocks(len(rows), len(puts.columns))
     versions: dict[str, int] = {}
-    if puts.versions is not None:
+    if puts.versions is not None and not (puts.fresh and blocks == [len(rows)]):
         ids = (encode_json(puts.columns[0]).decode(),)
         versions.update(connection.execute(puts.versions, ids).fetchall())
         if versions and (puts.fresh or max(versions.values()) == INT_MAX):
             return None
-    rows = list(zip(*puts.columns, strict=True))
-    block = min(_MOST_IN_BULK, _MOST_PARAMETERS // len(puts.columns))
-    whole = len(rows) // block * block
-    for start in range(0, whole, block):
-        args = list(itertools.chain.from_iterable(rows[start : start + block]))
-        connection.execute(puts.text(block), args)
-    if whole < len(rows):
-        connection.executemany(puts.text(1), rows[whole:])
+    start = 0
+    for size in blocks:
+        args = list(itertools.chain.from_iterable(rows[start : start + size]))
+        start += size
+        try:
+            connection.execute(puts.text(size), args)
+        except sqlite3.IntegrityError:
+            if puts.fresh and size == len(rows):
+                return None  # it was its own look: nothing of it stays
+            raise
+    if start < len(rows):
+        connection.executemany(puts.text(1), rows[start:])
     return versions
+
+
+def _blocks(rows: int, columns: int) -> list[int]:
+    """How many rows go into statements of their own; the rest is done by one for a row."""
+    blocks: list[int] = []
+    for size in _IN_BULK:
+        if size * columns <= _MOST_PARAMETERS:
+            blocks += [size] * ((rows - sum(blocks)) // size)
+    return blocks
 
 
 def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:
