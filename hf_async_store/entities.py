@@ -54,7 +54,7 @@ INT_MAX: Final = 2**63 - 1
 _INT_WEIGHT: Final = 12
 _FLOAT_WEIGHT: Final = 32
 
-_LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
+LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
 """An entity whose JSON is shorter cannot weigh too much: no value weighs 8 times its JSON."""
 
 _NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
@@ -547,7 +547,7 @@ class Collection:
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
         key = self.key_of(data[self.key])
-        if len(msgspec.json.encode(data)) > _LIGHT_BYTES:
+        if len(msgspec.json.encode(data)) > LIGHT_BYTES:
             check_size(data)
         return key, self._whole(self._checked(dict(data)))
 
@@ -788,7 +788,7 @@ class Mark(msgspec.Struct, frozen=True):
     entity: Entity
 
 
-class Put(msgspec.Struct, frozen=True):
+class Put(msgspec.Struct, frozen=True, gc=False):
     """Insert or replace a whole entity.
 
     Attributes:
@@ -806,7 +806,7 @@ class Put(msgspec.Struct, frozen=True):
     mark: Mark | None = None
 
 
-class Patch(msgspec.Struct, frozen=True):
+class Patch(msgspec.Struct, frozen=True, gc=False):
     """Change the named top-level fields of an entity that is there; REMOVED takes one away."""
 
     key: Key
@@ -816,7 +816,7 @@ class Patch(msgspec.Struct, frozen=True):
     mark: Mark | None = None
 
 
-class Delete(msgspec.Struct, frozen=True):
+class Delete(msgspec.Struct, frozen=True, gc=False):
     """Take an entity away. Its outcome is the version that it had, or None if it was not there."""
 
     key: Key

@@ -24,6 +24,7 @@ from collections.abc import (
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar, cast
 
+from hf_async_store import columns
 from hf_async_store.entities import (
     ABSENT,
     ANY,
@@ -77,7 +78,10 @@ RETRY_SECONDS: Final = 30.0
 _FIRST_PAUSE: Final = 0.004
 _LONGEST_PAUSE: Final = 1.0
 _PIECE: Final = 128
-"""How many entities are checked before the loop gets a turn."""
+"""How many entities are checked one by one before the loop gets a turn."""
+
+_PIECE_TOGETHER: Final = 512
+"""How many of them in the same time where they are checked together."""
 
 
 class RepositoryInterface(ABC):
@@ -231,7 +235,11 @@ class RepositoryInterface(ABC):
         """
         declared = self._schema[collection]
         at = utc_now()
-        changes = await _pieces(entities, lambda each: self._put(declared, each, ABSENT, at))
+        changes = await _pieces(
+            entities,
+            lambda each: self._put(declared, each, ABSENT, at),
+            lambda piece: _puts(declared, piece, ABSENT, at),
+        )
         return cast("list[int]", await self._many(changes, timeout))
 
     async def save_entities(
@@ -255,7 +263,11 @@ class RepositoryInterface(ABC):
             expect = expected.take(put.key.id)
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
-        changes = await _pieces(entities, change)
+        changes = await _pieces(
+            entities,
+            change,
+            None if expected_versions else lambda piece: _puts(declared, piece, ANY, at),
+        )
         expected.all_taken()
         return cast("list[int]", await self._many(changes, timeout))
 
@@ -537,6 +549,8 @@ class RepositoryInterface(ABC):
         if not changes:
             return []
         outcomes = await self._write(changes, timeout)
+        if set(map(type, outcomes)) == {int} and Delete not in set(map(type, changes)):
+            return cast("list[int]", outcomes)
         results = [
             each is not None
             if isinstance(change, Delete) and not isinstance(each, StorageError)
@@ -590,17 +604,51 @@ def _imported(
     return Put(key, entity, at, expected.take(key.id), cast("int", version))
 
 
-async def _pieces(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
-    """`make` of each item; the loop gets a turn between pieces of a large batch."""
+def _puts(
+    collection: Collection, piece: Sequence[Mapping[str, object]], expect: Condition, at: str
+) -> list[Put] | None:
+    """What `_put` makes of each, or None where that must be done one by one."""
+    checked = columns.checked(collection, piece)
+    if checked is None:
+        return None
+    for _, entity in checked:
+        entity[UPDATED_AT] = at
+    return [Put(key, entity, at, expect) for key, entity in checked]
+
+
+async def _pieces(
+    items: Iterable[Item],
+    make: Callable[[Item], Made],
+    together: Callable[[Sequence[Item]], list[Made] | None] | None = None,
+) -> list[Made]:
+    """`make` of each item; the loop gets a turn between pieces of a large batch.
+
+    Args:
+        together: the same for a whole piece of a list; None where it must be done one by one.
+    """
     made: list[Made] = []
-    for index, item in enumerate(items):
-        if index and not index % _PIECE:
+    if together is None or not isinstance(items, list | tuple):
+        # What is made as it is asked for may be one map, changed from item to item.
+        for index, item in enumerate(items):
+            if index and not index % _PIECE:
+                await asyncio.sleep(0)
+            made.append(_made(make, index, item))
+        return made
+    for start in range(0, len(items), _PIECE_TOGETHER):
+        if start:
             await asyncio.sleep(0)
-        try:
-            made.append(make(item))
-        except InvalidInputError as exc:
-            raise exc.at(f"item {index}") from exc
+        piece = items[start : start + _PIECE_TOGETHER]
+        made += together(piece) or [
+            _made(make, index, item) for index, item in enumerate(piece, start)
+        ]
     return made
+
+
+def _made(make: Callable[[Item], Made], index: int, item: Item) -> Made:
+    try:
+        return make(item)
+    except InvalidInputError as exc:
+        raise exc.at(f"item {index}") from exc
 
 
 def _listed(ids: Iterable[str]) -> Iterable[str]:

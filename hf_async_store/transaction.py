@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from operator import attrgetter
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar, cast
 
 from hf_async_store.engine import Session
 from hf_async_store.entities import (
@@ -38,6 +39,8 @@ from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, within
 
 Result = TypeVar("Result")
+
+_KEY: Final = attrgetter("key")
 
 
 class TransactionManager:
@@ -276,9 +279,12 @@ class Transaction(RepositoryInterface):
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
-        for change, outcome in zip(changes, outcomes, strict=True):
-            if not isinstance(outcome, StorageError):
-                self._seen[change.key] = outcome if not isinstance(change, Delete) else None
+        # None of them is an error now; what a delete gives is the version that was.
+        versions = cast("list[int | None]", outcomes)
+        self._seen.update(zip(map(_KEY, changes), versions, strict=True))
+        for each in changes:
+            if type(each) is Delete:
+                self._seen[each.key] = None
         return outcomes
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:

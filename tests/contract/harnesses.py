@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
@@ -146,6 +146,37 @@ class PostgreSQLHarness:
         name = urlsplit(self._url).path[1:]
         query = f"SELECT pid || ' ' || state FROM pg_stat_activity WHERE datname = '{name}'"
         return ask(self._server.url, query)
+
+
+class PgbouncerHarness(PostgreSQLHarness):
+    """A database behind a pgbouncer, which keeps connections of its own to it.
+
+    Args:
+        address: host and port of the pgbouncer.
+    """
+
+    def __init__(self, server: PostgresServer, address: str) -> None:
+        self._behind = address
+        super().__init__(server)
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        return _opened(self.url(), collections, settings)
+
+    def url(self) -> str:
+        parts = urlsplit(self._url)
+        there = parts._replace(netloc=f"{parts.username}@{self._behind}", query="pgbouncer=yes")
+        return urlunsplit(there)
+
+    def leaks(self) -> list[str]:
+        # Nothing may stay in the middle of a transaction; that it stays connected is its purpose.
+        for _ in range(40):
+            found = [each for each in self._connections() if "transaction" in each]
+            if not found:
+                return []
+            time.sleep(0.05)
+        return [f"in a transaction: {each}" for each in found]
 
 
 def ask(url: str, query: str) -> list[str]:

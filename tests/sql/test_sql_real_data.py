@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from hf_async_store import HOST_FACTORY, open_store
+from hf_async_store import HOST_FACTORY, MigrationTool, open_store
 from hf_async_store.entities import parse_timestamp
 from hf_async_store.testing.checks import exact
 
 REAL: Final = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
+SCHEMA: Final = {each.name: each for each in HOST_FACTORY}
 TIMES: Final = {
     each.name: {name for name, field in each.fields.items() if field.type == "timestamp"}
     for each in HOST_FACTORY
 }
 
 
-def found_in_the_field() -> dict[str, dict[str, dict[str, Any]]]:
+LAYOUTS: Final = ("single_file", "split_files_flat", "split_files_wrapped")
+
+
+def found_in_the_field(layout: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """What is in the files, by collection and id, read without any code of ours."""
     if REAL:
-        path = Path(REAL) / "single_file" / "request_database.json"
-        data: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_bytes())
-        return data
+        return {
+            name: {each[collection.key]: each for each in _entities(Path(REAL) / layout, name)}
+            for name, collection in SCHEMA.items()
+        }
     return {
         "templates": {"t": {"template_id": "t", "created_at": "2026-07-06T22:07:11.806716"}},
         "requests": {"r": {"request_id": "r", "template_id": "t", "version": 0, "error": None}},
         "machines": {"m": {"machine_id": "m", "request_id": "r", "tags": {"a": [1, 1.0]}}},
     }
+
+
+def _entities(folder: Path, name: str) -> list[dict[str, Any]]:
+    single = folder / "request_database.json"
+    file = single if single.exists() else folder / f"{name}.json"
+    data = json.loads(file.read_bytes())
+    return list(data.get(name, data).values())
 
 
 def stored_form(collection: str, entity: dict[str, Any]) -> object:
@@ -48,11 +62,13 @@ def stored_form(collection: str, entity: dict[str, Any]) -> object:
 
 @pytest.mark.skipif(not REAL, reason="HF_ASYNC_STORE_REAL_DATA is not set; generated data is used")
 def test_there_is_real_data() -> None:
-    assert sum(map(len, found_in_the_field().values())) > 10
+    for layout in LAYOUTS:
+        assert sum(map(len, found_in_the_field(layout).values())) > 10
 
 
-async def test_what_goes_in_comes_out(url: str) -> None:
-    data = found_in_the_field()
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_what_goes_in_comes_out(url: str, layout: str) -> None:
+    data = found_in_the_field(layout)
     async with open_store(f"{url}?enforce_references=no") as store:
         for name in store.collections:
             entities = list(data[name].values())
@@ -66,3 +82,24 @@ async def test_what_goes_in_comes_out(url: str) -> None:
             walked = [each async for each in store.stream_entities(name)]
             assert [each[collection.key] for each in walked] == sorted(by_id)
             assert await store.count_entities(name) == len(by_id)
+
+
+@pytest.mark.skipif(not REAL, reason="HF_ASYNC_STORE_REAL_DATA is not set")
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_a_json_store_as_found_is_moved_here(url: str, layout: str, tmp_path: Path) -> None:
+    data = found_in_the_field(layout)
+    shutil.copytree(Path(str(REAL)) / layout, tmp_path / layout)
+    found = tmp_path / layout / ("request_database.json" if layout == "single_file" else "")
+    async with (
+        open_store(f"json:{found}?enforce_references=no") as source,
+        open_store(f"{url}?enforce_references=no") as target,
+    ):
+        report = await MigrationTool(source, target).migrate()
+        assert report.ok
+        assert report.verified
+        for name, by_id in data.items():
+            read = await target.get_entities(name, by_id)
+            for entity, back in zip(by_id.values(), read, strict=True):
+                assert back is not None
+                assert exact(back) == stored_form(name, entity)
+            assert await target.count_entities(name) == len(by_id)

@@ -30,7 +30,7 @@ from hf_async_store.errors import (
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect as SQLDialect
 
-    from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.dialect import Dialect, Puts
 
 _TRIES: Final = 32
 """How many broken connections in a row are taken from the pool before a new one must do."""
@@ -59,6 +59,22 @@ class Lease:
             return await self.dialect.rows(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, doing, writes=writes and not self._open) from exc
+        except BaseException:
+            self.doubtful = True
+            raise
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else can write until the transaction ends that is open."""
+        return self.dialect.one_writer and self._written and bool(self._open)
+
+    async def put_all(self, puts: Puts) -> dict[str, int] | None:
+        """`Dialect.put_all`, where `alone`."""
+        self._usable()
+        try:
+            return await self.dialect.put_all(self.driver, puts)
+        except self.dialect.driver_errors as exc:
+            raise self._error(exc, "write", writes=False) from exc
         except BaseException:
             self.doubtful = True
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from hf_async_store.engine import Capabilities, Isolation, Plan
 from hf_async_store.entities import Value
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from hf_async_store.errors import StorageError
     from hf_async_store.strategies.sql.compiler import Arguments, SortPart
     from hf_async_store.strategies.sql.tables import Kind
+
+
+class Puts(NamedTuple):
+    """Whole entities of one shape, to be written in bulk.
+
+    Attributes:
+        parents: for each reference, a statement that counts those of a list of ids that are there,
+            and that list.
+        versions: a statement that tells the stored versions of a list of ids; None where they do
+            not matter.
+        fresh: whether none of them may be there.
+        text: the statement for so many rows.
+        columns: what it takes, the id first.
+    """
+
+    parents: Sequence[tuple[str, Sequence[str]]]
+    versions: str | None
+    fresh: bool
+    text: Callable[[int], str]
+    columns: Sequence[Sequence[object]]
 
 
 class Dialect(ABC):
@@ -60,6 +80,14 @@ class Dialect(ABC):
     @abstractmethod
     def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
         """A pool of connections, none of them open yet."""
+
+    async def put_all(self, driver: Any, puts: Puts) -> dict[str, int] | None:
+        """Look first and then write, in a transaction beside which nobody else writes.
+
+        Returns the versions of what was there before; None where it cannot be done like this, and
+        nothing was written.
+        """
+        return None
 
     @abstractmethod
     def is_lost(self, driver: Any) -> bool:
@@ -154,8 +182,8 @@ class Dialect(ABC):
         """What a FROM names so that rows of arguments are there as `i (c0, c1, ...)`."""
 
     @abstractmethod
-    def pack(self, rows: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
-        """The arguments of `source` for these rows."""
+    def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+        """The arguments of `source` for the columns of its rows."""
 
     @abstractmethod
     def given(self, column: str, kind: Kind) -> str:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import SQLConfig, redacted
@@ -29,7 +30,7 @@ from hf_async_store.strategies.sql.schema import PROBES, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.strategies.sql.statements import Statements
 from hf_async_store.strategies.sql.tables import Table, sql_name
-from hf_async_store.strategies.sql.writing import Sent, Writer, mark_put
+from hf_async_store.strategies.sql.writing import Batch, Writer, mark_put
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -179,29 +180,27 @@ class SQLEngine:
         outcomes: list[Outcome] = [None] * len(changes)
         if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
             async with lease.transaction():
-                for wave in waves:
-                    for sents in wave.values():
-                        await self.writer.send(_Plain(lease), lease, sents, outcomes, halves=True)
+                for batch in chain.from_iterable(waves):
+                    await self.writer.send(_Plain(lease), lease, batch, outcomes, halves=True)
             return outcomes
         run = _Retrying(lease, self._config.timeout)
         failure: StorageError | None = None
         first = True
-        for wave in waves:
-            for sents in wave.values():
-                if failure is None:
-                    try:
-                        await self.writer.send(run, lease, sents, outcomes, halves=True)
-                    except StorageError as exc:
-                        if first:
-                            raise
-                        # What landed before must not be told as failed.
-                        failure = exc
-                        _fail(sents, exc, outcomes)
-                else:
-                    unsent = failure.copy()
-                    unsent.outcome_unknown = False
-                    _fail(sents, unsent, outcomes)
-                first = False
+        for batch in chain.from_iterable(waves):
+            if failure is None:
+                try:
+                    await self.writer.send(run, lease, batch, outcomes, halves=True)
+                except StorageError as exc:
+                    if first:
+                        raise
+                    # What landed before must not be told as failed.
+                    failure = exc
+                    _fail(batch, exc, outcomes)
+            else:
+                unsent = failure.copy()
+                unsent.outcome_unknown = False
+                _fail(batch, unsent, outcomes)
+            first = False
         return outcomes
 
     async def _write_together(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
@@ -239,15 +238,15 @@ class SQLEngine:
         halves = self._dialect.batches_commit_together
         run = _Plain(lease)
         failed = len(changes)  # the first that did, where only what comes before it counts
-        for wave in self.writer.waves(changes):
-            for sents in wave.values():
-                wanted = [each for each in sents if each.place < failed]
-                if not wanted:
-                    continue
-                await self.writer.send(run, lease, wanted, outcomes, halves=halves)
-                for each in wanted:
-                    if all_or_none and isinstance(outcomes[each.place], StorageError):
-                        failed = min(failed, each.place)
+        for batch in chain.from_iterable(self.writer.waves(changes)):
+            if min(batch.places) > failed:
+                continue
+            wanted = batch.before(failed)
+            await self.writer.send(run, lease, wanted, outcomes, halves=halves)
+            if all_or_none:
+                for place in wanted.places:
+                    if isinstance(outcomes[place], StorageError):
+                        failed = min(failed, place)
         if failed < len(changes):
             return
         marks = [
@@ -404,6 +403,6 @@ async def _paused(pause: float) -> float:
     return min(pause * 2, _LONGEST_PAUSE)
 
 
-def _fail(sents: Sequence[Sent], exc: StorageError, outcomes: list[Outcome]) -> None:
-    for each in sents:
-        outcomes[each.place] = exc.copy()
+def _fail(batch: Batch, exc: StorageError, outcomes: list[Outcome]) -> None:
+    for place in batch.places:
+        outcomes[place] = exc.copy()

@@ -317,8 +317,8 @@ class PostgreSQL(Dialect):
         columns = [f"c{n}" for n in range(len(kinds))]
         return f"unnest({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
-    def pack(self, rows: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
-        return [array_text(each) for each in zip(*rows, strict=True)]
+    def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+        return list(map(array_text, columns))
 
     def given(self, column: str, kind: Kind) -> str:
         return f"{column}{_CASTS.get(kind, '')}"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
 
 _CREATED: Final = quoted(CREATED_AT)
+_MOST_IN_BULK: Final = 64
+"""How many texts are kept: which columns are used may be another thing in each batch."""
 
 
 class Shape(NamedTuple):
@@ -57,6 +59,7 @@ class Statements:
         self._tables = tables
         self._references = references
         self._written: dict[tuple[Shape, int], Statement] = {}
+        self._bulk: dict[tuple[Shape, tuple[int, ...], int], str] = {}
 
     def of(self, shape: Shape, rows: int) -> Statement:
         form = self._tables[shape.collection].dialect.form(rows)
@@ -64,6 +67,34 @@ class Statements:
         if found is None:
             found = self._written[shape, form] = self._write(shape, rows)
         return found
+
+    def in_bulk(self, shape: Shape, used: tuple[int, ...], rows: int) -> str:
+        """Whole entities as they come, so many rows of parameters, with no condition at all.
+
+        Args:
+            used: the numbers of the columns that are given; the others stay empty.
+        """
+        found = self._bulk.get((shape, used, rows))
+        if found is None:
+            if len(self._bulk) >= _MOST_IN_BULK:
+                self._bulk.clear()
+            found = self._bulk[shape, used, rows] = self._write_in_bulk(shape, used, rows)
+        return found
+
+    def _write_in_bulk(self, shape: Shape, used: tuple[int, ...], rows: int) -> str:
+        table = self._tables[shape.collection]
+        columns = [*table.columns, DOC, SIDE, VERSION]
+        row = ", ".join("?" * len(used)) + ("" if shape.given else ", 1")
+        conflict = ""
+        if shape.verb == "save":
+            excluded = {each: f"excluded.{each}" for each in columns[:-1]}
+            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
+            conflict = f" ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
+        named = [columns[each] for each in used] + ([] if shape.given else [VERSION])
+        return (
+            f"INSERT INTO {table.name} AS t ({', '.join(named)}) "
+            f"VALUES {', '.join([f'({row})'] * rows)}{conflict}"
+        )
 
     def _write(self, shape: Shape, rows: int) -> Statement:
         table = self._tables[shape.collection]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import VERSION, Collection, Entity, Field, Removed, Value
+from hf_async_store.columns import alike, columns_of
+from hf_async_store.entities import CREATED_AT, VERSION, Collection, Entity, Field, Removed, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -77,6 +78,8 @@ class Table:
         key: the key column, quoted.
         columns: those of the declared fields, quoted, the key first.
         kinds: what they hold.
+        fetch_one, fetch_many: what reads whole rows by an id, and by a list of ids.
+        versions, count: what tells the versions of a list of ids, and how many of them are there.
         whole: the text columns, as a SELECT names them, that an index holds whole.
     """
 
@@ -100,7 +103,10 @@ class Table:
         self.selected = self.selection(self.fields, doc=True)
         source = f"SELECT {self.selected} FROM {self.name} AS t WHERE"
         self.fetch_one = f"{source} t.{self.key} = {dialect.parameter(1, 'text')}"
-        self.fetch_many = f"{source} {dialect.one_of_ids(f't.{self.key}')}"
+        listed = dialect.one_of_ids(f"t.{self.key}")
+        self.fetch_many = f"{source} {listed}"
+        self.versions = f"SELECT t.{self.key}, t.{VERSION} FROM {self.name} AS t WHERE {listed}"
+        self.count = f"SELECT count(*) FROM {self.name} AS t WHERE {listed}"
 
     def selection(self, fields: Iterable[Field], *, doc: bool) -> str:
         """What a SELECT names so that `entity` can read its rows."""
@@ -134,6 +140,79 @@ class Table:
             row.append(self._document({n: v for n, v in entity.items() if n not in declared}, side))
         row.append(encode_json(side).decode() if side else None)
         return row
+
+    def columns_of(
+        self, entities: Sequence[Entity], created: Sequence[str] | None
+    ) -> list[Sequence[object]] | None:
+        """The columns of `row` of each; None where they are too different to be made as such.
+
+        Args:
+            created: `created_at` of each, where they do not bring it.
+        """
+        groups = alike(entities)
+        if groups is None or any((CREATED_AT in names) != (created is None) for names in groups):
+            return None
+        rows: list[Sequence[object]] = [()] * len(entities)
+        for names, places in groups.items():
+            given: dict[str, Sequence[Value]] = dict(
+                zip(names, columns_of([entities[place] for place in places]), strict=True)
+            )
+            if created is not None:
+                given[CREATED_AT] = [created[place] for place in places]
+            columns = self._columns(given, len(places))
+            if len(groups) == 1:
+                return columns
+            for place, row in zip(places, zip(*columns, strict=True), strict=True):
+                rows[place] = row
+        return list(zip(*rows, strict=True))
+
+    def _columns(self, given: Mapping[str, Sequence[Value]], count: int) -> list[Sequence[object]]:
+        """Those of entities that have the same fields, given by name."""
+        nothing: Sequence[object] = (None,) * count
+        columns: list[Sequence[object]] = []
+        odd: dict[int, dict[str, str | None]] = {}  # by place: what belongs into `_side`
+        null: list[str] = []  # what is null in all of them
+        for name, convert in self._stored:
+            column = given.get(name)
+            if column is None:
+                columns.append(nothing)
+            elif convert is not None or None in column:
+                if convert is None and column.count(None) == count:
+                    null.append(name)
+                    columns.append(nothing)
+                else:
+                    columns.append([self._value(name, v, odd, n) for n, v in enumerate(column)])
+            else:
+                columns.append(column)
+        declared = self.collection.fields
+        others = {name: column for name, column in given.items() if name not in declared}
+        documents = nothing
+        if others:
+            documents = [
+                self._whole(dict(zip(others, values, strict=True)), odd, place)
+                for place, values in enumerate(zip(*others.values(), strict=True))
+            ]
+        usual = encode_json(dict.fromkeys(null)).decode() if null else None
+        sides: list[object] = [usual] * count
+        for place, side in odd.items():
+            sides[place] = encode_json({**dict.fromkeys(null), **side}).decode()
+        return [*columns, documents, sides]
+
+    def _value(
+        self, name: str, value: Value, odd: dict[int, dict[str, str | None]], place: int
+    ) -> object:
+        side: dict[str, str | None] = {}
+        stored = self._null(name, side) if value is None else self._converted(name, value, side)
+        if side:
+            odd.setdefault(place, {}).update(side)
+        return stored
+
+    def _whole(self, others: Entity, odd: dict[int, dict[str, str | None]], place: int) -> str:
+        side: dict[str, str | None] = {}
+        text = self._document(others, side)
+        if side:
+            odd.setdefault(place, {}).update(side)
+        return text
 
     def patched(self, fields: Mapping[str, Value | Removed]) -> Patched:
         """The fields of an update in storage form."""

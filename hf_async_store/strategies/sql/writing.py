@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
 from hf_async_store.conditions import changed, check_children, check_parents, missing_parents
@@ -36,6 +37,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     StorageError,
 )
+from hf_async_store.strategies.sql.dialect import Puts
 from hf_async_store.strategies.sql.statements import Shape, Statements, Verb
 from hf_async_store.strategies.sql.tables import Table, quoted
 
@@ -47,6 +49,14 @@ _TRIES: Final = 64
 
 _MOST_ROWS: Final = 1024
 
+# Of many changes at once.
+_ID: Final = attrgetter("key.id")
+_COLLECTION: Final = attrgetter("key.collection")
+_ENTITY: Final = attrgetter("entity")
+_EXPECT: Final = attrgetter("expect")
+_VERSION: Final = attrgetter("version")
+_AT: Final = attrgetter("at")
+
 
 class Run(Protocol):
     """Runs one statement that writes; how it fails is up to where it runs."""
@@ -56,13 +66,37 @@ class Run(Protocol):
     ) -> Awaitable[Sequence[Sequence[object]]]: ...
 
 
-class Sent(NamedTuple):
-    """A change with its place in the batch, the shape of its statement, and its arguments there."""
+class Batch(NamedTuple):
+    """Changes of one shape by their ids, with their places in the whole.
 
-    place: int
-    change: Change
+    Attributes:
+        columns: what their statement takes of all of them, the id first.
+    """
+
     shape: Shape
-    row: list[object]
+    places: Sequence[int]
+    changes: Sequence[Change]
+    columns: Sequence[Sequence[object]]
+
+    def part(self, start: int, end: int) -> Batch:
+        return Batch(
+            self.shape,
+            self.places[start:end],
+            self.changes[start:end],
+            [each[start:end] for each in self.columns],
+        )
+
+    def before(self, place: int) -> Batch:
+        """Those of them that come before this place in the whole."""
+        if max(self.places) < place:
+            return self
+        kept = [n for n, each in enumerate(self.places) if each < place]
+        return Batch(
+            self.shape,
+            [self.places[n] for n in kept],
+            [self.changes[n] for n in kept],
+            [[each[n] for n in kept] for each in self.columns],
+        )
 
 
 class Writer:
@@ -81,28 +115,58 @@ class Writer:
         self._statements = statements
         self._references = references
 
-    def statements(self, waves: Sequence[Mapping[Shape, Sequence[Sent]]]) -> int:
+    def statements(self, waves: Sequence[Sequence[Batch]]) -> int:
         """How many statements it takes to send them."""
         return sum(
-            len(self._tables[shape.collection].dialect.batches(len(sents)))
+            len(self._tables[batch.shape.collection].dialect.batches(len(batch.places)))
             for wave in waves
-            for shape, sents in wave.items()
+            for batch in wave
         )
 
-    def waves(self, changes: Sequence[Change]) -> list[dict[Shape, list[Sent]]]:
+    def waves(self, changes: Sequence[Change]) -> list[list[Batch]]:
         """The changes in waves, each by shape, as they would have to follow one another."""
-        waves: list[dict[Shape, list[Sent]]] = []
         levels = _levels(self._schema, changes) if self._may_touch(changes) else None
-        for index, change in enumerate(changes):
-            sent = self._sent(index, change)
-            level = 0 if levels is None else levels[index]
+        alike = self._alike(changes) if levels is None else None
+        if alike is not None:
+            return [[alike]]
+        waves: list[list[_Sent]] = []
+        for place, change in enumerate(changes):
+            level = 0 if levels is None else levels[place]
             while len(waves) <= level:
-                waves.append({})
-            waves[level].setdefault(sent.shape, []).append(sent)
-        for wave in waves:
-            for sents in wave.values():
-                sents.sort(key=_id_of)
-        return waves
+                waves.append([])
+            waves[level].append(self._sent(place, change))
+        return [_batches(wave) for wave in waves]
+
+    def _alike(self, changes: Sequence[Change]) -> Batch | None:
+        """The changes, if they are whole entities of one shape, as those of a batch often are:
+        then it is made column by column."""
+        first = changes[0]
+        if not isinstance(first, Put) or set(map(type, changes)) != {Put}:
+            return None
+        puts = cast("Sequence[Put]", changes)
+        count = len(puts)
+        given = first.version is not None
+        if (
+            first.expect not in (ANY, ABSENT)
+            or list(map(_EXPECT, puts)).count(first.expect) < count
+            or list(map(_VERSION, puts)).count(None) != (0 if given else count)
+            or list(map(_COLLECTION, puts)).count(first.key.collection) < count
+        ):
+            return None
+        ids = list(map(_ID, puts))
+        places = sorted(range(count), key=ids.__getitem__)
+        puts = [puts[place] for place in places]
+        created = given or CREATED_AT in first.entity
+        columns = self._tables[first.key.collection].columns_of(
+            list(map(_ENTITY, puts)), None if created else list(map(_AT, puts))
+        )
+        if columns is None:
+            return None
+        if given:
+            columns.append(list(map(_VERSION, puts)))
+        verb: Verb = "save" if first.expect is ANY else "create"
+        shape = Shape(first.key.collection, verb, created=created, given=given)
+        return Batch(shape, places, puts, columns)
 
     def _may_touch(self, changes: Sequence[Change]) -> bool:
         if len(changes) == 1:
@@ -120,7 +184,7 @@ class Writer:
             )
         )
 
-    def _sent(self, index: int, change: Change, kept: tuple[str, ...] = ()) -> Sent:
+    def _sent(self, place: int, change: Change, kept: tuple[str, ...] = ()) -> _Sent:
         collection = change.key.collection
         table = self._tables[collection]
         versions = type(change.expect) is int
@@ -151,16 +215,10 @@ class Writer:
             )
         if versions:
             row.append(change.expect)
-        return Sent(index, change, shape, row)
+        return _Sent(place, change, shape, row)
 
     async def send(
-        self,
-        run: Run,
-        lease: Lease,
-        sents: Sequence[Sent],
-        outcomes: list[Outcome],
-        *,
-        halves: bool,
+        self, run: Run, lease: Lease, batch: Batch, outcomes: list[Outcome], *, halves: bool
     ) -> None:
         """Carry out changes of one shape, and note how each ended.
 
@@ -170,93 +228,142 @@ class Writer:
         Raises:
             BrokenReferenceError: where it may not.
         """
+        if await self._put_all(lease, batch, outcomes):
+            return
         start = 0
-        for size in self._tables[sents[0].shape.collection].dialect.batches(len(sents)):
-            waiting = sents[start : start + size]
+        for size in self._tables[batch.shape.collection].dialect.batches(len(batch.places)):
+            waiting = [batch.part(start, start + size)]
             start += size
             for attempt in range(_TRIES):
-                try:
-                    landed = await self._landed(run, waiting)
-                except BrokenReferenceError as exc:
-                    # Its own look at the references was overtaken by another's write.
-                    if not halves or attempt == _TRIES - 1:
-                        raise
-                    if len(waiting) > 1:
-                        middle = len(waiting) // 2
-                        for half in (waiting[:middle], waiting[middle:]):
-                            await self.send(run, lease, half, outcomes, halves=True)
-                        break
-                    outcomes[waiting[0].place] = exc
-                    landed = {}
-                left = [each for each in waiting if each.change.key.id not in landed]
-                for each in waiting:
-                    if each.change.key.id in landed:
-                        outcomes[each.place] = landed[each.change.key.id]
-                if not left:
-                    break
-                waiting = await self._judged(lease, left, outcomes)
+                last = attempt == _TRIES - 1
+                again = [
+                    each
+                    for part in waiting
+                    for each in await self._tried(
+                        run, lease, part, outcomes, halves=halves and not last
+                    )
+                ]
+                waiting = again
                 if not waiting:
                     break
                 if attempt:
                     await asyncio.sleep(random.uniform(0, 0.001 * attempt))
-            else:
-                for each in waiting:
-                    outcomes[each.place] = _overtaken(each.change.key)
+            for part in waiting:
+                for place, change in zip(part.places, part.changes, strict=True):
+                    outcomes[place] = _overtaken(change.key)
 
-    async def _landed(self, run: Run, sents: Sequence[Sent]) -> dict[str, int]:
-        if sents[0].shape != sents[-1].shape or len({each.shape for each in sents}) > 1:
-            # Patches that became replacements of their own.
-            landed: dict[str, int] = {}
-            for each in sents:
-                landed |= await self._landed(run, [each])
-            return landed
-        statement = self._statements.of(sents[0].shape, len(sents))
-        dialect = self._tables[sents[0].shape.collection].dialect
-        args = dialect.pack([each.row for each in sents], statement.kinds)
-        rows = await run(statement.sql, args)
-        return {cast("str", row[0]): cast("int", row[1]) for row in rows}
+    async def _tried(
+        self, run: Run, lease: Lease, batch: Batch, outcomes: list[Outcome], *, halves: bool
+    ) -> list[Batch]:
+        """Send changes in one statement; returns what must be sent again."""
+        try:
+            landed = await self._landed(run, batch)
+        except BrokenReferenceError as exc:
+            # Its own look at the references was overtaken by another's write.
+            if not halves:
+                raise
+            count = len(batch.places)
+            if count > 1:
+                return [batch.part(0, count // 2), batch.part(count // 2, count)]
+            outcomes[batch.places[0]] = exc
+            return []
+        left: list[tuple[int, Change]] = []
+        for place, change in zip(batch.places, batch.changes, strict=True):
+            version = landed.get(change.key.id)
+            if version is None:
+                left.append((place, change))
+            else:
+                outcomes[place] = version
+        return _batches(await self._judged(lease, left, outcomes)) if left else []
+
+    async def _landed(self, run: Run, batch: Batch) -> dict[str, int]:
+        """Send changes in one statement; the new versions of those that met their conditions."""
+        statement = self._statements.of(batch.shape, len(batch.places))
+        dialect = self._tables[batch.shape.collection].dialect
+        rows = await run(statement.sql, dialect.pack(batch.columns, statement.kinds))
+        return dict(cast("Sequence[tuple[str, int]]", rows))
+
+    async def _put_all(self, lease: Lease, batch: Batch, outcomes: list[Outcome]) -> bool:
+        """Carry out many changes at once where nobody else can write; whether that could be done.
+
+        There one may look first and write then. One statement that decides on each row and returns
+        it takes twice as long.
+        """
+        shape = batch.shape
+        if len(batch.places) == 1 or not lease.alone or shape.verb not in ("save", "create"):
+            return False
+        table = self._tables[shape.collection]
+        parents: list[tuple[str, Sequence[str]]] = []
+        for field in table.collection.references if self._references else ():
+            if field.references == shape.collection:
+                return False
+            ids = set(batch.columns[table.names.index(field.name)]) - {None}
+            parent = self._tables[cast("str", field.references)]
+            parents.append((parent.count, cast("list[str]", sorted(ids))))
+        used = tuple(
+            n
+            for n, each in enumerate(batch.columns)
+            if each[0] is not None or each.count(None) < len(each)
+        )
+        versions = await lease.put_all(
+            Puts(
+                parents=parents,
+                versions=None if shape.given and shape.verb == "save" else table.versions,
+                fresh=shape.verb == "create",
+                text=lambda rows: self._statements.in_bulk(shape, used, rows),
+                columns=[batch.columns[n] for n in used],
+            )
+        )
+        if versions is None:
+            return False
+        for place, change in zip(batch.places, batch.changes, strict=True):
+            if shape.given:
+                outcomes[place] = cast("Put", change).version
+            else:
+                outcomes[place] = versions.get(change.key.id, 0) + 1 if versions else 1
+        return True
 
     # -- what was refused --------------------------------------------------------------------
 
     async def _judged(
-        self, lease: Lease, sents: Sequence[Sent], outcomes: list[Outcome]
-    ) -> list[Sent]:
+        self, lease: Lease, refused: Sequence[tuple[int, Change]], outcomes: list[Outcome]
+    ) -> list[_Sent]:
         """Note the errors of changes that were refused; those that would be accepted by now."""
-        gone = [each for each in sents if self._tells_absence(each.change)]
-        for each in gone:
-            outcomes[each.place] = None
-        sents = [each for each in sents if each not in gone]
-        if not sents:
+        left: list[tuple[int, Change]] = []
+        for place, change in refused:
+            if self._tells_absence(change):
+                outcomes[place] = None
+            else:
+                left.append((place, change))
+        if not left:
             return []
-        keys = [each.change.key for each in sents]
-        records = await self.fetch(lease, keys)
-        parents = await self._parents(lease, [each.change for each in sents])
-        again: list[Sent] = []
-        for sent, record in zip(sents, records, strict=True):
-            change = sent.change
+        records = await self.fetch(lease, [change.key for _, change in left])
+        parents = await self._parents(lease, [change for _, change in left])
+        again: list[_Sent] = []
+        for (place, change), record in zip(left, records, strict=True):
             try:
                 entity = changed(change, None if record is None else record.entity)
                 if self._references:
                     await self._check_references(lease, change, record, parents)
             except StorageError as exc:
-                outcomes[sent.place] = exc
+                outcomes[place] = exc
                 continue
             if isinstance(change, Delete):
                 if record is None:
-                    outcomes[sent.place] = None
+                    outcomes[place] = None
                 else:
-                    again.append(sent)
+                    again.append(self._sent(place, change))
                 continue
             kept = self._broken(change, parents)
             if record is None or entity is None or not (kept or isinstance(change, Patch)):
-                again.append(sent)
+                again.append(self._sent(place, change))
                 continue
             # Two things that SQL could not tell: an update of what is heavy may still be light
             # enough, and a reference that is broken may be so already. Both are known now, so
             # this very version is replaced or none.
             version = cast("int", entity.pop(VERSION))
             put = Put(change.key, entity, change.at, record.version, version)
-            again.append(self._sent(sent.place, put, kept))
+            again.append(self._sent(place, put, kept))
         return again
 
     def _broken(self, change: Put | Patch, parents: set[Key]) -> tuple[str, ...]:
@@ -296,7 +403,7 @@ class Writer:
             rows = await lease.rows(
                 f"SELECT t.{table.key} FROM {table.name} AS t "
                 f"WHERE t.{table.key} IN (SELECT i.c0 FROM {source})",
-                table.dialect.pack([[each] for each in ids], ["text"]),
+                table.dialect.pack([ids], ["text"]),
             )
             there.update(Key(name, row[0]) for row in rows)
         return there
@@ -360,7 +467,28 @@ def mark_put(mark: Mark, at: str) -> Put:
     return Put(mark.key, entity, at, version=version)
 
 
-def _id_of(sent: Sent) -> str:
+class _Sent(NamedTuple):
+    """A change on its way into a batch."""
+
+    place: int
+    change: Change
+    shape: Shape
+    row: list[object]
+
+
+def _batches(sents: Iterable[_Sent]) -> list[Batch]:
+    by_shape: dict[Shape, list[_Sent]] = {}
+    for each in sents:
+        by_shape.setdefault(each.shape, []).append(each)
+    batches = []
+    for shape, alike in by_shape.items():
+        alike.sort(key=_id_of)
+        places, changes, _, rows = zip(*alike, strict=True)
+        batches.append(Batch(shape, places, changes, list(zip(*rows, strict=True))))
+    return batches
+
+
+def _id_of(sent: _Sent) -> str:
     return sent.change.key.id
 
 

@@ -1,0 +1,34 @@
+"""The contract on PostgreSQL behind a pgbouncer that pools by transaction, where one is to be had."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hf_async_store.testing.contract import StrategyContract
+from hf_async_store.testing.servers import ServerUnavailable, pgbouncer
+from tests.contract.harnesses import PgbouncerHarness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_async_store.testing.servers import PostgresServer
+
+
+@pytest.fixture(scope="module")
+def address(postgres_server: PostgresServer) -> Iterator[str]:
+    try:
+        with pgbouncer(postgres_server) as found:
+            yield found
+    except ServerUnavailable as exc:
+        # No engine of its own, so no run is incomplete without it.
+        pytest.skip(str(exc))
+
+
+class TestPgbouncer(StrategyContract):
+    @pytest.fixture
+    def harness(self, postgres_server: PostgresServer, address: str) -> Iterator[PgbouncerHarness]:
+        harness = PgbouncerHarness(postgres_server, address)
+        yield harness
+        harness.close()

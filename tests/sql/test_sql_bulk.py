@@ -1,0 +1,69 @@
+"""Many whole entities in one transaction: with nothing in the way, and with one thing in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hf_async_store import (
+    AlreadyExistsError,
+    BatchError,
+    BrokenReferenceError,
+    TransactionAbortedError,
+    open_store,
+)
+
+SIZES = (2, 9, 260, 1000, 1300)
+
+
+def machines(count: int) -> list[dict[str, Any]]:
+    """With empty columns, nulls and fields that are not declared; not in the order of their ids."""
+    return [
+        {
+            "machine_id": f"i-{n * 7919 % count:05d}",
+            "request_id": "r" if n % 3 else None,
+            "name": "数据",
+            "status": None,
+            "tags": {"n": n},
+            **({"more": -0.0} if n % 5 == 0 else {}),
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", SIZES)
+async def test_all_land_and_come_back(url: str, count: int) -> None:
+    given = machines(count)
+    async with open_store(url) as store:
+        await store.create_entity("requests", {"request_id": "r"})
+        await store.create_entity("machines", given[0])
+        async with store.begin_transaction() as tx:
+            versions = await tx.save_entities("machines", given)
+        assert versions == [2, *[1] * (count - 1)]
+        read = await store.get_entities("machines", [each["machine_id"] for each in given])
+        for entity, version, back in zip(given, versions, read, strict=True):
+            assert back is not None
+            assert back.pop("version") == version
+            assert {name for name in back if name not in entity} == {"created_at", "updated_at"}
+            assert repr({name: back[name] for name in entity}) == repr(entity)
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("what", ["there already", "no parent"])
+async def test_one_in_the_way_is_named_and_nothing_stays(url: str, count: int, what: str) -> None:
+    given = machines(count)
+    place = count - 1
+    kind: type[Exception] = AlreadyExistsError if what == "there already" else BrokenReferenceError
+    async with open_store(url) as store:
+        await store.create_entity("requests", {"request_id": "r"})
+        if what == "there already":
+            await store.create_entity("machines", given[place])
+        else:
+            given[place]["request_id"] = "no such"
+        before = await store.count_entities("machines")
+        with pytest.raises((kind, BatchError, TransactionAbortedError)) as info:
+            async with store.begin_transaction() as tx:
+                await tx.create_entities("machines", given)
+        assert isinstance(info.value, kind) or isinstance(info.value.__cause__, kind)
+        assert await store.count_entities("machines") == before

@@ -1,0 +1,175 @@
+"""Many entities column by column: whatever that says, one by one says the same."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, date, datetime
+from enum import Enum, IntEnum
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, columns
+from hf_async_store.entities import MAX_ENTITY_BYTES
+
+MACHINES = HOST_FACTORY[2]
+EVERY = Collection(
+    "every",
+    key="id",
+    fields=[
+        "text",
+        Field("needed", "text", required=True),
+        Field("whole", "integer"),
+        Field("some", "number"),
+        Field("flag", "boolean"),
+        Field("moment", "timestamp"),
+        Field("any", "json"),
+        Field("must", "json", required=True),
+    ],
+)
+
+
+class Word(str, Enum):  # noqa: UP042  # the older form is what many programs have
+    A = "a"
+
+
+class Number(IntEnum):
+    ONE = 1
+
+
+class Text(str):
+    pass
+
+
+def told(collection: Collection, items: Any) -> Any:
+    """What one by one says: keys and entities with the types of all values, or None for an error."""
+    try:
+        return exactly([collection.entity(each) for each in items])
+    except StorageError:
+        return None
+
+
+def exactly(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ("dict", [(exactly(k), exactly(v)) for k, v in value.items()])
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, [exactly(each) for each in value])
+    return (type(value).__name__, repr(value))
+
+
+def same(collection: Collection, items: list[Any]) -> bool:
+    """Both ways agree; whether the quick one had an answer."""
+    before = exactly(items)
+    found = columns.checked(collection, items)
+    assert exactly(items) == before, "what a caller hands in is never changed"
+    if found is None:
+        return False
+    assert exactly(found) == told(collection, items)
+    return True
+
+
+ODD: list[Any] = [
+    math.nan,
+    -math.inf,
+    -0.0,
+    1.0,
+    2**63,
+    2**63 - 1,
+    -(2**63) - 1,
+    True,
+    None,
+    "",
+    "\x00",
+    "a\ud800",
+    "数据",
+    "x" * 300,
+    "x" * (MAX_ENTITY_BYTES // 300),
+    "x" * MAX_ENTITY_BYTES,
+    b"x",
+    {1, 2},
+    Text("a"),
+    Word.A,
+    Number.ONE,
+    UUID(int=1),
+    date(2026, 1, 1),
+    datetime(2026, 1, 1, tzinfo=UTC),
+    datetime(2026, 1, 1),  # a naive one is refused
+    "2026-01-01",
+    "2026-01-01T00:00:00.000000Z",
+    "2026-13-01T00:00:00.000000Z",
+    (1, 2),
+    [1, [2, "\x00"]],
+    {"a": {1: 2}},
+    {"a": [Word.A]},
+    MappingProxyType({"a": 1}),
+    [[]],
+]
+NAMES: list[Any] = [*EVERY.fields, "version", "other", "\x00", "", "ü", Word.A, Text("other"), 1]
+
+
+def entity(number: int, **fields: Any) -> dict[str, Any]:
+    return {"id": f"e-{number}", "needed": "x", "must": [number], **fields}
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda each: repr(each)[:30])
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_one_odd_value_among_plain_ones(name: Any, value: Any) -> None:
+    items = [entity(n, text="a", whole=n, other=None) for n in range(20)]
+    for each in items:
+        each[name] = each.get(name, "plain")
+    same(EVERY, items)
+    items[7][name] = value
+    same(EVERY, items)
+    for each in items:
+        each[name] = value
+    same(EVERY, items)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD)
+VALUES = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+ENTITIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=6)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_batches_of_few_forms_are_told_as_one_by_one(data: st.DataObject) -> None:
+    forms = data.draw(st.lists(ENTITIES, min_size=1, max_size=3))
+    items = [entity(n) | forms[n % len(forms)] for n in range(8 * len(forms))]
+    place = data.draw(st.integers(0, len(items) - 1))
+    items[place] = items[place] | data.draw(ENTITIES)
+    same(EVERY, items)
+
+
+def test_plain_batches_do_go_the_quick_way() -> None:
+    times = ["2026-06-01T08:00:00.414002Z", "2026-06-01T08:00:00", None]
+    items = [
+        {
+            "machine_id": f"i-{n}",
+            "version": n,
+            "name": "数据" if n % 2 else None,
+            "created_at": times[n % 3],
+            "launch_time": "2026-06-01T08:00:00",
+            "metadata": {"vcpu": n, "tags": ["a", None]},
+            "price": n / 7,
+        }
+        for n in range(64)
+    ]
+    assert same(MACHINES, items)
+    assert same(MACHINES, [each if n % 4 else {**each, "more": n} for n, each in enumerate(items)])
+    assert not same(MACHINES, [{**each, f"field-{n}": n} for n, each in enumerate(items)])
+    assert not same(MACHINES, items[:7])
+
+
+def test_what_is_handed_in_shares_nothing_with_the_copy() -> None:
+    items = [entity(n, any=[n]) for n in range(8)]
+    found = columns.checked(EVERY, items)
+    assert found is not None
+    items[0]["any"].append("more")
+    items[0]["text"] = "more"
+    assert found[0][1] == entity(0, any=[0])
