@@ -293,33 +293,40 @@ class DynamoDBSession:
         *,
         token: str | None = None,
     ) -> dict[str, Any]:
-        """Send a transaction until it is answered; it may be sent any number of times."""
+        """Send a transaction until it is answered; it may be sent any number of times.
+
+        Args:
+            token: of what it writes; None if it reads.
+        """
         backoff = Backoff(self._client.config.retry_timeout)
         while_in_conflict = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
         lost = False
-        while True:
-            try:
-                return await self._client.call(operation, params)
-            except Cancelled as exc:
-                error = self._cancelled(exc, keys)
-                if lost and token is not None and _is_own(exc, token):
-                    return {}
-                if isinstance(error, ConcurrencyConflictError):
-                    error.outcome_unknown = lost and token is not None
-                    if not _may_pass(exc) or not await while_in_conflict.pause():
+        try:
+            while True:
+                try:
+                    return await self._client.call(operation, params)
+                except Cancelled as exc:
+                    if lost and _is_own(exc, token):
+                        return {}
+                    error = self._cancelled(exc, keys)
+                    if isinstance(error, ConcurrencyConflictError):
+                        if not _may_pass(exc) or not await while_in_conflict.pause():
+                            raise error from exc
+                    elif not isinstance(error, UnavailableError) or not await backoff.pause():
                         raise error from exc
-                elif not isinstance(error, UnavailableError) or not await backoff.pause():
-                    raise error from exc
-            except ConcurrencyConflictError:
-                if not await while_in_conflict.pause():
-                    raise
-            except UnavailableError as exc:
-                lost = lost or not left_nothing(exc)
-                if not await backoff.pause():
-                    exc.outcome_unknown = lost and token is not None
-                    raise
-            except TableMissing as exc:
-                raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+                except ConcurrencyConflictError:
+                    if not await while_in_conflict.pause():
+                        raise
+                except UnavailableError as exc:
+                    lost = lost or (token is not None and not left_nothing(exc))
+                    if not await backoff.pause():
+                        raise
+                except TableMissing as exc:
+                    raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+        except StorageError as exc:
+            # Whatever the last try met: one before it may have landed.
+            exc.outcome_unknown = lost
+            raise
 
     def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
         """The error of the first reason that is one; a condition comes before all others."""
@@ -362,7 +369,7 @@ def _raise_conflict(key: Key, seen: Attributes | None, now: Attributes | None) -
     raise _conflict_at(key, seen, now)
 
 
-def _is_own(exc: Cancelled, token: str) -> bool:
+def _is_own(exc: Cancelled, token: str | None) -> bool:
     """Whether what stands in the way is what this very transaction wrote."""
     items = [each["Item"] for each in exc.reasons if each.get("Item")]
     return any(token_of(each) == token for each in items)

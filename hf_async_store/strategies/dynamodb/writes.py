@@ -13,8 +13,10 @@ change is made depends on what is known before it:
   changed here, and written whole under the condition that its token is still the same.
 
 **Answers that are lost.** Every write leaves its token. A write whose condition names a version or
-token is simply tried again: it lands once, or meets its own token. The others look for their token;
-if it is not there, nobody can tell, and the error says `outcome_unknown`. (An insert that the server
+token is simply tried again: it lands once, or meets its own token. (A version comes again in another
+life of the entity, so the item must also be older than the write: a try that comes late finds none.)
+The others look for their token; if it is not there, nobody can tell, and the error says
+`outcome_unknown`. (An insert that the server
 answered by a failure, and that left nothing, is tried again.) For a while after that, all of these
 read first, so that more lost answers do no harm.
 """
@@ -32,6 +34,7 @@ from hf_async_store.entities import (
     CREATED_AT,
     INT_MAX,
     MAX_ENTITY_BYTES,
+    UPDATED_AT,
     VERSION,
     Change,
     Delete,
@@ -179,14 +182,11 @@ class Writes:
             items = await self._reading.items([each.change.key for each in works], consistent=True)
         except StorageError as exc:
             for each in works:
-                if not isinstance(exc, UnavailableError):
-                    each.done(exc.copy())
-                elif each.lost:
+                if each.lost and isinstance(exc, UnavailableError):
                     each.done(each.unknown(f"the answer was lost, and then: {exc}"))
                 else:
-                    # Nothing was asked to be written yet.
                     error = exc.copy()
-                    error.outcome_unknown = False
+                    error.outcome_unknown = False  # this was a read
                     each.done(error)
             return
         for work, item in zip(works, items, strict=True):
@@ -202,9 +202,7 @@ class Writes:
         elif isinstance(work.change, Put) and item is None and not work.in_flight:
             return  # an insert that left nothing
         elif work.change.expect is ABSENT and item is not None:
-            error = AlreadyExistsError(work.change.key.collection, work.change.key.id)
-            error.outcome_unknown = True
-            work.done(error)
+            work.done(AlreadyExistsError(work.change.key.collection, work.change.key.id))
         else:
             work.done(work.unknown("the answer was lost, and its trace is not there"))
 
@@ -243,7 +241,7 @@ class Writes:
             return self._insert(work)
         if change.expect == INT_MAX and not isinstance(change, Delete):
             return None  # there is no version after it, if that is what is stored
-        if seen is not None and (isinstance(seen, Unknown) or not work.needs_state):
+        if isinstance(seen, Unknown):
             guard = self._blind_guard(work)
         elif seen is None:
             if change.expect is not ANY:
@@ -272,7 +270,7 @@ class Writes:
             return Guard()
         if not isinstance(work.change, Delete):
             work.new_version = next_version(work.change.key, expect)
-        return Guard.version(expect)
+        return Guard.version(expect, work.began)
 
     def _insert(self, work: Work) -> Statement:
         put = cast("Put", work.change)
@@ -378,6 +376,8 @@ class Writes:
         if isinstance(exc, TableMissing):
             work.done(gone(work))
             return None
+        if isinstance(exc, ConcurrencyConflictError):
+            return exc
         if not isinstance(exc, UnavailableError):
             work.done(exc.copy())
             return None
@@ -409,10 +409,14 @@ class Writes:
             work.done(version_of(item))
         elif item is None:
             self._nothing_there(work)
-        elif work.guarded_by_token:
-            return self._race_lost(work, item)
         elif type(change.expect) is int and version_of(item) != change.expect:
             work.done(_stale(work, item))
+        elif work.guarded_by_token:
+            return self._race_lost(work, item)
+        elif work.began and not _is_older(item, work.began):
+            if work.lost:  # this may be another life, and it landed in the one before
+                work.done(work.unknown("the answer was lost, and others wrote since"))
+            work.seen = item  # a clock that is ahead wrote it, or none
         else:
             # The version is the last there is, or the entity may become too heavy.
             work.whole = True
@@ -420,14 +424,12 @@ class Writes:
         return None
 
     def _nothing_there(self, work: Work) -> None:
-        if work.lost and isinstance(work.change, Delete):
+        if work.lost and (isinstance(work.change, Delete) or work.change.expect is ANY):
             work.done(work.unknown("the answer was lost, and it is gone now"))
         elif work.guarded_by_token and work.change.expect is ANY:
             work.seen = None
         else:
-            error = work.not_found()
-            error.outcome_unknown = work.lost
-            work.done(error)
+            work.done(work.not_found())
 
     def _race_lost(self, work: Work, item: Attributes) -> StorageError | None:
         seen = work.seen
@@ -453,8 +455,6 @@ class Writes:
         except ConditionFailed:
             work.whole = True  # there is no version after the stored one
             return None
-        except ConcurrencyConflictError as exc:
-            return exc
         except StorageError as exc:
             return self._failed(work, exc)
         work.done(version_of(answer["Attributes"]))
@@ -556,8 +556,6 @@ class Writes:
             except ConditionFailed as exc:
                 if exc.item is None:
                     raise work.not_found() from exc
-                if work.lost and work.is_own(exc.item):
-                    return version_of(exc.item)
                 if not _was_the_weight(work, exc.item):
                     raise _unmet(work, exc.item) from exc
                 work.seen = exc.item
@@ -571,12 +569,23 @@ class Writes:
             except UnavailableError as exc:
                 if not left_nothing(exc):
                     # The condition may hold still, or again: sent twice, it could land twice.
-                    item = await self._reading.item(change.key)
-                    if item is not None and work.is_own(item):
-                        return version_of(item)
-                    raise work.unknown(f"the answer was lost: {exc}") from exc
+                    return await self._own_version(work, exc)
                 if not await backoff.pause():
                     raise
+
+    async def _own_version(self, work: Work, lost: UnavailableError) -> int:
+        """The version that a write left of which the answer was lost.
+
+        Raises:
+            UnavailableError: it left none, or nobody can tell; `outcome_unknown`.
+        """
+        try:
+            item = await self._reading.item(work.change.key)
+        except StorageError as exc:
+            raise work.unknown(f"the answer was lost, and then: {exc}") from exc
+        if item is not None and work.is_own(item):
+            return version_of(item)
+        raise work.unknown(f"the answer was lost: {lost}") from lost
 
 
 def _inserts(work: Work) -> bool:
@@ -632,6 +641,10 @@ def _unmet(work: Work, item: Attributes) -> StorageError:
     )
 
 
+def _is_older(item: Attributes, than: str) -> bool:
+    return bool(item.get(UPDATED_AT, {}).get("S", than) < than)
+
+
 def _is_whole(work: Work) -> bool:
     """Whether what was seen is the whole item: a look reads its version and token alone."""
     return work.seen is None or (isinstance(work.seen, dict) and "doc" in work.seen)
@@ -650,8 +663,6 @@ def _stale(work: Work, item: Attributes) -> StorageError:
     try:
         check(change.key, expected, actual, work.form.entity(item))
     except StorageError as exc:
-        # One version further, it was somebody else's write; beyond that, ours may be among them.
-        exc.outcome_unknown = work.lost and actual > expected + 1
         return exc
     raise AssertionError("the versions differ")
 
