@@ -193,18 +193,22 @@ class _Bench:
         answers: list[tuple[str, str]],
         among: bool,
         careful: bool,
-        there: bool,
+        there: str,
         later: int,
     ) -> None:
         rival = _Rival(self.other)
         self.number += 1
         rival.id = f"life {self.number}"
-        if there:
+        if there == "theirs":
             await rival.be_at(2)
+        elif there == "ours":  # which the store remembers
+            await self.store.create_entity("items", {"item_id": rival.id})
+            await self.store.update_entity("items", rival.id, {"label": "before"})
         between = _Between(self.call, rival)
         between.answers = answers
         between.inserts = verb in ("create", "save")
         engine = self.store._dynamodb
+        engine.writes._recent._wrong_until = 0.0
         engine.writes._careful_until = float("inf") if careful else 0.0
         engine.client.call = between.call  # type: ignore[method-assign]  # for this example
         work = VERBS[verb](self.store, rival.id)
@@ -245,12 +249,12 @@ def short_pauses() -> Iterator[None]:
 
 @pytest.mark.parametrize("verb", VERBS)
 @settings(max_examples=60)
-@example(answers=[("late", "none")], among=False, careful=False, there=True, later=2)
+@example(answers=[("late", "none")], among=False, careful=False, there="theirs", later=2)
 @given(
     answers=st.lists(st.tuples(st.sampled_from(ANSWERS), st.sampled_from(RIVALS)), max_size=4),
     among=st.booleans(),
     careful=st.booleans(),
-    there=st.booleans(),
+    there=st.sampled_from(("not", "ours", "theirs")),
     later=st.sampled_from((0, 1, 2, 3)),
 )
 def test_what_a_write_says_is_what_it_did(
@@ -259,7 +263,7 @@ def test_what_a_write_says_is_what_it_did(
     answers: list[tuple[str, str]],
     among: bool,
     careful: bool,
-    there: bool,
+    there: str,
     later: int,
 ) -> None:
     runner, each = bench

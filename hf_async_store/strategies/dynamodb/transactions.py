@@ -40,7 +40,14 @@ from hf_async_store.strategies.dynamodb.errors import (
     short,
     translate,
 )
-from hf_async_store.strategies.dynamodb.items import TOKEN, new_token, token_of, version_of
+from hf_async_store.strategies.dynamodb.items import (
+    TOKEN,
+    WEIGHT,
+    new_token,
+    token_of,
+    version_of,
+)
+from hf_async_store.strategies.dynamodb.recent import Left
 from hf_async_store.strategies.dynamodb.requests import unchanged
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing
 
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
 
 MOST_ACTIONS: Final = 100
@@ -61,10 +69,11 @@ _ENCODE: Final = msgspec.json.Encoder().encode
 class DynamoDBSession:
     """One transaction."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(self, client: Client, tables: Tables, reading: Reading, recent: Recent) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
+        self._recent = recent
         self._seen: dict[Key, Attributes | None] = {}
         self._layers: list[dict[Key, Entity | None]] = [{}]
         self._reads = 0
@@ -268,7 +277,14 @@ class DynamoDBSession:
         if len(_ENCODE(actions)) > MOST_BYTES:
             raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
         params = {"TransactItems": actions, "ClientRequestToken": token}
+        for key in written:
+            self._recent.drop(self._tables.name(key.collection), key.id)
         await self._transact("TransactWriteItems", params, keys, token=token)
+        for key, action in zip(keys, actions, strict=True):
+            if "Put" in action:
+                item = action["Put"]["Item"]
+                left = Left(version_of(item), token, int(item[WEIGHT]["N"]))
+                self._recent.put(self._tables.name(key.collection), key.id, left)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
         form = self._tables.forms[key.collection]

@@ -20,6 +20,7 @@ from hf_async_store.strategies.dynamodb.items import ItemForm, new_token, token_
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.recent import Left
 
 Item = TypeVar("Item")
 
@@ -39,6 +40,8 @@ class Work:
         began: when it was asked for, in the form of a timestamp.
         lost: the answer to a try was lost; it may have landed.
         in_flight: it may even land later.
+        recalled: what was seen is what this store remembers, and may be wrong.
+        left: what it left, where that is known.
         whole: it must be written whole, or at least in a request of its own.
         upserts: it is a save on its own, which one request can do.
         outcome: as soon as it is known; `is_done` tells.
@@ -51,9 +54,11 @@ class Work:
         "guarded_by_token",
         "in_flight",
         "is_done",
+        "left",
         "lost",
         "new_version",
         "outcome",
+        "recalled",
         "seen",
         "table",
         "token",
@@ -71,6 +76,8 @@ class Work:
         self.new_version: int | None = None
         self.lost = False
         self.in_flight = False
+        self.recalled = False
+        self.left: Left | None = None
         self.whole = change.mark is not None
         self.upserts = False
         self.is_done = False

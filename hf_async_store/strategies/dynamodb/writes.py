@@ -5,7 +5,7 @@ change is made depends on what is known before it:
 
 * create, and whatever expects a version: at once; the condition says everything;
 * an update or delete that only needs something to be there: at once, and the answer brings the
-  version;
+  version; of what this store wrote last itself the update knows it (`recent`), and insists on it;
 * a save that expects nothing, alone: by `UpdateItem`, which inserts or replaces;
 * among others: the items of its batch are read first, for PartiQL has no upsert; then an insert, or an
   update of what differs, that insists on the token, tried again if it lost a race;
@@ -72,6 +72,7 @@ from hf_async_store.strategies.dynamodb.items import (
     version_of,
     weight_of,
 )
+from hf_async_store.strategies.dynamodb.recent import Left
 from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing, throttled
 from hf_async_store.strategies.dynamodb.statements import (
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
 
 Item = TypeVar("Item")
@@ -104,10 +106,11 @@ _CAREFUL_SECONDS: Final = 60.0
 class Writes:
     """`write_each` of the engine."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(self, client: Client, tables: Tables, reading: Reading, recent: Recent) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
+        self._recent = recent
         self._seconds = client.config.retry_timeout
         self._imports = Imports(client, tables)
         # Whether the answer to a statement brings its item: not every server does that.
@@ -123,11 +126,29 @@ class Writes:
         works = [self._work(each) for each in changes]
         for wave in _waves(works):
             await self._run(wave)
+            for each in wave:
+                self._remember(each)
         return [each.outcome for each in works]
 
     def _work(self, change: Change) -> Work:
         name = change.key.collection
         return Work(change, self._tables.forms[name], self._tables.name(name))
+
+    def _recall(self, work: Work) -> None:
+        """See in it what this store wrote last, if that is what it asks for."""
+        change = work.change
+        if not isinstance(change, Patch) or work.whole:
+            return
+        left = self._recent.get(work.table, change.key.id)
+        if left is not None and (work.needs_state or change.expect == left.version):
+            work.seen = left.seen()
+            work.recalled = True
+
+    def _remember(self, work: Work) -> None:
+        if work.left is None or isinstance(work.outcome, StorageError):
+            self._recent.drop(work.table, work.change.key.id)
+        else:
+            self._recent.put(work.table, work.change.key.id, work.left)
 
     async def _run(self, works: list[Work]) -> None:
         imports = [each for each in works if is_import(each.change)]
@@ -137,6 +158,8 @@ class Writes:
             self._returns = await self._learn(works[0])
         backoff = Backoff(self._seconds)
         waiting = [each for each in works if not each.is_done]
+        for each in waiting:
+            self._recall(each)
         while waiting:
             alone = len(waiting) == 1 and time.monotonic() >= self._careful_until
             await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
@@ -190,15 +213,17 @@ class Writes:
                     each.done(error)
             return
         for work, item in zip(works, items, strict=True):
-            work.seen = item
-            if work.lost:
-                self._settle_lost(work, item)
+            self._saw(work, item)
 
-    def _settle_lost(self, work: Work, item: Attributes | None) -> None:
+    def _saw(self, work: Work, item: Attributes | None) -> None:
+        """What is there now; settles what an answer that was lost left open."""
+        before, work.seen = work.seen, item
+        if not work.lost:
+            return
         if item is not None and work.is_own(item):
             work.done(version_of(item))
-        elif work.guarded_by_token:
-            return  # the next try cannot land twice
+        elif item is not None and isinstance(before, dict) and token_of(item) == token_of(before):
+            return  # on which every try insisted: so none landed, and but one can
         elif isinstance(work.change, Put) and item is None and not work.in_flight:
             return  # an insert that left nothing
         elif work.change.expect is ABSENT and item is not None:
@@ -234,6 +259,7 @@ class Writes:
         """
         change, seen = work.change, work.seen
         work.guarded_by_token = False
+        work.left = None
         if isinstance(seen, Unknown) and isinstance(change, Put) and work.needs_state:
             work.upserts = change.expect is ANY
             return None
@@ -279,6 +305,7 @@ class Writes:
             entity = {**entity, CREATED_AT: put.at}
         work.new_version = 1 if put.version is None else put.version
         item = work.form.item(put.key.id, entity, work.new_version, work.token)
+        work.left = _left(work, item)
         return insert(work.table, item, whole=self._inserts_whole)
 
     def _update(self, work: Work, guard: Guard) -> Statement | None:
@@ -293,6 +320,7 @@ class Writes:
             attributes.pop(work.form.key)
             assert work.new_version is not None, "only a patch leaves it to the server"
             attributes[WEIGHT] = stored_weight(change.entity, work.new_version)
+            work.left = _left(work, attributes)
             if isinstance(work.seen, dict) and work.guarded_by_token:
                 attributes, names = _difference(work.seen, attributes, names, work.form)
             put.update({(name,): each for name, each in attributes.items()})
@@ -305,7 +333,13 @@ class Writes:
             sets, removed = work.form.changes(fields)
             put.update(sets)
             weight = weight_of(cast("Entity", fields))
-            guard = guard.and_lighter(MAX_ENTITY_BYTES - weight)
+            known = _known_weight(work) + weight
+            if known <= MAX_ENTITY_BYTES:
+                put[WEIGHT,] = {"N": str(known)}
+                work.left = _left(work, {WEIGHT: put[WEIGHT,]})
+                weight = None
+            else:
+                guard = guard.and_lighter(MAX_ENTITY_BYTES - weight)
         return update(
             work.table,
             work.key,
@@ -342,6 +376,8 @@ class Writes:
             work.done(work.new_version)
         elif item is not None and VERSION in item:
             self._returns = True
+            if not isinstance(work.change, Delete):
+                work.left = _left(work, item)
             work.done(version_of(item))
         elif not isinstance(work.change, Delete):
             # This server brings nothing back: from now on versions are read before.
@@ -431,13 +467,18 @@ class Writes:
         else:
             work.done(work.not_found())
 
-    def _race_lost(self, work: Work, item: Attributes) -> StorageError | None:
+    def _race_lost(self, work: Work, item: Attributes | Unknown) -> StorageError | None:
         seen = work.seen
+        assert isinstance(item, dict), "there is one"
         if isinstance(seen, dict) and token_of(seen) == token_of(item):
             work.whole = True  # it is the weight that does not fit
         elif work.lost:
             work.done(work.unknown("the answer was lost, and others wrote since"))
             return None
+        elif work.recalled:
+            self._recent.was_wrong()
+            work.recalled = False
+            item = UNKNOWN  # without a guess it need not win a race
         work.seen = item
         return None
 
@@ -449,6 +490,7 @@ class Writes:
 
     async def _upsert(self, work: Work) -> StorageError | None:
         """A save that expects nothing, by the one request that inserts or replaces."""
+        work.left = None
         work.upserts = work.whole = False  # where it does not come through, it goes the usual way
         try:
             answer = await self._client.call("UpdateItem", upsert_item(work))
@@ -457,6 +499,7 @@ class Writes:
             return None
         except StorageError as exc:
             return self._failed(work, exc)
+        work.left = _left(work, answer["Attributes"])
         work.done(version_of(answer["Attributes"]))
         return None
 
@@ -465,19 +508,18 @@ class Writes:
     async def _write_whole(self, work: Work) -> StorageError | None:
         """Read, change here, and write under the condition that nobody else did."""
         change = work.change
+        work.left = None
         try:
             if isinstance(work.seen, Unknown) or not _is_whole(work):
-                work.seen = await self._reading.item(change.key)
-                if work.lost:
-                    self._settle_lost(work, work.seen)
-                    if work.is_done:
-                        return None
-            current = None if work.seen is None else work.form.entity(work.seen)
-            if work.lost and work.seen is not None and work.is_own(work.seen):
-                work.done(version_of(work.seen))
+                self._saw(work, await self._reading.item(change.key))
+                if work.is_done:
+                    return None
+            seen = cast("Attributes | None", work.seen)
+            if work.lost and seen is not None and work.is_own(seen):
+                work.done(version_of(seen))
                 return None
-            entity = changed(change, current)
-            if isinstance(change, Delete) and work.seen is None:
+            entity = changed(change, None if seen is None else work.form.entity(seen))
+            if isinstance(change, Delete) and seen is None:
                 work.done(None)
                 return None
             await self._replace(work, entity)
@@ -546,6 +588,7 @@ class Writes:
         """
         await self._tables.ensure(change.key.collection)
         work = self._work(change)
+        self._recent.drop(work.table, change.key.id)
         backoff = Backoff(self._seconds)
         while True:
             try:
@@ -591,6 +634,19 @@ class Writes:
 def _inserts(work: Work) -> bool:
     """Whether what was just sent for it was an insert."""
     return work.change.expect is ABSENT or (work.seen is None and isinstance(work.change, Put))
+
+
+def _left(work: Work, item: Attributes) -> Left | None:
+    """What a write leaves that sets this; the version is in it, or known."""
+    version = version_of(item) if work.new_version is None else work.new_version
+    return Left(version, work.token, int(item[WEIGHT]["N"])) if WEIGHT in item else None
+
+
+def _known_weight(work: Work) -> int:
+    """What the item weighs at most; more than any may where that is not known."""
+    seen = work.seen
+    weight = seen.get(WEIGHT) if isinstance(seen, dict) and work.guarded_by_token else None
+    return MAX_ENTITY_BYTES + 1 if weight is None else int(weight["N"])
 
 
 def _difference(
