@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hf_async_store.entities import UPDATED_AT, VERSION
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
-from hf_async_store.strategies.dynamodb.items import TOKEN, WEIGHT
+from hf_async_store.strategies.dynamodb.items import FORM, TOKEN, WEIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +68,11 @@ class Guard:
     @classmethod
     def token(cls, token: str) -> Guard:
         return cls(f'"{TOKEN}" = ?', [{"S": token}])
+
+    def and_form(self, mark: Attribute) -> Guard:
+        """And it was written by this declaration."""
+        text = f'{self.text} AND "{FORM}" = ?' if self.text else f'"{FORM}" = ?'
+        return Guard(text, [*self.values, mark])
 
     def and_lighter(self, most: int) -> Guard:
         """And it weighs at most so much."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.conditions import changed, check, next_version, patched
@@ -63,9 +64,11 @@ from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.imports import Imports, is_import
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
+    FORM,
     TOKEN,
     WEIGHT,
     ItemForm,
+    new_token,
     probe_id,
     stored_weight,
     token_of,
@@ -280,6 +283,8 @@ class Writes:
             token = token_of(seen)
             if token is None:
                 return None  # another program wrote it
+            if isinstance(change, Patch) and not work.recalled and seen.get(FORM) != work.form.mark:
+                return None
             work.guarded_by_token = True
             guard = Guard.token(token)
             if not isinstance(change, Delete):
@@ -292,11 +297,12 @@ class Writes:
     def _blind_guard(self, work: Work) -> Guard:
         expect = work.change.expect
         work.new_version = None
-        if type(expect) is not int:
-            return Guard()
-        if not isinstance(work.change, Delete):
-            work.new_version = next_version(work.change.key, expect)
-        return Guard.version(expect, work.began)
+        guard = Guard()
+        if type(expect) is int:
+            guard = Guard.version(expect, work.began)
+            if not isinstance(work.change, Delete):
+                work.new_version = next_version(work.change.key, expect)
+        return guard if isinstance(work.change, Delete) else guard.and_form(work.form.mark)
 
     def _insert(self, work: Work) -> Statement:
         put = cast("Put", work.change)
@@ -454,7 +460,8 @@ class Writes:
                 work.done(work.unknown("the answer was lost, and others wrote since"))
             work.seen = item  # a clock that is ahead wrote it, or none
         else:
-            # The version is the last there is, or the entity may become too heavy.
+            # The version is the last there is, the entity may become too heavy, or another
+            # declaration was in force when it was written.
             work.whole = True
             work.seen = item
         return None
@@ -495,7 +502,7 @@ class Writes:
         try:
             answer = await self._client.call("UpdateItem", upsert_item(work))
         except ConditionFailed:
-            work.whole = True  # there is no version after the stored one
+            work.whole = True  # another declaration wrote it, or its version is the last there is
             return None
         except StorageError as exc:
             return self._failed(work, exc)
@@ -599,6 +606,9 @@ class Writes:
             except ConditionFailed as exc:
                 if exc.item is None:
                     raise work.not_found() from exc
+                if exc.item.get(FORM) != work.form.mark:
+                    await self._bring_into_form(work, exc.item)
+                    continue
                 if not _was_the_weight(work, exc.item):
                     raise _unmet(work, exc.item) from exc
                 work.seen = exc.item
@@ -615,6 +625,16 @@ class Writes:
                     return await self._own_version(work, exc)
                 if not await backoff.pause():
                     raise
+
+    async def _bring_into_form(self, work: Work, item: Attributes) -> None:
+        """Have an item that another declaration or program wrote as this one writes it."""
+        key = work.change.key
+        token = token_of(item) or new_token()
+        new = work.form.item(key.id, work.form.entity(item), version_of(item), token)
+        request = {"TableName": work.table, "Item": new, **unchanged(work.form, item)}
+        # It is the same entity: late or twice, it changes nothing.
+        with suppress(ConditionFailed):
+            await self._client.read("PutItem", request)
 
     async def _own_version(self, work: Work, lost: UnavailableError) -> int:
         """The version that a write left of which the answer was lost.
