@@ -284,14 +284,21 @@ class Moving:
         """Make sure that a write that is done counts: that its side was not given up meanwhile.
 
         Raises:
-            UnavailableError: `outcome_unknown`.
+            StorageError: `outcome_unknown`.
         """
+        try:
+            await self._confirm(side, changes)
+        except StorageError as exc:
+            # Whatever stands in the way, it was written already.
+            exc.outcome_unknown = True
+            raise
+
+    async def _confirm(self, side: _Side, changes: Sequence[Change]) -> None:
         while not self.relies_on(side):
             now = await self.current()
             if now.place != side.place or now.term != side.term:
                 raise UnavailableError(
                     "the store moved while this was written: nobody knows whether it came along",
-                    outcome_unknown=True,
                     retryable=False,
                 )
             if now.marks and not side.marks:

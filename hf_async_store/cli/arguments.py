@@ -511,7 +511,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "show collections, capabilities and configuration",
         f"{_CLI}.upkeep:describe",
         _nothing,
-        "Passwords are not shown.\n",
+        "Passwords are not shown. Tables that are made once (DynamoDB stores) are shown as they are,\n"
+        "beside what is declared; each difference is told on stderr.\n",
     ),
     "create-tables": Command(
         "create-tables",

@@ -11,7 +11,7 @@ from hf_async_store.cli.context import Context
 from hf_async_store.cli.failures import STORAGE
 from hf_async_store.cli.jsonfiles import JSONFiles, as_json
 from hf_async_store.config import JSONConfig
-from hf_async_store.errors import ConfigurationError
+from hf_async_store.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -59,7 +59,21 @@ def describe(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         show = output.indented if output.for_people(arguments) else output.json_line
-        show(store.describe())
+        description = store.describe()
+        found: dict[str, Any] = {}
+        compare = getattr(store, "compare_tables", None)
+        if compare is not None:
+            # Tables that are made once may be other than they are declared now.
+            try:
+                found = await compare()
+                description["tables"] = found
+            except StorageError:
+                show(description)
+                raise
+        show(description)
+        for table in found.values():
+            for each in table["differences"]:
+                output.tell(f"differs: {each}")
         return 0
 
     return context.run(work)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,10 +38,15 @@ class Answer(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Cut the connection, after `stall` seconds; before or after the server saw the request."""
+    """Cut the connection, after `stall` seconds; before or after the server saw the request.
+
+    Attributes:
+        reset: by a reset, as a server does that breaks down.
+    """
 
     applied: bool
     stall: float = 0.0
+    reset: bool = False
 
 
 class Late(NamedTuple):
@@ -167,6 +174,9 @@ class Proxy:
     async def _cut(self, incoming: web.BaseRequest, fault: Cut) -> web.StreamResponse:
         await asyncio.sleep(fault.stall)
         if incoming.transport is not None:
+            if fault.reset:
+                connection = incoming.transport.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             incoming.transport.abort()
         return web.Response()
 

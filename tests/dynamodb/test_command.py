@@ -62,7 +62,14 @@ def test_the_life_of_a_store(dynamodb_server: DynamoDBServer) -> None:
     status, said = command("health", "--json")
     assert status == 0, said
     assert json.loads(said)["tables"]["requests"]["status"] == "ACTIVE"
-    assert command("describe")[0] == 0
+    status, said = command("describe", "--json")
+    assert status == 0, said
+    requests = json.loads(said)["tables"]["requests"]
+    assert requests["there"] == requests["declared"]
+    assert requests["there"]["billing_mode"] == "PAY_PER_REQUEST"
+    status, said = run("--store", f"{url}&billing_mode=PROVISIONED", "describe")
+    assert status == 0, said
+    assert f"differs: {prefix}_requests: billing_mode is PAY_PER_REQUEST, declared is PROV" in said
     assert command("delete", "requests", "r")[0] == 0
     status, said = command("checkpoint")
     assert status == 2

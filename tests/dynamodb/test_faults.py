@@ -86,6 +86,7 @@ FAULTS: Final[dict[str, Callable[[Request], Fault | None]]] = {
     "500 of a statement": _statement_failed,
     "cut before": lambda request: Cut(applied=False),
     "cut after": lambda request: Cut(applied=True),
+    "reset after": lambda request: Cut(applied=True, reset=True),
     "late": lambda request: Late(0.8),
 }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store import HOST_FACTORY, ConfigurationError, UnavailableError
+from hf_async_store import HOST_FACTORY, Collection, ConfigurationError, Index, UnavailableError
 from hf_async_store.testing.harness import leave_out
 from tests.dynamodb.proxy import Answer, Fault, Request
 from tests.dynamodb.support import new_prefix, store_at
@@ -82,6 +82,52 @@ async def test_capacity_and_recovery_as_configured(proxy: Proxy) -> None:
     async with store_at(proxy.url, prefix, HOST_FACTORY) as store:
         problems = (await store.health())["problems"]
         assert f"{prefix}_requests is billed PROVISIONED, configured is PAY_PER_REQUEST" in problems  # type: ignore[operator]
+
+
+async def test_what_is_there_beside_what_is_declared(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    before = [
+        Collection("items", key="item_id", fields=["label", "kind"], indexes=[Index("label")]),
+        Collection("odd", key="odd_id"),
+    ]
+    settings = {"billing_mode": "PROVISIONED", "read_capacity": 7, "write_capacity": 9}
+    async with store_at(proxy.url, prefix, before, **settings) as store:
+        assert (await store.compare_tables())["items"]["status"] == "missing"  # type: ignore[index,call-overload]
+        await store.create_tables()
+        for each in (await store.compare_tables()).values():
+            assert each["there"] == each["declared"]  # type: ignore[index,call-overload]
+            assert each["differences"] == []  # type: ignore[index,call-overload]
+    after = [
+        Collection("items", key="item_id", fields=["label", "kind"], indexes=[Index("kind")]),
+        Collection("odd", key="other_id"),
+        Collection("new", key="new_id"),
+    ]
+    settings |= {"read_capacity": 8, "point_in_time_recovery": True}
+    async with store_at(proxy.url, prefix, after, **settings) as store:
+        found: Any = await store.compare_tables()
+    assert found["items"]["differences"] == [
+        f"{prefix}_items: read_capacity is 7, declared is 8",
+        f"{prefix}_items has no index kind-index; `create-tables` makes it",
+        f"{prefix}_items has an index label-index that is not declared",
+        f"{prefix}_items: point_in_time_recovery is off, declared is on",
+    ]
+    assert f"{prefix}_odd: key is odd_id, declared is other_id" in found["odd"]["differences"]
+    assert found["new"]["there"] is None
+    assert found["new"]["differences"] == [f"{prefix}_new is missing; `create-tables` makes it"]
+
+
+async def test_recovery_that_may_not_be_looked_at(proxy: Proxy) -> None:
+    proxy.rule = lambda request: (
+        Answer(400, {"__type": "AccessDeniedException", "message": "no"})
+        if request.operation == "DescribeContinuousBackups"
+        else None
+    )
+    async with store_at(proxy.url, point_in_time_recovery=False) as store:
+        await store.create_tables()
+        found: Any = await store.compare_tables()
+        assert found["items"]["there"]["point_in_time_recovery"] is None
+        [told] = found["items"]["differences"]
+        assert told.endswith("point_in_time_recovery may not be looked at, declared is off")
 
 
 async def test_many_make_them_at_once(proxy: Proxy) -> None:
@@ -233,6 +279,9 @@ async def test_auto_scaling(
     async with store_at(moto, prefix, HOST_FACTORY, auto_scaling=given) as store:
         await store.create_tables()
         await store.create_tables()
+        beside: Any = await store.compare_tables()
+        for each in beside.values():
+            assert each["there"]["auto_scaling"] == each["declared"]["auto_scaling"]
         connection = await store._dynamodb.client.connection()
         async with connection.session.create_client(
             "application-autoscaling", region_name="us-east-1", endpoint_url=moto

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hf_async_store import (
+    REMOVED,
     AlreadyExistsError,
     Collection,
     ConcurrencyConflictError,
@@ -148,19 +150,106 @@ async def test_an_item_of_another_program(proxy: Proxy) -> None:
             assert await store.update_entity("items", name, {"count": 2}) == 2
 
 
-async def test_a_field_that_is_declared_no_more(proxy: Proxy) -> None:
+SAVES: dict[str, Callable[[DynamoDBStorageStrategy, dict[str, Any]], Awaitable[object]]] = {
+    "alone": lambda store, entity: store.save_entity("items", entity),
+    "expecting": lambda store, entity: store.save_entity("items", entity, expected_version=1),
+    "among others": lambda store, entity: store.save_entities(
+        "items", [entity, {"item_id": "beside"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SAVES)
+async def test_a_save_leaves_no_field_that_is_declared_no_more(proxy: Proxy, how: str) -> None:
     prefix = new_prefix()
     before = [Collection("items", key="item_id", fields=["old", "kept"])]
     after = [Collection("items", key="item_id", fields=["kept", "new"])]
     entity = {"item_id": "a", "old": "o", "kept": "k", "new": {"any": 1}}
     async with store_at(proxy.url, prefix, before) as store:
-        await store.create_entities("items", [entity, {**entity, "item_id": "b"}])
+        await store.create_entities("items", [entity, {**entity, "item_id": "beside"}])
     async with store_at(proxy.url, prefix, after) as store:
         assert content(await store.get_entity("items", "a")) == entity
-        # Many share a read of what is there, and so leave nothing behind.
-        saved = [{"item_id": each, "kept": "k2"} for each in "ab"]
-        assert await store.save_entities("items", saved) == [2, 2]
-        assert content(await store.get_entity("items", "a")) == saved[0]
+        saved: dict[str, Any] = {"item_id": "a", "kept": "k2"}
+        await SAVES[how](store, saved)
+        found = await store.get_entity("items", "a")
+        assert found is not None
+        assert (content(found), found["version"]) == (saved, 2)
+        proxy.requests.clear()
+        assert await store.save_entity("items", {**saved, "new": "n"}) == 3
+        assert proxy.counted() == {"UpdateItem": 1}, "only the first one reads"
+        assert content(await store.get_entity("items", "a")) == {**saved, "new": "n"}
+
+
+UPDATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "expecting": {"expected_version": 1},
+    "where": {"condition_expression": "kept = :k", "expression_values": {":k": "k"}},
+    "where new": {"condition_expression": "new = :n", "expression_values": {":n": "1"}},
+}
+
+
+@pytest.mark.parametrize("how", UPDATES)
+async def test_an_update_of_an_item_of_another_declaration(proxy: Proxy, how: str) -> None:
+    prefix = new_prefix()
+    before = [Collection("items", key="item_id", fields=["old", "kept"])]
+    after = [Collection("items", key="item_id", fields=["kept", "new", "newer"])]
+    entity = {"item_id": "a", "old": "o", "kept": "k", "new": "1", "newer": "1"}
+    async with store_at(proxy.url, prefix, before) as store:
+        await store.create_entity("items", entity)
+    async with store_at(proxy.url, prefix, after) as store:
+        assert (
+            await store.update_entity("items", "a", {"new": "2", "old": REMOVED}, **UPDATES[how])
+            == 2
+        )
+        expected = {"item_id": "a", "kept": "k", "new": "2", "newer": "1"}
+        assert content(await store.get_entity("items", "a")) == expected
+        proxy.requests.clear()
+        assert await store.update_entity("items", "a", {"newer": "2"}) == 3
+        assert proxy.counted() == {"BatchExecuteStatement": 1}, "only the first one reads"
+        assert content(await store.get_entity("items", "a")) == {**expected, "newer": "2"}
+
+
+def _statements(proxy: Proxy) -> list[str]:
+    return [
+        each["Statement"]
+        for request in proxy.requests
+        if request.operation == "BatchExecuteStatement"
+        for each in request.params["Statements"]
+    ]
+
+
+async def test_an_update_says_what_its_store_wrote_last(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await store.create_entity("items", {"item_id": "a"})
+        for version, write in enumerate(
+            (
+                store.update_entity("items", "a", {"count": 1}),
+                store.save_entity("items", {"item_id": "a"}),
+                store.update_entity("items", "a", {"count": 2}, expected_version=3),
+                _in_transaction(store, "a"),
+                store.update_entity("items", "a", {"count": 3}),
+            ),
+            2,
+        ):
+            assert await write == version
+        for each in _statements(proxy):
+            assert "RETURNING" not in each
+        # Another writes, too: then nothing is taken as known for a while.
+        assert await other.update_entity("items", "a", {"label": "theirs"}) == 7
+        proxy.requests.clear()
+        assert await store.update_entity("items", "a", {"count": 4}) == 8
+        assert ["RETURNING" in each for each in _statements(proxy)] == [False, True]
+        proxy.requests.clear()
+        assert await store.update_entity("items", "a", {"count": 5}) == 9
+        assert ["RETURNING" in each for each in _statements(proxy)] == [True]
+        found = await store.get_entity("items", "a")
+        assert content(found) == {"item_id": "a", "count": 5, "label": "theirs"}
+
+
+async def _in_transaction(store: DynamoDBStorageStrategy, entity_id: str) -> int:
+    async with store.begin_transaction() as tx:
+        return await tx.update_entity("items", entity_id, {"count": 0})
 
 
 @pytest.mark.parametrize(

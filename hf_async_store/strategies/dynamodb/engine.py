@@ -16,6 +16,7 @@ from hf_async_store.strategies.dynamodb.dax import cache_of
 from hf_async_store.strategies.dynamodb.errors import TableMissing
 from hf_async_store.strategies.dynamodb.items import ItemForm, probe_id
 from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
+from hf_async_store.strategies.dynamodb.recent import Recent
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import (
     MOST_ACTIONS,
@@ -53,7 +54,8 @@ class DynamoDBEngine:
         self.tables = Tables(self.client, schema)
         self._cache = cache_of(config)
         self.reading = Reading(self.client, self.tables, self._cache)
-        self.writes = Writes(self.client, self.tables, self.reading)
+        self._recent = Recent()
+        self.writes = Writes(self.client, self.tables, self.reading, self._recent)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         return await self.reading.fetch(keys)
@@ -69,7 +71,7 @@ class DynamoDBEngine:
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
-        session = DynamoDBSession(self.client, self.tables, self.reading)
+        session = DynamoDBSession(self.client, self.tables, self.reading, self._recent)
         yield session
         await session.commit()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -156,14 +157,22 @@ def of_client(exc: Exception) -> StorageError:
         "RefreshWithMFAUnsupportedError",
     ):
         return PermissionDeniedError(f"no usable AWS credentials: {name}")
-    if name in (
-        "EndpointConnectionError",
-        "ConnectTimeoutError",
-        "ProxyConnectionError",
-        "SSLError",
+    if name in ("ConnectTimeoutError", "ProxyConnectionError", "SSLError") or (
+        name == "EndpointConnectionError" and _never_connected(exc)
     ):
         return UnavailableError(f"DynamoDB cannot be reached: {name}")
     return AnswerLost(f"the answer of DynamoDB was lost: {name}", outcome_unknown=True)
+
+
+def _never_connected(exc: Exception) -> bool:
+    """Whether there was no connection, so that nothing was sent.
+
+    aiobotocore raises the same error where a connection is reset while the answer is waited for.
+    """
+    from aiohttp import ClientConnectorError
+
+    cause = getattr(exc, "kwargs", {}).get("error")
+    return isinstance(cause, ClientConnectorError | socket.gaierror)
 
 
 def refused_query(exc: StatementRefused) -> InvalidQueryError:

@@ -2,7 +2,9 @@
 
 A declared field is an attribute of its own; all other fields lie in the map `doc`. Beside them
 stand `version`, the write token `_w` (random, new at each write: it tells lives and writers apart)
-and `_s`, what the entity weighs at most, so that an update can be refused in the engine.
+and `_s`, what the entity weighs at most, so that an update can be refused in the engine. `_f` tells by
+which declaration an item was written: where another one is in force, it is written whole, once, for
+an attribute of a field that is declared no more would stay, and hide what is saved.
 
 **Fields that are keys of an index** need more, because DynamoDB refuses an item whose index key is
 null, empty or of another type, and leaves it out of the index where the key is missing:
@@ -18,6 +20,8 @@ null, empty or of another type, and leaves it out of the index where the key is 
 from __future__ import annotations
 
 import secrets
+from base64 import urlsafe_b64encode
+from hashlib import blake2b
 from itertools import count
 from typing import TYPE_CHECKING, Final, cast
 
@@ -54,6 +58,7 @@ DOC: Final = "doc"
 TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
 WEIGHT: Final = "_s"
 CREATED_SIDE: Final = "_c"
+FORM: Final = "_f"
 MISSING_MARK: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
@@ -198,6 +203,15 @@ class ItemForm:
             if (name in hashes or name in sorts) and name != collection.key
         }
         self.plain = frozenset(collection.fields) - set(self.indexed)
+        self.mark: Attribute = {"S": self._digest()}
+
+    def _digest(self) -> str:
+        """Of all that decides which attributes an item has."""
+        told = [self.key, *sorted(self.plain)]
+        told += sorted(
+            f"{each.attribute} {each.type} {each.is_sort}" for each in self.indexed.values()
+        )
+        return urlsafe_b64encode(blake2b("\n".join(told).encode(), digest_size=6).digest()).decode()
 
     def item(self, entity_id: str, entity: Entity, version: int, token: str) -> Attributes:
         """The whole item of an entity."""
@@ -234,6 +248,7 @@ class ItemForm:
             given: Value | Removed = entity.get(name, REMOVED)
             self._put(field, given, attributes, document, removed)
         attributes[DOC] = {"M": document}
+        attributes[FORM] = self.mark
         return attributes, removed
 
     def _put(

@@ -15,6 +15,7 @@ from hf_async_store.entities import (
 )
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
+    FORM,
     LAST_VERSIONS,
     TOKEN,
     WEIGHT,
@@ -49,7 +50,9 @@ def upsert_item(work: Work) -> dict[str, Any]:
     if removed:
         update += f" REMOVE {', '.join(map(names.name, removed))}"
     last = names.value({"N": str(LAST_VERSIONS)})
-    condition = f"attribute_not_exists({names.name(work.form.key)}) OR {version} < {last}"
+    same_form = f"{names.name(FORM)} = {names.value(work.form.mark)}"
+    absent = f"attribute_not_exists({names.name(work.form.key)})"
+    condition = f"{absent} OR ({version} < {last} AND {same_form})"
     return {
         "TableName": work.table,
         "Key": {work.form.key: {"S": change.key.id}},
@@ -67,18 +70,16 @@ def update_item(work: Work, condition: str, names: Names) -> dict[str, Any]:
     version, stored = names.name(VERSION), names.name(WEIGHT)
     puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
     puts.append(f"{names.name(TOKEN)} = {names.value({'S': work.token})}")
-    # An item of another program has neither; it counts as heavy until it is written whole.
-    zero, one = names.value({"N": "0"}), names.value({"N": "1"})
-    heavy, more = (names.value({"N": str(each)}) for each in (2 * MAX_ENTITY_BYTES, weight))
-    puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
-    puts.append(f"{stored} = if_not_exists({stored}, {heavy}) + {more}")
+    puts.append(f"{version} = {version} + {names.value({'N': '1'})}")
+    puts.append(f"{stored} = {stored} + {names.value({'N': str(weight)})}")
     update = f"SET {', '.join(puts)}"
     if removed:
         update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
     tests = [
         f"attribute_exists({names.name(work.form.key)})",
         f"({condition})",
-        f"(attribute_not_exists({version}) OR {version} < {names.value({'N': str(INT_MAX)})})",
+        f"{names.name(FORM)} = {names.value(work.form.mark)}",
+        f"{version} < {names.value({'N': str(INT_MAX)})}",
     ]
     if type(change.expect) is int:
         tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
@@ -87,7 +88,7 @@ def update_item(work: Work, condition: str, names: Names) -> dict[str, Any]:
         tests.append(f"{names.name(TOKEN)} = {token}")
     else:
         most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
-        tests.append(f"(attribute_not_exists({stored}) OR {stored} <= {most})")
+        tests.append(f"{stored} <= {most}")
     return {
         "TableName": work.table,
         "Key": {work.form.key: {"S": change.key.id}},

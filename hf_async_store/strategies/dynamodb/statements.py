@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from hf_async_store.entities import VERSION
+from hf_async_store.entities import UPDATED_AT, VERSION
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
-from hf_async_store.strategies.dynamodb.items import TOKEN, WEIGHT
+from hf_async_store.strategies.dynamodb.items import FORM, TOKEN, WEIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,12 +57,22 @@ class Guard:
         self.values = list(values)
 
     @classmethod
-    def version(cls, version: int) -> Guard:
-        return cls(f'"{VERSION}" = ?', [{"N": str(version)}])
+    def version(cls, version: int, began: str) -> Guard:
+        """That it has this version, and had it when the write was asked for.
+
+        Else a try that is late could land in another life of the entity, at the same version.
+        """
+        text = f'"{VERSION}" = ? AND "{UPDATED_AT}" < ?'
+        return cls(text, [{"N": str(version)}, {"S": began}])
 
     @classmethod
     def token(cls, token: str) -> Guard:
         return cls(f'"{TOKEN}" = ?', [{"S": token}])
+
+    def and_form(self, mark: Attribute) -> Guard:
+        """And it was written by this declaration."""
+        text = f'{self.text} AND "{FORM}" = ?' if self.text else f'"{FORM}" = ?'
+        return Guard(text, [*self.values, mark])
 
     def and_lighter(self, most: int) -> Guard:
         """And it weighs at most so much."""

@@ -12,11 +12,13 @@ from hf_async_store.entities import (
     Collection,
     Entity,
     Expect,
+    Value,
     check_version,
     utc_now,
 )
 from hf_async_store.errors import InvalidQueryError
 from hf_async_store.repository import within
+from hf_async_store.strategies.dynamodb.comparing import compared
 from hf_async_store.strategies.dynamodb.engine import DynamoDBEngine
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.language import condition
@@ -60,6 +62,16 @@ class DynamoDBStorageStrategy(StorageStrategy):
         """
         self._usable()
         return await self._dynamodb.tables.create()
+
+    async def compare_tables(self) -> dict[str, Value]:
+        """The tables as they are, beside what is declared and configured: by collection a map.
+
+        `there` and `declared` hold billing mode, keys, indexes, capacity or the bounds in which it
+        is scaled, and point-in-time recovery; `differences` says in words where they differ. A
+        table that is missing has None as `there`; so has what may not be looked at within it.
+        """
+        self._usable()
+        return await compared(self._dynamodb.tables)
 
     async def query_by_gsi(
         self,

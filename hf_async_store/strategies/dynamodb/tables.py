@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.config import AutoScaling
 from hf_async_store.entities import Collection, Index, Schema
 from hf_async_store.errors import PermissionDeniedError, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing, of_client
+from hf_async_store.strategies.dynamodb.errors import (
+    StatementRefused,
+    TableMissing,
+    of_client,
+    short,
+)
 from hf_async_store.strategies.dynamodb.items import IndexedField, ItemForm
 from hf_async_store.strategies.dynamodb.retries import Backoff
 
@@ -23,6 +30,9 @@ if TYPE_CHECKING:
 _WAIT_SECONDS: Final = 600.0
 _FIRST_LOOK: Final = 0.01
 _LONGEST_LOOK: Final = 2.0
+_MOST_TARGETS: Final = 50
+"""Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
+
 _SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
 
 
@@ -80,7 +90,7 @@ class Tables:
 
     async def _open(self, collection: str) -> frozenset[str]:
         try:
-            table = await self._described(collection)
+            table = await self.described(collection)
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
                     await self._active(collection)
@@ -105,7 +115,7 @@ class Tables:
     async def _make_whole(self, collection: str) -> list[str]:
         done: list[str] = []
         name = self.name(collection)
-        if await self._described(collection) is None and await self._create(collection):
+        if await self.described(collection) is None and await self._create(collection):
             done.append(f"made {name}")
         table = await self._active(collection)
         for index in self._missing(collection, table):
@@ -118,7 +128,7 @@ class Tables:
 
     # -- looking -----------------------------------------------------------------------------
 
-    async def _described(self, collection: str) -> dict[str, Any] | None:
+    async def described(self, collection: str) -> dict[str, Any] | None:
         try:
             answer = await self._client.read("DescribeTable", {"TableName": self.name(collection)})
         except TableMissing:
@@ -131,7 +141,7 @@ class Tables:
         deadline = time.monotonic() + _WAIT_SECONDS
         pause = _FIRST_LOOK
         while True:
-            table = await self._described(collection)
+            table = await self.described(collection)
             if table is not None and _is_active(table):
                 return table
             if time.monotonic() > deadline:
@@ -151,7 +161,7 @@ class Tables:
         problems: list[str] = []
         for collection in self.schema:
             name = self.name(collection)
-            table = await self._described(collection)
+            table = await self.described(collection)
             if table is None:
                 found[collection] = {"table": name, "status": "missing"}
                 continue
@@ -166,7 +176,7 @@ class Tables:
             "status": table["TableStatus"],
             "items": table.get("ItemCount", 0),
             "bytes": table.get("TableSizeBytes", 0),
-            "billing_mode": _billing_mode(table),
+            "billing_mode": billing_mode(table),
             "read_capacity": throughput.get("ReadCapacityUnits", 0),
             "write_capacity": throughput.get("WriteCapacityUnits", 0),
             "indexes": {
@@ -174,13 +184,19 @@ class Tables:
                 for each in table.get("GlobalSecondaryIndexes", ())
             },
         }
-        try:
-            backups = await self._client.read("DescribeContinuousBackups", {"TableName": name})
-        except PermissionDeniedError:
-            return told
-        recovery = backups["ContinuousBackupsDescription"].get("PointInTimeRecoveryDescription", {})
-        told["point_in_time_recovery"] = recovery.get("PointInTimeRecoveryStatus") == "ENABLED"
+        recovers = await self.recovers(name)
+        if recovers is not None:
+            told["point_in_time_recovery"] = recovers
         return told
+
+    async def recovers(self, table: str) -> bool | None:
+        """Whether a table has point-in-time recovery; None if we may not look."""
+        try:
+            backups = await self._client.read("DescribeContinuousBackups", {"TableName": table})
+        except PermissionDeniedError:
+            return None
+        recovery = backups["ContinuousBackupsDescription"].get("PointInTimeRecoveryDescription", {})
+        return bool(recovery.get("PointInTimeRecoveryStatus") == "ENABLED")
 
     def _differences(self, collection: str, table: Mapping[str, Any]) -> list[str]:
         name = self.name(collection)
@@ -193,25 +209,30 @@ class Tables:
         key = [each["AttributeName"] for each in table["KeySchema"]]
         if key != [self.schema[collection].key]:
             problems.append(f"the key of {name} is {', '.join(key)}")
-        if _billing_mode(table) != self._billing_mode:
+        if billing_mode(table) != self._billing_mode:
             problems.append(
-                f"{name} is billed {_billing_mode(table)}, configured is {self._billing_mode}"
+                f"{name} is billed {billing_mode(table)}, configured is {self._billing_mode}"
             )
         return problems
 
     # -- making ------------------------------------------------------------------------------
 
     @property
-    def _scaling(self) -> AutoScaling | None:
+    def scaling(self) -> AutoScaling | None:
         given = self._config.auto_scaling
         if isinstance(given, AutoScaling):
             return given if given.enabled else None
         return AutoScaling() if given else None
 
     @property
+    def recovery(self) -> bool:
+        """Whether the tables are to have point-in-time recovery."""
+        return self._config.point_in_time_recovery
+
+    @property
     def _billing_mode(self) -> str:
         # Tables that are paid per request have no capacity that could be scaled.
-        return "PROVISIONED" if self._scaling else self._config.billing_mode
+        return "PROVISIONED" if self.scaling else self._config.billing_mode
 
     def _throughput(self) -> dict[str, Any]:
         if self._billing_mode != "PROVISIONED":
@@ -223,8 +244,8 @@ class Tables:
             }
         }
 
-    async def _create(self, collection: str) -> bool:
-        """Ask for the table; False if another was faster."""
+    def request(self, collection: str) -> dict[str, Any]:
+        """The request that makes the table of a collection."""
         declared = self.schema[collection]
         params: dict[str, Any] = {
             "TableName": self.name(collection),
@@ -237,12 +258,17 @@ class Tables:
             params["GlobalSecondaryIndexes"] = [
                 self._index(collection, each) for each in declared.indexes
             ]
+        return params
+
+    async def _create(self, collection: str) -> bool:
+        """Ask for the table; False if another was faster."""
+        params = self.request(collection)
         backoff = Backoff(self._config.retry_timeout)
         while True:
             try:
                 await self._client.call("CreateTable", params)
             except UnavailableError:
-                if await self._described(collection) is not None:
+                if await self.described(collection) is not None:
                     return False
                 if not await backoff.pause():
                     raise
@@ -303,28 +329,52 @@ class Tables:
                     "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
                 },
             )
-        scaling = self._scaling
+        scaling = self.scaling
         if scaling is not None:
-            resources = [f"table/{name}"]
-            resources += [
-                f"table/{name}/index/{each.name}" for each in self.schema[collection].indexes
-            ]
-            await self._scale(resources, scaling)
+            async with self._scaling_client() as client:
+                for resource in self.scalable(collection):
+                    for what in ("Read", "Write"):
+                        await _track(client, resource, what, scaling)
 
-    async def _scale(self, resources: Sequence[str], scaling: AutoScaling) -> None:
+    def scalable(self, collection: str) -> list[str]:
+        """What of a collection has a capacity that can follow its use."""
+        table = f"table/{self.name(collection)}"
+        return [table, *(f"{table}/index/{each.name}" for each in self.schema[collection].indexes)]
+
+    async def scaled(self, collection: str) -> dict[str, Any] | None:
+        """By resource, between which bounds its capacities follow their use; None if we may not look."""
+        resources = self.scalable(collection)
+        found: dict[str, Any] = {}
+        try:
+            async with self._scaling_client() as client:
+                for start in range(0, len(resources), _MOST_TARGETS):
+                    pages = client.get_paginator("describe_scalable_targets").paginate(
+                        ServiceNamespace="dynamodb",
+                        ResourceIds=resources[start : start + _MOST_TARGETS],
+                    )
+                    async for page in pages:
+                        for each in page["ScalableTargets"]:
+                            what = "read" if "Read" in each["ScalableDimension"] else "write"
+                            bounds = [each["MinCapacity"], each["MaxCapacity"]]
+                            found.setdefault(each["ResourceId"], {})[f"{what}_capacity"] = bounds
+        except PermissionDeniedError:
+            return None
+        return found
+
+    @asynccontextmanager
+    async def _scaling_client(self) -> AsyncGenerator[Any, None]:
         connection = await self._client.connection()
         endpoint = None if os.environ.get(_SCALING_ENDPOINT) else self._config.endpoint_url
         try:
             async with connection.session.create_client(
                 "application-autoscaling", region_name=connection.region, endpoint_url=endpoint
             ) as client:
-                for resource in resources:
-                    for what in ("Read", "Write"):
-                        await _track(client, resource, what, scaling)
+                yield client
         except Exception as exc:
-            error = getattr(exc, "response", {}).get("Error", {})
-            if error:
-                raise UnavailableError(f"auto scaling was refused: {error.get('Code')}") from exc
+            code = short(getattr(exc, "response", {}).get("Error", {}).get("Code") or "")
+            if code:
+                kind = PermissionDeniedError if code == "AccessDenied" else UnavailableError
+                raise kind(f"auto scaling was refused: {code}") from exc
             raise exc if isinstance(exc, StorageError) else of_client(exc) from exc
 
 
@@ -378,7 +428,7 @@ def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def _billing_mode(table: Mapping[str, Any]) -> str:
+def billing_mode(table: Mapping[str, Any]) -> str:
     # A table that never was on demand has no summary.
     mode: str = table.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED")
     return mode

@@ -40,7 +40,14 @@ from hf_async_store.strategies.dynamodb.errors import (
     short,
     translate,
 )
-from hf_async_store.strategies.dynamodb.items import TOKEN, new_token, token_of, version_of
+from hf_async_store.strategies.dynamodb.items import (
+    TOKEN,
+    WEIGHT,
+    new_token,
+    token_of,
+    version_of,
+)
+from hf_async_store.strategies.dynamodb.recent import Left
 from hf_async_store.strategies.dynamodb.requests import unchanged
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing
 
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
 
 MOST_ACTIONS: Final = 100
@@ -61,10 +69,11 @@ _ENCODE: Final = msgspec.json.Encoder().encode
 class DynamoDBSession:
     """One transaction."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(self, client: Client, tables: Tables, reading: Reading, recent: Recent) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
+        self._recent = recent
         self._seen: dict[Key, Attributes | None] = {}
         self._layers: list[dict[Key, Entity | None]] = [{}]
         self._reads = 0
@@ -268,7 +277,14 @@ class DynamoDBSession:
         if len(_ENCODE(actions)) > MOST_BYTES:
             raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
         params = {"TransactItems": actions, "ClientRequestToken": token}
+        for key in written:
+            self._recent.drop(self._tables.name(key.collection), key.id)
         await self._transact("TransactWriteItems", params, keys, token=token)
+        for key, action in zip(keys, actions, strict=True):
+            if "Put" in action:
+                item = action["Put"]["Item"]
+                left = Left(version_of(item), token, int(item[WEIGHT]["N"]))
+                self._recent.put(self._tables.name(key.collection), key.id, left)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
         form = self._tables.forms[key.collection]
@@ -293,33 +309,40 @@ class DynamoDBSession:
         *,
         token: str | None = None,
     ) -> dict[str, Any]:
-        """Send a transaction until it is answered; it may be sent any number of times."""
+        """Send a transaction until it is answered; it may be sent any number of times.
+
+        Args:
+            token: of what it writes; None if it reads.
+        """
         backoff = Backoff(self._client.config.retry_timeout)
         while_in_conflict = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
         lost = False
-        while True:
-            try:
-                return await self._client.call(operation, params)
-            except Cancelled as exc:
-                error = self._cancelled(exc, keys)
-                if lost and token is not None and _is_own(exc, token):
-                    return {}
-                if isinstance(error, ConcurrencyConflictError):
-                    error.outcome_unknown = lost and token is not None
-                    if not _may_pass(exc) or not await while_in_conflict.pause():
+        try:
+            while True:
+                try:
+                    return await self._client.call(operation, params)
+                except Cancelled as exc:
+                    if lost and _is_own(exc, token):
+                        return {}
+                    error = self._cancelled(exc, keys)
+                    if isinstance(error, ConcurrencyConflictError):
+                        if not _may_pass(exc) or not await while_in_conflict.pause():
+                            raise error from exc
+                    elif not isinstance(error, UnavailableError) or not await backoff.pause():
                         raise error from exc
-                elif not isinstance(error, UnavailableError) or not await backoff.pause():
-                    raise error from exc
-            except ConcurrencyConflictError:
-                if not await while_in_conflict.pause():
-                    raise
-            except UnavailableError as exc:
-                lost = lost or not left_nothing(exc)
-                if not await backoff.pause():
-                    exc.outcome_unknown = lost and token is not None
-                    raise
-            except TableMissing as exc:
-                raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+                except ConcurrencyConflictError:
+                    if not await while_in_conflict.pause():
+                        raise
+                except UnavailableError as exc:
+                    lost = lost or (token is not None and not left_nothing(exc))
+                    if not await backoff.pause():
+                        raise
+                except TableMissing as exc:
+                    raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+        except StorageError as exc:
+            # Whatever the last try met: one before it may have landed.
+            exc.outcome_unknown = lost
+            raise
 
     def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
         """The error of the first reason that is one; a condition comes before all others."""
@@ -362,7 +385,7 @@ def _raise_conflict(key: Key, seen: Attributes | None, now: Attributes | None) -
     raise _conflict_at(key, seen, now)
 
 
-def _is_own(exc: Cancelled, token: str) -> bool:
+def _is_own(exc: Cancelled, token: str | None) -> bool:
     """Whether what stands in the way is what this very transaction wrote."""
     items = [each["Item"] for each in exc.reasons if each.get("Item")]
     return any(token_of(each) == token for each in items)

@@ -6,12 +6,21 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from hf_async_store.entities import ABSENT, Change, Outcome
+from hf_async_store.entities import (
+    ABSENT,
+    UPDATED_AT,
+    Change,
+    Outcome,
+    Patch,
+    Put,
+    utc_now,
+)
 from hf_async_store.errors import EntityNotFoundError, StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.items import ItemForm, new_token, token_of
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.recent import Left
 
 Item = TypeVar("Item")
 
@@ -28,23 +37,28 @@ class Work:
 
     Attributes:
         seen: the item as it was read, None if there was none, or `UNKNOWN`.
-        guard: what the statement that is under way insists on.
+        began: when it was asked for, in the form of a timestamp.
         lost: the answer to a try was lost; it may have landed.
         in_flight: it may even land later.
+        recalled: what was seen is what this store remembers, and may be wrong.
+        left: what it left, where that is known.
         whole: it must be written whole, or at least in a request of its own.
         upserts: it is a save on its own, which one request can do.
         outcome: as soon as it is known; `is_done` tells.
     """
 
     __slots__ = (
+        "began",
         "change",
         "form",
         "guarded_by_token",
         "in_flight",
         "is_done",
+        "left",
         "lost",
         "new_version",
         "outcome",
+        "recalled",
         "seen",
         "table",
         "token",
@@ -62,10 +76,13 @@ class Work:
         self.new_version: int | None = None
         self.lost = False
         self.in_flight = False
+        self.recalled = False
+        self.left: Left | None = None
         self.whole = change.mark is not None
         self.upserts = False
         self.is_done = False
         self.outcome: Outcome = None
+        self.began = _began(change) if type(change.expect) is int else ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -77,6 +94,9 @@ class Work:
         return self.change.expect is not ABSENT and type(self.change.expect) is not int
 
     def done(self, outcome: Outcome) -> None:
+        """It ends so. Whatever the error is, what a lost try did, or will do, stays unknown."""
+        if self.lost and isinstance(outcome, StorageError):
+            outcome.outcome_unknown = True
         self.is_done = True
         self.outcome = outcome
 
@@ -92,6 +112,13 @@ class Work:
             retryable=False,
             outcome_unknown=True,
         )
+
+
+def _began(change: Change) -> str:
+    if isinstance(change, Put):
+        return change.at
+    at = change.fields.get(UPDATED_AT) if isinstance(change, Patch) else None
+    return at if isinstance(at, str) else utc_now()
 
 
 def gone(work: Work) -> StorageError:

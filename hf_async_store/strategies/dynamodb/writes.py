@@ -5,7 +5,7 @@ change is made depends on what is known before it:
 
 * create, and whatever expects a version: at once; the condition says everything;
 * an update or delete that only needs something to be there: at once, and the answer brings the
-  version;
+  version; of what this store wrote last itself the update knows it (`recent`), and insists on it;
 * a save that expects nothing, alone: by `UpdateItem`, which inserts or replaces;
 * among others: the items of its batch are read first, for PartiQL has no upsert; then an insert, or an
   update of what differs, that insists on the token, tried again if it lost a race;
@@ -13,8 +13,10 @@ change is made depends on what is known before it:
   changed here, and written whole under the condition that its token is still the same.
 
 **Answers that are lost.** Every write leaves its token. A write whose condition names a version or
-token is simply tried again: it lands once, or meets its own token. The others look for their token;
-if it is not there, nobody can tell, and the error says `outcome_unknown`. (An insert that the server
+token is simply tried again: it lands once, or meets its own token. (A version comes again in another
+life of the entity, so the item must also be older than the write: a try that comes late finds none.)
+The others look for their token; if it is not there, nobody can tell, and the error says
+`outcome_unknown`. (An insert that the server
 answered by a failure, and that left nothing, is tried again.) For a while after that, all of these
 read first, so that more lost answers do no harm.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.conditions import changed, check, next_version, patched
@@ -32,6 +35,7 @@ from hf_async_store.entities import (
     CREATED_AT,
     INT_MAX,
     MAX_ENTITY_BYTES,
+    UPDATED_AT,
     VERSION,
     Change,
     Delete,
@@ -60,15 +64,18 @@ from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.imports import Imports, is_import
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
+    FORM,
     TOKEN,
     WEIGHT,
     ItemForm,
+    new_token,
     probe_id,
     stored_weight,
     token_of,
     version_of,
     weight_of,
 )
+from hf_async_store.strategies.dynamodb.recent import Left
 from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing, throttled
 from hf_async_store.strategies.dynamodb.statements import (
@@ -88,6 +95,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
 
 Item = TypeVar("Item")
@@ -101,10 +109,11 @@ _CAREFUL_SECONDS: Final = 60.0
 class Writes:
     """`write_each` of the engine."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(self, client: Client, tables: Tables, reading: Reading, recent: Recent) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
+        self._recent = recent
         self._seconds = client.config.retry_timeout
         self._imports = Imports(client, tables)
         # Whether the answer to a statement brings its item: not every server does that.
@@ -120,11 +129,29 @@ class Writes:
         works = [self._work(each) for each in changes]
         for wave in _waves(works):
             await self._run(wave)
+            for each in wave:
+                self._remember(each)
         return [each.outcome for each in works]
 
     def _work(self, change: Change) -> Work:
         name = change.key.collection
         return Work(change, self._tables.forms[name], self._tables.name(name))
+
+    def _recall(self, work: Work) -> None:
+        """See in it what this store wrote last, if that is what it asks for."""
+        change = work.change
+        if not isinstance(change, Patch) or work.whole:
+            return
+        left = self._recent.get(work.table, change.key.id)
+        if left is not None and (work.needs_state or change.expect == left.version):
+            work.seen = left.seen()
+            work.recalled = True
+
+    def _remember(self, work: Work) -> None:
+        if work.left is None or isinstance(work.outcome, StorageError):
+            self._recent.drop(work.table, work.change.key.id)
+        else:
+            self._recent.put(work.table, work.change.key.id, work.left)
 
     async def _run(self, works: list[Work]) -> None:
         imports = [each for each in works if is_import(each.change)]
@@ -134,6 +161,8 @@ class Writes:
             self._returns = await self._learn(works[0])
         backoff = Backoff(self._seconds)
         waiting = [each for each in works if not each.is_done]
+        for each in waiting:
+            self._recall(each)
         while waiting:
             alone = len(waiting) == 1 and time.monotonic() >= self._careful_until
             await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
@@ -179,32 +208,29 @@ class Writes:
             items = await self._reading.items([each.change.key for each in works], consistent=True)
         except StorageError as exc:
             for each in works:
-                if not isinstance(exc, UnavailableError):
-                    each.done(exc.copy())
-                elif each.lost:
+                if each.lost and isinstance(exc, UnavailableError):
                     each.done(each.unknown(f"the answer was lost, and then: {exc}"))
                 else:
-                    # Nothing was asked to be written yet.
                     error = exc.copy()
-                    error.outcome_unknown = False
+                    error.outcome_unknown = False  # this was a read
                     each.done(error)
             return
         for work, item in zip(works, items, strict=True):
-            work.seen = item
-            if work.lost:
-                self._settle_lost(work, item)
+            self._saw(work, item)
 
-    def _settle_lost(self, work: Work, item: Attributes | None) -> None:
+    def _saw(self, work: Work, item: Attributes | None) -> None:
+        """What is there now; settles what an answer that was lost left open."""
+        before, work.seen = work.seen, item
+        if not work.lost:
+            return
         if item is not None and work.is_own(item):
             work.done(version_of(item))
-        elif work.guarded_by_token:
-            return  # the next try cannot land twice
+        elif item is not None and isinstance(before, dict) and token_of(item) == token_of(before):
+            return  # on which every try insisted: so none landed, and but one can
         elif isinstance(work.change, Put) and item is None and not work.in_flight:
             return  # an insert that left nothing
         elif work.change.expect is ABSENT and item is not None:
-            error = AlreadyExistsError(work.change.key.collection, work.change.key.id)
-            error.outcome_unknown = True
-            work.done(error)
+            work.done(AlreadyExistsError(work.change.key.collection, work.change.key.id))
         else:
             work.done(work.unknown("the answer was lost, and its trace is not there"))
 
@@ -236,6 +262,7 @@ class Writes:
         """
         change, seen = work.change, work.seen
         work.guarded_by_token = False
+        work.left = None
         if isinstance(seen, Unknown) and isinstance(change, Put) and work.needs_state:
             work.upserts = change.expect is ANY
             return None
@@ -243,7 +270,7 @@ class Writes:
             return self._insert(work)
         if change.expect == INT_MAX and not isinstance(change, Delete):
             return None  # there is no version after it, if that is what is stored
-        if seen is not None and (isinstance(seen, Unknown) or not work.needs_state):
+        if isinstance(seen, Unknown):
             guard = self._blind_guard(work)
         elif seen is None:
             if change.expect is not ANY:
@@ -256,6 +283,8 @@ class Writes:
             token = token_of(seen)
             if token is None:
                 return None  # another program wrote it
+            if isinstance(change, Patch) and not work.recalled and seen.get(FORM) != work.form.mark:
+                return None
             work.guarded_by_token = True
             guard = Guard.token(token)
             if not isinstance(change, Delete):
@@ -268,11 +297,12 @@ class Writes:
     def _blind_guard(self, work: Work) -> Guard:
         expect = work.change.expect
         work.new_version = None
-        if type(expect) is not int:
-            return Guard()
-        if not isinstance(work.change, Delete):
-            work.new_version = next_version(work.change.key, expect)
-        return Guard.version(expect)
+        guard = Guard()
+        if type(expect) is int:
+            guard = Guard.version(expect, work.began)
+            if not isinstance(work.change, Delete):
+                work.new_version = next_version(work.change.key, expect)
+        return guard if isinstance(work.change, Delete) else guard.and_form(work.form.mark)
 
     def _insert(self, work: Work) -> Statement:
         put = cast("Put", work.change)
@@ -281,6 +311,7 @@ class Writes:
             entity = {**entity, CREATED_AT: put.at}
         work.new_version = 1 if put.version is None else put.version
         item = work.form.item(put.key.id, entity, work.new_version, work.token)
+        work.left = _left(work, item)
         return insert(work.table, item, whole=self._inserts_whole)
 
     def _update(self, work: Work, guard: Guard) -> Statement | None:
@@ -295,6 +326,7 @@ class Writes:
             attributes.pop(work.form.key)
             assert work.new_version is not None, "only a patch leaves it to the server"
             attributes[WEIGHT] = stored_weight(change.entity, work.new_version)
+            work.left = _left(work, attributes)
             if isinstance(work.seen, dict) and work.guarded_by_token:
                 attributes, names = _difference(work.seen, attributes, names, work.form)
             put.update({(name,): each for name, each in attributes.items()})
@@ -307,7 +339,13 @@ class Writes:
             sets, removed = work.form.changes(fields)
             put.update(sets)
             weight = weight_of(cast("Entity", fields))
-            guard = guard.and_lighter(MAX_ENTITY_BYTES - weight)
+            known = _known_weight(work) + weight
+            if known <= MAX_ENTITY_BYTES:
+                put[WEIGHT,] = {"N": str(known)}
+                work.left = _left(work, {WEIGHT: put[WEIGHT,]})
+                weight = None
+            else:
+                guard = guard.and_lighter(MAX_ENTITY_BYTES - weight)
         return update(
             work.table,
             work.key,
@@ -344,6 +382,8 @@ class Writes:
             work.done(work.new_version)
         elif item is not None and VERSION in item:
             self._returns = True
+            if not isinstance(work.change, Delete):
+                work.left = _left(work, item)
             work.done(version_of(item))
         elif not isinstance(work.change, Delete):
             # This server brings nothing back: from now on versions are read before.
@@ -378,6 +418,8 @@ class Writes:
         if isinstance(exc, TableMissing):
             work.done(gone(work))
             return None
+        if isinstance(exc, ConcurrencyConflictError):
+            return exc
         if not isinstance(exc, UnavailableError):
             work.done(exc.copy())
             return None
@@ -409,33 +451,41 @@ class Writes:
             work.done(version_of(item))
         elif item is None:
             self._nothing_there(work)
-        elif work.guarded_by_token:
-            return self._race_lost(work, item)
         elif type(change.expect) is int and version_of(item) != change.expect:
             work.done(_stale(work, item))
+        elif work.guarded_by_token:
+            return self._race_lost(work, item)
+        elif work.began and not _is_older(item, work.began):
+            if work.lost:  # this may be another life, and it landed in the one before
+                work.done(work.unknown("the answer was lost, and others wrote since"))
+            work.seen = item  # a clock that is ahead wrote it, or none
         else:
-            # The version is the last there is, or the entity may become too heavy.
+            # The version is the last there is, the entity may become too heavy, or another
+            # declaration was in force when it was written.
             work.whole = True
             work.seen = item
         return None
 
     def _nothing_there(self, work: Work) -> None:
-        if work.lost and isinstance(work.change, Delete):
+        if work.lost and (isinstance(work.change, Delete) or work.change.expect is ANY):
             work.done(work.unknown("the answer was lost, and it is gone now"))
         elif work.guarded_by_token and work.change.expect is ANY:
             work.seen = None
         else:
-            error = work.not_found()
-            error.outcome_unknown = work.lost
-            work.done(error)
+            work.done(work.not_found())
 
-    def _race_lost(self, work: Work, item: Attributes) -> StorageError | None:
+    def _race_lost(self, work: Work, item: Attributes | Unknown) -> StorageError | None:
         seen = work.seen
+        assert isinstance(item, dict), "there is one"
         if isinstance(seen, dict) and token_of(seen) == token_of(item):
             work.whole = True  # it is the weight that does not fit
         elif work.lost:
             work.done(work.unknown("the answer was lost, and others wrote since"))
             return None
+        elif work.recalled:
+            self._recent.was_wrong()
+            work.recalled = False
+            item = UNKNOWN  # without a guess it need not win a race
         work.seen = item
         return None
 
@@ -447,16 +497,16 @@ class Writes:
 
     async def _upsert(self, work: Work) -> StorageError | None:
         """A save that expects nothing, by the one request that inserts or replaces."""
+        work.left = None
         work.upserts = work.whole = False  # where it does not come through, it goes the usual way
         try:
             answer = await self._client.call("UpdateItem", upsert_item(work))
         except ConditionFailed:
-            work.whole = True  # there is no version after the stored one
+            work.whole = True  # another declaration wrote it, or its version is the last there is
             return None
-        except ConcurrencyConflictError as exc:
-            return exc
         except StorageError as exc:
             return self._failed(work, exc)
+        work.left = _left(work, answer["Attributes"])
         work.done(version_of(answer["Attributes"]))
         return None
 
@@ -465,19 +515,18 @@ class Writes:
     async def _write_whole(self, work: Work) -> StorageError | None:
         """Read, change here, and write under the condition that nobody else did."""
         change = work.change
+        work.left = None
         try:
             if isinstance(work.seen, Unknown) or not _is_whole(work):
-                work.seen = await self._reading.item(change.key)
-                if work.lost:
-                    self._settle_lost(work, work.seen)
-                    if work.is_done:
-                        return None
-            current = None if work.seen is None else work.form.entity(work.seen)
-            if work.lost and work.seen is not None and work.is_own(work.seen):
-                work.done(version_of(work.seen))
+                self._saw(work, await self._reading.item(change.key))
+                if work.is_done:
+                    return None
+            seen = cast("Attributes | None", work.seen)
+            if work.lost and seen is not None and work.is_own(seen):
+                work.done(version_of(seen))
                 return None
-            entity = changed(change, current)
-            if isinstance(change, Delete) and work.seen is None:
+            entity = changed(change, None if seen is None else work.form.entity(seen))
+            if isinstance(change, Delete) and seen is None:
                 work.done(None)
                 return None
             await self._replace(work, entity)
@@ -546,6 +595,7 @@ class Writes:
         """
         await self._tables.ensure(change.key.collection)
         work = self._work(change)
+        self._recent.drop(work.table, change.key.id)
         backoff = Backoff(self._seconds)
         while True:
             try:
@@ -556,8 +606,9 @@ class Writes:
             except ConditionFailed as exc:
                 if exc.item is None:
                     raise work.not_found() from exc
-                if work.lost and work.is_own(exc.item):
-                    return version_of(exc.item)
+                if exc.item.get(FORM) != work.form.mark:
+                    await self._bring_into_form(work, exc.item)
+                    continue
                 if not _was_the_weight(work, exc.item):
                     raise _unmet(work, exc.item) from exc
                 work.seen = exc.item
@@ -571,17 +622,51 @@ class Writes:
             except UnavailableError as exc:
                 if not left_nothing(exc):
                     # The condition may hold still, or again: sent twice, it could land twice.
-                    item = await self._reading.item(change.key)
-                    if item is not None and work.is_own(item):
-                        return version_of(item)
-                    raise work.unknown(f"the answer was lost: {exc}") from exc
+                    return await self._own_version(work, exc)
                 if not await backoff.pause():
                     raise
+
+    async def _bring_into_form(self, work: Work, item: Attributes) -> None:
+        """Have an item that another declaration or program wrote as this one writes it."""
+        key = work.change.key
+        token = token_of(item) or new_token()
+        new = work.form.item(key.id, work.form.entity(item), version_of(item), token)
+        request = {"TableName": work.table, "Item": new, **unchanged(work.form, item)}
+        # It is the same entity: late or twice, it changes nothing.
+        with suppress(ConditionFailed):
+            await self._client.read("PutItem", request)
+
+    async def _own_version(self, work: Work, lost: UnavailableError) -> int:
+        """The version that a write left of which the answer was lost.
+
+        Raises:
+            UnavailableError: it left none, or nobody can tell; `outcome_unknown`.
+        """
+        try:
+            item = await self._reading.item(work.change.key)
+        except StorageError as exc:
+            raise work.unknown(f"the answer was lost, and then: {exc}") from exc
+        if item is not None and work.is_own(item):
+            return version_of(item)
+        raise work.unknown(f"the answer was lost: {lost}") from lost
 
 
 def _inserts(work: Work) -> bool:
     """Whether what was just sent for it was an insert."""
     return work.change.expect is ABSENT or (work.seen is None and isinstance(work.change, Put))
+
+
+def _left(work: Work, item: Attributes) -> Left | None:
+    """What a write leaves that sets this; the version is in it, or known."""
+    version = version_of(item) if work.new_version is None else work.new_version
+    return Left(version, work.token, int(item[WEIGHT]["N"])) if WEIGHT in item else None
+
+
+def _known_weight(work: Work) -> int:
+    """What the item weighs at most; more than any may where that is not known."""
+    seen = work.seen
+    weight = seen.get(WEIGHT) if isinstance(seen, dict) and work.guarded_by_token else None
+    return MAX_ENTITY_BYTES + 1 if weight is None else int(weight["N"])
 
 
 def _difference(
@@ -632,6 +717,10 @@ def _unmet(work: Work, item: Attributes) -> StorageError:
     )
 
 
+def _is_older(item: Attributes, than: str) -> bool:
+    return bool(item.get(UPDATED_AT, {}).get("S", than) < than)
+
+
 def _is_whole(work: Work) -> bool:
     """Whether what was seen is the whole item: a look reads its version and token alone."""
     return work.seen is None or (isinstance(work.seen, dict) and "doc" in work.seen)
@@ -650,8 +739,6 @@ def _stale(work: Work, item: Attributes) -> StorageError:
     try:
         check(change.key, expected, actual, work.form.entity(item))
     except StorageError as exc:
-        # One version further, it was somebody else's write; beyond that, ours may be among them.
-        exc.outcome_unknown = work.lost and actual > expected + 1
         return exc
     raise AssertionError("the versions differ")
 
