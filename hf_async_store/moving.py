@@ -27,7 +27,7 @@ from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session
+from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session, pieces_of
 from hf_async_store.entities import (
     VERSION,
     Change,
@@ -313,6 +313,12 @@ class Moving:
         side = await self.current()
         async with aclosing(self.engine_of(side).select(query)) as records:
             async for each in records:
+                yield each
+
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        side = await self.current()
+        async with aclosing(pieces_of(self.engine_of(side), query)) as pieces:
+            async for each in pieces:
                 yield each
 
     async def count(self, query: Query) -> int:

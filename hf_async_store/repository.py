@@ -24,6 +24,7 @@ from collections.abc import (
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar, cast
 
+from hf_async_store.engine import gathered
 from hf_async_store.entities import (
     ABSENT,
     ANY,
@@ -115,6 +116,9 @@ class RepositoryInterface(ABC):
 
     @abstractmethod
     async def _count(self, query: Query) -> int: ...
+
+    def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return gathered(self._select(query))
 
     # -- one entity --------------------------------------------------------------------------
 
@@ -463,14 +467,18 @@ class RepositoryInterface(ABC):
         )
         # One more than asked tells whether there is a next page.
         ahead = query.with_limit(limit + 1)
-        async with within(timeout), aclosing(self._select(ahead)) as records:
-            found = [each async for each in records]
+        found: list[Entity] = []
+        async with within(timeout), aclosing(self._select_pieces(ahead)) as pieces:
+            async for each in pieces:
+                found += each
         more = len(found) > limit
-        page = found[:limit]
-        last = page[-1] if more else None
+        del found[limit:]
+        last = found[-1] if more else None
         return Page(
-            [project(each.entity, query.fields) for each in page],
-            None if last is None else encode_cursor(query, last.key.id, last.entity),
+            found if query.fields is None else [project(each, query.fields) for each in found],
+            None
+            if last is None
+            else encode_cursor(query, cast("str", last[declared.key]), last),
         )
 
     async def count_entities(

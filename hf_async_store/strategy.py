@@ -10,17 +10,26 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, finish
+from hf_async_store.engine import (
+    Capabilities,
+    Engine,
+    Isolation,
+    Plan,
+    Reader,
+    finish,
+    pieces_of,
+)
 from hf_async_store.entities import (
     HOST_FACTORY,
     Change,
     Collection,
+    Entity,
     Key,
     Outcome,
     Record,
@@ -196,6 +205,11 @@ class StorageStrategy(RepositoryInterface):
                 yield record
         finally:
             await records.aclose()
+
+    async def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        async with aclosing(pieces_of(self._usable(), query)) as pieces:
+            async for each in pieces:
+                yield each
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from hf_async_store.engine import pieces_of
 from hf_async_store.entities import Entity, Key, Record
 from hf_async_store.migration.digest import Digest, canonical
 from hf_async_store.query import build_query
@@ -128,14 +129,10 @@ async def digest_of(
 ) -> Digest:
     """The digest of a collection, read through."""
     digest = Digest()
-    told = 0
-    async with aclosing(reader.select(build_query(declared))) as records:
-        async for record in records:
-            digest.add(canonical(record.entity))
-            if not digest.count % _PIECE:
-                advance(_PIECE)
-                told = digest.count
-    advance(digest.count - told)
+    async with aclosing(pieces_of(reader, build_query(declared))) as pieces:
+        async for piece in pieces:
+            digest.add_all(map(canonical, piece))
+            advance(len(piece))
     return digest
 
 

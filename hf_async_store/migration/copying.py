@@ -50,8 +50,7 @@ async def batches_of(
     number = 0
     while True:
         page = await source.query_page(collection, limit=size, cursor=cursor)
-        for each in page.items:
-            digest.add(canonical(each))
+        digest.add_all(map(canonical, page.items))
         number += 1
         cursor = page.cursor
         if page.items:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
+from hf_async_store.engine import pieces_of
 from hf_async_store.entities import INT_MAX, Collection, Entity, Schema
 from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
 from hf_async_store.migration.digest import Digest, canonical
@@ -165,13 +166,12 @@ class _Writing:
         declared = self._schema[name]
         query = build_query(declared, order_by=declared.key if sort else None)
         self._lines.append(msgspec.json.encode(name))
-        lines, add = self._lines, digest.add
-        async with aclosing(reader.select(query)) as records:
-            async for record in records:
-                text = canonical(record.entity)
-                add(text)
-                lines.append(text)
-                self._size += len(text)
+        async with aclosing(pieces_of(reader, query)) as pieces:
+            async for piece in pieces:
+                texts = list(map(canonical, piece))
+                digest.add_all(texts)
+                self._lines += texts
+                self._size += sum(map(len, texts))
                 if self._size >= _PIECE:
                     await self._flush()
 

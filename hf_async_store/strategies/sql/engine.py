@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.engine import Isolation, Plan, Reader
-from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Schema, Value
+from hf_async_store.entities import (
+    Change,
+    Collection,
+    Entity,
+    Key,
+    Outcome,
+    Record,
+    Schema,
+    Value,
+)
 from hf_async_store.errors import (
     BrokenReferenceError,
     ConcurrencyConflictError,
@@ -147,6 +156,19 @@ class SQLEngine:
                 return
         for each in found:
             yield each
+
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `ReadsInPieces`."""
+        table = self.tables[query.collection]
+        async with self._reading() as lease:
+            found = await reading.small(lease, table, query)
+            if found is None:
+                async with aclosing(reading.pieces(lease, table, query)) as pieces:
+                    async for each in pieces:
+                        yield each
+                return
+        if found:
+            yield [each.entity for each in found]
 
     async def count(self, query: Query) -> int:
         async with self._reading() as lease:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
+from hf_async_store.engine import gathered
 from hf_async_store.entities import Entity, Key, Record
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
@@ -41,6 +42,20 @@ async def records(lease: Lease, table: Table, query: Query) -> AsyncGenerator[Re
                 count += 1
                 if count == query.limit:
                     return
+
+
+async def pieces(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list[Entity], None]:
+    """The entities that `records` gives, in pieces."""
+    compiled = compile_query(table, query)
+    if query.limit is not None or compiled.sorted_here:
+        async with aclosing(gathered(records(lease, table, query))) as found:
+            async for each in found:
+                yield each
+        return
+    async with aclosing(_entities(lease, table, query, compiled)) as rows:
+        async for piece in rows:
+            if piece:
+                yield [entity for _, entity in piece]
 
 
 async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None:
