@@ -538,8 +538,11 @@ class Collection:
         key = self.key_of(data[self.key])
         return key, self._whole(self._copied(data))
 
-    def stored(self, data: Entity) -> tuple[Key, Entity]:
+    def stored(self, data: Entity, size: int) -> tuple[Key, Entity]:
         """As `entity`, of one that came out of a store: its values are portable, and are not copied.
+
+        Args:
+            size: of its JSON in bytes.
 
         Raises:
             InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
@@ -547,7 +550,7 @@ class Collection:
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
         key = self.key_of(data[self.key])
-        if len(msgspec.json.encode(data)) > _LIGHT_BYTES:
+        if size > _LIGHT_BYTES:
             check_size(data)
         return key, self._whole(self._checked(dict(data)))
 

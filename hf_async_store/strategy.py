@@ -198,6 +198,13 @@ class StorageStrategy(RepositoryInterface):
         self._usable()
         return await self._writes.submit(changes, timeout)
 
+    async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
+        # Not through the coalescer, whose batches would cut these in two: while one is written,
+        # the next is made ready.
+        self._usable()
+        engine = self._engine if self._moving is None else self._moving
+        return await engine.write_each(changes)
+
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         records = self._usable().select(query)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from hf_async_store.engine import Capabilities, Isolation, Plan
 from hf_async_store.entities import Value
@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from hf_async_store.errors import StorageError
     from hf_async_store.strategies.sql.compiler import Arguments, SortPart
     from hf_async_store.strategies.sql.tables import Kind
+
+
+class Bulk(Protocol):
+    """Statements that write many rows, and return nothing but how many."""
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        """How so many rows are cut: so many rows in a statement, so many times."""
+        ...
+
+    def values(self, columns: int, rows: int) -> str:
+        """`Dialect.source`, of rows whose every column is a parameter."""
+        ...
+
+    async def run(self, driver: Any, sql: str, blocks: Sequence[Sequence[object]]) -> int:
+        """Run a statement for each block of parameters; how many rows were written."""
+        ...
 
 
 class Dialect(ABC):
@@ -41,6 +57,9 @@ class Dialect(ABC):
 
     batches_commit_together: ClassVar[bool]
     """Whether the statements of one batch of independent changes share a transaction."""
+
+    bulk: ClassVar[Bulk | None]
+    """How imports get statements of their own; None where those of any write do as well."""
 
     inline_references: ClassVar[bool]
     """Whether a table is made with its foreign keys, which then cannot be added or dropped."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
 _PIECE: Final = 256
 _BLOCK: Final = 250
+_BLOCKS: Final = (_BLOCK, 50, 10, 1)
 _MOST_PARAMETERS: Final = 32_766
 _INNER_WAIT_MS: Final = 20
 """How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
@@ -62,6 +63,36 @@ class _Untyped(UserDefinedType[Any]):
         return "BLOB"
 
 
+class _Blocks:
+    """Imports as parameters, up to 250 rows in a statement.
+
+    It returns no rows: for each, the thread of the connection would wait for its turn, of which it
+    gets few while the loop makes the next batch.
+    """
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        found = []
+        for size in _BLOCKS:
+            if times := rows // size:
+                found.append((size, times))
+            rows %= size
+        return found
+
+    def values(self, columns: int, rows: int) -> str:
+        numbers = itertools.count(1)
+        values = ", ".join(
+            f"({', '.join(f'?{next(numbers)}' for _ in range(columns))})" for _ in range(rows)
+        )
+        parts = [f"column{n + 1} AS c{n}" for n in range(columns)]
+        return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
+
+    async def run(
+        self, driver: aiosqlite.Connection, sql: str, blocks: Sequence[Sequence[object]]
+    ) -> int:
+        async with driver.executemany(sql, blocks) as cursor:
+            return cursor.rowcount
+
+
 class SQLite(Dialect):
     """The dialect of one file.
 
@@ -75,6 +106,7 @@ class SQLite(Dialect):
     gains_by_readers = False
     needs_transactions = False
     batches_commit_together = True
+    bulk = _Blocks()
     inline_references = True
     to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
     from_column = MappingProxyType({"boolean": bool, "json": decode_json})
@@ -292,12 +324,7 @@ class SQLite(Dialect):
 
     def source(self, kinds: Sequence[Kind], rows: int) -> str:
         if _as_parameters(kinds, rows):
-            numbers = itertools.count(1)
-            values = ", ".join(
-                f"({', '.join(f'?{next(numbers)}' for _ in kinds)})" for _ in range(rows)
-            )
-            parts = [f"column{n + 1} AS c{n}" for n in range(len(kinds))]
-            return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
+            return self.bulk.values(len(kinds), rows)
         parts = [f"{_member(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
         return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import msgspec
@@ -91,7 +92,14 @@ class Table:
         self.names = tuple(each.name for each in self.fields)
         references = {f"t.{quoted(each.name)}" for each in collection.references}
         self.whole = frozenset({f"t.{self.key}", *references})
-        self._stored = tuple((each.name, dialect.to_column.get(each.type)) for each in self.fields)
+        self._blank: Entity = dict.fromkeys(self.names)
+        self._columns_of = itemgetter(*self.names)  # at least the key and two timestamps
+        self._places = {name: place for place, name in enumerate(self.names)}
+        self._converting = tuple(
+            (place, each.name, dialect.to_column[each.type])
+            for place, each in enumerate(self.fields)
+            if each.type in dialect.to_column
+        )
         self._loaded = tuple(
             (each.name, dialect.from_column[each.type])
             for each in self.fields
@@ -113,25 +121,26 @@ class Table:
 
     def row(self, entity: Entity) -> list[object]:
         """An entity without version in storage form: its columns, `doc`, `_side`."""
-        row: list[object] = []
+        # Every write goes through here, so most of it is left to C: all columns at once, then those
+        # that are not as they are given.
+        whole = {**self._blank, **entity}
+        row: list[object] = list(self._columns_of(whole))
         side: dict[str, str | None] = {}
-        seen = 0
-        for name, convert in self._stored:
-            value: object = entity.get(name)
-            if value is None:
-                if name in entity:
-                    seen += 1
-                    value = self._null(name, side)
-            else:
-                seen += 1
-                if convert is not None:
-                    value = self._converted(name, cast("Value", value), side)
-            row.append(value)
-        if seen == len(entity):
+        for place, name, convert in self._converting:
+            value = row[place]
+            if value is not None:
+                row[place], exact = convert(value)
+                if not exact:
+                    side[name] = encode_json(value).decode()
+        if None in entity.values():
+            for name, value in entity.items():
+                if value is None and name in self._places:
+                    row[self._places[name]] = self._null(name, side)
+        if len(whole) == len(self._blank):
             row.append(None)
         else:
-            declared = self.collection.fields
-            row.append(self._document({n: v for n, v in entity.items() if n not in declared}, side))
+            others = {n: v for n, v in entity.items() if n not in self._places}
+            row.append(self._document(others, side))
         row.append(encode_json(side).decode() if side else None)
         return row
 
