@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 
 class Bulk(Protocol):
-    """Statements that write many rows, and return nothing but how many."""
+    """Statements that write many rows, and return nothing but how many.
+
+    Attributes:
+        before, after: what is run around a transaction of them, however it ends.
+    """
+
+    before: str
+    after: str
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """How so many rows are cut: so many rows in a statement, so many times."""

@@ -193,7 +193,7 @@ class SQLEngine:
         puts = self.writer.imports_in(changes)
         if puts is not None:
             rows = await self.writer.import_rows(puts)
-            async with self.writing() as lease, lease.transaction():
+            async with self.writing() as lease, lease.bulk():
                 done = await self.writer.imported(lease, puts[0].key.collection, rows)
             if done:
                 return [each.version for each in puts]
