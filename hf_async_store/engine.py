@@ -9,7 +9,16 @@ from typing import Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkab
 
 import msgspec
 
-from hf_async_store.entities import Change, Collection, Entity, Key, Outcome, Record, Value
+from hf_async_store.entities import (
+    Change,
+    Collection,
+    Entity,
+    Key,
+    Outcome,
+    Record,
+    Value,
+    canonical,
+)
 from hf_async_store.query import Query
 
 Isolation: TypeAlias = Literal["serializable", "repeatable_read", "read_committed"]
@@ -120,6 +129,15 @@ class ReadsInPieces(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """A reader that makes the canonical texts of entities with less work than the entities."""
+
+    def texts(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        """As `ReadsInPieces.pieces`, `entities.canonical` of each."""
+        ...
+
+
 class Session(Reader, Protocol):
     """Everything written in it lands, or nothing does. Reads see its writes.
 
@@ -216,6 +234,18 @@ async def pieces_of(reader: Reader, query: Query) -> AsyncGenerator[list[Entity]
     async with aclosing(gathered(reader.select(query))) as pieces:
         async for each in pieces:
             yield each
+
+
+async def texts_of(reader: Reader, query: Query) -> AsyncGenerator[list[bytes], None]:
+    """The canonical texts of the entities that `select` gives, in pieces, of any reader."""
+    if isinstance(reader, ReadsTexts):
+        async with aclosing(reader.texts(query)) as texts:
+            async for each in texts:
+                yield each
+        return
+    async with aclosing(pieces_of(reader, query)) as pieces:
+        async for piece in pieces:
+            yield list(map(canonical, piece))
 
 
 async def gathered(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[Entity], None]:

@@ -10,7 +10,7 @@ to make, which counts where every single operation makes two of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from enum import Enum
 from math import isfinite
@@ -34,6 +34,9 @@ from hf_async_store.errors import (
 Value: TypeAlias = "None | bool | int | float | str | list[Value] | dict[str, Value]"
 Entity: TypeAlias = dict[str, Value]
 FieldType: TypeAlias = Literal["text", "integer", "number", "boolean", "timestamp", "json"]
+
+canonical: Final[Callable[[object], bytes]] = msgspec.json.Encoder(order="sorted").encode
+"""The text of an entity, one to one: by it entities are compared, hashed and backed up."""
 
 # -- the portable value domain --------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from hf_async_store.engine import pieces_of
-from hf_async_store.entities import Entity, Key, Record
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.engine import texts_of
+from hf_async_store.entities import Entity, Key, Record, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.query import build_query
 
 if TYPE_CHECKING:
@@ -129,10 +129,10 @@ async def digest_of(
 ) -> Digest:
     """The digest of a collection, read through."""
     digest = Digest()
-    async with aclosing(pieces_of(reader, build_query(declared))) as pieces:
-        async for piece in pieces:
-            digest.add_all(map(canonical, piece))
-            advance(len(piece))
+    async with aclosing(texts_of(reader, build_query(declared))) as pieces:
+        async for texts in pieces:
+            digest.add_all(texts)
+            advance(len(texts))
     return digest
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
-from hf_async_store.entities import Entity
+from hf_async_store.entities import Entity, canonical
 from hf_async_store.errors import BatchError, BrokenReferenceError, StorageError
 from hf_async_store.migration.checkpoint import Progress
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merging import Merged, MergeRule, put
 
 if TYPE_CHECKING:

@@ -7,16 +7,9 @@ keys, which is no part of a value, is gone. `version` and the timestamps are par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Final
-
-import msgspec
-
-from hf_async_store.entities import Entity
-
-canonical: Final[Callable[[Entity], bytes]] = msgspec.json.Encoder(order="sorted").encode
-"""The text of an entity by which it is compared, hashed and backed up."""
 
 _BYTES: Final = 32
 _MODULUS: Final = 1 << (8 * _BYTES)

@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import ABSENT, UPDATED_AT, VERSION, Entity, Expect
+from hf_async_store.entities import ABSENT, UPDATED_AT, VERSION, Entity, Expect, canonical
 from hf_async_store.errors import (
     AlreadyExistsError,
     BatchError,
@@ -16,7 +16,6 @@ from hf_async_store.errors import (
     MigrationError,
     StorageError,
 )
-from hf_async_store.migration.digest import canonical
 from hf_async_store.repository import RepositoryInterface
 
 MergeRule: TypeAlias = Literal["keep", "replace", "newest"]

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
-from hf_async_store.engine import pieces_of
+from hf_async_store.engine import texts_of
 from hf_async_store.entities import INT_MAX, Collection, Entity, Schema
 from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.query import build_query
 
@@ -166,9 +166,8 @@ class _Writing:
         declared = self._schema[name]
         query = build_query(declared, order_by=declared.key if sort else None)
         self._lines.append(msgspec.json.encode(name))
-        async with aclosing(pieces_of(reader, query)) as pieces:
-            async for piece in pieces:
-                texts = list(map(canonical, piece))
+        async with aclosing(texts_of(reader, query)) as pieces:
+            async for texts in pieces:
                 digest.add_all(texts)
                 self._lines += texts
                 self._size += sum(map(len, texts))

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.engine import gathered
-from hf_async_store.entities import Entity, Key, Record
+from hf_async_store.entities import Entity, Key, Record, canonical
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
 from hf_async_store.strategies.sql.tables import Table
@@ -56,6 +56,21 @@ async def pieces(lease: Lease, table: Table, query: Query) -> AsyncGenerator[lis
         async for piece in rows:
             if piece:
                 yield [entity for _, entity in piece]
+
+
+async def texts(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list[bytes], None]:
+    """The canonical texts of the entities that `records` gives, in pieces."""
+    compiled = compile_query(table, query, table.text_selected)
+    if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
+        async with aclosing(lease.pieces(compiled.sql, compiled.args)) as found:
+            async for rows in found:
+                for start in range(0, len(rows), _PIECE):
+                    yield table.texts(rows[start : start + _PIECE])
+                    await asyncio.sleep(0)
+        return
+    async with aclosing(pieces(lease, table, query)) as entities:
+        async for piece in entities:
+            yield list(map(canonical, piece))
 
 
 async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None:

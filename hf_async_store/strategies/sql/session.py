@@ -46,6 +46,14 @@ class SQLReader:
             async for each in pieces:
                 yield each
 
+    async def texts(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        """See `ReadsTexts`."""
+        lease = await self._begun()
+        table = self._engine.tables[query.collection]
+        async with aclosing(reading.texts(lease, table, query)) as texts:
+            async for each in texts:
+                yield each
+
     async def count(self, query: Query) -> int:
         return await reading.count(
             await self._begun(), self._engine.tables[query.collection], query

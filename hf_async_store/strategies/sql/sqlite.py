@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
 _PIECE: Final = 256
+_PIECE_BYTES: Final = 1 << 20
+_MOST_ROWS: Final = 4096
+"""So many rows at most come with one turn of the connection's thread; fewer where they are heavy."""
+_FEW: Final = 16
 _BLOCK: Final = 250
 _BLOCKS: Final = (_BLOCK, 50, 10, 1)
 _LOG_PAGES: Final = 1000  # SQLite's own default
@@ -227,8 +231,10 @@ class SQLite(Dialect):
             yield await self.rows(driver, sql, args)
             return
         async with driver.execute(sql, args) as cursor:
-            while rows := await cursor.fetchmany(_PIECE):
-                yield cast("Sequence[Sequence[Any]]", rows)
+            size = _PIECE
+            while rows := cast("Sequence[Sequence[Any]]", await cursor.fetchmany(size)):
+                yield rows
+                size = min(max(_PIECE_BYTES // _heaviest(rows), 1), _MOST_ROWS)
 
     async def begin(self, driver: aiosqlite.Connection, isolation: Isolation | None) -> Any:
         if driver.in_transaction:
@@ -477,6 +483,12 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _heaviest(rows: Sequence[Sequence[Any]]) -> int:
+    """About the bytes of the heaviest of some rows: of a few of them, for all are much alike."""
+    few = rows[:: 1 + len(rows) // _FEW]
+    return max(1, *(sum(len(each) for each in row if type(each) is str) for row in few))
 
 
 def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import VERSION, Collection, Entity, Field, Removed, Value
+from hf_async_store.entities import (
+    VERSION,
+    Collection,
+    Entity,
+    Field,
+    Removed,
+    Value,
+    canonical,
+)
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -30,6 +38,9 @@ Kind: TypeAlias = str
 
 # Columns that PostgreSQL has in every table, and names that SQLite keeps for itself.
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
+
+_NULL: Final = msgspec.Raw(b"null")
+"""A null that is there."""
 
 encode_json: Final = msgspec.json.encode
 decode_json: Final = msgspec.json.decode
@@ -106,6 +117,23 @@ class Table:
             if each.type in dialect.from_column
         )
         self.selected = self.selection(self.fields, doc=True)
+        self._text_names = tuple(sorted([*self.names, VERSION]))
+        self._text_places = {name: place for place, name in enumerate(self._text_names)}
+        self._text_loaded = tuple(
+            (self._text_places[name], convert) for name, convert in self._loaded
+        )
+        # A name whose value is None is left out of the text.
+        self._text_form = msgspec.defstruct(
+            "Row", [(name, object, None) for name in self._text_names], omit_defaults=True, gc=False
+        )
+        columns = [
+            dialect.read(f"t.{quoted(each)}", collection.fields[each].type)
+            if each in collection.fields
+            else f"t.{VERSION}"
+            for each in self._text_names
+        ]
+        json = [dialect.read(f"t.{each}", "json") for each in (DOC, SIDE)]
+        self.text_selected = ", ".join([*columns, *json])
         source = f"SELECT {self.selected} FROM {self.name} AS t WHERE"
         self.fetch_one = f"{source} t.{self.key} = {dialect.parameter(1, 'text')}"
         self.fetch_many = f"{source} {dialect.one_of_ids(f't.{self.key}')}"
@@ -212,15 +240,52 @@ class Table:
             for name, value in zip(names or self.names, cast("Sequence[Value]", row), strict=False)
             if value is not None
         }
+        doc, side, version = row[-3:]
+        self._complete(entity, doc, side, names)
+        entity[VERSION] = cast("int", version)
+        return entity
+
+    def _complete(
+        self, entity: Entity, doc: object, side: object, names: Sequence[str] | None = None
+    ) -> None:
+        """Make an entity of what its columns hold."""
         for name, convert in self._loaded:
             if name in entity:
                 entity[name] = convert(cast("str", entity[name]))
-        doc, side, version = row[-3:]
         if doc is not None:
             entity.update(decode_json(cast("str", doc)))
         if side is not None:
             for name, text in decode_json(cast("str", side)).items():
                 if names is None or name in names or name not in self.collection.fields:
                     entity[name] = None if text is None else decode_json(text)
-        entity[VERSION] = cast("int", version)
-        return entity
+
+    def texts(self, rows: Iterable[Sequence[object]]) -> list[bytes]:
+        """The canonical texts of the entities of rows that a SELECT of `text_selected` gave.
+
+        Most rows become texts without becoming entities first: their columns lie in the order of
+        the names.
+        """
+        form, places, loaded = self._text_form, self._text_places, self._text_loaded
+        texts: list[bytes] = []
+        for row in rows:
+            *values, doc, side = row
+            if doc is not None:
+                entity: Entity = {
+                    name: value
+                    for name, value in zip(
+                        self._text_names, cast("list[Value]", values), strict=True
+                    )
+                    if value is not None
+                }
+                self._complete(entity, doc, side)
+                texts.append(canonical(entity))
+                continue
+            for place, convert in loaded:
+                if values[place] is not None:
+                    value = convert(cast("str", values[place]))
+                    values[place] = _NULL if value is None else value
+            if side is not None:
+                for name, text in decode_json(cast("str", side)).items():
+                    values[places[name]] = _NULL if text is None else decode_json(text)
+            texts.append(canonical(form(*values)))
+        return texts
