@@ -39,6 +39,7 @@ Kind: TypeAlias = str
 # Columns that PostgreSQL has in every table, and names that SQLite keeps for itself.
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 
+_MOST_NULLS: Final = 256
 _NULL: Final = msgspec.Raw(b"null")
 """A null that is there."""
 
@@ -122,10 +123,16 @@ class Table:
         self._text_loaded = tuple(
             (self._text_places[name], convert) for name, convert in self._loaded
         )
-        # A name whose value is None is left out of the text.
+        self._text_nulls: dict[str, tuple[int, ...]] = {}
+        # A name whose value is None is left out of the text, and so are doc and side.
         self._text_form = msgspec.defstruct(
-            "Row", [(name, object, None) for name in self._text_names], omit_defaults=True, gc=False
+            "Row",
+            [(name, object, None) for name in (*self._text_names, DOC, SIDE)],
+            omit_defaults=True,
+            gc=False,
         )
+        # Its names are in order; only in what is JSON itself there are more.
+        self._text_encode = canonical if "json" in self.kinds else encode_json
         columns = [
             dialect.read(f"t.{quoted(each)}", collection.fields[each].type)
             if each in collection.fields
@@ -265,27 +272,50 @@ class Table:
         Most rows become texts without becoming entities first: their columns lie in the order of
         the names.
         """
-        form, places, loaded = self._text_form, self._text_places, self._text_loaded
+        form, loaded, encode = self._text_form, self._text_loaded, self._text_encode
+        nulls = self._text_nulls
         texts: list[bytes] = []
         for row in rows:
-            *values, doc, side = row
-            if doc is not None:
-                entity: Entity = {
-                    name: value
-                    for name, value in zip(
-                        self._text_names, cast("list[Value]", values), strict=True
-                    )
-                    if value is not None
-                }
-                self._complete(entity, doc, side)
-                texts.append(canonical(entity))
+            if row[-2] is not None:
+                texts.append(self._text_with_doc(row))
                 continue
+            side = cast("str | None", row[-1])
+            if side is None and not loaded:
+                texts.append(encode(form(*row)))
+                continue
+            values = list(row)
             for place, convert in loaded:
                 if values[place] is not None:
                     value = convert(cast("str", values[place]))
                     values[place] = _NULL if value is None else value
             if side is not None:
-                for name, text in decode_json(cast("str", side)).items():
-                    values[places[name]] = _NULL if text is None else decode_json(text)
-            texts.append(canonical(form(*values)))
+                values[-1] = None
+                places = nulls.get(side)
+                if places is None:
+                    self._put_side(values, side)
+                else:
+                    for place in places:
+                        values[place] = _NULL
+            texts.append(encode(form(*values)))
         return texts
+
+    def _text_with_doc(self, row: Sequence[object]) -> bytes:
+        *values, doc, side = row
+        entity: Entity = {
+            name: value
+            for name, value in zip(self._text_names, cast("list[Value]", values), strict=True)
+            if value is not None
+        }
+        self._complete(entity, doc, side)
+        return canonical(entity)
+
+    def _put_side(self, values: list[object], side: str) -> None:
+        places = []
+        texts = decode_json(side)
+        for name, text in texts.items():
+            place = self._text_places[name]
+            values[place] = _NULL if text is None else decode_json(text)
+            places.append(place)
+        # Most say only what is null, and the same as many others.
+        if len(self._text_nulls) < _MOST_NULLS and set(texts.values()) == {None}:
+            self._text_nulls[side] = tuple(places)
