@@ -40,7 +40,7 @@ FORMAT_VERSION: Final = 1
 _GZIP: Final = 31
 _MAGIC: Final = b"\x1f\x8b"
 _LEVEL: Final = 6
-_PIECE: Final = 1 << 21
+_PIECE: Final = 1 << 19
 """How much text is compressed, or unpacked, in one go."""
 
 _READ: Final = 1 << 18
