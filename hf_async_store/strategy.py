@@ -174,9 +174,19 @@ class StorageStrategy(RepositoryInterface):
         )
         return other._engine
 
-    async def _refuse_moving(self, what: str) -> None:
+    @asynccontextmanager
+    async def _around(self, what: str) -> AsyncGenerator[None, None]:
+        """A write that only this engine has: see `Moving.around`."""
+        if self._moving is None:
+            yield
+            return
+        async with self._moving.around(what):
+            yield
+
+    async def _refuse_elsewhere(self, what: str) -> None:
+        """Before a read that only this engine has: see `Moving.refuse_elsewhere`."""
         if self._moving is not None:
-            await self._moving.refuse_moving(what)
+            await self._moving.refuse_elsewhere(what)
 
     # -- primitives --------------------------------------------------------------------------
 

@@ -202,9 +202,6 @@ STEPS: Final = ("begun", "copying", "copied", "repaired", "cut", "drained", "fli
 `amid`, with a transaction written and not committed; `marked`, when changes are brought over and
 their marks not taken away; `forgetting`, amid the marks that are taken away at the end."""
 
-RECORDS: Final = {"start": 6, "back": 6, "stop": 4, "finish": 4}
-"""How many changes of records an action makes that nobody disturbs."""
-
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
