@@ -30,7 +30,7 @@ class Bulk(Protocol):
     before: str
     after: str
 
-    def blocks(self, rows: int) -> list[tuple[int, int]]:
+    def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """How so many rows are cut: so many rows in a statement, so many times."""
         ...
 

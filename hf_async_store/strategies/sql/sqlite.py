@@ -81,12 +81,12 @@ class _Blocks:
     before = f"PRAGMA wal_autocheckpoint = {_BULK_LOG_PAGES}"
     after = f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}"
 
-    def blocks(self, rows: int) -> list[tuple[int, int]]:
+    def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
         found = []
         for size in _BLOCKS:
-            if times := rows // size:
+            if size * columns <= _MOST_PARAMETERS and (times := rows // size):
                 found.append((size, times))
-            rows %= size
+                rows %= size
         return found
 
     def values(self, columns: int, rows: int) -> str:

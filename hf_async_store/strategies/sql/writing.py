@@ -253,7 +253,7 @@ class Writer:
         bulk = self._tables[collection].dialect.bulk
         assert bulk is not None, "looked at by `imports_in`"
         start = landed = 0
-        for size, times in bulk.blocks(len(rows)):
+        for size, times in bulk.blocks(len(rows), len(rows[0])):
             ends = range(start + size, start + size * times + 1, size)
             blocks = [list(chain.from_iterable(rows[end - size : end])) for end in ends]
             start = ends[-1]
