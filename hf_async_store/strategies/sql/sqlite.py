@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
 _PIECE: Final = 256
-_PIECE_BYTES: Final = 1 << 20
-_MOST_ROWS: Final = 4096
+_PIECE_BYTES: Final = 1 << 18
+_MOST_ROWS: Final = 1024
 """So many rows at most come with one turn of the connection's thread; fewer where they are heavy."""
 _FEW: Final = 16
 _BLOCK: Final = 250
