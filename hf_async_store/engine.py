@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 
-from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Value
+from hf_async_store.entities import (
+    Change,
+    Collection,
+    Entity,
+    Key,
+    Outcome,
+    Record,
+    Value,
+    canonical,
+)
 from hf_async_store.query import Query
 
 Isolation: TypeAlias = Literal["serializable", "repeatable_read", "read_committed"]
@@ -108,6 +117,27 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsInPieces(Protocol):
+    """A reader that can give many entities at once, which costs less than one by one.
+
+    Not every engine needs it: where each piece is a round trip, it is no gain.
+    """
+
+    def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """As `select`, the entities of the records in pieces of whatever size; none is empty."""
+        ...
+
+
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """A reader that makes the canonical texts of entities with less work than the entities."""
+
+    def texts(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        """As `ReadsInPieces.pieces`, `entities.canonical` of each."""
+        ...
+
+
 class Session(Reader, Protocol):
     """Everything written in it lands, or nothing does. Reads see its writes.
 
@@ -189,6 +219,46 @@ class Engine(Reader, Protocol):
     async def close(self) -> None:
         """Release everything; nothing acknowledged is lost. Called once."""
         ...
+
+
+_PIECE: Final = 512
+
+
+async def pieces_of(reader: Reader, query: Query) -> AsyncGenerator[list[Entity], None]:
+    """The entities that `select` gives, in pieces, of any reader."""
+    if isinstance(reader, ReadsInPieces):
+        async with aclosing(reader.pieces(query)) as pieces:
+            async for each in pieces:
+                yield each
+        return
+    async with aclosing(gathered(reader.select(query))) as pieces:
+        async for each in pieces:
+            yield each
+
+
+async def texts_of(reader: Reader, query: Query) -> AsyncGenerator[list[bytes], None]:
+    """The canonical texts of the entities that `select` gives, in pieces, of any reader."""
+    if isinstance(reader, ReadsTexts):
+        async with aclosing(reader.texts(query)) as texts:
+            async for each in texts:
+                yield each
+        return
+    async with aclosing(pieces_of(reader, query)) as pieces:
+        async for piece in pieces:
+            yield list(map(canonical, piece))
+
+
+async def gathered(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[Entity], None]:
+    """The entities of records, in pieces."""
+    piece: list[Entity] = []
+    async with aclosing(records):
+        async for record in records:
+            piece.append(record.entity)
+            if len(piece) == _PIECE:
+                yield piece
+                piece = []
+    if piece:
+        yield piece
 
 
 async def finish(work: Awaitable[Result]) -> Result:

@@ -10,12 +10,12 @@ to make, which counts where every single operation makes two of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from enum import Enum
 from math import isfinite
 from time import time_ns
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Final, Literal, TypeAlias, cast
 from uuid import UUID
 
@@ -34,6 +34,9 @@ from hf_async_store.errors import (
 Value: TypeAlias = "None | bool | int | float | str | list[Value] | dict[str, Value]"
 Entity: TypeAlias = dict[str, Value]
 FieldType: TypeAlias = Literal["text", "integer", "number", "boolean", "timestamp", "json"]
+
+canonical: Final[Callable[[object], bytes]] = msgspec.json.Encoder(order="sorted").encode
+"""The text of an entity, one to one: by it entities are compared, hashed and backed up."""
 
 # -- the portable value domain --------------------------------------------------------------
 
@@ -270,6 +273,13 @@ def utc_now() -> str:
     return f"{_Clock.text}{fraction:06d}Z"
 
 
+_is_usual_time: Final = re.compile(
+    r"(?!0000)[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+    r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}Z\Z"
+).match
+"""Most timestamps in the fixed form are told by this alone: those of days that every month has."""
+
+
 def parse_timestamp(text: str) -> str | None:
     """The fixed form of an ISO 8601 text; one without a zone is UTC. None if it is no timestamp."""
     try:
@@ -430,7 +440,17 @@ class Collection:
         ConfigurationError: a name that is malformed, reserved, unknown or given twice.
     """
 
-    __slots__ = ("_usual", "fields", "indexes", "key", "name", "references", "required", "typed")
+    __slots__ = (
+        "_times",
+        "_usual",
+        "fields",
+        "indexes",
+        "key",
+        "name",
+        "references",
+        "required",
+        "typed",
+    )
 
     name: str
     key: str
@@ -467,7 +487,16 @@ class Collection:
             {each.name: each for each in declared[1:] if each.type != "json" or each.required}
         )
         # Most values have the usual type of their field, and then need no further look.
-        self._usual = tuple((name, _USUAL.get(each.type)) for name, each in self.typed.items())
+        self._usual = tuple(
+            (name, (_USUAL.get(each.type),) if each.required else (_USUAL.get(each.type), NoneType))
+            for name, each in self.typed.items()
+            if each.type != "timestamp" or each.required
+        )
+        self._times = tuple(
+            name
+            for name, each in self.typed.items()
+            if each.type == "timestamp" and not each.required
+        )
         self._check(declared)
 
     def _check(self, declared: Sequence[Field]) -> None:
@@ -538,8 +567,11 @@ class Collection:
         key = self.key_of(data[self.key])
         return key, self._whole(self._copied(data))
 
-    def stored(self, data: Entity) -> tuple[Key, Entity]:
+    def stored(self, data: Entity, size: int) -> tuple[Key, Entity]:
         """As `entity`, of one that came out of a store: its values are portable, and are not copied.
+
+        Args:
+            size: of its JSON in bytes.
 
         Raises:
             InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
@@ -547,7 +579,7 @@ class Collection:
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
         key = self.key_of(data[self.key])
-        if len(msgspec.json.encode(data)) > LIGHT_BYTES:
+        if size > LIGHT_BYTES:
             check_size(data)
         return key, self._whole(self._checked(dict(data)))
 
@@ -591,9 +623,13 @@ class Collection:
 
     def _checked(self, entity: Entity) -> Entity:
         """The entity with its declared fields as they are stored, in place."""
-        for name, kind in self._usual:
-            if name in entity and type(entity[name]) is not kind:
+        for name, kinds in self._usual:
+            if name in entity and type(entity[name]) not in kinds:
                 entity[name] = self.typed[name].check(entity[name], self.name)
+        for name in self._times:
+            value = entity.get(name)
+            if value is not None and (type(value) is not str or not _is_usual_time(value)):
+                entity[name] = self.typed[name].check(value, self.name)
         return entity
 
 

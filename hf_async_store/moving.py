@@ -27,7 +27,7 @@ from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session
+from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session, pieces_of
 from hf_async_store.entities import (
     VERSION,
     Change,
@@ -322,6 +322,12 @@ class Moving:
             async for each in records:
                 yield each
 
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        side = await self.current()
+        async with aclosing(pieces_of(self.engine_of(side), query)) as pieces:
+            async for each in pieces:
+                yield each
+
     async def count(self, query: Query) -> int:
         return await self.engine_of(await self.current()).count(query)
 
@@ -356,15 +362,50 @@ class Moving:
     def describe(self) -> Mapping[str, Value]:
         return self._home().describe()
 
-    async def refuse_moving(self, what: str) -> None:
-        """Refuse what goes around the engine, and so would get no mark.
+    # -- what goes around the engine ----------------------------------------------------------
+
+    async def refuse_elsewhere(self, what: str) -> None:
+        """Refuse a verb that only this engine has, and that reads what does not count.
+
+        Raises:
+            StoreMovedError: another side counts.
+        """
+        side = await self.current()
+        if side.place is not None:
+            raise not_followed(what, side.place)
+
+    @asynccontextmanager
+    async def around(self, what: str) -> AsyncGenerator[None, None]:
+        """Write what gets no mark, because it does not say what it writes.
 
         Raises:
             StoreMovedError: a move is going on.
+            StorageError: `outcome_unknown`: one began meanwhile, or nobody can tell.
         """
         side = await self.current()
         if side.engine is not None:
-            raise StoreMovedError(f"{what} cannot be used while the store is being moved", "")
+            raise not_followed(what, side.place)
+        yield
+        await self.confirm_around(side, what)
+
+    async def confirm_around(self, side: _Side, what: str) -> None:
+        """Make sure that no move began while something was written around us.
+
+        Raises:
+            StorageError: `outcome_unknown`.
+        """
+        try:
+            while not self.relies_on(side):
+                side = await self.current()
+                if side.engine is not None:
+                    raise UnavailableError(
+                        f"a move of this store began while {what} ran: nobody knows whether what it "
+                        "wrote came along",
+                        retryable=False,
+                    )
+        except StorageError as exc:
+            exc.outcome_unknown = True
+            raise
 
     async def close(self) -> None:
         """Close the engines that a move needed; not that of the store itself."""
@@ -389,6 +430,7 @@ class _MovingSession:
         self._session: Session | None = None
         self._entered = _HOME
         self._changes: list[Change] = []
+        self._around: str | None = None  # what wrote around us
 
     async def __aenter__(self) -> Session:
         # No I/O without a verb: it begins on the side that is known, to be looked at again.
@@ -421,8 +463,11 @@ class _MovingSession:
             await self._context.__aexit__(type(late), late, None)
             raise late
         await self._context.__aexit__(kind, exc, traceback)
-        if exc is None and self._changes and self._side is not None:
-            await self._moving.confirm(self._side, self._changes)
+        if exc is None and self._side is not None:
+            if self._changes:
+                await self._moving.confirm(self._side, self._changes)
+            if self._around is not None:
+                await self._moving.confirm_around(self._side, self._around)
 
     async def _still(self) -> None:
         """Whether the side of this transaction is the authoritative one still.
@@ -462,7 +507,8 @@ class _MovingSession:
         session = await self._begun()
         assert self._side is not None, "begun"
         if self._side.engine is not None:
-            raise StoreMovedError(f"{what} cannot be used while the store is being moved", "")
+            raise not_followed(what, self._side.place)
+        self._around = what
         return session
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -500,6 +546,17 @@ async def own_session(session: Session, what: str) -> Session:
         StoreMovedError: a move is going on, and what goes around us would get no mark.
     """
     return await session.own(what) if isinstance(session, _MovingSession) else session
+
+
+def not_followed(what: str, place: str | None) -> StoreMovedError:
+    """The error of a verb that only one engine has, while the store moves; `place` is what counts,
+    None if that is where it was called."""
+    where = "" if place is None else f"; what counts now is {place}"
+    return StoreMovedError(
+        f"{what} belongs to one engine and does not follow a move, so it is refused while there is "
+        f"one{where}",
+        place or "",
+    )
 
 
 def _marked(changes: Sequence[Change]) -> list[Change]:

@@ -24,7 +24,10 @@ from collections.abc import (
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar, cast
 
+import msgspec
+
 from hf_async_store import columns
+from hf_async_store.engine import gathered
 from hf_async_store.entities import (
     ABSENT,
     ANY,
@@ -119,6 +122,9 @@ class RepositoryInterface(ABC):
 
     @abstractmethod
     async def _count(self, query: Query) -> int: ...
+
+    def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return gathered(self._select(query))
 
     # -- one entity --------------------------------------------------------------------------
 
@@ -342,19 +348,34 @@ class RepositoryInterface(ABC):
         collection: str,
         entities: Iterable[Entity],
         expected_versions: Mapping[str, int | Expect] | None = None,
+        *,
+        sizes: Iterable[int] | None = None,
     ) -> list[int]:
         """`import_entities` of what came out of a store: it is checked against the declarations
-        here, and neither copied nor weighed again."""
+        here, and neither copied nor weighed again.
+
+        Args:
+            sizes: of the JSON of each in bytes, where they are known.
+        """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
 
-        def change(each: Entity) -> Put:
-            key, entity = declared.stored(each)
+        def change(given: tuple[Entity, int]) -> Put:
+            each, size = given
+            key, entity = declared.stored(each, size)
             return Put(key, entity, at, expected.take(key.id), cast("int", each[VERSION]))
 
-        changes = await _pieces(entities, change)
-        return cast("list[int]", await self._many(changes, None))
+        if sizes is None:
+            entities = list(entities)
+            sizes = [len(msgspec.json.encode(each)) for each in entities]
+        changes = await _pieces(zip(entities, sizes, strict=True), change)
+        return cast("list[int]", _results(changes, await self._import(changes)))
+
+    async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
+        """Write whole entities as they are; many at a time, so that waiting for others gains
+        nothing."""
+        return await self._write(changes, None)
 
     async def modify_entity(
         self,
@@ -475,14 +496,16 @@ class RepositoryInterface(ABC):
         )
         # One more than asked tells whether there is a next page.
         ahead = query.with_limit(limit + 1)
-        async with within(timeout), aclosing(self._select(ahead)) as records:
-            found = [each async for each in records]
+        found: list[Entity] = []
+        async with within(timeout), aclosing(self._select_pieces(ahead)) as pieces:
+            async for each in pieces:
+                found += each
         more = len(found) > limit
-        page = found[:limit]
-        last = page[-1] if more else None
+        del found[limit:]
+        last = found[-1] if more else None
         return Page(
-            [project(each.entity, query.fields) for each in page],
-            None if last is None else encode_cursor(query, last.key.id, last.entity),
+            found if query.fields is None else [project(each, query.fields) for each in found],
+            None if last is None else encode_cursor(query, cast("str", last[declared.key]), last),
         )
 
     async def count_entities(
@@ -548,22 +571,25 @@ class RepositoryInterface(ABC):
         """What the verb returns for each: a version, or for a delete whether it was there."""
         if not changes:
             return []
-        outcomes = await self._write(changes, timeout)
-        if set(map(type, outcomes)) == {int} and Delete not in set(map(type, changes)):
-            return cast("list[int]", outcomes)
-        results = [
-            each is not None
-            if isinstance(change, Delete) and not isinstance(each, StorageError)
-            else each
-            for change, each in zip(changes, outcomes, strict=True)
-        ]
-        errors = [each for each in results if isinstance(each, StorageError)]
-        if errors:
-            raise BatchError(
-                f"{len(errors)} of {len(results)} changes failed; the first: {errors[0]}",
-                cast("list[int | bool | StorageError]", results),
-            ) from errors[0]
-        return cast("list[int | bool]", results)
+        return _results(changes, await self._write(changes, timeout))
+
+
+def _results(changes: Sequence[Change], outcomes: Sequence[Outcome]) -> Sequence[int | bool]:
+    if set(map(type, outcomes)) == {int} and Delete not in set(map(type, changes)):
+        return cast("list[int]", outcomes)
+    results = [
+        each is not None
+        if isinstance(change, Delete) and not isinstance(each, StorageError)
+        else each
+        for change, each in zip(changes, outcomes, strict=True)
+    ]
+    errors = [each for each in results if isinstance(each, StorageError)]
+    if errors:
+        raise BatchError(
+            f"{len(errors)} of {len(results)} changes failed; the first: {errors[0]}",
+            cast("list[int | bool | StorageError]", results),
+        ) from errors[0]
+    return cast("list[int | bool]", results)
 
 
 class _Expected:

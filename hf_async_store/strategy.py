@@ -10,17 +10,26 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, finish
+from hf_async_store.engine import (
+    Capabilities,
+    Engine,
+    Isolation,
+    Plan,
+    Reader,
+    finish,
+    pieces_of,
+)
 from hf_async_store.entities import (
     HOST_FACTORY,
     Change,
     Collection,
+    Entity,
     Key,
     Outcome,
     Record,
@@ -165,9 +174,19 @@ class StorageStrategy(RepositoryInterface):
         )
         return other._engine
 
-    async def _refuse_moving(self, what: str) -> None:
+    @asynccontextmanager
+    async def _around(self, what: str) -> AsyncGenerator[None, None]:
+        """A write that only this engine has: see `Moving.around`."""
+        if self._moving is None:
+            yield
+            return
+        async with self._moving.around(what):
+            yield
+
+    async def _refuse_elsewhere(self, what: str) -> None:
+        """Before a read that only this engine has: see `Moving.refuse_elsewhere`."""
         if self._moving is not None:
-            await self._moving.refuse_moving(what)
+            await self._moving.refuse_elsewhere(what)
 
     # -- primitives --------------------------------------------------------------------------
 
@@ -189,6 +208,13 @@ class StorageStrategy(RepositoryInterface):
         self._usable()
         return await self._writes.submit(changes, timeout)
 
+    async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
+        # Not through the coalescer, whose batches would cut these in two: while one is written,
+        # the next is made ready.
+        self._usable()
+        engine = self._engine if self._moving is None else self._moving
+        return await engine.write_each(changes)
+
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         records = self._usable().select(query)
         try:
@@ -196,6 +222,11 @@ class StorageStrategy(RepositoryInterface):
                 yield record
         finally:
             await records.aclose()
+
+    async def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        async with aclosing(pieces_of(self._usable(), query)) as pieces:
+            async for each in pieces:
+                yield each
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)

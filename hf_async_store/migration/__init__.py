@@ -15,7 +15,7 @@ from hf_async_store.migration.comparing import (
     compare_stores,
 )
 from hf_async_store.migration.copying import MigrationBatch
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merging import Merged, MergeRule
 from hf_async_store.migration.portable import (
     check_portable,

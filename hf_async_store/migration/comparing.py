@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from hf_async_store.entities import Entity, Key, Record
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.engine import texts_of
+from hf_async_store.entities import Entity, Key, Record, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.query import build_query
 
 if TYPE_CHECKING:
@@ -128,14 +129,10 @@ async def digest_of(
 ) -> Digest:
     """The digest of a collection, read through."""
     digest = Digest()
-    told = 0
-    async with aclosing(reader.select(build_query(declared))) as records:
-        async for record in records:
-            digest.add(canonical(record.entity))
-            if not digest.count % _PIECE:
-                advance(_PIECE)
-                told = digest.count
-    advance(digest.count - told)
+    async with aclosing(texts_of(reader, build_query(declared))) as pieces:
+        async for texts in pieces:
+            digest.add_all(texts)
+            advance(len(texts))
     return digest
 
 

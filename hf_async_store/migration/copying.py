@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
-from hf_async_store.entities import Entity
+from hf_async_store.entities import Entity, canonical
 from hf_async_store.errors import BatchError, BrokenReferenceError, StorageError
 from hf_async_store.migration.checkpoint import Progress
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merging import Merged, MergeRule, put
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class MigrationBatch(msgspec.Struct, frozen=True):
     Attributes:
         cursor: where the walk goes on behind it; None if it is the last of its collection.
         count, digest: of everything of the collection up to and with this batch.
+        sizes: of the JSON of each entity, in bytes.
     """
 
     collection: str
@@ -38,6 +39,7 @@ class MigrationBatch(msgspec.Struct, frozen=True):
     cursor: str | None
     count: int
     digest: str
+    sizes: list[int]
 
 
 async def batches_of(
@@ -50,12 +52,15 @@ async def batches_of(
     number = 0
     while True:
         page = await source.query_page(collection, limit=size, cursor=cursor)
-        for each in page.items:
-            digest.add(canonical(each))
+        texts = list(map(canonical, page.items))
+        digest.add_all(texts)
+        sizes = list(map(len, texts))
         number += 1
         cursor = page.cursor
-        if page.items:
-            yield MigrationBatch(collection, number, page.items, cursor, digest.count, str(digest))
+        if sizes:
+            yield MigrationBatch(
+                collection, number, page.items, cursor, digest.count, str(digest), sizes
+            )
         if cursor is None:
             return
 
@@ -121,13 +126,15 @@ class Copying:
 
     async def _work(self) -> None:
         while (batch := await self._queue.get()) is not None:
-            await self._write(batch.entities)
+            await self._write(batch.entities, batch.sizes)
             self._advance(len(batch.entities))
             await self._finish(batch)
 
-    async def _write(self, entities: Sequence[Entity]) -> None:
+    async def _write(self, entities: Sequence[Entity], sizes: Sequence[int] | None = None) -> None:
         try:
-            self.merged.add(await put(self._target, self._collection, entities, self._rule))
+            self.merged.add(
+                await put(self._target, self._collection, entities, self._rule, sizes=sizes)
+            )
         except BatchError as exc:
             if not self._refers_to_itself:
                 raise

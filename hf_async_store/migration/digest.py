@@ -7,16 +7,9 @@ keys, which is no part of a value, is gone. `version` and the timestamps are par
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Final
-
-import msgspec
-
-from hf_async_store.entities import Entity
-
-canonical: Final[Callable[[Entity], bytes]] = msgspec.json.Encoder(order="sorted").encode
-"""The text of an entity by which it is compared, hashed and backed up."""
 
 _BYTES: Final = 32
 _MODULUS: Final = 1 << (8 * _BYTES)
@@ -43,6 +36,12 @@ class Digest:
         """Count in an entity by its canonical text."""
         self.count += 1
         self._sum += int.from_bytes(blake2b(text, digest_size=_BYTES).digest(), "big")
+
+    def add_all(self, texts: Iterable[bytes]) -> None:
+        """`add` for each."""
+        hashes = [blake2b(each, digest_size=_BYTES).digest() for each in texts]
+        self.count += len(hashes)
+        self._sum += sum([int.from_bytes(each, "big") for each in hashes])
 
     def merge(self, other: Digest) -> None:
         """Count in all that another digest has counted."""

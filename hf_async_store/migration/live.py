@@ -30,6 +30,7 @@ from hf_async_store.entities import (
     Put,
     Record,
     Schema,
+    canonical,
     utc_now,
 )
 from hf_async_store.errors import (
@@ -42,7 +43,6 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.migration.comparing import compare_readers
-from hf_async_store.migration.digest import canonical
 from hf_async_store.migration.fitting import enforces_references
 from hf_async_store.moving import (
     CUT_OVER_SECONDS,

@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import ABSENT, UPDATED_AT, VERSION, Entity, Expect
+from hf_async_store.entities import ABSENT, UPDATED_AT, VERSION, Entity, Expect, canonical
 from hf_async_store.errors import (
     AlreadyExistsError,
     BatchError,
@@ -16,7 +16,6 @@ from hf_async_store.errors import (
     MigrationError,
     StorageError,
 )
-from hf_async_store.migration.digest import canonical
 from hf_async_store.repository import RepositoryInterface
 
 MergeRule: TypeAlias = Literal["keep", "replace", "newest"]
@@ -64,19 +63,24 @@ async def put(
     rule: MergeRule | None,
     *,
     stored: bool = True,
+    sizes: Sequence[int] | None = None,
 ) -> Merged:
     """Write a batch.
 
     Args:
         rule: None writes all of it, over whatever is there.
         stored: the entities come out of a store, so their values are portable for certain.
+        sizes: of the JSON of each in bytes, where that is known of what comes out of a store.
 
     Raises:
         BatchError: some could not be written; the others were.
     """
     write = store._import_stored if stored else store.import_entities
     if rule is None:
-        await write(collection, entities)
+        if stored:
+            await store._import_stored(collection, entities, sizes=sizes)
+        else:
+            await store.import_entities(collection, entities)
         return Merged(written=len(entities))
     done = Merged()
     left = list(entities)

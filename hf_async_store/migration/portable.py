@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
+from hf_async_store.engine import texts_of
 from hf_async_store.entities import INT_MAX, Collection, Entity, Schema
 from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.query import build_query
 
@@ -39,7 +40,7 @@ FORMAT_VERSION: Final = 1
 _GZIP: Final = 31
 _MAGIC: Final = b"\x1f\x8b"
 _LEVEL: Final = 6
-_PIECE: Final = 1 << 21
+_PIECE: Final = 1 << 19
 """How much text is compressed, or unpacked, in one go."""
 
 _READ: Final = 1 << 18
@@ -165,13 +166,11 @@ class _Writing:
         declared = self._schema[name]
         query = build_query(declared, order_by=declared.key if sort else None)
         self._lines.append(msgspec.json.encode(name))
-        lines, add = self._lines, digest.add
-        async with aclosing(reader.select(query)) as records:
-            async for record in records:
-                text = canonical(record.entity)
-                add(text)
-                lines.append(text)
-                self._size += len(text)
+        async with aclosing(texts_of(reader, query)) as pieces:
+            async for texts in pieces:
+                digest.add_all(texts)
+                self._lines += texts
+                self._size += sum(map(len, texts))
                 if self._size >= _PIECE:
                     await self._flush()
 

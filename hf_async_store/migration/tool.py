@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Self, cast
 import msgspec
 
 from hf_async_store.config import MigrationConfig, load_migration
-from hf_async_store.entities import HOST_FACTORY, VERSION, Collection, Entity
+from hf_async_store.entities import HOST_FACTORY, VERSION, Collection, Entity, canonical
 from hf_async_store.errors import (
     BatchError,
     BrokenReferenceError,
@@ -36,7 +36,7 @@ from hf_async_store.migration.comparing import (
     first_stranger,
 )
 from hf_async_store.migration.copying import RESUME_HINT, Copying, MigrationBatch, batches_of
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.fitting import enforces_references, what_does_not_fit
 from hf_async_store.migration.merging import RULES, Merged, MergeRule, wins
 from hf_async_store.strategies import open_store

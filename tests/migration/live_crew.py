@@ -16,7 +16,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from hf_async_store import (
     moving,
     open_store,
 )
+from hf_async_store.entities import Change, Outcome
 from hf_async_store.migration import live
 from hf_async_store.migration.live import LiveMove
 
@@ -196,6 +198,9 @@ async def work(url: str, notes: str, seed: str) -> None:
 
 
 STEPS: Final = ("begun", "copying", "copied", "repaired", "cut", "drained", "flipped")
+"""Of the way there. Beside these: `record-N`, when the Nth change of a record of the move is written;
+`amid`, with a transaction written and not committed; `marked`, when changes are brought over and
+their marks not taken away; `forgetting`, amid the marks that are taken away at the end."""
 
 
 def _kill() -> None:
@@ -206,7 +211,46 @@ def kill_at(step: str) -> None:
     """Have this process die at a step of the move, to the write."""
     begin, bring, repair = LiveMove._begin, LiveMove._bring, LiveMove._repair
     change, verify, copy = LiveMove._change, LiveMove._verify, LiveMove._copy
-    brought = 0
+    enter, forget = LiveMove.__aenter__, LiveMove._forget
+    brought = records = 0
+    forgetting = False
+
+    async def entered(self: LiveMove) -> LiveMove:
+        for engine in (self._source, self._target):
+            watch(engine)
+        return await enter(self)
+
+    def watch(engine: Any) -> None:
+        write_each, session = engine.write_each, engine.session
+
+        async def written(changes: Sequence[Change]) -> list[Outcome]:
+            nonlocal records
+            of_marks = changes[0].key.collection == moving.MARKS.name
+            if of_marks and step == "marked":
+                _kill()
+            if of_marks and forgetting:
+                await write_each(changes[: len(changes) // 2 + 1])
+                _kill()
+            outcomes: list[Outcome] = await write_each(changes)
+            if changes[0].key == moving.MOVE_KEY:
+                records += 1
+                if step == f"record-{records}":
+                    _kill()
+            return outcomes
+
+        @asynccontextmanager
+        async def begun(isolation: Any) -> AsyncIterator[Any]:
+            async with session(isolation) as opened:
+                yield opened
+                if step == "amid":
+                    _kill()
+
+        engine.write_each, engine.session = written, begun
+
+    async def forgot(self: LiveMove, *arguments: Any) -> None:
+        nonlocal forgetting
+        forgetting = step == "forgetting"
+        await forget(self, *arguments)
 
     async def begun(self: LiveMove) -> None:
         await begin(self)
@@ -243,6 +287,8 @@ def kill_at(step: str) -> None:
         if step == "drained":
             _kill()
 
+    LiveMove.__aenter__ = entered  # type: ignore[assignment,method-assign]
+    LiveMove._forget = forgot  # type: ignore[method-assign]
     LiveMove._begin = begun  # type: ignore[method-assign]
     LiveMove._bring = bringing  # type: ignore[method-assign]
     LiveMove._copy = copied  # type: ignore[method-assign]

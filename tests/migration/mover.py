@@ -34,12 +34,14 @@ async def main(source: str, target: str, folder: str, what: str, *kill: str) -> 
         collection: str,
         entities: Sequence[Entity],
         rule: MergeRule | None,
+        *,
+        sizes: Sequence[int] | None,
     ) -> Merged:
         nonlocal written
         if written >= at and in_the_middle:
             await put(store, collection, entities[: len(entities) // 2], rule)
             os.kill(os.getpid(), signal.SIGKILL)
-        done = await put(store, collection, entities, rule)
+        done = await put(store, collection, entities, rule, sizes=sizes)
         written += 1
         return done
 

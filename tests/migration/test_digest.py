@@ -6,7 +6,8 @@ import random
 
 from hypothesis import given
 
-from hf_async_store.migration.digest import Digest, canonical
+from hf_async_store.entities import canonical
+from hf_async_store.migration.digest import Digest
 from hf_async_store.testing.generated import values
 
 

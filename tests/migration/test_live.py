@@ -403,7 +403,7 @@ async def test_what_goes_around_the_verbs_is_refused_meanwhile(place: Place) -> 
     async with LiveMove(source, target, collections=COLLECTIONS) as move:
         await move.start(cut_over=False)
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
-            with pytest.raises(StoreMovedError, match="cannot be used while"):
+            with pytest.raises(StoreMovedError, match="does not follow a move"):
                 await store.write_file({})
         await move.stop()
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:

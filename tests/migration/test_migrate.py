@@ -408,12 +408,12 @@ async def test_case_80_a_target_whose_server_dies_midway(
             tool = MigrationTool(source, target, settings(tmp_path, batch_size=20))
             put, written = copying.put, 0
 
-            async def dying(*arguments: object) -> object:
+            async def dying(*arguments: object, **more: object) -> object:
                 nonlocal written
                 written += 1
                 if written == 9:
                     server.kill()
-                return await put(*arguments)  # type: ignore[arg-type]
+                return await put(*arguments, **more)  # type: ignore[arg-type]
 
             with monkeypatch.context() as patch:
                 patch.setattr(copying, "put", dying)
@@ -623,10 +623,10 @@ async def test_workers_are_held_back_by_a_slow_target(tmp_path: Path) -> None:
             furthest = max(furthest, read - written)
             return found
 
-        async def writing(name: str, entities: list[object], *rest: object) -> object:
+        async def writing(name: str, entities: list[object], **more: object) -> object:
             nonlocal written
             await asyncio.sleep(0.002)
-            done = await write(name, entities, *rest)  # type: ignore[arg-type]
+            done = await write(name, entities, **more)  # type: ignore[arg-type]
             written += len(entities)
             return done
 

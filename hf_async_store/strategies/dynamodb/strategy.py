@@ -110,6 +110,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         form = self._dynamodb.tables.forms[collection]
         text = read_key_condition(key_condition, expression_values, form, found[0], names)
         async with within(timeout):
+            await self._refuse_elsewhere("query_by_gsi")
             return await self._dynamodb.reading.by_index(
                 collection, found[0], names.request(KeyConditionExpression=text), limit, descending
             )
@@ -149,5 +150,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         names = Names()
         form = self._dynamodb.tables.forms[collection]
         text = condition(condition_expression, expression_values, form, names)
-        async with within(timeout, outcome_unknown=lambda: True):
+        async with (
+            within(timeout, outcome_unknown=lambda: True),
+            self._around("condition_expression"),
+        ):
             return await self._dynamodb.writes.update_where(change, text, names)

@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import redacted
 from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
-from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Value
+from hf_async_store.entities import (
+    Change,
+    Collection,
+    Entity,
+    Key,
+    Outcome,
+    Record,
+    Value,
+)
 from hf_async_store.errors import (
     CorruptionError,
     PermissionDeniedError,
@@ -189,6 +197,13 @@ class JSONEngine:
         state = await self.current()
         async with aclosing(self.view(state).select(query)) as records:
             async for each in records:
+                yield each
+
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `ReadsInPieces`."""
+        state = await self.current()
+        async with aclosing(self.view(state).pieces(query)) as pieces:
+            async for each in pieces:
                 yield each
 
     async def count(self, query: Query) -> int:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
+from hf_async_store.engine import gathered
 from hf_async_store.entities import Entity, Key, Record
 from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
 
@@ -71,6 +72,18 @@ class Snapshot:
                     left -= len(piece)
                     if left <= 0:
                         return
+
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `ReadsInPieces`."""
+        if query.order or query.limit is not None:
+            async with aclosing(gathered(self.select(query))) as found:
+                async for each in found:
+                    yield each
+            return
+        async with aclosing(self._pieces(query)) as pieces:
+            async for piece in pieces:
+                if piece:
+                    yield [entity for _, entity in piece]
 
     async def count(self, query: Query) -> int:
         if query.where == EVERYTHING:

@@ -16,10 +16,12 @@ from hf_async_store.entities import (
     VERSION,
     Collection,
     Entity,
+    Record,
     check_version,
     utc_now,
 )
 from hf_async_store.errors import BrokenReferenceError, InvalidInputError, ValueOutOfDomainError
+from hf_async_store.moving import MOVE, MOVE_KEY, move_in, not_followed
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.json.loading import State
 from hf_async_store.strategy import StorageStrategy, schema_of
@@ -74,16 +76,30 @@ class JSONStorageStrategy(StorageStrategy):
         self, what: str, *, exclusive: bool, timeout: float | None
     ) -> AsyncIterator[None]:
         self._usable()
-        if exclusive:
-            await self._refuse_moving(what)
+        if not exclusive:
+            await self._refuse_elsewhere(what)
         leave = self._transactions.enter(what)
         try:
             locks = self._json.locks
             self._json.files.make_folder()
             async with locks.exclusive(timeout) if exclusive else locks.shared(timeout):
+                if exclusive:
+                    await self._refuse_move(what)
                 yield
         finally:
             leave()
+
+    async def _refuse_move(self, what: str) -> None:
+        """What the lock is taken for gets no marks. While it is held, no move can begin; nor can
+        one go on, so nothing may wait for it here."""
+        state = await self._json.refresh_locked()
+        raw = state.kept(MOVE.name, MOVE_KEY.id)
+        if raw is not None:
+            text = self._json.serializer.adopt(MOVE, MOVE_KEY.id, raw)
+            move = move_in(Record(MOVE_KEY, self._json.serializer.decode(text)))
+            assert move is not None, "there is a record"
+            elsewhere = move.role == "source" and move.phase not in ("copying", "cut_over")
+            raise not_followed(what, move.other if elsewhere else None)
 
     async def read_file(self) -> dict[str, dict[str, Entity]]:
         """The whole store in the spec's shape: entities by id, by collection.

@@ -22,7 +22,7 @@ from hf_async_store.conditions import (
     next_version,
     patched,
 )
-from hf_async_store.engine import Plan
+from hf_async_store.engine import Plan, gathered
 from hf_async_store.entities import (
     ANY,
     CREATED_AT,
@@ -58,6 +58,9 @@ Layer: TypeAlias = dict[str, dict[str, bytes | None]]
 
 _DECIDE_PIECE: Final = 128
 _FEW: Final = 1000
+_SHARE: Final = 8
+"""Up to this part of a section is taken out of it one by one."""
+
 _READ_PIECE: Final = 1024
 _LOOK_PIECE: Final = 256
 """Pairs with a map in them are counted by the collector: fewer than make it run are alive at a time."""
@@ -125,8 +128,10 @@ class View:
         access = await self._access(query, section)
         decode = self._serializer.decode
         if not query.order:
-            async for entity_id, raw in self._by_id(query, section, access):
-                yield Record(Key(query.collection, entity_id), decode(raw))
+            async with aclosing(self._by_id(query, section, access)) as rows:
+                async for piece in rows:
+                    for entity_id, raw in piece:
+                        yield Record(Key(query.collection, entity_id), decode(raw))
             return
         ids, held = self._candidates(query, section, access)
         pieces = self._matching(query, section, access, ids, held)
@@ -135,6 +140,20 @@ class View:
             async for entity_id, _ in ordered(pieces, query, keep=False):
                 raw = section.adopted(entity_id, held[entity_id])
                 yield Record(Key(query.collection, entity_id), decode(raw))
+
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `ReadsInPieces`."""
+        if query.order:
+            async with aclosing(gathered(self.select(query))) as pieces:
+                async for each in pieces:
+                    yield each
+            return
+        section = self._state.sections[query.collection]
+        access = await self._access(query, section)
+        decode = self._serializer.decode
+        async with aclosing(self._by_id(query, section, access)) as rows:
+            async for piece in rows:
+                yield [decode(raw) for _, raw in piece]
 
     async def count(self, query: Query) -> int:
         section = self._state.sections[query.collection]
@@ -196,10 +215,12 @@ class View:
         if access.ids is None:
             # Tuples, which the collector leaves alone, where a list would be walked again and again.
             ids: Sequence[str] = access.ordered if access.ordered is not None else tuple(held)
+            first, last = 0, None
             if query.after is not None and access.ordered is not None:
-                ids = ids[bisect_right(ids, query.after.id) :]
+                first = bisect_right(ids, query.after.id)
             if access.whole and not own and not query.order and query.limit is not None:
-                ids = ids[: query.limit]
+                last = first + query.limit
+            ids = ids[first:last]  # in one step: the rest may be long
         else:
             ids = [each for each in access.ids if each in held]
         if own:
@@ -209,10 +230,11 @@ class View:
             ids = sorted(ids)
             if query.after is not None:
                 ids = ids[bisect_right(ids, query.after.id) :]
-        # A copy of a dict takes one step, and the collector never looks into it.
+        # A copy of a dict takes one step, and the collector never looks into it; but a page of a
+        # large section is not worth one.
         texts = (
             held.copy()
-            if access.ids is None and len(ids) > _FEW
+            if access.ids is None and len(ids) > max(_FEW, len(held) // _SHARE)
             else {each: held[each] for each in ids if each in held}
         )
         texts.update((each, raw) for each, raw in own.items() if raw is not None)
@@ -226,14 +248,14 @@ class View:
 
     async def _by_id(
         self, query: Query, section: Section, access: _Access
-    ) -> AsyncGenerator[tuple[str, bytes], None]:
+    ) -> AsyncGenerator[list[tuple[str, bytes]], None]:
         ids, held = self._candidates(query, section, access)
         left = len(ids) if query.limit is None else query.limit
         pieces = self._rows(query, section, access, ids, held)
         async with aclosing(pieces):
             async for piece in pieces:
-                for row in piece[:left]:
-                    yield row
+                if piece:
+                    yield piece[:left]
                 left -= len(piece)
                 if left <= 0:
                     return

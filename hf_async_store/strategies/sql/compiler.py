@@ -79,8 +79,12 @@ class Compiled(NamedTuple):
     sorted_here: bool
 
 
-def compile_query(table: Table, query: Query) -> Compiled:
-    """The SELECT of a query."""
+def compile_query(table: Table, query: Query, selection: str | None = None) -> Compiled:
+    """The SELECT of a query.
+
+    Args:
+        selection: what it names, where that is not what `Table.entity` reads.
+    """
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
     parts = [compiler.order_of(each) for each in query.order]
@@ -96,7 +100,7 @@ def compile_query(table: Table, query: Query) -> Compiled:
     names, selected = compiler.selected(query, exact=exact)
     where = " AND ".join(conditions) or TRUE
     return Compiled(
-        sql=f"SELECT {selected} FROM {table.name} AS t WHERE {where}{order}",
+        sql=f"SELECT {selection or selected} FROM {table.name} AS t WHERE {where}{order}",
         args=compiler.args.values,
         names=names,
         residual=None if exact else compile_filter(query.where),

@@ -79,6 +79,31 @@ class Lease:
             self.doubtful = True
             raise
 
+    @asynccontextmanager
+    async def bulk(self) -> AsyncIterator[None]:
+        """A transaction for statements of many rows: see `Bulk`."""
+        bulk = self.dialect.bulk
+        assert bulk is not None, "asked by who knows that there is one"
+        await self.rows(bulk.before)
+        try:
+            async with self.transaction():
+                yield
+        finally:
+            with suppress(StorageError):  # then the connection is of no more use
+                await finish(self.rows(bulk.after))
+
+    async def many(self, sql: str, blocks: Sequence[Sequence[object]]) -> int:
+        """Run one statement that writes, in a transaction, for each block of arguments."""
+        self._usable()
+        assert self.dialect.bulk is not None, "asked by who knows that there is one"
+        try:
+            return await self.dialect.bulk.run(self.driver, sql, blocks)
+        except self.dialect.driver_errors as exc:
+            raise self._error(exc, "write", writes=False) from exc
+        except BaseException:
+            self.doubtful = True
+            raise
+
     async def labelled(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
         self._usable()
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from hf_async_store.engine import Capabilities, Isolation, Plan
 from hf_async_store.entities import Value
@@ -40,6 +40,29 @@ class Puts(NamedTuple):
     columns: Sequence[Sequence[object]]
 
 
+class Bulk(Protocol):
+    """Statements that write many rows, and return nothing but how many.
+
+    Attributes:
+        before, after: what is run around a transaction of them, however it ends.
+    """
+
+    before: str
+    after: str
+
+    def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """How so many rows are cut: so many rows in a statement, so many times."""
+        ...
+
+    def values(self, columns: int, rows: int) -> str:
+        """`Dialect.source`, of rows whose every column is a parameter."""
+        ...
+
+    async def run(self, driver: Any, sql: str, blocks: Sequence[Sequence[object]]) -> int:
+        """Run a statement for each block of parameters; how many rows were written."""
+        ...
+
+
 class Dialect(ABC):
     """One of the two: its driver, its grammar, its limits."""
 
@@ -61,6 +84,9 @@ class Dialect(ABC):
 
     batches_commit_together: ClassVar[bool]
     """Whether the statements of one batch of independent changes share a transaction."""
+
+    bulk: ClassVar[Bulk | None]
+    """How imports get statements of their own; None where those of any write do as well."""
 
     inline_references: ClassVar[bool]
     """Whether a table is made with its foreign keys, which then cannot be added or dropped."""

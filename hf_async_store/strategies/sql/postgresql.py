@@ -84,6 +84,7 @@ class PostgreSQL(Dialect):
     mark = "$"
     one_writer = False
     batches_commit_together = False
+    bulk = None
     inline_references = False
     to_column = MappingProxyType({"number": decimal_text, "json": json_text})
     from_column = MappingProxyType({"number": number_of, "json": decode_json})

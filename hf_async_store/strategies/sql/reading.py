@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
-from hf_async_store.entities import Entity, Key, Record
+from hf_async_store.engine import gathered
+from hf_async_store.entities import Entity, Key, Record, canonical
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
 from hf_async_store.strategies.sql.tables import Table
@@ -41,6 +42,35 @@ async def records(lease: Lease, table: Table, query: Query) -> AsyncGenerator[Re
                 count += 1
                 if count == query.limit:
                     return
+
+
+async def pieces(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list[Entity], None]:
+    """The entities that `records` gives, in pieces."""
+    compiled = compile_query(table, query)
+    if query.limit is not None or compiled.sorted_here:
+        async with aclosing(gathered(records(lease, table, query))) as found:
+            async for each in found:
+                yield each
+        return
+    async with aclosing(_entities(lease, table, query, compiled)) as rows:
+        async for piece in rows:
+            if piece:
+                yield [entity for _, entity in piece]
+
+
+async def texts(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list[bytes], None]:
+    """The canonical texts of the entities that `records` gives, in pieces."""
+    compiled = compile_query(table, query, table.text_selected)
+    if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
+        async with aclosing(lease.pieces(compiled.sql, compiled.args)) as found:
+            async for rows in found:
+                for start in range(0, len(rows), _PIECE):
+                    yield table.texts(rows[start : start + _PIECE])
+                    await asyncio.sleep(0)
+        return
+    async with aclosing(pieces(lease, table, query)) as entities:
+        async for piece in entities:
+            yield list(map(canonical, piece))
 
 
 async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hf_async_store.engine import Isolation
-from hf_async_store.entities import Change, Key, Outcome, Record, Value
+from hf_async_store.entities import Change, Entity, Key, Outcome, Record, Value
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
 
@@ -36,6 +36,22 @@ class SQLReader:
         table = self._engine.tables[query.collection]
         async with aclosing(reading.records(lease, table, query)) as records:
             async for each in records:
+                yield each
+
+    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `ReadsInPieces`."""
+        lease = await self._begun()
+        table = self._engine.tables[query.collection]
+        async with aclosing(reading.pieces(lease, table, query)) as pieces:
+            async for each in pieces:
+                yield each
+
+    async def texts(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        """See `ReadsTexts`."""
+        lease = await self._begun()
+        table = self._engine.tables[query.collection]
+        async with aclosing(reading.texts(lease, table, query)) as texts:
+            async for each in texts:
                 yield each
 
     async def count(self, query: Query) -> int:

@@ -35,8 +35,15 @@ if TYPE_CHECKING:
 
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
 _PIECE: Final = 256
+_PIECE_BYTES: Final = 1 << 18
+_MOST_ROWS: Final = 1024
+"""So many rows at most come with one turn of the connection's thread; fewer where they are heavy."""
+_FEW: Final = 16
 _BLOCK: Final = 250
 _IN_BULK: Final = (1000, 250)
+_BLOCKS: Final = (_BLOCK, 50, 10, 1)
+_LOG_PAGES: Final = 1000  # SQLite's own default
+_BULK_LOG_PAGES: Final = 10_000
 _MOST_PARAMETERS: Final = 32_766
 _INNER_WAIT_MS: Final = 20
 """How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
@@ -63,6 +70,41 @@ class _Untyped(UserDefinedType[Any]):
         return "BLOB"
 
 
+class _Blocks:
+    """Imports as parameters, up to 250 rows in a statement.
+
+    It returns no rows: for each, the thread of the connection would wait for its turn, of which it
+    gets few while the loop makes the next batch.
+    """
+
+    # What is committed is as safe in the log as in the file. Brought over less often, a page that
+    # many batches change is written once for all of them.
+    before = f"PRAGMA wal_autocheckpoint = {_BULK_LOG_PAGES}"
+    after = f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}"
+
+    def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        found = []
+        for size in _BLOCKS:
+            if size * columns <= _MOST_PARAMETERS and (times := rows // size):
+                found.append((size, times))
+                rows %= size
+        return found
+
+    def values(self, columns: int, rows: int) -> str:
+        numbers = itertools.count(1)
+        values = ", ".join(
+            f"({', '.join(f'?{next(numbers)}' for _ in range(columns))})" for _ in range(rows)
+        )
+        parts = [f"column{n + 1} AS c{n}" for n in range(columns)]
+        return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
+
+    async def run(
+        self, driver: aiosqlite.Connection, sql: str, blocks: Sequence[Sequence[object]]
+    ) -> int:
+        async with driver.executemany(sql, blocks) as cursor:
+            return cursor.rowcount
+
+
 class SQLite(Dialect):
     """The dialect of one file.
 
@@ -76,6 +118,7 @@ class SQLite(Dialect):
     gains_by_readers = False
     needs_transactions = False
     batches_commit_together = True
+    bulk = _Blocks()
     inline_references = True
     to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
     from_column = MappingProxyType({"boolean": bool, "json": decode_json})
@@ -194,8 +237,10 @@ class SQLite(Dialect):
             yield await self.rows(driver, sql, args)
             return
         async with driver.execute(sql, args) as cursor:
-            while rows := await cursor.fetchmany(_PIECE):
-                yield cast("Sequence[Sequence[Any]]", rows)
+            size = _PIECE
+            while rows := cast("Sequence[Sequence[Any]]", await cursor.fetchmany(size)):
+                yield rows
+                size = min(max(_PIECE_BYTES // _heaviest(rows), 1), _MOST_ROWS)
 
     async def begin(self, driver: aiosqlite.Connection, isolation: Isolation | None) -> Any:
         if driver.in_transaction:
@@ -298,12 +343,7 @@ class SQLite(Dialect):
 
     def source(self, kinds: Sequence[Kind], rows: int) -> str:
         if _as_parameters(kinds, rows):
-            numbers = itertools.count(1)
-            values = ", ".join(
-                f"({', '.join(f'?{next(numbers)}' for _ in kinds)})" for _ in range(rows)
-            )
-            parts = [f"column{n + 1} AS c{n}" for n in range(len(kinds))]
-            return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
+            return self.bulk.values(len(kinds), rows)
         parts = [f"{_member(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
         return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
 
@@ -490,6 +530,12 @@ def _blocks(rows: int, columns: int) -> list[int]:
         if size * columns <= _MOST_PARAMETERS:
             blocks += [size] * ((rows - sum(blocks)) // size)
     return blocks
+
+
+def _heaviest(rows: Sequence[Sequence[Any]]) -> int:
+    """About the bytes of the heaviest of some rows: of a few of them, for all are much alike."""
+    few = rows[:: 1 + len(rows) // _FEW]
+    return max(1, *(sum(len(each) for each in row if type(each) is str) for row in few))
 
 
 def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:

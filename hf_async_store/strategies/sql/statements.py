@@ -60,6 +60,7 @@ class Statements:
         self._references = references
         self._written: dict[tuple[Shape, int], Statement] = {}
         self._bulk: dict[tuple[Shape, tuple[int, ...], int], str] = {}
+        self._imports: dict[tuple[str, int], str] = {}
 
     def of(self, shape: Shape, rows: int) -> Statement:
         form = self._tables[shape.collection].dialect.form(rows)
@@ -127,18 +128,38 @@ class Statements:
                 f"WHERE t.{table.key} = i.c0{expected}{_room(shape)}{parents}"
             )
         else:
-            parents = self._parents(table, table.fields)
-            conflict = "NOTHING"
-            if shape.verb == "save":
-                excluded = {each: f"excluded.{each}" for each in columns}
-                sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
-                conflict = f"UPDATE SET {sets} WHERE TRUE{_room(shape)}"
-            sql = (
-                f"INSERT INTO {table.name} AS t ({', '.join(columns)}, {VERSION}) "
-                f"SELECT {', '.join(given)}, {version} FROM {source} WHERE TRUE{parents} "
-                f"ON CONFLICT ({table.key}) DO {conflict}"
-            )
+            sql = self._save(table, shape, source)
         return Statement(f"{sql} RETURNING {table.key}, {VERSION}", tuple(kinds))
+
+    def imports(self, collection: str, rows: int) -> str:
+        """The statement for whole entities with their versions, so many rows of parameters, which
+        returns nothing; each number of rows is a text of its own."""
+        found = self._imports.get((collection, rows))
+        if found is None:
+            shape = Shape(collection, "save", created=True, given=True)
+            table = self._tables[collection]
+            bulk = table.dialect.bulk
+            assert bulk is not None, "asked by who knows that there is one"
+            source = bulk.values(len(table.columns) + 3, rows)
+            found = self._imports[collection, rows] = self._save(table, shape, source)
+        return found
+
+    def _save(self, table: Table, shape: Shape, source: str) -> str:
+        kinds: list[Kind] = [*table.kinds, "json", "json"]
+        columns = [*table.columns, DOC, SIDE]
+        given = [table.dialect.given(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
+        version = f"i.c{len(kinds)}" if shape.given else "1"
+        conflict = "NOTHING"
+        if shape.verb == "save":
+            excluded = {each: f"excluded.{each}" for each in columns}
+            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
+            conflict = f"UPDATE SET {sets} WHERE TRUE{_room(shape)}"
+        return (
+            f"INSERT INTO {table.name} AS t ({', '.join(columns)}, {VERSION}) "
+            f"SELECT {', '.join(given)}, {version} FROM {source} "
+            f"WHERE TRUE{self._parents(table, table.fields)} "
+            f"ON CONFLICT ({table.key}) DO {conflict}"
+        )
 
     def _sets(self, table: Table, shape: Shape, new: dict[str, str], version: str) -> str:
         """What replaces a row; `created_at` stays where the entity does not bring its own."""

@@ -81,8 +81,8 @@ class SQLStorageStrategy(StorageStrategy):
             params: a list for `?`, a map for `:name`.
         """
         self._usable()
-        await self._refuse_moving("execute_with_lock")
-        return await self._sql.execute_with_lock(sql, params)
+        async with self._around("execute_with_lock"):
+            return await self._sql.execute_with_lock(sql, params)
 
 
 def _dialect(config: SQLConfig, password: PasswordProvider | None) -> Dialect:

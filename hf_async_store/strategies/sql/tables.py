@@ -12,12 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import msgspec
 
 from hf_async_store.columns import alike, columns_of
-from hf_async_store.entities import CREATED_AT, VERSION, Collection, Entity, Field, Removed, Value
+from hf_async_store.entities import (
+    CREATED_AT,
+    VERSION,
+    Collection,
+    Entity,
+    Field,
+    Removed,
+    Value,
+    canonical,
+)
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -30,6 +40,10 @@ Kind: TypeAlias = str
 
 # Columns that PostgreSQL has in every table, and names that SQLite keeps for itself.
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
+
+_MOST_NULLS: Final = 256
+_NULL: Final = msgspec.Raw(b"null")
+"""A null that is there."""
 
 encode_json: Final = msgspec.json.encode
 decode_json: Final = msgspec.json.decode
@@ -94,13 +108,44 @@ class Table:
         self.names = tuple(each.name for each in self.fields)
         references = {f"t.{quoted(each.name)}" for each in collection.references}
         self.whole = frozenset({f"t.{self.key}", *references})
+        self._blank: Entity = dict.fromkeys(self.names)
+        self._columns_of = itemgetter(*self.names)  # at least the key and two timestamps
+        self._places = {name: place for place, name in enumerate(self.names)}
         self._stored = tuple((each.name, dialect.to_column.get(each.type)) for each in self.fields)
+        self._converting = tuple(
+            (place, each.name, dialect.to_column[each.type])
+            for place, each in enumerate(self.fields)
+            if each.type in dialect.to_column
+        )
         self._loaded = tuple(
             (each.name, dialect.from_column[each.type])
             for each in self.fields
             if each.type in dialect.from_column
         )
         self.selected = self.selection(self.fields, doc=True)
+        self._text_names = tuple(sorted([*self.names, VERSION]))
+        self._text_places = {name: place for place, name in enumerate(self._text_names)}
+        self._text_loaded = tuple(
+            (self._text_places[name], convert) for name, convert in self._loaded
+        )
+        self._text_nulls: dict[str, tuple[int, ...]] = {}
+        # A name whose value is None is left out of the text, and so are doc and side.
+        self._text_form = msgspec.defstruct(
+            "Row",
+            [(name, object, None) for name in (*self._text_names, DOC, SIDE)],
+            omit_defaults=True,
+            gc=False,
+        )
+        # Its names are in order; only in what is JSON itself there are more.
+        self._text_encode = canonical if "json" in self.kinds else encode_json
+        columns = [
+            dialect.read(f"t.{quoted(each)}", collection.fields[each].type)
+            if each in collection.fields
+            else f"t.{VERSION}"
+            for each in self._text_names
+        ]
+        json = [dialect.read(f"t.{each}", "json") for each in (DOC, SIDE)]
+        self.text_selected = ", ".join([*columns, *json])
         source = f"SELECT {self.selected} FROM {self.name} AS t WHERE"
         self.fetch_one = f"{source} t.{self.key} = {dialect.parameter(1, 'text')}"
         listed = dialect.one_of_ids(f"t.{self.key}")
@@ -119,25 +164,26 @@ class Table:
 
     def row(self, entity: Entity) -> list[object]:
         """An entity without version in storage form: its columns, `doc`, `_side`."""
-        row: list[object] = []
+        # Every write goes through here, so most of it is left to C: all columns at once, then those
+        # that are not as they are given.
+        whole = {**self._blank, **entity}
+        row: list[object] = list(self._columns_of(whole))
         side: dict[str, str | None] = {}
-        seen = 0
-        for name, convert in self._stored:
-            value: object = entity.get(name)
-            if value is None:
-                if name in entity:
-                    seen += 1
-                    value = self._null(name, side)
-            else:
-                seen += 1
-                if convert is not None:
-                    value = self._converted(name, cast("Value", value), side)
-            row.append(value)
-        if seen == len(entity):
+        for place, name, convert in self._converting:
+            value = row[place]
+            if value is not None:
+                row[place], exact = convert(value)
+                if not exact:
+                    side[name] = encode_json(value).decode()
+        if None in entity.values():
+            for name, value in entity.items():
+                if value is None and name in self._places:
+                    row[self._places[name]] = self._null(name, side)
+        if len(whole) == len(self._blank):
             row.append(None)
         else:
-            declared = self.collection.fields
-            row.append(self._document({n: v for n, v in entity.items() if n not in declared}, side))
+            others = {n: v for n, v in entity.items() if n not in self._places}
+            row.append(self._document(others, side))
         row.append(encode_json(side).decode() if side else None)
         return row
 
@@ -282,15 +328,75 @@ class Table:
             for name, value in zip(names or self.names, cast("Sequence[Value]", row), strict=False)
             if value is not None
         }
+        doc, side, version = row[-3:]
+        self._complete(entity, doc, side, names)
+        entity[VERSION] = cast("int", version)
+        return entity
+
+    def _complete(
+        self, entity: Entity, doc: object, side: object, names: Sequence[str] | None = None
+    ) -> None:
+        """Make an entity of what its columns hold."""
         for name, convert in self._loaded:
             if name in entity:
                 entity[name] = convert(cast("str", entity[name]))
-        doc, side, version = row[-3:]
         if doc is not None:
             entity.update(decode_json(cast("str", doc)))
         if side is not None:
             for name, text in decode_json(cast("str", side)).items():
                 if names is None or name in names or name not in self.collection.fields:
                     entity[name] = None if text is None else decode_json(text)
-        entity[VERSION] = cast("int", version)
-        return entity
+
+    def texts(self, rows: Iterable[Sequence[object]]) -> list[bytes]:
+        """The canonical texts of the entities of rows that a SELECT of `text_selected` gave.
+
+        Most rows become texts without becoming entities first: their columns lie in the order of
+        the names.
+        """
+        form, loaded, encode = self._text_form, self._text_loaded, self._text_encode
+        nulls = self._text_nulls
+        texts: list[bytes] = []
+        for row in rows:
+            if row[-2] is not None:
+                texts.append(self._text_with_doc(row))
+                continue
+            side = cast("str | None", row[-1])
+            if side is None and not loaded:
+                texts.append(encode(form(*row)))
+                continue
+            values = list(row)
+            for place, convert in loaded:
+                if values[place] is not None:
+                    value = convert(cast("str", values[place]))
+                    values[place] = _NULL if value is None else value
+            if side is not None:
+                values[-1] = None
+                places = nulls.get(side)
+                if places is None:
+                    self._put_side(values, side)
+                else:
+                    for place in places:
+                        values[place] = _NULL
+            texts.append(encode(form(*values)))
+        return texts
+
+    def _text_with_doc(self, row: Sequence[object]) -> bytes:
+        *values, doc, side = row
+        entity: Entity = {
+            name: value
+            for name, value in zip(self._text_names, cast("list[Value]", values), strict=True)
+            if value is not None
+        }
+        self._complete(entity, doc, side)
+        return canonical(entity)
+
+    def _put_side(self, values: list[object], side: str) -> None:
+        places = []
+        texts = decode_json(side)
+        for name, text in texts.items():
+            place = self._text_places[name]
+            values[place] = _NULL if text is None else decode_json(text)
+            places.append(place)
+        # Most say only what is null, and the same as many others.
+        if len(self._text_nulls) < _MOST_NULLS and set(texts.values()) == {None}:
+            self._text_nulls[side] = tuple(places)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
@@ -48,6 +49,8 @@ _TRIES: Final = 64
 """How often a change is sent whose condition holds whenever it is looked at."""
 
 _MOST_ROWS: Final = 1024
+_IMPORT_PIECE: Final = 256
+"""How many rows are made before the loop gets a turn."""
 
 # Of many changes at once.
 _ID: Final = attrgetter("key.id")
@@ -322,6 +325,47 @@ class Writer:
             else:
                 outcomes[place] = versions.get(change.key.id, 0) + 1 if versions else 1
         return True
+
+    # -- imports -----------------------------------------------------------------------------
+
+    def imports_in(self, changes: Sequence[Change]) -> list[Put] | None:
+        """The changes, if they are whole entities of one collection, each to be written as it is
+        over whatever is there, and if there is a quick way for those."""
+        collection = changes[0].key.collection
+        if self._tables[collection].dialect.bulk is None or len(changes) == 1:
+            return None
+        for each in changes:
+            if (
+                type(each) is not Put
+                or each.expect is not ANY
+                or each.version is None
+                or each.mark is not None
+                or each.key.collection != collection
+            ):
+                return None
+        return None if self._may_touch(changes) else cast("list[Put]", changes)
+
+    async def import_rows(self, puts: Sequence[Put]) -> list[list[object]]:
+        """The arguments of imports: here, where nobody waits for them yet."""
+        row = self._tables[puts[0].key.collection].row
+        rows: list[list[object]] = []
+        for start in range(0, len(puts), _IMPORT_PIECE):
+            if start:
+                await asyncio.sleep(0)
+            rows += [[*row(put.entity), put.version] for put in puts[start : start + _IMPORT_PIECE]]
+        return rows
+
+    async def imported(self, lease: Lease, collection: str, rows: list[list[object]]) -> bool:
+        """Write them; whether all landed. A row that lacks a parent does not."""
+        bulk = self._tables[collection].dialect.bulk
+        assert bulk is not None, "looked at by `imports_in`"
+        start = landed = 0
+        for size, times in bulk.blocks(len(rows), len(rows[0])):
+            ends = range(start + size, start + size * times + 1, size)
+            blocks = [list(chain.from_iterable(rows[end - size : end])) for end in ends]
+            start = ends[-1]
+            landed += await lease.many(self._statements.imports(collection, size), blocks)
+        return landed == len(rows)
 
     # -- what was refused --------------------------------------------------------------------
 

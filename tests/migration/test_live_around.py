@@ -1,0 +1,192 @@
+"""What goes around the verbs, and so is not followed: refused while a move is on, or told apart."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from live_crew import COLLECTIONS
+from test_live import prepared, short_leases
+
+from hf_async_store import StorageError, StorageStrategy, StoreMovedError, moving, open_store
+from hf_async_store.config import recordable_url
+from hf_async_store.migration.live import LiveMove
+
+if TYPE_CHECKING:
+    from conftest import Place
+
+__all__ = ["short_leases"]
+
+UPDATE = "UPDATE accounts SET balance = 7 WHERE account_id = 'a-0'"
+
+
+def opened(url: str) -> Any:
+    return open_store(url, collections=COLLECTIONS)
+
+
+async def begun(source: str, target: str, *, cut_over: bool = False) -> None:
+    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        await move.start(cut_over=cut_over)
+
+
+async def stopped(source: str, target: str) -> None:
+    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        await move.stop()
+
+
+async def balance(store: StorageStrategy) -> object:
+    account = await store.get_entity("accounts", "a-0")
+    assert account is not None
+    return account["balance"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_sql_is_refused_while_a_move_is_on(kind: str, place: Place) -> None:
+    source, target = place(kind, "a"), place("json-single", "b")
+    await prepared(source)
+    async with opened(source) as store:
+        await store.execute_with_lock(UPDATE)
+        await begun(source, target)
+        with pytest.raises(StoreMovedError, match="execute_with_lock"):
+            await store.execute_with_lock(UPDATE)
+        with pytest.raises(StoreMovedError, match="execute_with_lock"):
+            async with store.begin_transaction() as tx:
+                await tx.execute_with_lock(UPDATE)
+        await begun(source, target, cut_over=True)
+        with pytest.raises(StoreMovedError) as caught:
+            await store.execute_with_lock("SELECT balance FROM accounts")
+        assert caught.value.new_place == recordable_url(target)
+        assert await balance(store) == 7
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_sql_that_a_move_overtakes_is_not_acknowledged(
+    kind: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = place(kind, "a"), place("json-single", "b")
+    await prepared(source)
+    async with opened(source) as store:
+        execute = store._sql.execute_with_lock
+
+        async def slow(*arguments: object) -> object:
+            await begun(source, target)
+            return await execute(*arguments)
+
+        monkeypatch.setattr(store._sql, "execute_with_lock", slow)
+        with pytest.raises(StorageError, match="a move of this store began") as caught:
+            await store.execute_with_lock(UPDATE)
+        assert caught.value.outcome_unknown
+        assert not caught.value.retryable
+
+
+async def test_sql_in_a_transaction_that_a_move_overtakes_is_not_acknowledged(
+    place: Place,
+) -> None:
+    source, target = place("postgresql", "a"), place("json-single", "b")
+    await prepared(source)
+    async with opened(source) as store:
+
+        async def late() -> None:
+            async with store.begin_transaction() as tx:
+                await tx.execute_with_lock(UPDATE)
+                await begun(source, target)
+
+        with pytest.raises(StorageError, match="a move of this store began") as caught:
+            await late()
+        assert caught.value.outcome_unknown
+
+
+async def test_sql_goes_on_while_nothing_moves(place: Place) -> None:
+    source, target = place("sqlite", "a"), place("json-single", "b")
+    await prepared(source)
+    async with opened(source) as store:
+        async with store.begin_transaction() as tx:
+            await tx.execute_with_lock(UPDATE)
+            await asyncio.sleep(moving.LEASE_SECONDS + 0.1)
+        await begun(source, target)
+        await stopped(source, target)
+        await asyncio.sleep(moving.LEASE_SECONDS + 0.1)
+        await store.execute_with_lock(UPDATE.replace("7", "8"))
+        assert await balance(store) == 8
+
+
+async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place) -> None:
+    source, target = place("dynamodb", "a"), place("json-single", "b")
+    await prepared(source)
+    async with opened(source) as store:
+
+        async def ask() -> list[Any]:
+            found: list[Any] = await store.query_by_gsi(
+                "machines", "request_id-created_at-index", "request_id = :r", {":r": "r-1"}, limit=1
+            )
+            return found
+
+        async def update() -> int:
+            version: int = await store.update_entity(
+                "accounts",
+                "a-0",
+                {"balance": 7},
+                condition_expression="attribute_exists(balance)",
+                expression_values={},
+            )
+            return version
+
+        assert await ask()
+        assert await update() == 2
+        await begun(source, target)
+        assert await ask()  # it counts still
+        with pytest.raises(StoreMovedError, match="condition_expression"):
+            await update()
+        await begun(source, target, cut_over=True)
+        with pytest.raises(StoreMovedError, match="query_by_gsi") as caught:
+            await ask()
+        assert caught.value.new_place == recordable_url(target)
+        with pytest.raises(StoreMovedError, match="condition_expression"):
+            await update()
+        assert await balance(store) == 7
+
+
+async def test_a_conditional_update_that_a_move_overtakes_is_not_acknowledged(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = place("dynamodb", "a"), place("json-single", "b")
+    await prepared(source)
+    async with opened(source) as store:
+        update_where = store._dynamodb.writes.update_where
+
+        async def slow(*arguments: object) -> object:
+            await begun(source, target)
+            return await update_where(*arguments)
+
+        monkeypatch.setattr(store._dynamodb.writes, "update_where", slow)
+        with pytest.raises(StorageError, match="a move of this store began") as caught:
+            await store.update_entity(
+                "accounts",
+                "a-0",
+                {"balance": 7},
+                condition_expression="attribute_exists(balance)",
+                expression_values={},
+            )
+        assert caught.value.outcome_unknown
+
+
+async def test_files_are_not_written_by_who_has_not_heard_of_the_move(place: Place) -> None:
+    """Its lease goes on, and it looks at the record once it holds the lock."""
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    async with opened(source) as store:
+        assert await balance(store) == 100
+        # The move begins within the lease: nobody waits for it to be over yet.
+        async with LiveMove(source, target, collections=COLLECTIONS) as move:
+            beginning = asyncio.create_task(move.start(cut_over=False))
+            while await move._read(move._source) is None:
+                await asyncio.sleep(0.01)
+            with pytest.raises(StoreMovedError, match="write lock"):
+                await store.write_file({})
+            await beginning
+        assert await store.read_file()
+        await begun(source, target, cut_over=True)
+        with pytest.raises(StoreMovedError, match="read lock") as caught:
+            await store.read_file()
+        assert caught.value.new_place == recordable_url(target)

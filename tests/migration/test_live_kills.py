@@ -1,0 +1,246 @@
+"""SIGKILL of the mover at each of its steps, and of applications in each phase, between engines.
+
+Each test is one long life of a store: the applications write on all the time, while a mover dies at
+one step after another. After each death exactly one side counts, by whatever URL one asks.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from live_crew import COLLECTIONS
+from test_live import Crew, audit, crew, moved, mover, prepared, short_leases
+
+from hf_async_store import StorageStrategy, StoreMovedError, open_store
+from hf_async_store.config import recordable_url
+from hf_async_store.entities import Key
+from hf_async_store.migration.live import LiveMove
+
+if TYPE_CHECKING:
+    from conftest import Place
+
+__all__ = ["crew", "short_leases"]
+
+JSON_TO_POSTGRESQL = ("json-single", "postgresql")
+SQLITE_TO_DYNAMODB = ("sqlite", "dynamodb")
+
+_THERE = [
+    "record-1",  # of the target
+    "record-2",  # of the source: from here on there is a move, and the next mover takes it over
+    "taken-1",
+    "taken-2",
+    "amid",
+    "copying",
+    "copied",
+    "marked",
+    "repaired",
+    "cut",
+    "drained",
+    "flipped",
+]
+_BACK = [
+    "taken-1",
+    "taken-2",
+    "amid",
+    "copying",
+    "marked",
+    "repaired",
+    "cut",
+    "drained",
+    "flipped",
+    "record-3",  # of the target, which is given up
+    "record-4",  # of the source: the move is over
+]
+_FINISH = ["taken-1", "taken-2", "record-3", "record-1", "forgetting"]
+"""The third record gives the source up; from there on, the first is that of the target, which goes."""
+
+_ALL_PHASES = ("copying", "cut_over", "flipped", "cut_back", "moved")
+
+
+def _short(steps: list[str], chosen: tuple[str, ...]) -> list[str]:
+    return [each for each in steps if each in chosen]
+
+
+async def one_side_counts(source: str, target: str, name: str) -> str:
+    """Write by both URLs, with no mover alive: all that is acknowledged lies on one side, and the
+    record says which; returns its URL."""
+    refused = []
+    for url, other in ((source, target), (target, source)):
+        try:
+            async with open_store(url, collections=COLLECTIONS) as store:
+                await store.save_entity("templates", {"template_id": name, "by": url})
+        except StoreMovedError as exc:
+            assert exc.new_place == recordable_url(other)
+            refused.append(url)
+    assert len(refused) < 2
+    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        key = Key("templates", name)
+        holds = [
+            (await engine.fetch([key]))[0] is not None for engine in (move._source, move._target)
+        ]
+        assert sum(holds) == 1, f"{name}: {holds}"
+        status = await move.status()
+        counts = source if holds[0] else target
+        assert status.authoritative == recordable_url(counts)
+    return counts
+
+
+async def phase_of(source: str, target: str) -> str | None:
+    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        record = await move._read(move._source)
+        return None if record is None else record.phase
+
+
+class Life:
+    """A store that moves, its applications, and movers that die."""
+
+    def __init__(self, source: str, target: str, crew: Crew) -> None:
+        self.source, self.target = source, target
+        self.crew = crew
+        self.killed = 0
+        self._seed = 0
+        self._probes = 0
+
+    async def begin(self) -> None:
+        await prepared(self.source)
+        for _ in range(2):
+            self.join(self.source)
+
+    def join(self, url: str) -> None:
+        self.crew.begin(url, self._seed)
+        self._seed += 1
+
+    async def die(self, action: str, step: str) -> str:
+        """A mover dies at a step; which side counts then."""
+        written = step.replace("taken-", "record-")
+        done = mover(action, self.source, self.target, written)
+        assert done.returncode == -signal.SIGKILL, f"{action}, {step}: {done.stderr}"
+        return await self.counts()
+
+    async def counts(self) -> str:
+        self._probes += 1
+        return await one_side_counts(self.source, self.target, f"probe-{self._probes}")
+
+    async def end(self) -> StorageStrategy:
+        """The store that the source has become, once everything is finished."""
+        self.crew.end()
+        store = await open_store(self.target, collections=COLLECTIONS).open()
+        try:
+            done = await audit(store, self.crew.notes(), killed=self.killed)
+            assert done["count"] > 50
+            assert done["transfer"] > 20
+        finally:
+            await store.close()
+        return store
+
+
+@pytest.mark.parametrize(
+    ("kinds", "there", "back", "finish"),
+    [
+        pytest.param(
+            JSON_TO_POSTGRESQL,
+            _short(_THERE, ("copying", "cut")),
+            [],
+            ["record-3"],
+            id="json-postgresql-short",
+        ),
+        pytest.param(
+            SQLITE_TO_DYNAMODB,
+            _short(_THERE, ("flipped",)),
+            [],
+            [],
+            id="sqlite-dynamodb-short",
+        ),
+        *(
+            pytest.param(
+                kinds,
+                _THERE,
+                _BACK,
+                _FINISH,
+                id=f"{'-'.join(kinds)}-every-step",
+                marks=[pytest.mark.long, pytest.mark.timeout(900)],
+            )
+            for kinds in (JSON_TO_POSTGRESQL, SQLITE_TO_DYNAMODB)
+        ),
+    ],
+)
+async def test_a_mover_that_dies_at_one_step_after_another(
+    kinds: tuple[str, str],
+    there: list[str],
+    back: list[str],
+    finish: list[str],
+    place: Place,
+    crew: Crew,
+) -> None:
+    source, target = place(kinds[0], "a"), place(kinds[1], "b")
+    life = Life(source, target, crew)
+    await life.begin()
+    for step in there:
+        counts = await life.die("start", step)
+        assert counts == (target if step == "flipped" else source), step
+    moved("start", source, target)
+    assert await life.counts() == target
+    life.join(target)
+    if back:
+        for step in back:
+            counts = await life.die("back", step)
+            over = step in ("flipped", "record-3", "record-4")
+            assert counts == (source if over else target), step
+        if back[-1] != "record-4":
+            moved("back", source, target)
+        assert await life.counts() == source
+        moved("start", source, target)
+    for step in finish:
+        assert await life.die("finish", step) == target, step
+    moved("finish", source, target)
+    assert await life.counts() == target
+    await life.end()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "phases"),
+    [
+        pytest.param(JSON_TO_POSTGRESQL, ("moved",), id="json-postgresql-short"),
+        pytest.param(SQLITE_TO_DYNAMODB, ("copying",), id="sqlite-dynamodb-short"),
+        *(
+            pytest.param(
+                kinds,
+                _ALL_PHASES,
+                id=f"{'-'.join(kinds)}-every-phase",
+                marks=[pytest.mark.long, pytest.mark.timeout(900)],
+            )
+            for kinds in (JSON_TO_POSTGRESQL, SQLITE_TO_DYNAMODB)
+        ),
+    ],
+)
+async def test_applications_that_die_in_each_phase(
+    kinds: tuple[str, str], phases: tuple[str, ...], place: Place, crew: Crew
+) -> None:
+    source, target = place(kinds[0], "a"), place(kinds[1], "b")
+    life = Life(source, target, crew)
+    await life.begin()
+    for phase in phases:
+        victim = crew.begin(source, 1000 + life.killed)
+        time.sleep(0.4)
+        if phase == "copying":
+            assert mover("start", source, target, "copied").returncode == -signal.SIGKILL
+        elif phase == "cut_over":
+            assert mover("start", source, target, "cut").returncode == -signal.SIGKILL
+        elif phase == "cut_back":
+            assert mover("back", source, target, "cut").returncode == -signal.SIGKILL
+        else:
+            moved("start", source, target)
+        if phase == "moved":
+            moved("finish", source, target)
+        crew.kill(victim)
+        life.killed += 1
+        assert await phase_of(source, target) == phase
+        expected = source if phase in ("copying", "cut_over") else target
+        assert await life.counts() == expected, phase
+    if phases[-1] != "moved":
+        moved("start", source, target)
+        moved("finish", source, target)
+    await life.end()
