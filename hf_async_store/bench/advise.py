@@ -10,7 +10,8 @@ import msgspec
 from hf_async_store.bench.numbers import bytes_shown, shown, time_shown
 from hf_async_store.bench.plan import Load
 from hf_async_store.bench.results import Cell, LeftOut
-from hf_async_store.bench.run import Run, Settings, Told
+from hf_async_store.bench.run import Run, Told
+from hf_async_store.bench.settings import Settings
 from hf_async_store.bench.subjects import STRATEGIES
 from hf_async_store.bench.tables import Table
 from hf_async_store.bench.tables import as_text as table_as_text
@@ -98,7 +99,6 @@ async def advise(wanted: Wanted, places: Places, tell: Told) -> Advice:
         rounds=3,
         duration=0.7,
         steady=0.7,
-        budget=float("inf"),
     )
     subjects = [each for each in STRATEGIES if each.name in _NEEDS]
     results = await Run(settings, subjects, places, tell).whole()

@@ -20,6 +20,14 @@ class Interval(NamedTuple):
     high: float
 
 
+def uncertainty(values: Sequence[float]) -> float:
+    """By how much of itself the mean may be wrong, with 95 % confidence; infinite for one value."""
+    logs = [math.log(each) for each in values if each > 0]
+    if len(logs) < 2:
+        return math.inf
+    return _student(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+
+
 def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
     """The ratio of two sides that took turns, round by round; None without a round.
 

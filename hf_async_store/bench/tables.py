@@ -123,14 +123,10 @@ def grown(sweep: Sweep) -> Table:
         power = curve.exponent
         fitted = "" if power is None else f"n^{power:.2f}"
         rows.append((curve.subject, *(costs.get(size, "") for size in sizes), fitted))
-    note = f"Took {shown(sweep.seconds)} s of the {shown(sweep.budget)} s that it may take."
-    if sweep.left_out:
-        note += f" Left out: {', '.join(sweep.left_out)}."
     return Table(
         f"One of {sweep.workload}, by {sweep.knob}",
         ("", *(f"{size:,.0f}" for size in sizes), "fitted"),
         rows,
-        note,
     )
 
 
