@@ -159,15 +159,9 @@ async def held_saves(pool: Any, machines: Sequence[Sequence[Entity]]) -> None:
 
 
 async def prepare(connection: aiosqlite.Connection) -> None:
+    await connection.execute_fetchall("PRAGMA journal_mode = WAL")
     await connection.execute_fetchall("PRAGMA synchronous = FULL")
     await connection.execute_fetchall("PRAGMA foreign_keys = ON")
-
-
-async def sqlite_insert(connection: aiosqlite.Connection, machines: Sequence[Entity]) -> None:
-    """One hand-written multi-row INSERT, a transaction by itself."""
-    row = f"({', '.join('?' * len(COLUMNS))})"
-    sql = f"INSERT INTO bare ({', '.join(COLUMNS)}) VALUES {', '.join([row] * len(machines))}"
-    await connection.execute_fetchall(sql, [v for each in machines for v in values_of(each)])
 
 
 async def sqlite_load(path: Path, machines: Sequence[Entity]) -> None:
@@ -178,15 +172,6 @@ async def sqlite_load(path: Path, machines: Sequence[Entity]) -> None:
         sql = f"INSERT INTO bare ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
         await connection.executemany(sql, [values_of(each) for each in machines])
         await connection.execute_fetchall("COMMIT")
-
-
-async def postgresql_multi_row(pool: Any, machines: Sequence[Entity]) -> None:
-    """One hand-written multi-row INSERT of arrays."""
-    arrays = ", ".join(f"${n}::text[]" for n in range(1, len(COLUMNS) + 1))
-    sql = f"INSERT INTO bare ({', '.join(COLUMNS)}) SELECT * FROM unnest({arrays})"
-    columns = list(zip(*map(values_of, machines), strict=True))
-    async with pool.acquire() as connection:
-        await connection.execute(sql, *columns)
 
 
 async def postgresql_load(pool: Any, machines: Sequence[Entity]) -> None:
