@@ -34,6 +34,11 @@ _SURE: Final = 0.03
 _VISITS: Final = 4
 """To one load: one that is never sure must not have all the time that there is."""
 
+_LOADS_SHARE: Final = 0.75
+"""Of the budget: on a slow machine, too, something is left for the sweeps."""
+
+_NO_TIME: Final = "no time was left"
+
 Told = Callable[[str], None]
 
 
@@ -67,7 +72,7 @@ class Run:
         await self._visit_all()
         strategies = [each for each in self._subjects if each.kind == "strategy"]
         for series in self._settings.series:
-            seconds = min(series.share * self._budget, self._budget - self._spent())
+            seconds = max(min(series.share * self._budget, self._budget - self._spent()), 0.0)
             growth = Growth(series, strategies, self._stage, seconds)
             results.sweeps += await growth.measured(self._tell)
         if self._settings.again:
@@ -93,8 +98,8 @@ class Run:
         """Each load once; what one does not need of its share of the time is for the others."""
         weights = {each: len(self._subjects_of(each)) for each in self._settings.loads}
         for load in self._settings.loads:
-            if self._spent() > self._budget:
-                self._stage.leave_out(load.name, f"the {self._budget:.0f} s were over")
+            if self._spent() > self._budget * _LOADS_SHARE:
+                self._stage.leave_out(load.name, _NO_TIME)
                 continue
             left = max(self._budget * self._settings.first_share - self._spent(), 0.0)
             share = weights[load] / max(sum(weights.values()), 1)
@@ -138,7 +143,7 @@ class Run:
             until = self._started + began + seconds
             await self._rounds(turns, until)
             if not again:
-                await self._steady_rounds(load, turns)
+                await self._steady_rounds(load, turns, until)
             for crew, cell in turns:
                 await self._stage.verify(crew, cell)
         self._visits.setdefault(load, []).append(self._spent() - began)
@@ -154,12 +159,18 @@ class Run:
             if now + 2 * (now - round_began) > until:
                 return
 
-    async def _steady_rounds(self, load: Load, turns: Sequence[tuple[Crew, Cell]]) -> None:
-        for crew, cell in turns:
-            if self._spent() > self._budget:
-                self._stage.leave_out(f"{load.name}: latencies", "no time was left")
-                return
-            await self._stage.steady_round(crew, cell)
+    async def _steady_rounds(
+        self, load: Load, turns: Sequence[tuple[Crew, Cell]], until: float
+    ) -> None:
+        """Of the engines in any case, of the others as far as there is time."""
+        skipped = False
+        for crew, cell in sorted(turns, key=lambda each: each[1].kind != "strategy"):
+            if cell.kind == "strategy" or time.monotonic() < until:
+                await self._stage.steady_round(crew, cell)
+            else:
+                skipped = True
+        if skipped:
+            self._stage.leave_out(f"{load.name}: latencies of floors and peers", _NO_TIME)
 
     def _cell(self, crew: Crew) -> Cell:
         cells = self._cells.setdefault(crew.load, {})

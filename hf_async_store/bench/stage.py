@@ -115,7 +115,7 @@ class Stage:
         half = min(operations / seconds * _STEADY_SHARE, _STEADY_MOST * crew.load.processes)
         rate = self._settings.rate or half
         # Of what is slow, enough to say something, within reason.
-        length = min(max(self._settings.steady, 10 / rate), self._settings.steady * 4)
+        length = min(max(self._settings.steady, 10 / rate), self._settings.steady * 2)
         if length * rate < _STEADY_LEAST:
             return
         tally = await self._round(crew, cell, length, rate)
