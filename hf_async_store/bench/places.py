@@ -28,6 +28,10 @@ _CREDENTIALS: Final = {
 }
 
 
+_POSTGRES: Final = {"max_connections": "800"}
+"""All sides of a load are open at once, and some have 32 connections in each of their processes."""
+
+
 class Places:
     """To be used with `with`: everything is gone afterwards.
 
@@ -119,7 +123,8 @@ class Places:
     def _postgres_server(self) -> PostgresServer:
         if self._postgres is None:
             try:
-                self._postgres = self._stack.enter_context(postgres(durable=self._durable))
+                server = postgres(durable=self._durable, settings=_POSTGRES)
+                self._postgres = self._stack.enter_context(server)
             except ServerUnavailable as exc:
                 self._postgres = exc
         if isinstance(self._postgres, ServerUnavailable):

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from hf_async_store.bench.data import Entity
-from hf_async_store.bench.plan import Place, Subject
+from hf_async_store.bench.plan import Kind, Place, Subject
 from hf_async_store.bench.targets import StoreTarget
 from hf_async_store.entities import Change, Outcome, Put
 from hf_async_store.strategies.memory import MemoryStorageStrategy
 
 
-def subject(fault: str) -> Subject:
+def subject(fault: str, kind: Kind = "strategy") -> Subject:
     return Subject(
         name=fault,
-        kind="strategy",
+        kind=kind,
         family="memory",
         target=f"planted:{fault}",
         place="nothing",
