@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 _KEPT_BYTES: Final = 20_000_000
 """Of machines in a store. What is larger is used once, and not worth the disk."""
 
+_LARGER: Final = 1.5
+"""Times as long as a machine of a small store takes one of a store that outgrows its caches."""
+
+_UNKNOWN: Final = 0.1
+"""The part of filling that grows with the machines, at least: of one size nothing more is known."""
+
 
 class Stock:
     """The stores of one run. What was kept goes when its places do."""
@@ -28,12 +34,17 @@ class Stock:
         self._places = places
         self._seed = seed
         self._kept: dict[tuple[Subject, int, int], asyncio.Task[Place]] = {}
-        self._filled: dict[str, tuple[int, float]] = {}
+        self._filled: dict[str, dict[int, float]] = {}
 
     def expected(self, subject: Subject, load: Load) -> float:
-        """The seconds that filling it would take, as far as is known."""
-        count, seconds = self._filled.get(subject.name, (1, 0.0))
-        return seconds * load.entities / count
+        """The seconds that filling it would take, as far as is known: to start, and for each."""
+        known = self._filled.get(subject.name)
+        if known is None:
+            return 0.0
+        start = min(known.values())
+        most = max(known)
+        each = max(known[most] - start, _UNKNOWN * start) / most
+        return start + _LARGER * each * load.entities
 
     async def crew(self, subject: Subject, load: Load, *, writes: bool) -> Crew:
         """A crew whose target is filled. Give it back when it has ended.
@@ -77,7 +88,8 @@ class Stock:
             await crew.end()
             self._places.remove(subject, place)
             raise
-        self._filled[subject.name] = (load.entities, time.monotonic() - began)
+        known = self._filled.setdefault(subject.name, {})
+        known[load.entities] = time.monotonic() - began
         return crew
 
 

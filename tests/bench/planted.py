@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -50,6 +51,24 @@ class Stalling(Good):
         part = time.monotonic() % 0.5
         if part < 0.2:
             await asyncio.sleep(0.2 - part)
+        await super().save(machine)
+
+
+class Burning(Good):
+    """Computes for a millisecond at each save."""
+
+    async def save(self, machine: Entity) -> None:
+        until = time.thread_time() + 0.001
+        while time.thread_time() < until:
+            pass
+        await super().save(machine)
+
+
+class Hoarding(Good):
+    """Keeps a hundred kilobytes of each save."""
+
+    async def save(self, machine: Entity) -> None:
+        self.kept = [*getattr(self, "kept", []), bytearray(os.urandom(1) * 100_000)]
         await super().save(machine)
 
 

@@ -40,6 +40,22 @@ async def test_a_stall_is_seen_in_the_tail_with_everything_that_it_kept_waiting(
     assert stalling.rate < 0.9 * good.rate
 
 
+async def test_what_an_engine_computes_and_keeps_is_seen(measure: Measure) -> None:
+    subjects = [subject(each) for each in ("Good", "Burning", "Hoarding")]
+    results = await measure(subjects, SAVE, steady=0.0, duration=0.2)
+    good, burning, hoarding = (results.cell(each.name, SAVE.name) for each in subjects)
+    assert good is not None
+    assert burning is not None
+    assert hoarding is not None
+    assert results.failures == []
+    assert burning.processor > 0.001
+    assert good.processor < 0.5 * burning.processor
+    saved = [sum(each.units for each in hoarding.rounds[: n + 1]) for n in range(3)]
+    # The median of three rounds is what the process held after the second.
+    assert hoarding.memory > 0.9 * 100_000 * saved[1]
+    assert hoarding.memory > good.memory + 5e6
+
+
 @pytest.mark.parametrize(
     ("fault", "load", "said"),
     [
