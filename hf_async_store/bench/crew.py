@@ -23,7 +23,7 @@ from hf_async_store.bench.plan import (
 )
 
 _LINE: Final = 2**28
-_PATIENCE_SECONDS: Final = 300.0
+_PATIENCE_SECONDS: Final = 600.0
 _LAST_WORDS: Final = 400
 
 

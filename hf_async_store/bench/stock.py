@@ -37,14 +37,14 @@ class Stock:
         self._filled: dict[str, dict[int, float]] = {}
 
     def expected(self, subject: Subject, load: Load) -> float:
-        """The seconds that filling it would take, as far as is known: to start, and for each."""
+        """The seconds that filling it would take, as far as is known: to start, and for each byte."""
         known = self._filled.get(subject.name)
         if known is None:
             return 0.0
         start = min(known.values())
         most = max(known)
         each = max(known[most] - start, _UNKNOWN * start) / most
-        return start + _LARGER * each * load.entities
+        return start + _LARGER * each * load.entities * load.size
 
     async def crew(self, subject: Subject, load: Load, *, writes: bool) -> Crew:
         """A crew whose target is filled. Give it back when it has ended.
@@ -89,7 +89,7 @@ class Stock:
             self._places.remove(subject, place)
             raise
         known = self._filled.setdefault(subject.name, {})
-        known[load.entities] = time.monotonic() - began
+        known[load.entities * load.size] = time.monotonic() - began
         return crew
 
 
