@@ -80,7 +80,9 @@ class Growth:
         for subject in self._strategies:
             filling = self._stage.stock.expected(subject, load) / AT_ONCE
             seconds = filling + self._took.get(subject.name, _SECONDS)
-            if subject.most is not None and load.entities > subject.most[0]:
+            if load.processes > 1 and subject.place == "nothing":
+                self._leave_out(subject, value, "it lives in one process")
+            elif subject.most is not None and load.entities > subject.most[0]:
                 self._leave_out(subject, value, subject.most[1])
             elif not first and seconds > left:
                 self._leave_out(subject, value, f"the sweep's {self._budget:.0f} s were over")

@@ -70,11 +70,7 @@ class Run:
         results.machine = await asyncio.to_thread(meter.machine)
         results.versions = meter.versions()
         await self._visit_all()
-        strategies = [each for each in self._subjects if each.kind == "strategy"]
-        for series in self._settings.series:
-            seconds = max(min(series.share * self._budget, self._budget - self._spent()), 0.0)
-            growth = Growth(series, strategies, self._stage, seconds)
-            results.sweeps += await growth.measured(self._tell)
+        await self._sweep_all()
         if self._settings.again:
             await self._visit_again()
         for cells in self._cells.values():
@@ -105,6 +101,18 @@ class Run:
             share = weights[load] / max(sum(weights.values()), 1)
             del weights[load]
             await self._visit(load, left * share if share else left)
+
+    async def _sweep_all(self) -> None:
+        """Each sweep once; what one does not need of its share of the time is for the others."""
+        strategies = [each for each in self._subjects if each.kind == "strategy"]
+        shares = {each: each.share for each in self._settings.series}
+        until = self._budget * (self._settings.first_share + sum(shares.values()))
+        for series in self._settings.series:
+            left = max(min(until, self._budget) - self._spent(), 0.0)
+            seconds = left * series.share / sum(shares.values())
+            del shares[series]
+            growth = Growth(series, strategies, self._stage, seconds)
+            self.results.sweeps += await growth.measured(self._tell)
 
     async def _visit_again(self) -> None:
         """Where the figures are least sure, as long as there is time."""
