@@ -104,7 +104,7 @@ _SHARES: Final = (0.5, 0.9, 0.99, 0.999)
 
 
 def _latency(load: str, cells: Sequence[Cell]) -> Drawing:
-    title = f"{load}: milliseconds at half load, p50 to p99.9, o the longest"
+    title = f"{load}: ms at half load, p50 to p99.9, o longest"
     waits = {each.subject: [each.calm.percentile(share) for share in _SHARES] for each in cells}
     longest = {each.subject: each.calm.highest / 1e9 for each in cells}
     values = [wait * 1000 for each in waits.values() for wait in each]
@@ -151,9 +151,14 @@ def _ratios(results: Results, strategy: str) -> Drawing | None:
     for (_, name, against), y in zip(found, rows, strict=True):
         colour = COLOURS["strategy"]
         shapes.append(_name(name, y))
-        shapes.append(_range(scale, against.low, against.high, y, colour))
+        last, text = against.value, f"{shown(against.value)} x"
+        if math.isfinite(against.high):
+            last = against.high
+            shapes.append(_range(scale, against.low, last, y, colour))
+        else:
+            text += ", one round"
         shapes.append(Dot(scale.at(against.value), y, 4.5, colour))
-        shapes.append(_value(scale.at(against.high) + 9, y, f"{shown(against.value)} x"))
+        shapes.append(_value(scale.at(last) + 9, y, text))
     return _done(title, shapes, scale, rows, shown)
 
 

@@ -109,3 +109,10 @@ async def test_a_peer_that_loses_writes_is_left_out_and_told(measure: Measure) -
     assert results.failures == []
     assert results.cell("Losing", SAVE.name) is None
     assert "acknowledged" in next(each.why for each in results.left_out)
+
+
+def test_what_need_not_be_durable_is_told_to_the_engines(tmp_path: Path) -> None:
+    for durable, said in ((False, "synchronous=NORMAL"), (True, "store.sqlite")):
+        with Places(durable=durable, folder=str(tmp_path)) as places:
+            (sqlite,) = [each for each in chosen(["sqlite"]) if each.name == "sqlite"]
+            assert places.make(sqlite).url.endswith(said)
