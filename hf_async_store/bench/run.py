@@ -35,7 +35,7 @@ _VISITS: Final = 4
 """To one load: one that is never sure must not have all the time that there is."""
 
 _LOADS_SHARE: Final = 0.75
-"""Of the budget: on a slow machine, too, something is left for the sweeps."""
+"""Of the budget, if its first share is less: on a slow machine, too, something is left for sweeps."""
 
 _NO_TIME: Final = "no time was left"
 
@@ -94,7 +94,7 @@ class Run:
         """Each load once; what one does not need of its share of the time is for the others."""
         weights = {each: len(self._subjects_of(each)) for each in self._settings.loads}
         for load in self._settings.loads:
-            if self._spent() > self._budget * _LOADS_SHARE:
+            if self._spent() > self._budget * max(self._settings.first_share, _LOADS_SHARE):
                 self._stage.leave_out(load.name, _NO_TIME)
                 continue
             left = max(self._budget * self._settings.first_share - self._spent(), 0.0)

@@ -107,6 +107,7 @@ SHORT: Final = Settings(
     duration=0.25,
     steady=0.3,
     budget=100.0,
+    first_share=0.85,
     again=True,
     compared=("save", "get", "acquire"),
 )
