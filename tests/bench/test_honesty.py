@@ -69,7 +69,7 @@ async def test_what_an_engine_computes_and_keeps_is_seen(measure: Measure) -> No
 async def test_a_run_against_a_broken_engine_fails(
     measure: Measure, fault: str, load: Load, said: str
 ) -> None:
-    results = await measure([subject("Good"), subject(fault)], load, steady=0.2)
+    results = await measure([subject("Good"), subject(fault)], load, rounds=2, steady=0.0)
     assert results.failures
     assert all(each.startswith(f"{fault}: ") and said in each for each in results.failures[:1])
     assert not [each for each in results.failures if each.startswith("Good")]
