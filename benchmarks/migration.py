@@ -62,6 +62,7 @@ class Settings:
 
 
 _QUICK: Final = Settings(moved=20_000, backed_up=100_000, large=100_000, rounds=2)
+_REPORT: Final = Settings(rounds=2, backup_rounds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ async def _against(
     return [
         Figure(row, f"JSON, {count:,} machines, digests counted", rates[0], "machines/s"),
         Figure(row, what, rates[1], "machines/s"),
-        Figure(row, "against it", ratios(*rates), "x", at_least=_SHARE),
+        Figure(row, f"{count:,} machines against {what}", ratios(*rates), "x", at_least=_SHARE),
     ]
 
 
@@ -248,7 +249,9 @@ async def _backup(row: str, url: str, bench: Bench) -> list[Figure]:
     return [
         Figure(row, f"{count:,} machines, {len(texts[0]) / 1e6:.0f} MB of text", backups, "s"),
         Figure(row, "zlib over the same bytes, piece by piece, to a file", plain, "s"),
-        Figure(row, "speed against it", ratios(plain, backups), "x", at_least=_SHARE),
+        Figure(
+            row, f"{count:,} machines against zlib", ratios(plain, backups), "x", at_least=_SHARE
+        ),
     ]
 
 
@@ -282,7 +285,13 @@ async def memory(bench: Bench) -> list[Figure]:
         figures += [
             Figure("memory", f"{name}, {bench.settings.small:,} machines", [small / 1e6], "MB"),
             Figure("memory", f"{name}, {bench.settings.large:,} machines", [large / 1e6], "MB"),
-            Figure("memory", "large against small", [large / small], "x", at_most=_FLAT),
+            Figure(
+                "memory",
+                f"{name}, {bench.settings.large:,} against {bench.settings.small:,} machines",
+                [large / small],
+                "x",
+                at_most=_FLAT,
+            ),
         ]
     return figures
 
@@ -340,13 +349,16 @@ def measured(names: Sequence[str], settings: Settings, folder: Path) -> list[Fig
 
 def main() -> None:
     parser = arguments("Measures moving and backing up.", _ROWS, _RESULTS)
+    parser.add_argument(
+        "--report", action="store_true", help="the sizes that the targets name, in few rounds"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         what, source, place = options.child
         print(json.dumps(asyncio.run(child(what, Path(source), Path(place)))))
         return
-    settings = _QUICK if options.quick else Settings()
+    settings = _QUICK if options.quick else _REPORT if options.report else Settings()
     with reported(options, settings) as (folder, figures):
         figures += measured(options.only, settings, folder)
 

@@ -1,8 +1,6 @@
 """The code that one would write by hand on the same drivers: what the SQL store is measured by.
 
 The tables have the columns, indexes and foreign keys of the store's own, and every write is as durable.
-The multi-row inserts write what the store writes of the same machines: also their version, and that a
-field is null and not missing. What stays empty in a row they leave out.
 """
 
 from __future__ import annotations
@@ -11,18 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 import aiosqlite
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ForeignKey,
-    Index,
-    MetaData,
-    String,
-    Table,
-    bindparam,
-    event,
-    select,
-)
+from sqlalchemy import Column, ForeignKey, Index, MetaData, String, Table, bindparam, event, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
@@ -60,8 +47,6 @@ BARE: Final = Table(
     Column("request_id", String, ForeignKey("bare_requests.request_id")),
     Column("template_id", String, ForeignKey("bare_templates.template_id")),
     *(Column(each, String) for each in COLUMNS[3:]),
-    Column("_side", String),
-    Column("version", BigInteger),
     Index("bare_request", "request_id", "created_at"),
     Index("bare_return", "return_request_id"),
     Index("bare_status", "status"),
@@ -173,23 +158,10 @@ async def held_saves(pool: Any, machines: Sequence[Sequence[Entity]]) -> None:
     await asyncio.gather(*(work(each) for each in machines))
 
 
-_STORED: Final = (*COLUMNS, "_side", "version")
-
-
-def _stored_of(machine: Entity) -> list[Any]:
-    return [*values_of(machine), '{"return_request_id":null}', 1]
-
-
 async def prepare(connection: aiosqlite.Connection) -> None:
+    await connection.execute_fetchall("PRAGMA journal_mode = WAL")
     await connection.execute_fetchall("PRAGMA synchronous = FULL")
     await connection.execute_fetchall("PRAGMA foreign_keys = ON")
-
-
-async def sqlite_insert(connection: aiosqlite.Connection, machines: Sequence[Entity]) -> None:
-    """One hand-written multi-row INSERT, a transaction by itself."""
-    row = f"({', '.join('?' * len(_STORED))})"
-    sql = f"INSERT INTO bare ({', '.join(_STORED)}) VALUES {', '.join([row] * len(machines))}"
-    await connection.execute_fetchall(sql, [v for each in machines for v in _stored_of(each)])
 
 
 async def sqlite_load(path: Path, machines: Sequence[Entity]) -> None:
@@ -200,16 +172,6 @@ async def sqlite_load(path: Path, machines: Sequence[Entity]) -> None:
         sql = f"INSERT INTO bare ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
         await connection.executemany(sql, [values_of(each) for each in machines])
         await connection.execute_fetchall("COMMIT")
-
-
-async def postgresql_multi_row(pool: Any, machines: Sequence[Entity]) -> None:
-    """One hand-written multi-row INSERT of arrays."""
-    texts = ", ".join(f"${n}::text[]" for n in range(1, len(_STORED)))
-    arrays = f"{texts}, ${len(_STORED)}::bigint[]"
-    sql = f"INSERT INTO bare ({', '.join(_STORED)}) SELECT * FROM unnest({arrays})"
-    columns = list(zip(*map(_stored_of, machines), strict=True))
-    async with pool.acquire() as connection:
-        await connection.execute(sql, *columns)
 
 
 async def postgresql_load(pool: Any, machines: Sequence[Entity]) -> None:

@@ -30,6 +30,7 @@ from measure import (
 from stores import Entity, machine, machine_id, request, request_id
 
 from hf_async_store import SQLStorageStrategy, open_store
+from hf_async_store.bench.floors import rows
 from hf_async_store.testing.servers import postgres
 
 if TYPE_CHECKING:
@@ -205,13 +206,17 @@ async def sqlite_many(bench: Bench) -> list[Figure]:
         stack.push_async_callback(core.close)
         await fill_bare(core)
         connection = await stack.enter_async_context(
-            floors.aiosqlite.connect(path, isolation_level=None)
+            floors.aiosqlite.connect(bench.sqlite("rows"), isolation_level=None)
         )
         await floors.prepare(connection)
+        await rows.make_sqlite(connection)
+        stored = [machine(n) for n in range(_SIZE)]
+        await rows.add_parents_sqlite(connection, *rows.parents_of(stored))
+        await rows.insert_sqlite(connection, stored)
         bursts = await alternate(
             setting.rounds,
             lambda: _burst(store, next(numbers)),
-            lambda: seconds(floors.sqlite_insert(connection, _machines(next(numbers), _BURST))),
+            lambda: seconds(rows.insert_sqlite(connection, _machines(next(numbers), _BURST))),
         )
         many = await alternate(
             max(setting.rounds // 2, 2),
@@ -357,10 +362,16 @@ async def postgresql_many(bench: Bench) -> list[Figure]:
     loads = itertools.count(10**6, setting.load)
     async with AsyncExitStack() as stack:
         store, _, pool = await _postgres(bench, stack)
+        connection = await stack.enter_async_context(pool.acquire())
+        await rows.make_postgres(connection)
+        stored = [machine(n) for n in range(_SIZE)]
+        await rows.add_parents_postgres(connection, *rows.parents_of(stored))
+        await rows.insert_postgres(connection, stored)
+        await connection.execute("ANALYZE")
         bursts = await alternate(
             setting.rounds,
             lambda: _burst(store, next(numbers)),
-            lambda: seconds(floors.postgresql_multi_row(pool, _machines(next(numbers), _BURST))),
+            lambda: seconds(rows.insert_postgres(connection, _machines(next(numbers), _BURST))),
         )
         many = await alternate(
             max(setting.rounds // 2, 2),

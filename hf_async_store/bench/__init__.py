@@ -56,13 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("tasks", "tasks at once in each process"),
         ("processes", "processes at once on one store"),
         ("burst", "machines of one acquired request"),
-        ("rounds", "rounds of each side under each load"),
+        ("rounds", "rounds of each side under each load, and no more where they are unsure"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=_at_least_one, help=what)
     parser.add_argument(
         "--reads-percent", metavar="P", type=_percent, help="reads of the mixed workload"
     )
     parser.add_argument("--duration", metavar="SECONDS", type=_above_zero, help="of one round")
+    parser.add_argument(
+        "--budget",
+        metavar="SECONDS",
+        type=_above_zero,
+        help="of the whole run (default: 100 for the short, 960 for the full one); what does not "
+        "fit is listed",
+    )
     parser.add_argument(
         "--rate",
         metavar="N",

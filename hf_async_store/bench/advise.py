@@ -10,7 +10,8 @@ import msgspec
 from hf_async_store.bench.numbers import bytes_shown, shown, time_shown
 from hf_async_store.bench.plan import Load
 from hf_async_store.bench.results import Cell, LeftOut
-from hf_async_store.bench.run import Run, Settings, Told
+from hf_async_store.bench.run import Run, Told
+from hf_async_store.bench.settings import Settings
 from hf_async_store.bench.subjects import STRATEGIES
 from hf_async_store.bench.tables import Table
 from hf_async_store.bench.tables import as_text as table_as_text
@@ -90,30 +91,24 @@ async def advise(wanted: Wanted, places: Places, tell: Told) -> Advice:
         entities=entities,
         reads=wanted.reads,
     )
-    # A tenth of it, too: what it takes for each further machine.
-    small = msgspec.structs.replace(load, entities=max(100, entities // 10))
-    settings = Settings(
-        mode="advise",
-        loads=(load, small),
-        rounds=3,
-        duration=0.7,
-        steady=0.7,
-        budget=float("inf"),
-    )
     subjects = [each for each in STRATEGIES if each.name in _NEEDS]
+    settings = Settings(mode="advise", loads=(load,), rounds=3, duration=0.7, steady=0.7)
     results = await Run(settings, subjects, places, tell).whole()
-    cells = {(each.subject, each.load.entities): each for each in results.cells if each.rounds}
+    # A tenth of it, too: what it takes for each further machine. Its speed does not matter.
+    small = msgspec.structs.replace(load, entities=max(100, entities // 10))
+    brief = Settings(mode="advise", loads=(small,), rounds=1, duration=0.2, steady=0.0)
+    fewer = await Run(brief, subjects, places, tell).whole()
+    cells = {each.subject: each for each in results.cells if each.rounds}
+    smaller = {each.subject: each for each in fewer.cells if each.rounds}
     candidates = [
-        _candidate(wanted, cells[name, load.entities], cells.get((name, small.entities)))
-        for name in _NEEDS
-        if (name, load.entities) in cells
+        _candidate(wanted, cells[name], smaller.get(name)) for name in _NEEDS if name in cells
     ]
     advice = Advice(
         wanted=wanted,
         measured=load,
         candidates=candidates,
         left_out=results.left_out,
-        failures=results.failures,
+        failures=results.failures + fewer.failures,
     )
     decide(advice)
     return advice

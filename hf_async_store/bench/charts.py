@@ -7,7 +7,8 @@ have to begin at a zero that such a scale does not have. Every dot has its numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Final, NamedTuple
 
 from hf_async_store.bench.drawing import (
@@ -24,7 +25,7 @@ from hf_async_store.bench.drawing import (
 from hf_async_store.bench.numbers import shown, time_shown
 from hf_async_store.bench.results import Cell, Results, Sweep, ratio
 
-WIDTH: Final = 640.0
+WIDTH: Final = 680.0
 COLOURS: Final = {"strategy": "#0b62c4", "floor": "#8a90a0", "peer": "#d97706"}
 
 # Okabe and Ito's palette: told apart by people who see colours differently, too.
@@ -32,7 +33,7 @@ _PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4
 
 _ROW: Final = 21.0
 _TOP: Final = 46.0
-_LEFT: Final = 240.0
+_LEFT: Final = 284.0
 _RIGHT: Final = 84.0
 _BOTTOM: Final = 30.0
 _AXIS: Final = 10.0
@@ -103,7 +104,7 @@ _SHARES: Final = (0.5, 0.9, 0.99, 0.999)
 
 
 def _latency(load: str, cells: Sequence[Cell]) -> Drawing:
-    title = f"{load}: milliseconds at half load, p50 to p99.9, o the longest"
+    title = f"{load}: ms at half load, p50 to p99.9, o longest"
     waits = {each.subject: [each.calm.percentile(share) for share in _SHARES] for each in cells}
     longest = {each.subject: each.calm.highest / 1e9 for each in cells}
     values = [wait * 1000 for each in waits.values() for wait in each]
@@ -150,15 +151,22 @@ def _ratios(results: Results, strategy: str) -> Drawing | None:
     for (_, name, against), y in zip(found, rows, strict=True):
         colour = COLOURS["strategy"]
         shapes.append(_name(name, y))
-        shapes.append(_range(scale, against.low, against.high, y, colour))
+        last, text = against.value, f"{shown(against.value)} x"
+        if math.isfinite(against.high):
+            last = against.high
+            shapes.append(_range(scale, against.low, last, y, colour))
+        else:
+            text += ", one round"
         shapes.append(Dot(scale.at(against.value), y, 4.5, colour))
-        shapes.append(_value(scale.at(against.high) + 9, y, f"{shown(against.value)} x"))
+        shapes.append(_value(scale.at(last) + 9, y, text))
     return _done(title, shapes, scale, rows, shown)
 
 
 def growth(results: Results) -> list[Drawing]:
     """By sweep: what one operation costs, as a knob is turned."""
-    return [_growth(each) for each in results.sweeps if any(c.points for c in each.curves)]
+    names = dict.fromkeys(curve.subject for sweep in results.sweeps for curve in sweep.curves)
+    colours = dict(zip(names, cycle(_PALETTE), strict=False))  # the same in every chart
+    return [_growth(each, colours) for each in results.sweeps if any(c.points for c in each.curves)]
 
 
 _KNOBS: Final = {
@@ -169,46 +177,52 @@ _KNOBS: Final = {
 }
 
 
-def _growth(sweep: Sweep) -> Drawing:
+def _growth(sweep: Sweep, colours: Mapping[str, str]) -> Drawing:
     height = 320.0
     title = f"{sweep.workload}: microseconds of one, by {_KNOBS[sweep.knob]}"
     curves = [each for each in sweep.curves if each.points]
     points = [point for each in curves for point in each.points]
-    across = _Scale.over([each.size for each in points], 64, WIDTH - 150)
+    across = _Scale.over([each.size for each in points], 64, WIDTH - 176)
     up = _Scale.over([each.cost * 1e6 for each in points], height - 44, _TOP)
     shapes: list[Shape] = [_title(title)]
     for tick in up.ticks():
         y = up.at(tick)
         shapes.append(Line(((across.start, y), (across.end, y)), GRID))
         shapes.append(Words(across.start - 8, y, shown(tick), 11, FAINT, "end"))
-    for tick in across.ticks():
-        x = across.at(tick)
+    for size in sorted({each.size for each in points}):
+        x = across.at(size)
         shapes.append(Line(((x, _TOP), (x, height - 44)), GRID))
-        shapes.append(Words(x, height - 30, shown(tick), 11, FAINT, "middle"))
+        shapes.append(Words(x, height - 30, shown(size), 11, FAINT, "middle"))
     shapes.append(
         Words((across.start + across.end) / 2, height - 12, _KNOBS[sweep.knob], 11, FAINT, "middle")
     )
-    ends = _spread([(up.at(each.points[-1].cost * 1e6), each) for each in curves])
-    for number, curve in enumerate(curves):
-        colour = _PALETTE[number % len(_PALETTE)]
+    ends = _spread(
+        {each.subject: up.at(each.points[-1].cost * 1e6) for each in curves}, height - 44
+    )
+    for curve in curves:
+        colour = colours[curve.subject]
         line = [(across.at(each.size), up.at(each.cost * 1e6)) for each in curve.points]
         shapes.append(Line(tuple(line), colour, 2))
         shapes += [Dot(x, y, 3, colour) for x, y in line]
         power = curve.exponent
         label = curve.subject + ("" if power is None else f"  n^{power:.2f}")
         y = ends[curve.subject]
-        shapes.append(Line((line[-1], (across.end + 12, y)), colour, 0.6))
-        shapes.append(Words(across.end + 16, y, label, 12, colour, bold=True))
+        shapes.append(Line((line[-1], (across.end + 16, y)), colour, 0.8))
+        shapes.append(Dot(across.end + 18, y, 4, colour))
+        shapes.append(Words(across.end + 27, y, label, 12, INK))
     return Drawing(title, WIDTH, height, shapes)
 
 
-def _spread(ends: Sequence[tuple[float, object]], apart: float = 15.0) -> dict[str, float]:
-    """Places for the labels at the ends of curves, so that none lies on another."""
+def _spread(ends: Mapping[str, float], bottom: float, apart: float = 15.0) -> dict[str, float]:
+    """Places for the labels at the ends of curves: none lies on another, and none below all."""
+    ordered = sorted(ends, key=ends.__getitem__)
     placed: dict[str, float] = {}
-    last = -math.inf
-    for y, curve in sorted(ends, key=lambda each: each[0]):
-        last = max(y, last + apart)
-        placed[curve.subject] = last  # type: ignore[attr-defined]  # of a Curve
+    lowest = -math.inf
+    for name in ordered:
+        lowest = placed[name] = max(ends[name], lowest + apart)
+    highest = math.inf
+    for name in reversed(ordered):
+        highest = placed[name] = min(placed[name], highest - apart, bottom)
     return placed
 
 

@@ -11,8 +11,8 @@ import msgspec
 from hf_async_store.bench import advise, compare, merits, report, tables
 from hf_async_store.bench.places import Places
 from hf_async_store.bench.results import LeftOut, Results
-from hf_async_store.bench.run import Run, Settings
-from hf_async_store.bench.settings import FULL, SHORT, SHORT_SUBJECTS
+from hf_async_store.bench.run import Run
+from hf_async_store.bench.settings import FULL, SHORT, SHORT_SUBJECTS, Settings
 from hf_async_store.bench.subjects import ALL, chosen, of_url
 from hf_async_store.bench.workloads import WORKLOADS
 from hf_async_store.errors import InvalidInputError
@@ -47,7 +47,7 @@ async def bench(arguments: argparse.Namespace) -> int:
             if each not in subjects and not arguments.only:
                 run.results.left_out.append(LeftOut(each.name, "only in the full run"))
         results = await run.whole()
-    results.settings = _told(arguments, settings)
+    results.settings = _told(arguments, settings) | results.settings
     results.figures = merits.figures(results, files)
     written = report.write(results, Path(arguments.output))
     if arguments.json:
@@ -119,10 +119,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.duration is not None:
         chosen_ones |= {"duration": arguments.duration, "steady": arguments.duration}
     if arguments.rounds is not None:
-        chosen_ones["rounds"] = arguments.rounds
+        chosen_ones |= {"rounds": arguments.rounds, "again": False}
     if arguments.workload or given:
         # What is chosen by hand is run wherever it can be, and as long as it takes.
-        chosen_ones |= {"series": (), "compared": None, "budget": float("inf")}
+        chosen_ones |= {"series": (), "compared": None, "budget": None, "again": False}
+    if arguments.budget is not None:
+        chosen_ones["budget"] = arguments.budget
     return msgspec.structs.replace(settings, **chosen_ones)
 
 
@@ -149,7 +151,7 @@ def _subjects(arguments: argparse.Namespace) -> list[Subject]:
 def _told(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
     told = {
         "durable": "no" if arguments.not_durable else "yes",
-        "rounds": f"{settings.rounds} of {settings.duration:g} s, taking turns",
+        "rounds": f"{settings.rounds} of {settings.duration:g} s at each visit, taking turns",
         "at fixed times": f"{settings.steady:g} s",
         "seed": str(settings.seed),
     }

@@ -23,7 +23,7 @@ from hf_async_store.bench.plan import (
 )
 
 _LINE: Final = 2**28
-_PATIENCE_SECONDS: Final = 300.0
+_PATIENCE_SECONDS: Final = 600.0
 _LAST_WORDS: Final = 400
 
 
@@ -36,31 +36,42 @@ class BrokenError(Exception):
 
 
 class Crew:
-    """Use `start`, and always `end`."""
+    """Use `fill` unless it is filled, then `start`, and always `end`."""
 
-    def __init__(self, subject: Subject, place: Place, load: Load, seed: int) -> None:
+    def __init__(
+        self, subject: Subject, place: Place, load: Load, seed: int, *, filled: bool = False
+    ) -> None:
         self.subject = subject
         self.place = place
         self.load = load
         self._seed = seed
+        self._filled = filled
         self._workers: list[_Process] = []
 
-    async def start(self) -> None:
-        """Fill the target, and have all processes open it.
+    async def fill(self) -> None:
+        """Store the machines. No process is left, but of what lives in one.
 
         Raises:
             LeftOutError, BrokenError.
         """
         first = await self._worker(0)
-        filled = await first.ask(Command(do="load"))
-        if filled.apart:
-            await first.end()
-            self._workers = []
-            # What filling it left to write would disturb what is measured next.
-            for index in range(self.load.processes):
-                await self._worker(index)
+        answer = await first.ask(Command(do="load"))
+        self._filled = True
+        if answer.apart:
+            await self.end()
         elif self.load.processes > 1:
             raise LeftOutError("it lives in one process")
+
+    async def start(self) -> None:
+        """Have all processes open it.
+
+        Raises:
+            LeftOutError, BrokenError.
+        """
+        assert self._filled, "fill comes first"
+        if not self._workers:
+            for index in range(self.load.processes):
+                await self._worker(index)
         await self.turn_to(self.load.workload)
 
     async def turn_to(self, workload: str) -> None:
@@ -69,8 +80,8 @@ class Crew:
         Raises:
             LeftOutError, BrokenError.
         """
-        for each in self._workers:
-            opened = await each.ask(Command(do="open", workload=workload))
+        command = Command(do="open", workload=workload)
+        for opened in await asyncio.gather(*(each.ask(command) for each in self._workers)):
             if opened.left_out is not None:
                 raise LeftOutError(opened.left_out)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Anchor: TypeAlias = Literal["start", "middle", "end"]
 
 INK: Final = "#1f2430"
-FAINT: Final = "#8a90a0"
+FAINT: Final = "#5b6170"
 GRID: Final = "#e4e6ec"
 
 _SCALE: Final = 2

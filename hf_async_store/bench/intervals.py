@@ -20,6 +20,14 @@ class Interval(NamedTuple):
     high: float
 
 
+def uncertainty(values: Sequence[float]) -> float:
+    """By how much of itself the mean may be wrong, with 95 % confidence; infinite for one value."""
+    logs = [math.log(each) for each in values if each > 0]
+    if len(logs) < 2:
+        return math.inf
+    return _student(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+
+
 def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
     """The ratio of two sides that took turns, round by round; None without a round.
 
@@ -77,8 +85,11 @@ _STUDENT: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The k of `cost ~ size ** k`, by least squares on logarithms; None for fewer than 3 sizes."""
+    """The k of `cost ~ size ** k`, by least squares on logarithms; None for one size.
+
+    Of two, as where a sweep was ended, it is what lies between them.
+    """
     logs = [(math.log(size), math.log(cost)) for size, cost in points if size > 0 < cost]
-    if len({size for size, _ in logs}) < 3:
+    if len({size for size, _ in logs}) < 2:
         return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope

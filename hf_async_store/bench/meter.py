@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import socket
+import stat
 import statistics
 import sys
 import tempfile
@@ -15,6 +17,11 @@ from typing import Final
 
 _STATUS: Final = Path("/proc/self/status")
 _IO: Final = Path("/proc/self/io")
+_DESCRIPTORS: Final = Path("/proc/self/fd")
+_TCP_INFO_BYTES: Final = 136
+_BYTES_ACKED: Final = slice(120, 128)
+"""Of `struct tcp_info`, in the order of linux/tcp.h."""
+
 _PROCESSORS: Final = Path("/proc/cpuinfo")
 _SYNCS: Final = 100
 _PACKAGES: Final = (
@@ -50,6 +57,30 @@ def written_bytes() -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
+
+
+def sent_bytes() -> int:
+    """What the connections that this process has open have sent so far, as Linux counts it.
+
+    Clients keep their connections, so that the difference of two times is what was sent between.
+    """
+    if not _DESCRIPTORS.exists():
+        return 0
+    return sum(_sent_by(int(each.name)) for each in _DESCRIPTORS.iterdir())
+
+
+def _sent_by(descriptor: int) -> int:
+    """What came through at the other end; 0 of what is no TCP connection."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return 0
+        with socket.socket(fileno=os.dup(descriptor)) as one:
+            if one.type != socket.SOCK_STREAM or one.family == socket.AF_UNIX:
+                return 0
+            told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    except OSError:  # it is closed by now, or no TCP connection
+        return 0
+    return int.from_bytes(told[_BYTES_ACKED], sys.byteorder)
 
 
 def processor_seconds() -> float:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self, cast
 
 from hf_async_store.bench.crew import LeftOutError
 from hf_async_store.bench.plan import Place, Subject
-from hf_async_store.testing.servers import ServerUnavailable, dynamodb, postgres
-
-if TYPE_CHECKING:
-    from hf_async_store.testing.servers import DynamoDBServer, PostgresServer
+from hf_async_store.testing.servers import (
+    DynamoDBServer,
+    PostgresServer,
+    ServerUnavailable,
+    dynamodb,
+    postgres,
+)
 
 _CREDENTIALS: Final = {
     "AWS_ACCESS_KEY_ID": "bench",
     "AWS_SECRET_ACCESS_KEY": "bench",
     "AWS_DEFAULT_REGION": "eu-west-1",
 }
+
+
+_POSTGRES: Final = {"max_connections": "800"}
+"""All sides of a load are open at once, and some have 32 connections in each of their processes."""
 
 
 class Places:
@@ -38,6 +46,16 @@ class Places:
         self._postgres: PostgresServer | ServerUnavailable | None = None
         self._dynamodb: DynamoDBServer | ServerUnavailable | None = None
 
+    @classmethod
+    def beside(cls, subject: Subject, place: Place) -> Self:
+        """More places for a subject that has one: in its folder, on its server."""
+        places = cls(durable=place.durable, folder=place.folder)
+        if subject.place == "postgres":
+            places._postgres = PostgresServer(place.server, None)
+        elif subject.place == "dynamodb":
+            places._dynamodb = DynamoDBServer(place.server, None)
+        return places
+
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="hf-async-store-bench-", dir=self._base))
         self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
@@ -52,14 +70,43 @@ class Places:
         Raises:
             LeftOutError: its server cannot be had here.
         """
-        name = f"b{secrets.token_hex(4)}"
-        folder = self.folder / name
-        folder.mkdir()
         server = ""
         if subject.place == "postgres":
             server = self._postgres_server().database()
         elif subject.place == "dynamodb":
             server = self._dynamodb_server().endpoint_url
+        return self._place(subject, server)
+
+    def can_copy(self, subject: Subject) -> bool:
+        """Whether `copy` knows how."""
+        return subject.place in ("folder", "postgres")
+
+    async def copy(self, subject: Subject, original: Place) -> Place:
+        """A new place with what an original holds that nobody has open."""
+        server = ""
+        if subject.place == "postgres":
+            server = await asyncio.to_thread(self._postgres_server().copy, original.server)
+        place = self._place(subject, server)
+        await asyncio.to_thread(shutil.copytree, original.folder, place.folder, dirs_exist_ok=True)
+        return place
+
+    async def settle(self, subject: Subject, place: Place) -> None:
+        """Have a server tidy up now, not while something is measured."""
+        if subject.place == "postgres":
+            server = self._postgres_server()
+            await asyncio.to_thread(server.run, "VACUUM (ANALYZE)", place.server)
+
+    async def logged_bytes(self, subject: Subject) -> int:
+        """What the server has written into its log so far; 0 if there is none that tells."""
+        if subject.place != "postgres":
+            return 0
+        told = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"
+        return cast("int", await self._postgres_server().ask(told))
+
+    def _place(self, subject: Subject, server: str) -> Place:
+        name = f"b{secrets.token_hex(4)}"
+        folder = self.folder / name
+        folder.mkdir()
         url = subject.url_of(folder=str(folder), postgres=server, dynamodb=server, name=name)
         if not self._durable and subject.relaxed:
             url += ("&" if "?" in url else "?") + subject.relaxed
@@ -70,11 +117,14 @@ class Places:
         shutil.rmtree(place.folder, ignore_errors=True)
         if subject.place == "postgres":
             self._postgres_server().drop(place.server)
+        elif subject.place == "dynamodb":
+            self._dynamodb_server().drop_tables(place.prefix)
 
     def _postgres_server(self) -> PostgresServer:
         if self._postgres is None:
             try:
-                self._postgres = self._stack.enter_context(postgres(durable=self._durable))
+                server = postgres(durable=self._durable, settings=_POSTGRES)
+                self._postgres = self._stack.enter_context(server)
             except ServerUnavailable as exc:
                 self._postgres = exc
         if isinstance(self._postgres, ServerUnavailable):

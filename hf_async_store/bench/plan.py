@@ -29,6 +29,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         url: of a strategy, how its store is named, with `{folder}`, `{postgres}` and `{dynamodb}`
             where the place goes.
         relaxed: what a strategy's URL gets when acknowledged writes need not be durable.
+        copied: what it stored can be copied as a folder or a database.
+        most: machines; more than that its server cannot reasonably hold, for the reason behind it.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     blocking: bool = False
     url: str = ""
     relaxed: str = ""
+    copied: bool = True
+    most: tuple[int, str] | None = None
 
     def url_of(self, **places: str) -> str:
         """The URL with its places filled in."""
@@ -128,7 +132,8 @@ class Tally(msgspec.Struct, kw_only=True):
             in the latencies with the time that it had waited by then.
         processor: seconds that the process computed, all of its threads together.
         memory: bytes by which the process has grown since before it opened its target.
-        written: bytes that it caused to be written to the disk; None where the system does not say.
+        written: bytes that it caused to be written to the disk, with what it sent to a DynamoDB and
+            what a PostgreSQL put into its log; None where the system does not say.
     """
 
     operations: int = 0

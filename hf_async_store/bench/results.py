@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from hf_async_store.bench.histogram import Histogram
 from hf_async_store.bench.intervals import Interval, exponent, ratio_of_pairs
 from hf_async_store.bench.plan import Kind, Load, Subject, Tally
+from hf_async_store.bench.settings import Knob
 from hf_async_store.errors import ConfigurationError
 
 FORMAT: Final = 1
@@ -90,6 +91,7 @@ class Point(msgspec.Struct, kw_only=True, frozen=True):
     size: float
     cost: float
     rates: list[float]
+    checked: int = 0
 
 
 class Curve(msgspec.Struct, kw_only=True):
@@ -105,20 +107,12 @@ class Curve(msgspec.Struct, kw_only=True):
 
 
 class Sweep(msgspec.Struct, kw_only=True):
-    """How cost grows with one knob.
+    """How the cost of one workload grows with one knob."""
 
-    Attributes:
-        budget: the seconds it was given.
-        left_out: points for which they were not enough.
-    """
-
-    knob: Literal["entities", "tasks", "size", "processes"]
+    knob: Knob
     workload: str
     unit: str
-    budget: float
-    seconds: float = 0.0
     curves: list[Curve] = []
-    left_out: list[str] = []
 
 
 class Figure(msgspec.Struct, kw_only=True, frozen=True):

@@ -52,6 +52,7 @@ STRATEGIES: Final = (
         place="folder",
         package="aiosqlite",
         url="sqlite:{folder}/store.sqlite",
+        relaxed="synchronous=NORMAL",
     ),
     Subject(
         name="postgresql",
@@ -70,6 +71,7 @@ STRATEGIES: Final = (
         place="dynamodb",
         package="aiobotocore",
         url="dynamodb://eu-west-1/{name}?endpoint_url={dynamodb}",
+        most=(100_000, "the test server holds all of it in its memory, and takes minutes"),
     ),
 )
 
@@ -121,6 +123,14 @@ FLOORS: Final = (
         package="aiosqlite",
     ),
     Subject(
+        name="aiosqlite, a multi-row insert",
+        kind="floor",
+        family="sqlite",
+        target=f"{_FLOORS}.sqlite:MultiRow",
+        place="folder",
+        package="aiosqlite",
+    ),
+    Subject(
         name="asyncpg pool each",
         kind="floor",
         family="postgresql",
@@ -149,6 +159,14 @@ FLOORS: Final = (
         kind="floor",
         family="postgresql",
         target=f"{_FLOORS}.postgres:AsyncpgTogether",
+        place="postgres",
+        package="asyncpg",
+    ),
+    Subject(
+        name="asyncpg, a multi-row insert",
+        kind="floor",
+        family="postgresql",
+        target=f"{_FLOORS}.postgres:MultiRow",
         place="postgres",
         package="asyncpg",
     ),
@@ -304,4 +322,5 @@ def of_url(url: str) -> Subject:
         target=_STORE,
         place="folder",
         url=url,
+        copied=False,
     )

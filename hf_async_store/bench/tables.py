@@ -123,14 +123,10 @@ def grown(sweep: Sweep) -> Table:
         power = curve.exponent
         fitted = "" if power is None else f"n^{power:.2f}"
         rows.append((curve.subject, *(costs.get(size, "") for size in sizes), fitted))
-    note = f"Took {shown(sweep.seconds)} s of the {shown(sweep.budget)} s that it may take."
-    if sweep.left_out:
-        note += f" Left out: {', '.join(sweep.left_out)}."
     return Table(
         f"One of {sweep.workload}, by {sweep.knob}",
         ("", *(f"{size:,.0f}" for size in sizes), "fitted"),
         rows,
-        note,
     )
 
 
@@ -171,11 +167,14 @@ READING: Final = (
     "all alike: hold on to the ratios.",
     "Latencies are from operations at fixed times, half as many as the side can do (5,000 a second "
     "at most). They count from the moment at which an operation was due, so that a stall shows in "
-    "everything that it kept waiting.",
-    "Processor, memory and written bytes are those of the measured process alone, for one unit; a "
-    "server's own are not in them.",
+    "everything that it kept waiting. What takes so long that only a few fit has none.",
+    "Processor and memory are those of the measured process alone; a server's own are not in them.",
+    "Written is what the measured process caused to be written to disks, for one unit. For "
+    "PostgreSQL, what its server put into its log (WAL) comes to that; for DynamoDB, what was sent "
+    "over the connections, heads and bodies of requests, because its server writes nothing here.",
     "Floors are the least code by hand on the same driver: no versions, no checks, no references. "
-    "Peers keep fewer promises than a store, and some do not sync.",
+    "Only the multi-row inserts of a burst store all that a store does. Peers keep fewer promises "
+    "than a store, and some do not sync.",
 )
 
 

@@ -82,19 +82,27 @@ class Worker:
 
     async def _run(self, command: Command) -> Tally:
         assert self._workload is not None, "open comes first"
+        await self._workload.prepare()
         retries = self._workload.retries
         gc.collect()
-        written, used = meter.written_bytes(), meter.processor_seconds()
+        written, used = self._written(), meter.processor_seconds()
         if command.rate is None:
             tally = await closed_loop(self._workload, self._lanes, command.seconds)
         else:
             tally = await open_loop(self._workload, self._lanes, command.seconds, command.rate)
         tally.processor = meter.processor_seconds() - used
-        after = meter.written_bytes()
+        after = self._written()
         tally.written = None if written is None or after is None else after - written
         tally.retries = self._workload.retries - retries
         tally.memory = meter.resident_bytes() - self._before
         return tally
+
+    def _written(self) -> int | None:
+        """To disks, and to a server that does not tell what it wrote."""
+        written = meter.written_bytes()
+        if self._plan.subject.place == "dynamodb" and written is not None:
+            written += meter.sent_bytes()
+        return written
 
     async def _stop(self) -> Answer:
         assert self._workload is not None, "open comes first"

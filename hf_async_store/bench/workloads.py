@@ -27,7 +27,8 @@ from hf_async_store.bench.data import (
     request,
     request_id,
 )
-from hf_async_store.bench.plan import Claim, Claims, Plan, Verdict, WrongAnswerError
+from hf_async_store.bench.places import Places
+from hf_async_store.bench.plan import Claim, Claims, Place, Plan, Verdict, WrongAnswerError
 from hf_async_store.bench.targets import (
     Acquires,
     Creates,
@@ -42,6 +43,7 @@ from hf_async_store.bench.targets import (
 )
 from hf_async_store.errors import BatchError, ConcurrencyConflictError, StorageError
 from hf_async_store.migration import MigrationTool
+from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -67,6 +69,7 @@ class Workload:
         needs: the protocol that a target has to have.
         unit: what is counted.
         counts: every write sets the field `count` of its machine to how many there were.
+        writes: it changes what is stored before.
     """
 
     name: ClassVar[str]
@@ -74,6 +77,7 @@ class Workload:
     needs: ClassVar[type]
     unit: ClassVar[str] = "operations"
     counts: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
 
     def __init__(self, target: Any, plan: Plan, lanes: int) -> None:
         self.target = target
@@ -84,6 +88,9 @@ class Workload:
         self.random = random.Random(f"{plan.seed}-{plan.index}")
         self.lanes = lanes * plan.load.processes
         self.first = lanes * plan.index
+
+    async def prepare(self) -> None:
+        """Whatever a round needs and should not be measured with it."""
 
     async def one(self, lane: int) -> int:
         """One operation; returns how many entities it was about."""
@@ -260,6 +267,7 @@ class Get(Workload):
     summary = "one machine by its key"
     needs = Gets
     unit = "gets"
+    writes = False
     target: Gets
 
     async def one(self, lane: int) -> int:
@@ -358,6 +366,7 @@ class Query(StoreWorkload):
     name = "query"
     summary = "machines by status, newest first, at most 50"
     unit = "queries"
+    writes = False
 
     async def one(self, lane: int) -> int:
         status = self.random.choice(STATUSES)
@@ -402,6 +411,7 @@ class OneShot(StoreWorkload):
     name = "one-shot"
     summary = "a whole process that shows one machine: hf-async-store get"
     unit = "processes"
+    writes = False
 
     def left_out(self) -> str | None:
         if self.store.capabilities.processes:
@@ -431,6 +441,7 @@ class Migrate(StoreWorkload):
     name = "migrate"
     summary = "the whole store into a new JSON store, verified by the tool itself"
     unit = "machines"
+    writes = False
     moved = 0
 
     async def one(self, lane: int) -> int:
@@ -449,6 +460,54 @@ class Migrate(StoreWorkload):
         """Each migration was compared; the source is as it was."""
         assert isinstance(target, StoreTarget)
         found = await _settled_count(target.store, {}, self.entities)
+        return Verdict(found, [] if found == self.entities else [f"{found:,} of {self.entities:,}"])
+
+
+class MigrateIn(StoreWorkload):
+    name = "migrate in"
+    summary = "a JSON store of as many machines into a new store, verified by the tool itself"
+    unit = "machines"
+    writes = False
+
+    def __init__(self, target: Any, plan: Plan, lanes: int) -> None:
+        super().__init__(target, plan, lanes)
+        self._places = Places.beside(plan.subject, plan.place)
+        self._source = ""
+        self._ready: list[Place] = []
+        self._used: list[Place] = []
+
+    async def prepare(self) -> None:
+        """The source, and a new place to move it to: making a database takes a while."""
+        if not self._source:
+            self._source = f"json:{self._places.__enter__().folder}/source.json"
+            async with open_store(self._source) as source:
+                machines = [self.machine(each) for each in range(self.entities)]
+                await StoreTarget(source).fill(machines)
+        while self._used:
+            self._places.remove(self.plan.subject, self._used.pop())
+        if not self._ready:
+            self._ready.append(self._places.make(self.plan.subject))
+
+    async def one(self, lane: int) -> int:
+        place = self._ready.pop() if self._ready else self._places.make(self.plan.subject)
+        self._used.append(place)
+        config = {"create_backup": False, "backup_location": f"{place.folder}/backups/"}
+        async with MigrationTool(self._source, place.url, config) as tool:
+            report = await tool.migrate()
+        moved = report.collections["machines"].written
+        if not report.verified or moved != self.entities:
+            raise WrongAnswerError(f"{moved:,} of {self.entities:,} machines moved")
+        return moved
+
+    async def verify(self, target: Target, claims: Claims) -> Verdict:
+        """What was moved last is still there; the tool compared each by itself."""
+        async with open_store(self._used[-1].url) as store:
+            can = store.capabilities
+            lives_on = can.durable or can.processes
+            found = await _settled_count(store, {}, self.entities) if lives_on else self.entities
+        for each in (*self._used, *self._ready):
+            self._places.remove(self.plan.subject, each)
+        self._places.__exit__()
         return Verdict(found, [] if found == self.entities else [f"{found:,} of {self.entities:,}"])
 
 
@@ -501,6 +560,7 @@ WORKLOADS: Final[dict[str, type[Workload]]] = {
         Mixed,
         OneShot,
         Migrate,
+        MigrateIn,
         Create,
         Update,
         CreateBatch,

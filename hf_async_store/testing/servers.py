@@ -11,6 +11,7 @@ The programs come from the machine, or from the environment `servers` beside the
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pwd
 import secrets
@@ -23,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 POSTGRES_VARIABLE: Final = "HF_ASYNC_STORE_TEST_POSTGRES_URL"
@@ -142,19 +144,34 @@ class PostgresServer:
         """Remove a database that `database` made, whoever is still connected to it."""
         self.run(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
 
-    def run(self, statement: str) -> None:
-        """Run a statement as the superuser. Works inside and outside of an event loop."""
+    def copy(self, url: str) -> str:
+        """The URL of a new database with all that another one holds, to which nobody is connected."""
+        name = f"hf_{secrets.token_hex(6)}"
+        original = urlsplit(url).path[1:]
+        # A process that has ended may still have its connection for a moment.
+        gone = f"datname = '{original}'"
+        self.run(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {gone}")  # noqa: S608  # a name that `database` made
+        self.run(f"CREATE DATABASE {name} TEMPLATE {original}")
+        return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+
+    def run(self, statement: str, url: str | None = None) -> None:
+        """Run a statement as the superuser. Works inside and outside of an event loop.
+
+        Args:
+            url: of the database to run it in; None: `postgres`.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(self.ask(statement, url))).result()
+
+    async def ask(self, statement: str, url: str | None = None) -> object:
+        """Run a statement as `run` does; returns the first value of its first row, if any."""
         import asyncpg  # type: ignore[import-untyped]  # it has no types
 
-        async def run() -> None:
-            connection = await asyncpg.connect(self.url)
-            try:
-                await connection.execute(statement)
-            finally:
-                await connection.close()
-
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(lambda: asyncio.run(run())).result()
+        connection = await asyncpg.connect(url or self.url)
+        try:
+            return await connection.fetchval(statement)
+        finally:
+            await connection.close()
 
     @property
     def process(self) -> _Process:
@@ -336,6 +353,29 @@ class DynamoDBServer:
     def __init__(self, endpoint_url: str, process: _Process | None) -> None:
         self.endpoint_url = endpoint_url
         self._process = process
+
+    def drop_tables(self, prefix: str) -> None:
+        """Remove the tables whose names begin so."""
+        while True:
+            found = self._ask("ListTables", {"ExclusiveStartTableName": prefix})["TableNames"]
+            names = [each for each in found if each.startswith(prefix)]
+            for each in names:
+                self._ask("DeleteTable", {"TableName": each})
+            if not names:
+                return
+
+    def _ask(self, operation: str, body: Mapping[str, object]) -> Any:
+        """By hand: a driver takes long to import, and the server looks at no signature."""
+        address = urlsplit(self.endpoint_url)
+        headers = {
+            "Content-Type": "application/x-amz-json-1.0",
+            "X-Amz-Target": f"DynamoDB_20120810.{operation}",
+            "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/eu-west-1/dynamodb/"
+            "aws4_request, SignedHeaders=host, Signature=0",
+        }
+        with closing(HTTPConnection(address.netloc, timeout=30)) as connection:
+            connection.request("POST", "/", json.dumps(body), headers)
+            return json.load(connection.getresponse())
 
     @property
     def process(self) -> _Process:

@@ -12,7 +12,8 @@ import pytest
 from hf_async_store.bench.places import Places
 from hf_async_store.bench.plan import Load, Subject
 from hf_async_store.bench.results import Results
-from hf_async_store.bench.run import Run, Settings
+from hf_async_store.bench.run import Run
+from hf_async_store.bench.settings import Settings
 
 HERE = Path(__file__).parent
 Measure = Callable[..., Coroutine[Any, Any, Results]]
@@ -30,7 +31,7 @@ def measure(tmp_path: Path) -> Measure:
     """A small run of some subjects under some loads."""
 
     async def run(subjects: list[Subject], *loads: Load, **changed: Any) -> Results:
-        settings = {"rounds": 3, "duration": 0.3, "steady": 1.0, "budget": 600.0, **changed}
+        settings = {"rounds": 3, "duration": 0.3, "steady": 1.0, **changed}
         with Places(folder=str(tmp_path)) as places:
             told: list[str] = []
             chosen = Settings(mode="test", loads=loads, **settings)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from hf_async_store.bench.data import Entity
-from hf_async_store.bench.plan import Place, Subject
+from hf_async_store.bench.plan import Kind, Place, Subject
 from hf_async_store.bench.targets import StoreTarget
 from hf_async_store.entities import Change, Outcome, Put
 from hf_async_store.strategies.memory import MemoryStorageStrategy
 
 
-def subject(fault: str) -> Subject:
+def subject(fault: str, kind: Kind = "strategy") -> Subject:
     return Subject(
         name=fault,
-        kind="strategy",
+        kind=kind,
         family="memory",
         target=f"planted:{fault}",
         place="nothing",
@@ -50,6 +51,24 @@ class Stalling(Good):
         part = time.monotonic() % 0.5
         if part < 0.2:
             await asyncio.sleep(0.2 - part)
+        await super().save(machine)
+
+
+class Burning(Good):
+    """Computes for a millisecond at each save."""
+
+    async def save(self, machine: Entity) -> None:
+        until = time.thread_time() + 0.001
+        while time.thread_time() < until:
+            pass
+        await super().save(machine)
+
+
+class Hoarding(Good):
+    """Keeps a hundred kilobytes of each save."""
+
+    async def save(self, machine: Entity) -> None:
+        self.kept = [*getattr(self, "kept", []), bytearray(os.urandom(1) * 100_000)]
         await super().save(machine)
 
 

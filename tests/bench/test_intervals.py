@@ -76,7 +76,8 @@ def test_other_knobs_are_not_compared() -> None:
 def test_the_exponent_of_a_power_is_found(power: float) -> None:
     sizes = [100.0, 1000.0, 10_000.0, 100_000.0]
     assert exponent([(each, 3 * each**power) for each in sizes]) == pytest.approx(power)
-    assert exponent([(1, 1), (10, 10)]) is None
+    assert exponent([(1, 1), (10, 10**power)]) == pytest.approx(power)
+    assert exponent([(1, 1), (1, 2)]) is None
 
 
 def run(rates: dict[str, list[float]], kind: str = "strategy", entities: int = 100) -> Results:

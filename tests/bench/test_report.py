@@ -18,7 +18,8 @@ from hf_async_store.bench.drawing import as_svg
 from hf_async_store.bench.places import Places
 from hf_async_store.bench.plan import Load
 from hf_async_store.bench.results import Results
-from hf_async_store.bench.run import Run, Series, Settings
+from hf_async_store.bench.run import Run
+from hf_async_store.bench.settings import Series, Settings
 from hf_async_store.bench.subjects import chosen
 
 SETTINGS = Settings(
@@ -30,14 +31,13 @@ SETTINGS = Settings(
     rounds=2,
     duration=0.1,
     steady=0.1,
-    budget=600.0,
     series=(
         Series(
             knob="entities",
             values=(100, 200, 400),
             workloads=("get", "save"),
             load=Load(workload="get", tasks=1),
-            budget=25.0,
+            share=1.0,
         ),
     ),
 )
@@ -146,11 +146,11 @@ def test_growth_has_an_exponent_and_says_what_it_left_out(results: Results) -> N
 
 
 async def test_a_sweep_stops_at_its_budget(tmp_path: Path) -> None:
-    series = msgspec.structs.replace(SETTINGS.series[0], budget=0.001)
-    settings = msgspec.structs.replace(SETTINGS, loads=(), series=(series,), rounds=1)
+    settings = msgspec.structs.replace(SETTINGS, loads=(), rounds=1, budget=0.001)
     with Places(folder=str(tmp_path)) as places:
         found = await Run(settings, chosen(["memory"]), places, lambda text: None).whole()
-    assert found.sweeps[0].left_out == [f"memory at {each:,}" for each in (200, 400)]
+    assert [point.size for point in found.sweeps[0].curves[0].points] == [100]
+    assert [each.what for each in found.left_out] == ["growth with entities: memory at 400, 200"]
 
 
 def test_targets_are_seen_at_a_glance(results: Results) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from hf_async_store.bench.floors import rows
 from hf_async_store.bench.floors.together import Together
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ class _Plain:
     @staticmethod
     async def connect(place: Place) -> Any:
         connection = await asyncpg.connect(place.server)
-        if not place.durable:
-            await connection.execute("SET synchronous_commit = off")
         await connection.execute(_CREATE)
         return connection
 
@@ -187,6 +186,38 @@ class AsyncpgTogether(_Plain):
         finally:
             self._held.put_nowait(connection)
         return [found.get(each) for each in ids]
+
+
+class MultiRow:
+    """One multi-row INSERT of whole machines in one transaction."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    @classmethod
+    async def open(cls, place: Place) -> Self:
+        connection = await asyncpg.connect(place.server)
+        await rows.make_postgres(connection)
+        return cls(connection)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def fill(self, machines: Sequence[Entity]) -> None:
+        templates, requests = rows.parents_of(machines)
+        await rows.add_parents_postgres(self._connection, templates, requests)
+        await rows.insert_postgres(self._connection, machines)
+
+    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+        found = await self._connection.fetch(rows.SELECT_POSTGRESQL, list(ids))
+        stored = {each[0]: rows.entity_of(each) for each in found}
+        return [stored.get(each) for each in ids]
+
+    async def create_many(self, machines: Sequence[Entity]) -> None:
+        await rows.insert_postgres(self._connection, machines)
+
+    async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
+        await rows.insert_postgres(self._connection, machines, request)
 
 
 class Core(_Plain):

@@ -15,6 +15,7 @@ from sqlalchemy import Column, MetaData, Table, Text, event, insert, select
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from hf_async_store.bench.floors import rows
 from hf_async_store.bench.floors.together import Together
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TABLE = Table("machines", MetaData(), Column("id", Text, primary_key=True), Colu
 
 
 def _pragmas(place: Place) -> tuple[str, ...]:
-    level = "FULL" if place.durable else "OFF"
+    level = "FULL" if place.durable else "NORMAL"
     return ("PRAGMA journal_mode=WAL", f"PRAGMA synchronous={level}", "PRAGMA busy_timeout=30000")
 
 
@@ -248,6 +249,42 @@ class CoreTogether(_Engine):
             statement = select(TABLE.c.id, TABLE.c.doc).where(TABLE.c.id.in_(ids))
             found = {row[0]: _decode(row[1]) for row in await connection.execute(statement)}
         return [found.get(each) for each in ids]
+
+
+class MultiRow:
+    """aiosqlite, one multi-row INSERT of whole machines in one transaction."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    async def open(cls, place: Place) -> Self:
+        connection = await aiosqlite.connect(_file(place), isolation_level=None)
+        for each in _pragmas(place):
+            await connection.execute(each)
+        await rows.make_sqlite(connection)
+        return cls(connection)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def fill(self, machines: Sequence[Entity]) -> None:
+        templates, requests = rows.parents_of(machines)
+        await rows.add_parents_sqlite(self._connection, templates, requests)
+        await rows.insert_sqlite(self._connection, machines)
+
+    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+        found: list[Mapping[str, Any] | None] = []
+        for each in ids:
+            one = list(await self._connection.execute_fetchall(rows.SELECT_SQLITE, (each,)))
+            found.append(rows.entity_of(one[0]) if one else None)
+        return found
+
+    async def create_many(self, machines: Sequence[Entity]) -> None:
+        await rows.insert_sqlite(self._connection, machines)
+
+    async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
+        await rows.insert_sqlite(self._connection, machines, request)
 
 
 def _named(machines: Sequence[Entity]) -> list[dict[str, str]]:

@@ -42,7 +42,7 @@ class Target:
     @classmethod
     async def open(cls, place: Place) -> Self:
         engine = create_async_engine(f"sqlite+aiosqlite:///{Path(place.folder) / 'peer.sqlite'}")
-        level = "FULL" if place.durable else "OFF"
+        level = "FULL" if place.durable else "NORMAL"
 
         @event.listens_for(engine.sync_engine, "connect")
         def connected(connection: Any, record: object) -> None:
