@@ -117,7 +117,7 @@ def _journal(entries: Iterable[tuple[Kind, bytes]]) -> tuple[bytes, list[int]]:
 def _scanned(data: bytes) -> tuple[list[tuple[Entry, int]], CorruptionError | None]:
     found = []
     try:
-        for each in scan(data, "journal", 0, 0):
+        for each in scan([data], "journal", 0, 0):
             found.append(each)  # noqa: PERF402  # what came before the error counts
     except CorruptionError as exc:
         return found, exc
@@ -140,7 +140,7 @@ def test_reading_goes_on_from_any_record(entries: list[tuple[Kind, bytes]], data
     text, ends = _journal(entries)
     start = data.draw(st.integers(0, len(ends)))
     offset = ends[start - 1] if start else 0
-    found = list(scan(text[offset:], "journal", offset, start))
+    found = list(scan([text[offset:]], "journal", offset, start))
     assert [end for _, end in found] == ends[start:]
 
 
