@@ -644,11 +644,11 @@ async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:
     """The post-images in a COMMIT."""
     if entry.size > PIECE:
         with suppress(NotOurs):
-            return await _cut_commit(entry.pieces)
+            return await cut_commit(entry.pieces)
     return read_commit(entry.payload)
 
 
-async def _cut_commit(pieces: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
+async def cut_commit(pieces: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
     """One that lies one entity a line."""
     found: dict[str, dict[str, bytes | None]] = {}
     images: dict[str, bytes | None] | None = None  # of the section that is being cut

@@ -124,7 +124,9 @@ class Section:
         """
         if len(images) <= max(_MUCH, len(self.held) // _SHARE):
             return None
-        merged = self.held.copy()
+        await asyncio.sleep(0)
+        merged = self.held.copy()  # one step, and a large one
+        await asyncio.sleep(0)
         left = iter(images.items())
         while part := dict(islice(left, _MERGE_PIECE)):
             self._put(merged, part)
