@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import random
-import time
 from abc import ABC, abstractmethod
 from collections.abc import (
     AsyncGenerator,
@@ -51,16 +49,13 @@ from hf_async_store.entities import (
 )
 from hf_async_store.errors import (
     BatchError,
-    ConcurrencyConflictError,
     EntityNotFoundError,
     InvalidFieldError,
     InvalidInputError,
     InvalidQueryError,
     InvalidVersionError,
     OperationTimeoutError,
-    RetriesExhaustedError,
     StorageError,
-    TransactionAbortedError,
     ValueOutOfDomainError,
 )
 from hf_async_store.query import (
@@ -72,14 +67,12 @@ from hf_async_store.query import (
     encode_cursor,
     project,
 )
+from hf_async_store.retrying import RETRY_SECONDS
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Result = TypeVar("Result")
 
-RETRY_SECONDS: Final = 30.0
-_FIRST_PAUSE: Final = 0.004
-_LONGEST_PAUSE: Final = 1.0
 _PIECE: Final = 128
 """How many entities are checked one by one before the loop gets a turn."""
 
@@ -398,7 +391,8 @@ class RepositoryInterface(ABC):
         """
 
         declared = self._schema[collection]
-        entity_id, field = declared.key_of(entity_id).id, declared.key
+        key = declared.key_of(entity_id)
+        entity_id, field = key.id, declared.key
 
         async def attempt() -> int:
             entity = await self.get_entity(collection, entity_id)
@@ -415,10 +409,13 @@ class RepositoryInterface(ABC):
                 raise InvalidFieldError(f"{collection}.{field} is the key and cannot be changed")
             return await self.save_entity(collection, new, expected_version=version)
 
-        return await self._retried(attempt, retry_seconds)
+        return await self._retried(key, attempt, retry_seconds)
 
-    async def _retried(self, attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
-        return await retry_conflicts(attempt, seconds)
+    @abstractmethod
+    async def _retried(
+        self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
+    ) -> Result:
+        """`attempt`, again after each race for the entity of this key that it lost."""
 
     # -- queries -----------------------------------------------------------------------------
 
@@ -707,44 +704,3 @@ async def within(
         raise OperationTimeoutError(
             f"not done within {timeout:g} s", retryable=not unknown, outcome_unknown=unknown
         ) from exc
-
-
-async def retry_conflicts(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
-    """`attempt` until it meets no conflict, with full jitter between the tries.
-
-    Raises:
-        RetriesExhaustedError: conflicts until `seconds` were over, the last one as cause.
-    """
-    deadline = time.monotonic() + seconds
-    pause = _FIRST_PAUSE
-    tries = 0
-    while True:
-        tries += 1
-        try:
-            return await attempt()
-        except StorageError as exc:
-            conflict = _conflict_in(exc)
-            if conflict is None:
-                raise
-            sleep = random.uniform(0, pause)
-            if time.monotonic() + sleep >= deadline:
-                raise RetriesExhaustedError(
-                    f"conflicts in each of {tries} tries over {seconds} s; the last: {conflict}",
-                    collection=conflict.collection,
-                    entity_id=conflict.entity_id,
-                    expected=conflict.expected,
-                    actual=conflict.actual,
-                    current=conflict.current,
-                    retryable=True,
-                ) from exc
-        await asyncio.sleep(sleep)
-        pause = min(pause * 2, _LONGEST_PAUSE)
-
-
-def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
-    """The conflict that ended an attempt, also where its transaction swallowed it and then aborted."""
-    if isinstance(exc, ConcurrencyConflictError):
-        return None if exc.outcome_unknown else exc
-    if isinstance(exc, TransactionAbortedError) and isinstance(exc.__cause__, StorageError):
-        return _conflict_in(exc.__cause__)
-    return None

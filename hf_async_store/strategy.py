@@ -44,7 +44,8 @@ from hf_async_store.errors import (
 )
 from hf_async_store.moving import HIDDEN, Moving
 from hf_async_store.query import Filters, OrderBy, Query
-from hf_async_store.repository import RETRY_SECONDS, RepositoryInterface, retry_conflicts, within
+from hf_async_store.repository import RepositoryInterface, within
+from hf_async_store.retrying import RETRY_SECONDS, Turns, retry_conflicts
 from hf_async_store.transaction import Transaction, TransactionManager
 
 Result = TypeVar("Result")
@@ -81,6 +82,7 @@ class StorageStrategy(RepositoryInterface):
         super().__init__(schema)
         self._engine = engine
         self._transactions = TransactionManager()
+        self._turns = Turns()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.seen
         self._closed = False
@@ -230,6 +232,12 @@ class StorageStrategy(RepositoryInterface):
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)
+
+    async def _retried(
+        self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
+    ) -> Result:
+        self._usable()  # before it waits for a turn
+        return await self._turns.retried(key, attempt, seconds)
 
     # -- transactions ------------------------------------------------------------------------
 

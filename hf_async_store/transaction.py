@@ -264,7 +264,9 @@ class Transaction(RepositoryInterface):
                 self._failure = exc
                 raise
 
-    async def _retried(self, attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+    async def _retried(
+        self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
+    ) -> Result:
         return await attempt()
 
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:

@@ -55,7 +55,7 @@ from hf_async_store.moving import (
     move_in,
 )
 from hf_async_store.query import Position, build_query, eq
-from hf_async_store.repository import retry_conflicts
+from hf_async_store.retrying import retry_conflicts
 from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:

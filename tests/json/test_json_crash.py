@@ -24,7 +24,11 @@ _LANES = 2
 
 
 async def _swept(workload: str, layout: str, *, at_least: int, **more: Any) -> None:
-    """Every kill of a workload, and nothing wrong after any of them."""
+    """Every kill of a workload, and nothing wrong after any of them.
+
+    Args:
+        at_least: so many calls there are to be killed at; fewer would be another workload.
+    """
     memory = Path("/dev/shm")
     where = str(memory) if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="hf-crash-", dir=where) as folder:
@@ -35,7 +39,11 @@ async def _swept(workload: str, layout: str, *, at_least: int, **more: Any) -> N
         reports = await asyncio.gather(*map(_lane, specs))
     problems = [each for report in reports for each in report["problems"]]
     assert not problems, "\n".join(problems)
-    assert sum(report["kills"] for report in reports) >= at_least
+    killed = sorted(each for report in reports for each in report["killed"])
+    assert len(killed) >= at_least
+    if workload != "crowd":  # in which no run makes the calls of another
+        [steps] = {report["steps"] for report in reports}
+        assert killed == [*range(steps)]
 
 
 async def _lane(spec: Spec) -> dict[str, Any]:
@@ -55,48 +63,47 @@ async def _lane(spec: Spec) -> dict[str, Any]:
 
 
 async def test_82_killed_at_every_step_of_one_file() -> None:
-    await _swept("script", "single_file", at_least=150, readers=4)
+    await _swept("script", "single_file", at_least=120, readers=4)
 
 
 async def test_82_killed_at_every_step_of_split_files() -> None:
-    # How many steps there are depends on how far the readers are: 196 to 204.
-    await _swept("script", "split_files", at_least=190, readers=4)
+    await _swept("script", "split_files", at_least=110, readers=4)
 
 
 async def test_82_killed_at_every_step_after_a_failed_sync() -> None:
-    await _swept("failed sync", "split_files", at_least=150)
+    await _swept("failed sync", "split_files", at_least=90)
 
 
 async def test_82_killed_while_compression_is_taken_up() -> None:
-    await _swept("take over", "single_file", at_least=50, settings={"enable_compression": True})
+    await _swept("take over", "single_file", at_least=35, settings={"enable_compression": True})
 
 
 async def test_82_killed_while_a_file_is_adopted() -> None:
-    await _swept("adopt", "split_files", at_least=40, adopt="journal")
+    await _swept("adopt", "split_files", at_least=35, adopt="journal")
 
 
 async def test_82_killed_while_the_readable_part_is_adopted() -> None:
-    await _swept("adopt", "split_files", at_least=40, adopt="readable")
+    await _swept("adopt", "split_files", at_least=35, adopt="readable")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_at_every_step_with_compression(layout: str) -> None:
     packed = {"enable_compression": True}
-    await _swept("script", layout, at_least=120, readers=2, settings=packed)
+    await _swept("script", layout, at_least=90, readers=2, settings=packed)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_in_a_crowd(layout: str) -> None:
     """Tasks that share commits, beside folds, some of them begun by the size of the journal."""
-    await _swept("crowd", layout, at_least=100, settings={"write_buffer_size": 300})
+    await _swept("crowd", layout, at_least=90, settings={"write_buffer_size": 300})
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_without_backups(layout: str) -> None:
-    await _swept("script", layout, at_least=100, settings={"backup_enabled": False})
+    await _swept("script", layout, at_least=90, settings={"backup_enabled": False})
 
 
 @pytest.mark.long
@@ -108,9 +115,9 @@ async def test_82_killed_while_either_is_adopted(layout: str, adopt: str) -> Non
 
 @pytest.mark.long
 async def test_82_killed_after_a_failed_sync_of_one_file() -> None:
-    await _swept("failed sync", "single_file", at_least=120)
+    await _swept("failed sync", "single_file", at_least=90)
 
 
 @pytest.mark.long
 async def test_82_killed_while_split_files_are_packed() -> None:
-    await _swept("take over", "split_files", at_least=50, settings={"enable_compression": True})
+    await _swept("take over", "split_files", at_least=35, settings={"enable_compression": True})

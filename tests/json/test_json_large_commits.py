@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from hf_async_store.errors import DiskFullError
 from hf_async_store.query import build_query
 from hf_async_store.strategies.json import engine as json_engine
 from hf_async_store.strategies.json import journal
+from hf_async_store.strategies.json.serializer import PIECE
 from tests.json.support import LAYOUTS, abandon, open_json, reopened, whole, without_times
 
 COUNT: Final = 6000
@@ -186,6 +189,36 @@ async def test_others_follow_it(layout: str, tmp_path: Path) -> None:
     await abandon(store)
     await abandon(other)
     assert plain(await reopened(tmp_path, layout)) == NEW
+
+
+async def test_large_journals_are_read_in_blocks_and_off_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the head of each, by which a follower knows whether it may go on."""
+    large = {each: {**entity, "name": "n" * 1000} for each, entity in NEW["machines"].items()}
+    reads: list[tuple[str, int]] = []
+    real = os.pread
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        found = real(fd, size, offset)
+        reads.append((threading.current_thread().name, len(found)))
+        return found
+
+    store = await made(tmp_path)
+    other = await open_json(tmp_path).open()
+    assert plain(await whole(other)) == OLD
+    for wanted in (OLD, {**NEW, "machines": large}):
+        async with store._json.writing() as state:
+            await store._json.start_generation(state)
+        await store.write_file(wanted)
+    monkeypatch.setattr(os, "pread", pread)
+    assert (await other.get_entity("machines", "m00010") or {})["name"] == "n" * 1000
+    assert max(size for _, size in reads) <= PIECE < sum(size for _, size in reads) // 8
+    on_the_loop = sum(size for name, size in reads if name == threading.main_thread().name)
+    assert on_the_loop < 2 * PIECE
+    assert plain(await whole(other)) == {**NEW, "machines": large}
+    await abandon(other)
+    await abandon(store)
 
 
 async def test_a_record_on_one_line_is_followed_too(

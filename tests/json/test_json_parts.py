@@ -38,6 +38,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
+from hf_async_store.strategies.json.loading import cut_commit
 from hf_async_store.strategies.json.section import Section
 from hf_async_store.strategies.json.serializer import (
     Held,
@@ -114,10 +115,27 @@ def _journal(entries: Iterable[tuple[Kind, bytes]]) -> tuple[bytes, list[int]]:
     return data, ends
 
 
+def _blocks(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
 def _scanned(data: bytes) -> tuple[list[tuple[Entry, int]], CorruptionError | None]:
+    """What is read is the same in whatever blocks it comes."""
+    whole, *others = [_scanned_in(_blocks(data, size)) for size in (len(data) or 1, 1, 7, 40)]
+    for other in others:
+        assert _plain(other) == _plain(whole)
+    return whole
+
+
+def _plain(scanned: tuple[list[tuple[Entry, int]], CorruptionError | None]) -> object:
+    found, error = scanned
+    return [(each.kind, each.payload, end) for each, end in found], str(error)
+
+
+def _scanned_in(blocks: list[bytes]) -> tuple[list[tuple[Entry, int]], CorruptionError | None]:
     found = []
     try:
-        for each in scan(data, "journal", 0, 0):
+        for each in scan(blocks, "journal", 0, 0):
             found.append(each)  # noqa: PERF402  # what came before the error counts
     except CorruptionError as exc:
         return found, exc
@@ -140,7 +158,7 @@ def test_reading_goes_on_from_any_record(entries: list[tuple[Kind, bytes]], data
     text, ends = _journal(entries)
     start = data.draw(st.integers(0, len(ends)))
     offset = ends[start - 1] if start else 0
-    found = list(scan(text[offset:], "journal", offset, start))
+    found = list(scan([text[offset:]], "journal", offset, start))
     assert [end for _, end in found] == ends[start:]
 
 
@@ -219,7 +237,38 @@ def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
         }
         for name, section in images.items()
     }
-    assert read_commit(b"".join(commit_text(texts_of))) == texts_of
+    text = b"".join(commit_text(texts_of))
+    assert read_commit(text) == texts_of
+    for size in (1, 7, 40, len(text)):
+        try:
+            assert asyncio.run(cut_commit(_blocks(text, size))) == texts_of
+        except NotOurs:
+            assert not all(texts_of.values()), "only an empty section lies otherwise"
+
+
+@given(
+    st.dictionaries(ids, st.dictionaries(ids, small, min_size=1, max_size=3), min_size=1),
+    st.data(),
+)
+@relaxed
+def test_a_commit_that_lies_otherwise_is_not_cut(
+    images: dict[str, dict[str, Entity]], data: Any
+) -> None:
+    """What is cut line by line is what a decoder makes of it, or it is left to the decoder."""
+    texts_of = {
+        name: {each: SERIALIZER.encode({**entity, "id": each}, 3) for each, entity in some.items()}
+        for name, some in images.items()
+    }
+    text = bytearray(b"".join(commit_text(texts_of)))
+    place = data.draw(st.integers(0, len(text) - 1))
+    text[place : place + data.draw(st.integers(0, 2))] = data.draw(
+        st.sampled_from([b"", b"\n", b",", b"}", b"{", b"},", b"\n}", b' "'])
+    )
+    try:
+        found = asyncio.run(cut_commit(_blocks(bytes(text), 64)))
+    except (NotOurs, CorruptionError):
+        return
+    assert read_commit(bytes(text)) == found
 
 
 def test_control_records_come_back() -> None:

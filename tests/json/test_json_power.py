@@ -254,7 +254,7 @@ async def test_85_what_leans_on_the_damage_is_left_out_and_kept(tmp_path: Path) 
     [old] = journals(tmp_path)
     generation = int(old.name.rpartition(".")[2])
     newer = old.with_name(old.name.replace(f"{generation:08d}", f"{generation + 1:08d}"))
-    head = next(scan(damaged, "", 0, 0))[0]
+    head = next(scan([damaged], "", 0, 0))[0]
     told = msgspec.structs.replace(read_head(head.payload), generation=generation + 1)
     newer.write_bytes(
         record(*control(told), 0)
@@ -291,7 +291,7 @@ async def test_85_an_open_store_follows_the_adoption(tmp_path: Path, torn: str) 
 
 
 def _last(data: bytes) -> bytes:
-    *_, (_, start), (_, end) = scan(data, "", 0, 0)
+    *_, (_, start), (_, end) = scan([data], "", 0, 0)
     return data[start:end]
 
 

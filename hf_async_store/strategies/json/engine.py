@@ -73,8 +73,9 @@ from hf_async_store.strategies.json.loading import (
     Merged,
     State,
     Vanished,
+    let_go,
     open_journal,
-    read_from,
+    read_blocks,
     scanned,
 )
 from hf_async_store.strategies.json.serializer import JSONSerializer
@@ -406,19 +407,18 @@ class JSONEngine:
             return True
         if size < state.offset:
             return False
-        if size - state.offset > 1 << 16:
-            data = await asyncio.to_thread(read_from, state.fd, state.offset, size, path)
-        else:
-            data = read_from(state.fd, state.offset, size, path)
-        async for entry, end in scanned(data, str(path), state.offset, state.sequence):
+        async for entry, end in scanned(state.fd, path, size, state.offset, state.sequence):
+            images = {}
             if entry.kind is Kind.COMMIT:
-                await self.loader.commit(state, entry)
+                images = await self.loader.commit(state, entry)
             elif entry.kind is Kind.SEAL:
                 state.sealed = True
             elif entry.kind is Kind.FOLD:
                 self.loader.announce(state, read_fold(entry.payload).files)
             state.offset = end
             state.sequence += 1
+            await state.sweep()
+            await let_go(entry, images)
         return True
 
     async def _step(self, state: State) -> bool:
@@ -427,7 +427,8 @@ class JSONEngine:
         fd = open_journal(path)
         try:
             size = os.fstat(fd).st_size
-            first = next(scan(read_from(fd, 0, size, path), str(path), 0, 0), None)
+            # No more than that record: a commit of 30 MB may follow it.
+            first = next(scan(read_blocks(fd, 0, size, path), str(path), 0, 0), None)
             if first is None or first[0].kind is not Kind.HEAD:
                 raise Vanished(f"{path} has no head yet")
             head, end = first
@@ -439,13 +440,16 @@ class JSONEngine:
             with suppress(OSError):
                 os.close(fd)
             raise
-        state.close()
+        left = state.fd
         self._close_writer()
         state.fd = fd
         state.generation += 1
         state.offset = end
         state.sequence = 1
         state.sealed = False
+        if left >= 0:
+            # In a thread: this may be all that is left of a large file that was removed.
+            await finish(asyncio.to_thread(os.close, left))
         return True
 
     def _knows(self, state: State, head: Head) -> bool:
@@ -535,7 +539,7 @@ class JSONEngine:
         self._owned = True
         if state.superseded:
             # Left by an adoption that was interrupted; somebody may still have them open.
-            self._drop_journals(state.first)
+            await self.drop_journals(state.first)
             state.superseded = False
         if self._broken or state.in_doubt:
             await self.folding.renew(state)
@@ -747,11 +751,13 @@ class JSONEngine:
         await self._begin(state, Head(generation, files, alone=True), rest)
         state.known = {name: [content] for name, content in files.items()}
         state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
-        self._drop_journals(generation)
+        await self.drop_journals(generation)
 
-    def _drop_journals(self, before: int) -> None:
+    async def drop_journals(self, before: int) -> None:
+        """Remove the generations that every data file holds. The lock is held."""
         try:
-            self.files.drop_journals(before)
+            # In a thread: to free what a large file takes on the disk is not done in a moment.
+            await finish(asyncio.to_thread(self.files.drop_journals, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 

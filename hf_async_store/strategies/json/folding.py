@@ -179,7 +179,7 @@ class Folding:
             engine.files.clean()
             names = [each for each in engine.files.names if self._needs_fold(each, state)]
             if not names:
-                self._drop_journals(state)
+                await self._drop_journals(state)
                 return True
             await engine.start_generation(state)
             generation = state.generation
@@ -248,7 +248,7 @@ class Folding:
         await self._put_in_place(written, state.generation)
         for name, content in contents.items():
             state.covered(name, content, engine.loader.collections_of(name, state))
-        self._drop_journals(state)
+        await self._drop_journals(state)
 
     def _unchanged(self, written: Mapping[str, FileState], state: State) -> dict[str, FileState]:
         """The files for which no commit waited: they hold everything as they are. Were this not
@@ -280,12 +280,9 @@ class Folding:
         except OSError as exc:
             raise translate_os_error(exc, f"replace files in {engine.files.folder}") from exc
 
-    def _drop_journals(self, state: State) -> None:
+    async def _drop_journals(self, state: State) -> None:
         covers = [each.covers for each in state.content.values()]
-        try:
-            self._engine.files.drop_journals(min(covers, default=0))
-        except OSError as exc:
-            raise translate_os_error(exc, "remove a folded journal") from exc
+        await self._engine.drop_journals(min(covers, default=0))
 
     async def renew(self, state: State) -> None:
         """Write everything anew, since a sync of the journal failed. The lock is held.

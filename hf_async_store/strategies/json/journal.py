@@ -18,7 +18,7 @@ interrupted append leaves, is told from damage: everything else that is bad is c
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
 from typing import Final, TypeAlias, TypeVar
@@ -90,10 +90,23 @@ class Seal(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A record as it was read."""
+    """A record as it was read.
+
+    Attributes:
+        pieces: its payload, a large one in several: nothing of 30 MB is ever copied, or freed, in
+            one step.
+    """
 
     kind: Kind
-    payload: bytes
+    pieces: list[bytes]
+
+    @property
+    def payload(self) -> bytes:
+        return b"".join(self.pieces)
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.pieces))
 
 
 _KINDS: Final = frozenset(Kind)
@@ -187,47 +200,63 @@ def _read(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
         raise CorruptionError(f"a journal holds a record that cannot be read: {exc}") from exc
 
 
-def scan(data: bytes, name: str, offset: int, sequence: int) -> Iterator[tuple[Entry, int]]:
-    """The records in `data`, each with the offset of its end.
+def scan(
+    blocks: Iterable[bytes], name: str, offset: int, sequence: int
+) -> Iterator[tuple[Entry, int]]:
+    """The records in `blocks`, each with the offset of its end.
 
     Stops before an incomplete last record. The caller tells it by the offset.
 
     Args:
-        data: what the file holds from `offset` on.
+        blocks: what the file holds from `offset` on, one behind another.
         name: of the file, for errors.
-        offset: where `data` begins in the file.
+        offset: where they begin in the file.
         sequence: the sequence that its first record must have.
 
     Raises:
         CorruptionError: a record that is there and not as it was written.
     """
+    left = iter(blocks)
+    data = b""  # which lies at `offset`
     position = 0
-    while position < len(data):
-        if len(data) - position < HEADER_SIZE:
-            head = data[position : position + len(_MAGIC)]
-            if not _MAGIC.startswith(head):
-                raise _damaged(name, offset + position, "no record begins here")
-            return
+    while True:
+        while len(data) - position < HEADER_SIZE:
+            more = next(left, b"")
+            if not more:
+                if not _MAGIC.startswith(data[position : position + len(_MAGIC)]):
+                    raise _damaged(name, offset + position, "no record begins here")
+                return
+            offset += position
+            data = data[position:] + more
+            position = 0
         header = data[position : position + _HEADER.size]
         magic, kind, length, check, number = _HEADER.unpack(header)
         (own,) = _CHECK.unpack_from(data, position + _HEADER.size)
         if magic != _MAGIC or own != crc32(header):
             raise _damaged(name, offset + position, "the header of a record is damaged")
+        begin = offset + position
         start = position + HEADER_SIZE
-        if start + length > len(data):
-            return
-        payload = data[start : start + length]
-        if check != crc32(payload):
-            raise _damaged(name, offset + start, "the content of a record is damaged")
-        if number != sequence:
-            raise _damaged(
-                name, offset + position, f"record {number} stands where {sequence} belongs"
-            )
-        if kind not in _KINDS:
-            raise _damaged(name, offset + position, f"a record of the unknown kind {kind}")
+        pieces = [data[start : start + length]]
         position = start + length
+        while position > len(data):
+            more = next(left, b"")
+            if not more:
+                return
+            offset += len(data)
+            position -= len(data)
+            data = more
+            pieces.append(data[:position])
+        found = 0
+        for piece in pieces:
+            found = crc32(piece, found)
+        if check != found:
+            raise _damaged(name, begin + HEADER_SIZE, "the content of a record is damaged")
+        if number != sequence:
+            raise _damaged(name, begin, f"record {number} stands where {sequence} belongs")
+        if kind not in _KINDS:
+            raise _damaged(name, begin, f"a record of the unknown kind {kind}")
         sequence += 1
-        yield Entry(Kind(kind), payload), offset + position
+        yield Entry(Kind(kind), pieces), offset + position
 
 
 def _damaged(name: str, offset: int, what: str) -> CorruptionError:

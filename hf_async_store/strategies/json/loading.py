@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping, Set
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from hf_async_store.strategies.json.journal import (
     read_head,
     scan,
 )
-from hf_async_store.strategies.json.section import Section
+from hf_async_store.strategies.json.section import Section, freed
 from hf_async_store.strategies.json.serializer import (
     PIECE,
     Held,
@@ -40,6 +40,7 @@ from hf_async_store.strategies.json.serializer import (
     NotOurs,
     cut_lines,
     cut_object,
+    cut_piece,
     held,
     layout_of,
     refuse_repeated,
@@ -63,9 +64,10 @@ _LARGE: Final = 16 << 20
 """A foreign layout over this size is brought into ours by a child process before it is cut: cutting
 it takes one step, which would hold the loop."""
 
-_READ_PIECE: Final = 4 << 20
+_SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
 _TAIL_PIECE: Final = 1 << 20
+_FREE_PIECE: Final = 8
 
 Merged: TypeAlias = Mapping[str, "dict[str, Held]"]
 """Sections by name, with the images of a commit in them already."""
@@ -230,23 +232,23 @@ class Loader:
             if not await self._load_file(name, state, adopt, first)
         ]
         if strange and adopt is None:
-            self._refuse_moved(state)
+            await self._refuse_moved(state)
         self._refuse_gap(state, journals)
         await self._replay_all(state, journals, adopt)
         if adopt in (None, "readable"):
             self._refuse_mixture(state)
 
-    def _refuse_moved(self, state: State) -> None:
+    async def _refuse_moved(self, state: State) -> None:
         """Files that no journal names can be of two moments, if somebody folded meanwhile."""
         newest = self._files.journals()[-1:]
         if state.fd < 0:
             moved = bool(newest)
         else:
             path = self._files.journal(state.generation)
-            size = os.fstat(state.fd).st_size
-            tail = read_from(state.fd, state.offset, size, path)
+            tail = read_blocks(state.fd, state.offset, os.fstat(state.fd).st_size, path)
             more = scan(tail, str(path), state.offset, state.sequence)
-            moved = newest != [state.generation] or next(more, None) is not None
+            moved = newest != [state.generation]
+            moved = moved or await asyncio.to_thread(next, more, None) is not None
         if moved:
             raise Vanished("the journal went on while the files were read")
 
@@ -310,8 +312,7 @@ class Loader:
         try:
             if is_doubtful(os.fstat(fd)):
                 state.doubtful = max(state.doubtful, generation)
-            data = await asyncio.to_thread(_read_all, fd)
-            journal = await self._read_journal(path, generation, data, readable, newest=keep)
+            journal = await self._read_journal(path, generation, fd, readable, newest=keep)
         except BaseException:
             os.close(fd)
             raise
@@ -326,13 +327,13 @@ class Loader:
         return journal
 
     async def _read_journal(
-        self, path: Path, generation: int, data: bytes, readable: bool, *, newest: bool
+        self, path: Path, generation: int, fd: int, readable: bool, *, newest: bool
     ) -> _Journal:
         entries: list[Entry] = []
         end = 0
         alone = False
         try:
-            async for entry, position in scanned(data, str(path), 0, 0):
+            async for entry, position in scanned(fd, path, os.fstat(fd).st_size):
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
@@ -403,21 +404,26 @@ class Loader:
         for number, entry in enumerate(journal.entries, 1):
             if entry.kind is Kind.COMMIT:
                 try:
-                    images = await self.commit(state, entry)
+                    images = await self.commit(state, entry, adopting=adopt is not None)
                 except CorruptionError:
                     if adopt != "readable":
                         raise
                     return False
-                if adopt is not None:
-                    for name, each in images.items():
-                        state.replayed.setdefault(name, {}).update(each)
+                await state.sweep()
+                await let_go(entry, images)
             if not number % 64:
                 await asyncio.sleep(0)
         return journal.whole
 
-    async def commit(self, state: State, entry: Entry) -> Images:
-        """Take over a COMMIT of the current generation; what of it the data files lacked."""
-        images = await _images(entry.payload)
+    async def commit(
+        self, state: State, entry: Entry, *, adopting: bool = False
+    ) -> dict[str, dict[str, bytes | None]]:
+        """Take over a COMMIT of the current generation; `sweep` and `let_go` are to follow.
+
+        Args:
+            adopting: note in the state what of it the data files lacked.
+        """
+        images = await _images(entry)
         for name in images.keys() - state.sections.keys():
             state.sections[name] = self._revived(state, name)
         held_already = {
@@ -428,9 +434,11 @@ class Loader:
         }
         lacking = {name: each for name, each in images.items() if name not in held_already}
         if lacking:
-            state.take(lacking, len(entry.payload), await state.merged(lacking))
-            await state.sweep()
-        return lacking
+            state.take(lacking, entry.size, await state.merged(lacking))
+        if adopting:
+            for name, each in lacking.items():
+                state.replayed.setdefault(name, {}).update(each)
+        return images
 
     def _revived(self, state: State, name: str) -> Section:
         """The section of a collection that only others declare, out of what was kept of it."""
@@ -587,12 +595,15 @@ async def _fill(section: Section, text: bytes, start: int, *, ours: bool) -> int
 
 
 async def scanned(
-    data: bytes, name: str, offset: int, sequence: int
+    fd: int, path: Path, size: int, offset: int = 0, sequence: int = 0
 ) -> AsyncGenerator[tuple[Entry, int], None]:
-    """`scan`, with turns for the loop."""
-    entries = scan(data, name, offset, sequence)
+    """`scan` of what a journal of `size` bytes holds from `offset` on, with turns for the loop."""
+    blocks: Iterable[bytes] = read_blocks(fd, offset, size, path)
     # The checksum of a large record would hold the loop.
-    large = len(data) > _LARGE_TAIL
+    large = size - offset > _LARGE_TAIL
+    if not large and size - offset > _SMALL_TAIL:
+        blocks = await asyncio.to_thread(list, blocks)
+    entries = scan(blocks, str(path), offset, sequence)
     while True:
         some = _Some()
         if large:
@@ -621,7 +632,7 @@ class _Some:
         try:
             for entry, end in entries:
                 self.entries.append((entry, end))
-                size += len(entry.payload)
+                size += entry.size
                 if size > _TAIL_PIECE:
                     self.more = True
                     return
@@ -629,34 +640,82 @@ class _Some:
             self.failure = exc  # what lies before it counts
 
 
-async def _images(payload: bytes) -> dict[str, dict[str, bytes | None]]:
-    """The post-images in the payload of a COMMIT."""
-    if len(payload) > PIECE:
+async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:
+    """The post-images in a COMMIT."""
+    if entry.size > PIECE:
         with suppress(NotOurs):
-            return await _cut_commit(payload)
-    return read_commit(payload)
+            return await cut_commit(entry.pieces)
+    return read_commit(entry.payload)
 
 
-async def _cut_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
+async def cut_commit(pieces: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
     """One that lies one entity a line."""
     found: dict[str, dict[str, bytes | None]] = {}
-    end = 0
-    while payload[end:] != b"}}":
-        start = payload.find(b"\n", end) + 1
-        name = _name_of(payload[end + 1 : start - 1].removeprefix(b","))
-        if not start or not name or name in found:
-            raise NotOurs
-        images = found[name] = {}
-        for piece in cut_lines(payload, start, ours=True):
-            if isinstance(piece, int):
-                end = piece
+    images: dict[str, bytes | None] | None = None  # of the section that is being cut
+    ended = False
+    for lines in _whole_lines(pieces):
+        rest = lines
+        while rest:
+            if ended:
+                raise NotOurs
+            if images is not None:
+                part, rest, over = _cut_part(rest)
+                images.update(
+                    (each, text if type(text) is bytes else image(bytes(text)))
+                    for each, text in part.items()
+                )
+                if over:
+                    images = None
+                await asyncio.sleep(0)
                 continue
-            images.update(
-                (each, text if type(text) is bytes else image(bytes(text)))
-                for each, text in piece.items()
-            )
-            await asyncio.sleep(0)
+            line, _, rest = rest.partition(b"\n")
+            name = _name_of(line.removeprefix(b"}," if found else b"{"))
+            ended = line == b"}}"
+            if name:
+                if name in found:
+                    raise NotOurs
+                images = found[name] = {}
+            elif not ended:
+                raise NotOurs
+    if not ended:
+        raise NotOurs
     return found
+
+
+def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """A text in whole lines, about a piece at a time, without the newline behind the last."""
+    begun: list[bytes] = []
+    for piece in pieces:
+        end = piece.rfind(b"\n")
+        if end < 0:
+            begun.append(piece)
+            continue
+        yield b"".join((*begun, piece[:end]))
+        begun = [piece[end + 1 :]]
+    yield b"".join(begun)
+
+
+def _cut_part(lines: bytes) -> tuple[dict[str, Held], bytes, bool]:
+    """The entities up to the end of their section, what follows it, and whether it ends here."""
+    last = not lines.endswith(b",")
+    try:
+        return cut_piece(lines, last=last, ours=True), b"", last
+    except NotOurs:
+        end = lines.find(b"\n}")
+        if end < 0:
+            raise
+    return cut_piece(lines[:end], last=True, ours=True), lines[end + 1 :], True
+
+
+async def let_go(entry: Entry, images: Mapping[str, dict[str, bytes | None]]) -> None:
+    """Free a commit that was taken over, in pieces: at once it would hold the loop."""
+    if entry.size <= PIECE:
+        return
+    for each in images.values():
+        await freed(each)
+    while entry.pieces:
+        del entry.pieces[-_FREE_PIECE:]
+        await asyncio.sleep(0)
 
 
 def _name_of(line: bytes) -> str:
@@ -682,22 +741,14 @@ def open_journal(path: Path) -> int:
         raise translate_os_error(exc, f"read {path}") from exc
 
 
-def read_from(fd: int, offset: int, size: int, path: Path) -> bytes:
-    """What a journal holds from `offset` up to `size`."""
-    try:
-        return os.pread(fd, size - offset, offset)
-    except OSError as exc:
-        raise translate_os_error(exc, f"read {path}") from exc
-
-
-def _read_all(fd: int) -> bytes:
-    size = os.fstat(fd).st_size
-    parts: list[bytes] = []
-    offset = 0
+def read_blocks(fd: int, offset: int, size: int, path: Path) -> Iterator[bytes]:
+    """What a journal holds from `offset` up to `size`, block by block."""
     while offset < size:
-        part = os.pread(fd, min(_READ_PIECE, size - offset), offset)
-        if not part:
-            break
-        parts.append(part)
-        offset += len(part)
-    return b"".join(parts)
+        try:
+            block = os.pread(fd, min(PIECE, size - offset), offset)
+        except OSError as exc:
+            raise translate_os_error(exc, f"read {path}") from exc
+        if not block:
+            return
+        yield block
+        offset += len(block)

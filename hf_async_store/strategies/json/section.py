@@ -31,7 +31,7 @@ _MUCH: Final = 4096
 _SHARE: Final = 8
 """Changes to more than this part of a section are made to a copy of it, in pieces."""
 
-_FREE_PIECE: Final = 4096
+_FREE_PIECE: Final = 2048
 _MERGE_PIECE: Final = 1024
 
 Before: TypeAlias = "dict[str, Held | None]"
@@ -124,7 +124,9 @@ class Section:
         """
         if len(images) <= max(_MUCH, len(self.held) // _SHARE):
             return None
-        merged = self.held.copy()
+        await asyncio.sleep(0)
+        merged = self.held.copy()  # one step, and a large one
+        await asyncio.sleep(0)
         left = iter(images.items())
         while part := dict(islice(left, _MERGE_PIECE)):
             self._put(merged, part)
@@ -175,7 +177,7 @@ class Section:
     async def sweep(self) -> None:
         """Free what changes left behind, in pieces: at once it would hold the loop."""
         while self._garbage:
-            await _freed(self._garbage.pop())
+            await freed(self._garbage.pop())
 
     def look(self, entity_id: str, raw: bytes) -> Entity:
         """The entity decoded, to be looked at and not to be given away: it may be cached."""
@@ -328,7 +330,8 @@ class Section:
         self._tracking = False
 
 
-async def _freed(garbage: dict[Any, Any]) -> None:
+async def freed(garbage: dict[Any, Any]) -> None:
+    """Empty it in pieces."""
     while garbage:
         for _ in range(min(len(garbage), _FREE_PIECE)):
             garbage.popitem()

@@ -154,7 +154,7 @@ def cut_lines(data: bytes, start: int, *, ours: bool) -> Iterator[dict[str, Held
         return
     while (stop := data.find(b"\n", start + PIECE)) >= 0:
         try:
-            piece = _cut_piece(data[start:stop], last=False, ours=ours)
+            piece = cut_piece(data[start:stop], last=False, ours=ours)
         except NotOurs:
             break  # the section ends in this piece, if it is ours at all
         yield piece
@@ -163,11 +163,19 @@ def cut_lines(data: bytes, start: int, *, ours: bool) -> Iterator[dict[str, Held
     end = data.find(b"\n}", start, len(data) if stop < 0 else stop + 2)
     if end < 0:
         raise NotOurs
-    yield _cut_piece(data[start:end], last=True, ours=ours)
+    yield cut_piece(data[start:end], last=True, ours=ours)
     yield end + 1
 
 
-def _cut_piece(lines: bytes, *, last: bool, ours: bool) -> dict[str, Held]:
+def cut_piece(lines: bytes, *, last: bool, ours: bool) -> dict[str, Held]:
+    """The entities of whole lines.
+
+    Args:
+        last: they end the section, so no comma follows.
+
+    Raises:
+        NotOurs: they are laid out otherwise, or an id comes twice.
+    """
     if not last and not lines.endswith(b","):
         raise NotOurs
     text = b"{" + (lines if last else lines[:-1]) + b"}"

@@ -1,0 +1,367 @@
+"""Lost races: tries until one wins, and turns for the tasks of one process."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from hf_async_store import (
+    ConcurrencyConflictError,
+    RetriesExhaustedError,
+    UnavailableError,
+    open_store,
+    retrying,
+)
+from hf_async_store.entities import Entity, Key
+from hf_async_store.retrying import Turns, retry_conflicts
+
+KEY = Key("counters", "c")
+OTHER = Key("counters", "other")
+SECONDS = 30.0
+
+
+class Counter:
+    """A value under compare-and-set, whose reads and writes take some turns of the loop."""
+
+    def __init__(self, turns: int = 2) -> None:
+        self.value = 0
+        self.attempts = 0
+        self.turns = turns
+
+    async def increment(self) -> int:
+        self.attempts += 1
+        seen = self.value
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        if seen != self.value:
+            raise ConcurrencyConflictError("lost", collection="counters", entity_id="c")
+        self.value += 1
+        return self.value
+
+
+def conflict() -> ConcurrencyConflictError:
+    return ConcurrencyConflictError("lost", collection="counters", entity_id="c")
+
+
+async def settled(*tasks: asyncio.Task[int]) -> None:
+    async with asyncio.timeout(SECONDS):
+        await asyncio.wait(tasks)
+
+
+# -- tries ------------------------------------------------------------------------------------
+
+
+async def test_what_meets_no_conflict_runs_once() -> None:
+    counter = Counter()
+    assert await retry_conflicts(counter.increment, SECONDS) == 1
+    assert counter.attempts == 1
+
+
+async def test_pauses_follow_what_an_attempt_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short where the engine is quick, whatever it is; never longer than the bound."""
+    now = 0.0
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+
+    def attempts(took: float, count: int) -> Callable[[], Awaitable[int]]:
+        left = count
+
+        async def attempt() -> int:
+            nonlocal now, left
+            now += took
+            left -= 1
+            if left:
+                raise conflict()
+            return 1
+
+        return attempt
+
+    monkeypatch.setattr(retrying, "monotonic", lambda: now)
+    monkeypatch.setattr(retrying, "sleep", sleep)
+    longest = []
+    for took in (0.0001, 0.001, 0.02, 3.0):
+        pauses.clear()
+        assert await retry_conflicts(attempts(took, 200), 10_000) == 1
+        assert len(pauses) == 199
+        longest.append(max(pauses))
+        assert pauses[0] <= 2 * took
+    assert longest[0] < longest[1] < longest[2] <= longest[3] <= 1.0
+    assert longest[1] < 0.05
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+async def test_conflicts_end_at_the_bound(seconds: float) -> None:
+    tries = 0
+
+    async def attempt() -> int:
+        nonlocal tries
+        tries += 1
+        raise conflict()
+
+    for retried in (lambda: retry_conflicts(attempt, seconds), lambda: taking(attempt, seconds)):
+        tries = 0
+        with pytest.raises(RetriesExhaustedError) as caught:
+            await retried()
+        assert isinstance(caught.value.__cause__, ConcurrencyConflictError)
+        assert tries == 1 if not seconds else tries > 1
+
+
+def taking(attempt: Callable[[], Awaitable[int]], seconds: float) -> Awaitable[int]:
+    return Turns().retried(KEY, attempt, seconds)
+
+
+# -- turns ------------------------------------------------------------------------------------
+
+
+async def test_without_a_conflict_nobody_waits() -> None:
+    turns = Turns()
+    inside = 0
+
+    async def attempt() -> int:
+        nonlocal inside
+        inside += 1
+        await asyncio.sleep(0.01)
+        assert inside == 8, "they are all under way at once"
+        assert not turns.contended
+        return 1
+
+    await asyncio.gather(*(turns.retried(KEY, attempt, SECONDS) for _ in range(8)))
+
+
+async def test_tasks_of_one_process_lose_one_race_each() -> None:
+    turns, counter = Turns(), Counter()
+
+    async def steps() -> None:
+        for _ in range(50):
+            await turns.retried(KEY, counter.increment, SECONDS)
+
+    await asyncio.gather(*(steps() for _ in range(16)))
+    assert counter.value == 16 * 50
+    assert counter.attempts < counter.value + 2 * 16
+    assert not turns.contended
+
+
+async def test_turns_come_in_the_order_of_the_losses() -> None:
+    turns, counter = Turns(), Counter()
+    done: list[int] = []
+
+    async def steps(number: int) -> None:
+        for _ in range(20):
+            await turns.retried(KEY, counter.increment, SECONDS)
+            done.append(number)
+
+    await asyncio.gather(*(steps(each) for each in range(8)))
+    for start in range(16, 8 * 19, 8):
+        assert sorted(done[start : start + 8]) == [*range(8)], "each once before any twice"
+
+
+async def test_keys_do_not_wait_for_one_another() -> None:
+    turns = Turns()
+    gate = asyncio.Event()
+
+    async def stuck() -> int:
+        await gate.wait()
+        return 1
+
+    first = asyncio.create_task(turns.retried(KEY, once_lost(stuck), SECONDS))
+    await asyncio.sleep(0.01)
+    assert turns.contended
+    counter = Counter()
+    assert await turns.retried(OTHER, counter.increment, SECONDS) == 1
+    gate.set()
+    await first
+    assert not turns.contended
+
+
+def once_lost(then: Callable[[], Awaitable[int]]) -> Callable[[], Awaitable[int]]:
+    lost = False
+
+    async def attempt() -> int:
+        nonlocal lost
+        if not lost:
+            lost = True
+            raise conflict()
+        return await then()
+
+    return attempt
+
+
+async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
+    turns = Turns()
+    gate = asyncio.Event()
+
+    async def gated() -> int:
+        await gate.wait()
+        return 1
+
+    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
+    await asyncio.sleep(0.01)
+    counter = Counter()
+    waiting = [
+        asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(5)
+    ]
+    await asyncio.sleep(0)
+    for each in (0, 2, 4):
+        waiting[each].cancel()
+    gate.set()
+    await settled(holder, *waiting)
+    assert [each.cancelled() for each in waiting] == [True, False, True, False, True]
+    assert counter.value == 2
+    assert not turns.contended
+
+
+async def test_who_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
+    turns = Turns()
+    gate = asyncio.Event()
+
+    async def gated() -> int:
+        await gate.wait()
+        return 1
+
+    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
+    await asyncio.sleep(0.01)
+    counter = Counter()
+    second, third = [
+        asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(2)
+    ]
+    await asyncio.sleep(0)
+    holder.add_done_callback(lambda _: second.cancel())  # before the one that was woken runs
+    gate.set()
+    await settled(holder, second, third)
+    assert second.cancelled()
+    assert third.result() == 1
+    assert not turns.contended
+
+
+async def test_cancellations_at_any_moment() -> None:
+    chance = random.Random(7)
+    turns = Turns()
+    counter = Counter()
+    won = 0
+
+    async def step() -> int:
+        nonlocal won
+        value = await turns.retried(KEY, counter.increment, SECONDS)
+        won += 1
+        return value
+
+    for _ in range(200):
+        tasks = [asyncio.create_task(step()) for _ in range(10)]
+        for each in chance.sample(tasks, 6):
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+            each.cancel()
+        await settled(*tasks)
+        assert not turns.contended
+    assert counter.value == won
+
+
+async def test_a_failure_passes_the_turn_on() -> None:
+    turns = Turns()
+
+    async def fails() -> int:
+        await asyncio.sleep(0.01)
+        raise UnavailableError("gone")
+
+    counter = Counter()
+    first = asyncio.create_task(turns.retried(KEY, once_lost(fails), SECONDS))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS))
+    await settled(first, second)
+    assert isinstance(first.exception(), UnavailableError)
+    assert second.result() == 1
+
+
+async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for something that a later one must do first does not hold it up for ever."""
+    monkeypatch.setattr(retrying, "_LONGEST_TURN", 0.02)
+    turns = Turns()
+    done = asyncio.Event()
+
+    async def waits_for_the_others() -> int:
+        await done.wait()
+        return 1
+
+    counter = Counter()
+    first = asyncio.create_task(turns.retried(KEY, once_lost(waits_for_the_others), SECONDS))
+    await asyncio.sleep(0.001)
+    others = [asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(9)]
+    await settled(*others)
+    assert counter.value == 9
+    done.set()
+    assert await first == 1
+    assert not turns.contended
+
+
+async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
+    turns = Turns()
+    gate = asyncio.Event()
+
+    async def gated() -> int:
+        await gate.wait()
+        return 1
+
+    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
+    await asyncio.sleep(0.01)
+    began = time.monotonic()
+    counter = Counter()
+    assert await turns.retried(KEY, counter.increment, 0.02) == 1, "it tries once all the same"
+    assert await turns.retried(KEY, counter.increment, 0) == 2
+
+    async def always() -> int:
+        raise conflict()
+
+    with pytest.raises(RetriesExhaustedError):
+        await turns.retried(KEY, always, 0.02)
+    assert time.monotonic() - began < 0.9, "a turn lasts a second"
+    gate.set()
+    await holder
+
+
+# -- the verb ---------------------------------------------------------------------------------
+
+
+async def test_a_change_may_modify_the_same_entity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "_LONGEST_TURN", 0.02)
+    async with open_store("memory:") as store:
+        await store.save_entity("templates", {"template_id": "t", "count": 0})
+        nested = False
+
+        async def change(entity: Entity) -> Entity:
+            nonlocal nested
+            if not nested or entity["version"] == 2:
+                nested = True
+                await store.modify_entity("templates", "t", lambda found: {**found, "name": "n"})
+            return {**entity, "count": 1}
+
+        await store.modify_entity("templates", "t", change, retry_seconds=10)
+        found = await store.get_entity("templates", "t") or {}
+        assert (found["name"], found["count"]) == ("n", 1)
+
+
+@pytest.mark.parametrize("tasks", [2, 16])
+async def test_each_task_gets_its_share(tasks: int) -> None:
+    """Of many that modify one entity in a closed loop, none is far behind the others."""
+    async with open_store("memory:") as store:
+        await store.save_entity("templates", {"template_id": "t", "count": 0})
+        counts = [0] * tasks
+
+        async def loop(number: int) -> None:
+            while sum(counts) < 100 * tasks:
+                await store.modify_entity(
+                    "templates", "t", lambda found: {**found, "count": found["count"] + 1}
+                )
+                counts[number] += 1
+
+        await asyncio.gather(*map(loop, range(tasks)))
+        found = await store.get_entity("templates", "t") or {}
+        assert found["count"] == sum(counts)
+        assert min(counts) >= 80, counts
