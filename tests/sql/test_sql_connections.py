@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sqlite3
 import subprocess
 import tempfile
 from contextlib import contextmanager
@@ -222,3 +223,35 @@ async def test_a_lower_isolation_is_the_default_of_all(database: str) -> None:
             async with store.begin_transaction(isolation) as tx:  # type: ignore[arg-type]
                 [found] = await tx.execute_with_lock(query)  # type: ignore[attr-defined]
                 assert found["isolation"] == (isolation or "read_committed").replace("_", " ")
+
+
+async def test_a_cancelled_task_leaves_no_connection_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when it waits for a statement nor when the pool opens a new one for it."""
+    is_open: set[int] = set()
+
+    class Counted(sqlite3.Connection):
+        def close(self) -> None:
+            super().close()
+            is_open.discard(id(self))
+
+    def connect(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        connection = open_really(*arguments, factory=Counted, **named)
+        is_open.add(id(connection))
+        kept.append(connection)  # so that no other gets its id
+        return connection
+
+    kept: list[sqlite3.Connection] = []
+    open_really = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    for turns in range(24):
+        async with open_store(f"sqlite:{tmp_path / 'store.db'}") as store:
+            await store.save_entity("templates", {"template_id": "t"})
+            for moment in range(12):
+                task = asyncio.create_task(store.count_entities("templates"))
+                for _ in range(turns if moment % 2 else 5):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+        assert not is_open, f"cancelled after {turns} turns"

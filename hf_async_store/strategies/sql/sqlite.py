@@ -20,7 +20,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from hf_async_store.config import SQLConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan
+from hf_async_store.engine import Capabilities, Isolation, Plan, finish
 from hf_async_store.entities import INT_MAX, Field, FieldType, Index, Schema, Value
 from hf_async_store.errors import ConfigurationError, StorageError
 from hf_async_store.oserrors import translate_os_error
@@ -161,6 +161,17 @@ class SQLite(Dialect):
         )
 
     async def _connect(self) -> aiosqlite.Connection:
+        # The pool may do this while a cancelled task checks out; the driver would then forget, and
+        # never close, what its thread is opening.
+        opening = asyncio.ensure_future(self._open())
+        try:
+            return await finish(opening)
+        except asyncio.CancelledError:
+            if opening.exception() is None:
+                await finish(opening.result().close())
+            raise
+
+    async def _open(self) -> aiosqlite.Connection:
         try:
             self._make_file()
         except OSError as exc:
