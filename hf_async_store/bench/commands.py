@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,9 +18,11 @@ from hf_async_store.bench.settings import FULL, SHORT, SHORT_SUBJECTS, Settings
 from hf_async_store.bench.subjects import ALL, chosen, of_url
 from hf_async_store.bench.workloads import WORKLOADS
 from hf_async_store.errors import InvalidInputError
+from hf_async_store.testing.ending import ended_by_sigterm
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Coroutine
 
     from hf_async_store.bench.plan import Load, Subject
 
@@ -38,6 +42,10 @@ async def bench(arguments: argparse.Namespace) -> int:
     """
     if arguments.words:
         return _compare(arguments)
+    return await _to_its_end(_measured(arguments))
+
+
+async def _measured(arguments: argparse.Namespace) -> int:
     settings, subjects = _settings(arguments), _subjects(arguments)
     files = [Path(each) for each in arguments.figures]
     merits.check(files)  # before the minutes that a run takes, not after
@@ -59,6 +67,10 @@ async def bench(arguments: argparse.Namespace) -> int:
 
 async def advice(arguments: argparse.Namespace) -> int:
     """Measure the engines under the load that is described, and recommend one."""
+    return await _to_its_end(_advised(arguments))
+
+
+async def _advised(arguments: argparse.Namespace) -> int:
     with Places(folder=arguments.folder) as places:
         found = await advise.advise(
             advise.Wanted(
@@ -75,6 +87,17 @@ async def advice(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.write(advise.as_text(found) + "\n")
     return FAILED if found.failures else PASSED
+
+
+async def _to_its_end(work: Coroutine[None, None, int]) -> int:
+    """The exit code of a run; SIGTERM, too, stops the servers and processes that it started."""
+    with ended_by_sigterm() as ended:
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not ended():
+                raise
+            return 128 + signal.SIGTERM
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -32,9 +32,10 @@ from hf_async_store.demo.orchestrator import Orchestrator
 from hf_async_store.demo.plan import Plan, Settings, draw_sizes, shares, transaction_limit
 from hf_async_store.demo.verify import Examination, Invariant, compare_indexes, read_back
 from hf_async_store.demo.worker import Worker
+from hf_async_store.testing.ending import ended_by_sigterm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 Opening: TypeAlias = "Callable[[Plan], StorageStrategy]"
 
@@ -55,7 +56,7 @@ async def play(settings: Settings, opening: Opening = Plan.open) -> int:
     folder = Path(tempfile.mkdtemp(prefix="hf-async-store-demo-"))
     kept = False
     try:
-        with _ended_by_sigterm() as ended:
+        with ended_by_sigterm() as ended:
             try:
                 passed = await _Run(settings, folder, opening).play()
             except asyncio.CancelledError:
@@ -315,32 +316,6 @@ async def _workers(plans: Sequence[Plan]) -> AsyncIterator[list[Worker]]:
     finally:
         for each in workers:
             await each.end()
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[Callable[[], bool]]:
-    """Let SIGTERM end the run as Ctrl-C does: with everything cleaned up.
-
-    The function tells whether it came.
-    """
-    task = asyncio.current_task()
-    loop = asyncio.get_running_loop()
-    came = asyncio.Event()
-
-    def end() -> None:
-        came.set()
-        if task is not None:
-            task.cancel()
-
-    try:
-        loop.add_signal_handler(signal.SIGTERM, end)
-    except (ValueError, RuntimeError, NotImplementedError):
-        yield came.is_set  # not in the main thread: whoever runs the loop decides
-        return
-    try:
-        yield came.is_set
-    finally:
-        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def _sizes(entities: Entities) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -183,3 +186,50 @@ def test_the_short_run_has_the_sides_that_it_names() -> None:
 
     assert set(SHORT_SUBJECTS) <= {each.name for each in ALL}
     assert "tinydb" not in SHORT_SUBJECTS
+
+
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_end_in_the_middle_stops_what_it_started(
+    tmp_path: Path, ending: signal.Signals, code: int
+) -> None:
+    command = [
+        sys.executable, "-m", "hf_async_store", "bench", "--only", "dynamodb", "--workload", "save",
+        "--entities", "200", "--duration", "60", "--output", str(tmp_path / "report"),
+        "--folder", str(tmp_path),
+    ]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        server = _child_of(run.pid, "ministack")
+        if server is None:
+            pytest.skip("no DynamoDB server is installed")
+        time.sleep(1)
+        run.send_signal(ending)
+        out = run.communicate(timeout=30)[0]
+    finally:
+        run.kill()
+        run.communicate()
+    assert run.returncode == code, out
+    assert "Traceback" not in out
+    assert _child_of(server, "ministack", seconds=0) is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _child_of(pid: int, name: str, seconds: float = 30) -> int | None:
+    """A process of that name below another, as soon as there is one."""
+    until = time.monotonic() + seconds
+    while True:
+        table = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for line in table.splitlines():
+            child, parent, words = line.split(None, 2)
+            if int(parent) == pid and name in words:
+                return int(child)
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.1)
