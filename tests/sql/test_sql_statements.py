@@ -9,6 +9,8 @@ import pytest
 
 from hf_async_store import InvalidInputError, SQLStorageStrategy, gt, open_store
 from hf_async_store.strategies.sql.binding import bound
+from hf_async_store.strategies.sql.writing import Writer
+from hf_async_store.testing.driving import elsewhere
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:
@@ -118,3 +120,29 @@ async def test_a_stream_holds_little(filled: Any) -> None:
         tracemalloc.stop()
     assert seen == 10_000
     assert peak - before < 2_000_000, "all rows at once take more than 10 MB"
+
+
+async def test_an_update_that_others_overtake_twice_lands(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds nothing; somebody creates it before the look, and changes it right after the look."""
+    async with open_store(url) as store, open_store(url) as other:
+        await other.create_entity("machines", {"machine_id": "other"})
+        look = Writer.fetch
+        looks = 0
+
+        async def overtaken(self: Writer, lease: Any, keys: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            if looks > 1:
+                return await look(self, lease, keys)
+            await elsewhere(other.create_entity("machines", {"machine_id": "m", "name": "a"}))
+            found = await look(self, lease, keys)
+            await elsewhere(other.update_entity("machines", "m", {"name": "b"}))
+            return found
+
+        monkeypatch.setattr(Writer, "fetch", overtaken)
+        assert await store.update_entity("machines", "m", {"status": "x"}) == 3
+        found = await store.get_entity("machines", "m")
+        assert found is not None
+        assert (found["name"], found["status"]) == ("b", "x")

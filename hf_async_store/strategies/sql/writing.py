@@ -407,7 +407,8 @@ class Writer:
             # this very version is replaced or none.
             version = cast("int", entity.pop(VERSION))
             put = Put(change.key, entity, change.at, record.version, version)
-            again.append(self._sent(place, put, kept))
+            # Refused once more, it is judged as what was asked for.
+            again.append(self._sent(place, put, kept)._replace(change=change))
         return again
 
     def _broken(self, change: Put | Patch, parents: set[Key]) -> tuple[str, ...]:
