@@ -185,10 +185,12 @@ async def audit(
     return done
 
 
-def bound(notes: list[dict[str, Any]], seconds: float) -> None:
-    """No operation waited longer than the pages say."""
-    longest = max(each["seconds"] for each in notes if each["what"] == "took")
-    assert longest < seconds
+def bound(notes: list[dict[str, Any]]) -> None:
+    """No operation waited longer than docs/live-migration.md says.
+
+    The crews give up sooner than applications do; what is left is room for a busy machine.
+    """
+    assert max(each["seconds"] for each in notes if each["what"] == "took") < 17
 
 
 # -- the whole way --------------------------------------------------------------------------
@@ -219,7 +221,7 @@ async def test_nothing_acknowledged_is_lost_there_back_and_there_for_good(
     assert done["count"] > 200
     assert done["transfer"] > 100
     assert done["maybe count"] + done["maybe transfer"] + done["maybe create"] < 20
-    bound(notes, moving.GIVE_UP_SECONDS + 5)
+    bound(notes)
     async with open_store(source, collections=COLLECTIONS) as store:
         with pytest.raises(StoreMovedError) as caught:
             await store.get_entity("templates", "t-1")
@@ -303,7 +305,7 @@ async def test_a_cut_over_whose_mover_died_is_ended_by_the_applications(
     time.sleep(moving.GIVE_UP_SECONDS + 1.5)
     assert Counter(each["what"] for each in crew.notes())["count"] > before
     crew.end()
-    bound(crew.notes(), moving.GIVE_UP_SECONDS + 2)
+    bound(crew.notes())
     async with open_store(source, collections=COLLECTIONS) as store:
         await audit(store, crew.notes())
     moved("stop", source, target)
