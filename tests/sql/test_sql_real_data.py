@@ -11,6 +11,7 @@ from typing import Any, Final
 import pytest
 
 from hf_async_store import HOST_FACTORY, MigrationTool, open_store
+from hf_async_store.config import MigrationConfig
 from hf_async_store.entities import parse_timestamp
 from hf_async_store.testing.checks import exact
 
@@ -94,7 +95,7 @@ async def test_a_json_store_as_found_is_moved_here(url: str, layout: str, tmp_pa
         open_store(f"json:{found}?enforce_references=no") as source,
         open_store(f"{url}?enforce_references=no") as target,
     ):
-        report = await MigrationTool(source, target).migrate()
+        report = await MigrationTool(source, target, MigrationConfig(create_backup=False)).migrate()
         assert report.ok
         assert report.verified
         for name, by_id in data.items():
