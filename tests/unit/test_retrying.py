@@ -55,6 +55,19 @@ async def settled(*tasks: asyncio.Task[int]) -> None:
 # -- tries ------------------------------------------------------------------------------------
 
 
+async def held(turns: Turns) -> tuple[asyncio.Event, asyncio.Task[int]]:
+    """A turn that a task has until the event is set."""
+    gate = asyncio.Event()
+
+    async def gated() -> int:
+        await gate.wait()
+        return 1
+
+    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
+    await asyncio.sleep(0.01)
+    return gate, holder
+
+
 async def test_what_meets_no_conflict_runs_once() -> None:
     counter = Counter()
     assert await retry_conflicts(counter.increment, SECONDS) == 1
@@ -196,14 +209,7 @@ def once_lost(then: Callable[[], Awaitable[int]]) -> Callable[[], Awaitable[int]
 
 async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
     turns = Turns()
-    gate = asyncio.Event()
-
-    async def gated() -> int:
-        await gate.wait()
-        return 1
-
-    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
-    await asyncio.sleep(0.01)
+    gate, holder = await held(turns)
     counter = Counter()
     waiting = [
         asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(5)
@@ -220,14 +226,7 @@ async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
 
 async def test_who_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
     turns = Turns()
-    gate = asyncio.Event()
-
-    async def gated() -> int:
-        await gate.wait()
-        return 1
-
-    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
-    await asyncio.sleep(0.01)
+    gate, holder = await held(turns)
     counter = Counter()
     second, third = [
         asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(2)
@@ -303,14 +302,7 @@ async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatc
 
 async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
     turns = Turns()
-    gate = asyncio.Event()
-
-    async def gated() -> int:
-        await gate.wait()
-        return 1
-
-    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
-    await asyncio.sleep(0.01)
+    gate, holder = await held(turns)
     began = time.monotonic()
     counter = Counter()
     assert await turns.retried(KEY, counter.increment, 0.02) == 1, "it tries once all the same"
