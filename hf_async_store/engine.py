@@ -200,6 +200,32 @@ class Engine(Reader, Protocol):
         """
         ...
 
+    async def exists(self) -> bool:
+        """Whether the store is there: its file, or one of its tables. Nothing is made.
+
+        A store that is absent answers every read as an empty one, and is made by its first write.
+        """
+        ...
+
+    async def is_same_store(self, other: Engine) -> bool:
+        """Whether `other` reaches the same data, whatever either is called by. Nothing is made.
+
+        Decided by what the place itself says (device and inode, a lock taken through one and seen
+        through the other, a table's identifier), never by comparing spellings. A physical copy is
+        another store. An engine of another kind is never the same.
+
+        Raises:
+            StorageError: it cannot be found out.
+        """
+        ...
+
+    async def undeclared(self) -> list[str]:
+        """What is stored and the declarations do not cover, so that a full read would leave it out.
+
+        `"jobs"` is a collection, `"machines.owner"` a field; sorted. Nothing is made.
+        """
+        ...
+
     async def explain(self, query: Query) -> Plan:
         """How `select` would run."""
         ...

@@ -208,6 +208,13 @@ class StoreClosedError(StorageError):
     """The store was closed."""
 
 
+class StoreNotFoundError(StorageError):
+    """No store is there, and the operation needs one: a reading command, a backup, a migration.
+
+    Programs do not meet it: their reads of an absent store answer as an empty one does.
+    """
+
+
 class WrongLoopError(StorageError):
     """The store was used from another event loop, or after a fork, than the one it opened in."""
 

@@ -350,6 +350,15 @@ class Moving:
     async def peek(self, collection: Collection, entity_id: str) -> Record | None:
         return await self._home().peek(collection, entity_id)
 
+    async def exists(self) -> bool:
+        return await self._home().exists()
+
+    async def is_same_store(self, other: Engine) -> bool:
+        return await self._home().is_same_store(other)
+
+    async def undeclared(self) -> list[str]:
+        return await self._home().undeclared()
+
     async def explain(self, query: Query) -> Plan:
         return await self.engine_of(await self.current()).explain(query)
 

@@ -300,6 +300,10 @@ class StorageStrategy(RepositoryInterface):
 
     # -- health ------------------------------------------------------------------------------
 
+    async def exists(self) -> bool:
+        """Whether the store is there: its file, or one of its tables. Nothing is made."""
+        return await self._usable().exists()
+
     async def explain_query(
         self,
         collection: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.conditions import changed, check_children, check_parents
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
-from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
+from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session
 from hf_async_store.entities import (
     HOST_FACTORY,
     Change,
@@ -177,6 +177,15 @@ class MemoryEngine(_Reader):
 
     async def peek(self, collection: Collection, entity_id: str) -> Record | None:
         return (await self.fetch([Key(collection.name, entity_id)]))[0]
+
+    async def exists(self) -> bool:
+        return True
+
+    async def is_same_store(self, other: Engine) -> bool:
+        return other is self
+
+    async def undeclared(self) -> list[str]:
+        return []  # the memory is this engine's own: what is in it was declared here
 
     def apply(self, change: Change, view: _View) -> Outcome:
         """Decide one change and put it, with its mark, in the top layer; or return its error."""
