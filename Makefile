@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
+DIST_STAMP := $(VENV)/.dist-installed
 STORE ?=
 DATA ?=
 
-.PHONY: demo test test-long check format bench bench-full clean
+.PHONY: demo test test-long check format bench bench-full dist clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
@@ -23,6 +24,9 @@ check: $(STAMP)  ## style, types, and the floors of the house
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+dist: $(DIST_STAMP)  ## builds the archives of a release, and tries the wheel in an empty environment
+	.ci/dist
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -49,6 +53,10 @@ $(STAMP): pyproject.toml constraints.txt
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	touch $(BENCH_STAMP)
+
+$(DIST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group release
+	touch $(DIST_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -58,7 +58,7 @@ async def _migrate(source: StorageStrategy, target: StorageStrategy, folder: Pat
 
 
 @pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
-async def test_case_77_values_versions_and_timestamps_are_kept(
+async def test_77_values_versions_and_timestamps_are_kept(
     source_kind: str, target_kind: str, place: Place, tmp_path: Path
 ) -> None:
     async with (
@@ -89,7 +89,7 @@ def _sorted(value: object) -> object:
 
 
 @pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
-async def test_case_77_real_data(
+async def test_77_real_data(
     source_kind: str, target_kind: str, place: Place, tmp_path: Path
 ) -> None:
     data = real_data()
@@ -135,7 +135,7 @@ async def test_layouts_of_the_field_are_sources_as_they_lie(
     assert {each: each.read_bytes() for each in copy.parent.rglob("*.json")} == before
 
 
-async def test_case_77_there_and_back_is_byte_for_byte_the_same(
+async def test_77_there_and_back_is_byte_for_byte_the_same(
     place: Place, tmp_path: Path
 ) -> None:
     urls = [place(kind, f"s{n}") for n, kind in enumerate((*KINDS, KINDS[0]))]
@@ -190,7 +190,7 @@ def _mover(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("source_kind", "target_kind"), SOME_PAIRS)
 @pytest.mark.parametrize("in_the_middle", [False, True], ids=["after", "amid"])
-async def test_case_78_killed_at_any_batch_then_resumed(
+async def test_78_killed_at_any_batch_then_resumed(
     source_kind: str, target_kind: str, in_the_middle: bool, place: Place, tmp_path: Path
 ) -> None:
     one, other = place(source_kind, "a"), place(target_kind, "b")
@@ -224,7 +224,7 @@ async def _interrupted(tmp_path: Path, place: Place) -> tuple[str, str]:
     return one, other
 
 
-async def test_case_78_resume_writes_only_what_is_left(tmp_path: Path, place: Place) -> None:
+async def test_78_resume_writes_only_what_is_left(tmp_path: Path, place: Place) -> None:
     one, other = await _interrupted(tmp_path, place)
     done = _mover(one, other, str(tmp_path), "resume")
     assert done.returncode == 0, done.stderr
@@ -233,7 +233,7 @@ async def test_case_78_resume_writes_only_what_is_left(tmp_path: Path, place: Pl
     assert 0 < int(done.stdout) < everything_there
 
 
-async def test_case_78_a_changed_source_is_noticed(tmp_path: Path, place: Place) -> None:
+async def test_78_a_changed_source_is_noticed(tmp_path: Path, place: Place) -> None:
     one, other = await _interrupted(tmp_path, place)
     async with opened(one) as source, opened(other) as target:
         await source.update_entity("templates", "t-1", {"name": "changed since"})
@@ -243,7 +243,7 @@ async def test_case_78_a_changed_source_is_noticed(tmp_path: Path, place: Place)
         assert (await compare_stores(source, target)).equal
 
 
-async def test_case_78_a_changed_target_is_noticed(tmp_path: Path, place: Place) -> None:
+async def test_78_a_changed_target_is_noticed(tmp_path: Path, place: Place) -> None:
     one, other = await _interrupted(tmp_path, place)
     async with opened(one) as source, opened(other) as target:
         await target.update_entity("templates", "t-1", {"name": "by another"})
@@ -252,7 +252,7 @@ async def test_case_78_a_changed_target_is_noticed(tmp_path: Path, place: Place)
             await tool.resume()
 
 
-async def test_case_78_nothing_to_resume_is_said(tmp_path: Path) -> None:
+async def test_78_nothing_to_resume_is_said(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened(f"json:{tmp_path}/b.json") as target:
         with pytest.raises(MigrationError, match="nothing to resume"):
             await MigrationTool(source, target, settings(tmp_path)).resume()
@@ -273,7 +273,7 @@ async def test_case_78_nothing_to_resume_is_said(tmp_path: Path) -> None:
         ({"item_id": "stranger"}, ["items 'stranger' is extra"]),
     ],
 )
-async def test_case_79_what_was_planted_is_found_and_named(
+async def test_79_what_was_planted_is_found_and_named(
     plant: dict[str, object] | None, named: list[str], kind: str, place: Place, tmp_path: Path
 ) -> None:
     async with opened("memory:") as source, opened(place(kind, "b")) as target:
@@ -291,7 +291,7 @@ async def test_case_79_what_was_planted_is_found_and_named(
         assert caught.value.differences == named
 
 
-async def test_case_79_many_differences_are_listed_up_to_a_limit(tmp_path: Path) -> None:
+async def test_79_many_differences_are_listed_up_to_a_limit(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await fill(source, 100)
         compared = await compare_stores(source, target, limit=5)
@@ -303,7 +303,7 @@ async def test_case_79_many_differences_are_listed_up_to_a_limit(tmp_path: Path)
 # -- case 80: failing -----------------------------------------------------------------------
 
 
-async def test_case_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_path: Path) -> None:
+async def test_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_path: Path) -> None:
     loose = Collection("things", key="thing_id", fields=[Field("size", "json")])
     strict = Collection("things", key="thing_id", fields=[Field("size", "integer")])
     async with (
@@ -329,7 +329,7 @@ async def test_case_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_pat
         assert (await tool.resume()).verified
 
 
-async def test_case_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) -> None:
+async def test_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) -> None:
     async with (
         open_store("memory:?enforce_references=no") as source,
         open_store("memory:") as target,
@@ -350,7 +350,7 @@ async def test_case_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) ->
         assert await target.count_entities("machines") == 0
 
 
-async def test_case_80_a_target_that_fails_midway(
+async def test_80_a_target_that_fails_midway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk of the target is full for a while."""
@@ -386,7 +386,7 @@ async def test_case_80_a_target_that_fails_midway(
         assert (await tool.resume()).verified
 
 
-async def test_case_80_a_target_whose_server_dies_midway(
+async def test_80_a_target_whose_server_dies_midway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_async_store.migration import copying
@@ -436,7 +436,7 @@ def _chain(exc: BaseException) -> list[BaseException]:
     return found
 
 
-async def test_case_80_the_source_is_emptied_only_after_verification(tmp_path: Path) -> None:
+async def test_80_the_source_is_emptied_only_after_verification(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cleanup_source needs"):
         MigrationTool(
             "memory:", "memory:", {"cleanup_source": True, "validate_after_migration": False}
@@ -463,7 +463,7 @@ async def test_case_80_the_source_is_emptied_only_after_verification(tmp_path: P
             await tool.migrate()
 
 
-async def test_case_80_what_changes_after_verification_is_not_deleted(tmp_path: Path) -> None:
+async def test_80_what_changes_after_verification_is_not_deleted(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await fill(source)
         tool = MigrationTool(source, target, settings(tmp_path, cleanup_source=True))

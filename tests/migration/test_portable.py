@@ -35,7 +35,7 @@ URLS = ("memory:", "json:{}/one.json", "json:{}/split")
 
 
 @pytest.mark.parametrize("url", URLS)
-async def test_case_81_backup_and_restore_give_back_an_equal_store(
+async def test_81_backup_and_restore_give_back_an_equal_store(
     url: str, tmp_path: Path
 ) -> None:
     async with opened(url.format(tmp_path)) as store:
@@ -83,7 +83,7 @@ async def _backup(tmp_path: Path) -> Path:
         return Path((await backup_store(store, tmp_path / "b.jsonl.gz")).path)
 
 
-async def test_case_81_a_truncated_backup_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+async def test_81_a_truncated_backup_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     whole = path.read_bytes()
     cut = tmp_path / "cut.jsonl.gz"
@@ -95,7 +95,7 @@ async def test_case_81_a_truncated_backup_is_refused_wherever_it_ends(tmp_path: 
         assert not any((await everything(store)).values())
 
 
-async def test_case_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Path) -> None:
+async def test_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     whole = path.read_bytes()
     altered = tmp_path / "altered.jsonl.gz"
@@ -132,7 +132,7 @@ async def test_case_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Pat
         lambda lines: [*lines[:2], b'"nobody"', *lines[2:]],
     ],
 )
-async def test_case_81_an_alteration_that_is_good_gzip_is_refused(
+async def test_81_an_alteration_that_is_good_gzip_is_refused(
     alter: object, tmp_path: Path
 ) -> None:
     path = await _backup(tmp_path)

@@ -1,0 +1,44 @@
+"""docs/contract.md and the tests agree: each numbered case has a test, and each number has its case."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+
+
+def listed() -> list[int]:
+    """The numbers in the tables of the page, in its order."""
+    page = (ROOT / "docs/contract.md").read_text(encoding="utf-8")
+    return [int(each) for each in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+
+
+@cache
+def tested() -> dict[int, list[str]]:
+    """The files with tests whose names carry a number, by number."""
+    found: dict[int, list[str]] = {}
+    for folder in ("hf_async_store/testing", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            for number in re.findall(r"def test_(\d{1,3})_", text):
+                found.setdefault(int(number), []).append(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_the_numbers_rise() -> None:
+    assert listed() == sorted(set(listed()))
+
+
+@pytest.mark.parametrize("number", listed())
+def test_a_listed_case_has_a_test(number: int) -> None:
+    assert number in tested(), f"no test is named test_{number}_..."
+
+
+def test_a_numbered_test_has_its_case() -> None:
+    unknown = {number: files for number, files in tested().items() if number not in listed()}
+    assert not unknown
