@@ -29,6 +29,7 @@ from hf_async_store.engine import gathered
 from hf_async_store.entities import (
     ABSENT,
     ANY,
+    CREATED_AT,
     PRESENT,
     UPDATED_AT,
     VERSION,
@@ -542,7 +543,7 @@ class RepositoryInterface(ABC):
         self, collection: Collection, data: Mapping[str, object], expect: Condition, at: str
     ) -> Put:
         key, entity = collection.entity(data)
-        entity[UPDATED_AT] = at
+        _stamp(entity, at)
         return Put(key, entity, at, expect)
 
     def _patch(
@@ -627,6 +628,14 @@ def _imported(
     return Put(key, entity, at, expected.take(key.id), cast("int", version))
 
 
+def _stamp(entity: Entity, at: str) -> None:
+    """Set the timestamps of a whole entity that is written at this time."""
+    entity[UPDATED_AT] = at
+    # The dump of a model has nulls where nothing was given.
+    if CREATED_AT in entity and entity[CREATED_AT] is None:
+        del entity[CREATED_AT]
+
+
 def _puts(
     collection: Collection, piece: Sequence[Mapping[str, object]], expect: Condition, at: str
 ) -> list[Put] | None:
@@ -635,7 +644,7 @@ def _puts(
     if checked is None:
         return None
     for _, entity in checked:
-        entity[UPDATED_AT] = at
+        _stamp(entity, at)
     return [Put(key, entity, at, expect) for key, entity in checked]
 
 
@@ -681,6 +690,26 @@ def _listed(ids: Iterable[str]) -> Iterable[str]:
     return ids
 
 
+def check_timeout(timeout: object) -> None:
+    """Refuse what is no number of seconds.
+
+    Raises:
+        InvalidInputError.
+    """
+    if type(timeout) not in (int, float) or timeout != timeout:  # NaN is no bound
+        raise InvalidInputError(
+            f"timeout is a number of seconds, or None, not {type(timeout).__name__}"
+        )
+
+
+def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:
+    return OperationTimeoutError(
+        f"not done within {timeout:g} s",
+        retryable=not outcome_unknown,
+        outcome_unknown=outcome_unknown,
+    )
+
+
 @asynccontextmanager
 async def within(
     timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
@@ -693,6 +722,7 @@ async def within(
     if timeout is None:
         yield
         return
+    check_timeout(timeout)
     scope = asyncio.timeout(timeout)
     try:
         async with scope:
@@ -700,7 +730,4 @@ async def within(
     except TimeoutError as exc:
         if not scope.expired():
             raise
-        unknown = outcome_unknown()
-        raise OperationTimeoutError(
-            f"not done within {timeout:g} s", retryable=not unknown, outcome_unknown=unknown
-        ) from exc
+        raise timed_out(timeout, outcome_unknown=outcome_unknown()) from exc

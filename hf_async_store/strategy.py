@@ -92,10 +92,14 @@ class StorageStrategy(RepositoryInterface):
         if self._moving is not None:
             engine = self._moving
         self._writes: Coalescer[Change, Outcome] = Coalescer(
-            engine.write_each, lanes=can.write_lanes, size=can.write_batch, key=_key_of
+            engine.write_each,
+            lanes=can.write_lanes,
+            size=can.write_batch,
+            writes=True,
+            key=_key_of,
         )
         self._reads: Coalescer[Key, Record | None] | None = (
-            Coalescer(engine.fetch, lanes=can.read_lanes, size=can.read_batch)
+            Coalescer(engine.fetch, lanes=can.read_lanes, size=can.read_batch, writes=False)
             if can.read_batch
             else None
         )
@@ -214,8 +218,9 @@ class StorageStrategy(RepositoryInterface):
         # Not through the coalescer, whose batches would cut these in two: while one is written,
         # the next is made ready.
         self._usable()
+        # As with a batch there, a cancellation waits for its end.
         engine = self._engine if self._moving is None else self._moving
-        return await engine.write_each(changes)
+        return await finish(engine.write_each(changes))
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         records = self._usable().select(query)
