@@ -15,7 +15,7 @@ from typing import Generic, TypeAlias, TypeVar, cast
 
 from hf_async_store.entities import Key
 from hf_async_store.errors import StorageError
-from hf_async_store.repository import check_timeout, timed_out
+from hf_async_store.repository import check_seconds, timed_out
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -100,7 +100,7 @@ class Coalescer(Generic[Item, Result]):
             OperationTimeoutError: `outcome_unknown` if they write, and a batch had taken any.
         """
         if timeout is not None:
-            check_timeout(timeout)
+            check_seconds(timeout, "timeout")
         if not items:
             return []
         loop = asyncio.get_running_loop()

@@ -236,7 +236,7 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         at = utc_now()
         changes = await _pieces(
-            entities,
+            _listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
             lambda piece: _puts(declared, piece, ABSENT, at),
         )
@@ -264,7 +264,7 @@ class RepositoryInterface(ABC):
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
         changes = await _pieces(
-            entities,
+            _listed(entities, "entities"),
             change,
             None if expected_versions else lambda piece: _puts(declared, piece, ANY, at),
         )
@@ -282,6 +282,7 @@ class RepositoryInterface(ABC):
         """`update_entity` for each id of `updates`; as `save_entities`."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
+        _mapped(updates, "updates")
         at = utc_now()
         changes = await _pieces(
             updates.items(),
@@ -301,7 +302,9 @@ class RepositoryInterface(ABC):
         """`delete_entity` for each id; as `save_entities`, a bool each."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
-        changes = await _pieces(_listed(ids), lambda each: _delete(declared.key_of(each), expected))
+        changes = await _pieces(
+            _listed(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
+        )
         expected.all_taken()
         return cast("list[bool]", await self._many(changes, timeout))
 
@@ -310,7 +313,7 @@ class RepositoryInterface(ABC):
     ) -> list[Entity | None]:
         """The entities in the order of `ids`, None for each that is not there."""
         declared = self._schema[collection]
-        keys = await _pieces(_listed(ids), declared.key_of)
+        keys = await _pieces(_listed(ids, "ids"), declared.key_of)
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
@@ -333,7 +336,9 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
-        changes = await _pieces(entities, lambda each: _imported(declared, each, expected, at))
+        changes = await _pieces(
+            _listed(entities, "entities"), lambda each: _imported(declared, each, expected, at)
+        )
         expected.all_taken()
         return cast("list[int]", await self._many(changes, timeout))
 
@@ -393,6 +398,8 @@ class RepositoryInterface(ABC):
 
         declared = self._schema[collection]
         key = declared.key_of(entity_id)
+        check_callable(change, "change")
+        check_seconds(retry_seconds, "retry_seconds")
         entity_id, field = key.id, declared.key
 
         async def attempt() -> int:
@@ -594,6 +601,8 @@ class _Expected:
     """The expected versions of a batch by id; each must belong to a change of it."""
 
     def __init__(self, versions: Mapping[str, int | Expect] | None, *, absent: bool) -> None:
+        if versions is not None:
+            _mapped(versions, "expected_versions")
         self._versions = {
             each: check_version(version, absent=absent)
             for each, version in (versions or {}).items()
@@ -683,23 +692,36 @@ def _made(make: Callable[[Item], Made], index: int, item: Item) -> Made:
         raise exc.at(f"item {index}") from exc
 
 
-def _listed(ids: Iterable[str]) -> Iterable[str]:
-    if isinstance(ids, str):
-        # Its letters would be taken for ids.
-        raise InvalidQueryError("ids is a list of ids, not one text")
-    return ids
+def _listed(items: Iterable[Item], what: str) -> Iterable[Item]:
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        # The letters of a text would be taken one by one.
+        raise InvalidInputError(f"{what} is an iterable, not {type(items).__name__}")
+    return items
 
 
-def check_timeout(timeout: object) -> None:
+def _mapped(items: object, what: str) -> None:
+    if not isinstance(items, Mapping):
+        raise InvalidInputError(f"{what} is a map by id, not {type(items).__name__}")
+
+
+def check_callable(function: object, what: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        InvalidInputError.
+    """
+    if not callable(function):
+        raise InvalidInputError(f"{what} is a function, not {type(function).__name__}")
+
+
+def check_seconds(seconds: object, what: str) -> None:
     """Refuse what is no number of seconds.
 
     Raises:
         InvalidInputError.
     """
-    if type(timeout) not in (int, float) or timeout != timeout:  # NaN is no bound
-        raise InvalidInputError(
-            f"timeout is a number of seconds, or None, not {type(timeout).__name__}"
-        )
+    if type(seconds) not in (int, float) or seconds != seconds:  # NaN bounds nothing
+        raise InvalidInputError(f"{what} is a number of seconds, not {type(seconds).__name__}")
 
 
 def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:
@@ -722,7 +744,7 @@ async def within(
     if timeout is None:
         yield
         return
-    check_timeout(timeout)
+    check_seconds(timeout, "timeout")
     scope = asyncio.timeout(timeout)
     try:
         async with scope:

@@ -21,9 +21,11 @@ from hf_async_store.testing.checks import nothing_is_left
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.life import LifeContract
+from hf_async_store.testing.limits import LimitContract
 from hf_async_store.testing.many import ManyContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.references import ReferenceContract
+from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
@@ -43,9 +45,11 @@ class StrategyContract(
     TransactionContract,
     IsolationContract,
     QueryContract,
+    LimitContract,
     ManyContract,
     LifeContract,
     CancellationContract,
+    StreamContract,
     ReferenceContract,
 ):
     """What every engine must show."""

@@ -212,6 +212,74 @@ class LifeContract:
         await asyncio.to_thread(asyncio.run, use())
         assert await store.save_entity("items", {"item_id": "a"}) == 2
 
+    async def test_74_close_in_another_loop(self, store: StorageStrategy) -> None:
+        """A fixture's loop that is not the test's, mostly: refused, and the store goes on."""
+        await store.save_entity("items", {"item_id": "a"})
+
+        async def close() -> None:
+            with pytest.raises(WrongLoopError):
+                await store.close()
+
+        await asyncio.to_thread(asyncio.run, close())
+        assert await store.save_entity("items", {"item_id": "a"}) == 2
+
+    async def test_74_a_transaction_in_another_loop(self, store: StorageStrategy) -> None:
+        await reset(store)
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("items", "a", {"label": "ours"})
+
+            async def use() -> None:
+                all_refused_at_once(
+                    WrongLoopError,
+                    tx.get_entity("items", "a"),
+                    tx.save_entity("items", {"item_id": "a"}),
+                    tx.query_entities("items"),
+                    tx.__aexit__(None, None, None),
+                )
+                with pytest.raises(WrongLoopError):
+                    tx.begin_transaction()
+
+            await asyncio.to_thread(asyncio.run, use())
+        assert (await stored(store, "items", "a"))["label"] == "ours"
+
+    async def test_70_reads_that_are_late_leave_nothing_unknown(
+        self, store: StorageStrategy
+    ) -> None:
+        await reset(store)
+        for seconds in (0, 0.0001, 0.001):
+            for read in (
+                lambda at: store.get_entity("items", "a", timeout=at),
+                lambda at: store.get_entities("items", ["a", "b"], timeout=at),
+                lambda at: store.query_entities("items", {"label": "before"}, timeout=at),
+                lambda at: store.query_page("items", timeout=at),
+                lambda at: store.count_entities("items", timeout=at),
+            ):
+                await _is_late_or_in_time(read(seconds))
+            with suppress(TransactionAbortedError):
+                async with store.begin_transaction() as tx:
+                    await _is_late_or_in_time(tx.get_entity("items", "a", timeout=seconds))
+        await usable(store)
+
+    async def test_70_a_write_that_is_late_in_the_queue_was_not_applied(
+        self, store: StorageStrategy
+    ) -> None:
+        await store.save_entity("items", {"item_id": "a", "count": -1})
+        for number in range(40):
+            before = (await stored(store, "items", "a"))["count"]
+            first = asyncio.create_task(store.update_entity("items", "a", {"label": "first"}))
+            await asyncio.sleep(0)
+            try:
+                await store.update_entity("items", "a", {"count": number}, timeout=number / 8000)
+            except OperationTimeoutError as exc:
+                _judge(exc)
+                await first
+                await store.update_entity("items", "a", {})  # behind whatever was sent
+                if not exc.outcome_unknown:
+                    assert (await stored(store, "items", "a"))["count"] == before
+            else:
+                await first
+                assert (await stored(store, "items", "a"))["count"] == number
+
     async def test_74_use_after_a_fork(self, harness: Harness) -> None:
         url = harness.url()
         if url is None:
@@ -370,6 +438,13 @@ def _judge(error: StorageError) -> None:
         assert (twin.retryable, twin.outcome_unknown) == (error.retryable, error.outcome_unknown)
     if isinstance(error, BatchError | TransactionAbortedError | RetriesExhaustedError):
         assert isinstance(error.__cause__, StorageError), "it is chained to what caused it"
+
+
+async def _is_late_or_in_time(read: Awaitable[object]) -> None:
+    try:
+        await read
+    except OperationTimeoutError as exc:
+        assert (exc.retryable, exc.outcome_unknown) == (True, False)
 
 
 async def _write_to_orphan(store: StorageStrategy) -> None:
