@@ -199,9 +199,11 @@ class Coalescer(Generic[Item, Result]):
         except StorageError as exc:
             _answer(batch, [exc.copy() for _ in batch])
         except BaseException as exc:
-            # A defect, or the loop is closing: nobody may wait for ever.
-            _abandon(batch, exc)
-            raise
+            # A defect, or the loop is closing: nobody may wait for ever. Whoever waits for a defect
+            # hears of it; the lane goes on for the others.
+            told = _abandon(batch, exc)
+            if not told or not isinstance(exc, Exception):
+                raise
         else:
             _answer(batch, results)
         finally:
@@ -218,7 +220,9 @@ def _answer(batch: _Batch[Item, Result], results: Sequence[Result | StorageError
             waiter.done.set_result(None)
 
 
-def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> None:
+def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> bool:
+    """End the waiting of all callers of a batch; whether there was one."""
+    told = False
     for waiter, _ in batch:
         waiter.release()
         if not waiter.done.done():
@@ -226,3 +230,5 @@ def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> None:
                 waiter.done.cancel()
             else:
                 waiter.done.set_exception(exc)
+            told = True
+    return told

@@ -27,6 +27,7 @@ _REWRITTEN: Final = (
     "loads",
     "machine",
     "many",
+    "neighbours",
     "queries",
     "references",
     "stepping",
