@@ -1,4 +1,4 @@
-"""Cases 70 and 74 to 76: what errors say, opening and closing.
+"""Cases 70, 74 to 76 and 134: what errors say, opening and closing, what a store is known by.
 
 Case 71, which failure beneath becomes which error, is for the tests of each engine: only they can
 make its disk full or its server refuse.
@@ -43,6 +43,7 @@ from hf_async_store.errors import (
     ValueOutOfDomainError,
     WrongLoopError,
 )
+from hf_async_store.strategies import open_store
 from hf_async_store.testing.cancellation import hold, reset, usable
 from hf_async_store.testing.checks import (
     all_refused_at_once,
@@ -59,7 +60,7 @@ from hf_async_store.testing.driving import (
     is_shared,
     second_store,
 )
-from hf_async_store.testing.harness import Harness, ShowsTraces
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness, ShowsTraces
 from hf_async_store.testing.workers import run_workers
 
 if TYPE_CHECKING:
@@ -413,6 +414,42 @@ class LifeContract:
         out, _ = await process.communicate()
         assert process.returncode == 0
         assert json.loads(out) == []
+
+    # 134 ------------------------------------------------------------------------------------
+
+    async def test_134_a_store_is_recognised(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        """By what its place says, from either side; an empty store of another kind is not it."""
+        await store.save_entity("items", {"item_id": "a"})
+        async with second_store(harness, store) as other, open_store("memory:") as foreign:
+            for one, two in ((store, other), (other, store), (store, store)):
+                assert await one._engine.is_same_store(two._engine)
+            for one, two in ((store, foreign), (foreign, store)):
+                assert not await one._engine.is_same_store(two._engine)
+
+    async def test_134_to_look_for_a_store_makes_none(self, harness: Harness) -> None:
+        if not harness.capabilities.durable:
+            return
+        async with harness.store() as store:
+            assert not await store.exists()
+            assert await store._engine.undeclared() == []
+            assert not await store.exists()
+            await store.save_entity("items", {"item_id": "a"})
+            assert await store.exists()
+        async with harness.store() as store:
+            assert await store.exists()
+
+    async def test_134_what_no_declaration_covers_is_told(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        await store.save_entity("items", {"item_id": "a"})
+        await store.save_entity("counters", {"counter_id": "n"})
+        assert await store._engine.undeclared() == []
+        if is_shared(harness.capabilities):
+            fewer = [each for each in CONTRACT_COLLECTIONS if each.name != "counters"]
+            async with harness.store(fewer) as other:
+                assert "counters" in await other._engine.undeclared()
 
 
 # -- 70: what raises which error ------------------------------------------------------------
