@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Generic, TypeAlias, TypeVar, cast
 
 from hf_async_store.entities import Key
 from hf_async_store.errors import StorageError
-from hf_async_store.repository import within
+from hf_async_store.repository import check_seconds, timed_out
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,14 +24,30 @@ Result = TypeVar("Result")
 class _Waiter(Generic[Item, Result]):
     """One caller: its items, and their results as batches bring them."""
 
-    __slots__ = ("done", "items", "left", "results", "taken")
+    __slots__ = ("batches_ended", "done", "items", "left", "results", "taken", "under_way")
 
     def __init__(self, items: Sequence[Item], done: asyncio.Future[None]) -> None:
         self.items = items
         self.done = done
         self.results: list[Result | StorageError | None] = [None] * len(items)
         self.left = len(items)
-        self.taken = False
+        self.taken = False  # a batch took one of them, now or before
+        self.under_way = 0  # how many of them batches hold now
+        self.batches_ended: asyncio.Future[None] | None = None
+
+    def release(self) -> None:
+        """A batch that held one of the items has ended."""
+        self.under_way -= 1
+        ended = self.batches_ended
+        if ended is not None and not self.under_way and not ended.done():
+            ended.set_result(None)
+
+    async def wait_for_batches(self) -> None:
+        """Wait until no batch holds an item any more, however often the caller is cancelled."""
+        while self.under_way:
+            self.batches_ended = asyncio.get_running_loop().create_future()
+            with suppress(asyncio.CancelledError):
+                await self.batches_ended
 
 
 _Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int]]"
@@ -42,10 +59,13 @@ class Coalescer(Generic[Item, Result]):
     * Each caller gets the results of its own items, in their order; a failure of a whole batch
       stands as an error of its own at each item that was in it.
     * Items of one key run in the order in which they were submitted, one batch after another.
-    * A caller that is cancelled takes back what no batch has taken yet.
+    * A caller that is cancelled withdraws what no batch has taken yet, at once. Of writes it then
+      waits until the batches that hold the others have ended, so that nothing of a task that is
+      gone lands later; what bounds that is what bounds `run`.
 
     Args:
         run: one result per item, in order; may fail as a whole.
+        writes: the items may change what is stored.
         lanes: how many batches may be under way at once.
         size: how many items a batch takes at most.
         key: the key of an item, whose order must be kept; None where order does not matter.
@@ -57,9 +77,11 @@ class Coalescer(Generic[Item, Result]):
         *,
         lanes: int,
         size: int,
+        writes: bool,
         key: Callable[[Item], Key] | None = None,
     ) -> None:
         self._run = run
+        self._writes = writes
         # One lane keeps the order by itself.
         self._key = key if lanes > 1 else None
         self._lanes = lanes
@@ -75,19 +97,29 @@ class Coalescer(Generic[Item, Result]):
         """The results of `items`, in order.
 
         Raises:
-            OperationTimeoutError: `outcome_unknown` if a batch had taken any of them.
+            OperationTimeoutError: `outcome_unknown` if they write, and a batch had taken any.
         """
+        if timeout is not None:
+            check_seconds(timeout, "timeout")
         if not items:
             return []
         loop = asyncio.get_running_loop()
         waiter: _Waiter[Item, Result] = _Waiter(items, loop.create_future())
         self._queue.extend((waiter, index) for index in range(len(items)))
         self._start_soon()
-        if timeout is None:
+        timer = None
+        if timeout is not None:
+            # Not a cancellation, which would wait for the batch: the caller wants an answer now.
+            timer = loop.call_later(timeout, self._expire, waiter, timeout)
+        try:
             await waiter.done
-        else:
-            async with within(timeout, outcome_unknown=lambda: waiter.taken):
-                await waiter.done
+        except asyncio.CancelledError:
+            if self._writes:
+                await waiter.wait_for_batches()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
         return waiter.results  # type: ignore[return-value]  # every None was replaced by a result
 
     async def drain(self) -> None:
@@ -97,6 +129,12 @@ class Coalescer(Generic[Item, Result]):
                 await asyncio.wait(self._active)
             else:
                 await asyncio.sleep(0)
+
+    def _expire(self, waiter: _Waiter[Item, Result], timeout: float) -> None:
+        """The caller's time is up: what no batch has taken yet is withdrawn."""
+        if not waiter.done.done():
+            unknown = self._writes and waiter.taken
+            waiter.done.set_exception(timed_out(timeout, outcome_unknown=unknown))
 
     # -- lanes -------------------------------------------------------------------------------
 
@@ -147,6 +185,7 @@ class Coalescer(Generic[Item, Result]):
                 passed.append(entry)
                 continue
             waiter.taken = True
+            waiter.under_way += 1
             batch.append(entry)
         queue.extendleft(reversed(passed))
         if self._key is not None:
@@ -160,9 +199,11 @@ class Coalescer(Generic[Item, Result]):
         except StorageError as exc:
             _answer(batch, [exc.copy() for _ in batch])
         except BaseException as exc:
-            # A defect, or the loop is closing: nobody may wait for ever.
-            _abandon(batch, exc)
-            raise
+            # A defect, or the loop is closing: nobody may wait for ever. Whoever waits for a defect
+            # hears of it; the lane goes on for the others.
+            told = _abandon(batch, exc)
+            if not told or not isinstance(exc, Exception):
+                raise
         else:
             _answer(batch, results)
         finally:
@@ -174,14 +215,20 @@ def _answer(batch: _Batch[Item, Result], results: Sequence[Result | StorageError
     for (waiter, index), result in zip(batch, results, strict=True):
         waiter.results[index] = result
         waiter.left -= 1
+        waiter.release()
         if not waiter.left and not waiter.done.done():
             waiter.done.set_result(None)
 
 
-def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> None:
+def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> bool:
+    """End the waiting of all callers of a batch; whether there was one."""
+    told = False
     for waiter, _ in batch:
+        waiter.release()
         if not waiter.done.done():
             if isinstance(exc, asyncio.CancelledError):
                 waiter.done.cancel()
             else:
                 waiter.done.set_exception(exc)
+            told = True
+    return told

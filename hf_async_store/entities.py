@@ -111,8 +111,13 @@ def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
     Raises:
         ValueOutOfDomainError: naming the path of the value.
     """
+    return weighed(value, path)[0]
+
+
+def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int]:
+    """`normalise`, and what the value weighs."""
     try:
-        return _copy(value, 0)[0]
+        return _copy(value, 0)
     except _Outside as exc:
         exc.path.extend(reversed(path))
         raise exc.public() from exc.__cause__

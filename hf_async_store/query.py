@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import VERSION, Entity, Value, join_path, normalise, parse_timestamp
+from hf_async_store.entities import (
+    VERSION,
+    Entity,
+    Value,
+    join_path,
+    normalise,
+    parse_timestamp,
+    weighed,
+)
 from hf_async_store.errors import InvalidCursorError, InvalidQueryError, ValueOutOfDomainError
 
 if TYPE_CHECKING:
@@ -137,8 +145,20 @@ def path(*parts: str | int) -> Path:
 
     Text steps into a map, an integer from 0 on into a list. A place that is not there is missing.
     A plain text in the place of a path is one top-level field name, dots and all.
+
+    Raises:
+        InvalidQueryError: a step that is neither.
     """
+    for each in parts:
+        _refuse_other_step(each)
     return Path(parts)
+
+
+def _refuse_other_step(part: object) -> None:
+    # At once: as the key of a map it might not even be hashable.
+    if not isinstance(part, str | int):
+        kind = type(part).__name__
+        raise InvalidQueryError(f"a step of a path is text or an integer, not {kind}")
 
 
 class Combined(msgspec.Struct, frozen=True):
@@ -288,8 +308,26 @@ class Page(msgspec.Struct, frozen=True):
 
 # -- from the one to the other --------------------------------------------------------------
 
-MAX_FILTER_DEPTH: Final = 100
+# Every engine answers below these limits, whatever it is: SQLite's parser takes some 90 open
+# parentheses and expressions 1,000 deep, PostgreSQL's protocol 32,767 parameters.
+
+MAX_FILTER_DEPTH: Final = 32
 """How many `and_`, `or_` and `not_` may lie inside one another."""
+
+MAX_FILTER_TERMS: Final = 1_000
+"""How many comparisons a filter may have."""
+
+MAX_FILTER_VALUES: Final = 50_000
+"""How many values the lists of a filter's `in_` and `not_in` may have together."""
+
+MAX_FILTER_BYTES: Final = 16 * 1024 * 1024
+"""What the names and values of a filter may weigh, measured as entities are."""
+
+MAX_PATH_STEPS: Final = 32
+"""How many steps a path may have: one more than lead to the deepest value that can be stored."""
+
+MAX_ORDER_FIELDS: Final = 32
+"""How many keys an order may have."""
 
 # No list comes near it. SQLite lets greater indexes wrap round, to an element that is there.
 _MAX_INDEX: Final = 2**31 - 1
@@ -332,7 +370,7 @@ def build_query(
     order = None if order_by is None else _order(order_by, collection.key)
     query = Query(
         collection=collection.name,
-        where=EVERYTHING if filters is None else _filter(filters, collection, 0),
+        where=EVERYTHING if filters is None else _FilterReader(collection).read(filters, 0),
         order=order or (),
         limit=None if limit is None else _limit(limit),
         fields=None if fields is None else _fields(fields, collection.key),
@@ -344,21 +382,105 @@ def build_query(
     return msgspec.structs.replace(query, after=_decode_cursor(query, cursor))
 
 
-def _filter(filters: object, collection: Collection, depth: int) -> Filter:
-    if depth > MAX_FILTER_DEPTH:
-        raise InvalidQueryError(f"filters nested more than {MAX_FILTER_DEPTH} deep")
-    if isinstance(filters, Mapping):
-        return _joined(And, [_entry(key, each, collection) for key, each in filters.items()])
-    if not isinstance(filters, Combined):
-        raise InvalidQueryError(
-            f"a filter is a map of fields, and_, or_ or not_, not {type(filters).__name__}"
-        )
-    parts = [_filter(each, collection, depth + 1) for each in filters.filters]
-    if filters.kind == "not" and len(parts) == 1:
-        return Not(parts[0])
-    if filters.kind in ("and", "or"):
-        return _joined(And if filters.kind == "and" else Or, parts)
-    raise InvalidQueryError(f"no combination {filters.kind!r} of {len(parts)} filters")
+_SCALAR_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte")
+_TEXT_OPS: Final = ("contains", "begins_with")
+_LIST_OPS: Final = ("in", "not_in")
+
+
+class _FilterReader:
+    """Makes the checked form of one filter, and counts what the limits are about."""
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        self._terms = 0
+        self._values = 0
+        self._bytes = 0
+
+    def read(self, filters: object, depth: int) -> Filter:
+        if depth > MAX_FILTER_DEPTH:
+            raise InvalidQueryError(f"filters nested more than {MAX_FILTER_DEPTH} deep")
+        if isinstance(filters, Mapping):
+            return _joined(And, [self._entry(key, each) for key, each in self._items(filters)])
+        if not isinstance(filters, Combined):
+            raise InvalidQueryError(
+                f"a filter is a map of fields, and_, or_ or not_, not {type(filters).__name__}"
+            )
+        if not isinstance(filters.filters, tuple):
+            raise InvalidQueryError(f"{filters.kind} combines filters")
+        if not filters.filters:
+            self._count_term()
+        parts = [self.read(each, depth + 1) for each in filters.filters]
+        if filters.kind == "not" and len(parts) == 1:
+            return Not(parts[0])
+        if filters.kind in ("and", "or"):
+            return _joined(And if filters.kind == "and" else Or, parts)
+        raise InvalidQueryError(f"no combination {filters.kind!r} of {len(parts)} filters")
+
+    def _items(self, filters: Mapping[object, object]) -> Iterable[tuple[object, object]]:
+        if not filters:
+            self._count_term()
+        return filters.items()
+
+    def _entry(self, key: object, value: object) -> Comparison:
+        """One entry of a filter map."""
+        self._count_term()
+        steps = _steps(key.parts if isinstance(key, Path) else (key,))
+        self._weigh(sum(len(each.encode()) for each in steps if isinstance(each, str)))
+        if not isinstance(value, Op):
+            value = Op("eq", value)
+        if value.name in _LIST_OPS and isinstance(value.operand, tuple):
+            self._values += len(value.operand)
+            if self._values > MAX_FILTER_VALUES:
+                raise InvalidQueryError(
+                    f"{join_path(steps)}: more than {MAX_FILTER_VALUES:,} values in one filter"
+                )
+        return Comparison(steps, value.name, self._operand(value, steps))
+
+    def _count_term(self) -> None:
+        self._terms += 1
+        if self._terms > MAX_FILTER_TERMS:
+            raise InvalidQueryError(f"a filter of more than {MAX_FILTER_TERMS:,} comparisons")
+
+    def _weigh(self, weight: int) -> None:
+        self._bytes += weight
+        if self._bytes > MAX_FILTER_BYTES:
+            raise InvalidQueryError(f"a filter of more than {MAX_FILTER_BYTES:,} bytes")
+
+    def _operand(self, op: Op, steps: tuple[str | int, ...]) -> Value:
+        """The portable operand of an operator, as `Comparison` describes it."""
+        declared = self._collection.fields.get(cast("str", steps[0])) if len(steps) == 1 else None
+        is_time = declared is not None and declared.type == "timestamp" and op.name not in _TEXT_OPS
+
+        def portable(given: object) -> Value:
+            if isinstance(given, msgspec.Struct):
+                # A combination, a path, an operator inside another: a slip in the grammar, no value.
+                raise _refused(op, steps, f"compares with a value, not {type(given).__name__}")
+            value, weight = weighed(given, steps)
+            self._weigh(weight)
+            if is_time and isinstance(value, str):
+                return parse_timestamp(value) or value
+            return value
+
+        given = op.operand
+        if op.name in _SCALAR_OPS or op.name in _TEXT_OPS:
+            value = portable(given)
+            if op.name == "begins_with" and not isinstance(value, str):
+                raise _refused(op, steps, f"needs a text, not {type(given).__name__}")
+            return value
+        if op.name in _LIST_OPS:
+            if not isinstance(given, tuple):
+                raise _refused(op, steps, f"needs a list of values, not {type(given).__name__}")
+            distinct = {order_key(value): value for value in map(portable, given)}
+            return [distinct[key] for key in sorted(distinct)]
+        if op.name == "between":
+            if not isinstance(given, tuple) or len(given) != 2:
+                raise _refused(op, steps, "needs two bounds")
+            return [portable(each) for each in given]
+        if op.name == "exists":
+            if not isinstance(given, bool):
+                raise _refused(op, steps, f"needs True or False, not {type(given).__name__}")
+            return given
+        raise _refused(op, steps, "is no operator")
 
 
 def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
@@ -368,18 +490,12 @@ def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
 
-def _entry(key: object, value: object, collection: Collection) -> Comparison:
-    """One entry of a filter map."""
-    steps = _steps(key.parts if isinstance(key, Path) else (key,))
-    if not isinstance(value, Op):
-        value = Op("eq", value)
-    return Comparison(steps, value.name, _operand(value, steps, collection))
-
-
 def _steps(parts: object) -> tuple[str | int, ...]:
     """The checked steps of a path."""
     if not isinstance(parts, tuple) or not parts:
         raise InvalidQueryError("a path needs at least one step")
+    if len(parts) > MAX_PATH_STEPS:
+        raise InvalidQueryError(f"a path of more than {MAX_PATH_STEPS} steps")
     steps = tuple(_step(each) for each in parts)
     if not isinstance(steps[0], str) or not steps[0]:
         raise InvalidQueryError(f"a path begins with the name of a field, not {steps[0]!r}")
@@ -397,44 +513,6 @@ def _step(part: object) -> str | int:
         raise InvalidQueryError(f"no field can have the name {part!a}") from exc
 
 
-_SCALAR_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte")
-_TEXT_OPS: Final = ("contains", "begins_with")
-
-
-def _operand(op: Op, steps: tuple[str | int, ...], collection: Collection) -> Value:
-    """The portable operand of an operator, as `Comparison` describes it."""
-    declared = collection.fields.get(cast("str", steps[0])) if len(steps) == 1 else None
-    is_time = declared is not None and declared.type == "timestamp" and op.name not in _TEXT_OPS
-
-    def portable(given: object) -> Value:
-        if isinstance(given, msgspec.Struct):
-            # A combination, a path, an operator inside another: a slip in the grammar, no value.
-            raise _refused(op, steps, f"compares with a value, not {type(given).__name__}")
-        value = normalise(given, steps)
-        return (parse_timestamp(value) or value) if is_time and isinstance(value, str) else value
-
-    given = op.operand
-    if op.name in _SCALAR_OPS or op.name in _TEXT_OPS:
-        value = portable(given)
-        if op.name == "begins_with" and not isinstance(value, str):
-            raise _refused(op, steps, f"needs a text, not {type(given).__name__}")
-        return value
-    if op.name in ("in", "not_in"):
-        if not isinstance(given, tuple):
-            raise _refused(op, steps, f"needs a list of values, not {type(given).__name__}")
-        distinct = {order_key(value): value for value in map(portable, given)}
-        return [distinct[key] for key in sorted(distinct)]
-    if op.name == "between":
-        if not isinstance(given, tuple) or len(given) != 2:
-            raise _refused(op, steps, "needs two bounds")
-        return [portable(each) for each in given]
-    if op.name == "exists":
-        if not isinstance(given, bool):
-            raise _refused(op, steps, f"needs True or False, not {type(given).__name__}")
-        return given
-    raise _refused(op, steps, "is no operator")
-
-
 def _refused(op: Op, steps: tuple[str | int, ...], why: str) -> InvalidQueryError:
     return InvalidQueryError(f"{join_path(steps)}: {op.name} {why}")
 
@@ -445,6 +523,8 @@ def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
         raise InvalidQueryError(
             f"order_by is a name, a path, asc, desc or a list of these, not {type(given).__name__}"
         )
+    if len(given) > MAX_ORDER_FIELDS:
+        raise InvalidQueryError(f"an order of more than {MAX_ORDER_FIELDS} keys")
     by_path: dict[tuple[str | int, ...], Order] = {}
     for each in map(_one_order, given):
         # Behind the id, and on a path that was there before, nothing is left to decide.

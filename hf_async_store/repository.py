@@ -29,6 +29,7 @@ from hf_async_store.engine import gathered
 from hf_async_store.entities import (
     ABSENT,
     ANY,
+    CREATED_AT,
     PRESENT,
     UPDATED_AT,
     VERSION,
@@ -235,7 +236,7 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         at = utc_now()
         changes = await _pieces(
-            entities,
+            _listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
             lambda piece: _puts(declared, piece, ABSENT, at),
         )
@@ -263,7 +264,7 @@ class RepositoryInterface(ABC):
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
         changes = await _pieces(
-            entities,
+            _listed(entities, "entities"),
             change,
             None if expected_versions else lambda piece: _puts(declared, piece, ANY, at),
         )
@@ -281,6 +282,7 @@ class RepositoryInterface(ABC):
         """`update_entity` for each id of `updates`; as `save_entities`."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
+        _mapped(updates, "updates")
         at = utc_now()
         changes = await _pieces(
             updates.items(),
@@ -300,7 +302,9 @@ class RepositoryInterface(ABC):
         """`delete_entity` for each id; as `save_entities`, a bool each."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
-        changes = await _pieces(_listed(ids), lambda each: _delete(declared.key_of(each), expected))
+        changes = await _pieces(
+            _listed(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
+        )
         expected.all_taken()
         return cast("list[bool]", await self._many(changes, timeout))
 
@@ -309,7 +313,7 @@ class RepositoryInterface(ABC):
     ) -> list[Entity | None]:
         """The entities in the order of `ids`, None for each that is not there."""
         declared = self._schema[collection]
-        keys = await _pieces(_listed(ids), declared.key_of)
+        keys = await _pieces(_listed(ids, "ids"), declared.key_of)
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
@@ -332,7 +336,9 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
-        changes = await _pieces(entities, lambda each: _imported(declared, each, expected, at))
+        changes = await _pieces(
+            _listed(entities, "entities"), lambda each: _imported(declared, each, expected, at)
+        )
         expected.all_taken()
         return cast("list[int]", await self._many(changes, timeout))
 
@@ -392,6 +398,8 @@ class RepositoryInterface(ABC):
 
         declared = self._schema[collection]
         key = declared.key_of(entity_id)
+        check_callable(change, "change")
+        check_seconds(retry_seconds, "retry_seconds")
         entity_id, field = key.id, declared.key
 
         async def attempt() -> int:
@@ -542,7 +550,7 @@ class RepositoryInterface(ABC):
         self, collection: Collection, data: Mapping[str, object], expect: Condition, at: str
     ) -> Put:
         key, entity = collection.entity(data)
-        entity[UPDATED_AT] = at
+        _stamp(entity, at)
         return Put(key, entity, at, expect)
 
     def _patch(
@@ -593,6 +601,8 @@ class _Expected:
     """The expected versions of a batch by id; each must belong to a change of it."""
 
     def __init__(self, versions: Mapping[str, int | Expect] | None, *, absent: bool) -> None:
+        if versions is not None:
+            _mapped(versions, "expected_versions")
         self._versions = {
             each: check_version(version, absent=absent)
             for each, version in (versions or {}).items()
@@ -627,6 +637,14 @@ def _imported(
     return Put(key, entity, at, expected.take(key.id), cast("int", version))
 
 
+def _stamp(entity: Entity, at: str) -> None:
+    """Set the timestamps of a whole entity that is written at this time."""
+    entity[UPDATED_AT] = at
+    # The dump of a model has nulls where nothing was given.
+    if CREATED_AT in entity and entity[CREATED_AT] is None:
+        del entity[CREATED_AT]
+
+
 def _puts(
     collection: Collection, piece: Sequence[Mapping[str, object]], expect: Condition, at: str
 ) -> list[Put] | None:
@@ -635,7 +653,7 @@ def _puts(
     if checked is None:
         return None
     for _, entity in checked:
-        entity[UPDATED_AT] = at
+        _stamp(entity, at)
     return [Put(key, entity, at, expect) for key, entity in checked]
 
 
@@ -674,11 +692,44 @@ def _made(make: Callable[[Item], Made], index: int, item: Item) -> Made:
         raise exc.at(f"item {index}") from exc
 
 
-def _listed(ids: Iterable[str]) -> Iterable[str]:
-    if isinstance(ids, str):
-        # Its letters would be taken for ids.
-        raise InvalidQueryError("ids is a list of ids, not one text")
-    return ids
+def _listed(items: Iterable[Item], what: str) -> Iterable[Item]:
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        # The letters of a text would be taken one by one.
+        raise InvalidInputError(f"{what} is an iterable, not {type(items).__name__}")
+    return items
+
+
+def _mapped(items: object, what: str) -> None:
+    if not isinstance(items, Mapping):
+        raise InvalidInputError(f"{what} is a map by id, not {type(items).__name__}")
+
+
+def check_callable(function: object, what: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        InvalidInputError.
+    """
+    if not callable(function):
+        raise InvalidInputError(f"{what} is a function, not {type(function).__name__}")
+
+
+def check_seconds(seconds: object, what: str) -> None:
+    """Refuse what is no number of seconds.
+
+    Raises:
+        InvalidInputError.
+    """
+    if type(seconds) not in (int, float) or seconds != seconds:  # NaN bounds nothing
+        raise InvalidInputError(f"{what} is a number of seconds, not {type(seconds).__name__}")
+
+
+def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:
+    return OperationTimeoutError(
+        f"not done within {timeout:g} s",
+        retryable=not outcome_unknown,
+        outcome_unknown=outcome_unknown,
+    )
 
 
 @asynccontextmanager
@@ -693,6 +744,7 @@ async def within(
     if timeout is None:
         yield
         return
+    check_seconds(timeout, "timeout")
     scope = asyncio.timeout(timeout)
     try:
         async with scope:
@@ -700,7 +752,4 @@ async def within(
     except TimeoutError as exc:
         if not scope.expired():
             raise
-        unknown = outcome_unknown()
-        raise OperationTimeoutError(
-            f"not done within {timeout:g} s", retryable=not unknown, outcome_unknown=unknown
-        ) from exc
+        raise timed_out(timeout, outcome_unknown=outcome_unknown()) from exc

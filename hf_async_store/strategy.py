@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
@@ -44,8 +45,14 @@ from hf_async_store.errors import (
 )
 from hf_async_store.moving import HIDDEN, Moving
 from hf_async_store.query import Filters, OrderBy, Query
-from hf_async_store.repository import RepositoryInterface, within
+from hf_async_store.repository import (
+    RepositoryInterface,
+    check_callable,
+    check_seconds,
+    within,
+)
 from hf_async_store.retrying import RETRY_SECONDS, Turns, retry_conflicts
+from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 
 Result = TypeVar("Result")
@@ -83,6 +90,7 @@ class StorageStrategy(RepositoryInterface):
         self._engine = engine
         self._transactions = TransactionManager()
         self._turns = Turns()
+        self._streams = OpenStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.seen
         self._closed = False
@@ -92,10 +100,14 @@ class StorageStrategy(RepositoryInterface):
         if self._moving is not None:
             engine = self._moving
         self._writes: Coalescer[Change, Outcome] = Coalescer(
-            engine.write_each, lanes=can.write_lanes, size=can.write_batch, key=_key_of
+            engine.write_each,
+            lanes=can.write_lanes,
+            size=can.write_batch,
+            writes=True,
+            key=_key_of,
         )
         self._reads: Coalescer[Key, Record | None] | None = (
-            Coalescer(engine.fetch, lanes=can.read_lanes, size=can.read_batch)
+            Coalescer(engine.fetch, lanes=can.read_lanes, size=can.read_batch, writes=False)
             if can.read_batch
             else None
         )
@@ -119,21 +131,34 @@ class StorageStrategy(RepositoryInterface):
     async def close(self) -> None:
         """Finish what was submitted, then release everything. A second close does nothing.
 
-        A cancelled close still goes to its end before the cancellation comes out.
+        Streams that are open end. A cancelled close still goes to its end before the cancellation
+        comes out.
+
+        Raises:
+            WrongLoopError: from another event loop; the store stays open.
         """
         if self._closed or self._loop is None:
             self._closed = True
             return
+        self._refuse_other_loop()
         self._closed = True
         await finish(self._release())
 
     async def _release(self) -> None:
-        await self._writes.drain()
-        if self._reads is not None:
-            await self._reads.drain()
-        if self._moving is not None:
-            await self._moving.close()
-        await self._engine.close()
+        async with AsyncExitStack() as stack:  # whatever fails, the rest is released
+            stack.push_async_callback(self._engine.close)
+            if self._moving is not None:
+                stack.push_async_callback(self._moving.close)
+            if self._reads is not None:
+                stack.push_async_callback(self._reads.drain)
+            stack.push_async_callback(self._writes.drain)
+            await self._streams.close()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        # The default argument is there still when the interpreter has ended its modules.
+        if getattr(self, "_loop", None) is None or self._closed or self._forks != _Forks.seen:
+            return
+        _warn(f"unclosed store {self!r}: use `async with`", ResourceWarning, source=self)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -149,15 +174,21 @@ class StorageStrategy(RepositoryInterface):
     def _usable(self) -> Engine:
         if self._closed:
             raise StoreClosedError("this store was closed")
+        if self._loop is None:
+            raise StoreClosedError("this store is not open (use `async with`)")
+        self._refuse_other_loop()
+        self._transactions.refuse_reentry()
+        return self._engine if self._moving is None else self._moving.for_reading()
+
+    def _refuse_other_loop(self) -> None:
         if self._forks != _Forks.seen:
             # Before the loop is asked for: in the child there is none.
             raise WrongLoopError("this store was opened before a fork; open one in the child")
         if self._loop is not asyncio.get_running_loop():
-            if self._loop is None:
-                raise StoreClosedError("this store is not open (use `async with`)")
-            raise WrongLoopError("this store was opened in another event loop")
-        self._transactions.refuse_reentry()
-        return self._engine if self._moving is None else self._moving.for_reading()
+            raise WrongLoopError(
+                "this store was opened in another event loop: use and close it there, or open one "
+                "in this loop"
+            )
 
     # -- moving ------------------------------------------------------------------------------
 
@@ -214,21 +245,15 @@ class StorageStrategy(RepositoryInterface):
         # Not through the coalescer, whose batches would cut these in two: while one is written,
         # the next is made ready.
         self._usable()
+        # As with a batch there, a cancellation waits for its end.
         engine = self._engine if self._moving is None else self._moving
-        return await engine.write_each(changes)
+        return await finish(engine.write_each(changes))
 
-    async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
-        records = self._usable().select(query)
-        try:
-            async for record in records:
-                yield record
-        finally:
-            await records.aclose()
+    def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._streams.read(self._usable().select(query))
 
-    async def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        async with aclosing(pieces_of(self._usable(), query)) as pieces:
-            async for each in pieces:
-                yield each
+    def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return self._streams.read(pieces_of(self._usable(), query))
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)
@@ -278,6 +303,9 @@ class StorageStrategy(RepositoryInterface):
             RetriesExhaustedError: conflicts until `retry_seconds` were over.
             Exception: whatever `work` raises that is no conflict; nothing was written.
         """
+
+        check_callable(work, "work")
+        check_seconds(retry_seconds, "retry_seconds")
 
         async def attempt() -> Result:
             async with self.begin_transaction(isolation) as tx:

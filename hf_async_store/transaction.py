@@ -34,6 +34,7 @@ from hf_async_store.errors import (
     TransactionAbortedError,
     TransactionClosedError,
     TransactionReentryError,
+    WrongLoopError,
 )
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, within
@@ -109,6 +110,7 @@ class Transaction(RepositoryInterface):
         self._leave: Callable[[], None] | None = None
         self._session: Session | None = None
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
         self._inner: Transaction | None = None
         self._turn: asyncio.Lock = asyncio.Lock() if parent is None else parent._turn
@@ -160,6 +162,7 @@ class Transaction(RepositoryInterface):
         parent = self._parent
         if parent is not None:
             parent._usable()
+        self._loop = asyncio.get_running_loop()
         leave = self._enter()
         try:
             async with self._turn:
@@ -178,6 +181,7 @@ class Transaction(RepositoryInterface):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._refuse_other_loop()
         self._closed = True
         own = await self._last_turn() or (self._aborted() if exc is None else None)
         ending = own or exc
@@ -240,6 +244,7 @@ class Transaction(RepositoryInterface):
             raise TransactionClosedError("this transaction has ended")
         if self._session is None:
             raise TransactionClosedError("this transaction was not entered (use `async with`)")
+        self._refuse_other_loop()
         if self._inner is not None:
             raise TransactionReentryError(
                 "a nested transaction is open; use its verbs until it ends"
@@ -249,6 +254,10 @@ class Transaction(RepositoryInterface):
                 f"a change in this transaction failed: {self._failure}"
             ) from self._failure
         return self._session
+
+    def _refuse_other_loop(self) -> None:
+        if self._loop is not asyncio.get_running_loop():
+            raise WrongLoopError("this transaction was begun in another event loop: use it there")
 
     # -- primitives --------------------------------------------------------------------------
 

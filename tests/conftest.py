@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from hf_async_store.testing.checks import no_complaints
 from hf_async_store.testing.harness import leave_out
 from hf_async_store.testing.servers import (
     DynamoDBServer,
@@ -36,6 +37,13 @@ settings.register_profile(
     "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _no_complaints() -> Iterator[None]:
+    """No test of any suite leaves the event loop something to complain of."""
+    with no_complaints():
+        yield
 
 
 @pytest.fixture(scope="session")

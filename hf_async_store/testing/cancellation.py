@@ -1,4 +1,4 @@
-"""Cases 72 and 73: a cancellation is a normal path, at whatever moment it comes."""
+"""Cases 72, 73 and 126: a cancellation is a normal path, at whatever moment it comes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.testing.checks import (
     content,
+    contents,
     exact,
     nothing_is_left,
     refused_at_once,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from hf_async_store.testing.harness import Harness
 
 Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
+VerbOnOne: TypeAlias = "Callable[[StorageStrategy, str], Awaitable[object]]"
 
 # -- the verbs ------------------------------------------------------------------------------
 
@@ -187,6 +189,35 @@ _WAITING: Final[Mapping[str, Verb]] = {
 }
 
 
+_LATE: Final = 12
+_ROUNDS: Final = 12
+
+
+async def _modify_one(store: StorageStrategy, entity_id: str) -> None:
+    await store.modify_entity("items", entity_id, lambda entity: {**entity, "label": "after"})
+
+
+async def _transact_one(store: StorageStrategy, entity_id: str) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.update_entity("items", entity_id, {"label": "after"})
+
+
+_ON_ONE: Final[Mapping[str, VerbOnOne]] = {
+    "update": lambda store, each: store.update_entity("items", each, {"label": "after"}),
+    "save": lambda store, each: store.save_entity("items", {"item_id": each, "label": "after"}),
+    "delete": lambda store, each: store.delete_entity("items", each),
+    "modify": _modify_one,
+    "update many": lambda store, each: store.update_entities("items", {each: {"label": "after"}}),
+    "import": lambda store, each: store.import_entities(
+        "items", [{"item_id": each, "label": "after", "version": 7}]
+    ),
+    "transaction": _transact_one,
+    "run transaction": lambda store, each: store.run_transaction(
+        lambda tx: tx.update_entity("items", each, {"label": "after"})
+    ),
+}
+
+
 class CancellationContract:
     """What a cancellation leaves."""
 
@@ -317,6 +348,57 @@ class CancellationContract:
             await task
         assert await store.create_entity("items", {"item_id": "a"}) == 1
 
+    # 126 ------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("name", _ON_ONE)
+    async def test_126_nothing_of_a_cancelled_write_lands_later(
+        self, harness: Harness, store: StorageStrategy, name: str
+    ) -> None:
+        """Many at once, cancelled at random moments; whoever looks then sees what stays."""
+        ids = [f"late {each}" for each in range(_LATE)]
+        work = _ON_ONE[name]
+        async with second_store(harness, store) as other:
+            with seeded() as random:
+                for number in range(_ROUNDS):
+                    await store.import_entities(
+                        "items", [{"item_id": each, "label": "before"} for each in ids]
+                    )
+                    tasks = [asyncio.create_task(_do_on(store, work, each)) for each in ids]
+                    for _ in range(random.randrange(4)):
+                        await asyncio.sleep(0)
+                    await asyncio.sleep(random.choice((0, 0, 0.001, 0.005)))
+                    chosen = random.sample(tasks, random.randrange(1, _LATE + 1))
+                    for each in chosen:
+                        each.cancel()
+                    await asyncio.wait(chosen, timeout=HANG_SECONDS)
+                    assert all(each.done() for each in chosen), "it hangs"
+                    gone = [each for each, task in zip(ids, tasks, strict=True) if task.cancelled()]
+                    at_once = await contents(store, "items", gone)
+                    await asyncio.wait(tasks, timeout=HANG_SECONDS)
+                    for each in tasks:
+                        _judge_ending(each)
+                    if number % 4 == 0:
+                        await asyncio.sleep(0.05)
+                    await _settled(store, [("items", each) for each in ids])
+                    assert await contents(store, "items", gone) == at_once
+                    assert await contents(other, "items", gone) == at_once
+
+    async def test_126_a_timeout_around_a_write_waits_for_its_end(
+        self, store: StorageStrategy
+    ) -> None:
+        """A bound of the caller's own is a cancellation; a verb's `timeout` is none."""
+        await store.save_entity("items", {"item_id": "a", "count": -1})
+        for number in range(40):
+            try:
+                async with asyncio.timeout(number / 4000):
+                    await store.update_entity("items", "a", {"count": number})
+            except TimeoutError:
+                at_once = (await stored(store, "items", "a"))["count"]
+                await _settled(store, [("items", "a")])
+                assert (await stored(store, "items", "a"))["count"] == at_once
+            else:
+                assert (await stored(store, "items", "a"))["count"] == number
+
     # 73 -------------------------------------------------------------------------------------
 
     async def test_73_after_500_cancellations_the_whole_pool_is_usable(
@@ -343,6 +425,10 @@ async def _do(store: StorageStrategy, work: Verb) -> None:
     await work(store)
 
 
+async def _do_on(store: StorageStrategy, work: VerbOnOne, entity_id: str) -> None:
+    await work(store, entity_id)
+
+
 async def _cancel_everywhere(
     harness: Harness, store: StorageStrategy, verb: _Verb, *, and_on: bool = False
 ) -> None:
@@ -358,9 +444,13 @@ async def _cancel_everywhere(
                 await reset(store)
             cancelled = await cancelled_at(turn, _do(store, verb.work), and_on=and_on)
             if not (verb.reads and cancelled):
+                at_once = await _state(store)
                 await _settled(store)
                 for each in (store, other):
-                    _judge_state(verb, before, await _state(each), after, cancelled=cancelled)
+                    found = await _state(each)
+                    _judge_state(verb, before, found, after, cancelled=cancelled)
+                    # 126: what is seen right after the cancellation is the end of it.
+                    assert found == at_once, "it landed after its cancellation had come out"
             if not cancelled:
                 break
     await usable(store)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.entities import CREATED_AT, UPDATED_AT, VERSION
@@ -11,7 +13,7 @@ from hf_async_store.errors import StorageError
 from hf_async_store.testing.driving import answer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Mapping
+    from collections.abc import Coroutine, Iterable, Iterator, Mapping
 
     from hf_async_store.entities import Entity
     from hf_async_store.repository import RepositoryInterface
@@ -102,6 +104,32 @@ def done_at_once(call: Coroutine[Any, Any, object]) -> None:
     finally:
         call.close()
     raise AssertionError("it suspended")
+
+
+class _Complaints(logging.Handler):
+    """Gathers what the event loop reports to nobody in particular."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)  # that a step was slow is a warning
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(self.format(record))
+
+
+@contextmanager
+def no_complaints() -> Iterator[None]:
+    """Assert that the event loop reports nothing: no task destroyed while it waits, no exception
+    that nobody retrieved, no client session that was not closed."""
+    complaints = _Complaints()
+    logger = logging.getLogger("asyncio")
+    logger.addHandler(complaints)
+    try:
+        yield
+        gc.collect(1)  # most of it is noticed when the task goes; all generations would take longer
+    finally:
+        logger.removeHandler(complaints)
+    assert complaints.told == []
 
 
 async def nothing_is_left(harness: Harness) -> None:

@@ -17,13 +17,16 @@ import pytest
 import pytest_asyncio
 
 from hf_async_store.testing.cancellation import CancellationContract
-from hf_async_store.testing.checks import nothing_is_left
+from hf_async_store.testing.checks import no_complaints, nothing_is_left
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.life import LifeContract
+from hf_async_store.testing.limits import LimitContract
 from hf_async_store.testing.many import ManyContract
+from hf_async_store.testing.neighbours import NeighbourContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.references import ReferenceContract
+from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
@@ -43,9 +46,12 @@ class StrategyContract(
     TransactionContract,
     IsolationContract,
     QueryContract,
+    LimitContract,
     ManyContract,
+    NeighbourContract,
     LifeContract,
     CancellationContract,
+    StreamContract,
     ReferenceContract,
 ):
     """What every engine must show."""
@@ -56,9 +62,11 @@ class StrategyContract(
 
     @pytest_asyncio.fixture(autouse=True)
     async def _nothing_is_left(self, harness: Harness) -> AsyncGenerator[None, None]:
-        """Every case ends by this: no task, and nothing that the harness would call a leak."""
-        yield
-        await nothing_is_left(harness)
+        """Every case ends by this: no task, nothing that the harness would call a leak, and nothing
+        that the event loop complains of."""
+        with no_complaints():
+            yield
+            await nothing_is_left(harness)
 
     @pytest_asyncio.fixture
     async def store(

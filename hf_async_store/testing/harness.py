@@ -8,6 +8,7 @@ from hf_async_store.entities import HOST_FACTORY, Collection, Field, Index
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractAsyncContextManager
 
     from hf_async_store.engine import Capabilities
     from hf_async_store.strategy import StorageStrategy
@@ -90,6 +91,26 @@ class Throttles(Protocol):
 
     def throttle(self, requests: int) -> None:
         """Let so many of the next requests be refused as too many, or left undone in part."""
+        ...
+
+
+@runtime_checkable
+class BlocksEntities(Protocol):
+    """A harness of an engine where somebody else can hold one entity, and the others are free."""
+
+    def hold(self, collection: str, entity_id: str) -> AbstractAsyncContextManager[None]:
+        """Hold an entity that is there, as a transaction of another program does: until the end, a
+        change of it must wait."""
+        ...
+
+
+@runtime_checkable
+class RefusesLabels(Protocol):
+    """A harness of an engine with rules of its own, beside those of the store."""
+
+    def refuse_label(self, label: str) -> None:
+        """Let the engine refuse every item with this label, as a constraint of its administrator
+        would. The tables are there."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Cases 70 and 74 to 76: what errors say, opening and closing.
+"""Cases 70, 74 to 76 and 134: what errors say, opening and closing, what a store is known by.
 
 Case 71, which failure beneath becomes which error, is for the tests of each engine: only they can
 make its disk full or its server refuse.
@@ -43,6 +43,7 @@ from hf_async_store.errors import (
     ValueOutOfDomainError,
     WrongLoopError,
 )
+from hf_async_store.strategies import open_store
 from hf_async_store.testing.cancellation import hold, reset, usable
 from hf_async_store.testing.checks import (
     all_refused_at_once,
@@ -59,7 +60,7 @@ from hf_async_store.testing.driving import (
     is_shared,
     second_store,
 )
-from hf_async_store.testing.harness import Harness, ShowsTraces
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness, ShowsTraces
 from hf_async_store.testing.workers import run_workers
 
 if TYPE_CHECKING:
@@ -212,6 +213,74 @@ class LifeContract:
         await asyncio.to_thread(asyncio.run, use())
         assert await store.save_entity("items", {"item_id": "a"}) == 2
 
+    async def test_74_close_in_another_loop(self, store: StorageStrategy) -> None:
+        """A fixture's loop that is not the test's, mostly: refused, and the store goes on."""
+        await store.save_entity("items", {"item_id": "a"})
+
+        async def close() -> None:
+            with pytest.raises(WrongLoopError):
+                await store.close()
+
+        await asyncio.to_thread(asyncio.run, close())
+        assert await store.save_entity("items", {"item_id": "a"}) == 2
+
+    async def test_74_a_transaction_in_another_loop(self, store: StorageStrategy) -> None:
+        await reset(store)
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("items", "a", {"label": "ours"})
+
+            async def use() -> None:
+                all_refused_at_once(
+                    WrongLoopError,
+                    tx.get_entity("items", "a"),
+                    tx.save_entity("items", {"item_id": "a"}),
+                    tx.query_entities("items"),
+                    tx.__aexit__(None, None, None),
+                )
+                with pytest.raises(WrongLoopError):
+                    tx.begin_transaction()
+
+            await asyncio.to_thread(asyncio.run, use())
+        assert (await stored(store, "items", "a"))["label"] == "ours"
+
+    async def test_70_reads_that_are_late_leave_nothing_unknown(
+        self, store: StorageStrategy
+    ) -> None:
+        await reset(store)
+        for seconds in (0, 0.0001, 0.001):
+            for read in (
+                lambda at: store.get_entity("items", "a", timeout=at),
+                lambda at: store.get_entities("items", ["a", "b"], timeout=at),
+                lambda at: store.query_entities("items", {"label": "before"}, timeout=at),
+                lambda at: store.query_page("items", timeout=at),
+                lambda at: store.count_entities("items", timeout=at),
+            ):
+                await _is_late_or_in_time(read(seconds))
+            with suppress(TransactionAbortedError):
+                async with store.begin_transaction() as tx:
+                    await _is_late_or_in_time(tx.get_entity("items", "a", timeout=seconds))
+        await usable(store)
+
+    async def test_70_a_write_that_is_late_in_the_queue_was_not_applied(
+        self, store: StorageStrategy
+    ) -> None:
+        await store.save_entity("items", {"item_id": "a", "count": -1})
+        for number in range(40):
+            before = (await stored(store, "items", "a"))["count"]
+            first = asyncio.create_task(store.update_entity("items", "a", {"label": "first"}))
+            await asyncio.sleep(0)
+            try:
+                await store.update_entity("items", "a", {"count": number}, timeout=number / 8000)
+            except OperationTimeoutError as exc:
+                _judge(exc)
+                await first
+                await store.update_entity("items", "a", {})  # behind whatever was sent
+                if not exc.outcome_unknown:
+                    assert (await stored(store, "items", "a"))["count"] == before
+            else:
+                await first
+                assert (await stored(store, "items", "a"))["count"] == number
+
     async def test_74_use_after_a_fork(self, harness: Harness) -> None:
         url = harness.url()
         if url is None:
@@ -346,6 +415,42 @@ class LifeContract:
         assert process.returncode == 0
         assert json.loads(out) == []
 
+    # 134 ------------------------------------------------------------------------------------
+
+    async def test_134_a_store_is_recognised(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        """By what its place says, from either side; an empty store of another kind is not it."""
+        await store.save_entity("items", {"item_id": "a"})
+        async with second_store(harness, store) as other, open_store("memory:") as foreign:
+            for one, two in ((store, other), (other, store), (store, store)):
+                assert await one._engine.is_same_store(two._engine)
+            for one, two in ((store, foreign), (foreign, store)):
+                assert not await one._engine.is_same_store(two._engine)
+
+    async def test_134_to_look_for_a_store_makes_none(self, harness: Harness) -> None:
+        if not harness.capabilities.durable:
+            return
+        async with harness.store() as store:
+            assert not await store.exists()
+            assert await store._engine.undeclared() == []
+            assert not await store.exists()
+            await store.save_entity("items", {"item_id": "a"})
+            assert await store.exists()
+        async with harness.store() as store:
+            assert await store.exists()
+
+    async def test_134_what_no_declaration_covers_is_told(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        await store.save_entity("items", {"item_id": "a"})
+        await store.save_entity("counters", {"counter_id": "n"})
+        assert await store._engine.undeclared() == []
+        if is_shared(harness.capabilities):
+            fewer = [each for each in CONTRACT_COLLECTIONS if each.name != "counters"]
+            async with harness.store(fewer) as other:
+                assert "counters" in await other._engine.undeclared()
+
 
 # -- 70: what raises which error ------------------------------------------------------------
 
@@ -370,6 +475,13 @@ def _judge(error: StorageError) -> None:
         assert (twin.retryable, twin.outcome_unknown) == (error.retryable, error.outcome_unknown)
     if isinstance(error, BatchError | TransactionAbortedError | RetriesExhaustedError):
         assert isinstance(error.__cause__, StorageError), "it is chained to what caused it"
+
+
+async def _is_late_or_in_time(read: Awaitable[object]) -> None:
+    try:
+        await read
+    except OperationTimeoutError as exc:
+        assert (exc.retryable, exc.outcome_unknown) == (True, False)
 
 
 async def _write_to_orphan(store: StorageStrategy) -> None:

@@ -346,7 +346,7 @@ MALFORMED_FILTERS: Final[Mapping[str, object]] = {
     "an empty path": {path(): "x"},
     "a path of an index": {path(0): "x"},
     "a path of a negative index": {path("data", -1): "x"},
-    "a path of a float": {path("data", cast("Any", 1.0)): "x"},
+    "a path of a float": {Path(("data", cast("Any", 1.0))): "x"},
     "an empty field": {"": "x"},
     "and of a text": and_(cast("Any", "label")),
     "or of null": or_({"label": "x"}, cast("Any", None)),

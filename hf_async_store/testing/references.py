@@ -372,6 +372,36 @@ class ReferenceContract:
         await store.save_entity("items", {"item_id": "a", "created_at": "2003-01-01"})
         assert (await stored(store, "items", "a"))["created_at"] == "2003-01-01T00:00:00.000000Z"
 
+    @pytest.mark.parametrize("verb", ["create", "save", "create many", "save many", "transaction"])
+    async def test_87_a_null_from_the_dump_of_a_model_was_not_given(
+        self, store: StorageStrategy, verb: str
+    ) -> None:
+        ids = [str(each) for each in range(10)]  # enough to be checked together
+        dumps = [{"item_id": each, "created_at": None, "updated_at": None} for each in ids]
+        if verb == "create":
+            for each in dumps:
+                await store.create_entity("items", each)
+        elif verb == "save":
+            for each in dumps:
+                await store.save_entity("items", each)
+        elif verb == "create many":
+            await store.create_entities("items", dumps)
+        elif verb == "save many":
+            await store.save_entities("items", dumps)
+        else:
+            async with store.begin_transaction() as tx:
+                await tx.create_entities("items", dumps[:5])
+                for each in dumps[5:]:
+                    await tx.save_entity("items", each)
+        first = await store.get_entities("items", ids)
+        for entity in first:
+            assert entity is not None
+            assert isinstance(entity["created_at"], str)
+        # What is stored is kept, as where it is not given.
+        await store.save_entity("items", dumps[0])
+        again = await stored(store, "items", "0")
+        assert (again["version"], again["created_at"]) == (2, first[0] and first[0]["created_at"])
+
     async def test_87_every_form_becomes_the_one(self, store: StorageStrategy) -> None:
         for given, form in _MOMENTS:
             await store.save_entity("items", {"item_id": "a", "due_at": given, "created_at": given})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,7 +19,7 @@ from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
     from hf_async_store.testing.servers import PostgresServer
@@ -100,6 +102,13 @@ class SQLiteHarness:
     def url(self) -> str:
         return f"sqlite:{self._path}"
 
+    def refuse_label(self, label: str) -> None:
+        refused = f"NEW.label = '{label}' BEGIN SELECT RAISE(ABORT, 'no such label'); END"
+        with closing(sqlite3.connect(self._path)) as connection:
+            for verb in ("INSERT", "UPDATE"):
+                trigger = f"CREATE TRIGGER no_{label}_{verb} BEFORE {verb} ON items WHEN {refused}"
+                connection.execute(trigger)
+
     def touched(self) -> bool:
         return self._path.exists()
 
@@ -126,6 +135,24 @@ class PostgreSQLHarness:
 
     def url(self) -> str:
         return self._url
+
+    @asynccontextmanager
+    async def hold(self, collection: str, entity_id: str) -> AsyncIterator[None]:
+        connection = await asyncpg.connect(self._url)
+        try:
+            async with connection.transaction():
+                key = {"items": "item_id"}[collection]
+                await connection.execute(
+                    f'SELECT 1 FROM "{collection}" WHERE "{key}" = $1 FOR UPDATE',
+                    entity_id,
+                )
+                yield
+        finally:
+            await connection.close()
+
+    def refuse_label(self, label: str) -> None:
+        rule = f"ALTER TABLE items ADD CONSTRAINT no_{label} CHECK (label <> '{label}')"
+        execute(self._url, rule)
 
     def touched(self) -> bool:
         tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"

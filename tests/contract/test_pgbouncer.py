@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.testing.contract import StrategyContract
 from hf_async_store.testing.servers import ServerUnavailable, pgbouncer
+from tests.contract.expected import OneStatementForAll
 from tests.contract.harnesses import PgbouncerHarness
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def address(postgres_server: PostgresServer) -> Iterator[str]:
         pytest.skip(str(exc))
 
 
-class TestPgbouncer(StrategyContract):
+class TestPgbouncer(OneStatementForAll):
     @pytest.fixture
     def harness(self, postgres_server: PostgresServer, address: str) -> Iterator[PgbouncerHarness]:
         harness = PgbouncerHarness(postgres_server, address)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.testing.contract import StrategyContract
+from tests.contract.expected import OneStatementForAll
 from tests.contract.harnesses import PostgreSQLHarness
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_async_store.testing.servers import PostgresServer
 
 
-class TestPostgreSQL(StrategyContract):
+class TestPostgreSQL(OneStatementForAll):
     @pytest.fixture
     def harness(self, postgres_server: PostgresServer) -> Iterator[PostgreSQLHarness]:
         harness = PostgreSQLHarness(postgres_server)

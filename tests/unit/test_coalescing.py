@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from hf_async_store import OperationTimeoutError, StorageError, UnavailableError
+from hf_async_store import (
+    InvalidInputError,
+    OperationTimeoutError,
+    StorageError,
+    UnavailableError,
+)
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.entities import Key
 
@@ -45,7 +51,7 @@ def identity(key: Key) -> Key:
 
 async def test_tasks_of_one_turn_share_a_batch() -> None:
     recorder = Recorder()
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
     results = await asyncio.gather(*(calls.submit(keys(str(each)), None) for each in range(64)))
     assert [each[0] for each in results] == [str(each) for each in range(64)]
     assert len(recorder.batches) == 1
@@ -53,7 +59,7 @@ async def test_tasks_of_one_turn_share_a_batch() -> None:
 
 async def test_who_comes_while_a_batch_is_under_way_shares_the_next() -> None:
     recorder = Recorder(turns=5)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
     first = asyncio.create_task(calls.submit(keys("a"), None))
     while not recorder.batches:
         await asyncio.sleep(0)
@@ -63,7 +69,7 @@ async def test_who_comes_while_a_batch_is_under_way_shares_the_next() -> None:
 
 async def test_a_closed_loop_keeps_its_batches_whole() -> None:
     recorder = Recorder(turns=3)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
 
     async def worker(name: str) -> None:
         for _ in range(20):
@@ -75,7 +81,7 @@ async def test_a_closed_loop_keeps_its_batches_whole() -> None:
 
 async def test_a_large_call_is_split_and_comes_back_in_order() -> None:
     recorder = Recorder()
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
     ids = [str(each) for each in range(35)]
     assert await calls.submit(keys(*ids), None) == ids
     assert [len(each) for each in recorder.batches] == [10, 10, 10, 5]
@@ -84,7 +90,7 @@ async def test_a_large_call_is_split_and_comes_back_in_order() -> None:
 async def test_a_failed_batch_gives_each_item_an_error_of_its_own() -> None:
     recorder = Recorder()
     recorder.fail = UnavailableError("gone")
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
     (one, other), (third,) = await asyncio.gather(
         calls.submit(keys("a", "b"), None), calls.submit(keys("c"), None)
     )
@@ -98,18 +104,19 @@ async def test_a_defect_reaches_every_caller() -> None:
     async def broken(items: Sequence[Key]) -> list[str]:
         raise ZeroDivisionError
 
-    calls: Coalescer[Key, str] = Coalescer(broken, lanes=1, size=10)
+    calls: Coalescer[Key, str] = Coalescer(broken, lanes=1, size=10, writes=True)
     results = await asyncio.gather(
         *(calls.submit(keys(each), None) for each in "ab"), return_exceptions=True
     )
     assert [type(each) for each in results] == [ZeroDivisionError] * 2
-    lanes = [each for each in asyncio.all_tasks() if each is not asyncio.current_task()]
-    await asyncio.gather(*lanes, return_exceptions=True)
+    # The lane goes on, and the loop has nothing to report: whoever waited was told.
+    results = await asyncio.gather(calls.submit(keys("c"), None), return_exceptions=True)
+    assert [type(each) for each in results] == [ZeroDivisionError]
 
 
 async def test_what_no_batch_took_is_taken_back_by_a_cancellation() -> None:
     recorder = Recorder(turns=5)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
     first = asyncio.create_task(calls.submit(keys("a"), None))
     while not recorder.batches:
         await asyncio.sleep(0)
@@ -130,7 +137,7 @@ async def test_a_timeout_knows_whether_the_item_was_taken() -> None:
         await release.wait()
         return [each.id for each in items]
 
-    calls: Coalescer[Key, str] = Coalescer(slow, lanes=1, size=10)
+    calls: Coalescer[Key, str] = Coalescer(slow, lanes=1, size=10, writes=True)
     taken = asyncio.create_task(calls.submit(keys("a"), 0.05))
     await started.wait()
     with pytest.raises(OperationTimeoutError) as queued:
@@ -162,7 +169,7 @@ async def test_several_lanes_keep_the_order_of_each_key(seed: int) -> None:
         return [number for _, number in items]
 
     calls: Coalescer[tuple[Key, int], int] = Coalescer(
-        run, lanes=4, size=3, key=lambda item: item[0]
+        run, lanes=4, size=3, writes=True, key=lambda item: item[0]
     )
     waiting: list[asyncio.Task[object]] = []
     for number in range(200):
@@ -182,10 +189,105 @@ async def test_several_lanes_keep_the_order_of_each_key(seed: int) -> None:
 async def test_a_lane_that_just_ended_is_not_relied_on() -> None:
     """A submit in the very turn in which a lane ends must start another one."""
     recorder = Recorder(turns=0)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10)
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
     for turns in range(12):
         await calls.submit(keys("a"), None)
         for _ in range(turns):
             await asyncio.sleep(0)
         async with asyncio.timeout(5):
             await calls.submit(keys("b"), None)
+
+
+class Gate:
+    """Stands for an engine whose batch is under way until it is let through."""
+
+    def __init__(self) -> None:
+        self.taken = asyncio.Event()
+        self.let_through = asyncio.Event()
+        self.landed: list[str] = []
+
+    async def run(self, items: Sequence[Key]) -> list[str]:
+        self.taken.set()
+        await self.let_through.wait()
+        self.landed += [each.id for each in items]
+        return [each.id for each in items]
+
+
+@pytest.mark.parametrize("cancellations", [1, 2, 5])
+async def test_a_cancelled_write_that_a_batch_took_waits_for_its_end(cancellations: int) -> None:
+    gate = Gate()
+    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
+    task = asyncio.create_task(calls.submit(keys("a"), None))
+    await gate.taken.wait()
+    for _ in range(cancellations):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done(), "nobody meets a write of a task that is gone"
+    gate.let_through.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert gate.landed == ["a"]
+
+
+async def test_of_a_large_call_only_what_a_batch_took_is_waited_for() -> None:
+    gate = Gate()
+    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=2, writes=True)
+    task = asyncio.create_task(calls.submit(keys("a", "b", "c", "d"), None))
+    await gate.taken.wait()
+    task.cancel()
+    gate.let_through.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await calls.drain()
+    assert gate.landed == ["a", "b"], "what no batch had taken is withdrawn"
+
+
+async def test_a_cancelled_write_waits_for_a_batch_that_fails_too() -> None:
+    started, fail = asyncio.Event(), asyncio.Event()
+
+    async def run(items: Sequence[Key]) -> list[str]:
+        started.set()
+        await fail.wait()
+        raise UnavailableError("gone")
+
+    calls: Coalescer[Key, str] = Coalescer(run, lanes=1, size=10, writes=True)
+    task = asyncio.create_task(calls.submit(keys("a"), None))
+    await started.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    fail.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancelled_read_waits_for_nothing() -> None:
+    gate = Gate()
+    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=False)
+    task = asyncio.create_task(calls.submit(keys("a"), None))
+    await gate.taken.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.let_through.set()
+    await calls.drain()
+
+
+async def test_a_timeout_of_reads_leaves_nothing_unknown() -> None:
+    gate = Gate()
+    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=False)
+    with pytest.raises(OperationTimeoutError) as late:
+        await calls.submit(keys("a"), 0.01)
+    assert (late.value.outcome_unknown, late.value.retryable) == (False, True)
+    gate.let_through.set()
+    await calls.drain()
+
+
+@pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1]])
+async def test_a_timeout_that_is_no_number_of_seconds(timeout: Any) -> None:
+    gate = Gate()
+    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
+    with pytest.raises(InvalidInputError, match="timeout"):
+        await calls.submit(keys("a"), timeout)
+    await calls.drain()
+    assert not gate.taken.is_set()

@@ -716,8 +716,8 @@ def _too_deep() -> Combined:
         {path("a", -1): 1},
         {path("a", True): 1},
         {path("a", 2**31): 1},
-        {path("a", 1.0): 1},  # type: ignore[arg-type]
-        {path("a", None): 1},  # type: ignore[arg-type]
+        {Path(("a", 1.0)): 1},  # type: ignore[arg-type]
+        {Path(("a", None)): 1},  # type: ignore[arg-type]
         {path("a", "\0"): 1},
         {Path("a"): 1},  # type: ignore[arg-type]
         {"a": in_("abc")},
@@ -745,6 +745,15 @@ def _too_deep() -> Combined:
 def test_malformed_filters(filters: Any) -> None:
     with pytest.raises(InvalidQueryError):
         build(filters=filters)
+
+
+@pytest.mark.parametrize(
+    "step", [1.5, b"x", None, [], {}, object()], ids=lambda step: type(step).__name__
+)
+def test_a_step_of_another_kind_is_refused_at_once(step: Any) -> None:
+    """As the key of a map it might not even be hashable."""
+    with pytest.raises(InvalidQueryError):
+        path("a", step)
 
 
 @pytest.mark.parametrize(

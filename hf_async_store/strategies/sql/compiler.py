@@ -98,7 +98,7 @@ def compile_query(table: Table, query: Query, selection: str | None = None) -> C
         if query.limit is not None and exact:
             order += f" LIMIT {query.limit}"
     names, selected = compiler.selected(query, exact=exact)
-    where = " AND ".join(conditions) or TRUE
+    where = _joined(" AND ", conditions) or TRUE
     return Compiled(
         sql=f"SELECT {selection or selected} FROM {table.name} AS t WHERE {where}{order}",
         args=compiler.args.values,
@@ -114,7 +114,7 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
     conditions, exact = compiler.conditions(query.where)
     if not exact or query.limit is not None or query.after is not None:
         return None
-    where = " AND ".join(conditions) or TRUE
+    where = _joined(" AND ", conditions) or TRUE
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"
     return Compiled(sql, compiler.args.values, (), None, sorted_here=False)
 
@@ -160,7 +160,7 @@ class _Compiler:
 
     def conditions(self, where: Filter) -> tuple[list[str], bool]:
         """What must hold, part by part; and whether that is exact, or lets more pass."""
-        parts = where.parts if isinstance(where, And) else (where,)
+        parts = _deepest_first(where.parts) if isinstance(where, And) else (where,)
         pairs = [self._filter(each) for each in parts]
         return [sql for sql, _ in pairs if sql != TRUE], all(exact for _, exact in pairs)
 
@@ -170,12 +170,12 @@ class _Compiler:
         if isinstance(where, Not):
             before = len(self.args.values)
             return self._opposite(*self._filter(where.part), before)
-        pairs = [self._filter(each) for each in where.parts]
+        pairs = [self._filter(each) for each in _deepest_first(where.parts)]
         together = all if isinstance(where, And) else any
         if not pairs:
             return (TRUE if together is all else FALSE), True
         word = " AND " if together is all else " OR "
-        return f"({word.join(sql for sql, _ in pairs)})", all(exact for _, exact in pairs)
+        return f"({_joined(word, [sql for sql, _ in pairs])})", all(exact for _, exact in pairs)
 
     def _comparison(self, path: Sequence[str | int], op: str, value: Value) -> tuple[str, bool]:
         if op in _OPPOSITE:
@@ -326,7 +326,8 @@ class _Compiler:
                 tests = self._behind_in_column(key.part, key.field, value)
             less, equal, greater = tests
             later = less if order.descending else greater
-            behind = f"({later} OR ({equal} AND {behind}))"
+            # What is nested stands first: see `_deepest_first`.
+            behind = f"(({behind} AND {equal}) OR {later})"
             if number == 0 and isinstance(value, str | int | float) and later != FALSE:
                 # Said once more without the rest, so that an index can begin there.
                 first = [f"({later} OR {equal})"]
@@ -373,6 +374,31 @@ SHORT: Final = 256
 
 def _not(sql: str) -> str:
     return FALSE if sql == TRUE else TRUE if sql == FALSE else f"({sql}) IS NOT TRUE"
+
+
+# SQLite's parser keeps what stands before an open parenthesis on a stack of 100, and refuses
+# expressions that are 1,000 deep, as which it takes 1,000 terms in a row.
+_IN_A_ROW: Final = 16
+
+
+def _joined(word: str, terms: Sequence[str]) -> str:
+    """Terms with AND or OR between them, many of them in groups."""
+    while len(terms) > _IN_A_ROW:
+        groups = [terms[start : start + _IN_A_ROW] for start in range(0, len(terms), _IN_A_ROW)]
+        terms = [f"({word.join(each)})" if len(each) > 1 else each[0] for each in groups]
+    return word.join(terms)
+
+
+def _deepest_first(parts: Sequence[Filter]) -> Sequence[Filter]:
+    """So that as little as possible stands before the parentheses that are nested most."""
+    return sorted(parts, key=_depth, reverse=True)
+
+
+def _depth(where: Filter) -> int:
+    if isinstance(where, Comparison):
+        return 0
+    parts = (where.part,) if isinstance(where, Not) else where.parts
+    return 1 + max(map(_depth, parts), default=0)
 
 
 def _comparable(kind: Kind, value: Value) -> bool:

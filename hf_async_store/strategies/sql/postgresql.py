@@ -26,7 +26,14 @@ from hf_async_store.strategies.sql.compiler import SHORT, Arguments, SortPart
 from hf_async_store.strategies.sql.dialect import Dialect
 from hf_async_store.strategies.sql.errors import link_error, postgres_error
 from hf_async_store.strategies.sql.jsonb import array_text, decimal_text, json_text, number_of
-from hf_async_store.strategies.sql.tables import SIDE, Kind, decode_json, limited, quoted
+from hf_async_store.strategies.sql.tables import (
+    SIDE,
+    Kind,
+    decode_json,
+    encode_json,
+    limited,
+    quoted,
+)
 
 try:
     import asyncpg  # type: ignore[import-untyped]  # it has no types
@@ -57,7 +64,7 @@ _PARAMETERS: Final = {
     "boolean": "::boolean",
     "number": "::text::numeric",
     "json": "::text::jsonb",
-    "step": "::int",
+    "path": "::text::jsonpath",
     "list": "::text::text[]",
 }
 _TYPES: Final = {
@@ -67,6 +74,12 @@ _TYPES: Final = {
     "number": "numeric",
     "json": "jsonb",
 }
+_MANY: Final = 64
+"""From so many values on, one of them is looked up by hash."""
+
+_ARROWS: Final = 8
+"""Up to so many steps a path is written as arrows, which are faster than a path of JSON."""
+
 _SIGNS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
 
@@ -359,10 +372,14 @@ class PostgreSQL(Dialect):
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
         if kind in ("number", "json"):
             texts = [self.argument(each, kind) for each in values]
-            return f"{expression} = ANY({args.add(texts, 'list')}{_CASTS[kind]}[])"
-        array = args.add(list(values), "list")
-        cast_to = f"::{_ARRAYS[kind]}[]" if kind in _ARRAYS else ""
-        return f"{expression} = ANY({array}{cast_to})"
+            array = f"{args.add(texts, 'list')}{_CASTS[kind]}[]"
+        else:
+            array = args.add(list(values), "list")
+            array += f"::{_ARRAYS[kind]}[]" if kind in _ARRAYS else ""
+        if len(values) > _MANY:
+            # ANY would compare them one by one, for each row; these are hashed once.
+            return f"{expression} IN (SELECT unnest({array}))"
+        return f"{expression} = ANY({array})"
 
     def one_of_ids(self, expression: str) -> str:
         return f"{expression} = ANY($1::text::text[])"
@@ -535,19 +552,22 @@ def _provider(name: str) -> PasswordProvider | None:
 
 
 def _place(base: str, steps: Sequence[str | int], args: Arguments) -> str:
-    """The JSON at a place below a column, NULL where there is none.
-
-    An arrow with a text steps into maps alone.
-    """
+    """The JSON at a place below a column, NULL where there is none."""
+    if not steps:
+        return base
+    if len(steps) > _ARROWS or not all(isinstance(each, str) for each in steps):
+        # Strict, so that a lone text or number is no list of one; what does not fit gives NULL.
+        path = args.add("strict $" + "".join(map(_accessor, steps)), "path")
+        return f"jsonb_path_query_first({base}, {path}, '{{}}', true)"
     place = base
     for each in steps:
-        if isinstance(each, str):
-            place = f"({place} -> {args.add(each, 'text')})"
-        else:
-            # To this arrow a lone text or number is a list of one.
-            element = f"{place} -> {args.add(each, 'step')}"
-            place = f"(CASE WHEN {_is(place, 'array')} THEN {element} END)"
+        # An arrow with a text steps into maps alone.
+        place = f"({place} -> {args.add(each, 'text')})"
     return place
+
+
+def _accessor(step: str | int) -> str:
+    return f"[{step}]" if isinstance(step, int) else f".{encode_json(step).decode()}"
 
 
 def _is(place: str, kind: str) -> str:

@@ -400,10 +400,12 @@ class SQLite(Dialect):
         return encode_json(value).decode() if kind == "list" else value
 
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
+        value = "value"
         if kind == "number":
-            # Not through JSON, which would read floats to within the last bit.
-            return f"{expression} IN ({', '.join(args.add(each, kind) for each in values)})"
-        return f"{expression} IN (SELECT value FROM json_each({args.add(list(values), 'list')}))"
+            # As texts: its JSON would read floats to within the last bit.
+            values = list(map(_float_as_text, values))
+            value = "CASE type WHEN 'text' THEN hf_real(value) ELSE value END"
+        return f"{expression} IN (SELECT {value} FROM json_each({args.add(list(values), 'list')}))"
 
     def one_of_ids(self, expression: str) -> str:
         return f"{expression} IN (SELECT value FROM json_each(?1))"

@@ -1,0 +1,181 @@
+"""Case 135: one change that is blocked or refused leaves its neighbours alone, in time and in outcome.
+
+Neighbours are changes that wait at the same moment, of other callers or of one batch: they share
+commits and round trips, and must not share more than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import pytest
+
+from hf_async_store.entities import INT_MAX, MAX_ENTITY_BYTES
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BatchError,
+    BrokenReferenceError,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    StorageError,
+    ValueOutOfDomainError,
+)
+from hf_async_store.testing.checks import contents, stored
+from hf_async_store.testing.driving import HANG_SECONDS, PATIENCE
+from hf_async_store.testing.harness import BlocksEntities, Harness, RefusesLabels
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from hf_async_store.strategy import StorageStrategy
+
+Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
+
+_IDS: Final = tuple(f"neighbour {each}" for each in range(9))
+_HEAVY: Final = "x" * (MAX_ENTITY_BYTES - 1000)
+
+
+async def _add_too_much(store: StorageStrategy) -> None:
+    await store.update_entity("items", "heavy", {"more": "x" * 2000})
+
+
+REFUSED: Final[Mapping[type[StorageError] | str, tuple[type[StorageError], Verb]]] = {
+    "a version that is not there": (
+        ConcurrencyConflictError,
+        lambda store: store.update_entity("items", "there", {"count": 1}, expected_version=7),
+    ),
+    "an entity that is not there": (
+        EntityNotFoundError,
+        lambda store: store.update_entity("items", "nobody", {"count": 1}),
+    ),
+    "an id that is taken": (
+        AlreadyExistsError,
+        lambda store: store.create_entity("items", {"item_id": "there"}),
+    ),
+    "the last version there is": (
+        ValueOutOfDomainError,
+        lambda store: store.update_entity("items", "last", {"count": 1}),
+    ),
+    "too heavy with what is stored": (ValueOutOfDomainError, _add_too_much),
+    "a parent that is not there": (
+        BrokenReferenceError,
+        lambda store: store.save_entity("requests", {"request_id": "r", "template_id": "nobody"}),
+    ),
+    "a parent that has children": (
+        BrokenReferenceError,
+        lambda store: store.delete_entity("templates", "parent"),
+    ),
+}
+"""What the store refuses only when it is about to be written."""
+
+
+class NeighbourContract:
+    """What changes do to those beside them."""
+
+    @pytest.mark.parametrize("name", REFUSED)
+    async def test_135_a_refused_change_leaves_its_neighbours_alone(
+        self, store: StorageStrategy, name: str
+    ) -> None:
+        error, verb = REFUSED[str(name)]
+        if error is BrokenReferenceError and not store.capabilities.references:
+            return
+        await _prepare(store)
+        for place in (0, 4, 8):  # before, among and behind the others
+            work: list[Awaitable[object]] = [
+                store.save_entity("items", {"item_id": each, "count": place}) for each in _IDS
+            ]
+            work.insert(place, verb(store))
+            outcomes = await asyncio.gather(*work, return_exceptions=True)
+            refused = outcomes.pop(place)
+            assert isinstance(refused, error), repr(refused)
+            assert [each for each in outcomes if not isinstance(each, int)] == []
+            found = await contents(store, "items", _IDS)
+            assert [each and each["count"] for each in found.values()] == [place] * len(_IDS)
+
+    async def test_135_neither_do_many_of_them(self, store: StorageStrategy) -> None:
+        """In one batch of one caller, each with its own outcome."""
+        await _prepare(store)
+        ids = [f"many {each:03}" for each in range(200)]
+        await store.create_entities("items", [{"item_id": each} for each in ids])
+        wrong = set(ids[::7])
+        with pytest.raises(BatchError) as caught:
+            await store.update_entities(
+                "items",
+                {each: {"label": "after"} for each in ids},
+                {each: 9 if each in wrong else 1 for each in ids},
+            )
+        for each, outcome in zip(ids, caught.value.outcomes, strict=True):
+            assert isinstance(outcome, ConcurrencyConflictError) if each in wrong else outcome == 2
+        found = await contents(store, "items", ids)
+        assert {each for each, entity in found.items() if entity == {"item_id": each}} == wrong
+
+    async def test_135_a_change_that_the_engine_itself_refuses(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        if not isinstance(harness, RefusesLabels):
+            return
+        await _prepare(store)
+        harness.refuse_label("poison")
+        labels = ["a", "b", "poison", "c", "d"]
+        outcomes = await asyncio.gather(
+            *(
+                store.save_entity("items", {"item_id": f"poison {each}", "label": each})
+                for each in labels
+            ),
+            return_exceptions=True,
+        )
+        refused = outcomes.pop(2)
+        assert isinstance(refused, StorageError)
+        assert (refused.retryable, refused.outcome_unknown) == (False, False)
+        assert outcomes == [1] * 4
+        batch = [{"item_id": f"batch {each}", "label": each} for each in labels]
+        with pytest.raises(BatchError) as caught:
+            await store.save_entities("items", batch)
+        assert [isinstance(each, StorageError) for each in caught.value.outcomes] == [
+            each == "poison" for each in labels
+        ]
+        assert (await contents(store, "items", ["batch a", "batch poison"]))["batch poison"] is None
+
+    async def test_135_a_change_that_must_wait_holds_up_no_other(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        if not isinstance(harness, BlocksEntities):
+            return
+        await _prepare(store)
+        await store.save_entities("items", [{"item_id": each} for each in _IDS])
+        async with harness.hold("items", "there"):
+            blocked = asyncio.create_task(store.update_entity("items", "there", {"count": 1}))
+            free = [
+                asyncio.create_task(store.update_entity("items", each, {"count": 1}))
+                for each in _IDS[:4]
+            ]
+            try:
+                _, waiting = await asyncio.wait(free, timeout=10 * PATIENCE)
+                assert not waiting, "those of the same moment wait for it"
+                free = [
+                    asyncio.create_task(store.update_entity("items", each, {"count": 1}))
+                    for each in _IDS[4:]
+                ]
+                _, waiting = await asyncio.wait(free, timeout=10 * PATIENCE)
+                assert not waiting, "those that come later wait for it"
+                assert not blocked.done()
+            finally:
+                tasks = [blocked, *free]
+                for each in tasks:
+                    each.cancel()
+                gone = asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(gone, HANG_SECONDS)
+        assert await store.update_entity("items", "there", {"count": 2}) > 1
+
+
+async def _prepare(store: StorageStrategy) -> None:
+    await asyncio.gather(
+        store.save_entity("items", {"item_id": "there"}),
+        store.save_entity("items", {"item_id": "heavy", "text": _HEAVY}),
+        store.import_entities("items", [{"item_id": "last", "version": INT_MAX}]),
+        store.save_entity("templates", {"template_id": "parent"}),
+    )
+    child: dict[str, Any] = {"request_id": "child", "template_id": "parent"}
+    await store.save_entity("requests", child)
+    assert (await stored(store, "items", "there"))["version"] == 1
