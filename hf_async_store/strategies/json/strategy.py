@@ -8,7 +8,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final, Literal, cast
 
-from hf_async_store.config import JSONConfig, StorageConfig, strategy_config
+from hf_async_store.config import (
+    JSONConfig,
+    StorageConfig,
+    anchored,
+    load_config,
+    strategy_config,
+)
 from hf_async_store.entities import (
     CREATED_AT,
     HOST_FACTORY,
@@ -48,8 +54,9 @@ class JSONStorageStrategy(StorageStrategy):
         collections: Iterable[Collection] = HOST_FACTORY,
     ) -> None:
         schema = schema_of(collections)
-        self._json = JSONEngine(strategy_config(config, JSONConfig), schema)
-        super().__init__(self._json, schema)
+        loaded = anchored(load_config(config))
+        self._json = JSONEngine(strategy_config(loaded, JSONConfig), schema)
+        super().__init__(self._json, schema, loaded)
 
     # -- locks and whole files ---------------------------------------------------------------
 
