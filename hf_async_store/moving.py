@@ -107,7 +107,7 @@ class Move(msgspec.Struct, frozen=True):
 
     role: Literal["source", "target"]
     phase: Phase
-    other: Annotated[str, msgspec.Meta(pattern=rf"^{_PLACE}$")]
+    other: str
     epoch: _Count
     term: _Count
     version: _Count = 0
@@ -133,7 +133,6 @@ def move_in(record: Record | None) -> Move | None:
         move = msgspec.convert(record.entity, Move)
     except msgspec.ValidationError as exc:
         raise _no_move(str(exc)) from exc
-    # The pattern above takes a line feed at the end.
     if not re.fullmatch(_PLACE, move.other):
         raise _no_move("`$.other` is no place")
     return move

@@ -85,6 +85,9 @@ class StorageStrategy(RepositoryInterface):
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
+    obeys_moves: ClassVar[bool] = True
+    """False: what the store says of a live move is not looked at. For what reads a backup."""
+
     def __init__(self, engine: Engine, schema: Schema, config: StorageConfig | None = None) -> None:
         super().__init__(schema)
         self._engine = engine
@@ -98,7 +101,7 @@ class StorageStrategy(RepositoryInterface):
         # What moves while it is in use is shared by processes: only there is it looked for.
         self._moving = (
             Moving(lambda: self._engine, self._engine_at, self._own_place)
-            if can.processes
+            if can.processes and self.obeys_moves
             else None
         )
         if self._moving is not None:

@@ -25,6 +25,7 @@ from hf_async_store.testing.many import ManyContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.transactions import TransactionContract
+from hf_async_store.testing.trust import TrustContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
 
@@ -47,6 +48,7 @@ class StrategyContract(
     LifeContract,
     CancellationContract,
     ReferenceContract,
+    TrustContract,
 ):
     """What every engine must show."""
 

@@ -253,7 +253,7 @@ class PostgreSQL(Dialect):
         return JSONB() if kind == "json" else Text(collation="C")
 
     def index_part(self, column: Any, field: Field) -> Any:
-        if field.type == "text" and field.references is None:
+        if field.type == "text" and not (field.references and field.enforced):
             # The server refuses index entries of more than about 2,700 bytes.
             column = func.left(column, SHORT)
         return column.nulls_first()
