@@ -117,14 +117,16 @@ class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
     _parts: ClassVar[Mapping[str, type[_Model]]] = {}
     """The keys that may hold a mapping, and its model."""
 
+    _urls: ClassVar[tuple[str, ...]] = ()
+    """The keys that hold a URL."""
+
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
             value = _checked(getattr(self, name), kind, name)
             msgspec.structs.force_setattr(self, name, value)
-        for name in self.path_keys():
-            if "://" in getattr(self, name):
-                # It may hold a password, and would become the name of a file.
-                raise ConfigurationError(f"{name}: expected a path, not a URL")
+            if isinstance(value, str) and "://" in value and name not in self._urls:
+                # It may hold a password, and would become the name of a file, a user or a table.
+                raise ConfigurationError(f"{name}: a URL is not expected here")
 
     def path_keys(self) -> tuple[str, ...]:
         """The keys that hold a path of this machine."""
@@ -244,7 +246,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "@" in self.host or "://" in self.host:
+        if "@" in self.host:
             raise ConfigurationError("host: expected the name of a host alone, without a user")
 
     def path_keys(self) -> tuple[str, ...]:
@@ -295,6 +297,7 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     _parts = {"auto_scaling": AutoScaling}
+    _urls = ("dax_endpoint", "endpoint_url")
 
     region: str | None = None
     profile: str | None = None

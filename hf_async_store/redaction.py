@@ -22,6 +22,7 @@ SENSITIVE: Final = (
 _USERINFO: Final = r"(?is)([a-z][a-z0-9+._-]*://(?:[^:]*:)?|[^:]*:).*@"
 _QUERY_VALUE: Final = r"([?&])([^=&]*)=([^&]*)"
 _PATH_URLS: Final = ("json:", "sqlite:", "memory:")
+_FORM: Final = "//USER:PASSWORD@"  # how such a URL is written, in our own messages
 _IN_TEXT: Final = r"(?is)[a-z][a-z0-9+._-]*://.*"
 
 
@@ -34,7 +35,7 @@ def redact_url(url: str) -> str:
     """
     if not url.lower().startswith(_PATH_URLS):
         found = re.match(_USERINFO, url)
-        if found is not None:
+        if found is not None and not found[0].endswith(_FORM):
             url = f"{found[1]}{HIDDEN}@{url[found.end() :]}"
     return re.sub(_QUERY_VALUE, _redact_pair, url)
 
