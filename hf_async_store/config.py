@@ -769,6 +769,8 @@ def _checked(value: object, kind: Any, path: str) -> object:
     else:
         if isinstance(converted, str) and "\x00" in converted:
             problem = "text with U+0000"
+        elif isinstance(converted, str) and re.search(_NO_TEXT, converted):
+            problem = "text with a lone surrogate"
         elif isinstance(converted, float) and not isfinite(converted):
             problem = "expected a finite number"
         else:
@@ -867,6 +869,7 @@ def _known(name: str, names: list[str]) -> str:
 
 # Patterns that most programs never need stay text here; `re` compiles and keeps them at first use.
 _REFERENCE: Final = r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?"
+_NO_TEXT: Final = "[\ud800-\udc7f\udd00-\udfff]"  # the others stand for bytes of a file's name
 _SURROGATE: Final = "[\ud800-\udfff]"
 
 
@@ -1119,16 +1122,14 @@ def _nested(given: Mapping[str, str]) -> dict[str, object]:
     return nested
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str, safe: str = "") -> str:
     from urllib.parse import quote
 
-    return quote(text, safe="")
+    return quote(text, safe=safe, errors="surrogateescape")
 
 
 def _quoted_path(path: str) -> str:
-    from urllib.parse import quote
-
-    return quote(path, safe="/:")
+    return _quoted(path, safe="/:")
 
 
 def _unquoted(text: str) -> str:
