@@ -65,7 +65,8 @@ BEGIN
             FOREACH name IN ARRAY {functions} LOOP
                 IF to_regprocedure(format('pg_catalog.%I(%s,%s)', name, one, other)) IS NULL THEN
                     EXECUTE format('CREATE FUNCTION public.%I(a %s, b %s) RETURNS text LANGUAGE '
-                        'plpgsql AS $f$ BEGIN RAISE EXCEPTION ''trapped by %%'', pg_typeof(a); END $f$', name, one, other);
+                        'plpgsql AS $f$ BEGIN RAISE EXCEPTION ''trapped by %%'', pg_typeof(a); END $f$',
+                        name, one, other);
                     made := made + 1;
                 END IF;
             END LOOP;

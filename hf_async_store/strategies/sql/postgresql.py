@@ -519,7 +519,9 @@ WHERE k.contype = 'f'::"char" AND t.relnamespace = current_schema()::regnamespac
 
 _HEALTH: Final = """
 SELECT current_setting('server_version'), pg_database_size(current_database()),
-    pg_is_in_recovery(), (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'::text),
+    pg_is_in_recovery(), (
+        SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'::text
+    ),
     current_setting('max_connections')::int
 """
 
