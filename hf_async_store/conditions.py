@@ -135,10 +135,18 @@ def check_parents(
     """
     for field, parent in missing_parents(schema, change, exists):
         if current is None or current.get(field.name) != parent:
-            raise BrokenReferenceError(
-                f"{change.key.collection} {change.key.id!r}: {field.name} names {parent!r}, "
-                f"which {field.references} does not have"
-            )
+            raise missing_parent(change.key.collection, change.key.id, field, parent)
+
+
+def missing_parent(
+    collection: str, entity_id: object, field: Field, parent: str
+) -> BrokenReferenceError:
+    """The error of an entity that names a parent which is not there."""
+    return BrokenReferenceError(
+        f"{collection} {entity_id!r}: {field.name} names {parent!r}, which {field.references} "
+        "does not have (if it is kept elsewhere, declare the field with enforced=False, or set "
+        "enforce_references to false)"
+    )
 
 
 def check_children(

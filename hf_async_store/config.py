@@ -40,14 +40,17 @@ from typing import (
 import msgspec
 
 from hf_async_store.errors import ConfigurationError
+from hf_async_store.redaction import HIDDEN, is_sensitive, redact_text, redact_url
 
 if TYPE_CHECKING:
     from hf_async_store.entities import Value
 
+FOLLOW_MOVES: Final = "follow_moves"
+
+NO_STRATEGY: Final = "strategy: needed, because no strategy is named"
+
 STRATEGY_GROUP: Final = "hf_async_store.strategies"
 """The entry-point group under which other packages register a strategy by name."""
-
-_HIDDEN: Final = "***"
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 AtLeastOne: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
@@ -69,10 +72,10 @@ class Secret:
         return self._text
 
     def __repr__(self) -> str:
-        return repr(_HIDDEN)
+        return repr(HIDDEN)
 
     def __str__(self) -> str:
-        return _HIDDEN
+        return HIDDEN
 
     def __bool__(self) -> bool:
         return bool(self._text)
@@ -114,10 +117,20 @@ class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
     _parts: ClassVar[Mapping[str, type[_Model]]] = {}
     """The keys that may hold a mapping, and its model."""
 
+    _urls: ClassVar[tuple[str, ...]] = ()
+    """The keys that hold a URL."""
+
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
             value = _checked(getattr(self, name), kind, name)
             msgspec.structs.force_setattr(self, name, value)
+            if isinstance(value, str) and "://" in value and name not in self._urls:
+                # It may hold a password, and would become the name of a file, a user or a table.
+                raise ConfigurationError(f"{name}: a URL is not expected here")
+
+    def path_keys(self) -> tuple[str, ...]:
+        """The keys that hold a path of this machine."""
+        return ()
 
 
 class Filenames(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -167,6 +180,15 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     backup_count: Count = 5
     lock_timeout: Seconds = 30.0
     enforce_references: bool = True
+
+    def path_keys(self) -> tuple[str, ...]:
+        return ("base_path",)
+
+    def place(self) -> str:
+        """See `StorageConfig.place`."""
+        single = self.storage_type == "single_file"
+        name = self.filenames.single_file if single else ""
+        return f"json:{_place_of_file(os.path.join(self.base_path, name))}"  # noqa: PTH118
 
     def files(self, collections: Iterable[str]) -> dict[str, str]:
         """The file of each collection, relative to `base_path`.
@@ -222,6 +244,23 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pgbouncer: bool = False
     login_provider: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "@" in self.host:
+            raise ConfigurationError("host: expected the name of a host alone, without a user")
+
+    def path_keys(self) -> tuple[str, ...]:
+        own = ("name",) if self.type == "sqlite" and self.name != ":memory:" else ()
+        return (*own, "sslrootcert")
+
+    def place(self) -> str:
+        """See `StorageConfig.place`."""
+        if self.type == "sqlite":
+            return f"sqlite:{_place_of_file(self.name)}"
+        host = (self.host or "localhost").lower()
+        server = f"[{host}]" if ":" in host else _quoted(host)
+        return f"postgresql://{server}:{self.port or 5432}/{_quoted(self.name or self.username)}"
+
 
 class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`auto_scaling` in its long form; `true` stands for these defaults."""
@@ -258,6 +297,7 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     _parts = {"auto_scaling": AutoScaling}
+    _urls = ("dax_endpoint", "endpoint_url")
 
     region: str | None = None
     profile: str | None = None
@@ -277,6 +317,29 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     retry_timeout: Seconds = 30.0
     max_pool_connections: AtLeastOne = 32
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.endpoint_url is not None and not re.match(_ENDPOINT, self.endpoint_url):
+            raise ConfigurationError("endpoint_url: expected http://HOST:PORT or https://HOST:PORT")
+
+    @property
+    def endpoint(self) -> str | None:
+        """`endpoint_url` without user and password, which no request of AWS can carry."""
+        if self.endpoint_url is None:
+            return None
+        scheme, _, rest = self.endpoint_url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
+
+    def place(self) -> str:
+        """See `StorageConfig.place`."""
+        if self.region is None:
+            raise ConfigurationError("region: a place that others must find needs it written out")
+        at = f"dynamodb://{_quoted(self.region)}/{_quoted(self.table_prefix)}"
+        if self.endpoint is None:
+            return at
+        server = self.endpoint.partition("?")[0].rstrip("/").lower()
+        return f"{at}?endpoint_url={_quoted(server)}"
+
 
 class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`memory_strategy`.
@@ -286,6 +349,10 @@ class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     enforce_references: bool = True
+
+    def place(self) -> str:
+        """See `StorageConfig.place`."""
+        return "memory:"  # no other process finds it there, and no live move begins there
 
 
 class MigrationConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -303,6 +370,11 @@ class MigrationConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=T
     parallel_workers: AtLeastOne = 4
 
 
+# Of `endpoint_url`. A user and a password in it may hold any character.
+_ENDPOINT: Final = (
+    r"(?is)https?://(?:.*@)?(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d+)?(?:[/?][^@\s]*)?\Z"
+)
+
 StrategyConfig: TypeAlias = JSONConfig | SQLConfig | DynamoDBConfig | MemoryConfig
 Options: TypeAlias = "StrategyConfig | Mapping[str, Value]"
 """The configuration of a strategy: a model, or the plain mapping of a third-party one."""
@@ -315,14 +387,20 @@ _MODELS: Final[Mapping[str, type[StrategyConfig]]] = {
 }
 
 
+_BLOCKS: Final = tuple(f"{each}_strategy" for each in _MODELS)
+
+
 class StorageConfig(_Shown, frozen=True, kw_only=True):
     """A whole configuration.
 
     Attributes:
-        strategy: json, sql, dynamodb, memory, or the registered name of a third-party strategy.
+        strategy: json, sql, dynamodb, memory, or the registered name of a third-party strategy. An
+            empty text where a `migration` block stood alone: only a migration can use that.
         options: the configuration of that strategy.
         others: those of the strategies whose blocks stood beside it, by name.
         migration: the `migration` block, or its defaults.
+        follow_moves: the stores that a program with this configuration follows a live move to, as
+            it opens them. What a store itself says of a move only chooses among these.
 
     Raises:
         ConfigurationError: `options` that belong to another strategy.
@@ -332,11 +410,27 @@ class StorageConfig(_Shown, frozen=True, kw_only=True):
     options: Options
     others: Mapping[str, Options] = msgspec.field(default_factory=dict)
     migration: MigrationConfig = msgspec.field(default_factory=MigrationConfig)
+    follow_moves: tuple[StorageConfig, ...] = ()
 
     def __post_init__(self) -> None:
         for name, options in ((self.strategy, self.options), *self.others.items()):
             if not isinstance(options, _MODELS.get(name, Mapping)):
                 raise ConfigurationError(f"{name}: its options are of type {_type_name(options)}")
+
+    def place(self) -> str:
+        """Where the store is, in one canonical form, without secrets: a URL to compare and to show.
+
+        Raises:
+            ConfigurationError: others cannot find it.
+        """
+        if not isinstance(self.options, Mapping):
+            return self.options.place()
+        url = self.options.get("url")
+        if not isinstance(url, str):
+            raise ConfigurationError(f"{self.strategy}: only a URL says where such a store is")
+        scheme, _, body = url.partition("?")[0].partition(":")
+        user, at, rest = body.rpartition("@")
+        return f"{scheme}:{'//' if at and user.startswith('//') else ''}{_quoted_path(rest)}"
 
     def block(self, name: str) -> Options:
         """The configuration of a strategy, be it the chosen one or another.
@@ -368,7 +462,9 @@ def load_config(source: ConfigSource) -> StorageConfig:
             * a `StorageConfig`, returned as it is, or the model of one strategy;
             * a mapping in the spec's shape, `{"storage": {"strategy": ..., "json_strategy": ...}}`,
               or what is inside its `storage`; `strategy` may be left out where exactly one
-              block is there, and a block where its defaults will do. `migration` may stand beside;
+              block is there, and a block where its defaults will do. Beside `storage` may stand
+              `migration`, and what else an application keeps in its file. A null stands for the
+              default. `migration` alone makes a configuration that only a migration can use;
             * a path of a JSON file that holds such a mapping: a `Path`, or any text that
               does not begin with a known scheme;
             * a URL: `json:PATH` (one file if PATH ends in `.json`, else a folder of split files),
@@ -376,26 +472,56 @@ def load_config(source: ConfigSource) -> StorageConfig:
               `dynamodb://REGION/PREFIX`, `memory:`, or the registered name of a third-party
               strategy as the scheme. A query sets any key of the strategy's configuration, an
               inner one with dots: `?sync_writes=no&auto_scaling.enabled=true`; booleans are
-              true/false, yes/no, 1/0. In all parts `%XX` is decoded, and `+` is itself.
+              true/false, yes/no, 1/0. `follow_moves` may be given several times. In all parts `%XX`
+              is decoded, and `+` is itself.
 
     Raises:
         ConfigurationError: what is wrong, by its path, and what would be right.
     """
+    return _loaded(source, follows=True)
+
+
+def _loaded(source: ConfigSource, *, follows: bool) -> StorageConfig:
+    """
+    Args:
+        follows: False: its `follow_moves` is not looked at. It is an entry of one itself, and two
+            configurations may well name each other.
+    """
     if isinstance(source, StorageConfig):
         return source
     if isinstance(source, Mapping):
-        return _from_mapping(source)
+        return _from_mapping(source, follows=follows)
     if isinstance(source, str):
         scheme = _scheme(source)
-        return _from_file(source) if scheme is None else _from_url(scheme, source)
+        if scheme is None:
+            return _from_file(source, follows=follows)
+        return _from_url(scheme, source, follows=follows)
     if isinstance(source, os.PathLike):
-        return _from_file(os.fsdecode(source))
+        return _from_file(os.fsdecode(source), follows=follows)
     for name, model in _MODELS.items():
         if isinstance(source, model):
             return StorageConfig(strategy=name, options=source)
     raise ConfigurationError(
         f"a configuration is a mapping, a path or a URL, not {_type_name(source)}"
     )
+
+
+def permitted_moves(source: object, path: str = FOLLOW_MOVES) -> tuple[StorageConfig, ...]:
+    """The stores of a `follow_moves`: a list of whatever `load_config` takes.
+
+    Raises:
+        ConfigurationError: what is wrong, by its path.
+    """
+    if source is None:
+        return ()
+    if not isinstance(source, list | tuple):
+        raise ConfigurationError(f"{path}: expected array, got {_type_name(source)}")
+    loaded: list[StorageConfig] = []
+    for number, each in enumerate(source):
+        with _in(f"{path}[{number}]: "):
+            loaded.append(_loaded(each, follows=False))
+            loaded[-1].place()  # what nobody could name would permit nothing
+    return tuple(loaded)
 
 
 ModelT = TypeVar("ModelT", bound=_Model)
@@ -411,8 +537,47 @@ def strategy_config(source: ConfigSource, model: type[ModelT]) -> ModelT:
     if not isinstance(loaded.options, model):
         raise ConfigurationError(
             f"a {model.__name__} is needed; this configures the strategy {loaded.strategy!r}"
+            if loaded.strategy
+            else NO_STRATEGY
         )
     return loaded.options
+
+
+def anchored(config: StorageConfig) -> StorageConfig:
+    """The configuration with its relative paths made absolute now, as a store that is made needs it:
+    another working directory later changes nothing.
+
+    Raises:
+        ConfigurationError: as by `absolute`.
+    """
+    options = config.options
+    if not isinstance(options, Mapping):
+        paths = {name: text for name in options.path_keys() if (text := getattr(options, name))}
+        changed = {name: absolute(text) for name, text in paths.items()}
+        options = msgspec.structs.replace(options, **changed)
+    permitted = tuple(anchored(each) for each in config.follow_moves)
+    return msgspec.structs.replace(config, options=options, follow_moves=permitted)
+
+
+def absolute(path: str) -> str:
+    """The path from the root on; a `/` at its end stays.
+
+    Raises:
+        ConfigurationError: it is relative, and the working directory is gone.
+    """
+    if os.path.isabs(path):  # noqa: PTH117  # text, as it was given
+        return path
+    try:
+        return os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
+    except OSError as exc:
+        raise ConfigurationError(
+            f"the path {path!r} is relative, and the working directory cannot be read"
+        ) from exc
+
+
+def _place_of_file(path: str) -> str:
+    """A file or folder by its one real path, as the path of a URL."""
+    return _quoted_path(os.path.realpath(absolute(path)))
 
 
 def load_migration(source: MigrationConfig | ConfigSource) -> MigrationConfig:
@@ -425,11 +590,8 @@ def load_migration(source: MigrationConfig | ConfigSource) -> MigrationConfig:
     """
     if isinstance(source, MigrationConfig):
         return source
-    if isinstance(source, Mapping):
-        if not _is_config(source):
-            return _model(MigrationConfig, source, "")
-        if source.keys() == {"migration"}:
-            return _model(MigrationConfig, source["migration"], "migration")
+    if isinstance(source, Mapping) and not _is_config(source):
+        return _model(MigrationConfig, source, "")
     return load_config(source).migration
 
 
@@ -440,9 +602,12 @@ def _is_config(data: Mapping[Any, object]) -> bool:
     )
 
 
-def _from_mapping(source: Mapping[str, object]) -> StorageConfig:
+def _from_mapping(source: Mapping[str, object], *, follows: bool = True) -> StorageConfig:
     if "storage" in source:
-        _refuse_unknown(source, ("storage", "migration"), "")
+        # What else stands there is the application's own, but not a block that slipped out.
+        for name in source:
+            if name in _BLOCKS or name == FOLLOW_MOVES:
+                raise ConfigurationError(f"{name}: belongs inside storage")
         at = "storage"
         storage = _mapping(source["storage"], at)
     else:
@@ -450,10 +615,17 @@ def _from_mapping(source: Mapping[str, object]) -> StorageConfig:
         storage = {name: each for name, each in source.items() if name != "migration"}
     _refuse_unknown(storage, _storage_keys(storage, at), at)
     blocks: dict[str, Options] = {
-        name.removesuffix("_strategy"): _options(name, block, _at(at, name))
+        name.removesuffix("_strategy"): _options(
+            name, {} if block is None else block, _at(at, name)
+        )
         for name, block in storage.items()
-        if name != "strategy"
+        if name not in ("strategy", FOLLOW_MOVES)
     }
+    migration = source.get("migration")
+    config = _model(MigrationConfig, {} if migration is None else migration, "migration")
+    if storage.get("strategy") is None and not blocks and at == "" and "migration" in source:
+        _refuse_unknown(storage, (), at)
+        return StorageConfig(strategy="", options={}, migration=config)
     strategy = _chosen(storage, list(blocks), at)
     options = (
         blocks.pop(strategy) if strategy in blocks else _options(f"{strategy}_strategy", {}, "")
@@ -462,13 +634,16 @@ def _from_mapping(source: Mapping[str, object]) -> StorageConfig:
         strategy=strategy,
         options=options,
         others=blocks,
-        migration=_model(MigrationConfig, source.get("migration", {}), "migration"),
+        migration=config,
+        follow_moves=permitted_moves(storage.get(FOLLOW_MOVES), _at(at, FOLLOW_MOVES))
+        if follows
+        else (),
     )
 
 
 def _storage_keys(storage: Mapping[str, object], at: str) -> list[str]:
     """The keys that may stand in `storage`."""
-    known = ["strategy", *(f"{name}_strategy" for name in _MODELS)]
+    known = ["strategy", *_BLOCKS, FOLLOW_MOVES]
     if not storage.keys() <= set(known):
         known += [f"{name}_strategy" for name in _registered()]
         if at == "":
@@ -477,13 +652,13 @@ def _storage_keys(storage: Mapping[str, object], at: str) -> list[str]:
 
 
 def _chosen(storage: Mapping[str, object], blocks: list[str], at: str) -> str:
-    if "strategy" not in storage:
+    name = storage.get("strategy")
+    if name is None:
         if len(blocks) == 1:
             return blocks[0]
         found = f"there are blocks for {', '.join(blocks)}" if blocks else "no strategy is named"
         raise ConfigurationError(f"{_at(at, 'strategy')}: needed, because {found}")
     path = _at(at, "strategy")
-    name = storage["strategy"]
     if not isinstance(name, str):
         raise ConfigurationError(f"{path}: expected str, got {_type_name(name)}")
     name = str(_expand(name, path))
@@ -522,6 +697,8 @@ def _model(model: type[ModelT], data: object, path: str) -> ModelT:
     _refuse_unknown(block, kinds, path)
     values: dict[str, object] = {}
     for name, value in block.items():
+        if value is None:
+            continue  # the default
         inner = _at(path, name)
         part = model._parts.get(name)
         if part is not None and isinstance(value, Mapping):
@@ -535,7 +712,11 @@ def _model(model: type[ModelT], data: object, path: str) -> ModelT:
 def _leaf(value: object, kind: Any, path: str) -> object:
     """A value made ready for the check of its type."""
     if isinstance(value, Mapping):
-        return {name: _leaf(each, str, _at(path, name)) for name, each in value.items()}
+        return {
+            name: _leaf(each, str, _at(path, name))
+            for name, each in value.items()
+            if each is not None
+        }
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if not isinstance(value, str):
@@ -588,6 +769,8 @@ def _checked(value: object, kind: Any, path: str) -> object:
     else:
         if isinstance(converted, str) and "\x00" in converted:
             problem = "text with U+0000"
+        elif isinstance(converted, str) and re.search(_NO_TEXT, converted):
+            problem = "text with a lone surrogate"
         elif isinstance(converted, float) and not isfinite(converted):
             problem = "expected a finite number"
         else:
@@ -686,6 +869,7 @@ def _known(name: str, names: list[str]) -> str:
 
 # Patterns that most programs never need stay text here; `re` compiles and keeps them at first use.
 _REFERENCE: Final = r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?"
+_NO_TEXT: Final = "[\ud800-\udc7f\udd00-\udfff]"  # the others stand for bytes of a file's name
 _SURROGATE: Final = "[\ud800-\udfff]"
 
 
@@ -721,7 +905,7 @@ def _expand(text: str, path: str, inserted: Callable[[str], str] = str) -> str:
 # -- files ----------------------------------------------------------------------------------
 
 
-def _from_file(path: str) -> StorageConfig:
+def _from_file(path: str, *, follows: bool = True) -> StorageConfig:
     data = _decoded(_read(path), path)
     with _in(f"{path}: "):
         if isinstance(data, Mapping) and not _is_config(data):
@@ -729,7 +913,7 @@ def _from_file(path: str) -> StorageConfig:
                 "not a configuration, which has a key 'storage'; "
                 f"for a store in that file, did you mean 'json:{path}'?"
             )
-        return _from_mapping(_mapping(data, ""))
+        return _from_mapping(_mapping(data, ""), follows=follows)
 
 
 def _read(path: str) -> bytes:
@@ -804,25 +988,32 @@ def _missing_file(path: str) -> ConfigurationError:
     )
 
 
-def _from_url(scheme: str, url: str) -> StorageConfig:
-    rest = _expand(url, f"{scheme}: URL", _quoted)[len(scheme) + 1 :]
+def _from_url(scheme: str, url: str, *, follows: bool = True) -> StorageConfig:
+    # Variables of an inner URL are replaced when that is loaded: else they would be decoded twice.
+    moves = re.findall(_FOLLOW, url)
+    rest = _expand(re.sub(_FOLLOW, r"\1", url), f"{scheme}: URL", _quoted)[len(scheme) + 1 :]
     body, _, query = rest.partition("?")
     with _in(f"{scheme}: URL: "):
+        permitted = permitted_moves([_unquoted(each) for _, each in moves]) if follows else ()
         if scheme not in _URLS:
-            return _third_party(scheme, f"{scheme}:{body}", query)
+            return _third_party(scheme, f"{scheme}:{body}", query, permitted)
         strategy, parts = _URLS[scheme]
         given = {name: each for name, each in parts(body).items() if each}
         if scheme == "postgresql" and "@" in query:
             raise _unencoded()  # the `?` may be one inside a password, and keys are named
         _add_query(given, query)
         block = _options(f"{strategy}_strategy", _nested(given), "")
-    return StorageConfig(strategy=strategy, options=block)
+    return StorageConfig(strategy=strategy, options=block, follow_moves=permitted)
 
 
-def _third_party(scheme: str, url: str, query: str) -> StorageConfig:
+def _third_party(
+    scheme: str, url: str, query: str, permitted: tuple[StorageConfig, ...]
+) -> StorageConfig:
     given = {"url": url}
     _add_query(given, query)
-    return StorageConfig(strategy=scheme, options=cast("Mapping[str, Value]", given))
+    return StorageConfig(
+        strategy=scheme, options=cast("Mapping[str, Value]", given), follow_moves=permitted
+    )
 
 
 def _json_url(body: str) -> dict[str, str]:
@@ -901,6 +1092,7 @@ def _unencoded() -> ConfigurationError:
     )
 
 
+_FOLLOW: Final = rf"([?&]){FOLLOW_MOVES}=([^&]*)"
 _QUERY_KEY: Final = r"[A-Za-z_][\w.-]*\Z"
 
 
@@ -930,10 +1122,14 @@ def _nested(given: Mapping[str, str]) -> dict[str, object]:
     return nested
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str, safe: str = "") -> str:
     from urllib.parse import quote
 
-    return quote(text, safe="")
+    return quote(text, safe=safe, errors="surrogateescape")
+
+
+def _quoted_path(path: str) -> str:
+    return _quoted(path, safe="/:")
 
 
 def _unquoted(text: str) -> str:
@@ -949,70 +1145,6 @@ def _unquoted(text: str) -> str:
 
 # -- redaction ------------------------------------------------------------------------------
 
-_SENSITIVE: Final = (
-    "(?i)pass|pwd|secret|token|credential|auth|(api|access|private|signing)[_-]?key"
-    "|connection[_-]?string"
-)
-_USERINFO: Final = r"(?is)([a-z][a-z0-9+._-]*://(?:[^:]*:)?|[^:]*:).*@"
-_QUERY_VALUE: Final = r"([?&])([^=&]*)=([^&]*)"
-_PATH_URLS: Final = ("json:", "sqlite:", "memory:")
-
-
-def redact_url(url: str) -> str:
-    """The URL without its password and without query values whose keys sound secret.
-
-    It hides rather too much than too little: all from the first `:` of the user's part to the last
-    `@`, because a password that was not percent-encoded may hold any character, and a user without
-    a password, because it may be a token.
-    """
-    if not url.lower().startswith(_PATH_URLS):
-        found = re.match(_USERINFO, url)
-        if found is not None:
-            url = f"{found[1]}{_HIDDEN}@{url[found.end() :]}"
-    return re.sub(_QUERY_VALUE, _redact_pair, url)
-
-
-def _redact_pair(match: re.Match[str]) -> str:
-    mark, key, value = match.groups()
-    return f"{mark}{key}={_HIDDEN if re.search(_SENSITIVE, key) else value}"
-
-
-_VARIABLE: Final = r"\$\{[A-Za-z_]\w*(:-[^{}]*)?\}"
-
-
-def recordable_url(url: str) -> str:
-    """A URL as it may be written down where others read it, and mean the same by it.
-
-    A relative path is made absolute. Secrets must be variables, as in `app:${DB_PASSWORD}@host`.
-
-    Raises:
-        ConfigurationError: it is no URL, or has a secret in it.
-    """
-    scheme = _scheme(url)
-    if scheme is None:
-        raise ConfigurationError("a URL is needed here, not the file of a configuration")
-    body, _, query = url.partition("?")
-    found = re.match(r"(?is)[a-z][a-z0-9+._-]*://(.*)@", body)
-    if found is not None:
-        password = found[1].partition(":")[2]
-        if password and not re.fullmatch(_VARIABLE, password):
-            raise ConfigurationError("this URL is recorded: write its password as ${VARIABLE}")
-    for pair in filter(None, query.split("&")):
-        key, _, value = pair.partition("=")
-        if re.search(_SENSITIVE, key) and value and not re.fullmatch(_VARIABLE, value):
-            raise ConfigurationError(f"this URL is recorded: write {key} as ${{VARIABLE}}")
-    if not url.lower().startswith(("json:", "sqlite:")):
-        return url
-    path = body.partition(":")[2]
-    absolute = path if path.startswith(("/", "$")) else f"{_quoted_path(os.getcwd())}/{path}"  # noqa: PTH109  # text, before decoding
-    return f"{scheme}:{absolute}" + (f"?{query}" if query else "")
-
-
-def _quoted_path(path: str) -> str:
-    from urllib.parse import quote
-
-    return quote(path)
-
 
 def redacted(
     config: StorageConfig | StrategyConfig | MigrationConfig | Mapping[str, object],
@@ -1025,6 +1157,8 @@ def redacted(
         blocks = {config.strategy: config.options, **config.others}
         storage: dict[str, object] = {"strategy": config.strategy}
         storage |= {f"{name}_strategy": options for name, options in blocks.items()}
+        if config.follow_moves:
+            storage[FOLLOW_MOVES] = [redacted(each)["storage"] for each in config.follow_moves]
         config = {"storage": storage, "migration": config.migration}
     return cast("dict[str, Value]", _redact("", config))
 
@@ -1033,15 +1167,15 @@ def _redact(name: str, value: object) -> Value:
     if isinstance(value, _Shown):
         value = {each: getattr(value, each) for each in value.__struct_fields__}
     if isinstance(value, Secret):
-        return _HIDDEN
+        return HIDDEN
     if value is None or isinstance(value, bool):
         return value
-    if re.search(_SENSITIVE, name):
-        return _HIDDEN
+    if is_sensitive(name):
+        return HIDDEN
     if isinstance(value, Mapping):
         return {str(each): _redact(str(each), inner) for each, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_redact("", each) for each in value]
     if isinstance(value, str):
-        return redact_url(value) if _SCHEME.match(value) else value
+        return redact_url(value) if _SCHEME.match(value) else redact_text(value)
     return value if isinstance(value, int | float) else str(value)

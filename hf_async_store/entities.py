@@ -353,12 +353,15 @@ class Field(msgspec.Struct, frozen=True):
             json (anything). A null is allowed unless the field is required.
         required: an entity without it, or with null in it, is refused.
         references: the collection whose key this field holds. Needs type text.
+        enforced: False: the reference is only told. Nobody looks whether the parent is there, as
+            where parents are kept elsewhere; their collection need not be declared.
     """
 
     name: str
     type: FieldType = "text"
     required: bool = False
     references: str | None = None
+    enforced: bool = True
 
     def __post_init__(self) -> None:
         _declared_name(self.name, "field name")
@@ -463,7 +466,7 @@ class Collection:
     """All declared fields by name: the key first, then as given, then the timestamps."""
     indexes: tuple[Index, ...]
     references: tuple[Field, ...]
-    """The fields that hold a key of another collection."""
+    """The fields that hold a key of another collection, where that is enforced."""
     required: tuple[str, ...]
     typed: Mapping[str, Field]
     """The fields whose values must be checked: all but the json ones that are not required."""
@@ -486,7 +489,9 @@ class Collection:
         self.key = key
         self.fields = MappingProxyType({each.name: each for each in declared})
         self.indexes = tuple(Index(each) if isinstance(each, str) else each for each in indexes)
-        self.references = tuple(each for each in declared if each.references is not None)
+        self.references = tuple(
+            each for each in declared if each.references is not None and each.enforced
+        )
         self.required = tuple(each.name for each in declared[1:] if each.required)
         self.typed = MappingProxyType(
             {each.name: each for each in declared[1:] if each.type != "json" or each.required}

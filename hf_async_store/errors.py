@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
+from hf_async_store.redaction import redact_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -31,7 +33,8 @@ class StorageError(Exception):
     def __init__(
         self, message: str, *, retryable: bool | None = None, outcome_unknown: bool = False
     ) -> None:
-        super().__init__(message)
+        # Messages quote drivers, servers and configurations: a URL among them may hold a password.
+        super().__init__(redact_text(message))
         self.retryable: bool = self._retryable if retryable is None else retryable
         self.outcome_unknown: bool = outcome_unknown
 
@@ -240,15 +243,17 @@ class VerificationError(MigrationError):
 
 
 class StoreMovedError(StorageError):
-    """The store was moved, and this is the old place.
+    """The store is, or was, moved, and this program may not follow: the message says why.
 
     Attributes:
-        new_place: the URL of the new one, without secrets.
+        new_place: the other place, as it is recorded: a URL without secrets. Text to show and to
+            compare, never to open: whoever can write to a store can write it. A program follows
+            only to a place that `follow_moves` of its own configuration names.
     """
 
     def __init__(self, message: str, new_place: str) -> None:
         super().__init__(message)
-        self.new_place = new_place
+        self.new_place = redact_text(new_place)
 
 
 # -- what went wrong beneath ----------------------------------------------------------------

@@ -5,12 +5,16 @@ A process reads it when its lease on the last answer is over, and by that knows 
 lease which side to use: so it costs no round trip per operation. Whoever changes the phase waits until
 every lease on the one before must be over. docs/live-migration.md tells the whole protocol.
 
+What the record says is data: whoever can write to the store can write it. It chooses among the places
+that the configuration of this process names (`follow_moves`), and is never opened itself.
+
 `Moving` stands between a store and its engine, and looks like an engine itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -23,7 +27,7 @@ from contextlib import (
 )
 from hashlib import blake2b
 from types import TracebackType
-from typing import Final, Literal, TypeAlias, cast
+from typing import Annotated, Final, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -43,6 +47,7 @@ from hf_async_store.entities import (
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
+    CorruptionError,
     StorageError,
     StoreMovedError,
     UnavailableError,
@@ -82,13 +87,19 @@ Phase: TypeAlias = Literal["copying", "cut_over", "flipped", "cut_back", "moved"
 """
 
 
+_PLACE: Final = r"[a-z][a-z0-9+._-]*:[!-~]{1,4096}"
+"""The form of a place: see `StorageConfig.place`."""
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class Move(msgspec.Struct, frozen=True):
     """The record of a move. That of the source says the phase; that of the target, only where the
     source is.
 
     Attributes:
         role: of the place that holds the record. None: it is given up.
-        other: the URL of the other place; secrets in it are `${VARIABLE}`s.
+        other: the other place, as `StorageConfig.place` names it; compared, never opened.
         epoch: of whoever carries the move out; a newer one shuts out the older.
         term: counts the flips.
         version: of the record itself.
@@ -97,9 +108,9 @@ class Move(msgspec.Struct, frozen=True):
     role: Literal["source", "target"]
     phase: Phase
     other: str
-    epoch: int
-    term: int
-    version: int = 0
+    epoch: _Count
+    term: _Count
+    version: _Count = 0
 
     def put(self, **changed: object) -> Put:
         """The change that replaces this record, if nobody else has, by one that differs so."""
@@ -111,8 +122,27 @@ class Move(msgspec.Struct, frozen=True):
 
 
 def move_in(record: Record | None) -> Move | None:
-    """The move that a record is of."""
-    return None if record is None else msgspec.convert(record.entity, Move)
+    """The move that a record is of.
+
+    Raises:
+        CorruptionError: it is none.
+    """
+    if record is None:
+        return None
+    try:
+        move = msgspec.convert(record.entity, Move)
+    except msgspec.ValidationError as exc:
+        raise _no_move(str(exc)) from exc
+    if not re.fullmatch(_PLACE, move.other):
+        raise _no_move("`$.other` is no place")
+    return move
+
+
+def _no_move(problem: str) -> CorruptionError:
+    return CorruptionError(
+        f"the record {MOVE_KEY.id!r} of {MOVE.name} is not that of a live move: {problem}. "
+        "If no move is going on, take it out of the store"
+    )
 
 
 def mark_of(key: Key) -> Mark:
@@ -132,7 +162,7 @@ class _Side(msgspec.Struct):
     """Where operations go for the length of a lease.
 
     Attributes:
-        place: the URL of it; None is that of the store itself.
+        place: which it is; None is the store itself.
         engine: None is the engine that the store was opened with.
         marks: changes carry marks.
         term: of the move; 0 without one.
@@ -154,8 +184,9 @@ class _Side(msgspec.Struct):
 
 _HOME: Final = _Side(None, None, marks=False, term=0)
 
-Opening: TypeAlias = "Callable[[str | None], Engine]"
-"""An engine that knows the hidden collections: of the store itself (None), or of a URL."""
+Opening: TypeAlias = "Callable[[str | None], Engine | None]"
+"""An engine that knows the hidden collections: of the store itself (None), or of a place, if the
+configuration permits that."""
 
 
 class Moving:
@@ -164,11 +195,15 @@ class Moving:
     Args:
         home: the engine that the store was opened with.
         opening: makes the engines that a move needs, when there is one.
+        here: the place of the store itself, None if it has none that others could name.
     """
 
-    def __init__(self, home: Callable[[], Engine], opening: Opening) -> None:
+    def __init__(
+        self, home: Callable[[], Engine], opening: Opening, here: Callable[[], str | None]
+    ) -> None:
         self._home = home
         self._opening = opening
+        self._here = here
         self._side = _HOME
         self._until = 0.0  # operations begin
         self._valid_until = 0.0  # what has begun counts
@@ -213,7 +248,9 @@ class Moving:
         """Read the phase; None while it is that of a cut-over.
 
         Raises:
-            StoreMovedError: the store was moved before it was opened here.
+            StoreMovedError: the store was moved before it was opened here, or to where this process
+                may not follow.
+            CorruptionError: the record is not that of a move.
         """
         async with self._renewing:
             begun = time.monotonic()
@@ -245,7 +282,8 @@ class Moving:
         source, target = (own, move.other) if move.role == "source" else (move.other, own)
         if move.role == "target":
             found = await self._move_at(source)
-            if found is None or found.role != "source":
+            here = self._here() if own is None else own
+            if found is None or found.role != "source" or here not in (None, found.other):
                 # The source ended it, and this place was not told yet.
                 raise StoreMovedError(
                     f"the move to this store was called off; use {source}", f"{source}"
@@ -267,7 +305,10 @@ class Moving:
 
     def _engine(self, place: str | None) -> Engine:
         if place not in self._engines:
-            self._engines[place] = self._opening(place)
+            engine = self._opening(place)
+            if engine is None:
+                raise _not_permitted(f"{place}")
+            self._engines[place] = engine
         return self._engines[place]
 
     async def _end_dead(self, move: Move, source: str | None) -> None:
@@ -462,12 +503,12 @@ class _MovingSession:
         traceback: TracebackType | None,
     ) -> None:
         assert self._context is not None, "entered"
-        late: ConcurrencyConflictError | None = None
+        late: StorageError | None = None
         if exc is None and self._changes:
             try:
                 await self._still()
-            except ConcurrencyConflictError as conflict:
-                late = conflict
+            except StorageError as problem:
+                late = problem
         if late is not None:
             await self._context.__aexit__(type(late), late, None)
             raise late
@@ -565,6 +606,15 @@ def not_followed(what: str, place: str | None) -> StoreMovedError:
         f"{what} belongs to one engine and does not follow a move, so it is refused while there is "
         f"one{where}",
         place or "",
+    )
+
+
+def _not_permitted(place: str) -> StoreMovedError:
+    return StoreMovedError(
+        f"this store takes part in a live move with {place}, and which of the two counts is known "
+        "there; this program may not follow it, because `follow_moves` of its storage "
+        "configuration does not name that store: name it, or open that store instead",
+        place,
     )
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.coalescing import Coalescer
+from hf_async_store.config import StorageConfig
 from hf_async_store.engine import (
     Capabilities,
     Engine,
@@ -38,6 +39,7 @@ from hf_async_store.entities import (
     Value,
 )
 from hf_async_store.errors import (
+    ConfigurationError,
     InvalidInputError,
     StorageError,
     StoreClosedError,
@@ -45,6 +47,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.moving import HIDDEN, Moving
 from hf_async_store.query import Filters, OrderBy, Query
+from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import (
     RepositoryInterface,
     check_callable,
@@ -74,6 +77,10 @@ os.register_at_fork(after_in_child=_Forks.note)
 class StorageStrategy(RepositoryInterface):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
+    Args:
+        config: what it was configured by, with absolute paths (`config.anchored`): says where a
+            live move of it may be followed to. None: nowhere.
+
     Opening does no I/O; the first verb does. A store belongs to the event loop that it was opened
     in, and any number of its tasks may use it at once.
 
@@ -85,9 +92,13 @@ class StorageStrategy(RepositoryInterface):
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
-    def __init__(self, engine: Engine, schema: Schema) -> None:
+    obeys_moves: ClassVar[bool] = True
+    """False: what the store says of a live move is not looked at. For what reads a backup."""
+
+    def __init__(self, engine: Engine, schema: Schema, config: StorageConfig | None = None) -> None:
         super().__init__(schema)
         self._engine = engine
+        self._configured = config
         self._transactions = TransactionManager()
         self._turns = Turns()
         self._streams = OpenStreams()
@@ -96,7 +107,11 @@ class StorageStrategy(RepositoryInterface):
         self._closed = False
         can = engine.capabilities
         # What moves while it is in use is shared by processes: only there is it looked for.
-        self._moving = Moving(lambda: self._engine, self._engine_at) if can.processes else None
+        self._moving = (
+            Moving(lambda: self._engine, self._engine_at, self._own_place)
+            if can.processes and self.obeys_moves
+            else None
+        )
         if self._moving is not None:
             engine = self._moving
         self._writes: Coalescer[Change, Outcome] = Coalescer(
@@ -196,16 +211,30 @@ class StorageStrategy(RepositoryInterface):
         """Another store on the same data, with other collections."""
         raise NotImplementedError(f"{type(self).__name__} cannot be moved while it is in use")
 
-    def _engine_at(self, place: str | None) -> Engine:
-        """An engine that knows what a move keeps in a store: of this one, or of a URL."""
+    def _engine_at(self, place: str | None) -> Engine | None:
+        """An engine that knows what a move keeps in a store: of this one, or of a place, if the
+        configuration permits that."""
         collections = [*self._schema.values(), *HIDDEN]
         if place is None:
             return self._twin(collections)._engine
+        permitted = () if self._configured is None else self._configured.follow_moves
+        # What is opened is what the configuration says of the place, secrets and all.
+        chosen = next((each for each in permitted if each.place() == place), None)
+        if chosen is None:
+            return None
         # Not an import: the strategies stand above, and are found by name as everywhere.
         other: StorageStrategy = import_module("hf_async_store.strategies").open_store(
-            place, collections=collections
+            chosen, collections=collections
         )
         return other._engine
+
+    def _own_place(self) -> str | None:
+        if self._configured is None:
+            return None
+        try:
+            return self._configured.place()
+        except ConfigurationError:
+            return None
 
     @asynccontextmanager
     async def _around(self, what: str) -> AsyncGenerator[None, None]:
@@ -375,7 +404,12 @@ class StorageStrategy(RepositoryInterface):
         problems += (
             [each for each in more if each not in problems] if isinstance(more, list) else []
         )
-        return {"ok": not problems, **report, **found, "problems": problems}
+        return {
+            "ok": not problems,
+            **report,
+            **redact_texts(found),
+            "problems": redact_texts(problems),
+        }
 
     def describe(self) -> dict[str, Value]:
         """Capabilities and limits, where the data is, and the declared collections; no secrets."""
@@ -388,7 +422,7 @@ class StorageStrategy(RepositoryInterface):
                 if name != "engine"
             },
             "collections": {name: _declared(each) for name, each in self._schema.items()},
-            **self._engine.describe(),
+            **redact_texts(self._engine.describe()),
         }
 
 

@@ -598,9 +598,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  back     make the source the one that counts again, with all that was written since\n"
         "  stop     call it off before the cut-over\n"
         "  finish   give the source up for good: it then refuses to open, and names the target\n\n"
-        "Applications may use either URL, before and after, and follow by themselves. The URLs are\n"
-        "written into the stores: passwords in them must be ${VARIABLES}. An action that was\n"
-        "interrupted is given again.\n\n"
+        "Applications may use either store, before and after, and follow by themselves, if the key\n"
+        "`follow_moves` of their configuration names the other one. Recorded in the stores is only\n"
+        "where they are, without secrets. An action that was interrupted is given again.\n\n"
         f"  {PROGRAM} move start --from json:data --to json:data.json\n"
         f"  {PROGRAM} move finish --from json:data --to json:data.json\n",
     ),

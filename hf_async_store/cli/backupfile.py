@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from hf_async_store.cli.jsonfiles import EMPTY
+import msgspec
+
+from hf_async_store.cli.jsonfiles import EMPTY, as_object
 from hf_async_store.config import Filenames, JSONConfig
 from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
+from hf_async_store.moving import HIDDEN
 from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.json.files import read_file
 
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
     from hf_async_store.entities import Schema
 
 _SHOWN: Final = 5
+
+
+class _BackupStore(JSONStorageStrategy):
+    """A backup, opened as a store. It may have been made while its store was moved, or by anybody:
+    whatever it says of a live move, it is this file that was asked for."""
+
+    obeys_moves = False
 
 
 class Backup(NamedTuple):
@@ -106,7 +116,7 @@ async def _opened(folder: Path, taken: _Source, schema: Schema) -> tuple[Data, l
     else:
         name = next(iter(taken.links)).removesuffix(".gz")
         options = JSONConfig(base_path=str(folder), filenames=Filenames(single_file=name))
-    async with JSONStorageStrategy(options, collections=schema.values()) as store:
+    async with _BackupStore(options, collections=schema.values()) as store:
         data = await store.read_file()
         left_out = cast("list[str]", (await store.health())["undeclared_sections"])
     return {taken.only: data[taken.only]} if taken.only else data, left_out
@@ -137,15 +147,25 @@ async def _texts(folder: Path, taken: _Source, files: JSONFiles, data: Data) -> 
         names = {name: each for name, each in names.items() if each == taken.only}
     if files.manager.single is not (taken.names is None):
         return files.texts(data)
-    # Byte for byte, with what nobody declares in it.
+    # Byte for byte, with what nobody declares in it, but for the records of a live move.
     texts = dict.fromkeys(names, EMPTY)
     for link in taken.links:
         found = await read_file(folder / link)
         name = link.removesuffix(".gz") if taken.names else next(iter(names))
         if found is None:
             raise StorageError(f"{taken.links[link]} was there, and is gone")
-        texts[name] = found.text
+        texts[name] = found.text if taken.names else _without_moves(found.text)
     return texts
+
+
+def _without_moves(text: bytes) -> bytes:
+    """The one file of a store, without what it says of a live move: that is not restored."""
+    sections = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    hidden = {each.name for each in HIDDEN}
+    if not hidden & sections.keys():
+        return text
+    kept = {name: bytes(each) for name, each in sections.items() if name not in hidden}
+    return as_object(kept)
 
 
 def listed(names: list[str]) -> str:

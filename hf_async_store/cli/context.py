@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.failures import NothingThereError, redacted
+from hf_async_store.cli.failures import NothingThereError
 from hf_async_store.cli.output import PROGRAM, tell, write_error
 from hf_async_store.config import JSONConfig, load_config
 from hf_async_store.entities import HOST_FACTORY, Collection, Schema
 from hf_async_store.errors import ConfigurationError, InvalidInputError, OperationTimeoutError
+from hf_async_store.redaction import redact_text
 from hf_async_store.repository import within
 from hf_async_store.strategies import open_store
 
@@ -233,9 +234,9 @@ class _Told(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         cause = record.exc_info[1] if record.exc_info else None
-        tell(redacted(f"warning: {record.getMessage()}" + (f": {cause}" if cause else "")))
+        tell(redact_text(f"warning: {record.getMessage()}" + (f": {cause}" if cause else "")))
         if cause is not None and self._verbose:
-            write_error(redacted(logging.Formatter().formatException(record.exc_info)) + "\n")  # type: ignore[arg-type]
+            write_error(redact_text(logging.Formatter().formatException(record.exc_info)) + "\n")  # type: ignore[arg-type]
 
 
 @contextmanager

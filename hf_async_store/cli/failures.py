@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import re
 import traceback
 from typing import Final
 
 from hf_async_store.cli.output import PROGRAM, tell, write_error
-from hf_async_store.config import redact_url
 from hf_async_store.errors import (
     AlreadyExistsError,
     AuthenticationError,
@@ -33,6 +31,7 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.oserrors import translate_os_error
+from hf_async_store.redaction import redact_text
 
 NOT_FOUND: Final = 1
 USAGE: Final = 2
@@ -109,7 +108,7 @@ def sentence(exc: StorageError) -> str:
     if isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _IN_THE_WAY:
         hint = "a file stands where a folder is needed, or the reverse: mend the path, or move it"
     parts = [said.rstrip("."), _UNKNOWN if exc.outcome_unknown else None, hint]
-    return redacted("; ".join(each for each in parts if each))
+    return redact_text("; ".join(each for each in parts if each))
 
 
 def report(exc: StorageError, *, verbose: bool) -> int:
@@ -145,7 +144,7 @@ def report_os_error(exc: OSError, *, verbose: bool) -> int:
 def report_defect(exc: Exception, *, verbose: bool) -> int:
     """Tell an error that nobody foresaw."""
     said = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
-    tell(redacted(f"a defect of this program, please report it: {said} (--verbose shows where)"))
+    tell(redact_text(f"a defect of this program, please report it: {said} (--verbose shows where)"))
     if verbose:
         _show_traceback(exc)
     return STORAGE
@@ -153,9 +152,4 @@ def report_defect(exc: Exception, *, verbose: bool) -> int:
 
 def _show_traceback(exc: BaseException) -> None:
     for text in traceback.format_exception(exc):
-        write_error("".join(redacted(each) for each in text.splitlines(keepends=True)))
-
-
-def redacted(text: str) -> str:
-    """The text without passwords in URLs. It hides rather too much than too little."""
-    return re.sub(r"(?is)[a-z][a-z0-9+._-]*://.*", lambda found: redact_url(found[0]), text)
+        write_error("".join(redact_text(each) for each in text.splitlines(keepends=True)))

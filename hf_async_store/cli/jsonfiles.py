@@ -135,7 +135,7 @@ class JSONFiles:
         return {
             name: _section(data[collection])
             if collection is not None
-            else _text({each: _section(entities).rstrip() for each, entities in data.items()})
+            else as_object({each: _section(entities).rstrip() for each, entities in data.items()})
             for name, collection in self.manager.names.items()
             if collection is None or collection in data
         }
@@ -189,10 +189,10 @@ def dated(folder: Path, stem: str, suffix: str = "") -> Path:
 
 
 def _section(entities: Mapping[str, Entity]) -> bytes:
-    return _text({each: msgspec.json.encode(entity) for each, entity in entities.items()})
+    return as_object({each: msgspec.json.encode(entity) for each, entity in entities.items()})
 
 
-def _text(members: Mapping[str, bytes]) -> bytes:
+def as_object(members: Mapping[str, bytes]) -> bytes:
     """A JSON object with a line for each member, as the store lays out its files."""
     lines = (msgspec.json.encode(name) + b":" + text for name, text in members.items())
     return b"{\n" + b",\n".join(lines) + b"\n}\n"

@@ -15,10 +15,11 @@ from hf_async_store.cli.arguments import STORE_VARIABLE
 from hf_async_store.cli.context import collections_of, is_there, warnings_told
 from hf_async_store.cli.failures import CONFLICT, NothingThereError
 from hf_async_store.cli.progress import Bars
-from hf_async_store.config import SQLConfig, StorageConfig, load_config, redact_url
+from hf_async_store.config import SQLConfig, StorageConfig, load_config
 from hf_async_store.errors import ConfigurationError, VerificationError
 from hf_async_store.migration import MigrationTool, check_portable
 from hf_async_store.migration.tool import refuse_different
+from hf_async_store.redaction import redact_url
 from hf_async_store.repository import within
 from hf_async_store.strategies import open_store
 

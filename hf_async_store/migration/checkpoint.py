@@ -103,7 +103,7 @@ class CheckpointFile:
             raise translate_os_error(exc, f"read {self.path}") from exc
         try:
             found = msgspec.json.decode(data, type=Checkpoint)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise self._unreadable() from exc
         if found.format != _FORMAT or found.pair != self.pair:
             raise self._unreadable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
+from hf_async_store.conditions import missing_parent
 from hf_async_store.entities import VERSION, Entity, Key, check_version
 from hf_async_store.errors import InvalidInputError, StorageError
 from hf_async_store.query import build_query
@@ -113,7 +114,6 @@ class _Fitting:
             gone = {each.id for each, found in zip(missing, there, strict=True) if found is None}
             for entity in piece:
                 if entity.get(field.name) in gone:
-                    self._note(
-                        f"{declared.name} {entity.get(declared.key)!r}: {field.name} names "
-                        f"{entity[field.name]!r}, which {parent} does not have"
-                    )
+                    name = cast("str", entity[field.name])
+                    entity_id = entity.get(declared.key)
+                    self._note(str(missing_parent(declared.name, entity_id, field, name)))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Self, cast
 
 import msgspec
 
-from hf_async_store.config import recordable_url
+from hf_async_store.config import anchored, load_config
 from hf_async_store.entities import (
     ABSENT,
     HOST_FACTORY,
@@ -59,6 +59,7 @@ from hf_async_store.retrying import retry_conflicts
 from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
+    from hf_async_store.config import ConfigSource
     from hf_async_store.engine import Engine, Session
 
 _MARGIN: Final = 0.25
@@ -80,7 +81,7 @@ class LiveStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         phase: see `moving.Phase`; None: there is no move.
-        authoritative: the URL of the side that counts.
+        authoritative: the side that counts: its URL without secrets.
         waiting: marks that were not brought over yet: of the source, and of the target.
     """
 
@@ -90,37 +91,40 @@ class LiveStatus(msgspec.Struct, frozen=True):
 
 
 class LiveMove:
-    """A live move from one URL to another; an async context manager.
+    """A live move from one store to another; an async context manager.
 
     One at a time carries a move out: whoever comes later takes over, and shuts out the one before.
 
     Args:
-        source, target: URLs as every application process can use them. They are recorded in the
-            stores: secrets in them must be `${VARIABLE}`s, relative paths become absolute.
+        source, target: whatever `open_store` takes. What is recorded in the stores is only where
+            they are, without secrets and variables; the applications open the other store as
+            their own `follow_moves` says.
         collections: what the applications declare.
         rate: entities a second that are copied in the background at most.
         advance: is told of the progress.
 
     Raises:
-        ConfigurationError: a URL that cannot be used, or has a secret in it.
+        ConfigurationError: a configuration that cannot be used, or a place that no other process
+            could find.
         MigrationError: an engine that cannot take part.
     """
 
     def __init__(
         self,
-        source: str,
-        target: str,
+        source: ConfigSource,
+        target: ConfigSource,
         *,
         collections: Iterable[Collection] = HOST_FACTORY,
         rate: float = 5000.0,
         advance: Advance = lambda what, count: None,
     ) -> None:
-        self.source_url, self.target_url = recordable_url(source), recordable_url(target)
+        sides = [anchored(load_config(each)) for each in (source, target)]
+        self.source_place, self.target_place = (each.place() for each in sides)
         self._schema = Schema(collections)
         self._rate = rate
         self._advance = advance
         declared = [*self._schema.values(), *HIDDEN]
-        stores = [open_store(each, collections=declared) for each in (source, target)]
+        stores = [open_store(each, collections=declared) for each in sides]
         # The engines themselves: the stores would follow the move, and wait for this.
         self._source, self._target = (each._engine for each in stores)
         self._references = {id(each._engine): enforces_references(each) for each in stores}
@@ -158,9 +162,11 @@ class LiveMove:
         move = await self._read(self._source)
         waiting = (await self._count_marks(self._source), await self._count_marks(self._target))
         if move is None:
-            return LiveStatus(None, self.source_url, waiting)
+            return LiveStatus(None, self.source_place, waiting)
         at_target = move.phase in ("flipped", "cut_back", "moved")
-        return LiveStatus(move.phase, self.target_url if at_target else self.source_url, waiting)
+        return LiveStatus(
+            move.phase, self.target_place if at_target else self.source_place, waiting
+        )
 
     async def start(self, *, cut_over: bool = True) -> LiveStatus:
         """Copy everything to the target, follow the changes, verify, and make the target the one
@@ -222,7 +228,7 @@ class LiveMove:
             MigrationError: the target does not count yet.
         """
         move = await self._read(self._source)
-        if move is not None and move.phase == "moved" and move.other == self.target_url:
+        if move is not None and move.phase == "moved" and move.other == self.target_place:
             self._move = move  # interrupted before its end, perhaps
         else:
             await self._take_over()
@@ -267,14 +273,14 @@ class LiveMove:
             return
         await self._refuse_foreign()
         # The target first: who opens it by its URL then follows from the beginning.
-        await self._put_record(self._target, Move("target", "copying", self.source_url, 1, 0))
-        await self._put_record(self._source, Move("source", "copying", self.target_url, 1, 0))
+        await self._put_record(self._target, Move("target", "copying", self.source_place, 1, 0))
+        await self._put_record(self._source, Move("source", "copying", self.target_place, 1, 0))
         await self._take_over()
 
     async def _refuse_foreign(self) -> None:
         there = await self._read(self._target)
         if there is not None:
-            if there.other == self.source_url:
+            if there.other == self.source_place:
                 return  # a copy that an earlier move of the two left
             raise MigrationError(f"the target is part of another move, with {there.other}")
         for declared in self._schema.values():
@@ -306,7 +312,7 @@ class LiveMove:
             MigrationError: there is no such move.
         """
         move = await self._read(self._source)
-        if move is None or move.role != "source" or move.other != self.target_url:
+        if move is None or move.role != "source" or move.other != self.target_place:
             raise MigrationError(
                 "there is no move between these two"
                 + ("" if move is None else f"; the source is part of one with {move.other}")
@@ -322,10 +328,10 @@ class LiveMove:
         epoch = self._here().epoch
         if there is None:
             await self._put_record(
-                self._target, Move("target", "copying", self.source_url, epoch, 0)
+                self._target, Move("target", "copying", self.source_place, epoch, 0)
             )
         else:
-            change = there.put(role="target", phase="copying", other=self.source_url, epoch=epoch)
+            change = there.put(role="target", phase="copying", other=self.source_place, epoch=epoch)
             outcome = (await self._target.write_each([change]))[0]
             if isinstance(outcome, StorageError):
                 raise MigrationError("somebody else takes this move over just now") from outcome

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self, cast
 
 import msgspec
 
-from hf_async_store.config import MigrationConfig, load_migration
+from hf_async_store.config import MigrationConfig, absolute, load_migration
 from hf_async_store.entities import HOST_FACTORY, VERSION, Collection, Entity, canonical
 from hf_async_store.errors import (
     BatchError,
@@ -125,7 +125,10 @@ class MigrationTool:
         merge: MergeRule | None = None,
         advance: Advance = lambda what, count: None,
     ) -> None:
-        self._config = MigrationConfig() if config is None else load_migration(config)
+        given = MigrationConfig() if config is None else load_migration(config)
+        self._config = msgspec.structs.replace(
+            given, backup_location=absolute(given.backup_location)
+        )
         if merge is not None and merge not in RULES:
             raise ConfigurationError(f"merge is one of {', '.join(RULES)}, not {merge!r}")
         if self._config.cleanup_source and not self._config.validate_after_migration:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from msgspec.structs import replace
+
 from hf_async_store.entities import HOST_FACTORY, Collection
 from hf_async_store.errors import ConfigurationError
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from hf_async_store.config import StorageConfig
+    from hf_async_store.config import ConfigSource, StorageConfig
     from hf_async_store.strategy import StorageStrategy
 
 GROUP: Final = "hf_async_store.strategies"
@@ -31,6 +33,7 @@ def open_store(
     config: StorageConfig | Mapping[str, object] | str | Path,
     *,
     collections: Iterable[Collection] = HOST_FACTORY,
+    follow_moves: Iterable[ConfigSource] = (),
 ) -> StorageStrategy:
     """The store that a configuration names, to be used with `async with`.
 
@@ -40,13 +43,20 @@ def open_store(
             `postgresql://USER:PASSWORD@HOST:PORT/NAME`, `dynamodb://REGION/PREFIX`, `memory:`. A
             URL's query sets any key of the strategy's configuration.
         collections: what may be stored; the spec's schema by default.
+        follow_moves: the stores that a live move of this one may be followed to, in any of the
+            forms of `config`, beside those that `config` itself names.
 
     Raises:
         ConfigurationError: what is wrong, by its path, and what would be right.
     """
-    from hf_async_store.config import load_config
+    from hf_async_store.config import NO_STRATEGY, load_config, permitted_moves
 
     loaded = load_config(config)
+    if not loaded.strategy:
+        raise ConfigurationError(NO_STRATEGY)
+    permitted = permitted_moves(list(follow_moves))
+    if permitted:
+        loaded = replace(loaded, follow_moves=(*loaded.follow_moves, *permitted))
     return strategy_type(loaded.strategy)(loaded, collections=collections)
 
 

@@ -28,6 +28,7 @@ from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
+from hf_async_store.testing.trust import TrustContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
 
@@ -53,6 +54,7 @@ class StrategyContract(
     CancellationContract,
     StreamContract,
     ReferenceContract,
+    TrustContract,
 ):
     """What every engine must show."""
 

@@ -63,6 +63,13 @@ _PEOPLE: Final = Collection(
     "people", key="name", fields=[Field("boss", references="people")], indexes=["boss"]
 )
 
+_KEPT_ELSEWHERE: Final = Collection(
+    "jobs",
+    key="job_id",
+    fields=[Field("template_id", references="nowhere", enforced=False)],
+    indexes=["template_id"],
+)
+
 _MOMENTS: Final = (
     ("0001-01-01T00:00:00", "0001-01-01T00:00:00.000000Z"),
     ("1999-12-31T23:59:59.999999+00:00", "1999-12-31T23:59:59.999999Z"),
@@ -134,6 +141,24 @@ class ReferenceContract:
         assert await store.get_entity("requests", "orphan") is None
         assert await store.get_entity("machines", "m") is None
         assert exact(await store.get_entity("requests", "r")) == exact(before)
+
+    async def test_86_the_error_names_the_way_out(self, store: StorageStrategy) -> None:
+        if not store.capabilities.references:
+            return
+        with pytest.raises(BrokenReferenceError, match=r"enforced=False.* enforce_references"):
+            await store.create_entity("requests", _ORPHAN)
+        with pytest.raises(BrokenReferenceError, match=r"enforced=False.* enforce_references"):
+            async with store.begin_transaction() as tx:
+                await tx.create_entity("requests", _ORPHAN)
+
+    async def test_86_a_parent_that_is_kept_elsewhere(self, harness: Harness) -> None:
+        async with harness.store([_KEPT_ELSEWHERE]) as store:
+            long = {"job_id": "long", "template_id": "t" * 3000}
+            assert await store.create_entity("jobs", {"job_id": "j", "template_id": "t"}) == 1
+            assert await store.create_entity("jobs", long) == 1
+            assert await store.update_entity("jobs", "j", {"template_id": "other"}) == 2
+            assert await store.import_entities("jobs", [{**long, "version": 3}]) == [3]
+            assert await store.count_entities("jobs", {"template_id": "other"}) == 1
 
     async def test_86_deleting_a_parent_with_children(self, store: StorageStrategy) -> None:
         await _family(store)

@@ -245,6 +245,30 @@ def test_nothing_is_written_beside_a_backup(filled: Cli) -> None:
     assert [each.name for each in Path("kept").iterdir()] == ["b.json"]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
+    filled: Cli, role: str, damaged: bool
+) -> None:
+    other = f"sqlite:{Path('planted.db').absolute()}"
+    record = {"move_id": "move", "role": role, "phase": "flipped", "other": other}
+    text = {
+        "machines": {"m-9": {"machine_id": "m-9"}},
+        "hf_move": {"move": {**record, "epoch": 1, "term": 1, "version": 1}},
+        "hf_marks": {"x": {"mark_id": "x", "collection": "machines", "id": "m-9", "version": 1}},
+        "notes": {"n": {"a": 1}},
+    }
+    Path("b.json").write_text(json.dumps(text))
+    if damaged:
+        Path("data/db.json").write_text("{")
+    ran = filled("restore", "b.json")
+    assert ran.code == 0, ran.err
+    assert [each["machine_id"] for each in filled("query", "machines").rows] == ["m-9"]
+    assert not Path("planted.db").exists()
+    assert b"hf_move" not in Path("data/db.json").read_bytes()
+    assert (b"notes" in Path("data/db.json").read_bytes()) is damaged  # byte for byte, then
+
+
 @pytest.mark.parametrize(
     ("text", "code", "told"),
     [

@@ -187,8 +187,17 @@ def test_move_there_and_for_good(filled: Cli) -> None:
     assert filled("move", "status", *pair).rows[0]["phase"] is None
     ran = filled("move", "start", *pair)
     assert ran.rows[0]["phase"] == "flipped"
-    filled("put", "machines", '{"machine_id": "late"}')  # by the old URL
-    assert filled("count", "machines", "--store", TARGET).out == "4\n"
+    for words in (["put", "machines", '{"machine_id": "late"}'], ["count", "machines"]):
+        ran = filled(*words)
+        assert ran.code == 4
+        assert f"json:{Path('moved').absolute()}" in ran.message
+        assert "follow_moves" in ran.message
+    follows = ["--store", f"{STORE}?follow_moves={TARGET}"]
+    assert filled("put", "machines", '{"machine_id": "late"}', *follows).code == 0
+    permits = {"storage": {"json_strategy": {"storage_type": "split_files", "base_path": "moved"}}}
+    permits["storage"]["follow_moves"] = [STORE]  # type: ignore[assignment]
+    Path("target.json").write_text(json.dumps(permits))
+    assert filled("count", "machines", "--config", "target.json").out == "4\n"
     assert filled("move", "finish", *pair).rows[0]["phase"] == "moved"
     ran = filled("count", "machines")
     assert ran.code == 4
@@ -197,10 +206,12 @@ def test_move_there_and_for_good(filled: Cli) -> None:
     assert filled("health", "--store", TARGET).rows[0]["undeclared_sections"] == []
 
 
-def test_a_secret_in_a_recorded_url_is_refused(filled: Cli) -> None:
-    ran = filled("move", "start", "--from", STORE, "--to", "postgresql://a:hunter2@h/x")
-    assert ran.code == 2
+def test_a_secret_is_neither_recorded_nor_told(filled: Cli) -> None:
+    to = "postgresql://a:hunter2@127.0.0.1:1/x?timeout=1"
+    ran = filled("move", "start", "--from", STORE, "--to", to)
+    assert ran.code == 4
     assert "hunter2" not in ran.err
+    assert not [each for each in Path("data").rglob("*") if b"hunter2" in each.read_bytes()]
 
 
 def test_through_the_module() -> None:

@@ -84,7 +84,9 @@ def test_a_missing_parent(filled: Cli) -> None:
     ran = filled("put", "machines", '{"machine_id": "m-9", "request_id": "r-9"}')
     assert ran.code == 3
     assert ran.message == (
-        "machines 'm-9': request_id names 'r-9', which requests does not have; put that first"
+        "machines 'm-9': request_id names 'r-9', which requests does not have (if it is kept "
+        "elsewhere, declare the field with enforced=False, or set enforce_references to false); "
+        "put that first"
     )
 
 

@@ -1,6 +1,6 @@
 """What runs beside a live move in processes of its own: applications, and movers that get killed.
 
-    python live_crew.py work URL NOTES SEED        until its stdin is closed
+    python live_crew.py work URL NOTES SEED [OTHER]  until its stdin is closed; may move to OTHER
     python live_crew.py move ACTION SOURCE TARGET [KILL_AT]
 
 An application writes down what was acknowledged, one JSON line each, before it goes on. A mover
@@ -186,8 +186,8 @@ class Application:
             await asyncio.sleep(0.02)
 
 
-async def work(url: str, notes: str, seed: str) -> None:
-    async with open_store(url, collections=COLLECTIONS) as store:
+async def work(url: str, notes: str, seed: str, *follow_moves: str) -> None:
+    async with open_store(url, collections=COLLECTIONS, follow_moves=follow_moves) as store:
         application = Application(store, Path(notes), int(seed))
         print("ready", flush=True)
         running = asyncio.create_task(application.run())

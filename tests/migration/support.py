@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import strategies as st
 
-from hf_async_store import Entity, open_store
+from hf_async_store import Entity, load_config, open_store
 from hf_async_store.testing.generated import draw_fields, values
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
@@ -28,6 +28,11 @@ def json_url(kind: str, folder: Path, name: str) -> str:
 
 def opened(url: str, collections: Iterable[Collection] = CONTRACT_COLLECTIONS) -> StorageStrategy:
     return open_store(url, collections=collections)
+
+
+def place_of(url: str) -> str:
+    """How a live move names a store."""
+    return load_config(url).place()
 
 
 def settings(folder: Path, **more: object) -> Mapping[str, object]:

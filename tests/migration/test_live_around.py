@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from live_crew import COLLECTIONS
+from support import place_of
 from test_live import prepared, short_leases
 
 from hf_async_store import StorageError, StorageStrategy, StoreMovedError, moving, open_store
-from hf_async_store.config import recordable_url
 from hf_async_store.migration.live import LiveMove
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ __all__ = ["short_leases"]
 UPDATE = "UPDATE accounts SET balance = 7 WHERE account_id = 'a-0'"
 
 
-def opened(url: str) -> Any:
-    return open_store(url, collections=COLLECTIONS)
+def opened(url: str, target: str) -> Any:
+    return open_store(url, collections=COLLECTIONS, follow_moves=[target])
 
 
 async def begun(source: str, target: str, *, cut_over: bool = False) -> None:
@@ -45,7 +45,7 @@ async def balance(store: StorageStrategy) -> object:
 async def test_sql_is_refused_while_a_move_is_on(kind: str, place: Place) -> None:
     source, target = place(kind, "a"), place("json-single", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
         await store.execute_with_lock(UPDATE)
         await begun(source, target)
         with pytest.raises(StoreMovedError, match="execute_with_lock"):
@@ -56,7 +56,7 @@ async def test_sql_is_refused_while_a_move_is_on(kind: str, place: Place) -> Non
         await begun(source, target, cut_over=True)
         with pytest.raises(StoreMovedError) as caught:
             await store.execute_with_lock("SELECT balance FROM accounts")
-        assert caught.value.new_place == recordable_url(target)
+        assert caught.value.new_place == place_of(target)
         assert await balance(store) == 7
 
 
@@ -66,7 +66,7 @@ async def test_sql_that_a_move_overtakes_is_not_acknowledged(
 ) -> None:
     source, target = place(kind, "a"), place("json-single", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
         execute = store._sql.execute_with_lock
 
         async def slow(*arguments: object) -> object:
@@ -85,7 +85,7 @@ async def test_sql_in_a_transaction_that_a_move_overtakes_is_not_acknowledged(
 ) -> None:
     source, target = place("postgresql", "a"), place("json-single", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
 
         async def late() -> None:
             async with store.begin_transaction() as tx:
@@ -100,7 +100,7 @@ async def test_sql_in_a_transaction_that_a_move_overtakes_is_not_acknowledged(
 async def test_sql_goes_on_while_nothing_moves(place: Place) -> None:
     source, target = place("sqlite", "a"), place("json-single", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
         async with store.begin_transaction() as tx:
             await tx.execute_with_lock(UPDATE)
             await asyncio.sleep(moving.LEASE_SECONDS + 0.1)
@@ -114,7 +114,7 @@ async def test_sql_goes_on_while_nothing_moves(place: Place) -> None:
 async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place) -> None:
     source, target = place("dynamodb", "a"), place("json-single", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
 
         async def ask() -> list[Any]:
             found: list[Any] = await store.query_by_gsi(
@@ -141,7 +141,7 @@ async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place
         await begun(source, target, cut_over=True)
         with pytest.raises(StoreMovedError, match="query_by_gsi") as caught:
             await ask()
-        assert caught.value.new_place == recordable_url(target)
+        assert caught.value.new_place == place_of(target)
         with pytest.raises(StoreMovedError, match="condition_expression"):
             await update()
         assert await balance(store) == 7
@@ -152,7 +152,7 @@ async def test_a_conditional_update_that_a_move_overtakes_is_not_acknowledged(
 ) -> None:
     source, target = place("dynamodb", "a"), place("json-single", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
         update_where = store._dynamodb.writes.update_where
 
         async def slow(*arguments: object) -> object:
@@ -175,7 +175,7 @@ async def test_files_are_not_written_by_who_has_not_heard_of_the_move(place: Pla
     """Its lease goes on, and it looks at the record once it holds the lock."""
     source, target = place("json-single", "a"), place("json-split", "b")
     await prepared(source)
-    async with opened(source) as store:
+    async with opened(source, target) as store:
         assert await balance(store) == 100
         # The move begins within the lease: nobody waits for it to be over yet.
         async with LiveMove(source, target, collections=COLLECTIONS) as move:
@@ -189,4 +189,4 @@ async def test_files_are_not_written_by_who_has_not_heard_of_the_move(place: Pla
         await begun(source, target, cut_over=True)
         with pytest.raises(StoreMovedError, match="read lock") as caught:
             await store.read_file()
-        assert caught.value.new_place == recordable_url(target)
+        assert caught.value.new_place == place_of(target)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from live_crew import COLLECTIONS
+from support import place_of
 from test_live import Crew, audit, crew, moved, mover, prepared, short_leases
 
 from hf_async_store import StorageStrategy, StoreMovedError, open_store
-from hf_async_store.config import recordable_url
 from hf_async_store.entities import Key
 from hf_async_store.migration.live import LiveMove
 
@@ -70,10 +70,10 @@ async def one_side_counts(source: str, target: str, name: str) -> str:
     refused = []
     for url, other in ((source, target), (target, source)):
         try:
-            async with open_store(url, collections=COLLECTIONS) as store:
+            async with open_store(url, collections=COLLECTIONS, follow_moves=[other]) as store:
                 await store.save_entity("templates", {"template_id": name, "by": url})
         except StoreMovedError as exc:
-            assert exc.new_place == recordable_url(other)
+            assert exc.new_place == place_of(other)
             refused.append(url)
     assert len(refused) < 2
     async with LiveMove(source, target, collections=COLLECTIONS) as move:
@@ -84,7 +84,7 @@ async def one_side_counts(source: str, target: str, name: str) -> str:
         assert sum(holds) == 1, f"{name}: {holds}"
         status = await move.status()
         counts = source if holds[0] else target
-        assert status.authoritative == recordable_url(counts)
+        assert status.authoritative == place_of(counts)
     return counts
 
 
@@ -110,7 +110,7 @@ class Life:
             self.join(self.source)
 
     def join(self, url: str) -> None:
-        self.crew.begin(url, self._seed)
+        self.crew.begin(url, self._seed, self.source, self.target)
         self._seed += 1
 
     async def die(self, action: str, step: str) -> str:
@@ -127,7 +127,9 @@ class Life:
     async def end(self) -> StorageStrategy:
         """The store that the source has become, once everything is finished."""
         self.crew.end()
-        store = await open_store(self.target, collections=COLLECTIONS).open()
+        store = await open_store(
+            self.target, collections=COLLECTIONS, follow_moves=[self.source]
+        ).open()
         try:
             done = await audit(store, self.crew.notes(), killed=self.killed)
             assert done["count"] > 50
@@ -223,7 +225,7 @@ async def test_applications_that_die_in_each_phase(
     life = Life(source, target, crew)
     await life.begin()
     for phase in phases:
-        victim = crew.begin(source, 1000 + life.killed)
+        victim = crew.begin(source, 1000 + life.killed, target)
         time.sleep(0.4)
         if phase == "copying":
             assert mover("start", source, target, "copied").returncode == -signal.SIGKILL

@@ -27,11 +27,11 @@ from hf_async_store.config import (
     StorageConfig,
     load_config,
     load_migration,
-    redact_url,
     redacted,
     strategy_config,
 )
 from hf_async_store.errors import ConfigurationError
+from hf_async_store.redaction import redact_url
 
 # -- the spec's blocks, word for word -------------------------------------------------------
 
@@ -322,7 +322,9 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
             in_dynamodb(auto_scaling={"enable": True}),
             "dynamodb_strategy.auto_scaling.enable: unknown key",
         ),
-        ({"storage": {}, "store": 1}, "store: unknown key (known: storage, migration; did you"),
+        ({"store": 1, "strategy": "json"}, "store: unknown key (known: strategy, json_strategy"),
+        ({"storage": {}, "json_strategy": {}}, "json_strategy: belongs inside storage"),
+        ({"storage": {}, "follow_moves": []}, "follow_moves: belongs inside storage"),
         ({"storage": {"strategy": "json", "jsn_strategy": {}}}, "storage.jsn_strategy: unknown"),
         ({"strategy": "json", "colour": 1}, "colour: unknown key (known: strategy, json_strategy"),
         ({"strategy": "json", "migration": {"batch": 1}}, "migration.batch: unknown key"),
@@ -333,9 +335,10 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         ({"strategy": 5}, "strategy: expected str, got int"),
         ({"storage": []}, "storage: expected mapping, got list"),
         ({}, "strategy: needed, because no strategy is named"),
-        ({"migration": {}}, "strategy: needed"),
+        ({"storage": {}, "migration": {}}, "storage.strategy: needed"),
+        ({"colour": 1, "migration": {}}, "colour: unknown key"),
         ({"json_strategy": {}, "sql_strategy": {}}, "strategy: needed, because there are blocks"),
-        ({"json_strategy": None}, "json_strategy: expected mapping, got NoneType"),
+        ({"storage": None}, "storage: expected mapping, got NoneType"),
         ({"json_strategy": {5: 1}}, "json_strategy.5: unknown key"),
         # The block of a strategy that is not the chosen one.
         ({"strategy": "json", "sql_strategy": {"port": "x"}}, "sql_strategy.port: expected int"),
@@ -343,7 +346,6 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         (in_json(cache_size="5"), "storage.json_strategy.cache_size: expected int, got str"),
         (in_json(cache_size=True), "storage.json_strategy.cache_size: expected int, got bool"),
         (in_json(cache_size=-1), "storage.json_strategy.cache_size: expected int >= 0"),
-        (in_json(cache_size=None), "storage.json_strategy.cache_size: expected int, got null"),
         (in_json(cache_size={}), "storage.json_strategy.cache_size: expected int, got mapping"),
         (in_json(cache_size=[1]), "storage.json_strategy.cache_size: expected int, got array"),
         (in_json(sync_writes=1), "storage.json_strategy.sync_writes: expected bool, got int"),
@@ -1018,4 +1020,5 @@ print(*sorted(set(sys.modules) - before))
         "hf_async_store.config",
         "hf_async_store.entities",
         "hf_async_store.errors",
+        "hf_async_store.redaction",
     }

@@ -161,7 +161,7 @@ async def _connect(config: DynamoDBConfig) -> _Connection:
             session.create_client(
                 _SERVICE,
                 region_name=config.region,
-                endpoint_url=config.endpoint_url,
+                endpoint_url=config.endpoint,
                 config=make_config(
                     parameter_validation=False,
                     connect_timeout=config.connect_timeout,

@@ -122,7 +122,7 @@ class DynamoDBEngine:
         scaling = config.auto_scaling
         return {
             "region": config.region,
-            "endpoint_url": config.endpoint_url,
+            "endpoint_url": config.endpoint,
             "tables": {name: self.tables.name(name) for name in self.schema},
             "consistency": {
                 "reads by key": "current" if config.consistent_reads else "eventual",

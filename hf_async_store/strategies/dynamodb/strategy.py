@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from hf_async_store.config import DynamoDBConfig, StorageConfig, strategy_config
+from hf_async_store.config import (
+    DynamoDBConfig,
+    StorageConfig,
+    anchored,
+    load_config,
+    strategy_config,
+)
 from hf_async_store.entities import (
     ANY,
     HOST_FACTORY,
@@ -48,8 +54,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
         collections: Iterable[Collection] = HOST_FACTORY,
     ) -> None:
         schema = schema_of(collections)
-        self._dynamodb = DynamoDBEngine(strategy_config(config, DynamoDBConfig), schema)
-        super().__init__(self._dynamodb, schema)
+        loaded = anchored(load_config(config))
+        self._dynamodb = DynamoDBEngine(strategy_config(loaded, DynamoDBConfig), schema)
+        super().__init__(self._dynamodb, schema, loaded)
 
     def _twin(self, collections: Iterable[Collection]) -> DynamoDBStorageStrategy:
         return DynamoDBStorageStrategy(self._dynamodb.config, collections=collections)

@@ -364,7 +364,7 @@ class Tables:
     @asynccontextmanager
     async def _scaling_client(self) -> AsyncGenerator[Any, None]:
         connection = await self._client.connection()
-        endpoint = None if os.environ.get(_SCALING_ENDPOINT) else self._config.endpoint_url
+        endpoint = None if os.environ.get(_SCALING_ENDPOINT) else self._config.endpoint
         try:
             async with connection.session.create_client(
                 "application-autoscaling", region_name=connection.region, endpoint_url=endpoint

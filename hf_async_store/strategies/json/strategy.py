@@ -8,7 +8,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final, Literal, cast
 
-from hf_async_store.config import JSONConfig, StorageConfig, strategy_config
+from hf_async_store.conditions import missing_parent
+from hf_async_store.config import (
+    JSONConfig,
+    StorageConfig,
+    anchored,
+    load_config,
+    strategy_config,
+)
 from hf_async_store.entities import (
     CREATED_AT,
     HOST_FACTORY,
@@ -20,7 +27,7 @@ from hf_async_store.entities import (
     check_version,
     utc_now,
 )
-from hf_async_store.errors import BrokenReferenceError, InvalidInputError, ValueOutOfDomainError
+from hf_async_store.errors import InvalidInputError, ValueOutOfDomainError
 from hf_async_store.moving import MOVE, MOVE_KEY, move_in, not_followed
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.json.loading import State
@@ -48,8 +55,9 @@ class JSONStorageStrategy(StorageStrategy):
         collections: Iterable[Collection] = HOST_FACTORY,
     ) -> None:
         schema = schema_of(collections)
-        self._json = JSONEngine(strategy_config(config, JSONConfig), schema)
-        super().__init__(self._json, schema)
+        loaded = anchored(load_config(config))
+        self._json = JSONEngine(strategy_config(loaded, JSONConfig), schema)
+        super().__init__(self._json, schema, loaded)
 
     # -- locks and whole files ---------------------------------------------------------------
 
@@ -249,10 +257,7 @@ class JSONStorageStrategy(StorageStrategy):
                     parent = entity.get(field.name)
                     parents = wanted[cast("str", field.references)]
                     if isinstance(parent, str) and parent not in parents:
-                        raise BrokenReferenceError(
-                            f"{name} {entity_id!r}: {field.name} names {parent!r}, "
-                            f"which {field.references} does not have"
-                        )
+                        raise missing_parent(name, entity_id, field, parent)
 
 
 def _same(entity: Entity, current: Entity) -> bool:

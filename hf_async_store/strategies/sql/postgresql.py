@@ -266,7 +266,7 @@ class PostgreSQL(Dialect):
         return JSONB() if kind == "json" else Text(collation="C")
 
     def index_part(self, column: Any, field: Field) -> Any:
-        if field.type == "text" and field.references is None:
+        if field.type == "text" and not (field.references and field.enforced):
             # The server refuses index entries of more than about 2,700 bytes.
             column = func.left(column, SHORT)
         return column.nulls_first()
@@ -290,7 +290,7 @@ class PostgreSQL(Dialect):
         handle = driver.transaction(isolation="read_committed")
         await handle.start()
         await driver.execute("SET TRANSACTION READ WRITE")
-        await driver.fetch("SELECT pg_advisory_xact_lock($1)", _SCHEMA_LOCK)
+        await driver.fetch("SELECT pg_advisory_xact_lock($1::bigint)", _SCHEMA_LOCK)
         return handle
 
     def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
@@ -329,7 +329,9 @@ class PostgreSQL(Dialect):
     def source(self, kinds: Sequence[Kind], rows: int) -> str:
         arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
         columns = [f"c{n}" for n in range(len(kinds))]
-        return f"unnest({', '.join(arrays)}) AS i ({', '.join(columns)})"
+        # Of several arrays the parser itself takes the server's own; of one, whatever is found first.
+        unnest = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
+        return f"{unnest}({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
     def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
         return list(map(array_text, columns))
@@ -419,7 +421,7 @@ class PostgreSQL(Dialect):
         if op == "contains":
             return self._contains(place, value, args), True
         if op == "begins_with":
-            begins = f"starts_with({place} #>> '{{}}', {args.add(value, 'text')})"
+            begins = f"starts_with({place} #>> '{{}}'::text[], {args.add(value, 'text')})"
             return f"({_is(place, 'string')} AND {begins})", True
         return self._compared(place, op, value, args)
 
@@ -430,7 +432,7 @@ class PostgreSQL(Dialect):
             return _is(place, "array" if isinstance(value, list) else "object"), False
         kind = _JSON_TYPES[type(value)]
         if isinstance(value, str):
-            test = f"(({place} #>> '{{}}') COLLATE \"C\") {sign} {args.add(value, 'text')}"
+            test = f"(({place} #>> '{{}}'::text[]) COLLATE \"C\") {sign} {args.add(value, 'text')}"
         else:
             test = f"{place} {sign} {args.add(value, 'json')}"
         return f"({_is(place, kind)} AND {test})", True
@@ -443,7 +445,7 @@ class PostgreSQL(Dialect):
         )
         if not isinstance(value, str):
             return test
-        text = self.has_text(f"({place} #>> '{{}}')", args.add(value, "text"))
+        text = self.has_text(f"({place} #>> '{{}}'::text[])", args.add(value, "text"))
         return f"({test} OR ({_is(place, 'string')} AND {text}))"
 
     def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
@@ -501,41 +503,49 @@ class PostgreSQL(Dialect):
         return sql
 
 
+# Operators are looked up along the search path, and an exact match of anybody's in the schema of our
+# tables would be taken before an inexact one of the server's. So both sides are cast to one type here.
 _COLUMNS: Final = """
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod)
-    || CASE WHEN a.attcollation = 0 THEN '' ELSE ' COLLATE ' || l.collname END
-    || CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'
-            WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL' ELSE '' END
+    || CASE WHEN a.attcollation = 0::oid THEN ''::text
+            ELSE ' COLLATE '::text || l.collname::text END
+    || CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'::text
+            WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL'::text ELSE ''::text END
 FROM pg_attribute AS a
 JOIN pg_class AS c ON c.oid = a.attrelid
 LEFT JOIN pg_collation AS l ON l.oid = a.attcollation
 LEFT JOIN pg_constraint AS k
-    ON k.conrelid = c.oid AND k.contype = 'p' AND k.conkey = ARRAY[a.attnum]
-WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p')
-    AND c.relname = ANY($1::text[]) AND a.attnum > 0 AND NOT a.attisdropped
+    ON k.conrelid = c.oid AND k.contype = 'p'::"char"
+    AND k.conkey[1] = a.attnum AND pg_catalog.cardinality(k.conkey) = 1
+WHERE c.relnamespace = current_schema()::regnamespace::oid
+    AND c.relkind IN ('r'::"char", 'p'::"char")
+    AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
 """
 
 _INDEXES: Final = """
 SELECT c.relname::text, pg_get_indexdef(i.indexrelid) FROM pg_index AS i
 JOIN pg_class AS c ON c.oid = i.indexrelid
 JOIN pg_class AS t ON t.oid = i.indrelid
-WHERE t.relnamespace = current_schema()::regnamespace AND t.relname = ANY($1::text[])
+WHERE t.relnamespace = current_schema()::regnamespace::oid AND t.relname::text = ANY($1::text[])
 UNION ALL
 SELECT k.conname::text, '' FROM pg_constraint AS k
 JOIN pg_class AS t ON t.oid = k.conrelid
-WHERE k.contype = 'f' AND t.relnamespace = current_schema()::regnamespace
-    AND t.relname = ANY($1::text[])
+WHERE k.contype = 'f'::"char" AND t.relnamespace = current_schema()::regnamespace::oid
+    AND t.relname::text = ANY($1::text[])
 """
 
 _HEALTH: Final = """
 SELECT current_setting('server_version'), pg_database_size(current_database()),
-    pg_is_in_recovery(), (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+    pg_is_in_recovery(), (
+        SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'::text
+    ),
     current_setting('max_connections')::int
 """
 
 _SIZES: Final = """
-SELECT relname::text, pg_total_relation_size(oid) FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace AND relname = ANY($1::text[]) ORDER BY 1
+SELECT relname::text, pg_total_relation_size(oid::regclass) FROM pg_class
+WHERE relnamespace = current_schema()::regnamespace::oid AND relname::text = ANY($1::text[])
+ORDER BY 1
 """
 
 

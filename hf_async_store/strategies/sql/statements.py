@@ -263,7 +263,7 @@ class Statements:
             return ""
         conditions = []
         for n, field in enumerate(fields, first):
-            if field.references is None or field.name in kept:
+            if field.references is None or not field.enforced or field.name in kept:
                 continue
             parent = self._tables[field.references]
             itself = f" OR i.c{n} = i.c0" if field.references == table.collection.name else ""

@@ -6,7 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from hf_async_store.config import SQLConfig, StorageConfig, strategy_config
+from hf_async_store.config import (
+    SQLConfig,
+    StorageConfig,
+    anchored,
+    load_config,
+    strategy_config,
+)
 from hf_async_store.entities import HOST_FACTORY, Collection, Value
 from hf_async_store.moving import own_session
 from hf_async_store.strategies.sql.engine import SQLEngine
@@ -59,10 +65,11 @@ class SQLStorageStrategy(StorageStrategy):
         password: PasswordProvider | None = None,
     ) -> None:
         schema = schema_of(collections)
-        sql = strategy_config(config, SQLConfig)
+        loaded = anchored(load_config(config))
+        sql = strategy_config(loaded, SQLConfig)
         self._given = (sql, password)
         self._sql = SQLEngine(sql, schema, _dialect(sql, password))
-        super().__init__(self._sql, schema)
+        super().__init__(self._sql, schema, loaded)
 
     def _twin(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
         config, password = self._given
