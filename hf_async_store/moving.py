@@ -354,10 +354,13 @@ class Moving:
         return await self._home().exists()
 
     async def is_same_store(self, other: Engine) -> bool:
-        return await self._home().is_same_store(other)
+        # Of both: where their data is now, for that is what would be read and written.
+        if isinstance(other, Moving):
+            other = other.engine_of(await other.current())
+        return await self.engine_of(await self.current()).is_same_store(other)
 
     async def undeclared(self) -> list[str]:
-        return await self._home().undeclared()
+        return await self.engine_of(await self.current()).undeclared()
 
     async def explain(self, query: Query) -> Plan:
         return await self.engine_of(await self.current()).explain(query)

@@ -304,6 +304,14 @@ class StorageStrategy(RepositoryInterface):
         """Whether the store is there: its file, or one of its tables. Nothing is made."""
         return await self._usable().exists()
 
+    async def is_same_store(self, other: StorageStrategy) -> bool:
+        """Whether `other` reaches the same data, whatever either is called by; see `Engine`."""
+        return await self._usable().is_same_store(other._usable())
+
+    async def undeclared(self) -> list[str]:
+        """What is stored and no declaration covers: collections, and fields as `machines.owner`."""
+        return await self._usable().undeclared()
+
     async def explain_query(
         self,
         collection: str,
