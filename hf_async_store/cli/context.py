@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.failures import NothingThereError, redacted
+from hf_async_store.cli.failures import redacted
 from hf_async_store.cli.output import PROGRAM, tell, write_error
 from hf_async_store.config import JSONConfig, load_config
 from hf_async_store.entities import HOST_FACTORY, Collection, Schema
-from hf_async_store.errors import ConfigurationError, InvalidInputError, OperationTimeoutError
+from hf_async_store.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    OperationTimeoutError,
+    StoreNotFoundError,
+)
 from hf_async_store.repository import within
 from hf_async_store.strategies import open_store
 
@@ -54,19 +59,28 @@ class Context:
 
     # -- running -----------------------------------------------------------------------------
 
-    def run(self, work: Work, *, writes: bool = False) -> int:
+    def run(self, work: Work, *, writes: bool = False, needs_store: bool = False) -> int:
         """The exit code of `work` with the open store.
 
         Args:
             writes: `work` watches the time by itself, by `left`, because only the verbs know
                 whether what they were writing may have landed.
+            needs_store: refuse to look for anything in a store that is not there: its name may be
+                mistyped.
+
+        Raises:
+            StoreNotFoundError.
         """
         timeout: float | None = self.arguments.timeout
         self._ends = None if timeout is None else time.monotonic() + timeout
 
         async def body() -> int:
-            async with _opened(self.store) as store, within(None if writes else timeout):
-                return await work(store)
+            async with _opened(self.store) as store:
+                if needs_store:
+                    async with within(timeout):
+                        await self._require(store)
+                async with within(None if writes else timeout):
+                    return await work(store)
 
         with warnings_told(verbose=self.arguments.verbose):
             try:
@@ -93,6 +107,12 @@ class Context:
         return left
 
     @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Bounds a read of work that watches the time by itself."""
+        async with within(self.left()):
+            yield
+
+    @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Bounds work that takes no `timeout=` of its own and may write."""
         async with within(self.left(), outcome_unknown=lambda: True):
@@ -100,40 +120,23 @@ class Context:
 
     # -- is there a store at all -------------------------------------------------------------
 
-    def is_there(self) -> bool:
-        return is_there(self.config, self.schema)
-
-    def require_store(self) -> None:
-        """Refuse to look for anything in a store that is not there: its name may be mistyped.
-
-        Raises:
-            NothingThereError.
-        """
-        if not self.is_there():
-            raise NothingThereError(
+    async def _require(self, store: StorageStrategy) -> None:
+        if not await store.exists():
+            raise StoreNotFoundError(
                 f"there is no store at {self.location()}; mend --store or --config, or make an "
                 f"empty one: `{PROGRAM} init`"
             )
 
     def location(self) -> str:
-        """Where a JSON store lies, as a person would say it."""
-        options = cast("JSONConfig", self.config.options)
+        """Where the store is, as a person would say it."""
+        options = self.config.options
+        if not isinstance(options, JSONConfig):
+            from hf_async_store.migration import location_of
+
+            return location_of(self.store)
         folder = Path(options.base_path)
         single = options.storage_type == "single_file"
         return str(folder / options.filenames.single_file if single else folder)
-
-
-def is_there(config: StorageConfig, schema: Iterable[str]) -> bool:
-    """Whether there is anything of a store yet. Only files can be asked without a driver."""
-    options = config.options
-    if not isinstance(options, JSONConfig):
-        return True
-    folder = Path(options.base_path)
-    names = set(options.files(schema).values())
-    if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
-        return True
-    # Commits that no fold has brought into a file yet.
-    return any(folder.glob("*.journal.*"))
 
 
 @asynccontextmanager
