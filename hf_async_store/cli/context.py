@@ -42,6 +42,9 @@ _LAST_SECONDS: Final = 0.2
 class Context:
     """The store of one command.
 
+    Attributes:
+        was_there: the store was, before a command that writes.
+
     Raises:
         ConfigurationError: no store is named, or it cannot be used as it is written.
     """
@@ -51,6 +54,7 @@ class Context:
         self.config = _config_of(arguments)
         self.schema = Schema(collections_of(arguments.collections))
         self.store = open_store(self.config, collections=self.schema.values())
+        self.was_there = True
         self._ends: float | None = None
 
     def collection(self) -> Collection:
@@ -76,9 +80,14 @@ class Context:
 
         async def body() -> int:
             async with _opened(self.store) as store:
-                if needs_store:
+                if writes or needs_store:
                     async with within(timeout):
-                        await self._require(store)
+                        self.was_there = await store.exists()
+                if needs_store and not self.was_there:
+                    raise StoreNotFoundError(
+                        f"there is no store at {self.location()}; mend --store or --config, or "
+                        f"make an empty one: `{PROGRAM} init`"
+                    )
                 async with within(None if writes else timeout):
                     return await work(store)
 
@@ -107,25 +116,12 @@ class Context:
         return left
 
     @asynccontextmanager
-    async def reading(self) -> AsyncIterator[None]:
-        """Bounds a read of work that watches the time by itself."""
-        async with within(self.left()):
-            yield
-
-    @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Bounds work that takes no `timeout=` of its own and may write."""
         async with within(self.left(), outcome_unknown=lambda: True):
             yield
 
     # -- is there a store at all -------------------------------------------------------------
-
-    async def _require(self, store: StorageStrategy) -> None:
-        if not await store.exists():
-            raise StoreNotFoundError(
-                f"there is no store at {self.location()}; mend --store or --config, or make an "
-                f"empty one: `{PROGRAM} init`"
-            )
 
     def location(self) -> str:
         """Where the store is, as a person would say it."""

@@ -98,7 +98,7 @@ def _run(
 
     async def work() -> MigrationReport:
         async with within(arguments.timeout), tool:
-            await require_store(tool.source, "source")
+            await require_store(tool.source, "the source")
             with Bars(await _sizes(tool.source, schema)) as bars:
                 tool.advance = bars.advance
                 if arguments.resume:
@@ -172,7 +172,7 @@ def verify(arguments: Namespace) -> int:
                 await stack.enter_async_context(open_store(each, collections=schema))
                 for each in (arguments.source, arguments.target)
             ]
-            for store, what in ((source, "source"), (target, "target")):
+            for store, what in ((source, "the source"), (target, "the target")):
                 await require_store(store, what)
             sizes = await _sizes(source, schema)
             with Bars({"verify": 2 * sum(sizes.values())} if sizes else {}) as bars:

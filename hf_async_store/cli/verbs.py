@@ -116,19 +116,17 @@ class _Putting:
         self._expected = context.arguments.expected_version
         self._create = context.arguments.create or self._expected == "absent"
         self._versions: list[int | bool | StorageError] = []
-        self._is_new = False
 
     def run(self) -> int:
         status = self._context.run(self._put, writes=True)
-        if self._is_new and not all(isinstance(each, StorageError) for each in self._versions):
+        stored = [each for each in self._versions if not isinstance(each, StorageError)]
+        if stored and not self._context.was_there:
             output.tell(f"note: a new store was made at {self._context.location()}")
         return status
 
     async def _put(self, store: StorageStrategy) -> int:
         from asyncio import CancelledError
 
-        async with self._context.reading():
-            self._is_new = not await store.exists()
         pieces = [
             self._entities[start : start + _PIECE]
             for start in range(0, len(self._entities), _PIECE)

@@ -100,7 +100,7 @@ async def compare_stores(
         ConfigurationError: one of them holds what is neither declared nor to be left out.
     """
     for store, what in ((source, "the source"), (target, "the target")):
-        await require_store(store, "store")
+        await require_store(store, what)
         await refuse_undeclared(store, what, leave_out)
     return await compare_declared(source, target, limit=limit, advance=advance)
 

@@ -277,7 +277,7 @@ class LiveMove:
         await self._take_over()
 
     async def _refuse_foreign(self) -> None:
-        await require_store(self._source, "source")
+        await require_store(self._source, "the source")
         await refuse_same(self._source.is_same_store(self._target))
         await refuse_undeclared(self._source, "the source")
         there = await self._read(self._target)

@@ -54,8 +54,11 @@ def location_of(store: Asked) -> str:
     return ", ".join(parts) if parts else str(told.get("engine", "the place given"))
 
 
-async def require_store(store: Asked, what: str = "store") -> None:
+async def require_store(store: Asked, what: str = "") -> None:
     """Refuse to take for empty what is not there: its name may be mistyped. Nothing is made.
+
+    Args:
+        what: the store, as the error names it, if there are two.
 
     Raises:
         StoreNotFoundError.
@@ -63,7 +66,7 @@ async def require_store(store: Asked, what: str = "store") -> None:
     """
     if not await store.exists():
         raise StoreNotFoundError(
-            f"there is no {what} at {location_of(store)}; its name may be mistyped"
+            f"there is no store at {what and f'{what}, '}{location_of(store)}; its name may be mistyped"
         )
 
 

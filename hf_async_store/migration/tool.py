@@ -183,7 +183,7 @@ class MigrationTool:
             MigrationError: what stands in the way, as its cause.
         """
         try:
-            await require_store(self.source, "source")
+            await require_store(self.source, "the source")
             for name in self.source.collections:
                 await self.source.query_entities(name, limit=1)
         except StoreNotFoundError:
@@ -278,8 +278,8 @@ class MigrationTool:
             StoreNotFoundError: one of them is not there.
             VerificationError: they differ; the first differences are in it, by id and field.
         """
-        await require_store(self.source, "source")
-        await require_store(self.target, "target")
+        await require_store(self.source, "the source")
+        await require_store(self.target, "the target")
         await self._look_for_undeclared()
         compared = await self.compare()
         refuse_different(compared)
