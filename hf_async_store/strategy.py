@@ -306,7 +306,12 @@ class StorageStrategy(RepositoryInterface):
 
     async def is_same_store(self, other: StorageStrategy) -> bool:
         """Whether `other` reaches the same data, whatever either is called by; see `Engine`."""
-        return await self._usable().is_same_store(other._usable())
+        return await (await self._in_use()).is_same_store(await other._in_use())
+
+    async def _in_use(self) -> Engine:
+        """The engine itself: of the side that a live move has made the authoritative one."""
+        engine = self._usable()
+        return await engine.in_use() if isinstance(engine, Moving) else engine
 
     async def undeclared(self) -> list[str]:
         """What is stored and no declaration covers: collections, and fields as `machines.owner`."""
