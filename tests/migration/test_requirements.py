@@ -54,10 +54,6 @@ def other_spellings(kind: str, url: str, tmp_path: Path) -> list[str]:
         folder = tmp_path / "folder"
         folder.symlink_to(path.parent)
         spelt.append(str(folder / path.name))
-        if kind != "json-split":
-            hard = tmp_path / f"hard{path.suffix}"
-            hard.hardlink_to(path)
-            spelt.append(str(hard))
         return [f"{scheme}:{each}" for each in spelt]
     parts = urlsplit(url)
     if kind == "postgresql":
