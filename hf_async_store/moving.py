@@ -350,6 +350,10 @@ class Moving:
     def engine_of(self, side: _Side) -> Engine:
         return self._home() if side.engine is None else side.engine
 
+    async def in_use(self) -> Engine:
+        """The engine of the authoritative side."""
+        return self.engine_of(await self.current())
+
     # -- an engine ---------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -395,10 +399,10 @@ class Moving:
         return await self._home().exists()
 
     async def is_same_store(self, other: Engine) -> bool:
-        return await self._home().is_same_store(other)
+        return await (await self.in_use()).is_same_store(other)
 
     async def undeclared(self) -> list[str]:
-        return await self._home().undeclared()
+        return await (await self.in_use()).undeclared()
 
     async def explain(self, query: Query) -> Plan:
         return await self.engine_of(await self.current()).explain(query)

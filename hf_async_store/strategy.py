@@ -361,6 +361,19 @@ class StorageStrategy(RepositoryInterface):
         """Whether the store is there: its file, or one of its tables. Nothing is made."""
         return await self._usable().exists()
 
+    async def is_same_store(self, other: StorageStrategy) -> bool:
+        """Whether `other` reaches the same data, whatever either is called by; see `Engine`."""
+        return await (await self._in_use()).is_same_store(await other._in_use())
+
+    async def _in_use(self) -> Engine:
+        """The engine itself: of the side that a live move has made the authoritative one."""
+        engine = self._usable()
+        return await engine.in_use() if isinstance(engine, Moving) else engine
+
+    async def undeclared(self) -> list[str]:
+        """What is stored and no declaration covers: collections, and fields as `machines.owner`."""
+        return await self._usable().undeclared()
+
     async def explain_query(
         self,
         collection: str,

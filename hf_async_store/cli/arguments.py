@@ -349,13 +349,31 @@ def _backup(parser: argparse.ArgumentParser) -> None:
         "--keep", metavar="N", type=_at_least_one, help="keep only the last N dated backups there"
     )
     parser.add_argument(
+        "--allow-smaller",
+        action="store_true",
+        help="with --keep: remove older backups also where they hold far more than what stays",
+    )
+    parser.add_argument(
         "--copy", action="store_true", help="a copy of the data files instead (JSON stores)"
+    )
+    _add_leave_out(parser)
+
+
+def _add_leave_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--leave-out",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a collection (jobs) or field (machines.owner) that is stored, not declared, and may "
+        "stay behind; repeatable. Others are refused",
     )
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a backup: a file, or a folder of files")
     _add_merge(parser)
+    _add_leave_out(parser)
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -398,6 +416,7 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
         "--cleanup-source", action="store_true", help="empty the source once all is verified"
     )
     _add_merge(parser)
+    _add_leave_out(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="write nothing, say what would not fit")
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -419,6 +438,7 @@ def _move(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="BACKUP", nargs="?", help="a file that `backup` made")
     _add_pair(parser, required=False)
+    _add_leave_out(parser)
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from msgspec.json import encode
 from hf_async_store.cli import output
 from hf_async_store.cli.backupfile import listed, read_backup
 from hf_async_store.cli.context import Context, path_of
-from hf_async_store.cli.failures import NothingThereError
+from hf_async_store.cli.failures import CONFLICT, BackupNotFoundError
 from hf_async_store.cli.jsonfiles import JSONFiles, dated, remove
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration import backup_store, is_portable, restore_store
@@ -41,13 +41,18 @@ def backup(arguments: Namespace) -> int:
     if arguments.copy:
         return _copy(arguments)
     context = Context(arguments)
-    context.require_store()
     place = arguments.destination or context.config.migration.backup_location
     path_of(place)
 
     async def work(store: StorageStrategy) -> int:
         with output.progress("backup", is_long=True):
-            made = await backup_store(store, place, keep=arguments.keep)
+            made = await backup_store(
+                store,
+                place,
+                keep=arguments.keep,
+                allow_smaller=arguments.allow_smaller,
+                leave_out=arguments.leave_out,
+            )
         size = _bytes(Path(made.path))
         done = {
             "backup": made.path,
@@ -55,13 +60,22 @@ def backup(arguments: Namespace) -> int:
             "digests": made.digests,
             "bytes": size,
             "removed": made.removed,
+            "spared": made.spared,
+            "left_out": made.left_out,
         }
         shown = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
         gone = f"; {len(made.removed)} older removed" if made.removed else ""
         output.result(arguments, done, f"{shown} in {made.path} ({size:,} bytes){gone}")
-        return 0
+        _tell_left_out(made.left_out)
+        if made.spared:
+            output.tell(
+                f"{len(made.spared)} older backups beyond --keep stay, because they hold far more "
+                "than this one; is it the right store? If so, --allow-smaller removes them: "
+                + listed(made.spared)
+            )
+        return CONFLICT if made.spared else 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)
 
 
 def _copy(arguments: Namespace) -> int:
@@ -70,7 +84,6 @@ def _copy(arguments: Namespace) -> int:
         raise InvalidInputError("--keep does not go with --copy")
     context = Context(arguments)
     files = JSONFiles(context)
-    context.require_store()
     target = _target(arguments.destination or context.config.migration.backup_location, files)
 
     async def work(store: StorageStrategy) -> int:
@@ -81,7 +94,7 @@ def _copy(arguments: Namespace) -> int:
         output.result(arguments, done, f"{context.location()} copied to {target} ({size:,} bytes)")
         return 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)
 
 
 def _target(destination: str, files: JSONFiles) -> Path:
@@ -129,10 +142,14 @@ def backups(arguments: Namespace) -> int:
         from hf_async_store.cli.tables import show_plain
 
         show_plain(list(rows[0]), [[str(each) for each in row.values()] for row in rows])
-    if not rows:
-        context.require_store()
+    if rows:
+        return 0
+
+    async def none_yet(store: StorageStrategy) -> int:
         output.tell(f"{context.location()} has kept no backups yet")
-    return 0
+        return 0
+
+    return context.run(none_yet, needs_store=True)
 
 
 # -- restore --------------------------------------------------------------------------------
@@ -143,20 +160,23 @@ def restore(arguments: Namespace) -> int:
     source = path_of(arguments.source)
     if is_portable(source):
         return _restore_portable(arguments, context, source)
-    files = JSONFiles(context)
     if not source.exists():
-        raise NothingThereError(
+        raise BackupNotFoundError(
             f"there is no backup {source}; `{output.PROGRAM} backups` lists what the store kept"
         )
+    if not (source.is_file() or source.is_dir()):
+        raise InvalidInputError(f"{source} is neither a file nor a folder, so it is no backup")
+    files = JSONFiles(context)
     if arguments.merge is not None:
         raise InvalidInputError(f"--merge is for files that `backup` made, and {source} is none")
 
     async def work(store: StorageStrategy) -> int:
         with output.progress("restore", is_long=max(_bytes(source), files.size()) > _LONG):
             found = await read_backup(source, files, context.schema)
+            _refuse_left_out(source, found, arguments.leave_out)
             async with context.watched():
                 done = await _Restoring(files, source, found).run()
-        _tell_left_out(found)
+        _tell_left_out(found.left_out)
         shown = ", ".join(f"{count:,} {name}" for name, count in done["entities"].items())
         output.result(
             arguments,
@@ -173,15 +193,22 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
     async def work(store: StorageStrategy) -> int:
         with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
             async with context.watched():
-                found = await restore_store(store, source, merge=arguments.merge)
+                found = await restore_store(
+                    store, source, merge=arguments.merge, leave_out=arguments.leave_out
+                )
         shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
         rest = sum(each.unchanged + each.kept for each in found.merged.values())
         others = f"; {rest:,} others stayed as they were" if rest else ""
         output.result(
             arguments,
-            {"restored": str(source), "entities": to_builtins(found.merged)},
+            {
+                "restored": str(source),
+                "entities": to_builtins(found.merged),
+                "left_out": found.left_out,
+            },
             f"restored from {source}: {shown}{others}",
         )
+        _tell_left_out(found.left_out)
         return 0
 
     return context.run(work, writes=True)
@@ -248,9 +275,16 @@ def _bytes(source: Path) -> int:
     return sum(each.stat().st_size for each in found)
 
 
-def _tell_left_out(found: Backup) -> None:
-    if found.left_out:
-        output.tell(
-            f"note: left out, because no collection declares it: {listed(found.left_out)} "
-            "(--collections MODULE:NAME declares others)"
+def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
+    missing = [each for each in found.left_out if each not in leave_out]
+    if missing:
+        raise InvalidInputError(
+            f"{source} holds what no collection declares: {listed(missing)}; nothing was changed. "
+            "Declare it (--collections MODULE:NAME), or say that it is not restored "
+            "(--leave-out NAME)"
         )
+
+
+def _tell_left_out(names: list[str]) -> None:
+    if names:
+        output.tell(f"note: left out, as it was asked for: {listed(names)}")

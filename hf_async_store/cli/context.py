@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.failures import NothingThereError
 from hf_async_store.cli.output import PROGRAM, tell, write_error
 from hf_async_store.config import JSONConfig, load_config
 from hf_async_store.entities import HOST_FACTORY, Collection, Schema
-from hf_async_store.errors import ConfigurationError, InvalidInputError, OperationTimeoutError
+from hf_async_store.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    OperationTimeoutError,
+    StoreNotFoundError,
+)
 from hf_async_store.redaction import redact_text
 from hf_async_store.repository import within
 from hf_async_store.strategies import open_store
@@ -38,6 +42,9 @@ _LAST_SECONDS: Final = 0.2
 class Context:
     """The store of one command.
 
+    Attributes:
+        was_there: the store was, before a command that writes.
+
     Raises:
         ConfigurationError: no store is named, or it cannot be used as it is written.
     """
@@ -47,6 +54,7 @@ class Context:
         self.config = _config_of(arguments)
         self.schema = Schema(collections_of(arguments.collections))
         self.store = open_store(self.config, collections=self.schema.values())
+        self.was_there = True
         self._ends: float | None = None
 
     def collection(self) -> Collection:
@@ -55,19 +63,33 @@ class Context:
 
     # -- running -----------------------------------------------------------------------------
 
-    def run(self, work: Work, *, writes: bool = False) -> int:
+    def run(self, work: Work, *, writes: bool = False, needs_store: bool = False) -> int:
         """The exit code of `work` with the open store.
 
         Args:
             writes: `work` watches the time by itself, by `left`, because only the verbs know
                 whether what they were writing may have landed.
+            needs_store: refuse to look for anything in a store that is not there: its name may be
+                mistyped.
+
+        Raises:
+            StoreNotFoundError.
         """
         timeout: float | None = self.arguments.timeout
         self._ends = None if timeout is None else time.monotonic() + timeout
 
         async def body() -> int:
-            async with _opened(self.store) as store, within(None if writes else timeout):
-                return await work(store)
+            async with _opened(self.store) as store:
+                if writes or needs_store:
+                    async with within(timeout):
+                        self.was_there = await store.exists()
+                if needs_store and not self.was_there:
+                    raise StoreNotFoundError(
+                        f"there is no store at {self.location()}; mend --store or --config, or "
+                        f"make an empty one: `{PROGRAM} init`"
+                    )
+                async with within(None if writes else timeout):
+                    return await work(store)
 
         with warnings_told(verbose=self.arguments.verbose):
             try:
@@ -101,40 +123,16 @@ class Context:
 
     # -- is there a store at all -------------------------------------------------------------
 
-    def is_there(self) -> bool:
-        return is_there(self.config, self.schema)
-
-    def require_store(self) -> None:
-        """Refuse to look for anything in a store that is not there: its name may be mistyped.
-
-        Raises:
-            NothingThereError.
-        """
-        if not self.is_there():
-            raise NothingThereError(
-                f"there is no store at {self.location()}; mend --store or --config, or make an "
-                f"empty one: `{PROGRAM} init`"
-            )
-
     def location(self) -> str:
-        """Where a JSON store lies, as a person would say it."""
-        options = cast("JSONConfig", self.config.options)
+        """Where the store is, as a person would say it."""
+        options = self.config.options
+        if not isinstance(options, JSONConfig):
+            from hf_async_store.migration import location_of
+
+            return location_of(self.store)
         folder = Path(options.base_path)
         single = options.storage_type == "single_file"
         return str(folder / options.filenames.single_file if single else folder)
-
-
-def is_there(config: StorageConfig, schema: Iterable[str]) -> bool:
-    """Whether there is anything of a store yet. Only files can be asked without a driver."""
-    options = config.options
-    if not isinstance(options, JSONConfig):
-        return True
-    folder = Path(options.base_path)
-    names = set(options.files(schema).values())
-    if any((folder / f"{each}{suffix}").exists() for each in names for suffix in ("", ".gz")):
-        return True
-    # Commits that no fold has brought into a file yet.
-    return any(folder.glob("*.journal.*"))
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from hf_async_store.errors import (
     ReadOnlyError,
     RetriesExhaustedError,
     StorageError,
+    StoreNotFoundError,
     TargetNotEmptyError,
     ThrottledError,
     UnknownCollectionError,
@@ -44,13 +45,14 @@ _SHOWN: Final = 10
 _IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
-class NothingThereError(StorageError):
-    """What a command needs to be there is not: the store, a backup."""
+class BackupNotFoundError(StorageError):
+    """The backup that a command was given is not there."""
 
 
 _CODES: Final[tuple[tuple[type[StorageError], int], ...]] = (
     (EntityNotFoundError, NOT_FOUND),
-    (NothingThereError, NOT_FOUND),
+    (StoreNotFoundError, NOT_FOUND),
+    (BackupNotFoundError, NOT_FOUND),
     (InvalidInputError, USAGE),
     (ConfigurationError, USAGE),
     (ConcurrencyConflictError, CONFLICT),

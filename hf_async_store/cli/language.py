@@ -40,6 +40,8 @@ OPERATORS: Final[tuple[str, ...]] = get_args(OpName)
 _LISTS: Final = ("in", "not_in", "between")
 _TEXTS: Final = ("contains", "begins_with")
 _LONG: Final = 80
+_LONGEST_INDEX: Final = 18
+"""Digits. No list is that long, and Python refuses to read thousands of them."""
 
 # -- filters --------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ def _leading_steps(word: str) -> tuple[Steps | None, str]:
 
     try:
         steps, end = JSONDecoder().raw_decode(word)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InvalidInputError(
             f"{_shown(word)} begins with [ but with no JSON list of steps"
         ) from exc
@@ -229,7 +231,11 @@ def steps_of(place: str, word: str | None = None) -> Steps:
     parts = place.split("/")
     if not all(parts):
         raise InvalidInputError(f"{_shown(word or place)}: the name of a field is missing")
-    return (parts[0], *(int(each) if each.isdecimal() else each for each in parts[1:]))
+    return (parts[0], *(int(each) if _is_index(each) else each for each in parts[1:]))
+
+
+def _is_index(step: str) -> bool:
+    return step.isascii() and step.isdecimal() and len(step) <= _LONGEST_INDEX
 
 
 # -- values ---------------------------------------------------------------------------------

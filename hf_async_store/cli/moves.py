@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,12 +13,12 @@ import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.context import collections_of, is_there, warnings_told
-from hf_async_store.cli.failures import CONFLICT, NothingThereError
+from hf_async_store.cli.context import collections_of, warnings_told
+from hf_async_store.cli.failures import CONFLICT, BackupNotFoundError
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import SQLConfig, StorageConfig, load_config
 from hf_async_store.errors import ConfigurationError, VerificationError
-from hf_async_store.migration import MigrationTool, check_portable
+from hf_async_store.migration import MigrationTool, check_portable, compare_stores, require_store
 from hf_async_store.migration.tool import refuse_different
 from hf_async_store.redaction import redact_url
 from hf_async_store.repository import within
@@ -87,18 +88,18 @@ def _run(
     arguments: Namespace, source: StorageConfig, target: StorageConfig, config: MigrationConfig
 ) -> int:
     schema = tuple(collections_of(arguments.collections))
-    if not is_there(source, [each.name for each in schema]):
-        raise NothingThereError("there is no store at the source; its name may be mistyped")
     tool = MigrationTool(
         source,
         target,
         _configured(arguments, config),
         collections=schema,
         merge=arguments.merge,
+        leave_out=arguments.leave_out,
     )
 
     async def work() -> MigrationReport:
         async with within(arguments.timeout), tool:
+            await require_store(tool.source, "the source")
             with Bars(await _sizes(tool.source, schema)) as bars:
                 tool.advance = bars.advance
                 if arguments.resume:
@@ -133,6 +134,8 @@ def _show_report(arguments: Namespace, report: MigrationReport) -> None:
         output.line(_sentence(report))
     for each in report.notices:
         output.tell(f"note: {each}")
+    for each in report.left_out:
+        output.tell(f"note: left in the source, as it was asked for: {each}")
     for each in report.problems:
         output.tell(f"would not fit: {each}")
     if report.more_problems:
@@ -170,11 +173,16 @@ def verify(arguments: Namespace) -> int:
                 await stack.enter_async_context(open_store(each, collections=schema))
                 for each in (arguments.source, arguments.target)
             ]
-            tool = MigrationTool(source, target)
+            for store, what in ((source, "the source"), (target, "the target")):
+                await require_store(store, what)
             sizes = await _sizes(source, schema)
             with Bars({"verify": 2 * sum(sizes.values())} if sizes else {}) as bars:
-                tool.advance = bars.advance
-                return await tool.compare()
+                return await compare_stores(
+                    source,
+                    target,
+                    leave_out=arguments.leave_out,
+                    advance=partial(bars.advance, "verify"),
+                )
 
     with warnings_told(verbose=arguments.verbose):
         compared = asyncio.run(work())
@@ -205,6 +213,8 @@ def _show_comparison(arguments: Namespace, compared: Comparison) -> None:
 
 def _verify_backup(arguments: Namespace) -> int:
     path = Path(arguments.backup)
+    if not path.exists():
+        raise BackupNotFoundError(f"there is no backup {path}")
 
     async def work() -> dict[str, int]:
         async with within(arguments.timeout):

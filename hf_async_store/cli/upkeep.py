@@ -40,7 +40,6 @@ def init(arguments: Namespace) -> int:
 
 def health(arguments: Namespace) -> int:
     context = Context(arguments)
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         report = await store.health()
@@ -51,7 +50,7 @@ def health(arguments: Namespace) -> int:
             output.tell(f"problem: {each}")
         return STORAGE if problems else 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)
 
 
 def describe(arguments: Namespace) -> int:
@@ -107,7 +106,6 @@ _COUNTED: Final = {
 def checkpoint(arguments: Namespace) -> int:
     context = Context(arguments)
     json_store = as_json(context.store)
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         await json_store.checkpoint(arguments.adopt)
@@ -117,7 +115,7 @@ def checkpoint(arguments: Namespace) -> int:
         output.result(arguments, done, f"{where} holds everything{taken}")
         return 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)
 
 
 def demo(arguments: Namespace) -> int:

@@ -33,7 +33,6 @@ _READ: Final = 1 << 16
 def get(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         found = await store.get_entities(collection.name, arguments.ids)
@@ -47,7 +46,7 @@ def get(arguments: Namespace) -> int:
                 show(entity)
         return NOT_FOUND if missing else 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)
 
 
 # -- put ------------------------------------------------------------------------------------
@@ -119,9 +118,9 @@ class _Putting:
         self._versions: list[int | bool | StorageError] = []
 
     def run(self) -> int:
-        is_new = not self._context.is_there()
         status = self._context.run(self._put, writes=True)
-        if is_new and self._context.is_there():
+        stored = [each for each in self._versions if not isinstance(each, StorageError)]
+        if stored and not self._context.was_there:
             output.tell(f"note: a new store was made at {self._context.location()}")
         return status
 
@@ -218,7 +217,6 @@ def update(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
     changes = changes_of(arguments.changes, arguments.remove, collection)
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         version = await store.update_entity(
@@ -232,7 +230,7 @@ def update(arguments: Namespace) -> int:
         output.result(arguments, done, f"{_named(collection, done)} updated, version {version}")
         return 0
 
-    return context.run(work, writes=True)
+    return context.run(work, writes=True, needs_store=True)
 
 
 def delete(arguments: Namespace) -> int:
@@ -240,7 +238,6 @@ def delete(arguments: Namespace) -> int:
     collection = context.collection()
     if arguments.expected_version is not None and len(arguments.ids) > 1:
         raise InvalidInputError("--expected-version is for one id")
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         expected = _expected(arguments)
@@ -258,7 +255,7 @@ def delete(arguments: Namespace) -> int:
             raise
         return _show_deleted(arguments, collection, done)
 
-    return context.run(work, writes=True)
+    return context.run(work, writes=True, needs_store=True)
 
 
 def _show_deleted(arguments: Namespace, collection: Collection, done: Sequence[Any]) -> int:
@@ -287,7 +284,6 @@ def query(arguments: Namespace) -> int:
     filters = filters_of(arguments.filters, collection)
     order = order_of(arguments.order)
     fields = None if arguments.fields is None else _field_names(arguments.fields)
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         if arguments.explain:
@@ -306,7 +302,7 @@ def query(arguments: Namespace) -> int:
                     output.json_line(each)
         return 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)
 
 
 def _field_names(text: str) -> list[str]:
@@ -331,10 +327,9 @@ def count(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
-    context.require_store()
 
     async def work(store: StorageStrategy) -> int:
         output.json_line(await store.count_entities(collection.name, filters))
         return 0
 
-    return context.run(work)
+    return context.run(work, needs_store=True)

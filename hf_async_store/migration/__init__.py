@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from hf_async_store.migration.backup import (
-    BackupResult,
-    RestoreResult,
-    backup_store,
-    restore_store,
-)
+from hf_async_store.migration.backup import BackupResult, backup_store
 from hf_async_store.migration.comparing import (
     CollectionComparison,
     Comparison,
@@ -17,12 +12,10 @@ from hf_async_store.migration.comparing import (
 from hf_async_store.migration.copying import MigrationBatch
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merging import Merged, MergeRule
-from hf_async_store.migration.portable import (
-    check_portable,
-    is_portable,
-    read_header,
-    read_portable,
-)
+from hf_async_store.migration.portable import is_portable, read_header, read_portable
+from hf_async_store.migration.proving import check_portable
+from hf_async_store.migration.requirements import location_of, require_store
+from hf_async_store.migration.restoring import RestoreResult, restore_store
 from hf_async_store.migration.tool import CollectionReport, MigrationReport, MigrationTool
 
 __all__ = [
@@ -39,11 +32,12 @@ __all__ = [
     "MigrationTool",
     "RestoreResult",
     "backup_store",
-    "canonical",
     "check_portable",
     "compare_stores",
     "is_portable",
+    "location_of",
     "read_header",
     "read_portable",
+    "require_store",
     "restore_store",
 ]

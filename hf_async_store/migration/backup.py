@@ -1,65 +1,61 @@
-"""Backups of any store in the portable form: making, keeping the last few, restoring."""
+"""Backups of any store in the portable form: making them, and keeping the last few."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hf_async_store.entities import Schema
-from hf_async_store.errors import InvalidInputError, TargetNotEmptyError
-from hf_async_store.migration.merging import Merged, MergeRule, put
-from hf_async_store.migration.portable import (
-    check_portable,
-    read_header,
-    read_portable,
-    refuse_other_schema,
-    write_portable,
+from hf_async_store.errors import InvalidInputError, StorageError
+from hf_async_store.migration.portable import read_header, write_portable
+from hf_async_store.migration.requirements import (
+    check_leave_out,
+    refuse_undeclared,
+    require_store,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Collection, Sequence
 
     from hf_async_store.strategy import StorageStrategy
 
 SUFFIX: Final = ".jsonl.gz"
 _DATED: Final = re.compile(r"(?P<stem>.+)_(?P<time>\d{8}T\d{6}Z)(?:-\d+)?" + re.escape(SUFFIX))
-_BATCH: Final = 1000
 
 
 class BackupResult(msgspec.Struct, frozen=True):
     """A backup that was made.
 
     Attributes:
-        path: where it lies.
+        path: where it is.
         counts, digests: by collection.
         removed: older backups that went, because only so many are kept.
+        spared: older backups that should have gone, and stay because this one holds far less than
+            they do: see `allow_smaller` of `backup_store`.
+        left_out: what the store holds and is not in it, as it was asked for.
     """
 
     path: str
     counts: dict[str, int]
     digests: dict[str, str]
     removed: list[str]
-
-
-class RestoreResult(msgspec.Struct, frozen=True):
-    """A backup that was restored.
-
-    Attributes:
-        merged: by collection, what became of its entities.
-    """
-
-    path: str
-    merged: dict[str, Merged]
+    spared: list[str] = []
+    left_out: list[str] = []
 
 
 async def backup_store(
-    store: StorageStrategy, location: str | Path, *, keep: int | None = None, stem: str = "backup"
+    store: StorageStrategy,
+    location: str | Path,
+    *,
+    keep: int | None = None,
+    allow_smaller: bool = False,
+    stem: str = "backup",
+    leave_out: Collection[str] = (),
 ) -> BackupResult:
     """Write everything that a store holds to a portable file: one moment of it, if the engine can.
 
@@ -67,23 +63,43 @@ async def backup_store(
         location: a new file; or a folder, by a `/` at its end or because it is one, for a file with
             a dated name.
         keep: afterwards only so many dated files of this `stem` stay in the folder, the newest.
+        allow_smaller: remove the others also where this backup is empty, or holds less than half
+            of what the one before did, or those that stay less than half of one that goes.
+        leave_out: what is stored, not declared and not to be in the backup: collections (`jobs`)
+            and fields (`machines.owner`). Whatever else is not declared is refused.
 
     Raises:
         InvalidInputError: there is such a file; or `keep` without a folder.
+        StoreNotFoundError: there is no store; no file was made.
+        ConfigurationError: the store holds what is not declared.
         StorageError: of the store, or of the disk.
     """
     path, is_dated = await asyncio.to_thread(_destination, str(location), stem)
     if keep is not None and (keep < 1 or not is_dated):
         raise InvalidInputError("keep is a number from 1 on, and needs a folder of dated backups")
+    check_leave_out(leave_out, store.collections)
+    await require_store(store)
+    left_out = await refuse_undeclared(store, "the store", leave_out)
     sort = store.capabilities.default_order != "id"
     async with store.snapshot() as reader:
         digests = await write_portable(path, reader, store.collections, sort=sort)
-    removed = await asyncio.to_thread(_retire, path, stem, keep) if keep is not None else []
+    counts = {name: each.count for name, each in digests.items()}
+    removed: list[Path] = []
+    spared: list[Path] = []
+    if keep is not None:
+        others = await asyncio.to_thread(_others, path, stem)
+        surplus = others[keep - 1 :]
+        if surplus and not allow_smaller:
+            spared = await _worth_more(sum(counts.values()), others, keep)
+        removed = [each for each in surplus if each not in spared]
+        await asyncio.to_thread(_remove, removed)
     return BackupResult(
         str(path),
-        {name: each.count for name, each in digests.items()},
+        counts,
         {name: str(each) for name, each in digests.items()},
         [str(each) for each in removed],
+        [str(each) for each in spared],
+        left_out,
     )
 
 
@@ -102,65 +118,46 @@ def _destination(location: str, stem: str) -> tuple[Path, bool]:
     return dated, True
 
 
-def _retire(newest: Path, stem: str, keep: int) -> list[Path]:
-    """Remove all but the last backups of this name; what is named otherwise is not looked at."""
+# -- which stay -----------------------------------------------------------------------------
+
+
+def _others(newest: Path, stem: str) -> list[Path]:
+    """The other dated backups of this name, newest first; what is named otherwise is not looked at."""
     found = []
     for each in newest.parent.iterdir():
         match = _DATED.fullmatch(each.name)
         if match is not None and match["stem"] == stem and each != newest:
             found.append((match["time"], each.stat().st_mtime_ns, each))
-    gone = [each for _, _, each in sorted(found, reverse=True)[keep - 1 :]]
-    for each in gone:
+    return [each for _, _, each in sorted(found, reverse=True)]
+
+
+async def _worth_more(count: int, others: Sequence[Path], keep: int) -> list[Path]:
+    """Of those that would go, the ones that hold far more than what stays.
+
+    A store that was mistyped or emptied must not take the good backups with it, one a night.
+    """
+    counts = [await _count_in(each) for each in others]
+    before = next((each for each in counts if each is not None), 0)
+    surplus = list(zip(others, counts, strict=True))[keep - 1 :]
+    if _is_far_less(count, before) or count == 0:
+        return [each for each, held in surplus if held]
+    most = max([count, *(each or 0 for each in counts[: keep - 1])])
+    return [each for each, held in surplus if _is_far_less(most, held or 0)]
+
+
+def _is_far_less(count: int, other: int) -> bool:
+    return 2 * count < other
+
+
+async def _count_in(path: Path) -> int | None:
+    """How many entities a backup holds, by its header; None if that cannot be read."""
+    try:
+        return sum(each.count for each in (await read_header(path)).collections)
+    except StorageError:
+        return None
+
+
+def _remove(backups: Sequence[Path]) -> None:
+    for each in backups:
         with suppress(FileNotFoundError):  # another backup was faster
             each.unlink()
-    return gone
-
-
-async def restore_store(
-    store: StorageStrategy,
-    path: str | Path,
-    *,
-    merge: MergeRule | None = None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> RestoreResult:
-    """Bring a portable backup into a store: versions and timestamps as they were.
-
-    The whole file is read and proven before anything is written. Entities come in batches; a
-    restore that was interrupted is run again, with `merge="replace"`.
-
-    Args:
-        merge: how to settle with what is there (see `MergeRule`); None needs an empty store.
-
-    Raises:
-        CorruptionError: the file is truncated or was altered; nothing was written.
-        InvalidInputError: it is no portable backup, or of collections that are not declared.
-        TargetNotEmptyError: the store is not empty, and there is no rule.
-        BatchError: something of it cannot be stored here.
-    """
-    path = Path(path)
-    refuse_other_schema(await read_header(path), Schema(store.collections.values()), path)
-    await check_portable(path)
-    if merge is None:
-        await refuse_full(store, "restore", "--merge keep, replace or newest says what counts")
-    merged = {name: Merged() for name in store.collections}
-    async with aclosing(read_portable(path)) as pieces:
-        async for name, entities in pieces:
-            for start in range(0, len(entities), _BATCH):
-                batch = entities[start : start + _BATCH]
-                merged[name].add(await put(store, name, batch, merge, stored=False))
-                advance(len(batch))
-    return RestoreResult(str(path), merged)
-
-
-async def refuse_full(store: StorageStrategy, what: str, way_out: str) -> None:
-    """Refuse a store that holds anything.
-
-    Raises:
-        TargetNotEmptyError.
-    """
-    full = [name for name in store.collections if await store.query_entities(name, limit=1)]
-    if full:
-        counts = ", ".join([f"{await store.count_entities(each):,} {each}" for each in full])
-        raise TargetNotEmptyError(
-            f"the target of the {what} is not empty ({counts}), and nothing was written; {way_out}"
-        )

@@ -11,12 +11,13 @@ import os
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
 
 from hf_async_store.engine import finish
 from hf_async_store.errors import CorruptionError
+from hf_async_store.migration.digest import PATTERN
 from hf_async_store.migration.merging import MergeRule
 from hf_async_store.oserrors import translate_os_error
 
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
 _FORMAT: Final = "hf_async_store checkpoint 1"
-_PLACE: Final = ("type", "name", "host", "port", "region", "table_prefix", "endpoint_url")
+_PLACE: Final = ("type", "name", "host", "port", "schema", "region", "table_prefix", "endpoint_url")
+_MOST_BYTES: Final = 16 << 20
+"""A checkpoint holds a few numbers for each collection."""
+
+_Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+_DigestText: TypeAlias = Annotated[str, msgspec.Meta(pattern=PATTERN)]
 
 
 class Progress(msgspec.Struct):
@@ -37,8 +43,8 @@ class Progress(msgspec.Struct):
     """
 
     cursor: str | None = None
-    count: int = 0
-    digest: str | None = None
+    count: _Number = 0
+    digest: _DigestText | None = None
     done: bool = False
 
 
@@ -52,7 +58,7 @@ class Checkpoint(msgspec.Struct):
     """
 
     pair: str
-    batch_size: int
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
     rule: MergeRule | None
     merge: MergeRule | None
     collections: dict[str, Progress]
@@ -61,7 +67,10 @@ class Checkpoint(msgspec.Struct):
 
 
 def identity(store: StorageStrategy) -> str:
-    """What tells a store from others: where it is, and not how it is opened."""
+    """What a checkpoint is found by: where a store is, as it is spelt, and not how it is opened.
+
+    Two spellings are two; whether two stores are one is for `is_same_store` to say.
+    """
     told = {
         name: value
         for name, value in store.describe().items()
@@ -70,8 +79,8 @@ def identity(store: StorageStrategy) -> str:
     configured = store.describe().get("configuration")
     settings = configured if isinstance(configured, dict) else {}
     place: dict[str, Value] = {name: settings[name] for name in _PLACE if name in settings}
-    if not store.capabilities.durable:
-        place["object"] = id(store)  # it is nowhere else
+    if not (store.capabilities.durable or store.capabilities.processes):
+        place["object"] = id(store)  # no other process, now or later, has this one
     text = msgspec.json.encode({**told, **place}, order="deterministic")
     return blake2b(text, digest_size=8).hexdigest()
 
@@ -96,7 +105,7 @@ class CheckpointFile:
             CorruptionError: what is there is none.
         """
         try:
-            data = await asyncio.to_thread(self.path.read_bytes)
+            data = await asyncio.to_thread(_content, self.path)
         except FileNotFoundError:
             return None
         except OSError as exc:
@@ -141,13 +150,24 @@ class CheckpointFile:
             raise translate_os_error(exc, f"write {self.path}") from exc
 
 
+def _content(path: Path) -> bytes:
+    """The bytes of a checkpoint, and no more of what is none."""
+    if path.exists() and not path.is_file():
+        return b""  # to read from a pipe or a device might never end
+    with path.open("rb") as file:
+        return file.read(_MOST_BYTES)
+
+
 def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.replace(path)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Container, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -12,6 +12,7 @@ import msgspec
 from hf_async_store.engine import texts_of
 from hf_async_store.entities import Entity, Key, Record, canonical
 from hf_async_store.migration.digest import Digest
+from hf_async_store.migration.requirements import refuse_undeclared, require_store
 from hf_async_store.query import build_query
 
 if TYPE_CHECKING:
@@ -83,14 +84,35 @@ async def compare_stores(
     target: StorageStrategy,
     *,
     limit: int = LIMIT,
+    leave_out: Container[str] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
     """Read both stores through; where their digests differ, find out what does.
 
     Args:
         limit: how many differences are listed at most.
+        leave_out: what is stored and need not be declared: collections (`jobs`) and fields
+            (`machines.owner`). They are not compared.
         advance: is told how many entities were read.
+
+    Raises:
+        StoreNotFoundError: one of them is not there.
+        ConfigurationError: one of them holds what is neither declared nor to be left out.
     """
+    for store, what in ((source, "the source"), (target, "the target")):
+        await require_store(store, what)
+        await refuse_undeclared(store, what, leave_out)
+    return await compare_declared(source, target, limit=limit, advance=advance)
+
+
+async def compare_declared(
+    source: StorageStrategy,
+    target: StorageStrategy,
+    *,
+    limit: int = LIMIT,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Comparison:
+    """As `compare_stores`, of what the source declares."""
     async with source.snapshot() as there, target.snapshot() as here:
         return await compare_readers(there, here, source.collections, limit=limit, advance=advance)
 

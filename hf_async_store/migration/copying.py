@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from hf_async_store.entities import Entity, canonical
-from hf_async_store.errors import BatchError, BrokenReferenceError, StorageError
+from hf_async_store.errors import BrokenReferenceError
 from hf_async_store.migration.checkpoint import Progress
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merging import Merged, MergeRule, put
@@ -101,6 +101,7 @@ class Copying:
         self._next = 1
         self._waiting: list[str] = []
         declared = target.collections[collection]
+        self._key = declared.key
         self._refers_to_itself = any(each.references == collection for each in declared.references)
         self.merged = Merged()
         self.digest = Digest(start.digest, start.count)
@@ -131,27 +132,14 @@ class Copying:
             await self._finish(batch)
 
     async def _write(self, entities: Sequence[Entity], sizes: Sequence[int] | None = None) -> None:
-        try:
-            self.merged.add(
-                await put(self._target, self._collection, entities, self._rule, sizes=sizes)
+        # Those whose parent, in the same collection, is not there yet.
+        waiting: list[Entity] | None = [] if self._refers_to_itself else None
+        self.merged.add(
+            await put(
+                self._target, self._collection, entities, self._rule, sizes=sizes, waiting=waiting
             )
-        except BatchError as exc:
-            if not self._refers_to_itself:
-                raise
-            self._put_off(entities, exc)
-
-    def _put_off(self, entities: Sequence[Entity], exc: BatchError) -> None:
-        """Keep the ids of what waits for its parent in the same collection."""
-        errors = [each for each in exc.outcomes if isinstance(each, StorageError)]
-        if self._rule is not None or any(
-            not isinstance(each, BrokenReferenceError) for each in errors
-        ):
-            raise exc
-        key = self._target.collections[self._collection].key
-        for entity, outcome in zip(entities, exc.outcomes, strict=True):
-            if isinstance(outcome, StorageError):
-                self._waiting.append(cast("str", entity[key]))
-        self.merged.written += len(entities) - len(errors)
+        )
+        self._waiting += [cast("str", each[self._key]) for each in waiting or ()]
 
     async def _finish(self, batch: MigrationBatch) -> None:
         """Save the progress up to the last batch before which none is missing."""

@@ -14,6 +14,8 @@ from typing import Final
 _BYTES: Final = 32
 _MODULUS: Final = 1 << (8 * _BYTES)
 _ALGORITHM: Final = "blake2b-sum"
+PATTERN: Final = f"^{_ALGORITHM}:[0-9a-f]{{{2 * _BYTES}}}$"
+"""What the text of a digest looks like."""
 
 
 class Digest:

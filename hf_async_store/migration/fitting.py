@@ -6,8 +6,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.conditions import missing_parent
-from hf_async_store.entities import VERSION, Entity, Key, check_version
+from hf_async_store.entities import Entity, Key
 from hf_async_store.errors import InvalidInputError, StorageError
+from hf_async_store.migration.merging import check_whole, name_of
 from hf_async_store.query import build_query
 
 if TYPE_CHECKING:
@@ -85,10 +86,9 @@ class _Fitting:
         self.counts[declared.name] += len(piece)
         for entity in piece:
             try:
-                check_version(entity.get(VERSION, 0), absent=False)
-                declared.entity(entity)
+                check_whole(declared, entity)
             except InvalidInputError as exc:
-                self._note(f"{declared.name} {entity.get(declared.key)!r}: {exc}")
+                self._note(f"{name_of(declared, entity)}: {exc}")
         if self._references:
             for field in declared.references:
                 await self._check_parents(declared, field, piece, reader)

@@ -44,6 +44,11 @@ from hf_async_store.errors import (
 )
 from hf_async_store.migration.comparing import compare_readers
 from hf_async_store.migration.fitting import enforces_references
+from hf_async_store.migration.requirements import (
+    refuse_same,
+    refuse_undeclared,
+    require_store,
+)
 from hf_async_store.moving import (
     CUT_OVER_SECONDS,
     HIDDEN,
@@ -278,6 +283,9 @@ class LiveMove:
         await self._take_over()
 
     async def _refuse_foreign(self) -> None:
+        await require_store(self._source, "the source")
+        await refuse_same(self._source.is_same_store(self._target))
+        await refuse_undeclared(self._source, "the source")
         there = await self._read(self._target)
         if there is not None:
             if there.other == self.source_place:

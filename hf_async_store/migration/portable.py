@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import stat
 import zlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -26,8 +27,8 @@ from typing import TYPE_CHECKING, Final, cast
 import msgspec
 
 from hf_async_store.engine import texts_of
-from hf_async_store.entities import INT_MAX, Collection, Entity, Schema
-from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
+from hf_async_store.entities import INT_MAX, MAX_ENTITY_BYTES, Collection, Entity, Schema
+from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration.digest import Digest
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.query import build_query
@@ -45,8 +46,13 @@ _PIECE: Final = 1 << 19
 
 _READ: Final = 1 << 18
 
-_LONGEST_LINE: Final = 64 << 20
-_WAY_BACK: Final = "Nothing was changed. Take another backup"
+_LONGEST_LINE: Final = 8 << 20
+"""More than any header: a line of more is none of ours."""
+
+_LONGEST_ENTITY: Final = 8 * MAX_ENTITY_BYTES
+"""In JSON: a byte of a text may take six there."""
+
+_WAY_BACK: Final = "Take another backup"
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -241,6 +247,8 @@ def _sealed(header: bytes, digests: Mapping[str, Digest]) -> str:
 def is_portable(path: Path) -> bool:
     """Whether a file begins as a portable backup does."""
     try:
+        if not path.is_file():
+            return False  # a pipe would be waited for
         with path.open("rb") as file:
             begin = file.read(512)
         if not begin.startswith(_MAGIC):
@@ -261,50 +269,36 @@ async def read_header(path: Path) -> Header:
     async with aclosing(_pieces(path)) as pieces:
         async for lines in pieces:
             return _header_in(lines[0], path)
-    raise _damaged(path, "it is empty")
-
-
-async def check_portable(path: Path) -> dict[str, Digest]:
-    """Read a backup through and prove that it is whole and as it was written; its digests.
-
-    Raises:
-        CorruptionError: it is truncated or was altered.
-        InvalidInputError: it is no portable backup.
-    """
-    reading = _Reading(path)
-    async with aclosing(reading.sections()) as sections:
-        async for name, texts in sections:
-            digest = reading.digests[name]
-            for text in texts:
-                digest.add(text)
-    reading.prove()
-    return reading.digests
+    raise damaged(path, "it is empty")
 
 
 async def read_portable(path: Path) -> AsyncGenerator[tuple[str, list[Entity]], None]:
-    """The entities of a backup in pieces of one collection, as they lie there.
+    """The entities of a backup in pieces of one collection, as they are there.
 
     `check_portable` is what proves them; here only what cannot be read is refused.
     """
-    reading = _Reading(path)
-    decode = msgspec.json.Decoder().decode
+    reading = Reading(path)
     async with aclosing(reading.sections()) as sections:
         async for name, texts in sections:
-            try:
-                yield name, cast("list[Entity]", [decode(each) for each in texts])
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                raise _damaged(path, f"an entity of {name} is no JSON") from exc
+            yield name, reading.entities(name, texts)
 
 
-class _Reading:
-    """One pass over a backup."""
+class Reading:
+    """One pass over a backup.
+
+    Attributes:
+        digests: by collection, of what `add` was told of.
+        header: None before the first line was read.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._header = b""
         self._counts: dict[str, int] = {}
         self._end: End | None = None
+        self._read: dict[str, int] = {}
         self.digests: dict[str, Digest] = {}
+        self.header: Header | None = None
 
     async def sections(self) -> AsyncGenerator[tuple[str, list[bytes]], None]:
         """The lines of entities, in pieces of one collection."""
@@ -330,10 +324,30 @@ class _Reading:
                 if begin < len(lines):
                     yield self._named(name), lines[begin:]
 
+    def entities(self, name: str, texts: Sequence[bytes]) -> list[Entity]:
+        """What these lines hold, which are the next of their collection.
+
+        Raises:
+            CorruptionError: naming the first that cannot be read.
+        """
+        before = self._read.get(name, 0)
+        self._read[name] = before + len(texts)
+        return [self._entity(name, number, text) for number, text in enumerate(texts, before + 1)]
+
+    def _entity(self, name: str, number: int, text: bytes) -> Entity:
+        if len(text) > _LONGEST_ENTITY:
+            raise damaged(self._path, f"entity {number:,} of {name} is longer than any can be")
+        try:
+            return cast("Entity", _decode(text))
+        except RecursionError as exc:
+            raise damaged(self._path, f"entity {number:,} of {name} is nested too deep") from exc
+        except ValueError as exc:  # as what msgspec raises is
+            raise damaged(self._path, f"entity {number:,} of {name} is no JSON: {exc}") from exc
+
     def prove(self) -> None:
         """Refuse a file that is not as it was written; once all was read, and counted."""
         if self._end is None:
-            raise _damaged(self._path, "it is truncated: its end is missing")
+            raise damaged(self._path, "it is truncated: its end is missing")
         found = {name: str(each) for name, each in self.digests.items()}
         counts = {name: each.count for name, each in self.digests.items()}
         if (
@@ -341,44 +355,47 @@ class _Reading:
             or self._end.collections != found
             or counts != self._counts
         ):
-            raise _damaged(self._path, "it was altered: its digest is another")
+            raise damaged(self._path, "it was altered: its digest is another")
 
     def _take_header(self, line: bytes) -> None:
         header = _header_in(line, self._path)
+        self.header = header
         self._header = line + b"\n"
         self._counts = {each.name: each.count for each in header.collections}
+        if len(self._counts) < len(header.collections):
+            raise damaged(self._path, "its header names a collection twice")
         self.digests = {each: Digest() for each in self._counts}
 
     def _refuse_after_end(self) -> None:
         if self._end is not None:
-            raise _damaged(self._path, "it was altered: something stands behind its end")
+            raise damaged(self._path, "it was altered: something stands behind its end")
 
     def _named(self, name: str | None) -> str:
         self._refuse_after_end()
         if name is None:
-            raise _damaged(self._path, "it was altered: an entity belongs to no collection")
+            raise damaged(self._path, "it was altered: an entity belongs to no collection")
         return name
 
     def _section_in(self, line: bytes) -> str:
         try:
             name = msgspec.json.decode(line, type=str)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            raise _damaged(self._path, "a line is neither a collection nor an entity") from exc
+        except (ValueError, RecursionError) as exc:
+            raise damaged(self._path, "a line is neither a collection nor an entity") from exc
         if name not in self._counts:
-            raise _damaged(self._path, f"its header does not know the collection {name!r}")
+            raise damaged(self._path, f"its header does not know the collection {name!r}")
         return name
 
     def _end_in(self, line: bytes) -> End:
         try:
             return msgspec.json.decode(line, type=tuple[str, End])[1]
-        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            raise _damaged(self._path, "its last line cannot be read") from exc
+        except (ValueError, RecursionError) as exc:
+            raise damaged(self._path, "its last line cannot be read") from exc
 
 
 def _header_in(line: bytes, path: Path) -> Header:
     try:
         header = msgspec.json.decode(line, type=Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise InvalidInputError(f"{path} is no portable backup") from exc
     if header.format != FORMAT:
         raise InvalidInputError(f"{path} is no portable backup")
@@ -396,6 +413,8 @@ async def _pieces(path: Path) -> AsyncGenerator[list[bytes], None]:
     unpacking = _Unpacking(path)
     rest = b""
     try:
+        if not stat.S_ISREG((await asyncio.to_thread(path.stat)).st_mode):
+            raise InvalidInputError(f"{path} is no file, so it is no portable backup")
         async with aiofiles.open(path, "rb") as file:
             while data := await file.read(_READ):
                 while data:
@@ -403,12 +422,15 @@ async def _pieces(path: Path) -> AsyncGenerator[list[bytes], None]:
                     lines = (rest + text).split(b"\n")
                     rest = lines.pop()
                     if len(rest) > _LONGEST_LINE:
-                        raise _damaged(path, "a line of it does not end")
+                        raise damaged(path, "a line of it does not end")
                     if lines:
                         yield lines
     except OSError as exc:
         raise translate_os_error(exc, f"read the backup {path}") from exc
     unpacking.finish(rest)
+
+
+_decode: Final = msgspec.json.Decoder().decode
 
 
 class _Unpacking:
@@ -424,7 +446,7 @@ class _Unpacking:
         """Some text, and what is left of the data."""
         if self._unpack.eof:
             if self._is_second:
-                raise _damaged(self._path, "it was altered: something stands behind its end")
+                raise damaged(self._path, "it was altered: something stands behind its end")
             self._is_second = True
             self._unpack = zlib.decompressobj(_GZIP)
         try:
@@ -436,30 +458,38 @@ class _Unpacking:
         except zlib.error as exc:
             if not (self._began or data.startswith(_MAGIC)):
                 raise InvalidInputError(f"{self._path} is no portable backup") from exc
-            raise _damaged(self._path, f"its bytes are damaged ({exc})") from exc
+            raise damaged(self._path, f"its bytes are damaged ({exc})") from exc
         self._began = True
         return text, left
 
     def finish(self, rest: bytes) -> None:
         if not self._unpack.eof or not self._is_second or rest:
-            raise _damaged(self._path, "it is truncated")
+            raise damaged(self._path, "it is truncated")
 
 
-def _damaged(path: Path, why: str) -> StorageError:
+def damaged(path: Path, why: str) -> CorruptionError:
+    """The error of a backup that is not as it was written, or that nobody can restore."""
     return CorruptionError(f"{path} is no good backup: {why}. {_WAY_BACK}")
 
 
-def refuse_other_schema(header: Header, schema: Schema, path: Path) -> None:
+def refuse_other_schema(
+    header: Header, schema: Schema, path: Path, leave_out: Container[str] = ()
+) -> None:
     """Refuse a backup with entities of collections that are not declared, or under another key.
+
+    Args:
+        leave_out: collections of it that need not be declared.
 
     Raises:
         InvalidInputError.
     """
     for each in header.collections:
         if each.name not in schema:
-            if each.count:
+            if each.count and each.name not in leave_out:
                 raise InvalidInputError(
-                    f"{path} holds {each.count:,} entities of {each.name!r}, which is not declared"
+                    f"{path} holds {each.count:,} entities of {each.name!r}, which is not declared; "
+                    "declare it (--collections MODULE:NAME on the command line), or say that it is "
+                    "not restored (leave_out, or --leave-out NAME)"
                 )
         elif schema[each.name].key != each.key:
             raise InvalidInputError(

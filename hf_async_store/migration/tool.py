@@ -19,26 +19,29 @@ from hf_async_store.errors import (
     ConfigurationError,
     MigrationError,
     StorageError,
+    StoreNotFoundError,
     TargetNotEmptyError,
     VerificationError,
 )
 from hf_async_store.migration.backup import backup_store
-from hf_async_store.migration.checkpoint import (
-    Checkpoint,
-    CheckpointFile,
-    Progress,
-    identity,
-)
+from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
 from hf_async_store.migration.comparing import (
     Comparison,
-    compare_stores,
+    compare_declared,
     differing,
     first_stranger,
 )
 from hf_async_store.migration.copying import RESUME_HINT, Copying, MigrationBatch, batches_of
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.fitting import enforces_references, what_does_not_fit
-from hf_async_store.migration.merging import RULES, Merged, MergeRule, wins
+from hf_async_store.migration.merging import RULES, Merged, MergeRule, name_of, wins
+from hf_async_store.migration.requirements import (
+    check_leave_out,
+    refuse_same,
+    refuse_undeclared,
+    refuse_undeclared_fields,
+    require_store,
+)
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
 
@@ -76,6 +79,7 @@ class MigrationReport(msgspec.Struct):
     Attributes:
         ok: it came to its end, and what was to be verified is.
         problems: of a dry run: what would not fit the target.
+        left_out: what the source holds and nobody declared, left there as it was asked for.
         notices: what a person should know.
         verified: source and target were compared, and are equal (or merged by the rule).
     """
@@ -90,6 +94,7 @@ class MigrationReport(msgspec.Struct):
     cleaned: bool = False
     problems: list[str] = []
     more_problems: bool = False
+    left_out: list[str] = []
     notices: list[str] = []
     seconds: float = 0.0
 
@@ -109,6 +114,8 @@ class MigrationTool:
         collections: what is moved, where the stores are not open yet.
         merge: how to settle with entities that the target has already; None refuses such a target
             unless all it holds is of this source.
+        leave_out: what the source holds, is not declared and stays there: collections (`jobs`) and
+            fields (`machines.owner`). Whatever else is not declared is refused.
         advance: is told of the progress.
 
     Raises:
@@ -123,6 +130,7 @@ class MigrationTool:
         *,
         collections: Iterable[Collection] = HOST_FACTORY,
         merge: MergeRule | None = None,
+        leave_out: Iterable[str] = (),
         advance: Advance = lambda what, count: None,
     ) -> None:
         given = MigrationConfig() if config is None else load_migration(config)
@@ -141,6 +149,13 @@ class MigrationTool:
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
+        self._leave_out = frozenset(leave_out)
+        check_leave_out(self._leave_out, self.source.collections)
+        if self._config.cleanup_source and any("." in each for each in self._leave_out):
+            raise ConfigurationError(
+                "migration.cleanup_source does not go with fields that are left out: with their "
+                "entities they would be gone"
+            )
         self.advance = advance
         self._stack = AsyncExitStack()
         location = self._config.backup_location
@@ -167,11 +182,15 @@ class MigrationTool:
         """Make sure that the source can be read; nothing is written to it.
 
         Raises:
+            StoreNotFoundError: nothing is there.
             MigrationError: what stands in the way, as its cause.
         """
         try:
+            await require_store(self.source, "the source")
             for name in self.source.collections:
                 await self.source.query_entities(name, limit=1)
+        except StoreNotFoundError:
+            raise
         except StorageError as exc:
             raise _failed("the source cannot be read", exc) from exc
 
@@ -187,13 +206,17 @@ class MigrationTool:
             raise _failed("the target cannot be written", exc) from exc
 
     async def validate_schema_compatibility(self) -> list[str]:
-        """Make sure that the target declares what the source does; returns what is worth knowing.
+        """Make sure that the source declares all that it holds, and the target what the source does;
+        returns what is worth knowing.
 
         Raises:
-            MigrationError: a collection that the target lacks, or another key field.
+            MigrationError: a collection that the target lacks, or another key field; or the two
+                are one store.
+            ConfigurationError: there is more in the source than is declared.
         """
-        if identity(self.source) == identity(self.target):
-            raise MigrationError("source and target are the same store")
+        await self._refuse_one_store()
+        await self._look_for_undeclared()
+        await refuse_undeclared_fields(self.target, "the target")
         for name, ours in self.source.collections.items():
             if name not in self.target.collections:
                 raise MigrationError(
@@ -213,19 +236,13 @@ class MigrationTool:
             )
         if not enforces_references(self.target) and enforces_references(self.source):
             notices.append("the target does not enforce references, as the source did")
-        notices += await self._left_behind()
         return notices
 
-    async def _left_behind(self) -> list[str]:
-        """What the source holds beside the declared collections, where it can tell."""
-        try:
-            undeclared = (await self.source.health()).get("undeclared_sections")
-        except StorageError:
-            return []
-        if not isinstance(undeclared, list) or not undeclared:
-            return []
-        names = ", ".join(map(str, undeclared))
-        return [f"not moved, because no collection declares it: {names}"]
+    async def _refuse_one_store(self) -> None:
+        await refuse_same(self.source.is_same_store(self.target))
+
+    async def _look_for_undeclared(self) -> list[str]:
+        return await refuse_undeclared(self.source, "the source", self._leave_out)
 
     async def create_backup(
         self, source_type: str | None = None, backup_location: str | Path | None = None
@@ -240,7 +257,10 @@ class MigrationTool:
         if source_type is not None and not _is_type(source_type, engine):
             raise ConfigurationError(f"the source is of the engine {engine!r}, not {source_type!r}")
         made = await backup_store(
-            self.source, backup_location or self._config.backup_location, stem="migration_backup"
+            self.source,
+            backup_location or self._config.backup_location,
+            stem="migration_backup",
+            leave_out=self._leave_out,
         )
         return made.path
 
@@ -258,15 +278,19 @@ class MigrationTool:
         """Read both stores through and compare them; returns the counts by collection.
 
         Raises:
+            StoreNotFoundError: one of them is not there.
             VerificationError: they differ; the first differences are in it, by id and field.
         """
+        await require_store(self.source, "the source")
+        await require_store(self.target, "the target")
+        await self._look_for_undeclared()
         compared = await self.compare()
         refuse_different(compared)
         return {name: each.target_count for name, each in compared.collections.items()}
 
     async def compare(self) -> Comparison:
-        """Both stores side by side: counts, digests, and the first differences."""
-        return await compare_stores(
+        """Both stores side by side: counts, digests, and the first differences in what is declared."""
+        return await compare_declared(
             self.source, self.target, advance=lambda count: self.advance("verify", count)
         )
 
@@ -288,8 +312,7 @@ class MigrationTool:
         """
         report = self._report(dry_run=dry_run)
         started = time.monotonic()
-        await self.validate_source_connection()
-        report.notices += await self.validate_schema_compatibility()
+        await self._look(report)
         if dry_run:
             await self._would_meet(report)
         else:
@@ -327,8 +350,7 @@ class MigrationTool:
                 f"there is nothing to resume: no checkpoint {self._file.path}. `migrate` begins "
                 "anew, and writes nothing twice"
             )
-        await self.validate_source_connection()
-        report.notices += await self.validate_schema_compatibility()
+        await self._look(report)
         await self.validate_target_connection()
         report.backup = checkpoint.backup
         for name in self.source.collections:
@@ -338,6 +360,11 @@ class MigrationTool:
         await self._go_on(checkpoint, report)
         report.seconds = round(time.monotonic() - started, 3)
         return report
+
+    async def _look(self, report: MigrationReport) -> None:
+        await self.validate_source_connection()
+        report.notices += await self.validate_schema_compatibility()
+        report.left_out = await self._look_for_undeclared()
 
     def _report(self, *, dry_run: bool = False, resumed: bool = False) -> MigrationReport:
         return MigrationReport(
@@ -429,11 +456,10 @@ class MigrationTool:
         try:
             await copying.run()
         except StorageError as exc:
-            first = _first(exc)
             raise _failed(
                 f"{name} could not be copied; the source is as it was, and what was copied stays "
                 f"in the target. Mend the cause, {RESUME_HINT}",
-                first,
+                exc,
             ) from exc
         finally:
             await self._file.settle()
@@ -516,6 +542,9 @@ class MigrationTool:
 
     async def _clean(self, merge: MergeRule | None, report: MigrationReport) -> None:
         """Empty the source, children before parents: of each entity that the target has."""
+        # Once more: a target that was only made by this run could not be asked before.
+        await self._refuse_one_store()
+        await self._look_for_undeclared()
         for name in reversed(list(self.source.collections)):
             while entities := await self.source.query_entities(name, limit=_PIECE):
                 gone = await self._clean_batch(name, entities, merge)
@@ -544,14 +573,19 @@ class MigrationTool:
         try:
             return len(await self.source.delete_entities(name, ids, versions))
         except BatchError as exc:
-            errors = [each for each in exc.outcomes if isinstance(each, StorageError)]
+            errors = [
+                (entity, each)
+                for entity, each in zip(entities, exc.outcomes, strict=True)
+                if isinstance(each, StorageError)
+            ]
             done = len(ids) - len(errors)
-            if done and all(isinstance(each, BrokenReferenceError) for each in errors):
+            if done and all(isinstance(each, BrokenReferenceError) for _, each in errors):
                 return done  # parents in their own collection: their children are gone now
+            first, error = errors[0]
             raise _failed(
                 "the source was verified, and could not be emptied as a whole; all that is gone "
-                "from it is in the target",
-                errors[0],
+                f"from it is in the target. {name_of(self.source.collections[name], first)}",
+                error,
             ) from exc
 
 
@@ -572,12 +606,6 @@ def _count(told: CollectionReport, merged: Merged) -> None:
     told.written += merged.written
     told.unchanged += merged.unchanged
     told.kept += merged.kept
-
-
-def _first(exc: StorageError) -> StorageError:
-    if isinstance(exc, BatchError):
-        return next(each for each in exc.outcomes if isinstance(each, StorageError))
-    return exc
 
 
 def _failed(what: str, cause: StorageError) -> MigrationError:

@@ -314,14 +314,18 @@ def test_a_backup_that_is_not_there(filled: Cli) -> None:
     assert "it holds none of templates.json, requests.json, machines.json" in ran.message
 
 
-def test_what_nobody_declares_is_told(filled: Cli) -> None:
+def test_what_nobody_declares_is_not_left_out_without_a_word(filled: Cli) -> None:
     Path("b.json").write_text('{"machines": {"m-1": {}}, "orders": {"o-1": {}}}')
+    before = state(filled)
     ran = filled("restore", "b.json")
+    assert ran.code == 2
+    assert "b.json holds what no collection declares: 'orders'; nothing was changed" in ran.message
+    assert "--leave-out NAME" in ran.message
+    assert state(filled) == before
+    ran = filled("restore", "b.json", "--leave-out", "orders")
     assert ran.code == 0
-    assert ran.message == (
-        "note: left out, because no collection declares it: 'orders' "
-        "(--collections MODULE:NAME declares others)"
-    )
+    assert ran.message == "note: left out, as it was asked for: 'orders'"
+    assert filled("count", "machines").out == "1\n"
 
 
 def damaged_file(cli: Cli) -> None:

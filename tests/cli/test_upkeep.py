@@ -148,6 +148,7 @@ def test_checkpoint_keeps_the_readable_part(cli: Cli) -> None:
 
 
 def test_checkpoint_of_another_engine(cli: Cli) -> None:
+    Path("x").write_text("{}")
     for command in (["checkpoint"], ["backup", "--copy"], ["backups"], ["restore", "x"]):
         ran = cli(*command, "--store", "memory:")
         assert ran.code == 2

@@ -36,12 +36,13 @@ async def main(source: str, target: str, folder: str, what: str, *kill: str) -> 
         rule: MergeRule | None,
         *,
         sizes: Sequence[int] | None,
+        waiting: list[Entity] | None,
     ) -> Merged:
         nonlocal written
         if written >= at and in_the_middle:
             await put(store, collection, entities[: len(entities) // 2], rule)
             os.kill(os.getpid(), signal.SIGKILL)
-        done = await put(store, collection, entities, rule, sizes=sizes)
+        done = await put(store, collection, entities, rule, sizes=sizes, waiting=waiting)
         written += 1
         return done
 

@@ -324,9 +324,44 @@ async def test_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_path: Pa
         with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
             await tool.migrate()
         assert isinstance(caught.value.__cause__, InvalidFieldError)
+        # Named as the dry run names it, and not by its place in a batch.
+        assert report.problems[0] in str(caught.value)
+        assert "item " not in str(caught.value)
         assert await everything(source) == before
         await source.update_entity("things", "x-17", {"size": 17})
         assert (await tool.resume()).verified
+
+
+@pytest.mark.parametrize("rule", [None, "keep", "replace", "newest"])
+async def test_80_whatever_is_refused_is_named(rule: str | None, tmp_path: Path) -> None:
+    loose = Collection("things", key="thing_id", fields=[Field("size", "json")])
+    strict = Collection("things", key="thing_id", fields=[Field("size", "integer")])
+    async with (
+        open_store("memory:", collections=[loose]) as source,
+        open_store("memory:", collections=[strict]) as target,
+    ):
+        if rule is not None:
+            await target.create_entity("things", {"thing_id": "own"})
+        await source.create_entities("things", [{"thing_id": f"x-{n}"} for n in range(30)])
+        await source.update_entity("things", "x-17", {"size": "large"})
+        tool = MigrationTool(source, target, settings(tmp_path), merge=rule)  # type: ignore[arg-type]
+        with pytest.raises(MigrationError, match=r"things 'x-17': things\.size") as caught:
+            await tool.migrate()
+        assert "item " not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_80_what_the_server_refuses_is_named(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    async with (
+        open_store("memory:?enforce_references=no") as source,
+        open_store(place(kind, "b")) as target,
+    ):
+        await source.create_entities("requests", [{"request_id": f"r-{n}"} for n in range(30)])
+        await source.update_entity("requests", "r-17", {"template_id": "gone"})
+        with pytest.raises(MigrationError, match=r"requests 'r-17'.*'gone'"):
+            await MigrationTool(source, target, settings(tmp_path)).migrate()
 
 
 async def test_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) -> None:

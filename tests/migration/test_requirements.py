@@ -1,0 +1,343 @@
+"""Case 134 and what goes with it: a store is itself however it is spelt, a mistyped name is no empty
+store, and what is stored is declared or named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+import pytest
+from support import KINDS, everything, fill, opened, settings
+
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    ConfigurationError,
+    InvalidInputError,
+    MigrationError,
+    MigrationTool,
+    StorageStrategy,
+    StoreNotFoundError,
+    UnavailableError,
+    open_store,
+)
+from hf_async_store.migration import backup_store, compare_stores, restore_store
+from hf_async_store.migration.checkpoint import identity
+from hf_async_store.migration.live import LiveMove
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+
+if TYPE_CHECKING:
+    from conftest import Place
+
+FILES = ("json-single", "json-split", "sqlite")
+
+
+def other_spellings(kind: str, url: str, tmp_path: Path) -> list[str]:
+    """The same place by other names."""
+    if kind in FILES:
+        scheme, _, name = url.partition(":")
+        path = Path(name)
+        (tmp_path / "sub").mkdir()
+        link = tmp_path / f"link{path.suffix}"
+        link.symlink_to(path)
+        spelt = [
+            f"{path.parent}/./{path.name}",
+            f"{path.parent}/sub/../{path.name}",
+            os.path.relpath(path),
+        ]
+        spelt.append(str(link))
+        folder = tmp_path / "folder"
+        folder.symlink_to(path.parent)
+        spelt.append(str(folder / path.name))
+        return [f"{scheme}:{each}" for each in spelt]
+    parts = urlsplit(url)
+    if kind == "postgresql":
+        if not parts.hostname:
+            return [url + ("&" if parts.query else "?") + "pool_size=3"]
+        user = f"{parts.username}:{parts.password}@" if parts.password else f"{parts.username}@"
+        hosts = {"localhost": "127.0.0.1", "127.0.0.1": "localhost"}
+        moved = parts._replace(netloc=f"{user}{hosts[parts.hostname]}:{parts.port}")
+        return [urlunsplit(moved), url + "?timeout=20"]
+    return [url.replace("127.0.0.1", "localhost"), f"{url}&consistent_reads=no"]
+
+
+@pytest.mark.parametrize("cleanup", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_134_a_store_is_not_moved_to_itself_however_it_is_spelt(
+    kind: str, cleanup: bool, place: Place, tmp_path: Path
+) -> None:
+    url = place(kind, "a")
+    async with opened(url) as store:
+        await fill(store, 10)
+        before = await everything(store)
+    for other in [url, *other_spellings(kind, url, tmp_path)]:
+        for pair in ((url, other), (other, url)):
+            tool = MigrationTool(
+                *pair,
+                settings(tmp_path, cleanup_source=cleanup),
+                collections=CONTRACT_COLLECTIONS,
+                merge="replace",
+            )
+            async with tool:
+                for dry_run in (True, False):
+                    with pytest.raises(MigrationError, match="the same store|cannot be found out"):
+                        await tool.migrate(dry_run=dry_run)
+    async with opened(url) as store:
+        assert await everything(store) == before
+    assert not list(tmp_path.rglob("*.jsonl.gz"))
+
+
+@pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql"])
+async def test_134_nor_while_it_is_in_use(kind: str, place: Place, tmp_path: Path) -> None:
+    url = place(kind, "a")
+    async with opened(url) as store:
+        await fill(store, 5)
+    for other in other_spellings(kind, url, tmp_path):
+        try:
+            live = LiveMove(url, other, collections=CONTRACT_COLLECTIONS)
+        except ConfigurationError:
+            continue  # its form alone says so
+        async with live:
+            with pytest.raises(MigrationError):
+                await live.start()
+    async with opened(url) as store:
+        assert await store.count_entities("machines") == 5
+
+
+@pytest.mark.parametrize("kind", FILES)
+async def test_134_a_copy_is_another_store(kind: str, place: Place, tmp_path: Path) -> None:
+    url = place(kind, "a")
+    async with opened(url) as store:
+        await fill(store, 10)
+    scheme, _, name = url.partition(":")
+    copy = tmp_path / "copies" / Path(name).name
+    copy.parent.mkdir()
+    (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, copy)
+    async with opened(url) as source, opened(f"{scheme}:{copy}") as target:
+        assert not await source.is_same_store(target)
+        assert await source.is_same_store(source)
+        report = await MigrationTool(source, target, settings(tmp_path)).migrate()
+        assert report.verified
+
+
+async def test_when_in_doubt_a_move_is_refused(tmp_path: Path) -> None:
+    async with opened(f"json:{tmp_path}/a.json") as source, opened("memory:") as target:
+        await fill(source, 5)
+
+        async def unknown(other: StorageStrategy) -> bool:
+            raise UnavailableError("nobody answers")
+
+        source.is_same_store = unknown  # type: ignore[method-assign]
+        with pytest.raises(MigrationError, match="cannot be found out") as caught:
+            await MigrationTool(source, target, settings(tmp_path)).migrate()
+        assert caught.value.retryable
+        assert not any((await everything(target)).values())
+
+
+def test_what_a_checkpoint_is_found_by_does_not_depend_on_durability(tmp_path: Path) -> None:
+    """A shared store that may lose its last commits is the same store in the next process."""
+    urls = [f"json:{tmp_path}/a.json", f"json:{tmp_path}/a.json?sync_writes=no"]
+    assert len({identity(open_store(each)) for each in urls}) == 1
+    shared = [open_store(urls[0]) for _ in range(2)]
+    for each in shared:
+        fleeting = msgspec.structs.replace(each.capabilities, durable=False)
+        each._engine.capabilities = fleeting  # type: ignore[misc]
+    assert len({identity(each) for each in shared}) == 1
+    one, other = open_store("memory:"), open_store("memory:")
+    assert identity(one) != identity(other)
+
+
+# -- a store that is not there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_source_that_is_not_there_is_not_taken_for_an_empty_one(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    url = place(kind, "absent")
+    target = f"json:{tmp_path}/target.json"
+    async with opened(url) as store, opened(target) as other:
+        assert not await store.exists()
+        with pytest.raises(StoreNotFoundError, match="there is no store at .*mistyped") as caught:
+            await backup_store(store, f"{tmp_path}/backups/")
+        for word in _words_of(kind, url):
+            assert word in str(caught.value)
+        for dry_run in (False, True):
+            tool = MigrationTool(store, other, settings(tmp_path))
+            with pytest.raises(StoreNotFoundError, match="at the source"):
+                await tool.migrate(dry_run=dry_run)
+        for pair in ((store, other), (other, store)):
+            with pytest.raises(StoreNotFoundError):
+                await compare_stores(*pair)
+        with pytest.raises(StoreNotFoundError):
+            await MigrationTool(store, other, settings(tmp_path)).validate_migration()
+        # Nothing was made by all that, and reads of a program answer as of an empty store.
+        assert not await store.exists()
+        assert not await other.exists()
+        assert await store.get_entity("templates", "t-1") is None
+        assert await store.count_entities("templates") == 0
+        assert await store.query_entities("templates") == []
+        assert not await store.exists()
+    assert not list(tmp_path.rglob("*.gz"))
+    assert not list(tmp_path.rglob("*.checkpoint"))
+    assert not [each for each in tmp_path.rglob("*") if each.name.startswith("absent")]
+
+
+def _words_of(kind: str, url: str) -> Sequence[str]:
+    if kind in FILES:
+        return [url.partition(":")[2]]
+    parts = urlsplit(url)
+    name = parts.path.strip("/")
+    return [name, "us-east-1"] if kind == "dynamodb" else [name]
+
+
+# -- what a declaration leaves out ----------------------------------------------------------------
+
+_OWN = [
+    Collection("templates", key="template_id", fields=["name", "owner"]),
+    Collection("orders", key="order_id"),
+]
+
+
+async def _application(url: str) -> None:
+    async with open_store(url, collections=_OWN) as store:
+        await store.save_entity(
+            "templates", {"template_id": "t-1", "name": "x", "owner": "ops", "free": 1}
+        )
+        await store.save_entity("orders", {"order_id": "o-1"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_others_declared_comes_along_or_is_named(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    """A command that declares less than the application loses nothing without a word."""
+    url = place(kind, "a")
+    await _application(url)
+    async with (
+        open_store(url, collections=HOST_FACTORY) as store,
+        open_store("memory:", collections=HOST_FACTORY) as target,
+    ):
+        lost = await store.undeclared()
+        assert "orders" in lost
+        tool = MigrationTool(store, target, settings(tmp_path))
+        for work in (
+            lambda: backup_store(store, tmp_path / "b.jsonl.gz"),
+            lambda: tool.migrate(),
+            lambda: tool.migrate(dry_run=True),
+            lambda: tool.create_backup(),
+            lambda: tool.validate_migration(),
+            lambda: compare_stores(store, target),
+            lambda: compare_stores(target, store),
+        ):
+            with pytest.raises(ConfigurationError) as caught:
+                await work()
+            assert all(each in str(caught.value) for each in lost)
+            assert "--leave-out" in str(caught.value)
+        assert not list(tmp_path.rglob("*.gz"))
+        assert await target.count_entities("templates") == 0
+        some = [each for each in lost if each != "orders"]
+        with pytest.raises(ConfigurationError, match="orders"):
+            await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=some)
+        # With a word it goes, and the word is in what is reported.
+        made = await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=lost)
+        assert made.left_out == lost
+        report = await MigrationTool(store, target, settings(tmp_path), leave_out=lost).migrate()
+        assert report.verified
+        assert report.left_out == lost
+        compared = await compare_stores(store, target, leave_out=lost)
+        assert compared.equal
+        with pytest.raises(InvalidInputError, match="'templates' is declared"):
+            await backup_store(store, tmp_path / "c.jsonl.gz", leave_out=["templates"])
+    # Declared, it all comes.
+    async with open_store(url, collections=_OWN) as store:
+        assert await store.undeclared() == []
+        made = await backup_store(store, tmp_path / "whole.jsonl.gz")
+        assert made.counts == {"templates": 1, "orders": 1}
+    async with open_store("memory:", collections=_OWN) as copy:
+        await restore_store(copy, made.path)
+        found = await copy.get_entity("templates", "t-1")
+        assert found is not None
+        assert (found["owner"], found["free"]) == ("ops", 1)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_fields_that_are_left_out_are_not_lost_with_their_entities(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    url = place(kind, "a")
+    await _application(url)
+    async with (
+        open_store(url, collections=HOST_FACTORY) as store,
+        open_store("memory:", collections=HOST_FACTORY) as target,
+    ):
+        with pytest.raises(ConfigurationError, match="would be gone"):
+            MigrationTool(
+                store,
+                target,
+                settings(tmp_path, cleanup_source=True),
+                leave_out=["templates.owner", "orders"],
+            )
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_a_target_with_fields_of_others_is_not_written_over(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    """The old value of the field would stay in an entity that is replaced."""
+    url = place(kind, "a")
+    await _application(url)
+    async with open_store("memory:", collections=HOST_FACTORY) as source:
+        await source.save_entity("templates", {"template_id": "t-1", "name": "new"})
+        made = await backup_store(source, tmp_path / "b.jsonl.gz")
+        async with open_store(url, collections=HOST_FACTORY) as target:
+            with pytest.raises(ConfigurationError, match=r"templates\.owner"):
+                await restore_store(target, made.path, merge="replace")
+            tool = MigrationTool(source, target, settings(tmp_path), merge="replace")
+            with pytest.raises(ConfigurationError, match=r"templates\.owner"):
+                await tool.migrate()
+    async with open_store(url, collections=_OWN) as store:
+        found = await store.get_entity("templates", "t-1")
+        assert found is not None
+        assert (found["name"], found["owner"]) == ("x", "ops")
+
+
+@pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql", "dynamodb"])
+async def test_a_live_move_leaves_nothing_behind_either(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    url = place(kind, "a")
+    await _application(url)
+    async with LiveMove(url, f"json:{tmp_path}/target.json", collections=HOST_FACTORY) as live:
+        with pytest.raises(ConfigurationError, match="orders"):
+            await live.start()
+
+
+# -- a source is only read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_reading_makes_no_tables_in_the_source(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    """It holds one of the three collections; the others are not made by looking for them."""
+    url = place(kind, "a")
+    only = [Collection("templates", key="template_id")]
+    async with open_store(url, collections=only) as store:
+        await store.save_entity("templates", {"template_id": "t-1"})
+    wide = [only[0], Collection("orders", key="order_id"), Collection("jobs", key="job_id")]
+    async with (
+        open_store(url, collections=wide) as store,
+        open_store("memory:", collections=wide) as target,
+    ):
+        made = await backup_store(store, tmp_path / "b.jsonl.gz")
+        assert made.counts == {"templates": 1, "orders": 0, "jobs": 0}
+        await MigrationTool(store, target, settings(tmp_path)).migrate()
+        assert (await compare_stores(store, target)).equal
+    async with open_store(url, collections=only) as store:
+        assert await store.undeclared() == []

@@ -1,0 +1,275 @@
+"""Case 81: a backup is proven to its last entity before anything is written, and what a restore says
+of what it wrote is true."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from portables import line, write_by_hand
+from support import KINDS, everything, opened
+
+from hf_async_store import (
+    HOST_FACTORY,
+    BrokenReferenceError,
+    Collection,
+    CorruptionError,
+    Field,
+    InvalidFieldError,
+    InvalidInputError,
+    MigrationError,
+    StorageError,
+    open_store,
+)
+from hf_async_store.migration import backup_store, check_portable, is_portable, restore_store
+from hf_async_store.migration import restoring as restoring_module
+
+if TYPE_CHECKING:
+    from conftest import Place
+
+GOOD = [line(template_id=f"t-{n:05}", name="x" * 300) for n in range(5000)]
+
+UNREADABLE = {
+    "a number that is none": (b'{"template_id":"z","x":1e999}', "entity 5,001 of templates"),
+    "nested deep": (
+        b'{"template_id":"z","x":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        "entity 5,001 of templates is nested too deep",
+    ),
+    "nested deeper than a value may be": (
+        b'{"template_id":"z","x":' + b"[" * 40 + b"]" * 40 + b"}",
+        "templates 'z' can be stored nowhere",
+    ),
+    "no UTF-8": (b'{"template_id":"z","x":"\xff"}', "entity 5,001 of templates"),
+    "a lone surrogate": (b'{"template_id":"z","x":"\\ud800"}', "templates"),
+    "a long number": (b'{"template_id":"z","x":' + b"9" * 30 + b"}", "templates"),
+    "no key": (b'{"x":1}', "templates None can be stored nowhere"),
+    "a key that is none": (b'{"template_id":7}', "templates 7 can be stored nowhere"),
+    "an empty key": (b'{"template_id":""}', "templates '' can be stored nowhere"),
+    "a version that is none": (b'{"template_id":"z","version":-1}', "templates 'z'"),
+    "a version of text": (b'{"template_id":"z","version":"1"}', "templates 'z'"),
+    "too large": (b'{"template_id":"z","x":"' + b"y" * 500_000 + b'"}', "templates 'z'"),
+    "far too large": (
+        b'{"template_id":"z","x":[' + b"[]," * 1_200_000 + b"1]}",
+        "longer than any can be",
+    ),
+    "the same id again": (GOOD[-1], "comes twice, or not in the order of ids"),
+    "no JSON": (b'{"template_id":"z"', "entity 5,001 of templates"),
+}
+
+
+@pytest.mark.parametrize("bad", UNREADABLE)
+async def test_81_one_bad_entity_is_found_before_the_first_is_written(
+    bad: str, tmp_path: Path
+) -> None:
+    text, named = UNREADABLE[bad]
+    path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": [*GOOD, text]})
+    with pytest.raises(CorruptionError, match="is no good backup") as proven:
+        await check_portable(path)
+    assert named in str(proven.value)
+    async with open_store("memory:") as store:
+        with pytest.raises(CorruptionError, match="nothing was written") as caught:
+            await restore_store(store, path)
+        assert named in str(caught.value)
+        assert not any((await everything(store)).values())
+        with pytest.raises(CorruptionError):
+            await restore_store(store, path, merge="replace")
+        assert not any((await everything(store)).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_81_what_the_store_cannot_take_is_found_before_the_first_is_written(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    good = [line(item_id=f"i-{n:04}", count=n) for n in range(1500)]
+    wrong = line(item_id="x", count="many")
+    path = write_by_hand(tmp_path / "b.jsonl.gz", {"items": [*good, wrong]})
+    assert (await check_portable(path))["items"].count == 1501  # as it was written, it is good
+    async with opened(place(kind, "a")) as store:
+        with pytest.raises(
+            InvalidFieldError, match=r"items 'x': items\.count is declared"
+        ) as caught:
+            await restore_store(store, path)
+        assert "nothing was written" in str(caught.value)
+        assert not any((await everything(store)).values())
+
+
+@pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql"])
+async def test_81_a_missing_parent_is_found_before_the_first_is_written(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
+    sections = {
+        "templates": [line(template_id="t-1")],
+        "requests": [line(request_id=f"r-{n:04}", template_id="t-1") for n in range(1500)],
+        "machines": [line(machine_id="m-1", request_id="gone")],
+    }
+    path = write_by_hand(tmp_path / "b.jsonl.gz", sections)
+    async with opened(place(kind, "a")) as store:
+        with pytest.raises(BrokenReferenceError) as caught:
+            await restore_store(store, path)
+        assert "machines 'm-1': request_id names 'gone'" in str(caught.value)
+        assert "nothing was written" in str(caught.value)
+        assert not any((await everything(store)).values())
+        # It is there already: then it fits beside it.
+        await store.save_entity("requests", {"request_id": "gone"})
+        done = await restore_store(store, path, merge="keep")
+        assert done.merged["machines"].written == 1
+
+
+TREE = Collection("nodes", key="node_id", fields=[Field("parent", references="nodes")])
+
+
+@pytest.mark.parametrize("rule", [None, "keep", "replace", "newest"])
+@pytest.mark.parametrize("url", ["memory:", "json:{}/a.json", "sqlite:{}/a.db"])
+async def test_81_children_may_come_before_their_parents(
+    url: str, rule: str | None, tmp_path: Path
+) -> None:
+    async with open_store("memory:", collections=[TREE]) as source:
+        for n in reversed(range(30)):
+            parent = f"n-{n + 1:03}" if n < 29 else None
+            await source.save_entity("nodes", {"node_id": f"n-{n:03}", "parent": parent})
+        made = await backup_store(source, tmp_path / "b.jsonl.gz")
+        before = await everything(source)
+    async with open_store(url.format(tmp_path), collections=[TREE]) as store:
+        result = await restore_store(store, made.path, merge=rule)  # type: ignore[arg-type]
+        assert result.merged["nodes"].written == 30
+        assert await everything(store) == before
+
+
+@pytest.mark.parametrize("parents_first", [True, False])
+async def test_81_collections_may_come_in_any_order(
+    parents_first: bool, tmp_path: Path
+) -> None:
+    sections = {
+        "templates": [line(template_id="t-1")],
+        "requests": [line(request_id="r-1", template_id="t-1")],
+        "machines": [line(machine_id="m-1", request_id="r-1")],
+    }
+    names = list(sections) if parents_first else list(reversed(sections))
+    path = write_by_hand(tmp_path / "b.jsonl.gz", {name: sections[name] for name in names})
+    async with open_store("memory:") as store:
+        await restore_store(store, path)
+        assert await store.get_entity("machines", "m-1") is not None
+
+
+async def test_what_was_written_before_a_failure_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": GOOD})
+    async with open_store(f"json:{tmp_path}/a.json") as store:
+        write, calls = os.pwrite, 0
+
+        def full(fd: int, data: bytes, offset: int) -> int:
+            nonlocal calls
+            calls += 1
+            if calls > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(fd, data, offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            with pytest.raises(MigrationError) as caught:
+                await restore_store(store, path)
+        said = str(caught.value)
+        there = await store.count_entities("templates")
+        assert there > 0
+        assert f"Entities that were written: {there:,} templates" in said
+        assert "--merge replace" in said
+        assert isinstance(caught.value.__cause__, StorageError)
+        await restore_store(store, path, merge="replace")
+        assert await store.count_entities("templates") == 5000
+
+
+async def test_a_backup_of_more_collections_needs_a_word(tmp_path: Path) -> None:
+    own = Collection("orders", key="order_id")
+    async with open_store("memory:", collections=[*HOST_FACTORY, own]) as source:
+        await source.save_entity("orders", {"order_id": "o-1"})
+        await source.save_entity("templates", {"template_id": "t-1"})
+        made = await backup_store(source, tmp_path / "b.jsonl.gz")
+    async with open_store("memory:") as store:
+        with pytest.raises(InvalidInputError, match=r"1 entities of 'orders'.*--leave-out"):
+            await restore_store(store, made.path)
+        result = await restore_store(store, made.path, leave_out=["orders"])
+        assert result.left_out == ["orders"]
+        assert result.merged["templates"].written == 1
+        with pytest.raises(InvalidInputError, match="'templates' is declared"):
+            await restore_store(store, made.path, leave_out=["templates"])
+
+
+async def test_a_file_that_changes_after_it_was_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error does not say that nothing was written, for that is not known."""
+    path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": GOOD})
+    other = write_by_hand(tmp_path / "c.jsonl.gz", {"strangers": [b'{"stranger_id":"x"'] * 3})
+    read = restoring_module.read_portable
+
+    def replaced(given: Path) -> object:
+        other.replace(given)
+        return read(given)
+
+    monkeypatch.setattr(restoring_module, "read_portable", replaced)
+    async with open_store("memory:") as store:
+        with pytest.raises(MigrationError, match="ended before its end") as caught:
+            await restore_store(store, path)
+        assert "nothing was" not in str(caught.value)
+
+
+# -- what unpacks to far more than it is -------------------------------------------------------
+
+_BOUNDED = """
+import asyncio, resource, sys
+from pathlib import Path
+from hf_async_store import StorageError, open_store
+from hf_async_store.migration import check_portable, restore_store
+
+async def main():
+    for work in (check_portable, lambda path: restore_store(store, path)):
+        async with open_store("memory:") as store:
+            try:
+                await work(Path(sys.argv[1]))
+            except StorageError as exc:
+                print(type(exc).__name__)
+asyncio.run(main())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("filling", [b"\0", b"{}\n", b"\n", b'{"a":[[[', b'{"template_id":"a"}\n'])
+def test_81_a_small_file_that_unpacks_to_gigabytes(filling: bytes, tmp_path: Path) -> None:
+    import gzip
+    import zlib
+
+    good = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": GOOD[:1]})
+    head = gzip.decompress(good.read_bytes()).splitlines()[0] + b"\n"
+    pack = zlib.compressobj(9, zlib.DEFLATED, 31)
+    block = filling * ((1 << 20) // len(filling))
+    body = [pack.compress(b'"templates"\n')]
+    body += [pack.compress(block) for _ in range(1500)]
+    bomb = tmp_path / "bomb.jsonl.gz"
+    bomb.write_bytes(gzip.compress(head, 0) + b"".join(body) + pack.flush())
+    assert bomb.stat().st_size < 8 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", _BOUNDED, str(bomb)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
+    )
+    *errors, peak = done.stdout.splitlines()
+    assert errors == ["CorruptionError"] * 2, done.stderr
+    assert int(peak) < 300 << 10  # KiB
+
+
+async def test_a_pipe_is_no_backup_and_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    assert not is_portable(path)
+    with pytest.raises(InvalidInputError, match="is no file"):
+        await check_portable(path)
