@@ -92,7 +92,7 @@ class StorageStrategy(RepositoryInterface):
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
-    obeys_moves: ClassVar[bool] = True
+    _obeys_moves: ClassVar[bool] = True
     """False: what the store says of a live move is not looked at. For what reads a backup."""
 
     def __init__(self, engine: Engine, schema: Schema, config: StorageConfig | None = None) -> None:
@@ -109,7 +109,7 @@ class StorageStrategy(RepositoryInterface):
         # What moves while it is in use is shared by processes: only there is it looked for.
         self._moving = (
             Moving(lambda: self._engine, self._engine_at, self._own_place)
-            if can.processes and self.obeys_moves
+            if can.processes and self._obeys_moves
             else None
         )
         if self._moving is not None:

@@ -28,7 +28,7 @@ class _BackupStore(JSONStorageStrategy):
     """A backup, opened as a store. It may have been made while its store was moved, or by anybody:
     whatever it says of a live move, it is this file that was asked for."""
 
-    obeys_moves = False
+    _obeys_moves = False
 
 
 class Backup(NamedTuple):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store import (
+    PermissionDeniedError,
     and_,
     begins_with,
     between,
@@ -25,6 +26,7 @@ from hf_async_store import (
     open_store,
     path,
 )
+from hf_async_store.migration.live import LiveMove
 from hf_async_store.strategies import sql
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
@@ -147,3 +149,51 @@ async def test_functions_and_operators_of_a_low_role_are_not_run(
         health = await store.health()
         assert health["ok"], health
         assert len(await store.query_entities("items")) == 17
+
+
+_PLANTED = """
+CREATE FUNCTION public.note(t text) RETURNS boolean LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'trapped as %', current_user; END $$;
+CREATE TABLE hf_move (move_id text COLLATE "C" PRIMARY KEY, created_at text COLLATE "C",
+    updated_at text COLLATE "C", version bigint NOT NULL, doc jsonb, _side jsonb);
+GRANT ALL ON hf_move TO PUBLIC;
+INSERT INTO hf_move VALUES ('move', null, null, 1, '{"role": "source", "phase": "copying",
+    "other": "json:/x", "epoch": 1, "term": 1}', null);
+ALTER TABLE hf_move ENABLE ROW LEVEL SECURITY;
+CREATE POLICY trap ON hf_move USING (public.note(move_id));
+"""
+
+
+async def as_role(server: PostgresServer, url: str, name: str) -> str:
+    if not await server.ask(f"SELECT count(*) FROM pg_roles WHERE rolname = '{name}'", url):
+        await server.ask(f"CREATE ROLE {name} LOGIN", url)
+    return url.replace("postgres@", f"{name}@")
+
+
+async def test_a_table_of_a_move_that_a_low_role_made_is_not_read(
+    postgres_server: PostgresServer,
+) -> None:
+    """A policy of its owner would run as whoever reads it."""
+    url = postgres_server.database()
+    await postgres_server.ask("GRANT CREATE ON SCHEMA public TO PUBLIC", url)
+    app, low = [await as_role(postgres_server, url, each) for each in ("app", "low")]
+    async with open_store(app) as store:
+        await store.save_entity("templates", {"template_id": "t"})
+    for statement in _PLANTED.strip().split(";\n"):
+        await postgres_server.ask(statement, low)
+    async with open_store(app) as store:
+        with pytest.raises(PermissionDeniedError, match="hf_move belongs to the role 'low'"):
+            await store.get_entity("templates", "t")
+    live = LiveMove(app, f"json:{Path.cwd()}/never")
+    with pytest.raises(PermissionDeniedError, match="hf_move belongs to the role 'low'"):
+        async with live:
+            await live.status()
+    # An owner of the other tables is trusted, and so is whose member this role is.
+    await postgres_server.ask("DROP POLICY trap ON hf_move", url)
+    await postgres_server.ask("GRANT low TO app", url)
+    async with open_store(app) as store:
+        assert await store.get_entity("templates", "t")
+    await postgres_server.ask("REVOKE low FROM app", url)
+    await postgres_server.ask("ALTER TABLE hf_move OWNER TO app", url)
+    async with open_store(app) as store:
+        assert await store.get_entity("templates", "t")

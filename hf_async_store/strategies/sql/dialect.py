@@ -174,6 +174,13 @@ class Dialect(ABC):
     def index_part(self, column: Any, field: Field) -> Any:
         """What of a column an index holds."""
 
+    async def owned_by_others(
+        self, driver: Any, tables: Sequence[str], declared: Sequence[str]
+    ) -> dict[str, str]:
+        """The owners of those of the tables that belong to a role which is not trusted: neither this
+        one, nor an owner of the place, nor of a declared table. What it put there would run as ours."""
+        return {}
+
     @abstractmethod
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         """By table and column, the types that are there."""

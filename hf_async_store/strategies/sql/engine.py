@@ -35,7 +35,7 @@ from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.binding import bound
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, Lease
-from hf_async_store.strategies.sql.schema import PROBES, Tables
+from hf_async_store.strategies.sql.schema import PROBES, Tables, refuse_others
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.strategies.sql.statements import Statements
 from hf_async_store.strategies.sql.tables import Table, sql_name
@@ -184,6 +184,7 @@ class SQLEngine:
                 raise self._dialect.translate(exc, doing="look", writes=False) from exc
             if not there:
                 return None
+            await self._refuse_others(lease)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
@@ -234,6 +235,11 @@ class SQLEngine:
         return {
             name: columns for name, columns in found.items() if {"doc", "version"} <= columns.keys()
         }
+    async def _refuse_others(self, lease: Lease) -> None:
+        try:
+            await refuse_others(self._dialect, lease.driver, self._made.names)
+        except self._dialect.driver_errors as exc:
+            raise self._dialect.translate(exc, doing="look", writes=False) from exc
 
     # -- independent writes ------------------------------------------------------------------
 

@@ -271,6 +271,11 @@ class PostgreSQL(Dialect):
             column = func.left(column, SHORT)
         return column.nulls_first()
 
+    async def owned_by_others(
+        self, driver: Any, tables: Sequence[str], declared: Sequence[str]
+    ) -> dict[str, str]:
+        return dict(await self.rows(driver, _OTHERS, (list(tables), list(declared))))
+
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
         found: dict[str, dict[str, str]] = {}
@@ -520,6 +525,20 @@ LEFT JOIN pg_constraint AS k
 WHERE c.relnamespace = current_schema()::regnamespace::oid
     AND c.relkind IN ('r'::"char", 'p'::"char")
     AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
+"""
+
+_OTHERS: Final = """
+SELECT c.relname::text, r.rolname::text FROM pg_class AS c
+JOIN pg_roles AS r ON r.oid = c.relowner
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+JOIN pg_database AS d ON d.datname = current_database()
+WHERE c.relnamespace = current_schema()::regnamespace::oid AND c.relname::text = ANY($1::text[])
+    AND NOT (r.rolsuper OR pg_has_role(c.relowner, 'USAGE'::text)
+        OR c.relowner = n.nspowner OR c.relowner = d.datdba
+        OR EXISTS (
+            SELECT 1 FROM pg_class AS o WHERE o.relnamespace = c.relnamespace
+            AND o.relowner = c.relowner AND o.relname::text = ANY($2::text[])
+        ))
 """
 
 _INDEXES: Final = """

@@ -7,8 +7,8 @@ that one process at a time can have; it looks again, and makes what is still lac
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Column, ForeignKey, Index, MetaData
 from sqlalchemy import Table as SQLTable
@@ -16,7 +16,8 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from hf_async_store.engine import finish
 from hf_async_store.entities import VERSION, Collection, Schema
-from hf_async_store.errors import SchemaMismatchError
+from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
+from hf_async_store.moving import HIDDEN
 from hf_async_store.strategies.sql.tables import DOC, SIDE, Kind, limited, sql_name
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 PROBES: Final = "_hf_async_store"
 """A table of ours that holds no entity: what `test_connection` writes and deletes."""
+
+
+_HIDDEN: Final = frozenset(sql_name(each.name) for each in HIDDEN)
 
 
 class Tables:
@@ -111,6 +115,8 @@ class Tables:
 
     async def _lacking(self, lease: Lease) -> list[str]:
         """The statements that make what is not there."""
+        if _HIDDEN & set(self.names):
+            await refuse_others(self._dialect, lease.driver, self.names)
         columns = await self._dialect.found_columns(lease.driver, self.names)
         indexes = await self._dialect.found_indexes(lease.driver, self.names)
         self._compare(columns, indexes)
@@ -177,6 +183,22 @@ class Tables:
 
     def _text(self, clause: CreateTable | CreateIndex | CreateColumn) -> str:
         return str(clause.compile(dialect=self._sql_dialect)).strip()
+
+
+async def refuse_others(dialect: Dialect, driver: Any, names: Sequence[str]) -> None:
+    """Refuse the tables of a live move if a role that is not trusted has made them: those are the ones
+    that anybody may make first. Policies, triggers and checks of theirs would run as this role.
+
+    Raises:
+        PermissionDeniedError: naming table and role.
+    """
+    declared = [each for each in names if each not in _HIDDEN]
+    for table, owner in (await dialect.owned_by_others(driver, sorted(_HIDDEN), declared)).items():
+        raise PermissionDeniedError(
+            f"the table {table} belongs to the role {owner!r}, which owns nothing else of this store, so "
+            "it is not read; if a live move of yours made it, give it the owner of the other tables, "
+            "else drop it"
+        )
 
 
 def _columns_in(definition: str, kinds: Mapping[str, Kind]) -> list[str]:
