@@ -613,6 +613,8 @@ async def test_the_steps_of_the_spec_one_by_one(tmp_path: Path) -> None:
 
 async def test_a_store_is_not_moved_onto_itself(tmp_path: Path) -> None:
     url = f"json:{tmp_path}/a.json"
+    async with opened(url) as store:
+        await fill(store, 1)
     async with MigrationTool(url, f"{url}?sync_writes=no", settings(tmp_path)) as tool:
         with pytest.raises(MigrationError, match="the same store"):
             await tool.migrate()

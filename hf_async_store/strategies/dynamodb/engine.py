@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from hf_async_store.config import AutoScaling, DynamoDBConfig
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session
+from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
 from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Schema, Value
 from hf_async_store.errors import PermissionDeniedError, UnavailableError
 from hf_async_store.query import Query
@@ -96,26 +96,6 @@ class DynamoDBEngine:
             # a move needs the rights to this table, too.
             return None
         return None if item is None else form.record(item)
-
-    async def exists(self) -> bool:
-        return bool(await self._table_ids())
-
-    async def is_same_store(self, other: Engine) -> bool:
-        if not isinstance(other, DynamoDBEngine):
-            return False
-        return bool(await self._table_ids() & await other._table_ids())
-
-    async def undeclared(self) -> list[str]:
-        prefix = f"{self.config.table_prefix}_"
-        names = (await self.client.read("ListTables", {})).get("TableNames", [])
-        found = [each.removeprefix(prefix) for each in names if each.startswith(prefix)]
-        return sorted(
-            each for each in found if each not in self.schema and not each.startswith("hf_")
-        )
-
-    async def _table_ids(self) -> set[str]:
-        found = [await self.tables.described(each) for each in self.schema]
-        return {each.get("TableId", each["TableArn"]) for each in found if each is not None}
 
     async def explain(self, query: Query) -> Plan:
         return await self.reading.explain(query)

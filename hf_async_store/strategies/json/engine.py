@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import redacted
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session, finish
+from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
 from hf_async_store.entities import (
     Change,
     Collection,
@@ -769,19 +769,6 @@ class JSONEngine:
             await asyncio.get_running_loop().run_in_executor(self.threads, _probe, path)
         except OSError as exc:
             raise translate_os_error(exc, f"write to {self.files.folder}") from exc
-
-    async def exists(self) -> bool:
-        return bool(self._inodes()) or bool(self.files.journals())
-
-    async def is_same_store(self, other: Engine) -> bool:
-        return isinstance(other, JSONEngine) and bool(self._inodes() & other._inodes())
-
-    async def undeclared(self) -> list[str]:
-        return self._undeclared(await self.current()) if await self.exists() else []
-
-    def _inodes(self) -> set[tuple[int, int]]:
-        stats = [path.stat() for name in self.files.names for path in self.files.found(name)]
-        return {(each.st_dev, each.st_ino) for each in stats}
 
     async def health(self) -> Mapping[str, Value]:
         state = await self.current()

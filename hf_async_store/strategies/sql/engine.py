@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.engine import Engine, Isolation, Plan, Reader
+from hf_async_store.engine import Isolation, Plan, Reader
 from hf_async_store.entities import (
     Change,
     Collection,
@@ -189,52 +189,6 @@ class SQLEngine:
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
 
-    async def exists(self) -> bool:
-        return bool(await self._found_tables())
-
-    async def is_same_store(self, other: Engine) -> bool:
-        if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
-            return False
-        path, there = (getattr(each._dialect, "_path", None) for each in (self, other))
-        if path is not None:
-            return bool(path.exists() and there.exists() and path.samefile(there))
-        async with self._main.lease() as one, other._main.lease() as two:
-            await self._dialect.rows(one.driver, "SELECT pg_advisory_lock(7742)", ())
-            try:
-                [[free]] = await self._dialect.rows(
-                    two.driver, "SELECT pg_try_advisory_lock(7742)", ()
-                )
-                if free:
-                    await self._dialect.rows(two.driver, "SELECT pg_advisory_unlock(7742)", ())
-                return not free
-            finally:
-                await self._dialect.rows(one.driver, "SELECT pg_advisory_unlock(7742)", ())
-
-    async def undeclared(self) -> list[str]:
-        found = await self._found_tables()
-        known = {
-            sql_name(name): {sql_name(each) for each in declared.fields}
-            | {sql_name(declared.key), "doc", "_side", "version"}
-            for name, declared in self.schema.items()
-        }
-        lost = [each for each in found if each not in known and not each.startswith("hf_")]
-        for table, columns in known.items():
-            lost += [f"{table}.{each}" for each in found.get(table, {}) if each not in columns]
-        return sorted(lost)
-
-    async def _found_tables(self) -> dict[str, dict[str, str]]:
-        path = getattr(self._dialect, "_path", None)
-        if path is not None and not path.exists():
-            return {}
-        names = "SELECT name FROM sqlite_master WHERE type = 'table'"
-        if path is None:
-            names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
-        async with self._main.lease() as lease:
-            rows = await self._dialect.rows(lease.driver, names, ())
-            found = await self._dialect.found_columns(lease.driver, [str(each[0]) for each in rows])
-        return {
-            name: columns for name, columns in found.items() if {"doc", "version"} <= columns.keys()
-        }
     async def _refuse_others(self, lease: Lease) -> None:
         try:
             await refuse_others(self._dialect, lease.driver, self._made.names)
