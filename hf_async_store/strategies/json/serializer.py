@@ -223,6 +223,15 @@ def cut_object(text: Held, what: str, *, once: bool = False) -> dict[str, msgspe
     return found
 
 
+def holds_entities(text: bytes) -> bool:
+    """Whether this looks like a data file: an object of objects."""
+    try:
+        members = _cut(text)
+    except _UNREADABLE:
+        return False
+    return bool(members) and all(bytes(each).startswith(b"{") for each in members.values())
+
+
 def refuse_repeated(text: bytes, found: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
     """Make sure, piece by piece, that no name came twice in the object that was cut.
 
