@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import time
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
@@ -186,7 +187,7 @@ class JSONEngine:
         self.config = config
         self.schema = schema
         self.files = FileManager(config, schema)
-        self.serializer = JSONSerializer(schema)
+        self.serializer = JSONSerializer(schema, self._place)
         self.locks = LockManager(
             self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
         )
@@ -205,6 +206,13 @@ class JSONEngine:
         self._next_file_check = 0.0
         self._reads = 0
         self._closed = False
+
+    def _place(self, collection: str) -> str:
+        """Where it lies, for errors."""
+        for name, each in self.files.names.items():
+            if each in (None, collection):
+                return f" in {(self.files.found(name) or [self.files.path(name)])[0]}"
+        return ""
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -986,6 +994,18 @@ class JSONEngine:
     def refuse_closed(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        """Nothing is lost: the journal holds what was acknowledged."""
+        if getattr(self, "_closed", True) or self._state is None:
+            return  # it was closed, or never did anything
+        warn(f"unclosed store in {self.files.folder}", ResourceWarning, source=self)
+        self._close_writer()
+        self._state.close()
+        self._registry.close()
+        self.folding.release()
+        self.locks.close()
+        self.threads.shutdown(wait=False)
 
 
 class _SessionContext:

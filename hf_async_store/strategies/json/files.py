@@ -298,7 +298,11 @@ class FileManager:
         singles = {each.partition(".journal.")[0] for each in entries if ".journal." in each}
         known = singles | self._collections.keys()
         found = {each.removesuffix(_PACKED) for each in entries if not each.startswith(".")}
-        return sorted(each for each in found if each.endswith(".json") and each not in known)
+        return sorted(
+            each
+            for each in found - known
+            if each.endswith(".json") and any(path.is_file() for path in self._both_paths(each))
+        )
 
     def _entries(self) -> list[str]:
         try:
@@ -451,6 +455,8 @@ class FileManager:
         for generation in generations:
             # No link: whoever has the journal open takes it for removed when it has no name left.
             aside = self.folder / f"{self._stem}.damaged.{generation:08d}"
+            with suppress(FileNotFoundError):
+                aside.unlink()  # of an adoption that was interrupted
             _copy(self.journal(generation), aside)
             log.warning("%s keeps the journal that could not be read to its end", aside)
 

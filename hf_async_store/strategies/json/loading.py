@@ -36,12 +36,14 @@ from hf_async_store.strategies.json.journal import (
 from hf_async_store.strategies.json.section import Section, freed
 from hf_async_store.strategies.json.serializer import (
     PIECE,
+    UNREADABLE,
     Held,
     JSONSerializer,
     NotOurs,
     cut_lines,
     cut_object,
     cut_piece,
+    cut_text,
     held,
     layout_of,
     refuse_repeated,
@@ -582,7 +584,11 @@ class Loader:
 
 async def _members(text: Held, what: str, *, once: bool) -> dict[str, msgspec.Raw]:
     """`cut_object`, with turns for the loop."""
-    found = cut_object(text, what)
+    try:
+        found = cut_text(text)
+    except UNREADABLE:
+        # It takes longer, and finds out what is wrong; no name comes twice then.
+        return await asyncio.to_thread(cut_object, text, what)
     if once:
         await asyncio.sleep(0)
         for _ in refuse_repeated(bytes(text), found, what):
