@@ -175,7 +175,8 @@ class Folding:
                 self.failure, self._failures = None, 0
                 return done
             except StorageError as exc:
-                self.failure = exc
+                # That others hold the lock is told apart, and for as long as they do.
+                self.failure = None if isinstance(exc, LockTimeoutError) else exc
                 self._failures += 1
                 raise
             finally:
