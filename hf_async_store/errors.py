@@ -306,7 +306,12 @@ class CorruptionError(StorageError):
 
 
 class FileReplacedError(CorruptionError):
-    """A data file was replaced by hand while its journal holds commits. Names the two ways out."""
+    """A data file was replaced by hand while its journal holds commits, or a link to it leads
+    elsewhere than when the store was opened. Names the ways out."""
+
+
+class NewerFormatError(StorageError):
+    """A newer release of this package wrote what is stored; update it. Nothing was changed."""
 
 
 class SchemaMismatchError(StorageError):

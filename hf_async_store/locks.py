@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
 from hf_async_store.oserrors import translate_os_error
+from hf_async_store.ownership import share
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
     from types import TracebackType
+
+    from hf_async_store.ownership import Ownership
 
 Mode: TypeAlias = Literal["read", "write"]
 
@@ -36,6 +40,9 @@ _LONGEST_PAUSE: Final = 0.005
 """Between two tries by a process that is not next in line. It is also what an old waiter suffers
 from new ones, which try more often: with 20 ms, the longest wait of eight processes that compete
 for 10 ms each is 2.5 times as long, at the same throughput."""
+
+_OPEN: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""No link is followed: whoever may write the folder could point it at a file of others."""
 
 _NEXT_IN_LINE_PAUSE: Final = 0.001
 """Between two tries by the one process that is next in line."""
@@ -272,18 +279,26 @@ def _count(number: int, noun: str) -> str:
 class FileLock:
     """A lock between processes: `flock` on a file that exists for nothing else.
 
-    Synchronous, one try at a time. The file is created (0600) at the first try and stays; whoever
+    Synchronous, one try at a time. The file is created at the first try and stays; whoever
     deletes it while it is held breaks the lock. A holder that dies loses the lock. Two objects
     exclude one another also within one process; one object is not for two threads.
 
     After a fork the child shares the parent's lock, and can release it: a process that uses locks
     must not go on using them in a forked child. That is refused above this layer.
+
+    Args:
+        owned: asked, when the file has to be made, whose it is to be; None: of this process, 0600.
     """
 
-    __slots__ = ("_fd", "_held", "_identity", "_path")
+    __slots__ = ("_fd", "_held", "_identity", "_owned", "_path")
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        owned: Callable[[], Ownership | None] = lambda: None,
+    ) -> None:
         self._path = os.fspath(path)
+        self._owned = owned
         self._fd: int | None = None
         self._identity = (0, 0)
         self._held: Literal["shared", "exclusive"] | None = None
@@ -345,10 +360,42 @@ class FileLock:
 
     def _opened(self) -> int:
         if self._fd is None:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._fd = os.open(self._path, _OPEN)
+            except FileNotFoundError:
+                self._fd = self._made()
             stat = os.fstat(self._fd)
             self._identity = stat.st_dev, stat.st_ino
         return self._fd
+
+    def _made(self) -> int:
+        owned = self._owned()
+        if owned is None:
+            return os.open(self._path, _OPEN | os.O_CREAT, 0o600)
+        # It gets its name once it is whose it is to be: others may want it at any moment.
+        temporary = f"{self._path}.{os.urandom(4).hex()}.tmp"
+        fd = os.open(temporary, _OPEN | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            share(fd, owned)
+            self._name(temporary)
+        except BaseException:
+            os.close(fd)
+            raise
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)  # noqa: PTH108  # as everywhere in this class
+        return fd
+
+    def _name(self, temporary: str) -> None:
+        """Its name, unless another process was first: then `_is_current` tells."""
+        try:
+            os.link(temporary, self._path)
+        except FileExistsError:
+            pass
+        except OSError:
+            if os.path.lexists(self._path):
+                return
+            os.rename(temporary, self._path)  # noqa: PTH104  # a file system without hard links
 
     def _is_current(self) -> bool:
         """Whether what was locked is still what others will find at the path."""
@@ -374,6 +421,7 @@ class LockManager:
         path: the lock file; another one beside it has `.turn` after its name. Both are created
             at the first use and stay.
         timeout: seconds that an acquire may take in all, where it does not say otherwise.
+        owned: see `FileLock`.
     """
 
     # The turnstile: who wants the lock file first takes `.turn` and keeps it until it has the lock
@@ -396,12 +444,18 @@ class LockManager:
         "_turn",
     )
 
-    def __init__(self, path: Path, *, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        timeout: float = 30.0,
+        owned: Callable[[], Ownership | None] = lambda: None,
+    ) -> None:
         self._path = path
         self._timeout = timeout
         self._closed = False
-        self._main = FileLock(path)
-        self._turn = FileLock(f"{os.fspath(path)}.turn")
+        self._main = FileLock(path, owned)
+        self._turn = FileLock(f"{os.fspath(path)}.turn", owned)
         self._tasks = ReaderWriterLock(f"the lock {path}")
         # One reader at a time deals with the files for all readers of this process.
         self._gate = ReaderWriterLock(f"the lock {path}")

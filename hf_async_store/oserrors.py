@@ -26,7 +26,19 @@ _MEANING: Final[dict[int | None, type[StorageError]]] = {
 
 # Somebody has to change something first; the same call will not do better by itself.
 _LASTING: Final = frozenset(
-    {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+    {
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EBUSY,
+        errno.EXDEV,
+        errno.EMLINK,
+        errno.ENOTSUP,
+        errno.ENXIO,
+        errno.ENODEV,
+    }
 )
 
 

@@ -13,15 +13,16 @@ import errno
 import logging
 import os
 import time
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from hf_async_store.config import redacted
-from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session, finish
+from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session, finish
 from hf_async_store.entities import (
     Change,
     Collection,
@@ -33,6 +34,7 @@ from hf_async_store.entities import (
 )
 from hf_async_store.errors import (
     CorruptionError,
+    LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyError,
     StorageError,
@@ -41,6 +43,7 @@ from hf_async_store.errors import (
 from hf_async_store.locks import FileLock, LockManager
 from hf_async_store.moving import HIDDEN
 from hf_async_store.oserrors import translate_os_error
+from hf_async_store.ownership import share
 from hf_async_store.strategies.json.files import (
     FileManager,
     Signature,
@@ -78,14 +81,17 @@ from hf_async_store.strategies.json.loading import (
     read_blocks,
     scanned,
 )
-from hf_async_store.strategies.json.serializer import JSONSerializer
+from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
 from hf_async_store.strategies.json.snapshot import Snapshot
 from hf_async_store.strategies.json.view import View
 
 if TYPE_CHECKING:
     from hf_async_store.config import JSONConfig
     from hf_async_store.entities import Schema
+    from hf_async_store.ownership import Ownership
     from hf_async_store.query import Query
+
+Result = TypeVar("Result")
 
 log: Final = logging.getLogger("hf_async_store.json")
 
@@ -95,6 +101,7 @@ _FILE_CHECK_SECONDS: Final = 0.05
 _LARGE_PIECE: Final = 1 << 16
 _LARGE_RECORD: Final = 1 << 22
 _HEALTH_PIECE: Final = 128
+_HEALTH_LOCK_SECONDS: Final = 5.0
 _TRIES: Final = 3
 """How often a reader starts over before it asks for the lock."""
 
@@ -113,6 +120,23 @@ class _Append:
         self.size = size
         self.merged = merged
         self.applied = False
+
+
+class _Prepared:
+    """A journal that is written and does not have its name yet."""
+
+    __slots__ = ("begun", "fd", "head", "path", "sequence", "size", "temporary")
+
+    def __init__(
+        self, head: Head, path: Path, temporary: Path, fd: int, size: int, sequence: int
+    ) -> None:
+        self.head = head
+        self.path = path
+        self.temporary = temporary
+        self.fd = fd
+        self.size = size
+        self.sequence = sequence
+        self.begun = False
 
 
 class _Hop:
@@ -163,11 +187,13 @@ class JSONEngine:
         self.config = config
         self.schema = schema
         self.files = FileManager(config, schema)
-        self.serializer = JSONSerializer(schema)
-        self.locks = LockManager(self.files.lock(), timeout=config.lock_timeout)
+        self.serializer = JSONSerializer(schema, self._place)
+        self.locks = LockManager(
+            self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
+        )
         self.loader = Loader(self.files, schema, self.serializer, config.cache_size)
         self.folding = Folding(self)
-        self._registry = FileLock(self.files.lock(".open"))
+        self._registry = FileLock(self.files.lock(".open"), self.files.ownership)
         # Two: a commit never waits for a fold that is writing.
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
         self._state: State | None = None
@@ -180,6 +206,13 @@ class JSONEngine:
         self._next_file_check = 0.0
         self._reads = 0
         self._closed = False
+
+    def _place(self, collection: str) -> str:
+        """Where it lies, for errors."""
+        for name, each in self.files.names.items():
+            if each in (None, collection):
+                return f" in {(self.files.found(name) or [self.files.path(name)])[0]}"
+        return ""
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -218,6 +251,36 @@ class JSONEngine:
         text = self.serializer.adopt(collection, entity_id, raw)
         return Record(Key(collection.name, entity_id), self.serializer.decode(text))
 
+    async def exists(self) -> bool:
+        self.refuse_closed()
+        return self.files.is_there()
+
+    async def is_same_store(self, other: Engine) -> bool:
+        if not isinstance(other, JSONEngine):
+            return False
+        try:
+            return bool(self.files.identities() & other.files.identities())
+        except OSError as exc:
+            raise translate_os_error(exc, f"look at {self.files.folder}") from exc
+
+    async def undeclared(self) -> list[str]:
+        state = await self.current()
+        found = {*self._undeclared(state), *await self._strange_files()}
+        return sorted(found - set(self.schema))
+
+    async def _strange_files(self) -> list[str]:
+        """Collections that lie in files of their own which nothing names, by the names of these."""
+        found = []
+        for name in self.files.strange_files():
+            try:
+                file = await self.files.read(name)
+            except CorruptionError:
+                found.append(name.removesuffix(".json"))  # nobody can say that it is none
+                continue
+            if file is not None and await asyncio.to_thread(holds_entities, file.text):
+                found.append(name.removesuffix(".json"))
+        return found
+
     async def explain(self, query: Query) -> Plan:
         return await self.view(await self.current()).explain(query)
 
@@ -254,6 +317,7 @@ class JSONEngine:
         if self._owned:
             return True
         if state.fd < 0 or state.sealed:
+            self.files.refuse_moved_links()
             return not self._has_successor(state) and not self._files_changed(state)
         found = os.fstat(state.fd)
         if found.st_size != state.offset or not found.st_nlink:
@@ -261,6 +325,7 @@ class JSONEngine:
         now = time.monotonic()
         if now < self._next_file_check:
             return True
+        self.files.refuse_moved_links()
         moved = self._has_successor(state) or not self._in_place(state)
         if moved or self._files_changed(state):
             return False  # and look again at the next read, until this is settled
@@ -341,6 +406,7 @@ class JSONEngine:
             return state
 
     async def _load(self, adopt: str | None = None) -> State:
+        self.files.refuse_moved_links()
         loaded = await self.loader.load(adopt=adopt)
         if self._state is not None:
             self._state.close()
@@ -510,6 +576,7 @@ class JSONEngine:
         if not self._has_journal():
             self.files.make_folder()
         async with self.locks.exclusive(owner=owner):
+            self._register(making=True)
             # As `owning`, which costs every write as much as a look at the files.
             try:
                 yield await self._own()
@@ -533,6 +600,7 @@ class JSONEngine:
             self._owned = False
 
     async def _own(self) -> State:
+        self.files.refuse_moved_links()
         state = self._state
         if state is None or not self._unchanged(state):
             state = await self.refresh_locked()
@@ -650,41 +718,61 @@ class JSONEngine:
         await finish(self._start_generation(state))
 
     async def _start_generation(self, state: State) -> None:
-        if state.fd >= 0 and not state.sealed:
-            await self.append_control(state, Seal(state.generation + 1))
         generation = state.generation + 1
-        await self._begin(
-            state,
-            Head(
-                generation,
-                {
-                    name: _from(
-                        content,
-                        generation
-                        if name in state.replaced or state.generation == 0
-                        else content.covers,
-                    )
-                    for name, content in state.content.items()
-                },
-            ),
-        )
+        files = {
+            name: _from(
+                content,
+                generation if name in state.replaced or state.generation == 0 else content.covers,
+            )
+            for name, content in state.content.items()
+        }
+        async with self._prepared(Head(generation, files)) as journal:
+            if state.fd >= 0 and not state.sealed:
+                await self.append_control(state, Seal(generation))
+            await self._begin(state, journal)
 
-    async def _begin(self, state: State, head: Head, rest: bytes = b"") -> None:
-        """A new journal, whole or not at all, with this head and, behind it, one more record."""
+    @asynccontextmanager
+    async def _prepared(self, head: Head, rest: bytes = b"") -> AsyncGenerator[_Prepared, None]:
+        """A new journal under another name, with this head and, behind it, one more record.
+
+        Before the journal that is there is sealed: where none can be made, that one goes on.
+        """
         path = self.files.journal(head.generation)
         data = record(*control(head), 0) + rest
+        sequence = 2 if rest else 1
         try:
-            fd = await asyncio.get_running_loop().run_in_executor(
-                self.threads, _make_journal, path, data, head.generation == 1
-            )
+            owned = self.files.ownership()
+            temporary, fd = await self._in_thread(_prepare_journal, path, data, owned)
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
+        journal = _Prepared(head, path, temporary, fd, len(data), sequence)
+        try:
+            yield journal
+        finally:
+            if not journal.begun:
+                os.close(fd)
+                with suppress(OSError):
+                    temporary.unlink()
+
+    async def _in_thread(self, call: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+
+    async def _begin(self, state: State, journal: _Prepared) -> None:
+        """The prepared journal gets its name, and the state goes over to it."""
+        head = journal.head
+        try:
+            await self._in_thread(
+                _name_journal, journal.temporary, journal.path, head.generation == 1
+            )
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {journal.path}") from exc
+        journal.begun = True
         state.close()
         self._close_writer()
-        state.fd = fd
+        state.fd = journal.fd
         state.generation = head.generation
-        state.offset = len(data)
-        state.sequence = 2 if rest else 1
+        state.offset = journal.size
+        state.sequence = journal.sequence
         state.sealed = False
         state.replaced.clear()
         for name, content in head.files.items():
@@ -696,7 +784,7 @@ class JSONEngine:
     def _writer(self, state: State) -> int:
         if self._write_fd < 0:
             path = self.files.journal_path(state.generation)
-            self._write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            self._write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         return self._write_fd
 
     def _close_writer(self) -> None:
@@ -748,7 +836,8 @@ class JSONEngine:
                 await asyncio.to_thread(self.files.keep_damaged, state.unread)
         except OSError as exc:
             raise translate_os_error(exc, f"keep a journal in {self.files.folder}") from exc
-        await self._begin(state, Head(generation, files, alone=True), rest)
+        async with self._prepared(Head(generation, files, alone=True), rest) as journal:
+            await self._begin(state, journal)
         state.known = {name: [content] for name, content in files.items()}
         state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
         await self.drop_journals(generation)
@@ -763,10 +852,11 @@ class JSONEngine:
 
     async def probe(self) -> None:
         self.refuse_closed()
-        self.files.make_folder()
-        path = self.files.lock(f".probe.{os.urandom(4).hex()}.tmp")
+        # Where there is no store yet, its folder need not be made for this.
+        name = self.files.lock(f".probe.{os.urandom(4).hex()}.tmp").name
+        path = self.files.nearest_folder() / name
         try:
-            await asyncio.get_running_loop().run_in_executor(self.threads, _probe, path)
+            await self._in_thread(_probe, path)
         except OSError as exc:
             raise translate_os_error(exc, f"write to {self.files.folder}") from exc
 
@@ -788,6 +878,8 @@ class JSONEngine:
                 f"{self.files.journal(state.doubtful)} could not be brought to the disk; the next "
                 "write, or `hf-async-store checkpoint`, writes everything anew"
             )
+        problems += self._unfolded(state)
+        problems += await self._held_up()
         problems += await self._unreadable(state)
         return {
             "folder": str(self.files.folder.absolute()),
@@ -802,6 +894,33 @@ class JSONEngine:
             "free_bytes": self.files.free_bytes(),
             "problems": problems,
         }
+
+    def _unfolded(self, state: State) -> list[Value]:
+        """Whether the journal can be folded, as far as the last try tells."""
+        if self.folding.failure is not None:
+            return [f"the journal could not be folded into the data files: {self.folding.failure}"]
+        if self.folding.is_stuck(state):
+            return [
+                f"an earlier fold in {self.files.folder} did not come to its end; "
+                "`hf-async-store checkpoint` does it, or says what is in the way"
+            ]
+        return []
+
+    async def _held_up(self) -> list[Value]:
+        """Whether writers get their turn. A process that holds the lock may be suspended."""
+        if not self.files.is_there():
+            return []  # and no lock file is made for this
+        seconds = min(self.config.lock_timeout, _HEALTH_LOCK_SECONDS)
+        try:
+            async with self.locks.exclusive(seconds):
+                return []
+        except LockTimeoutError:
+            return [
+                f"no write could begin within {seconds:g} s: another process, or a transaction of "
+                f"this one, holds {self.files.lock()}. A suspended process holds it until it goes on"
+            ]
+        except (PermissionDeniedError, ReadOnlyError):
+            return []  # told by the probe
 
     async def _unreadable(self, state: State) -> list[Value]:
         """What is wrong with entities that came from elsewhere and that nobody has read yet."""
@@ -861,16 +980,32 @@ class JSONEngine:
             # The journal holds everything that was acknowledged; the next one to open folds it.
             log.warning("the journal was not folded at close", exc_info=True)
 
-    def _register(self) -> None:
-        """Be known as one that has the store open; where no lock file can be made, go without."""
+    def _register(self, *, making: bool = False) -> None:
+        """Be known as one that has the store open; where no lock file can be made, go without.
+
+        Args:
+            making: the store is about to be made. Else nothing is, where there is none.
+        """
         if self._registry.held is None:
             with suppress(StorageError, OSError):
-                if self.files.folder.is_dir():
+                if making or self.files.is_there():
                     self._registry.try_lock(exclusive=False)
 
     def refuse_closed(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        """Nothing is lost: the journal holds what was acknowledged."""
+        if getattr(self, "_closed", True) or self._state is None:
+            return  # it was closed, or never did anything
+        warn(f"unclosed store in {self.files.folder}", ResourceWarning, source=self)
+        self._close_writer()
+        self._state.close()
+        self._registry.close()
+        self.folding.release()
+        self.locks.close()
+        self.threads.shutdown(wait=False)
 
 
 class _SessionContext:
@@ -978,29 +1113,39 @@ def _commit_record(images: Images) -> bytes:
     return record(Kind.COMMIT, b"".join(commit_text(images)), 1)
 
 
-def _make_journal(path: Path, data: bytes, first: bool) -> int:
-    """A journal that begins with `data`, whole or not at all; a descriptor to read it.
+def _prepare_journal(path: Path, data: bytes, owned: Ownership | None) -> tuple[Path, int]:
+    """A journal that begins with `data`, on the disk, not under its name yet; a descriptor of it."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        if owned is not None:
+            share(fd, owned)
+        write_all(fd, data, 0)
+        os.fsync(fd)
+    except BaseException:
+        os.close(fd)
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return temporary, fd
+
+
+def _name_journal(temporary: Path, path: Path, first: bool) -> None:
+    """Whole or not at all.
 
     Args:
         first: its folder may be new, too.
     """
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        write_all(fd, data, 0)
-        os.fsync(fd)
         temporary.rename(path)
         sync_folder(path.parent)
         if first:
             sync_parents(path.parent)
     except BaseException:
-        os.close(fd)
         # Perhaps it has its name already, and the folder could not be brought to the disk.
-        for each in (temporary, path):
-            with suppress(OSError):
-                each.unlink()
+        with suppress(OSError):
+            path.unlink()
         raise
-    return fd
 
 
 def _probe(path: Path) -> None:

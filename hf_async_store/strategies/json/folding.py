@@ -62,13 +62,15 @@ class Folding:
 
     def __init__(self, engine: JSONEngine) -> None:
         self._engine = engine
-        self._turn = FileLock(engine.files.lock(".fold"))
+        self._turn = FileLock(engine.files.lock(".fold"), engine.files.ownership)
         self._one = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._last_commit = 0.0
         self._last_fold = -_PAUSE_SECONDS
         self._failures = 0
+        self.failure: StorageError | None = None
+        """Why the last fold did not succeed."""
 
     # -- when --------------------------------------------------------------------------------
 
@@ -107,9 +109,7 @@ class Folding:
     async def _in_background(self) -> None:
         try:
             await self.fold()
-            self._failures = 0
         except StorageError:
-            self._failures += 1
             # Nothing is lost: the journal holds it. `health` and the next fold will tell.
             log.warning("the journal could not be folded", exc_info=True)
         finally:
@@ -164,35 +164,67 @@ class Folding:
 
     async def fold(self) -> bool:
         """Fold what is committed; False if another process is folding, or came between."""
-        self._engine.files.make_folder()
+        state = self._engine.loaded
+        if (state is None or state.fd < 0) and not self._engine.files.is_there():
+            return True  # there is no store, and none is made for this
         async with self._one:
             if not self._turn.try_lock(exclusive=True):
                 return False
             try:
-                return await self._fold()
+                done = await self._fold()
+                self.failure, self._failures = None, 0
+                return done
+            except StorageError as exc:
+                # That others hold the lock is told apart, and for as long as they do.
+                self.failure = None if isinstance(exc, LockTimeoutError) else exc
+                self._failures += 1
+                raise
             finally:
                 self._turn.unlock()
 
     async def _fold(self) -> bool:
         engine = self._engine
-        async with engine.writing() as state:
-            engine.files.clean()
-            names = [each for each in engine.files.names if self._needs_fold(each, state)]
-            if not names:
-                await self._drop_journals(state)
+        while True:
+            async with engine.writing() as state:
+                engine.files.clean()
+                names = [each for each in engine.files.names if self._needs_fold(each, state)]
+                if not names:
+                    await self._drop_journals(state)
+                    return True
+                again = self.is_behind(state)
+                if not again or state.fd < 0 or state.sealed or state.replaced:
+                    await engine.start_generation(state)
+                generation = state.generation
+                held = {name: self._held(name, state) for name in names}
+            written = await self._write(held, state, generation)
+            try:
+                async with engine.writing() as now:
+                    if now is not state or state.generation != generation:
+                        return False
+                    await finish(self._replace(written, state))
+            finally:
+                _unlink(path for path, _ in written.values())
+            if not again:
                 return True
-            await engine.start_generation(state)
-            generation = state.generation
-            held = {name: self._held(name, state) for name in names}
-        written = await self._write(held, state, generation)
+
+    def is_behind(self, state: State) -> bool:
+        """Whether a fold began this generation and did not come to its end.
+
+        Then the files are first brought to where it began, and no other is begun for that: it may
+        fail again, any number of times, and each would leave one journal more.
+        """
+        return any(each < state.generation for each in self._engine.files.journals())
+
+    def is_stuck(self, state: State) -> bool:
+        """Whether a fold did not come to its end, and nobody is at it now."""
+        if self._one.locked() or not self.is_behind(state):
+            return False
         try:
-            async with engine.writing() as now:
-                if now is not state or state.generation != generation:
-                    return False
-                await finish(self._replace(written, state))
-        finally:
-            _unlink(path for path, _ in written.values())
-        return True
+            free = self._turn.try_lock(exclusive=True)
+        except StorageError:
+            return False
+        self._turn.unlock()
+        return free and self.is_behind(state)
 
     def _needs_fold(self, name: str, state: State) -> bool:
         collections = self._engine.loader.collections_of(name, state)

@@ -26,9 +26,10 @@ from zlib import crc32
 
 import msgspec
 
-from hf_async_store.errors import CorruptionError
+from hf_async_store.errors import CorruptionError, NewerFormatError
 
-_MAGIC: Final = b"HFJ1"
+_FAMILY: Final = b"HFJ"
+_MAGIC: Final = _FAMILY + b"1"
 _HEADER: Final = struct.Struct(">4sB3xIIQ")
 _CHECK: Final = struct.Struct(">I")
 HEADER_SIZE: Final = _HEADER.size + _CHECK.size
@@ -215,6 +216,7 @@ def scan(
 
     Raises:
         CorruptionError: a record that is there and not as it was written.
+        NewerFormatError: one that this release does not know.
     """
     left = iter(blocks)
     data = b""  # which lies at `offset`
@@ -232,6 +234,8 @@ def scan(
         header = data[position : position + _HEADER.size]
         magic, kind, length, check, number = _HEADER.unpack(header)
         (own,) = _CHECK.unpack_from(data, position + _HEADER.size)
+        if own == crc32(header) and magic != _MAGIC and magic.startswith(_FAMILY):
+            raise _newer(name, offset + position)
         if magic != _MAGIC or own != crc32(header):
             raise _damaged(name, offset + position, "the header of a record is damaged")
         begin = offset + position
@@ -254,9 +258,16 @@ def scan(
         if number != sequence:
             raise _damaged(name, begin, f"record {number} stands where {sequence} belongs")
         if kind not in _KINDS:
-            raise _damaged(name, begin, f"a record of the unknown kind {kind}")
+            raise _newer(name, begin)
         sequence += 1
         yield Entry(Kind(kind), pieces), offset + position
+
+
+def _newer(name: str, offset: int) -> NewerFormatError:
+    return NewerFormatError(
+        f"{name} at byte {offset}: a newer release of hf_async_store wrote this. Update this "
+        "installation; nothing was changed"
+    )
 
 
 def _damaged(name: str, offset: int, what: str) -> CorruptionError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from hf_async_store.errors import CorruptionError, FileReplacedError
+from hf_async_store.errors import ConfigurationError, CorruptionError, FileReplacedError
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.json.files import DataFile, FileManager, Signature, is_doubtful
 from hf_async_store.strategies.json.journal import (
@@ -35,12 +36,14 @@ from hf_async_store.strategies.json.journal import (
 from hf_async_store.strategies.json.section import Section, freed
 from hf_async_store.strategies.json.serializer import (
     PIECE,
+    UNREADABLE,
     Held,
     JSONSerializer,
     NotOurs,
     cut_lines,
     cut_object,
     cut_piece,
+    cut_text,
     held,
     layout_of,
     refuse_repeated,
@@ -458,6 +461,8 @@ class Loader:
         """
         known = state.known.get(name, [])
         found = await self._files.read(name, known)
+        if found is not None and not known:
+            self._refuse_other_names(name)
         digest = None if found is None else found.digest
         match = next((each for each in reversed(known) if each.digest == digest), None)
         if match is not None and match.covers < first <= max(each.covers for each in known):
@@ -468,6 +473,18 @@ class Loader:
         if found is not None:
             await self._cut(name, found, state, ours=content.ours)
         return match is not None
+
+    def _refuse_other_names(self, name: str) -> None:
+        """A file that has no journal here may have one under another name."""
+        for path in self._files.found(name):
+            others = self._files.other_names(path)
+            if others:
+                raise ConfigurationError(
+                    f"{path} has {others} more name(s) (hard links). Under another one it may be "
+                    "a store already, and to replace it here would leave that one as it is. Use "
+                    "the other name, or make this a file of its own: copy it, and move the copy "
+                    "over it"
+                )
 
     def _taken_over(
         self, name: str, digest: str | None, state: State, adopt: str | None, first: int
@@ -567,7 +584,11 @@ class Loader:
 
 async def _members(text: Held, what: str, *, once: bool) -> dict[str, msgspec.Raw]:
     """`cut_object`, with turns for the loop."""
-    found = cut_object(text, what)
+    try:
+        found = cut_text(text)
+    except UNREADABLE:
+        # It takes longer, and finds out what is wrong; no name comes twice then.
+        return await asyncio.to_thread(cut_object, text, what)
     if once:
         await asyncio.sleep(0)
         for _ in refuse_repeated(bytes(text), found, what):
@@ -734,11 +755,21 @@ def open_journal(path: Path) -> int:
         Vanished: it is not there.
     """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not to follow a link to elsewhere, nor to wait for the other end of a pipe.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except OSError:
+            os.close(fd)
+            raise
     except FileNotFoundError as exc:
         raise Vanished(str(path)) from exc
     except OSError as exc:
         raise translate_os_error(exc, f"read {path}") from exc
+    if not regular:
+        os.close(fd)
+        raise ConfigurationError(f"{path} is no regular file, and so no journal of the store")
+    return fd
 
 
 def read_blocks(fd: int, offset: int, size: int, path: Path) -> Iterator[bytes]:

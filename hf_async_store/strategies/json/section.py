@@ -16,7 +16,12 @@ from typing import Any, Final, TypeAlias, cast
 import msgspec
 
 from hf_async_store.entities import Collection, Entity, Value
-from hf_async_store.strategies.json.serializer import Held, JSONSerializer
+from hf_async_store.strategies.json.serializer import (
+    UNREADABLE,
+    Held,
+    JSONSerializer,
+    not_as_written,
+)
 
 _PIECE: Final = 512
 """How many entities are indexed before the loop gets a turn: 1 to 5 ms."""
@@ -364,8 +369,16 @@ def _indexable(collection: Collection | None) -> frozenset[str]:
 
 def _peeker(fields: Iterable[str]) -> Any:
     """A decoder of just these fields, which skips over all others."""
-    peek = msgspec.defstruct("Peek", [(each, Any, msgspec.UNSET) for each in sorted(fields)])
-    return msgspec.json.Decoder(peek).decode
+    struct = msgspec.defstruct("Peek", [(each, Any, msgspec.UNSET) for each in sorted(fields)])
+    decode = msgspec.json.Decoder(struct).decode
+
+    def peek(canonical: bytes) -> Any:
+        try:
+            return decode(canonical)
+        except UNREADABLE as exc:
+            raise not_as_written(exc) from exc
+
+    return peek
 
 
 def _scalar(value: Value) -> _Scalar:

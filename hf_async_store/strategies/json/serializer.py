@@ -9,7 +9,7 @@ a file costs no decoding, and nothing unchecked ever reaches a caller.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Final, Literal, TypeAlias, cast
 
@@ -30,9 +30,18 @@ Held: TypeAlias = bytes | msgspec.Raw
 """An entity in memory: canonical bytes, or Raw text that nobody has looked at yet."""
 
 _PREFIX: Final = b'{"version":'
-_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoders raise."""
+
 _FILE_WAY_BACK: Final = (
     "Nothing was changed. Mend the file, or restore a backup (`hf-async-store restore`)"
+)
+_STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_TOKEN: Final = re.compile(_STRING + rb"|-?(?:NaN|Infinity)\b", re.DOTALL)
+_ESCAPE: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|\\u[0-9a-fA-F]{4}|\\.|[\x00-\x1f]",
+    re.DOTALL,
 )
 _NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
 _MEMBERS: Final = 512
@@ -43,7 +52,7 @@ _WAY_BACK: Final = "Mend it in the data file, or restore a backup (`hf-async-sto
 
 encode_text = msgspec.json.Encoder().encode
 _decode = cast("msgspec.json.Decoder[Entity]", msgspec.json.Decoder()).decode
-_cut = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+cut_text = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class _Created(msgspec.Struct):
@@ -54,10 +63,15 @@ _created = msgspec.json.Decoder(_Created).decode
 
 
 class JSONSerializer:
-    """Entities of a schema to text and back."""
+    """Entities of a schema to text and back.
 
-    def __init__(self, schema: Schema) -> None:
+    Args:
+        place: where the entities of a collection lie, as it reads in an error; "" if unknown.
+    """
+
+    def __init__(self, schema: Schema, place: Callable[[str], str] = lambda _: "") -> None:
         self._schema = schema
+        self._place = place
 
     def encode(self, entity: Mapping[str, Value], version: int) -> bytes:
         """The canonical text of a checked entity that has no `version` in it."""
@@ -65,14 +79,27 @@ class JSONSerializer:
         return b"".join((_PREFIX, b"%d," % version, encode_text(entity)[1:]))
 
     def decode(self, canonical: bytes) -> Entity:
-        """The entity, `version` in it: the caller's own copy."""
-        return _decode(canonical)
+        """The entity, `version` in it: the caller's own copy.
+
+        Raises:
+            CorruptionError: it is not what was written.
+        """
+        try:
+            return _decode(canonical)
+        except UNREADABLE as exc:
+            raise not_as_written(exc) from exc
 
     def version(self, canonical: bytes) -> int:
-        return int(canonical[len(_PREFIX) : canonical.index(b",", len(_PREFIX))])
+        try:
+            return int(canonical[len(_PREFIX) : canonical.index(b",", len(_PREFIX))])
+        except ValueError as exc:
+            raise not_as_written(exc) from exc
 
     def created_at(self, canonical: bytes) -> str | msgspec.UnsetType | None:
-        return _created(canonical).created_at
+        try:
+            return _created(canonical).created_at
+        except UNREADABLE as exc:
+            raise not_as_written(exc) from exc
 
     def adopt(self, collection: Collection, entity_id: str, raw: Held) -> bytes:
         """The canonical text of an entity that something else wrote.
@@ -85,11 +112,17 @@ class JSONSerializer:
         """
         if type(raw) is bytes:
             return raw
-        where = f"{collection.name} {entity_id!r}"
+        where = f"{collection.name} {entity_id!r}{self._place(collection.name)}"
         try:
             found = msgspec.json.decode(raw)
-        except _UNREADABLE as exc:
-            raise CorruptionError(f"{where} is damaged: {exc}. {_WAY_BACK}") from exc
+        except UNREADABLE as exc:
+            cause = _cause(bytes(raw)) or str(exc)
+            raise CorruptionError(f"{where} is damaged: {cause}. {_WAY_BACK}") from exc
+        repeated = _repeated(bytes(raw), found)
+        if repeated is not None:
+            raise CorruptionError(
+                f"{where} has {repeated!r} twice, and nobody can say which counts. {_WAY_BACK}"
+            )
         if type(found) is not dict:
             raise CorruptionError(
                 f"{where} is not an entity but {type(found).__name__}. {_WAY_BACK}"
@@ -123,8 +156,54 @@ class JSONSerializer:
 
 def compact(raw: Held) -> bytes:
     """The text on one line, its values untouched, in a form that is never taken for canonical."""
-    text = bytes(msgspec.json.format(bytes(raw), indent=-1))
+    try:
+        text = bytes(msgspec.json.format(bytes(raw), indent=-1))
+    except UNREADABLE:
+        text = _TOKEN.sub(_without_newlines, bytes(raw))
+        text = text.replace(b"\r", b" ").replace(b"\n", b" ")
     return b"{ " + text[1:] if text.startswith(_PREFIX) else text
+
+
+def _without_newlines(token: re.Match[bytes]) -> bytes:
+    return token[0].replace(b"\r", b"\\r").replace(b"\n", b"\\n")
+
+
+def not_as_written(exc: Exception) -> CorruptionError:
+    """The error for bytes of ours that are no longer what they were."""
+    return CorruptionError(
+        f"an entity that this store wrote cannot be read: {exc}. Restore a backup "
+        "(`hf-async-store restore`)"
+    )
+
+
+def _cause(text: bytes) -> str | None:
+    """What a decoder that takes more finds in a text that ours refuses: it names the place."""
+    import json  # here, for it is needed for damaged files alone
+
+    try:
+        copy_entity(json.loads(text))
+    except (StorageError, ValueError, RecursionError, AttributeError) as exc:
+        return str(exc)
+    return None
+
+
+def _repeated(text: bytes, found: object) -> str | None:
+    """A name that comes twice in an object of the text, which a decoder does not tell."""
+    if bytes(msgspec.json.format(text, indent=-1)) == encode_text(found):
+        return None  # nothing is lost; so it is with nearly all
+    import json  # here, for it is needed for few texts
+
+    repeated: list[str] = []
+
+    def look(members: list[tuple[str, object]]) -> None:
+        seen: set[str] = set()
+        for name, _ in members:
+            if name in seen:
+                repeated.append(name)
+            seen.add(name)
+
+    json.loads(text, object_pairs_hook=look)
+    return repeated[0] if repeated else None
 
 
 # -- files ----------------------------------------------------------------------------------
@@ -180,11 +259,11 @@ def cut_piece(lines: bytes, *, last: bool, ours: bool) -> dict[str, Held]:
         raise NotOurs
     text = b"{" + (lines if last else lines[:-1]) + b"}"
     try:
-        found = _cut(text)
+        found = cut_text(text)
         if not ours:
             for _ in refuse_repeated(text, found, "a piece"):
                 pass
-    except (*_UNREADABLE, CorruptionError) as exc:
+    except (*UNREADABLE, CorruptionError) as exc:
         raise NotOurs from exc
     if len(found) != lines.count(b"\n") + 1:
         raise NotOurs
@@ -212,15 +291,80 @@ def cut_object(text: Held, what: str, *, once: bool = False) -> dict[str, msgspe
         CorruptionError: it is no JSON object, or nobody can say which member counts.
     """
     try:
-        found = _cut(text)
-    except _UNREADABLE as exc:
-        raise CorruptionError(
-            f"{what} is not what it should be, a JSON object: {exc}. {_FILE_WAY_BACK}"
-        ) from exc
+        found = cut_text(text)
+    except UNREADABLE as exc:
+        return _cut_damaged(bytes(text), what, exc)
     if once:
         for _ in refuse_repeated(bytes(text), found, what):
             pass
     return found
+
+
+def _cut_damaged(text: bytes, what: str, exc: Exception) -> dict[str, msgspec.Raw]:
+    """The members of an object where single values are none, and all else is as it should be.
+
+    Half a surrogate pair, an unknown escape, a control character or NaN costs the entity that it is
+    in. It is cut in a copy in which each of these is a harmless value of the same length.
+
+    Args:
+        exc: why it is no JSON object; raised, if more than that is wrong.
+    """
+    try:
+        harmless = _TOKEN.sub(_harmless, text)
+        found = cut_text(harmless)
+    except UNREADABLE:
+        raise CorruptionError(
+            f"{what} is not what it should be, a JSON object: {exc}. {_FILE_WAY_BACK}"
+        ) from exc
+    members: dict[str, msgspec.Raw] = {}
+    end = harmless.index(b"{") + 1
+    for raw in found.values():
+        between = _NAME.match(harmless, end)
+        value = bytes(raw)
+        if between is None or not harmless.startswith(value, between.end()):
+            break
+        name = _decoded_name(text[end : between.end()], what, end)
+        if name in members:
+            break
+        members[name] = msgspec.Raw(text[between.end() : between.end() + len(value)])
+        end = between.end() + len(value)
+    if len(members) < len(found) or harmless[end:].strip() != b"}":
+        raise CorruptionError(f"{what}: a name comes twice. {_FILE_WAY_BACK}")
+    return members
+
+
+def _harmless(token: re.Match[bytes]) -> bytes:
+    text = token[0]
+    return _ESCAPE.sub(_plain, text) if text.startswith(b'"') else b"1" * len(text)
+
+
+def _plain(escape: re.Match[bytes]) -> bytes:
+    text = escape[0]
+    half = len(text) == 6 and text[2:3] in b"dD" and text[3:4] in b"89abcdefABCDEF"
+    right = len(text) == 12 or (len(text) == 6 and not half)
+    if len(text) == 2:
+        right = text[1:] in b'"\\/bfnrt'
+    return text if right else b"x" * len(text)
+
+
+def _decoded_name(between: bytes, what: str, offset: int) -> str:
+    name = between.strip(b" \t\r\n,:")
+    try:
+        return msgspec.json.decode(name, type=str)
+    except UNREADABLE as exc:
+        raise CorruptionError(
+            f"{what}: the name {name.decode(errors='replace')} after byte {offset} cannot be "
+            f"read: {exc}. {_FILE_WAY_BACK}"
+        ) from exc
+
+
+def holds_entities(text: bytes) -> bool:
+    """Whether this looks like a data file: an object of objects."""
+    try:
+        members = cut_object(text, "it")
+    except CorruptionError:
+        return False
+    return bool(members) and all(bytes(each).startswith(b"{") for each in members.values())
 
 
 def refuse_repeated(text: bytes, found: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
@@ -268,8 +412,8 @@ def layout_of(collection: Collection, members: Mapping[str, msgspec.Raw]) -> Lay
     The key field inside an entity tells an entity from a wrapping of the same name.
     """
     try:
-        inner = _cut(members[collection.name])
-    except (KeyError, *_UNREADABLE):
+        inner = cut_object(members[collection.name], collection.name)
+    except (KeyError, CorruptionError):
         return "flat"
     own = inner.get(collection.key)
     is_entity = own is not None and bytes(own) == encode_text(collection.name)

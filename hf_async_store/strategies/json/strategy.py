@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final, Literal, cast
 
+import msgspec
+
 from hf_async_store.conditions import missing_parent
 from hf_async_store.config import (
     JSONConfig,
@@ -162,7 +164,10 @@ class JSONStorageStrategy(StorageStrategy):
     # -- inside ------------------------------------------------------------------------------
 
     def _twin(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
-        return JSONStorageStrategy(self._json.config, collections=collections)
+        # The same place, also where the working directory has changed since.
+        place = str(self._json.files.given)
+        config = msgspec.structs.replace(self._json.config, base_path=place)
+        return JSONStorageStrategy(config, collections=collections)
 
     @asynccontextmanager
     async def _holding(self, *, exclusive: bool) -> AsyncIterator[None]:
@@ -172,6 +177,8 @@ class JSONStorageStrategy(StorageStrategy):
         elif exclusive:
             async with self.acquire_write_lock():
                 yield
+        elif not await self.exists():
+            yield  # empty, and no lock file is made for that
         else:
             async with self.acquire_read_lock():
                 yield

@@ -1,0 +1,189 @@
+"""How a store ends that nobody ends: abandoned streams, stores that are not closed, cancellations."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hf_async_store.errors import StorageError
+from tests.json.support import LAYOUTS, open_files, open_json, reopened, temporary
+
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+T = "templates"
+
+SCRIPT = """
+import asyncio, sys
+from hf_async_store import open_store
+
+async def reader(store, ready):
+    async for _ in store.stream_entities("templates"):
+        ready.set()
+        await asyncio.sleep(3600)
+
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60  # of a busy machine it is no fault
+    store = await open_store("json:" + sys.argv[1]).open()
+    await store.save_entities("templates", [{"template_id": f"t-{n}"} for n in range(2000)])
+    how = sys.argv[2]
+    if how == "break":
+        async for _ in store.stream_entities("templates"):
+            break
+    if how in ("running", "closed"):
+        ready = asyncio.Event()
+        tasks = [asyncio.create_task(reader(store, ready)) for _ in range(3)]
+        await ready.wait()
+        if how == "closed":
+            for each in tasks:
+                each.cancel()
+            await store.close()
+    if how == "writing":
+        for n in range(50):
+            asyncio.create_task(store.save_entity("templates", {"template_id": f"w-{n}"}))
+        await asyncio.sleep(0)
+    if how == "folding":
+        store._json.folding._start()
+        await asyncio.sleep(0)
+    if how == "transaction":
+        tx = store.begin_transaction()
+        await tx.__aenter__()
+        await tx.save_entity("templates", {"template_id": "never"})
+    print("acknowledged", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["nothing", "break", "running", "closed", "writing", "folding", "transaction"]
+)
+@both_layouts
+async def test_a_process_ends_that_closes_nothing(tmp_path: Path, layout: str, how: str) -> None:
+    """With a ResourceWarning and no other word, and with all that was acknowledged."""
+    folder = tmp_path / "data"
+    place = folder / "request_database.json" if layout == "single_file" else folder
+    ran = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-X", "dev", "-c", SCRIPT, str(place), how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ran.stdout == "acknowledged\n"
+    told = [each for each in ran.stderr.splitlines() if not each.startswith("  ")]
+    if how == "closed":
+        assert told == []
+    else:
+        assert f"ResourceWarning: unclosed store in {folder}" in told[0]
+        assert told[1:] == [
+            "ResourceWarning: Enable tracemalloc to get the object allocation traceback"
+        ]
+    found = (await reopened(folder, layout))[T]
+    assert {f"t-{each}" for each in range(2000)} <= found.keys()
+    assert "never" not in found
+    async with open_json(folder, layout) as store:
+        await store.checkpoint()
+        assert (await store.health())["ok"]
+    assert temporary(folder) == []
+
+
+@both_layouts
+async def test_a_store_that_is_let_go_warns_and_frees_its_files(
+    tmp_path: Path, layout: str
+) -> None:
+    store = await open_json(tmp_path, layout).open()
+    await store.save_entity(T, {"template_id": "t"})
+    await store.checkpoint()
+    await store._json.folding.close()  # its timer would hold the store until it is due
+    del store
+    with pytest.warns(ResourceWarning, match="unclosed store"):
+        gc.collect()
+    assert open_files(tmp_path) == []
+    closed = await open_json(tmp_path, layout).open()
+    await closed.get_entity(T, "t")
+    await closed.close()
+    del closed
+    gc.collect()
+
+
+@both_layouts
+async def test_a_cancelled_write_has_ended_when_its_task_has(tmp_path: Path, layout: str) -> None:
+    """What the engine was given is in the journal, or is not, by then: never later."""
+    async with open_json(tmp_path, layout) as store, open_json(tmp_path, layout) as other:
+        await store.save_entity(T, {"template_id": "t", "name": "0"})
+        for number in range(60):
+
+            async def write(number: int = number) -> None:
+                async with store.begin_transaction() as tx:
+                    await tx.update_entity(T, "t", {"name": str(number)})
+
+            task = asyncio.create_task(write())
+            for _ in range(number % 12):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            first = await other.get_entity(T, "t")
+            await asyncio.sleep(0.002)
+            assert await other.get_entity(T, "t") == first == await store.get_entity(T, "t")
+            assert not store._json.locks.exclusive_held
+
+
+HOLD = """
+import asyncio, sys
+from hf_async_store import open_store
+
+async def main():
+    async with open_store("json:" + sys.argv[1]) as store:
+        async with store.begin_transaction() as tx:
+            await tx.save_entity("templates", {"template_id": "held"})
+            print("held", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def _holder(place: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(place)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.communicate("\n", timeout=60)
+
+
+@both_layouts
+async def test_health_while_a_suspended_process_holds_the_write_lock(
+    tmp_path: Path, layout: str
+) -> None:
+    place = tmp_path / "request_database.json" if layout == "single_file" else tmp_path
+    async with open_json(tmp_path, layout, lock_timeout=0.5) as store:
+        await store.save_entity(T, {"template_id": "t"})
+        assert (await store.health())["ok"]
+        with _holder(place) as process:
+            os.kill(process.pid, signal.SIGSTOP)
+            health = await store.health()
+            assert not health["ok"]
+            assert "no write could begin" in str(health["problems"])
+            assert await store.get_entity(T, "t") is not None  # reads go on
+            with pytest.raises(StorageError):
+                await store.save_entity(T, {"template_id": "u"})
+        assert (await store.health())["ok"]
+        assert await store.get_entity(T, "held") is not None
