@@ -109,7 +109,7 @@ class Lease:
         try:
             return await self.dialect.labelled(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
-            raise self._error(exc, "execute the statement", writes=False) from exc
+            raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
         except BaseException:
             self.doubtful = True
             raise
@@ -195,8 +195,10 @@ class Lease:
         if self.killed:
             raise StoreClosedError("this store was closed")
 
-    def _error(self, exc: Exception, doing: str, *, writes: bool) -> StorageError:
-        error = self.dialect.translate(exc, doing=doing, writes=writes)
+    def _error(
+        self, exc: Exception, doing: str, *, writes: bool, callers: bool = False
+    ) -> StorageError:
+        error = self.dialect.translate(exc, doing=doing, writes=writes, callers=callers)
         if self.killed and not error.outcome_unknown:
             return StoreClosedError("this store was closed")
         return error

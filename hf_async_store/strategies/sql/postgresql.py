@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import re
+import secrets
+import ssl
+import struct
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import BigInteger, Boolean, Numeric, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
@@ -14,11 +22,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hf_async_store.config import SQLConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan
+from hf_async_store.engine import Capabilities, Isolation, Plan, finish
 from hf_async_store.entities import Field, FieldType, Index, Schema, Value
 from hf_async_store.errors import (
     AuthenticationError,
+    ConcurrencyConflictError,
     ConfigurationError,
+    InvalidInputError,
+    ProtocolError,
+    ReadOnlyError,
     StorageError,
     UnavailableError,
 )
@@ -71,6 +83,46 @@ _SIGNS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
 
 
+_FRESH: Final = 0.25
+"""Seconds for which a new connection tells whether its server takes writes. Where no server does, new
+ones are made so often at most."""
+
+_NOT_SENT: Final = ("cannot switch to state", "not connected")
+"""How the driver, which has no code for it, begins to tell that the server had ended the session."""
+
+
+class _SessionEndedError(Exception):
+    """The server ended a session before what was asked of it was sent."""
+
+
+class _ServerReadOnlyError(Exception):
+    """A connection leads to a server that takes no writes; another one may not."""
+
+
+class _Session:
+    """What is known of a connection.
+
+    Attributes:
+        on_standby: its server was a standby when it was made.
+        made_at: by the monotonic clock.
+        suspect: what came through it was no answer.
+    """
+
+    __slots__ = ("made_at", "on_standby", "suspect")
+
+    def __init__(self, *, on_standby: bool) -> None:
+        self.on_standby = on_standby
+        self.made_at = time.monotonic()
+        self.suspect = False
+
+
+class _Begun(NamedTuple):
+    """A transaction, or savepoint, and its connection."""
+
+    driver: Any
+    transaction: Any
+
+
 class PostgreSQL(Dialect):
     """The dialect of one database on a server."""
 
@@ -80,6 +132,20 @@ class PostgreSQL(Dialect):
         asyncpg.InternalClientError,
         OSError,
         asyncio.TimeoutError,
+        _SessionEndedError,
+        _ServerReadOnlyError,
+        # What the driver's decoders raise on bytes that are no answer.
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        BufferError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        struct.error,
     )
     mark = "$"
     one_writer = False
@@ -92,6 +158,8 @@ class PostgreSQL(Dialect):
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
         self._password = password or _provider(config.login_provider)
+        self._sessions: WeakKeyDictionary[Any, _Session] = WeakKeyDictionary()
+        self._renewed_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.gains_by_readers = not config.pgbouncer
         first = config.isolation
@@ -125,8 +193,66 @@ class PostgreSQL(Dialect):
         )
 
     async def _connect(self, *, read_only: bool) -> Any:
+        """A connection to the first server that answers and is of the kind that is wanted."""
+        self._check_files()
+        servers = self._config.servers()
+        if self._config.load_balance_hosts == "random":
+            random.shuffle(servers)
+        wanted = self._config.target_session_attrs
+        first_try = "standby" if wanted == "prefer-standby" else wanted
+        failures: list[StorageError] = []
+        driver = await self._first(servers, first_try, failures)
+        if driver is None and wanted == "prefer-standby":
+            driver = await self._first(servers, "any", failures)
+        if driver is None:
+            if len(failures) == 1:
+                raise failures[0]
+            listed = "; ".join(map(str, failures))
+            raise UnavailableError(f"none of the servers can be used: {listed}") from failures[-1]
+        try:
+            await self._settle(driver, read_only=read_only)
+        except self.driver_errors as exc:
+            driver.terminate()
+            raise self.translate(exc, doing="connect", writes=False) from exc
+        except BaseException:
+            driver.terminate()
+            raise
+        return driver
+
+    async def _first(
+        self, servers: Sequence[tuple[str, int]], wanted: str, failures: list[StorageError]
+    ) -> Any:
+        """The first that is of the kind that is wanted, or None; the failures of the others."""
+        for host, port in servers:
+            host, port = host or "localhost", port or _PORT
+            try:
+                driver = await self._open(host, port)
+            except UnavailableError as exc:
+                failures.append(exc)
+                continue
+            try:
+                found = await _kind_of_server(driver)
+            except self.driver_errors as exc:
+                driver.terminate()
+                failures.append(self._refused(exc, host, port))
+                continue
+            except BaseException:
+                driver.terminate()
+                raise
+            if found.fits(wanted):
+                self._sessions[driver] = _Session(on_standby=found.is_standby)
+                return driver
+            driver.terminate()
+            failures.append(
+                UnavailableError(
+                    f"{host}:{port} is {found}, and target_session_attrs is "
+                    f"{self._config.target_session_attrs!r}"
+                )
+            )
+        return None
+
+    async def _open(self, host: str, port: int) -> Any:
         config = self._config
-        host, port = config.host or "localhost", config.port or _PORT
         try:
             return await asyncpg.connect(
                 self._dsn(),
@@ -135,25 +261,79 @@ class PostgreSQL(Dialect):
                 user=config.username or None,
                 password=await self._secret(host, port),
                 database=config.name or None,
-                timeout=config.timeout,
+                timeout=config.connect_timeout or config.timeout,
                 command_timeout=config.timeout + _GRACE,
                 statement_cache_size=0
                 if config.pgbouncer or not config.enable_query_cache
                 else 512,
-                server_settings=self._settings(read_only=read_only),
+                server_settings=self._settings(),
+                target_session_attrs="any",
             )
         except self.driver_errors as exc:
-            raise self._refused(exc, f"connect to {host}:{port}") from exc
+            raise self._refused(exc, host, port) from exc
+
+    async def _settle(self, driver: Any, *, read_only: bool) -> None:
+        """Set what a connection of this kind must hold to, beyond what is asked of all."""
+        if self._config.pgbouncer:
+            return  # it would stay with whatever connection it hands out
+        settings = []
+        if self._sessions[driver].on_standby:
+            # A standby has no serializable snapshots. Should it be promoted, nothing must be
+            # written at a lower isolation than was asked for.
+            settings.append("SET default_transaction_isolation = 'repeatable read'")
+        if read_only or self._sessions[driver].on_standby:
+            settings.append("SET default_transaction_read_only = on")
+        if settings:
+            await driver.execute("; ".join(settings))
+
+    def _check_files(self) -> None:
+        """See that the files of TLS can be used, so that an error names the key and the file.
+
+        Raises:
+            ConfigurationError.
+        """
+        config = self._config
+        if config.sslmode == "disable":
+            return
+        for key in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
+            path = getattr(config, key)
+            if not path:
+                continue
+            try:
+                Path(path).read_bytes()
+                if key in ("sslrootcert", "sslcrl"):
+                    ssl.create_default_context(cafile=path)
+            except ssl.SSLError as exc:
+                raise ConfigurationError(f"{key}: {path!r} holds no PEM certificate") from exc
+            except (OSError, ValueError) as exc:
+                said = getattr(exc, "strerror", None) or exc
+                raise ConfigurationError(f"{key}: cannot read {path!r}: {said}") from exc
+        if config.sslkey and not config.sslcert:
+            raise ConfigurationError("sslkey: of no use without sslcert")
+        if config.sslcert:
+            password = config.sslpassword.reveal() if config.sslpassword else ""
+            try:
+                ssl.create_default_context().load_cert_chain(
+                    config.sslcert, config.sslkey or None, lambda: password
+                )
+            except (ssl.SSLError, ValueError) as exc:
+                raise ConfigurationError(
+                    f"sslcert, sslkey: {config.sslcert!r} and {config.sslkey!r} are no certificate "
+                    "and its key in PEM, or sslpassword does not open the key"
+                ) from exc
 
     def _dsn(self) -> str:
         """What asyncpg takes in no other way: the mode of TLS and whom it trusts."""
-        from urllib.parse import urlencode
+        from urllib.parse import quote, urlencode
 
         config = self._config
         query: dict[str, str] = {"sslmode": config.sslmode}
-        if config.sslrootcert:
-            query["sslrootcert"] = config.sslrootcert
-        return f"postgresql:///?{urlencode(query)}"
+        for key in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+            if getattr(config, key):
+                query[key] = getattr(config, key)
+        if config.sslpassword:
+            query["sslpassword"] = config.sslpassword.reveal()
+        return f"postgresql:///?{urlencode(query, quote_via=quote)}"
 
     async def _secret(self, host: str, port: int) -> str | None:
         config = self._config
@@ -167,79 +347,239 @@ class PostgreSQL(Dialect):
                 f"cannot connect to {host}:{port}: no password to be had ({type(exc).__name__})"
             ) from exc
 
-    def _settings(self, *, read_only: bool) -> dict[str, str]:
-        if self._config.pgbouncer:
-            return {}  # they would stay with whatever connection it hands out
-        limit = str(int(self._config.timeout * 1000))
-        return {
-            "application_name": "hf_async_store",
-            "default_transaction_isolation": self._config.isolation.replace("_", " "),
-            "default_transaction_read_only": "on" if read_only else "off",
+    def _settings(self) -> dict[str, str]:
+        """What each connection asks for. What is not here is as the administrator has it."""
+        config = self._config
+        if config.pgbouncer:
+            # More would stay with whatever connection it hands out.
+            return {"application_name": config.application_name} if config.application_name else {}
+        limit = str(int(config.timeout * 1000))
+        settings = {
+            "application_name": config.application_name or "hf_async_store",
+            "default_transaction_isolation": config.isolation.replace("_", " "),
             "statement_timeout": limit,
             "lock_timeout": limit,
             "jit": "off",
         }
+        if config.schema:
+            name = config.schema.replace('"', '""')
+            settings["search_path"] = f'"{name}"'
+        if config.options:
+            settings["options"] = config.options
+        return settings
 
-    def _refused(self, exc: Exception, doing: str) -> StorageError:
+    def _refused(self, exc: Exception, host: str, port: int) -> StorageError:
+        """Why a connection could not be made."""
+        config = self._config
+        doing = f"connect to {host}:{port}"
         if isinstance(exc, asyncpg.PostgresError):
             return self.translate(exc, doing=doing, writes=False)
+        if isinstance(exc, asyncpg.ClientConfigurationError):
+            return ConfigurationError(f"cannot {doing}: {exc}")
+        if isinstance(exc, asyncpg.ProtocolError):
+            return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL: {exc}")
         if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):
             # Above all: a password is asked for and none was given.
             return AuthenticationError(f"cannot {doing}: {exc}")
-        return UnavailableError(f"cannot {doing}: {str(exc) or 'no answer in time'}")
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return ConfigurationError(
+                f"cannot {doing}: sslmode {config.sslmode!r} does not trust its certificate: "
+                f"{exc.verify_message}; see sslrootcert and host"
+            )
+        # The driver has no error of its own for this.
+        if type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
+            return ConfigurationError(
+                f"cannot {doing}: sslmode {config.sslmode!r} needs TLS, and the server has none, or "
+                "is no PostgreSQL"
+            )
+        if isinstance(exc, UnicodeError):
+            return ConfigurationError(f"cannot {doing}: host: this is no name of a host")
+        if isinstance(exc, OSError):  # an answer that does not come in time is one, too
+            said = exc.strerror or str(exc) or "no answer in time (connect_timeout)"
+            return UnavailableError(f"cannot {doing}: {said}")
+        return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL")
 
     def is_lost(self, driver: Any) -> bool:
-        return bool(driver.is_closed())
+        if driver.is_closed():
+            return True
+        session = self._sessions[driver]
+        if session.suspect or session.made_at <= self._renewed_at:
+            return True
+        return session.on_standby and _setting(driver, "in_hot_standby") == "off"
+
+    def _note(self, driver: Any, exc: Exception) -> None:
+        """Keep in mind what an error says of its connection.
+
+        Raises:
+            _SessionEndedError, _ServerReadOnlyError: it means that.
+        """
+        if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
+            if self._renewed(driver):
+                raise _ServerReadOnlyError(exc.message) from exc
+        elif isinstance(exc, asyncpg.InterfaceError):
+            # The driver's own objection: nothing was sent.
+            if driver.is_closed():
+                raise _SessionEndedError from exc
+        elif isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
+            self._sessions[driver].suspect = True
+            raise _SessionEndedError from exc
+        elif not isinstance(exc, asyncpg.PostgresError) or isinstance(
+            exc, asyncpg.UnknownPostgresError
+        ):
+            self._sessions[driver].suspect = True
+
+    def _renewed(self, driver: Any) -> bool:
+        """Whether this connection says nothing of its server as it is now: servers change roles.
+
+        Then it and all older ones are replaced.
+        """
+        session = self._sessions[driver]
+        if session.made_at <= self._renewed_at:
+            return True
+        now = time.monotonic()
+        if now - session.made_at < _FRESH:
+            return False
+        self._renewed_at = now
+        return True
 
     async def rows(self, driver: Any, sql: str, args: Sequence[object]) -> Sequence[Sequence[Any]]:
-        return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
+        try:
+            return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
+        except self.driver_errors as exc:
+            self._note(driver, exc)
+            raise
 
     async def labelled(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
-        return [dict(each) for each in await driver.fetch(sql, *args)]
+        return [dict(each) for each in cast("Any", await self.rows(driver, sql, args))]
 
     async def pieces(
         self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        cursor = await driver.cursor(sql, *args)
-        while rows := await cursor.fetch(_PIECE):
+        try:
+            cursor = await driver.cursor(sql, *args)
+            rows = await cursor.fetch(_PIECE)
+        except self.driver_errors as exc:
+            self._note(driver, exc)
+            raise
+        while rows:
             yield rows
             if len(rows) < _PIECE:
                 return
+            try:
+                rows = await cursor.fetch(_PIECE)
+            except self.driver_errors as exc:
+                self._note(driver, exc)
+                raise
 
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
         if isolation is None and self._config.pgbouncer and not driver.is_in_transaction():
             isolation = self._config.isolation
-        handle = driver.transaction(isolation=isolation)
-        await handle.start()
-        return handle
+        if isolation is not None and self._sessions[driver].on_standby:
+            isolation = "repeatable_read"  # there is none above it, nor anything to write
+        return await self._begun(driver, isolation=isolation)
 
     async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
         # Not serializable: the row locks of a long reader would become a lock of the table, and
         # abort its neighbours.
-        handle = driver.transaction(isolation="repeatable_read", readonly=True)
-        await handle.start()
-        return handle
+        return await self._begun(driver, isolation="repeatable_read", readonly=True)
 
-    async def commit(self, handle: Any) -> None:
-        await handle.commit()
+    async def _begun(self, driver: Any, **options: Any) -> _Begun:
+        transaction = driver.transaction(**options)
+        try:
+            await transaction.start()
+        except self.driver_errors as exc:
+            self._note(driver, exc)
+            raise
+        return _Begun(driver, transaction)
 
-    async def roll_back(self, handle: Any) -> None:
-        await handle.rollback()
+    async def commit(self, handle: _Begun) -> None:
+        try:
+            await handle.transaction.commit()
+        except self.driver_errors as exc:
+            self._note(handle.driver, exc)
+            raise
+
+    async def roll_back(self, handle: _Begun) -> None:
+        if self._sessions[handle.driver].suspect:
+            # It may never answer; and without it the server rolls back by itself.
+            handle.driver.terminate()
+            return
+        await handle.transaction.rollback()
 
     async def tidy(self, driver: Any) -> bool:
-        return not driver.is_closed() and not driver.is_in_transaction()
+        return not self.is_lost(driver) and not driver.is_in_transaction()
 
     async def discard(self, driver: Any) -> None:
-        pass  # the pool ends it, and the server rolls back
+        # The pool ends it, and the server rolls back. But what may never answer is not asked.
+        if self._sessions[driver].suspect:
+            driver.terminate()
 
-    def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
+    async def is_same_store(self, mine: Any, theirs: Any) -> bool:
+        if mine is theirs:
+            return True
+        handle = await self._begun(mine, isolation="read_committed", readonly=True)
+        try:
+            key = secrets.randbits(63)
+            await self.rows(mine, "SELECT pg_advisory_xact_lock($1)", (key,))
+            # The tag of such a lock holds the database.
+            free = await self.rows(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
+            one = await self.rows(mine, _IDENTITY, ())
+            other = await self.rows(theirs, _IDENTITY, ())
+        finally:
+            await self.roll_back(handle)
+        [[cluster, database, schema, is_standby]] = one
+        [[their_cluster, their_database, their_schema, theirs_is_standby]] = other
+        if (database, schema) != (their_database, their_schema):
+            return False
+        if not free[0][0]:
+            return True
+        # A standby has locks of its own, and what its primary has.
+        return cluster == their_cluster and (is_standby or theirs_is_standby)
+
+    def translate(
+        self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
+    ) -> StorageError:
+        if isinstance(exc, _ServerReadOnlyError):
+            return ReadOnlyError(
+                f"cannot {doing}: {exc}; this connection led to a server that takes no writes, and "
+                "is replaced: try again",
+                retryable=True,
+            )
+        if isinstance(exc, _SessionEndedError):
+            return UnavailableError(
+                f"cannot {doing}: the server had ended the session, and nothing was sent: it was "
+                "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
+                "allow, or an administrator or a restart ended it"
+            )
+        if isinstance(exc, asyncpg.InvalidCachedStatementError):
+            return ConcurrencyConflictError(
+                f"cannot {doing}: the tables were changed since the statement was prepared, try "
+                "again",
+                retryable=True,
+            )
+        if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
+            exc.__cause__, asyncpg.PostgresError
+        ):
+            exc = exc.__cause__  # why the server closed it
         if isinstance(exc, asyncpg.PostgresError) and exc.sqlstate is not None:
             # `message` alone: details show what is stored.
-            return postgres_error(exc.sqlstate, exc.message or "", doing=doing, writes=writes)
-        timed_out = isinstance(exc, asyncio.TimeoutError)
-        return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
+            return postgres_error(
+                exc.sqlstate, exc.message or str(exc), doing=doing, writes=writes, callers=callers
+            )
+        if isinstance(exc, asyncpg.InterfaceError):
+            if callers:
+                return InvalidInputError(f"execute_with_lock: {_objection(exc)}")
+            return ProtocolError(f"cannot {doing}: {_objection(exc)}")
+        if isinstance(exc, OSError):
+            timed_out = isinstance(exc, TimeoutError)
+            return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
+        return ProtocolError(
+            f"cannot {doing}: what came from the server was no answer ({type(exc).__name__})",
+            retryable=not writes,
+            outcome_unknown=writes,
+        )
 
     # -- the schema --------------------------------------------------------------------------
 
@@ -274,10 +614,12 @@ class PostgreSQL(Dialect):
 
     async def begin_ddl(self, driver: Any) -> Any:
         # Read committed: behind the lock it must see what the one before has made.
-        handle = driver.transaction(isolation="read_committed")
-        await handle.start()
-        await driver.execute("SET TRANSACTION READ WRITE")
-        await driver.fetch("SELECT pg_advisory_xact_lock($1)", _SCHEMA_LOCK)
+        handle = await self._begun(driver, isolation="read_committed")
+        try:
+            await self.rows(driver, "SELECT pg_advisory_xact_lock($1)", (_SCHEMA_LOCK,))
+        except BaseException:
+            await finish(self.roll_back(handle))
+            raise
         return handle
 
     def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
@@ -477,14 +819,17 @@ class PostgreSQL(Dialect):
 
     def describe(self) -> dict[str, Value]:
         config = self._config
-        host, port = config.host or "localhost", config.port or _PORT
-        return {"server": f"{host}:{port}", "database": config.name or config.username}
+        servers = [f"{host or 'localhost'}:{port or _PORT}" for host, port in config.servers()]
+        return {"server": ",".join(servers), "database": config.name or config.username}
 
     def lockable(self, sql: str) -> str:
         return sql
 
 
-_COLUMNS: Final = """
+# Not by a cast to regnamespace, which would parse a name that needs quotes.
+_SCHEMA: Final = "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
+
+_COLUMNS: Final = f"""
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod)
     || CASE WHEN a.attcollation = 0 THEN '' ELSE ' COLLATE ' || l.collname END
     || CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'
@@ -494,19 +839,19 @@ JOIN pg_class AS c ON c.oid = a.attrelid
 LEFT JOIN pg_collation AS l ON l.oid = a.attcollation
 LEFT JOIN pg_constraint AS k
     ON k.conrelid = c.oid AND k.contype = 'p' AND k.conkey = ARRAY[a.attnum]
-WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p')
+WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p')
     AND c.relname = ANY($1::text[]) AND a.attnum > 0 AND NOT a.attisdropped
 """
 
-_INDEXES: Final = """
+_INDEXES: Final = f"""
 SELECT c.relname::text, pg_get_indexdef(i.indexrelid) FROM pg_index AS i
 JOIN pg_class AS c ON c.oid = i.indexrelid
 JOIN pg_class AS t ON t.oid = i.indrelid
-WHERE t.relnamespace = current_schema()::regnamespace AND t.relname = ANY($1::text[])
+WHERE t.relnamespace = {_SCHEMA} AND t.relname = ANY($1::text[])
 UNION ALL
 SELECT k.conname::text, '' FROM pg_constraint AS k
 JOIN pg_class AS t ON t.oid = k.conrelid
-WHERE k.contype = 'f' AND t.relnamespace = current_schema()::regnamespace
+WHERE k.contype = 'f' AND t.relnamespace = {_SCHEMA}
     AND t.relname = ANY($1::text[])
 """
 
@@ -516,10 +861,64 @@ SELECT current_setting('server_version'), pg_database_size(current_database()),
     current_setting('max_connections')::int
 """
 
-_SIZES: Final = """
+_SIZES: Final = f"""
 SELECT relname::text, pg_total_relation_size(oid) FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace AND relname = ANY($1::text[]) ORDER BY 1
+WHERE relnamespace = {_SCHEMA} AND relname = ANY($1::text[]) ORDER BY 1
 """
+
+
+_IDENTITY: Final = f"""
+SELECT system_identifier, (SELECT oid FROM pg_database WHERE datname = current_database()),
+    {_SCHEMA}, pg_is_in_recovery()
+FROM pg_control_system()
+"""
+
+
+class _Kind(NamedTuple):
+    """What a server is at the moment."""
+
+    is_standby: bool
+    is_read_only: bool
+
+    def fits(self, wanted: str) -> bool:
+        """Whether it is what `target_session_attrs` asks for."""
+        kinds = {
+            "any": True,
+            "read-write": not self.is_read_only,
+            "read-only": self.is_read_only,
+            "primary": not self.is_standby,
+            "standby": self.is_standby,
+        }
+        return kinds[wanted]
+
+    def __str__(self) -> str:
+        if self.is_standby:
+            return "a standby"
+        return "read-only" if self.is_read_only else "a primary that takes writes"
+
+
+async def _kind_of_server(driver: Any) -> _Kind:
+    standby = _setting(driver, "in_hot_standby")
+    read_only = _setting(driver, "default_transaction_read_only")
+    if standby is None or read_only is None:  # before PostgreSQL 14, and behind pgbouncer
+        [[is_standby, read_only]] = await driver.fetch(
+            "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')"
+        )
+        standby = "on" if is_standby else "off"
+    return _Kind(standby == "on", "on" in (standby, read_only))
+
+
+def _setting(driver: Any, name: str) -> str | None:
+    """A setting as the server reported it last; None if it does not report it."""
+    return cast("str | None", getattr(driver.get_settings(), name, None))
+
+
+def _objection(exc: Exception) -> str:
+    """What the driver objects to, without the argument itself, which its own text shows."""
+    found = re.match(r"invalid input for query argument (\$[0-9]+)", str(exc))
+    if found is not None:
+        return f"the argument for {found[1]} is of another type than the statement takes"
+    return str(exc).partition("\n")[0]
 
 
 def _provider(name: str) -> PasswordProvider | None:
