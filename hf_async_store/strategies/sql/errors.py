@@ -135,6 +135,7 @@ _OURS: Final = _Meaning(ProtocolError, callers=True)
 _THEIRS: Final = _Meaning(
     InvalidInputError,
     "a constraint or trigger of the database refuses this change; it is not one of this store's",
+    callers=True,
 )
 _CHANGED: Final = _Meaning(SchemaMismatchError, _CHANGED_SINCE.removeprefix("; "), callers=True)
 _CONFLICT: Final = _Meaning(

@@ -87,6 +87,9 @@ _FRESH: Final = 0.25
 """Seconds for which a new connection tells whether its server takes writes. Where no server does, new
 ones are made so often at most."""
 
+_SERVERS_OWN: Final = (asyncpg.PostgresError, asyncpg.PostgresWarning)
+"""What the driver raises for an error that the server sent."""
+
 _NOT_SENT: Final = ("cannot switch to state", "not connected")
 """How the driver, which has no code for it, begins to tell that the server had ended the session."""
 
@@ -128,6 +131,7 @@ class PostgreSQL(Dialect):
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (
         asyncpg.PostgresError,
+        asyncpg.PostgresWarning,  # where an error of the server has the SQLSTATE of a warning
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         OSError,
@@ -372,7 +376,7 @@ class PostgreSQL(Dialect):
         """Why a connection could not be made."""
         config = self._config
         doing = f"connect to {host}:{port}"
-        if isinstance(exc, asyncpg.PostgresError):
+        if isinstance(exc, _SERVERS_OWN):
             return self.translate(exc, doing=doing, writes=False)
         if isinstance(exc, asyncpg.ClientConfigurationError):
             return ConfigurationError(f"cannot {doing}: {exc}")
@@ -423,9 +427,7 @@ class PostgreSQL(Dialect):
         elif isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
             self._sessions[driver].suspect = True
             raise _SessionEndedError from exc
-        elif not isinstance(exc, asyncpg.PostgresError) or isinstance(
-            exc, asyncpg.UnknownPostgresError
-        ):
+        elif not isinstance(exc, _SERVERS_OWN) or isinstance(exc, asyncpg.UnknownPostgresError):
             self._sessions[driver].suspect = True
 
     def _renewed(self, driver: Any) -> bool:
@@ -563,15 +565,15 @@ class PostgreSQL(Dialect):
             exc.__cause__, asyncpg.PostgresError
         ):
             exc = exc.__cause__  # why the server closed it
-        if isinstance(exc, asyncpg.PostgresError) and exc.sqlstate is not None:
+        if _is_objection(exc):
+            if callers:
+                return InvalidInputError(f"execute_with_lock: {_objection(exc)}")
+            return ProtocolError(f"cannot {doing}: {_objection(exc)}")
+        if isinstance(exc, _SERVERS_OWN) and exc.sqlstate is not None:
             # `message` alone: details show what is stored.
             return postgres_error(
                 exc.sqlstate, exc.message or str(exc), doing=doing, writes=writes, callers=callers
             )
-        if isinstance(exc, asyncpg.InterfaceError):
-            if callers:
-                return InvalidInputError(f"execute_with_lock: {_objection(exc)}")
-            return ProtocolError(f"cannot {doing}: {_objection(exc)}")
         if isinstance(exc, OSError):
             timed_out = isinstance(exc, TimeoutError)
             return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
@@ -911,6 +913,14 @@ async def _kind_of_server(driver: Any) -> _Kind:
 def _setting(driver: Any, name: str) -> str | None:
     """A setting as the server reported it last; None if it does not report it."""
     return cast("str | None", getattr(driver.get_settings(), name, None))
+
+
+def _is_objection(exc: Exception) -> bool:
+    """Whether the driver itself refused what it was to send; for arguments it takes an error of the
+    server's, which the server would give a severity."""
+    if isinstance(exc, asyncpg.DataError):
+        return exc.severity is None
+    return isinstance(exc, asyncpg.InterfaceError)
 
 
 def _objection(exc: Exception) -> str:
