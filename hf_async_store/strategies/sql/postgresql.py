@@ -9,7 +9,8 @@ import secrets
 import ssl
 import struct
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -119,6 +120,10 @@ class _Session:
         self.suspect = False
 
 
+_SESSIONS: Final[WeakKeyDictionary[Any, _Session]] = WeakKeyDictionary()
+"""By connection, of whichever store."""
+
+
 class _Begun(NamedTuple):
     """A transaction, or savepoint, and its connection."""
 
@@ -162,7 +167,6 @@ class PostgreSQL(Dialect):
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
         self._password = password or _provider(config.login_provider)
-        self._sessions: WeakKeyDictionary[Any, _Session] = WeakKeyDictionary()
         self._renewed_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.gains_by_readers = not config.pgbouncer
@@ -244,7 +248,7 @@ class PostgreSQL(Dialect):
                 driver.terminate()
                 raise
             if found.fits(wanted):
-                self._sessions[driver] = _Session(on_standby=found.is_standby)
+                _SESSIONS[driver] = _Session(on_standby=found.is_standby)
                 return driver
             driver.terminate()
             failures.append(
@@ -281,11 +285,11 @@ class PostgreSQL(Dialect):
         if self._config.pgbouncer:
             return  # it would stay with whatever connection it hands out
         settings = []
-        if self._sessions[driver].on_standby:
+        if _SESSIONS[driver].on_standby:
             # A standby has no serializable snapshots. Should it be promoted, nothing must be
             # written at a lower isolation than was asked for.
             settings.append("SET default_transaction_isolation = 'repeatable read'")
-        if read_only or self._sessions[driver].on_standby:
+        if read_only or _SESSIONS[driver].on_standby:
             settings.append("SET default_transaction_read_only = on")
         if settings:
             await driver.execute("; ".join(settings))
@@ -406,7 +410,7 @@ class PostgreSQL(Dialect):
     def is_lost(self, driver: Any) -> bool:
         if driver.is_closed():
             return True
-        session = self._sessions[driver]
+        session = _SESSIONS[driver]
         if session.suspect or session.made_at <= self._renewed_at:
             return True
         return session.on_standby and _setting(driver, "in_hot_standby") == "off"
@@ -425,17 +429,17 @@ class PostgreSQL(Dialect):
             if driver.is_closed():
                 raise _SessionEndedError from exc
         elif isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
-            self._sessions[driver].suspect = True
+            _SESSIONS[driver].suspect = True
             raise _SessionEndedError from exc
         elif not isinstance(exc, _SERVERS_OWN) or isinstance(exc, asyncpg.UnknownPostgresError):
-            self._sessions[driver].suspect = True
+            _SESSIONS[driver].suspect = True
 
     def _renewed(self, driver: Any) -> bool:
         """Whether this connection says nothing of its server as it is now: servers change roles.
 
         Then it and all older ones are replaced.
         """
-        session = self._sessions[driver]
+        session = _SESSIONS[driver]
         if session.made_at <= self._renewed_at:
             return True
         now = time.monotonic()
@@ -478,7 +482,7 @@ class PostgreSQL(Dialect):
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
         if isolation is None and self._config.pgbouncer and not driver.is_in_transaction():
             isolation = self._config.isolation
-        if isolation is not None and self._sessions[driver].on_standby:
+        if isolation is not None and _SESSIONS[driver].on_standby:
             isolation = "repeatable_read"  # there is none above it, nor anything to write
         return await self._begun(driver, isolation=isolation)
 
@@ -504,7 +508,7 @@ class PostgreSQL(Dialect):
             raise
 
     async def roll_back(self, handle: _Begun) -> None:
-        if self._sessions[handle.driver].suspect:
+        if _SESSIONS[handle.driver].suspect:
             # It may never answer; and without it the server rolls back by itself.
             handle.driver.terminate()
             return
@@ -515,30 +519,35 @@ class PostgreSQL(Dialect):
 
     async def discard(self, driver: Any) -> None:
         # The pool ends it, and the server rolls back. But what may never answer is not asked.
-        if self._sessions[driver].suspect:
+        if _SESSIONS[driver].suspect:
             driver.terminate()
 
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
         if mine is theirs:
             return True
-        handle = await self._begun(mine, isolation="read_committed", readonly=True)
-        try:
+        async with self._looking(mine), self._looking(theirs):
             key = secrets.randbits(63)
             await self.rows(mine, "SELECT pg_advisory_xact_lock($1)", (key,))
             # The tag of such a lock holds the database.
-            free = await self.rows(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
-            one = await self.rows(mine, _IDENTITY, ())
-            other = await self.rows(theirs, _IDENTITY, ())
-        finally:
-            await self.roll_back(handle)
-        [[cluster, database, schema, is_standby]] = one
-        [[their_cluster, their_database, their_schema, theirs_is_standby]] = other
+            [[free]] = await self.rows(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
+            [[cluster, database, schema, is_standby]] = await self.rows(mine, _IDENTITY, ())
+            [other] = await self.rows(theirs, _IDENTITY, ())
+        their_cluster, their_database, their_schema, theirs_is_standby = other
         if (database, schema) != (their_database, their_schema):
             return False
-        if not free[0][0]:
+        if not free:
             return True
-        # A standby has locks of its own, and what its primary has.
-        return cluster == their_cluster and (is_standby or theirs_is_standby)
+        # A standby has locks of its own, and the data of its primary.
+        return cluster == their_cluster and bool(is_standby or theirs_is_standby)
+
+    @asynccontextmanager
+    async def _looking(self, driver: Any) -> AsyncIterator[None]:
+        """A transaction that changes nothing. Behind pgbouncer it keeps one session of the server."""
+        handle = await self._begun(driver, isolation="read_committed", readonly=True)
+        try:
+            yield
+        finally:
+            await finish(self.roll_back(handle))
 
     def translate(
         self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
