@@ -283,7 +283,9 @@ class Connections:
                 connection = await self._engine.connect()
             except SQLAlchemyError as exc:
                 raise self._connect_error(exc) from exc
-            except self._dialect.driver_errors as exc:
+            except StorageError:
+                raise
+            except Exception as exc:  # a driver raises whatever it comes upon in a bad answer
                 raise self._dialect.translate(exc, doing="connect", writes=False) from exc
             driver = cast("Any", await connection.get_raw_connection()).driver_connection
             if not self._dialect.is_lost(driver):

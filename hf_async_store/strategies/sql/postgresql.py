@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import re
 import secrets
 import ssl
-import struct
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -103,6 +101,10 @@ class _ServerReadOnlyError(Exception):
     """A connection leads to a server that takes no writes; another one may not."""
 
 
+class _NoAnswerError(Exception):
+    """What came from the server was no answer."""
+
+
 class _Session:
     """What is known of a connection.
 
@@ -140,21 +142,9 @@ class PostgreSQL(Dialect):
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         OSError,
-        asyncio.TimeoutError,
         _SessionEndedError,
         _ServerReadOnlyError,
-        # What the driver's decoders raise on bytes that are no answer.
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        BufferError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        struct.error,
+        _NoAnswerError,
     )
     mark = "$"
     one_writer = False
@@ -219,12 +209,11 @@ class PostgreSQL(Dialect):
             raise UnavailableError(f"none of the servers can be used: {listed}") from failures[-1]
         try:
             await self._settle(driver, read_only=read_only)
-        except self.driver_errors as exc:
+        except BaseException as exc:
             driver.terminate()
+            if not isinstance(exc, Exception):
+                raise
             raise self.translate(exc, doing="connect", writes=False) from exc
-        except BaseException:
-            driver.terminate()
-            raise
         return driver
 
     async def _first(
@@ -240,13 +229,12 @@ class PostgreSQL(Dialect):
                 continue
             try:
                 found = await _kind_of_server(driver)
-            except self.driver_errors as exc:
+            except BaseException as exc:
                 driver.terminate()
+                if not isinstance(exc, Exception):
+                    raise
                 failures.append(self._refused(exc, host, port))
                 continue
-            except BaseException:
-                driver.terminate()
-                raise
             if found.fits(wanted):
                 _SESSIONS[driver] = _Session(on_standby=found.is_standby)
                 return driver
@@ -277,7 +265,9 @@ class PostgreSQL(Dialect):
                 server_settings=self._settings(),
                 target_session_attrs="any",
             )
-        except self.driver_errors as exc:
+        except StorageError:
+            raise
+        except Exception as exc:  # the driver's decoders raise whatever they come upon
             raise self._refused(exc, host, port) from exc
 
     async def _settle(self, driver: Any, *, read_only: bool) -> None:
@@ -419,7 +409,7 @@ class PostgreSQL(Dialect):
         """Keep in mind what an error says of its connection.
 
         Raises:
-            _SessionEndedError, _ServerReadOnlyError: it means that.
+            _SessionEndedError, _ServerReadOnlyError, _NoAnswerError: it means that.
         """
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
             if self._renewed(driver):
@@ -428,10 +418,14 @@ class PostgreSQL(Dialect):
             # The driver's own objection: nothing was sent.
             if driver.is_closed():
                 raise _SessionEndedError from exc
-        elif isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
+        elif not isinstance(exc, _SERVERS_OWN):
             _SESSIONS[driver].suspect = True
-            raise _SessionEndedError from exc
-        elif not isinstance(exc, _SERVERS_OWN) or isinstance(exc, asyncpg.UnknownPostgresError):
+            if isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
+                raise _SessionEndedError from exc
+            if not isinstance(exc, OSError):
+                # Decoders raise whatever they come upon in bytes that are no answer.
+                raise _NoAnswerError(type(exc).__name__) from exc
+        elif isinstance(exc, asyncpg.UnknownPostgresError):
             _SESSIONS[driver].suspect = True
 
     def _renewed(self, driver: Any) -> bool:
@@ -451,9 +445,16 @@ class PostgreSQL(Dialect):
     async def rows(self, driver: Any, sql: str, args: Sequence[object]) -> Sequence[Sequence[Any]]:
         try:
             return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
-        except self.driver_errors as exc:
+        except Exception as exc:
             self._note(driver, exc)
             raise
+
+    async def _row(self, driver: Any, sql: str, args: Sequence[object] = ()) -> Sequence[Any]:
+        """The one row that a statement has."""
+        rows = await self.rows(driver, sql, args)
+        if len(rows) != 1:
+            raise _NoAnswerError(f"{len(rows)} rows for 1")
+        return rows[0]
 
     async def labelled(
         self, driver: Any, sql: str, args: Sequence[object]
@@ -466,7 +467,7 @@ class PostgreSQL(Dialect):
         try:
             cursor = await driver.cursor(sql, *args)
             rows = await cursor.fetch(_PIECE)
-        except self.driver_errors as exc:
+        except Exception as exc:
             self._note(driver, exc)
             raise
         while rows:
@@ -475,7 +476,7 @@ class PostgreSQL(Dialect):
                 return
             try:
                 rows = await cursor.fetch(_PIECE)
-            except self.driver_errors as exc:
+            except Exception as exc:
                 self._note(driver, exc)
                 raise
 
@@ -495,7 +496,9 @@ class PostgreSQL(Dialect):
         transaction = driver.transaction(**options)
         try:
             await transaction.start()
-        except self.driver_errors as exc:
+        except Exception as exc:
+            # The driver counts it as begun all the same, and would make savepoints from now on.
+            _SESSIONS[driver].suspect |= not driver.is_in_transaction()
             self._note(driver, exc)
             raise
         return _Begun(driver, transaction)
@@ -503,7 +506,7 @@ class PostgreSQL(Dialect):
     async def commit(self, handle: _Begun) -> None:
         try:
             await handle.transaction.commit()
-        except self.driver_errors as exc:
+        except Exception as exc:
             self._note(handle.driver, exc)
             raise
 
@@ -512,7 +515,11 @@ class PostgreSQL(Dialect):
             # It may never answer; and without it the server rolls back by itself.
             handle.driver.terminate()
             return
-        await handle.transaction.rollback()
+        try:
+            await handle.transaction.rollback()
+        except Exception as exc:
+            self._note(handle.driver, exc)
+            raise
 
     async def tidy(self, driver: Any) -> bool:
         return not self.is_lost(driver) and not driver.is_in_transaction()
@@ -529,9 +536,9 @@ class PostgreSQL(Dialect):
             key = secrets.randbits(63)
             await self.rows(mine, "SELECT pg_advisory_xact_lock($1)", (key,))
             # The tag of such a lock holds the database.
-            [[free]] = await self.rows(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
-            [[cluster, database, schema, is_standby]] = await self.rows(mine, _IDENTITY, ())
-            [other] = await self.rows(theirs, _IDENTITY, ())
+            [free] = await self._row(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
+            cluster, database, schema, is_standby = await self._row(mine, _IDENTITY)
+            other = await self._row(theirs, _IDENTITY)
         their_cluster, their_database, their_schema, theirs_is_standby = other
         if (database, schema) != (their_database, their_schema):
             return False
@@ -587,7 +594,7 @@ class PostgreSQL(Dialect):
             timed_out = isinstance(exc, TimeoutError)
             return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
         return ProtocolError(
-            f"cannot {doing}: what came from the server was no answer ({type(exc).__name__})",
+            f"cannot {doing}: what came from the server was no answer ({exc or type(exc).__name__})",
             retryable=not writes,
             outcome_unknown=writes,
         )
@@ -798,7 +805,7 @@ class PostgreSQL(Dialect):
         indexes: Mapping[str, Index],
         comparisons: int,
     ) -> Plan:
-        [[found]] = await self.rows(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
+        [found] = await self._row(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
         nodes = _nodes(found[0]["Plan"])  # SQLAlchemy has taught the driver to decode JSON
         own = [each for each in nodes if each.get("Alias") == "t" or "Index Name" in each]
         names = [str(each["Index Name"]) for each in own if "Index Cond" in each]
@@ -812,7 +819,7 @@ class PostgreSQL(Dialect):
         )
 
     async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]:
-        [[version, size, recovering, used, most]] = await self.rows(driver, _HEALTH, ())
+        version, size, recovering, used, most = await self._row(driver, _HEALTH)
         sizes = await self.rows(driver, _SIZES, (list(tables),))
         problems: list[Value] = []
         if recovering:
