@@ -31,7 +31,6 @@ from hf_async_store.entities import (
     Value,
 )
 from hf_async_store.errors import (
-    BrokenReferenceError,
     ConcurrencyConflictError,
     LockTimeoutError,
     ReadOnlyError,
@@ -43,6 +42,7 @@ from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.binding import bound
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, Lease
+from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.schema import PROBES, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.strategies.sql.statements import Statements
@@ -248,7 +248,7 @@ class SQLEngine:
         return outcomes
 
     async def _write_together(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
-        """Changes with their marks in one commit; in halves where a reference breaks that."""
+        """Changes with their marks in one commit; in halves where the database refuses that."""
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
         while True:
@@ -260,7 +260,7 @@ class SQLEngine:
                 if time.monotonic() > deadline:
                     raise
                 pause = await _paused(pause)
-            except BrokenReferenceError as exc:
+            except REFUSALS as exc:
                 if len(changes) == 1:
                     return [exc]
                 middle = len(changes) // 2

@@ -29,6 +29,9 @@ from hf_async_store.errors import (
 )
 from hf_async_store.oserrors import translate_os_error
 
+REFUSALS: Final = (BrokenReferenceError, InvalidInputError)
+"""What the database refuses of a change for what it holds; its neighbours in a statement may pass."""
+
 # -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
 
 _SQLITE: Final[dict[int, type[StorageError]]] = {
