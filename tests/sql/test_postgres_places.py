@@ -9,7 +9,19 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from hf_async_store import open_store
+from hf_async_store import (
+    begins_with,
+    between,
+    contains,
+    exists,
+    gt,
+    gte,
+    in_,
+    lte,
+    ne,
+    open_store,
+    path,
+)
 from hf_async_store.testing.servers import ServerUnavailable, pgbouncer
 from tests.contract.harnesses import execute
 from tests.sql.standby import standby_of
@@ -152,3 +164,99 @@ async def test_a_database_whose_name_needs_quotes(postgres_server: PostgresServe
         await every_verb(url)
     finally:
         execute(postgres_server.url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+# -- objects of others in the schema --------------------------------------------------------
+
+_TYPES = [
+    "text",
+    "varchar",
+    "bpchar",
+    "name",
+    "int2",
+    "int4",
+    "int8",
+    "float8",
+    "numeric",
+    "bool",
+    "jsonb",
+    "json",
+    "text[]",
+    "int8[]",
+]
+_FUNCTIONS = [
+    "octet_length",
+    "length",
+    "count",
+    "jsonb_typeof",
+    "jsonb_array_elements",
+    "jsonb_array_elements_text",
+    "unnest",
+    "lower",
+]
+_FUNCTIONS_OF_TWO = ["left", "strpos", "starts_with"]
+_OPERATORS = ["=", "<>", "<", "<=", ">", ">=", "||", "-", "?", "->", "->>", "#>>", "@>", "+", "*"]
+
+
+def _impostors(types: list[str]) -> str:
+    """Functions and operators of the names that statements use, for every type of argument.
+
+    Those of the same name and types in pg_catalog come before them; of all others, each might be
+    the better match.
+    """
+    body = "LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the code of another role ran'; END $$"
+    made = []
+    for one in types:
+        made += [f"CREATE FUNCTION {name}({one}) RETURNS text {body}" for name in _FUNCTIONS]
+        for two in types:
+            made += [
+                f"CREATE FUNCTION {name}({one}, {two}) RETURNS text {body}"
+                for name in _FUNCTIONS_OF_TWO
+            ]
+            made.append(f"CREATE FUNCTION impostor({one}, {two}) RETURNS bool {body}")
+            made += [
+                f"CREATE OPERATOR {each} (LEFTARG = {one}, RIGHTARG = {two}, FUNCTION = impostor)"
+                for each in _OPERATORS
+            ]
+    return "; ".join(made)
+
+
+async def test_no_function_or_operator_of_another_role_is_run(database: str) -> None:
+    """A role that may create objects in the schema, and nothing else, makes impostors there."""
+    execute(database, "CREATE ROLE low LOGIN; GRANT CREATE ON SCHEMA public TO PUBLIC")
+    try:
+        async with open_store(database) as store:
+            await store.save_entity("templates", {"template_id": "first"})
+        execute(database.replace("postgres@", "low@"), _impostors(_TYPES))
+        await every_verb(database)
+        async with open_store(database) as store:
+            await every_filter(store)
+    finally:
+        execute(database, "DROP OWNED BY low; DROP ROLE low")
+
+
+async def every_filter(store: Any) -> None:
+    entity = {"template_id": "t", "name": "x", "doc": {"a": [1, "b", None], "n": 1.5}, "l": ["x"]}
+    await store.save_entity("templates", entity)
+    await store.update_entity("templates", "t", {"doc": {"a": []}, "l": None})
+    for filters in (
+        {"name": ne("y")},
+        {"name": gt("a")},
+        {"name": between("a", "z")},
+        {"name": in_(["x", "y"])},
+        {"name": contains("x")},
+        {"name": begins_with("x")},
+        {"name": exists(True)},
+        {"name": None},
+        {"template_id": in_(["t"])},
+        {"created_at": gte("2020")},
+        {"version": gt(0)},
+        {path("doc", "n"): 1.5},
+        {path("doc", "n"): gt(1)},
+        {path("doc", "a", 0): contains("b")},
+        {path("doc", "a"): contains("b"), path("x"): begins_with("b")},
+        {path("doc", "s"): lte("b"), path("doc", "t"): in_([1, "x", None])},
+    ):
+        await store.query_entities("templates", filters)
+        await store.count_entities("templates", filters)
+    await store.query_entities("templates", order_by="name", limit=2)

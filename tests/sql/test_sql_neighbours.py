@@ -130,7 +130,7 @@ async def _together(store: Any) -> None:
 @pytest.mark.xfail(
     strict=True,
     raises=TimeoutError,
-    reason="changes that wait at the same moment share one statement, and its locks"
+    reason="changes that wait at the same moment share one statement, and its locks",
 )
 async def test_a_row_that_is_held_stops_only_its_own_change(database: str, verb: str) -> None:
     async with open_store(database) as other, open_store(f"{database}?timeout=10") as store:

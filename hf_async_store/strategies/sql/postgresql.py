@@ -446,6 +446,8 @@ class PostgreSQL(Dialect):
         try:
             return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
         except Exception as exc:
+            # To a statement of ours it has no objection, but for a bad answer when it was prepared.
+            _SESSIONS[driver].suspect |= _is_objection(exc)
             self._note(driver, exc)
             raise
 
@@ -459,7 +461,11 @@ class PostgreSQL(Dialect):
     async def labelled(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
-        return [dict(each) for each in cast("Any", await self.rows(driver, sql, args))]
+        try:
+            return [dict(each) for each in await driver.fetch(sql, *args)]
+        except Exception as exc:
+            self._note(driver, exc)
+            raise
 
     async def pieces(
         self, driver: Any, sql: str, args: Sequence[object], *, written: bool
@@ -676,7 +682,9 @@ class PostgreSQL(Dialect):
     def source(self, kinds: Sequence[Kind], rows: int) -> str:
         arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
         columns = [f"c{n}" for n in range(len(kinds))]
-        return f"unnest({', '.join(arrays)}) AS i ({', '.join(columns)})"
+        # Of one argument, the name alone would be looked up along the search_path.
+        name = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
+        return f"{name}({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
     def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
         return list(map(array_text, columns))
@@ -731,7 +739,7 @@ class PostgreSQL(Dialect):
         return f"left({expression}, {SHORT})"
 
     def has_side(self, name: str) -> str:
-        return f"coalesce(t.{SIDE} ? '{name}', false)"
+        return f"coalesce(t.{SIDE} ? '{name}'::text, false)"
 
     def has_text(self, expression: str, part: str) -> str:
         return f'strpos({expression} COLLATE "C", {part}) > 0'
@@ -762,7 +770,7 @@ class PostgreSQL(Dialect):
         if op == "contains":
             return self._contains(place, value, args), True
         if op == "begins_with":
-            begins = f"starts_with({place} #>> '{{}}', {args.add(value, 'text')})"
+            begins = f"starts_with({place} #>> '{{}}'::text[], {args.add(value, 'text')})"
             return f"({_is(place, 'string')} AND {begins})", True
         return self._compared(place, op, value, args)
 
@@ -773,7 +781,7 @@ class PostgreSQL(Dialect):
             return _is(place, "array" if isinstance(value, list) else "object"), False
         kind = _JSON_TYPES[type(value)]
         if isinstance(value, str):
-            test = f"(({place} #>> '{{}}') COLLATE \"C\") {sign} {args.add(value, 'text')}"
+            test = f"(({place} #>> '{{}}'::text[]) COLLATE \"C\") {sign} {args.add(value, 'text')}"
         else:
             test = f"{place} {sign} {args.add(value, 'json')}"
         return f"({_is(place, kind)} AND {test})", True
@@ -786,7 +794,7 @@ class PostgreSQL(Dialect):
         )
         if not isinstance(value, str):
             return test
-        text = self.has_text(f"({place} #>> '{{}}')", args.add(value, "text"))
+        text = self.has_text(f"({place} #>> '{{}}'::text[])", args.add(value, "text"))
         return f"({test} OR ({_is(place, 'string')} AND {text}))"
 
     def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
@@ -845,32 +853,35 @@ class PostgreSQL(Dialect):
 
 
 # Not by a cast to regnamespace, which would parse a name that needs quotes.
-_SCHEMA: Final = "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
+_SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = current_schema())"
 
+# Another role may have put functions and operators into the schema, and one that fits the types of
+# its arguments better than that of pg_catalog would be taken. So no argument is left to be converted.
 _COLUMNS: Final = f"""
-SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod)
-    || CASE WHEN a.attcollation = 0 THEN '' ELSE ' COLLATE ' || l.collname END
-    || CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'
-            WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL' ELSE '' END
-FROM pg_attribute AS a
-JOIN pg_class AS c ON c.oid = a.attrelid
-LEFT JOIN pg_collation AS l ON l.oid = a.attcollation
-LEFT JOIN pg_constraint AS k
-    ON k.conrelid = c.oid AND k.contype = 'p' AND k.conkey = ARRAY[a.attnum]
+SELECT c.relname::text, a.attname::text,
+    pg_catalog.concat(pg_catalog.format_type(a.atttypid, a.atttypmod),
+        CASE WHEN a.attcollation = 0::oid THEN '' ELSE pg_catalog.concat(' COLLATE ', l.collname) END,
+        CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'
+             WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL' ELSE '' END)
+FROM pg_catalog.pg_attribute AS a
+JOIN pg_catalog.pg_class AS c ON c.oid = a.attrelid
+LEFT JOIN pg_catalog.pg_collation AS l ON l.oid = a.attcollation
+LEFT JOIN pg_catalog.pg_constraint AS k ON k.conrelid = c.oid AND k.contype = 'p'
+    AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]
 WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p')
-    AND c.relname = ANY($1::text[]) AND a.attnum > 0 AND NOT a.attisdropped
+    AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
 """
 
 _INDEXES: Final = f"""
 SELECT c.relname::text, pg_get_indexdef(i.indexrelid) FROM pg_index AS i
 JOIN pg_class AS c ON c.oid = i.indexrelid
 JOIN pg_class AS t ON t.oid = i.indrelid
-WHERE t.relnamespace = {_SCHEMA} AND t.relname = ANY($1::text[])
+WHERE t.relnamespace = {_SCHEMA} AND t.relname::text = ANY($1::text[])
 UNION ALL
 SELECT k.conname::text, '' FROM pg_constraint AS k
 JOIN pg_class AS t ON t.oid = k.conrelid
 WHERE k.contype = 'f' AND t.relnamespace = {_SCHEMA}
-    AND t.relname = ANY($1::text[])
+    AND t.relname::text = ANY($1::text[])
 """
 
 _HEALTH: Final = """
@@ -881,7 +892,7 @@ SELECT current_setting('server_version'), pg_database_size(current_database()),
 
 _SIZES: Final = f"""
 SELECT relname::text, pg_total_relation_size(oid) FROM pg_class
-WHERE relnamespace = {_SCHEMA} AND relname = ANY($1::text[]) ORDER BY 1
+WHERE relnamespace = {_SCHEMA} AND relname::text = ANY($1::text[]) ORDER BY 1
 """
 
 
