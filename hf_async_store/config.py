@@ -218,7 +218,12 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         synchronous: SQLite: FULL brings every commit to the disk, NORMAL may lose the last ones
             with the power, and tears none.
         isolation: PostgreSQL: what transactions, and single operations, run at.
-        sslmode, sslrootcert: PostgreSQL: as libpq takes them; the file of trusted authorities.
+        host, port: PostgreSQL: several, divided by commas, are tried in their order; one port
+            holds for all of them.
+        target_session_attrs, load_balance_hosts, connect_timeout, application_name, options,
+        sslmode, sslrootcert, sslcert, sslkey, sslpassword, sslcrl, channel_binding, gssencmode:
+            PostgreSQL: as libpq takes them.
+        schema: PostgreSQL: where the tables are; an empty text leaves it to the role's search_path.
         pgbouncer: PostgreSQL behind a pool that hands out connections by transaction.
         login_provider: `module:function`, asked for the password of each new connection with
             host, port and user name; it may be async.
@@ -227,7 +232,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     type: Literal["sqlite", "postgresql"] = "sqlite"
     name: str = ""
     host: str = ""
-    port: Port = 0
+    port: Port | str = 0
     username: str = ""
     password: Secret | None = None
     pool_size: Count = 5
@@ -241,25 +246,83 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     isolation: Literal["serializable", "repeatable_read", "read_committed"] = "serializable"
     sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = "prefer"
     sslrootcert: str = ""
+    sslcert: str = ""
+    sslkey: str = ""
+    sslpassword: Secret | None = None
+    sslcrl: str = ""
+    channel_binding: Literal["disable", "prefer", "require"] = "prefer"
+    gssencmode: Literal["disable", "prefer", "require"] = "prefer"
+    target_session_attrs: Literal[
+        "any", "read-write", "read-only", "primary", "standby", "prefer-standby"
+    ] = "any"
+    load_balance_hosts: Literal["disable", "random"] = "disable"
+    connect_timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    schema: str = ""
+    application_name: str = ""
+    options: str = ""
     pgbouncer: bool = False
     login_provider: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.port, str) and "," not in self.port:
+            msgspec.structs.force_setattr(self, "port", _port(self.port))
         super().__post_init__()
         if "@" in self.host:
             raise ConfigurationError("host: expected the name of a host alone, without a user")
+        for key in ("channel_binding", "gssencmode"):
+            if getattr(self, key) == "require":
+                raise ConfigurationError(
+                    f"{key}: the driver cannot do it; use 'prefer', and sslmode 'verify-full'"
+                )
+        self.servers()
+        if self.pgbouncer and (self.schema or self.options):
+            raise ConfigurationError(
+                f"{'schema' if self.schema else 'options'}: not with pgbouncer, which hands out "
+                "connections as they are; ALTER ROLE ... SET search_path does it for a role"
+            )
+
+    def servers(self) -> list[tuple[str, int]]:
+        """Host and port of each server, in the order in which they are tried; port 0: not given.
+
+        Raises:
+            ConfigurationError: the numbers of hosts and ports do not agree.
+        """
+        hosts = self.host.split(",")
+        ports = (
+            [self.port] if isinstance(self.port, int) else list(map(_port, self.port.split(",")))
+        )
+        if len(ports) == 1:
+            ports *= len(hosts)
+        if len(ports) != len(hosts):
+            raise ConfigurationError(f"port: {len(ports)} ports for {len(hosts)} hosts")
+        return list(zip(hosts, ports, strict=True))
+
 
     def path_keys(self) -> tuple[str, ...]:
         own = ("name",) if self.type == "sqlite" and self.name != ":memory:" else ()
-        return (*own, "sslrootcert")
+        return (*own, "sslrootcert", "sslcert", "sslkey")
 
     def place(self) -> str:
         """See `StorageConfig.place`."""
         if self.type == "sqlite":
             return f"sqlite:{_place_of_file(self.name)}"
-        host = (self.host or "localhost").lower()
-        server = f"[{host}]" if ":" in host else _quoted(host)
-        return f"postgresql://{server}:{self.port or 5432}/{_quoted(self.name or self.username)}"
+        servers = ",".join(
+            f"{_server(host.lower() or 'localhost')}:{port or 5432}"
+            for host, port in self.servers()
+        )
+        return f"postgresql://{servers}/{_quoted(self.name or self.username)}"
+
+
+def _port(text: str) -> int:
+    """The number that a text stands for; an empty one is 0, "not given"."""
+    port = int(text) if text.isdecimal() and len(text) < 10 else 0 if text == "" else None
+    if port is None:
+        raise ConfigurationError("port: expected int, got str")
+    return cast("int", _checked(port, Port, "port"))
+
+
+def _server(host: str) -> str:
+    return f"[{host}]" if ":" in host else _quoted(host)
 
 
 class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -1038,13 +1101,19 @@ def _postgresql_url(body: str) -> dict[str, str]:
     if "@" in name or "/" in name:
         raise _unencoded()
     username, _, password = user.partition(":")
-    if place.startswith("["):
-        host, _, port = place[1:].partition("]")
-        port = port.removeprefix(":")
-    else:
-        host, _, port = place.partition(":")
+    servers = [_host_and_port(each) for each in place.split(",")]
+    host, port = (",".join(each) for each in zip(*servers, strict=True))
+    port = port if port.strip(",") else ""
     named = {"username": username, "password": password, "host": host, "port": port, "name": name}
     return {"type": "postgresql"} | {key: _unquoted(each) for key, each in named.items()}
+
+
+def _host_and_port(place: str) -> tuple[str, str]:
+    if place.startswith("["):
+        host, _, port = place[1:].partition("]")
+        return host, port.removeprefix(":")
+    host, _, port = place.partition(":")
+    return host, port
 
 
 def _dynamodb_url(body: str) -> dict[str, str]:

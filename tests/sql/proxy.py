@@ -15,12 +15,13 @@ class Link:
 
     Attributes:
         port: where it listens.
+        to: host and port of the server that new connections lead to.
         cut_after: once a client sends this, it is passed on, and nothing comes back: the link breaks.
         passed: what was passed on since then.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._to = host, port
+        self.to = host, port
         self.port = 0
         self.cut_after: bytes | None = None
         self.cuts = 0
@@ -28,7 +29,7 @@ class Link:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]  # a server's callback is one
-        there, back = await asyncio.open_connection(*self._to)
+        there, back = await asyncio.open_connection(*self.to)
         silent = asyncio.Event()
         answers = asyncio.create_task(self._answers(there, writer, silent))
         try:

@@ -20,7 +20,6 @@ from hf_async_store import (
     ConfigurationError,
     SQLStorageStrategy,
     StorageError,
-    UnavailableError,
     open_store,
 )
 from hf_async_store.testing.servers import ServerUnavailable, postgres
@@ -114,8 +113,9 @@ async def test_tls_is_checked_as_the_mode_says(guarded: PostgresServer) -> None:
     # The certificate is for localhost, by name.
     wrong = config(guarded, sslmode="verify-full", sslrootcert=certificate, host="127.0.0.1")
     async with open_store(wrong) as store:
-        with pytest.raises(UnavailableError):
+        with pytest.raises(ConfigurationError, match=r"verify-full.*sslrootcert") as caught:
             await store.test_connection()
+        assert not caught.value.retryable
     async with open_store(config(guarded, sslmode="disable")) as store:
         with pytest.raises(AuthenticationError):
             await store.test_connection()

@@ -109,7 +109,7 @@ class Lease:
         try:
             return await self.dialect.labelled(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
-            raise self._error(exc, "execute the statement", writes=False) from exc
+            raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
         except BaseException:
             self.doubtful = True
             raise
@@ -195,8 +195,10 @@ class Lease:
         if self.killed:
             raise StoreClosedError("this store was closed")
 
-    def _error(self, exc: Exception, doing: str, *, writes: bool) -> StorageError:
-        error = self.dialect.translate(exc, doing=doing, writes=writes)
+    def _error(
+        self, exc: Exception, doing: str, *, writes: bool, callers: bool = False
+    ) -> StorageError:
+        error = self.dialect.translate(exc, doing=doing, writes=writes, callers=callers)
         if self.killed and not error.outcome_unknown:
             return StoreClosedError("this store was closed")
         return error
@@ -281,7 +283,9 @@ class Connections:
                 connection = await self._engine.connect()
             except SQLAlchemyError as exc:
                 raise self._connect_error(exc) from exc
-            except self._dialect.driver_errors as exc:
+            except StorageError:
+                raise
+            except Exception as exc:  # a driver raises whatever it comes upon in a bad answer
                 raise self._dialect.translate(exc, doing="connect", writes=False) from exc
             driver = cast("Any", await connection.get_raw_connection()).driver_connection
             if not self._dialect.is_lost(driver):

@@ -162,8 +162,22 @@ class Dialect(ABC):
         """Close a connection that is in doubt, as far as its pool would not wait for that."""
 
     @abstractmethod
-    def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
-        """The store's error for one of the driver."""
+    def translate(
+        self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
+    ) -> StorageError:
+        """The store's error for one of the driver.
+
+        Args:
+            callers: it came from a statement of the caller.
+        """
+
+    async def is_same_store(self, mine: Any, theirs: Any) -> bool:
+        """Whether connections of two stores of this kind lead to the same tables.
+
+        Raises:
+            StorageError, driver_errors: it cannot be found out.
+        """
+        raise NotImplementedError
 
     # -- the schema --------------------------------------------------------------------------
 

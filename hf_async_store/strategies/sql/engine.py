@@ -6,10 +6,17 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.engine import Isolation, Plan, Reader
@@ -24,9 +31,9 @@ from hf_async_store.entities import (
     Value,
 )
 from hf_async_store.errors import (
-    BrokenReferenceError,
     ConcurrencyConflictError,
     LockTimeoutError,
+    ReadOnlyError,
     StorageError,
     UnavailableError,
 )
@@ -35,6 +42,7 @@ from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.binding import bound
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, Lease
+from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.schema import PROBES, Tables, refuse_others
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.strategies.sql.statements import Statements
@@ -43,6 +51,8 @@ from hf_async_store.strategies.sql.writing import Batch, Writer, mark_put
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
+
+Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.002
 _LONGEST_PAUSE: Final = 0.1
@@ -198,6 +208,9 @@ class SQLEngine:
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self._repeated(lambda: self._write_each(changes))
+
+    async def _write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         puts = self.writer.imports_in(changes)
         if puts is not None:
             rows = await self.writer.import_rows(puts)
@@ -242,7 +255,7 @@ class SQLEngine:
         return outcomes
 
     async def _write_together(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
-        """Changes with their marks in one commit; in halves where a reference breaks that."""
+        """Changes with their marks in one commit; in halves where the database refuses that."""
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
         while True:
@@ -254,7 +267,7 @@ class SQLEngine:
                 if time.monotonic() > deadline:
                     raise
                 pause = await _paused(pause)
-            except BrokenReferenceError as exc:
+            except REFUSALS as exc:
                 if len(changes) == 1:
                     return [exc]
                 middle = len(changes) // 2
@@ -316,8 +329,24 @@ class SQLEngine:
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
     ) -> list[dict[str, Value]]:
-        async with self.writing() as lease, lease.transaction():
-            return await self.execute(lease, sql, params)
+        async def once() -> list[dict[str, Value]]:
+            async with self.writing() as lease, lease.transaction():
+                return await self.execute(lease, sql, params)
+
+        return await self._repeated(once)
+
+    async def _repeated(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Do work again that left nothing behind: it lost a race, its statement was prepared for
+        tables of before, or its connection led to a server that takes no writes."""
+        deadline = time.monotonic() + self._config.timeout
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await work()
+            except (ConcurrencyConflictError, ReadOnlyError) as exc:
+                if not exc.retryable or exc.outcome_unknown or time.monotonic() > deadline:
+                    raise
+            pause = await _paused(pause)
 
     async def execute(
         self, lease: Lease, sql: str, params: Sequence[object] | Mapping[str, object]
@@ -352,6 +381,9 @@ class SQLEngine:
     async def probe(self) -> None:
         parameters = [self._dialect.parameter(n, "text") for n in (1, 2)]
         name = f"probe-{secrets.token_hex(8)}"
+        await self._repeated(lambda: self._probe(name, parameters))
+
+    async def _probe(self, name: str, parameters: Sequence[str]) -> None:
         async with self.writing() as lease:
             await lease.rows(
                 f"INSERT INTO {PROBES} (name, value) VALUES ({parameters[0]}, {parameters[1]})",

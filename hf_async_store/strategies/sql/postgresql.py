@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+import random
+import re
+import secrets
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import BigInteger, Boolean, Numeric, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
@@ -14,11 +21,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hf_async_store.config import SQLConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan
+from hf_async_store.engine import Capabilities, Isolation, Plan, finish
 from hf_async_store.entities import Field, FieldType, Index, Schema, Value
 from hf_async_store.errors import (
     AuthenticationError,
+    ConcurrencyConflictError,
     ConfigurationError,
+    InvalidInputError,
+    ProtocolError,
+    ReadOnlyError,
     StorageError,
     UnavailableError,
 )
@@ -84,15 +95,69 @@ _SIGNS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
 
 
+_FRESH: Final = 0.25
+"""Seconds for which a new connection tells whether its server takes writes. Where no server does, new
+ones are made so often at most."""
+
+_SERVERS_OWN: Final = (asyncpg.PostgresError, asyncpg.PostgresWarning)
+"""What the driver raises for an error that the server sent."""
+
+_NOT_SENT: Final = ("cannot switch to state", "not connected")
+"""How the driver, which has no code for it, begins to tell that the server had ended the session."""
+
+
+class _SessionEndedError(Exception):
+    """The server ended a session before what was asked of it was sent."""
+
+
+class _ServerReadOnlyError(Exception):
+    """A connection leads to a server that takes no writes; another one may not."""
+
+
+class _NoAnswerError(Exception):
+    """What came from the server was no answer."""
+
+
+class _Session:
+    """What is known of a connection.
+
+    Attributes:
+        on_standby: its server was a standby when it was made.
+        made_at: by the monotonic clock.
+        suspect: what came through it was no answer.
+    """
+
+    __slots__ = ("made_at", "on_standby", "suspect")
+
+    def __init__(self, *, on_standby: bool) -> None:
+        self.on_standby = on_standby
+        self.made_at = time.monotonic()
+        self.suspect = False
+
+
+_SESSIONS: Final[WeakKeyDictionary[Any, _Session]] = WeakKeyDictionary()
+"""By connection, of whichever store."""
+
+
+class _Begun(NamedTuple):
+    """A transaction, or savepoint, and its connection."""
+
+    driver: Any
+    transaction: Any
+
+
 class PostgreSQL(Dialect):
     """The dialect of one database on a server."""
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (
         asyncpg.PostgresError,
+        asyncpg.PostgresWarning,  # where an error of the server has the SQLSTATE of a warning
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         OSError,
-        asyncio.TimeoutError,
+        _SessionEndedError,
+        _ServerReadOnlyError,
+        _NoAnswerError,
     )
     mark = "$"
     one_writer = False
@@ -105,6 +170,7 @@ class PostgreSQL(Dialect):
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
         self._password = password or _provider(config.login_provider)
+        self._renewed_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.gains_by_readers = not config.pgbouncer
         first = config.isolation
@@ -138,8 +204,64 @@ class PostgreSQL(Dialect):
         )
 
     async def _connect(self, *, read_only: bool) -> Any:
+        """A connection to the first server that answers and is of the kind that is wanted."""
+        self._check_files()
+        servers = self._config.servers()
+        if self._config.load_balance_hosts == "random":
+            random.shuffle(servers)
+        wanted = self._config.target_session_attrs
+        first_try = "standby" if wanted == "prefer-standby" else wanted
+        failures: list[StorageError] = []
+        driver = await self._first(servers, first_try, failures)
+        if driver is None and wanted == "prefer-standby":
+            driver = await self._first(servers, "any", failures)
+        if driver is None:
+            if len(failures) == 1:
+                raise failures[0]
+            listed = "; ".join(map(str, failures))
+            raise UnavailableError(f"none of the servers can be used: {listed}") from failures[-1]
+        try:
+            await self._settle(driver, read_only=read_only)
+        except BaseException as exc:
+            driver.terminate()
+            if not isinstance(exc, Exception):
+                raise
+            raise self.translate(exc, doing="connect", writes=False) from exc
+        return driver
+
+    async def _first(
+        self, servers: Sequence[tuple[str, int]], wanted: str, failures: list[StorageError]
+    ) -> Any:
+        """The first that is of the kind that is wanted, or None; the failures of the others."""
+        for host, port in servers:
+            host, port = host or "localhost", port or _PORT
+            try:
+                driver = await self._open(host, port)
+            except UnavailableError as exc:
+                failures.append(exc)
+                continue
+            try:
+                found = await _kind_of_server(driver)
+            except BaseException as exc:
+                driver.terminate()
+                if not isinstance(exc, Exception):
+                    raise
+                failures.append(self._refused(exc, host, port))
+                continue
+            if found.fits(wanted):
+                _SESSIONS[driver] = _Session(on_standby=found.is_standby)
+                return driver
+            driver.terminate()
+            failures.append(
+                UnavailableError(
+                    f"{host}:{port} is {found}, and target_session_attrs is "
+                    f"{self._config.target_session_attrs!r}"
+                )
+            )
+        return None
+
+    async def _open(self, host: str, port: int) -> Any:
         config = self._config
-        host, port = config.host or "localhost", config.port or _PORT
         try:
             return await asyncpg.connect(
                 self._dsn(),
@@ -148,25 +270,81 @@ class PostgreSQL(Dialect):
                 user=config.username or None,
                 password=await self._secret(host, port),
                 database=config.name or None,
-                timeout=config.timeout,
+                timeout=config.connect_timeout or config.timeout,
                 command_timeout=config.timeout + _GRACE,
                 statement_cache_size=0
                 if config.pgbouncer or not config.enable_query_cache
                 else 512,
-                server_settings=self._settings(read_only=read_only),
+                server_settings=self._settings(),
+                target_session_attrs="any",
             )
-        except self.driver_errors as exc:
-            raise self._refused(exc, f"connect to {host}:{port}") from exc
+        except StorageError:
+            raise
+        except Exception as exc:  # the driver's decoders raise whatever they come upon
+            raise self._refused(exc, host, port) from exc
+
+    async def _settle(self, driver: Any, *, read_only: bool) -> None:
+        """Set what a connection of this kind must hold to, beyond what is asked of all."""
+        if self._config.pgbouncer:
+            return  # it would stay with whatever connection it hands out
+        settings = []
+        if _SESSIONS[driver].on_standby:
+            # A standby has no serializable snapshots. Should it be promoted, nothing must be
+            # written at a lower isolation than was asked for.
+            settings.append("SET default_transaction_isolation = 'repeatable read'")
+        if read_only or _SESSIONS[driver].on_standby:
+            settings.append("SET default_transaction_read_only = on")
+        if settings:
+            await driver.execute("; ".join(settings))
+
+    def _check_files(self) -> None:
+        """See that the files of TLS can be used, so that an error names the key and the file.
+
+        Raises:
+            ConfigurationError.
+        """
+        config = self._config
+        if config.sslmode == "disable":
+            return
+        for key in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
+            path = getattr(config, key)
+            if not path:
+                continue
+            try:
+                Path(path).read_bytes()
+                if key in ("sslrootcert", "sslcrl"):
+                    ssl.create_default_context(cafile=path)
+            except ssl.SSLError as exc:
+                raise ConfigurationError(f"{key}: {path!r} holds no PEM certificate") from exc
+            except (OSError, ValueError) as exc:
+                said = getattr(exc, "strerror", None) or exc
+                raise ConfigurationError(f"{key}: cannot read {path!r}: {said}") from exc
+        if config.sslkey and not config.sslcert:
+            raise ConfigurationError("sslkey: of no use without sslcert")
+        if config.sslcert:
+            password = config.sslpassword.reveal() if config.sslpassword else ""
+            try:
+                ssl.create_default_context().load_cert_chain(
+                    config.sslcert, config.sslkey or None, lambda: password
+                )
+            except (ssl.SSLError, ValueError) as exc:
+                raise ConfigurationError(
+                    f"sslcert, sslkey: {config.sslcert!r} and {config.sslkey!r} are no certificate "
+                    "and its key in PEM, or sslpassword does not open the key"
+                ) from exc
 
     def _dsn(self) -> str:
         """What asyncpg takes in no other way: the mode of TLS and whom it trusts."""
-        from urllib.parse import urlencode
+        from urllib.parse import quote, urlencode
 
         config = self._config
         query: dict[str, str] = {"sslmode": config.sslmode}
-        if config.sslrootcert:
-            query["sslrootcert"] = config.sslrootcert
-        return f"postgresql:///?{urlencode(query)}"
+        for key in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+            if getattr(config, key):
+                query[key] = getattr(config, key)
+        if config.sslpassword:
+            query["sslpassword"] = config.sslpassword.reveal()
+        return f"postgresql:///?{urlencode(query, quote_via=quote)}"
 
     async def _secret(self, host: str, port: int) -> str | None:
         config = self._config
@@ -180,79 +358,265 @@ class PostgreSQL(Dialect):
                 f"cannot connect to {host}:{port}: no password to be had ({type(exc).__name__})"
             ) from exc
 
-    def _settings(self, *, read_only: bool) -> dict[str, str]:
-        if self._config.pgbouncer:
-            return {}  # they would stay with whatever connection it hands out
-        limit = str(int(self._config.timeout * 1000))
-        return {
-            "application_name": "hf_async_store",
-            "default_transaction_isolation": self._config.isolation.replace("_", " "),
-            "default_transaction_read_only": "on" if read_only else "off",
+    def _settings(self) -> dict[str, str]:
+        """What each connection asks for. What is not here is as the administrator has it."""
+        config = self._config
+        if config.pgbouncer:
+            # More would stay with whatever connection it hands out.
+            return {"application_name": config.application_name} if config.application_name else {}
+        limit = str(int(config.timeout * 1000))
+        settings = {
+            "application_name": config.application_name or "hf_async_store",
+            "default_transaction_isolation": config.isolation.replace("_", " "),
             "statement_timeout": limit,
             "lock_timeout": limit,
             "jit": "off",
         }
+        if config.schema:
+            name = config.schema.replace('"', '""')
+            settings["search_path"] = f'"{name}"'
+        if config.options:
+            settings["options"] = config.options
+        return settings
 
-    def _refused(self, exc: Exception, doing: str) -> StorageError:
-        if isinstance(exc, asyncpg.PostgresError):
+    def _refused(self, exc: Exception, host: str, port: int) -> StorageError:
+        """Why a connection could not be made."""
+        config = self._config
+        doing = f"connect to {host}:{port}"
+        if isinstance(exc, _SERVERS_OWN):
             return self.translate(exc, doing=doing, writes=False)
+        if isinstance(exc, asyncpg.ClientConfigurationError):
+            return ConfigurationError(f"cannot {doing}: {exc}")
+        if isinstance(exc, asyncpg.ProtocolError):
+            return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL: {exc}")
         if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):
             # Above all: a password is asked for and none was given.
             return AuthenticationError(f"cannot {doing}: {exc}")
-        return UnavailableError(f"cannot {doing}: {str(exc) or 'no answer in time'}")
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return ConfigurationError(
+                f"cannot {doing}: sslmode {config.sslmode!r} does not trust its certificate: "
+                f"{exc.verify_message}; see sslrootcert and host"
+            )
+        # The driver has no error of its own for this.
+        if type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
+            return ConfigurationError(
+                f"cannot {doing}: sslmode {config.sslmode!r} needs TLS, and the server has none, or "
+                "is no PostgreSQL"
+            )
+        if isinstance(exc, UnicodeError):
+            return ConfigurationError(f"cannot {doing}: host: this is no name of a host")
+        if isinstance(exc, OSError):  # an answer that does not come in time is one, too
+            said = exc.strerror or str(exc) or "no answer in time (connect_timeout)"
+            return UnavailableError(f"cannot {doing}: {said}")
+        return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL")
 
     def is_lost(self, driver: Any) -> bool:
-        return bool(driver.is_closed())
+        if driver.is_closed():
+            return True
+        session = _SESSIONS[driver]
+        if session.suspect or session.made_at <= self._renewed_at:
+            return True
+        return session.on_standby and _setting(driver, "in_hot_standby") == "off"
+
+    def _note(self, driver: Any, exc: Exception) -> None:
+        """Keep in mind what an error says of its connection.
+
+        Raises:
+            _SessionEndedError, _ServerReadOnlyError, _NoAnswerError: it means that.
+        """
+        if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
+            if self._renewed(driver):
+                raise _ServerReadOnlyError(exc.message) from exc
+        elif isinstance(exc, asyncpg.InterfaceError):
+            # The driver's own objection: nothing was sent.
+            if driver.is_closed():
+                raise _SessionEndedError from exc
+        elif not isinstance(exc, _SERVERS_OWN):
+            _SESSIONS[driver].suspect = True
+            if isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
+                raise _SessionEndedError from exc
+            if not isinstance(exc, OSError):
+                # Decoders raise whatever they come upon in bytes that are no answer.
+                raise _NoAnswerError(type(exc).__name__) from exc
+        elif isinstance(exc, asyncpg.UnknownPostgresError):
+            _SESSIONS[driver].suspect = True
+
+    def _renewed(self, driver: Any) -> bool:
+        """Whether this connection says nothing of its server as it is now: servers change roles.
+
+        Then it and all older ones are replaced.
+        """
+        session = _SESSIONS[driver]
+        if session.made_at <= self._renewed_at:
+            return True
+        now = time.monotonic()
+        if now - session.made_at < _FRESH:
+            return False
+        self._renewed_at = now
+        return True
 
     async def rows(self, driver: Any, sql: str, args: Sequence[object]) -> Sequence[Sequence[Any]]:
-        return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
+        try:
+            return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
+        except Exception as exc:
+            # To a statement of ours it has no objection, but for a bad answer when it was prepared.
+            _SESSIONS[driver].suspect |= _is_objection(exc)
+            self._note(driver, exc)
+            raise
+
+    async def _row(self, driver: Any, sql: str, args: Sequence[object] = ()) -> Sequence[Any]:
+        """The one row that a statement has."""
+        rows = await self.rows(driver, sql, args)
+        if len(rows) != 1:
+            raise _NoAnswerError(f"{len(rows)} rows for 1")
+        return rows[0]
 
     async def labelled(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
-        return [dict(each) for each in await driver.fetch(sql, *args)]
+        try:
+            return [dict(each) for each in await driver.fetch(sql, *args)]
+        except Exception as exc:
+            self._note(driver, exc)
+            raise
 
     async def pieces(
         self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        cursor = await driver.cursor(sql, *args)
-        while rows := await cursor.fetch(_PIECE):
+        try:
+            cursor = await driver.cursor(sql, *args)
+            rows = await cursor.fetch(_PIECE)
+        except Exception as exc:
+            self._note(driver, exc)
+            raise
+        while rows:
             yield rows
             if len(rows) < _PIECE:
                 return
+            try:
+                rows = await cursor.fetch(_PIECE)
+            except Exception as exc:
+                self._note(driver, exc)
+                raise
 
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
         if isolation is None and self._config.pgbouncer and not driver.is_in_transaction():
             isolation = self._config.isolation
-        handle = driver.transaction(isolation=isolation)
-        await handle.start()
-        return handle
+        if isolation is not None and _SESSIONS[driver].on_standby:
+            isolation = "repeatable_read"  # there is none above it, nor anything to write
+        return await self._begun(driver, isolation=isolation)
 
     async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
         # Not serializable: the row locks of a long reader would become a lock of the table, and
         # abort its neighbours.
-        handle = driver.transaction(isolation="repeatable_read", readonly=True)
-        await handle.start()
-        return handle
+        return await self._begun(driver, isolation="repeatable_read", readonly=True)
 
-    async def commit(self, handle: Any) -> None:
-        await handle.commit()
+    async def _begun(self, driver: Any, **options: Any) -> _Begun:
+        transaction = driver.transaction(**options)
+        try:
+            await transaction.start()
+        except Exception as exc:
+            # The driver counts it as begun all the same, and would make savepoints from now on.
+            _SESSIONS[driver].suspect |= not driver.is_in_transaction()
+            self._note(driver, exc)
+            raise
+        return _Begun(driver, transaction)
 
-    async def roll_back(self, handle: Any) -> None:
-        await handle.rollback()
+    async def commit(self, handle: _Begun) -> None:
+        try:
+            await handle.transaction.commit()
+        except Exception as exc:
+            self._note(handle.driver, exc)
+            raise
+
+    async def roll_back(self, handle: _Begun) -> None:
+        if _SESSIONS[handle.driver].suspect:
+            # It may never answer; and without it the server rolls back by itself.
+            handle.driver.terminate()
+            return
+        try:
+            await handle.transaction.rollback()
+        except Exception as exc:
+            self._note(handle.driver, exc)
+            raise
 
     async def tidy(self, driver: Any) -> bool:
-        return not driver.is_closed() and not driver.is_in_transaction()
+        return not self.is_lost(driver) and not driver.is_in_transaction()
 
     async def discard(self, driver: Any) -> None:
-        pass  # the pool ends it, and the server rolls back
+        # The pool ends it, and the server rolls back. But what may never answer is not asked.
+        if _SESSIONS[driver].suspect:
+            driver.terminate()
 
-    def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
-        if isinstance(exc, asyncpg.PostgresError) and exc.sqlstate is not None:
+    async def is_same_store(self, mine: Any, theirs: Any) -> bool:
+        if mine is theirs:
+            return True
+        async with self._looking(mine), self._looking(theirs):
+            key = secrets.randbits(63)
+            await self.rows(mine, "SELECT pg_advisory_xact_lock($1)", (key,))
+            # The tag of such a lock holds the database.
+            [free] = await self._row(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
+            cluster, database, schema, is_standby = await self._row(mine, _IDENTITY)
+            other = await self._row(theirs, _IDENTITY)
+        their_cluster, their_database, their_schema, theirs_is_standby = other
+        if (database, schema) != (their_database, their_schema):
+            return False
+        if not free:
+            return True
+        # A standby has locks of its own, and the data of its primary.
+        return cluster == their_cluster and bool(is_standby or theirs_is_standby)
+
+    @asynccontextmanager
+    async def _looking(self, driver: Any) -> AsyncIterator[None]:
+        """A transaction that changes nothing. Behind pgbouncer it keeps one session of the server."""
+        handle = await self._begun(driver, isolation="read_committed", readonly=True)
+        try:
+            yield
+        finally:
+            await finish(self.roll_back(handle))
+
+    def translate(
+        self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
+    ) -> StorageError:
+        if isinstance(exc, _ServerReadOnlyError):
+            return ReadOnlyError(
+                f"cannot {doing}: {exc}; this connection led to a server that takes no writes, and "
+                "is replaced: try again",
+                retryable=True,
+            )
+        if isinstance(exc, _SessionEndedError):
+            return UnavailableError(
+                f"cannot {doing}: the server had ended the session, and nothing was sent: it was "
+                "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
+                "allow, or an administrator or a restart ended it"
+            )
+        if isinstance(exc, asyncpg.InvalidCachedStatementError):
+            return ConcurrencyConflictError(
+                f"cannot {doing}: the tables were changed since the statement was prepared, try "
+                "again",
+                retryable=True,
+            )
+        if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
+            exc.__cause__, asyncpg.PostgresError
+        ):
+            exc = exc.__cause__  # why the server closed it
+        if _is_objection(exc):
+            if callers:
+                return InvalidInputError(f"execute_with_lock: {_objection(exc)}")
+            return ProtocolError(f"cannot {doing}: {_objection(exc)}")
+        if isinstance(exc, _SERVERS_OWN) and exc.sqlstate is not None:
             # `message` alone: details show what is stored.
-            return postgres_error(exc.sqlstate, exc.message or "", doing=doing, writes=writes)
-        timed_out = isinstance(exc, asyncio.TimeoutError)
-        return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
+            return postgres_error(
+                exc.sqlstate, exc.message or str(exc), doing=doing, writes=writes, callers=callers
+            )
+        if isinstance(exc, OSError):
+            timed_out = isinstance(exc, TimeoutError)
+            return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
+        return ProtocolError(
+            f"cannot {doing}: what came from the server was no answer ({exc or type(exc).__name__})",
+            retryable=not writes,
+            outcome_unknown=writes,
+        )
 
     # -- the schema --------------------------------------------------------------------------
 
@@ -274,7 +638,8 @@ class PostgreSQL(Dialect):
     async def owned_by_others(
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
-        return dict(await self.rows(driver, _OTHERS, (list(tables), list(declared))))
+        rows = await self.rows(driver, _OTHERS, (list(tables), list(declared)))
+        return {str(table): str(owner) for table, owner in rows}
 
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
@@ -292,10 +657,12 @@ class PostgreSQL(Dialect):
 
     async def begin_ddl(self, driver: Any) -> Any:
         # Read committed: behind the lock it must see what the one before has made.
-        handle = driver.transaction(isolation="read_committed")
-        await handle.start()
-        await driver.execute("SET TRANSACTION READ WRITE")
-        await driver.fetch("SELECT pg_advisory_xact_lock($1::bigint)", _SCHEMA_LOCK)
+        handle = await self._begun(driver, isolation="read_committed")
+        try:
+            await self.rows(driver, "SELECT pg_advisory_xact_lock($1)", (_SCHEMA_LOCK,))
+        except BaseException:
+            await finish(self.roll_back(handle))
+            raise
         return handle
 
     def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
@@ -334,9 +701,9 @@ class PostgreSQL(Dialect):
     def source(self, kinds: Sequence[Kind], rows: int) -> str:
         arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
         columns = [f"c{n}" for n in range(len(kinds))]
-        # Of several arrays the parser itself takes the server's own; of one, whatever is found first.
-        unnest = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
-        return f"{unnest}({', '.join(arrays)}) AS i ({', '.join(columns)})"
+        # Of one argument, the name alone would be looked up along the search_path.
+        name = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
+        return f"{name}({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
     def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
         return list(map(array_text, columns))
@@ -395,7 +762,7 @@ class PostgreSQL(Dialect):
         return f"left({expression}, {SHORT})"
 
     def has_side(self, name: str) -> str:
-        return f"coalesce(t.{SIDE} ? '{name}', false)"
+        return f"coalesce(t.{SIDE} ? '{name}'::text, false)"
 
     def has_text(self, expression: str, part: str) -> str:
         return f'strpos({expression} COLLATE "C", {part}) > 0'
@@ -469,7 +836,7 @@ class PostgreSQL(Dialect):
         indexes: Mapping[str, Index],
         comparisons: int,
     ) -> Plan:
-        [[found]] = await self.rows(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
+        [found] = await self._row(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
         nodes = _nodes(found[0]["Plan"])  # SQLAlchemy has taught the driver to decode JSON
         own = [each for each in nodes if each.get("Alias") == "t" or "Index Name" in each]
         names = [str(each["Index Name"]) for each in own if "Index Cond" in each]
@@ -483,7 +850,7 @@ class PostgreSQL(Dialect):
         )
 
     async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]:
-        [[version, size, recovering, used, most]] = await self.rows(driver, _HEALTH, ())
+        version, size, recovering, used, most = await self._row(driver, _HEALTH)
         sizes = await self.rows(driver, _SIZES, (list(tables),))
         problems: list[Value] = []
         if recovering:
@@ -501,38 +868,39 @@ class PostgreSQL(Dialect):
 
     def describe(self) -> dict[str, Value]:
         config = self._config
-        host, port = config.host or "localhost", config.port or _PORT
-        return {"server": f"{host}:{port}", "database": config.name or config.username}
+        servers = [f"{host or 'localhost'}:{port or _PORT}" for host, port in config.servers()]
+        return {"server": ",".join(servers), "database": config.name or config.username}
 
     def lockable(self, sql: str) -> str:
         return sql
 
 
-# Operators are looked up along the search path, and an exact match of anybody's in the schema of our
-# tables would be taken before an inexact one of the server's. So both sides are cast to one type here.
-_COLUMNS: Final = """
-SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod)
-    || CASE WHEN a.attcollation = 0::oid THEN ''::text
-            ELSE ' COLLATE '::text || l.collname::text END
-    || CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'::text
-            WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL'::text ELSE ''::text END
-FROM pg_attribute AS a
-JOIN pg_class AS c ON c.oid = a.attrelid
-LEFT JOIN pg_collation AS l ON l.oid = a.attcollation
-LEFT JOIN pg_constraint AS k
-    ON k.conrelid = c.oid AND k.contype = 'p'::"char"
-    AND k.conkey[1] = a.attnum AND pg_catalog.cardinality(k.conkey) = 1
-WHERE c.relnamespace = current_schema()::regnamespace::oid
-    AND c.relkind IN ('r'::"char", 'p'::"char")
+# Not by a cast to regnamespace, which would parse a name that needs quotes.
+_SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = current_schema())"
+
+# Another role may have put functions and operators into the schema, and one that fits the types of
+# its arguments better than that of pg_catalog would be taken. So no argument is left to be converted.
+_COLUMNS: Final = f"""
+SELECT c.relname::text, a.attname::text,
+    pg_catalog.concat(pg_catalog.format_type(a.atttypid, a.atttypmod),
+        CASE WHEN a.attcollation = 0::oid THEN '' ELSE pg_catalog.concat(' COLLATE ', l.collname) END,
+        CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'
+             WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL' ELSE '' END)
+FROM pg_catalog.pg_attribute AS a
+JOIN pg_catalog.pg_class AS c ON c.oid = a.attrelid
+LEFT JOIN pg_catalog.pg_collation AS l ON l.oid = a.attcollation
+LEFT JOIN pg_catalog.pg_constraint AS k ON k.conrelid = c.oid AND k.contype = 'p'
+    AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]
+WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p')
     AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
 """
 
-_OTHERS: Final = """
+_OTHERS: Final = f"""
 SELECT c.relname::text, r.rolname::text FROM pg_class AS c
 JOIN pg_roles AS r ON r.oid = c.relowner
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 JOIN pg_database AS d ON d.datname = current_database()
-WHERE c.relnamespace = current_schema()::regnamespace::oid AND c.relname::text = ANY($1::text[])
+WHERE c.relnamespace = {_SCHEMA} AND c.relname::text = ANY($1::text[])
     AND NOT (r.rolsuper OR pg_has_role(c.relowner, 'USAGE'::text)
         OR c.relowner = n.nspowner OR c.relowner = d.datdba
         OR EXISTS (
@@ -541,15 +909,15 @@ WHERE c.relnamespace = current_schema()::regnamespace::oid AND c.relname::text =
         ))
 """
 
-_INDEXES: Final = """
+_INDEXES: Final = f"""
 SELECT c.relname::text, pg_get_indexdef(i.indexrelid) FROM pg_index AS i
 JOIN pg_class AS c ON c.oid = i.indexrelid
 JOIN pg_class AS t ON t.oid = i.indrelid
-WHERE t.relnamespace = current_schema()::regnamespace::oid AND t.relname::text = ANY($1::text[])
+WHERE t.relnamespace = {_SCHEMA} AND t.relname::text = ANY($1::text[])
 UNION ALL
 SELECT k.conname::text, '' FROM pg_constraint AS k
 JOIN pg_class AS t ON t.oid = k.conrelid
-WHERE k.contype = 'f'::"char" AND t.relnamespace = current_schema()::regnamespace::oid
+WHERE k.contype = 'f' AND t.relnamespace = {_SCHEMA}
     AND t.relname::text = ANY($1::text[])
 """
 
@@ -561,11 +929,72 @@ SELECT current_setting('server_version'), pg_database_size(current_database()),
     current_setting('max_connections')::int
 """
 
-_SIZES: Final = """
-SELECT relname::text, pg_total_relation_size(oid::regclass) FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace::oid AND relname::text = ANY($1::text[])
-ORDER BY 1
+_SIZES: Final = f"""
+SELECT relname::text, pg_total_relation_size(oid) FROM pg_class
+WHERE relnamespace = {_SCHEMA} AND relname::text = ANY($1::text[]) ORDER BY 1
 """
+
+
+_IDENTITY: Final = f"""
+SELECT system_identifier, (SELECT oid FROM pg_database WHERE datname = current_database()),
+    {_SCHEMA}, pg_is_in_recovery()
+FROM pg_control_system()
+"""
+
+
+class _Kind(NamedTuple):
+    """What a server is at the moment."""
+
+    is_standby: bool
+    is_read_only: bool
+
+    def fits(self, wanted: str) -> bool:
+        """Whether it is what `target_session_attrs` asks for."""
+        kinds = {
+            "any": True,
+            "read-write": not self.is_read_only,
+            "read-only": self.is_read_only,
+            "primary": not self.is_standby,
+            "standby": self.is_standby,
+        }
+        return kinds[wanted]
+
+    def __str__(self) -> str:
+        if self.is_standby:
+            return "a standby"
+        return "read-only" if self.is_read_only else "a primary that takes writes"
+
+
+async def _kind_of_server(driver: Any) -> _Kind:
+    standby = _setting(driver, "in_hot_standby")
+    read_only = _setting(driver, "default_transaction_read_only")
+    if standby is None or read_only is None:  # before PostgreSQL 14, and behind pgbouncer
+        [[is_standby, read_only]] = await driver.fetch(
+            "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')"
+        )
+        standby = "on" if is_standby else "off"
+    return _Kind(standby == "on", "on" in (standby, read_only))
+
+
+def _setting(driver: Any, name: str) -> str | None:
+    """A setting as the server reported it last; None if it does not report it."""
+    return cast("str | None", getattr(driver.get_settings(), name, None))
+
+
+def _is_objection(exc: Exception) -> bool:
+    """Whether the driver itself refused what it was to send; for arguments it takes an error of the
+    server's, which the server would give a severity."""
+    if isinstance(exc, asyncpg.DataError):
+        return exc.severity is None
+    return isinstance(exc, asyncpg.InterfaceError)
+
+
+def _objection(exc: Exception) -> str:
+    """What the driver objects to, without the argument itself, which its own text shows."""
+    found = re.match(r"invalid input for query argument (\$[0-9]+)", str(exc))
+    if found is not None:
+        return f"the argument for {found[1]} is of another type than the statement takes"
+    return str(exc).partition("\n")[0]
 
 
 def _provider(name: str) -> PasswordProvider | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.engine import gathered
 from hf_async_store.entities import Entity, Key, Record, canonical
+from hf_async_store.errors import ProtocolError
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
 from hf_async_store.strategies.sql.tables import Table
@@ -90,8 +91,10 @@ async def count(lease: Lease, table: Table, query: Query) -> int:
     """How many records match."""
     compiled = compile_count(table, query)
     if compiled is not None:
-        [[number]] = await lease.rows(compiled.sql, compiled.args)
-        return cast("int", number)
+        rows = await lease.rows(compiled.sql, compiled.args)
+        if len(rows) != 1:
+            raise ProtocolError(f"cannot count: {len(rows)} rows came for one")
+        return cast("int", rows[0][0])
     number = 0
     async with aclosing(records(lease, table, query)) as found:
         async for _ in found:

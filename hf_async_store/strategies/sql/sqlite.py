@@ -292,8 +292,10 @@ class SQLite(Dialect):
         # Behind what its thread still does; the pool would only tell the thread to stop.
         await driver.close()
 
-    def translate(self, exc: Exception, *, doing: str, writes: bool) -> StorageError:
-        return sqlite_error(exc, doing=doing, path=self._path, writes=writes)
+    def translate(
+        self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
+    ) -> StorageError:
+        return sqlite_error(exc, doing=doing, path=self._path, writes=writes, callers=callers)
 
     # -- the schema --------------------------------------------------------------------------
 

@@ -33,12 +33,9 @@ from hf_async_store.entities import (
     Record,
     Schema,
 )
-from hf_async_store.errors import (
-    BrokenReferenceError,
-    ConcurrencyConflictError,
-    StorageError,
-)
+from hf_async_store.errors import ConcurrencyConflictError, StorageError
 from hf_async_store.strategies.sql.dialect import Puts
+from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.statements import Shape, Statements, Verb
 from hf_async_store.strategies.sql.tables import Table, quoted
 
@@ -226,10 +223,10 @@ class Writer:
         """Carry out changes of one shape, and note how each ended.
 
         Args:
-            halves: a statement that broke a reference may be sent again in two halves.
+            halves: a statement that the database refused may be sent again in two halves.
 
         Raises:
-            BrokenReferenceError: where it may not.
+            BrokenReferenceError, InvalidInputError: where it may not.
         """
         if await self._put_all(lease, batch, outcomes):
             return
@@ -261,8 +258,9 @@ class Writer:
         """Send changes in one statement; returns what must be sent again."""
         try:
             landed = await self._landed(run, batch)
-        except BrokenReferenceError as exc:
-            # Its own look at the references was overtaken by another's write.
+        except REFUSALS as exc:
+            # Its own look at the references was overtaken by another's write; or the database has
+            # rules that are not ours.
             if not halves:
                 raise
             count = len(batch.places)
