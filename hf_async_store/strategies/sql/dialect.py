@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from hf_async_store.engine import Capabilities, Isolation, Plan
 from hf_async_store.entities import Value
+from hf_async_store.errors import UnavailableError
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
@@ -70,6 +71,9 @@ class Dialect(ABC):
     driver_errors: ClassVar[tuple[type[Exception], ...]]
     """What the driver raises; `translate` knows what it means."""
 
+    caller_errors: ClassVar[tuple[type[Exception], ...]]
+    """What the driver raises for a statement or arguments that it does not take at all."""
+
     mark: ClassVar[str]
     """What stands before the number of a parameter."""
 
@@ -106,6 +110,41 @@ class Dialect(ABC):
     @abstractmethod
     def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
         """A pool of connections, none of them open yet."""
+
+    def exists(self) -> bool:
+        """Whether there is a place to connect to; where it is a server, that is told by trying."""
+        return True
+
+    def make_place(self) -> None:
+        """Make the place to connect to, before the first write.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        return
+
+    def check_place(self, driver: Any) -> None:
+        """See that what a connection reads and writes lies where the store is.
+
+        Raises:
+            FileReplacedError: it does not.
+        """
+        return
+
+    async def prepare_writing(self, driver: Any) -> None:
+        """What must be set once before the first write; who only reads leaves the place as it is."""
+        return
+
+    async def is_same_store(self, mine: Any, theirs: Any) -> bool:
+        """Whether two connections of this dialect reach the same data: see `Engine`."""
+        raise UnavailableError("cannot find out whether two stores are the same", retryable=False)
+
+    async def reset(self, driver: Any) -> bool:
+        """Undo what a caller's own SQL did to a session; whether that can be relied on."""
+        return False
+
+    @abstractmethod
+    def in_transaction(self, driver: Any) -> bool: ...
 
     async def put_all(self, driver: Any, puts: Puts) -> dict[str, int] | None:
         """Look first and then write, in a transaction beside which nobody else writes.
@@ -173,6 +212,10 @@ class Dialect(ABC):
     @abstractmethod
     def index_part(self, column: Any, field: Field) -> Any:
         """What of a column an index holds."""
+
+    @abstractmethod
+    async def found_tables(self, driver: Any) -> list[str]:
+        """The names of all tables that are there."""
 
     @abstractmethod
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:

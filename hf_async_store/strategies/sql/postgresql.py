@@ -81,6 +81,7 @@ class PostgreSQL(Dialect):
         OSError,
         asyncio.TimeoutError,
     )
+    caller_errors = (asyncpg.InterfaceError, TypeError, ValueError)
     mark = "$"
     one_writer = False
     batches_commit_together = False
@@ -231,6 +232,15 @@ class PostgreSQL(Dialect):
     async def tidy(self, driver: Any) -> bool:
         return not driver.is_closed() and not driver.is_in_transaction()
 
+    def in_transaction(self, driver: Any) -> bool:
+        return bool(driver.is_in_transaction())
+
+    async def reset(self, driver: Any) -> bool:
+        if self._config.pgbouncer:
+            return False  # outside a transaction it would reach another session
+        await driver.execute(_RESET)
+        return True
+
     async def discard(self, driver: Any) -> None:
         pass  # the pool ends it, and the server rolls back
 
@@ -257,6 +267,9 @@ class PostgreSQL(Dialect):
             # The server refuses index entries of more than about 2,700 bytes.
             column = func.left(column, SHORT)
         return column.nulls_first()
+
+    async def found_tables(self, driver: Any) -> list[str]:
+        return [each[0] for each in await self.rows(driver, _TABLES, ())]
 
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
@@ -483,6 +496,22 @@ class PostgreSQL(Dialect):
     def lockable(self, sql: str) -> str:
         return sql
 
+
+# `DISCARD ALL`, but for the prepared statements that the driver relies on.
+_RESET: Final = """
+CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;
+SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;
+DO $$DECLARE prepared text; BEGIN
+    FOR prepared IN SELECT name FROM pg_prepared_statements WHERE from_sql LOOP
+        EXECUTE 'DEALLOCATE ' || quote_ident(prepared);
+    END LOOP;
+END$$
+"""
+
+_TABLES: Final = """
+SELECT relname::text FROM pg_class
+WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p') ORDER BY 1
+"""
 
 _COLUMNS: Final = """
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod)
