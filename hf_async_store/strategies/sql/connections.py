@@ -535,7 +535,10 @@ class Connections:
         self._closed = True
         _UNCLOSED.discard(self)
         warnings.warn(
-            f"a store was not closed: {self._dialect.describe()}", ResourceWarning, source=self
+            f"a store was not closed: {self._dialect.describe()}",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
         )
 
     def __del__(self) -> None:

@@ -279,19 +279,23 @@ class SQLEngine:
                 columns = await self._dialect.found_columns(lease.driver, tables)
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="look", writes=False) from exc
-            ours = {sql_name(each) for each in self.schema}
             system = {PROBES, *(sql_name(each.name) for each in HIDDEN)}
             found: list[str] = []
             for table, there in columns.items():
-                if table in ours:
-                    for column in there:
-                        if not self._made.is_declared(table, column) and await _holds(
-                            lease, f"{_name(table)} WHERE {_name(column)} IS NOT NULL"
-                        ):
-                            found.append(f"{declared_name(table)}.{declared_name(column)}")
-                elif table not in system and {DOC, SIDE, VERSION} <= there.keys():
-                    if await _holds(lease, _name(table)):
-                        found.append(declared_name(table))
+                if table in self._made.names:
+                    name = declared_name(table)
+                    found += [
+                        f"{name}.{declared_name(column)}"
+                        for column in there
+                        if not self._made.is_declared(table, column)
+                        and await _holds(lease, f"{_name(table)} WHERE {_name(column)} IS NOT NULL")
+                    ]
+                elif (
+                    table not in system
+                    and there.keys() >= {DOC, SIDE, VERSION}
+                    and await _holds(lease, _name(table))
+                ):
+                    found.append(declared_name(table))
         return sorted(found)
 
     # -- independent writes ------------------------------------------------------------------

@@ -94,6 +94,7 @@ class Tables:
             SchemaMismatchError: what is there differs; lists the differences.
         """
         try:
+            self._dialect.check_place(lease.driver)
             await self._dialect.prepare_writing(lease.driver)
             if await self._lacking(lease):
                 await self._make(lease)
@@ -107,6 +108,7 @@ class Tables:
             SchemaMismatchError: what is there differs.
         """
         try:
+            self._dialect.check_place(lease.driver)
             columns = await self._dialect.found_columns(lease.driver, self.names)
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="look", writes=False) from exc

@@ -63,6 +63,9 @@ _OTHERS: Final = ("-wal", "-shm")
 _INNER_WAIT_MS: Final = 20
 """How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
 
+_LOOK: Final = "SELECT count(*) FROM sqlite_master"
+"""SQLite opens its files at the first look."""
+
 _TRIES: Final = 8
 """How often a file is opened that is replaced at the same moment."""
 
@@ -115,7 +118,7 @@ class _Place(NamedTuple):
     """
 
     file: _Identity
-    others: tuple[tuple[str, _Identity | None], ...]
+    others: tuple[tuple[Path, _Identity | None], ...]
 
 
 _Job: TypeAlias = "tuple[asyncio.Future[Any] | None, Callable[[], Any]]"
@@ -148,6 +151,10 @@ class _Connection(aiosqlite.Connection):
         self._thread = threading.Thread(target=_serve, args=(jobs,), daemon=True, name="sqlite")
         _OPEN.add(self)
 
+    @property
+    def is_open(self) -> bool:
+        return self._running and self._connection is not None
+
     def stop(self) -> asyncio.Future[Any] | None:
         """See `aiosqlite.Connection.stop`."""
         self._running = False
@@ -156,12 +163,11 @@ class _Connection(aiosqlite.Connection):
         with suppress(RuntimeError):
             future = asyncio.get_running_loop().create_future()
 
-        def stop() -> None:
-            try:
-                if connection is not None:
+        def stop() -> object:
+            if connection is not None:
+                with suppress(sqlite3.Error):  # it is of no more use in any case
                     connection.close()
-            finally:
-                raise _Stop
+            return _STOP
 
         if connection is not None and self._replaced(self):
             self._leave_open(connection)
@@ -192,8 +198,8 @@ class _Connection(aiosqlite.Connection):
         cast("Any", self)._tx.put_nowait((None, wait))
 
 
-class _Stop(Exception):
-    """Ends the thread of a connection."""
+_STOP: Final = object()
+"""Ends the thread of a connection."""
 
 
 def _serve(jobs: Any) -> None:
@@ -202,13 +208,12 @@ def _serve(jobs: Any) -> None:
         future, work = cast("_Job", jobs.get())
         try:
             result = work()
-        except _Stop:
-            _answer(future, asyncio.Future.set_result, None)
-            return
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  # whatever it is, who asked must hear it
             _answer(future, asyncio.Future.set_exception, exc)
         else:
             _answer(future, asyncio.Future.set_result, result)
+            if result is _STOP:
+                return
             del result
         del future, work
 
@@ -315,9 +320,10 @@ class SQLite(Dialect):
                 f"SQLite {'.'.join(map(str, _OLDEST))} is needed, not {sqlite3.sqlite_version}"
             )
         self._config = config
-        # Not by links: SQLite follows them itself, and finds its other files where the file is.
-        self._path = Path(os.path.abspath(config.name))
+        # Links stay: SQLite follows them itself, and finds its other files where the file is.
+        self._path = Path(config.name).absolute()
         self._file: _Identity | None = None  # once it was opened
+        self._drivers: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.capabilities = Capabilities(
             engine="sqlite",
             durable=True,
@@ -362,9 +368,13 @@ class SQLite(Dialect):
                 raise StoreNotFoundError(f"there is no file {self._path}")
             self._check_file(before)
             self._check_names()
+            for each in list(self._drivers):
+                if each.is_open:
+                    self.check_place(each)  # or it would make the files anew that are missing
             driver = await self._opened()
             if driver.place is not None and driver.place.file == before:
                 self._file = before
+                self._drivers.add(driver)
                 return driver
             await driver.close()
         raise UnavailableError(f"cannot open {self._path}: it was replaced again and again")
@@ -391,8 +401,10 @@ class SQLite(Dialect):
             await self._prepare(driver)
             driver.place = self._place()
         except sqlite3.Error as exc:
+            # Before the close: what was short is short no more afterwards.
+            error = self.translate(exc, doing=f"open {self._path}", writes=False)
             await driver.close()
-            raise self.translate(exc, doing=f"open {self._path}", writes=False) from exc
+            raise error from exc
         except BaseException:
             await driver.close()
             raise
@@ -404,14 +416,15 @@ class SQLite(Dialect):
         enforced = "ON" if self._config.enforce_references else "OFF"
         await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
         await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())
-        # SQLite opens its files at the first look.
-        await self.rows(driver, "SELECT count(*) FROM sqlite_master", ())
+        await self.rows(driver, _LOOK, ())
 
     async def prepare_writing(self, driver: _Connection) -> None:
         [[mode]] = await self.rows(driver, "PRAGMA journal_mode", ())
         if mode != "wal":
             await self.rows(driver, "PRAGMA journal_mode = WAL", ())
-            driver.place = self._place()
+            await self.rows(driver, _LOOK, ())
+            for each in list(self._drivers):
+                each.place = self._place()  # where all of them find the log from now on
 
     # -- the file ----------------------------------------------------------------------------
 
@@ -445,16 +458,23 @@ class SQLite(Dialect):
                 )
 
     def _is_replaced(self, driver: _Connection) -> bool:
+        """Whether other files have taken the names of what a connection has open."""
+        place = driver.place
+        if place is None:
+            return False
         try:
-            self.check_place(driver)
+            taken = [self._identity_of(path) for path, _ in place.others]
+            return self._identity() != place.file or any(
+                before is not None and now not in (before, None)
+                for (_, before), now in zip(place.others, taken, strict=True)
+            )
         except StorageError:
             return True
-        return False
 
     def _check_names(self) -> None:
         """SQLite names its log after the file, so that two names of one file have two logs."""
         try:
-            names = os.stat(self._path).st_nlink
+            names = self._path.stat().st_nlink
         except OSError as exc:
             raise translate_os_error(exc, f"open {self._path}") from exc
         if names > 1:
@@ -478,15 +498,16 @@ class SQLite(Dialect):
 
     def _identity(self) -> _Identity | None:
         """Of the file that the path names now; never by opening it, which would end its locks."""
-        return self._identity_of(str(self._path))
+        return self._identity_of(self._path)
 
-    def _others(self) -> tuple[tuple[str, _Identity | None], ...]:
-        path = os.path.realpath(self._path)
-        return tuple((f"{path}{each}", self._identity_of(f"{path}{each}")) for each in _OTHERS)
+    def _others(self) -> tuple[tuple[Path, _Identity | None], ...]:
+        path = self._path.resolve()
+        paths = [path.with_name(f"{path.name}{each}") for each in _OTHERS]
+        return tuple((each, self._identity_of(each)) for each in paths)
 
-    def _identity_of(self, path: str) -> _Identity | None:
+    def _identity_of(self, path: Path) -> _Identity | None:
         try:
-            found = os.stat(path)
+            found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as exc:
@@ -500,12 +521,12 @@ class SQLite(Dialect):
         writer has not made them, it must be told that the file does not change; whether that stays
         true is looked at with every connection that is taken from the pool.
         """
-        path = os.path.realpath(self._path)
+        path = self._path.resolve()
         there = any(identity for _, identity in self._others())
-        if there or os.access(os.path.dirname(path), os.W_OK):
+        if there or os.access(path.parent, os.W_OK):
             return None
         try:
-            return os.stat(path)
+            return path.stat()
         except OSError as exc:
             raise translate_os_error(exc, f"open {self._path}") from exc
 
@@ -637,7 +658,7 @@ class SQLite(Dialect):
         folder = self._path.parent
         try:
             os.close(os.open(folder, os.O_RDONLY))  # a folder has no locks to lose
-            os.stat(self._path)
+            self._path.stat()
         except OSError as exc:
             return translate_os_error(exc, doing)
         if not os.access(self._path, os.R_OK):

@@ -469,7 +469,7 @@ def _check_row(row: Sequence[object], entity_id: object, version: object = 0) ->
     if not _USUAL.issuperset(map(type, row)):
         for each in row:
             if isinstance(each, bytes):
-                raise ValueError("a column holds bytes, or text that is not UTF-8")
+                raise TypeError("a column holds bytes, or text that is not UTF-8")
             if isinstance(each, float) and not isfinite(each):
                 raise ValueError(f"a column holds {each!r}")
 
@@ -478,5 +478,5 @@ def _map_in(text: object, column: str) -> dict[str, Any]:
     """What a column of ours holds as JSON."""
     found = decode_json(text) if isinstance(text, str) else None
     if not isinstance(found, dict):
-        raise ValueError(f"{column} holds no map")
+        raise TypeError(f"{column} holds no map")
     return found
