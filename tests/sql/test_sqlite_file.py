@@ -380,9 +380,12 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, which may be made read-only."""
     folder = tmp_path / "mounted"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(
-        ["mount", "-t", "tmpfs", "tmpfs", folder], check=False, capture_output=True
-    ).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "tmpfs", folder], check=False, capture_output=True
+        ).returncode
+    ):
         pytest.skip("a file system cannot be mounted here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)

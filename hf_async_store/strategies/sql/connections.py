@@ -1,18 +1,19 @@
 """The connections of a store: a pool, a gate before it, and leases.
 
-SQLAlchemy's pool keeps connections and replaces old ones. The gate before it counts: who waits for a
-connection waits here, where a cancellation loses nothing, and is told by a `PoolTimeoutError` which
-setting is too small. A lease is one connection for a while; its statements go to the driver itself,
-without SQLAlchemy's own path around each.
+SQLAlchemy's pool keeps connections, opens more up to the overflow, and replaces old ones. The gate
+before it counts: who waits for a connection waits here, where a cancellation loses nothing, and is
+told by a `PoolTimeoutError` which setting is too small. A lease is one connection for a while; its
+statements go to the driver itself, without SQLAlchemy's own path around each.
 
-Connections beyond `pool_size` are closed when they have been idle for a while, and not at once: a
-burst that comes again and again would open and close one per call.
+The pool would close a connection beyond its size as soon as it comes back, and a burst that comes
+again and again would open and close one per call. So these are kept here for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import time
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -45,7 +46,7 @@ _TRIES: Final = 32
 """How many broken connections in a row are taken from the pool before a new one must do."""
 
 _IDLE_SECONDS: Final = 10.0
-"""How long a connection beyond `pool_size` is kept after it was last needed."""
+"""How long a connection beyond the pool's size is kept without being needed."""
 
 _Work: TypeAlias = "Coroutine[Any, Any, None]"
 
@@ -57,6 +58,7 @@ class Lease:
         self.dialect = dialect
         self.connection = connection
         self.driver = driver
+        self.since = time.monotonic()
         self.killed = False
         self.ended = asyncio.Event()  # no commit is under way
         self.ended.set()
@@ -315,15 +317,16 @@ class Connections:
     ) -> None:
         self._dialect = dialect
         self._config = config
-        self._kept = kept
         self._most = most
         self._exhausted = exhausted
         self._waits = waits
         self._gate = asyncio.Semaphore(most)
-        self._engine = dialect.engine(size=most, overflow=0, read_only=read_only)
+        size = max(kept, 1)
+        self._engine = dialect.engine(size=size, overflow=most - size, read_only=read_only)
         self._held: set[Lease] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # connecting, or closing what is idle
-        self._needed = 0  # the most that were in use at once since the last look
+        self._surplus: list[Lease] = []  # idle, beyond the pool's size
+        self._unneeded = 0  # how many of them nobody needed since the last look
         self._timer: asyncio.TimerHandle | None = None
         self._used = False
         self._closed = False
@@ -357,6 +360,8 @@ class Connections:
             self._usable()
             if self._pool().checkedin():
                 await self._take(taken)  # nothing in it waits
+            elif (kept := self._kept()) is not None:
+                taken.append(kept)
             else:
                 await finish(self._task(self._take(taken)))
         except BaseException:
@@ -365,8 +370,21 @@ class Connections:
             else:
                 self._gate.release()
             raise
-        self._needed = max(self._needed, len(self._held))
         return taken[0]
+
+    def _kept(self) -> Lease | None:
+        """One of the connections beyond the pool's size that were kept."""
+        while self._surplus:
+            kept = self._surplus.pop()
+            self._unneeded = min(self._unneeded, len(self._surplus))
+            if self._dialect.is_lost(kept.driver):
+                self._task(self._throw_away(kept.connection, kept.driver))
+                continue
+            lease = Lease(self._dialect, kept.connection, kept.driver)
+            lease.since = kept.since
+            self._held.add(lease)
+            return lease
+        return None
 
     def _usable(self) -> None:
         if self._closed:
@@ -427,6 +445,8 @@ class Connections:
             await finish(lease.returning)
         elif tidy or lease.altered:
             await finish(self._return(lease, self._give_back(lease)))
+        elif self._pool().overflow() > 0:
+            self._keep(lease)
         else:
             await lease.connection.close()  # nothing in it waits
             self._gone(lease)
@@ -454,7 +474,6 @@ class Connections:
     def _gone(self, lease: Lease) -> None:
         self._held.discard(lease)
         self._gate.release()
-        self._look_later()
 
     async def _throw_away(self, connection: AsyncConnection, driver: Any) -> None:
         with suppress(*self._dialect.driver_errors):
@@ -473,37 +492,41 @@ class Connections:
 
     # -- what is idle ------------------------------------------------------------------------
 
+    def _keep(self, lease: Lease) -> None:
+        self._gone(lease)
+        if time.monotonic() - lease.since > self._config.pool_recycle:
+            self._task(self._throw_away(lease.connection, lease.driver))
+            return
+        self._surplus.append(lease)
+        if self._timer is None:
+            self._unneeded = 0
+            self._look_later()
+
     def _look_later(self) -> None:
-        if self._timer is None and not self._closed and self._open() > self._kept:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_IDLE_SECONDS, self._look)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_IDLE_SECONDS, self._look)
 
     def _look(self) -> None:
         """Close what nobody needed since the last look."""
         self._timer = None
-        surplus = self._open() - max(self._kept, self._needed)
-        self._needed = len(self._held)
-        if surplus > 0:
-            self._task(self._close_idle(surplus))
-        else:
+        unneeded, self._surplus = (
+            self._surplus[: self._unneeded],
+            self._surplus[self._unneeded :],
+        )
+        for each in unneeded:
+            self._task(self._throw_away(each.connection, each.driver))
+        if self._surplus:
+            self._unneeded = len(self._surplus)
             self._look_later()
-
-    async def _close_idle(self, surplus: int) -> None:
-        idle: list[AsyncConnection] = []
-        while len(idle) < surplus and self._pool().checkedin() and not self._closed:
-            idle.append(await self._engine.connect())  # nothing in it waits
-        for each in idle:
-            driver = cast("Any", await each.get_raw_connection()).driver_connection
-            await self._throw_away(each, driver)
-        self._look_later()
-
-    def _open(self) -> int:
-        pool = self._pool()
-        return pool.checkedin() + pool.checkedout()
 
     def figures(self) -> dict[str, int]:
         """Of the pool: how many connections it may have, has, and has lent."""
-        return {"most": self._most, "open": self._open(), "in_use": len(self._held)}
+        pool = self._pool()
+        return {
+            "most": self._most,
+            "open": pool.checkedin() + pool.checkedout(),
+            "in_use": len(self._held),
+        }
 
     def _pool(self) -> QueuePool:
         return cast("QueuePool", self._engine.pool)
@@ -524,6 +547,8 @@ class Connections:
                 self._return(lease, self._end(lease))
             if lease.returning is not None:
                 ends.add(lease.returning)
+        for lease in self._surplus:
+            self._task(self._throw_away(lease.connection, lease.driver))
         for tasks in (ends, self._tasks):
             if tasks:
                 await asyncio.wait(tasks)
