@@ -185,7 +185,9 @@ async def test_what_is_stored_and_not_declared(url: str) -> None:
 async def test_another_programs_database_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     connection = sqlite3.connect(path)
-    connection.executescript("CREATE TABLE mine (id INTEGER PRIMARY KEY); INSERT INTO mine VALUES (1)")
+    connection.executescript(
+        "CREATE TABLE mine (id INTEGER PRIMARY KEY); INSERT INTO mine VALUES (1)"
+    )
     connection.close()
     before = path.read_bytes()
     async with open_store(f"sqlite:{path}") as store:
