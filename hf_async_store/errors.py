@@ -301,7 +301,10 @@ class CorruptionError(StorageError):
 
 
 class FileReplacedError(CorruptionError):
-    """A data file was replaced by hand while its journal holds commits. Names the two ways out."""
+    """A data file was replaced by hand while a store relied on it. Names the ways out.
+
+    JSON: while its journal holds commits. SQLite: while the store had it open.
+    """
 
 
 class SchemaMismatchError(StorageError):
