@@ -99,11 +99,15 @@ async def test_a_transaction_that_read_an_absent_store(url: str, used: bool) -> 
                 await other.delete_entity("templates", "t")
 
         if used:
-            with pytest.raises(ConcurrencyConflictError) as caught:
+
+            async def transaction() -> None:
                 async with store.begin_transaction() as tx:
                     assert await tx.get_entity("templates", "t") is None
                     await asyncio.create_task(meanwhile())
                     await tx.save_entity("templates", {"template_id": "t"})
+
+            with pytest.raises(ConcurrencyConflictError) as caught:
+                await transaction()
             assert caught.value.retryable
             return
         async with store.begin_transaction() as tx:

@@ -63,7 +63,9 @@ async def test_135_a_change_that_is_refused_is_refused_with_an_error_of_ours(
         assert len(await store.query_entities("templates")) >= len(found)
 
 
-@pytest.mark.xfail(strict=True, reason="all changes of a statement share the outcome of its refusal")
+@pytest.mark.xfail(
+    strict=True, reason="all changes of a statement share the outcome of its refusal"
+)
 @pytest.mark.parametrize("way", [_at_once, _as_batch])
 @pytest.mark.parametrize("statement", REFUSING)
 async def test_135_its_neighbours_land(tmp_path: Path, statement: str, way: Any) -> None:

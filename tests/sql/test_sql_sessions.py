@@ -110,6 +110,17 @@ async def test_123_sqlite_forgets_it(tmp_path: Path, statement: str) -> None:
         await _verbs_work(store)
 
 
+async def half(store: Any, sql: Any, params: Any = (), *, swallow: bool = False) -> None:
+    """A transaction that writes, and then runs a statement that should fail."""
+    async with store.begin_transaction() as tx:
+        await tx.save_entity("templates", template("half"))
+        try:
+            await tx.execute_with_lock(sql, params)
+        except TransactionAbortedError:
+            if not swallow:
+                raise
+
+
 CONTROL = [
     "COMMIT",
     "commit;",
@@ -134,9 +145,7 @@ async def test_123_a_statement_cannot_end_a_transaction(url: str, statement: str
     async with open_store(url) as store:
         await store.save_entity("templates", template("t"))
         with pytest.raises(InvalidInputError):
-            async with store.begin_transaction() as tx:
-                await tx.save_entity("templates", template("half"))
-                await tx.execute_with_lock(statement)  # type: ignore[attr-defined]
+            await half(store, statement)
         assert await store.get_entity("templates", "half") is None
         with pytest.raises(InvalidInputError):
             await store.execute_with_lock(statement)  # type: ignore[attr-defined]
@@ -153,13 +162,7 @@ async def test_123_a_transaction_that_was_ended_says_so(
         monkeypatch.setattr(binding, "_CONTROL", binding.re.compile("never"))
         for swallow in (False, True):
             with pytest.raises(TransactionAbortedError) as caught:
-                async with store.begin_transaction() as tx:
-                    await tx.save_entity("templates", template("half"))
-                    try:
-                        await tx.execute_with_lock(statement)  # type: ignore[attr-defined]
-                    except TransactionAbortedError:
-                        if not swallow:
-                            raise
+                await half(store, statement, swallow=swallow)
             assert caught.value.outcome_unknown, swallow
             assert "nothing was written" not in str(caught.value), swallow
         there = await store.get_entity("templates", "half") is not None
@@ -203,9 +206,7 @@ async def test_127_wrong_statements_and_arguments(url: str, sql: Any, params: An
         assert not caught.value.retryable
         assert not caught.value.outcome_unknown
         with pytest.raises(InvalidInputError):
-            async with store.begin_transaction() as tx:
-                await tx.save_entity("templates", template("half"))
-                await tx.execute_with_lock(sql, params)  # type: ignore[attr-defined]
+            await half(store, sql, params)
         assert await store.get_entity("templates", "half") is None
         await _verbs_work(store)
 

@@ -18,7 +18,7 @@ from hf_async_store.strategies.sql import connections
 from tests.contract.harnesses import ask
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 PARENTS = Collection("parents", key="id", fields=["kind"], indexes=["kind"])
 CHILDREN = Collection("children", key="id", fields=["parent"], indexes=["parent"])

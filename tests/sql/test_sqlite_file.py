@@ -176,11 +176,15 @@ async def test_119_a_transaction_does_not_commit_into_a_file_that_is_gone(tmp_pa
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("templates", template("t"))
         copied(path, path.with_name("backup.db"))
-        with pytest.raises(FileReplacedError) as caught:
+
+        async def transaction() -> None:
             async with store.begin_transaction() as tx:
                 await tx.save_entity("templates", template("lost"))
                 path.rename(tmp_path / "away.db")
                 path.with_name("backup.db").rename(path)
+
+        with pytest.raises(FileReplacedError) as caught:
+            await transaction()
         assert not caught.value.outcome_unknown
         (tmp_path / "away.db").rename(path)
         found = await store.query_entities("templates")
@@ -206,16 +210,17 @@ async def test_119_replaced_during_the_commit_is_no_acknowledgement(
                 path.rename(tmp_path / "away.db")
             return found
 
-        for patched, with_what in (("commit", committed), ("rows", ran)):
+        async def transaction() -> None:
+            await store.run_transaction(lambda tx: tx.save_entity("templates", template("unknown")))
+
+        async def save() -> None:
+            await store.save_entity("templates", template("unknown"))
+
+        for patched, with_what, verb in (("commit", committed, transaction), ("rows", ran, save)):
             with monkeypatch.context() as patch:
                 patch.setattr(dialect, patched, with_what)
                 with pytest.raises(FileReplacedError) as caught:
-                    if patched == "commit":
-                        await store.run_transaction(
-                            lambda tx: tx.save_entity("templates", template("unknown"))
-                        )
-                    else:
-                        await store.save_entity("templates", template("unknown"))
+                    await verb()
                 assert caught.value.outcome_unknown
             (tmp_path / "away.db").rename(path)
             # What was put back is the same file.
