@@ -210,6 +210,8 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         name: the database: a file for SQLite.
+        max_streams: streams and snapshots that may be open at once, each with a connection of its
+            own, beside those of the pool.
         pool_timeout: seconds to wait for a free connection.
         pool_recycle: seconds after which a connection is replaced.
         timeout: seconds to wait for a lock or a statement.
@@ -237,6 +239,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     password: Secret | None = None
     pool_size: Count = 5
     max_overflow: Count = 10
+    max_streams: AtLeastOne = 32
     pool_timeout: Seconds = 30.0
     pool_recycle: Seconds = 3600.0
     timeout: Seconds = 30.0
@@ -296,7 +299,6 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if len(ports) != len(hosts):
             raise ConfigurationError(f"port: {len(ports)} ports for {len(hosts)} hosts")
         return list(zip(hosts, ports, strict=True))
-
 
     def path_keys(self) -> tuple[str, ...]:
         own = ("name",) if self.type == "sqlite" and self.name != ":memory:" else ()

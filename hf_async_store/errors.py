@@ -306,8 +306,11 @@ class CorruptionError(StorageError):
 
 
 class FileReplacedError(CorruptionError):
-    """A data file was replaced by hand while its journal holds commits, or a link to it leads
-    elsewhere than when the store was opened. Names the ways out."""
+    """A data file was replaced by hand while a store relied on it. Names the ways out.
+
+    JSON: while its journal holds commits, or a link to the file leads elsewhere than when the store
+    was opened. SQLite: while the store had it open.
+    """
 
 
 class NewerFormatError(StorageError):

@@ -451,8 +451,13 @@ class RepositoryInterface(ABC):
             InvalidQueryError: anything malformed, before any I/O.
         """
         query = self._query(collection, filters, order_by, limit, fields)
-        async with within(timeout), aclosing(self._rows(query)) as rows:
-            return [each async for each in rows]
+        found: list[Entity] = []
+        if query.limit == 0:
+            return found
+        async with within(timeout), aclosing(self._select_pieces(query)) as pieces:
+            async for piece in pieces:
+                found += [project(each, query.fields) for each in piece]
+        return found
 
     async def stream_entities(
         self,

@@ -220,8 +220,11 @@ class Transaction(RepositoryInterface):
             self._failure = TransactionClosedError("a nested transaction is still open")
         if self._failure is None:
             return None
+        unknown = isinstance(self._failure, StorageError) and self._failure.outcome_unknown
+        what = "it is not known what was written" if unknown else "nothing was written"
         error = TransactionAbortedError(
-            f"nothing was written, because a change in this transaction failed: {self._failure}"
+            f"{what}, because a change in this transaction failed: {self._failure}",
+            outcome_unknown=unknown,
         )
         error.__cause__ = self._failure
         return error

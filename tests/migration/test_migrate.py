@@ -135,9 +135,7 @@ async def test_layouts_of_the_field_are_sources_as_they_lie(
     assert {each: each.read_bytes() for each in copy.parent.rglob("*.json")} == before
 
 
-async def test_77_there_and_back_is_byte_for_byte_the_same(
-    place: Place, tmp_path: Path
-) -> None:
+async def test_77_there_and_back_is_byte_for_byte_the_same(place: Place, tmp_path: Path) -> None:
     urls = [place(kind, f"s{n}") for n, kind in enumerate((*KINDS, KINDS[0]))]
     async with opened(urls[0]) as store:
         await fill(store)
@@ -351,9 +349,7 @@ async def test_80_whatever_is_refused_is_named(rule: str | None, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_80_what_the_server_refuses_is_named(
-    kind: str, place: Place, tmp_path: Path
-) -> None:
+async def test_80_what_the_server_refuses_is_named(kind: str, place: Place, tmp_path: Path) -> None:
     async with (
         open_store("memory:?enforce_references=no") as source,
         open_store(place(kind, "b")) as target,

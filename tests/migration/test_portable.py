@@ -35,9 +35,7 @@ URLS = ("memory:", "json:{}/one.json", "json:{}/split")
 
 
 @pytest.mark.parametrize("url", URLS)
-async def test_81_backup_and_restore_give_back_an_equal_store(
-    url: str, tmp_path: Path
-) -> None:
+async def test_81_backup_and_restore_give_back_an_equal_store(url: str, tmp_path: Path) -> None:
     async with opened(url.format(tmp_path)) as store:
         await fill(store)
         before = await everything(store)
@@ -134,9 +132,7 @@ async def test_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Path) ->
         lambda lines: [*lines[:2], b'"nobody"', *lines[2:]],
     ],
 )
-async def test_81_an_alteration_that_is_good_gzip_is_refused(
-    alter: object, tmp_path: Path
-) -> None:
+async def test_81_an_alteration_that_is_good_gzip_is_refused(alter: object, tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     lines = gzip.decompress(path.read_bytes()).splitlines()
     assert callable(alter)

@@ -142,9 +142,7 @@ async def test_81_children_may_come_before_their_parents(
 
 
 @pytest.mark.parametrize("parents_first", [True, False])
-async def test_81_collections_may_come_in_any_order(
-    parents_first: bool, tmp_path: Path
-) -> None:
+async def test_81_collections_may_come_in_any_order(parents_first: bool, tmp_path: Path) -> None:
     sections = {
         "templates": [line(template_id="t-1")],
         "requests": [line(request_id="r-1", template_id="t-1")],

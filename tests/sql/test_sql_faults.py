@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
+import time
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -156,14 +157,17 @@ async def test_500_cancellations_leave_the_pool_whole(database: str) -> None:
         name = urlsplit(database).path[1:]
         states = f"SELECT state FROM pg_stat_activity WHERE datname = '{name}'"
         postgres_url = database.replace(f"/{name}", "/postgres")
-        for _ in range(40):
+        sql = store._sql  # type: ignore[attr-defined]
+        pools = (sql._main, sql._readers, sql._streams)
+        for _ in range(100):
             found_states = await asyncio.to_thread(ask, postgres_url, states)
-            if set(found_states) <= {"idle"}:
+            in_use = [each.figures()["in_use"] for each in pools]
+            if set(found_states) <= {"idle"} and not any(in_use):
                 break
             await asyncio.sleep(0.05)
         assert set(found_states) <= {"idle"}, found_states
-        assert len(found_states) <= 8
-        assert store._sql._main.figures()["in_use"] == 0  # type: ignore[attr-defined]
+        assert in_use == [0, 0, 0]
+        assert len(found_states) <= 8 + sql._streams.figures()["open"]
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             for _ in range(8):
                 group.create_task(
@@ -172,19 +176,32 @@ async def test_500_cancellations_leave_the_pool_whole(database: str) -> None:
 
 
 async def test_an_exhausted_pool_names_its_settings(url: str) -> None:
-    more = "pool_size=1&max_overflow=1&pool_timeout=0.2"
+    more = "pool_size=1&max_overflow=1&pool_timeout=0.2&max_streams=2"
     async with open_store(f"{url}?{more}") as store:
         await store.save_entities("templates", [template(f"t{n}") for n in range(600)])
+        async with AsyncExitStack() as held:
+            for _ in range(2):
+                await held.enter_async_context(store._sql._main.lease())  # type: ignore[attr-defined]
+            with pytest.raises(
+                PoolTimeoutError, match=r"pool_size.*max_overflow.*pool_timeout"
+            ) as no:
+                await store.count_entities("templates")
+        assert no.value.retryable
+        assert not no.value.outcome_unknown
+        assert await store.count_entities("templates") == 600
         streams = [store.stream_entities("templates") for _ in range(2)]
         for each in streams:
             await anext(each)
-        with pytest.raises(PoolTimeoutError, match=r"pool_size.*max_overflow.*pool_timeout") as no:
-            await store.count_entities("templates")
+        assert await store.count_entities("templates") == 600
+        started = time.monotonic()
+        with pytest.raises(PoolTimeoutError, match="max_streams") as no:
+            await anext(store.stream_entities("templates"))
+        assert time.monotonic() - started < 0.2, "at once"
         assert no.value.retryable
-        assert not no.value.outcome_unknown
+        await streams.pop().aclose()
+        assert len([each async for each in store.stream_entities("templates")]) == 600
         for each in streams:
             await each.aclose()
-        assert await store.count_entities("templates") == 600
 
 
 @pytest.mark.parametrize("verb", ["transaction", "save", "batch"])
@@ -282,26 +299,25 @@ async def test_a_full_disk(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
         await store.save_entity("templates", template("kept", note="x" * 1000))
         [[pages]] = await _rows(store, "PRAGMA page_count")
-        await _rows(store, f"PRAGMA max_page_count = {pages + 2}")
+        await _set(store, f"PRAGMA max_page_count = {pages + 2}")
         with pytest.raises(DiskFullError) as caught:
             await _fill(store)
         assert not caught.value.outcome_unknown
         kept = await store.get_entity("templates", "kept")
         assert kept is not None
         assert kept["note"] == "x" * 1000
-        await _rows(store, "PRAGMA max_page_count = 1000000")
+        await _set(store, "PRAGMA max_page_count = 1000000")
         await store.save_entity("templates", template("more", note="y" * 5000))
 
 
 async def test_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
         await store.save_entity("templates", template("t"))
-        await _rows(store, "PRAGMA query_only = ON")
+        await _set(store, "PRAGMA query_only = ON")
         with pytest.raises(ReadOnlyError):
             await store.save_entity("templates", template("u"))
         assert await store.get_entity("templates", "t") is not None
-        async with store._sql._main.lease() as lease:  # type: ignore[attr-defined]
-            await lease.rows("PRAGMA query_only = OFF")  # in a transaction it would not begin
+        await _set(store, "PRAGMA query_only = OFF")
         await store.save_entity("templates", template("u"))
 
 
@@ -348,6 +364,12 @@ async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
 async def _fill(store: Any) -> None:
     for n in range(50):
         await store.save_entity("templates", template(f"t{n}", note="y" * 5000))
+
+
+async def _set(store: Any, sql: str) -> None:
+    """Change the one connection of a store, which its users cannot."""
+    async with store._sql._main.lease() as lease:
+        await lease.rows(sql)
 
 
 async def _rows(store: Any, sql: str) -> list[list[object]]:

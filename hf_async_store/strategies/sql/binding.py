@@ -1,10 +1,10 @@
-"""The parameters of a caller's own SQL: `?` and `:name`, both as the driver takes them."""
+"""A caller's own SQL: what is refused of it, and its parameters, `?` and `:name`, as drivers take them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 
 from hf_async_store.errors import InvalidInputError
 
@@ -21,6 +21,65 @@ _TOKEN: Final = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+_COMMENTS: Final = re.compile(r"(?s)(?:\s|;|--[^\n]*(?:\n|\Z))*")
+_CONTROL: Final = re.compile(
+    r"(?i)(?:abort|begin|commit|end|release|rollback|savepoint|start\s+transaction"
+    r"|prepare\s+transaction)\b"
+)
+
+
+def check_statement(sql: object, params: object) -> None:
+    """Refuse what no engine takes, and what would end or divide a transaction of the store.
+
+    Raises:
+        InvalidInputError.
+    """
+    _check_text(sql, "the statement")
+    text = _without_comments(cast("str", sql))
+    if not text:
+        raise InvalidInputError("execute_with_lock: the statement is empty")
+    if _CONTROL.match(text):
+        raise InvalidInputError(
+            f"execute_with_lock: {text.split()[0].upper()} is left to begin_transaction(), whose "
+            "transactions are all or nothing"
+        )
+    if isinstance(params, Mapping):
+        params = list(params.values())
+    if isinstance(params, str | bytes) or not isinstance(params, Sequence):
+        raise InvalidInputError("execute_with_lock: the arguments are a list or a map")
+    for each in params:
+        if isinstance(each, str):
+            _check_text(each, "an argument")
+
+
+def _check_text(value: object, what: str) -> None:
+    if not isinstance(value, str):
+        raise InvalidInputError(f"execute_with_lock: {what} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidInputError(f"execute_with_lock: {what} holds a lone surrogate") from exc
+    if "\0" in value:
+        raise InvalidInputError(f"execute_with_lock: {what} holds U+0000")
+
+
+def _without_comments(sql: str) -> str:
+    """A statement from its first word on. Comments may hold comments, as on PostgreSQL."""
+    start = 0
+    while True:
+        skipped = _COMMENTS.match(sql, start)
+        start = start if skipped is None else skipped.end()
+        if not sql.startswith("/*", start):
+            return sql[start:]
+        depth = 0
+        for each in re.finditer(r"/\*|\*/", sql[start:]):
+            depth += 1 if each[0] == "/*" else -1
+            if depth == 0:
+                start += each.end()
+                break
+        else:
+            return ""
 
 
 def bound(

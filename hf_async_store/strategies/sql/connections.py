@@ -4,14 +4,21 @@ SQLAlchemy's pool keeps connections, opens more up to the overflow, and replaces
 before it counts: who waits for a connection waits here, where a cancellation loses nothing, and is
 told by a `PoolTimeoutError` which setting is too small. A lease is one connection for a while; its
 statements go to the driver itself, without SQLAlchemy's own path around each.
+
+The pool would close a connection beyond its size as soon as it comes back, and a burst that comes
+again and again would open and close one per call. So these are kept here for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+import atexit
+import time
+import warnings
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,9 +28,11 @@ from hf_async_store.config import SQLConfig
 from hf_async_store.engine import Isolation, finish
 from hf_async_store.entities import Value
 from hf_async_store.errors import (
+    InvalidInputError,
     PoolTimeoutError,
     StorageError,
     StoreClosedError,
+    TransactionAbortedError,
     UnavailableError,
 )
 
@@ -35,6 +44,11 @@ if TYPE_CHECKING:
 _TRIES: Final = 32
 """How many broken connections in a row are taken from the pool before a new one must do."""
 
+_IDLE_SECONDS: Final = 10.0
+"""How long a connection beyond the pool's size is kept without being needed."""
+
+_Work: TypeAlias = "Coroutine[Any, Any, None]"
+
 
 class Lease:
     """One connection, held by one task at a time."""
@@ -43,10 +57,13 @@ class Lease:
         self.dialect = dialect
         self.connection = connection
         self.driver = driver
+        self.since = time.monotonic()
         self.killed = False
         self.ended = asyncio.Event()  # no commit is under way
         self.ended.set()
         self.doubtful = False  # a cancellation left the driver in the middle of something
+        self.altered = False  # a caller's own SQL may have changed the session
+        self.returning: asyncio.Task[None] | None = None  # its way back to the pool
         self._open: list[Any] = []
         self._written = True  # what is open may write
 
@@ -54,13 +71,44 @@ class Lease:
         self, sql: str, args: Sequence[object] = (), *, doing: str = "read", writes: bool = False
     ) -> Sequence[Sequence[Any]]:
         """Run one statement and read all its rows."""
+        if writes and not self._open:
+            # It commits by itself, so it ends before a cancellation comes out: what a task that
+            # is gone had begun must not land later.
+            return await finish(self._committing(sql, args, doing))
+        return await self._rows(sql, args, doing, writes=False)
+
+    async def _rows(
+        self, sql: str, args: Sequence[object], doing: str, *, writes: bool
+    ) -> Sequence[Sequence[Any]]:
         self._usable()
         try:
+            self.dialect.check_place(self.driver)
             return await self.dialect.rows(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
-            raise self._error(exc, doing, writes=writes and not self._open) from exc
+            raise self._error(exc, doing, writes=writes) from exc
+        except StorageError:
+            raise
         except BaseException:
             self.doubtful = True
+            raise
+
+    async def _committing(
+        self, sql: str, args: Sequence[object], doing: str
+    ) -> Sequence[Sequence[Any]]:
+        self.ended.clear()
+        try:
+            rows = await self._rows(sql, args, doing, writes=True)
+            self._check_committed()
+        finally:
+            self.ended.set()
+        return rows
+
+    def _check_committed(self) -> None:
+        """What was committed lies where the store is, or is not acknowledged."""
+        try:
+            self.dialect.check_place(self.driver)
+        except StorageError as exc:
+            exc.outcome_unknown = True
             raise
 
     @property
@@ -105,32 +153,53 @@ class Lease:
             raise
 
     async def labelled(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
+        """Run a caller's own statement, in the transaction that is open."""
         self._usable()
+        self.altered = True
+        doing = "execute the statement"
         try:
-            return await self.dialect.labelled(self.driver, sql, args)
+            rows = await self.dialect.labelled(self.driver, sql, args)
+        except self.dialect.caller_errors as exc:
+            if self.killed or self.dialect.is_lost(self.driver):
+                raise self._error(exc, doing, writes=False) from exc
+            raise InvalidInputError(f"cannot {doing}: {exc}") from exc
         except self.dialect.driver_errors as exc:
-            raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
+            raise self._error(exc, doing, writes=False, callers=True) from exc
         except BaseException:
             self.doubtful = True
             raise
+        self._usable()
+        if not self.dialect.in_transaction(self.driver):
+            raise TransactionAbortedError(
+                "the statement ended the transaction that it ran in: what was written before it "
+                "may be stored",
+                outcome_unknown=True,
+            )
+        return rows
 
     async def pieces(
         self, sql: str, args: Sequence[object]
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         """Run one statement and read its rows piece by piece."""
         self._usable()
+        self.dialect.check_place(self.driver)
+        pieces = self.dialect.pieces(self.driver, sql, args, written=self._written)
         try:
-            async with aclosing(
-                self.dialect.pieces(self.driver, sql, args, written=self._written)
-            ) as pieces:
-                async for each in pieces:
-                    yield each
-                    self._usable()
+            async for each in pieces:
+                yield each
+                self._usable()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "read", writes=False) from exc
         except asyncio.CancelledError:
             self.doubtful = True
             raise
+        finally:
+            try:
+                await pieces.aclose()
+            except self.dialect.driver_errors:
+                # The store was closed meanwhile, or the link is gone. Who leaves early asked for
+                # nothing more, so there is nobody to tell.
+                self.doubtful = True
 
     @asynccontextmanager
     async def transaction(self, isolation: Isolation | None = None) -> AsyncIterator[None]:
@@ -151,7 +220,12 @@ class Lease:
         try:
             yield
         finally:
-            await finish(self._roll_back())
+            if self._open[-1] is None or self.killed:
+                # Without a turn of the loop: at its end it closes every generator at once, and
+                # each of them must find those within it done.
+                self._open.pop()
+            else:
+                await finish(self._roll_back())
             self._written = True
 
     async def _begin(self, begin: Callable[[], Awaitable[Any]]) -> None:
@@ -164,6 +238,11 @@ class Lease:
             self.doubtful = True
             raise
         self._open.append(handle)
+        try:
+            self.dialect.check_place(self.driver)
+        except StorageError:
+            await finish(self._roll_back())
+            raise
 
     async def _commit(self) -> None:
         outermost = len(self._open) == 1
@@ -172,7 +251,15 @@ class Lease:
         if outermost:
             self.ended.clear()
         try:
+            try:
+                self.dialect.check_place(self.driver)
+            except StorageError:
+                self._open.append(handle)
+                await self._roll_back()
+                raise
             await self.dialect.commit(handle)
+            if outermost:
+                self._check_committed()
         except self.dialect.driver_errors as exc:
             error = self._error(exc, "commit", writes=outermost)
             self._open.append(handle)
@@ -205,22 +292,41 @@ class Lease:
 
 
 class Connections:
-    """The pool of one store, or its part for reading.
+    """The pool of one store, or its part for one purpose.
 
     Args:
+        kept: how many connections stay open when nothing is to be done.
+        most: how many there may be.
+        exhausted: what to say of a connection that could not be had in time.
+        waits: who finds all of them in use waits for one.
         read_only: for connections that never write, where the engine gains by knowing it.
     """
 
     def __init__(
-        self, dialect: Dialect, config: SQLConfig, *, size: int, overflow: int, read_only: bool
+        self,
+        dialect: Dialect,
+        config: SQLConfig,
+        *,
+        kept: int,
+        most: int,
+        exhausted: str,
+        waits: bool = True,
+        read_only: bool = False,
     ) -> None:
         self._dialect = dialect
         self._config = config
-        self._size = max(size, 1)
-        self._most = self._size + overflow
-        self._gate = asyncio.Semaphore(self._most)
-        self._engine = dialect.engine(size=self._size, overflow=overflow, read_only=read_only)
+        self._most = most
+        self._exhausted = exhausted
+        self._waits = waits
+        self._gate = asyncio.Semaphore(most)
+        size = max(kept, 1)
+        self._engine = dialect.engine(size=size, overflow=most - size, read_only=read_only)
         self._held: set[Lease] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # connecting, or closing what is idle
+        self._surplus: list[Lease] = []  # idle, beyond the pool's size
+        self._unneeded = 0  # how many of them nobody needed since the last look
+        self._timer: asyncio.TimerHandle | None = None
+        self._used = False
         self._closed = False
 
     @property
@@ -240,44 +346,70 @@ class Connections:
         try:
             yield lease
         except BaseException:
-            await finish(self.release(lease, tidy=True))
+            await self.release(lease, tidy=True)
             raise
         await self.release(lease, tidy=False)
 
     async def acquire(self) -> Lease:
-        if self._closed:
-            raise StoreClosedError("this store was closed")
+        self._usable()
         await self._enter()
         taken: list[Lease] = []
         try:
+            self._usable()
             if self._pool().checkedin():
                 await self._take(taken)  # nothing in it waits
+            elif (kept := self._kept()) is not None:
+                taken.append(kept)
             else:
-                await finish(self._take(taken))
+                await finish(self._task(self._take(taken)))
         except BaseException:
             if taken:
-                await finish(self.release(taken[0], tidy=False))
+                await self.release(taken[0], tidy=False)
             else:
                 self._gate.release()
             raise
         return taken[0]
 
+    def _kept(self) -> Lease | None:
+        """One of the connections beyond the pool's size that were kept."""
+        while self._surplus:
+            kept = self._surplus.pop()
+            self._unneeded = min(self._unneeded, len(self._surplus))
+            if self._dialect.is_lost(kept.driver):
+                self._task(self._throw_away(kept.connection, kept.driver))
+                continue
+            lease = Lease(self._dialect, kept.connection, kept.driver)
+            lease.since = kept.since
+            self._held.add(lease)
+            return lease
+        return None
+
+    def _usable(self) -> None:
+        if self._closed:
+            raise StoreClosedError("this store was closed")
+
+    def _task(self, work: _Work) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     async def _enter(self) -> None:
         if not self._gate.locked():
             await self._gate.acquire()
             return
-        limit = self._config.pool_timeout
+        if not self._waits:
+            raise PoolTimeoutError(self._exhausted)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(self._config.pool_timeout):
                 await self._gate.acquire()
         except TimeoutError as exc:
-            raise PoolTimeoutError(
-                f"all {self._most} connections were in use for {limit:g} s: raise pool_size "
-                f"({self._config.pool_size}) or max_overflow ({self._config.max_overflow}), or "
-                "wait longer with pool_timeout"
-            ) from exc
+            raise PoolTimeoutError(self._exhausted) from exc
 
     async def _take(self, taken: list[Lease]) -> None:
+        if not self._used:
+            self._used = True
+            _UNCLOSED.add(self)
         for _ in range(_TRIES + self._most):
             try:
                 connection = await self._engine.connect()
@@ -288,13 +420,14 @@ class Connections:
             except Exception as exc:  # a driver raises whatever it comes upon in a bad answer
                 raise self._dialect.translate(exc, doing="connect", writes=False) from exc
             driver = cast("Any", await connection.get_raw_connection()).driver_connection
-            if not self._dialect.is_lost(driver):
-                taken.append(Lease(self._dialect, connection, driver))
-                self._held.add(taken[0])
-                return
-            # The server was started again since it was last used.
-            await connection.invalidate()
-            await connection.close()
+            if self._dialect.is_lost(driver) or self._closed:
+                # The server was started again since it was last used.
+                await self._throw_away(connection, driver)
+                self._usable()
+                continue
+            taken.append(Lease(self._dialect, connection, driver))
+            self._held.add(taken[0])
+            return
         raise UnavailableError("every new connection was lost at once")
 
     def _connect_error(self, exc: SQLAlchemyError) -> StorageError:
@@ -304,32 +437,87 @@ class Connections:
         return UnavailableError(f"cannot connect: {exc}")
 
     async def release(self, lease: Lease, *, tidy: bool) -> None:
-        """Give a connection back; one that is in doubt is looked at, and perhaps thrown away."""
-        try:
-            if not lease.killed:
-                if tidy and not await self._is_tidy(lease):
-                    await self._discard(lease)
-                if self._pool().overflow() > 0:
-                    await finish(lease.connection.close())
-                else:
-                    await lease.connection.close()
-        finally:
-            if lease in self._held:
-                self._held.discard(lease)
-                self._gate.release()
+        """Give a connection back; one that is in doubt is looked at, and perhaps thrown away.
 
-    async def _discard(self, lease: Lease) -> None:
+        However often and by whom it is called, a connection goes back once.
+        """
+        if lease.returning is not None:
+            await finish(lease.returning)
+        elif tidy or lease.altered:
+            await finish(self._return(lease, self._give_back(lease)))
+        elif self._pool().overflow() > 0:
+            self._keep(lease)
+        else:
+            await lease.connection.close()  # nothing in it waits
+            self._gone(lease)
+
+    def _return(self, lease: Lease, work: _Work) -> asyncio.Task[None]:
+        assert lease.returning is None, "a connection goes back once"
+        lease.returning = asyncio.get_running_loop().create_task(work)
+        return lease.returning
+
+    async def _give_back(self, lease: Lease) -> None:
+        try:
+            if await self._is_tidy(lease):
+                await lease.connection.close()
+            else:
+                await self._throw_away(lease.connection, lease.driver)
+        finally:
+            self._gone(lease)
+
+    async def _end(self, lease: Lease) -> None:
+        try:
+            await self._throw_away(lease.connection, lease.driver)
+        finally:
+            self._gone(lease)
+
+    def _gone(self, lease: Lease) -> None:
+        self._held.discard(lease)
+        self._gate.release()
+
+    async def _throw_away(self, connection: AsyncConnection, driver: Any) -> None:
         with suppress(*self._dialect.driver_errors):
-            await self._dialect.discard(lease.driver)
-        await lease.connection.invalidate()
+            await self._dialect.discard(driver)
+        await connection.invalidate()
+        await connection.close()
 
     async def _is_tidy(self, lease: Lease) -> bool:
         if lease.doubtful:
             return False
         try:
-            return await self._dialect.tidy(lease.driver)
+            tidy = await self._dialect.tidy(lease.driver)
+            return tidy and (not lease.altered or await self._dialect.reset(lease.driver))
         except self._dialect.driver_errors:
             return False
+
+    # -- what is idle ------------------------------------------------------------------------
+
+    def _keep(self, lease: Lease) -> None:
+        self._gone(lease)
+        if time.monotonic() - lease.since > self._config.pool_recycle:
+            self._task(self._throw_away(lease.connection, lease.driver))
+            return
+        self._surplus.append(lease)
+        if self._timer is None:
+            self._unneeded = 0
+            self._look_later()
+
+    def _look_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_IDLE_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """Close what nobody needed since the last look."""
+        self._timer = None
+        unneeded, self._surplus = (
+            self._surplus[: self._unneeded],
+            self._surplus[self._unneeded :],
+        )
+        for each in unneeded:
+            self._task(self._throw_away(each.connection, each.driver))
+        if self._surplus:
+            self._unneeded = len(self._surplus)
+            self._look_later()
 
     def figures(self) -> dict[str, int]:
         """Of the pool: how many connections it may have, has, and has lent."""
@@ -343,12 +531,50 @@ class Connections:
     def _pool(self) -> QueuePool:
         return cast("QueuePool", self._engine.pool)
 
+    # -- the end -----------------------------------------------------------------------------
+
     async def close(self) -> None:
         """Close every connection, those in use, too; a commit that is under way ends first."""
         self._closed = True
+        _UNCLOSED.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        ends: set[asyncio.Task[None]] = set()
         for lease in list(self._held):
             await lease.ended.wait()
-            lease.killed = True
-            await self._discard(lease)
-            await lease.connection.close()
+            if lease.returning is None and lease in self._held:
+                lease.killed = True
+                self._return(lease, self._end(lease))
+            if lease.returning is not None:
+                ends.add(lease.returning)
+        for lease in self._surplus:
+            self._task(self._throw_away(lease.connection, lease.driver))
+        for tasks in (ends, self._tasks):
+            if tasks:
+                await asyncio.wait(tasks)
         await self._engine.dispose()
+        for each in ends:
+            each.result()
+
+    def warn_unclosed(self) -> None:
+        self._closed = True
+        _UNCLOSED.discard(self)
+        warnings.warn(
+            f"a store was not closed: {self._dialect.describe()}",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+
+    def __del__(self) -> None:
+        if self._used and not self._closed:
+            self.warn_unclosed()
+
+
+_UNCLOSED: Final[weakref.WeakSet[Connections]] = weakref.WeakSet()
+
+
+@atexit.register
+def _warn_of_unclosed() -> None:
+    for each in list(_UNCLOSED):
+        each.warn_unclosed()

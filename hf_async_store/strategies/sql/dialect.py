@@ -70,6 +70,9 @@ class Dialect(ABC):
     driver_errors: ClassVar[tuple[type[Exception], ...]]
     """What the driver raises; `translate` knows what it means."""
 
+    caller_errors: ClassVar[tuple[type[Exception], ...]]
+    """What the driver raises for a statement or arguments that it does not take at all."""
+
     mark: ClassVar[str]
     """What stands before the number of a parameter."""
 
@@ -106,6 +109,37 @@ class Dialect(ABC):
     @abstractmethod
     def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
         """A pool of connections, none of them open yet."""
+
+    def exists(self) -> bool:
+        """Whether there is a place to connect to; where it is a server, that is told by trying."""
+        return True
+
+    def make_place(self) -> None:
+        """Make the place to connect to, before the first write.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        return
+
+    def check_place(self, driver: Any) -> None:
+        """See that what a connection reads and writes lies where the store is.
+
+        Raises:
+            FileReplacedError: it does not.
+        """
+        return
+
+    async def prepare_writing(self, driver: Any) -> None:
+        """What must be set once before the first write; who only reads leaves the place as it is."""
+        return
+
+    async def reset(self, driver: Any) -> bool:
+        """Undo what a caller's own SQL did to a session; whether that can be relied on."""
+        return False
+
+    @abstractmethod
+    def in_transaction(self, driver: Any) -> bool: ...
 
     async def put_all(self, driver: Any, puts: Puts) -> dict[str, int] | None:
         """Look first and then write, in a transaction beside which nobody else writes.
@@ -171,13 +205,13 @@ class Dialect(ABC):
             callers: it came from a statement of the caller.
         """
 
+    @abstractmethod
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
         """Whether connections of two stores of this kind lead to the same tables.
 
         Raises:
             StorageError, driver_errors: it cannot be found out.
         """
-        raise NotImplementedError
 
     # -- the schema --------------------------------------------------------------------------
 
@@ -194,6 +228,10 @@ class Dialect(ABC):
         """The owners of those of the tables that belong to a role which is not trusted: neither this
         one, nor an owner of the place, nor of a declared table. What it put there would run as ours."""
         return {}
+
+    @abstractmethod
+    async def found_tables(self, driver: Any) -> list[str]:
+        """The names of all tables that are there."""
 
     @abstractmethod
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:

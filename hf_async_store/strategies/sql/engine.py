@@ -16,11 +16,12 @@ from collections.abc import (
 )
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.engine import Isolation, Plan, Reader
+from hf_async_store.engine import Engine, Isolation, Plan, Reader
 from hf_async_store.entities import (
+    VERSION,
     Change,
     Collection,
     Entity,
@@ -37,16 +38,24 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.moving import HIDDEN
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
-from hf_async_store.strategies.sql.binding import bound
+from hf_async_store.strategies.sql.binding import bound, check_statement
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, Lease
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.schema import PROBES, Tables, refuse_others
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.strategies.sql.statements import Statements
-from hf_async_store.strategies.sql.tables import Table, sql_name
+from hf_async_store.strategies.sql.tables import (
+    DOC,
+    SIDE,
+    Table,
+    declared_name,
+    sql_name,
+    with_columns,
+)
 from hf_async_store.strategies.sql.writing import Batch, Writer, mark_put
 
 if TYPE_CHECKING:
@@ -56,6 +65,7 @@ Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.002
 _LONGEST_PAUSE: Final = 0.1
+_NOTHING: Final = Plan(access="scan", detail="the table is not there yet")
 
 
 class SQLEngine:
@@ -74,23 +84,58 @@ class SQLEngine:
         self.writer = Writer(schema, self.tables, statements, references=config.enforce_references)
         self._config = config
         self._dialect = dialect
-        self._main, self._readers = _pools(config, dialect)
+        self._main, self._readers, self._streams = _pools(config, dialect)
         self._made = Tables(schema, dialect, self._main.sql_dialect)
-        self._ready = False
+        self._ready = False  # all is there, for writers too
+        self._readable = False  # all tables and columns are there
         self._making = asyncio.Lock()
         self._turn = asyncio.Lock()  # of the one that writes, where there can be one only
 
     # -- connections -------------------------------------------------------------------------
 
     async def _prepared(self) -> None:
-        """See that the tables are there, once."""
+        """See that the tables are there, once; for whoever is going to write."""
         if self._ready:
             return
         async with self._making:
             if not self._ready:
+                self._dialect.make_place()
                 async with self._main.lease() as lease:
                     await self._made.ensure(lease)
                 self._ready = True
+
+    async def _tables_on(self, lease: Lease) -> Mapping[str, Table]:
+        """The tables that can be read, by collection. Nothing is made.
+
+        What is not there has nothing to be read; of what lacks a column, the document is read.
+        """
+        if self._ready or self._readable:
+            return self.tables
+        columns = await self._made.found(lease)
+        if not self._made.lacking_in(columns):
+            self._readable = True
+            return self.tables
+        return {
+            name: Table(with_columns(each, columns[sql_name(name)]), self._dialect)
+            for name, each in self.schema.items()
+            if sql_name(name) in columns
+        }
+
+    async def is_absent(self) -> bool:
+        """Whether there is nothing of ours yet."""
+        if self._ready or self._readable:
+            return False
+        if not self._dialect.exists():
+            return True
+        async with self._main.lease() as lease:
+            return not await self._made.found(lease)
+
+    async def is_empty(self, lease: Lease) -> bool:
+        """Whether all tables are empty."""
+        for table in self.tables.values():
+            if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
+                return False
+        return True
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[Lease]:
@@ -120,32 +165,39 @@ class SQLEngine:
             ) from exc
 
     @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[Lease]:
-        """A connection on which one statement sees one state."""
-        await self._prepared()
-        async with self._main.lease() as lease, lease.reading(statements="one"):
-            yield lease
+    async def _reading(
+        self, pool: Connections, statements: Literal["one", "many"] = "one"
+    ) -> AsyncIterator[SQLReader]:
+        """A reader whose statements, or each of them, see one state."""
+        if not self._ready and not self._dialect.exists():
+            yield SQLReader(None, {})
+            return
+        async with pool.lease() as lease:
+            tables = await self._tables_on(lease)
+            async with lease.reading(statements=statements):
+                yield SQLReader(lease, tables)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Reader]:
-        await self._prepared()
-        async with self._main.lease() as lease, lease.reading(statements="many"):
-            yield SQLReader(self, lease)
+        async with self._reading(self._streams, "many") as reader:
+            yield reader
 
     # -- reads -------------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        await self._prepared()
+        if not self._ready and not self._dialect.exists():
+            return [None] * len(keys)
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
         lost = False
         while True:
             try:
                 async with self._readers.lease() as lease:
+                    tables = await self._tables_on(lease)
                     if not self._dialect.needs_transactions:
-                        return await self.writer.fetch(lease, keys)
+                        return await reading.fetch(lease, tables, keys)
                     async with lease.transaction():
-                        return await self.writer.fetch(lease, keys)
+                        return await reading.fetch(lease, tables, keys)
             except ConcurrencyConflictError:
                 if time.monotonic() > deadline:
                     raise
@@ -157,35 +209,46 @@ class SQLEngine:
             pause = await _paused(pause)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        table = self.tables[query.collection]
-        async with self._reading() as lease:
-            found = await reading.small(lease, table, query)
-            if found is None:
-                async with aclosing(reading.records(lease, table, query)) as records:
-                    async for each in records:
-                        yield each
-                return
-        for each in found:
-            yield each
+        found = await self._small(query)
+        if found is not None:
+            for record in found:
+                yield record
+            return
+        # What its caller does with each record may take long, and need a connection itself.
+        async with (
+            self._reading(self._streams) as reader,
+            aclosing(reader.select(query)) as records,
+        ):
+            async for record in records:
+                yield record
 
     async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `ReadsInPieces`."""
-        table = self.tables[query.collection]
-        async with self._reading() as lease:
-            found = await reading.small(lease, table, query)
-            if found is None:
-                async with aclosing(reading.pieces(lease, table, query)) as pieces:
-                    async for each in pieces:
-                        yield each
-                return
-        if found:
-            yield [each.entity for each in found]
+        """See `ReadsInPieces`. Only for a caller that needs nothing else of the store meanwhile."""
+        found = await self._small(query)
+        if found is not None:
+            if found:
+                yield [each.entity for each in found]
+            return
+        async with (
+            self._reading(self._main) as reader,
+            aclosing(reader.pieces(query)) as pieces,
+        ):
+            async for piece in pieces:
+                yield piece
+
+    async def _small(self, query: Query) -> list[Record] | None:
+        if not reading.may_be_small(query):
+            return None
+        async with self._reading(self._main) as reader:
+            return await reader.small(query)
 
     async def count(self, query: Query) -> int:
-        async with self._reading() as lease:
-            return await reading.count(lease, self.tables[query.collection], query)
+        async with self._reading(self._main) as reader:
+            return await reader.count(query)
 
     async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+        if not self._dialect.exists():
+            return None
         table = Table(collection, self._dialect)
         async with self._main.lease() as lease:
             try:
@@ -204,6 +267,55 @@ class SQLEngine:
             await refuse_others(self._dialect, lease.driver, self._made.names)
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="look", writes=False) from exc
+
+    # -- what is there -----------------------------------------------------------------------
+
+    async def exists(self) -> bool:
+        if not self._dialect.exists():
+            return False
+        async with self._main.lease() as lease:
+            return bool(await self._made.found(lease))
+
+    async def is_same_store(self, other: Engine) -> bool:
+        if other is self:
+            return True
+        if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
+            return False
+        if not (self._dialect.exists() and other._dialect.exists()):
+            return False
+        async with self._main.lease() as mine, other._main.lease() as theirs:
+            try:
+                return await self._dialect.is_same_store(mine.driver, theirs.driver)
+            except self._dialect.driver_errors as exc:
+                raise self._dialect.translate(exc, doing="compare", writes=False) from exc
+
+    async def undeclared(self) -> list[str]:
+        if not self._dialect.exists():
+            return []
+        async with self._main.lease() as lease:
+            try:
+                tables = await self._dialect.found_tables(lease.driver)
+                columns = await self._dialect.found_columns(lease.driver, tables)
+            except self._dialect.driver_errors as exc:
+                raise self._dialect.translate(exc, doing="look", writes=False) from exc
+            system = {PROBES, *(sql_name(each.name) for each in HIDDEN)}
+            found: list[str] = []
+            for table, there in columns.items():
+                if table in self._made.names:
+                    name = declared_name(table)
+                    found += [
+                        f"{name}.{declared_name(column)}"
+                        for column in there
+                        if not self._made.is_declared(table, column)
+                        and await _holds(lease, f"{_name(table)} WHERE {_name(column)} IS NOT NULL")
+                    ]
+                elif (
+                    table not in system
+                    and there.keys() >= {DOC, SIDE, VERSION}
+                    and await _holds(lease, _name(table))
+                ):
+                    found.append(declared_name(table))
+        return sorted(found)
 
     # -- independent writes ------------------------------------------------------------------
 
@@ -329,6 +441,8 @@ class SQLEngine:
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
     ) -> list[dict[str, Value]]:
+        check_statement(sql, params)
+
         async def once() -> list[dict[str, Value]]:
             async with self.writing() as lease, lease.transaction():
                 return await self.execute(lease, sql, params)
@@ -358,16 +472,23 @@ class SQLEngine:
     # -- life --------------------------------------------------------------------------------
 
     async def explain(self, query: Query) -> Plan:
-        table = self.tables[query.collection]
-        compiled = compile_query(table, query)
-        async with self._reading() as lease:
-            plan = await self._dialect.explain(
-                lease.driver,
-                compiled.sql,
-                compiled.args,
-                self._made.indexes[query.collection],
-                comparisons_in(query.where),
-            )
+        if not self._ready and not self._dialect.exists():
+            return _NOTHING
+        async with self._main.lease() as lease:
+            table = (await self._tables_on(lease)).get(query.collection)
+            if table is None:
+                return _NOTHING
+            compiled = compile_query(table, query)
+            try:
+                plan = await self._dialect.explain(
+                    lease.driver,
+                    compiled.sql,
+                    compiled.args,
+                    self._made.indexes[query.collection],
+                    comparisons_in(query.where),
+                )
+            except self._dialect.driver_errors as exc:
+                raise self._dialect.translate(exc, doing="explain", writes=False) from exc
         if compiled.residual is None and not compiled.sorted_here:
             return plan
         return Plan(
@@ -401,42 +522,85 @@ class SQLEngine:
             raise UnavailableError("what was written did not come back")
 
     async def health(self) -> Mapping[str, Value]:
-        async with self._reading() as lease:
+        if not self._dialect.exists():
+            return {"problems": []}
+        problems: list[Value] = []
+        async with self._main.lease() as lease:
+            if self._ready or self._readable:
+                # They were there once, and nobody makes them again while this store is open.
+                columns = await self._made.found(lease)
+                lacking = self._made.lacking_in(columns)
+                problems += [f"{each} was dropped while the store was in use" for each in lacking]
             try:
                 names = [sql_name(each) for each in self.schema]
                 found = await self._dialect.health(lease.driver, names)
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="look", writes=False) from exc
+        more = found.pop("problems", [])
+        problems += more if isinstance(more, list) else []
         figures = self._main.figures()
         if self._readers is not self._main:
             figures = {name: n + self._readers.figures()[name] for name, n in figures.items()}
-        return {**found, "pool": {**figures}}
+        return {
+            **found,
+            "pool": {**figures},
+            "streams": {**self._streams.figures()},
+            "problems": problems,
+        }
 
     def describe(self) -> Mapping[str, Value]:
         return {**self._dialect.describe(), "configuration": redacted(self._config)}
 
     async def close(self) -> None:
-        await self._main.close()
-        if self._readers is not self._main:
-            await self._readers.close()
+        try:
+            await self._streams.close()
+        finally:
+            try:
+                if self._readers is not self._main:
+                    await self._readers.close()
+            finally:
+                await self._main.close()
 
 
-def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connections]:
-    """The pool, and the part of it that gets by key use: the same where there is no gain."""
-    size = max(config.pool_size, 1)
-    most = size + config.max_overflow
+def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connections, Connections]:
+    """The pool, the part of it that gets by key use (the same where there is no gain), and that of
+    streams."""
+    kept = max(config.pool_size, 1)
+    most = kept + config.max_overflow
+    exhausted = (
+        f"all {most} connections were in use for {config.pool_timeout:g} s: raise pool_size "
+        f"({config.pool_size}) or max_overflow ({config.max_overflow}), or wait longer with "
+        "pool_timeout"
+    )
+    streams = Connections(
+        dialect,
+        config,
+        kept=0,
+        most=config.max_streams,
+        exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close some",
+        waits=False,
+    )
     lanes = dialect.capabilities.read_lanes
     if not dialect.gains_by_readers or most < 2 * lanes:
-        main = Connections(
-            dialect, config, size=size, overflow=config.max_overflow, read_only=False
-        )
-        return main, main
-    rest = most - lanes
-    size = max(size - lanes, 1)
-    return (
-        Connections(dialect, config, size=size, overflow=rest - size, read_only=False),
-        Connections(dialect, config, size=lanes, overflow=0, read_only=True),
+        main = Connections(dialect, config, kept=kept, most=most, exhausted=exhausted)
+        return main, main, streams
+    main = Connections(
+        dialect, config, kept=max(kept - lanes, 1), most=most - lanes, exhausted=exhausted
     )
+    readers = Connections(
+        dialect, config, kept=lanes, most=lanes, exhausted=exhausted, read_only=True
+    )
+    return main, readers, streams
+
+
+async def _holds(lease: Lease, what: str) -> bool:
+    return bool(await lease.rows(f"SELECT 1 FROM {what} LIMIT 1"))
+
+
+def _name(name: str) -> str:
+    """A name that somebody else may have given, as an SQL identifier."""
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
 
 
 class _Plain:

@@ -159,6 +159,7 @@ class PostgreSQL(Dialect):
         _ServerReadOnlyError,
         _NoAnswerError,
     )
+    caller_errors = (asyncpg.InterfaceError, TypeError, ValueError)
     mark = "$"
     one_writer = False
     batches_commit_together = False
@@ -543,6 +544,15 @@ class PostgreSQL(Dialect):
     async def tidy(self, driver: Any) -> bool:
         return not self.is_lost(driver) and not driver.is_in_transaction()
 
+    def in_transaction(self, driver: Any) -> bool:
+        return bool(driver.is_in_transaction())
+
+    async def reset(self, driver: Any) -> bool:
+        if self._config.pgbouncer:
+            return False  # outside a transaction it would reach another session
+        await driver.execute(_RESET)
+        return True
+
     async def discard(self, driver: Any) -> None:
         # The pool ends it, and the server rolls back. But what may never answer is not asked.
         if _SESSIONS[driver].suspect:
@@ -640,6 +650,9 @@ class PostgreSQL(Dialect):
     ) -> dict[str, str]:
         rows = await self.rows(driver, _OTHERS, (list(tables), list(declared)))
         return {str(table): str(owner) for table, owner in rows}
+
+    async def found_tables(self, driver: Any) -> list[str]:
+        return [each[0] for each in await self.rows(driver, _TABLES, ())]
 
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
@@ -875,8 +888,24 @@ class PostgreSQL(Dialect):
         return sql
 
 
+# `DISCARD ALL`, but for the prepared statements that the driver relies on.
+_RESET: Final = """
+CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;
+SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;
+DO $$DECLARE prepared text; BEGIN
+    FOR prepared IN SELECT name FROM pg_prepared_statements WHERE from_sql LOOP
+        EXECUTE 'DEALLOCATE ' || quote_ident(prepared);
+    END LOOP;
+END$$
+"""
+
 # Not by a cast to regnamespace, which would parse a name that needs quotes.
 _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = current_schema())"
+
+_TABLES: Final = f"""
+SELECT relname::text FROM pg_catalog.pg_class
+WHERE relnamespace = {_SCHEMA} AND relkind IN ('r', 'p') ORDER BY 1
+"""
 
 # Another role may have put functions and operators into the schema, and one that fits the types of
 # its arguments better than that of pg_catalog would be taken. So no argument is left to be converted.

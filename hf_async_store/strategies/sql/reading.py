@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.engine import gathered
 from hf_async_store.entities import Entity, Key, Record, canonical
-from hf_async_store.errors import ProtocolError
+from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
 from hf_async_store.strategies.sql.tables import Table
@@ -22,6 +22,35 @@ _PIECE: Final = 256
 
 _SMALL: Final = 512
 """Up to this limit rows come in one answer, without a cursor."""
+
+_MOST_IDS: Final = 1024
+
+
+async def fetch(
+    lease: Lease, tables: Mapping[str, Table], keys: Sequence[Key]
+) -> list[Record | None]:
+    """The records of `keys`, in their order; none of a collection that has no table."""
+    by_collection: dict[str, dict[str, Sequence[object]]] = {}
+    for key in keys:
+        by_collection.setdefault(key.collection, {})[key.id] = ()
+    for name, found in by_collection.items():
+        ids = list(found)
+        found.clear()
+        if name not in tables:
+            continue
+        table = tables[name]
+        for start in range(0, len(ids), _MOST_IDS):
+            piece = ids[start : start + _MOST_IDS]
+            sql = table.fetch_many if len(piece) > 1 else table.fetch_one
+            args = (table.dialect.argument(piece, "list"),) if len(piece) > 1 else piece
+            for row in await lease.rows(sql, args):
+                found[row[0]] = row
+    records: list[Record | None] = []
+    for key in keys:
+        found_row = by_collection[key.collection].get(key.id)
+        entity = None if found_row is None else tables[key.collection].entity(found_row)
+        records.append(None if entity is None else Record(key, entity))
+    return records
 
 
 async def records(lease: Lease, table: Table, query: Query) -> AsyncGenerator[Record, None]:
@@ -63,7 +92,7 @@ async def texts(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list
     """The canonical texts of the entities that `records` gives, in pieces."""
     compiled = compile_query(table, query, table.text_selected)
     if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
-        async with aclosing(lease.pieces(compiled.sql, compiled.args)) as found:
+        async with aclosing(_rows(lease, table, compiled)) as found:
             async for rows in found:
                 for start in range(0, len(rows), _PIECE):
                     yield table.texts(rows[start : start + _PIECE])
@@ -74,16 +103,25 @@ async def texts(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list
             yield list(map(canonical, piece))
 
 
+def may_be_small(query: Query) -> bool:
+    return query.limit is not None and query.limit <= _SMALL
+
+
 async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None:
     """The records of a query with a small limit, in one statement; None where it takes more."""
-    if query.limit is None or query.limit > _SMALL:
+    if not may_be_small(query):
         return None
     compiled = compile_query(table, query)
     if compiled.sorted_here or compiled.residual is not None:
         return None
+    try:
+        rows = await lease.rows(compiled.sql, compiled.args)
+    except ProtocolError as exc:
+        await _find_damage(lease, table, exc)
+        raise
     return [
         Record(Key(query.collection, cast("str", row[0])), table.entity(row, compiled.names))
-        for row in await lease.rows(compiled.sql, compiled.args)
+        for row in rows
     ]
 
 
@@ -91,7 +129,11 @@ async def count(lease: Lease, table: Table, query: Query) -> int:
     """How many records match."""
     compiled = compile_count(table, query)
     if compiled is not None:
-        rows = await lease.rows(compiled.sql, compiled.args)
+        try:
+            rows = await lease.rows(compiled.sql, compiled.args)
+        except ProtocolError as exc:
+            await _find_damage(lease, table, exc)
+            raise
         if len(rows) != 1:
             raise ProtocolError(f"cannot count: {len(rows)} rows came for one")
         return cast("int", rows[0][0])
@@ -107,7 +149,7 @@ async def _entities(
 ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
     """The entities of a SELECT that pass what it could not test, in pieces."""
     key = table.collection.key
-    async with aclosing(lease.pieces(compiled.sql, compiled.args)) as pieces:
+    async with aclosing(_rows(lease, table, compiled)) as pieces:
         async for rows in pieces:
             for start in range(0, len(rows), _PIECE):
                 entities = [
@@ -117,3 +159,42 @@ async def _entities(
                     entities = [each for each in entities if compiled.residual(each)]
                 yield [(cast("str", each[key]), each) for each in entities]
                 await asyncio.sleep(0)
+
+
+async def _rows(
+    lease: Lease, table: Table, compiled: Compiled
+) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
+    try:
+        async with aclosing(lease.pieces(compiled.sql, compiled.args)) as pieces:
+            async for each in pieces:
+                yield each
+    except ProtocolError as exc:
+        await _find_damage(lease, table, exc)
+        raise
+
+
+async def _find_damage(lease: Lease, table: Table, exc: ProtocolError) -> None:
+    """Name the row that a query failed on, if it is one that another program damaged.
+
+    What an engine says of it ("malformed JSON") names neither table nor row.
+
+    Raises:
+        CorruptionError: with the row.
+    """
+    start = 0
+    while True:
+        try:
+            rows = await lease.rows(
+                f"SELECT {table.selected} FROM {table.name} AS t "
+                f"ORDER BY t.{table.key} LIMIT {_PIECE} OFFSET {start}"
+            )
+        except StorageError:
+            return  # the query failed for another reason, which is told
+        for row in rows:
+            try:
+                table.entity(row)
+            except CorruptionError as damage:
+                raise damage from exc
+        if len(rows) < _PIECE:
+            return
+        start += _PIECE

@@ -98,10 +98,39 @@ class Tables:
             SchemaMismatchError: what is there differs; lists the differences.
         """
         try:
+            self._dialect.check_place(lease.driver)
+            await self._dialect.prepare_writing(lease.driver)
             if await self._lacking(lease):
                 await self._make(lease)
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="make the tables", writes=False) from exc
+
+    async def found(self, lease: Lease) -> dict[str, dict[str, str]]:
+        """The columns of the tables of ours that are there, by table.
+
+        Raises:
+            SchemaMismatchError: what is there differs.
+        """
+        try:
+            self._dialect.check_place(lease.driver)
+            columns = await self._dialect.found_columns(lease.driver, self.names)
+        except self._dialect.driver_errors as exc:
+            raise self._dialect.translate(exc, doing="look", writes=False) from exc
+        self._compare(columns, {})
+        return columns
+
+    def lacking_in(self, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """The tables and columns of ours that are not among these."""
+        lacking: list[str] = []
+        for table, kinds in self._kinds.items():
+            if table in columns:
+                lacking += [f"{table}.{each}" for each in kinds if each not in columns[table]]
+            else:
+                lacking.append(table)
+        return lacking
+
+    def is_declared(self, table: str, column: str) -> bool:
+        return column in self._kinds.get(table, ())
 
     async def _make(self, lease: Lease) -> None:
         handle = await self._dialect.begin_ddl(lease.driver)

@@ -9,64 +9,89 @@ from typing import TYPE_CHECKING
 
 from hf_async_store.engine import Isolation
 from hf_async_store.entities import Change, Entity, Key, Outcome, Record, Value
+from hf_async_store.errors import ConcurrencyConflictError
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
+from hf_async_store.strategies.sql.binding import check_statement
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import Lease
     from hf_async_store.strategies.sql.engine import SQLEngine
+    from hf_async_store.strategies.sql.tables import Table
 
 
 class SQLReader:
-    """Reads on one connection."""
+    """Reads on one connection.
 
-    def __init__(self, engine: SQLEngine, lease: Lease | None) -> None:
-        self._engine = engine
+    Args:
+        lease: None where there is nothing to read from.
+        tables: by collection; those that are there.
+    """
+
+    def __init__(self, lease: Lease | None, tables: Mapping[str, Table]) -> None:
         self._lease = lease
+        self._tables = tables
 
-    async def _begun(self) -> Lease:
-        assert self._lease is not None, "a session begins it; all others have it"
+    async def _begun(self) -> Lease | None:
         return self._lease
 
+    async def _from(self, query: Query) -> tuple[Lease, Table] | None:
+        """Where to read; None where nothing is."""
+        lease = await self._begun()
+        table = self._tables.get(query.collection)
+        return None if lease is None or table is None else (lease, table)
+
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await self._engine.writer.fetch(await self._begun(), keys)
+        lease = await self._begun()
+        if lease is None:
+            return [None] * len(keys)
+        return await reading.fetch(lease, self._tables, keys)
+
+    async def small(self, query: Query) -> list[Record] | None:
+        """The records of a query with a small limit; None where it takes more."""
+        found = await self._from(query)
+        return [] if found is None else await reading.small(*found, query)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        lease = await self._begun()
-        table = self._engine.tables[query.collection]
-        async with aclosing(reading.records(lease, table, query)) as records:
+        found = await self._from(query)
+        if found is None:
+            return
+        async with aclosing(reading.records(*found, query)) as records:
             async for each in records:
                 yield each
 
     async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `ReadsInPieces`."""
-        lease = await self._begun()
-        table = self._engine.tables[query.collection]
-        async with aclosing(reading.pieces(lease, table, query)) as pieces:
+        found = await self._from(query)
+        if found is None:
+            return
+        async with aclosing(reading.pieces(*found, query)) as pieces:
             async for each in pieces:
                 yield each
 
     async def texts(self, query: Query) -> AsyncGenerator[list[bytes], None]:
         """See `ReadsTexts`."""
-        lease = await self._begun()
-        table = self._engine.tables[query.collection]
-        async with aclosing(reading.texts(lease, table, query)) as texts:
+        found = await self._from(query)
+        if found is None:
+            return
+        async with aclosing(reading.texts(*found, query)) as texts:
             async for each in texts:
                 yield each
 
     async def count(self, query: Query) -> int:
-        return await reading.count(
-            await self._begun(), self._engine.tables[query.collection], query
-        )
+        found = await self._from(query)
+        return 0 if found is None else await reading.count(*found, query)
 
 
 class SQLSession(SQLReader):
     """A session of the engine, and its context."""
 
     def __init__(self, engine: SQLEngine, isolation: Isolation | None) -> None:
-        super().__init__(engine, None)
+        super().__init__(None, engine.tables)
+        self._engine = engine
         self._isolation = isolation
         self._stack = AsyncExitStack()
+        self._saw_nothing = False  # it read while there was no store
 
     async def __aenter__(self) -> SQLSession:
         return self
@@ -79,24 +104,37 @@ class SQLSession(SQLReader):
     ) -> None:
         await self._stack.__aexit__(kind, exc, traceback)
 
-    async def _begun(self) -> Lease:
+    async def _begun(self) -> Lease | None:
+        if self._lease is None and await self._engine.is_absent():
+            self._saw_nothing = True
+            return None
+        return await self._begun_to_write()
+
+    async def _begun_to_write(self) -> Lease:
         if self._lease is None:
             lease = await self._stack.enter_async_context(self._engine.writing())
             await self._stack.enter_async_context(lease.transaction(self._isolation))
+            if self._saw_nothing and not await self._engine.is_empty(lease):
+                raise ConcurrencyConflictError(
+                    "another program made the store after this transaction had read that there "
+                    "is none, try again",
+                    retryable=True,
+                )
             self._lease = lease
         return self._lease
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        lease = await self._begun()
+        lease = await self._begun_to_write()
         return await self._engine.apply(lease, changes)
 
     async def execute(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
     ) -> list[dict[str, Value]]:
-        return await self._engine.execute(await self._begun(), sql, params)
+        check_statement(sql, params)
+        return await self._engine.execute(await self._begun_to_write(), sql, params)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[SQLSession]:
-        lease = await self._begun()
+        lease = await self._begun_to_write()
         async with lease.transaction():
             yield self

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import os
 import re
 import sqlite3
+import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
+from urllib.parse import quote
 
 import aiosqlite
 from sqlalchemy import BigInteger, Boolean, Text
@@ -22,7 +27,16 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 from hf_async_store.config import SQLConfig
 from hf_async_store.engine import Capabilities, Isolation, Plan, finish
 from hf_async_store.entities import INT_MAX, Field, FieldType, Index, Schema, Value
-from hf_async_store.errors import ConfigurationError, StorageError
+from hf_async_store.errors import (
+    ConfigurationError,
+    FileReplacedError,
+    PermissionDeniedError,
+    ProtocolError,
+    ReadOnlyError,
+    StorageError,
+    StoreNotFoundError,
+    UnavailableError,
+)
 from hf_async_store.oserrors import translate_os_error
 from hf_async_store.strategies.sql import functions
 from hf_async_store.strategies.sql.compiler import Arguments, SortPart
@@ -45,8 +59,18 @@ _BLOCKS: Final = (_BLOCK, 50, 10, 1)
 _LOG_PAGES: Final = 1000  # SQLite's own default
 _BULK_LOG_PAGES: Final = 10_000
 _MOST_PARAMETERS: Final = 32_766
+_OTHERS: Final = ("-wal", "-shm")
 _INNER_WAIT_MS: Final = 20
 """How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
+
+_LOOK: Final = "SELECT count(*) FROM sqlite_master"
+"""SQLite opens its files at the first look."""
+
+_TRIES: Final = 8
+"""How often a file is opened that is replaced at the same moment."""
+
+_EXIT_SECONDS: Final = 5.0
+"""How long the end of the process waits for a store that nobody closed."""
 
 _FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_real": (1, functions.real),
@@ -61,6 +85,17 @@ _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _FOR_UPDATE: Final = re.compile(r"(?is)\s+for\s+update\s*;?\s*\Z")
 
 
+def _boolean(value: Any) -> Value:
+    # What is neither was written by another program; it stays what it is.
+    return bool(value) if value in (0, 1) else cast("Value", value)
+
+
+def _json(value: Any) -> Value:
+    if not isinstance(value, str):
+        raise TypeError(f"a JSON column holds {value!r}")
+    return cast("Value", decode_json(value))
+
+
 class _Untyped(UserDefinedType[Any]):
     """A column without affinity: it keeps 1 and 1.0 apart."""
 
@@ -68,6 +103,151 @@ class _Untyped(UserDefinedType[Any]):
 
     def get_col_spec(self, **_: object) -> str:
         return "BLOB"
+
+
+_Identity: TypeAlias = "tuple[int, int]"
+"""Device and inode."""
+
+
+class _Place(NamedTuple):
+    """What a connection has open: under these names it is found again, or something else is.
+
+    Attributes:
+        file: the database.
+        others: the log and its index, by path; each None where it is not there (yet).
+    """
+
+    file: _Identity
+    others: tuple[tuple[Path, _Identity | None], ...]
+
+
+_Job: TypeAlias = "tuple[asyncio.Future[Any] | None, Callable[[], Any]]"
+
+
+class _Connection(aiosqlite.Connection):
+    """A connection whose thread lets the process end, and outlives the loop.
+
+    Args:
+        replaced: whether its file was replaced.
+
+    Attributes:
+        place: what it has open; None until that is known.
+        frozen: of a file that nobody can write, opened as one that does not change: what it looked
+            like then.
+        lost: it must not be used again.
+    """
+
+    def __init__(
+        self,
+        connector: Callable[[], sqlite3.Connection],
+        replaced: Callable[[_Connection], bool],
+    ) -> None:
+        super().__init__(connector, iter_chunk_size=64)
+        self._replaced = replaced
+        self.place: _Place | None = None
+        self.frozen: os.stat_result | None = None
+        self.lost = False
+        jobs = cast("Any", self)._tx
+        self._thread = threading.Thread(target=_serve, args=(jobs,), daemon=True, name="sqlite")
+        _OPEN.add(self)
+
+    @property
+    def is_open(self) -> bool:
+        return self._running and self._connection is not None
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        """See `aiosqlite.Connection.stop`."""
+        self._running = False
+        connection, self._connection = self._connection, None
+        future: asyncio.Future[Any] | None = None
+        with suppress(RuntimeError):
+            future = asyncio.get_running_loop().create_future()
+
+        def stop() -> object:
+            if connection is not None:
+                with suppress(sqlite3.Error):  # it is of no more use in any case
+                    connection.close()
+            return _STOP
+
+        if connection is not None and self._replaced(self):
+            self._leave_open(connection)
+            return None
+        cast("Any", self)._tx.put_nowait((future, stop))
+        return future
+
+    async def close(self) -> None:
+        """Behind whatever its thread still does."""
+        if self._running:
+            stopped = self.stop()
+            if stopped is not None:
+                await stopped
+
+    def _leave_open(self, connection: sqlite3.Connection) -> None:
+        """Give it up without closing it, until the process ends.
+
+        SQLite ends the last connection of a file by removing the log by its name; where another
+        file has taken that name, the log may be in use by others.
+        """
+
+        def wait() -> None:
+            if connection.in_transaction:
+                with suppress(sqlite3.Error):
+                    connection.rollback()
+            threading.Event().wait()
+
+        cast("Any", self)._tx.put_nowait((None, wait))
+
+
+_STOP: Final = object()
+"""Ends the thread of a connection."""
+
+
+def _serve(jobs: Any) -> None:
+    """What the thread of a connection does: as aiosqlite's own, but the loop may be closed."""
+    while True:
+        future, work = cast("_Job", jobs.get())
+        try:
+            result = work()
+        except BaseException as exc:  # noqa: BLE001  # whatever it is, who asked must hear it
+            _answer(future, asyncio.Future.set_exception, exc)
+        else:
+            _answer(future, asyncio.Future.set_result, result)
+            if result is _STOP:
+                return
+            del result
+        del future, work
+
+
+def _answer(
+    future: asyncio.Future[Any] | None,
+    how: Callable[[asyncio.Future[Any], Any], None],
+    what: object,
+) -> None:
+    if future is None:
+        return
+
+    def answer() -> None:
+        if not future.done():
+            how(future, what)
+
+    with suppress(RuntimeError):  # the loop was closed: nobody waits
+        future.get_loop().call_soon_threadsafe(answer)
+
+
+_OPEN: Final[weakref.WeakSet[_Connection]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what nobody closed, as far as that does not hold up the end of the process."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    threads = []
+    for each in list(_OPEN):
+        if each._connection is not None:
+            threads.append(each._thread)
+            each.stop()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Blocks:
@@ -113,6 +293,13 @@ class SQLite(Dialect):
     """
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, OSError, ValueError)
+    caller_errors = (
+        sqlite3.ProgrammingError,
+        sqlite3.Warning,
+        TypeError,
+        OverflowError,
+        ValueError,
+    )
     mark = "?"
     one_writer = True
     gains_by_readers = False
@@ -121,7 +308,7 @@ class SQLite(Dialect):
     bulk = _Blocks()
     inline_references = True
     to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
-    from_column = MappingProxyType({"boolean": bool, "json": decode_json})
+    from_column = MappingProxyType({"boolean": _boolean, "json": _json})
 
     def __init__(self, config: SQLConfig) -> None:
         if config.name in ("", ":memory:"):
@@ -133,7 +320,10 @@ class SQLite(Dialect):
                 f"SQLite {'.'.join(map(str, _OLDEST))} is needed, not {sqlite3.sqlite_version}"
             )
         self._config = config
-        self._path = Path(config.name)
+        # Links stay: SQLite follows them itself, and finds its other files where the file is.
+        self._path = Path(config.name).absolute()
+        self._file: _Identity | None = None  # once it was opened
+        self._drivers: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.capabilities = Capabilities(
             engine="sqlite",
             durable=True,
@@ -171,48 +361,187 @@ class SQLite(Dialect):
                 await finish(opening.result().close())
             raise
 
-    async def _open(self) -> aiosqlite.Connection:
-        try:
-            self._make_file()
-        except OSError as exc:
-            raise translate_os_error(exc, f"create {self._path}") from exc
-        try:
-            driver = await aiosqlite.connect(
-                self._path,
+    async def _open(self) -> _Connection:
+        for _ in range(_TRIES):
+            before = self._identity()
+            if self._file is None and before is None:
+                raise StoreNotFoundError(f"there is no file {self._path}")
+            self._check_file(before)
+            self._check_names()
+            for each in list(self._drivers):
+                if each.is_open:
+                    self.check_place(each)  # or it would make the files anew that are missing
+            driver = await self._opened()
+            if driver.place is not None and driver.place.file == before:
+                self._file = before
+                self._drivers.add(driver)
+                return driver
+            await driver.close()
+        raise UnavailableError(f"cannot open {self._path}: it was replaced again and again")
+
+    async def _opened(self) -> _Connection:
+        frozen = self._frozen()
+        mode = "mode=ro&immutable=1" if frozen is not None else "mode=rw"
+        name = f"file:{quote(str(self._path))}?{mode}"
+        cached = 256 if self._config.enable_query_cache else 0
+
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(
+                name,
+                uri=True,
                 isolation_level=None,
                 timeout=_INNER_WAIT_MS / 1000,
-                cached_statements=256 if self._config.enable_query_cache else 0,
+                cached_statements=cached,
             )
-        except sqlite3.Error as exc:
-            raise self.translate(exc, doing=f"open {self._path}", writes=False) from exc
+
+        driver = _Connection(connect, self._is_replaced)
+        driver.frozen = frozen
         try:
+            await driver
             await self._prepare(driver)
+            driver.place = self._place()
+        except sqlite3.Error as exc:
+            # Before the close: what was short is short no more afterwards.
+            error = self.translate(exc, doing=f"open {self._path}", writes=False)
+            await driver.close()
+            raise error from exc
         except BaseException:
             await driver.close()
             raise
         return driver
 
-    def _make_file(self) -> None:
-        """Nobody else may read what is stored; SQLite gives its other files the same mode."""
-        if not self._path.exists():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+    async def _prepare(self, driver: _Connection) -> None:
+        for name, (arguments, function) in _FUNCTIONS.items():
+            await driver.create_function(name, arguments, function, deterministic=True)
+        enforced = "ON" if self._config.enforce_references else "OFF"
+        await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
+        await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())
+        await self.rows(driver, _LOOK, ())
 
-    async def _prepare(self, driver: aiosqlite.Connection) -> None:
+    async def prepare_writing(self, driver: _Connection) -> None:
+        [[mode]] = await self.rows(driver, "PRAGMA journal_mode", ())
+        if mode != "wal":
+            await self.rows(driver, "PRAGMA journal_mode = WAL", ())
+            await self.rows(driver, _LOOK, ())
+            for each in list(self._drivers):
+                each.place = self._place()  # where all of them find the log from now on
+
+    # -- the file ----------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        # A file that was there and is not any more is no absent store.
+        return self._file is not None or self._identity() is not None
+
+    def make_place(self) -> None:
+        # Nobody else may read what is stored; SQLite gives its other files the same mode.
+        if self._file is not None or self._identity() is not None:
+            return
         try:
-            for name, (arguments, function) in _FUNCTIONS.items():
-                await driver.create_function(name, arguments, function, deterministic=True)
-            enforced = "ON" if self._config.enforce_references else "OFF"
-            [[mode]] = await self.rows(driver, "PRAGMA journal_mode", ())
-            if mode != "wal":
-                await self.rows(driver, "PRAGMA journal_mode = WAL", ())
-            await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
-            await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())
-        except sqlite3.Error as exc:
-            raise self.translate(exc, doing=f"open {self._path}", writes=False) from exc
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except OSError as exc:
+            raise translate_os_error(exc, f"create {self._path}") from exc
 
-    def is_lost(self, driver: aiosqlite.Connection) -> bool:
-        return False
+    def check_place(self, driver: _Connection) -> None:
+        place = driver.place
+        if place is None:
+            return
+        now = self._identity()
+        if now != place.file:
+            self._check_file(now)
+        for path, before in place.others:
+            if before is not None and before != self._identity_of(path):
+                raise FileReplacedError(
+                    f"{path} was removed or replaced while the store was in use: end every "
+                    "program that has the store open, and open it again"
+                )
+
+    def _is_replaced(self, driver: _Connection) -> bool:
+        """Whether other files have taken the names of what a connection has open."""
+        place = driver.place
+        if place is None:
+            return False
+        try:
+            taken = [self._identity_of(path) for path, _ in place.others]
+            return self._identity() != place.file or any(
+                before is not None and now not in (before, None)
+                for (_, before), now in zip(place.others, taken, strict=True)
+            )
+        except StorageError:
+            return True
+
+    def _check_names(self) -> None:
+        """SQLite names its log after the file, so that two names of one file have two logs."""
+        try:
+            names = self._path.stat().st_nlink
+        except OSError as exc:
+            raise translate_os_error(exc, f"open {self._path}") from exc
+        if names > 1:
+            raise ConfigurationError(
+                f"name: {self._path} has {names} names (hard links), and SQLite would keep a log "
+                "for each, which damages the file: remove the others, or use symbolic links"
+            )
+
+    def _check_file(self, now: _Identity | None) -> None:
+        if self._file is None or now == self._file:
+            return
+        what = "removed, or its folder renamed," if now is None else "replaced"
+        raise FileReplacedError(
+            f"{self._path} was {what} while the store was in use: nothing is read from it or "
+            "written to it any more. Put it back, or close this store and open it again"
+        )
+
+    def _place(self) -> _Place | None:
+        file = self._identity()
+        return None if file is None else _Place(file, self._others())
+
+    def _identity(self) -> _Identity | None:
+        """Of the file that the path names now; never by opening it, which would end its locks."""
+        return self._identity_of(self._path)
+
+    def _others(self) -> tuple[tuple[Path, _Identity | None], ...]:
+        path = self._path.resolve()
+        paths = [path.with_name(f"{path.name}{each}") for each in _OTHERS]
+        return tuple((each, self._identity_of(each)) for each in paths)
+
+    def _identity_of(self, path: Path) -> _Identity | None:
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as exc:
+            raise translate_os_error(exc, f"look at {path}") from exc
+        return found.st_dev, found.st_ino
+
+    def _frozen(self) -> os.stat_result | None:
+        """What a file looks like that nobody can have open to write.
+
+        SQLite needs files of its own beside it, even to read. Where they cannot be made, and a
+        writer has not made them, it must be told that the file does not change; whether that stays
+        true is looked at with every connection that is taken from the pool.
+        """
+        path = self._path.resolve()
+        there = any(identity for _, identity in self._others())
+        if there or os.access(path.parent, os.W_OK):
+            return None
+        try:
+            return path.stat()
+        except OSError as exc:
+            raise translate_os_error(exc, f"open {self._path}") from exc
+
+    def is_lost(self, driver: _Connection) -> bool:
+        if driver.frozen is not None and not driver.lost:
+            now = self._frozen()
+            driver.lost = now is None or _changes(now) != _changes(driver.frozen)
+        return driver.lost
+
+    async def is_same_store(self, mine: _Connection, theirs: _Connection) -> bool:
+        return (
+            mine.place is not None
+            and theirs.place is not None
+            and (mine.place.file == theirs.place.file)
+        )
 
     async def rows(
         self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
@@ -220,9 +549,16 @@ class SQLite(Dialect):
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
-                return cast("Sequence[Sequence[Any]]", await driver.execute_fetchall(sql, args))
+                rows = await driver.execute_fetchall(sql, args)
+                self._check_frozen(driver)
+                return cast("Sequence[Sequence[Any]]", rows)
             except sqlite3.OperationalError as exc:
-                if (exc.sqlite_errorcode & 0xFF) not in _BUSY or time.monotonic() > deadline:
+                if _is_undecodable(exc) and driver.text_factory is str:
+                    # Read once more, so that it can be told which row holds it.
+                    driver.text_factory = _text_or_bytes
+                    continue
+                code = getattr(exc, "sqlite_errorcode", 0)
+                if (code & 0xFF) not in _BUSY or time.monotonic() > deadline:
                     raise
             # Nothing of the statement happened; another process has the lock.
             await asyncio.sleep(0)
@@ -249,9 +585,24 @@ class SQLite(Dialect):
             return
         async with driver.execute(sql, args) as cursor:
             size = _PIECE
-            while rows := cast("Sequence[Sequence[Any]]", await cursor.fetchmany(size)):
+            while rows := await self._piece(driver, cursor, size):
+                self._check_frozen(driver)
                 yield rows
                 size = min(max(_PIECE_BYTES // _heaviest(rows), 1), _MOST_ROWS)
+
+    async def _piece(
+        self, driver: aiosqlite.Connection, cursor: aiosqlite.Cursor, size: int
+    ) -> Sequence[Sequence[Any]]:
+        try:
+            return cast("Sequence[Sequence[Any]]", await cursor.fetchmany(size))
+        except sqlite3.OperationalError as exc:
+            if not _is_undecodable(exc):
+                raise
+            raise ProtocolError(f"{self._path} holds a text that is not UTF-8") from exc
+
+    def _check_frozen(self, driver: aiosqlite.Connection) -> None:
+        if isinstance(driver, _Connection) and driver.frozen is not None and self.is_lost(driver):
+            raise UnavailableError(f"{self._path} was changed by another program during the read")
 
     async def begin(self, driver: aiosqlite.Connection, isolation: Isolation | None) -> Any:
         if driver.in_transaction:
@@ -282,20 +633,45 @@ class SQLite(Dialect):
         elif driver.in_transaction:
             await self.rows(driver, "ROLLBACK", ())
 
+    def in_transaction(self, driver: aiosqlite.Connection) -> bool:
+        return driver.in_transaction
+
     async def tidy(self, driver: aiosqlite.Connection) -> bool:
         await driver.execute_fetchall("SELECT 1")  # behind whatever was cancelled
         if driver.in_transaction:
             await driver.execute_fetchall("ROLLBACK")
         return True
 
-    async def discard(self, driver: aiosqlite.Connection) -> None:
+    async def discard(self, driver: _Connection) -> None:
         # Behind what its thread still does; the pool would only tell the thread to stop.
         await driver.close()
 
     def translate(
         self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
     ) -> StorageError:
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN:
+            reason = self._reason(doing)
+            if reason is not None:
+                return reason
         return sqlite_error(exc, doing=doing, path=self._path, writes=writes, callers=callers)
+
+    def _reason(self, doing: str) -> StorageError | None:
+        """Why a file cannot be opened, which SQLite does not say."""
+        folder = self._path.parent
+        try:
+            os.close(os.open(folder, os.O_RDONLY))  # a folder has no locks to lose
+            self._path.stat()
+        except OSError as exc:
+            return translate_os_error(exc, doing)
+        if not os.access(self._path, os.R_OK):
+            return PermissionDeniedError(f"cannot {doing}: {self._path} cannot be read")
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            return ReadOnlyError(f"cannot {doing}: the file system of {folder} is read-only")
+        if not os.access(folder, os.W_OK):
+            return PermissionDeniedError(
+                f"cannot {doing}: SQLite needs to make files in {folder} while others write"
+            )
+        return None
 
     # -- the schema --------------------------------------------------------------------------
 
@@ -308,6 +684,12 @@ class SQLite(Dialect):
 
     def index_part(self, column: Any, field: Field) -> Any:
         return column
+
+    async def found_tables(self, driver: aiosqlite.Connection) -> list[str]:
+        rows = await self.rows(
+            driver, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY 1", ()
+        )
+        return [name for [name] in rows]
 
     async def found_columns(
         self, driver: aiosqlite.Connection, tables: Sequence[str]
@@ -486,7 +868,7 @@ class SQLite(Dialect):
             problems.append(f"{self._path} cannot be written")
         room = os.statvfs(self._path.parent)
         return {
-            "path": str(self._path.absolute()),
+            "path": str(self._path),
             "mode": oct(self._path.stat().st_mode & 0o777),
             "database_bytes": _size(self._path),
             "wal_bytes": _size(Path(f"{self._path}-wal")),
@@ -495,11 +877,27 @@ class SQLite(Dialect):
         }
 
     def describe(self) -> dict[str, Value]:
-        return {"path": str(self._path.absolute()), "sqlite": sqlite3.sqlite_version}
+        return {"path": str(self._path), "sqlite": sqlite3.sqlite_version}
 
     def lockable(self, sql: str) -> str:
         # The transaction that it runs in begins by taking the write lock.
         return _FOR_UPDATE.sub("", sql)
+
+
+def _is_undecodable(exc: sqlite3.OperationalError) -> bool:
+    # It comes from Python's module and not from SQLite, so it has no code.
+    return getattr(exc, "sqlite_errorcode", None) is None
+
+
+def _text_or_bytes(text: bytes) -> str | bytes:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text
+
+
+def _changes(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _size(path: Path) -> int:

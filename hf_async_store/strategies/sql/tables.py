@@ -11,9 +11,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from hashlib import blake2b
+from math import isfinite
 from operator import itemgetter
-from typing import TYPE_CHECKING, Final, TypeAlias, cast
+from types import MappingProxyType, NoneType
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import msgspec
 
@@ -28,6 +31,7 @@ from hf_async_store.entities import (
     Value,
     canonical,
 )
+from hf_async_store.errors import CorruptionError
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -45,6 +49,12 @@ _MOST_NULLS: Final = 256
 _NULL: Final = msgspec.Raw(b"null")
 """A null that is there."""
 
+_USUAL: Final = frozenset({str, int, bool, NoneType})
+"""The types of what most columns give."""
+
+_DAMAGED: Final = (ValueError, TypeError, RecursionError)
+"""What reading a row ends in that holds something else than it should."""
+
 encode_json: Final = msgspec.json.encode
 decode_json: Final = msgspec.json.decode
 
@@ -52,6 +62,11 @@ decode_json: Final = msgspec.json.decode
 def sql_name(name: str) -> str:
     """The name of a declared field or collection in SQL. Ours begin with `_`, theirs never do."""
     return f"_{name}" if name in _TAKEN or name.startswith("sqlite_") else name
+
+
+def declared_name(name: str) -> str:
+    """The name that `sql_name` was given."""
+    return name.removeprefix("_") if sql_name(name.removeprefix("_")) == name else name
 
 
 def quoted(name: str) -> str:
@@ -64,6 +79,21 @@ def limited(name: str) -> str:
     if len(name) <= 63:
         return name
     return f"{name[:50]}~{blake2b(name.encode(), digest_size=6).hexdigest()}"
+
+
+def with_columns(collection: Collection, columns: Iterable[str]) -> Collection:
+    """A collection whose table has these columns only, for reading.
+
+    A field that has no column yet is found in the document, where it was stored before it was
+    declared.
+    """
+    there = set(columns)
+    found = copy(collection)
+    found.fields = MappingProxyType(
+        {name: field for name, field in collection.fields.items() if sql_name(name) in there}
+    )
+    found.references = tuple(each for each in collection.references if each.name in found.fields)
+    return found
 
 
 class Patched(msgspec.Struct, frozen=True):
@@ -322,7 +352,24 @@ class Table:
 
         Args:
             names: the declared fields that the row begins with; all without it.
+
+        Raises:
+            CorruptionError: the row holds what no entity has.
         """
+        try:
+            return self._entity(row, names)
+        except _DAMAGED as exc:
+            raise self._damaged(row[0], exc) from exc
+
+    def _damaged(self, entity_id: object, exc: Exception) -> CorruptionError:
+        return CorruptionError(
+            f"the table {self.collection.name} holds a row that is no entity, "
+            f"{self.collection.key} {entity_id!r}: {exc}. Another program wrote it: correct or "
+            "delete it"
+        )
+
+    def _entity(self, row: Sequence[object], names: Sequence[str] | None) -> Entity:
+        _check_row(row, row[0], row[-1])
         entity: Entity = {
             name: value
             for name, value in zip(names or self.names, cast("Sequence[Value]", row), strict=False)
@@ -341,9 +388,12 @@ class Table:
             if name in entity:
                 entity[name] = convert(cast("str", entity[name]))
         if doc is not None:
-            entity.update(decode_json(cast("str", doc)))
+            others = _map_in(doc, DOC)
+            if self.collection.key in others:
+                raise ValueError(f"{DOC} holds {self.collection.key} once more")
+            entity.update(others)
         if side is not None:
-            for name, text in decode_json(cast("str", side)).items():
+            for name, text in _map_in(side, SIDE).items():
                 if names is None or name in names or name not in self.collection.fields:
                     entity[name] = None if text is None else decode_json(text)
 
@@ -355,29 +405,35 @@ class Table:
         """
         form, loaded, encode = self._text_form, self._text_loaded, self._text_encode
         nulls = self._text_nulls
+        key, version = self._text_places[self.collection.key], self._text_places[VERSION]
         texts: list[bytes] = []
-        for row in rows:
-            if row[-2] is not None:
-                texts.append(self._text_with_doc(row))
-                continue
-            side = cast("str | None", row[-1])
-            if side is None and not loaded:
-                texts.append(encode(form(*row)))
-                continue
-            values = list(row)
-            for place, convert in loaded:
-                if values[place] is not None:
-                    value = convert(cast("str", values[place]))
-                    values[place] = _NULL if value is None else value
-            if side is not None:
-                values[-1] = None
-                places = nulls.get(side)
-                if places is None:
-                    self._put_side(values, side)
-                else:
-                    for place in places:
-                        values[place] = _NULL
-            texts.append(encode(form(*values)))
+        row: Sequence[object] = ()
+        try:
+            for row in rows:
+                _check_row(row, row[key], row[version])
+                if row[-2] is not None:
+                    texts.append(self._text_with_doc(row))
+                    continue
+                side = cast("str | None", row[-1])
+                if side is None and not loaded:
+                    texts.append(encode(form(*row)))
+                    continue
+                values = list(row)
+                for place, convert in loaded:
+                    if values[place] is not None:
+                        value = convert(cast("str", values[place]))
+                        values[place] = _NULL if value is None else value
+                if side is not None:
+                    values[-1] = None
+                    places = nulls.get(side)
+                    if places is None:
+                        self._put_side(values, side)
+                    else:
+                        for place in places:
+                            values[place] = _NULL
+                texts.append(encode(form(*values)))
+        except _DAMAGED as exc:
+            raise self._damaged(row[key], exc) from exc
         return texts
 
     def _text_with_doc(self, row: Sequence[object]) -> bytes:
@@ -392,11 +448,35 @@ class Table:
 
     def _put_side(self, values: list[object], side: str) -> None:
         places = []
-        texts = decode_json(side)
+        texts = _map_in(side, SIDE)
         for name, text in texts.items():
+            if name not in self._text_places:
+                raise ValueError(f"{SIDE} names {name!r}, which has no column")
             place = self._text_places[name]
             values[place] = _NULL if text is None else decode_json(text)
             places.append(place)
         # Most say only what is null, and the same as many others.
         if len(self._text_nulls) < _MOST_NULLS and set(texts.values()) == {None}:
             self._text_nulls[side] = tuple(places)
+
+
+def _check_row(row: Sequence[object], entity_id: object, version: object = 0) -> None:
+    """Refuse what another program wrote and no entity has."""
+    if type(entity_id) is not str:
+        raise ValueError("the id is not text")
+    if type(version) is not int or version < 0:
+        raise ValueError(f"version is {version!r}")
+    if not _USUAL.issuperset(map(type, row)):
+        for each in row:
+            if isinstance(each, bytes):
+                raise TypeError("a column holds bytes, or text that is not UTF-8")
+            if isinstance(each, float) and not isfinite(each):
+                raise ValueError(f"a column holds {each!r}")
+
+
+def _map_in(text: object, column: str) -> dict[str, Any]:
+    """What a column of ours holds as JSON."""
+    found = decode_json(text) if isinstance(text, str) else None
+    if not isinstance(found, dict):
+        raise TypeError(f"{column} holds no map")
+    return found

@@ -33,7 +33,11 @@ from hf_async_store.entities import (
     Record,
     Schema,
 )
-from hf_async_store.errors import ConcurrencyConflictError, StorageError
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    StorageError,
+)
+from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.dialect import Puts
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.statements import Shape, Statements, Verb
@@ -45,7 +49,6 @@ if TYPE_CHECKING:
 _TRIES: Final = 64
 """How often a change is sent whose condition holds whenever it is looked at."""
 
-_MOST_ROWS: Final = 1024
 _IMPORT_PIECE: Final = 256
 """How many rows are made before the loop gets a turn."""
 
@@ -478,29 +481,9 @@ class Writer:
         )
         return [row[0] for row in rows]
 
-    # -- what both reads and writes need -----------------------------------------------------
-
     async def fetch(self, lease: Lease, keys: Sequence[Key]) -> list[Record | None]:
         """The records of `keys`, in their order."""
-        by_collection: dict[str, dict[str, Sequence[object]]] = {}
-        for key in keys:
-            by_collection.setdefault(key.collection, {})[key.id] = ()
-        for name, found in by_collection.items():
-            ids = list(found)
-            found.clear()
-            table = self._tables[name]
-            for start in range(0, len(ids), _MOST_ROWS):
-                piece = ids[start : start + _MOST_ROWS]
-                sql = table.fetch_many if len(piece) > 1 else table.fetch_one
-                args = (table.dialect.argument(piece, "list"),) if len(piece) > 1 else piece
-                for row in await lease.rows(sql, args):
-                    found[row[0]] = row
-        records: list[Record | None] = []
-        for key in keys:
-            found_row = by_collection[key.collection].get(key.id)
-            entity = None if found_row is None else self._tables[key.collection].entity(found_row)
-            records.append(None if entity is None else Record(key, entity))
-        return records
+        return await reading.fetch(lease, self._tables, keys)
 
 
 def mark_put(mark: Mark, at: str) -> Put:

@@ -1,0 +1,85 @@
+"""A write whose task was cancelled has ended when the cancellation comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store import open_store
+from hf_async_store.entities import ANY, utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+ROUNDS = 60
+
+
+def template(name: str, **fields: object) -> dict[str, object]:
+    return {"template_id": name, **fields}
+
+
+async def _transaction(store: Any, n: int) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.get_entity("templates", "t")
+        await tx.update_entity("templates", "t", {"n": n})
+
+
+async def _nested(store: Any, n: int) -> None:
+    async with store.begin_transaction() as tx, tx.begin_transaction() as inner:
+        await inner.update_entity("templates", "t", {"n": n})
+
+
+async def _run(store: Any, n: int) -> None:
+    await store.run_transaction(lambda tx: tx.update_entity("templates", "t", {"n": n}))
+
+
+async def _import(store: Any, n: int) -> None:
+    rows = [template("t", n=n, version=n), template("u", n=n, version=1)]
+    await store._import_stored("templates", rows)
+
+
+async def _import_many(store: Any, n: int) -> None:
+    rows = [template(f"m{each:03}", n=n, version=1) for each in range(299)]
+    await store._import_stored("templates", [*rows, template("t", n=n, version=n)])
+
+
+async def _sql(store: Any, n: int) -> None:
+    await store.execute_with_lock("UPDATE templates SET version = ? WHERE template_id = 't'", [n])
+
+
+async def _direct(store: Any, n: int) -> None:
+    patch = store._patch(store._schema["templates"], "t", {"n": n}, ANY, utc_now())
+    await store._engine.write_each([patch])
+
+
+VERBS = [_transaction, _nested, _run, _import, _import_many, _sql, _direct]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_126_nothing_lands_after_the_cancellation(
+    url: str, verb: Callable[[Any, int], Awaitable[None]]
+) -> None:
+    # A second store looks, so that nothing of the first one's own queues stands in the way.
+    async with open_store(url) as store, open_store(url) as other:
+        await store.save_entity("templates", template("t"))
+        await verb(store, 1)
+        landed = 0
+        for n in range(2, ROUNDS + 2):
+            task = asyncio.ensure_future(verb(store, n))
+            if n % 2:
+                for _ in range(n // 2 % 12):
+                    await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(random.uniform(0, 0.006))
+            task.cancel()
+            await asyncio.wait([task])
+            at_once = await other.get_entity("templates", "t")
+            await asyncio.sleep(0.002)
+            later = await other.get_entity("templates", "t")
+            assert later == at_once, f"after {n}"
+            assert at_once is not None
+            landed += n in (at_once.get("n"), at_once["version"])
+        assert landed < ROUNDS, "those that had not begun do not land"
