@@ -87,7 +87,8 @@ class Proxy:
     Attributes:
         url: its address.
         rule: what to do to a request; None passes it on.
-        requests: all that came.
+        requests: all that came, but for `looks`.
+        looks: those by which a store finds out, every now and then, whether it is being moved.
     """
 
     def __init__(self, server_url: str) -> None:
@@ -98,6 +99,7 @@ class Proxy:
         self.url = ""
         self.rule: Rule | None = None
         self.requests: list[Request] = []
+        self.looks: list[Request] = []
         self._thread = threading.Thread(
             target=lambda: self._loop.run_until_complete(self._run()), daemon=True
         )
@@ -139,7 +141,8 @@ class Proxy:
         body = await incoming.content.read()  # `read()` has a limit
         operation = incoming.headers.get("X-Amz-Target", "").rpartition(".")[2]
         request = Request(operation, json.loads(body or b"{}"))
-        self.requests.append(request)
+        is_look = str(request.params.get("TableName")).endswith("_hf_move")
+        (self.looks if is_look else self.requests).append(request)
         fault = None if self.rule is None else self.rule(request)
         if isinstance(fault, Answer):
             return _response(fault.status, json.dumps(fault.body).encode())
