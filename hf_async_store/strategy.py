@@ -124,6 +124,11 @@ class StorageStrategy(RepositoryInterface):
         if self._closed or self._loop is None:
             self._closed = True
             return
+        if self._loop is not asyncio.get_running_loop():
+            # What is to be closed belongs to that loop, and waits for it.
+            raise WrongLoopError(
+                "this store was opened in another event loop; close it in that one"
+            )
         self._closed = True
         await finish(self._release())
 

@@ -68,7 +68,7 @@ class _Rows(TypedDict, total=False):
     LastEvaluatedKey: Item | None
 
 
-class _Written(TypedDict, total=False):
+class _Updated(TypedDict, total=False):
     Attributes: Item
 
 
@@ -80,7 +80,7 @@ class _PutOf(TypedDict):
     PutRequest: _PutRequest
 
 
-class _BatchWrite(TypedDict, total=False):
+class _BatchWrite(TypedDict):
     UnprocessedItems: dict[str, list[_PutOf]] | None
 
 
@@ -198,13 +198,13 @@ _SHAPES: Final[dict[str, Any]] = {
     "BatchGetItem": _BatchGet,
     "Query": _Rows,
     "Scan": _Rows,
-    "PutItem": _Written,
-    "UpdateItem": _Written,
-    "DeleteItem": _Written,
+    "PutItem": dict[str, Any],
+    "UpdateItem": _Updated,
+    "DeleteItem": dict[str, Any],
     "BatchWriteItem": _BatchWrite,
     "BatchExecuteStatement": _Statements,
     "TransactGetItems": _TransactGet,
-    "TransactWriteItems": _Any,
+    "TransactWriteItems": dict[str, Any],
     "DescribeTable": _Described,
     "ListTables": _TableNames,
     "CreateTable": _Any,
@@ -243,6 +243,8 @@ def read_answer(
     if "json" not in kind.lower():
         raise _bad(f"its type is {kind[:80]!r}")
     try:
+        if not body.isascii():
+            body.decode()  # also where nothing of it is read
         answer: dict[str, Any] = _DECODE[operation](body)
     except _UNREADABLE as exc:
         raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
@@ -323,6 +325,11 @@ def _check_rows(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
     return answer["Count"] >= 0 and (params.get("Select") == "COUNT" or "Items" in answer)
 
 
+def _check_written(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    # All that says that a write was done is an empty map, and not every empty page says that.
+    return answer.keys() <= {"Attributes", "ConsumedCapacity", "ItemCollectionMetrics"}
+
+
 def _check_update(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
     return "ReturnValues" not in params or "Attributes" in answer
 
@@ -343,6 +350,9 @@ _CHECKS: Final[Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], boo
     "BatchGetItem": _check_batch_get,
     "Query": _check_rows,
     "Scan": _check_rows,
+    "PutItem": _check_written,
+    "DeleteItem": _check_written,
+    "TransactWriteItems": _check_written,
     "UpdateItem": _check_update,
     "BatchExecuteStatement": _check_statements,
     "TransactGetItems": _check_transact_get,
