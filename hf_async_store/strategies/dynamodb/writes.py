@@ -27,6 +27,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.conditions import changed, check, next_version, patched
@@ -59,6 +60,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     ConditionFailed,
     StatementRefused,
     TableMissing,
+    conflict,
     refused_query,
     short,
     translate,
@@ -107,6 +109,8 @@ MOST_STATEMENTS: Final = 25
 _FEW: Final = 4
 """So many deletes are made one by one, before it is worth learning whether they can share."""
 _CAREFUL_SECONDS: Final = 60.0
+_ROUNDS_AT_ONCE: Final = 8
+"""So many races may a write lose before it pauses between them."""
 
 
 class Writes:
@@ -166,11 +170,15 @@ class Writes:
         waiting = [each for each in works if not each.is_done]
         for each in waiting:
             self._recall(each)
+        rounds = 0
         while waiting:
             alone = len(waiting) == 1 and time.monotonic() >= self._careful_until
             await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
             failed = await self._send([each for each in waiting if not each.is_done])
             waiting = [each for each in waiting if not each.is_done]
+            rounds += 1
+            if failed is None and rounds > _ROUNDS_AT_ONCE:
+                failed = conflict()  # others are faster each time, or what is read is not current
             if failed and waiting and not await backoff.pause(failed):
                 for each in waiting:
                     each.done(_given_up(each, failed))
@@ -617,7 +625,9 @@ class Writes:
         work = self._work(change)
         self._recent.drop(work.table, change.key.id)
         backoff = Backoff(self._seconds)
-        while True:
+        for round_ in count():
+            if round_ > _ROUNDS_AT_ONCE and not await backoff.pause():
+                raise conflict(change.key.collection, change.key.id)
             try:
                 answer = await self._client.call(
                     "UpdateItem", update_item(work, condition, names.copy())
@@ -645,6 +655,7 @@ class Writes:
                     return await self._own_version(work, exc)
                 if not await backoff.pause(exc):
                     raise
+        raise AssertionError("there is always another round")
 
     async def _bring_into_form(self, work: Work, item: Attributes) -> None:
         """Have an item that another declaration or program wrote as this one writes it."""
