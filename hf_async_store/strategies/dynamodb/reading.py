@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.engine import Plan
 from hf_async_store.entities import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key, Record
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.dax import Cache
     from hf_async_store.strategies.dynamodb.tables import Tables
+
+Result = TypeVar("Result")
 
 MOST_KEYS: Final = 100
 """Source: DynamoDB API Reference, BatchGetItem."""
@@ -103,7 +105,7 @@ class Reading:
         if len(work) == 1:
             await work[0]
         else:
-            await asyncio.gather(*work)
+            await _together(work)
         return [found.get((self._tables.name(each.collection), each.id)) for each in keys]
 
     async def item(self, key: Key) -> Attributes | None:
@@ -587,6 +589,18 @@ def _sort_condition(access: Access, names: Names, attribute: str) -> str:
     return f" AND {name} BETWEEN {low} AND {high}"
 
 
+async def _together(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results of reads that run at once; where one fails, no other goes on behind it."""
+    tasks = [asyncio.create_task(each) for each in reads]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+        raise
+
+
 async def _side_by_side(
     reading: Reading, params: Mapping[str, Any]
 ) -> AsyncGenerator[list[dict[str, Any]], None]:
@@ -595,10 +609,8 @@ async def _side_by_side(
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
     while starts:
-        answers = await asyncio.gather(
-            *(reading._read("Scan", {**params, **each}) for each in starts)
-        )
-        yield list(answers)
+        answers = await _together([reading._read("Scan", {**params, **each}) for each in starts])
+        yield answers
         starts = [
             {**start, "ExclusiveStartKey": answer["LastEvaluatedKey"]}
             for start, answer in zip(starts, answers, strict=True)
