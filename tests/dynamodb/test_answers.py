@@ -229,13 +229,15 @@ async def test_a_transaction_that_was_cancelled_without_reasons(proxy: Proxy) ->
 
 
 async def test_the_time_of_an_answer_is_bounded_however_it_drips(proxy: Proxy) -> None:
-    settings = {"connect_timeout": 0.3, "read_timeout": 0.3, "retry_timeout": 0.3}
-    async with store_at(proxy.url, **settings) as store:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store:
         await verbs.make(store)
+    settings = {"connect_timeout": 1, "read_timeout": 1, "retry_timeout": 0.3}
+    async with store_at(proxy.url, prefix, **settings) as store:
         for verb in ("get", "query", "update where", "create"):
             is_write = verb in verbs.WRITES
             proxy.rule = lambda request, is_write=is_write: (  # type: ignore[misc]
-                Dripped(0.1) if not is_write or request.operation in WRITES else None
+                Dripped(0.5) if not is_write or request.operation in WRITES else None
             )
             started = time.monotonic()
             try:
@@ -243,7 +245,7 @@ async def test_the_time_of_an_answer_is_bounded_however_it_drips(proxy: Proxy) -
                 assert is_write, "no read was answered in time"
             except UnavailableError as exc:
                 assert exc.outcome_unknown is is_write
-            assert time.monotonic() - started < 8, "the whole answer takes minutes so"
+            assert time.monotonic() - started < 15, "the whole answer takes minutes so"
             proxy.rule = None
 
 
