@@ -15,6 +15,8 @@ import pytest
 from hf_async_store import (
     BatchError,
     OperationTimeoutError,
+    PermissionDeniedError,
+    ProtocolError,
     StorageError,
     and_,
     in_,
@@ -60,7 +62,9 @@ async def test_a_statement_for_which_the_whole_batch_is_refused(proxy: Proxy, co
                     else store.import_entities("items", imported)
                 )
             outcomes = dict(zip(ids, caught.value.outcomes, strict=True))
-            assert isinstance(outcomes.pop(f"{verb} poison"), StorageError)
+            refused = outcomes.pop(f"{verb} poison")
+            assert isinstance(refused, ProtocolError | PermissionDeniedError)
+            assert not refused.outcome_unknown
             assert set(outcomes.values()) == {1}
             assert len(proxy.requests) < 25, "half by half, not one by one"
         proxy.rule = None

@@ -382,9 +382,8 @@ class Writes:
                 middle = len(pairs) // 2
                 waits = [await self._execute(each) for each in (pairs[:middle], pairs[middle:])]
                 return waits[0] or waits[1]
-            for work, _ in pairs:
-                self._failed(work, exc)
-            return exc
+            waits = [self._failed(work, exc) for work, _ in pairs]
+            return next((each for each in waits if each is not None), None)
         wait: StorageError | None = None
         for (work, _), response in zip(pairs, answer["Responses"], strict=True):
             error = response.get("Error")
