@@ -240,6 +240,7 @@ class DynamoDBHarness:
         self._prefix = f"t{secrets.token_hex(6)}"
         self.capabilities: Capabilities = self.store().capabilities
         proxy.requests.clear()
+        proxy.looks.clear()
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -250,7 +251,7 @@ class DynamoDBHarness:
         return f"dynamodb://us-east-1/{self._prefix}?endpoint_url={self._proxy.url}"
 
     def touched(self) -> bool:
-        return bool(self._proxy.requests)
+        return bool(self._proxy.requests or self._proxy.looks)
 
     def leaks(self) -> list[str]:
         return []

@@ -17,6 +17,8 @@ def proxy(dynamodb_proxy: Proxy) -> Iterator[Proxy]:
     """The proxy of the run, without rules and requests of the test before."""
     dynamodb_proxy.rule = None
     dynamodb_proxy.requests.clear()
+    dynamodb_proxy.looks.clear()
     yield dynamodb_proxy
     dynamodb_proxy.rule = None
     dynamodb_proxy.requests.clear()
+    dynamodb_proxy.looks.clear()

@@ -12,8 +12,8 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -69,7 +69,34 @@ class Changed(NamedTuple):
     change: Callable[[dict[str, Any]], dict[str, Any]]
 
 
-Fault = Changed | Answer | Cut | Late | Failed | Partly
+class Raw(NamedTuple):
+    """An answer that nobody's DynamoDB gives.
+
+    Attributes:
+        applied: the server does what was asked for before.
+    """
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+    applied: bool = False
+
+
+class Dripped(NamedTuple):
+    """The server's answer, byte by byte, with so many seconds between."""
+
+    seconds: float
+
+
+class Endless(NamedTuple):
+    """A body that does not end."""
+
+
+class Torn(NamedTuple):
+    """The server's answer, cut in its middle."""
+
+
+Fault = Raw | Dripped | Endless | Torn | Changed | Answer | Cut | Late | Failed | Partly
 Rule = Callable[[Request], Fault | None]
 
 
@@ -87,7 +114,8 @@ class Proxy:
     Attributes:
         url: its address.
         rule: what to do to a request; None passes it on.
-        requests: all that came.
+        requests: all that came, but for `looks`.
+        looks: those by which a store finds out, every now and then, whether it is being moved.
     """
 
     def __init__(self, server_url: str) -> None:
@@ -98,6 +126,7 @@ class Proxy:
         self.url = ""
         self.rule: Rule | None = None
         self.requests: list[Request] = []
+        self.looks: list[Request] = []
         self._thread = threading.Thread(
             target=lambda: self._loop.run_until_complete(self._run()), daemon=True
         )
@@ -139,10 +168,15 @@ class Proxy:
         body = await incoming.content.read()  # `read()` has a limit
         operation = incoming.headers.get("X-Amz-Target", "").rpartition(".")[2]
         request = Request(operation, json.loads(body or b"{}"))
-        self.requests.append(request)
+        is_look = str(request.params.get("TableName")).endswith("_hf_move")
+        (self.looks if is_look else self.requests).append(request)
         fault = None if self.rule is None else self.rule(request)
         if isinstance(fault, Answer):
             return _response(fault.status, json.dumps(fault.body).encode())
+        if isinstance(fault, Raw) and not fault.applied:
+            return web.Response(status=fault.status, body=fault.body, headers=fault.headers)
+        if isinstance(fault, Endless):
+            return await self._endless(incoming)
         if isinstance(fault, Late):
             await asyncio.sleep(fault.seconds)
         if isinstance(fault, Cut) and not fault.applied:
@@ -155,6 +189,12 @@ class Proxy:
             return await self._cut(incoming, Cut(applied=False))
         if isinstance(fault, Cut):
             return await self._cut(incoming, fault)
+        if isinstance(fault, Raw):
+            return web.Response(status=fault.status, body=fault.body, headers=fault.headers)
+        if isinstance(fault, Dripped):
+            return await self._drip(incoming, answer, fault.seconds)
+        if isinstance(fault, Torn):
+            return await self._tear(incoming, answer)
         if isinstance(fault, Changed):
             answer = json.dumps(fault.change(json.loads(answer))).encode()
         if isinstance(fault, Failed):
@@ -170,6 +210,33 @@ class Proxy:
         data = io.BytesIO(body)
         async with self._session.post(self._server_url, data=data, headers=headers) as answer:
             return answer.status, await answer.read()
+
+    async def _drip(
+        self, incoming: web.BaseRequest, body: bytes, seconds: float
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-amz-json-1.0"})
+        await response.prepare(incoming)
+        with suppress(ConnectionError):
+            for each in body:
+                await response.write(bytes((each,)))
+                await asyncio.sleep(seconds)
+            await response.write_eof()
+        return response
+
+    async def _endless(self, incoming: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-amz-json-1.0"})
+        await response.prepare(incoming)
+        with suppress(ConnectionError):
+            while True:
+                await response.write(b" " * 2**20)
+        return response
+
+    async def _tear(self, incoming: web.BaseRequest, body: bytes) -> web.StreamResponse:
+        headers = {"Content-Type": "application/x-amz-json-1.0", "Content-Length": str(len(body))}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(incoming)
+        await response.write(body[: len(body) // 2])
+        return await self._cut(incoming, Cut(applied=True))
 
     async def _cut(self, incoming: web.BaseRequest, fault: Cut) -> web.StreamResponse:
         await asyncio.sleep(fault.stall)

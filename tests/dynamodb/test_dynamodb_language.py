@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from hf_async_store import (
+    HOST_FACTORY,
     ConcurrencyConflictError,
     EntityNotFoundError,
+    InvalidInputError,
     InvalidQueryError,
     UnknownCollectionError,
 )
+from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.items import ItemForm
+from hf_async_store.strategies.dynamodb.language import condition, key_condition
 from hf_async_store.testing.checks import refused_at_once
 from tests.dynamodb.support import store_at
 
@@ -234,3 +242,158 @@ async def test_what_only_dynamodb_can_refuse(store: DynamoDBStorageStrategy) -> 
     await store.create_entity("requests", ENTITY)
     with pytest.raises(InvalidQueryError):
         await store.update_entity("requests", "r", {}, condition_expression="status AND AND")
+
+
+# -- whatever is written ---------------------------------------------------------------------
+
+_WORDS: Final = (
+    *(
+        "template_id",
+        "created_at",
+        "status",
+        '"template_id"',
+        '""',
+        "begins_with",
+        "size",
+        "contains",
+    ),
+    *(
+        "AND",
+        "and",
+        "OR",
+        "NOT",
+        "BETWEEN",
+        "IN",
+        "=",
+        "<",
+        "<=",
+        ">",
+        ">=",
+        "<>",
+        "(",
+        ")",
+        ",",
+        ".",
+    ),
+    *(
+        "[",
+        "]",
+        "0",
+        "99999999999999999999",
+        ":t",
+        ":a",
+        ":b",
+        ":missing",
+        "é",
+        "\0",
+        "'",
+        '"',
+        "#",
+    ),
+)
+_GOOD: Final = "template_id = :t AND created_at BETWEEN :a AND :b"
+_TEXTS: Final = st.lists(st.sampled_from(_WORDS), max_size=12).map(" ".join) | st.text(max_size=30)
+
+
+@st.composite
+def _nearly_good(draw: st.DrawFn) -> str:
+    words = _GOOD.split()
+    for _ in range(draw(st.integers(0, 2))):
+        place = draw(st.integers(0, len(words)))
+        words[place : place + draw(st.integers(0, 2))] = draw(
+            st.lists(st.sampled_from(_WORDS), max_size=2)
+        )
+    return " ".join(words)
+
+
+_VALUES: Final = st.dictionaries(
+    st.sampled_from([":t", "t", ":a", ":b", ":x", "", ":"]) | st.text(max_size=3),
+    st.sampled_from(
+        ["x", "", 1, 1.5, None, True, [], {}, "2024-01-01T00:00:00Z", 2**70, b"x", object()]
+    ),
+    max_size=4,
+)
+_GIVEN: Final = st.just({":t": "t", ":a": "2024-01-01T00:00:00Z", ":b": "2024-01-02T00:00:00Z"})
+
+
+@settings(max_examples=1_000)
+@example(text="template_id = :t AND", values={":t": "t"})
+@example(text="begins_with", values={})
+@example(text="AND", values={})
+@given(text=_nearly_good() | _TEXTS, values=_GIVEN | _VALUES)
+def test_any_condition_is_read_or_refused(text: str, values: dict[str, object]) -> None:
+    form = ItemForm(next(each for each in HOST_FACTORY if each.name == "requests"))
+    index = next(each for each in form.collection.indexes if each.sort is not None)
+    for read in (
+        lambda: key_condition(text, values, form, index, Names()),
+        lambda: condition(text, values, form, Names()),
+    ):
+        with suppress(InvalidInputError):
+            assert read()
+
+
+async def test_a_malformed_key_condition_sends_nothing(proxy: Proxy) -> None:
+    values = {":t": "t"}
+    async with store_at(proxy.url, collections=HOST_FACTORY) as store:
+        proxy.requests.clear()
+
+        async def ask(*args: Any, **more: Any) -> object:
+            return await store.query_by_gsi(*args, **more)
+
+        index = "template_id-created_at-index"
+        for text in (
+            *(
+                "template_id = :t AND",
+                "AND template_id = :t",
+                "template_id",
+                "= :t",
+                "template_id = :t :t",
+            ),
+            *(
+                "template_id > :t",
+                "begins_with(template_id, :t)",
+                "created_at = :t",
+                "begins_with(",
+                "",
+            ),
+            *("template_id = :t AND template_id = :t", "template_id = :t OR created_at = :t"),
+            *(
+                "template_id = :t AND created_at BETWEEN :t",
+                "x" * 5_000,
+                None,
+                5,
+                b"template_id = :t",
+                [],
+            ),
+        ):
+            with pytest.raises(InvalidInputError):
+                await ask("requests", index, text, values)
+        good = "template_id = :t"
+        for wrong in (
+            {"limit": -1},
+            {"limit": "1"},
+            {"limit": True},
+            {"descending": "no"},
+            {"timeout": "x"},
+            {"timeout": -1},
+            {"timeout": float("nan")},
+        ):
+            with pytest.raises(InvalidInputError):
+                await ask("requests", index, good, values, **wrong)
+        for given_values in (
+            None,
+            [],
+            "x",
+            {5: "t"},
+            {":t": object()},
+            {":t": None},
+            {":t": "t", ":u": "u"},
+        ):
+            with pytest.raises(InvalidInputError):
+                await ask("requests", index, good, given_values)
+        for name in ("nothing", None, 5, []):
+            with pytest.raises(InvalidInputError):
+                await ask("requests", name, good, values)
+            with pytest.raises(InvalidInputError):
+                await ask(name, index, good, values)
+    assert not proxy.requests

@@ -10,24 +10,24 @@ through the client's own pool of connections, with its proxies, certificates and
 from __future__ import annotations
 
 import asyncio
-import zlib
 from contextlib import AsyncExitStack
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.engine import finish
-from hf_async_store.errors import StorageError, StoreClosedError
-from hf_async_store.strategies.dynamodb.errors import AnswerLost, of_client, translate
+from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
+from hf_async_store.strategies.dynamodb.answers import read_answer
+from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.retries import retried
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _ENCODE: Final = msgspec.json.Encoder().encode
-_DECODE: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _SERVICE: Final = "dynamodb"
 _LARGE_BODY: Final = 2**20
 
@@ -36,6 +36,7 @@ class Client:
     """Requests to DynamoDB, each tried once; its failures come out as the store's errors."""
 
     def __init__(self, config: DynamoDBConfig) -> None:
+        check_endpoint(config.endpoint_url)
         self.config = config
         self._opening: asyncio.Task[_Connection] | None = None
         self._connection: _Connection | None = None
@@ -63,7 +64,7 @@ class Client:
         """The answer to one request.
 
         Raises:
-            StorageError: by `errors.translate`.
+            StorageError: by `answers.read_answer`.
         """
         connection = self._connection or await self.connection()
         return await connection.call(operation, params)
@@ -100,6 +101,7 @@ class _Connection:
         self._credentials = credentials
         self._send = client._endpoint.http_session.send
         self._url = client.meta.endpoint_url.rstrip("/") + "/"
+        self._place = urlsplit(self._url).netloc.rpartition("@")[2]
         self._region = client.meta.region_name
         self._request = AWSRequest
         self._signer = SigV4Auth
@@ -107,90 +109,98 @@ class _Connection:
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            credentials = await self._credentials.get_frozen_credentials()
-            request = self._request(
-                method="POST",
-                url=self._url,
-                headers={
-                    "X-Amz-Target": f"DynamoDB_20120810.{operation}",
-                    "Content-Type": "application/x-amz-json-1.0",
-                },
-                data=_ENCODE(params),
-            )
-            self._signer(credentials, _SERVICE, self._region).add_auth(request)
-            prepared = request.prepare()
-            if len(prepared.body) > _LARGE_BODY:
-                prepared.body = BytesIO(prepared.body)  # sent in pieces, as aiohttp wants it
-            response = await self._send(prepared)
+            request = await self._signed(operation, params)
+        except Exception as exc:
+            raise before_sending(exc) from exc
+        try:
+            response = await self._send(request)
             body = await response.content
         except Exception as exc:
-            raise of_client(exc) from exc
-        return _answer(response.status_code, response.headers, body)
+            raise of_client(exc, self._place) from exc
+        return read_answer(operation, params, response.status_code, response.headers, body)
+
+    async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:
+        credentials = await self._credentials.get_frozen_credentials()
+        request = self._request(
+            method="POST",
+            url=self._url,
+            headers={
+                "X-Amz-Target": f"DynamoDB_20120810.{operation}",
+                "Content-Type": "application/x-amz-json-1.0",
+            },
+            data=_ENCODE(params),
+        )
+        self._signer(credentials, _SERVICE, self._region).add_auth(request)
+        prepared = request.prepare()
+        if len(prepared.body) > _LARGE_BODY:
+            prepared.body = BytesIO(prepared.body)  # sent in pieces, as aiohttp wants it
+        return prepared
 
     async def close(self) -> None:
         await self._stack.aclose()
 
 
-def _answer(status: int, headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
-    """What an answer says.
+def check_endpoint(url: str | None) -> None:
+    """That an endpoint is one.
 
     Raises:
-        StorageError.
+        ConfigurationError: it does not show the URL, in which a password may stand.
     """
-    checksum = headers.get("x-amz-crc32")
-    if checksum is not None and int(checksum) != zlib.crc32(body):
-        raise AnswerLost("the answer of DynamoDB came damaged", outcome_unknown=True)
     try:
-        answer = _DECODE(body) if body else {}
-    except msgspec.DecodeError as exc:
-        if status < 300:
-            raise AnswerLost("the answer of DynamoDB came torn", outcome_unknown=True) from exc
-        answer = {}
-    if status < 300:
-        return answer
-    message = answer.get("message") or answer.get("Message") or ""
-    raise translate(str(answer.get("__type", "")), str(message), status, answer)
+        place = urlsplit(url or "http://region")
+        usable = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigurationError(
+            "dynamodb_strategy.endpoint_url: not a URL with http:// or https:// and a host"
+        )
 
 
 async def _connect(config: DynamoDBConfig) -> _Connection:
     """A new client. What botocore reads and imports for it is read in a thread."""
-    try:
-        session, make_config = await asyncio.to_thread(_prepare, config)
-        stack = AsyncExitStack()
-        client = await stack.enter_async_context(
-            session.create_client(
-                _SERVICE,
-                region_name=config.region,
-                endpoint_url=config.endpoint,
-                config=make_config(
-                    parameter_validation=False,
-                    connect_timeout=config.connect_timeout,
-                    read_timeout=config.read_timeout,
-                    max_pool_connections=config.max_pool_connections,
-                    retries={"total_max_attempts": 1},
-                ),
+    async with AsyncExitStack() as stack:
+        try:
+            session = await asyncio.to_thread(_prepare, config)
+            client = await stack.enter_async_context(
+                session.create_client(
+                    _SERVICE, region_name=config.region, endpoint_url=config.endpoint
+                )
             )
-        )
-        credentials = await session.get_credentials()
-        if credentials is None:
-            await stack.aclose()
-            from botocore.exceptions import NoCredentialsError  # type: ignore[import-untyped]
+            credentials = await session.get_credentials()
+            if credentials is None:
+                from botocore.exceptions import NoCredentialsError  # type: ignore[import-untyped]
 
-            raise NoCredentialsError
-        return _Connection(client, credentials, stack, session)
-    except Exception as exc:
-        raise of_client(exc) from exc
+                raise NoCredentialsError
+        except Exception as exc:
+            raise before_sending(exc) from exc
+        return _Connection(client, credentials, stack.pop_all(), session)
 
 
-def _prepare(config: DynamoDBConfig) -> tuple[Any, Any]:
-    """A session with the service model in its cache: the slow part, which blocks."""
+def _prepare(config: DynamoDBConfig) -> Any:
+    """A session with the service model in its cache: the slow part, which blocks.
+
+    All clients that it makes, those that ask for credentials among them, use our transport.
+    """
     from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
     from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
+    from hf_async_store.strategies.dynamodb.transport import Transport
+
     session = AioSession(profile=config.profile)
+    session.set_default_client_config(
+        AioConfig(
+            http_session_cls=Transport,
+            parameter_validation=False,
+            connect_timeout=config.connect_timeout,
+            read_timeout=config.read_timeout,
+            max_pool_connections=config.max_pool_connections,
+            retries={"total_max_attempts": 1},
+        )
+    )
     loader = session.get_component("data_loader")
     loader.load_service_model(_SERVICE, "service-2")
     loader.load_service_model(_SERVICE, "endpoint-rule-set-1")
     for name in ("endpoints", "partitions", "sdk-default-configuration"):
         loader.load_data(name)
-    return session, AioConfig
+    return session

@@ -12,6 +12,9 @@ no portable value has:
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Iterator
+from math import isfinite
 from typing import Any, Final, TypeAlias, cast
 
 from hf_async_store.entities import Value
@@ -84,7 +87,11 @@ def is_native(value: float) -> bool:
 
 
 def decode(attribute: Attribute) -> Value:
-    """The portable value of an attribute value; sets and binary of others come as lists and text."""
+    """The portable value of an attribute value; sets and binary of others come as lists and text.
+
+    Raises:
+        ValueError: it is none.
+    """
     [(kind, held)] = attribute.items()
     if kind == "S":
         return cast("str", held)
@@ -99,29 +106,53 @@ def decode(attribute: Attribute) -> Value:
     if kind == "L":
         return [decode(each) for each in held]
     if kind == "SS" and len(held) == 1:
-        try:
-            return float(held[0])
-        except ValueError:
-            return [held[0]]
+        return _side_form(held[0])
     if kind == "NS":
         return [decode_number(each) for each in held]
+    if kind == "B":
+        return b64encode(held).decode()
+    if kind == "BS":
+        return [b64encode(each).decode() for each in held]
     return cast("Value", held)
 
 
+def _side_form(text: str) -> Value:
+    """The float that a text set of one is; a text that is none of ours is a set of another program's."""
+    try:
+        value = float(text)
+    except ValueError:
+        return [text]
+    return value if repr(value) == text and isfinite(value) else [text]
+
+
 def decode_number(text: str) -> int | float:
-    """An integer, unless the text has a fraction or an exponent."""
+    """An integer, unless the text has a fraction or an exponent.
+
+    Raises:
+        ValueError: DynamoDB has no such number.
+    """
     try:
         return int(text)
     except ValueError:
-        return float(text)
+        value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"no number: {text[:50]!r}")
+    return value
 
 
 def decode_map(held: Attributes) -> dict[str, Value]:
     decoded = {name: decode(each) for name, each in held.items()}
     if any(name.startswith(_SIDE) for name in decoded):
-        return {
-            cast("str", decoded[f"{name}{_NAME}"]) if name.startswith(_SIDE) else name: each
-            for name, each in decoded.items()
-            if not (name.startswith(_SIDE) and name.endswith(_NAME))
-        }
+        return dict(_with_plain_names(decoded))
     return decoded
+
+
+def _with_plain_names(decoded: dict[str, Value]) -> Iterator[tuple[str, Value]]:
+    for name, each in decoded.items():
+        if not name.startswith(_SIDE):
+            yield name, each
+        elif not name.endswith(_NAME):
+            plain = decoded.get(f"{name}{_NAME}")
+            if not isinstance(plain, str):
+                raise ValueError("a map key that is beside its name")
+            yield plain, each

@@ -68,6 +68,8 @@ def _shape(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
 def _part(part: Mapping[str, Any], mode: str) -> dict[str, Any]:
     keys = sorted(part["KeySchema"], key=lambda each: str(each["KeyType"]))
     told: dict[str, Any] = {"key": [each["AttributeName"] for each in keys]}
+    if "IndexName" in part:
+        told["projection"] = part.get("Projection", {}).get("ProjectionType", "ALL")
     if "IndexStatus" in part and part["IndexStatus"] != "ACTIVE":
         told["status"] = part["IndexStatus"]
     if mode == "PROVISIONED":

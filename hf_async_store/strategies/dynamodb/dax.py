@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.errors import ConfigurationError, StorageError, UnavailableError
+from hf_async_store.strategies.dynamodb.answers import convert
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
 from hf_async_store.strategies.dynamodb.retries import retried
 
@@ -65,12 +66,10 @@ class Cache:
                 if self._client is None:
                     self._client = await loop.run_in_executor(self._threads, self._make_client)
             method = getattr(self._client, _METHODS[operation])
-            answer: dict[str, Any] = await loop.run_in_executor(
-                self._threads, lambda: method(**params)
-            )
+            answer = await loop.run_in_executor(self._threads, lambda: method(**params))
         except Exception as exc:
             raise _error(exc) from exc
-        return answer
+        return convert(operation, params, answer)
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -89,7 +88,7 @@ def _error(exc: Exception) -> StorageError:
         return translate(
             str(error.get("Code", "")), str(error.get("Message", "")), status, response
         )
-    return of_client(exc)
+    return of_client(exc, "the DAX cluster")
 
 
 def cache_of(config: DynamoDBConfig) -> Cache | None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
 from hf_async_store.config import AutoScaling, DynamoDBConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan, Reader, Session
+from hf_async_store.engine import (
+    Capabilities,
+    Engine,
+    Isolation,
+    Plan,
+    Reader,
+    Session,
+    finish,
+)
 from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Schema, Value
-from hf_async_store.errors import PermissionDeniedError, UnavailableError
+from hf_async_store.errors import StorageError, StoreNotFoundError, UnavailableError
 from hf_async_store.query import Query
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
-from hf_async_store.strategies.dynamodb.errors import TableMissing
+from hf_async_store.strategies.dynamodb.errors import ActionDenied, TableMissing, public, told
 from hf_async_store.strategies.dynamodb.items import ItemForm, probe_id
 from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
 from hf_async_store.strategies.dynamodb.recent import Recent
@@ -58,22 +66,31 @@ class DynamoDBEngine:
         self.writes = Writes(self.client, self.tables, self.reading, self._recent)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await self.reading.fetch(keys)
+        with told():
+            return await self.reading.fetch(keys)
 
-    def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        return self.reading.select(query)
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        with told():
+            async with aclosing(self.reading.select(query)) as records:
+                async for record in records:
+                    yield record
 
     async def count(self, query: Query) -> int:
-        return await self.reading.count(query)
+        with told():
+            return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self.writes.write_each(changes)
+        # What was sent may land at any time until its answer is here: no cancellation comes between.
+        with told():
+            outcomes = await finish(self.writes.write_each(changes))
+        return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         session = DynamoDBSession(self.client, self.tables, self.reading, self._recent)
-        yield session
-        await session.commit()
+        with told():
+            yield session
+            await session.commit()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
@@ -88,21 +105,52 @@ class DynamoDBEngine:
             "ConsistentRead": True,
         }
         try:
-            item = (await self.client.read("GetItem", params)).get("Item")
+            with told(TableMissing, ActionDenied):
+                item = (await self.client.read("GetItem", params)).get("Item")
         except TableMissing:
             return None
-        except PermissionDeniedError:
+        except ActionDenied:
             # The least rights name the declared tables. Then nobody moves this store in use, for
             # a move needs the rights to this table, too.
             return None
         return None if item is None else form.record(item)
 
+    async def exists(self) -> bool:
+        with told():
+            return await self.tables.exists()
+
+    async def is_same_store(self, other: Engine) -> bool:
+        if not isinstance(other, DynamoDBEngine):
+            return False
+        collections = {*self.schema, *other.schema}
+        with told():
+            ours = await self.tables.identities(collections)
+            theirs = await other.tables.identities(collections)
+        if not ours and not theirs:
+            raise StoreNotFoundError(
+                "whether two stores are one shows in their tables, and neither has any: "
+                f"{self.config.table_prefix}_... and {other.config.table_prefix}_..."
+            )
+        return bool(ours & theirs)
+
+    async def undeclared(self) -> list[str]:
+        with told():
+            return await self.tables.undeclared()
+
     async def explain(self, query: Query) -> Plan:
-        return await self.reading.explain(query)
+        with told():
+            return await self.reading.explain(query)
 
     async def probe(self) -> None:
-        collection = next(iter(self.schema))
-        await self.tables.ensure(collection)
+        with told():
+            for collection in self.schema:
+                if await self.tables.find(collection) is not None:
+                    await finish(self._probe(collection))
+                    return
+        # A store that is not there yet is made by its first write. That it can be looked for shows
+        # that the service answers.
+
+    async def _probe(self, collection: str) -> None:
         table = self.tables.name(collection)
         key = {self.tables.forms[collection].key: {"S": probe_id()}}
         await self.client.read("PutItem", {"TableName": table, "Item": key})
@@ -114,7 +162,8 @@ class DynamoDBEngine:
             await self.client.read("DeleteItem", {"TableName": table, "Key": key})
 
     async def health(self) -> Mapping[str, Value]:
-        found, problems = await self.tables.compare()
+        with told():
+            found, problems = await self.tables.compare()
         return {"tables": found, "problems": list[Value](problems)}
 
     def describe(self) -> Mapping[str, Value]:

@@ -36,9 +36,14 @@ _MOST_OPERATORS: Final = 200
 _MOST_VALUES: Final = 64_000
 _MOST_CHOICES: Final = 40
 _MOST_DEPTH: Final = 30
+_MOST_NESTED: Final = 50
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _RANGE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+
+
+class _TooMuch(Exception):  # noqa: N818  # it is no error: what is left unsaid is looked at here
+    """More than a request takes."""
 
 
 class Said(NamedTuple):
@@ -108,15 +113,48 @@ class FilterWriter:
         self._names = names
         self._hidden = hidden
         self._operators = 0
+        self._text = 0
+        self._size = 0
+        self._depth = 0
 
     def say(self, where: Filter) -> Said | None:
-        """The filter, or what of it can be said; None if nothing can."""
-        said = self._say(where)
-        size = sum(len(str(each)) for each in self._names.values.values())
-        too_much = self._operators > _MOST_OPERATORS or size > _MOST_VALUES
-        return None if said is None or too_much or len(said.text) > _MOST_TEXT else said
+        """The filter, or what of it can be said; None if nothing can.
+
+        What is said costs time and space in its length: it ends where a request takes no more.
+        """
+        if not isinstance(where, And):
+            return self._if_it_fits(where)
+        parts = [self._if_it_fits(each) for each in where.parts]
+        said = [each for each in parts if each is not None]
+        if not said:
+            return None
+        whole = len(said) == len(parts) and all(each.is_exact for each in said)
+        return Said(_joined(" AND ", said), whole)
+
+    def _if_it_fits(self, where: Filter) -> Said | None:
+        """A part that must hold, if there is room for it beside those before it."""
+        spent = self._operators, self._text, self._size
+        try:
+            said = self._say(where)
+            if said is not None:
+                self._text += len(said.text) + len(" AND ")
+                self._refuse_too_much()
+        except _TooMuch:
+            said = None
+        if said is None:
+            self._operators, self._text, self._size = spent
+        return said
 
     def _say(self, where: Filter) -> Said | None:
+        self._depth += 1
+        try:
+            return self._said(where)
+        finally:
+            self._depth -= 1
+
+    def _said(self, where: Filter) -> Said | None:
+        if self._depth > _MOST_NESTED:
+            raise _TooMuch
         if isinstance(where, And):
             parts = [self._say(each) for each in where.parts]
             said = [each for each in parts if each is not None]
@@ -125,16 +163,29 @@ class FilterWriter:
             whole = len(said) == len(parts) and all(each.is_exact for each in said)
             return Said(_joined(" AND ", said), whole)
         if isinstance(where, Or):
-            parts = [self._say(each) for each in where.parts]
-            said = [each for each in parts if each is not None]
-            if not said or len(said) != len(parts):
-                return None
+            said = []
+            for each in where.parts:
+                part = self._say(each)
+                if part is None:
+                    return None
+                said.append(part)
             return Said(_joined(" OR ", said), all(each.is_exact for each in said))
         if isinstance(where, Not):
             inner = self._say(where.part)
             return _negated(inner)
         self._operators += 1
+        if where.value is not None:
+            self._size += len(str(where.value))
+        self._refuse_too_much()
         return self._comparison(where)
+
+    def _refuse_too_much(self) -> None:
+        if (
+            self._operators > _MOST_OPERATORS
+            or self._size > _MOST_VALUES
+            or self._text > _MOST_TEXT
+        ):
+            raise _TooMuch
 
     def _comparison(self, where: Comparison) -> Said | None:
         steps = where.path

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.entities import ANY, Change, Put
 from hf_async_store.errors import StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb.errors import TableMissing
+from hf_async_store.strategies.dynamodb.errors import BadAnswer, TableMissing
 from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing, throttled
 from hf_async_store.strategies.dynamodb.work import Work, chunks, gone
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.tables import Tables
 
 MOST_PUTS: Final = 25
@@ -57,26 +58,24 @@ class Imports:
                 requests.setdefault(work.table, []).append({"PutRequest": {"Item": item}})
             try:
                 answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
+                left = self._imported(left, answer.get("UnprocessedItems") or {})
+                last = throttled("an import")
             except UnavailableError as exc:
                 last = exc
                 if not left_nothing(exc):
                     for work in left.values():
                         work.lost = True
-            except TableMissing:
-                for work in left.values():
-                    work.done(gone(work))
-                return
             except StorageError as exc:
                 if len(left) == 1:
                     [work] = left.values()
-                    work.done(exc)
+                    work.done(gone(work) if isinstance(exc, TableMissing) else exc)
                     return
-                # One that is refused fails them all; alone, each has its own answer.
-                await asyncio.gather(*(self._some([each]) for each in left.values()))
+                # One that is refused fails them all: the half without it goes through.
+                rest = list(left.values())
+                middle = len(rest) // 2
+                await asyncio.gather(self._some(rest[:middle]), self._some(rest[middle:]))
                 return
-            else:
-                left = self._imported(left, answer.get("UnprocessedItems") or {})
-            if left and not await backoff.pause():
+            if left and not await backoff.pause(last):
                 for work in left.values():
                     error = last.copy()
                     error.outcome_unknown = work.lost
@@ -89,11 +88,20 @@ class Imports:
         """What is left to do."""
         left = {}
         for table, requests in undone.items():
-            key = self._tables.forms[self._tables.collection_of(table)].key
             for each in requests:
-                place = (table, each["PutRequest"]["Item"][key]["S"])
+                item = each["PutRequest"]["Item"]
+                place = (table, self._id_of(table, item))
+                if place not in sent:
+                    raise BadAnswer(
+                        "DynamoDB hands back what it was not given", outcome_unknown=True
+                    )
                 left[place] = sent[place]
         for place, work in sent.items():
             if place not in left:
                 work.done(cast("Put", work.change).version)
         return left
+
+    def _id_of(self, table: str, item: Attributes) -> str:
+        """The id of an item that was sent; "" for one that was not."""
+        named = [name for name in self._tables.schema if self._tables.name(name) == table]
+        return self._tables.forms[named[0]].id_of(item) if named else ""

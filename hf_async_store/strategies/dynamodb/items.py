@@ -50,6 +50,7 @@ from hf_async_store.strategies.dynamodb.codec import (
     encode_map,
     is_native,
 )
+from hf_async_store.strategies.dynamodb.errors import BadAnswer, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +60,8 @@ TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
 WEIGHT: Final = "_s"
 CREATED_SIDE: Final = "_c"
 FORM: Final = "_f"
+_OWN: Final = frozenset({TOKEN, WEIGHT, CREATED_SIDE, FORM})
+_BOOLEAN_KEY: Final = "_b_"
 MISSING_MARK: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
@@ -154,7 +157,7 @@ class IndexedField:
         self.type = field.type
         self.is_hash = is_hash
         self.is_sort = is_sort
-        self.attribute = f"_b_{field.name}" if field.type == "boolean" else field.name
+        self.attribute = f"{_BOOLEAN_KEY}{field.name}" if field.type == "boolean" else field.name
         self.stand_in = STAND_INS[field.type] if is_sort else None
         self.side = CREATED_SIDE if field.name == CREATED_AT else None
 
@@ -316,14 +319,39 @@ class ItemForm:
 
     # -- back --------------------------------------------------------------------------------
 
+    def is_entity(self, item: Attributes) -> bool:
+        """Whether it is no probe, whose key is longer than any id."""
+        return len(self.id_of(item)) <= MAX_KEY_BYTES
+
+    def id_of(self, item: Attributes) -> str:
+        """The id of an item.
+
+        Raises:
+            BadAnswer: it has none, which no table would take.
+        """
+        held = item.get(self.key, {}).get("S")
+        if held is None:
+            raise BadAnswer(f"DynamoDB gives an item of {self.collection.name} without its key")
+        return cast("str", held)
+
     def entity(self, item: Attributes) -> Entity:
-        """The entity of an item, `version` in it."""
+        """The entity of an item, `version` in it.
+
+        Raises:
+            CorruptionError: it holds what is no value of DynamoDB's.
+        """
+        try:
+            return self._entity(item)
+        except ValueError as exc:
+            raise unreadable(self.collection.name, self.id_of(item), str(exc)) from exc
+
+    def _entity(self, item: Attributes) -> Entity:
         entity: Entity = {}
         document: Attributes = {}
         for name, attribute in item.items():
             if name == DOC:
                 document = attribute.get("M", {})
-            elif name[0] != "_":
+            elif name not in _OWN and not name.startswith(_BOOLEAN_KEY):
                 entity[name] = decode(attribute)
         if CREATED_SIDE in item:
             document = {**document, CREATED_AT: item[CREATED_SIDE]}
@@ -331,7 +359,7 @@ class ItemForm:
             entity.update(decode_map(document))
             for name in self.indexed:
                 if document.get(name) == MISSING_MARK:
-                    del entity[name]
+                    entity.pop(name, None)
         entity.setdefault(VERSION, 0)
         return entity
 
@@ -346,6 +374,27 @@ def token_of(item: Attributes) -> str | None:
     return None if attribute is None else cast("str", attribute.get("S"))
 
 
-def version_of(item: Attributes) -> int:
+def version_of(item: Attributes, table: str, entity_id: str) -> int:
+    """The version of an item; 0 where there is none.
+
+    Raises:
+        CorruptionError: another program set it to what is no version; names table and id.
+    """
     attribute = item.get(VERSION)
-    return 0 if attribute is None else int(attribute["N"])
+    if attribute is None:
+        return 0
+    number = _number_in(attribute)
+    if number is None or not 0 <= number <= INT_MAX:
+        why = f"its version is {str(attribute)[:100]}, and not an integer of 64 bits from 0 on"
+        raise unreadable(table, entity_id, why)
+    return number
+
+
+def weight_in(item: Attributes) -> int | None:
+    """What an item says of its weight; None where it says nothing that can be relied on."""
+    return _number_in(item.get(WEIGHT, {}))
+
+
+def _number_in(attribute: Attribute) -> int | None:
+    text = attribute.get("N", "")
+    return int(text) if isinstance(text, str) and text.isdecimal() and text.isascii() else None

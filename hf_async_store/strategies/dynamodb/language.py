@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from hf_async_store.entities import VERSION, Index, Value, normalise
 from hf_async_store.errors import InvalidQueryError
-from hf_async_store.strategies.dynamodb.codec import Attribute, encode
+from hf_async_store.strategies.dynamodb.codec import Attribute, encode, is_plain_name
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import DOC, ItemForm
 from hf_async_store.strategies.dynamodb.tables import attribute_of
@@ -33,6 +33,8 @@ _FUNCTIONS: Final = frozenset(
         "size",
     }
 )
+# Source: DynamoDB service quotas, "Expression parameters".
+_MOST_TEXT: Final = 4096
 _COMPARED: Final = frozenset({"=", "<", "<=", ">", ">="})
 
 
@@ -43,7 +45,9 @@ class _Part(NamedTuple):
 
 def _parts(text: object, what: str) -> list[_Part]:
     if not isinstance(text, str) or not text.strip():
-        raise InvalidQueryError(f"{what} is a text in DynamoDB's expression language")
+        raise InvalidQueryError(f"{what} is a string in DynamoDB's expression language")
+    if len(text) > _MOST_TEXT:
+        raise InvalidQueryError(f"{what} is longer than the 4 KB that DynamoDB takes")
     parts: list[_Part] = []
     place = 0
     end = len(text.rstrip())
@@ -55,6 +59,8 @@ def _parts(text: object, what: str) -> list[_Part]:
         inner = found[kind]
         if kind == "quoted":
             kind, inner = "name", inner[1:-1].replace('""', '"')
+            if not is_plain_name(inner) or "\0" in inner:
+                raise InvalidQueryError(f"{what}: no field has the name {inner[:50]!r}")
         parts.append(_Part(kind, inner))
         place = found.end()
     return parts
@@ -63,10 +69,12 @@ def _parts(text: object, what: str) -> list[_Part]:
 def _given(values: Mapping[str, object] | None, what: str) -> dict[str, Value]:
     if values is not None and not isinstance(values, Mapping):
         raise InvalidQueryError(f"{what}: expression_values is a map")
-    return {
-        name if name.startswith(":") else f":{name}": normalise(value, (name,))
-        for name, value in (values or {}).items()
-    }
+    given: dict[str, Value] = {}
+    for name, value in (values or {}).items():
+        if not isinstance(name, str):
+            raise InvalidQueryError(f"{what}: the names of expression_values are strings")
+        given[name if name.startswith(":") else f":{name}"] = normalise(value, (name,))
+    return given
 
 
 class _Values:
@@ -175,25 +183,36 @@ def key_condition(
     given = _Values(values, what)
     written: list[str] = []
     parts = _parts(text, what)
-    while parts:
+    fields: list[str] = []
+    while not written or parts:
         if written:
             _expect(parts, "AND", what)
-        written.append(_term(parts, given, form, index, names, what))
+        written.append(_term(parts, given, form, index, names, what, fields))
     given.all_taken()
+    if index.field not in fields or len(fields) != len({*fields}):
+        raise InvalidQueryError(
+            f"{what}: it needs {index.field} = :value, and has each field once at most"
+        )
     return " AND ".join(written)
 
 
 def _term(
-    parts: list[_Part], given: _Values, form: ItemForm, index: Index, names: Names, what: str
+    parts: list[_Part],
+    given: _Values,
+    form: ItemForm,
+    index: Index,
+    names: Names,
+    what: str,
+    fields: list[str],
 ) -> str:
-    """The next comparison, taken from `parts`."""
+    """The next comparison, taken from `parts`; its field is added to `fields`."""
 
     def attribute() -> str:
         part = _next(parts, what)
-        if part.text not in (index.field, index.sort):
-            fields = " and ".join(filter(None, (index.field, index.sort)))
-            raise InvalidQueryError(f"{what}: the fields of {index.name} are {fields}")
-        field.append(part.text)
+        if part.kind not in ("word", "name") or part.text not in (index.field, index.sort):
+            known = " and ".join(filter(None, (index.field, index.sort)))
+            raise InvalidQueryError(f"{what}: the fields of {index.name} are {known}")
+        fields.append(part.text)
         return names.name(attribute_of(form, part.text))
 
     def value() -> str:
@@ -201,30 +220,34 @@ def _term(
         if part.kind != "value":
             raise InvalidQueryError(f"{what}: a field is compared with a :value")
         operand = given.take(part.text)
-        indexed = form.indexed.get(field[0])
+        indexed = form.indexed.get(fields[-1])
         key = encode(operand) if indexed is None else indexed.key_of(operand)
         if key is None:
             raise InvalidQueryError(f"{what}: {index.name} does not hold the value {part.text}")
         return names.value(key)
 
-    field: list[str] = []
-    if parts[0].text == "begins_with":
-        _next(parts, what)
-        _expect(parts, "(", what)
+    if parts and parts[0] == _Part("word", "begins_with") and parts[1:2] == [_Part("sign", "(")]:
+        del parts[:2]
         name = attribute()
         _expect(parts, ",", what)
         start = value()
         _expect(parts, ")", what)
-        return f"begins_with({name}, {start})"
-    name = attribute()
-    sign = _next(parts, what).text
-    if sign.upper() == "BETWEEN":
-        low = value()
-        _expect(parts, "AND", what)
-        return f"{name} BETWEEN {low} AND {value()}"
-    if sign not in _COMPARED:
-        raise InvalidQueryError(f"{what}: a key cannot be compared by {sign}")
-    return f"{name} {sign} {value()}"
+        text = f"begins_with({name}, {start})"
+        sign = "begins_with"
+    else:
+        name = attribute()
+        sign = _next(parts, what).text
+        if sign.upper() == "BETWEEN":
+            low = value()
+            _expect(parts, "AND", what)
+            text = f"{name} BETWEEN {low} AND {value()}"
+        elif sign in _COMPARED:
+            text = f"{name} {sign} {value()}"
+        else:
+            raise InvalidQueryError(f"{what}: a key cannot be compared by {sign}")
+    if fields[-1] == index.field and sign != "=":
+        raise InvalidQueryError(f"{what}: {index.field} is compared by = alone")
+    return text
 
 
 def _next(parts: list[_Part], what: str) -> _Part:

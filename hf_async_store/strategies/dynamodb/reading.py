@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.engine import Plan
 from hf_async_store.entities import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key, Record
@@ -34,7 +34,7 @@ from hf_async_store.strategies.dynamodb.retries import Backoff, throttled
 from hf_async_store.strategies.dynamodb.tables import attribute_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from hf_async_store.entities import Index
     from hf_async_store.strategies.dynamodb.client import Client
@@ -42,8 +42,13 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.dax import Cache
     from hf_async_store.strategies.dynamodb.tables import Tables
 
+Result = TypeVar("Result")
+
 MOST_KEYS: Final = 100
 """Source: DynamoDB API Reference, BatchGetItem."""
+
+MOST_EXPRESSION: Final = 4_000
+"""Source: DynamoDB service quotas, "Expression parameters": 4 KB."""
 
 _SEGMENTS: Final = 4
 _SEEN_PER_MATCH: Final = 4
@@ -82,30 +87,42 @@ class Reading:
         Args:
             consistent: other than configured.
         """
-        await self._ready(keys)
+        there = await self._there(keys)
         if consistent is None:
             consistent = self._consistent
         if len(keys) == 1:
-            return [await self._get(keys[0], consistent)]
+            return [await self._get(keys[0], consistent) if there else None]
         found: dict[tuple[str, str], Attributes] = {}
-        places = list(dict.fromkeys((self._tables.name(each.collection), each) for each in keys))
+        places = list(
+            dict.fromkeys(
+                (self._tables.name(each.collection), each)
+                for each in keys
+                if each.collection in there
+            )
+        )
         batches = [places[each : each + MOST_KEYS] for each in range(0, len(places), MOST_KEYS)]
         work = [self._get_batch(each, consistent, found) for each in batches]
         if len(work) == 1:
             await work[0]
         else:
-            await asyncio.gather(*work)
+            await _together(work)
         return [found.get((self._tables.name(each.collection), each.id)) for each in keys]
 
     async def item(self, key: Key) -> Attributes | None:
         """The whole item as it is now."""
-        await self._ready((key,))
-        return await self._get(key, consistent=True)
+        [item] = await self.items((key,), consistent=True)
+        return item
 
-    async def _ready(self, keys: Iterable[Key]) -> None:
-        for collection in {each.collection for each in keys}:
-            if not self._tables.is_ready(collection):
-                await self._tables.ensure(collection)
+    async def _there(self, keys: Iterable[Key]) -> set[str]:
+        """The collections of these keys that have a table. All others are empty."""
+        there = {each.collection for each in keys}
+        for collection in list(there):
+            if (
+                not self._tables.is_ready(collection)
+                and await self._tables.find(collection) is None
+            ):
+                there.discard(collection)
+        return there
 
     async def _get(self, key: Key, consistent: bool) -> Attributes | None:
         form = self._tables.forms[key.collection]
@@ -158,13 +175,15 @@ class Reading:
 
     # -- queries -----------------------------------------------------------------------------
 
-    async def access(self, query: Query) -> Access:
-        """The way that a query goes.
+    async def access(self, query: Query) -> Access | None:
+        """The way that a query goes; None where there is no table, and so nothing.
 
         Raises:
             InvalidQueryError: it needs a scan, and `allow_scan` is off.
         """
-        active = await self._tables.ensure(query.collection)
+        active = await self._tables.find(query.collection)
+        if active is None:
+            return None
         access = access_of(query, self._tables.forms[query.collection], active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
@@ -177,6 +196,8 @@ class Reading:
         if query.limit == 0:
             return
         access = await self.access(query)
+        if access is None:
+            return
         form = self._tables.forms[query.collection]
         rows = _Rows(self, query, access, form)
         async with aclosing(rows.in_order()) as found:
@@ -186,6 +207,8 @@ class Reading:
     async def count(self, query: Query) -> int:
         """As `Engine.count`."""
         access = await self.access(query)
+        if access is None:
+            return 0
         rows = _Rows(self, query, access, self._tables.forms[query.collection])
         if access.ids is None and rows.is_exact:
             return await rows.counted()
@@ -204,7 +227,11 @@ class Reading:
         descending: bool,
     ) -> list[Entity]:
         """The entities of a part of an index, in its own order."""
-        await self._ready((Key(collection, ""),))
+        active = await self._tables.find(collection)
+        if active is None:
+            return []
+        if index.name not in active:
+            await self._tables.require_index(collection, index)
         form = self._tables.forms[collection]
         params = {
             "TableName": self._tables.name(collection),
@@ -220,7 +247,8 @@ class Reading:
                 async for page in pages:
                     items = page["Items"]
                     for start in range(0, len(items), _DECODED_AT_ONCE):
-                        entities += map(form.entity, items[start : start + _DECODED_AT_ONCE])
+                        piece = items[start : start + _DECODED_AT_ONCE]
+                        entities += [form.entity(each) for each in piece if form.is_entity(each)]
                         await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
@@ -230,7 +258,7 @@ class Reading:
 
     async def explain(self, query: Query) -> Plan:
         """As `Engine.explain`."""
-        active = await self._tables.ensure(query.collection)
+        active = await self._tables.find(query.collection) or frozenset()
         form = self._tables.forms[query.collection]
         access = access_of(query, form, active)
         rows = _Rows(self, query, access, form)
@@ -381,11 +409,11 @@ class _Rows:
                 for place_in_page, item in enumerate(items):
                     if not place_in_page % _DECODED_AT_ONCE:
                         await asyncio.sleep(0)
-                    if item[attribute] != of_group:
+                    if item.get(attribute) != of_group:
                         for _, entity in sorted(group, key=_first):
                             yield entity
                         group = []
-                        of_group = item[attribute]
+                        of_group = item.get(attribute)
                     entity = self._form.entity(item)
                     if not self._matches(entity):
                         continue
@@ -419,7 +447,7 @@ class _Rows:
                     piece = [
                         entity
                         for item in items[start : start + _DECODED_AT_ONCE]
-                        if _is_entity(item, self._form)
+                        if self._form.is_entity(item)
                         and self._matches(entity := self._form.entity(item))
                     ]
                     yield piece
@@ -448,9 +476,10 @@ class _Rows:
                 async for page in pages:
                     yield page["Items"]
             return
-        async for round_of_pages in _side_by_side(self._reading, params):
-            for page in round_of_pages:
-                yield page["Items"]
+        async with aclosing(_side_by_side(self._reading, params)) as rounds:
+            async for round_of_pages in rounds:
+                for page in round_of_pages:
+                    yield page["Items"]
 
     def _hint(self) -> int | None:
         limit = self._query.limit
@@ -464,8 +493,9 @@ class _Rows:
         number = 0
         if self._access.is_scan:
             params = self._scan_params(counting=True)
-            async for round_of_pages in _side_by_side(self._reading, params):
-                number += sum(each["Count"] for each in round_of_pages)
+            async with aclosing(_side_by_side(self._reading, params)) as rounds:
+                async for round_of_pages in rounds:
+                    number += sum(each["Count"] for each in round_of_pages)
             return number
         if self._access.sort.is_empty:
             return 0
@@ -541,7 +571,8 @@ class _Rows:
                 paths[(CREATED_SIDE,)] = None
             elif name != VERSION and name not in self._form.plain:
                 paths[(DOC, name)] = None
-        return ", ".join(names.path(each) for each in paths)
+        text = ", ".join(names.path(each) for each in paths)
+        return text if len(text) <= MOST_EXPRESSION else None
 
 
 def _sort_condition(access: Access, names: Names, attribute: str) -> str:
@@ -558,28 +589,33 @@ def _sort_condition(access: Access, names: Names, attribute: str) -> str:
     return f" AND {name} BETWEEN {low} AND {high}"
 
 
+async def _together(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results of reads that run at once; where one fails, no other goes on behind it."""
+    tasks = [asyncio.create_task(each) for each in reads]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+        raise
+
+
 async def _side_by_side(
     reading: Reading, params: Mapping[str, Any]
-) -> AsyncIterator[list[dict[str, Any]]]:
+) -> AsyncGenerator[list[dict[str, Any]], None]:
     """The pages of a parallel scan, one of each segment at a time."""
     starts: list[Mapping[str, Any]] = [
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
     while starts:
-        answers = await asyncio.gather(
-            *(reading._read("Scan", {**params, **each}) for each in starts)
-        )
-        yield list(answers)
+        answers = await _together([reading._read("Scan", {**params, **each}) for each in starts])
+        yield answers
         starts = [
             {**start, "ExclusiveStartKey": answer["LastEvaluatedKey"]}
             for start, answer in zip(starts, answers, strict=True)
             if answer.get("LastEvaluatedKey")
         ]
-
-
-def _is_entity(item: Attributes, form: ItemForm) -> bool:
-    """Whether it is no probe, whose key is longer than any id."""
-    return len(item[form.key]["S"]) <= MAX_KEY_BYTES
 
 
 def _first(pair: tuple[Any, Entity]) -> Any:

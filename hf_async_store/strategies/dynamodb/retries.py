@@ -8,12 +8,15 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from hf_async_store.errors import ThrottledError, UnavailableError
+from hf_async_store.errors import StorageError, ThrottledError, UnavailableError
+from hf_async_store.strategies.dynamodb.errors import BadAnswer
 
 Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 2.0
+_MOST_BAD_ANSWERS: Final = 3
+"""What is no answer so many times is no accident: another server, or a proxy."""
 
 
 class Backoff:
@@ -26,9 +29,20 @@ class Backoff:
     def __init__(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
         self._pause = _FIRST_PAUSE
+        self._bad_answers = 0
 
-    async def pause(self) -> bool:
-        """Wait; False, at once, if the time would be up."""
+    async def pause(self, after: StorageError | None = None) -> bool:
+        """Wait; False, at once, if the time would be up, or another try can help nothing.
+
+        Args:
+            after: what the last try met.
+        """
+        if isinstance(after, BadAnswer):
+            self._bad_answers += 1
+            if self._bad_answers == _MOST_BAD_ANSWERS:
+                return False
+        elif after is not None and not after.retryable:
+            return False
         sleep = random.uniform(0, self._pause)
         if time.monotonic() + sleep >= self._deadline:
             return False
@@ -59,11 +73,12 @@ async def retried(
         try:
             return await attempt()
         except UnavailableError as exc:
-            if not (harmless or left_nothing(exc)):
-                raise
-            if not await backoff.pause():
+            if not (harmless or left_nothing(exc)) or not await backoff.pause(exc):
                 exc.outcome_unknown = exc.outcome_unknown and not harmless
                 raise
+        except StorageError as exc:
+            exc.outcome_unknown = exc.outcome_unknown and not harmless
+            raise
 
 
 def throttled(what: str) -> ThrottledError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from hf_async_store.config import (
     DynamoDBConfig,
@@ -12,20 +13,23 @@ from hf_async_store.config import (
     load_config,
     strategy_config,
 )
+from hf_async_store.engine import finish
 from hf_async_store.entities import (
     ANY,
     HOST_FACTORY,
     Collection,
     Entity,
     Expect,
+    Patch,
     Value,
     check_version,
     utc_now,
 )
-from hf_async_store.errors import InvalidQueryError
+from hf_async_store.errors import InvalidInputError, InvalidQueryError, OperationTimeoutError
 from hf_async_store.repository import within
 from hf_async_store.strategies.dynamodb.comparing import compared
 from hf_async_store.strategies.dynamodb.engine import DynamoDBEngine
+from hf_async_store.strategies.dynamodb.errors import told
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.language import condition
 from hf_async_store.strategies.dynamodb.language import key_condition as read_key_condition
@@ -54,6 +58,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         collections: Iterable[Collection] = HOST_FACTORY,
     ) -> None:
         schema = schema_of(collections)
+        self._under_way: set[asyncio.Task[int]] = set()
         loaded = anchored(load_config(config))
         self._dynamodb = DynamoDBEngine(strategy_config(loaded, DynamoDBConfig), schema)
         super().__init__(self._dynamodb, schema, loaded)
@@ -68,7 +73,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         it at once; returns what this one made, in words.
         """
         self._usable()
-        return await self._dynamodb.tables.create()
+        with told():
+            return await self._dynamodb.tables.create()
 
     async def compare_tables(self) -> dict[str, Value]:
         """The tables as they are, beside what is declared and configured: by collection a map.
@@ -78,7 +84,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         table that is missing has None as `there`; so has what may not be looked at within it.
         """
         self._usable()
-        return await compared(self._dynamodb.tables)
+        with told():
+            return await compared(self._dynamodb.tables)
 
     async def query_by_gsi(
         self,
@@ -112,15 +119,23 @@ class DynamoDBStorageStrategy(StorageStrategy):
             known = ", ".join(each.name for each in declared.indexes) or "none"
             raise InvalidQueryError(f"{collection} has no index {index_name!r}; there are: {known}")
         if limit is not None and (type(limit) is not int or limit < 0):
-            raise InvalidQueryError("limit is an integer from 0 on, or None")
+            raise InvalidQueryError("limit is an integer >= 0, or None")
+        _check_timeout(timeout)
+        if not isinstance(descending, bool):
+            raise InvalidQueryError("descending is True or False")
         names = Names()
         form = self._dynamodb.tables.forms[collection]
         text = read_key_condition(key_condition, expression_values, form, found[0], names)
         async with within(timeout):
             await self._refuse_elsewhere("query_by_gsi")
-            return await self._dynamodb.reading.by_index(
-                collection, found[0], names.request(KeyConditionExpression=text), limit, descending
-            )
+            with told():
+                return await self._dynamodb.reading.by_index(
+                    collection,
+                    found[0],
+                    names.request(KeyConditionExpression=text),
+                    limit,
+                    descending,
+                )
 
     async def update_entity(
         self,
@@ -152,13 +167,52 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 collection, entity_id, fields, expected_version=expected_version, timeout=timeout
             )
         self._usable()
+        _check_timeout(timeout)
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
         names = Names()
         form = self._dynamodb.tables.forms[collection]
         text = condition(condition_expression, expression_values, form, names)
-        async with (
-            within(timeout, outcome_unknown=lambda: True),
-            self._around("condition_expression"),
-        ):
-            return await self._dynamodb.writes.update_where(change, text, names)
+        return await self._to_its_end(self._update_where(change, text, names), timeout)
+
+    async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
+        async with self._around("condition_expression"):
+            with told():
+                return await self._dynamodb.writes.update_where(change, condition, names)
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
+        """Await a write that nothing interrupts: what was sent may land until its answer is here.
+
+        Who is cancelled waits for that; who set a time limit learns in time that the outcome is not
+        known, and it ends at the latest when the store is closed.
+        """
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        try:
+            await asyncio.wait((task,), timeout=timeout)
+        except asyncio.CancelledError:
+            await finish(asyncio.wait((task,)))
+            raise
+        if not task.done():
+            raise OperationTimeoutError(
+                f"not done within {timeout:g} s", retryable=False, outcome_unknown=True
+            )
+        return task.result()
+
+    def _ended(self, task: asyncio.Task[int]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen here: nobody else may be there to see it
+
+    async def _release(self) -> None:
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+        await super()._release()
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0
+    ):
+        raise InvalidInputError("timeout is a number of seconds >= 0, or None")

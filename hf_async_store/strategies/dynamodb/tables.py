@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -11,18 +12,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.config import AutoScaling
 from hf_async_store.entities import Collection, Index, Schema
-from hf_async_store.errors import PermissionDeniedError, StorageError, UnavailableError
+from hf_async_store.errors import (
+    ConfigurationError,
+    SchemaMismatchError,
+    UnavailableError,
+)
 from hf_async_store.strategies.dynamodb.errors import (
+    ActionDenied,
     StatementRefused,
     TableMissing,
-    of_client,
-    short,
+    of_scaling,
 )
-from hf_async_store.strategies.dynamodb.items import IndexedField, ItemForm
+from hf_async_store.strategies.dynamodb.items import IndexedField, ItemForm, probe_id
 from hf_async_store.strategies.dynamodb.retries import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from hf_async_store.entities import Value
     from hf_async_store.strategies.dynamodb.client import Client
@@ -32,6 +37,9 @@ _FIRST_LOOK: Final = 0.01
 _LONGEST_LOOK: Final = 2.0
 _MOST_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
+
+# Source: DynamoDB Developer Guide, "Naming rules", of tables and indexes.
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}\Z")
 
 _SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
 
@@ -46,8 +54,12 @@ class Tables:
         self.forms: Mapping[str, ItemForm] = {name: ItemForm(each) for name, each in schema.items()}
         self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
         self._collections = {table: name for name, table in self._names.items()}
+        for collection, table in self._names.items():
+            _check_name(table, "dynamodb_strategy.table_prefix", "table")
+            for index in schema[collection].indexes:
+                _check_name(index.name, f"collection {collection}", "index")
         self._ready: dict[str, frozenset[str]] = {}
-        self._opening: dict[str, asyncio.Task[frozenset[str]]] = {}
+        self._opening: dict[tuple[str, bool], asyncio.Task[frozenset[str] | None]] = {}
 
     def name(self, collection: str) -> str:
         """The name of the table of a collection."""
@@ -60,25 +72,39 @@ class Tables:
         return collection in self._ready
 
     async def ensure(self, collection: str) -> frozenset[str]:
-        """Have the table there and active, made now if it is missing; returns its active indexes.
+        """Have the table there and active, made now if it is missing; returns its usable indexes.
 
         Looks once in the life of a store. An index that the table lacks is not made here, because
         that may take hours; `create` does it.
+
+        Raises:
+            SchemaMismatchError: a table of this name has another key.
         """
+        ready = await self._opened(collection, make=True)
+        assert ready is not None, "it was made"
+        return ready
+
+    async def find(self, collection: str) -> frozenset[str] | None:
+        """As `ensure`, for reading: makes nothing, and returns None where there is no table."""
+        return await self._opened(collection, make=False)
+
+    async def _opened(self, collection: str, *, make: bool) -> frozenset[str] | None:
         ready = self._ready.get(collection)
         if ready is not None:
             return ready
-        task = self._opening.get(collection)
+        place = collection, make
+        task = self._opening.get(place)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._open(collection))
-            self._opening[collection] = task
+            task = asyncio.get_running_loop().create_task(self._open(collection, make=make))
+            self._opening[place] = task
         try:
-            ready = await asyncio.shield(task)
+            found = await asyncio.shield(task)
         finally:
             if task.done():
-                self._opening.pop(collection, None)
-        self._ready[collection] = ready
-        return ready
+                self._opening.pop(place, None)
+        if found is not None:
+            self._ready[collection] = found
+        return found
 
     async def close(self) -> None:
         """Wait for what is under way."""
@@ -88,18 +114,125 @@ class Tables:
             if not task.cancelled():
                 task.exception()
 
-    async def _open(self, collection: str) -> frozenset[str]:
+    async def _open(self, collection: str, *, make: bool) -> frozenset[str] | None:
         try:
             table = await self.described(collection)
+            if table is None and not make:
+                return None
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
                     await self._active(collection)
                     await self._configure(collection)
                 table = await self._active(collection)
-        except PermissionDeniedError:
-            # The least rights do not cover the description of tables: then they are there.
+        except ActionDenied:
+            # The least rights do not cover the description of tables: then they are as declared.
+            if not make and not await self._answers(collection):
+                return None
             return frozenset(each.name for each in self.schema[collection].indexes)
-        return _active_indexes(table)
+        self._refuse_other_key(collection, table)
+        return self._usable(collection, table)
+
+    async def _answers(self, collection: str) -> bool:
+        """Whether there is a table, found out by a read, of a key that no entity has."""
+        key = {self.forms[collection].key: {"S": probe_id()}}
+        try:
+            await self._client.read("GetItem", {"TableName": self.name(collection), "Key": key})
+        except TableMissing:
+            return False
+        return True
+
+    async def exists(self) -> bool:
+        """Whether any of the tables is there."""
+        for collection in self.schema:
+            try:
+                if await self.described(collection) is not None:
+                    return True
+            except ActionDenied:
+                if await self._answers(collection):
+                    return True
+        return False
+
+    async def undeclared(self) -> list[str]:
+        """The collections of tables with this prefix that are not declared."""
+        start = f"{self._config.table_prefix}_"
+        found: list[str] = []
+        params: dict[str, str] = {}
+        while True:
+            answer = await self._client.read("ListTables", params)
+            found += [each for each in answer["TableNames"] if each.startswith(start)]
+            last = answer.get("LastEvaluatedTableName")
+            if not last or last == params.get("ExclusiveStartTableName"):
+                break
+            params = {"ExclusiveStartTableName": last}
+        return sorted(each.removeprefix(start) for each in {*found} - {*self._collections})
+
+    async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
+        """By what the tables of these collections are told apart from all others, where they are there.
+
+        Raises:
+            StorageError: a table has nothing of the kind.
+        """
+        found: set[tuple[str, ...]] = set()
+        for collection in collections:
+            table = await self._described(f"{self._config.table_prefix}_{collection}")
+            if table is not None:
+                found |= _identities(table)
+        return frozenset(found)
+
+    def _refuse_other_key(self, collection: str, table: Mapping[str, Any]) -> None:
+        wanted = f"{self.schema[collection].key} (S)"
+        types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
+        keys = ", ".join(
+            f"{each['AttributeName']} ({types.get(each['AttributeName'], 'S')})"
+            for each in table["KeySchema"]
+        )
+        if keys != wanted:
+            raise SchemaMismatchError(
+                f"the key of the table {self.name(collection)} is {keys}, declared is {wanted}: "
+                f"declare {collection} with that key, or set another table_prefix"
+            )
+
+    def _usable(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
+        """The declared indexes that are there as they are declared, and active."""
+        active = _active_indexes(table)
+        return frozenset(
+            each.name
+            for each in self.schema[collection].indexes
+            if each.name in active and not self._unlike(collection, each, table)
+        )
+
+    def _unlike(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
+        """In words, how an index that is there differs from its declaration; "" if it does not."""
+        there = next(each for each in _indexes(table) if each["IndexName"] == index.name)
+        wanted = self._index(collection, index)
+        types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
+        ours = self._attributes(self.schema[collection], (index,))
+        declared = {each["AttributeName"]: each["AttributeType"] for each in ours}
+        keys, wanted_keys = _keys(there, types, declared), _keys(wanted, declared, declared)
+        if keys != wanted_keys:
+            return f"its key is {', '.join(keys)}, declared is {', '.join(wanted_keys)}"
+        projects = there.get("Projection", {}).get("ProjectionType", "ALL")
+        return "" if projects == "ALL" else f"it projects {projects}, needed is ALL"
+
+    async def require_index(self, collection: str, index: Index) -> None:
+        """Look again whether an index can be used, which it could not be at first.
+
+        Raises:
+            SchemaMismatchError: it is missing, or another one.
+            UnavailableError: it is being made.
+        """
+        name = self.name(collection)
+        table = await self.described(collection)
+        if table is None:
+            raise UnavailableError(f"the table {name} is gone", retryable=False)
+        if index in self._missing(collection, table):
+            raise SchemaMismatchError(f"{name} has no index {index.name}; `create-tables` makes it")
+        unlike = self._unlike(collection, index, table)
+        if unlike:
+            raise SchemaMismatchError(_unlike_index(name, index, unlike))
+        self._ready[collection] = usable = self._usable(collection, table)
+        if index.name not in usable:
+            raise UnavailableError(f"the index {index.name} of {name} is being made")
 
     async def create(self) -> list[str]:
         """Have everything there that is declared; returns what was done, in words.
@@ -129,8 +262,11 @@ class Tables:
     # -- looking -----------------------------------------------------------------------------
 
     async def described(self, collection: str) -> dict[str, Any] | None:
+        return await self._described(self.name(collection))
+
+    async def _described(self, name: str) -> dict[str, Any] | None:
         try:
-            answer = await self._client.read("DescribeTable", {"TableName": self.name(collection)})
+            answer = await self._client.read("DescribeTable", {"TableName": name})
         except TableMissing:
             return None
         table: dict[str, Any] = answer["Table"]
@@ -152,7 +288,7 @@ class Tables:
             pause = min(pause * 2, _LONGEST_LOOK)
 
     def _missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
-        there = {each["IndexName"] for each in table.get("GlobalSecondaryIndexes", ())}
+        there = {each["IndexName"] for each in _indexes(table)}
         return [each for each in self.schema[collection].indexes if each.name not in there]
 
     async def compare(self) -> tuple[dict[str, Value], list[str]]:
@@ -193,7 +329,7 @@ class Tables:
         """Whether a table has point-in-time recovery; None if we may not look."""
         try:
             backups = await self._client.read("DescribeContinuousBackups", {"TableName": table})
-        except PermissionDeniedError:
+        except ActionDenied:
             return None
         recovery = backups["ContinuousBackupsDescription"].get("PointInTimeRecoveryDescription", {})
         return bool(recovery.get("PointInTimeRecoveryStatus") == "ENABLED")
@@ -204,6 +340,12 @@ class Tables:
             f"{name} has no index {each.name}; `create-tables` makes it"
             for each in self._missing(collection, table)
         ]
+        for each in self.schema[collection].indexes:
+            unlike = each not in self._missing(collection, table) and self._unlike(
+                collection, each, table
+            )
+            if unlike:
+                problems.append(_unlike_index(name, each, unlike))
         if table["TableStatus"] != "ACTIVE":
             problems.append(f"{name} is {table['TableStatus']}")
         key = [each["AttributeName"] for each in table["KeySchema"]]
@@ -267,10 +409,10 @@ class Tables:
         while True:
             try:
                 await self._client.call("CreateTable", params)
-            except UnavailableError:
+            except UnavailableError as exc:
                 if await self.described(collection) is not None:
                     return False
-                if not await backoff.pause():
+                if not await backoff.pause(exc):
                     raise
             else:
                 return True
@@ -308,12 +450,13 @@ class Tables:
         while True:
             try:
                 await self._client.call("UpdateTable", params)
-            except (UnavailableError, StatementRefused):
+            except (UnavailableError, StatementRefused) as exc:
                 # Perhaps another process does the same; what then is there decides.
                 table = await self._active(collection)
                 if index not in self._missing(collection, table):
                     return
-                if not await backoff.pause():
+                after = exc if isinstance(exc, UnavailableError) else None
+                if not await backoff.pause(after):
                     raise
             else:
                 await self._active(collection)
@@ -357,7 +500,7 @@ class Tables:
                             what = "read" if "Read" in each["ScalableDimension"] else "write"
                             bounds = [each["MinCapacity"], each["MaxCapacity"]]
                             found.setdefault(each["ResourceId"], {})[f"{what}_capacity"] = bounds
-        except PermissionDeniedError:
+        except ActionDenied:
             return None
         return found
 
@@ -371,11 +514,7 @@ class Tables:
             ) as client:
                 yield client
         except Exception as exc:
-            code = short(getattr(exc, "response", {}).get("Error", {}).get("Code") or "")
-            if code:
-                kind = PermissionDeniedError if code == "AccessDenied" else UnavailableError
-                raise kind(f"auto scaling was refused: {code}") from exc
-            raise exc if isinstance(exc, StorageError) else of_client(exc) from exc
+            raise of_scaling(exc, "its endpoint of auto scaling") from exc
 
 
 async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) -> None:
@@ -420,10 +559,66 @@ def _is_active(table: Mapping[str, Any]) -> bool:
     )
 
 
+def _indexes(table: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    indexes: Sequence[Mapping[str, Any]] = table.get("GlobalSecondaryIndexes", ())
+    return indexes
+
+
+def _definitions(table: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    definitions: Sequence[Mapping[str, Any]] = table.get("AttributeDefinitions", ())
+    return definitions
+
+
+def _keys(
+    part: Mapping[str, Any], types: Mapping[str, str], declared: Mapping[str, str]
+) -> list[str]:
+    """The key attributes of an index with their types, its partition key first."""
+    names = [
+        each["AttributeName"]
+        for each in sorted(part["KeySchema"], key=lambda each: each["KeyType"])
+    ]
+    return [f"{each} ({types.get(each) or declared.get(each, '?')})" for each in names]
+
+
+def _unlike_index(table: str, index: Index, unlike: str) -> str:
+    return (
+        f"{table}: the index {index.name} is another one: {unlike}; no query uses it: delete it, then "
+        "`create-tables` makes it"
+    )
+
+
+def _identities(table: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """The id of a table; of a global one also its name in each region, where the same items are.
+
+    Raises:
+        StorageError: there is no id.
+    """
+    name, own = str(table.get("TableName", "")), str(table.get("TableArn", ""))
+    if not table.get("TableId"):
+        raise UnavailableError(
+            f"the server does not say which table {name} is: it gives no TableId", retryable=False
+        )
+    found: set[tuple[str, ...]] = {(str(table["TableId"]),)}
+    replicas = [str(each.get("RegionName", "")) for each in table.get("Replicas", ())]
+    if replicas:
+        # arn:aws:dynamodb:REGION:ACCOUNT:table/NAME
+        parts = own.split(":")
+        region, account = (parts[3], parts[4]) if len(parts) > 5 else ("", "")
+        found |= {(account, each, name) for each in {*replicas, region}}
+    return found
+
+
+def _check_name(name: str, place: str, kind: str) -> None:
+    if not _NAME.match(name):
+        raise ConfigurationError(
+            f"{place}: DynamoDB has no {kind} {name[:300]!r}; a name is 3 to 255 of A-Z a-z 0-9 _ . -"
+        )
+
+
 def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         each["IndexName"]
-        for each in table.get("GlobalSecondaryIndexes", ())
+        for each in _indexes(table)
         if each.get("IndexStatus", "ACTIVE") == "ACTIVE" and not each.get("Backfilling")
     )
 

@@ -27,6 +27,7 @@ from hf_async_store.entities import (
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
+    CorruptionError,
     StorageError,
     TransactionTooLargeError,
     UnavailableError,
@@ -38,6 +39,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     TableMissing,
     conflict,
     short,
+    told,
     translate,
 )
 from hf_async_store.strategies.dynamodb.items import (
@@ -53,7 +55,7 @@ from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
-    from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
@@ -82,8 +84,9 @@ class DynamoDBSession:
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         """As `Reader.fetch`; several keys at once are one snapshot."""
-        await self._load(keys, snapshot=True)
-        return [self._record(each) for each in keys]
+        with told():
+            await self._load(keys, snapshot=True)
+            return [self._record(each) for each in keys]
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """As `Reader.select`: rows of the store, with the writes of this transaction over them."""
@@ -100,11 +103,12 @@ class DynamoDBSession:
         async with aclosing(self._reading.select(query.with_limit(limit))) as others:
             rows = self._merged(query, own, written, others)
             async with aclosing(rows) as found:
-                async for record in found:
-                    yield record
-                    number += 1
-                    if number == query.limit:
-                        return
+                with told():
+                    async for record in found:
+                        yield record
+                        number += 1
+                        if number == query.limit:
+                            return
 
     async def _merged(
         self,
@@ -168,17 +172,29 @@ class DynamoDBSession:
         self._seen.update(zip(new, items, strict=True))
 
     async def _snapshot(self, keys: Sequence[Key]) -> list[Attributes | None]:
-        gets = [await self._get(each) for each in keys]
         try:
-            answer = await self._transact("TransactGetItems", {"TransactItems": gets}, keys)
+            found = await self._together(keys)
         except StatementRefused:
             # More than 4 MB: read in parts, and what was seen is checked at the end.
             self._reads += 1
             return await self._reading.items(keys, consistent=True)
-        return [cast("Attributes | None", each.get("Item")) for each in answer["Responses"]]
+        return [found.get(each) for each in keys]
 
-    async def _get(self, key: Key, *, only_token: bool = False) -> dict[str, Any]:
-        await self._tables.ensure(key.collection)
+    async def _together(
+        self, keys: Sequence[Key], *, only_token: bool = False
+    ) -> dict[Key, Attributes | None]:
+        """The items of keys at one moment. What has no table has none."""
+        there = [each for each in keys if await self._tables.find(each.collection) is not None]
+        if not there:
+            return {}
+        gets = [self._get(each, only_token=only_token) for each in there]
+        answer = await self._transact("TransactGetItems", {"TransactItems": gets}, there)
+        return {
+            key: response.get("Item")
+            for key, response in zip(there, answer["Responses"], strict=True)
+        }
+
+    def _get(self, key: Key, *, only_token: bool) -> dict[str, Any]:
         form = self._tables.forms[key.collection]
         get: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
@@ -212,7 +228,8 @@ class DynamoDBSession:
         """As `Session.write`."""
         keys = [each.key for each in changes]
         keys += [each.mark.key for each in changes if each.mark is not None]
-        await self._load(keys, snapshot=False)
+        with told():
+            await self._load(keys, snapshot=False)
         outcomes: list[Outcome] = []
         for change in changes:
             outcomes.append(self._apply(change))
@@ -221,8 +238,10 @@ class DynamoDBSession:
         return outcomes
 
     def _apply(self, change: Change) -> Outcome:
-        current = self._entity(change.key)
         try:
+            current = self._entity(change.key)
+            if not isinstance(change, Delete):
+                self._check_version(change.key)
             entity = changed(change, current)
         except StorageError as exc:
             return exc
@@ -230,7 +249,20 @@ class DynamoDBSession:
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
         stored = current if isinstance(change, Delete) else entity
-        return None if stored is None else cast("int", stored[VERSION])
+        if stored is None:
+            return None
+        version = stored[VERSION]
+        return version if type(version) is int else 0  # deleted, whatever another program had set
+
+    def _check_version(self, key: Key) -> None:
+        """That there can be a next version.
+
+        Raises:
+            CorruptionError: another program set it to what is no version.
+        """
+        item = self._seen[key]
+        if item is not None:
+            version_of(item, self._tables.name(key.collection), key.id)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
@@ -262,10 +294,9 @@ class DynamoDBSession:
     async def _validate(self) -> None:
         """That everything that was read is one state still."""
         keys = list(self._seen)
-        gets = [await self._get(each, only_token=True) for each in keys]
-        answer = await self._transact("TransactGetItems", {"TransactItems": gets}, keys)
-        for key, response in zip(keys, answer["Responses"], strict=True):
-            seen, now = self._seen[key], response.get("Item")
+        found = await self._together(keys, only_token=True)
+        for key in keys:
+            seen, now = self._seen[key], found.get(key)
             if _state_of(seen) != _state_of(now):
                 _raise_conflict(key, seen, now)
 
@@ -273,6 +304,9 @@ class DynamoDBSession:
         token = new_token()
         keys = list(dict.fromkeys([*written, *self._seen]))
         self._refuse_many(len(keys))
+        for collection in {each.collection for each in keys}:
+            # Of what was only read, too: that it is not there is a condition, which needs a table.
+            await self._tables.ensure(collection)
         actions = [self._action(each, written, token) for each in keys]
         if len(_ENCODE(actions)) > MOST_BYTES:
             raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
@@ -283,7 +317,7 @@ class DynamoDBSession:
         for key, action in zip(keys, actions, strict=True):
             if "Put" in action:
                 item = action["Put"]["Item"]
-                left = Left(version_of(item), token, int(item[WEIGHT]["N"]))
+                left = Left(int(item[VERSION]["N"]), token, int(item[WEIGHT]["N"]))
                 self._recent.put(self._tables.name(key.collection), key.id, left)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
@@ -328,20 +362,20 @@ class DynamoDBSession:
                     if isinstance(error, ConcurrencyConflictError):
                         if not _may_pass(exc) or not await while_in_conflict.pause():
                             raise error from exc
-                    elif not isinstance(error, UnavailableError) or not await backoff.pause():
+                    elif not isinstance(error, UnavailableError) or not await backoff.pause(error):
                         raise error from exc
                 except ConcurrencyConflictError:
                     if not await while_in_conflict.pause():
                         raise
                 except UnavailableError as exc:
                     lost = lost or (token is not None and not left_nothing(exc))
-                    if not await backoff.pause():
+                    if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:
                     raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
         except StorageError as exc:
             # Whatever the last try met: one before it may have landed.
-            exc.outcome_unknown = lost
+            exc.outcome_unknown = lost or (token is not None and exc.outcome_unknown)
             raise
 
     def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
@@ -363,8 +397,18 @@ class DynamoDBSession:
         return translate(code, reason.get("Message") or "", 400, reason)
 
 
-def _state_of(item: Attributes | None) -> tuple[str | None, int] | None:
-    return None if item is None else (token_of(item), version_of(item))
+def _state_of(item: Attributes | None) -> tuple[str | None, Attribute | None] | None:
+    return None if item is None else (token_of(item), item.get(VERSION))
+
+
+def _version_told(item: Attributes | None) -> int | None:
+    """The version of an item, where it has one."""
+    if item is None:
+        return None
+    try:
+        return version_of(item, "", "")
+    except CorruptionError:
+        return None
 
 
 def _conflict_at(
@@ -374,8 +418,8 @@ def _conflict_at(
         f"{key.collection} {key.id!r} was changed by another since this transaction read it",
         collection=key.collection,
         entity_id=key.id,
-        expected=None if seen is None else version_of(seen),
-        actual=None if now is None else version_of(now),
+        expected=_version_told(seen),
+        actual=_version_told(now),
         current=None if now is None or tables is None else tables.forms[key.collection].entity(now),
         retryable=True,
     )

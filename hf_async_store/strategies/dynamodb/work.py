@@ -15,8 +15,13 @@ from hf_async_store.entities import (
     Put,
     utc_now,
 )
-from hf_async_store.errors import EntityNotFoundError, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb.items import ItemForm, new_token, token_of
+from hf_async_store.errors import (
+    CorruptionError,
+    EntityNotFoundError,
+    StorageError,
+    UnavailableError,
+)
+from hf_async_store.strategies.dynamodb.items import ItemForm, new_token, token_of, version_of
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
@@ -102,6 +107,23 @@ class Work:
 
     def is_own(self, item: Attributes) -> bool:
         return token_of(item) == self.token
+
+    def version_of(self, item: Attributes) -> int:
+        """The version of the item that this change is about.
+
+        Raises:
+            CorruptionError: it has none that could be one.
+        """
+        return version_of(item, self.table, self.change.key.id)
+
+    def landed_at(self, item: Attributes) -> None:
+        """It ends well, and left this version."""
+        try:
+            self.done(self.version_of(item))
+        except CorruptionError as exc:
+            self.lost = isinstance(self.change, Put | Patch)
+            # What was deleted may have had any version.
+            self.done(exc if self.lost else 0)
 
     def not_found(self) -> EntityNotFoundError:
         return EntityNotFoundError(self.change.key.collection, self.change.key.id)

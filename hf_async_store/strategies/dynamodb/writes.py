@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.conditions import changed, check, next_version, patched
@@ -46,7 +48,9 @@ from hf_async_store.entities import (
 )
 from hf_async_store.errors import (
     AlreadyExistsError,
+    AuthenticationError,
     ConcurrencyConflictError,
+    CorruptionError,
     StorageError,
     UnavailableError,
 )
@@ -56,6 +60,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     ConditionFailed,
     StatementRefused,
     TableMissing,
+    conflict,
     refused_query,
     short,
     translate,
@@ -72,7 +77,7 @@ from hf_async_store.strategies.dynamodb.items import (
     probe_id,
     stored_weight,
     token_of,
-    version_of,
+    weight_in,
     weight_of,
 )
 from hf_async_store.strategies.dynamodb.recent import Left
@@ -104,6 +109,8 @@ MOST_STATEMENTS: Final = 25
 _FEW: Final = 4
 """So many deletes are made one by one, before it is worth learning whether they can share."""
 _CAREFUL_SECONDS: Final = 60.0
+_ROUNDS_AT_ONCE: Final = 8
+"""So many races may a write lose before it pauses between them."""
 
 
 class Writes:
@@ -163,12 +170,16 @@ class Writes:
         waiting = [each for each in works if not each.is_done]
         for each in waiting:
             self._recall(each)
+        rounds = 0
         while waiting:
             alone = len(waiting) == 1 and time.monotonic() >= self._careful_until
             await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
             failed = await self._send([each for each in waiting if not each.is_done])
             waiting = [each for each in waiting if not each.is_done]
-            if failed and waiting and not await backoff.pause():
+            rounds += 1
+            if failed is None and rounds > _ROUNDS_AT_ONCE:
+                failed = conflict()  # others are faster each time, or what is read is not current
+            if failed and waiting and not await backoff.pause(failed):
                 for each in waiting:
                     each.done(_given_up(each, failed))
 
@@ -216,7 +227,8 @@ class Writes:
                     each.done(error)
             return
         for work, item in zip(works, items, strict=True):
-            self._saw(work, item)
+            with _its_own(work):
+                self._saw(work, item)
 
     def _saw(self, work: Work, item: Attributes | None) -> None:
         """What is there now; settles what an answer that was lost left open."""
@@ -224,7 +236,7 @@ class Writes:
         if not work.lost:
             return
         if item is not None and work.is_own(item):
-            work.done(version_of(item))
+            work.landed_at(item)
         elif item is not None and isinstance(before, dict) and token_of(item) == token_of(before):
             return  # on which every try insisted: so none landed, and but one can
         elif isinstance(work.change, Put) and item is None and not work.in_flight:
@@ -288,7 +300,7 @@ class Writes:
             work.guarded_by_token = True
             guard = Guard.token(token)
             if not isinstance(change, Delete):
-                work.new_version = next_version(change.key, version_of(seen))
+                work.new_version = next_version(change.key, work.version_of(seen))
         if not isinstance(change, Delete):
             return self._update(work, guard)
         # A delete succeeds where nothing is there: only what comes back tells.
@@ -363,16 +375,23 @@ class Writes:
                 "BatchExecuteStatement", {"Statements": [each for _, each in pairs]}
             )
         except StorageError as exc:
-            for work, _ in pairs:
-                self._failed(work, exc)
-            return exc
+            if self._inserts_whole and isinstance(exc, StatementRefused) and _inserting(pairs):
+                self._inserts_whole = False  # and again, in the form that every server knows
+                return None
+            if len(pairs) > 1 and _may_be_of_one(exc):
+                middle = len(pairs) // 2
+                waits = [await self._execute(each) for each in (pairs[:middle], pairs[middle:])]
+                return waits[0] or waits[1]
+            waits = [self._failed(work, exc) for work, _ in pairs]
+            return next((each for each in waits if each is not None), None)
         wait: StorageError | None = None
         for (work, _), response in zip(pairs, answer["Responses"], strict=True):
             error = response.get("Error")
-            if error is None:
-                self._landed(work, response.get("Item"))
-            else:
-                wait = self._refused(work, error) or wait
+            with _its_own(work):
+                if error is None:
+                    self._landed(work, response.get("Item"))
+                else:
+                    wait = self._refused(work, error) or wait
         return wait
 
     # -- answers -----------------------------------------------------------------------------
@@ -382,9 +401,9 @@ class Writes:
             work.done(work.new_version)
         elif item is not None and VERSION in item:
             self._returns = True
-            if not isinstance(work.change, Delete):
+            work.landed_at(item)
+            if not isinstance(work.change, Delete) and not isinstance(work.outcome, StorageError):
                 work.left = _left(work, item)
-            work.done(version_of(item))
         elif not isinstance(work.change, Delete):
             # This server brings nothing back: from now on versions are read before.
             self._returns = False
@@ -411,7 +430,7 @@ class Writes:
     def _failed(self, work: Work, exc: StorageError) -> StorageError | None:
         if isinstance(exc, StatementRefused) and not work.whole:
             if self._inserts_whole and _inserts(work):
-                self._inserts_whole = False  # and again, in the form that every server knows
+                self._inserts_whole = False  # as above, told of the one statement
             else:
                 work.whole = True
             return None
@@ -448,10 +467,10 @@ class Writes:
     def _condition_failed(self, work: Work, item: Attributes | None) -> StorageError | None:
         change = work.change
         if item is not None and work.lost and work.is_own(item):
-            work.done(version_of(item))
+            work.landed_at(item)
         elif item is None:
             self._nothing_there(work)
-        elif type(change.expect) is int and version_of(item) != change.expect:
+        elif type(change.expect) is int and work.version_of(item) != change.expect:
             work.done(_stale(work, item))
         elif work.guarded_by_token:
             return self._race_lost(work, item)
@@ -493,7 +512,11 @@ class Writes:
 
     async def _alone(self, work: Work) -> StorageError | None:
         """A change in a request of its own."""
-        return await (self._upsert(work) if work.upserts else self._write_whole(work))
+        try:
+            return await (self._upsert(work) if work.upserts else self._write_whole(work))
+        except CorruptionError as exc:
+            work.done(exc)
+            return None
 
     async def _upsert(self, work: Work) -> StorageError | None:
         """A save that expects nothing, by the one request that inserts or replaces."""
@@ -506,8 +529,10 @@ class Writes:
             return None
         except StorageError as exc:
             return self._failed(work, exc)
-        work.left = _left(work, answer["Attributes"])
-        work.done(version_of(answer["Attributes"]))
+        attributes = answer["Attributes"]
+        work.landed_at(attributes)
+        if not isinstance(work.outcome, StorageError):
+            work.left = _left(work, attributes)
         return None
 
     # -- whole -------------------------------------------------------------------------------
@@ -523,8 +548,10 @@ class Writes:
                     return None
             seen = cast("Attributes | None", work.seen)
             if work.lost and seen is not None and work.is_own(seen):
-                work.done(version_of(seen))
+                work.landed_at(seen)
                 return None
+            if seen is not None and not _takes_any_version(change):
+                work.version_of(seen)
             entity = changed(change, None if seen is None else work.form.entity(seen))
             if isinstance(change, Delete) and seen is None:
                 work.done(None)
@@ -532,7 +559,7 @@ class Writes:
             await self._replace(work, entity)
         except ConditionFailed as exc:
             if exc.item is not None and work.is_own(exc.item):
-                work.done(version_of(exc.item))
+                work.landed_at(exc.item)
             elif work.lost:
                 work.done(work.unknown("the answer was lost, and others wrote since"))
             else:
@@ -597,12 +624,14 @@ class Writes:
         work = self._work(change)
         self._recent.drop(work.table, change.key.id)
         backoff = Backoff(self._seconds)
-        while True:
+        for round_ in count():
+            if round_ > _ROUNDS_AT_ONCE and not await backoff.pause():
+                raise conflict(change.key.collection, change.key.id)
             try:
                 answer = await self._client.call(
                     "UpdateItem", update_item(work, condition, names.copy())
                 )
-                return version_of(answer["Attributes"])
+                return _own_version_in(work, answer["Attributes"])
             except ConditionFailed as exc:
                 if exc.item is None:
                     raise work.not_found() from exc
@@ -623,14 +652,15 @@ class Writes:
                 if not left_nothing(exc):
                     # The condition may hold still, or again: sent twice, it could land twice.
                     return await self._own_version(work, exc)
-                if not await backoff.pause():
+                if not await backoff.pause(exc):
                     raise
+        raise AssertionError("there is always another round")
 
     async def _bring_into_form(self, work: Work, item: Attributes) -> None:
         """Have an item that another declaration or program wrote as this one writes it."""
         key = work.change.key
         token = token_of(item) or new_token()
-        new = work.form.item(key.id, work.form.entity(item), version_of(item), token)
+        new = work.form.item(key.id, work.form.entity(item), work.version_of(item), token)
         request = {"TableName": work.table, "Item": new, **unchanged(work.form, item)}
         # It is the same entity: late or twice, it changes nothing.
         with suppress(ConditionFailed):
@@ -647,8 +677,45 @@ class Writes:
         except StorageError as exc:
             raise work.unknown(f"the answer was lost, and then: {exc}") from exc
         if item is not None and work.is_own(item):
-            return version_of(item)
+            return _own_version_in(work, item)
         raise work.unknown(f"the answer was lost: {lost}") from lost
+
+
+@contextmanager
+def _its_own(work: Work) -> Iterator[None]:
+    """An item that cannot be read ends the change that is about it, and no other."""
+    try:
+        yield
+    except CorruptionError as exc:
+        work.done(exc)
+
+
+def _takes_any_version(change: Change) -> bool:
+    """Whether it neither asks for a version nor makes the next one."""
+    if isinstance(change, Delete):
+        return type(change.expect) is not int
+    return isinstance(change, Put) and change.version is not None
+
+
+def _may_be_of_one(exc: StorageError) -> bool:
+    """Whether a refusal of a whole batch may be the fault of one, and nothing was done."""
+    return not (
+        isinstance(exc, UnavailableError | ConcurrencyConflictError | AuthenticationError)
+        or exc.outcome_unknown
+    )
+
+
+def _inserting(pairs: Sequence[tuple[Work, Statement]]) -> bool:
+    return any(_inserts(work) for work, _ in pairs)
+
+
+def _own_version_in(work: Work, item: Attributes) -> int:
+    """The version that this very write left."""
+    try:
+        return work.version_of(item)
+    except CorruptionError as exc:
+        exc.outcome_unknown = True
+        raise
 
 
 def _inserts(work: Work) -> bool:
@@ -658,15 +725,16 @@ def _inserts(work: Work) -> bool:
 
 def _left(work: Work, item: Attributes) -> Left | None:
     """What a write leaves that sets this; the version is in it, or known."""
-    version = version_of(item) if work.new_version is None else work.new_version
-    return Left(version, work.token, int(item[WEIGHT]["N"])) if WEIGHT in item else None
+    version = work.version_of(item) if work.new_version is None else work.new_version
+    weight = weight_in(item)
+    return None if weight is None else Left(version, work.token, weight)
 
 
 def _known_weight(work: Work) -> int:
     """What the item weighs at most; more than any may where that is not known."""
     seen = work.seen
-    weight = seen.get(WEIGHT) if isinstance(seen, dict) and work.guarded_by_token else None
-    return MAX_ENTITY_BYTES + 1 if weight is None else int(weight["N"])
+    weight = weight_in(seen) if isinstance(seen, dict) and work.guarded_by_token else None
+    return MAX_ENTITY_BYTES + 1 if weight is None else weight
 
 
 def _difference(
@@ -691,12 +759,12 @@ def _was_the_weight(work: Work, item: Attributes) -> bool:
         ValueOutOfDomainError: it is.
     """
     change = cast("Patch", work.change)
-    if type(change.expect) is int and version_of(item) != change.expect:
+    if type(change.expect) is int and work.version_of(item) != change.expect:
         return False
     weight = weight_of(cast("Entity", dict(change.fields)))
     if isinstance(work.seen, dict):
         return token_of(item) != token_of(work.seen)  # others wrote meanwhile
-    if int(item.get(WEIGHT, {"N": "0"})["N"]) <= MAX_ENTITY_BYTES - weight:
+    if (weight_in(item) or 0) <= MAX_ENTITY_BYTES - weight:
         return False
     entity = work.form.entity(item)
     check_size(patched(entity, change.fields, cast("int", entity[VERSION])))
@@ -705,9 +773,9 @@ def _was_the_weight(work: Work, item: Attributes) -> bool:
 
 def _unmet(work: Work, item: Attributes) -> StorageError:
     expect = work.change.expect
-    if type(expect) is int and version_of(item) != expect:
+    if type(expect) is int and work.version_of(item) != expect:
         return _stale(work, item)
-    version = next_version(work.change.key, version_of(item)) - 1
+    version = next_version(work.change.key, work.version_of(item)) - 1
     return ConcurrencyConflictError(
         f"the condition does not hold for {work.change.key.collection} {work.change.key.id!r}",
         collection=work.change.key.collection,
@@ -729,12 +797,15 @@ def _is_whole(work: Work) -> bool:
 def _outcome(work: Work, entity: Entity | None) -> Outcome:
     if entity is not None:
         return cast("int", entity[VERSION])
-    return version_of(cast("Attributes", work.seen))
+    try:
+        return work.version_of(cast("Attributes", work.seen))
+    except CorruptionError:
+        return 0  # of what was deleted, whatever its version was
 
 
 def _stale(work: Work, item: Attributes) -> StorageError:
     change = work.change
-    actual = version_of(item)
+    actual = work.version_of(item)
     expected = cast("int", change.expect)
     try:
         check(change.key, expected, actual, work.form.entity(item))
@@ -759,7 +830,7 @@ def _reason(exc: Cancelled) -> StorageError:
         code = each.get("Code")
         if code and code != "None":
             return translate(code, each.get("Message") or "", 400, each)
-    return exc
+    return UnavailableError("the transaction was cancelled without a reason")
 
 
 def _waves(works: Sequence[Work]) -> list[list[Work]]:

@@ -1,0 +1,427 @@
+"""What comes back over HTTP, checked before anybody relies on it: one place for every operation.
+
+An answer has the shape that its operation documents, and speaks of what was asked for. Anything else
+(a proxy's page, damaged bytes, another server) is an error here, and no `KeyError` somewhere else.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, cast
+from urllib.parse import urlsplit
+
+import msgspec
+
+from hf_async_store.errors import (
+    AuthenticationError,
+    PermissionDeniedError,
+    ProtocolError,
+    StorageError,
+    ThrottledError,
+    UnavailableError,
+)
+from hf_async_store.strategies.dynamodb.errors import AnswerLost, BadAnswer, translate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+class AttributeValue(TypedDict, total=False):
+    """Exactly one of these; `codec.decode` sees to that."""
+
+    S: str
+    N: str
+    B: bytes
+    BOOL: bool
+    NULL: bool
+    SS: list[str]
+    NS: list[str]
+    BS: list[bytes]
+    M: dict[str, AttributeValue]
+    L: list[AttributeValue]
+
+
+Item = dict[str, AttributeValue]
+
+
+class _Any(TypedDict):
+    """Nothing of it is read."""
+
+
+class _Get(TypedDict, total=False):
+    Item: Item
+
+
+class _Keys(TypedDict, total=False):
+    Keys: Required[list[Item]]
+    ConsistentRead: bool
+
+
+class _BatchGet(TypedDict, total=False):
+    Responses: Required[dict[str, list[Item]]]
+    UnprocessedKeys: dict[str, _Keys] | None
+
+
+class _Rows(TypedDict, total=False):
+    Count: Required[int]
+    Items: list[Item]
+    LastEvaluatedKey: Item | None
+
+
+class _Updated(TypedDict, total=False):
+    Attributes: Item
+
+
+class _PutRequest(TypedDict):
+    Item: Item
+
+
+class _PutOf(TypedDict):
+    PutRequest: _PutRequest
+
+
+class _BatchWrite(TypedDict):
+    UnprocessedItems: dict[str, list[_PutOf]] | None
+
+
+class _StatementError(TypedDict, total=False):
+    Code: Required[str]
+    Message: str | None
+    Item: Item | None
+
+
+class _OfStatement(TypedDict, total=False):
+    Error: _StatementError | None
+    Item: Item | None
+
+
+class _Statements(TypedDict):
+    Responses: list[_OfStatement]
+
+
+class _TransactGet(TypedDict):
+    Responses: list[_Get]
+
+
+class _KeyElement(TypedDict):
+    AttributeName: str
+    KeyType: str
+
+
+class _AttributeDefinition(TypedDict):
+    AttributeName: str
+    AttributeType: str
+
+
+class _Throughput(TypedDict, total=False):
+    ReadCapacityUnits: int
+    WriteCapacityUnits: int
+
+
+class _Projection(TypedDict, total=False):
+    ProjectionType: str
+
+
+class _Index(TypedDict, total=False):
+    IndexName: Required[str]
+    KeySchema: Required[list[_KeyElement]]
+    Projection: _Projection
+    IndexStatus: str
+    Backfilling: bool
+    ProvisionedThroughput: _Throughput
+
+
+class _Billing(TypedDict, total=False):
+    BillingMode: str
+
+
+class _Replica(TypedDict, total=False):
+    RegionName: str
+
+
+class _Table(TypedDict, total=False):
+    TableStatus: Required[str]
+    KeySchema: Required[list[_KeyElement]]
+    TableName: str
+    TableId: str
+    TableArn: str
+    AttributeDefinitions: list[_AttributeDefinition]
+    GlobalSecondaryIndexes: list[_Index]
+    BillingModeSummary: _Billing
+    ProvisionedThroughput: _Throughput
+    ItemCount: int
+    TableSizeBytes: int
+    Replicas: list[_Replica]
+
+
+class _Described(TypedDict):
+    Table: _Table
+
+
+class _Recovery(TypedDict, total=False):
+    PointInTimeRecoveryStatus: str
+
+
+class _Backups(TypedDict, total=False):
+    PointInTimeRecoveryDescription: _Recovery
+
+
+class _ContinuousBackups(TypedDict):
+    ContinuousBackupsDescription: _Backups
+
+
+class _TableNames(TypedDict, total=False):
+    TableNames: Required[list[str]]
+    LastEvaluatedTableName: str | None
+
+
+class _Reason(TypedDict, total=False):
+    Code: str | None
+    Message: str | None
+    Item: Item | None
+
+
+_Failure = TypedDict(
+    "_Failure",
+    {
+        "__type": Required[str],
+        "message": str | None,
+        "Message": str | None,
+        "Item": Item | None,
+        "CancellationReasons": list[_Reason] | None,
+    },
+    total=False,
+)
+
+_SHAPES: Final[dict[str, Any]] = {
+    "GetItem": _Get,
+    "BatchGetItem": _BatchGet,
+    "Query": _Rows,
+    "Scan": _Rows,
+    "PutItem": dict[str, Any],
+    "UpdateItem": _Updated,
+    "DeleteItem": dict[str, Any],
+    "BatchWriteItem": _BatchWrite,
+    "BatchExecuteStatement": _Statements,
+    "TransactGetItems": _TransactGet,
+    "TransactWriteItems": dict[str, Any],
+    "DescribeTable": _Described,
+    "ListTables": _TableNames,
+    "CreateTable": _Any,
+    "UpdateTable": _Any,
+    "DeleteTable": _Any,
+    "DescribeContinuousBackups": _ContinuousBackups,
+    "UpdateContinuousBackups": _Any,
+}
+_DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
+    operation: msgspec.json.Decoder(shape).decode for operation, shape in _SHAPES.items()
+}
+_DECODE_FAILURE: Final = msgspec.json.Decoder(_Failure).decode
+
+# What decoding raises for bytes that are no JSON, no UTF-8, of another shape, or nested for ever.
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+def read_answer(
+    operation: str,
+    params: Mapping[str, Any],
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+) -> dict[str, Any]:
+    """What an answer says to a request.
+
+    Raises:
+        BadAnswer: it is none; `outcome_unknown`.
+        StorageError: by `errors.translate`.
+    """
+    if not _is_whole(headers.get("x-amz-crc32"), body):
+        raise AnswerLost("the answer of DynamoDB arrived damaged", outcome_unknown=True)
+    if status != 200:
+        raise _failure(status, headers, body, params)
+    kind = headers.get("content-type", "json")
+    if "json" not in kind.lower():
+        raise _bad(f"its type is {kind[:80]!r}")
+    try:
+        if not body.isascii():
+            body.decode()  # also where nothing of it is read
+        answer: dict[str, Any] = _DECODE[operation](body)
+    except _UNREADABLE as exc:
+        raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
+    check(operation, params, answer)
+    return answer
+
+
+def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[str, Any]:
+    """The same of an answer that another driver has decoded.
+
+    Raises:
+        BadAnswer.
+    """
+    try:
+        converted: dict[str, Any] = msgspec.convert(answer, _SHAPES[operation])
+    except _UNREADABLE as exc:
+        raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
+    check(operation, params, converted)
+    return converted
+
+
+def _is_whole(checksum: str | None, body: bytes) -> bool:
+    return checksum is None or checksum == str(zlib.crc32(body))
+
+
+def _bad(why: str) -> BadAnswer:
+    return BadAnswer(
+        f"what answers is not DynamoDB, or something between changes its answers: {why}",
+        outcome_unknown=True,
+    )
+
+
+# -- that it speaks of what was asked for ----------------------------------------------------
+
+
+def check(operation: str, params: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+    """That an answer of the right shape belongs to its request.
+
+    Raises:
+        BadAnswer.
+    """
+    test = _CHECKS.get(operation)
+    if test is not None and not test(params, answer):
+        raise _bad(f"it does not belong to its {operation}")
+
+
+def _check_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    item = answer.get("Item")
+    return item is None or all(item.get(name) == each for name, each in params["Key"].items())
+
+
+def _check_batch_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    asked = {table: _ids(each["Keys"]) for table, each in params["RequestItems"].items()}
+    return all(
+        table in asked and _ids_of(items, asked[table]) <= asked[table].keys()
+        for table, items in answer["Responses"].items()
+    ) and all(
+        table in asked and _ids_of(left["Keys"], asked[table]) <= asked[table].keys()
+        for table, left in (answer.get("UnprocessedKeys") or {}).items()
+    )
+
+
+def _ids(keys: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The ids of keys, and the one attribute that holds them."""
+    return {held["S"]: name for key in keys for name, held in key.items()}
+
+
+def _ids_of(items: Sequence[Mapping[str, Any]], asked: Mapping[str, str]) -> set[str]:
+    """The ids of items; "" for one that has none, which nobody asks for."""
+    name = next(iter(asked.values()))
+    return {cast("str", each.get(name, {}).get("S", "")) for each in items}
+
+
+def _check_rows(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    last = answer.get("LastEvaluatedKey")
+    if last and last == params.get("ExclusiveStartKey"):
+        return False  # it would go on for ever
+    return answer["Count"] >= 0 and (params.get("Select") == "COUNT" or "Items" in answer)
+
+
+def _check_written(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    # All that says that a write was done is an empty map, and not every empty page says that.
+    return answer.keys() <= {"Attributes", "ConsumedCapacity", "ItemCollectionMetrics"}
+
+
+def _check_update(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    return "ReturnValues" not in params or "Attributes" in answer
+
+
+def _check_statements(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    return len(answer["Responses"]) == len(params["Statements"])
+
+
+def _check_transact_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    asked, responses = params["TransactItems"], answer["Responses"]
+    return len(responses) == len(asked) and all(
+        _check_get(each["Get"], response) for each, response in zip(asked, responses, strict=True)
+    )
+
+
+_CHECKS: Final[Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], bool]]] = {
+    "GetItem": _check_get,
+    "BatchGetItem": _check_batch_get,
+    "Query": _check_rows,
+    "Scan": _check_rows,
+    "PutItem": _check_written,
+    "DeleteItem": _check_written,
+    "TransactWriteItems": _check_written,
+    "UpdateItem": _check_update,
+    "BatchExecuteStatement": _check_statements,
+    "TransactGetItems": _check_transact_get,
+}
+
+
+# -- failures --------------------------------------------------------------------------------
+
+
+def _failure(
+    status: int, headers: Mapping[str, str], body: bytes, params: Mapping[str, Any]
+) -> StorageError:
+    """The error of an answer that is not 200."""
+    try:
+        failure = _DECODE_FAILURE(body)
+    except _UNREADABLE:
+        return _of_others(status, headers)
+    if not 400 <= status < 600:
+        return _of_others(status, headers)
+    code = str(failure["__type"])
+    reasons = failure.get("CancellationReasons")
+    if code.endswith("TransactionCanceledException") and len(reasons or ()) != len(
+        params.get("TransactItems", ())
+    ):
+        # Nothing was written, and what stood in the way is not said.
+        return BadAnswer("DynamoDB cancelled a transaction and gave no reasons")
+    message = failure.get("message") or failure.get("Message") or ""
+    return translate(code, message, status, failure)
+
+
+def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
+    """The error of an answer that is not DynamoDB's: a proxy's, a firewall's, another server's.
+
+    Whether a write went through before it, nobody knows.
+    """
+    who = f"HTTP {status}, and not from DynamoDB"
+    if 300 <= status < 400:
+        return ProtocolError(
+            f"a redirect{_target(headers)} ({who}); it is not followed, as credentials belong to one host: "
+            "look at dynamodb_strategy.endpoint_url and at proxies",
+            outcome_unknown=True,
+        )
+    if status == 407:
+        return AuthenticationError(
+            f"the proxy asks for credentials ({who}): look at HTTPS_PROXY and HTTP_PROXY",
+            outcome_unknown=True,
+        )
+    if status in (401, 403):
+        return PermissionDeniedError(
+            f"access was refused ({who}): a proxy, a firewall or another server stands at the "
+            "endpoint",
+            outcome_unknown=True,
+        )
+    if status == 413:
+        return ProtocolError(
+            f"the request was too large for something before DynamoDB ({who})",
+            outcome_unknown=True,
+        )
+    if status == 429:
+        return ThrottledError(f"asked for less ({who})", outcome_unknown=True)
+    if status == 408 or status >= 500:
+        return UnavailableError(f"no answer of DynamoDB ({who})", outcome_unknown=True)
+    return _bad(who)
+
+
+def _target(headers: Mapping[str, str]) -> str:
+    """The host that a redirect names, without all that may be secret in its URL."""
+    try:
+        host = urlsplit(headers.get("location", "")).hostname
+    except ValueError:
+        host = None
+    return f" to {host[:255]}" if host else ""

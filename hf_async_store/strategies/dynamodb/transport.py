@@ -1,0 +1,118 @@
+"""How requests travel: aiobotocore's HTTP session, without what nobody asked it for.
+
+Every client that a store makes uses it: the one of DynamoDB, of auto scaling, and those by which
+botocore asks for credentials. Imported with the driver, at the first use of a store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+
+from aiobotocore.httpsession import AIOHTTPSession  # type: ignore[import-untyped]  # no types
+from aiohttp import ClientPayloadError, ClientSession, ClientTimeout
+from botocore.exceptions import ReadTimeoutError  # type: ignore[import-untyped]  # it has no types
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# The largest answer is one of BatchGetItem: 16 MB of items, which as JSON are at most 7 times that.
+MOST_BYTES: Final = 128 * 2**20
+
+_SECONDS: Final = 60.0
+"""For a client that sets no timeout."""
+
+
+class _Response(NamedTuple):
+    """What aiobotocore reads of a response, whose body is here already."""
+
+    url: Any
+    status: int
+    raw_headers: Any
+    body: bytes
+
+    async def read(self) -> bytes:
+        return self.body
+
+
+class _Requests:
+    """A session of aiohttp that follows no redirect and reads a bounded body.
+
+    Headers are signed for one host, and hold a session token that is good at any: they go nowhere
+    else, whatever an answer asks for.
+    """
+
+    def __init__(self, session: ClientSession) -> None:
+        self._session = session
+
+    async def request(self, method: str, **options: Any) -> _Response:
+        response = await self._session.request(method, **options, allow_redirects=False)
+        try:
+            pieces: list[bytes] = []
+            size = 0
+            while piece := await response.content.readany():
+                size += len(piece)
+                if size > MOST_BYTES:
+                    raise ClientPayloadError(f"an answer of more than {MOST_BYTES} bytes")
+                pieces.append(piece)
+        except BaseException:
+            response.close()
+            raise
+        response.release()
+        return _Response(response.url, response.status, response.raw_headers, b"".join(pieces))
+
+
+class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
+    """One request takes `connect_timeout` and `read_timeout` together at most, however it drips."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        timeout = cast("ClientTimeout", vars(self)["_timeout"])
+        connect, read = timeout.sock_connect or _SECONDS, timeout.sock_read or _SECONDS
+        self._seconds = connect + read
+        # With the look-up of the name. There is no waiting for a connection: see `_slots`.
+        self._timeout = ClientTimeout(connect=connect, sock_connect=connect, sock_read=read)
+        # As many as there are connections, so that waiting for one is not taken for a slow server.
+        self._slots = asyncio.Semaphore(self._max_pool_connections)
+        self._unclosed: weakref.finalize[Any, Any] | None = None
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        self._unclosed = weakref.finalize(self, _abandon, self._sessions)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._unclosed is not None:
+            self._unclosed.detach()
+        await super().__aexit__(*exc)
+
+    async def _get_session(self, proxy_url: str | None) -> _Requests:
+        return _Requests(await super()._get_session(proxy_url))
+
+    async def send(self, request: Any) -> Any:
+        async with self._slots:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    return await super().send(request)
+            except TimeoutError as exc:
+                raise ReadTimeoutError(endpoint_url=request.url, error=exc) from exc
+
+
+def _abandon(sessions: Mapping[object, ClientSession]) -> None:
+    """Close what nobody closed: without it aiohttp logs an error for each of its parts."""
+    if not sessions:
+        return
+    warnings.warn(
+        "a DynamoDB store was not closed: use `async with`, or `await store.close()`",
+        ResourceWarning,
+        stacklevel=2,
+    )
+    for session in sessions.values():
+        connector = session.connector
+        session.detach()
+        if connector is not None:
+            with suppress(RuntimeError):  # the event loop has ended before it
+                connector._close()  # `close()` waits, which nobody can do here

@@ -1,0 +1,295 @@
+"""Which store it is, whether it is there, and whether its tables are what is declared."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store import (
+    Collection,
+    Field,
+    Index,
+    PermissionDeniedError,
+    SchemaMismatchError,
+    StorageError,
+    StoreNotFoundError,
+    open_store,
+)
+from tests.dynamodb.proxy import Answer, Changed
+from tests.dynamodb.support import new_prefix, store_at
+
+if TYPE_CHECKING:
+    from hf_async_store import DynamoDBStorageStrategy
+    from tests.dynamodb.proxy import Proxy
+
+THINGS = [Collection("things", key="id", fields=["owner", "status"], indexes=["owner"])]
+
+
+async def _make_table(store: DynamoDBStorageStrategy, **parts: Any) -> None:
+    """The table of `things`, made by another program."""
+    request = {**store._dynamodb.tables.request("things"), **parts}
+    await store._dynamodb.client.call("CreateTable", request)
+
+
+# -- whether it is there ---------------------------------------------------------------------
+
+
+async def test_reads_of_an_absent_store_answer_as_an_empty_one_and_make_nothing(
+    proxy: Proxy,
+) -> None:
+    async with store_at(proxy.url) as store:
+        assert not await store.exists()
+        assert await store.get_entity("items", "a") is None
+        assert await store.get_entities("items", ["a", "b"]) == [None, None]
+        assert await store.query_entities("items") == []
+        assert await store.query_entities("items", {"label": "x"}, "-created_at") == []
+        assert await store.count_entities("items") == 0
+        assert (await store.query_page("items", limit=2)).items == []
+        async with aclosing(store.stream_entities("items")) as rows:
+            assert [each async for each in rows] == []
+        assert await store.query_by_gsi("items", "label-index", "label = :l", {":l": "x"}) == []
+        assert (await store.explain_query("items", {"label": "x"})).access == "scan"
+        async with store.begin_transaction() as tx:
+            assert await tx.get_entity("items", "a") is None
+            assert await tx.get_entities("items", ["b", "c"]) == [None, None]
+            assert await tx.query_entities("items") == []
+        async with store.snapshot() as reader:
+            assert await reader.fetch([]) == []
+        await store.test_connection()
+        await store.health()
+        await store.compare_tables()
+        assert await store._engine.undeclared() == []
+        assert not await store.exists()
+        assert proxy.counted()["CreateTable"] == 0
+        # The first write makes it.
+        assert await store.create_entity("items", {"item_id": "a"}) == 1
+        assert await store.exists()
+        assert await store.get_entity("items", "a")
+        assert proxy.counted()["CreateTable"] == 1
+
+
+async def test_a_transaction_keeps_what_it_did_not_find_in_a_table_that_was_not_there(
+    proxy: Proxy,
+) -> None:
+    """What it read is a condition of its commit, be it nothing."""
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+
+        async def lose() -> None:
+            async with store.begin_transaction() as tx:
+                assert await tx.get_entity("counters", "c") is None
+                await other.create_entity("counters", {"counter_id": "c"})
+                await tx.create_entity("items", {"item_id": "a"})
+
+        with pytest.raises(StorageError) as caught:
+            await lose()
+        assert caught.value.retryable
+        assert await store.get_entity("items", "a") is None
+
+
+async def test_whether_it_is_there_without_the_right_to_look(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    denied = Answer(400, {"__type": "AccessDeniedException", "message": "no"})
+    proxy.rule = lambda request: denied if request.operation == "DescribeTable" else None
+    async with store_at(proxy.url, prefix) as store:
+        assert not await store.exists()
+        assert await store.get_entity("items", "a") is None
+        assert await store.query_entities("items") == []
+        proxy.rule = None
+        async with store_at(proxy.url, prefix) as other:
+            await other.create_entity("items", {"item_id": "a"})
+        proxy.rule = lambda request: denied if request.operation == "DescribeTable" else None
+        assert await store.exists()
+        assert await store.get_entity("items", "a")
+
+
+# -- which one it is -------------------------------------------------------------------------
+
+
+async def test_two_ways_to_one_store(proxy: Proxy, tmp_path: Any) -> None:
+    prefix, elsewhere = new_prefix(), new_prefix()
+    other_url = proxy.url.replace("127.0.0.1", "localhost")
+    async with (
+        store_at(proxy.url, prefix) as one,
+        store_at(other_url, prefix, THINGS) as same,
+        store_at(proxy.url, elsewhere) as another,
+        open_store(f"json:{tmp_path}/data") as of_another_kind,
+    ):
+        with pytest.raises(StoreNotFoundError):
+            await one._engine.is_same_store(another._engine)
+        await one.create_entity("items", {"item_id": "a"})
+        assert not await one._engine.is_same_store(another._engine)
+        await another.create_entity("items", {"item_id": "a"})
+        assert await one._engine.is_same_store(one._engine)
+        assert await one._engine.is_same_store(same._engine), "whatever is declared"
+        assert await same._engine.is_same_store(one._engine)
+        assert not await one._engine.is_same_store(another._engine)
+        assert not await one._engine.is_same_store(of_another_kind._engine)
+        assert not await same.exists(), "nothing was made"
+
+
+async def test_replicas_of_a_global_table_are_one_store(proxy: Proxy) -> None:
+    """Their tables have ids of their own, and what is deleted in one is deleted in all."""
+    prefix = new_prefix()
+
+    def described(region: str, table_id: str) -> Changed:
+        def change(body: dict[str, Any]) -> dict[str, Any]:
+            if "Table" in body:
+                name = body["Table"]["TableName"]
+                body["Table"]["TableId"] = table_id
+                body["Table"]["TableArn"] = f"arn:aws:dynamodb:{region}:123:table/{name}"
+                others = {"eu-west-1", "us-east-1"} - {region}
+                body["Table"]["Replicas"] = [{"RegionName": each} for each in others]
+            return body
+
+        return Changed(change)
+
+    async with store_at(proxy.url, prefix) as one, store_at(proxy.url, prefix) as two:
+        await one.create_entity("items", {"item_id": "a"})
+        seen: dict[int, Changed] = {}
+
+        def rule(request: Any) -> Changed | None:
+            if request.operation != "DescribeTable":
+                return None
+            side = len(seen) // len(one._schema)
+            seen[len(seen)] = answer = described(
+                ("us-east-1", "eu-west-1")[min(side, 1)], str(side)
+            )
+            return answer
+
+        proxy.rule = rule
+        assert await one._engine.is_same_store(two._engine)
+
+
+async def test_a_server_that_does_not_say_which_table_it_is(proxy: Proxy) -> None:
+    def without_id(body: dict[str, Any]) -> dict[str, Any]:
+        body.get("Table", {}).pop("TableId", None)
+        return body
+
+    async with store_at(proxy.url) as one, store_at(proxy.url) as two:
+        await one.create_entity("items", {"item_id": "a"})
+        await two.create_entity("items", {"item_id": "a"})
+        proxy.rule = lambda request: Changed(without_id)
+        with pytest.raises(StorageError, match="TableId"):
+            await one._engine.is_same_store(two._engine)
+
+
+async def test_tables_that_no_collection_declares(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix, THINGS) as other:
+        await other.create_tables()
+        await store.create_entity("items", {"item_id": "a"})
+        assert await store._engine.undeclared() == ["things"]
+        assert await other._engine.undeclared() == ["items"]
+        pages = 0
+
+        def in_pages(body: dict[str, Any]) -> dict[str, Any]:
+            nonlocal pages
+            pages += 1
+            names = body["TableNames"]
+            return (
+                {"TableNames": names[:1], "LastEvaluatedTableName": names[0]}
+                if len(names) > 1
+                else body
+            )
+
+        proxy.rule = lambda request: (
+            Changed(in_pages) if request.operation == "ListTables" else None
+        )
+        assert await store._engine.undeclared() == ["things"]
+        assert pages > 1
+        denied = Answer(400, {"__type": "AccessDeniedException", "message": "no"})
+        proxy.rule = lambda request: denied
+        with pytest.raises(PermissionDeniedError):
+            await store._engine.undeclared()
+
+
+# -- whether it is what is declared ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "more"),
+    [("pk", "S", []), ("id", "N", []), ("id", "S", [{"AttributeName": "at", "KeyType": "RANGE"}])],
+    ids=["another", "a number", "with a sort key"],
+)
+async def test_a_table_with_another_key(proxy: Proxy, key: str, kind: str, more: list[Any]) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, THINGS) as store:
+        await _make_table(
+            store,
+            KeySchema=[{"AttributeName": key, "KeyType": "HASH"}, *more],
+            AttributeDefinitions=[
+                {"AttributeName": key, "AttributeType": kind},
+                {"AttributeName": "owner", "AttributeType": "S"},
+                *({"AttributeName": each["AttributeName"], "AttributeType": "S"} for each in more),
+            ],
+        )
+        for work in (
+            store.get_entity("things", "a"),
+            store.query_entities("things"),
+            store.create_entity("things", {"id": "a"}),
+            store.query_by_gsi("things", "owner-index", "owner = :o", {":o": "x"}),
+            store.update_entity("things", "a", {}, condition_expression="attribute_exists(id)"),
+        ):
+            with pytest.raises(SchemaMismatchError, match=f"{prefix}_things is {key}"):
+                await work
+        report = await store.health()
+        assert f"{prefix}_things is {key}" in str(report["problems"])
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "projection"),
+    [("owner", "S", "KEYS_ONLY"), ("status", "S", "ALL"), ("owner", "N", "ALL")],
+    ids=["projection", "key", "type"],
+)
+async def test_an_index_that_is_another_one_is_not_used(
+    proxy: Proxy, key: str, kind: str, projection: str
+) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, THINGS) as store:
+        await _make_table(
+            store,
+            AttributeDefinitions=[
+                {"AttributeName": "id", "AttributeType": "S"},
+                {"AttributeName": key, "AttributeType": kind},
+            ],
+            GlobalSecondaryIndexes=[
+                {
+                    "IndexName": "owner-index",
+                    "KeySchema": [{"AttributeName": key, "KeyType": "HASH"}],
+                    "Projection": {"ProjectionType": projection},
+                }
+            ],
+        )
+        if kind == "S":
+            await store.save_entity(
+                "things", {"id": "x", "owner": "ann", "status": "new", "size": 3}
+            )
+            for where in ({"owner": "ann"}, {"owner": "ann", "status": "new"}):
+                [found] = await store.query_entities("things", where)
+                assert found["size"] == 3
+                assert await store.count_entities("things", where) == 1
+                assert (await store.explain_query("things", where)).access == "scan"
+        report = await store.health()
+        assert not report["ok"]
+        assert "owner-index" in str(report["problems"])
+        compared: Any = await store.compare_tables()
+        assert compared["things"]["differences"] or kind == "N"
+        with pytest.raises(SchemaMismatchError, match="owner-index"):
+            await store.query_by_gsi("things", "owner-index", "owner = :o", {":o": "ann"})
+
+
+async def test_an_index_that_was_made_meanwhile(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    bare = [Collection("things", key="id", fields=[Field("owner", "text")])]
+    async with store_at(proxy.url, prefix, bare) as store:
+        await store.create_entity("things", {"id": "a"})
+    indexed = [Collection("things", key="id", fields=["owner"], indexes=[Index("owner")])]
+    async with store_at(proxy.url, prefix, indexed) as store:
+        with pytest.raises(SchemaMismatchError, match="create-tables"):
+            await store.query_by_gsi("things", "owner-index", "owner = :o", {":o": "x"})
+        async with store_at(proxy.url, prefix, indexed) as other:
+            await other.create_tables()
+        assert await store.query_by_gsi("things", "owner-index", "owner = :o", {":o": "x"}) == []
