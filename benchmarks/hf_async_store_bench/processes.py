@@ -36,6 +36,7 @@ class LineProcess:
         """
         paths = [source, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment["PYTHONSAFEPATH"] = "1"  # else the working directory would come before that
         with errors.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
