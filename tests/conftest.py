@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.harness import leave_out
-from hf_async_store.testing.servers import (
+from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
     ServerUnavailable,

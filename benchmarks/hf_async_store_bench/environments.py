@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self, cast
 
-from hf_async_store.testing.servers import (
+from hf_async_store_bench.messages import Environment, SystemUnderTest
+from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
     ServerUnavailable,
     dynamodb,
     postgres,
 )
-from hf_async_store_bench.messages import Environment, SystemUnderTest
 from hf_async_store_bench.worker_group import SkippedError
 
 _CREDENTIALS: Final = {

@@ -128,6 +128,7 @@ class Run:
             if scenario.system not in here:
                 continue
             if self._spent() + scenario.seconds > self._budget:
+                self._tell(f"{name}: {_NO_TIME}")
                 self._executor.skip(f"scenario {name}", _NO_TIME)
                 continue
             self._tell(f"{name}: {scenario.summary}")

@@ -23,7 +23,7 @@ _save = _Strategy.save_entity
 
 
 async def _slow(*given, **more):
-    await _asyncio.sleep(0.02)
+    await _asyncio.sleep(0.4)
     return await _save(*given, **more)
 
 
@@ -44,7 +44,7 @@ def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     product = Path(str(hf_async_store.__file__)).parent
     shutil.copytree(
-        product, folder / "hf_async_store", ignore=shutil.ignore_patterns("__pycache__")
+        product, folder / "hf_async_store", ignore=shutil.ignore_patterns("__pycache__", "testing")
     )
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
@@ -59,7 +59,7 @@ def repository(tmp_path: Path) -> Path:
 def test_a_slowdown_is_found_and_the_repository_left_as_it_was(repository: Path) -> None:
     command = [
         sys.executable, "-m", "hf_async_store_bench.two_commits", "HEAD~1", "--only", "json",
-        "--workload", "save", "--visits", "3", "--duration", "0.2",
+        "--workload", "save", "--visits", "3", "--duration", "0.4",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=repository, capture_output=True, text=True, timeout=270, check=False

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hf_async_store import DynamoDBStorageStrategy
-    from hf_async_store.testing.servers import DynamoDBServer
+    from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
 TASKS: Final = 12

@@ -23,13 +23,13 @@ from hf_async_store import (
     UnavailableError,
     open_store,
 )
-from hf_async_store.testing.servers import ServerUnavailable, postgres
+from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 SECRET = "p@ss:w/o?r%d #&+'\"\\ é${x}"
 

@@ -22,8 +22,8 @@ from hf_async_store import (
     UnavailableError,
     open_store,
 )
-from hf_async_store.testing.servers import ServerUnavailable, postgres
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
+from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
 from tests.sql.proxy import link_to
 

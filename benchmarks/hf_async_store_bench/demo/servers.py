@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.config import DynamoDBConfig, load_config
-from hf_async_store.testing.servers import ServerUnavailable, dynamodb
+from hf_async_store_bench.servers import ServerUnavailable, dynamodb
 
 if TYPE_CHECKING:
     from hf_async_store_bench.demo.plan import Settings

@@ -148,9 +148,11 @@ class PostgresServer:
         """The URL of a new database with all that another one holds, to which nobody is connected."""
         name = f"hf_{secrets.token_hex(6)}"
         original = urlsplit(url).path[1:]
-        # A process that has ended may still have its connection for a moment.
+        # The name is one that `database` made. An ended process may still have its connection.
         gone = f"datname = '{original}'"
-        self.run(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {gone}")  # noqa: S608  # a name that `database` made
+        self.run(
+            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {gone}"
+        )  # a name that `database` made
         self.run(f"CREATE DATABASE {name} TEMPLATE {original}")
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
 
