@@ -7,8 +7,10 @@ BENCH_STAMP := $(VENV)/.bench-installed
 DIST_STAMP := $(VENV)/.dist-installed
 STORE ?=
 DATA ?=
+BASE ?=
+OPTIONS ?=
 
-.PHONY: demo test test-long check format bench bench-full dist clean
+.PHONY: demo test test-long check format bench bench-full bench-compare dist clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
@@ -19,7 +21,7 @@ test: $(STAMP)  ## every test but the long sweeps
 test-long: $(STAMP)  ## the long sweeps, too
 	$(BIN)/python -m pytest -m "long or not long"
 
-check: $(STAMP)  ## style, types, and the floors of the house
+check: $(STAMP)  ## style, types, and which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,23 +37,26 @@ format: $(STAMP)
 bench: $(BENCH_STAMP)  ## measures this machine within 2 minutes; the report is in benchmarks/results
 	$(BIN)/hf-async-store bench --short --output benchmarks/results
 
-bench-full: $(BENCH_STAMP)  ## everything, and the engines' own figures; writes them to docs/benchmarks.md
-	$(BIN)/python benchmarks/report.py
+bench-full: $(BENCH_STAMP)  ## everything within 20 minutes; writes the results into docs/benchmarks.md
+	$(BIN)/hf-async-store bench --full --output benchmarks/results --page docs/benchmarks.md
+
+bench-compare: $(STAMP)  ## BASE=commit: is this checkout slower or faster than that commit?
+	$(BIN)/python -m hf_async_store_bench.two_commits $(BASE) $(OPTIONS)
 
 # The test servers have an environment of their own: what they require would rule out our drivers.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group lint --editable ".[all,bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group lint --editable ".[all]" --editable benchmarks
 	$(PYTHON) -m venv $(VENV)/servers
 	$(VENV)/servers/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(VENV)/servers/bin/python -m pip install --quiet --group servers
-	$(BIN)/python -m compileall -q hf_async_store  # also where PYTHONDONTWRITEBYTECODE is set
+	$(VENV)/servers/bin/python -m pip install --quiet --group benchmarks/pyproject.toml:servers
+	$(BIN)/python -m compileall -q hf_async_store benchmarks/hf_async_store_bench  # also where PYTHONDONTWRITEBYTECODE is set
 	touch $(STAMP)
 
-# What users would take instead of us, to be measured beside us.
+# The alternatives that a full run measures beside the engines.
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable "benchmarks[competitors]"
 	touch $(BENCH_STAMP)
 
 $(DIST_STAMP): $(STAMP)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.checks import no_complaints
 from hf_async_store.testing.harness import leave_out
-from hf_async_store.testing.servers import (
+from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
     ServerUnavailable,

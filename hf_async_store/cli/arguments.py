@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from importlib import import_module
-from typing import Any, Final, NamedTuple, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn
 
+from hf_async_store.cli.commands import Command
 from hf_async_store.cli.output import PROGRAM, line
 from hf_async_store.errors import InvalidInputError
 
@@ -62,31 +61,6 @@ A value is read as the field's declared type. In a json field, or one that is no
 JSON if it reads as such, else text: zone=7 is the number, zone:='"7"' the text. All must match.
 """
 
-Runner = Callable[[argparse.Namespace], int]
-
-
-class Command(NamedTuple):
-    """One command.
-
-    Attributes:
-        usage: its words; None where another module knows them.
-        summary: its line in the manual.
-        place: `module:function` of what runs it, imported when it is chosen.
-        add_arguments: makes its parser, imported likewise where it is no function of this module.
-        manual: what its `--help` says below the options.
-    """
-
-    usage: str | None
-    summary: str
-    place: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    manual: str = ""
-
-    def load(self) -> Runner:
-        module, _, name = self.place.partition(":")
-        runner: Runner = getattr(import_module(module), name)
-        return runner
-
 
 class _Manual(argparse.RawDescriptionHelpFormatter):
     """Help of one width: asking for that of the terminal imports every compressor there is."""
@@ -112,9 +86,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     top = _top_parser()
     found = top.parse_args(_glued(argv))
     name = found.command or ""
-    if name not in COMMANDS:
+    command = COMMANDS.get(name) or _of_another_package(name)
+    if command is None:
         raise InvalidInputError(_no_command(name))
-    command = COMMANDS[name]
     parser = _new_parser(
         prog=f"{PROGRAM} {name}",
         usage=None if command.usage is None else f"{PROGRAM} {command.usage}",
@@ -131,19 +105,51 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS)) + 2
+    width = _name_width()
     names = "\n".join(f"  {name:<{width}}{each.summary}" for name, each in COMMANDS.items())
-    parser = _new_parser(
+    parser = _TopParser(
+        formatter_class=_Manual,
+        allow_abbrev=False,
         prog=PROGRAM,
         usage=f"{PROGRAM} [OPTIONS] COMMAND ...",
         description=f"{_PURPOSE}\n\ncommands:\n{names}\n\n{_EXAMPLES}",
-        epilog=_MANUAL,
     )
     _add_common(parser)
     parser.add_argument("--version", action=_Version, help="show the version and exit")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+class _TopParser(_Parser):
+    """Names the commands of other packages when its help is asked for; finding them takes a while."""
+
+    def format_help(self) -> str:
+        from hf_async_store.cli.extensions import summaries
+
+        found = {**dict.fromkeys(ELSEWHERE, ""), **summaries()}
+        lines = [
+            f"  {name:<{_name_width()}}{summary or _install(name)}"
+            for name, summary in sorted(found.items())
+        ]
+        self.epilog = "commands of other packages:\n" + "\n".join(lines) + f"\n\n{_MANUAL}"
+        return super().format_help()
+
+
+def _of_another_package(name: str) -> Command | None:
+    if not name:
+        return None
+    from hf_async_store.cli.extensions import find
+
+    return find(name)
+
+
+def _install(name: str) -> str:
+    return f"not installed: pip install {ELSEWHERE[name]}"
+
+
+def _name_width() -> int:
+    return max(map(len, COMMANDS)) + 2
 
 
 def _new_parser(**options: Any) -> _Parser:
@@ -174,6 +180,8 @@ def _no_command(name: str) -> str:
     known = ", ".join(COMMANDS)
     if not name:
         return f"say what to do: {known} ({PROGRAM} --help)"
+    if name in ELSEWHERE:
+        return f"{name!r} is a command of another package, {_install(name)}"
     from difflib import get_close_matches
 
     close = get_close_matches(name, COMMANDS, n=1)
@@ -445,9 +453,8 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-def _foreign(module: str, parser: argparse.ArgumentParser, adds: str = "add_arguments") -> None:
-    getattr(import_module(module), adds)(parser)
-
+ELSEWHERE: Final = dict.fromkeys(("bench", "advise", "demo"), "hf-async-store-bench")
+"""Commands that a package of ours adds by an entry point; what to install for each."""
 
 _CLI: Final = "hf_async_store.cli"
 
@@ -632,33 +639,5 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "Exit code 3 if anything differs; what differs is named by id and field.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"
         f"  {PROGRAM} verify backups/backup_20250630T120000Z.jsonl.gz\n",
-    ),
-    "demo": Command(
-        None,
-        "see it at work: several processes on one store, one killed",
-        f"{_CLI}.upkeep:demo",
-        partial(_foreign, "hf_async_store.demo"),
-    ),
-    "bench": Command(
-        "bench [compare OLD.json NEW.json] [OPTIONS]",
-        "measure every engine here, beside its floor and its peers",
-        f"{_CLI}.benchmarks:bench",
-        partial(_foreign, "hf_async_store.bench"),
-        "The stores are temporary ones, and servers that are needed are started. --store adds one\n"
-        "with {folder} in its URL, as of a strategy of your own. The report is a page, Markdown,\n"
-        "JSON and PNG.\n"
-        "Exit code 4 if a write was lost or an answer was wrong.\n\n"
-        f"  {PROGRAM} bench\n"
-        f"  {PROGRAM} bench --full --output report\n"
-        f"  {PROGRAM} bench --only json --workload save --tasks 1 --processes 4\n"
-        f"  {PROGRAM} bench compare old/report.json new/report.json\n",
-    ),
-    "advise": Command(
-        "advise [OPTIONS]",
-        "recommend an engine for your load, by measuring it here",
-        f"{_CLI}.benchmarks:advise",
-        partial(_foreign, "hf_async_store.bench", adds="add_advise_arguments"),
-        "It takes about a minute, with temporary stores.\n\n"
-        f"  {PROGRAM} advise --entities 50000 --tasks 32 --processes 4 --reads-percent 90\n",
     ),
 }

@@ -3,7 +3,6 @@ create-tables, checkpoint; and the demo."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.cli import output
@@ -116,10 +115,3 @@ def checkpoint(arguments: Namespace) -> int:
         return 0
 
     return context.run(work, needs_store=True)
-
-
-def demo(arguments: Namespace) -> int:
-    import asyncio
-
-    module = import_module("hf_async_store.demo")
-    return int(asyncio.run(module.run(arguments)))

@@ -27,7 +27,6 @@ def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProce
         "--hide-scrollbars",
         "--host-resolver-rules=MAP * ~NOTFOUND",
         f"--user-data-dir={folder / 'browser'}",
-        "--window-size=1400,2400",
         *options,
         page.as_uri(),
     ]

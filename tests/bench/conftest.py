@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from hf_async_store.bench.places import Places
-from hf_async_store.bench.plan import Load, Subject
-from hf_async_store.bench.results import Results
-from hf_async_store.bench.run import Run
-from hf_async_store.bench.settings import Settings
+from hf_async_store_bench.environments import Environments
+from hf_async_store_bench.messages import Load, SystemUnderTest
+from hf_async_store_bench.results import Results
+from hf_async_store_bench.run import Run
+from hf_async_store_bench.settings import Settings
 
 HERE = Path(__file__).parent
 Measure = Callable[..., Coroutine[Any, Any, Results]]
@@ -28,14 +28,14 @@ def planted_engines_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Measure:
-    """A small run of some subjects under some loads."""
+    """A small run of some systems under some loads."""
 
-    async def run(subjects: list[Subject], *loads: Load, **changed: Any) -> Results:
+    async def run(systems: list[SystemUnderTest], *loads: Load, **changed: Any) -> Results:
         settings = {"rounds": 3, "duration": 0.3, "steady": 1.0, **changed}
-        with Places(folder=str(tmp_path)) as places:
+        with Environments(folder=str(tmp_path)) as environments:
             told: list[str] = []
             chosen = Settings(mode="test", loads=loads, **settings)
-            results = await Run(chosen, subjects, places, told.append).whole()
+            results = await Run(chosen, systems, environments, told.append).whole()
         assert told
         assert list(tmp_path.iterdir()) == []
         return results

@@ -8,31 +8,31 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from hf_async_store.bench.data import Entity
-from hf_async_store.bench.plan import Kind, Place, Subject
-from hf_async_store.bench.targets import StoreTarget
 from hf_async_store.entities import Change, Outcome, Put
 from hf_async_store.strategies.memory import MemoryStorageStrategy
+from hf_async_store_bench.adapters import StoreAdapter
+from hf_async_store_bench.data import Entity
+from hf_async_store_bench.messages import Environment, Role, SystemUnderTest
 
 
-def subject(fault: str, kind: Kind = "strategy") -> Subject:
-    return Subject(
+def system(fault: str, role: Role = "strategy") -> SystemUnderTest:
+    return SystemUnderTest(
         name=fault,
-        kind=kind,
-        family="memory",
-        target=f"planted:{fault}",
-        place="nothing",
+        role=role,
+        engine="memory",
+        adapter=f"planted:{fault}",
+        needs="nothing",
         url="memory:",
     )
 
 
-class Good(StoreTarget):
+class Good(StoreAdapter):
     """The memory engine as it is."""
 
     kind: type[MemoryStorageStrategy] = MemoryStorageStrategy
 
     @classmethod
-    async def open(cls, place: Place) -> Self:
+    async def open(cls, environment: Environment) -> Self:
         return cls(await cls.kind({"strategy": "memory"}).open())
 
 

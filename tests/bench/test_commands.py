@@ -13,10 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hf_async_store.bench import advise
-from hf_async_store.bench.plan import Load
-from hf_async_store.bench.results import Results
 from hf_async_store.cli import main
+from hf_async_store_bench import recommend
+from hf_async_store_bench.messages import Load, decode
+from hf_async_store_bench.results import Results
 
 SMALL = ["--entities", "200", "--tasks", "4", "--rounds", "2", "--duration", "0.1"]
 
@@ -38,14 +38,14 @@ def test_a_run_writes_its_report_and_two_can_be_compared(tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         assert "Every invariant held" in done.stdout
         assert "json split" in done.stdout
-        assert "save, 4 tasks: 2 subjects" in done.stderr
+        assert "save, 4 tasks: 2 systems" in done.stderr
     old, new = (str(tmp_path / each / "report.json") for each in ("old", "new"))
     compared = called("bench", "compare", old, new)
     assert compared.returncode == 0, compared.stderr
     assert "save, 4 tasks" in compared.stdout
     assert "may be the machine" in compared.stdout
     lines = called("bench", "compare", old, new, "--json").stdout.splitlines()
-    assert {json.loads(each)["subject"] for each in lines} == {"json split", "group commit by hand"}
+    assert {json.loads(each)["system"] for each in lines} == {"json split", "group commit by hand"}
 
 
 def test_a_store_of_a_url_is_measured_in_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -55,31 +55,9 @@ def test_a_store_of_a_url_is_measured_in_a_folder_of_its_own(tmp_path: Path) -> 
         "--folder", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = msgspec.json.decode(done.stdout, type=Results)
-    assert [each.subject for each in results.cells] == ["memory", "yours (json)"]
+    results = decode(done.stdout.encode(), Results)
+    assert [each.system for each in results.cells] == ["memory", "yours (json)"]
     assert [each.name for each in tmp_path.iterdir()] == ["report"]
-
-
-def test_figures_of_a_script_become_rows(tmp_path: Path) -> None:
-    figure = {"row": "r", "what": "w", "median": 2.0, "low": 1.0, "high": 3.0, "unit": "x"}
-    rows = [
-        {**figure, "target": "at most 1.5", "met": False},
-        {**figure, "target": None, "met": None},
-    ]
-    script = tmp_path / "json_store.json"
-    script.write_text(json.dumps({"figures": rows}))
-    done = called(
-        "bench", *SMALL, "--only", "memory", "--workload", "get", "--figures", str(script),
-        "--output", str(tmp_path / "report"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "1 missed" in done.stdout
-    found = [
-        each
-        for each in Results.read(tmp_path / "report/report.json").figures
-        if each.what == "r: w"
-    ]
-    assert [(each.engine, each.met, each.value) for each in found] == [("json", False, 2.0)]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +68,8 @@ def test_figures_of_a_script_become_rows(tmp_path: Path) -> None:
         (["--only", "oracle"], "nothing to measure is called 'oracle'"),
         (["--workload", "dance"], "no workload 'dance'"),
         (["--store", "json:data"], "needs {folder}"),
-        (["--figures", "no.json"], "these are no figures"),
-        (["--tasks", "0"], "invalid number from 1 on value"),
+        (["--page", "no.md"], "no.md: cannot be read"),
+        (["--tasks", "0"], "invalid number >= 1 value"),
         (["--reads-percent", "101"], "invalid number from 0 to 100 value"),
         (["--short", "--full"], "not allowed with"),
     ],
@@ -117,22 +95,22 @@ def test_a_file_that_is_no_result_is_refused(
 # -- advice ---------------------------------------------------------------------------------
 
 
-def candidate(engine: str, rate: float, against: str = "") -> advise.Candidate:
-    return advise.Candidate(
+def candidate(engine: str, rate: float, against: str = "") -> recommend.Candidate:
+    return recommend.Candidate(
         engine=engine, rate=rate, low=rate, high=rate, p50=0.001, p99=0.002, memory=1e6,
         needs="this", against=against,
     )  # fmt: skip
 
 
-def advice(*candidates: advise.Candidate, entities: int = 10) -> advise.Advice:
-    found = advise.Advice(
-        wanted=advise.Wanted(entities=entities, tasks=1, processes=1, reads=80),
+def advice(*candidates: recommend.Candidate, entities: int = 10) -> recommend.Advice:
+    found = recommend.Advice(
+        wanted=recommend.Wanted(entities=entities, tasks=1, processes=1, reads=80),
         measured=Load(workload="mixed", entities=10),
         candidates=list(candidates),
-        left_out=[],
+        skipped=[],
         failures=[],
     )
-    advise.decide(found)
+    recommend.decide(found)
     return found
 
 
@@ -150,11 +128,11 @@ def test_what_does_not_fit_is_not_recommended() -> None:
     found = advice(candidate("json", 100, "would take 900 GB of memory"), candidate("sqlite", 10))
     assert found.engine == "sqlite"
     assert advice(candidate("json", 100, "no")).engine is None
-    assert "no engine" in advise.as_text(advice(candidate("json", 100, "no")))
+    assert "no engine" in recommend.as_text(advice(candidate("json", 100, "no")))
 
 
 def test_figures_stand_behind_the_advice() -> None:
-    told = advise.as_text(
+    told = recommend.as_text(
         advice(candidate("json", 1234), candidate("dynamodb", 200), entities=10**6)
     )
     assert "1,230" in told
@@ -170,7 +148,7 @@ def test_advise_measures_and_recommends(tmp_path: Path) -> None:
         "--reads-percent", "90", "--json", "--folder", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = msgspec.json.decode(done.stdout, type=advise.Advice)
+    found = msgspec.json.decode(done.stdout, type=recommend.Advice)
     measured = {each.engine: each for each in found.candidates}
     assert found.engine in measured
     assert measured["json"].rate > 10
@@ -181,11 +159,11 @@ def test_advise_measures_and_recommends(tmp_path: Path) -> None:
 
 
 def test_the_short_run_has_the_sides_that_it_names() -> None:
-    from hf_async_store.bench.settings import SHORT_SUBJECTS
-    from hf_async_store.bench.subjects import ALL
+    from hf_async_store_bench.settings import SHORT_SYSTEMS
+    from hf_async_store_bench.systems import ALL
 
-    assert set(SHORT_SUBJECTS) <= {each.name for each in ALL}
-    assert "tinydb" not in SHORT_SUBJECTS
+    assert set(SHORT_SYSTEMS) <= {each.name for each in ALL}
+    assert "tinydb" not in SHORT_SYSTEMS
 
 
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -33,8 +33,8 @@ NOT_NEEDED = {
     "hf_async_store.cli.jsonfiles",
     "hf_async_store.cli.tables",
     "hf_async_store.cli.upkeep",
-    "hf_async_store.bench",
-    "hf_async_store.demo",
+    "hf_async_store_bench",
+    "importlib.metadata",
     "hf_async_store.strategies.memory",
     "hf_async_store.testing",
 }

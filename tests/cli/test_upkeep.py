@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,8 +14,6 @@ from command import absolute
 from hf_async_store import open_store
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
-
     from command import Cli
 
 # -- init -----------------------------------------------------------------------------------
@@ -274,27 +271,3 @@ def test_collections_that_cannot_be_had(cli: Cli, named: str, told: str) -> None
     ran = cli("count", "orders", "--collections", named)
     assert ran.code == 2
     assert told in ran.message
-
-
-# -- the demo -------------------------------------------------------------------------------
-
-
-def test_the_demo_is_asked_only_when_it_is_chosen(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    demo = ModuleType("hf_async_store.demo")
-    seen: list[Namespace] = []
-
-    def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("--data")
-        parser.add_argument("--store", help="its own meaning")
-
-    async def run(arguments: Namespace) -> int:
-        seen.append(arguments)
-        return 4
-
-    demo.__dict__.update(add_arguments=add_arguments, run=run)
-    monkeypatch.setitem(sys.modules, "hf_async_store.demo", demo)
-    assert cli("--config", "c.json", "demo", "--data", "d", "--store", "memory:").code == 4
-    assert (seen[0].data, seen[0].store, seen[0].config) == ("d", "memory:", "c.json")
-    assert cli("demo", "--help").out.startswith("usage: hf-async-store demo")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 class MemoryHarness:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from hf_async_store.testing.servers import DynamoDBServer, PostgresServer
+    from hf_async_store_bench.servers import DynamoDBServer, PostgresServer
 
 
 def json_at(name: str) -> Callable[[], AbstractContextManager[Stores]]:

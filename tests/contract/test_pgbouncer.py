@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.testing.servers import ServerUnavailable, pgbouncer
+from hf_async_store_bench.servers import ServerUnavailable, pgbouncer
 from tests.contract.expected import OneStatementForAll
 from tests.contract.harnesses import PgbouncerHarness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.contract.harnesses import PostgreSQLHarness
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 class TestPostgreSQL(OneStatementForAll):

@@ -21,11 +21,12 @@ import pytest
 from rich.console import Console
 
 from hf_async_store import ConfigurationError, StorageStrategy, open_store
-from hf_async_store.demo import add_arguments, report, run
-from hf_async_store.demo.ledger import Notes
-from hf_async_store.demo.plan import Plan, Settings, draw_sizes, shares
-from hf_async_store.demo.play import FAILED, PASSED, play
 from hf_async_store.strategies.memory import MemoryStorageStrategy
+from hf_async_store_bench.cli.demo import add_arguments, run
+from hf_async_store_bench.demo import report
+from hf_async_store_bench.demo.plan import Plan, Settings, draw_sizes, shares
+from hf_async_store_bench.demo.runner import FAILED, PASSED, run_demo
+from hf_async_store_bench.demo.write_log import ProcessLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ async def test_three_processes_on_data_from_the_field(
     field_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = digests(field_data)
-    assert await play(short(data=str(field_data))) == PASSED
+    assert await run_demo(short(data=str(field_data))) == PASSED
     out = capsys.readouterr().out
     assert re.search(r"Working on a copy of .*: \d+ templates, \d+ requests, [\d,]+ machines", out)
     assert re.search(r"Killed process 3 \(pid \d+\) by SIGKILL", out)
@@ -66,7 +67,7 @@ async def test_three_processes_on_data_from_the_field(
 
 
 async def test_memory_is_one_process(capsys: pytest.CaptureFixture[str]) -> None:
-    assert await play(short(store="memory:", requests=8)) == PASSED
+    assert await run_demo(short(store="memory:", requests=8)) == PASSED
     out = capsys.readouterr().out
     assert "One process only" in out
     assert "No data to start from" in out
@@ -81,33 +82,31 @@ async def test_a_store_of_ones_own_is_left_with_what_was_written(
         await store.create_entity("templates", {"template_id": "mine", "name": "not yours"})
         mine = await store.get_entity("templates", "mine")
     again = short(store=url, data=str(single_file), requests=6, processes=1)
-    assert await play(again) == PASSED
+    assert await run_demo(again) == PASSED
     assert "Imported from a copy" in capsys.readouterr().out
     async with open_store(url) as store:
         assert await store.get_entity("templates", "mine") == mine
-    assert await play(again) == PASSED
+    assert await run_demo(again) == PASSED
     assert "already: nothing is imported" in capsys.readouterr().out
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-async def test_arguments_config_and_keep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arguments_config_and_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"strategy": "memory"}))
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
     add_arguments(parser)
     asked = ["--config", str(config), "--requests", "3", "--seconds", "2", "--keep"]
-    assert await run(parser.parse_args(asked)) == PASSED
+    assert run(parser.parse_args(asked)) == PASSED
     assert "(kept in " in capsys.readouterr().out
     (kept,) = (tmp_path / "tmp").iterdir()
-    assert Notes.of(kept / "process-1.notes").operations
+    assert ProcessLog.of(kept / "process-1.notes").operations
 
 
 async def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no JSON store there"):
-        await play(short(data=str(tmp_path / "nowhere")))
+        await run_demo(short(data=str(tmp_path / "nowhere")))
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -130,12 +129,14 @@ class Small(MemoryStorageStrategy):
 
 async def test_bursts_beyond_a_transaction_come_piecemeal(tmp_path: Path) -> None:
     settings = short(store="memory:", requests=8, keep=True)
-    assert await play(settings, lambda plan: Small()) == PASSED
+    assert await run_demo(settings, lambda plan: Small()) == PASSED
     (kept,) = (tmp_path / "tmp").iterdir()
-    operations = Notes.of(kept / "process-1.notes").operations
-    whole = [sum(len(each.ids) for each in op.will.writes) for op in operations if op.will.whole]
+    operations = ProcessLog.of(kept / "process-1.notes").operations
+    whole = [
+        sum(len(each.ids) for each in op.intent.writes) for op in operations if op.intent.whole
+    ]
     assert 0 < max(whole) <= 25
-    assert any(op.will.work == "create batch" for op in operations)
+    assert any(op.intent.work == "create batch" for op in operations)
 
 
 async def test_eventual_queries_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +156,7 @@ async def test_eventual_queries_are_waited_for(capsys: pytest.CaptureFixture[str
 
         caught_up = False
 
-    assert await play(short(store="memory:", requests=4), lambda plan: Behind()) == PASSED
+    assert await run_demo(short(store="memory:", requests=4), lambda plan: Behind()) == PASSED
 
 
 # -- ends in the middle ----------------------------------------------------------------------
@@ -190,7 +191,16 @@ def wait_for(condition, seconds: float = 15) -> None:  # type: ignore[no-untyped
 @contextmanager
 def running_demo() -> Iterator[subprocess.Popen[str]]:
     """The demo in a process of its own; gone afterwards."""
-    command = [sys.executable, "-m", "hf_async_store.demo", "--seconds", "30", "--requests", "9999"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_async_store",
+        "demo",
+        "--seconds",
+        "30",
+        "--requests",
+        "9999",
+    ]
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield demo
@@ -231,7 +241,7 @@ async def test_a_worker_that_dies_by_itself_fails_the_run(
         return open_store(good)
 
     bad = "json:/dev/null/nowhere.json"
-    assert await play(short(store=bad, requests=3, seconds=2.0), opening) == FAILED
+    assert await run_demo(short(store=bad, requests=3, seconds=2.0), opening) == FAILED
     out = capsys.readouterr().out
     assert "process 2: ended by itself with 1" in out
     assert "FAILED: broken: finished" in out
@@ -242,7 +252,7 @@ async def test_a_worker_that_dies_by_itself_fails_the_run(
 
 def test_a_terminal_gets_colours_and_a_bar() -> None:
     shown = io.StringIO()
-    terminal = report.Terminal(Console(file=shown, force_terminal=True, width=100))
+    terminal = report.Screen(Console(file=shown, force_terminal=True, width=100))
     with terminal.progress(3) as progress:
         terminal.stage("working [on] it")
         progress(2)

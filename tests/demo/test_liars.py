@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from hf_async_store import StorageStrategy, Transaction
-from hf_async_store.demo import orchestrator
-from hf_async_store.demo.data import OPEN, Source
-from hf_async_store.demo.plan import Settings
-from hf_async_store.demo.play import FAILED, play
 from hf_async_store.entities import PRESENT, Change, Delete, Key, Outcome, Patch, Put
 from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.memory import MemoryStorageStrategy
+from hf_async_store_bench.demo import orchestrator
+from hf_async_store_bench.demo.data import OPEN, Source
+from hf_async_store_bench.demo.plan import Settings
+from hf_async_store_bench.demo.runner import FAILED, run_demo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -199,7 +199,7 @@ def settings(**more: object) -> Settings:
 @pytest.mark.parametrize("liar", LIARS)
 async def test_a_lie_is_seen(liar: str, capsys: pytest.CaptureFixture[str]) -> None:
     opening, broken = LIARS[liar]
-    assert await play(settings(), lambda plan: opening()) == FAILED
+    assert await run_demo(settings(), lambda plan: opening()) == FAILED
     out = capsys.readouterr().out
     last = out.splitlines()[-1]
     assert last.startswith("FAILED: broken: ")
@@ -221,7 +221,7 @@ async def test_a_changed_entity_that_nobody_wrote_is_seen(
     )
     extra = Patch(Key("machines", name), {"name": "another"}, NOW)
     asked = settings(data=str(single_file))
-    assert await play(asked, lambda plan: Spilling(lambda of: extra)) == FAILED
+    assert await run_demo(asked, lambda plan: Spilling(lambda of: extra)) == FAILED
     assert f"loaded: machines/{name}: had version" in capsys.readouterr().out
 
 
@@ -230,7 +230,7 @@ async def test_a_lie_on_disk_is_seen_among_three_processes(
 ) -> None:
     lost = Once(RUNNING)
     asked = settings(store=f"json:{tmp_path}/db.json", processes=3, requests=12)
-    assert await play(asked, lambda plan: DroppingOnDisk(lost, tmp_path)) == FAILED
+    assert await run_demo(asked, lambda plan: DroppingOnDisk(lost, tmp_path)) == FAILED
     out = capsys.readouterr().out
     assert re.search(r"^  (acknowledged|versions): machines/demo-", out, re.M)
     (kept,) = (tmp_path / "tmp").iterdir()
@@ -254,6 +254,6 @@ async def test_a_silence_is_seen(
 ) -> None:
     monkeypatch.setattr(orchestrator, "_DRAIN_SECONDS", 0.5)
     monkeypatch.setattr(orchestrator, "_STUCK_SECONDS", 0.5)
-    assert await play(settings(seconds=2.0), lambda plan: Silent()) == FAILED
+    assert await run_demo(settings(seconds=2.0), lambda plan: Silent()) == FAILED
     out = capsys.readouterr().out
     assert re.search(r"^  finished: machines/demo-\S+: status write was never answered", out, re.M)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store.demo.ledger import Answer, Ledger, Notes, Write
-from hf_async_store.demo.verify import Examination
 from hf_async_store.entities import HOST_FACTORY, Schema
+from hf_async_store_bench.demo.verify import Verifier
+from hf_async_store_bench.demo.write_log import Answer, ProcessLog, Write, WriteLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ REQUEST = f"{P}request-0-0000"
 MACHINES = [f"{P}machine-0-{number}" for number in range(3)]
 RETURN = f"{P}return-0-0000"
 
-Script = Callable[[Ledger], None]
+Script = Callable[[WriteLog], None]
 
 
 def examined(path: Path, stored: dict[str, Any], base: dict[str, Any], *scripts: Script):  # type: ignore[no-untyped-def]
@@ -28,12 +28,12 @@ def examined(path: Path, stored: dict[str, Any], base: dict[str, Any], *scripts:
     for number, script in enumerate(scripts):
         file = path / f"{number}.notes"
         file.unlink(missing_ok=True)
-        with Ledger(file) as ledger:
-            script(ledger)
+        with WriteLog(file) as write_log:
+            script(write_log)
         # The first process is the one that was killed.
-        notes.append(Notes.of(file, killed=not number))
+        notes.append(ProcessLog.of(file, killed=not number))
     names = ("templates", "requests", "machines")
-    return Examination(
+    return Verifier(
         notes,
         {name: base.get(name, {}) for name in names},
         {name: stored.get(name, {}) for name in names},
@@ -49,13 +49,13 @@ def broken(path: Path, stored: dict[str, Any], *scripts: Script, **base: Any) ->
 
 
 def noted(work: str, *writes: tuple[Write, list[Answer] | None], whole: bool = False) -> Script:
-    """Notes one operation; without answers it was under way at the end."""
+    """ProcessLog one operation; without answers it was under way at the end."""
 
-    def script(ledger: Ledger) -> None:
-        number = ledger.will(work, [each for each, _ in writes], whole=whole)
+    def script(write_log: WriteLog) -> None:
+        number = write_log.intent(work, [each for each, _ in writes], whole=whole)
         answers = [each for _, each in writes if each is not None]
         if answers:
-            ledger.done(number, answers, 0.1, 0)
+            write_log.done(number, answers, 0.1, 0)
 
     return script
 
@@ -89,9 +89,9 @@ def stored_burst(machines: list[str] = MACHINES, **fields: Any) -> dict[str, Any
 
 
 def sequence(*scripts: Script) -> Script:
-    def script(ledger: Ledger) -> None:
+    def script(write_log: WriteLog) -> None:
         for each in scripts:
-            each(ledger)
+            each(write_log)
 
     return script
 
@@ -143,7 +143,7 @@ def test_what_landed_unanswered_is_counted(tmp_path: Path) -> None:
     stored = {"templates": {"t": {"template_id": "t", "uses": 2, "version": 3}}, **stored_burst()}
     lost = noted("count", (STEP, None))
     seen = examined(tmp_path, stored, base, sequence(lost, lost, lost, burst(answers=False)))
-    assert seen.landed(Notes.of(tmp_path / "0.notes").unanswered) == 3
+    assert seen.landed(ProcessLog.of(tmp_path / "0.notes").unanswered) == 3
 
 
 def test_a_return_that_never_landed_is_no_part_of_anothers(tmp_path: Path) -> None:
@@ -251,19 +251,21 @@ def test_one_moment_in_several_forms_is_the_same(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_the_kill(tmp_path: Path) -> None:
     file = tmp_path / "torn.notes"
-    with Ledger(file) as ledger:
-        burst()(ledger)
-        burst(answers=False)(ledger)
+    with WriteLog(file) as write_log:
+        burst()(write_log)
+        burst(answers=False)(write_log)
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
-    assert len(Notes.of(file).operations) == 1
+    assert len(ProcessLog.of(file).operations) == 1
     file.write_bytes(whole + b'{"type":"do')
-    assert [len(each) for each in (Notes.of(file).operations, Notes.of(file).unanswered)] == [2, 1]
+    assert [
+        len(each) for each in (ProcessLog.of(file).operations, ProcessLog.of(file).unanswered)
+    ] == [2, 1]
 
 
 def test_a_refused_write_leaves_nothing_open(tmp_path: Path) -> None:
     file = tmp_path / "refused.notes"
-    with Ledger(file) as ledger:
-        ledger.refused(ledger.will("acquire", [STEP]), 4)
-    notes = Notes.of(file)
+    with WriteLog(file) as write_log:
+        write_log.refused(write_log.intent("acquire", [STEP]), 4)
+    notes = ProcessLog.of(file)
     assert (notes.operations, notes.unanswered, notes.conflicts) == ([], [], 4)

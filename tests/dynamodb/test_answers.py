@@ -45,7 +45,7 @@ from tests.dynamodb.support import new_prefix, store_at
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hf_async_store.testing.servers import DynamoDBServer
+    from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
 JSON: Final = {"Content-Type": "application/x-amz-json-1.0"}

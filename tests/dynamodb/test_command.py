@@ -14,11 +14,11 @@ import pytest
 
 from hf_async_store import UnavailableError
 from hf_async_store.testing.harness import leave_out
-from hf_async_store.testing.servers import DYNAMODB_VARIABLE, ServerUnavailable, dynamodb
+from hf_async_store_bench.servers import DYNAMODB_VARIABLE, ServerUnavailable, dynamodb
 from tests.dynamodb.support import new_prefix, store_at
 
 if TYPE_CHECKING:
-    from hf_async_store.testing.servers import DynamoDBServer
+    from hf_async_store_bench.servers import DynamoDBServer
 
 PROGRAM = Path(sys.executable).with_name("hf-async-store")
 

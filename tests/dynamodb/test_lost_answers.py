@@ -24,7 +24,7 @@ from tests.dynamodb.support import new_prefix, store_at
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import DynamoDBServer
+    from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
 Verb = Callable[[DynamoDBStorageStrategy, str], Awaitable[object]]

@@ -28,7 +28,7 @@ from tests.dynamodb.proxy import WRITES, Answer, Fault, Late, Request
 from tests.dynamodb.support import new_prefix, store_at
 
 if TYPE_CHECKING:
-    from hf_async_store.testing.servers import DynamoDBServer
+    from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
 AT: Final = "2026-01-01T00:00:00.000000Z"

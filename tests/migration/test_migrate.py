@@ -423,7 +423,7 @@ async def test_80_a_target_whose_server_dies_midway(
 ) -> None:
     from hf_async_store.migration import copying
     from hf_async_store.testing.harness import leave_out
-    from hf_async_store.testing.servers import ServerUnavailable, postgres
+    from hf_async_store_bench.servers import ServerUnavailable, postgres
 
     try:
         server_context = postgres()

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 import pytest
 
-from hf_async_store.testing.servers import ServerUnavailable, _postgres_programs, _unprivileged
+from hf_async_store_bench.servers import ServerUnavailable, _postgres_programs, _unprivileged
 from tests.contract.harnesses import ask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 class Standby:

@@ -37,7 +37,7 @@ from tests.contract.harnesses import execute
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 # The classes of the manual's appendix A, up to version 18.
 CLASSES = [

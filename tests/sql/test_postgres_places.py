@@ -22,14 +22,14 @@ from hf_async_store import (
     open_store,
     path,
 )
-from hf_async_store.testing.servers import ServerUnavailable, pgbouncer
+from hf_async_store_bench.servers import ServerUnavailable, pgbouncer
 from tests.contract.harnesses import execute
 from tests.sql.standby import standby_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 async def same(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from hf_async_store import (
     open_store,
 )
 from hf_async_store.entities import Key
-from hf_async_store.testing.servers import ServerUnavailable, postgres
+from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import execute
 from tests.sql.proxy import link_to
 from tests.sql.standby import Standby, standby_of
@@ -27,7 +27,7 @@ from tests.sql.standby import Standby, standby_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 def template(name: str, **fields: object) -> dict[str, object]:

@@ -22,13 +22,13 @@ from hf_async_store import (
     StorageError,
     open_store,
 )
-from hf_async_store.testing.servers import ServerUnavailable, postgres
+from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 SECRET = "p@ss:w/o?r%d #&+'\"\\ é${x}"
 

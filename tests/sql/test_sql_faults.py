@@ -23,7 +23,8 @@ from hf_async_store import (
     UnavailableError,
     open_store,
 )
-from hf_async_store.testing.servers import ServerUnavailable, postgres
+from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
+from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
 from tests.sql.proxy import link_to
 
@@ -61,8 +62,8 @@ async def test_the_server_is_killed_under_load_and_comes_back() -> None:
 
 
 async def _killed_under_load(server: Any) -> None:
-    acknowledged: dict[str, int] = {}
-    unknown: set[str] = set()
+    acknowledged: AckedByEntity = {}
+    tried: AckedByEntity = {}
     stop = asyncio.Event()
     failures: list[StorageError] = []
 
@@ -71,17 +72,17 @@ async def _killed_under_load(server: Any) -> None:
         while not stop.is_set():
             n += 1
             name = f"{task}-{n}"
+            entry = tried[name] = AckedWrites()
             try:
-                if n % 3:
-                    acknowledged[name] = await store.save_entity("templates", template(name, x=n))
-                else:
-                    async with store.begin_transaction() as tx:
-                        await tx.save_entity("templates", template(name, x=n))
-                    acknowledged[name] = 1
+                with writing(entry):
+                    if n % 3:
+                        await store.save_entity("templates", template(name, x=n))
+                    else:
+                        async with store.begin_transaction() as tx:
+                            await tx.save_entity("templates", template(name, x=n))
+                acknowledged[name] = entry
             except StorageError as exc:
                 failures.append(exc)
-                if exc.outcome_unknown:
-                    unknown.add(name)
                 await asyncio.sleep(0.01)
 
     async def read(store: Any) -> None:
@@ -116,11 +117,12 @@ async def _killed_under_load(server: Any) -> None:
         for each in failures:
             assert isinstance(each, UnavailableError | ConcurrencyConflictError), repr(each)
             assert each.__cause__ is not None
-        found = await store.get_entities("templates", acknowledged)
-        lost = [name for name, each in zip(acknowledged, found, strict=True) if each is None]
-        assert lost == [], "acknowledged, and gone"
-        there = {each["template_id"] for each in await store.query_entities("templates")}
-        assert there - acknowledged.keys() <= unknown, "refused, and there"
+        found = await store.get_entities("templates", tried)
+        stored = zip(tried, found, strict=True)
+        assert lost_writes(tried, stored, first_version={}) == [], "lost, or refused and there"
+        assert {
+            each["template_id"] for each in await store.query_entities("templates")
+        } <= tried.keys()
 
 
 async def test_500_cancellations_leave_the_pool_whole(database: str) -> None:

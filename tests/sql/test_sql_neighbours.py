@@ -19,7 +19,7 @@ from tests.contract.harnesses import execute
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 
 def template(key: str, **fields: object) -> dict[str, object]:

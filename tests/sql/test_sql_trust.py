@@ -31,7 +31,7 @@ from hf_async_store.strategies import sql
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
 if TYPE_CHECKING:
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 _TYPES = [
     "text", "varchar", "name", "smallint", "integer", "bigint", "numeric",

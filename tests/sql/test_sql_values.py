@@ -18,7 +18,7 @@ from hf_async_store.testing import generated
 from hf_async_store.testing.checks import exact
 
 if TYPE_CHECKING:
-    from hf_async_store.testing.servers import PostgresServer
+    from hf_async_store_bench.servers import PostgresServer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
 ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "é", "\u0001", "'")

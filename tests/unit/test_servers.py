@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from hf_async_store.testing import servers
 from hf_async_store.testing.harness import leave_out
+from hf_async_store_bench import servers
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""Waiting operations that go out together, as one would write it by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Batching(Generic[Item, Result]):
+    """Everything that waits when a batch ends is the next one.
+
+    Args:
+        send: carries out a batch; a result each, in order.
+        size: of a batch, at most.
+        at_once: how many batches.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
+        size: int,
+        at_once: int = 1,
+    ) -> None:
+        self._send = send
+        self._size = size
+        self._idle = at_once
+        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._senders: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, item: Item) -> Result:
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, done))
+        if self._idle:
+            self._idle -= 1
+            sender = asyncio.create_task(self._run())
+            self._senders.add(sender)
+            sender.add_done_callback(self._senders.discard)
+        return await done
+
+    async def _run(self) -> None:
+        while self._waiting:
+            count = min(self._size, len(self._waiting))
+            batch = [self._waiting.popleft() for _ in range(count)]
+            try:
+                results = await self._send([item for item, _ in batch])
+            except Exception as exc:  # noqa: BLE001  # it belongs to those who wait
+                for _, done in batch:
+                    done.set_exception(exc)
+            else:
+                for (_, done), result in zip(batch, results, strict=True):
+                    done.set_result(result)
+        self._idle += 1

@@ -1,0 +1,214 @@
+"""Baselines of the PostgreSQL engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+import asyncpg  # type: ignore[import-untyped]  # it has no types
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from hf_async_store_bench.baselines import tables
+from hf_async_store_bench.baselines.batching import Batching
+
+if TYPE_CHECKING:
+    from hf_async_store_bench.data import Entity
+    from hf_async_store_bench.messages import Environment
+
+_CONNECTIONS = 32
+_BATCHES_AT_ONCE = 4
+_VALUES = tables.marks("postgresql", len(tables.COLUMNS))
+_UPSERT = f"{tables.INTO_MACHINES} VALUES ({_VALUES}) {tables.ON_CONFLICT}"
+_ARRAYS = ", ".join(
+    f"{mark}::{'jsonb' if name == 'doc' else 'bigint' if name == 'version' else 'text'}[]"
+    for mark, name in zip(_VALUES.split(", "), tables.COLUMNS, strict=True)
+)
+_INSERT_ALL = f"{tables.INTO_MACHINES} SELECT * FROM unnest({_ARRAYS})"
+_UPSERT_ALL = f"{_INSERT_ALL} {tables.ON_CONFLICT}"
+_SELECT = f"{tables.SELECT} = $1"
+_SELECT_ALL = f"{tables.SELECT} = ANY($1::text[])"
+_INSERT_REQUEST = f"{tables.INTO_REQUESTS} VALUES ({tables.marks('postgresql', 8)})"
+
+
+def _columns(machines: Sequence[Entity]) -> list[Sequence[Any]]:
+    return list(zip(*tables.rows_of(machines), strict=True))
+
+
+class _Baseline:
+    """The parts that are not measured, on a connection of their own."""
+
+    def __init__(self, environment: Environment, connection: Any) -> None:
+        self.environment = environment
+        self.connection = connection
+
+    @classmethod
+    async def open(cls, environment: Environment) -> Self:
+        baseline = cls(environment, await asyncpg.connect(environment.server))
+        for each in tables.ddl("postgresql"):
+            await baseline.connection.execute(each)
+        await baseline.start()
+        return baseline
+
+    async def start(self) -> None:
+        """Open what is measured."""
+
+    async def close(self) -> None:
+        await self.connection.close()
+
+    async def fill(self, machines: Sequence[Entity]) -> None:
+        templates, requests = tables.parents_of(machines)
+        await self.connection.execute(
+            "INSERT INTO hand_templates SELECT unnest($1::text[]) ON CONFLICT DO NOTHING", templates
+        )
+        await self.connection.executemany(
+            f"{_INSERT_REQUEST} ON CONFLICT DO NOTHING", list(map(tables.request_of, requests))
+        )
+        await self.connection.execute(_INSERT_ALL, *_columns(machines))
+
+    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+        return await _select_all(self.connection, ids)
+
+
+class _Each(_Baseline):
+    """A connection is taken and given back for each operation."""
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[Any]:
+        yield self.connection
+
+    async def save(self, machine: Entity) -> None:
+        row = tables.row_of(machine, tables.utc_now())
+        async with self.taken() as connection:
+            await connection.execute(_UPSERT, *row)
+
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        async with self.taken() as connection:
+            return tables.entity_of(await connection.fetchrow(_SELECT, machine))
+
+
+class Pool(_Each):
+    """An asyncpg pool as it comes."""
+
+    async def start(self) -> None:
+        self._pool = await asyncpg.create_pool(
+            self.environment.server, min_size=_CONNECTIONS, max_size=_CONNECTIONS
+        )
+
+    async def close(self) -> None:
+        await self._pool.close()
+        await super().close()
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[Any]:
+        async with self._pool.acquire() as connection:
+            yield connection
+
+
+class Held(_Each):
+    """Connections that are held, without a reset when they are given back."""
+
+    count = _CONNECTIONS
+
+    async def start(self) -> None:
+        self._idle: asyncio.Queue[Any] = asyncio.Queue()
+        for _ in range(self.count):
+            self._idle.put_nowait(await asyncpg.connect(self.environment.server))
+
+    async def close(self) -> None:
+        while not self._idle.empty():
+            await self._idle.get_nowait().close()
+        await super().close()
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[Any]:
+        connection = await self._idle.get()
+        try:
+            yield connection
+        finally:
+            self._idle.put_nowait(connection)
+
+
+class Batched(Held):
+    """All operations that wait as one statement of arrays, on four connections."""
+
+    count = _BATCHES_AT_ONCE
+
+    async def start(self) -> None:
+        await super().start()
+        self._saves = Batching(self._save_all, size=64, at_once=_BATCHES_AT_ONCE)
+        self._gets = Batching(self._get_all, size=64, at_once=_BATCHES_AT_ONCE)
+
+    async def save(self, machine: Entity) -> None:
+        await self._saves(machine)
+
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        return await self._gets(machine)
+
+    async def save_many(self, machines: Sequence[Entity]) -> None:
+        await self._save_all(machines)
+
+    async def import_many(self, machines: Sequence[Entity]) -> None:
+        """By COPY."""
+        rows = tables.rows_of(machines)
+        async with self.taken() as connection:
+            await connection.copy_records_to_table(
+                "hand_machines", records=rows, columns=tables.COLUMNS
+            )
+
+    async def _save_all(self, machines: Sequence[Entity]) -> Sequence[None]:
+        async with self.taken() as connection:
+            await connection.execute(_UPSERT_ALL, *_columns(machines))
+        return [None] * len(machines)
+
+    async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
+        async with self.taken() as connection:
+            return await _select_all(connection, ids)
+
+
+class MultiRow(_Baseline):
+    """Many machines as one INSERT of many rows (arrays) in one transaction."""
+
+    async def create_many(self, machines: Sequence[Entity]) -> None:
+        await self.connection.execute(_INSERT_ALL, *_columns(machines))
+
+    async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
+        async with self.connection.transaction():
+            await self.connection.execute(_INSERT_REQUEST, *tables.request_of(request))
+            await self.create_many(machines)
+
+
+class Core(_Baseline):
+    """SQLAlchemy Core on asyncpg in autocommit: a statement for each operation."""
+
+    async def start(self) -> None:
+        url = self.environment.server.replace("postgresql://", "postgresql+asyncpg://", 1)
+        self._engine = create_async_engine(
+            url,
+            isolation_level="AUTOCOMMIT",
+            pool_size=_CONNECTIONS,
+            json_serializer=str,  # rows hold documents as text
+            json_deserializer=str,
+        )
+        self._upsert = tables.upsert("postgresql")
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+        await super().close()
+
+    async def save(self, machine: Entity) -> None:
+        row = dict(zip(tables.COLUMNS, tables.row_of(machine, tables.utc_now()), strict=True))
+        async with self._engine.connect() as connection:
+            await connection.execute(self._upsert, row)
+
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        async with self._engine.connect() as connection:
+            found = await connection.execute(tables.SELECT_ONE, {"wanted": machine})
+            return tables.entity_of(found.first())
+
+
+async def _select_all(connection: Any, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+    rows = await connection.fetch(_SELECT_ALL, list(ids))
+    found = {each[0]: tables.entity_of(each) for each in rows}
+    return [found.get(each) for each in ids]

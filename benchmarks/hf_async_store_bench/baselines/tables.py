@@ -1,0 +1,184 @@
+"""The tables of the SQL baselines, and their statements: one definition for every driver.
+
+The columns, the rest of a machine as a document, the indexes and references of the store, a version.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy import Dialect
+
+TEXTS: Final = (
+    "request_id",
+    "template_id",
+    "return_request_id",
+    "name",
+    "status",
+    "instance_type",
+    "provider_instance_id",
+    "private_ip",
+    "public_ip",
+    "started_at",
+    "terminated_at",
+    "created_at",
+    "updated_at",
+)
+COLUMNS: Final = ("machine_id", *TEXTS, "doc", "version")
+_REQUEST: Final = ("template_id", "status", "request_type", "created_at", "updated_at")
+_DECLARED: Final = frozenset(COLUMNS) - {"doc"}
+_TEXT: Final = String().with_variant(String(collation="C"), "postgresql")
+_DOCUMENT: Final = String().with_variant(JSONB(), "postgresql")
+_PARENTS: Final = {
+    "request_id": "hand_requests.request_id",
+    "template_id": "hand_templates.template_id",
+}
+
+
+def _columns(names: Sequence[str]) -> list[Column[Any]]:
+    return [
+        Column(each, _TEXT, *([ForeignKey(_PARENTS[each])] if each in _PARENTS else []))
+        for each in names
+    ]
+
+
+_METADATA: Final = MetaData()
+TEMPLATES: Final = Table(
+    "hand_templates", _METADATA, Column("template_id", _TEXT, primary_key=True)
+)
+REQUESTS: Final = Table(
+    "hand_requests",
+    _METADATA,
+    Column("request_id", _TEXT, primary_key=True),
+    *_columns(_REQUEST),
+    Column("machine_count", BigInteger),
+    Column("version", BigInteger, nullable=False),
+    Index("hand_requests_type", "request_type"),
+    Index("hand_requests_status", "status"),
+    Index("hand_requests_template", "template_id", "created_at"),
+)
+MACHINES: Final = Table(
+    "hand_machines",
+    _METADATA,
+    Column("machine_id", _TEXT, primary_key=True),
+    *_columns(TEXTS),
+    Column("doc", _DOCUMENT),
+    Column("version", BigInteger, nullable=False),
+    Index("hand_machines_name", "name"),
+    Index("hand_machines_request", "request_id", "created_at"),
+    Index("hand_machines_return", "return_request_id"),
+    Index("hand_machines_status", "status"),
+)
+SELECT_ONE: Final = select(*MACHINES.columns).where(MACHINES.c.machine_id == bindparam("wanted"))
+"""For SQLAlchemy."""
+
+_DIALECTS: Final[dict[str, Dialect]] = {
+    "sqlite": sqlite.dialect(),
+    "postgresql": postgresql.dialect(),  # type: ignore[no-untyped-call]
+}
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+def ddl(dialect: str) -> list[str]:
+    """The statements that make the tables and their indexes, where they are not there."""
+    made: list[Any] = [CreateTable(each, if_not_exists=True) for each in _METADATA.sorted_tables]
+    indexes = [
+        CreateIndex(each, if_not_exists=True)
+        for table in _METADATA.sorted_tables
+        for each in table.indexes
+    ]
+    return [str(each.compile(dialect=_DIALECTS[dialect])) for each in (*made, *indexes)]
+
+
+def upsert(dialect: str) -> Any:
+    """Insert or replace a machine and raise its version, for SQLAlchemy."""
+    insert = (sqlite if dialect == "sqlite" else postgresql).insert(MACHINES)
+    changed: dict[str, Any] = {each: insert.excluded[each] for each in (*TEXTS, "doc")}
+    changed["created_at"] = MACHINES.c.created_at
+    changed["version"] = MACHINES.c.version + 1
+    return insert.on_conflict_do_update(index_elements=["machine_id"], set_=changed)
+
+
+def row_of(machine: Mapping[str, Any], now: str) -> list[Any]:
+    """A machine as a row: its columns, the rest as a document, the first version."""
+    rest = {name: value for name, value in machine.items() if name not in _DECLARED}
+    values = [machine.get(each) for each in COLUMNS[:-2]]
+    values[-2] = values[-2] or now
+    values[-1] = now
+    return [*values, _encode(rest).decode() if rest else None, 1]
+
+
+def rows_of(machines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Each machine once, its last form, in the order of their keys: two statements of many rows
+    never wait for one another."""
+    now = utc_now()
+    latest = {each["machine_id"]: each for each in machines}
+    return [row_of(latest[each], now) for each in sorted(latest)]
+
+
+def entity_of(row: Sequence[Any] | None) -> dict[str, Any] | None:
+    """A machine of its row, without what it does not have."""
+    if row is None:
+        return None
+    *texts, doc, version = row
+    known = zip(COLUMNS, texts, strict=False)
+    found = {name: value for name, value in known if value is not None}
+    return {**found, **(_decode(doc) if doc else {}), "version": version}
+
+
+def request_of(request: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A request as a row of INSERT_REQUEST."""
+    now = utc_now()
+    known = [request.get(each) for each in _REQUEST[:-2]]
+    return (request["request_id"], *known, now, now, request.get("machine_count"), 1)
+
+
+def parents_of(machines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The templates and the requests that machines refer to."""
+    templates = {each["template_id"] for each in machines if each.get("template_id")}
+    requests = {each["request_id"] for each in machines if each.get("request_id")}
+    return sorted(templates), [{"request_id": each} for each in sorted(requests)]
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def marks(dialect: str, count: int) -> str:
+    """So many placeholders."""
+    if dialect == "sqlite":
+        return ", ".join("?" * count)
+    return ", ".join(f"${each}" for each in range(1, count + 1))
+
+
+INTO_MACHINES: Final = f"INSERT INTO hand_machines ({', '.join(COLUMNS)})"
+INTO_REQUESTS: Final = (
+    f"INSERT INTO hand_requests (request_id, {', '.join(_REQUEST)}, machine_count, version)"
+)
+ON_CONFLICT: Final = "ON CONFLICT (machine_id) DO UPDATE SET " + ", ".join(
+    [f"{each} = excluded.{each}" for each in (*TEXTS, "doc") if each != "created_at"]
+    + ["version = hand_machines.version + 1"]
+)
+SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM hand_machines WHERE machine_id"

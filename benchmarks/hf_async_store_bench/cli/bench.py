@@ -1,0 +1,101 @@
+"""`hf-async-store bench`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hf_async_store_bench.cli.types import at_least_one, percent, positive
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+OUTPUT: Final = "hf-async-store-bench"
+"""The folder that a report is written to, if nothing else is said."""
+
+USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
+SUMMARY: Final = "measure every engine here, beside hand-written baselines and alternatives"
+MANUAL: Final = """\
+All stores are temporary, and servers that are needed are started. --store adds a store with {folder}
+in its URL, as of a third-party engine. The report is a page, Markdown, JSON and PNG.
+Exit code 4 if a write was lost or an answer was wrong.
+
+  hf-async-store bench
+  hf-async-store bench --full --output report
+  hf-async-store bench --only json --workload save --tasks 1 --processes 4
+  hf-async-store bench compare old/report.json new/report.json
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "words",
+        metavar="compare OLD.json NEW.json",
+        nargs="*",
+        help="tell which differences between two runs are larger than the noise",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--short", action="store_true", help="within 2 minutes: the main workloads (the default)"
+    )
+    how.add_argument(
+        "--full",
+        action="store_true",
+        help="within 20 minutes: all workloads, baselines and alternatives, how cost grows, memory",
+    )
+    add(
+        "--only",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="measure only this: an engine with its baselines and alternatives (json), one system "
+        "(tinydb), or a role (strategy, baseline, competitor); repeatable",
+    )
+    add(
+        "--workload",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="run only this one, as save, poll, 'create batch', or a scenario, as memory; repeatable",
+    )
+    for name, what in (
+        ("entities", "machines that are stored before"),
+        ("size", "bytes of JSON of a machine"),
+        ("tasks", "concurrent tasks in each process"),
+        ("processes", "concurrent processes on one store"),
+        ("burst", "machines of one acquired request, and of one batch"),
+        ("rounds", "rounds of each system under each load, and no more where they are unsure"),
+    ):
+        add(f"--{name}", metavar="N", type=at_least_one, help=what)
+    add("--reads-percent", metavar="P", type=percent, help="reads of the mixed workload")
+    add("--duration", metavar="SECONDS", type=positive, help="of one round")
+    add(
+        "--budget",
+        metavar="SECONDS",
+        type=positive,
+        help="of the whole run (default: 100 for the short, 1140 for the full one); what does not "
+        "fit is listed",
+    )
+    add(
+        "--rate",
+        metavar="N",
+        type=positive,
+        help="operations a second of the round at fixed times (default: half of what it can do)",
+    )
+    add("--seed", metavar="N", type=int, default=1, help="of what is chosen at random")
+    add(
+        "--no-fsync",
+        action="store_true",
+        help="acknowledged writes need not outlive a loss of power",
+    )
+    add("--folder", metavar="DIR", help="where stores are made: the disk that is measured")
+    add("--output", metavar="DIR", default=OUTPUT, help=f"of the report (default: {OUTPUT})")
+    add("--page", metavar="FILE", help="also replace the results in this Markdown file")
+
+
+def run(arguments: Namespace) -> int:
+    import asyncio
+
+    from hf_async_store_bench.commands import bench
+
+    return asyncio.run(bench(arguments))

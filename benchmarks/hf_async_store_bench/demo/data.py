@@ -1,0 +1,164 @@
+"""Where the run starts from: a JSON store found in the field, or templates made up for it.
+
+What the files hold is read a second time with the standard library, so that the end of the run can
+be compared with the input itself and not with what the store made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from urllib.parse import quote
+
+from hf_async_store import ConfigurationError, Entity, StorageStrategy
+from hf_async_store_bench.data import batches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+Entities: TypeAlias = "dict[str, dict[str, Entity]]"
+"""Entities by id, by collection."""
+
+REAL_DATA: Final = "HF_ASYNC_STORE_REAL_DATA"
+OPEN: Final = frozenset({"PENDING", "pending", "in_progress"})
+"""The statuses of a request that waits for machines; those in lower case are from the field."""
+
+_SINGLE: Final = "request_database.json"
+_BATCH: Final = 500
+_MADE_UP: Final = 12
+
+
+class Source:
+    """A JSON store in a folder, in any of the layouts found in the field.
+
+    Args:
+        place: its folder, or its only file, or a folder of such folders: then the first of them.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.file = _found(place)
+        """The only file, or the folder of split files."""
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    @property
+    def _folder(self) -> Path:
+        return self.file if self.file.is_dir() else self.file.parent
+
+    def copy(self, to: Path) -> str:
+        """Copy it into a new folder; returns the URL of the copy. The source is only read."""
+        to.mkdir(mode=0o700, parents=True)
+        for each in self._folder.iterdir():
+            if each.is_file() and not each.name.startswith("."):
+                shutil.copyfile(each, to / each.name)
+        return json_url(to if self.file.is_dir() else to / self.file.name)
+
+    def plain(self, collections: Mapping[str, object]) -> Entities | None:
+        """What its files hold, or None where a journal beside them may hold more."""
+        names = [each.name for each in self._folder.iterdir() if not each.name.startswith(".")]
+        if not all(each.endswith(".json") for each in names):
+            return None
+        if not self.file.is_dir():
+            sections = json.loads(self.file.read_bytes())
+            return {name: sections.get(name, {}) for name in collections}
+        return {name: _unwrapped(self.file / f"{name}.json", name) for name in collections}
+
+
+def chosen(data: str | None) -> Source | None:
+    """The data to start from: what the user named, else the environment's, else none."""
+    place = data or os.environ.get(REAL_DATA)
+    return Source(Path(place)) if place else None
+
+
+def json_url(path: Path) -> str:
+    """The URL of a JSON store."""
+    return f"json:{quote(str(path))}"
+
+
+def made_up(prefix: str, count: int = _MADE_UP) -> list[dict[str, Any]]:
+    """Templates for a run without data."""
+    kinds = ("t3.medium", "m5.large", "c5.xlarge", "r5.2xlarge")
+    return [
+        {
+            "template_id": f"{prefix}template-{number}",
+            "name": f"Template {number}, für alle",
+            "provider_api": "EC2Fleet" if number % 2 else "RunInstances",
+            "vm_type": kinds[number % len(kinds)],
+            "max_number": 100 * (number + 1),
+            "subnet_ids": [f"subnet-{number:04x}"],
+            "attributes": {"ncpus": ["Numeric", str(2 + number)], "ratio": 2.5},
+            "tags": {"owner": "数据", "team": None},
+            "uses": 0,
+        }
+        for number in range(count)
+    ]
+
+
+async def everything(store: StorageStrategy) -> Entities:
+    """All that the store holds."""
+    return {name: await _all(store, name) for name in store.collections}
+
+
+async def import_new(store: StorageStrategy, entities: Entities) -> bool:
+    """Import all of it, parents first; False, and nothing done, if the store has any of it.
+
+    What is there already belongs to somebody else, and what is missing beside it was perhaps
+    deleted by them.
+    """
+    for name in store.collections:
+        for batch in _batches(entities[name]):
+            if any(each is not None for each in await store.get_entities(name, batch)):
+                return False
+    for name in store.collections:
+        for batch in _batches(entities[name]):
+            await store.import_entities(name, [entities[name][each] for each in batch])
+    return True
+
+
+# -- inside ---------------------------------------------------------------------------------
+
+
+def _found(place: Path) -> Path:
+    if place.is_file():
+        return place
+    if place.is_dir():
+        for folder in (place, *sorted(each for each in place.iterdir() if each.is_dir())):
+            if (folder / _SINGLE).is_file():
+                return folder / _SINGLE
+            if (folder / "templates.json").is_file() or (folder / "machines.json").is_file():
+                return folder
+    raise ConfigurationError(
+        f"--data {place}: no JSON store there (expected {_SINGLE}, or templates.json, "
+        "requests.json and machines.json)"
+    )
+
+
+def _unwrapped(file: Path, name: str) -> dict[str, Entity]:
+    if not file.exists():
+        return {}
+    held: dict[str, Any] = json.loads(file.read_bytes())
+    # A wrapped collection is one entry that is no entity: nothing in it names itself.
+    inner = held.get(name)
+    key = f"{name.removesuffix('s')}_id"
+    return inner if len(held) == 1 and isinstance(inner, dict) and key not in inner else held
+
+
+async def _all(store: StorageStrategy, name: str) -> dict[str, Entity]:
+    key = store.collections[name].key
+    found: dict[str, Entity] = {}
+    async with aclosing(store.stream_entities(name)) as rows:
+        async for each in rows:
+            found[str(each[key])] = each
+    return found
+
+
+def _batches(entities: dict[str, Entity]) -> Iterable[Sequence[str]]:
+    return batches(list(entities), _BATCH)

@@ -1,0 +1,64 @@
+"""Latencies: recorded into a list while it counts, kept as an HdrHistogram afterwards.
+
+HdrHistogram holds two significant digits: what is read back is at most 1 in 128 above what was
+recorded, and never below.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Final
+
+from hdrh.histogram import HdrHistogram
+
+_MOST: Final = 24 * 3600 * 10**9
+_DIGITS: Final = 2
+ERROR: Final = 1 / 128
+"""The part of a value by which it may be read back too large."""
+
+
+class Histogram:
+    """Latencies in nanoseconds. It travels between processes and into results as text."""
+
+    def __init__(self, encoded: str = "") -> None:
+        self._histogram = (
+            HdrHistogram.decode(encoded) if encoded else HdrHistogram(1, _MOST, _DIGITS)
+        )
+        self._recent = array("q")
+        self.record = self._recent.append
+        """Count one value. No more than an append: it is paid for in each measured operation."""
+
+    def add(self, other: Histogram) -> None:
+        """Count everything that another one counted."""
+        self._counted().add(other._counted())
+
+    def percentile(self, share: float) -> float:
+        """The seconds within which this share (0 to 1) of all was done; 0 if there are none."""
+        histogram = self._counted()
+        if not histogram.get_total_count():
+            return 0.0
+        return float(histogram.get_value_at_percentile(share * 100)) / 1e9
+
+    @property
+    def count(self) -> int:
+        return int(self._counted().get_total_count())
+
+    @property
+    def highest(self) -> float:
+        """The longest, in seconds."""
+        return float(self._counted().get_max_value()) / 1e9
+
+    def encoded(self) -> str:
+        """As text; empty if nothing was recorded."""
+        return self._counted().encode().decode() if self.count else ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Histogram) and self.encoded() == other.encoded()
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _counted(self) -> HdrHistogram:
+        for each in self._recent:
+            self._histogram.record_value(min(max(each, 0), _MOST))
+        del self._recent[:]
+        return self._histogram

@@ -1,0 +1,100 @@
+"""A process of ours that is told what to do line by line, and never outlives who started it.
+
+It notices the end of its input, and has a session of its own, so that Ctrl-C reaches only the parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Self, cast
+
+_LINE: Final = 2**28
+_LAST_WORDS: Final = 400
+
+
+class LineProcess:
+    """Use `start`, and always `end`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, errors: Path) -> None:
+        self._process = process
+        self._errors = errors
+        self._stdin = cast("asyncio.StreamWriter", process.stdin)
+        self._stdout = cast("asyncio.StreamReader", process.stdout)
+
+    @classmethod
+    async def start(cls, command: Sequence[str], errors: Path, source: str = "") -> Self:
+        """Run a module of Python.
+
+        Args:
+            command: the module and its arguments.
+            errors: the file that its stderr is appended to.
+            source: a folder that comes first where modules are looked for.
+        """
+        paths = [source, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment["PYTHONSAFEPATH"] = "1"  # else the working directory would come before that
+        with errors.open("ab") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr,
+                limit=_LINE,
+                start_new_session=True,
+                env=environment if source else None,
+            )
+        return cls(process, errors)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.returncode is None
+
+    def tell(self, line: bytes) -> None:
+        if not self._stdin.is_closing():
+            self._stdin.write(line + b"\n")
+
+    async def hear(self) -> bytes:
+        """Its next line; empty once it has ended."""
+        return (await self._stdout.readline()).strip()
+
+    async def ask(self, line: bytes) -> bytes:
+        """What it answers; empty if it has ended."""
+        try:
+            self.tell(line)
+            await self._stdin.drain()
+            return await self.hear()
+        except ConnectionError:
+            return b""
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        if self.is_running:
+            self._process.kill()
+
+    async def end(self, patience: float = 0.0) -> None:
+        """Close its input, and kill it if it does not end by itself; nothing of it is left."""
+        self._stdin.close()
+        try:
+            async with asyncio.timeout(patience):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+        # To the end of its pipe, too: only then is everything about it released.
+        await self._process.communicate()
+
+    def last_words(self) -> str:
+        """The end of what it wrote to stderr."""
+        said = self._errors.read_text(errors="replace") if self._errors.exists() else ""
+        return said.strip()[-_LAST_WORDS:] or "it said nothing"

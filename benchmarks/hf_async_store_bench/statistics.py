@@ -1,0 +1,84 @@
+"""How sure a figure is: confidence intervals of ratios, and fitted exponents.
+
+Rates are compared by their logarithms, as ratios are what is asked for: a geometric mean, with
+Student's interval around it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from scipy import special
+
+CONFIDENCE: Final = 0.95
+
+
+class Interval(NamedTuple):
+    """A value and the range in which it lies with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def inverse(self) -> Interval:
+        low = 1 / self.high if self.high else math.inf
+        return Interval(1 / self.value, low, 1 / self.low if self.low else math.inf)
+
+
+def uncertainty(values: Sequence[float]) -> float:
+    """The part of itself by which the mean may be wrong; infinite for one value."""
+    logs = [math.log(each) for each in values if each > 0]
+    if len(logs) < 2:
+        return math.inf
+    return _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+
+
+def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
+    """The ratio of two systems that took turns, round by round; None without a round.
+
+    What slowed both of them in one round cancels out.
+    """
+    logs = [math.log(one / other) for one, other in zip(of, to, strict=True) if one > 0 < other]
+    if not logs:
+        return None
+    half = math.inf
+    if len(logs) > 1:
+        half = _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return _around(statistics.fmean(logs), half)
+
+
+def ratio_of_runs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
+    """The ratio of two systems that were measured apart (Welch's interval); None without rounds."""
+    ones, others = ([math.log(each) for each in one if each > 0] for one in (of, to))
+    if not ones or not others:
+        return None
+    half = math.inf
+    if len(ones) > 1 < len(others):
+        parts = [statistics.variance(each) / len(each) for each in (ones, others)]
+        smaller = [
+            part**2 / (len(each) - 1) for part, each in zip(parts, (ones, others), strict=True)
+        ]
+        freedom = sum(parts) ** 2 / sum(smaller) if sum(smaller) else 1.0
+        half = _quantile(freedom) * math.sqrt(sum(parts))
+    return _around(statistics.fmean(ones) - statistics.fmean(others), half)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The k of `cost ~ size ** k`, by least squares on logarithms; None for one size."""
+    logs = [(math.log(size), math.log(cost)) for size, cost in points if size > 0 < cost]
+    if len({size for size, _ in logs}) < 2:
+        return None
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def _around(middle: float, half: float) -> Interval:
+    return Interval(*(math.exp(each) for each in (middle, middle - half, middle + half)))
+
+
+def _quantile(freedom: float) -> float:
+    """Of Student's distribution, two-sided."""
+    return float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2))

@@ -1,0 +1,219 @@
+"""What a report says in words and tables, the same on the page, in Markdown and on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from hf_async_store_bench.formatting import bytes_shown, shown, time_shown
+from hf_async_store_bench.results import Cell, Figure, Results, Sweep, ratio
+from hf_async_store_bench.systems import BASELINES, MADE
+from hf_async_store_bench.workloads import WORKLOADS
+
+
+class Table(NamedTuple):
+    """A title, heads and rows of words."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+
+
+def targets(results: Results) -> Table:
+    """Every figure that was measured, with its target if it has one."""
+    found = [each for each in results.figures if each.value is not None]
+    note = "A ratio is against the system named, in the same run; its range is the 95 % interval."
+    heads = ("engine", "what", "value", "range", "target", "")
+    return Table("Figures and their targets", heads, [_target(each) for each in found], note)
+
+
+def _target(figure: Figure) -> tuple[str, ...]:
+    value = "" if figure.value is None else f"{shown(figure.value)} {figure.unit}"
+    span = ""
+    if figure.low is not None and figure.high is not None and figure.low != figure.high:
+        span = f"{shown(figure.low)} .. {shown(figure.high)}"
+    met = {True: "met", False: "MISSED", None: ""}[figure.met]
+    return figure.engine, figure.what, value, span, figure.target, met
+
+
+def measured(results: Results, load: str) -> Table:
+    """One load: everything about every system."""
+    cells = sorted(results.of(load), key=lambda each: -each.rate)
+    workload = WORKLOADS[cells[0].load.workload]
+    heads = (
+        "",
+        f"{workload.unit} a second",
+        "range",
+        "p50",
+        "p99",
+        "p99.9",
+        "longest",
+        "processor",
+        "memory",
+        "written",
+        "conflicts",
+        "retries",
+        "errors",
+        "checked",
+    )
+    return Table(load, heads, list(map(_row, cells)), f"{workload.summary}.")
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    calm = cell.calm
+    waits = [calm.percentile(share) for share in (0.5, 0.99, 0.999)] if calm.count else []
+    written = cell.written
+    return (
+        cell.system,
+        shown(cell.rate),
+        f"{shown(min(cell.rates))} .. {shown(max(cell.rates))}",
+        *(map(time_shown, waits) if waits else ("", "", "")),
+        time_shown(calm.highest) if waits else "",
+        time_shown(cell.processor),
+        bytes_shown(cell.memory),
+        "" if written is None else bytes_shown(written),
+        f"{cell.conflicts:,}",
+        f"{cell.retries:,}",
+        ", ".join(f"{count} {name}" for name, count in cell.errors.items()),
+        f"{cell.checked:,}",
+    )
+
+
+def engines(results: Results) -> Table:
+    """Every engine under every load: what it did in a second."""
+    return _rates("The engines: a second, by load", results, ("strategy",))
+
+
+def others(results: Results) -> Table:
+    """The same of baselines and competitors."""
+    title = "Baselines and alternatives: a second, by load"
+    return _rates(title, results, ("baseline", "competitor"))
+
+
+def _rates(title: str, results: Results, roles: Sequence[str]) -> Table:
+    """A row for each load; the systems are the columns where they are few."""
+    cells = [each for each in results.cells if each.role in roles and each.rounds]
+    systems = list(dict.fromkeys(each.system for each in cells))
+    rows = []
+    for load in dict.fromkeys(each.load.name for each in cells):
+        found = [results.cell(each, load) for each in systems]
+        rows.append((load, *("" if each is None else shown(each.rate) for each in found)))
+    return Table(title, ("", *systems), rows, "The median of the rounds.")
+
+
+def baselines(results: Results) -> Table:
+    """How each baseline of the run is made."""
+    here = {each.system for each in results.cells}
+    rows = [(each.engine, each.name, each.made) for each in BASELINES if each.name in here]
+    heads = ("engine", "baseline", "what it does")
+    return Table("How the baselines are made", heads, rows, MADE)
+
+
+def ratios(results: Results) -> Table:
+    """Each engine against each of its baselines and competitors."""
+    rows = []
+    for cell in results.cells:
+        if cell.role != "strategy" or not cell.rounds:
+            continue
+        for other in results.of(cell.load.name):
+            against = ratio(cell, other) if other.engine == cell.engine else None
+            if other.role != "strategy" and against is not None:
+                span = f"{shown(against.low)} .. {shown(against.high)}"
+                rows.append((cell.load.name, cell.system, other.system, shown(against.value), span))
+    heads = ("load", "engine", "against", "times as fast", "95 % interval")
+    return Table("Against baselines and alternatives", heads, rows)
+
+
+def grown(sweep: Sweep) -> Table:
+    """A sweep: what one operation costs at each value."""
+    sizes = sorted({point.size for curve in sweep.curves for point in curve.points})
+    rows = []
+    for curve in sweep.curves:
+        costs = {point.size: time_shown(point.cost) for point in curve.points}
+        power = curve.exponent
+        fitted = "" if power is None else f"n^{power:.2f}"
+        rows.append((curve.system, *(costs.get(size, "") for size in sizes), fitted))
+    return Table(
+        f"One of {sweep.workload}, by {sweep.parameter}",
+        ("", *(f"{size:,.0f}" for size in sizes), "fitted"),
+        rows,
+    )
+
+
+def conditions(results: Results) -> Table:
+    """The machine, the versions and the settings."""
+    rows = [
+        *results.machine.items(),
+        *(("version", f"{name} {number}") for name, number in results.versions.items()),
+        *results.settings.items(),
+        ("measured", f"{results.made_at}, {results.mode} run, {shown(results.seconds)} s"),
+    ]
+    return Table("Conditions", ("", ""), rows)
+
+
+def skipped(results: Results, *, asked_for: bool = False) -> Table:
+    """What was not measured, and why; figures of other runs, too, unless only for what was asked."""
+    rows = [(each.what, each.why) for each in results.skipped]
+    others = [each for each in results.figures if each.value is None and not asked_for]
+    rows += [(f"{each.engine}: {each.what}", each.note) for each in others]
+    return Table("Not measured", ("what", "why"), rows)
+
+
+def verdict(results: Results) -> str:
+    """The run in one sentence."""
+    failures = len(results.failures)
+    if failures:
+        return f"FAILED: {failures} invariants or workers broke"
+    missed = sum(each.met is False for each in results.figures)
+    met = sum(each.met is True for each in results.figures)
+    checked = sum(each.checked for each in results.cells)
+    return (
+        f"Every invariant held ({checked:,} entities compared at the end). "
+        f"Targets: {met} met, {missed} missed."
+    )
+
+
+READING: Final = (
+    "Throughput is what all tasks together did as fast as they were answered: the median of the "
+    "rounds, and their range. Rounds of all systems take turns, so that the noise of the machine "
+    "hits all alike: rely on the ratios.",
+    "Latencies are from operations at fixed times, half as many as the system can do (5,000 a second "
+    "at most). They count from the moment at which an operation was due, so that a stall shows in "
+    "everything that it kept waiting. What takes so long that only a few fit has none.",
+    "Processor and memory are those of the measured process alone; a server's own are not included.",
+    "Written is what the measured process wrote to disks, for one unit; plus what the PostgreSQL "
+    "server wrote into its log (WAL), or what was sent to the DynamoDB server.",
+    "Baselines keep what a store keeps, and check nothing: how each is made is listed. What others "
+    "use instead promises less than a store, and some of it does not sync.",
+)
+
+
+def as_text(table: Table) -> str:
+    """Aligned, for a terminal or a log: words to the left, numbers to the right."""
+    columns = list(zip(table.heads, *table.rows, strict=True))
+    aligned = [_aligned(column, words=not place) for place, column in enumerate(columns)]
+    lines = ["  " + "  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
+    return "\n".join([table.title, *lines, *([f"  {table.note}"] if table.note else [])])
+
+
+def _aligned(column: Sequence[str], *, words: bool) -> list[str]:
+    width = max(map(len, column))
+    words = words or any(cell[:1].isalpha() for cell in column[1:])
+    return [cell.ljust(width) if words else cell.rjust(width) for cell in column]
+
+
+def as_markdown(table: Table, level: int = 3) -> str:
+    """A section with its table."""
+    lines = [f"{'#' * level} {table.title}", ""]
+    if table.rows:
+        heads: Sequence[str] = [each or " " for each in table.heads]
+        lines += [_line(heads), _line(["---"] * len(heads))]
+        lines += [_line(each) for each in table.rows]
+    if table.note:
+        lines += ["", table.note]
+    return "\n".join([*lines, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |"

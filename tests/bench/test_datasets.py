@@ -1,0 +1,113 @@
+"""Stores are filled once; what writes gets a copy; servers are left as they were."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import Measure
+from planted import system
+
+from hf_async_store_bench import resource_usage
+from hf_async_store_bench.dataset_cache import DatasetCache
+from hf_async_store_bench.environments import Environments
+from hf_async_store_bench.messages import Load
+from hf_async_store_bench.scaling import ends_first
+from hf_async_store_bench.systems import chosen
+
+GET = Load(workload="get", tasks=2, entities=300)
+SAVE = Load(workload="save", tasks=2, entities=300)
+
+
+@pytest.mark.parametrize("name", ["json", "sqlite", "postgresql", "aiosqlite, a multi-row insert"])
+async def test_a_copy_is_another_store_with_the_same_machines(tmp_path: Path, name: str) -> None:
+    (one,) = [each for each in chosen([name]) if each.name == name]
+    adapter = one.load()
+    with Environments(folder=str(tmp_path)) as environments:
+        datasets = DatasetCache(environments, seed=1)
+        shared = [await datasets.group(one, GET, writes=False) for _ in range(2)]
+        copies = [await datasets.group(one, SAVE, writes=True) for _ in range(2)]
+        assert shared[0].environment == shared[1].environment
+        assert len({each.environment.folder for each in (*shared, *copies)}) == 3
+        ids = [f"i-{each:017x}" for each in (0, 299)]
+        opened = await adapter.open(copies[0].environment)
+        assert None not in await opened.read_back(ids)
+        await opened.close()
+        for each in (*shared, *copies):
+            datasets.give_back(each)
+        assert Path(shared[0].environment.folder).exists()
+        assert not Path(copies[0].environment.folder).exists()
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql", "dynamodb"])
+async def test_engines_on_servers_are_read_and_written(measure: Measure, name: str) -> None:
+    (engine,) = [each for each in chosen([name]) if each.name == name]
+    results = await measure([engine], GET, SAVE, rounds=2, duration=0.1, steady=0.0)
+    assert results.failures == []
+    assert results.skipped == []
+    saves = results.cell(name, SAVE.name)
+    assert saves is not None
+    # Each machine has gone to a disk, a log or a server, whole or in what changed.
+    assert saves.written is not None
+    assert saves.written > 100
+
+
+def test_what_a_connection_sent_is_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as one:
+            other, _ = server.accept()
+            before = resource_usage.sent_bytes()
+            one.sendall(b"x" * 50_000)
+            received = 0
+            while received < 50_000:
+                received += len(other.recv(65_536))
+            assert 50_000 <= resource_usage.sent_bytes() - before < 60_000
+            other.close()
+
+
+def test_ends_come_first_then_the_middle() -> None:
+    assert ends_first([100, 1000, 10_000, 100_000, 1_000_000]) == [
+        100,
+        1_000_000,
+        10_000,
+        1000,
+        100_000,
+    ]
+    assert ends_first([1, 8, 64, 512]) == [1, 512, 8, 64]
+    assert ends_first([1]) == [1]
+
+
+async def test_every_load_has_a_round_before_one_has_many(measure: Measure) -> None:
+    loads = [Load(workload=each, tasks=2, entities=300) for each in ("save", "get", "mixed")]
+    results = await measure(
+        [system("Good")], *loads, rounds=1000, duration=0.05, steady=0.0, budget=6.0
+    )
+    counts = [len(cell.rounds) for cell in results.cells]
+    assert len(counts) == 3
+    assert min(counts) >= 1
+    assert sum(counts) < 200
+    assert results.seconds < 20
+
+
+async def test_time_that_is_left_goes_to_what_is_unsure(measure: Measure) -> None:
+    results = await measure(
+        [system("Good")], SAVE, GET, rounds=2, duration=0.05, steady=0.0, budget=60.0, again=True
+    )
+    assert max(len(cell.rounds) for cell in results.cells) > 2
+    assert max(len(cell.rounds) for cell in results.cells) <= 8
+
+
+async def test_a_competitor_that_loses_writes_is_skipped_and_told(measure: Measure) -> None:
+    losing = system("Losing", role="competitor")
+    results = await measure([system("Good"), losing], SAVE, rounds=2, steady=0.0)
+    assert results.failures == []
+    assert results.cell("Losing", SAVE.name) is None
+    assert "acknowledged" in next(each.why for each in results.skipped)
+
+
+def test_what_need_not_be_durable_is_told_to_the_engines(tmp_path: Path) -> None:
+    for durable, said in ((False, "synchronous=NORMAL"), (True, "store.sqlite")):
+        with Environments(durable=durable, folder=str(tmp_path)) as environments:
+            (sqlite,) = [each for each in chosen(["sqlite"]) if each.name == "sqlite"]
+            assert environments.make(sqlite).url.endswith(said)

@@ -1,0 +1,73 @@
+"""Scenarios give figures with their bounds, each from processes of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from conftest import Measure
+
+from hf_async_store_bench import executor, scenarios, targets
+from hf_async_store_bench.messages import Measurement
+from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.systems import named
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scenarios on small stores."""
+    for name, each in SCENARIOS.items():
+        sizes = tuple(min(size, 2000 * (1 + place)) for place, size in enumerate(each.sizes))
+        monkeypatch.setitem(SCENARIOS, name, each._replace(sizes=sizes, runs=min(each.runs, 2)))
+
+
+@pytest.mark.parametrize("name", ["event loop", "opening", "memory", "migration memory"])
+async def test_a_scenario_of_json_gives_figures(measure: Measure, name: str) -> None:
+    results = await measure([named("json")], scenarios=(name,))
+    assert results.failures == []
+    assert results.skipped == []
+    assert results.figures
+    for figure in results.figures:
+        assert figure.engine == "json"
+        assert figure.what.startswith(f"{name}: ")
+        assert figure.value is not None
+        assert (figure.met is None) == (not figure.target)
+    assert any(each.target for each in results.figures)
+
+
+async def test_a_backup_is_held_against_compressing_the_same(measure: Measure) -> None:
+    results = await measure(
+        [named("json"), named("sqlite")], scenarios=("backup", "backup of sqlite")
+    )
+    assert results.failures == []
+    assert {each.engine for each in results.figures} == {"json", "sqlite"}
+
+
+def test_of_two_sizes_the_larger_counts_in_parts_of_the_smaller() -> None:
+    one = Measurement(what="peak", samples=[10.0], unit="MB", at_most=1.2)
+    more = msgspec.structs.replace(one, samples=[15.0])
+    (figure,) = targets.scenario_figures(
+        "migration memory", {100: {"peak": one}, 200: {"peak": more}}
+    )
+    assert (figure.value, figure.unit, figure.met) == (1.5, "x", False)
+    assert "200 against 100 machines" in figure.what
+
+
+async def test_a_scenario_that_breaks_is_a_failure(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCENARIOS, "gone", SCENARIOS["opening"])  # the worker does not know it
+    results = await measure([named("json")], scenarios=("gone",))
+    assert any("KeyError" in each for each in results.failures)
+
+
+async def test_what_there_is_no_time_for_is_skipped(measure: Measure) -> None:
+    results = await measure([named("json")], scenarios=("memory",), budget=1.0)
+    assert [each.what for each in results.skipped] == ["scenario memory"]
+
+
+def test_every_scenario_is_of_a_system_that_there_is(tmp_path: Path) -> None:
+    for each in SCENARIOS.values():
+        assert named(each.system).role == "strategy"
+    assert scenarios.SCENARIOS is executor.SCENARIOS

@@ -1,0 +1,83 @@
+"""Commands of other packages, by entry points."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from command import Cli
+
+MODULE = """
+SUMMARY = "remove what is old"
+MANUAL = "as often as you like"
+
+def add_arguments(parser):
+    parser.add_argument("--days", type=int, default=30)
+    parser.add_argument("--store", help="its own meaning")
+
+def run(arguments):
+    print("purged", arguments.days, arguments.store, arguments.config)
+    return 4
+"""
+
+
+@pytest.fixture
+def purge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that adds the commands `purge` and, in vain, `get`."""
+    folder = tmp_path / "site"
+    information = folder / "acme_purge-1.0.dist-info"
+    information.mkdir(parents=True)
+    (folder / "acme_purge.py").write_text(MODULE)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-purge\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(
+        dedent("""\
+            [hf_async_store.commands]
+            purge = acme_purge
+            get = acme_purge
+            """)
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "acme_purge", raising=False)
+
+
+@pytest.mark.usefixtures("purge")
+def test_a_command_of_another_package_is_run(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = cli("--config", "c.json", "purge", "--days", "7", "--store", "memory:")
+    assert ran.code == 4
+    assert "purged 7 memory: c.json" in ran.out + capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("purge")
+def test_help_names_it_and_has_its_manual(cli: Cli) -> None:
+    shown = cli("--help").out
+    assert "purge              remove what is old" in shown
+    assert "as often as you like" in cli("purge", "--help").out
+
+
+@pytest.mark.usefixtures("purge", "filled")
+def test_a_command_of_the_product_stays(cli: Cli) -> None:
+    assert "purged" not in cli("get", "machines", "m-1").out
+
+
+def test_what_is_not_installed_says_what_to_install(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_async_store.cli import extensions
+
+    monkeypatch.setattr(extensions, "GROUP", "hf_async_store.nothing")
+    for name in ("bench", "advise", "demo"):
+        ran = cli(name)
+        assert ran.code == 2
+        assert "pip install hf-async-store-bench" in ran.message
+    assert cli("--help").out.count("not installed: pip install hf-async-store-bench") == 3
+
+
+def test_an_unknown_command_is_refused_as_before(cli: Cli) -> None:
+    ran = cli("gte")
+    assert ran.code == 2
+    assert "did you mean 'get'?" in ran.message
