@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command import shell
 
 if TYPE_CHECKING:
     from command import Cli
@@ -333,3 +334,14 @@ def test_a_store_that_is_only_a_journal_yet(cli: Cli) -> None:
     Path("data/db.json").rename("data/db.json.journal.00000001")
     # Whatever is in it: something is there, and what is wrong with it is the store's to say.
     assert cli("count", "machines").code == 4
+
+
+def test_what_lies_in_the_working_directory_does_not_stand_for_a_driver() -> None:
+    Path("declared.py").write_text(
+        "from hf_async_store import Collection\nTHINGS = [Collection('things', key='id')]\n"
+    )
+    Path("aiosqlite.py").write_text("open('ran', 'a').close()\n")
+    words = ["put", "things", '{"id": "t-1"}', "--collections", "declared:THINGS"]
+    ran = shell(*words, "--store", "sqlite:things.db")
+    assert ran.code == 0, ran.err
+    assert not Path("ran").exists()

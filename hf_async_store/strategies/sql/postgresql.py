@@ -261,7 +261,8 @@ class PostgreSQL(Dialect):
     async def owned_by_others(
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
-        return dict(await self.rows(driver, _OTHERS, (list(tables), list(declared))))
+        found = await self.rows(driver, _OTHERS, (list(tables), list(declared)))
+        return {table: owner for table, owner in found}  # noqa: C416  # rows are of any length
 
     async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
