@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -342,6 +343,8 @@ def test_what_lies_in_the_working_directory_does_not_stand_for_a_driver() -> Non
     )
     Path("aiosqlite.py").write_text("open('ran', 'a').close()\n")
     words = ["put", "things", '{"id": "t-1"}', "--collections", "declared:THINGS"]
-    ran = shell(*words, "--store", "sqlite:things.db")
+    # As the installed command begins: without the working directory on the path.
+    program = [sys.executable, "-P", "-m", "hf_async_store"]
+    ran = shell(*words, "--store", "sqlite:things.db", program=program)
     assert ran.code == 0, ran.err
     assert not Path("ran").exists()
