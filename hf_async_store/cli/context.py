@@ -210,7 +210,8 @@ def _imported(module: str, name: str, named: str) -> object:
     from importlib import import_module
 
     here = str(Path.cwd())
-    if here not in sys.path:
+    added = here not in sys.path
+    if added:
         sys.path.insert(0, here)
     try:
         return cast("object", getattr(import_module(module), name))
@@ -218,6 +219,11 @@ def _imported(module: str, name: str, named: str) -> object:
         raise ConfigurationError(
             f"--collections {named}: cannot be imported from {here}: {type(exc).__name__}: {exc}"
         ) from exc
+    finally:
+        if added:
+            # That module was asked for. What else lies here must not stand for a driver.
+            sys.path.remove(here)
+            sys.path.append(here)
 
 
 # -- warnings -------------------------------------------------------------------------------

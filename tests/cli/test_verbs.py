@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command import shell
 
 if TYPE_CHECKING:
     from command import Cli
@@ -333,3 +335,16 @@ def test_a_store_that_is_only_a_journal_yet(cli: Cli) -> None:
     Path("data/db.json").rename("data/db.json.journal.00000001")
     # Whatever is in it: something is there, and what is wrong with it is the store's to say.
     assert cli("count", "machines").code == 4
+
+
+def test_what_lies_in_the_working_directory_does_not_stand_for_a_driver() -> None:
+    Path("declared.py").write_text(
+        "from hf_async_store import Collection\nTHINGS = [Collection('things', key='id')]\n"
+    )
+    Path("aiosqlite.py").write_text("open('ran', 'a').close()\n")
+    words = ["put", "things", '{"id": "t-1"}', "--collections", "declared:THINGS"]
+    # As the installed command begins: without the working directory on the path.
+    program = [sys.executable, "-P", "-m", "hf_async_store"]
+    ran = shell(*words, "--store", "sqlite:things.db", program=program)
+    assert ran.code == 0, ran.err
+    assert not Path("ran").exists()

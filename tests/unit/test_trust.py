@@ -34,6 +34,7 @@ from hf_async_store.config import (
 from hf_async_store.entities import Record
 from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
 from hf_async_store.moving import MOVE_KEY, move_in
+from hf_async_store.strategies.json.journal import FileState, Fold, Head, control, record
 
 FEW = settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
 MANY = settings(max_examples=20_000, suppress_health_check=list(HealthCheck), deadline=None)
@@ -231,6 +232,40 @@ async def test_a_migration_keeps_its_folder(
     assert report.verified
     assert list((tmp_path / "other").iterdir()) == []
     assert len(list((tmp_path / "one" / "backups").glob("*.gz"))) == 1
+
+
+async def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    source, target = open_store(f"json:{tmp_path}/a.json"), open_store(f"json:{tmp_path}/b.json")
+    file = CheckpointFile(tmp_path, source, target)
+    file.path.with_name(f".{file.path.name}.tmp").symlink_to(victim)
+    with pytest.raises(StorageError, match=r"write .*checkpoint"):
+        await file.save(Checkpoint(file.pair, 7, None, None, {}))
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../victim.json", "/etc/hostname", "a/b.json", "..", "a\0b"])
+@pytest.mark.parametrize("kind", ["head", "fold"])
+async def test_a_journal_names_no_file_elsewhere(name: str, kind: str, tmp_path: Path) -> None:
+    """What it names is read, and replaced."""
+    folder = tmp_path / "data"
+    victim = tmp_path / "victim.json"
+    victim.write_text("{}")
+    state = FileState(None, 0, ours=True, collection="templates")
+    body = Head(1, {name: state}) if kind == "head" else Fold({name: state})
+    records = [] if kind == "head" else [record(*control(Head(1, {})), 0)]
+    records.append(record(*control(body), len(records)))
+    async with open_store(f"json:{folder}") as store:
+        journal = store._json.files.journal(1)  # type: ignore[attr-defined]
+        folder.mkdir()
+        journal.write_bytes(b"".join(records))
+        with pytest.raises(CorruptionError, match="names the file"):
+            await store.get_entity("templates", "t")
+        with pytest.raises(CorruptionError, match="names the file"):
+            await store.save_entity("templates", {"template_id": "t"})
+        assert "names the file" in str((await store.health())["problems"])
+    assert victim.read_text() == "{}"
 
 
 # -- what is read is data: any bytes --------------------------------------------------------

@@ -182,11 +182,29 @@ def image(text: bytes) -> bytes | None:
 
 
 def read_head(payload: bytes) -> Head:
-    return _read(_head_decoder, payload)
+    return _of_this_folder(_read(_head_decoder, payload))
 
 
 def read_fold(payload: bytes) -> Fold:
-    return _read(_fold_decoder, payload)
+    return _of_this_folder(_read(_fold_decoder, payload))
+
+
+Naming = TypeVar("Naming", Head, Fold)
+
+
+def _of_this_folder(body: Naming) -> Naming:
+    """A record that names files of the store's folder alone: what it names is read, and replaced.
+
+    Raises:
+        CorruptionError: one that lies elsewhere.
+    """
+    for name in body.files:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise CorruptionError(
+                f"a record of the journal names the file {name!r}, which is not in its folder; no "
+                "store wrote that. Restore a backup"
+            )
+    return body
 
 
 def read_seal(payload: bytes) -> Seal:
