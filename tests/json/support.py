@@ -66,6 +66,11 @@ async def _nothing() -> None:
     pass
 
 
+def never_folds(store: JSONStorageStrategy) -> None:
+    """No fold begins by itself, however long the machine takes: for tests of what the journal holds."""
+    store._json.folding.consider = lambda: None  # type: ignore[method-assign]
+
+
 def without_times(stored: Stored) -> Stored:
     """The same without what the clock set."""
     return {
