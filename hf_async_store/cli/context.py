@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -149,6 +150,8 @@ async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
     finally:
         closing = asyncio.ensure_future(store.close())
         if has_given_up:
+            # What is left open ends with the process, and is no leak to be warned of.
+            warnings.simplefilter("ignore", ResourceWarning)
             await asyncio.wait([closing], timeout=_LAST_SECONDS)
             with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 closing.exception()  # it is seen, and no news beside why this ends
