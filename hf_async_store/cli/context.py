@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -38,6 +37,9 @@ Work = Callable[["StorageStrategy"], Awaitable[int]]
 _LOG: Final = logging.getLogger("hf_async_store")
 _SOON: Final = 0.001
 _LAST_SECONDS: Final = 0.2
+
+_GIVEN_UP: Final[list[StorageStrategy]] = []
+"""Stores that were left open on purpose: they end with the process, and are no leak to be told of."""
 
 
 class Context:
@@ -150,8 +152,7 @@ async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
     finally:
         closing = asyncio.ensure_future(store.close())
         if has_given_up:
-            # What is left open ends with the process, and is no leak to be warned of.
-            warnings.simplefilter("ignore", ResourceWarning)
+            _GIVEN_UP.append(store)
             await asyncio.wait([closing], timeout=_LAST_SECONDS)
             with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 closing.exception()  # it is seen, and no news beside why this ends
