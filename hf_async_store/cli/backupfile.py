@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.json.files import read_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hf_async_store.cli.jsonfiles import Data, JSONFiles
     from hf_async_store.entities import Schema
 
@@ -62,8 +65,8 @@ class _Source(NamedTuple):
 async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
     """A backup, read whole and checked.
 
-    It is opened as a store of its own, through links in a folder of its own, so that nothing is
-    written beside it.
+    It is opened as a store of its own, by copies in a folder of its own: nothing is written beside
+    it, and a link would lead the store to where the backup is.
 
     Raises:
         CorruptionError: it is damaged.
@@ -72,8 +75,7 @@ async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
     taken = _taken_for(source, files, schema)
     folder = Path(tempfile.mkdtemp(prefix="hf-async-store-"))
     try:
-        for name, path in taken.links.items():
-            (folder / name).symlink_to(path.absolute())
+        await asyncio.to_thread(_copy, taken.links, folder)
         data, left_out = await _opened(folder, taken, schema)
         _refuse_foreign(source, data, left_out, schema)
         _check(source, data, schema)
@@ -87,13 +89,18 @@ async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _copy(files: Mapping[str, Path], folder: Path) -> None:
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+
+
 def _taken_for(source: Path, files: JSONFiles, schema: Schema) -> _Source:
     options = files.options
     is_split = options.storage_type == "split_files"
     names = (options if is_split else JSONConfig(storage_type="split_files")).files(schema)
     if source.is_dir():
         forms = [f"{name}{suffix}" for name in names.values() for suffix in ("", ".gz")]
-        links = {each: source / each for each in forms if (source / each).exists()}
+        links = {each: source / each for each in forms if (source / each).is_file()}
         if not links:
             raise InvalidInputError(
                 f"{source} is no backup of this store: it holds none of {', '.join(names.values())}"

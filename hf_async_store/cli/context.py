@@ -38,6 +38,9 @@ _LOG: Final = logging.getLogger("hf_async_store")
 _SOON: Final = 0.001
 _LAST_SECONDS: Final = 0.2
 
+_GIVEN_UP: Final[list[StorageStrategy]] = []
+"""Stores that were left open on purpose: they end with the process, and are no leak to be told of."""
+
 
 class Context:
     """The store of one command.
@@ -149,6 +152,7 @@ async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
     finally:
         closing = asyncio.ensure_future(store.close())
         if has_given_up:
+            _GIVEN_UP.append(store)
             await asyncio.wait([closing], timeout=_LAST_SECONDS)
             with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 closing.exception()  # it is seen, and no news beside why this ends
