@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from hf_async_store.engine import Capabilities, Isolation, Plan
+from hf_async_store.engine import Capabilities, Isolation, Plan, finish
 from hf_async_store.entities import Value
 
 if TYPE_CHECKING:
@@ -353,6 +354,19 @@ class Dialect(ABC):
             indexes: the declared ones by their names in SQL.
             comparisons: how many the filter has.
         """
+
+    @asynccontextmanager
+    async def scratch(self, driver: Any) -> AsyncIterator[Any]:
+        """A connection on which tables can be made that nobody else sees, and that go afterwards.
+
+        Args:
+            driver: a connection to the store; None where the store is absent.
+        """
+        handle = await self.begin_ddl(driver)
+        try:
+            yield driver
+        finally:
+            await finish(self.roll_back(handle))
 
     @abstractmethod
     async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]: ...

@@ -16,7 +16,7 @@ from collections.abc import (
 )
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.engine import Engine, Isolation, Plan, Reader
@@ -34,6 +34,7 @@ from hf_async_store.entities import (
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
+    PermissionDeniedError,
     ReadOnlyError,
     StorageError,
     UnavailableError,
@@ -473,22 +474,25 @@ class SQLEngine:
 
     async def explain(self, query: Query) -> Plan:
         if not self._ready and not self._dialect.exists():
-            return _NOTHING
+            return await self._explain_absent(None, query)
         async with self._main.lease() as lease:
             table = (await self._tables_on(lease)).get(query.collection)
             if table is None:
-                return _NOTHING
-            compiled = compile_query(table, query)
-            try:
-                plan = await self._dialect.explain(
-                    lease.driver,
-                    compiled.sql,
-                    compiled.args,
-                    self._made.indexes[query.collection],
-                    comparisons_in(query.where),
-                )
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="explain", writes=False) from exc
+                return await self._explain_absent(lease.driver, query)
+            return await self._explain(lease.driver, table, query)
+
+    async def _explain(self, driver: Any, table: Table, query: Query) -> Plan:
+        compiled = compile_query(table, query)
+        try:
+            plan = await self._dialect.explain(
+                driver,
+                compiled.sql,
+                compiled.args,
+                self._made.indexes[query.collection],
+                comparisons_in(query.where),
+            )
+        except self._dialect.driver_errors as exc:
+            raise self._dialect.translate(exc, doing="explain", writes=False) from exc
         if compiled.residual is None and not compiled.sorted_here:
             return plan
         return Plan(
@@ -498,6 +502,19 @@ class SQLEngine:
             sorted_here=plan.sorted_here or compiled.sorted_here,
             detail=plan.detail,
         )
+
+    async def _explain_absent(self, driver: Any, query: Query) -> Plan:
+        """How a query would run on tables that are not there: on some that nobody else sees."""
+        try:
+            async with self._dialect.scratch(driver) as scratch:
+                for statement in await self._made.lacking(scratch):
+                    await self._dialect.rows(scratch, statement, ())
+                return await self._explain(scratch, self.tables[query.collection], query)
+        except self._dialect.driver_errors as exc:
+            error = self._dialect.translate(exc, doing="explain", writes=False)
+            if isinstance(error, ReadOnlyError | PermissionDeniedError):
+                return _NOTHING  # not even those can be made
+            raise error from exc
 
     async def probe(self) -> None:
         parameters = [self._dialect.parameter(n, "text") for n in (1, 2)]

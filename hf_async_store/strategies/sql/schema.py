@@ -100,7 +100,7 @@ class Tables:
         try:
             self._dialect.check_place(lease.driver)
             await self._dialect.prepare_writing(lease.driver)
-            if await self._lacking(lease):
+            if await self.lacking(lease.driver):
                 await self._make(lease)
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="make the tables", writes=False) from exc
@@ -135,19 +135,19 @@ class Tables:
     async def _make(self, lease: Lease) -> None:
         handle = await self._dialect.begin_ddl(lease.driver)
         try:
-            for statement in await self._lacking(lease):
+            for statement in await self.lacking(lease.driver):
                 await self._dialect.rows(lease.driver, statement, ())
         except BaseException:
             await finish(self._dialect.roll_back(handle))
             raise
         await finish(self._dialect.commit(handle))
 
-    async def _lacking(self, lease: Lease) -> list[str]:
+    async def lacking(self, driver: Any) -> list[str]:
         """The statements that make what is not there."""
         if _HIDDEN & set(self.names):
-            await refuse_others(self._dialect, lease.driver, self.names)
-        columns = await self._dialect.found_columns(lease.driver, self.names)
-        indexes = await self._dialect.found_indexes(lease.driver, self.names)
+            await refuse_others(self._dialect, driver, self.names)
+        columns = await self._dialect.found_columns(driver, self.names)
+        indexes = await self._dialect.found_indexes(driver, self.names)
         self._compare(columns, indexes)
         statements: list[str] = []
         for table in self._metadata.sorted_tables:

@@ -11,8 +11,8 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
@@ -858,6 +858,19 @@ class SQLite(Dialect):
             sorted_here=any("TEMP B-TREE FOR" in each for each in lines),
             detail="; ".join(lines),
         )
+
+    @asynccontextmanager
+    async def scratch(self, driver: Any) -> AsyncIterator[_Connection]:
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(":memory:", isolation_level=None)
+
+        scratch = _Connection(connect, lambda _: False)
+        try:
+            await scratch
+            await self._prepare(scratch)
+            yield scratch
+        finally:
+            await finish(scratch.close())
 
     async def health(self, driver: aiosqlite.Connection, tables: Sequence[str]) -> dict[str, Value]:
         problems: list[Value] = []
