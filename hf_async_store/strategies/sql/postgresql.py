@@ -380,8 +380,9 @@ class PostgreSQL(Dialect):
                 f"cannot {doing}: sslmode {config.sslmode!r} does not trust its certificate: "
                 f"{exc.verify_message}; see sslrootcert and host"
             )
-        # The driver has no error of its own for this.
-        if type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
+        # The driver has no error of its own for this; a server that goes down may answer so, too.
+        needs_tls = config.sslmode in ("require", "verify-ca", "verify-full")
+        if needs_tls and type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
             return ConfigurationError(
                 f"cannot {doing}: sslmode {config.sslmode!r} needs TLS, and the server has none, or "
                 "is no PostgreSQL"
