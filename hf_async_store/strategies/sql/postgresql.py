@@ -496,8 +496,8 @@ class PostgreSQL(Dialect):
         return await self._begun(driver, isolation="repeatable_read", readonly=True)
 
     async def _begun(self, driver: Any, **options: Any) -> _Begun:
-        transaction = driver.transaction(**options)
         try:
+            transaction = driver.transaction(**options)
             await transaction.start()
         except Exception as exc:
             # The driver counts it as begun all the same, and would make savepoints from now on.
