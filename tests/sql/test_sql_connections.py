@@ -41,17 +41,31 @@ def guarded() -> Iterator[PostgresServer]:
             if os.environ.get("HF_ASYNC_STORE_TEST_POSTGRES_URL"):
                 pytest.skip("the server is not ours to configure")
             [hba] = ask(server.url, "SHOW hba_file")
-            rules = "hostssl all asked 127.0.0.1/32 scram-sha-256\nhost all asked all reject\n"
+            rules = (
+                "hostssl all asked 127.0.0.1/32 scram-sha-256\nhost all asked all reject\n"
+                "hostssl all certified 127.0.0.1/32 cert\nhost all certified all reject\n"
+            )
             Path(hba).write_text(rules + Path(hba).read_text())
             execute(server.url, f"ALTER SYSTEM SET ssl_cert_file = '{folder}/server.crt'")
             execute(server.url, f"ALTER SYSTEM SET ssl_key_file = '{folder}/server.key'")
+            execute(server.url, f"ALTER SYSTEM SET ssl_ca_file = '{folder}/server.crt'")
             execute(server.url, "ALTER SYSTEM SET ssl = on")
+            execute(server.url, "CREATE ROLE certified SUPERUSER LOGIN")
             literal = SECRET.replace("'", "''")
             execute(server.url, f"CREATE ROLE asked SUPERUSER LOGIN PASSWORD '{literal}'")
             execute(server.url, "SELECT pg_reload_conf()")
             yield server
     except ServerUnavailable as exc:
         pytest.skip(str(exc))
+
+
+# Signed by the server's own, whose key is the authority here; once with an encrypted key.
+_CLIENT_CERTIFICATE = (
+    "openssl req -new -nodes -newkey rsa:2048 -subj /CN=certified -keyout client.key -out client.csr",
+    "openssl x509 -req -days 2 -in client.csr -CA server.crt -CAkey server.key -set_serial 2 "
+    "-out client.crt",
+    "openssl rsa -aes256 -passout pass:of-the-key -in client.key -out locked.key",
+)
 
 
 @contextmanager
@@ -67,6 +81,8 @@ def _certificate() -> Iterator[Path]:
             check=True,
             capture_output=True,
         )
+        for each in _CLIENT_CERTIFICATE:
+            subprocess.run(each.split(), cwd=folder, check=True, capture_output=True)
         folder.chmod(0o755)
         (folder / "server.key").chmod(0o600)
         if os.geteuid() == 0:
@@ -118,6 +134,31 @@ async def test_tls_is_checked_as_the_mode_says(guarded: PostgresServer) -> None:
         assert not caught.value.retryable
     async with open_store(config(guarded, sslmode="disable")) as store:
         with pytest.raises(AuthenticationError):
+            await store.test_connection()
+
+
+async def test_a_certificate_of_the_client(guarded: PostgresServer) -> None:
+    [found] = ask(guarded.url, "SHOW ssl_cert_file")
+    folder = Path(found).parent
+    tls: dict[str, Any] = {"sslmode": "verify-full", "sslrootcert": found, "password": None}
+    tls |= {"username": "certified", "sslcert": str(folder / "client.crt")}
+    for more in (
+        {"sslkey": str(folder / "client.key")},
+        {"sslkey": str(folder / "locked.key"), "sslpassword": "of-the-key"},
+    ):
+        async with open_store(config(guarded, **tls, **more)) as store:
+            assert await encrypted(store)
+            assert "of-the-key" not in f"{store.describe()} {store!r}"
+    for more in (
+        {"sslkey": str(folder / "locked.key"), "sslpassword": "another"},
+        {"sslkey": str(folder / "locked.key")},
+    ):
+        async with open_store(config(guarded, **tls, **more)) as store:
+            with pytest.raises(ConfigurationError, match="sslpassword"):
+                await store.test_connection()
+    del tls["sslcert"]
+    async with open_store(config(guarded, **tls)) as store:
+        with pytest.raises(AuthenticationError, match="certificate"):
             await store.test_connection()
 
 

@@ -64,6 +64,10 @@ class Bulk(Protocol):
         ...
 
 
+class SessionEndedError(Exception):
+    """The server ended a session before what was asked of it was sent; of `driver_errors`."""
+
+
 class Dialect(ABC):
     """One of the two: its driver, its grammar, its limits."""
 

@@ -45,6 +45,7 @@ from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.binding import bound, check_statement
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, Lease
+from hf_async_store.strategies.sql.dialect import SessionEndedError
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.schema import PROBES, Tables, refuse_others
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
@@ -250,6 +251,9 @@ class SQLEngine:
     async def peek(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
             return None
+        return await self._repeated(lambda: self._peek(collection, entity_id))
+
+    async def _peek(self, collection: Collection, entity_id: str) -> Record | None:
         table = Table(collection, self._dialect)
         async with self._main.lease() as lease:
             try:
@@ -452,7 +456,7 @@ class SQLEngine:
 
     async def _repeated(self, work: Callable[[], Awaitable[Result]]) -> Result:
         """Do work again that left nothing behind: it lost a race, its statement was prepared for
-        tables of before, or its connection led to a server that takes no writes."""
+        tables of before, its session had ended, or its server takes no writes."""
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
         while True:
@@ -460,6 +464,10 @@ class SQLEngine:
                 return await work()
             except (ConcurrencyConflictError, ReadOnlyError) as exc:
                 if not exc.retryable or exc.outcome_unknown or time.monotonic() > deadline:
+                    raise
+            except UnavailableError as exc:
+                # A connection of the pool whose end was not known yet.
+                if not isinstance(exc.__cause__, SessionEndedError) or time.monotonic() > deadline:
                     raise
             pause = await _paused(pause)
 

@@ -34,7 +34,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.strategies.sql.compiler import SHORT, Arguments, SortPart
-from hf_async_store.strategies.sql.dialect import Dialect
+from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import link_error, postgres_error
 from hf_async_store.strategies.sql.jsonb import array_text, decimal_text, json_text, number_of
 from hf_async_store.strategies.sql.tables import (
@@ -106,10 +106,6 @@ _NOT_SENT: Final = ("cannot switch to state", "not connected")
 """How the driver, which has no code for it, begins to tell that the server had ended the session."""
 
 
-class _SessionEndedError(Exception):
-    """The server ended a session before what was asked of it was sent."""
-
-
 class _ServerReadOnlyError(Exception):
     """A connection leads to a server that takes no writes; another one may not."""
 
@@ -155,7 +151,7 @@ class PostgreSQL(Dialect):
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         OSError,
-        _SessionEndedError,
+        SessionEndedError,
         _ServerReadOnlyError,
         _NoAnswerError,
     )
@@ -398,8 +394,9 @@ class PostgreSQL(Dialect):
                 f"cannot {doing}: sslmode {config.sslmode!r} does not trust its certificate: "
                 f"{exc.verify_message}; see sslrootcert and host"
             )
-        # The driver has no error of its own for this.
-        if type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
+        # The driver has no error of its own for this; a server that goes down may answer so, too.
+        needs_tls = config.sslmode in ("require", "verify-ca", "verify-full")
+        if needs_tls and type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
             return ConfigurationError(
                 f"cannot {doing}: sslmode {config.sslmode!r} needs TLS, and the server has none, or "
                 "is no PostgreSQL"
@@ -423,7 +420,7 @@ class PostgreSQL(Dialect):
         """Keep in mind what an error says of its connection.
 
         Raises:
-            _SessionEndedError, _ServerReadOnlyError, _NoAnswerError: it means that.
+            SessionEndedError, _ServerReadOnlyError, _NoAnswerError: it means that.
         """
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
             if self._renewed(driver):
@@ -431,11 +428,11 @@ class PostgreSQL(Dialect):
         elif isinstance(exc, asyncpg.InterfaceError):
             # The driver's own objection: nothing was sent.
             if driver.is_closed():
-                raise _SessionEndedError from exc
+                raise SessionEndedError from exc
         elif not isinstance(exc, _SERVERS_OWN):
             _SESSIONS[driver].suspect = True
             if isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
-                raise _SessionEndedError from exc
+                raise SessionEndedError from exc
             if not isinstance(exc, OSError):
                 # Decoders raise whatever they come upon in bytes that are no answer.
                 raise _NoAnswerError(type(exc).__name__) from exc
@@ -513,8 +510,8 @@ class PostgreSQL(Dialect):
         return await self._begun(driver, isolation="repeatable_read", readonly=True)
 
     async def _begun(self, driver: Any, **options: Any) -> _Begun:
-        transaction = driver.transaction(**options)
         try:
+            transaction = driver.transaction(**options)
             await transaction.start()
         except Exception as exc:
             # The driver counts it as begun all the same, and would make savepoints from now on.
@@ -594,7 +591,7 @@ class PostgreSQL(Dialect):
                 "is replaced: try again",
                 retryable=True,
             )
-        if isinstance(exc, _SessionEndedError):
+        if isinstance(exc, SessionEndedError):
             return UnavailableError(
                 f"cannot {doing}: the server had ended the session, and nothing was sent: it was "
                 "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
