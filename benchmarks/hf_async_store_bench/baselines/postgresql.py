@@ -170,13 +170,18 @@ class Batched(Held):
 class MultiRow(_Baseline):
     """Many machines as one INSERT of many rows (arrays) in one transaction."""
 
+    async def start(self) -> None:
+        self._turn = asyncio.Lock()
+
     async def create_many(self, machines: Sequence[Entity]) -> None:
-        await self.connection.execute(_INSERT_ALL, *_columns(machines))
+        async with self._turn:
+            await self.connection.execute(_INSERT_ALL, *_columns(machines))
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
-        async with self.connection.transaction():
+        columns = _columns(machines)
+        async with self._turn, self.connection.transaction():
             await self.connection.execute(_INSERT_REQUEST, *tables.request_of(request))
-            await self.create_many(machines)
+            await self.connection.execute(_INSERT_ALL, *columns)
 
 
 class Core(_Baseline):

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from hf_async_store_bench.baselines import tables
 from hf_async_store_bench.baselines.batching import Batching
+from hf_async_store_bench.data import batches
 
 if TYPE_CHECKING:
     from hf_async_store_bench.data import Entity
@@ -102,6 +103,7 @@ class _Connection(_Baseline):
     """One aiosqlite connection."""
 
     async def start(self) -> None:
+        self._turn = asyncio.Lock()
         self._connection = await aiosqlite.connect(_file(self.environment), isolation_level=None)
         for each in pragmas(self.environment):
             await self._connection.execute(each)
@@ -128,16 +130,16 @@ class MultiRow(_Connection):
         await self.acquire(None, machines)
 
     async def acquire(self, request: Entity | None, machines: Sequence[Entity]) -> None:
-        execute = self._connection.execute_fetchall
-        await execute("BEGIN IMMEDIATE")
-        if request is not None:
-            await execute(_INSERT_REQUEST, tables.request_of(request))
         rows = tables.rows_of(machines)
-        for start in range(0, len(rows), _ROWS_A_STATEMENT):
-            some = rows[start : start + _ROWS_A_STATEMENT]
-            statement = f"{tables.INTO_MACHINES} VALUES {', '.join([_ROW] * len(some))}"
-            await execute(statement, [value for row in some for value in row])
-        await execute("COMMIT")
+        execute = self._connection.execute_fetchall
+        async with self._turn:
+            await execute("BEGIN IMMEDIATE")
+            if request is not None:
+                await execute(_INSERT_REQUEST, tables.request_of(request))
+            for some in batches(rows, _ROWS_A_STATEMENT):
+                statement = f"{tables.INTO_MACHINES} VALUES {', '.join([_ROW] * len(some))}"
+                await execute(statement, [value for row in some for value in row])
+            await execute("COMMIT")
 
 
 class Sqlite3Batched(_Baseline):

@@ -1,0 +1,89 @@
+"""Baselines do the work that the store is compared with, and lose none of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from hf_async_store_bench import adapters
+from hf_async_store_bench.data import machine, machine_id, request
+from hf_async_store_bench.environments import Environments
+from hf_async_store_bench.systems import BASELINES, named
+from hf_async_store_bench.worker_group import SkippedError
+
+COUNT = 40
+
+
+@pytest.mark.parametrize("name", [each.name for each in BASELINES])
+async def test_a_baseline_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
+    system = named(name)
+    with Environments(folder=str(tmp_path)) as environments:
+        try:
+            environment = environments.make(system)
+        except SkippedError as exc:
+            pytest.skip(str(exc))
+        one = await system.load().open(environment)
+        await one.fill([machine(each) for each in range(COUNT)])
+        expected = dict.fromkeys(range(COUNT), 0) | await _worked(one)
+        await one.close()
+        again = await system.load().open(environment)
+        found = await again.read_back([machine_id(each) for each in expected])
+        await again.close()
+    if isinstance(one, adapters.RunsProcesses):
+        return  # it stores nothing
+    for (number, count), stored in zip(expected.items(), found, strict=True):
+        assert stored is not None, number
+        assert stored["count"] == count, number
+
+
+async def _worked(one: object) -> dict[int, int]:
+    """Everything that it can do, several tasks at once; the counts that are then stored."""
+    expected: dict[int, int] = {}
+    if isinstance(one, adapters.Gets):
+        for found in await asyncio.gather(*(one.get(machine_id(each)) for each in range(COUNT))):
+            assert found is not None
+            assert found["status"] in ("RUNNING", "PENDING", "STOPPED")
+        assert await one.get("i-nobody") is None
+    if isinstance(one, adapters.Saves):
+        await asyncio.gather(*(one.save(machine(each, count=1)) for each in range(20)))
+        expected |= dict.fromkeys(range(20), 1)
+    if isinstance(one, adapters.Updates):
+        await one.update(machine_id(20), {"count": 5})
+        expected[20] = 5
+    if isinstance(one, adapters.Creates):
+        await one.create({**machine(1000, count=2), "request_id": "req-00000000"})
+        expected[1000] = 2
+    if isinstance(one, adapters.SavesMany):
+        await one.save_many([machine(each, count=3) for each in range(30, 35)])
+        expected |= dict.fromkeys(range(30, 35), 3)
+    for start, kind, method in (
+        (2000, adapters.CreatesMany, "create_many"),
+        (3000, adapters.ImportsMany, "import_many"),
+    ):
+        if isinstance(one, kind):
+            numbers = range(start, start + 30)
+            await getattr(one, method)(
+                [{**machine(each, count=4), "request_id": "req-00000000"} for each in numbers]
+            )
+            expected |= dict.fromkeys(numbers, 4)
+    if isinstance(one, adapters.Acquires):
+        calls = []
+        for start in (4000, 5000):
+            asked = request(start, 24)
+            some = [
+                {**machine(each, count=6), "request_id": asked["request_id"]}
+                for each in range(start, start + 24)
+            ]
+            expected |= dict.fromkeys(range(start, start + 24), 6)
+            calls.append(one.acquire(asked, some))
+        await asyncio.gather(*calls)
+    if isinstance(one, adapters.RunsProcesses):
+        await one.run_process(machine_id(0))
+    return expected
+
+
+def test_every_baseline_says_how_it_is_made() -> None:
+    assert all(each.made.endswith(".") for each in BASELINES)
+    assert named("SQLAlchemy Core on aiosqlite each").made.startswith("create_async_engine")
