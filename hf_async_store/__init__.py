@@ -14,29 +14,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
+from hf_async_store.changes import ABSENT
 from hf_async_store.config import StorageConfig, load_config
-from hf_async_store.engine import Capabilities, Plan
-from hf_async_store.entities import (
-    ABSENT,
-    HOST_FACTORY,
-    REMOVED,
-    Collection,
-    Entity,
-    Field,
-    Index,
-    Value,
-)
+from hf_async_store.driver import Capabilities, QueryPlan
 from hf_async_store.errors import (
     AlreadyExistsError,
     AuthenticationError,
     BatchError,
-    BrokenReferenceError,
     ConcurrencyConflictError,
     ConfigurationError,
     CorruptionError,
+    DataFileConflictError,
     DiskFullError,
     EntityNotFoundError,
-    FileReplacedError,
+    EventLoopMismatchError,
     InvalidCursorError,
     InvalidFieldError,
     InvalidInputError,
@@ -50,13 +41,14 @@ from hf_async_store.errors import (
     PermissionDeniedError,
     PoolTimeoutError,
     ProtocolError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
+    ReferenceViolationError,
     RetriesExhaustedError,
     SchemaMismatchError,
     StorageError,
     StoreClosedError,
-    StoreMovedError,
     StoreNotFoundError,
+    StoreRelocatedError,
     TargetNotEmptyError,
     ThrottledError,
     TransactionAbortedError,
@@ -66,9 +58,8 @@ from hf_async_store.errors import (
     TransactionTooLargeError,
     UnavailableError,
     UnknownCollectionError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
     VerificationError,
-    WrongLoopError,
 )
 from hf_async_store.query import (
     Page,
@@ -92,9 +83,11 @@ from hf_async_store.query import (
     path,
 )
 from hf_async_store.repository import RepositoryInterface
+from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
 from hf_async_store.transaction import Transaction
+from hf_async_store.values import REMOVE, Entity, Value
 
 if TYPE_CHECKING:
     from hf_async_store.migration import MigrationTool
@@ -123,22 +116,22 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "ABSENT",
     "HOST_FACTORY",
-    "REMOVED",
+    "REMOVE",
     "AlreadyExistsError",
     "AuthenticationError",
     "BatchError",
-    "BrokenReferenceError",
     "Capabilities",
     "Collection",
     "ConcurrencyConflictError",
     "ConfigurationError",
     "CorruptionError",
+    "DataFileConflictError",
     "DiskFullError",
     "DynamoDBStorageStrategy",
     "Entity",
     "EntityNotFoundError",
+    "EventLoopMismatchError",
     "Field",
-    "FileReplacedError",
     "Index",
     "InvalidCursorError",
     "InvalidFieldError",
@@ -155,10 +148,11 @@ __all__ = [
     "OperationTimeoutError",
     "Page",
     "PermissionDeniedError",
-    "Plan",
     "PoolTimeoutError",
     "ProtocolError",
-    "ReadOnlyError",
+    "QueryPlan",
+    "ReadOnlyStoreError",
+    "ReferenceViolationError",
     "RepositoryInterface",
     "RetriesExhaustedError",
     "SQLStorageStrategy",
@@ -167,8 +161,8 @@ __all__ = [
     "StorageError",
     "StorageStrategy",
     "StoreClosedError",
-    "StoreMovedError",
     "StoreNotFoundError",
+    "StoreRelocatedError",
     "TargetNotEmptyError",
     "ThrottledError",
     "Transaction",
@@ -179,10 +173,9 @@ __all__ = [
     "TransactionTooLargeError",
     "UnavailableError",
     "UnknownCollectionError",
+    "UnsupportedValueError",
     "Value",
-    "ValueOutOfDomainError",
     "VerificationError",
-    "WrongLoopError",
     "and_",
     "asc",
     "begins_with",

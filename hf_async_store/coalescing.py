@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeAlias, TypeVar, cast
 
-from hf_async_store.entities import Key
 from hf_async_store.errors import StorageError
 from hf_async_store.repository import check_seconds, timed_out
+from hf_async_store.values import Key
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -17,7 +17,7 @@ from hf_async_store.redaction import redact_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_async_store.entities import Entity
+    from hf_async_store.values import Entity
 
 
 class StorageError(Exception):
@@ -81,7 +81,7 @@ class InvalidKeyError(InvalidInputError):
     """An id that is not text of 1 to 1,024 bytes of UTF-8, or is missing from its entity."""
 
 
-class ValueOutOfDomainError(InvalidInputError):
+class UnsupportedValueError(InvalidInputError):
     """A value outside the portable domain; names the path of the value."""
 
 
@@ -159,7 +159,7 @@ class RetriesExhaustedError(ConcurrencyConflictError):
     """`run_transaction` or `modify_entity` met conflicts until its time was up."""
 
 
-class BrokenReferenceError(StorageError):
+class ReferenceViolationError(StorageError):
     """A parent that does not exist, or a parent that still has children."""
 
 
@@ -218,7 +218,7 @@ class StoreNotFoundError(StorageError):
     """
 
 
-class WrongLoopError(StorageError):
+class EventLoopMismatchError(StorageError):
     """The store was used from another event loop, or after a fork, than the one it opened in."""
 
 
@@ -242,18 +242,18 @@ class VerificationError(MigrationError):
         self.differences = list(differences)
 
 
-class StoreMovedError(StorageError):
+class StoreRelocatedError(StorageError):
     """The store is, or was, moved, and this program may not follow: the message says why.
 
     Attributes:
-        new_place: the other place, as it is recorded: a URL without secrets. Text to show and to
+        new_url: the other place, as it is recorded: a URL without secrets. Text to show and to
             compare, never to open: whoever can write to a store can write it. A program follows
             only to a place that `follow_moves` of its own configuration names.
     """
 
-    def __init__(self, message: str, new_place: str) -> None:
+    def __init__(self, message: str, new_url: str) -> None:
         super().__init__(message)
-        self.new_place = redact_text(new_place)
+        self.new_url = redact_text(new_url)
 
 
 # -- what went wrong beneath ----------------------------------------------------------------
@@ -293,7 +293,7 @@ class AuthenticationError(PermissionDeniedError):
     """The server did not accept the user or the password."""
 
 
-class ReadOnlyError(StorageError):
+class ReadOnlyStoreError(StorageError):
     """The file system or the server takes no writes."""
 
 
@@ -305,7 +305,7 @@ class CorruptionError(StorageError):
     """Stored bytes that are not what the store wrote; names the file, the place and the way back."""
 
 
-class FileReplacedError(CorruptionError):
+class DataFileConflictError(CorruptionError):
     """A data file was replaced by hand while a store relied on it. Names the ways out.
 
     JSON: while its journal holds commits, or a link to the file leads elsewhere than when the store

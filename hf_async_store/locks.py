@@ -17,7 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
-from hf_async_store.oserrors import translate_os_error
+from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _FIRST_PAUSE: Final = 0.0003
 _PAUSE_SHARE: Final = 1 / 8
 """Each further pause is this part of the time that was waited already."""
 
-_LONGEST_PAUSE: Final = 0.005
+_MAX_PAUSE_SECONDS: Final = 0.005
 """Between two tries by a process that is not next in line. It is also what an old waiter suffers
 from new ones, which try more often: with 20 ms, the longest wait of eight processes that compete
 for 10 ms each is 2.5 times as long, at the same throughput."""
@@ -316,7 +316,7 @@ class FileLock:
         """Take the lock if it is free; False if somebody else has it. Never waits.
 
         Raises:
-            PermissionDeniedError, ReadOnlyError, DiskFullError, UnavailableError: the file cannot
+            PermissionDeniedError, ReadOnlyStoreError, DiskFullError, UnavailableError: the file cannot
                 be created, opened or locked. Nothing is held.
             RuntimeError: this object holds the lock already.
         """
@@ -484,7 +484,7 @@ class LockManager:
         Raises (on entry):
             LockTimeoutError: the lock was not free in time; names the file.
             TransactionReentryError: this task holds the lock already.
-            PermissionDeniedError, ReadOnlyError, DiskFullError, UnavailableError: the lock files
+            PermissionDeniedError, ReadOnlyStoreError, DiskFullError, UnavailableError: the lock files
                 cannot be created, opened or locked.
             StoreClosedError: after `close`.
         """
@@ -538,7 +538,7 @@ class LockManager:
 
     async def _pass_turnstile(self, wait: _Wait) -> None:
         """Have the lock file for this process, once those before it in the line have had it."""
-        await self._poll(self._turn, wait, True, _LONGEST_PAUSE)
+        await self._poll(self._turn, wait, True, _MAX_PAUSE_SECONDS)
         try:
             if self._main.held is None:
                 await self._poll(self._main, wait, wait.mode == "write", _NEXT_IN_LINE_PAUSE)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import (
+from hf_async_store.errors import InvalidCursorError, InvalidQueryError, UnsupportedValueError
+from hf_async_store.values import (
     VERSION,
     Entity,
     Value,
@@ -31,12 +32,11 @@ from hf_async_store.entities import (
     parse_timestamp,
     weighed,
 )
-from hf_async_store.errors import InvalidCursorError, InvalidQueryError, ValueOutOfDomainError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 
-    from hf_async_store.entities import Collection
+    from hf_async_store.schema import Collection
 
 # -- what callers write ---------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ Filter: TypeAlias = Comparison | And | Or | Not
 EVERYTHING: Final = And(())
 
 
-class Position(msgspec.Struct, frozen=True):
+class CursorPosition(msgspec.Struct, frozen=True):
     """A place between two rows: behind the row that has these values at the paths of the order."""
 
     values: tuple[Value | Missing, ...]
@@ -289,7 +289,7 @@ class Query(msgspec.Struct, frozen=True):
     where: Filter = EVERYTHING
     order: tuple[Order, ...] = ()
     limit: int | None = None
-    after: Position | None = None
+    after: CursorPosition | None = None
     fields: tuple[str, ...] | None = None
     by_id: bool = False
     paged: bool = False
@@ -364,7 +364,7 @@ def build_query(
 
     Raises:
         InvalidQueryError: a malformed filter, operator, order, limit or field list.
-        ValueOutOfDomainError: an operand that could not be stored.
+        UnsupportedValueError: an operand that could not be stored.
         InvalidCursorError: a cursor that was altered, or belongs to another query.
     """
     order = None if order_by is None else _order(order_by, collection.key)
@@ -509,7 +509,7 @@ def _step(part: object) -> str | int:
         raise InvalidQueryError("a field name is text, and a list index an integer from 0 on")
     try:
         return cast("str", normalise(part))
-    except ValueOutOfDomainError as exc:
+    except UnsupportedValueError as exc:
         raise InvalidQueryError(f"no field can have the name {part!a}") from exc
 
 
@@ -607,7 +607,7 @@ def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
     return key
 
 
-def position_key(query: Query, position: Position) -> SortKey:
+def position_key(query: Query, position: CursorPosition) -> SortKey:
     """The `sort_key` of the row that a position lies behind."""
     pairs = zip(query.order, position.values, strict=True)
     return (*chain.from_iterable(_part_key(order)(value) for order, value in pairs), position.id)
@@ -793,14 +793,14 @@ _CURSOR_KEY: Final = b"hf_async_store cursor 1"
 _DIGEST_BYTES: Final = 12
 
 
-class _Place(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A position as a cursor writes it: each value a list of one, a missing one an empty list."""
 
     values: list[list[Any]]
     id: str
 
 
-_decode_place: Final = msgspec.json.Decoder(_Place).decode
+_decode_place: Final = msgspec.json.Decoder(_CursorPayload).decode
 
 
 def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
@@ -810,12 +810,12 @@ def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
         entity: as it was before projection. The cursor shows what the order reads of it.
     """
     values = [_reader(each.path)(entity) for each in query.order]
-    place = _Place([[] if each is MISSING else [each] for each in values], entity_id)
+    place = _CursorPayload([[] if each is MISSING else [each] for each in values], entity_id)
     body = msgspec.json.encode(place)
     return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
 
 
-def _decode_cursor(query: Query, cursor: object) -> Position:
+def _decode_cursor(query: Query, cursor: object) -> CursorPosition:
     if not isinstance(cursor, str):
         raise InvalidCursorError(f"a cursor is text, not {type(cursor).__name__}")
     try:
@@ -831,11 +831,11 @@ def _decode_cursor(query: Query, cursor: object) -> Position:
         place = _decode_place(body)
         values = [normalise(each[0]) if each else MISSING for each in place.values]
         entity_id = cast("str", normalise(place.id))
-    except (ValueError, msgspec.MsgspecError, ValueOutOfDomainError, RecursionError) as exc:
+    except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:
         raise InvalidCursorError("the cursor cannot be read") from exc
     if len(values) != len(query.order):
         raise InvalidCursorError("the cursor belongs to another order")
-    return Position(tuple(values), entity_id)
+    return CursorPosition(tuple(values), entity_id)
 
 
 def _digest(query: Query, body: bytes) -> bytes:
@@ -861,13 +861,13 @@ def _fingerprint(where: Filter) -> bytes:
 # How many rows are sorted in one step (twice as many at most), and how many are handed out between
 # two looks at the loop: a few milliseconds.
 _RUN: Final = 1_000
-_BREATH: Final = 500
+_YIELD_MASK: Final = 500
 
 # Up to this limit only the best rows are held.
 _SMALL_LIMIT: Final = 5_000
 
 
-class _Row(msgspec.Struct, gc=False):
+class _SortRow(msgspec.Struct, gc=False):
     """A row to be sorted. As 100,000 tuples these made the garbage collector pause for 100 ms."""
 
     key: SortKey  # its last part is the id
@@ -894,30 +894,30 @@ async def ordered(
     """
     if query.limit == 0:
         return
-    runs = await _runs(pieces, query, keep=keep)
+    runs = await _sorted_runs(pieces, query, keep=keep)
     rows = islice(heapq.merge(*runs, key=_key_of_row), query.limit)
     for count, row in enumerate(rows, 1):
         yield row.key[-1], row.entity
-        if count % _BREATH == 0:
+        if count % _YIELD_MASK == 0:
             await asyncio.sleep(0)
     while runs:  # all at once takes 50 ms for 100,000 rows
         runs.pop()
         await asyncio.sleep(0)
 
 
-async def _runs(
+async def _sorted_runs(
     pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool
-) -> list[tuple[_Row, ...]]:
+) -> list[tuple[_SortRow, ...]]:
     """The rows behind the query's position, in sorted runs; with a small limit, the best in one."""
     key_of = compile_order(query)
     after = None if query.after is None else position_key(query, query.after)
     limit = query.limit if query.limit is not None and query.limit <= _SMALL_LIMIT else None
-    runs: list[tuple[_Row, ...]] = []
-    waiting: list[_Row] = []
+    runs: list[tuple[_SortRow, ...]] = []
+    waiting: list[_SortRow] = []
 
     def add(part: Sequence[tuple[str, Entity]]) -> None:
         rows = [
-            _Row(key_of(entity_id, entity), entity if keep else _NOTHING)
+            _SortRow(key_of(entity_id, entity), entity if keep else _NOTHING)
             for entity_id, entity in part
         ]
         if after is not None:

@@ -24,30 +24,23 @@ from typing import Final, TypeVar, cast
 
 import msgspec
 
-from hf_async_store import columns
-from hf_async_store.engine import gathered
-from hf_async_store.entities import (
+from hf_async_store import batch_validation as columns
+from hf_async_store.changes import (
     ABSENT,
     ANY,
-    CREATED_AT,
     PRESENT,
-    UPDATED_AT,
-    VERSION,
     Change,
-    Collection,
-    Condition,
     Delete,
-    Entity,
     Expect,
-    Key,
     Outcome,
     Patch,
+    Precondition,
     Put,
     Record,
-    Schema,
     check_version,
-    utc_now,
 )
+from hf_async_store.conflict_retry import RETRY_SECONDS
+from hf_async_store.driver import batched
 from hf_async_store.errors import (
     BatchError,
     EntityNotFoundError,
@@ -57,7 +50,7 @@ from hf_async_store.errors import (
     InvalidVersionError,
     OperationTimeoutError,
     StorageError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
 )
 from hf_async_store.query import (
     Filters,
@@ -68,13 +61,14 @@ from hf_async_store.query import (
     encode_cursor,
     project,
 )
-from hf_async_store.retrying import RETRY_SECONDS
+from hf_async_store.schema import Collection, Schema
+from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, Key, utc_now
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Result = TypeVar("Result")
 
-_PIECE: Final = 128
+_CHUNK_SIZE: Final = 128
 """How many entities are checked one by one before the loop gets a turn."""
 
 _PIECE_TOGETHER: Final = 512
@@ -118,7 +112,7 @@ class RepositoryInterface(ABC):
     async def _count(self, query: Query) -> int: ...
 
     def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return gathered(self._select(query))
+        return batched(self._select(query))
 
     # -- one entity --------------------------------------------------------------------------
 
@@ -129,8 +123,8 @@ class RepositoryInterface(ABC):
 
         Raises:
             AlreadyExistsError: the id is taken; what is there stays as it is.
-            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError: before any I/O.
-            BrokenReferenceError: a declared reference names no entity.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError: before any I/O.
+            ReferenceViolationError: a declared reference names no entity.
         """
         change = self._put(self._schema[collection], entity, ABSENT, utc_now())
         return cast("int", await self._one(change, timeout))
@@ -155,9 +149,9 @@ class RepositoryInterface(ABC):
             ConcurrencyConflictError: another version is stored.
             EntityNotFoundError: a version was expected and nothing is there.
             AlreadyExistsError: ABSENT was expected and something is there.
-            InvalidVersionError, InvalidKeyError, ValueOutOfDomainError, InvalidFieldError: before
+            InvalidVersionError, InvalidKeyError, UnsupportedValueError, InvalidFieldError: before
                 any I/O.
-            BrokenReferenceError: a declared reference names no entity.
+            ReferenceViolationError: a declared reference names no entity.
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, utc_now())
@@ -174,12 +168,12 @@ class RepositoryInterface(ABC):
     ) -> int:
         """Change the named top-level fields of an entity that is there; returns the new version.
 
-        None sets a field to null, REMOVED takes it away.
+        None sets a field to null, REMOVE takes it away.
 
         Raises:
             EntityNotFoundError: nothing is there; nothing is inserted.
-            ConcurrencyConflictError, InvalidVersionError, ValueOutOfDomainError,
-            InvalidFieldError, BrokenReferenceError: as in `save_entity`.
+            ConcurrencyConflictError, InvalidVersionError, UnsupportedValueError,
+            InvalidFieldError, ReferenceViolationError: as in `save_entity`.
         """
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
@@ -198,7 +192,7 @@ class RepositoryInterface(ABC):
         Raises:
             EntityNotFoundError: a version was expected and nothing is there.
             ConcurrencyConflictError, InvalidVersionError: as in `save_entity`.
-            BrokenReferenceError: other entities still refer to it.
+            ReferenceViolationError: other entities still refer to it.
         """
         expect = check_version(expected_version, absent=False)
         change = Delete(self._schema[collection].key_of(entity_id), expect)
@@ -236,7 +230,7 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         at = utc_now()
         changes = await _pieces(
-            _listed(entities, "entities"),
+            _reject_str(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
             lambda piece: _puts(declared, piece, ABSENT, at),
         )
@@ -260,15 +254,15 @@ class RepositoryInterface(ABC):
 
         def change(each: Mapping[str, object]) -> Put:
             put = self._put(declared, each, ANY, at)
-            expect = expected.take(put.key.id)
+            expect = expected.pop(put.key.id)
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
         changes = await _pieces(
-            _listed(entities, "entities"),
+            _reject_str(entities, "entities"),
             change,
             None if expected_versions else lambda piece: _puts(declared, piece, ANY, at),
         )
-        expected.all_taken()
+        expected.assert_exhausted()
         return cast("list[int]", await self._many(changes, timeout))
 
     async def update_entities(
@@ -286,9 +280,9 @@ class RepositoryInterface(ABC):
         at = utc_now()
         changes = await _pieces(
             updates.items(),
-            lambda each: self._patch(declared, each[0], each[1], expected.take(each[0]), at),
+            lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
         )
-        expected.all_taken()
+        expected.assert_exhausted()
         return cast("list[int]", await self._many(changes, timeout))
 
     async def delete_entities(
@@ -303,9 +297,9 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
         changes = await _pieces(
-            _listed(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
+            _reject_str(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
         )
-        expected.all_taken()
+        expected.assert_exhausted()
         return cast("list[bool]", await self._many(changes, timeout))
 
     async def get_entities(
@@ -313,7 +307,7 @@ class RepositoryInterface(ABC):
     ) -> list[Entity | None]:
         """The entities in the order of `ids`, None for each that is not there."""
         declared = self._schema[collection]
-        keys = await _pieces(_listed(ids, "ids"), declared.key_of)
+        keys = await _pieces(_reject_str(ids, "ids"), declared.key_of)
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
@@ -337,9 +331,9 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
         changes = await _pieces(
-            _listed(entities, "entities"), lambda each: _imported(declared, each, expected, at)
+            _reject_str(entities, "entities"), lambda each: _imported(declared, each, expected, at)
         )
-        expected.all_taken()
+        expected.assert_exhausted()
         return cast("list[int]", await self._many(changes, timeout))
 
     async def _import_stored(
@@ -363,7 +357,7 @@ class RepositoryInterface(ABC):
         def change(given: tuple[Entity, int]) -> Put:
             each, size = given
             key, entity = declared.stored(each, size)
-            return Put(key, entity, at, expected.take(key.id), cast("int", each[VERSION]))
+            return Put(key, entity, at, expected.pop(key.id), cast("int", each[VERSION]))
 
         if sizes is None:
             entities = list(entities)
@@ -410,7 +404,7 @@ class RepositoryInterface(ABC):
             result = change(entity)
             new = await result if inspect.isawaitable(result) else result
             if not isinstance(new, Mapping):
-                raise ValueOutOfDomainError(
+                raise UnsupportedValueError(
                     f"modify_entity: the function returned {type(new).__name__}, not the entity"
                 )
             if new.get(field, entity_id) != entity_id:
@@ -454,7 +448,7 @@ class RepositoryInterface(ABC):
         found: list[Entity] = []
         if query.limit == 0:
             return found
-        async with within(timeout), aclosing(self._select_pieces(query)) as pieces:
+        async with operation_timeout(timeout), aclosing(self._select_pieces(query)) as pieces:
             async for piece in pieces:
                 found += [project(each, query.fields) for each in piece]
         return found
@@ -507,7 +501,7 @@ class RepositoryInterface(ABC):
         # One more than asked tells whether there is a next page.
         ahead = query.with_limit(limit + 1)
         found: list[Entity] = []
-        async with within(timeout), aclosing(self._select_pieces(ahead)) as pieces:
+        async with operation_timeout(timeout), aclosing(self._select_pieces(ahead)) as pieces:
             async for each in pieces:
                 found += each
         more = len(found) > limit
@@ -523,7 +517,7 @@ class RepositoryInterface(ABC):
     ) -> int:
         """How many entities match."""
         query = self._query(collection, filters, None, None, None)
-        async with within(timeout):
+        async with operation_timeout(timeout):
             return await self._count(query)
 
     # -- what the verbs are made of ----------------------------------------------------------
@@ -552,7 +546,7 @@ class RepositoryInterface(ABC):
                 yield project(record.entity, query.fields)
 
     def _put(
-        self, collection: Collection, data: Mapping[str, object], expect: Condition, at: str
+        self, collection: Collection, data: Mapping[str, object], expect: Precondition, at: str
     ) -> Put:
         key, entity = collection.entity(data)
         _stamp(entity, at)
@@ -563,7 +557,7 @@ class RepositoryInterface(ABC):
         collection: Collection,
         entity_id: str,
         data: Mapping[str, object],
-        expect: Condition,
+        expect: Precondition,
         at: str,
     ) -> Patch:
         key = collection.key_of(entity_id)
@@ -614,21 +608,21 @@ class _Expected:
         }
         self._left = set(self._versions)
 
-    def take(self, entity_id: str) -> Condition:
+    def pop(self, entity_id: str) -> Precondition:
         """The condition for this change: only the first one of a repeated id has it."""
         if entity_id not in self._left:
             return ANY
         self._left.discard(entity_id)
         return self._versions[entity_id]
 
-    def all_taken(self) -> None:
+    def assert_exhausted(self) -> None:
         if self._left:
             names = ", ".join(sorted(map(repr, self._left))[:5])
             raise InvalidVersionError(f"expected_versions names ids that the batch lacks: {names}")
 
 
 def _delete(key: Key, expected: _Expected) -> Delete:
-    return Delete(key, expected.take(key.id))
+    return Delete(key, expected.pop(key.id))
 
 
 def _imported(
@@ -639,7 +633,7 @@ def _imported(
     if version is ANY:
         raise InvalidVersionError("an imported version is an integer from 0 on")
     key, entity = collection.entity(data)
-    return Put(key, entity, at, expected.take(key.id), cast("int", version))
+    return Put(key, entity, at, expected.pop(key.id), cast("int", version))
 
 
 def _stamp(entity: Entity, at: str) -> None:
@@ -651,10 +645,10 @@ def _stamp(entity: Entity, at: str) -> None:
 
 
 def _puts(
-    collection: Collection, piece: Sequence[Mapping[str, object]], expect: Condition, at: str
+    collection: Collection, piece: Sequence[Mapping[str, object]], expect: Precondition, at: str
 ) -> list[Put] | None:
     """What `_put` makes of each, or None where that must be done one by one."""
-    checked = columns.checked(collection, piece)
+    checked = columns.validate_batch(collection, piece)
     if checked is None:
         return None
     for _, entity in checked:
@@ -676,28 +670,28 @@ async def _pieces(
     if together is None or not isinstance(items, list | tuple):
         # What is made as it is asked for may be one map, changed from item to item.
         for index, item in enumerate(items):
-            if index and not index % _PIECE:
+            if index and not index % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-            made.append(_made(make, index, item))
+            made.append(_with_item_context(make, index, item))
         return made
     for start in range(0, len(items), _PIECE_TOGETHER):
         if start:
             await asyncio.sleep(0)
         piece = items[start : start + _PIECE_TOGETHER]
         made += together(piece) or [
-            _made(make, index, item) for index, item in enumerate(piece, start)
+            _with_item_context(make, index, item) for index, item in enumerate(piece, start)
         ]
     return made
 
 
-def _made(make: Callable[[Item], Made], index: int, item: Item) -> Made:
+def _with_item_context(make: Callable[[Item], Made], index: int, item: Item) -> Made:
     try:
         return make(item)
     except InvalidInputError as exc:
         raise exc.at(f"item {index}") from exc
 
 
-def _listed(items: Iterable[Item], what: str) -> Iterable[Item]:
+def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:
     if isinstance(items, str) or not isinstance(items, Iterable):
         # The letters of a text would be taken one by one.
         raise InvalidInputError(f"{what} is an iterable, not {type(items).__name__}")
@@ -738,7 +732,7 @@ def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError
 
 
 @asynccontextmanager
-async def within(
+async def operation_timeout(
     timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
 ) -> AsyncIterator[None]:
     """Bound the work inside to `timeout` seconds.

@@ -16,47 +16,39 @@ from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import StorageConfig
-from hf_async_store.engine import (
+from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, retry_conflicts
+from hf_async_store.driver import (
     Capabilities,
     Engine,
     Isolation,
-    Plan,
+    QueryPlan,
     Reader,
-    finish,
-    pieces_of,
-)
-from hf_async_store.entities import (
-    HOST_FACTORY,
-    Change,
-    Collection,
-    Entity,
-    Key,
-    Outcome,
-    Record,
-    Schema,
-    Value,
+    iter_batches,
+    run_to_completion,
 )
 from hf_async_store.errors import (
     ConfigurationError,
+    EventLoopMismatchError,
     InvalidInputError,
     StorageError,
     StoreClosedError,
-    WrongLoopError,
 )
-from hf_async_store.moving import HIDDEN, Moving
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS, MigrationRouter
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import (
     RepositoryInterface,
     check_callable,
     check_seconds,
-    within,
+    operation_timeout,
 )
-from hf_async_store.retrying import RETRY_SECONDS, Turns, retry_conflicts
+from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
+from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
 
@@ -86,7 +78,7 @@ class StorageStrategy(RepositoryInterface):
 
     Every verb may raise, beside its own errors:
         StoreClosedError: before opening or after closing.
-        WrongLoopError: from another event loop, or in a forked child.
+        EventLoopMismatchError: from another event loop, or in a forked child.
         TransactionReentryError: by a task that is inside a transaction of this store.
     """
 
@@ -100,29 +92,29 @@ class StorageStrategy(RepositoryInterface):
         self._engine = engine
         self._configured = config
         self._transactions = TransactionManager()
-        self._turns = Turns()
+        self._retry_queue = FairRetryQueue()
         self._streams = OpenStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.seen
         self._closed = False
         can = engine.capabilities
         # What moves while it is in use is shared by processes: only there is it looked for.
-        self._moving = (
-            Moving(lambda: self._engine, self._engine_at, self._own_place)
-            if can.processes and self._obeys_moves
+        self._router = (
+            MigrationRouter(lambda: self._engine, self._engine_at, self._own_place)
+            if can.multi_process and self._obeys_moves
             else None
         )
-        if self._moving is not None:
-            engine = self._moving
+        if self._router is not None:
+            engine = self._router
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_each,
-            lanes=can.write_lanes,
+            lanes=can.write_concurrency,
             size=can.write_batch,
             writes=True,
             key=_key_of,
         )
         self._reads: Coalescer[Key, Record | None] | None = (
-            Coalescer(engine.fetch, lanes=can.read_lanes, size=can.read_batch, writes=False)
+            Coalescer(engine.fetch, lanes=can.read_concurrency, size=can.read_batch, writes=False)
             if can.read_batch
             else None
         )
@@ -150,20 +142,20 @@ class StorageStrategy(RepositoryInterface):
         comes out.
 
         Raises:
-            WrongLoopError: from another event loop; the store stays open.
+            EventLoopMismatchError: from another event loop; the store stays open.
         """
         if self._closed or self._loop is None:
             self._closed = True
             return
         self._refuse_other_loop()
         self._closed = True
-        await finish(self._release())
+        await run_to_completion(self._release())
 
     async def _release(self) -> None:
         async with AsyncExitStack() as stack:  # whatever fails, the rest is released
             stack.push_async_callback(self._engine.close)
-            if self._moving is not None:
-                stack.push_async_callback(self._moving.close)
+            if self._router is not None:
+                stack.push_async_callback(self._router.close)
             if self._reads is not None:
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
@@ -193,30 +185,32 @@ class StorageStrategy(RepositoryInterface):
             raise StoreClosedError("this store is not open (use `async with`)")
         self._refuse_other_loop()
         self._transactions.refuse_reentry()
-        return self._engine if self._moving is None else self._moving.for_reading()
+        return self._engine if self._router is None else self._router.for_reading()
 
     def _refuse_other_loop(self) -> None:
         if self._forks != _Forks.seen:
             # Before the loop is asked for: in the child there is none.
-            raise WrongLoopError("this store was opened before a fork; open one in the child")
+            raise EventLoopMismatchError(
+                "this store was opened before a fork; open one in the child"
+            )
         if self._loop is not asyncio.get_running_loop():
-            raise WrongLoopError(
+            raise EventLoopMismatchError(
                 "this store was opened in another event loop: use and close it there, or open one "
                 "in this loop"
             )
 
     # -- moving ------------------------------------------------------------------------------
 
-    def _twin(self, collections: Iterable[Collection]) -> StorageStrategy:
+    def _reopen_with_collections(self, collections: Iterable[Collection]) -> StorageStrategy:
         """Another store on the same data, with other collections."""
         raise NotImplementedError(f"{type(self).__name__} cannot be moved while it is in use")
 
     def _engine_at(self, place: str | None) -> Engine | None:
         """An engine that knows what a move keeps in a store: of this one, or of a place, if the
         configuration permits that."""
-        collections = [*self._schema.values(), *HIDDEN]
+        collections = [*self._schema.values(), *SYSTEM_COLLECTIONS]
         if place is None:
-            return self._twin(collections)._engine
+            return self._reopen_with_collections(collections)._engine
         permitted = () if self._configured is None else self._configured.follow_moves
         # What is opened is what the configuration says of the place, secrets and all.
         chosen = next((each for each in permitted if each.place() == place), None)
@@ -237,18 +231,18 @@ class StorageStrategy(RepositoryInterface):
             return None
 
     @asynccontextmanager
-    async def _around(self, what: str) -> AsyncGenerator[None, None]:
-        """A write that only this engine has: see `Moving.around`."""
-        if self._moving is None:
+    async def _guard_untracked_write(self, what: str) -> AsyncGenerator[None, None]:
+        """A write that only this engine has: see `MigrationRouter.around`."""
+        if self._router is None:
             yield
             return
-        async with self._moving.around(what):
+        async with self._router.guard_untracked_write(what):
             yield
 
-    async def _refuse_elsewhere(self, what: str) -> None:
-        """Before a read that only this engine has: see `Moving.refuse_elsewhere`."""
-        if self._moving is not None:
-            await self._moving.refuse_elsewhere(what)
+    async def _require_source_active(self, what: str) -> None:
+        """Before a read that only this engine has: see `MigrationRouter.refuse_elsewhere`."""
+        if self._router is not None:
+            await self._router.require_source_active(what)
 
     # -- primitives --------------------------------------------------------------------------
 
@@ -257,7 +251,7 @@ class StorageStrategy(RepositoryInterface):
         if self._reads is None:
             if timeout is None:
                 return await engine.fetch(keys)
-            async with within(timeout):
+            async with operation_timeout(timeout):
                 return await engine.fetch(keys)
         records: list[Record | None] = []
         for each in await self._reads.submit(keys, timeout):
@@ -275,14 +269,14 @@ class StorageStrategy(RepositoryInterface):
         # the next is made ready.
         self._usable()
         # As with a batch there, a cancellation waits for its end.
-        engine = self._engine if self._moving is None else self._moving
-        return await finish(engine.write_each(changes))
+        engine = self._engine if self._router is None else self._router
+        return await run_to_completion(engine.write_each(changes))
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
 
     def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return self._streams.read(pieces_of(self._usable(), query))
+        return self._streams.read(iter_batches(self._usable(), query))
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)
@@ -291,7 +285,7 @@ class StorageStrategy(RepositoryInterface):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         self._usable()  # before it waits for a turn
-        return await self._turns.retried(key, attempt, seconds)
+        return await self._retry_queue.retry(key, attempt, seconds)
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -307,7 +301,7 @@ class StorageStrategy(RepositoryInterface):
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
             raise InvalidInputError(f"isolation is one of {', '.join(known)}, not {isolation!r}")
-        engine = self._engine if self._moving is None else self._moving
+        engine = self._engine if self._router is None else self._router
         return self.transaction_type(
             self._schema, engine.session(isolation), enter=self._enter_transaction
         )
@@ -368,7 +362,7 @@ class StorageStrategy(RepositoryInterface):
     async def _in_use(self) -> Engine:
         """The engine itself: of the side that a live move has made the authoritative one."""
         engine = self._usable()
-        return await engine.in_use() if isinstance(engine, Moving) else engine
+        return await engine.in_use() if isinstance(engine, MigrationRouter) else engine
 
     async def undeclared(self) -> list[str]:
         """What is stored and no declaration covers: collections, and fields as `machines.owner`."""
@@ -380,7 +374,7 @@ class StorageStrategy(RepositoryInterface):
         filters: Filters = None,
         order_by: OrderBy = None,
         limit: int | None = None,
-    ) -> Plan:
+    ) -> QueryPlan:
         """How `query_entities` would run: index or scan, what is filtered and sorted here."""
         query = self._query(collection, filters, order_by, limit, None)
         return await self._usable().explain(query)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
-from hf_async_store.engine import finish
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StoreClosedError
 
 Item = TypeVar("Item")
@@ -42,7 +42,7 @@ class OpenStreams:
                 self._end(source)
             ending = self._ending.get(source)
             if ending is not None:
-                await finish(ending)
+                await run_to_completion(ending)
                 self._ending.pop(source, None)
 
     def _end(self, source: AsyncGenerator[Any, None]) -> None:

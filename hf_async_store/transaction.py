@@ -15,29 +15,21 @@ from operator import attrgetter
 from types import TracebackType
 from typing import Final, Self, TypeVar, cast
 
-from hf_async_store.engine import Session
-from hf_async_store.entities import (
-    ANY,
-    PRESENT,
-    Change,
-    Delete,
-    Key,
-    Outcome,
-    Record,
-    Schema,
-    utc_now,
-)
+from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Record
+from hf_async_store.driver import Session
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     EntityNotFoundError,
+    EventLoopMismatchError,
     StorageError,
     TransactionAbortedError,
     TransactionClosedError,
     TransactionReentryError,
-    WrongLoopError,
 )
 from hf_async_store.query import Query
-from hf_async_store.repository import RepositoryInterface, within
+from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.schema import Schema
+from hf_async_store.values import Key, utc_now
 
 Result = TypeVar("Result")
 
@@ -260,7 +252,9 @@ class Transaction(RepositoryInterface):
 
     def _refuse_other_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
-            raise WrongLoopError("this transaction was begun in another event loop: use it there")
+            raise EventLoopMismatchError(
+                "this transaction was begun in another event loop: use it there"
+            )
 
     # -- primitives --------------------------------------------------------------------------
 
@@ -268,7 +262,7 @@ class Transaction(RepositoryInterface):
     async def _step(self, timeout: float | None = None) -> AsyncGenerator[Session, None]:
         """One verb on the session; whatever goes wrong in it dooms the transaction."""
         self._usable()
-        async with within(timeout), self._turn:
+        async with operation_timeout(timeout), self._turn:
             session = self._usable()
             try:
                 yield session

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from hf_async_store.testing.checks import no_complaints
-from hf_async_store.testing.harness import leave_out
+from hf_async_store.testing.assertions import no_complaints
+from hf_async_store.testing.harness import skip_engine
 from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
@@ -53,7 +53,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         with postgres() as server:
             yield server
     except ServerUnavailable as exc:
-        leave_out("postgresql", str(exc))
+        skip_engine("postgresql", str(exc))
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def dynamodb_server() -> Iterator[DynamoDBServer]:
         with dynamodb() as server:
             yield server
     except ServerUnavailable as exc:
-        leave_out("dynamodb", str(exc))
+        skip_engine("dynamodb", str(exc))
 
 
 @pytest.fixture(scope="session")

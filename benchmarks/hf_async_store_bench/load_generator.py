@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 _MILLISECOND: Final = 1_000_000
-_SHOWN: Final = 10
+_MAX_SHOWN: Final = 10
 _PATIENCE: Final = 3.0
 """An open round is ended when it takes so many times its length."""
 
@@ -136,7 +136,7 @@ async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> N
         stats.conflicts += 1
     except Exception as exc:  # noqa: BLE001  # whatever a driver or a peer raises is a figure here
         name = type(exc).__name__
-        if isinstance(exc, WrongAnswerError) and len(stats.wrong) < _SHOWN:
+        if isinstance(exc, WrongAnswerError) and len(stats.wrong) < _MAX_SHOWN:
             stats.wrong.append(str(exc))
         stats.errors[name] = stats.errors.get(name, 0) + 1
     else:

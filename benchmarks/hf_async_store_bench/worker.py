@@ -134,7 +134,7 @@ class Worker:
 
 def _is_apart(system: StoreAdapter) -> bool:
     can = system.store.capabilities
-    return can.durable or can.processes
+    return can.durable or can.multi_process
 
 
 async def work() -> int:

@@ -301,7 +301,10 @@ class OneShot(Workload):
     writes = False
 
     def skipped(self) -> str | None:
-        if not isinstance(self.system, StoreAdapter) or self.system.store.capabilities.processes:
+        if (
+            not isinstance(self.system, StoreAdapter)
+            or self.system.store.capabilities.multi_process
+        ):
             return None
         return "no other process can open such a store"
 

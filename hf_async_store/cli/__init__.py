@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import parse
-from hf_async_store.cli.failures import report, report_defect, report_os_error
+from hf_async_store.cli.exit_codes import report, report_defect, report_os_error
 from hf_async_store.errors import StorageError
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def _guarded(work: Callable[[], int], *, verbose: bool) -> int:
     except SystemExit as exc:  # --help and --version
         return exc.code if isinstance(exc.code, int) else 0
     except KeyboardInterrupt:
-        output.tell("interrupted")
+        output.log_line("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        output.abandon()
+        output.close_broken_pipe()
         return BROKEN_PIPE
     except StorageError as exc:
         return report(exc, verbose=verbose)

@@ -48,7 +48,7 @@ examples:
   {PROGRAM} query --help
 """
 
-_PLACES: Final = """\
+_FILTER_HELP: Final = """\
   FIELD=VALUE             has this value              FIELD:OPERATOR=VALUE
   tags/owner=ops          inside a map                disks/0/size:gte=100    inside a list
   status:in=A,B           one of                      count:between=1,10      both included
@@ -514,7 +514,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "show the entities that match",
         f"{_CLI}.verbs:query",
         _query,
-        f"{_PLACES}\n"
+        f"{_FILTER_HELP}\n"
         f"  {PROGRAM} query machines request_id=req-1 status:ne=TERMINATED\n"
         f"  {PROGRAM} query requests status:in=PENDING,RUNNING --order -created_at --limit 20\n"
         f"  {PROGRAM} query machines status=RUNNING --fields private_ip,name --json\n",
@@ -524,7 +524,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "count the entities that match",
         f"{_CLI}.verbs:count",
         _add_filters,
-        f"{_PLACES}\n  {PROGRAM} count machines status=RUNNING\n",
+        f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
     ),
     "health": Command(
         "health",

@@ -16,17 +16,17 @@ from msgspec import to_builtins
 from msgspec.json import encode
 
 from hf_async_store.cli import output
-from hf_async_store.cli.backupfile import listed, read_backup
+from hf_async_store.cli.backup_reader import listed, read_backup
 from hf_async_store.cli.context import Context, path_of
-from hf_async_store.cli.failures import CONFLICT, BackupNotFoundError
-from hf_async_store.cli.jsonfiles import JSONFiles, dated, remove
+from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
+from hf_async_store.cli.json_files import JSONFiles, dated, remove
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration import backup_store, is_portable, restore_store
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from hf_async_store.cli.backupfile import Backup
+    from hf_async_store.cli.backup_reader import Backup
     from hf_async_store.strategy import StorageStrategy
 
 
@@ -51,7 +51,7 @@ def backup(arguments: Namespace) -> int:
                 place,
                 keep=arguments.keep,
                 allow_smaller=arguments.allow_smaller,
-                leave_out=arguments.leave_out,
+                skip_engine=arguments.leave_out,
             )
         size = _bytes(Path(made.path))
         done = {
@@ -68,7 +68,7 @@ def backup(arguments: Namespace) -> int:
         output.result(arguments, done, f"{shown} in {made.path} ({size:,} bytes){gone}")
         _tell_left_out(made.left_out)
         if made.spared:
-            output.tell(
+            output.log_line(
                 f"{len(made.spared)} older backups beyond --keep stay, because they hold far more "
                 "than this one; is it the right store? If so, --allow-smaller removes them: "
                 + listed(made.spared)
@@ -146,7 +146,7 @@ def backups(arguments: Namespace) -> int:
         return 0
 
     async def none_yet(store: StorageStrategy) -> int:
-        output.tell(f"{context.location()} has kept no backups yet")
+        output.log_line(f"{context.location()} has kept no backups yet")
         return 0
 
     return context.run(none_yet, needs_store=True)
@@ -194,7 +194,7 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
         with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
             async with context.watched():
                 found = await restore_store(
-                    store, source, merge=arguments.merge, leave_out=arguments.leave_out
+                    store, source, merge=arguments.merge, skip_engine=arguments.leave_out
                 )
         shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
         rest = sum(each.unchanged + each.kept for each in found.merged.values())
@@ -255,7 +255,7 @@ class _Restoring:
 
     async def _replace_files(self, damage: CorruptionError) -> Path:
         """Replace files that cannot be opened; the folder that keeps them as they were."""
-        output.tell(f"the store cannot be opened, so its files are replaced: {damage}")
+        output.log_line(f"the store cannot be opened, so its files are replaced: {damage}")
         files = self._files
         aside = dated(files.folder, "damaged")
         # A fold by a process that still has the store in memory would replace them again.
@@ -275,8 +275,8 @@ def _bytes(source: Path) -> int:
     return sum(each.stat().st_size for each in found)
 
 
-def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
-    missing = [each for each in found.left_out if each not in leave_out]
+def _refuse_left_out(source: Path, found: Backup, skip_engine: list[str]) -> None:
+    missing = [each for each in found.left_out if each not in skip_engine]
     if missing:
         raise InvalidInputError(
             f"{source} holds what no collection declares: {listed(missing)}; nothing was changed. "
@@ -287,4 +287,4 @@ def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
 
 def _tell_left_out(names: list[str]) -> None:
     if names:
-        output.tell(f"note: left out, as it was asked for: {listed(names)}")
+        output.log_line(f"note: left out, as it was asked for: {listed(names)}")

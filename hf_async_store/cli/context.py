@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.output import PROGRAM, tell, write_error
+from hf_async_store.cli.output import PROGRAM, log_line, write_error
 from hf_async_store.config import JSONConfig, load_config
-from hf_async_store.entities import HOST_FACTORY, Collection, Schema
 from hf_async_store.errors import (
     ConfigurationError,
     InvalidInputError,
@@ -23,7 +22,8 @@ from hf_async_store.errors import (
     StoreNotFoundError,
 )
 from hf_async_store.redaction import redact_text
-from hf_async_store.repository import within
+from hf_async_store.repository import operation_timeout
+from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ class Context:
         async def body() -> int:
             async with _opened(self.store) as store:
                 if writes or needs_store:
-                    async with within(timeout):
+                    async with operation_timeout(timeout):
                         self.was_there = await store.exists()
                 if needs_store and not self.was_there:
                     raise StoreNotFoundError(
                         f"there is no store at {self.location()}; mend --store or --config, or "
                         f"make an empty one: `{PROGRAM} init`"
                     )
-                async with within(None if writes else timeout):
+                async with operation_timeout(None if writes else timeout):
                     return await work(store)
 
         with warnings_told(verbose=self.arguments.verbose):
@@ -121,7 +121,7 @@ class Context:
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Bounds work that takes no `timeout=` of its own and may write."""
-        async with within(self.left(), outcome_unknown=lambda: True):
+        async with operation_timeout(self.left(), outcome_unknown=lambda: True):
             yield
 
     # -- is there a store at all -------------------------------------------------------------
@@ -233,7 +233,7 @@ def _imported(module: str, name: str, named: str) -> object:
 # -- warnings -------------------------------------------------------------------------------
 
 
-class _Told(logging.Handler):
+class _LogHandler(logging.Handler):
     """Warnings of the store, one line each."""
 
     def __init__(self, *, verbose: bool) -> None:
@@ -242,14 +242,14 @@ class _Told(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         cause = record.exc_info[1] if record.exc_info else None
-        tell(redact_text(f"warning: {record.getMessage()}" + (f": {cause}" if cause else "")))
+        log_line(redact_text(f"warning: {record.getMessage()}" + (f": {cause}" if cause else "")))
         if cause is not None and self._verbose:
             write_error(redact_text(logging.Formatter().formatException(record.exc_info)) + "\n")  # type: ignore[arg-type]
 
 
 @contextmanager
 def warnings_told(*, verbose: bool) -> Iterator[None]:
-    handler = _Told(verbose=verbose)
+    handler = _LogHandler(verbose=verbose)
     _LOG.addHandler(handler)
     try:
         yield

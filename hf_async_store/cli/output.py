@@ -86,11 +86,11 @@ def flush() -> int:
 
 
 def _not_written(exc: OSError) -> OutputError:
-    abandon()
+    close_broken_pipe()
     return OutputError(f"cannot write the output: {exc.strerror}")
 
 
-def abandon() -> None:
+def close_broken_pipe() -> None:
     """Nobody can be written to any more: the interpreter's own last flush goes nowhere."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -101,7 +101,7 @@ def abandon() -> None:
 # -- stderr ---------------------------------------------------------------------------------
 
 
-def tell(text: str) -> None:
+def log_line(text: str) -> None:
     """One line about what happens."""
     write_error(f"{PROGRAM}: {printable(text)}\n")
 

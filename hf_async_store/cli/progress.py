@@ -60,7 +60,7 @@ class Bars:
             self._bars.advance(self._tasks[what], count)
         elif now - self._told >= _EVERY_SECONDS:
             self._told = now
-            output.tell(self._line(what, now))
+            output.log_line(self._line(what, now))
 
     def _line(self, what: str, now: float) -> str:
         done, total = self._done[what], self._totals.get(what)

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from hf_async_store.cli.output import line, printable
-from hf_async_store.entities import VERSION
+from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from hf_async_store.entities import Collection, Entity
+    from hf_async_store.schema import Collection
+    from hf_async_store.values import Entity
 
 _WIDEST: Final = 48
 """A text that is wider is cut."""

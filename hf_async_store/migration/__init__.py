@@ -1,18 +1,18 @@
-"""Moving between engines, backup and restore: everything over the verbs of the stores."""
+"""MigrationRouter between engines, backup and restore: everything over the verbs of the stores."""
 
 from __future__ import annotations
 
 from hf_async_store.migration.backup import BackupResult, backup_store
-from hf_async_store.migration.comparing import (
+from hf_async_store.migration.backup_format import is_portable, read_header, read_portable
+from hf_async_store.migration.copier import MigrationBatch
+from hf_async_store.migration.diff import (
     CollectionComparison,
     Comparison,
     Difference,
     compare_stores,
 )
-from hf_async_store.migration.copying import MigrationBatch
 from hf_async_store.migration.digest import Digest
-from hf_async_store.migration.merging import Merged, MergeRule
-from hf_async_store.migration.portable import is_portable, read_header, read_portable
+from hf_async_store.migration.merge import Merged, MergeRule
 from hf_async_store.migration.proving import check_portable
 from hf_async_store.migration.requirements import location_of, require_store
 from hf_async_store.migration.restoring import RestoreResult, restore_store

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
 
-from hf_async_store.engine import finish
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import CorruptionError
 from hf_async_store.migration.digest import PATTERN
-from hf_async_store.migration.merging import MergeRule
-from hf_async_store.oserrors import translate_os_error
+from hf_async_store.migration.merge import MergeRule
+from hf_async_store.os_errors import translate_os_error
 
 if TYPE_CHECKING:
-    from hf_async_store.entities import Value
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Value
 
 _FORMAT: Final = "hf_async_store checkpoint 1"
 _PLACE: Final = ("type", "name", "host", "port", "schema", "region", "table_prefix", "endpoint_url")
@@ -79,7 +79,7 @@ def identity(store: StorageStrategy) -> str:
     configured = store.describe().get("configuration")
     settings = configured if isinstance(configured, dict) else {}
     place: dict[str, Value] = {name: settings[name] for name in _PLACE if name in settings}
-    if not (store.capabilities.durable or store.capabilities.processes):
+    if not (store.capabilities.durable or store.capabilities.multi_process):
         place["object"] = id(store)  # no other process, now or later, has this one
     text = msgspec.json.encode({**told, **place}, order="deterministic")
     return blake2b(text, digest_size=8).hexdigest()
@@ -136,7 +136,7 @@ class CheckpointFile:
     async def settle(self) -> None:
         """Wait for a write that is under way."""
         if self._writing is not None and not self._writing.done():
-            await finish(self._writing)
+            await run_to_completion(self._writing)
 
     async def remove(self) -> None:
         await self.settle()

@@ -1,6 +1,6 @@
-"""Moving a store while its applications use it: the one who carries the move out.
+"""MigrationRouter a store while its applications use it: the one who carries the move out.
 
-The applications follow by themselves (`hf_async_store.moving`). docs/live-migration.md tells the
+The applications follow by themselves (`hf_async_store.migration_routing`). docs/live-migration.md tells the
 protocol; here is its other half. Everything that is written to the side that is not authoritative is
 written in transactions that read its record first, so that a mover that was replaced, or woke up too
 late, writes nothing any more.
@@ -17,55 +17,43 @@ from typing import TYPE_CHECKING, Final, Self, cast
 
 import msgspec
 
+from hf_async_store.changes import ABSENT, Change, Delete, Put, Record
 from hf_async_store.config import anchored, load_config
-from hf_async_store.entities import (
-    ABSENT,
-    HOST_FACTORY,
-    VERSION,
-    Change,
-    Collection,
-    Delete,
-    Entity,
-    Key,
-    Put,
-    Record,
-    Schema,
-    canonical,
-    utc_now,
-)
+from hf_async_store.conflict_retry import retry_conflicts
 from hf_async_store.errors import (
     AlreadyExistsError,
-    BrokenReferenceError,
     ConcurrencyConflictError,
     MigrationError,
+    ReferenceViolationError,
     StorageError,
     TargetNotEmptyError,
     VerificationError,
 )
-from hf_async_store.migration.comparing import compare_readers
-from hf_async_store.migration.fitting import enforces_references
+from hf_async_store.migration.diff import compare_readers
+from hf_async_store.migration.preflight import enforces_references
 from hf_async_store.migration.requirements import (
     refuse_same,
     refuse_undeclared,
     require_store,
 )
-from hf_async_store.moving import (
-    CUT_OVER_SECONDS,
-    HIDDEN,
+from hf_async_store.migration_routing import (
     LEASE_SECONDS,
-    MARKS,
-    MOVE_KEY,
-    Move,
+    MARKER_COLLECTION,
+    MIGRATION_KEY,
+    SWITCH_SECONDS,
+    SYSTEM_COLLECTIONS,
+    MigrationState,
     Phase,
-    move_in,
+    migration_state_in,
 )
-from hf_async_store.query import Position, build_query, eq
-from hf_async_store.retrying import retry_conflicts
+from hf_async_store.query import CursorPosition, build_query, eq
+from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies import open_store
+from hf_async_store.values import VERSION, Entity, Key, canonical, utc_now
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
-    from hf_async_store.engine import Engine, Session
+    from hf_async_store.driver import Engine, Session
 
 _MARGIN: Final = 0.25
 """Seconds beyond a lease, for what a process does between its last look at the clock and its answer."""
@@ -95,7 +83,7 @@ class LiveStatus(msgspec.Struct, frozen=True):
     waiting: tuple[int, int]
 
 
-class LiveMove:
+class LiveMigration:
     """A live move from one store to another; an async context manager.
 
     One at a time carries a move out: whoever comes later takes over, and shuts out the one before.
@@ -128,21 +116,21 @@ class LiveMove:
         self._schema = Schema(collections)
         self._rate = rate
         self._advance = advance
-        declared = [*self._schema.values(), *HIDDEN]
+        declared = [*self._schema.values(), *SYSTEM_COLLECTIONS]
         stores = [open_store(each, collections=declared) for each in sides]
         # The engines themselves: the stores would follow the move, and wait for this.
         self._source, self._target = (each._engine for each in stores)
         self._references = {id(each._engine): enforces_references(each) for each in stores}
-        self._move: Move | None = None
+        self._move: MigrationState | None = None
         self._touched: set[Key] = set()
 
     async def __aenter__(self) -> Self:
         for engine, what in ((self._source, "source"), (self._target, "target")):
-            if not engine.capabilities.processes or not engine.capabilities.durable:
+            if not engine.capabilities.multi_process or not engine.capabilities.durable:
                 raise MigrationError(
                     f"the engine {engine.capabilities.engine!r} cannot be the {what} of a live move"
                 )
-        if not self._source.capabilities.marks:
+        if not self._source.capabilities.change_markers:
             raise MigrationError(
                 f"the engine {self._source.capabilities.engine!r} cannot mark changes, so it cannot "
                 "be the source of a live move; stop the applications and use `migrate`"
@@ -191,42 +179,42 @@ class LiveMove:
         await self._catch_up(self._source, self._target)
         await self._repair(self._source, self._target)
         if cut_over:
-            await self._flip(self._source, self._target, "cut_over", "flipped")
+            await self._switch(self._source, self._target, "cut_over", "flipped")
         return await self.status()
 
-    async def back(self) -> LiveStatus:
+    async def rollback(self) -> LiveStatus:
         """Make the source the one that counts again, with everything that was written since; the
         move is over then, and the target refuses to open.
 
         Raises:
             MigrationError, VerificationError: what stands in the way; the target counts on.
         """
-        await self._take_over()
+        await self._acquire_epoch()
         if self._here().phase == "flipped":
-            if not self._target.capabilities.marks:
+            if not self._target.capabilities.change_markers:
                 raise MigrationError(
                     f"the engine {self._target.capabilities.engine!r} did not mark changes, so "
                     "nobody knows what to bring back; migrate back with the applications stopped"
                 )
             await self._catch_up(self._target, self._source)
             await self._repair(self._target, self._source)
-            await self._flip(self._target, self._source, "cut_back", "copying")
+            await self._switch(self._target, self._source, "cut_back", "copying")
         await self._call_off()
         return await self.status()
 
-    async def stop(self) -> LiveStatus:
+    async def abort(self) -> LiveStatus:
         """Call the move off before its cut-over; the source counts on.
 
         Raises:
             MigrationError: the target counts already; `back` is what leads back.
         """
-        await self._take_over()
+        await self._acquire_epoch()
         if self._here().phase != "copying":
             raise MigrationError("the target counts already; `back` leads back, `finish` finishes")
         await self._call_off()
         return await self.status()
 
-    async def finish(self) -> LiveStatus:
+    async def finalize(self) -> LiveStatus:
         """Give the source up for good: it refuses to open, and names the target.
 
         Raises:
@@ -236,22 +224,22 @@ class LiveMove:
         if move is not None and move.phase == "moved" and move.other == self.target_place:
             self._move = move  # interrupted before its end, perhaps
         else:
-            await self._take_over()
+            await self._acquire_epoch()
             if self._here().phase != "flipped":
                 raise MigrationError("the target does not count yet; `start` makes it")
             await self._change(phase="moved")
         await _leases_over()
-        await self._forget(self._target)
+        await self._cleanup(self._target)
         return await self.status()
 
     # -- the record --------------------------------------------------------------------------
 
-    def _here(self) -> Move:
+    def _here(self) -> MigrationState:
         assert self._move is not None, "taken over"
         return self._move
 
-    async def _read(self, engine: Engine) -> Move | None:
-        return move_in((await engine.fetch([MOVE_KEY]))[0])
+    async def _read(self, engine: Engine) -> MigrationState | None:
+        return migration_state_in((await engine.fetch([MIGRATION_KEY]))[0])
 
     async def _change(self, **changed: object) -> None:
         """Change the record of the source: nobody else has meanwhile.
@@ -274,13 +262,17 @@ class LiveMove:
         """Have a record in both places, of this mover."""
         move = await self._read(self._source)
         if move is not None:
-            await self._take_over()
+            await self._acquire_epoch()
             return
         await self._refuse_foreign()
         # The target first: who opens it by its URL then follows from the beginning.
-        await self._put_record(self._target, Move("target", "copying", self.source_place, 1, 0))
-        await self._put_record(self._source, Move("source", "copying", self.target_place, 1, 0))
-        await self._take_over()
+        await self._put_record(
+            self._target, MigrationState("target", "copying", self.source_place, 1, 0)
+        )
+        await self._put_record(
+            self._source, MigrationState("source", "copying", self.target_place, 1, 0)
+        )
+        await self._acquire_epoch()
 
     async def _refuse_foreign(self) -> None:
         await require_store(self._source, "the source")
@@ -299,21 +291,21 @@ class LiveMove:
                         "live move needs an empty one"
                     )
 
-    async def _put_record(self, engine: Engine, move: Move) -> None:
+    async def _put_record(self, engine: Engine, move: MigrationState) -> None:
         entity = cast("Entity", msgspec.to_builtins(move))
         del entity[VERSION]
-        entity["move_id"] = MOVE_KEY.id
+        entity["move_id"] = MIGRATION_KEY.id
         there = await self._read(engine)
         expect = ABSENT if there is None else there.version
         version = 1 if there is None else there.version + 1
-        put = Put(MOVE_KEY, entity, utc_now(), expect, version)
+        put = Put(MIGRATION_KEY, entity, utc_now(), expect, version)
         outcome = (await engine.write_each([put]))[0]
         if isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
             raise MigrationError("somebody else begins a move just now") from outcome
         if isinstance(outcome, StorageError):
             raise outcome
 
-    async def _take_over(self) -> None:
+    async def _acquire_epoch(self) -> None:
         """Be the one who carries the move out, from here on.
 
         Raises:
@@ -336,7 +328,7 @@ class LiveMove:
         epoch = self._here().epoch
         if there is None:
             await self._put_record(
-                self._target, Move("target", "copying", self.source_place, epoch, 0)
+                self._target, MigrationState("target", "copying", self.source_place, epoch, 0)
             )
         else:
             change = there.put(role="target", phase="copying", other=self.source_place, epoch=epoch)
@@ -353,13 +345,13 @@ class LiveMove:
         outcome = (await self._target.write_each([there.put(phase="moved")]))[0]
         if isinstance(outcome, StorageError):
             raise outcome
-        await self._forget(self._source)
+        await self._cleanup(self._source)
 
-    async def _forget(self, engine: Engine) -> None:
+    async def _cleanup(self, engine: Engine) -> None:
         """Take the record and the marks out of the place that stays."""
         move = await self._read(engine)
         if move is not None:
-            outcome = (await engine.write_each([Delete(MOVE_KEY, move.version)]))[0]
+            outcome = (await engine.write_each([Delete(MIGRATION_KEY, move.version)]))[0]
             if isinstance(outcome, StorageError):
                 raise outcome
         await _leases_over()
@@ -374,8 +366,8 @@ class LiveMove:
             async with aclosing(_pieces(self._source, declared, _BATCH)) as pieces:
                 async for keys in pieces:
                     began = time.monotonic()
-                    await self._bring(self._source, self._target, keys)
-                    await self._drain(self._source, self._target)
+                    await self._apply_markers(self._source, self._target, keys)
+                    await self._catch_up_once(self._source, self._target)
                     self._advance(declared.name, len(keys))
                     pause = len(keys) / self._rate - (time.monotonic() - began)
                     await asyncio.sleep(max(0.0, pause))
@@ -383,10 +375,10 @@ class LiveMove:
     async def _catch_up(self, origin: Engine, copy: Engine) -> None:
         """Drain marks until few are left at a time."""
         for _ in range(_ROUNDS):
-            if await self._drain(origin, copy) <= _FEW:
+            if await self._catch_up_once(origin, copy) <= _FEW:
                 return
 
-    async def _drain(self, origin: Engine, copy: Engine) -> int:
+    async def _catch_up_once(self, origin: Engine, copy: Engine) -> int:
         """Bring over what is marked, and take the marks away; how many there were.
 
         Marks of the side that does not count are of writes that came too late and were not
@@ -401,7 +393,9 @@ class LiveMove:
                     Key(cast("str", each.entity["collection"]), cast("str", each.entity["id"]))
                     for each in marks
                 ]
-                await self._bring(origin, copy, [each for each in keys if self._knows(each)])
+                await self._apply_markers(
+                    origin, copy, [each for each in keys if self._knows(each)]
+                )
                 # A mark that was written anew since has another version, and stays.
                 await marked.write_each([Delete(each.key, each.version) for each in marks])
                 drained += len(marks)
@@ -417,16 +411,16 @@ class LiveMove:
         return True
 
     async def _marks(self, engine: Engine, after: str | None) -> list[Record]:
-        query = build_query(MARKS, limit=_BATCH)
+        query = build_query(MARKER_COLLECTION, limit=_BATCH)
         if after is not None:
-            query = msgspec.structs.replace(query, after=Position((), after))
+            query = msgspec.structs.replace(query, after=CursorPosition((), after))
         async with aclosing(engine.select(query)) as records:
             return [each async for each in records]
 
     async def _count_marks(self, engine: Engine) -> int:
-        return await engine.count(build_query(MARKS))
+        return await engine.count(build_query(MARKER_COLLECTION))
 
-    async def _bring(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+    async def _apply_markers(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
         """Have `copy` hold of these keys, and of what they need, what `origin` does."""
         limit = copy.capabilities.max_transaction_changes
         size = _BATCH if limit is None else min(_BATCH, limit // 2 - 1)
@@ -440,7 +434,7 @@ class LiveMove:
 
     async def _bring_part(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
         async with copy.session(None) as session:
-            record = move_in((await session.fetch([MOVE_KEY]))[0])
+            record = migration_state_in((await session.fetch([MIGRATION_KEY]))[0])
             if record is None or record.epoch != self._here().epoch:
                 raise MigrationError("somebody else carries this move out now")
             wanted = await self._with_relatives(origin, copy, session, keys)
@@ -448,7 +442,7 @@ class LiveMove:
             here = dict(zip(wanted, await session.fetch(wanted), strict=True))
             changes = self._changes(wanted, there, here)
             for outcome in await session.write(changes) if changes else []:
-                if isinstance(outcome, BrokenReferenceError):
+                if isinstance(outcome, ReferenceViolationError):
                     # Relatives changed between two looks: look again.
                     raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
                 if isinstance(outcome, StorageError):
@@ -472,7 +466,7 @@ class LiveMove:
                     deletes.append(Delete(key))
             elif found is None or canonical(wanted.entity) != canonical(found.entity):
                 entity = {name: value for name, value in wanted.entity.items() if name != VERSION}
-                puts.append(Put(key, entity, at, version=wanted.version))
+                puts.append(Put(key, entity, at, import_version=wanted.version))
         return [*puts, *reversed(deletes)]
 
     async def _with_relatives(
@@ -523,9 +517,9 @@ class LiveMove:
                     async for keys in pieces:
                         suspects = await self._differing(one, other, keys)
                         if suspects:
-                            await self._bring(origin, copy, suspects)
+                            await self._apply_markers(origin, copy, suspects)
                         self._advance("verify", len(keys))
-                        await self._drain(origin, copy)
+                        await self._catch_up_once(origin, copy)
 
     async def _differing(self, one: Engine, other: Engine, keys: Sequence[Key]) -> list[Key]:
         ours, theirs = await one.fetch(keys), await other.fetch(keys)
@@ -538,23 +532,23 @@ class LiveMove:
 
     # -- the cut-over ------------------------------------------------------------------------
 
-    async def _flip(self, origin: Engine, copy: Engine, during: Phase, after: Phase) -> None:
+    async def _switch(self, origin: Engine, copy: Engine, during: Phase, after: Phase) -> None:
         """Make `copy` the side that counts, in a few seconds, or leave everything as it was."""
         for attempt in range(1, _TRIES + 1):
             await self._catch_up(origin, copy)
             before = self._here().phase
             await self._change(phase=during)
             try:
-                async with asyncio.timeout(CUT_OVER_SECONDS):
+                async with asyncio.timeout(SWITCH_SECONDS):
                     await _leases_over()
-                    while await self._drain(origin, copy):
+                    while await self._catch_up_once(origin, copy):
                         pass
                     await self._verify(origin, copy)
             except TimeoutError as exc:
                 await self._change(phase=before)
                 if attempt == _TRIES:
                     raise MigrationError(
-                        f"no cut-over was done within {CUT_OVER_SECONDS:g} s, {_TRIES} times; all "
+                        f"no cut-over was done within {SWITCH_SECONDS:g} s, {_TRIES} times; all "
                         "is as before. Try again when less is written"
                     ) from exc
             except BaseException:
@@ -610,4 +604,4 @@ async def _pieces(
             yield keys
         if len(keys) < size:
             return
-        query = msgspec.structs.replace(query, after=Position((), keys[-1].id))
+        query = msgspec.structs.replace(query, after=CursorPosition((), keys[-1].id))

@@ -13,20 +13,22 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from hf_async_store import columns
-from hf_async_store.entities import VERSION, Collection, Entity, Key, check_version
+from hf_async_store import batch_validation as columns
+from hf_async_store.changes import check_version
 from hf_async_store.errors import (
-    BrokenReferenceError,
     ConfigurationError,
     InvalidFieldError,
     InvalidInputError,
+    ReferenceViolationError,
 )
-from hf_async_store.migration.merging import name_of
-from hf_async_store.migration.portable import Reading, damaged
+from hf_async_store.migration.backup_format import Reading, damaged
+from hf_async_store.migration.merge import name_of
+from hf_async_store.schema import Collection
+from hf_async_store.values import VERSION, Entity, Key
 
 if TYPE_CHECKING:
-    from hf_async_store.entities import Field
     from hf_async_store.migration.digest import Digest
+    from hf_async_store.schema import Field
     from hf_async_store.strategy import StorageStrategy
 
 _MANY: Final = 50_000
@@ -78,7 +80,7 @@ class _Proof:
     def take(self, name: str, entities: list[Entity]) -> Collection:
         """Look at the next entities of a collection; returns what they were held against."""
         declared = self._declared(name)
-        if columns.checked(declared, entities) is None:
+        if columns.validate_batch(declared, entities) is None:
             for each in entities:
                 self._check(declared, each)
         for each in entities:
@@ -177,7 +179,7 @@ class Parents:
         """Refuse what names a parent that is neither in the file nor in the store.
 
         Raises:
-            BrokenReferenceError: naming the first.
+            ReferenceViolationError: naming the first.
         """
         self._settle()
         wanted = list(self._wanted)
@@ -187,7 +189,7 @@ class Parents:
                 found = await store.get_entities(name, [each.id for each in keys])
                 for key, there in zip(keys, found, strict=True):
                     if there is None:
-                        raise BrokenReferenceError(
+                        raise ReferenceViolationError(
                             f"{self._wanted[key]} names {key.id!r}, which {name} has neither in the "
                             "backup nor in the store"
                         )

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from hf_async_store.entities import Value
 from hf_async_store.errors import (
     ConfigurationError,
     InvalidInputError,
@@ -19,13 +18,14 @@ from hf_async_store.errors import (
     StorageError,
     StoreNotFoundError,
 )
-from hf_async_store.moving import HIDDEN
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
+from hf_async_store.values import Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
 _WHERE: Final = ("path", "server", "database", "schema", "region", "endpoint_url", "table_prefix")
-_SHOWN: Final = 5
+_MAX_SHOWN: Final = 5
 
 
 class Asked(Protocol):
@@ -91,12 +91,12 @@ async def refuse_same(answer: Awaitable[bool]) -> None:
         raise MigrationError("source and target are the same store; nothing was written")
 
 
-async def refuse_undeclared(store: Asked, what: str, leave_out: Container[str] = ()) -> list[str]:
+async def refuse_undeclared(store: Asked, what: str, skip_engine: Container[str] = ()) -> list[str]:
     """Refuse a full read that would leave something out, but for what is to be left out.
 
     Args:
         what: the store, as an error names it.
-        leave_out: collections (`jobs`) and fields (`machines.owner`).
+        skip_engine: collections (`jobs`) and fields (`machines.owner`).
 
     Returns:
         What is left out.
@@ -104,14 +104,14 @@ async def refuse_undeclared(store: Asked, what: str, leave_out: Container[str] =
     Raises:
         ConfigurationError: names the declarations that are missing.
     """
-    hidden = {each.name for each in HIDDEN}
+    hidden = {each.name for each in SYSTEM_COLLECTIONS}
     found = [each for each in await store.undeclared() if each.partition(".")[0] not in hidden]
-    missing = [each for each in found if each not in leave_out]
+    missing = [each for each in found if each not in skip_engine]
     if missing:
         raise ConfigurationError(
             f"{what} holds what is not declared here, and a full read would leave it out: "
             f"{listed(missing)}. Declare it (--collections MODULE:NAME on the command line), or say "
-            "that it stays behind (leave_out, or --leave-out NAME)"
+            "that it stays behind (skip_engine, or --leave-out NAME)"
         )
     return found
 
@@ -135,13 +135,13 @@ async def refuse_undeclared_fields(store: StorageStrategy, what: str) -> None:
         )
 
 
-def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> None:
+def check_leave_out(skip_engine: Iterable[str], schema: Mapping[str, object]) -> None:
     """Refuse to leave out what is declared, and so comes along.
 
     Raises:
         InvalidInputError.
     """
-    declared = [each for each in leave_out if each in schema]
+    declared = [each for each in skip_engine if each in schema]
     if declared:
         raise InvalidInputError(
             f"{declared[0]!r} is declared, so it is not left out: declare less, or leave it in"
@@ -150,5 +150,5 @@ def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> N
 
 def listed(names: Sequence[str]) -> str:
     """The first of some names, and how many there are more."""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - _MAX_SHOWN:,} more" if len(names) > _MAX_SHOWN else ""
+    return ", ".join(names[:_MAX_SHOWN]) + more

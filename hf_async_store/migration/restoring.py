@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
-from hf_async_store.entities import Entity, Schema
 from hf_async_store.errors import (
-    BrokenReferenceError,
     CorruptionError,
     InvalidInputError,
     MigrationError,
+    ReferenceViolationError,
     StorageError,
     TargetNotEmptyError,
 )
-from hf_async_store.migration.fitting import enforces_references
-from hf_async_store.migration.merging import Merged, MergeRule, put
-from hf_async_store.migration.portable import (
+from hf_async_store.migration.backup_format import (
     read_header,
     read_portable,
     refuse_other_schema,
 )
+from hf_async_store.migration.merge import Merged, MergeRule, put
+from hf_async_store.migration.preflight import enforces_references
 from hf_async_store.migration.proving import Parents, check_portable
 from hf_async_store.migration.requirements import check_leave_out, refuse_undeclared_fields
+from hf_async_store.schema import Schema
+from hf_async_store.values import Entity
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -53,7 +54,7 @@ async def restore_store(
     path: str | Path,
     *,
     merge: MergeRule | None = None,
-    leave_out: Collection[str] = (),
+    skip_engine: Collection[str] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> RestoreResult:
     """Bring a portable backup into a store: versions and timestamps as they were.
@@ -64,12 +65,12 @@ async def restore_store(
 
     Args:
         merge: how to settle with what is there (see `MergeRule`); None needs an empty store.
-        leave_out: collections of the file that are not declared and are not to be restored.
+        skip_engine: collections of the file that are not declared and are not to be restored.
 
     Raises:
         CorruptionError: the file is truncated or was altered, or holds what can be stored nowhere.
         InvalidInputError: it is no portable backup, or its entities do not fit what is declared.
-        BrokenReferenceError: a parent is missing.
+        ReferenceViolationError: a parent is missing.
         TargetNotEmptyError: the store is not empty, and there is no rule.
         ConfigurationError: the store has fields that are not declared.
         MigrationError: something failed after writing had begun; says how much was written.
@@ -77,22 +78,22 @@ async def restore_store(
     In all cases but the last nothing was written.
     """
     path = Path(path)
-    check_leave_out(leave_out, store.collections)
+    check_leave_out(skip_engine, store.collections)
     header = await read_header(path)
-    refuse_other_schema(header, Schema(store.collections.values()), path, leave_out)
+    refuse_other_schema(header, Schema(store.collections.values()), path, skip_engine)
     await refuse_undeclared_fields(store, "the store")
     parents = Parents(store.collections) if enforces_references(store) else None
     try:
         await check_portable(path, store.collections, parents)
         if parents is not None:
             await parents.refuse_missing(store)
-    except (CorruptionError, InvalidInputError, BrokenReferenceError) as exc:
+    except (CorruptionError, InvalidInputError, ReferenceViolationError) as exc:
         raise _untouched(exc) from exc
     if merge is None:
         await _refuse_full(store)
     restoring = _Restoring(store, path, merge, advance)
     await restoring.run()
-    left_out = [each.name for each in header.collections if each.count and each.name in leave_out]
+    left_out = [each.name for each in header.collections if each.count and each.name in skip_engine]
     return RestoreResult(str(path), restoring.merged, left_out)
 
 
@@ -147,7 +148,7 @@ class _Restoring:
                 await self._pass(waiting)
                 if self._waiting == waiting:
                     name, ids = next(iter(waiting.items()))
-                    raise BrokenReferenceError(
+                    raise ReferenceViolationError(
                         f"{len(ids):,} entities of {name} name a parent that is not there, the "
                         f"first: {min(ids)!r}"
                     )

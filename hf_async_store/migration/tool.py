@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Final, Self, cast
 import msgspec
 
 from hf_async_store.config import MigrationConfig, absolute, load_migration
-from hf_async_store.entities import HOST_FACTORY, VERSION, Collection, Entity, canonical
 from hf_async_store.errors import (
     BatchError,
-    BrokenReferenceError,
     ConfigurationError,
     MigrationError,
+    ReferenceViolationError,
     StorageError,
     StoreNotFoundError,
     TargetNotEmptyError,
@@ -25,16 +24,16 @@ from hf_async_store.errors import (
 )
 from hf_async_store.migration.backup import backup_store
 from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
-from hf_async_store.migration.comparing import (
+from hf_async_store.migration.copier import RESUME_HINT, Copying, MigrationBatch, batches_of
+from hf_async_store.migration.diff import (
     Comparison,
     compare_declared,
     differing,
-    first_stranger,
+    first_unexpected,
 )
-from hf_async_store.migration.copying import RESUME_HINT, Copying, MigrationBatch, batches_of
 from hf_async_store.migration.digest import Digest
-from hf_async_store.migration.fitting import enforces_references, what_does_not_fit
-from hf_async_store.migration.merging import RULES, Merged, MergeRule, name_of, wins
+from hf_async_store.migration.merge import RULES, Merged, MergeRule, name_of, resolve
+from hf_async_store.migration.preflight import enforces_references, find_incompatibilities
 from hf_async_store.migration.requirements import (
     check_leave_out,
     refuse_same,
@@ -42,14 +41,16 @@ from hf_async_store.migration.requirements import (
     refuse_undeclared_fields,
     require_store,
 )
+from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
+from hf_async_store.values import VERSION, Entity, canonical
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
 
-_PIECE: Final = 500
-_SHOWN: Final = 3
+_CHUNK_SIZE: Final = 500
+_MAX_SHOWN: Final = 3
 
 Advance = Callable[[str, int], None]
 """Is told what is going on, and how many entities it has done more."""
@@ -114,7 +115,7 @@ class MigrationTool:
         collections: what is moved, where the stores are not open yet.
         merge: how to settle with entities that the target has already; None refuses such a target
             unless all it holds is of this source.
-        leave_out: what the source holds, is not declared and stays there: collections (`jobs`) and
+        skip_engine: what the source holds, is not declared and stays there: collections (`jobs`) and
             fields (`machines.owner`). Whatever else is not declared is refused.
         advance: is told of the progress.
 
@@ -130,7 +131,7 @@ class MigrationTool:
         *,
         collections: Iterable[Collection] = HOST_FACTORY,
         merge: MergeRule | None = None,
-        leave_out: Iterable[str] = (),
+        skip_engine: Iterable[str] = (),
         advance: Advance = lambda what, count: None,
     ) -> None:
         given = MigrationConfig() if config is None else load_migration(config)
@@ -149,7 +150,7 @@ class MigrationTool:
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
-        self._leave_out = frozenset(leave_out)
+        self._leave_out = frozenset(skip_engine)
         check_leave_out(self._leave_out, self.source.collections)
         if self._config.cleanup_source and any("." in each for each in self._leave_out):
             raise ConfigurationError(
@@ -260,7 +261,7 @@ class MigrationTool:
             self.source,
             backup_location or self._config.backup_location,
             stem="migration_backup",
-            leave_out=self._leave_out,
+            skip_engine=self._leave_out,
         )
         return made.path
 
@@ -382,7 +383,7 @@ class MigrationTool:
             report.problems.append(str(exc))
         except StorageError as exc:
             raise _failed("the target cannot be read", exc) from exc
-        counts, problems, more = await what_does_not_fit(
+        counts, problems, more = await find_incompatibilities(
             self.source, self.target, advance=lambda count: self.advance("check", count)
         )
         for name, count in counts.items():
@@ -400,7 +401,7 @@ class MigrationTool:
         if self._merge is not None or not full:
             return self._merge if full else None
         # Left by an earlier run, perhaps. Then all of it is of this source.
-        stranger = await first_stranger(self.source, self.target)
+        stranger = await first_unexpected(self.source, self.target)
         if stranger is None:
             return "keep"
         what = "is not in the source" if stranger.kind == "extra" else "differs from the source's"
@@ -486,7 +487,7 @@ class MigrationTool:
                     ours.add(canonical(entity))
                     if twin is not None:
                         theirs.add(canonical(twin))
-                    if (twin is None or differing(entity, twin)) and len(changed) < _SHOWN:
+                    if (twin is None or differing(entity, twin)) and len(changed) < _MAX_SHOWN:
                         changed.append(entity_id)
         recorded = Digest(progress.digest, progress.count)
         if ours != recorded:
@@ -522,20 +523,20 @@ class MigrationTool:
     async def _verify_merge(self, rule: MergeRule) -> None:
         """That every entity of the source is in the target, or lost to another by the rule."""
         wrong: list[str] = []
-        async for batch in self.get_migration_batches(_PIECE):
+        async for batch in self.get_migration_batches(_CHUNK_SIZE):
             key = self.source.collections[batch.collection].key
             ids = [cast("str", each[key]) for each in batch.entities]
             twins = await self.target.get_entities(batch.collection, ids)
             for entity_id, entity, twin in zip(ids, batch.entities, twins, strict=True):
                 if twin is None:
                     wrong.append(f"{batch.collection} {entity_id!r} is missing in the target")
-                elif differing(entity, twin) and wins(entity, twin, rule):
+                elif differing(entity, twin) and resolve(entity, twin, rule):
                     wrong.append(
                         f"{batch.collection} {entity_id!r} differs in "
                         + ", ".join(differing(entity, twin))
                     )
             self.advance("verify", len(ids))
-            if len(wrong) > _PIECE:
+            if len(wrong) > _CHUNK_SIZE:
                 break
         if wrong:
             raise VerificationError(_different(wrong), wrong)
@@ -546,7 +547,7 @@ class MigrationTool:
         await self._refuse_one_store()
         await self._look_for_undeclared()
         for name in reversed(list(self.source.collections)):
-            while entities := await self.source.query_entities(name, limit=_PIECE):
+            while entities := await self.source.query_entities(name, limit=_CHUNK_SIZE):
                 gone = await self._clean_batch(name, entities, merge)
                 report.collections[name].cleaned += gone
                 self.advance("clean", gone)
@@ -559,7 +560,7 @@ class MigrationTool:
         twins = await self.target.get_entities(name, ids)
         for entity_id, entity, twin in zip(ids, entities, twins, strict=True):
             if twin is None or (
-                differing(entity, twin) and (merge is None or wins(entity, twin, merge))
+                differing(entity, twin) and (merge is None or resolve(entity, twin, merge))
             ):
                 raise MigrationError(
                     f"the source is not emptied any further: {name} {entity_id!r} changed since it "
@@ -579,7 +580,7 @@ class MigrationTool:
                 if isinstance(each, StorageError)
             ]
             done = len(ids) - len(errors)
-            if done and all(isinstance(each, BrokenReferenceError) for _, each in errors):
+            if done and all(isinstance(each, ReferenceViolationError) for _, each in errors):
                 return done  # parents in their own collection: their children are gone now
             first, error = errors[0]
             raise _failed(

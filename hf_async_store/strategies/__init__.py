@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from msgspec.structs import replace
 
-from hf_async_store.entities import HOST_FACTORY, Collection
 from hf_async_store.errors import ConfigurationError
+from hf_async_store.schema import HOST_FACTORY, Collection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,33 +7,22 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, cast
 
-from hf_async_store.conditions import changed, check_children, check_parents
+from hf_async_store.changes import Change, Delete, Outcome, Record
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session
-from hf_async_store.entities import (
-    HOST_FACTORY,
-    Change,
-    Collection,
-    Delete,
-    Entity,
-    Field,
-    Key,
-    Outcome,
-    Record,
-    Schema,
-    Value,
-    copy_entity,
-)
+from hf_async_store.driver import Capabilities, Engine, Isolation, QueryPlan, Reader, Session
 from hf_async_store.errors import StorageError
 from hf_async_store.locks import ReaderWriterLock
+from hf_async_store.preconditions import changed, check_children, check_parents
 from hf_async_store.query import Query, compile_filter, ordered
+from hf_async_store.schema import HOST_FACTORY, Collection, Field, Schema
 from hf_async_store.strategy import StorageStrategy, schema_of
+from hf_async_store.values import Entity, Key, Value, copy_entity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _LOCK_TIMEOUT: Final = 30.0
-_PIECE: Final = 256
+_CHUNK_SIZE: Final = 256
 
 
 class MemoryStorageStrategy(StorageStrategy):
@@ -54,32 +43,32 @@ class MemoryStorageStrategy(StorageStrategy):
         super().__init__(MemoryEngine(schema, strategy_config(config, MemoryConfig)), schema)
 
 
-class _View:
+class _OverlayView:
     """What is stored, under layers of changes that are not committed yet."""
 
     def __init__(self, stored: dict[Key, Entity]) -> None:
         self.stored = stored
-        self.layers: list[dict[Key, Entity | None]] = [{}]
+        self.overlays: list[dict[Key, Entity | None]] = [{}]
 
     def get(self, key: Key) -> Entity | None:
-        for layer in reversed(self.layers):
+        for layer in reversed(self.overlays):
             if key in layer:
                 return layer[key]
         return self.stored.get(key)
 
     def entities(self, collection: str) -> Iterator[tuple[str, Entity]]:
         overlay: dict[Key, Entity | None] = {}
-        for layer in self.layers:
+        for layer in self.overlays:
             overlay.update(layer)
         for key, entity in (self.stored | overlay).items():
             if key.collection == collection and entity is not None:
                 yield key.id, entity
 
-    def fold(self) -> None:
+    def commit_overlay(self) -> None:
         """The top layer becomes part of the one below; the lowest, of what is stored."""
-        top = self.layers.pop()
-        if self.layers:
-            self.layers[-1].update(top)
+        top = self.overlays.pop()
+        if self.overlays:
+            self.overlays[-1].update(top)
             return
         for key, entity in top.items():
             if entity is None:
@@ -89,7 +78,7 @@ class _View:
 
 
 class _Reader:
-    def __init__(self, view: _View) -> None:
+    def __init__(self, view: _OverlayView) -> None:
         self._view = view
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -103,8 +92,8 @@ class _Reader:
 
         async def pieces() -> AsyncGenerator[list[tuple[str, Entity]], None]:
             matches = compile_filter(query.where)
-            for start in range(0, len(found), _PIECE):
-                yield [each for each in found[start : start + _PIECE] if matches(each[1])]
+            for start in range(0, len(found), _CHUNK_SIZE):
+                yield [each for each in found[start : start + _CHUNK_SIZE] if matches(each[1])]
                 await asyncio.sleep(0)
 
         async for entity_id, entity in ordered(pieces(), query):
@@ -116,7 +105,7 @@ class _Reader:
 
 
 class _Session(_Reader):
-    def __init__(self, engine: MemoryEngine, view: _View) -> None:
+    def __init__(self, engine: MemoryEngine, view: _OverlayView) -> None:
         super().__init__(view)
         self._engine = engine
 
@@ -130,26 +119,26 @@ class _Session(_Reader):
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
-        depth = len(self._view.layers)
-        self._view.layers.append({})
+        depth = len(self._view.overlays)
+        self._view.overlays.append({})
         try:
             yield self
         except BaseException:
-            del self._view.layers[depth:]
+            del self._view.overlays[depth:]
             raise
-        self._view.fold()
+        self._view.commit_overlay()
 
 
 class MemoryEngine(_Reader):
     """One dict, one lock: a session holds it, and single writes wait for it."""
 
     capabilities: Final = Capabilities(
-        engine="memory", durable=False, processes=False, indexes=False
+        engine="memory", durable=False, multi_process=False, indexes=False
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
         self._stored: dict[Key, Entity] = {}
-        super().__init__(_View(self._stored))
+        super().__init__(_OverlayView(self._stored))
         self._schema = schema
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
@@ -158,24 +147,24 @@ class MemoryEngine(_Reader):
         async with self._lock.writing(_LOCK_TIMEOUT):
             outcomes: list[Outcome] = []
             for change in changes:
-                view = _View(self._stored)
+                view = _OverlayView(self._stored)
                 outcomes.append(self.apply(change, view))
-                view.fold()
+                view.commit_overlay()
             return outcomes
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         async with self._lock.writing(_LOCK_TIMEOUT):
-            view = _View(self._stored)
+            view = _OverlayView(self._stored)
             yield _Session(self, view)
-            view.fold()
+            view.commit_overlay()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
         # What is stored is replaced as a whole and never changed, so a copy of the dict will do.
-        yield _Reader(_View(self._stored.copy()))
+        yield _Reader(_OverlayView(self._stored.copy()))
 
-    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+    async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         return (await self.fetch([Key(collection.name, entity_id)]))[0]
 
     async def exists(self) -> bool:
@@ -187,7 +176,7 @@ class MemoryEngine(_Reader):
     async def undeclared(self) -> list[str]:
         return []  # the memory is this engine's own: what is in it was declared here
 
-    def apply(self, change: Change, view: _View) -> Outcome:
+    def apply(self, change: Change, view: _OverlayView) -> Outcome:
         """Decide one change and put it, with its mark, in the top layer; or return its error."""
         current = view.get(change.key)
         try:
@@ -196,20 +185,20 @@ class MemoryEngine(_Reader):
                 self._check_references(change, current, view)
         except StorageError as exc:
             return exc
-        view.layers[-1][change.key] = entity
+        view.overlays[-1][change.key] = entity
         if change.mark is not None:
-            view.layers[-1][change.mark.key] = change.mark.entity
+            view.overlays[-1][change.mark.key] = change.mark.entity
         stored = current if isinstance(change, Delete) else entity
         return None if stored is None else cast("int", stored["version"])
 
-    def _check_references(self, change: Change, current: Entity | None, view: _View) -> None:
+    def _check_references(self, change: Change, current: Entity | None, view: _OverlayView) -> None:
         if not isinstance(change, Delete):
             check_parents(self._schema, change, current, lambda key: view.get(key) is not None)
         elif current is not None:
             check_children(self._schema, change.key, lambda *child: _referrers(view, *child))
 
-    async def explain(self, query: Query) -> Plan:
-        return Plan(access="scan", residual=True, sorted_here=True)
+    async def explain(self, query: Query) -> QueryPlan:
+        return QueryPlan(access="scan", residual=True, sorted_here=True)
 
     async def probe(self) -> None:
         pass  # memory that holds the store can be written
@@ -224,7 +213,7 @@ class MemoryEngine(_Reader):
         self._stored.clear()
 
 
-def _referrers(view: _View, child: Collection, field: Field, parent: str) -> Iterator[str]:
+def _referrers(view: _OverlayView, child: Collection, field: Field, parent: str) -> Iterator[str]:
     for entity_id, entity in view.entities(child.name):
         if entity.get(field.name) == parent:
             yield entity_id

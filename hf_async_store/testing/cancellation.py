@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 import pytest
 
-from hf_async_store.entities import INT_MAX
 from hf_async_store.errors import (
     AlreadyExistsError,
     BatchError,
@@ -18,24 +17,25 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
-from hf_async_store.testing.checks import (
-    content,
-    contents,
-    exact,
+from hf_async_store.testing.assertions import (
+    get_existing,
     nothing_is_left,
+    payload,
+    payloads,
     refused_at_once,
-    stored,
+    typed,
 )
-from hf_async_store.testing.driving import HANG_SECONDS, is_shared, second_store, seeded
-from hf_async_store.testing.stepping import at_turn, cancelled_at, turns, was_cancelled
+from hf_async_store.testing.cancellation_stepper import at_turn, cancelled_at, turns, was_cancelled
+from hf_async_store.testing.concurrency import HANG_SECONDS, is_shared, second_store, seeded
+from hf_async_store.values import INT_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from hf_async_store.entities import Entity
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
+    from hf_async_store.values import Entity
 
 Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
 VerbOnOne: TypeAlias = "Callable[[StorageStrategy, str], Awaitable[object]]"
@@ -105,7 +105,7 @@ async def _transaction(store: StorageStrategy) -> None:
 
 async def _read_write(store: StorageStrategy) -> None:
     async with store.begin_transaction() as tx:
-        entity = await stored(tx, "items", "a")
+        entity = await get_existing(tx, "items", "a")
         rows = await tx.query_entities("items", {"label": "before"})
         await tx.count_entities("items")
         await tx.conditional_update("items", "a", {"label": "after", "count": len(rows)})
@@ -242,7 +242,7 @@ class CancellationContract:
             async with harness.store() as store:
                 cancelled = await cancelled_at(turn, store.create_entity("items", entity))
                 await _settled(store)
-                found = content(await store.get_entity("items", "first"))
+                found = payload(await store.get_entity("items", "first"))
                 assert found in ((None, entity) if cancelled else (entity,))
                 await store.delete_entity("items", "first")
                 await usable(store)
@@ -264,7 +264,7 @@ class CancellationContract:
             await nothing_is_left(harness)
             if is_shared(harness.capabilities):
                 async with harness.store() as fresh:
-                    assert (await stored(fresh, "items", "acknowledged"))["count"] == turn
+                    assert (await get_existing(fresh, "items", "acknowledged"))["count"] == turn
                     there = await fresh.get_entity("items", "waiting") is not None
                     assert there or waiting.exception() is not None
                     await fresh.delete_entity("items", "waiting")
@@ -306,7 +306,7 @@ class CancellationContract:
             await asyncio.wait({task}, timeout=HANG_SECONDS)
             cancelled = was_cancelled(task, [asked.done() and asked.result()])
             await _settled(store)
-            entity = await stored(store, "items", "a")
+            entity = await get_existing(store, "items", "a")
             if isinstance(held, BaseException):
                 assert isinstance(held, ConcurrencyConflictError)
             else:
@@ -332,7 +332,7 @@ class CancellationContract:
             assert versions == [count] * 7
             cancelled = was_cancelled(tasks[3], asked)
             await _settled(store, [("items", each) for each in ids])
-            entity = await stored(store, "items", ids[3])
+            entity = await get_existing(store, "items", ids[3])
             if not cancelled:
                 assert entity["count"] == count
                 break
@@ -373,15 +373,15 @@ class CancellationContract:
                     await asyncio.wait(chosen, timeout=HANG_SECONDS)
                     assert all(each.done() for each in chosen), "it hangs"
                     gone = [each for each, task in zip(ids, tasks, strict=True) if task.cancelled()]
-                    at_once = await contents(store, "items", gone)
+                    at_once = await payloads(store, "items", gone)
                     await asyncio.wait(tasks, timeout=HANG_SECONDS)
                     for each in tasks:
                         _judge_ending(each)
                     if number % 4 == 0:
                         await asyncio.sleep(0.05)
                     await _settled(store, [("items", each) for each in ids])
-                    assert await contents(store, "items", gone) == at_once
-                    assert await contents(other, "items", gone) == at_once
+                    assert await payloads(store, "items", gone) == at_once
+                    assert await payloads(other, "items", gone) == at_once
 
     async def test_126_a_timeout_around_a_write_waits_for_its_end(
         self, store: StorageStrategy
@@ -393,11 +393,11 @@ class CancellationContract:
                 async with asyncio.timeout(number / 4000):
                     await store.update_entity("items", "a", {"count": number})
             except TimeoutError:
-                at_once = (await stored(store, "items", "a"))["count"]
+                at_once = (await get_existing(store, "items", "a"))["count"]
                 await _settled(store, [("items", "a")])
-                assert (await stored(store, "items", "a"))["count"] == at_once
+                assert (await get_existing(store, "items", "a"))["count"] == at_once
             else:
-                assert (await stored(store, "items", "a"))["count"] == number
+                assert (await get_existing(store, "items", "a"))["count"] == number
 
     # 73 -------------------------------------------------------------------------------------
 
@@ -486,14 +486,14 @@ async def _state(store: StorageStrategy) -> State:
 
 
 def _kept(entity: Entity | None) -> dict[str, object] | None:
-    return None if entity is None else {**(content(entity) or {}), "version": entity["version"]}
+    return None if entity is None else {**(payload(entity) or {}), "version": entity["version"]}
 
 
 def _judge_state(
     verb: _Verb, before: State, found: State, after: State, *, cancelled: bool
 ) -> None:
     if not cancelled:
-        assert exact(_named(found)) == exact(_named(after))
+        assert typed(_named(found)) == typed(_named(after))
     elif verb.atomic:
         assert found in (before, after), "half of it landed"
     else:

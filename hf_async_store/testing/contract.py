@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from hf_async_store.testing.assertions import no_complaints, nothing_is_left
+from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
-from hf_async_store.testing.checks import no_complaints, nothing_is_left
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.isolation import IsolationContract
-from hf_async_store.testing.life import LifeContract
+from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
-from hf_async_store.testing.many import ManyContract
 from hf_async_store.testing.neighbours import NeighbourContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.references import ReferenceContract
@@ -48,9 +48,9 @@ class StrategyContract(
     IsolationContract,
     QueryContract,
     LimitContract,
-    ManyContract,
+    BulkContract,
     NeighbourContract,
-    LifeContract,
+    LifecycleContract,
     CancellationContract,
     StreamContract,
     ReferenceContract,

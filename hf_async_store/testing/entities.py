@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store.entities import REMOVED
 from hf_async_store.errors import (
     AlreadyExistsError,
     BatchError,
@@ -18,20 +17,21 @@ from hf_async_store.errors import (
     InvalidFieldError,
     InvalidKeyError,
     UnknownCollectionError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
 )
 from hf_async_store.query import eq, path
-from hf_async_store.testing.checks import (
+from hf_async_store.testing.assertions import (
     all_refused_at_once,
-    content,
-    contents,
     counted,
-    exact,
+    get_existing,
+    payload,
+    payloads,
     refused_at_once,
-    stored,
+    typed,
 )
-from hf_async_store.testing.driving import answer_of
-from hf_async_store.testing.harness import Harness, ShowsTraces
+from hf_async_store.testing.concurrency import answer_of
+from hf_async_store.testing.harness import Harness, ObservesIO
+from hf_async_store.values import REMOVE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -191,7 +191,7 @@ class EntityContract:
         await store.create_entity("items", {"item_id": "a"})
         assert await store.get_entity("items", "nobody") is None
         found = await store.get_entities("items", ["nobody", "a", "none"])
-        assert [content(each) for each in found] == [None, {"item_id": "a"}, None]
+        assert [payload(each) for each in found] == [None, {"item_id": "a"}, None]
         assert await store.get_entities("items", []) == []
         assert await store.query_entities("items", {"item_id": "nobody"}) == []
 
@@ -216,14 +216,14 @@ class EntityContract:
         self, store: StorageStrategy
     ) -> None:
         assert await store.create_entity("items", FULL) == 1
-        entity = await stored(store, "items", "full")
-        assert exact(content(entity)) == exact(FULL)
-        assert exact(entity["version"]) == exact(1)
+        entity = await get_existing(store, "items", "full")
+        assert typed(payload(entity)) == typed(FULL)
+        assert typed(entity["version"]) == typed(1)
         assert {"created_at", "updated_at"} < entity.keys()
 
     async def test_02_the_smallest_entity(self, store: StorageStrategy) -> None:
         assert await store.create_entity("counters", {"counter_id": "c"}) == 1
-        entity = await stored(store, "counters", "c")
+        entity = await get_existing(store, "counters", "c")
         assert entity.keys() == {"counter_id", "version", "created_at", "updated_at"}
 
     # 3 --------------------------------------------------------------------------------------
@@ -232,11 +232,11 @@ class EntityContract:
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", FULL)
-        before = await stored(store, "items", "full")
+        before = await get_existing(store, "items", "full")
         with pytest.raises(AlreadyExistsError) as caught:
             await store.create_entity("items", {"item_id": "full", "label": "other"})
         assert (caught.value.collection, caught.value.entity_id) == ("items", "full")
-        assert exact(await store.get_entity("items", "full")) == exact(before)
+        assert typed(await store.get_entity("items", "full")) == typed(before)
 
     # 4 --------------------------------------------------------------------------------------
 
@@ -254,19 +254,19 @@ class EntityContract:
         self, store: StorageStrategy
     ) -> None:
         assert await store.save_entity("items", FULL) == 1
-        first = await stored(store, "items", "full")
-        assert exact(content(first)) == exact(FULL)
+        first = await get_existing(store, "items", "full")
+        assert typed(payload(first)) == typed(FULL)
         second = {"item_id": "full", "count": 8, "new": {"a": None}}
         assert await store.save_entity("items", second) == 2
-        entity = await stored(store, "items", "full")
-        assert exact(content(entity)) == exact(second)
+        entity = await get_existing(store, "items", "full")
+        assert typed(payload(entity)) == typed(second)
         assert entity["version"] == 2
         assert entity["created_at"] == first["created_at"]
 
     async def test_05_save_may_leave_nothing_but_the_key(self, store: StorageStrategy) -> None:
         await store.save_entity("items", FULL)
         await store.save_entity("items", {"item_id": "full"})
-        assert content(await store.get_entity("items", "full")) == {"item_id": "full"}
+        assert payload(await store.get_entity("items", "full")) == {"item_id": "full"}
 
     # 6 --------------------------------------------------------------------------------------
 
@@ -274,32 +274,32 @@ class EntityContract:
         await store.create_entity("items", FULL)
         named = {"label": "new", "undeclared": 1, "extra": {"deep": [1]}, "ratio": 2}
         assert await store.update_entity("items", "full", named) == 2
-        entity = await stored(store, "items", "full")
-        assert exact(content(entity)) == exact({**FULL, **named})
+        entity = await get_existing(store, "items", "full")
+        assert typed(payload(entity)) == typed({**FULL, **named})
         assert entity["version"] == 2
 
     async def test_06_a_named_map_is_replaced_and_not_merged(self, store: StorageStrategy) -> None:
         maps = {"data": {"a": 1, "b": 2}, "other": {"a": 1, "b": {"c": 3}}}
         await store.create_entity("items", {"item_id": "m", **maps})
         await store.update_entity("items", "m", {"data": {"a": 9}, "other": {"b": {}}})
-        assert exact(content(await store.get_entity("items", "m"))) == exact(
+        assert typed(payload(await store.get_entity("items", "m"))) == typed(
             {"item_id": "m", "data": {"a": 9}, "other": {"b": {}}}
         )
 
     async def test_06_an_update_of_no_field_is_a_write(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         assert await store.update_entity("items", "full", {}) == 2
-        entity = await stored(store, "items", "full")
-        assert exact(content(entity)) == exact(FULL)
+        entity = await get_existing(store, "items", "full")
+        assert typed(payload(entity)) == typed(FULL)
         assert entity["version"] == 2
 
     async def test_06_the_key_may_be_named_but_not_changed(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         await store.update_entity("items", "full", {"item_id": "full", "label": "x"})
-        for change in ({"item_id": "other"}, {"item_id": None}, {"item_id": REMOVED}):
+        for change in ({"item_id": "other"}, {"item_id": None}, {"item_id": REMOVE}):
             refused_at_once(store.update_entity("items", "full", change), InvalidFieldError)
         entity = await store.get_entity("items", "full")
-        assert exact(content(entity)) == exact({**FULL, "label": "x"})
+        assert typed(payload(entity)) == typed({**FULL, "label": "x"})
 
     async def test_06_nor_by_modify_entity(self, store: StorageStrategy) -> None:
         """Else it would replace another entity that happens to be of the same version."""
@@ -307,7 +307,7 @@ class EntityContract:
         await store.create_entities("items", both)
         with pytest.raises(InvalidFieldError):
             await store.modify_entity("items", "a", lambda entity: {**entity, "item_id": "b"})
-        assert list((await contents(store, "items", ["a", "b"])).values()) == both
+        assert list((await payloads(store, "items", ["a", "b"])).values()) == both
 
     # 7 --------------------------------------------------------------------------------------
 
@@ -320,15 +320,15 @@ class EntityContract:
         before = {**FULL, "odd.name": 1}
         await store.create_entity("items", before)
         await store.update_entity("items", "full", {field: None})
-        assert exact(content(await store.get_entity("items", "full"))) == exact(
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(
             {**before, field: None}
         )
-        await store.update_entity("items", "full", {field: REMOVED})
+        await store.update_entity("items", "full", {field: REMOVE})
         without = {name: each for name, each in before.items() if name != field}
-        assert exact(content(await store.get_entity("items", "full"))) == exact(without)
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(without)
         # What is not there can be taken away: the wish is fulfilled.
-        assert await store.update_entity("items", "full", {field: REMOVED}) == 4
-        assert exact(content(await store.get_entity("items", "full"))) == exact(without)
+        assert await store.update_entity("items", "full", {field: REMOVE}) == 4
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(without)
 
     async def test_07_queries_tell_null_from_removed(self, store: StorageStrategy) -> None:
         await store.create_entities(
@@ -348,10 +348,10 @@ class EntityContract:
     async def test_07_removed_is_no_value(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         all_refused_at_once(
-            ValueOutOfDomainError,
-            store.save_entity("items", {"item_id": "x", "label": REMOVED}),
-            store.create_entity("items", {"item_id": "x", "data": [REMOVED]}),
-            store.update_entity("items", "full", {"data": {"inner": REMOVED}}),
+            UnsupportedValueError,
+            store.save_entity("items", {"item_id": "x", "label": REMOVE}),
+            store.create_entity("items", {"item_id": "x", "data": [REMOVE]}),
+            store.update_entity("items", "full", {"data": {"inner": REMOVE}}),
         )
 
     # 8 --------------------------------------------------------------------------------------
@@ -363,15 +363,15 @@ class EntityContract:
         assert await store.get_entity("items", "full") is None
         assert await store.delete_entity("items", "full") is False
         assert await store.delete_entity("items", "never") is False
-        assert content(await store.get_entity("items", "other")) == {"item_id": "other"}
+        assert payload(await store.get_entity("items", "other")) == {"item_id": "other"}
 
     async def test_08_a_deleted_id_can_be_used_again(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         await store.update_entity("items", "full", {"label": "x"})
         await store.delete_entity("items", "full")
         assert await store.create_entity("items", {"item_id": "full", "count": 1}) == 1
-        entity = await stored(store, "items", "full")
-        assert content(entity) == {"item_id": "full", "count": 1}
+        entity = await get_existing(store, "items", "full")
+        assert payload(entity) == {"item_id": "full", "count": 1}
 
     # 9 --------------------------------------------------------------------------------------
 
@@ -384,23 +384,23 @@ class EntityContract:
         assert await store.update_entity("counters", "same", {"n": 2}) == 2
         assert await store.delete_entity("templates", "same") is True
         item, counter = (
-            await stored(store, "items", "same"),
-            await stored(store, "counters", "same"),
+            await get_existing(store, "items", "same"),
+            await get_existing(store, "counters", "same"),
         )
-        assert content(item) == {"item_id": "same", "label": "item"}
+        assert payload(item) == {"item_id": "same", "label": "item"}
         assert item["version"] == 1
-        assert content(counter) == {"counter_id": "same", "n": 2}
+        assert payload(counter) == {"counter_id": "same", "n": 2}
         assert await store.get_entity("templates", "same") is None
 
     # 10 -------------------------------------------------------------------------------------
 
     async def test_10_what_is_returned_is_the_callers_own(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
-        before = deepcopy(await stored(store, "items", "full"))
+        before = deepcopy(await get_existing(store, "items", "full"))
         async for each in _every_way_to_read(store, "full"):
-            assert exact(each) == exact(before)
+            assert typed(each) == typed(before)
             _spoil(each)
-        assert exact(await stored(store, "items", "full")) == exact(before)
+        assert typed(await get_existing(store, "items", "full")) == typed(before)
 
     async def test_10_two_answers_share_nothing(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
@@ -408,17 +408,17 @@ class EntityContract:
         assert first is not None
         assert second is not None
         _spoil(first)
-        assert exact(content(second)) == exact(FULL)
+        assert typed(payload(second)) == typed(FULL)
 
     async def test_10_also_in_a_transaction(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         async with store.begin_transaction() as tx:
-            _spoil(await stored(tx, "items", "full"))
-            assert exact(content(await stored(tx, "items", "full"))) == exact(FULL)
+            _spoil(await get_existing(tx, "items", "full"))
+            assert typed(payload(await get_existing(tx, "items", "full"))) == typed(FULL)
             await tx.save_entity("items", {"item_id": "new", "data": {"list": [1]}})
-            _spoil(await stored(tx, "items", "new"))
-        assert exact(content(await stored(store, "items", "full"))) == exact(FULL)
-        assert content(await stored(store, "items", "new")) == {
+            _spoil(await get_existing(tx, "items", "new"))
+        assert typed(payload(await get_existing(store, "items", "full"))) == typed(FULL)
+        assert payload(await get_existing(store, "items", "new")) == {
             "item_id": "new",
             "data": {"list": [1]},
         }
@@ -429,7 +429,7 @@ class EntityContract:
             await store.update_entity("items", "full", {}, expected_version=9)
         if caught.value.current is not None:
             _spoil(caught.value.current)
-        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
 
     # 11 -------------------------------------------------------------------------------------
 
@@ -438,7 +438,7 @@ class EntityContract:
     ) -> None:
         given = {**deepcopy(FULL), "version": 77, "created_at": "2001-01-01", "zone": (1, [2])}
         before = deepcopy(given)
-        fields = {"data": {"list": [1, {"a": 2}]}, "label": REMOVED, "version": 5}
+        fields = {"data": {"list": [1, {"a": 2}]}, "label": REMOVE, "version": 5}
         named = deepcopy(fields)
         await store.create_entity("items", given)
         await store.save_entity("items", given)
@@ -463,9 +463,9 @@ class EntityContract:
             await store.save_entity("items", given, expected_version=9)
         with pytest.raises(BatchError):
             await store.create_entities("items", [given])
-        with pytest.raises(ValueOutOfDomainError):
+        with pytest.raises(UnsupportedValueError):
             await store.save_entity("items", bad)
-        with pytest.raises(ValueOutOfDomainError):
+        with pytest.raises(UnsupportedValueError):
             await store.update_entity("items", "full", bad)
         assert given == before
         assert repr(bad) == before_bad
@@ -476,7 +476,7 @@ class EntityContract:
         given = deepcopy(FULL)
         await store.save_entity("items", given)
         _spoil(given)
-        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
 
     async def test_11_nor_what_it_does_while_the_write_is_under_way(
         self, store: StorageStrategy
@@ -491,8 +491,8 @@ class EntityContract:
         _spoil(batch[0])
         batch.clear()
         await asyncio.gather(*writes)
-        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
-        assert exact(content(await store.get_entity("items", "in a batch"))) == exact(
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
+        assert typed(payload(await store.get_entity("items", "in a batch"))) == typed(
             {**FULL, "item_id": "in a batch"}
         )
 
@@ -502,10 +502,10 @@ class EntityContract:
         for each in STRANGE_IDS:
             assert await store.create_entity("items", {"item_id": each, "label": each}) == 1, each
         expected = {each: {"item_id": each, "label": each} for each in STRANGE_IDS}
-        assert await contents(store, "items", STRANGE_IDS) == expected
+        assert await payloads(store, "items", STRANGE_IDS) == expected
         for each in STRANGE_IDS:
             assert await store.update_entity("items", each, {"count": 1}) == 2, each
-            assert content(await store.get_entity("items", each)) == {**expected[each], "count": 1}
+            assert payload(await store.get_entity("items", each)) == {**expected[each], "count": 1}
         for each in STRANGE_IDS[::2]:
             assert await store.delete_entity("items", each) is True, each
         left = sorted(STRANGE_IDS[1::2])
@@ -525,7 +525,7 @@ class EntityContract:
         async with harness.store() as store:
             await store.create_entities("items", entities)
         async with harness.store() as store:
-            found = await contents(store, "items", STRANGE_IDS)
+            found = await payloads(store, "items", STRANGE_IDS)
         assert list(found.values()) == entities
 
     # 13 -------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ class EntityContract:
             store.import_entities("items", [{"item_id": bad, "version": 1}]),
             store.modify_entity("items", bad, lambda entity: entity),
         )
-        if isinstance(harness, ShowsTraces):
+        if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
     async def test_13_an_entity_needs_its_key(
@@ -557,7 +557,7 @@ class EntityContract:
         for entity in ({}, {"label": "x"}, {"id": "x"}, {"request_id": "x"}):
             refused_at_once(store.create_entity("items", entity), InvalidKeyError)
             refused_at_once(store.save_entity("items", entity), InvalidKeyError)
-        if isinstance(harness, ShowsTraces):
+        if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
     async def test_13_the_place_in_a_batch_is_named(self, store: StorageStrategy) -> None:
@@ -574,14 +574,14 @@ class EntityContract:
         expected: dict[str, dict[str, object] | None] = {
             each: {"item_id": each, "count": place} for place, each in enumerate(LOOKALIKES)
         }
-        assert await contents(store, "items", LOOKALIKES) == expected
+        assert await payloads(store, "items", LOOKALIKES) == expected
         assert await _settled_ids(store, sorted(LOOKALIKES)) == sorted(LOOKALIKES)
         for each in LOOKALIKES:
             assert await _ids(store, {"item_id": each}) == [each]
         for each in LOOKALIKES[::2]:
             assert await store.delete_entity("items", each) is True
             expected[each] = None
-        assert await contents(store, "items", LOOKALIKES) == expected
+        assert await payloads(store, "items", LOOKALIKES) == expected
 
     # 15 -------------------------------------------------------------------------------------
 
@@ -592,12 +592,12 @@ class EntityContract:
             await store.create_entity("items", entity)
             await store.update_entity("items", entity["item_id"], {"data": {entity["label"]: 1}})
         expected = [{**each, "data": {each["label"]: 1}} for each in entities]
-        found = await contents(store, "items", INJECTIONS)
+        found = await payloads(store, "items", INJECTIONS)
         assert list(found.values()) == expected
         for each in INJECTIONS:
-            assert await store.update_entity("items", each, {each: REMOVED}) == 3
+            assert await store.update_entity("items", each, {each: REMOVE}) == 3
             assert await store.delete_entity("items", each) is True
-        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
         assert await counted(store, "items", 1) == 1
 
     async def test_15_injection_as_filter_and_order(self, store: StorageStrategy) -> None:
@@ -633,7 +633,7 @@ class EntityContract:
             )
         error = refused_at_once(store.get_entity("Items", "x"), UnknownCollectionError)
         assert "items" in str(error), "the error names the collections that there are"
-        assert exact(content(await store.get_entity("items", "full"))) == exact(FULL)
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
 
 
 async def _ids(store: StorageStrategy, filters: Any = None) -> list[str]:
@@ -657,7 +657,7 @@ async def _walk(store: StorageStrategy, limit: int) -> list[str]:
 
 
 async def _every_way_to_read(store: StorageStrategy, entity_id: str) -> Any:
-    yield await stored(store, "items", entity_id)
+    yield await get_existing(store, "items", entity_id)
     for found in await store.get_entities("items", [entity_id]):
         yield found
     await _settled_ids(store, [entity_id])

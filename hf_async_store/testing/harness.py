@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol, runtime_checkable
 
-from hf_async_store.entities import HOST_FACTORY, Collection, Field, Index
+from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AbstractAsyncContextManager
 
-    from hf_async_store.engine import Capabilities
+    from hf_async_store.driver import Capabilities
     from hf_async_store.strategy import StorageStrategy
 
 CONTRACT_COLLECTIONS: Final = (
@@ -68,7 +68,7 @@ class Harness(Protocol):
 
 
 @runtime_checkable
-class ShowsTraces(Protocol):
+class ObservesIO(Protocol):
     """A harness that can tell whether a store did anything yet."""
 
     def touched(self) -> bool:
@@ -77,7 +77,7 @@ class ShowsTraces(Protocol):
 
 
 @runtime_checkable
-class LosesAnswers(Protocol):
+class DropsResponses(Protocol):
     """A harness of an engine behind a network."""
 
     def lose_next_answer(self) -> None:
@@ -86,7 +86,7 @@ class LosesAnswers(Protocol):
 
 
 @runtime_checkable
-class Throttles(Protocol):
+class InjectsThrottling(Protocol):
     """A harness of an engine that may ask for less."""
 
     def throttle(self, requests: int) -> None:
@@ -95,7 +95,7 @@ class Throttles(Protocol):
 
 
 @runtime_checkable
-class BlocksEntities(Protocol):
+class InjectsRowLocks(Protocol):
     """A harness of an engine where somebody else can hold one entity, and the others are free."""
 
     def hold(self, collection: str, entity_id: str) -> AbstractAsyncContextManager[None]:
@@ -114,7 +114,7 @@ class RefusesLabels(Protocol):
         ...
 
 
-def leave_out(engine: str, reason: str) -> NoReturn:
+def skip_engine(engine: str, reason: str) -> NoReturn:
     """For a fixture `harness` whose engine cannot be had here: skip, and be named at the end.
 
     With `HF_ASYNC_STORE_REQUIRE_ENGINES=all` the run then fails.

@@ -13,40 +13,40 @@ from msgspec import convert
 
 from hf_async_store.errors import ConcurrencyConflictError
 from hf_async_store.query import begins_with
-from hf_async_store.testing.checkers import (
-    NOTHING,
-    Act,
-    Txn,
-    unlinearizable,
-    unserializable,
-)
-from hf_async_store.testing.driving import (
+from hf_async_store.testing.concurrency import (
     HANG_SECONDS,
     PATIENCE,
     failure_of,
     second_store,
     seeded,
 )
-from hf_async_store.testing.histories import ActRecorder, TxnRecorder, installed
-from hf_async_store.testing.loads import (
+from hf_async_store.testing.concurrent_workloads import (
     TOTAL,
     count_up,
     open_accounts,
     total,
     transfer,
 )
-from hf_async_store.testing.workers import run_workers, version_race
+from hf_async_store.testing.consistency_checkers import (
+    NOTHING,
+    Act,
+    Txn,
+    unlinearizable,
+    unserializable,
+)
+from hf_async_store.testing.history_recorder import ActRecorder, TxnRecorder, installed
+from hf_async_store.testing.process_workers import run_workers, version_race
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from hf_async_store.entities import Entity
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
-    from hf_async_store.testing.workers import Work
+    from hf_async_store.testing.process_workers import Work
     from hf_async_store.transaction import Transaction
+    from hf_async_store.values import Entity
 
 KEYS: Final = ("k0", "k1", "k2", "k3", "k4")
 
@@ -405,7 +405,7 @@ class IsolationContract:
     async def test_51_one_store_is_for_the_processes_that_are_declared(
         self, harness: Harness
     ) -> None:
-        assert (harness.url() is not None) is harness.capabilities.processes
+        assert (harness.url() is not None) is harness.capabilities.multi_process
 
     async def test_51_one_writer_of_several_processes_wins(
         self, store: StorageStrategy, url: str

@@ -39,17 +39,17 @@ from hf_async_store.query import (
     path,
     sort_key,
 )
-from hf_async_store.testing.checks import all_refused_at_once, refused_at_once
-from hf_async_store.testing.driving import answer_of
+from hf_async_store.testing.assertions import all_refused_at_once, refused_at_once
+from hf_async_store.testing.concurrency import answer_of
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from hf_async_store.entities import Entity
     from hf_async_store.query import OrderBy
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Entity
 
 _ITEMS: Final = next(each for each in CONTRACT_COLLECTIONS if each.name == "items")
 _FULL: Final = MAX_FILTER_TERMS

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
 
-from hf_async_store.entities import INT_MAX, MAX_ENTITY_BYTES
 from hf_async_store.errors import (
     AlreadyExistsError,
     BatchError,
-    BrokenReferenceError,
     ConcurrencyConflictError,
     EntityNotFoundError,
+    ReferenceViolationError,
     StorageError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
 )
-from hf_async_store.testing.checks import contents, stored
-from hf_async_store.testing.driving import HANG_SECONDS, PATIENCE
-from hf_async_store.testing.harness import BlocksEntities, Harness, RefusesLabels
+from hf_async_store.testing.assertions import get_existing, payloads
+from hf_async_store.testing.concurrency import HANG_SECONDS, PATIENCE
+from hf_async_store.testing.harness import Harness, InjectsRowLocks, RefusesLabels
+from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -54,16 +54,16 @@ REFUSED: Final[Mapping[type[StorageError] | str, tuple[type[StorageError], Verb]
         lambda store: store.create_entity("items", {"item_id": "there"}),
     ),
     "the last version there is": (
-        ValueOutOfDomainError,
+        UnsupportedValueError,
         lambda store: store.update_entity("items", "last", {"count": 1}),
     ),
-    "too heavy with what is stored": (ValueOutOfDomainError, _add_too_much),
+    "too heavy with what is stored": (UnsupportedValueError, _add_too_much),
     "a parent that is not there": (
-        BrokenReferenceError,
+        ReferenceViolationError,
         lambda store: store.save_entity("requests", {"request_id": "r", "template_id": "nobody"}),
     ),
     "a parent that has children": (
-        BrokenReferenceError,
+        ReferenceViolationError,
         lambda store: store.delete_entity("templates", "parent"),
     ),
 }
@@ -78,7 +78,7 @@ class NeighbourContract:
         self, store: StorageStrategy, name: str
     ) -> None:
         error, verb = REFUSED[str(name)]
-        if error is BrokenReferenceError and not store.capabilities.references:
+        if error is ReferenceViolationError and not store.capabilities.references:
             return
         await _prepare(store)
         for place in (0, 4, 8):  # before, among and behind the others
@@ -90,7 +90,7 @@ class NeighbourContract:
             refused = outcomes.pop(place)
             assert isinstance(refused, error), repr(refused)
             assert [each for each in outcomes if not isinstance(each, int)] == []
-            found = await contents(store, "items", _IDS)
+            found = await payloads(store, "items", _IDS)
             assert [each and each["count"] for each in found.values()] == [place] * len(_IDS)
 
     async def test_135_neither_do_many_of_them(self, store: StorageStrategy) -> None:
@@ -107,7 +107,7 @@ class NeighbourContract:
             )
         for each, outcome in zip(ids, caught.value.outcomes, strict=True):
             assert isinstance(outcome, ConcurrencyConflictError) if each in wrong else outcome == 2
-        found = await contents(store, "items", ids)
+        found = await payloads(store, "items", ids)
         assert {each for each, entity in found.items() if entity == {"item_id": each}} == wrong
 
     async def test_135_a_change_that_the_engine_itself_refuses(
@@ -135,12 +135,12 @@ class NeighbourContract:
         assert [isinstance(each, StorageError) for each in caught.value.outcomes] == [
             each == "poison" for each in labels
         ]
-        assert (await contents(store, "items", ["batch a", "batch poison"]))["batch poison"] is None
+        assert (await payloads(store, "items", ["batch a", "batch poison"]))["batch poison"] is None
 
     async def test_135_a_change_that_must_wait_holds_up_no_other(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
-        if not isinstance(harness, BlocksEntities):
+        if not isinstance(harness, InjectsRowLocks):
             return
         await _prepare(store)
         await store.save_entities("items", [{"item_id": each} for each in _IDS])
@@ -178,4 +178,4 @@ async def _prepare(store: StorageStrategy) -> None:
     )
     child: dict[str, Any] = {"request_id": "child", "template_id": "parent"}
     await store.save_entity("requests", child)
-    assert (await stored(store, "items", "there"))["version"] == 1
+    assert (await get_existing(store, "items", "there"))["version"] == 1

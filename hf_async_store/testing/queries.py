@@ -41,18 +41,18 @@ from hf_async_store.query import (
     path,
     sort_key,
 )
-from hf_async_store.testing import generated
-from hf_async_store.testing.checks import exact
-from hf_async_store.testing.driving import answer_of, elsewhere
+from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing.assertions import typed
+from hf_async_store.testing.concurrency import answer_of, elsewhere
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
-    from hf_async_store.entities import Entity
     from hf_async_store.query import OrderBy
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Entity
 
 ITEMS: Final = next(each for each in CONTRACT_COLLECTIONS if each.name == "items")
 DECLARED: Final = ("label", "count", "ratio", "active", "due_at", "data", "item_id", "created_at")
@@ -188,7 +188,7 @@ async def _agrees(
     )
     can = store.capabilities
     in_order = bool(order_by) or can.default_order == "id"
-    expected = [exact(rows[each]) for each in (found if in_order else sorted(found))]
+    expected = [typed(rows[each]) for each in (found if in_order else sorted(found))]
 
     async def at_once() -> list[object]:
         return _exactly(await store.query_entities("items", filters, order_by), in_order)
@@ -208,7 +208,7 @@ async def _agrees(
 def _exactly(entities: list[Entity], in_order: bool) -> list[object]:
     if not in_order:
         entities = sorted(entities, key=lambda each: str(each["item_id"]))
-    return [exact(each) for each in entities]
+    return [typed(each) for each in entities]
 
 
 def _null_missing_and_value(place: str | Path) -> dict[str, dict[str, object]]:

@@ -9,44 +9,35 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store.entities import (
-    ABSENT,
-    PRESENT,
-    REMOVED,
-    UPDATED_AT,
-    Collection,
-    Field,
-    Key,
-    Patch,
-    Put,
-    utc_now,
-)
+from hf_async_store.changes import ABSENT, PRESENT, Patch, Put
 from hf_async_store.errors import (
     BatchError,
-    BrokenReferenceError,
     ConcurrencyConflictError,
     InvalidFieldError,
+    ReferenceViolationError,
     StorageError,
     TransactionReentryError,
 )
 from hf_async_store.query import between, gte, lt
-from hf_async_store.testing.checks import (
+from hf_async_store.schema import Collection, Field
+from hf_async_store.testing.assertions import (
     all_refused_at_once,
-    content,
-    contents,
     counted,
-    exact,
+    get_existing,
+    payload,
+    payloads,
     refused_at_once,
-    stored,
+    typed,
 )
-from hf_async_store.testing.driving import (
+from hf_async_store.testing.concurrency import (
     HANG_SECONDS,
     answer_of,
     has_ended,
     is_shared,
     second_store,
 )
-from hf_async_store.testing.harness import Harness, ShowsTraces
+from hf_async_store.testing.harness import Harness, ObservesIO
+from hf_async_store.values import REMOVE, UPDATED_AT, Key, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -123,7 +114,7 @@ class ReferenceContract:
     async def test_86_a_missing_parent(self, store: StorageStrategy) -> None:
         await store.create_entity("templates", _TEMPLATE)
         await store.create_entity("requests", _REQUEST)
-        before = await stored(store, "requests", "r")
+        before = await get_existing(store, "requests", "r")
         writes: tuple[Callable[[], Awaitable[object]], ...] = (
             lambda: store.create_entity("requests", _ORPHAN),
             lambda: store.save_entity("requests", _ORPHAN),
@@ -137,17 +128,17 @@ class ReferenceContract:
                 await write()
             return
         for write in writes:
-            assert isinstance(await _failure(write), BrokenReferenceError)
+            assert isinstance(await _failure(write), ReferenceViolationError)
         assert await store.get_entity("requests", "orphan") is None
         assert await store.get_entity("machines", "m") is None
-        assert exact(await store.get_entity("requests", "r")) == exact(before)
+        assert typed(await store.get_entity("requests", "r")) == typed(before)
 
     async def test_86_the_error_names_the_way_out(self, store: StorageStrategy) -> None:
         if not store.capabilities.references:
             return
-        with pytest.raises(BrokenReferenceError, match=r"enforced=False.* enforce_references"):
+        with pytest.raises(ReferenceViolationError, match=r"enforced=False.* enforce_references"):
             await store.create_entity("requests", _ORPHAN)
-        with pytest.raises(BrokenReferenceError, match=r"enforced=False.* enforce_references"):
+        with pytest.raises(ReferenceViolationError, match=r"enforced=False.* enforce_references"):
             async with store.begin_transaction() as tx:
                 await tx.create_entity("requests", _ORPHAN)
 
@@ -165,20 +156,20 @@ class ReferenceContract:
         if not store.capabilities.references:
             assert await store.delete_entity("templates", "t") is True
             return
-        version = (await stored(store, "templates", "t"))["version"]
+        version = (await get_existing(store, "templates", "t"))["version"]
         writes: tuple[Callable[[], Awaitable[object]], ...] = (
             lambda: store.delete_entity("templates", "t"),
             lambda: store.delete_entity("templates", "t", expected_version=1),
             lambda: store.delete_entities("templates", ["t"]),
         )
         for write in writes:
-            assert isinstance(await _failure(write), BrokenReferenceError)
-        assert (await stored(store, "templates", "t"))["version"] == version
+            assert isinstance(await _failure(write), ReferenceViolationError)
+        assert (await get_existing(store, "templates", "t"))["version"] == version
         # Once the child is gone, or names another parent, or none, nothing is in the way.
         await store.create_entity("templates", {"template_id": "other"})
         await store.update_entity("requests", "r", {"template_id": "other"})
         assert await store.delete_entity("templates", "t") is True
-        await store.update_entity("requests", "r", {"template_id": REMOVED})
+        await store.update_entity("requests", "r", {"template_id": REMOVE})
         assert await store.delete_entity("templates", "other") is True
 
     async def test_86_a_parent_may_change(self, store: StorageStrategy) -> None:
@@ -186,13 +177,13 @@ class ReferenceContract:
         assert await store.save_entity("templates", {"template_id": "t"}) == 2
         assert await store.update_entity("templates", "t", {"name": "x"}) == 3
         assert await store.import_entities("templates", [{**_TEMPLATE, "version": 9}]) == [9]
-        assert content(await store.get_entity("requests", "r")) == _REQUEST
+        assert payload(await store.get_entity("requests", "r")) == _REQUEST
 
     async def test_86_no_parent_is_no_broken_reference(self, store: StorageStrategy) -> None:
         assert await store.create_entity("requests", {"request_id": "missing"}) == 1
         assert await store.create_entity("requests", {"request_id": "r", "template_id": None}) == 1
         assert await store.update_entity("requests", "missing", {"template_id": None}) == 2
-        assert await store.update_entity("requests", "r", {"template_id": REMOVED}) == 2
+        assert await store.update_entity("requests", "r", {"template_id": REMOVE}) == 2
 
     async def test_86_parents_and_children_in_one_transaction(self, store: StorageStrategy) -> None:
         async with store.begin_transaction() as tx:
@@ -215,7 +206,7 @@ class ReferenceContract:
             await write()
             assert await store.get_entity("requests", "orphan") is not None
             return
-        with pytest.raises(BrokenReferenceError):
+        with pytest.raises(ReferenceViolationError):
             await write()
         assert await store.get_entity("templates", "t") is None
         assert await store.get_entity("requests", "orphan") is None
@@ -232,7 +223,7 @@ class ReferenceContract:
         if not store.capabilities.references:
             await write()
             return
-        with pytest.raises(BrokenReferenceError):
+        with pytest.raises(ReferenceViolationError):
             await write()
         assert await _family_there(store) == [True, False, False]
 
@@ -254,7 +245,7 @@ class ReferenceContract:
         )
         good = outcomes[0], outcomes[1], outcomes[4]
         assert good == (1, 1, 1)
-        broken = [isinstance(each, BrokenReferenceError) for each in (outcomes[2], outcomes[3])]
+        broken = [isinstance(each, ReferenceViolationError) for each in (outcomes[2], outcomes[3])]
         assert broken == [store.capabilities.references] * 2
         assert await _family_there(store) == [True, True, True]
 
@@ -271,7 +262,7 @@ class ReferenceContract:
             await store.create_entities("requests", batch)
         outcomes = caught.value.outcomes
         assert [each if isinstance(each, int) else type(each) for each in outcomes] == [
-            BrokenReferenceError if each % 10 == 7 else 1 for each in range(200)
+            ReferenceViolationError if each % 10 == 7 else 1 for each in range(200)
         ]
         assert await counted(store, "requests", 180) == 180
 
@@ -284,7 +275,7 @@ class ReferenceContract:
             return
         with pytest.raises(BatchError) as caught:
             await store.delete_entities("templates", ids)
-        assert isinstance(caught.value.outcomes[0], BrokenReferenceError)
+        assert isinstance(caught.value.outcomes[0], ReferenceViolationError)
         assert caught.value.outcomes[1:] == [True, False]
         assert await _family_there(store) == [True, True, False]
 
@@ -296,12 +287,12 @@ class ReferenceContract:
                 {"name": "cid", "boss": "bob"},
             ]
             assert await store.create_entities("people", people) == [1, 1, 1]
-            found = await contents(store, "people", ["ann", "bob", "cid"])
+            found = await payloads(store, "people", ["ann", "bob", "cid"])
             assert list(found.values()) == people
             if store.capabilities.references:
-                with pytest.raises(BrokenReferenceError):
+                with pytest.raises(ReferenceViolationError):
                     await store.delete_entity("people", "bob")
-                with pytest.raises(BrokenReferenceError):
+                with pytest.raises(ReferenceViolationError):
                     await store.update_entity("people", "cid", {"boss": "eve"})
             assert await store.delete_entities("people", ["cid", "bob"]) == [True, True]
             assert await store.delete_entity("people", "ann") is True
@@ -323,7 +314,7 @@ class ReferenceContract:
                 )
                 for each in (deletion, creation):
                     assert not isinstance(each, BaseException) or isinstance(
-                        each, BrokenReferenceError
+                        each, ReferenceViolationError
                     )
                 parent = await store.get_entity("templates", f"t{number}")
                 child = await store.get_entity("requests", f"r{number}")
@@ -355,7 +346,7 @@ class ReferenceContract:
         async with harness.store() as store:
             assert await store.update_entity("requests", "orphan", {"status": "DONE"}) == 2
             assert await store.save_entity("requests", {**_ORPHAN, "status": "DONE"}) == 3
-            with pytest.raises(BrokenReferenceError):
+            with pytest.raises(ReferenceViolationError):
                 await store.update_entity("requests", "orphan", {"template_id": "nobody else"})
             assert await store.delete_entity("requests", "orphan") is True
 
@@ -374,7 +365,7 @@ class ReferenceContract:
             before = utc_now()
             await write()
             after = utc_now()
-            entity = await stored(store, "items", "a")
+            entity = await get_existing(store, "items", "a")
             assert before <= str(entity["updated_at"]) <= after
             assert _FORM.match(str(entity["updated_at"]))
             created = created or entity["created_at"]
@@ -385,17 +376,19 @@ class ReferenceContract:
         given = {"created_at": "2001-02-03T04:05:06+01:00", "updated_at": "2001-01-01T00:00:00Z"}
         started = utc_now()
         await store.create_entity("items", {"item_id": "a", **given})
-        entity = await stored(store, "items", "a")
+        entity = await get_existing(store, "items", "a")
         assert entity["created_at"] == "2001-02-03T03:05:06.000000Z"
         assert str(entity["updated_at"]) >= started
         await store.save_entity("items", {"item_id": "a"})
-        assert (await stored(store, "items", "a"))["created_at"] == entity["created_at"]
+        assert (await get_existing(store, "items", "a"))["created_at"] == entity["created_at"]
         await store.update_entity("items", "a", {**given, "created_at": "2002-01-01"})
-        entity = await stored(store, "items", "a")
+        entity = await get_existing(store, "items", "a")
         assert entity["created_at"] == "2002-01-01T00:00:00.000000Z"
         assert str(entity["updated_at"]) >= started
         await store.save_entity("items", {"item_id": "a", "created_at": "2003-01-01"})
-        assert (await stored(store, "items", "a"))["created_at"] == "2003-01-01T00:00:00.000000Z"
+        assert (await get_existing(store, "items", "a"))[
+            "created_at"
+        ] == "2003-01-01T00:00:00.000000Z"
 
     @pytest.mark.parametrize("verb", ["create", "save", "create many", "save many", "transaction"])
     async def test_87_a_null_from_the_dump_of_a_model_was_not_given(
@@ -424,23 +417,23 @@ class ReferenceContract:
             assert isinstance(entity["created_at"], str)
         # What is stored is kept, as where it is not given.
         await store.save_entity("items", dumps[0])
-        again = await stored(store, "items", "0")
+        again = await get_existing(store, "items", "0")
         assert (again["version"], again["created_at"]) == (2, first[0] and first[0]["created_at"])
 
     async def test_87_every_form_becomes_the_one(self, store: StorageStrategy) -> None:
         for given, form in _MOMENTS:
             await store.save_entity("items", {"item_id": "a", "due_at": given, "created_at": given})
-            entity = await stored(store, "items", "a")
+            entity = await get_existing(store, "items", "a")
             assert (entity["due_at"], entity["created_at"]) == (form, form)
             await store.update_entity("items", "a", {"due_at": None})
             await store.update_entity("items", "a", {"due_at": given})
-            assert (await stored(store, "items", "a"))["due_at"] == form
+            assert (await get_existing(store, "items", "a"))["due_at"] == form
 
     async def test_87_only_declared_fields_are_converted(self, store: StorageStrategy) -> None:
         text = "2024-01-01T01:00:00+02:00"
         entity = {"item_id": "a", "label": text, "data": [text], "when": text, "created_on": text}
         await store.save_entity("items", entity)
-        assert content(await store.get_entity("items", "a")) == entity
+        assert payload(await store.get_entity("items", "a")) == entity
 
     async def test_87_imported_ones_stay_as_they_are(self, store: StorageStrategy) -> None:
         old = "2020-01-01T00:00:00.000000Z"
@@ -476,7 +469,7 @@ class ReferenceContract:
                 async with store.begin_transaction() as tx:
                     assert await tx.update_entity("items", name, {"label": "x"}) == 4
         for name, each in given.items():
-            entity = await stored(store, "items", name)
+            entity = await get_existing(store, "items", name)
             assert str(entity["updated_at"]) >= started, name
             assert entity.get("created_at", "missing") == each.get("created_at", "missing"), name
 
@@ -534,7 +527,7 @@ class ReferenceContract:
                 error = refused_at_once(call, InvalidFieldError)
                 for part in ("items", field, _TYPES[field]):
                     assert part in str(error), "the error names collection, field and type"
-        if isinstance(harness, ShowsTraces):
+        if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
     async def test_88_the_stores_own_fields_are_declared_too(self, store: StorageStrategy) -> None:
@@ -550,7 +543,7 @@ class ReferenceContract:
     async def test_88_null_is_allowed(self, store: StorageStrategy) -> None:
         entity: dict[str, object] = {"item_id": "a", **dict.fromkeys((*_WRONG, "data"))}
         await store.save_entity("items", entity)
-        assert content(await store.get_entity("items", "a")) == entity
+        assert payload(await store.get_entity("items", "a")) == entity
 
     async def test_88_unless_the_field_is_required(self, store: StorageStrategy) -> None:
         all_refused_at_once(
@@ -560,11 +553,11 @@ class ReferenceContract:
             store.save_entity("accounts", {"account_id": "a", "balance": None}),
             store.import_entities("accounts", [{"account_id": "a"}]),
             store.update_entity("accounts", "a", {"balance": None}),
-            store.update_entity("accounts", "a", {"balance": REMOVED}),
+            store.update_entity("accounts", "a", {"balance": REMOVE}),
         )
         await store.create_entity("accounts", {"account_id": "a", "balance": 1})
         assert await store.update_entity("accounts", "a", {"owner": "x"}) == 2
-        assert content(await store.get_entity("accounts", "a")) == {
+        assert payload(await store.get_entity("accounts", "a")) == {
             "account_id": "a",
             "balance": 1,
             "owner": "x",
@@ -580,7 +573,7 @@ class ReferenceContract:
     async def test_88_a_number_is_an_integer_or_a_float(self, store: StorageStrategy) -> None:
         for value in (1, 1.5, -0.0, 2**63 - 1):
             await store.save_entity("items", {"item_id": "a", "ratio": value})
-            assert exact((await stored(store, "items", "a"))["ratio"]) == exact(value)
+            assert typed((await get_existing(store, "items", "a"))["ratio"]) == typed(value)
 
     # 89 -------------------------------------------------------------------------------------
 
@@ -598,7 +591,7 @@ class ReferenceContract:
             conflict, came_between = None, False
             try:
                 async with store.begin_transaction() as tx:
-                    assert (await stored(tx, "items", "a"))["label"] == "first life"
+                    assert (await get_existing(tx, "items", "a"))["label"] == "first life"
                     rival = asyncio.create_task(second_life(other))
                     came_between = await has_ended(rival)
                     await tx.update_entity("items", "a", {"count": 1})
@@ -608,7 +601,7 @@ class ReferenceContract:
         if conflict is not None:
             assert conflict.retryable
         assert (conflict is not None) or not came_between
-        assert content(await store.get_entity("items", "a")) == {
+        assert payload(await store.get_entity("items", "a")) == {
             "item_id": "a",
             "label": "second life",
         }
@@ -618,10 +611,10 @@ class ReferenceContract:
         await store.delete_entity("items", "a")
         await store.create_entity("items", {"item_id": "a", "label": "second life"})
         stale = store.update_entity("items", "a", {"label": "stale"}, expected_version=first)
-        if store.capabilities.lives:
+        if store.capabilities.detects_recreation:
             with pytest.raises(ConcurrencyConflictError):
                 await stale
-            assert (await stored(store, "items", "a"))["label"] == "second life"
+            assert (await get_existing(store, "items", "a"))["label"] == "second life"
         else:
             # A version is unique within one life only: that is documented, and the price of
             # versions that are plain numbers.
@@ -660,7 +653,7 @@ class ReferenceContract:
             )
             # The refusals were no part of the transaction.
             await tx.update_entity("items", "a", {"count": 1})
-        assert content(await store.get_entity("items", "a")) == {
+        assert payload(await store.get_entity("items", "a")) == {
             "item_id": "a",
             "label": "inside",
             "count": 1,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from hf_async_store.errors import PoolTimeoutError, StoreClosedError
+from hf_async_store.testing.assertions import get_existing, nothing_is_left, payload
 from hf_async_store.testing.cancellation import usable
-from hf_async_store.testing.checks import content, nothing_is_left, stored
-from hf_async_store.testing.driving import HANG_SECONDS, answer_of, is_shared
+from hf_async_store.testing.concurrency import HANG_SECONDS, answer_of, is_shared
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -120,7 +120,7 @@ class StreamContract:
             assert each not in told, told
         if is_shared(harness.capabilities):
             async with harness.store() as store:
-                assert content(await store.get_entity("items", "acknowledged")) == {
+                assert payload(await store.get_entity("items", "acknowledged")) == {
                     "item_id": "acknowledged",
                     "label": how,
                 }
@@ -230,7 +230,7 @@ async def _nested(store: StorageStrategy, rows: int) -> int:
     async with aclosing(store.stream_entities("items", order_by="-item_id")) as outer:
         async for row in outer:
             found += len(await store.query_entities("items", {"item_id": row["item_id"]}))
-            await stored(store, "items", str(row["item_id"]))
+            await get_existing(store, "items", str(row["item_id"]))
             if found >= rows:
                 break
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store.entities import ABSENT, MAX_ENTITY_BYTES
+from hf_async_store.changes import ABSENT
 from hf_async_store.errors import (
     AlreadyExistsError,
     ConcurrencyConflictError,
@@ -25,7 +25,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.query import gte
-from hf_async_store.testing.driving import (
+from hf_async_store.testing.concurrency import (
     HANG_SECONDS,
     PATIENCE,
     answer_of,
@@ -34,17 +34,18 @@ from hf_async_store.testing.driving import (
     has_ended,
     second_store,
 )
-from hf_async_store.testing.harness import ShowsTraces
+from hf_async_store.testing.harness import ObservesIO
+from hf_async_store.values import MAX_ENTITY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from hf_async_store.engine import Engine, Isolation, Session
-    from hf_async_store.entities import Entity
+    from hf_async_store.driver import Engine, Isolation, Session
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store.transaction import Transaction
+    from hf_async_store.values import Entity
 
 _Verb = Callable[["RepositoryInterface"], Awaitable[object]]
 
@@ -202,7 +203,7 @@ async def _overtaken(
 
 def _ordered(store: StorageStrategy) -> bool:
     """Whether who only read what another changed may still be put before that other."""
-    return store.capabilities.overtaken_reads == "ordered"
+    return store.capabilities.read_conflict_policy == "ordered"
 
 
 async def _both_sign_off(
@@ -723,7 +724,7 @@ class TransactionContract:
             with suppress(_MineError):
                 async with store.begin_transaction():
                     raise _MineError
-            if isinstance(harness, ShowsTraces):
+            if isinstance(harness, ObservesIO):
                 assert not harness.touched()
 
     async def test_43_use_after_the_end_is_refused(self, store: StorageStrategy) -> None:

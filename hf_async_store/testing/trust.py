@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store.errors import BatchError, CorruptionError, StorageError, StoreMovedError
-from hf_async_store.moving import HIDDEN, MOVE, MOVE_KEY
+from hf_async_store.errors import BatchError, CorruptionError, StorageError, StoreRelocatedError
+from hf_async_store.migration_routing import MIGRATION_COLLECTION, MIGRATION_KEY, SYSTEM_COLLECTIONS
 from hf_async_store.strategies import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness
 
@@ -52,10 +52,13 @@ NONSENSE: Final[dict[str, dict[str, object]]] = {
 
 async def plant(harness: Harness, record: dict[str, object]) -> None:
     """Put a record into the store as anybody may who can write to it."""
-    declared = [*CONTRACT_COLLECTIONS, *HIDDEN]
+    declared = [*CONTRACT_COLLECTIONS, *SYSTEM_COLLECTIONS]
     async with harness.store(declared) as store:
         await store.save_entity("counters", {"counter_id": "c", "n": 1})
-        await store.save_entity(MOVE.name, {MOVE.key: MOVE_KEY.id, **_RECORD, **record})
+        await store.save_entity(
+            MIGRATION_COLLECTION.name,
+            {MIGRATION_COLLECTION.key: MIGRATION_KEY.id, **_RECORD, **record},
+        )
 
 
 def verbs(store: StorageStrategy) -> list[Callable[[], Awaitable[Any]]]:
@@ -103,7 +106,7 @@ class TrustContract:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: Harness
     ) -> Iterator[Path]:
         """A folder where everything that could be obeyed would leave a trace."""
-        if not harness.capabilities.processes:
+        if not harness.capabilities.multi_process:
             pytest.skip("there is no other process that could plant anything")
         code = tmp_path / "code"
         code.mkdir()
@@ -134,7 +137,7 @@ class TrustContract:
         other = place.replace("{folder}", str(planted))
         await plant(harness, {"role": role, "other": other})
         async with harness.store() as store:
-            for said in await _refused(store, StoreMovedError):
+            for said in await _refused(store, StoreRelocatedError):
                 assert "follow_moves" in said
                 assert "expanded" not in said
             assert (await store.health())["ok"] is False

@@ -17,25 +17,19 @@ from uuid import UUID
 
 import pytest
 
-from hf_async_store.entities import (
-    MAX_DEPTH,
-    MAX_ENTITY_BYTES,
-    REMOVED,
-    Collection,
-    Index,
-    Schema,
-)
-from hf_async_store.errors import ValueOutOfDomainError
+from hf_async_store.errors import UnsupportedValueError
 from hf_async_store.query import path
-from hf_async_store.testing.checks import (
+from hf_async_store.schema import Collection, Index, Schema
+from hf_async_store.testing.assertions import (
     all_refused_at_once,
-    content,
-    exact,
+    get_existing,
+    payload,
     refused_at_once,
-    stored,
+    typed,
 )
-from hf_async_store.testing.driving import answer_of
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness, ShowsTraces
+from hf_async_store.testing.concurrency import answer_of
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness, ObservesIO
+from hf_async_store.values import MAX_DEPTH, MAX_ENTITY_BYTES, REMOVE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -255,8 +249,8 @@ class ValueContract:
         for value in (True, 1, 1.0, "1", [1], {"1": 1}, None, False, 0, -0.0, ""):
             fields = {"x": value, "data": value}
             await store.update_entity("items", "a", fields)
-            found = content(await store.get_entity("items", "a"))
-            assert exact(found) == exact({"item_id": "a", **fields})
+            found = payload(await store.get_entity("items", "a"))
+            assert typed(found) == typed({"item_id": "a", **fields})
 
     # 17 -------------------------------------------------------------------------------------
 
@@ -305,7 +299,7 @@ class ValueContract:
     ) -> None:
         _refused_everywhere(harness, store, value)
         all_refused_at_once(
-            ValueOutOfDomainError, store.save_entity("items", {"item_id": "a", "ratio": value})
+            UnsupportedValueError, store.save_entity("items", {"item_id": "a", "ratio": value})
         )
 
     async def test_19_negative_zero_keeps_its_sign(self, store: StorageStrategy) -> None:
@@ -334,15 +328,15 @@ class ValueContract:
             int,
             iter([1]),
             range(3),
-            REMOVED,
+            REMOVE,
         ],
         ids=lambda value: type(value).__name__,
     )
     async def test_20_without_one_obvious_form_refused(
         self, harness: Harness, store: StorageStrategy, value: object
     ) -> None:
-        # In an update REMOVED has its own meaning, but nowhere else.
-        _refused_everywhere(harness, store, value, top_level=value is not REMOVED)
+        # In an update REMOVE has its own meaning, but nowhere else.
+        _refused_everywhere(harness, store, value, top_level=value is not REMOVE)
 
     @pytest.mark.parametrize(
         ("value", "form"),
@@ -384,7 +378,7 @@ class ValueContract:
         text = "00000000-0000-0000-0000-000000000005"
         for given in (UUID(int=5), text):
             found = await store.get_entity("items", given)  # type: ignore[arg-type]
-            assert exact(content(found)) == exact({"item_id": text, "label": "yes"})
+            assert typed(payload(found)) == typed({"item_id": text, "label": "yes"})
 
     # 21 -------------------------------------------------------------------------------------
 
@@ -422,7 +416,7 @@ class ValueContract:
         naive = datetime(2024, 1, 2)
         _refused_everywhere(harness, store, naive)
         error = refused_at_once(
-            store.save_entity("items", {"item_id": "a", "due_at": naive}), ValueOutOfDomainError
+            store.save_entity("items", {"item_id": "a", "due_at": naive}), UnsupportedValueError
         )
         assert "due_at" in str(error)
 
@@ -471,7 +465,7 @@ class ValueContract:
     ) -> None:
         _refused_everywhere(harness, store, {name: 1})
         all_refused_at_once(
-            ValueOutOfDomainError,
+            UnsupportedValueError,
             store.save_entity("items", {"item_id": "a", name: 1}),
             store.update_entity("items", "a", {name: 1}),
         )
@@ -482,11 +476,11 @@ class ValueContract:
     ) -> None:
         _refused_everywhere(harness, store, text)
         all_refused_at_once(
-            ValueOutOfDomainError,
+            UnsupportedValueError,
             store.save_entity("items", {"item_id": "a", "label": text}),
             store.save_entity("items", {"item_id": "a", text: 1}),
             store.update_entity("items", "a", {text: 1}),
-            store.update_entity("items", "a", {text: REMOVED}),
+            store.update_entity("items", "a", {text: REMOVE}),
             store.save_entity("items", {"item_id": "a", "data": {"b": [{text: 1}]}}),
         )
 
@@ -507,12 +501,12 @@ class ValueContract:
         await store.create_entities("items", [{"item_id": "a", **entity}, {"item_id": "other"}])
         for place, name in enumerate(NAMES):
             assert await _ids_by(store, {name: place}, ["a"]) == ["a"], name
-            await store.update_entity("items", "a", {name: REMOVED})
+            await store.update_entity("items", "a", {name: REMOVE})
             entity.pop(name)
             await store.update_entity("items", "a", {name: [name]})
             entity[name] = [name]
         found = await store.get_entity("items", "a")
-        assert exact(content(found)) == exact({"item_id": "a", **entity})
+        assert typed(payload(found)) == typed({"item_id": "a", **entity})
 
     async def test_24_a_dotted_name_is_no_path(self, store: StorageStrategy) -> None:
         await store.create_entities(
@@ -531,7 +525,7 @@ class ValueContract:
         entity = {"primary": "a", **{name: f"is {name}" for name in RESERVED}}
         async with harness.store([declared]) as store:
             assert await store.create_entity("select", entity) == 1
-            assert content(await store.get_entity("select", "a")) == entity
+            assert payload(await store.get_entity("select", "a")) == entity
             for name in RESERVED:
                 await store.update_entity("select", "a", {name: "new"})
                 entity[name] = "new"
@@ -540,9 +534,9 @@ class ValueContract:
                     lambda name=name: store.query_entities(  # type: ignore[misc]
                         "select", {name: "new"}, order_by=f"-{name}"
                     ),
-                    [await stored(store, "select", "a")],
+                    [await get_existing(store, "select", "a")],
                 )
-                assert [content(each) for each in rows] == [entity], name
+                assert [payload(each) for each in rows] == [entity], name
             assert await store.delete_entity("select", "a") is True
 
     @pytest.mark.parametrize(
@@ -551,7 +545,7 @@ class ValueContract:
     async def test_24_any_declared_name_of_a_collection(self, harness: Harness, name: str) -> None:
         async with harness.store([Collection(name, key="k", fields=["f"], indexes=["f"])]) as store:
             await store.create_entity(name, {"k": "a", "f": "x"})
-            assert content(await store.get_entity(name, "a")) == {"k": "a", "f": "x"}
+            assert payload(await store.get_entity(name, "a")) == {"k": "a", "f": "x"}
 
     async def test_24_the_longest_declared_names(self, harness: Harness) -> None:
         """They are alike in 47 characters, and the names of their indexes are longer still."""
@@ -565,16 +559,16 @@ class ValueContract:
         entity = {"k" * 48: "a", first: "1", second: "2"}
         async with harness.store([declared]) as store:
             await store.create_entity(name, entity)
-            assert content(await store.get_entity(name, "a")) == entity
+            assert payload(await store.get_entity(name, "a")) == entity
             for field in (first, second):
                 rows = await answer_of(
                     store.capabilities,
                     lambda field=field: store.query_entities(  # type: ignore[misc]
                         name, {field: entity[field]}, order_by=[first, second]
                     ),
-                    [await stored(store, name, "a")],
+                    [await get_existing(store, name, "a")],
                 )
-                assert [content(each) for each in rows] == [entity]
+                assert [payload(each) for each in rows] == [entity]
 
     # 25 -------------------------------------------------------------------------------------
 
@@ -590,7 +584,7 @@ class ValueContract:
             made = {"item_id": f"made-{number}", "": each, "data": each}
             assert await store.create_entity("items", made) == 1
             found = await store.get_entity("items", f"made-{number}")
-            assert exact(content(found)) == exact(made)
+            assert typed(payload(found)) == typed(made)
 
     async def test_25_one_deeper_is_refused(self, harness: Harness, store: StorageStrategy) -> None:
         for form in (list, dict, None):
@@ -600,46 +594,46 @@ class ValueContract:
                     store.save_entity("items", {"item_id": "a", name: deeper}),
                     store.update_entity("items", "a", {name: deeper}),
                 ):
-                    error = refused_at_once(call, ValueOutOfDomainError)
+                    error = refused_at_once(call, UnsupportedValueError)
                     assert name in str(error)
         endless: list[Any] = []
         endless.append(endless)
         refused_at_once(
-            store.save_entity("items", {"item_id": "a", "x": endless}), ValueOutOfDomainError
+            store.save_entity("items", {"item_id": "a", "x": endless}), UnsupportedValueError
         )
         _untouched(harness)
 
     @pytest.mark.parametrize("kind", ["ascii", "wide", "integers", "floats", "empties", "names"])
     async def test_25_size_at_the_limit(self, store: StorageStrategy, kind: str) -> None:
         largest, larger = _around_the_limit(kind)
-        refused_at_once(store.create_entity("items", larger), ValueOutOfDomainError)
-        refused_at_once(store.save_entity("items", larger), ValueOutOfDomainError)
+        refused_at_once(store.create_entity("items", larger), UnsupportedValueError)
+        refused_at_once(store.save_entity("items", larger), UnsupportedValueError)
         refused_at_once(
-            store.update_entity("items", "a", {"x": "", **larger}), ValueOutOfDomainError
+            store.update_entity("items", "a", {"x": "", **larger}), UnsupportedValueError
         )
         assert await store.create_entity("items", largest) == 1
         found = await store.get_entity("items", "full")
-        assert exact(content(found)) == exact(largest)
+        assert typed(payload(found)) == typed(largest)
         assert await store.save_entity("items", largest) == 2
 
     async def test_25_what_was_stored_can_be_written_again(self, store: StorageStrategy) -> None:
         """The store's own fields must not push an entity over the limit that it let in."""
         largest, _ = _around_the_limit("ascii")
         await store.create_entity("items", largest)
-        entity = await stored(store, "items", "full")
+        entity = await get_existing(store, "items", "full")
         assert await store.save_entity("items", entity) == 2
         assert await store.update_entity("items", "full", {"label": largest["label"]}) == 3
         assert await store.modify_entity("items", "full", lambda found: found) == 4
         assert await store.import_entities("items", [entity]) == [1]
-        assert exact(content(await store.get_entity("items", "full"))) == exact(largest)
+        assert typed(payload(await store.get_entity("items", "full"))) == typed(largest)
 
     async def test_25_an_update_cannot_outgrow_the_limit(self, store: StorageStrategy) -> None:
         half = {"item_id": "full", "one": "x" * (MAX_ENTITY_BYTES * 6 // 10)}
         await store.create_entity("items", half)
         before = await store.get_entity("items", "full")
-        with pytest.raises(ValueOutOfDomainError):
+        with pytest.raises(UnsupportedValueError):
             await store.update_entity("items", "full", {"two": "x" * (MAX_ENTITY_BYTES // 2)})
-        assert exact(await store.get_entity("items", "full")) == exact(before)
+        assert typed(await store.get_entity("items", "full")) == typed(before)
 
 
 # -- what is kept ---------------------------------------------------------------------------
@@ -658,7 +652,7 @@ async def _kept_fields(
     expected: Mapping[str, object] | None = None,
 ) -> None:
     """The fields come back as they were, or in the expected form, however written and read."""
-    kept = exact({"item_id": "kept", **(given if expected is None else expected)})
+    kept = typed({"item_id": "kept", **(given if expected is None else expected)})
     writes: tuple[Callable[[], Any], ...] = (
         lambda: store.save_entity("items", {"item_id": "kept", **given}),
         lambda: store.update_entity("items", "kept", given),
@@ -668,12 +662,12 @@ async def _kept_fields(
         if write is writes[1]:
             await store.save_entity("items", {"item_id": "kept"})
         await write()
-        entity = await stored(store, "items", "kept")
-        assert exact(content(entity)) == kept
+        entity = await get_existing(store, "items", "kept")
+        assert typed(payload(entity)) == kept
     rows = await answer_of(
         store.capabilities, lambda: store.query_entities("items", {"item_id": "kept"}), [entity]
     )
-    assert [exact(content(each)) for each in rows] == [kept]
+    assert [typed(payload(each)) for each in rows] == [kept]
 
 
 async def _ids_by(store: StorageStrategy, filters: Any, expected: list[str]) -> list[str]:
@@ -707,13 +701,13 @@ def _refused_everywhere(
             store.update_entities("items", {"refused": fields}),
             store.import_entities("items", [entity]),
         ):
-            error = refused_at_once(call, ValueOutOfDomainError)
+            error = refused_at_once(call, UnsupportedValueError)
             assert place in str(error), "the error names the path of the value"
     _untouched(harness)
 
 
 def _untouched(harness: Harness) -> None:
-    if isinstance(harness, ShowsTraces):
+    if isinstance(harness, ObservesIO):
         assert not harness.touched()
 
 
@@ -755,7 +749,7 @@ def _around_the_limit(kind: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     def fits(size: int, rest: int) -> bool:
         try:
             collection.entity(entity(size, rest))
-        except ValueOutOfDomainError:
+        except UnsupportedValueError:
             return False
         return True
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store.entities import ABSENT, Key, Patch, utc_now
+from hf_async_store.changes import ABSENT, Patch
 from hf_async_store.errors import (
     AlreadyExistsError,
     BatchError,
@@ -17,17 +17,18 @@ from hf_async_store.errors import (
     InvalidVersionError,
     StorageError,
 )
-from hf_async_store.testing.checks import (
+from hf_async_store.testing.assertions import (
     all_refused_at_once,
-    content,
-    contents,
-    exact,
+    get_existing,
+    payload,
+    payloads,
     refused_at_once,
-    stored,
+    typed,
 )
-from hf_async_store.testing.driving import is_shared
-from hf_async_store.testing.harness import Harness, LosesAnswers, ShowsTraces
-from hf_async_store.testing.workers import run_workers, winners
+from hf_async_store.testing.concurrency import is_shared
+from hf_async_store.testing.harness import DropsResponses, Harness, ObservesIO
+from hf_async_store.testing.process_workers import run_workers, winners
+from hf_async_store.values import Key, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -74,7 +75,7 @@ class VersionContract:
         async with store.begin_transaction() as tx:
             assert await tx.update_entity("items", "a", {}, expected_version=8) == 9
             assert await tx.save_entity("items", _ENTITY, expected_version=9) == 10
-        assert (await stored(store, "items", "a"))["version"] == 10
+        assert (await get_existing(store, "items", "a"))["version"] == 10
         assert await store.delete_entities("items", ["a"], {"a": 10}) == [True]
 
     @pytest.mark.parametrize("verb", _WRITES)
@@ -83,15 +84,15 @@ class VersionContract:
         self, store: StorageStrategy, verb: str, stale: int
     ) -> None:
         await store.import_entities("items", [{**_ENTITY, "version": 3}])
-        before = await stored(store, "items", "a")
+        before = await get_existing(store, "items", "a")
         with pytest.raises(ConcurrencyConflictError) as caught:
             await _WRITES[verb](store, stale)
         _judge_conflict(store, caught.value, before, expected=stale)
-        assert exact(await store.get_entity("items", "a")) == exact(before)
+        assert typed(await store.get_entity("items", "a")) == typed(before)
 
     async def test_26_a_stale_version_in_a_batch(self, store: StorageStrategy) -> None:
         await store.create_entities("items", [_ENTITY, {"item_id": "b"}])
-        before = await stored(store, "items", "a")
+        before = await get_existing(store, "items", "a")
         batch = [{"item_id": "b", "label": "new"}, {"item_id": "a", "label": "new"}]
         with pytest.raises(BatchError) as caught:
             await store.save_entities("items", batch, {"a": 7, "b": 1})
@@ -99,7 +100,7 @@ class VersionContract:
         assert won == 2
         assert isinstance(conflict, ConcurrencyConflictError)
         _judge_conflict(store, conflict, before, expected=7)
-        assert exact(await store.get_entity("items", "a")) == exact(before)
+        assert typed(await store.get_entity("items", "a")) == typed(before)
 
     # 27 -------------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class VersionContract:
     async def test_27_absent_on_an_existing_one(self, store: StorageStrategy) -> None:
         new = {"item_id": "a", "label": "new"}
         assert await store.save_entity("items", _ENTITY, expected_version=ABSENT) == 1
-        before = await stored(store, "items", "a")
+        before = await get_existing(store, "items", "a")
         with pytest.raises(AlreadyExistsError) as caught:
             await store.save_entity("items", new, expected_version=ABSENT)
         assert (caught.value.collection, caught.value.entity_id) == ("items", "a")
@@ -124,7 +125,7 @@ class VersionContract:
             await store.save_entities("items", [{"item_id": "b"}, new], {"a": ABSENT, "b": ABSENT})
         assert batch.value.outcomes[0] == 1
         assert isinstance(batch.value.outcomes[1], AlreadyExistsError)
-        assert exact(await store.get_entity("items", "a")) == exact(before)
+        assert typed(await store.get_entity("items", "a")) == typed(before)
 
     # 28 -------------------------------------------------------------------------------------
 
@@ -133,7 +134,7 @@ class VersionContract:
         await store.update_entity("items", "a", {"label": "second"})
         with pytest.raises(ConcurrencyConflictError):
             await store.delete_entity("items", "a", expected_version=1)
-        assert (await stored(store, "items", "a"))["version"] == 2
+        assert (await get_existing(store, "items", "a"))["version"] == 2
         with pytest.raises(BatchError):
             await store.delete_entities("items", ["a"], {"a": 1})
         assert await store.delete_entity("items", "a", expected_version=2) is True
@@ -158,7 +159,7 @@ class VersionContract:
             store.update_entities("items", {"a": {"label": "x"}}, {"a": version}),
             store.delete_entities("items", ["a"], {"a": version}),
         )
-        if isinstance(harness, ShowsTraces):
+        if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
     async def test_29_nor_can_it_be_imported(self, store: StorageStrategy) -> None:
@@ -189,7 +190,7 @@ class VersionContract:
     @pytest.mark.parametrize("verb", _WRITES)
     async def test_29_zero_is_version_0(self, store: StorageStrategy, verb: str) -> None:
         await store.import_entities("items", [{**_ENTITY, "version": 0}])
-        assert (await stored(store, "items", "a"))["version"] == 0
+        assert (await get_existing(store, "items", "a"))["version"] == 0
         with pytest.raises(ConcurrencyConflictError):
             await _WRITES[verb](store, 1)
         assert await _WRITES[verb](store, 0) == 1  # or True, which a delete answers
@@ -199,13 +200,13 @@ class VersionContract:
     async def test_30_user_data_cannot_forge_the_version(self, store: StorageStrategy) -> None:
         assert await store.create_entity("items", {**_ENTITY, "version": 99}) == 1
         for forged in (1, 99, 0, None, "1", 1.0, {"a": 1}):
-            version = (await stored(store, "items", "a"))["version"]
+            version = (await get_existing(store, "items", "a"))["version"]
             assert isinstance(version, int)
             assert await store.save_entity("items", {**_ENTITY, "version": forged}) == version + 1
             fields = {"label": "x", "version": forged}
             assert await store.update_entity("items", "a", fields) == version + 2
-        entity = await stored(store, "items", "a")
-        assert exact(entity["version"]) == exact(15)
+        entity = await get_existing(store, "items", "a")
+        assert typed(entity["version"]) == typed(15)
 
     async def test_30_nor_the_check(self, store: StorageStrategy) -> None:
         await store.create_entity("items", _ENTITY)
@@ -215,12 +216,12 @@ class VersionContract:
                 await store.save_entity("items", stale, expected_version=expected)
             with pytest.raises(ConcurrencyConflictError):
                 await store.update_entity("items", "a", stale, expected_version=expected)
-        assert (await stored(store, "items", "a"))["version"] == 1
+        assert (await get_existing(store, "items", "a"))["version"] == 1
 
     async def test_30_a_version_deeper_down_is_data(self, store: StorageStrategy) -> None:
         entity = {"item_id": "a", "data": {"version": "mine"}, "x": [{"version": 7}]}
         await store.save_entity("items", entity)
-        assert exact(content(await store.get_entity("items", "a"))) == exact(entity)
+        assert typed(payload(await store.get_entity("items", "a"))) == typed(entity)
 
     # 31 -------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class VersionContract:
         await store.create_entity("counters", {"counter_id": "race"})
         for version in range(1, ROUNDS + 1):
             assert await winners(store, "race", version, WRITERS) == [version + 1]
-        assert (await stored(store, "counters", "race"))["version"] == ROUNDS + 1
+        assert (await get_existing(store, "counters", "race"))["version"] == ROUNDS + 1
 
     async def test_31_whatever_the_verb(self, store: StorageStrategy) -> None:
         writes = [*_WRITES.values(), _in_transaction]
@@ -246,7 +247,7 @@ class VersionContract:
 
     async def test_31_at_the_seam(self, store: StorageStrategy) -> None:
         """Batches of an engine that has several lanes, without the queue that orders each key."""
-        lanes = min(store.capabilities.write_lanes, 8)
+        lanes = min(store.capabilities.write_concurrency, 8)
         await store.create_entity("counters", {"counter_id": "race"})
         for version in range(1, ROUNDS // 4 + 1):
             change = Patch(Key("counters", "race"), {"x": version}, utc_now(), version)
@@ -277,7 +278,7 @@ class VersionContract:
         results = await run_workers(url, *[("version-race", work)] * 4)
         won = sorted(each for result in results for each in result)
         assert won == list(range(2, ROUNDS + 2)), "each version was made by one writer"
-        assert (await stored(store, "counters", "race"))["version"] == ROUNDS + 1
+        assert (await get_existing(store, "counters", "race"))["version"] == ROUNDS + 1
 
     # 32 -------------------------------------------------------------------------------------
 
@@ -287,7 +288,7 @@ class VersionContract:
         tasks, times = 8, 200
         await store.create_entity("counters", {"counter_id": "sum", "n": 0})
         await asyncio.gather(*(_count(store, times) for _ in range(tasks)))
-        counter = await stored(store, "counters", "sum")
+        counter = await get_existing(store, "counters", "sum")
         assert (counter["n"], counter["version"]) == (tasks * times, tasks * times + 1)
 
     async def test_32_modify_entity_keeps_every_increment(self, store: StorageStrategy) -> None:
@@ -299,7 +300,7 @@ class VersionContract:
         await asyncio.gather(
             *(store.modify_entity("counters", "sum", increment) for _ in range(20))
         )
-        counter = await stored(store, "counters", "sum")
+        counter = await get_existing(store, "counters", "sum")
         assert (counter["n"], counter["version"]) == (20, 21)
 
     async def test_32_between_processes(self, harness: Harness, store: StorageStrategy) -> None:
@@ -309,7 +310,7 @@ class VersionContract:
         await store.create_entity("counters", {"counter_id": "sum", "n": 0})
         work = {"counter_id": "sum", "times": 50}
         results = await run_workers(url, *[("cas-counter", work)] * 4)
-        counter = await stored(store, "counters", "sum")
+        counter = await get_existing(store, "counters", "sum")
         assert (counter["n"], counter["version"]) == (200, 201)
         assert sorted(each for result in results for each in result) == list(range(2, 202))
 
@@ -322,7 +323,7 @@ class VersionContract:
         names = [f"worker {number}" for number in range(4)]
         await run_workers(url, *(("save-many", {"prefix": each, "times": 50}) for each in names))
         ids = [f"{name}-{number}" for name in names for number in range(50)]
-        found = await contents(store, "items", ids)
+        found = await payloads(store, "items", ids)
         assert list(found.values()) == [
             {"item_id": each, "count": int(each.rpartition("-")[2])} for each in ids
         ]
@@ -342,7 +343,7 @@ class VersionContract:
             won = [number for number, each in enumerate(results) if each == 1]
             lost = [each for each in results if isinstance(each, AlreadyExistsError)]
             assert (len(won), len(lost)) == (1, WRITERS - 1)
-            found = content(await store.get_entity("items", entity_id))
+            found = payload(await store.get_entity("items", entity_id))
             assert found == {"item_id": entity_id, "count": won[0]}
 
     async def test_33_in_transactions(self, store: StorageStrategy) -> None:
@@ -355,7 +356,7 @@ class VersionContract:
         assert len(won) == 1
         for each in results:
             assert each == 1 or isinstance(each, AlreadyExistsError | ConcurrencyConflictError)
-        assert content(await store.get_entity("items", "one")) == {
+        assert payload(await store.get_entity("items", "one")) == {
             "item_id": "one",
             "count": won[0],
         }
@@ -371,7 +372,7 @@ class VersionContract:
         )
         winner = {each: name for name, won in zip(names, results, strict=True) for each in won}
         assert sorted(each for won in results for each in won) == sorted(ids)
-        assert await contents(store, "items", ids) == {
+        assert await payloads(store, "items", ids) == {
             each: {"item_id": each, "label": winner[each]} for each in ids
         }
 
@@ -381,7 +382,7 @@ class VersionContract:
     async def test_34_a_write_is_no_conflict_with_itself(
         self, harness: Harness, store: StorageStrategy, verb: str
     ) -> None:
-        if not isinstance(harness, LosesAnswers):
+        if not isinstance(harness, DropsResponses):
             pytest.skip("the harness cannot lose an answer: there is no network to lose it in")
         before = {} if verb == "create" else {"a": await store.create_entity("items", _ENTITY)}
         await store.get_entity("items", "a")  # connected, so that the write is the next request
@@ -413,20 +414,20 @@ def _judge_conflict(
     if not store.capabilities.conflict_entity:
         assert conflict.current is None
     else:
-        assert exact(conflict.current) == exact(deepcopy(before))
+        assert typed(conflict.current) == typed(deepcopy(before))
 
 
 def _shared_url(harness: Harness) -> str | None:
     """Where other processes find the data; None where the engine declares that they cannot."""
     url = harness.url()
-    assert (url is not None) is harness.capabilities.processes
+    assert (url is not None) is harness.capabilities.multi_process
     return url
 
 
 async def _count(store: StorageStrategy, times: int) -> None:
     """Add 1 so many times, by hand: read, and write only if nobody else did meanwhile."""
     while times:
-        counter = await stored(store, "counters", "sum")
+        counter = await get_existing(store, "counters", "sum")
         n, version = counter["n"], counter["version"]
         assert isinstance(n, int)
         assert isinstance(version, int)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from hf_async_store.entities import Change, Outcome, Put
+from hf_async_store.changes import Change, Outcome, Put
 from hf_async_store.strategies.memory import MemoryStorageStrategy
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.data import Entity

@@ -15,7 +15,8 @@ import pytest
 from command import PROGRAM, Cli, absolute, shell
 
 from hf_async_store import OperationTimeoutError, StorageError
-from hf_async_store.cli import failures, main
+from hf_async_store.cli import exit_codes as failures
+from hf_async_store.cli import main
 from hf_async_store.cli.context import Context
 from hf_async_store.locks import FileLock
 
@@ -404,7 +405,7 @@ def test_every_error_has_a_code() -> None:
             "ConcurrencyConflictError",
             "RetriesExhaustedError",
             "AlreadyExistsError",
-            "BrokenReferenceError",
+            "ReferenceViolationError",
         )
     } == {3}
     assert codes["CorruptionError"] == codes["LockTimeoutError"] == codes["DiskFullError"] == 4

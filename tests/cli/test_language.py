@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hf_async_store import REMOVED, Collection, Field, StorageError
-from hf_async_store.cli.language import changes_of, entities_of, filters_of, order_of
+from hf_async_store import REMOVE, Collection, Field, StorageError
+from hf_async_store.cli.filter_syntax import changes_of, entities_of, filters_of, order_of
 from hf_async_store.query import Comparison, Order, build_query
 
 THINGS = Collection(
@@ -157,12 +157,12 @@ def test_assignments() -> None:
         "zone": "x",
         "done_at": "2025-06-30",
         "a": None,
-        "old": REMOVED,
-        "older": REMOVED,
+        "old": REMOVE,
+        "older": REMOVE,
     }
     assert changes_of(['{"note": null, "x": 1}'], [], THINGS) == {"note": None, "x": 1}
     assert changes_of(['["a/b"]=1'], [], THINGS) == {"a/b": 1}
-    assert changes_of([], ["x"], THINGS) == {"x": REMOVED}
+    assert changes_of([], ["x"], THINGS) == {"x": REMOVE}
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ HEAVY = {
 }
 NOT_NEEDED = {
     "hf_async_store.cli.backups",
-    "hf_async_store.cli.jsonfiles",
+    "hf_async_store.cli.json_files",
     "hf_async_store.cli.tables",
-    "hf_async_store.cli.upkeep",
+    "hf_async_store.cli.admin_commands",
     "hf_async_store_bench",
     "importlib.metadata",
     "hf_async_store.strategies.memory",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import HOST_FACTORY, open_store
-from hf_async_store.testing.machine import Stores, run_machine
+from hf_async_store.testing.state_machine import Stores, run_machine
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 _SUITE = """
 import pytest
-from hf_async_store.testing.driving import seeded
-from hf_async_store.testing.harness import leave_out
+from hf_async_store.testing.concurrency import seeded
+from hf_async_store.testing.harness import skip_engine
 
 @pytest.fixture
 def harness():
-    leave_out("wonderdb", "there is no server here")
+    skip_engine("wonderdb", "there is no server here")
 
 def test_of_an_engine(harness):
     pass

@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from hf_async_store import StorageStrategy, Transaction
-from hf_async_store.entities import PRESENT, Change, Delete, Key, Outcome, Patch, Put
+from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Patch, Put
 from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.memory import MemoryStorageStrategy
+from hf_async_store.values import Key
 from hf_async_store_bench.demo import orchestrator
 from hf_async_store_bench.demo.data import OPEN, Source
 from hf_async_store_bench.demo.plan import Settings
@@ -152,7 +153,7 @@ class _Truncated(Transaction):
 def _without_price(change: Change) -> Change:
     assert isinstance(change, Put)
     entity = {name: value for name, value in change.entity.items() if name != "price"}
-    return Put(change.key, entity, change.at, change.expect)
+    return Put(change.key, entity, change.written_at, change.expect)
 
 
 class Truncating(MemoryStorageStrategy):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store.entities import HOST_FACTORY, Schema
+from hf_async_store.schema import HOST_FACTORY, Schema
 from hf_async_store_bench.demo.verify import Verifier
 from hf_async_store_bench.demo.write_log import Answer, ProcessLog, Write, WriteLog
 

@@ -77,7 +77,7 @@ def prose_of(page: Path) -> str:
 
 # -- running examples -----------------------------------------------------------------------
 
-_SHOWN: Final = re.compile(r"#\s*->\s*(.+?)\s*$")
+_MAX_SHOWN: Final = re.compile(r"#\s*->\s*(.+?)\s*$")
 
 
 class _Shows(ast.NodeTransformer):
@@ -90,8 +90,8 @@ class _Shows(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         end = node.end_lineno or node.lineno
         below = self._lines[end].strip() if end < len(self._lines) else ""
-        found = _SHOWN.search(self._lines[end - 1]) or (
-            _SHOWN.search(below) if below.startswith("#") else None
+        found = _MAX_SHOWN.search(self._lines[end - 1]) or (
+            _MAX_SHOWN.search(below) if below.startswith("#") else None
         )
         if found is None:
             return node

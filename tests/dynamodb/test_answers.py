@@ -28,7 +28,7 @@ from hf_async_store import (
 from hf_async_store import errors as public_errors
 from hf_async_store.strategies.dynamodb import answers, retries
 from hf_async_store.strategies.dynamodb.answers import read_answer
-from hf_async_store.testing.driving import seeded
+from hf_async_store.testing.concurrency import seeded
 from tests.dynamodb import verbs
 from tests.dynamodb.proxy import (
     WRITES,

@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_async_store import Collection, Field, Index
-from hf_async_store.entities import MAX_ENTITY_BYTES, REMOVED, check_size
 from hf_async_store.strategies.dynamodb.codec import decode, encode, encode_map
 from hf_async_store.strategies.dynamodb.items import (
-    MISSING_MARK,
-    ItemForm,
+    MISSING_SENTINEL,
+    ItemMapping,
     probe_id,
     shortened,
-    weight_of,
+    size_of,
 )
-from hf_async_store.testing import generated
-from hf_async_store.testing.checks import exact
+from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing.assertions import typed
+from hf_async_store.values import MAX_ENTITY_BYTES, REMOVE, check_size
 
 if TYPE_CHECKING:
-    from hf_async_store.entities import Value
+    from hf_async_store.values import Value
 
 THINGS = Collection(
     "things",
@@ -47,7 +47,7 @@ THINGS = Collection(
         Index("due_at", "active"),
     ],
 )
-FORM = ItemForm(THINGS)
+FORM = ItemMapping(THINGS)
 TIMES = st.just("2024-01-02T03:04:05.000006Z") | st.none()
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 @given(generated.values)
 def test_every_value_comes_back_type_for_type(value: Value) -> None:
-    assert exact(decode(through_json(encode(value)))) == exact(value)
+    assert typed(decode(through_json(encode(value)))) == typed(value)
 
 
 def _has_side_form(value: Any) -> bool:
@@ -147,13 +147,13 @@ def test_amazon_writes_the_same_where_it_can(value: Value) -> None:
 )
 def test_the_forms(value: Value, attribute: object) -> None:
     assert encode(value) == attribute
-    assert exact(decode(through_json(attribute))) == exact(value)
+    assert typed(decode(through_json(attribute))) == typed(value)
 
 
 def test_numbers_as_the_service_writes_them() -> None:
-    assert exact(decode({"N": "0.0000001"})) == exact(1e-7)
-    assert exact(decode({"N": "1E-130"})) == exact(1e-130)
-    assert exact(decode({"N": "-9007199254740993"})) == exact(-(2**53) - 1)
+    assert typed(decode({"N": "0.0000001"})) == typed(1e-7)
+    assert typed(decode({"N": "1E-130"})) == typed(1e-130)
+    assert typed(decode({"N": "-9007199254740993"})) == typed(-(2**53) - 1)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 70_000, "\U0001f600" * 20_000])
@@ -161,13 +161,13 @@ def test_names_that_dynamodb_refuses(name: str) -> None:
     value: dict[str, Value] = {name: {"": 1}, "plain": [name]}
     encoded = encode_map(value)
     assert all(0 < len(each.encode()) <= 65_535 for each in encoded)
-    assert exact(decode(through_json({"M": encoded}))) == exact(value)
+    assert typed(decode(through_json({"M": encoded}))) == typed(value)
 
 
 @given(things())
 def test_every_entity_comes_back(entity: dict[str, Any]) -> None:
     item = FORM.item("t", entity, 3, "token")
-    assert exact(FORM.entity(through_json(item))) == exact({**entity, "version": 3})
+    assert typed(FORM.entity(through_json(item))) == typed({**entity, "version": 3})
 
 
 @given(things())
@@ -192,14 +192,14 @@ def test_an_update_of_every_field_is_the_same_as_a_save(
     """Whatever form each field had and gets."""
     item = FORM.item("t", before, 1, "token")
     names = {*before, *after} - {"thing_id"}
-    put, removed = FORM.changes({name: after.get(name, REMOVED) for name in names})
+    put, removed = FORM.changes({name: after.get(name, REMOVE) for name in names})
     for path, attribute in put.items():
         (item if len(path) == 1 else item["doc"]["M"])[path[-1]] = attribute
     for path in removed:
         (item if len(path) == 1 else item["doc"]["M"]).pop(path[-1], None)
     if "" in names:
         return  # it goes another way, as `test_writes` shows
-    assert exact(FORM.entity(through_json(item))) == exact({**after, "version": 1})
+    assert typed(FORM.entity(through_json(item))) == typed({**after, "version": 1})
 
 
 @given(things(), things())
@@ -210,12 +210,12 @@ def test_a_save_leaves_no_old_field_behind(before: dict[str, Any], after: dict[s
         item.pop(name, None)
     item.update(attributes)
     kept = {"created_at": before["created_at"]} if "created_at" in before else {}
-    assert exact(FORM.entity(through_json(item))) == exact({**kept, **after, "version": 1})
+    assert typed(FORM.entity(through_json(item))) == typed({**kept, **after, "version": 1})
 
 
 @given(things())
 def test_the_weight_is_never_too_small(entity: dict[str, Any]) -> None:
-    filler = MAX_ENTITY_BYTES - weight_of(entity) - 20
+    filler = MAX_ENTITY_BYTES - size_of(entity) - 20
     if filler > 0:
         check_size({**entity, "filler": "x" * filler})  # it does not raise
 
@@ -224,7 +224,7 @@ def test_a_missing_sort_key_is_told_from_null() -> None:
     missing = FORM.item("t", {"thing_id": "t"}, 1, "token")
     null = FORM.item("t", {"thing_id": "t", "label": None, "created_at": None}, 1, "token")
     assert missing["label"] == null["label"] == {"S": "\x01"}
-    assert missing["doc"]["M"]["label"] == MISSING_MARK
+    assert missing["doc"]["M"]["label"] == MISSING_SENTINEL
     assert FORM.entity(missing) == {"thing_id": "t", "version": 1}
     assert FORM.entity(null) == {"thing_id": "t", "version": 1, "label": None, "created_at": None}
 

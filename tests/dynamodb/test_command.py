@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store import UnavailableError
-from hf_async_store.testing.harness import leave_out
+from hf_async_store.testing.harness import skip_engine
 from hf_async_store_bench.servers import DYNAMODB_VARIABLE, ServerUnavailable, dynamodb
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -105,7 +105,7 @@ def test_the_demo_starts_the_server_itself() -> None:
         with dynamodb():
             pass
     except ServerUnavailable as exc:
-        leave_out("dynamodb", str(exc))
+        skip_engine("dynamodb", str(exc))
     status, said = run(
         "demo",
         "--store",
@@ -128,7 +128,7 @@ async def test_a_server_that_is_killed_and_comes_back() -> None:
         context = dynamodb()
         server = context.__enter__()
     except ServerUnavailable as exc:
-        leave_out("dynamodb", str(exc))
+        skip_engine("dynamodb", str(exc))
     try:
         async with store_at(server.endpoint_url, retry_timeout=0.3) as store:
             await store.create_entities("items", [{"item_id": f"{n}"} for n in range(50)])

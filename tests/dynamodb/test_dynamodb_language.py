@@ -17,10 +17,10 @@ from hf_async_store import (
     InvalidQueryError,
     UnknownCollectionError,
 )
+from hf_async_store.strategies.dynamodb.condition_parser import condition, key_condition
 from hf_async_store.strategies.dynamodb.expressions import Names
-from hf_async_store.strategies.dynamodb.items import ItemForm
-from hf_async_store.strategies.dynamodb.language import condition, key_condition
-from hf_async_store.testing.checks import refused_at_once
+from hf_async_store.strategies.dynamodb.items import ItemMapping
+from hf_async_store.testing.assertions import refused_at_once
 from tests.dynamodb.support import store_at
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ _GIVEN: Final = st.just({":t": "t", ":a": "2024-01-01T00:00:00Z", ":b": "2024-01
 @example(text="AND", values={})
 @given(text=_nearly_good() | _TEXTS, values=_GIVEN | _VALUES)
 def test_any_condition_is_read_or_refused(text: str, values: dict[str, object]) -> None:
-    form = ItemForm(next(each for each in HOST_FACTORY if each.name == "requests"))
+    form = ItemMapping(next(each for each in HOST_FACTORY if each.name == "requests"))
     index = next(each for each in form.collection.indexes if each.sort is not None)
     for read in (
         lambda: key_condition(text, values, form, index, Names()),

@@ -21,7 +21,7 @@ from hf_async_store import (
     ThrottledError,
     UnavailableError,
 )
-from hf_async_store.testing.driving import seeded
+from hf_async_store.testing.concurrency import seeded
 from hf_async_store_bench.acked_writes import AckedWrites, writing
 from tests.dynamodb.proxy import (
     WRITES,

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import DynamoDBStorageStrategy, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb import retries
+from hf_async_store.strategies.dynamodb import backoff as retries
 from hf_async_store.strategies.dynamodb.errors import AnswerLost, conflict, translate
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Request
 from tests.dynamodb.support import new_prefix, store_at
@@ -209,7 +209,7 @@ class _Bench:
         between.inserts = verb in ("create", "save")
         engine = self.store._dynamodb
         engine.writes._recent._wrong_until = 0.0
-        engine.writes._careful_until = float("inf") if careful else 0.0
+        engine.writes._read_first_until = float("inf") if careful else 0.0
         engine.client.call = between.call  # type: ignore[method-assign]  # for this example
         work = VERBS[verb](self.store, rival.id)
         beside = [_save(self.store, f"beside {self.number}")] if among else []

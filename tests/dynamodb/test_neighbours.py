@@ -23,7 +23,8 @@ from hf_async_store import (
     not_,
     or_,
 )
-from hf_async_store.entities import ABSENT, Key, Put
+from hf_async_store.changes import ABSENT, Put
+from hf_async_store.values import Key
 from tests.dynamodb.proxy import WRITES, Answer, Fault, Late, Request
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -102,7 +103,7 @@ async def test_a_write_of_a_cancelled_caller_ends_before_the_cancellation_comes_
                 "items", "a", {"n": 1}, condition_expression="attribute_exists(item_id)"
             ),
             "b": lambda: store._engine.write_each(
-                [Put(Key("items", "b"), {"item_id": "b", "n": 1}, AT, version=5)]
+                [Put(Key("items", "b"), {"item_id": "b", "n": 1}, AT, import_version=5)]
             ),
         }
         loop = asyncio.get_running_loop()

@@ -23,7 +23,7 @@ from hf_async_store import (
     ne,
     or_,
 )
-from hf_async_store.testing.checks import exact
+from hf_async_store.testing.assertions import typed
 from tests.dynamodb.support import store_at
 from tests.dynamodb.test_codec import THINGS
 
@@ -107,13 +107,13 @@ async def _answers(store: StorageStrategy, filters: Any, order: Any, limit: int 
         if cursor is None:
             break
     return {
-        "found": exact(found),
-        "pages": exact(pages),
+        "found": typed(found),
+        "pages": typed(pages),
         "streamed": streamed,
         "unordered": sorted(str(each["thing_id"]) for each in unordered),
         "paged": sorted(map(str, paged)),
         "count": await store.count_entities("things", filters),
-        "fields": exact(
+        "fields": typed(
             await store.query_entities("things", filters, order, limit, fields=["label", "ratio"])
         ),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import HOST_FACTORY, open_store
-from hf_async_store.testing.checks import exact
+from hf_async_store.testing.assertions import typed
 from tests.dynamodb.support import store_at
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ async def test_the_real_stores_come_back(proxy: Proxy, data: dict[str, dict[str,
                     if isinstance(given, str):
                         assert _instant(str(entity[field])) == _instant(given)
                         entity[field] = given
-                assert exact(entity) == exact({"version": 0, **original})
+                assert typed(entity) == typed({"version": 0, **original})
             assert await store.count_entities(name) == len(data[name])
             queried = await store.query_entities(name, order_by=declared.key)
             assert [each[declared.key] for each in queried] == sorted(data[name])
@@ -77,9 +77,9 @@ async def test_its_queries_answer_as_the_memory_engine_does(
                     filters = {index.field: value}
                     found = await store.query_entities(declared.name, filters, order)
                     wanted = await memory.query_entities(declared.name, filters, order)
-                    assert exact(found) == exact(wanted), filters
+                    assert typed(found) == typed(wanted), filters
                     down = [f"-{each}" for each in order]
                     found = await store.query_entities(declared.name, filters, down, 7)
-                    assert exact(found) == exact(
+                    assert typed(found) == typed(
                         await memory.query_entities(declared.name, filters, down, 7)
                     )

@@ -15,10 +15,10 @@ from hf_async_store import (
     AuthenticationError,
     ConfigurationError,
     DynamoDBStorageStrategy,
+    EventLoopMismatchError,
     PermissionDeniedError,
     StorageError,
     UnavailableError,
-    WrongLoopError,
 )
 from hf_async_store import errors as public_errors
 from hf_async_store.strategies.dynamodb import errors
@@ -235,7 +235,7 @@ def test_a_store_is_closed_in_its_own_loop(proxy: Proxy) -> None:
         store = store_at(proxy.url)
         one.run(store.open())
         one.run(store.get_entity("items", "a"))
-        with pytest.raises(WrongLoopError):
+        with pytest.raises(EventLoopMismatchError):
             two.run(store.close())
         one.run(store.close())
         one.run(store.close())

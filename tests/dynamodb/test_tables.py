@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import HOST_FACTORY, Collection, ConfigurationError, Index, UnavailableError
-from hf_async_store.testing.harness import leave_out
+from hf_async_store.testing.harness import skip_engine
 from tests.dynamodb.proxy import Answer, Fault, Request
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -235,7 +235,7 @@ def moto(tmp_path: Path) -> Iterator[str]:
     beside = Path(sys.prefix) / "servers" / "bin" / "moto_server"
     program = shutil.which("moto_server") or (str(beside) if beside.exists() else None)
     if program is None:
-        leave_out("moto", "the server for auto scaling is not installed")
+        skip_engine("moto", "the server for auto scaling is not installed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

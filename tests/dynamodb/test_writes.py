@@ -9,25 +9,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import (
-    REMOVED,
+    REMOVE,
     AlreadyExistsError,
     Collection,
     ConcurrencyConflictError,
     EntityNotFoundError,
     TransactionTooLargeError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
 )
-from hf_async_store.entities import (
-    INT_MAX,
-    MAX_ENTITY_BYTES,
-    PRESENT,
-    Delete,
-    Key,
-    Mark,
-    Patch,
-    Put,
-)
-from hf_async_store.testing.checks import content
+from hf_async_store.changes import PRESENT, ChangeMarker, Delete, Patch, Put
+from hf_async_store.testing.assertions import payload
+from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, Key
 from tests.dynamodb.proxy import Answer, Changed, Fault, Request
 from tests.dynamodb.support import CONTRACT_COLLECTIONS, new_prefix, store_at
 
@@ -168,16 +160,16 @@ async def test_a_save_leaves_no_field_that_is_declared_no_more(proxy: Proxy, how
     async with store_at(proxy.url, prefix, before) as store:
         await store.create_entities("items", [entity, {**entity, "item_id": "beside"}])
     async with store_at(proxy.url, prefix, after) as store:
-        assert content(await store.get_entity("items", "a")) == entity
+        assert payload(await store.get_entity("items", "a")) == entity
         saved: dict[str, Any] = {"item_id": "a", "kept": "k2"}
         await SAVES[how](store, saved)
         found = await store.get_entity("items", "a")
         assert found is not None
-        assert (content(found), found["version"]) == (saved, 2)
+        assert (payload(found), found["version"]) == (saved, 2)
         proxy.requests.clear()
         assert await store.save_entity("items", {**saved, "new": "n"}) == 3
         assert proxy.counted() == {"UpdateItem": 1}, "only the first one reads"
-        assert content(await store.get_entity("items", "a")) == {**saved, "new": "n"}
+        assert payload(await store.get_entity("items", "a")) == {**saved, "new": "n"}
 
 
 UPDATES: dict[str, dict[str, Any]] = {
@@ -198,15 +190,15 @@ async def test_an_update_of_an_item_of_another_declaration(proxy: Proxy, how: st
         await store.create_entity("items", entity)
     async with store_at(proxy.url, prefix, after) as store:
         assert (
-            await store.update_entity("items", "a", {"new": "2", "old": REMOVED}, **UPDATES[how])
+            await store.update_entity("items", "a", {"new": "2", "old": REMOVE}, **UPDATES[how])
             == 2
         )
         expected = {"item_id": "a", "kept": "k", "new": "2", "newer": "1"}
-        assert content(await store.get_entity("items", "a")) == expected
+        assert payload(await store.get_entity("items", "a")) == expected
         proxy.requests.clear()
         assert await store.update_entity("items", "a", {"newer": "2"}) == 3
         assert proxy.counted() == {"BatchExecuteStatement": 1}, "only the first one reads"
-        assert content(await store.get_entity("items", "a")) == {**expected, "newer": "2"}
+        assert payload(await store.get_entity("items", "a")) == {**expected, "newer": "2"}
 
 
 def _statements(proxy: Proxy) -> list[str]:
@@ -244,7 +236,7 @@ async def test_an_update_says_what_its_store_wrote_last(proxy: Proxy) -> None:
         assert await store.update_entity("items", "a", {"count": 5}) == 9
         assert ["RETURNING" in each for each in _statements(proxy)] == [True]
         found = await store.get_entity("items", "a")
-        assert content(found) == {"item_id": "a", "count": 5, "label": "theirs"}
+        assert payload(found) == {"item_id": "a", "count": 5, "label": "theirs"}
 
 
 async def _in_transaction(store: DynamoDBStorageStrategy, entity_id: str) -> int:
@@ -260,12 +252,12 @@ async def test_odd_names_in_updates(proxy: Proxy, name: str) -> None:
         await store.create_entity("items", {"item_id": "a", "kept": 1})
         assert await store.update_entity("items", "a", {name: {"deep": [1.0]}, "label": "x"}) == 2
         assert await store.update_entity("items", "a", {name: -0.0}, expected_version=2) == 3
-        found = content(await store.get_entity("items", "a"))
+        found = payload(await store.get_entity("items", "a"))
         assert found == {"item_id": "a", "kept": 1, name: -0.0, "label": "x"}
-        from hf_async_store import REMOVED
+        from hf_async_store import REMOVE
 
-        assert await store.update_entity("items", "a", {name: REMOVED}) == 4
-        found = content(await store.get_entity("items", "a"))
+        assert await store.update_entity("items", "a", {name: REMOVE}) == 4
+        found = payload(await store.get_entity("items", "a"))
         assert found == {"item_id": "a", "kept": 1, "label": "x"}
 
 
@@ -275,11 +267,11 @@ async def test_updates_near_the_limit_are_looked_at_exactly(proxy: Proxy) -> Non
         await store.create_entity("items", {"item_id": "a", "filler": filler, "n": 0})
         for n in range(20):  # by the rough measure the first ones would not fit
             assert await store.update_entity("items", "a", {"n": n, "label": "y" * 50}) == n + 2
-        with pytest.raises(ValueOutOfDomainError):
+        with pytest.raises(UnsupportedValueError):
             await store.update_entity("items", "a", {"more": "z" * 500})
-        with pytest.raises(ValueOutOfDomainError):
+        with pytest.raises(UnsupportedValueError):
             await store.update_entity("items", "a", {"more": "z" * 500}, expected_version=21)
-        with pytest.raises(ValueOutOfDomainError):
+        with pytest.raises(UnsupportedValueError):
             await store.update_entity(
                 "items", "a", {"more": "z" * 500}, condition_expression="attribute_exists(n)"
             )
@@ -301,7 +293,7 @@ async def test_there_is_no_version_after_the_last(proxy: Proxy) -> None:
             store.save_entity("items", {"item_id": "a"}),
             store.save_entity("items", {"item_id": "a"}, expected_version=INT_MAX),
         ):
-            with pytest.raises(ValueOutOfDomainError):
+            with pytest.raises(UnsupportedValueError):
                 await write
         with pytest.raises(ConcurrencyConflictError):
             await store.update_entity("items", "a", {}, expected_version=3)
@@ -337,15 +329,15 @@ async def test_a_mark_lands_with_its_change(proxy: Proxy) -> None:
     async with store_at(proxy.url, None, collections) as store:
         at = "2026-01-01T00:00:00.000000Z"
 
-        def mark(name: str) -> Mark:
-            return Mark(Key("marks", name), {"mark_id": name, "of": "t", "version": 1})
+        def mark(name: str) -> ChangeMarker:
+            return ChangeMarker(Key("marks", name), {"mark_id": name, "of": "t", "version": 1})
 
         key = Key("items", "t")
         put = Put(key, {"item_id": "t"}, at, mark=mark("1"))
         stale = Put(key, {"item_id": "t"}, at, expect=7, mark=mark("2"))
         patch = Patch(key, {"label": "x"}, at, mark=mark("3"))
         gone = Delete(key, mark=mark("4"))
-        imported = Put(key, {"item_id": "t"}, at, version=8, mark=mark("5"))
+        imported = Put(key, {"item_id": "t"}, at, import_version=8, mark=mark("5"))
         changes = [put, stale, patch, gone, imported]
         outcomes = await store._engine.write_each(changes)
         assert isinstance(outcomes[1], ConcurrencyConflictError)

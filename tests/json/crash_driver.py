@@ -26,10 +26,10 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
-from hf_async_store.entities import Key
-from hf_async_store.errors import CorruptionError, FileReplacedError, StorageError
-from hf_async_store.strategies.json import folding
+from hf_async_store.errors import CorruptionError, DataFileConflictError, StorageError
+from hf_async_store.strategies.json import compaction as folding
 from hf_async_store.strategies.json.journal import HEADER_SIZE, Kind, record
+from hf_async_store.values import Key
 from tests.json.support import (
     WHOLE,
     Call,
@@ -316,7 +316,7 @@ async def _settle(spec: Spec, folder: Path, acked: int) -> None:
     """An adoption that was killed is done, or the question is still open."""
     try:
         await reopened(folder, spec.layout, **spec.settings)
-    except (FileReplacedError, CorruptionError):
+    except (DataFileConflictError, CorruptionError):
         assert not acked, "the adoption was acknowledged"
         async with open_json(folder, spec.layout, **spec.settings) as store:
             await store.checkpoint(adopt=spec.adopt)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from hf_async_store import JSONStorageStrategy
-from hf_async_store.entities import Key
 from hf_async_store.errors import ConcurrencyConflictError, StorageError
+from hf_async_store.values import Key
 from tests.json.support import WHOLE, Call, FileCalls, open_json
 
 _ROOT: Final = Path(__file__).parents[2]

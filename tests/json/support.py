@@ -18,7 +18,7 @@ import aiofiles.threadpool
 
 from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy
 from hf_async_store.config import JSONConfig
-from hf_async_store.entities import Entity
+from hf_async_store.values import Entity
 
 LAYOUTS: Final = ("single_file", "split_files")
 SINGLE: Final = "request_database.json"

@@ -22,7 +22,7 @@ import pytest
 from hf_async_store import JSONStorageStrategy
 from hf_async_store.errors import (
     CorruptionError,
-    FileReplacedError,
+    DataFileConflictError,
     StorageError,
 )
 from tests.json.support import (
@@ -105,7 +105,7 @@ async def _others(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrateg
 async def _replaced(store: JSONStorageStrategy) -> bool:
     try:
         await store.get_entity("templates", "t")
-    except FileReplacedError as exc:
+    except DataFileConflictError as exc:
         assert "--adopt-file" in str(exc)
         assert "--adopt-journal" in str(exc)
         return True
@@ -218,7 +218,7 @@ async def test_91_a_backup_over_a_closed_store_with_commits(
             lambda: store.save_entity("templates", {"template_id": "t"}),
             store.checkpoint,
         ):
-            with pytest.raises(FileReplacedError):
+            with pytest.raises(DataFileConflictError):
                 await verb()
         after = [*data_files(tmp_path), *journals(tmp_path)]
         assert before == {each.name: each.read_bytes() for each in after}
@@ -251,7 +251,7 @@ async def test_91_a_backup_over_an_open_store_with_commits(
     async with _others(tmp_path, layout) as writer, _others(tmp_path, layout) as reader:
         assert await whole(writer) == pending
         _put_back(tmp_path, 1, by_rename=by_rename)
-        with pytest.raises(FileReplacedError):
+        with pytest.raises(DataFileConflictError):
             await writer.save_entity("templates", {"template_id": "t"})
         await _until(lambda: _replaced(reader))
         await _until(lambda: _replaced(writer))
@@ -273,7 +273,7 @@ async def test_91_one_of_the_split_files_with_commits(tmp_path: Path, way: Way) 
     backup = sorted(tmp_path.glob("templates.json.bak.*"))[-1]
     shutil.copy(backup, tmp_path / "templates.json")
     async with _others_in_doubt(tmp_path, "split_files") as store:
-        with pytest.raises(FileReplacedError, match=r"templates\.json"):
+        with pytest.raises(DataFileConflictError, match=r"templates\.json"):
             await store.get_entity("machines", "pending")
         await store.checkpoint(adopt=way)
         now = await whole(store)
@@ -368,7 +368,7 @@ async def test_91_another_process_recovers_from_a_replacement(
     async with _watcher(tmp_path, layout) as told:
         assert await told() == "pending"
         _put_back(tmp_path, 1, by_rename=True)
-        assert await told() == "FileReplacedError"
+        assert await told() == "DataFileConflictError"
         async with _others_in_doubt(tmp_path, layout) as store:
             await store.checkpoint(adopt=way)
             assert await told() == ("1" if way == "file" else "pending")
@@ -683,7 +683,7 @@ async def test_91_replaced_between_the_halves_of_a_fold(
 
         monkeypatch.setattr(folding, "_write", write)
         edited = {each.name: each.read_bytes() for each in data_files(tmp_path)}
-        with pytest.raises(FileReplacedError):
+        with pytest.raises(DataFileConflictError):
             await store.checkpoint()
         assert fired
         for each in data_files(tmp_path):

@@ -17,8 +17,8 @@ from typing import Any, Final
 import pytest
 
 from hf_async_store import HOST_FACTORY, JSONStorageStrategy
-from hf_async_store.entities import Entity, parse_timestamp
 from hf_async_store.errors import CorruptionError, StorageError
+from hf_async_store.values import Entity, parse_timestamp
 from tests.json.support import (
     LAYOUTS,
     SINGLE,

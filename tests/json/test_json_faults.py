@@ -21,10 +21,10 @@ import pytest
 
 from hf_async_store import JSONStorageStrategy
 from hf_async_store.errors import (
+    DataFileConflictError,
     DiskFullError,
-    FileReplacedError,
     PermissionDeniedError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     UnavailableError,
 )
@@ -51,7 +51,7 @@ CLASSES: Final[dict[int, type[StorageError]]] = {
     errno.EIO: UnavailableError,
     errno.ENOSPC: DiskFullError,
     errno.EDQUOT: DiskFullError,
-    errno.EROFS: ReadOnlyError,
+    errno.EROFS: ReadOnlyStoreError,
     errno.EACCES: PermissionDeniedError,
 }
 ANYWHERE: Final = (errno.EIO, errno.EACCES)
@@ -231,7 +231,7 @@ async def _prepared(folder: Path, layout: str, scene: Scene) -> Stored:
 async def _shown(folder: Path, layout: str) -> Stored:
     try:
         return without_times(await reopened(folder, layout))
-    except FileReplacedError:
+    except DataFileConflictError:
         return {}
 
 
@@ -336,7 +336,7 @@ async def _check_store(
 async def _check_adoption(store: JSONStorageStrategy, error: StorageError | None) -> None:
     try:
         await store.get_entity("templates", "t1")
-    except FileReplacedError:
+    except DataFileConflictError:
         assert error is not None, "adopted, and still a question"
         await _adopt(store)
 

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from hf_async_store import Collection, JSONStorageStrategy
-from hf_async_store.entities import Key
 from hf_async_store.errors import (
     CorruptionError,
+    DataFileConflictError,
     DiskFullError,
-    FileReplacedError,
     StorageError,
     UnavailableError,
 )
+from hf_async_store.values import Key
 from tests.json.support import (
     LAYOUTS,
     WHOLE,
@@ -403,8 +403,8 @@ async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout:
     longest_pause = 0.001 * 2**7
     begun = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_async_store.strategies.json.folding._PAUSE_SECONDS", 0.001)
-        patch.setattr("hf_async_store.strategies.json.folding._IDLE_SECONDS", 0.002)
+        patch.setattr("hf_async_store.strategies.json.compaction._PAUSE_SECONDS", 0.001)
+        patch.setattr("hf_async_store.strategies.json.compaction._IDLE_SECONDS", 0.002)
         async with open_json(tmp_path, layout, write_buffer_size=100) as store:
             with FileCalls(tmp_path, full):
                 for number in range(400):
@@ -443,7 +443,7 @@ async def test_cancelled_at_every_await(tmp_path: Path, layout: str, verb: str) 
             await asyncio.gather(task, return_exceptions=True)
         try:
             found = await reopened(folder, layout)
-        except FileReplacedError:
+        except DataFileConflictError:
             assert verb == "adopt"
         else:
             assert found["templates"] == before["templates"]

@@ -24,10 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import HOST_FACTORY
-from hf_async_store.entities import Entity, Schema
 from hf_async_store.errors import StorageError
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.journal import scan
 from hf_async_store.strategies.json.serializer import JSONSerializer, cut_object
+from hf_async_store.values import Entity
 from tests.json.support import abandon, open_json, whole, without_times
 
 Files = dict[str, bytes]
@@ -339,7 +340,7 @@ def _fuzz_texts(examples: int) -> None:
         for name, raw in members.items():
             for collection in schema.values():
                 try:
-                    serializer.decode(serializer.adopt(collection, name, raw))
+                    serializer.decode(serializer.normalize(collection, name, raw))
                 except StorageError:
                     Tried.refused += 1
         try:

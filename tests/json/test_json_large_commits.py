@@ -14,13 +14,14 @@ from typing import Any, Final
 import pytest
 
 from hf_async_store import JSONStorageStrategy, in_
-from hf_async_store.engine import Reader
-from hf_async_store.entities import Key, Schema
+from hf_async_store.driver import Reader
 from hf_async_store.errors import DiskFullError
 from hf_async_store.query import build_query
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json import engine as json_engine
 from hf_async_store.strategies.json import journal
 from hf_async_store.strategies.json.serializer import PIECE
+from hf_async_store.values import Key
 from tests.json.support import (
     LAYOUTS,
     abandon,

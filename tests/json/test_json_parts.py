@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import Collection, Field, Index
-from hf_async_store.entities import Entity, Schema, Value
 from hf_async_store.errors import CorruptionError
 from hf_async_store.query import build_query, eq, matches
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json import JSONSerializer
-from hf_async_store.strategies.json import section as section_module
+from hf_async_store.strategies.json import collection_table as section_module
+from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
     Entry,
@@ -38,8 +39,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.loading import cut_commit
-from hf_async_store.strategies.json.section import Section
+from hf_async_store.strategies.json.recovery import cut_commit
 from hf_async_store.strategies.json.serializer import (
     Held,
     NotOurs,
@@ -48,6 +48,7 @@ from hf_async_store.strategies.json.serializer import (
     cut_object,
     section_lines,
 )
+from hf_async_store.values import Entity, Value
 from tests.json.support import SINGLE, open_json
 
 # A loaded machine generates slowly, and that is no finding.
@@ -230,20 +231,20 @@ sections = st.dictionaries(ids, st.none() | small, max_size=3)
 @given(st.dictionaries(ids, sections, min_size=1, max_size=3))
 @relaxed
 def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
-    texts_of = {
+    iter_json = {
         name: {
             each: None if entity is None else SERIALIZER.encode({**entity, "id": each}, 3)
             for each, entity in section.items()
         }
         for name, section in images.items()
     }
-    text = b"".join(commit_text(texts_of))
-    assert read_commit(text) == texts_of
+    text = b"".join(commit_text(iter_json))
+    assert read_commit(text) == iter_json
     for size in (1, 7, 40, len(text)):
         try:
-            assert asyncio.run(cut_commit(_blocks(text, size))) == texts_of
+            assert asyncio.run(cut_commit(_blocks(text, size))) == iter_json
         except NotOurs:
-            assert not all(texts_of.values()), "only an empty section lies otherwise"
+            assert not all(iter_json.values()), "only an empty section lies otherwise"
 
 
 @given(
@@ -255,11 +256,11 @@ def test_a_commit_that_lies_otherwise_is_not_cut(
     images: dict[str, dict[str, Entity]], data: Any
 ) -> None:
     """What is cut line by line is what a decoder makes of it, or it is left to the decoder."""
-    texts_of = {
+    iter_json = {
         name: {each: SERIALIZER.encode({**entity, "id": each}, 3) for each, entity in some.items()}
         for name, some in images.items()
     }
-    text = bytearray(b"".join(commit_text(texts_of)))
+    text = bytearray(b"".join(commit_text(iter_json)))
     place = data.draw(st.integers(0, len(text) - 1))
     text[place : place + data.draw(st.integers(0, 2))] = data.draw(
         st.sampled_from([b"", b"\n", b",", b"}", b"{", b"},", b"\n}", b' "'])
@@ -306,14 +307,14 @@ def test_a_foreign_text_is_adopted_as_it_reads(
 ) -> None:
     found = {**entity, "id": entity_id, "version": version}
     raw = msgspec.Raw(json.dumps(found, ensure_ascii=escaped, indent=indent).encode())
-    adopted = SERIALIZER.adopt(THINGS, entity_id, raw)
+    adopted = SERIALIZER.normalize(THINGS, entity_id, raw)
     assert same(SERIALIZER.decode(adopted), {"version": version, **found})
-    assert SERIALIZER.adopt(THINGS, entity_id, msgspec.Raw(adopted)) == adopted
+    assert SERIALIZER.normalize(THINGS, entity_id, msgspec.Raw(adopted)) == adopted
     assert SERIALIZER.version(adopted) == version
 
 
 def _adopted(text: str, entity_id: str = "x") -> Entity:
-    return SERIALIZER.decode(SERIALIZER.adopt(THINGS, entity_id, msgspec.Raw(text.encode())))
+    return SERIALIZER.decode(SERIALIZER.normalize(THINGS, entity_id, msgspec.Raw(text.encode())))
 
 
 def test_what_is_missing_is_filled_in() -> None:
@@ -379,7 +380,7 @@ def test_what_cannot_be_stored_is_not_adopted(text: str) -> None:
 def test_bytes_that_are_no_text_are_not_adopted() -> None:
     for raw in (b'{"s":"\xff"}', b'{"\xff":1}', b"\xef\xbb\xbf{}", b""):
         with pytest.raises(CorruptionError, match="things 'x'"):
-            SERIALIZER.adopt(THINGS, "x", msgspec.Raw(raw))
+            SERIALIZER.normalize(THINGS, "x", msgspec.Raw(raw))
 
 
 @given(entities, versions, st.sampled_from([None, 2]))
@@ -512,7 +513,7 @@ class _Model:
     """A section, and beside it what it must say."""
 
     def __init__(self, foreign: Mapping[str, tuple[Any, Any]]) -> None:
-        self.section = Section(THINGS, SERIALIZER, 2)
+        self.section = CollectionTable(THINGS, SERIALIZER, 2)
         self.entities: dict[str, Entity] = {}
         for entity_id, (status, number) in foreign.items():
             entity = _entity(entity_id, status, number)
@@ -649,6 +650,6 @@ def test_indexes_are_right_while_changes_come(
 def _in_small_pieces(run: Any) -> None:
     """Pieces of two, so that few entities are enough to give the loop many turns."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("_PIECE", 2), ("_SORT_PIECE", 2), ("_MUCH", 5), ("_FEW", 1)):
+        for name, size in (("_CHUNK_SIZE", 2), ("_SORT_PIECE", 2), ("_MUCH", 5), ("_FEW", 1)):
             patch.setattr(section_module, name, size)
         asyncio.run(run())

@@ -20,10 +20,10 @@ import pytest
 
 from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy
 from hf_async_store.config import Filenames
-from hf_async_store.engine import Engine
+from hf_async_store.driver import Engine
 from hf_async_store.errors import (
     ConfigurationError,
-    FileReplacedError,
+    DataFileConflictError,
     PermissionDeniedError,
     StorageError,
     UnavailableError,
@@ -172,7 +172,7 @@ async def test_119_a_link_that_is_changed_while_open(tmp_path: Path, folder: boo
     async with open_json(app) as store:
         await store.save_entity(T, {"template_id": "before"})
         lead_to("b")
-        with pytest.raises(FileReplacedError, match="leads to"):
+        with pytest.raises(DataFileConflictError, match="leads to"):
             await store.save_entity(T, {"template_id": "after"})
         assert not (await store.health())["ok"]
     lead_to("a")
@@ -193,7 +193,7 @@ async def test_119_a_data_file_that_becomes_a_link_while_open(tmp_path: Path) ->
             store.checkpoint,
             lambda: store.checkpoint(adopt="file"),
         ):
-            with pytest.raises(FileReplacedError, match="link"):
+            with pytest.raises(DataFileConflictError, match="link"):
                 await verb()
     assert (data / SINGLE).is_symlink()
     assert parsed(other / SINGLE)[T].keys() == {"t"}

@@ -11,7 +11,7 @@ import pytest
 from support import json_url
 
 from hf_async_store import strategies
-from hf_async_store.testing.harness import leave_out
+from hf_async_store.testing.harness import skip_engine
 
 # The test server takes any; without some, the client would ask the network for them.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
@@ -29,7 +29,7 @@ def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
 
     def make(kind: str, name: str) -> str:
         if kind in _STRATEGIES and _STRATEGIES[kind] not in strategies._BUILT_IN:
-            leave_out(kind, "its strategy is not part of this version")
+            skip_engine(kind, "its strategy is not part of this version")
         if kind == "sqlite":
             return f"sqlite:{tmp_path / name}.db"
         if kind == "postgresql":

@@ -32,9 +32,9 @@ from hf_async_store import (
     moving,
     open_store,
 )
-from hf_async_store.entities import Change, Outcome
+from hf_async_store.changes import Change, Outcome
 from hf_async_store.migration import live
-from hf_async_store.migration.live import LiveMove
+from hf_async_store.migration.live import LiveMigration
 
 COLLECTIONS: Final = (
     *HOST_FACTORY,
@@ -49,8 +49,8 @@ def hurry() -> None:
     """Short leases, the same in every process of a test."""
     lease = float(os.environ.get("HF_TEST_LEASE", "0.6"))
     moving.LEASE_SECONDS = live.LEASE_SECONDS = lease  # type: ignore[misc]
-    moving.GIVE_UP_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
-    live.CUT_OVER_SECONDS = 10.0 if lease > 1 else 2.5  # type: ignore[misc]
+    moving.ABANDONED_SWITCH_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
+    live.SWITCH_SECONDS = 10.0 if lease > 1 else 2.5  # type: ignore[misc]
 
 
 async def fill(store: StorageStrategy, machines: int = 400) -> None:
@@ -209,13 +209,13 @@ def _kill() -> None:
 
 def kill_at(step: str) -> None:
     """Have this process die at a step of the move, to the write."""
-    begin, bring, repair = LiveMove._begin, LiveMove._bring, LiveMove._repair
-    change, verify, copy = LiveMove._change, LiveMove._verify, LiveMove._copy
-    enter, forget = LiveMove.__aenter__, LiveMove._forget
+    begin, bring, repair = LiveMigration._begin, LiveMigration._apply_markers, LiveMigration._repair
+    change, verify, copy = LiveMigration._change, LiveMigration._verify, LiveMigration._copy
+    enter, forget = LiveMigration.__aenter__, LiveMigration._cleanup
     brought = records = 0
     forgetting = False
 
-    async def entered(self: LiveMove) -> LiveMove:
+    async def entered(self: LiveMigration) -> LiveMigration:
         for engine in (self._source, self._target):
             watch(engine)
         return await enter(self)
@@ -225,14 +225,14 @@ def kill_at(step: str) -> None:
 
         async def written(changes: Sequence[Change]) -> list[Outcome]:
             nonlocal records
-            of_marks = changes[0].key.collection == moving.MARKS.name
+            of_marks = changes[0].key.collection == moving.MARKER_COLLECTION.name
             if of_marks and step == "marked":
                 _kill()
             if of_marks and forgetting:
                 await write_each(changes[: len(changes) // 2 + 1])
                 _kill()
             outcomes: list[Outcome] = await write_each(changes)
-            if changes[0].key == moving.MOVE_KEY:
+            if changes[0].key == moving.MIGRATION_KEY:
                 records += 1
                 if step == f"record-{records}":
                     _kill()
@@ -247,34 +247,34 @@ def kill_at(step: str) -> None:
 
         engine.write_each, engine.session = written, begun
 
-    async def forgot(self: LiveMove, *arguments: Any) -> None:
+    async def forgot(self: LiveMigration, *arguments: Any) -> None:
         nonlocal forgetting
         forgetting = step == "forgetting"
         await forget(self, *arguments)
 
-    async def begun(self: LiveMove) -> None:
+    async def begun(self: LiveMigration) -> None:
         await begin(self)
         if step == "begun":
             _kill()
 
-    async def bringing(self: LiveMove, *arguments: Any) -> None:
+    async def bringing(self: LiveMigration, *arguments: Any) -> None:
         nonlocal brought
         brought += 1
         await bring(self, *arguments)
         if step == "copying" and brought == 3:
             _kill()
 
-    async def copied(self: LiveMove) -> None:
+    async def copied(self: LiveMigration) -> None:
         await copy(self)
         if step == "copied":
             _kill()
 
-    async def repaired(self: LiveMove, *arguments: Any) -> None:
+    async def repaired(self: LiveMigration, *arguments: Any) -> None:
         await repair(self, *arguments)
         if step == "repaired":
             _kill()
 
-    async def changed(self: LiveMove, **named: Any) -> None:
+    async def changed(self: LiveMigration, **named: Any) -> None:
         await change(self, **named)
         phase = named.get("phase")
         if step == "cut" and phase in ("cut_over", "cut_back"):
@@ -282,25 +282,25 @@ def kill_at(step: str) -> None:
         if step == "flipped" and "term" in named:
             _kill()
 
-    async def verified(self: LiveMove, *arguments: Any) -> None:
+    async def verified(self: LiveMigration, *arguments: Any) -> None:
         await verify(self, *arguments)
         if step == "drained":
             _kill()
 
-    LiveMove.__aenter__ = entered  # type: ignore[assignment,method-assign]
-    LiveMove._forget = forgot  # type: ignore[method-assign]
-    LiveMove._begin = begun  # type: ignore[method-assign]
-    LiveMove._bring = bringing  # type: ignore[method-assign]
-    LiveMove._copy = copied  # type: ignore[method-assign]
-    LiveMove._repair = repaired  # type: ignore[method-assign]
-    LiveMove._change = changed  # type: ignore[method-assign]
-    LiveMove._verify = verified  # type: ignore[method-assign]
+    LiveMigration.__aenter__ = entered  # type: ignore[assignment,method-assign]
+    LiveMigration._cleanup = forgot  # type: ignore[method-assign]
+    LiveMigration._begin = begun  # type: ignore[method-assign]
+    LiveMigration._apply_markers = bringing  # type: ignore[method-assign]
+    LiveMigration._copy = copied  # type: ignore[method-assign]
+    LiveMigration._repair = repaired  # type: ignore[method-assign]
+    LiveMigration._change = changed  # type: ignore[method-assign]
+    LiveMigration._verify = verified  # type: ignore[method-assign]
 
 
 async def move(action: str, source: str, target: str, *kill: str) -> None:
     if kill:
         kill_at(kill[0])
-    async with LiveMove(source, target, collections=COLLECTIONS) as mover:
+    async with LiveMigration(source, target, collections=COLLECTIONS) as mover:
         if action == "equal":
             print(await mover.compare())
         else:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from support import opened, settings
 
 from hf_async_store import Entity, MigrationTool
-from hf_async_store.migration import copying
-from hf_async_store.migration.merging import Merged, MergeRule, put
+from hf_async_store.migration import copier as copying
+from hf_async_store.migration.merge import Merged, MergeRule, put
 from hf_async_store.repository import RepositoryInterface
 
 BATCH = 20

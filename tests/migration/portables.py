@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from hf_async_store.migration.backup_format import FORMAT, End, Header, Section, _sealed, _stored
 from hf_async_store.migration.digest import Digest
-from hf_async_store.migration.portable import FORMAT, End, Header, Section, _sealed, _stored
 
 
 def write_by_hand(path: Path, sections: Mapping[str, Sequence[bytes]], *, level: int = 6) -> Path:

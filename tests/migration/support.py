@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from hypothesis import strategies as st
 
 from hf_async_store import Entity, load_config, open_store
-from hf_async_store.testing.generated import draw_fields, values
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.hypothesis_strategies import draw_fields, values
 
 if TYPE_CHECKING:
     from hf_async_store import Collection, StorageStrategy

@@ -6,9 +6,9 @@ import random
 
 from hypothesis import given
 
-from hf_async_store.entities import canonical
 from hf_async_store.migration.digest import Digest
-from hf_async_store.testing.generated import values
+from hf_async_store.testing.hypothesis_strategies import values
+from hf_async_store.values import canonical
 
 
 def digest_of(*entities: dict[str, object]) -> str:

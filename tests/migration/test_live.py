@@ -21,13 +21,13 @@ from support import KINDS, place_of
 from hf_async_store import (
     MigrationError,
     StorageStrategy,
-    StoreMovedError,
+    StoreRelocatedError,
     TargetNotEmptyError,
     moving,
     open_store,
 )
 from hf_async_store.migration import live
-from hf_async_store.migration.live import LiveMove
+from hf_async_store.migration.live import LiveMigration
 from hf_async_store_bench.acked_writes import AckedWrites
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ PAIRS = [
 @pytest.fixture(autouse=True)
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In this process as in those that it starts."""
-    kept = (moving.LEASE_SECONDS, moving.GIVE_UP_SECONDS, live.CUT_OVER_SECONDS)
+    kept = (moving.LEASE_SECONDS, moving.ABANDONED_SWITCH_SECONDS, live.SWITCH_SECONDS)
     hurry()
     yield
     moving.LEASE_SECONDS = live.LEASE_SECONDS = kept[0]  # type: ignore[misc]
-    moving.GIVE_UP_SECONDS, live.CUT_OVER_SECONDS = kept[1:]  # type: ignore[misc]
+    moving.ABANDONED_SWITCH_SECONDS, live.SWITCH_SECONDS = kept[1:]  # type: ignore[misc]
 
 
 class Crew:
@@ -223,9 +223,9 @@ async def test_nothing_acknowledged_is_lost_there_back_and_there_for_good(
     assert done["maybe count"] + done["maybe transfer"] + done["maybe create"] < 20
     bound(notes)
     async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
-        with pytest.raises(StoreMovedError) as caught:
+        with pytest.raises(StoreRelocatedError) as caught:
             await store.get_entity("templates", "t-1")
-        assert caught.value.new_place == place_of(target)
+        assert caught.value.new_url == place_of(target)
 
 
 # -- crashes --------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ async def test_a_mover_that_dies_at_any_step_of_the_way_back(
     async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
         await audit(store, crew.notes())
     async with open_store(target, collections=COLLECTIONS, follow_moves=[source]) as store:
-        with pytest.raises(StoreMovedError):
+        with pytest.raises(StoreRelocatedError):
             await store.get_entity("templates", "t-1")
 
 
@@ -302,7 +302,7 @@ async def test_a_cut_over_whose_mover_died_is_ended_by_the_applications(
     done = mover("start", source, target, "cut")
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = Counter(each["what"] for each in crew.notes())["count"]
-    time.sleep(moving.GIVE_UP_SECONDS + 1.5)
+    time.sleep(moving.ABANDONED_SWITCH_SECONDS + 1.5)
     assert Counter(each["what"] for each in crew.notes())["count"] > before
     crew.end()
     bound(crew.notes())
@@ -362,17 +362,17 @@ async def test_a_mover_that_was_replaced_writes_nothing_any_more(place: Place) -
     source, target = place("json-single", "a"), place("json-split", "b")
     await prepared(source)
     async with (
-        LiveMove(source, target, collections=COLLECTIONS) as old,
-        LiveMove(source, target, collections=COLLECTIONS) as new,
+        LiveMigration(source, target, collections=COLLECTIONS) as old,
+        LiveMigration(source, target, collections=COLLECTIONS) as new,
     ):
         await old.start(cut_over=False)
         await new.start(cut_over=False)
         async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
             await store.update_entity("accounts", "a-0", {"balance": 1})
         with pytest.raises(MigrationError, match="somebody else"):
-            await old._drain(old._source, old._target)
+            await old._catch_up_once(old._source, old._target)
         with pytest.raises(MigrationError, match="somebody else"):
-            await old._flip(old._source, old._target, "cut_over", "flipped")
+            await old._switch(old._source, old._target, "cut_over", "flipped")
         await new.start()
         assert (await new.status()).phase == "flipped"
         assert await new.compare()
@@ -384,16 +384,16 @@ async def test_a_mover_that_was_replaced_writes_nothing_any_more(place: Place) -
 async def test_who_cannot_take_part_is_told(place: Place) -> None:
     source, target = place("json-single", "a"), place("json-split", "b")
     with pytest.raises(MigrationError, match="cannot be the source"):
-        async with LiveMove("memory:", target):
+        async with LiveMigration("memory:", target):
             pass
     await prepared(source)
     async with open_store(target) as store:
         await store.create_entity("templates", {"template_id": "own"})
-    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         with pytest.raises(TargetNotEmptyError, match="templates 'own'"):
             await move.start()
         with pytest.raises(MigrationError, match="no move between"):
-            await move.finish()
+            await move.finalize()
         assert (await move.status()).phase is None
 
 
@@ -402,11 +402,11 @@ async def test_what_goes_around_the_verbs_is_refused_meanwhile(place: Place) -> 
 
     source, target = place("json-single", "a"), place("json-split", "b")
     await prepared(source)
-    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         await move.start(cut_over=False)
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
-            with pytest.raises(StoreMovedError, match="does not follow a move"):
+            with pytest.raises(StoreRelocatedError, match="does not follow a move"):
                 await store.write_file({})
-        await move.stop()
+        await move.abort()
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
             await store.write_file(await store.read_file())

@@ -10,8 +10,8 @@ from live_crew import COLLECTIONS
 from support import place_of
 from test_live import prepared, short_leases
 
-from hf_async_store import StorageError, StorageStrategy, StoreMovedError, moving, open_store
-from hf_async_store.migration.live import LiveMove
+from hf_async_store import StorageError, StorageStrategy, StoreRelocatedError, moving, open_store
+from hf_async_store.migration.live import LiveMigration
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -26,13 +26,13 @@ def opened(url: str, target: str) -> Any:
 
 
 async def begun(source: str, target: str, *, cut_over: bool = False) -> None:
-    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         await move.start(cut_over=cut_over)
 
 
 async def stopped(source: str, target: str) -> None:
-    async with LiveMove(source, target, collections=COLLECTIONS) as move:
-        await move.stop()
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
+        await move.abort()
 
 
 async def balance(store: StorageStrategy) -> object:
@@ -48,15 +48,15 @@ async def test_sql_is_refused_while_a_move_is_on(kind: str, place: Place) -> Non
     async with opened(source, target) as store:
         await store.execute_with_lock(UPDATE)
         await begun(source, target)
-        with pytest.raises(StoreMovedError, match="execute_with_lock"):
+        with pytest.raises(StoreRelocatedError, match="execute_with_lock"):
             await store.execute_with_lock(UPDATE)
-        with pytest.raises(StoreMovedError, match="execute_with_lock"):
+        with pytest.raises(StoreRelocatedError, match="execute_with_lock"):
             async with store.begin_transaction() as tx:
                 await tx.execute_with_lock(UPDATE)
         await begun(source, target, cut_over=True)
-        with pytest.raises(StoreMovedError) as caught:
+        with pytest.raises(StoreRelocatedError) as caught:
             await store.execute_with_lock("SELECT balance FROM accounts")
-        assert caught.value.new_place == place_of(target)
+        assert caught.value.new_url == place_of(target)
         assert await balance(store) == 7
 
 
@@ -136,13 +136,13 @@ async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place
         assert await update() == 2
         await begun(source, target)
         assert await ask()  # it counts still
-        with pytest.raises(StoreMovedError, match="condition_expression"):
+        with pytest.raises(StoreRelocatedError, match="condition_expression"):
             await update()
         await begun(source, target, cut_over=True)
-        with pytest.raises(StoreMovedError, match="query_by_gsi") as caught:
+        with pytest.raises(StoreRelocatedError, match="query_by_gsi") as caught:
             await ask()
-        assert caught.value.new_place == place_of(target)
-        with pytest.raises(StoreMovedError, match="condition_expression"):
+        assert caught.value.new_url == place_of(target)
+        with pytest.raises(StoreRelocatedError, match="condition_expression"):
             await update()
         assert await balance(store) == 7
 
@@ -178,15 +178,15 @@ async def test_files_are_not_written_by_who_has_not_heard_of_the_move(place: Pla
     async with opened(source, target) as store:
         assert await balance(store) == 100
         # The move begins within the lease: nobody waits for it to be over yet.
-        async with LiveMove(source, target, collections=COLLECTIONS) as move:
+        async with LiveMigration(source, target, collections=COLLECTIONS) as move:
             beginning = asyncio.create_task(move.start(cut_over=False))
             while await move._read(move._source) is None:
                 await asyncio.sleep(0.01)
-            with pytest.raises(StoreMovedError, match="write lock"):
+            with pytest.raises(StoreRelocatedError, match="write lock"):
                 await store.write_file({})
             await beginning
         assert await store.read_file()
         await begun(source, target, cut_over=True)
-        with pytest.raises(StoreMovedError, match="read lock") as caught:
+        with pytest.raises(StoreRelocatedError, match="read lock") as caught:
             await store.read_file()
-        assert caught.value.new_place == place_of(target)
+        assert caught.value.new_url == place_of(target)

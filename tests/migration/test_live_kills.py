@@ -15,9 +15,9 @@ from live_crew import COLLECTIONS
 from support import place_of
 from test_live import Crew, audit, crew, moved, mover, prepared, short_leases
 
-from hf_async_store import StorageStrategy, StoreMovedError, open_store
-from hf_async_store.entities import Key
-from hf_async_store.migration.live import LiveMove
+from hf_async_store import StorageStrategy, StoreRelocatedError, open_store
+from hf_async_store.migration.live import LiveMigration
+from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -72,11 +72,11 @@ async def one_side_counts(source: str, target: str, name: str) -> str:
         try:
             async with open_store(url, collections=COLLECTIONS, follow_moves=[other]) as store:
                 await store.save_entity("templates", {"template_id": name, "by": url})
-        except StoreMovedError as exc:
-            assert exc.new_place == place_of(other)
+        except StoreRelocatedError as exc:
+            assert exc.new_url == place_of(other)
             refused.append(url)
     assert len(refused) < 2
-    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         key = Key("templates", name)
         holds = [
             (await engine.fetch([key]))[0] is not None for engine in (move._source, move._target)
@@ -89,7 +89,7 @@ async def one_side_counts(source: str, target: str, name: str) -> str:
 
 
 async def phase_of(source: str, target: str) -> str | None:
-    async with LiveMove(source, target, collections=COLLECTIONS) as move:
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         record = await move._read(move._source)
         return None if record is None else record.phase
 

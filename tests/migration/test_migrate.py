@@ -421,15 +421,15 @@ async def test_80_a_target_that_fails_midway(
 async def test_80_a_target_whose_server_dies_midway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_async_store.migration import copying
-    from hf_async_store.testing.harness import leave_out
+    from hf_async_store.migration import copier as copying
+    from hf_async_store.testing.harness import skip_engine
     from hf_async_store_bench.servers import ServerUnavailable, postgres
 
     try:
         server_context = postgres()
         server = server_context.__enter__()
     except ServerUnavailable as exc:
-        leave_out("postgresql", str(exc))
+        skip_engine("postgresql", str(exc))
     try:
         async with (
             opened(f"json:{tmp_path}/a.json") as source,

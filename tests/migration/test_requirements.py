@@ -28,7 +28,7 @@ from hf_async_store import (
 )
 from hf_async_store.migration import backup_store, compare_stores, restore_store
 from hf_async_store.migration.checkpoint import identity
-from hf_async_store.migration.live import LiveMove
+from hf_async_store.migration.live import LiveMigration
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ async def test_134_nor_while_it_is_in_use(kind: str, place: Place, tmp_path: Pat
         await fill(store, 5)
     for other in other_spellings(kind, url, tmp_path):
         try:
-            live = LiveMove(url, other, collections=CONTRACT_COLLECTIONS)
+            live = LiveMigration(url, other, collections=CONTRACT_COLLECTIONS)
         except ConfigurationError:
             continue  # its form alone says so
         async with live:
@@ -243,17 +243,17 @@ async def test_what_others_declared_comes_along_or_is_named(
         assert await target.count_entities("templates") == 0
         some = [each for each in lost if each != "orders"]
         with pytest.raises(ConfigurationError, match="orders"):
-            await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=some)
+            await backup_store(store, tmp_path / "b.jsonl.gz", skip_engine=some)
         # With a word it goes, and the word is in what is reported.
-        made = await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=lost)
+        made = await backup_store(store, tmp_path / "b.jsonl.gz", skip_engine=lost)
         assert made.left_out == lost
-        report = await MigrationTool(store, target, settings(tmp_path), leave_out=lost).migrate()
+        report = await MigrationTool(store, target, settings(tmp_path), skip_engine=lost).migrate()
         assert report.verified
         assert report.left_out == lost
-        compared = await compare_stores(store, target, leave_out=lost)
+        compared = await compare_stores(store, target, skip_engine=lost)
         assert compared.equal
         with pytest.raises(InvalidInputError, match="'templates' is declared"):
-            await backup_store(store, tmp_path / "c.jsonl.gz", leave_out=["templates"])
+            await backup_store(store, tmp_path / "c.jsonl.gz", skip_engine=["templates"])
     # Declared, it all comes.
     async with open_store(url, collections=_OWN) as store:
         assert await store.undeclared() == []
@@ -281,7 +281,7 @@ async def test_fields_that_are_left_out_are_not_lost_with_their_entities(
                 store,
                 target,
                 settings(tmp_path, cleanup_source=True),
-                leave_out=["templates.owner", "orders"],
+                skip_engine=["templates.owner", "orders"],
             )
 
 
@@ -313,7 +313,7 @@ async def test_a_live_move_leaves_nothing_behind_either(
 ) -> None:
     url = place(kind, "a")
     await _application(url)
-    async with LiveMove(url, f"json:{tmp_path}/target.json", collections=HOST_FACTORY) as live:
+    async with LiveMigration(url, f"json:{tmp_path}/target.json", collections=HOST_FACTORY) as live:
         with pytest.raises(ConfigurationError, match="orders"):
             await live.start()
 

@@ -17,13 +17,13 @@ from support import KINDS, everything, opened
 
 from hf_async_store import (
     HOST_FACTORY,
-    BrokenReferenceError,
     Collection,
     CorruptionError,
     Field,
     InvalidFieldError,
     InvalidInputError,
     MigrationError,
+    ReferenceViolationError,
     StorageError,
     open_store,
 )
@@ -110,7 +110,7 @@ async def test_81_a_missing_parent_is_found_before_the_first_is_written(
     }
     path = write_by_hand(tmp_path / "b.jsonl.gz", sections)
     async with opened(place(kind, "a")) as store:
-        with pytest.raises(BrokenReferenceError) as caught:
+        with pytest.raises(ReferenceViolationError) as caught:
             await restore_store(store, path)
         assert "machines 'm-1': request_id names 'gone'" in str(caught.value)
         assert "nothing was written" in str(caught.value)
@@ -192,11 +192,11 @@ async def test_a_backup_of_more_collections_needs_a_word(tmp_path: Path) -> None
     async with open_store("memory:") as store:
         with pytest.raises(InvalidInputError, match=r"1 entities of 'orders'.*--leave-out"):
             await restore_store(store, made.path)
-        result = await restore_store(store, made.path, leave_out=["orders"])
+        result = await restore_store(store, made.path, skip_engine=["orders"])
         assert result.left_out == ["orders"]
         assert result.merged["templates"].written == 1
         with pytest.raises(InvalidInputError, match="'templates' is declared"):
-            await restore_store(store, made.path, leave_out=["templates"])
+            await restore_store(store, made.path, skip_engine=["templates"])
 
 
 async def test_a_file_that_changes_after_it_was_proven(

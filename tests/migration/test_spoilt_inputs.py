@@ -25,7 +25,7 @@ from portables import write_by_hand
 from support import fill, opened
 
 from hf_async_store import HOST_FACTORY, StorageError, open_store
-from hf_async_store.cli.language import changes_of, entities_of, filters_of, order_of
+from hf_async_store.cli.filter_syntax import changes_of, entities_of, filters_of, order_of
 from hf_async_store.migration import (
     backup_store,
     check_portable,

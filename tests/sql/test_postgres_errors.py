@@ -12,7 +12,6 @@ import pytest
 
 from hf_async_store import (
     AuthenticationError,
-    BrokenReferenceError,
     ConcurrencyConflictError,
     ConfigurationError,
     CorruptionError,
@@ -23,11 +22,12 @@ from hf_async_store import (
     OperationTimeoutError,
     PermissionDeniedError,
     ProtocolError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
+    ReferenceViolationError,
     SchemaMismatchError,
     StorageError,
     UnavailableError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
     open_store,
 )
 from hf_async_store.strategies.sql import errors
@@ -110,18 +110,18 @@ MEANT: dict[str, tuple[type[StorageError], bool, bool, type[StorageError] | None
     "20000": (InvalidInputError, False, False, None),
     "21000": (ProtocolError, False, False, InvalidInputError),
     "22003": (ProtocolError, False, False, InvalidInputError),
-    "22021": (ValueOutOfDomainError, False, False, None),
-    "22P05": (ValueOutOfDomainError, False, False, None),
+    "22021": (UnsupportedValueError, False, False, None),
+    "22P05": (UnsupportedValueError, False, False, None),
     "23000": (InvalidInputError, False, False, None),
-    "23001": (BrokenReferenceError, False, False, InvalidInputError),
+    "23001": (ReferenceViolationError, False, False, InvalidInputError),
     "23502": (InvalidInputError, False, False, None),
-    "23503": (BrokenReferenceError, False, False, None),
+    "23503": (ReferenceViolationError, False, False, None),
     "23505": (InvalidInputError, False, False, None),
     "23514": (InvalidInputError, False, False, None),
     "23P01": (InvalidInputError, False, False, None),
     "24000": (ProtocolError, False, False, InvalidInputError),
     "25001": (ProtocolError, False, False, InvalidInputError),
-    "25006": (ReadOnlyError, False, False, None),
+    "25006": (ReadOnlyStoreError, False, False, None),
     "25P02": (ProtocolError, False, False, InvalidInputError),
     "25P03": (UnavailableError, True, False, None),
     "26000": (ProtocolError, False, False, InvalidInputError),
@@ -152,7 +152,7 @@ MEANT: dict[str, tuple[type[StorageError], bool, bool, type[StorageError] | None
     "53100": (DiskFullError, False, False, None),
     "53200": (UnavailableError, True, False, None),
     "53300": (UnavailableError, True, False, None),
-    "54000": (ValueOutOfDomainError, False, False, InvalidInputError),
+    "54000": (UnsupportedValueError, False, False, InvalidInputError),
     "54001": (InvalidQueryError, False, False, InvalidInputError),
     "54011": (ConfigurationError, False, False, InvalidInputError),
     "54023": (InvalidQueryError, False, False, InvalidInputError),
@@ -238,7 +238,7 @@ async def test_each_class_comes_so_from_the_server(database: str) -> None:
                 await store.save_entity("templates", template("u", name=state))
             error = caught.value
             if state == "25006":
-                assert isinstance(error, ReadOnlyError)  # the flags are the connection's
+                assert isinstance(error, ReadOnlyStoreError)  # the flags are the connection's
             elif state[:2] in ("40", "72") and state not in ("40002", "40003"):
                 assert isinstance(error, ConcurrencyConflictError)
             else:

@@ -12,13 +12,13 @@ import pytest
 
 from hf_async_store import (
     ConfigurationError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     UnavailableError,
     load_config,
     open_store,
 )
-from hf_async_store.entities import Key
+from hf_async_store.values import Key
 from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import execute
 from tests.sql.proxy import link_to
@@ -121,10 +121,12 @@ async def test_every_write_to_a_standby_says_that_it_takes_none(replicated: Repl
             lambda: store.execute_with_lock("DELETE FROM templates"),  # type: ignore[attr-defined]
             store.test_connection,
         ):
-            with pytest.raises(ReadOnlyError, match="target_session_attrs|try again") as caught:
+            with pytest.raises(
+                ReadOnlyStoreError, match="target_session_attrs|try again"
+            ) as caught:
                 await work()
             assert not caught.value.outcome_unknown
-        with pytest.raises(ReadOnlyError) as last:
+        with pytest.raises(ReadOnlyStoreError) as last:
             await store.save_entity("templates", template("t"))
         assert not last.value.retryable
         assert await store.get_entity("templates", "t") is not None
@@ -137,7 +139,7 @@ async def test_an_endpoint_that_led_to_the_standby_for_a_moment(replicated: Repl
             reads = [store.get_entity("templates", "t") for _ in range(5)]
             reads += [store.query_entities("templates") for _ in range(5)]  # type: ignore[misc]
             await asyncio.gather(*reads)
-            with pytest.raises(ReadOnlyError):
+            with pytest.raises(ReadOnlyStoreError):
                 await store.update_entity("templates", "t", {"n": 1})
             link.to = "127.0.0.1", replicated.primary
             await asyncio.sleep(0.3)
@@ -159,7 +161,7 @@ async def test_a_transaction_that_met_a_server_that_takes_no_writes_may_run_agai
             assert await store.count_entities("templates") == 1
             link.to = "127.0.0.1", replicated.primary
             await asyncio.sleep(0.3)
-            with pytest.raises(ReadOnlyError) as caught:
+            with pytest.raises(ReadOnlyStoreError) as caught:
                 async with store.begin_transaction() as tx:
                     await tx.update_entity("templates", "t", {"n": 1})
             assert caught.value.retryable
@@ -265,10 +267,12 @@ async def test_a_database_that_was_set_to_read_only_stays_so(
             await store.get_entity("templates", "t")
             execute(elsewhere, f"ALTER {whose} {target} SET default_transaction_read_only = on")
             async with open_store(url) as frozen:
-                with pytest.raises(ReadOnlyError, match="default_transaction_read_only") as caught:
+                with pytest.raises(
+                    ReadOnlyStoreError, match="default_transaction_read_only"
+                ) as caught:
                     await frozen.update_entity("templates", "t", {"n": 1})
                 assert not caught.value.retryable
-                with pytest.raises(ReadOnlyError):
+                with pytest.raises(ReadOnlyStoreError):
                     await frozen.test_connection()
                 assert await frozen.get_entity("templates", "t") is not None
                 assert await frozen.count_entities("templates") == 1
@@ -283,7 +287,7 @@ async def test_no_table_is_made_in_a_read_only_database(database: str) -> None:
     name = urlsplit(database).path[1:]
     execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     async with open_store(database) as store:
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(ReadOnlyStoreError):
             await store.save_entity("templates", template("t"))
 
 

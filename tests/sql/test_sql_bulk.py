@@ -9,7 +9,7 @@ import pytest
 from hf_async_store import (
     AlreadyExistsError,
     BatchError,
-    BrokenReferenceError,
+    ReferenceViolationError,
     TransactionAbortedError,
     open_store,
 )
@@ -54,7 +54,9 @@ async def test_all_land_and_come_back(url: str, count: int) -> None:
 async def test_one_in_the_way_is_named_and_nothing_stays(url: str, count: int, what: str) -> None:
     given = machines(count)
     place = count - 1
-    kind: type[Exception] = AlreadyExistsError if what == "there already" else BrokenReferenceError
+    kind: type[Exception] = (
+        AlreadyExistsError if what == "there already" else ReferenceViolationError
+    )
     async with open_store(url) as store:
         await store.create_entity("requests", {"request_id": "r"})
         if what == "there already":

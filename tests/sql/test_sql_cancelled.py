@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import open_store
-from hf_async_store.entities import ANY, utc_now
+from hf_async_store.changes import ANY
+from hf_async_store.values import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -18,7 +18,7 @@ from hf_async_store import (
     DiskFullError,
     PermissionDeniedError,
     PoolTimeoutError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     UnavailableError,
     open_store,
@@ -316,7 +316,7 @@ async def test_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
         await store.save_entity("templates", template("t"))
         await _set(store, "PRAGMA query_only = ON")
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(ReadOnlyStoreError):
             await store.save_entity("templates", template("u"))
         assert await store.get_entity("templates", "t") is not None
         await _set(store, "PRAGMA query_only = OFF")

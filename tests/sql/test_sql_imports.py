@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_async_store import BatchError, BrokenReferenceError, Collection, Entity, open_store
+from hf_async_store import BatchError, Collection, Entity, ReferenceViolationError, open_store
 from hf_async_store.strategies.sql.sqlite import SQLite
 
 
@@ -59,7 +59,7 @@ async def test_one_without_a_parent_fails_alone(tmp_path: Path, place: int) -> N
         with pytest.raises(BatchError) as caught:
             await store._import_stored("machines", given)
         outcomes = caught.value.outcomes
-        assert isinstance(outcomes[place], BrokenReferenceError)
+        assert isinstance(outcomes[place], ReferenceViolationError)
         del given[place], outcomes[place]
         assert outcomes == [each["version"] for each in given]
         assert sorted_by_id(await store.query_entities("machines")) == given

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hf_async_store import HOST_FACTORY, BrokenReferenceError, Collection, open_store
-from hf_async_store.entities import Change, Key, Mark, Put
+from hf_async_store import HOST_FACTORY, Collection, ReferenceViolationError, open_store
+from hf_async_store.changes import Change, ChangeMarker, Put
+from hf_async_store.values import Key
 
 COLLECTIONS = (*HOST_FACTORY, Collection("marks", key="mark_id"))
 AT = "2026-01-01T00:00:00.000000Z"
@@ -12,8 +13,8 @@ AT = "2026-01-01T00:00:00.000000Z"
 def put(collection: str, entity: dict[str, object], mark: str) -> Put:
     """An import of an entity, with a mark that names it."""
     key = Key(collection, str(entity[f"{collection[:-1]}_id"]))
-    noted = Mark(Key("marks", mark), {"mark_id": mark, "of": key.id, "version": 3})
-    return Put(key, entity, AT, version=7, mark=noted)  # type: ignore[arg-type]  # portable values
+    noted = ChangeMarker(Key("marks", mark), {"mark_id": mark, "of": key.id, "version": 3})
+    return Put(key, entity, AT, import_version=7, mark=noted)  # type: ignore[arg-type]  # portable values
 
 
 async def test_marks_land_with_their_changes(url: str) -> None:
@@ -24,7 +25,7 @@ async def test_marks_land_with_their_changes(url: str) -> None:
         changes.append(put("requests", request, f"m-{n + 1}"))
     async with open_store(url, collections=COLLECTIONS) as store:
         outcomes = await store._engine.write_each(changes)
-        broken = [n for n, each in enumerate(outcomes) if isinstance(each, BrokenReferenceError)]
+        broken = [n for n, each in enumerate(outcomes) if isinstance(each, ReferenceViolationError)]
         assert broken == [n + 1 for n in range(300) if n % 50 == 7]
         assert {each for n, each in enumerate(outcomes) if n not in broken} == {7}
         marks = await store.get_entities("marks", [f"m-{n}" for n in range(301)])

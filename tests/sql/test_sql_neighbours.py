@@ -11,7 +11,7 @@ from hf_async_store import (
     BatchError,
     InvalidInputError,
     StorageError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
     open_store,
 )
 from tests.contract.harnesses import execute
@@ -49,7 +49,7 @@ async def test_a_text_that_the_encoding_lacks(latin: str, options: str) -> None:
         found = await outcomes_of(store, names)
         for name, outcome in zip(names, found, strict=True):
             if name in ("\u65e5\u672c", "\u0416"):
-                assert isinstance(outcome, ValueOutOfDomainError), outcome
+                assert isinstance(outcome, UnsupportedValueError), outcome
                 assert "UTF8" in str(outcome)
                 assert not outcome.outcome_unknown
             else:
@@ -60,7 +60,7 @@ async def test_a_text_that_the_encoding_lacks(latin: str, options: str) -> None:
                 "templates", [template("a"), template("b", name="\u65e5"), template("c")]
             )
         kinds = [each if isinstance(each, int) else type(each) for each in caught.value.outcomes]
-        assert kinds == [1, ValueOutOfDomainError, 1]
+        assert kinds == [1, UnsupportedValueError, 1]
 
 
 @pytest.mark.parametrize("rule", ["unique", "check", "trigger"])

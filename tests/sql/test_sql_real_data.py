@@ -12,8 +12,8 @@ import pytest
 
 from hf_async_store import HOST_FACTORY, MigrationTool, open_store
 from hf_async_store.config import MigrationConfig
-from hf_async_store.entities import parse_timestamp
-from hf_async_store.testing.checks import exact
+from hf_async_store.testing.assertions import typed
+from hf_async_store.values import parse_timestamp
 
 REAL: Final = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
 SCHEMA: Final = {each.name: each for each in HOST_FACTORY}
@@ -50,7 +50,7 @@ def _entities(folder: Path, name: str) -> list[dict[str, Any]]:
 def stored_form(collection: str, entity: dict[str, Any]) -> object:
     """As it must come back: times of declared fields in the fixed form, which is the same instant."""
     times = TIMES[collection]
-    return exact(
+    return typed(
         {
             "version": 0,
             **{
@@ -79,7 +79,7 @@ async def test_what_goes_in_comes_out(url: str, layout: str) -> None:
             read = await store.get_entities(name, by_id)
             for entity, back in zip(by_id.values(), read, strict=True):
                 assert back is not None
-                assert exact(back) == stored_form(name, entity)
+                assert typed(back) == stored_form(name, entity)
             walked = [each async for each in store.stream_entities(name)]
             assert [each[collection.key] for each in walked] == sorted(by_id)
             assert await store.count_entities(name) == len(by_id)
@@ -102,5 +102,5 @@ async def test_a_json_store_as_found_is_moved_here(url: str, layout: str, tmp_pa
             read = await target.get_entities(name, by_id)
             for entity, back in zip(by_id.values(), read, strict=True):
                 assert back is not None
-                assert exact(back) == stored_form(name, entity)
+                assert typed(back) == stored_form(name, entity)
             assert await target.count_entities(name) == len(by_id)

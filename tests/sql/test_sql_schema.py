@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store import (
-    BrokenReferenceError,
     Collection,
     ConfigurationError,
     Field,
     Index,
+    ReferenceViolationError,
     SchemaMismatchError,
     open_store,
 )
@@ -136,7 +136,7 @@ async def test_the_switch_of_references_drops_and_adds_the_keys(database: str) -
     orphan = {"request_id": "r", "template_id": "nobody"}
     for number in range(2):
         async with open_store(database) as store:
-            with pytest.raises(BrokenReferenceError):
+            with pytest.raises(ReferenceViolationError):
                 await store.save_entity("requests", {**orphan, "request_id": f"new {number}"})
             assert len(await asyncio.to_thread(ask, database, keys)) == 3
         async with open_store(f"{database}?enforce_references=no") as store:

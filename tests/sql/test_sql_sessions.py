@@ -13,7 +13,7 @@ from hf_async_store import (
     TransactionAbortedError,
     open_store,
 )
-from hf_async_store.strategies.sql import binding
+from hf_async_store.strategies.sql import parameters as binding
 
 if TYPE_CHECKING:
     from pathlib import Path

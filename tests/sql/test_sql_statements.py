@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import InvalidInputError, SQLStorageStrategy, gt, open_store
-from hf_async_store.strategies.sql.binding import bound
-from hf_async_store.strategies.sql.writing import Writer
-from hf_async_store.testing.driving import elsewhere
+from hf_async_store.strategies.sql.bulk_writer import BulkWriter
+from hf_async_store.strategies.sql.parameters import bind
+from hf_async_store.testing.concurrency import elsewhere
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ EVIL = "'; DROP TABLE requests; --"
 def test_both_forms_of_parameters(
     sql: str, params: Sequence[object] | Mapping[str, object], text: str, args: list[object]
 ) -> None:
-    assert bound(sql, params, "$") == (text, args)
+    assert bind(sql, params, "$") == (text, args)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_refused(
     sql: str, params: Sequence[object] | Mapping[str, object]
 ) -> None:
     with pytest.raises(InvalidInputError):
-        bound(sql, params, "$")
+        bind(sql, params, "$")
 
 
 async def test_execute_with_lock(url: str) -> None:
@@ -128,10 +128,10 @@ async def test_an_update_that_others_overtake_twice_lands(
     """It finds nothing; somebody creates it before the look, and changes it right after the look."""
     async with open_store(url) as store, open_store(url) as other:
         await other.create_entity("machines", {"machine_id": "other"})
-        look = Writer.fetch
+        look = BulkWriter.fetch
         looks = 0
 
-        async def overtaken(self: Writer, lease: Any, keys: Any) -> Any:
+        async def overtaken(self: BulkWriter, lease: Any, keys: Any) -> Any:
             nonlocal looks
             looks += 1
             if looks > 1:
@@ -141,7 +141,7 @@ async def test_an_update_that_others_overtake_twice_lands(
             await elsewhere(other.update_entity("machines", "m", {"name": "b"}))
             return found
 
-        monkeypatch.setattr(Writer, "fetch", overtaken)
+        monkeypatch.setattr(BulkWriter, "fetch", overtaken)
         assert await store.update_entity("machines", "m", {"status": "x"}) == 3
         found = await store.get_entity("machines", "m")
         assert found is not None

@@ -26,7 +26,7 @@ from hf_async_store import (
     open_store,
     path,
 )
-from hf_async_store.migration.live import LiveMove
+from hf_async_store.migration.live import LiveMigration
 from hf_async_store.strategies import sql
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 
@@ -184,7 +184,7 @@ async def test_a_table_of_a_move_that_a_low_role_made_is_not_read(
     async with open_store(app) as store:
         with pytest.raises(PermissionDeniedError, match="hf_move belongs to the role 'low'"):
             await store.get_entity("templates", "t")
-    live = LiveMove(app, f"json:{Path.cwd()}/never")
+    live = LiveMigration(app, f"json:{Path.cwd()}/never")
     with pytest.raises(PermissionDeniedError, match="hf_move belongs to the role 'low'"):
         async with live:
             await live.status()

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_async_store.query import order_key
-from hf_async_store.strategies.sql.functions import at, merged, order_bytes
-from hf_async_store.strategies.sql.jsonb import array_text, json_text
-from hf_async_store.strategies.sql.tables import decode_json, encode_json
-from hf_async_store.testing import generated
-from hf_async_store.testing.checks import exact
+from hf_async_store.strategies.sql.postgres_jsonb import array_text, json_text
+from hf_async_store.strategies.sql.row_mapping import decode_json, encode_json
+from hf_async_store.strategies.sql.sqlite_functions import at, merged, order_bytes
+from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing.assertions import typed
 
 if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
@@ -38,12 +38,12 @@ def test_maps_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
     names = list(map_)
     found = merged(text, encode_json({"new": value}).decode(), encode_json(names).decode())
     assert found is not None
-    assert exact(decode_json(found)) == exact({"new": value})
+    assert typed(decode_json(found)) == typed({"new": value})
     assert merged(text, None, encode_json(names).decode()) is None
     for name in names:
         inner = at(text, encode_json([name]).decode())
         assert inner is not None
-        assert exact(decode_json(inner)) == exact(map_[name])
+        assert typed(decode_json(inner)) == typed(map_[name])
 
 
 def test_postgresql_reads_what_we_write(postgres_server: PostgresServer) -> None:
@@ -71,7 +71,7 @@ def test_postgresql_reads_what_we_write(postgres_server: PostgresServer) -> None
             for value, (text, is_exact) in zip(values, written, strict=True):
                 found = await connection.fetchval("SELECT $1::text::jsonb::text", text)
                 json.loads(found)
-                assert (exact(decode_json(found)) == exact(value)) or not is_exact, value
+                assert (typed(decode_json(found)) == typed(value)) or not is_exact, value
             for each in texts:
                 found = await connection.fetchval("SELECT $1::text::text[]", array_text(each))
                 assert found == each

@@ -15,9 +15,9 @@ import pytest
 from hf_async_store import (
     BatchError,
     ConfigurationError,
+    DataFileConflictError,
     DiskFullError,
-    FileReplacedError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     open_store,
 )
@@ -145,7 +145,7 @@ async def test_119_a_file_that_is_replaced_in_use_is_noticed(
         way(path)
         for name, verb in (await _verbs(store)).items():
             error = await refused(verb)
-            assert isinstance(error, FileReplacedError), (name, error)
+            assert isinstance(error, DataFileConflictError), (name, error)
             assert not error.outcome_unknown, name
             assert not error.retryable, name
             assert str(path) in str(error), name
@@ -167,7 +167,7 @@ async def test_119_a_link_that_is_turned_is_noticed(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{path}") as store:
         assert await store.count_entities("templates") == 1
         _link_turned(path)
-        with pytest.raises(FileReplacedError):
+        with pytest.raises(DataFileConflictError):
             await store.save_entity("templates", template("lost"))
 
 
@@ -183,7 +183,7 @@ async def test_119_a_transaction_does_not_commit_into_a_file_that_is_gone(tmp_pa
                 path.rename(tmp_path / "away.db")
                 path.with_name("backup.db").rename(path)
 
-        with pytest.raises(FileReplacedError) as caught:
+        with pytest.raises(DataFileConflictError) as caught:
             await transaction()
         assert not caught.value.outcome_unknown
         (tmp_path / "away.db").rename(path)
@@ -219,7 +219,7 @@ async def test_119_replaced_during_the_commit_is_no_acknowledgement(
         for patched, with_what, verb in (("commit", committed, transaction), ("rows", ran, save)):
             with monkeypatch.context() as patch:
                 patch.setattr(dialect, patched, with_what)
-                with pytest.raises(FileReplacedError) as caught:
+                with pytest.raises(DataFileConflictError) as caught:
                     await verb()
                 assert caught.value.outcome_unknown
             (tmp_path / "away.db").rename(path)
@@ -235,7 +235,7 @@ async def test_119_a_replaced_store_leaves_the_files_of_its_successor_alone(tmp_
         copied(path, tmp_path / "backup.db")
         _all_removed(path)
         (tmp_path / "backup.db").rename(path)
-        with pytest.raises(FileReplacedError):
+        with pytest.raises(DataFileConflictError):
             await store.save_entity("templates", template("lost"))
         async with open_store(f"sqlite:{path}") as successor:
             await successor.save_entity("templates", template("new"))
@@ -408,7 +408,7 @@ async def test_a_file_system_that_is_read_only(mounted: Path) -> None:
         for name, verb in (await _verbs(store)).items():
             if name in ("save", "save many", "update", "delete", "transaction", "sql", "probe"):
                 error = await refused(verb)
-                assert isinstance(error, ReadOnlyError), (name, error)
+                assert isinstance(error, ReadOnlyStoreError), (name, error)
                 assert not error.retryable, name
         assert (await store.health())["ok"] is False
         # It is written again: what was read is not kept.
@@ -421,7 +421,7 @@ async def test_a_file_system_that_is_read_only(mounted: Path) -> None:
     async with open_store(f"sqlite:{mounted / 'none.db'}") as store:
         subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
         assert await store.query_entities("templates") == []
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(ReadOnlyStoreError):
             await store.save_entity("templates", template("t"))
 
 

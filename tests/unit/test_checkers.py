@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_async_store.testing.checkers import (
+from hf_async_store.testing.consistency_checkers import (
     NOTHING,
     Act,
     Txn,
@@ -21,7 +21,7 @@ from hf_async_store.testing.checkers import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hf_async_store.testing.checkers import Installed, State
+    from hf_async_store.testing.consistency_checkers import Installed, State
 
 # -- single keys ----------------------------------------------------------------------------
 

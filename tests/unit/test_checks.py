@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from hf_async_store import open_store
-from hf_async_store.testing.checks import no_complaints
+from hf_async_store.testing.assertions import no_complaints
 
 
 @pytest.fixture

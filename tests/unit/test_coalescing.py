@@ -16,7 +16,7 @@ from hf_async_store import (
     UnavailableError,
 )
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.entities import Key
+from hf_async_store.values import Key
 
 
 class Recorder:

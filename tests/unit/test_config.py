@@ -1018,7 +1018,9 @@ print(*sorted(set(sys.modules) - before))
         "errno",
         "math",
         "hf_async_store.config",
-        "hf_async_store.entities",
+        "hf_async_store.changes",
+        "hf_async_store.schema",
+        "hf_async_store.values",
         "hf_async_store.errors",
         "hf_async_store.redaction",
     }

@@ -19,17 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_async_store.columns import checked
-from hf_async_store.entities import (
-    ABSENT,
-    ANY,
-    REMOVED,
-    Collection,
-    Entity,
-    Field,
-    check_version,
-    normalise,
-)
+from hf_async_store.batch_validation import validate_batch
+from hf_async_store.changes import ABSENT, ANY, check_version
 from hf_async_store.errors import InvalidCursorError, InvalidInputError
 from hf_async_store.query import (
     MISSING,
@@ -43,7 +34,9 @@ from hf_async_store.query import (
     compile_order,
     encode_cursor,
 )
-from hf_async_store.testing.checks import exact
+from hf_async_store.schema import Collection, Field
+from hf_async_store.testing.assertions import typed
+from hf_async_store.values import REMOVE, Entity, normalise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +117,7 @@ _SCALARS: Final = (
             datetime.max.replace(tzinfo=UTC),
             timedelta(1),
             MISSING,
-            REMOVED,
+            REMOVE,
             ABSENT,
             ANY,
             Odd(),
@@ -319,7 +312,7 @@ def _values(value: object) -> None:
     except InvalidInputError as exc:
         assert str(exc)
         return
-    assert exact(normalise(portable)) == exact(portable)
+    assert typed(normalise(portable)) == typed(portable)
 
 
 _entities: Final = st.fixed_dictionaries(
@@ -349,12 +342,12 @@ def _batches(items: list[Any]) -> None:
         except InvalidInputError as exc:
             refused = exc
             break
-    together = checked(THINGS, items)
+    together = validate_batch(THINGS, items)
     if together is None:
         return  # one by one tells
     assert refused is None, f"column by column it was accepted: {refused}"
-    assert [(key, exact(entity)) for key, entity in together] == [
-        (key, exact(entity)) for key, entity in one_by_one
+    assert [(key, typed(entity)) for key, entity in together] == [
+        (key, typed(entity)) for key, entity in one_by_one
     ]
 
 

@@ -40,7 +40,7 @@ def section_of_manager(manager: LockManager) -> Enter:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Polls at each turn of the loop, so that a number of turns reaches every await."""
-    for name in ("_FIRST_PAUSE", "_LONGEST_PAUSE", "_NEXT_IN_LINE_PAUSE"):
+    for name in ("_FIRST_PAUSE", "_MAX_PAUSE_SECONDS", "_NEXT_IN_LINE_PAUSE"):
         monkeypatch.setattr(locks, name, 0)
 
 

@@ -22,14 +22,14 @@ from hf_async_store.errors import (
     DiskFullError,
     LockTimeoutError,
     PermissionDeniedError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     StoreClosedError,
     TransactionReentryError,
     UnavailableError,
 )
 from hf_async_store.locks import FileLock, LockManager, ReaderWriterLock
-from hf_async_store.oserrors import translate_os_error
+from hf_async_store.os_errors import translate_os_error
 
 Section = AbstractAsyncContextManager[None]
 
@@ -498,7 +498,7 @@ async def test_many_waiters_in_the_middle_of_the_queue_may_leave() -> None:
         (errno.ENFILE, DiskFullError),
         (errno.EACCES, PermissionDeniedError),
         (errno.EPERM, PermissionDeniedError),
-        (errno.EROFS, ReadOnlyError),
+        (errno.EROFS, ReadOnlyStoreError),
         (errno.EIO, UnavailableError),
         (errno.ENOENT, UnavailableError),
     ],
@@ -914,7 +914,7 @@ async def test_readers_behind_the_one_that_polls_time_out_with_their_own_words(
     ("number", "kind"),
     [
         (errno.EACCES, PermissionDeniedError),
-        (errno.EROFS, ReadOnlyError),
+        (errno.EROFS, ReadOnlyStoreError),
         (errno.ENOSPC, DiskFullError),
         (errno.EMFILE, DiskFullError),
         (errno.EIO, UnavailableError),

@@ -16,8 +16,8 @@ from hf_async_store import (
     open_store,
     retrying,
 )
-from hf_async_store.entities import Entity, Key
-from hf_async_store.retrying import Turns, retry_conflicts
+from hf_async_store.conflict_retry import FairRetryQueue, retry_conflicts
+from hf_async_store.values import Entity, Key
 
 KEY = Key("counters", "c")
 OTHER = Key("counters", "other")
@@ -55,7 +55,7 @@ async def settled(*tasks: asyncio.Task[int]) -> None:
 # -- tries ------------------------------------------------------------------------------------
 
 
-async def held(turns: Turns) -> tuple[asyncio.Event, asyncio.Task[int]]:
+async def held(turns: FairRetryQueue) -> tuple[asyncio.Event, asyncio.Task[int]]:
     """A turn that a task has until the event is set."""
     gate = asyncio.Event()
 
@@ -63,7 +63,7 @@ async def held(turns: Turns) -> tuple[asyncio.Event, asyncio.Task[int]]:
         await gate.wait()
         return 1
 
-    holder = asyncio.create_task(turns.retried(KEY, once_lost(gated), SECONDS))
+    holder = asyncio.create_task(turns.retry(KEY, once_lost(gated), SECONDS))
     await asyncio.sleep(0.01)
     return gate, holder
 
@@ -128,14 +128,14 @@ async def test_conflicts_end_at_the_bound(seconds: float) -> None:
 
 
 def taking(attempt: Callable[[], Awaitable[int]], seconds: float) -> Awaitable[int]:
-    return Turns().retried(KEY, attempt, seconds)
+    return FairRetryQueue().retry(KEY, attempt, seconds)
 
 
 # -- turns ------------------------------------------------------------------------------------
 
 
 async def test_without_a_conflict_nobody_waits() -> None:
-    turns = Turns()
+    turns = FairRetryQueue()
     inside = 0
 
     async def attempt() -> int:
@@ -146,15 +146,15 @@ async def test_without_a_conflict_nobody_waits() -> None:
         assert not turns.contended
         return 1
 
-    await asyncio.gather(*(turns.retried(KEY, attempt, SECONDS) for _ in range(8)))
+    await asyncio.gather(*(turns.retry(KEY, attempt, SECONDS) for _ in range(8)))
 
 
 async def test_tasks_of_one_process_lose_one_race_each() -> None:
-    turns, counter = Turns(), Counter()
+    turns, counter = FairRetryQueue(), Counter()
 
     async def steps() -> None:
         for _ in range(50):
-            await turns.retried(KEY, counter.increment, SECONDS)
+            await turns.retry(KEY, counter.increment, SECONDS)
 
     await asyncio.gather(*(steps() for _ in range(16)))
     assert counter.value == 16 * 50
@@ -163,12 +163,12 @@ async def test_tasks_of_one_process_lose_one_race_each() -> None:
 
 
 async def test_turns_come_in_the_order_of_the_losses() -> None:
-    turns, counter = Turns(), Counter()
+    turns, counter = FairRetryQueue(), Counter()
     done: list[int] = []
 
     async def steps(number: int) -> None:
         for _ in range(20):
-            await turns.retried(KEY, counter.increment, SECONDS)
+            await turns.retry(KEY, counter.increment, SECONDS)
             done.append(number)
 
     await asyncio.gather(*(steps(each) for each in range(8)))
@@ -177,18 +177,18 @@ async def test_turns_come_in_the_order_of_the_losses() -> None:
 
 
 async def test_keys_do_not_wait_for_one_another() -> None:
-    turns = Turns()
+    turns = FairRetryQueue()
     gate = asyncio.Event()
 
     async def stuck() -> int:
         await gate.wait()
         return 1
 
-    first = asyncio.create_task(turns.retried(KEY, once_lost(stuck), SECONDS))
+    first = asyncio.create_task(turns.retry(KEY, once_lost(stuck), SECONDS))
     await asyncio.sleep(0.01)
     assert turns.contended
     counter = Counter()
-    assert await turns.retried(OTHER, counter.increment, SECONDS) == 1
+    assert await turns.retry(OTHER, counter.increment, SECONDS) == 1
     gate.set()
     await first
     assert not turns.contended
@@ -208,12 +208,10 @@ def once_lost(then: Callable[[], Awaitable[int]]) -> Callable[[], Awaitable[int]
 
 
 async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
-    turns = Turns()
+    turns = FairRetryQueue()
     gate, holder = await held(turns)
     counter = Counter()
-    waiting = [
-        asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(5)
-    ]
+    waiting = [asyncio.create_task(turns.retry(KEY, counter.increment, SECONDS)) for _ in range(5)]
     await asyncio.sleep(0)
     for each in (0, 2, 4):
         waiting[each].cancel()
@@ -225,11 +223,11 @@ async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
 
 
 async def test_who_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
-    turns = Turns()
+    turns = FairRetryQueue()
     gate, holder = await held(turns)
     counter = Counter()
     second, third = [
-        asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(2)
+        asyncio.create_task(turns.retry(KEY, counter.increment, SECONDS)) for _ in range(2)
     ]
     await asyncio.sleep(0)
     holder.add_done_callback(lambda _: second.cancel())  # before the one that was woken runs
@@ -242,13 +240,13 @@ async def test_who_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
 
 async def test_cancellations_at_any_moment() -> None:
     chance = random.Random(7)
-    turns = Turns()
+    turns = FairRetryQueue()
     counter = Counter()
     won = 0
 
     async def step() -> int:
         nonlocal won
-        value = await turns.retried(KEY, counter.increment, SECONDS)
+        value = await turns.retry(KEY, counter.increment, SECONDS)
         won += 1
         return value
 
@@ -264,16 +262,16 @@ async def test_cancellations_at_any_moment() -> None:
 
 
 async def test_a_failure_passes_the_turn_on() -> None:
-    turns = Turns()
+    turns = FairRetryQueue()
 
     async def fails() -> int:
         await asyncio.sleep(0.01)
         raise UnavailableError("gone")
 
     counter = Counter()
-    first = asyncio.create_task(turns.retried(KEY, once_lost(fails), SECONDS))
+    first = asyncio.create_task(turns.retry(KEY, once_lost(fails), SECONDS))
     await asyncio.sleep(0)
-    second = asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS))
+    second = asyncio.create_task(turns.retry(KEY, counter.increment, SECONDS))
     await settled(first, second)
     assert isinstance(first.exception(), UnavailableError)
     assert second.result() == 1
@@ -281,8 +279,8 @@ async def test_a_failure_passes_the_turn_on() -> None:
 
 async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for something that a later one must do first does not hold it up for ever."""
-    monkeypatch.setattr(retrying, "_LONGEST_TURN", 0.02)
-    turns = Turns()
+    monkeypatch.setattr(retrying, "_MAX_TICKET_SECONDS", 0.02)
+    turns = FairRetryQueue()
     done = asyncio.Event()
 
     async def waits_for_the_others() -> int:
@@ -290,9 +288,9 @@ async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatc
         return 1
 
     counter = Counter()
-    first = asyncio.create_task(turns.retried(KEY, once_lost(waits_for_the_others), SECONDS))
+    first = asyncio.create_task(turns.retry(KEY, once_lost(waits_for_the_others), SECONDS))
     await asyncio.sleep(0.001)
-    others = [asyncio.create_task(turns.retried(KEY, counter.increment, SECONDS)) for _ in range(9)]
+    others = [asyncio.create_task(turns.retry(KEY, counter.increment, SECONDS)) for _ in range(9)]
     await settled(*others)
     assert counter.value == 9
     done.set()
@@ -301,18 +299,18 @@ async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
-    turns = Turns()
+    turns = FairRetryQueue()
     gate, holder = await held(turns)
     began = time.monotonic()
     counter = Counter()
-    assert await turns.retried(KEY, counter.increment, 0.02) == 1, "it tries once all the same"
-    assert await turns.retried(KEY, counter.increment, 0) == 2
+    assert await turns.retry(KEY, counter.increment, 0.02) == 1, "it tries once all the same"
+    assert await turns.retry(KEY, counter.increment, 0) == 2
 
     async def always() -> int:
         raise conflict()
 
     with pytest.raises(RetriesExhaustedError):
-        await turns.retried(KEY, always, 0.02)
+        await turns.retry(KEY, always, 0.02)
     assert time.monotonic() - began < 0.9, "a turn lasts a second"
     gate.set()
     await holder
@@ -322,7 +320,7 @@ async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
 
 
 async def test_a_change_may_modify_the_same_entity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "_LONGEST_TURN", 0.02)
+    monkeypatch.setattr(retrying, "_MAX_TICKET_SECONDS", 0.02)
     async with open_store("memory:") as store:
         await store.save_entity("templates", {"template_id": "t", "count": 0})
         nested = False

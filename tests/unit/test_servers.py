@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from hf_async_store.testing.harness import leave_out
+from hf_async_store.testing.harness import skip_engine
 from hf_async_store_bench import servers
 
 
@@ -36,7 +36,7 @@ def postgres(folders: Path) -> Iterator[servers.PostgresServer]:
         with servers.postgres() as server:
             yield server
     except servers.ServerUnavailable as exc:
-        leave_out("postgresql", str(exc))
+        skip_engine("postgresql", str(exc))
 
 
 async def rows_of(url: str) -> int:
@@ -79,7 +79,7 @@ def test_a_dynamodb_answers_on_loopback_alone_and_leaves_nothing(folders: Path) 
             assert server.process.pid != pid
             pid = server.process.pid
     except servers.ServerUnavailable as exc:
-        leave_out("dynamodb", str(exc))
+        skip_engine("dynamodb", str(exc))
     assert list(folders.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -91,7 +91,7 @@ def test_a_postgres_leaves_nothing(folders: Path) -> None:
             asyncio.run(asyncio.sleep(0))
             pid = server.process.pid
     except servers.ServerUnavailable as exc:
-        leave_out("postgresql", str(exc))
+        skip_engine("postgresql", str(exc))
     assert list(folders.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -22,6 +22,7 @@ from hf_async_store import (
     load_config,
     open_store,
 )
+from hf_async_store.changes import Record
 from hf_async_store.config import (
     ConfigurationError,
     DynamoDBConfig,
@@ -31,9 +32,8 @@ from hf_async_store.config import (
     load_migration,
     redacted,
 )
-from hf_async_store.entities import Record
 from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
-from hf_async_store.moving import MOVE_KEY, move_in
+from hf_async_store.migration_routing import MIGRATION_KEY, migration_state_in
 from hf_async_store.strategies.json.journal import FileState, Fold, Head, control, record
 
 FEW = settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
@@ -196,7 +196,7 @@ async def test_another_working_directory_changes_nothing(
         await store.save_entity("templates", {"template_id": "t"})
         # A move opens the store once more, at whatever time.
         assert store._configured is not None
-        again = store._twin(store.collections.values())
+        again = store._reopen_with_collections(store.collections.values())
         async with again:
             assert await again.get_entity("templates", "t")
     async with twin:
@@ -329,7 +329,7 @@ def loads_or_is_refused(source: Any) -> None:
 
 def a_move_or_corruption(record: Any) -> None:
     try:
-        move = move_in(Record(MOVE_KEY, record))
+        move = migration_state_in(Record(MIGRATION_KEY, record))
     except CorruptionError as exc:
         assert "'move' of hf_move" in str(exc)
         return

@@ -92,14 +92,14 @@ class _Run:
             can = store.capabilities
             plan = await self._prepare(store, plan)
             await self._introduce(store)
-            processes = settings.processes if can.processes else 1
-            if not can.processes:
+            processes = settings.processes if can.multi_process else 1
+            if not can.multi_process:
                 self._screen.stage(
                     f"One process only: processes cannot share a store of the {can.engine} engine."
                 )
             plans = self._plans(plan, processes)
             seconds = await self._work(store, plans)
-            if can.durable or can.processes:
+            if can.durable or can.multi_process:
                 await self._close(store)
                 self._screen.stage("Verifying from a freshly opened store ...")
                 store = await stack.enter_async_context(self._opening(plan))

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from hf_async_store.config import DynamoDBConfig
-from hf_async_store.engine import finish
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
 from hf_async_store.strategies.dynamodb.answers import read_answer
+from hf_async_store.strategies.dynamodb.backoff import retry
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
-from hf_async_store.strategies.dynamodb.retries import retried
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,8 +71,8 @@ class Client:
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request that may be sent any number of times; failures are outlasted."""
-        return await retried(
-            lambda: self.call(operation, params), self.config.retry_timeout, harmless=True
+        return await retry(
+            lambda: self.call(operation, params), self.config.retry_timeout, idempotent=True
         )
 
     async def close(self) -> None:
@@ -85,7 +85,7 @@ class Client:
             except StorageError:
                 return
         if connection is not None:
-            await finish(connection.close())
+            await run_to_completion(connection.close())
 
 
 class _Connection:

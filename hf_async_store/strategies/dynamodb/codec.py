@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import Any, Final, TypeAlias, cast
 
-from hf_async_store.entities import Value
+from hf_async_store.values import Value
 
 Attribute: TypeAlias = dict[str, Any]
 """An attribute value as the wire has it: one type letter, and what it holds."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.errors import ConfigurationError, StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.answers import convert
+from hf_async_store.strategies.dynamodb.backoff import retry
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
-from hf_async_store.strategies.dynamodb.retries import retried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -57,7 +57,7 @@ class Cache:
         Raises:
             StorageError.
         """
-        return await retried(lambda: self._once(operation, params), self._seconds, harmless=True)
+        return await retry(lambda: self._once(operation, params), self._seconds, idempotent=True)
 
     async def _once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()

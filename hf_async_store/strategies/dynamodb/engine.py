@@ -6,32 +6,34 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import AutoScaling, DynamoDBConfig
-from hf_async_store.engine import (
+from hf_async_store.driver import (
     Capabilities,
     Engine,
     Isolation,
-    Plan,
+    QueryPlan,
     Reader,
     Session,
-    finish,
+    run_to_completion,
 )
-from hf_async_store.entities import Change, Collection, Key, Outcome, Record, Schema, Value
 from hf_async_store.errors import StorageError, StoreNotFoundError, UnavailableError
 from hf_async_store.query import Query
+from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
 from hf_async_store.strategies.dynamodb.errors import ActionDenied, TableMissing, public, told
-from hf_async_store.strategies.dynamodb.items import ItemForm, probe_id
+from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
 from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
-from hf_async_store.strategies.dynamodb.recent import Recent
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import (
     MOST_ACTIONS,
     MOST_BYTES,
     DynamoDBSession,
 )
+from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 from hf_async_store.strategies.dynamodb.writes import MOST_STATEMENTS, Writes
+from hf_async_store.values import Key, Value
 
 _LANES: Final = 8
 
@@ -42,17 +44,17 @@ class DynamoDBEngine:
     capabilities: Final = Capabilities(
         engine="dynamodb",
         durable=True,
-        processes=True,
+        multi_process=True,
         query_isolation="eventual",
         queries_in_transaction="own_writes",
         references=False,
         default_order="none",
         max_transaction_changes=MOST_ACTIONS,
         max_transaction_bytes=MOST_BYTES,
-        write_lanes=_LANES,
+        write_concurrency=_LANES,
         write_batch=MOST_STATEMENTS,
         read_batch=MOST_KEYS,
-        read_lanes=_LANES,
+        read_concurrency=_LANES,
     )
 
     def __init__(self, config: DynamoDBConfig, schema: Schema) -> None:
@@ -62,7 +64,7 @@ class DynamoDBEngine:
         self.tables = Tables(self.client, schema)
         self._cache = cache_of(config)
         self.reading = Reading(self.client, self.tables, self._cache)
-        self._recent = Recent()
+        self._recent = WriteCache()
         self.writes = Writes(self.client, self.tables, self.reading, self._recent)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -82,7 +84,7 @@ class DynamoDBEngine:
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         # What was sent may land at any time until its answer is here: no cancellation comes between.
         with told():
-            outcomes = await finish(self.writes.write_each(changes))
+            outcomes = await run_to_completion(self.writes.write_each(changes))
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
 
     @asynccontextmanager
@@ -97,8 +99,8 @@ class DynamoDBEngine:
         # There is no such thing: queries and gets show what they show.
         yield self
 
-    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
-        form = ItemForm(collection)
+    async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
+        form = ItemMapping(collection)
         params = {
             "TableName": f"{self.config.table_prefix}_{collection.name}",
             "Key": {form.key: {"S": entity_id}},
@@ -137,7 +139,7 @@ class DynamoDBEngine:
         with told():
             return await self.tables.undeclared()
 
-    async def explain(self, query: Query) -> Plan:
+    async def explain(self, query: Query) -> QueryPlan:
         with told():
             return await self.reading.explain(query)
 
@@ -145,7 +147,7 @@ class DynamoDBEngine:
         with told():
             for collection in self.schema:
                 if await self.tables.find(collection) is not None:
-                    await finish(self._probe(collection))
+                    await run_to_completion(self._probe(collection))
                     return
         # A store that is not there yet is made by its first write. That it can be looked for shows
         # that the service answers.

@@ -21,7 +21,7 @@ from hf_async_store.errors import (
     StorageError,
     ThrottledError,
     UnavailableError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
 )
 from hf_async_store.strategies.dynamodb.codec import Attributes
 
@@ -266,7 +266,7 @@ def _invalid(code: str, message: str) -> StorageError:
     # The message of a refused value may show the value, so only what is told apart is passed on.
     lower = message.lower()
     if "size" in lower and "exceeded" in lower:
-        return ValueOutOfDomainError("(entity): more than DynamoDB takes in one item")
+        return UnsupportedValueError("(entity): more than DynamoDB takes in one item")
     if "nesting" in lower:
         # Whatever is portable fits into an item; a statement that holds the item is one level deeper.
         return StatementRefused("DynamoDB refuses the request: nested deeper than it takes")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from hf_async_store.entities import CREATED_AT, INT_MAX, INT_MIN, VERSION, Value
 from hf_async_store.query import And, Comparison, Filter, Not, Or
 from hf_async_store.strategies.dynamodb.codec import is_native, is_plain_name
 from hf_async_store.strategies.dynamodb.items import (
@@ -20,9 +19,10 @@ from hf_async_store.strategies.dynamodb.items import (
     DOC,
     SURE_SORT_BYTES,
     IndexedField,
-    ItemForm,
+    ItemMapping,
     shortened,
 )
+from hf_async_store.values import CREATED_AT, INT_MAX, INT_MIN, VERSION, Value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ class _TooMuch(Exception):  # noqa: N818  # it is no error: what is left unsaid 
     """More than a request takes."""
 
 
-class Said(NamedTuple):
+class Translation(NamedTuple):
     """A part of a filter in DynamoDB's language; exact where it says neither more nor less."""
 
     text: str
@@ -101,14 +101,14 @@ class Names:
         return request
 
 
-class FilterWriter:
+class FilterTranslator:
     """Says filters on the items of a collection.
 
     Args:
         hidden: attributes that a filter of this request may not name: the keys of what is queried.
     """
 
-    def __init__(self, form: ItemForm, names: Names, hidden: frozenset[str]) -> None:
+    def __init__(self, form: ItemMapping, names: Names, hidden: frozenset[str]) -> None:
         self._form = form
         self._names = names
         self._hidden = hidden
@@ -117,7 +117,7 @@ class FilterWriter:
         self._size = 0
         self._depth = 0
 
-    def say(self, where: Filter) -> Said | None:
+    def translate(self, where: Filter) -> Translation | None:
         """The filter, or what of it can be said; None if nothing can.
 
         What is said costs time and space in its length: it ends where a request takes no more.
@@ -129,13 +129,13 @@ class FilterWriter:
         if not said:
             return None
         whole = len(said) == len(parts) and all(each.is_exact for each in said)
-        return Said(_joined(" AND ", said), whole)
+        return Translation(_joined(" AND ", said), whole)
 
-    def _if_it_fits(self, where: Filter) -> Said | None:
+    def _if_it_fits(self, where: Filter) -> Translation | None:
         """A part that must hold, if there is room for it beside those before it."""
         spent = self._operators, self._text, self._size
         try:
-            said = self._say(where)
+            said = self._translate(where)
             if said is not None:
                 self._text += len(said.text) + len(" AND ")
                 self._refuse_too_much()
@@ -145,33 +145,33 @@ class FilterWriter:
             self._operators, self._text, self._size = spent
         return said
 
-    def _say(self, where: Filter) -> Said | None:
+    def _translate(self, where: Filter) -> Translation | None:
         self._depth += 1
         try:
             return self._said(where)
         finally:
             self._depth -= 1
 
-    def _said(self, where: Filter) -> Said | None:
+    def _said(self, where: Filter) -> Translation | None:
         if self._depth > _MOST_NESTED:
             raise _TooMuch
         if isinstance(where, And):
-            parts = [self._say(each) for each in where.parts]
+            parts = [self._translate(each) for each in where.parts]
             said = [each for each in parts if each is not None]
             if not said:
                 return None
             whole = len(said) == len(parts) and all(each.is_exact for each in said)
-            return Said(_joined(" AND ", said), whole)
+            return Translation(_joined(" AND ", said), whole)
         if isinstance(where, Or):
             said = []
             for each in where.parts:
-                part = self._say(each)
+                part = self._translate(each)
                 if part is None:
                     return None
                 said.append(part)
-            return Said(_joined(" OR ", said), all(each.is_exact for each in said))
+            return Translation(_joined(" OR ", said), all(each.is_exact for each in said))
         if isinstance(where, Not):
-            inner = self._say(where.part)
+            inner = self._translate(where.part)
             return _negated(inner)
         self._operators += 1
         if where.value is not None:
@@ -187,7 +187,7 @@ class FilterWriter:
         ):
             raise _TooMuch
 
-    def _comparison(self, where: Comparison) -> Said | None:
+    def _comparison(self, where: Comparison) -> Translation | None:
         steps = where.path
         name = cast("str", steps[0])
         if len(steps) > _MOST_DEPTH or not all(
@@ -207,7 +207,7 @@ class FilterWriter:
 
     # -- on what is stored as it is ----------------------------------------------------------
 
-    def _on(self, where: Comparison, path: str) -> Said | None:
+    def _on(self, where: Comparison, path: str) -> Translation | None:
         op, value = where.op, where.value
         if op == "eq":
             return self._equal(path, value)
@@ -217,21 +217,23 @@ class FilterWriter:
             said = self._one_of(path, cast("list[Value]", value))
             return said if op == "in" else _negated(said)
         if op == "exists":
-            return Said(f"attribute_{'' if value else 'not_'}exists({path})", is_exact=True)
+            return Translation(f"attribute_{'' if value else 'not_'}exists({path})", is_exact=True)
         if op == "between":
             low, high = cast("list[Value]", value)
             one, two = self._ranged(path, "gte", low), self._ranged(path, "lte", high)
             if one is None or two is None:
                 half = one or two
-                return None if half is None else Said(half.text, is_exact=False)
-            return Said(f"({one.text} AND {two.text})", one.is_exact and two.is_exact)
+                return None if half is None else Translation(half.text, is_exact=False)
+            return Translation(f"({one.text} AND {two.text})", one.is_exact and two.is_exact)
         if op in ("contains", "begins_with"):
             if not isinstance(value, str) or not value:
                 return None
             if op == "begins_with":
-                return Said(self._begins(path, value), is_exact=True)
+                return Translation(self._begins(path, value), is_exact=True)
             # A side form is a set, and sets are looked into as well.
-            return Said(f"contains({path}, {self._names.value({'S': value})})", is_exact=False)
+            return Translation(
+                f"contains({path}, {self._names.value({'S': value})})", is_exact=False
+            )
         return self._ranged(path, op, value)
 
     def _begins(self, path: str, prefix: str) -> str:
@@ -240,7 +242,7 @@ class FilterWriter:
         end = _after(prefix)
         return text if not end else f"({text} AND {path} < {self._names.value({'S': end})})"
 
-    def _one_of(self, path: str, values: list[Value]) -> Said | None:
+    def _one_of(self, path: str, values: list[Value]) -> Translation | None:
         if not 0 < len(values) <= _MOST_CHOICES:
             return None
         self._operators += len(values)
@@ -248,26 +250,28 @@ class FilterWriter:
         parts = [each for each in said if each is not None]
         if len(parts) != len(said):
             return None
-        return Said(_joined(" OR ", parts), all(each.is_exact for each in parts))
+        return Translation(_joined(" OR ", parts), all(each.is_exact for each in parts))
 
-    def _equal(self, path: str, value: Value) -> Said | None:
+    def _equal(self, path: str, value: Value) -> Translation | None:
         if value is None:
             kind = self._names.value({"S": "NULL"})
-            return Said(f"attribute_type({path}, {kind})", is_exact=True)
+            return Translation(f"attribute_type({path}, {kind})", is_exact=True)
         if isinstance(value, bool):
-            return Said(f"{path} = {self._names.value({'BOOL': value})}", is_exact=True)
+            return Translation(f"{path} = {self._names.value({'BOOL': value})}", is_exact=True)
         if isinstance(value, str):
-            return Said(f"{path} = {self._names.value({'S': value})}", is_exact=True)
+            return Translation(f"{path} = {self._names.value({'S': value})}", is_exact=True)
         if isinstance(value, int | float):
             forms = _forms_of_number(value)
             tests = [f"{path} = {self._names.value(each)}" for each in forms]
             self._operators += len(tests)
-            return Said(f"({' OR '.join(tests)})", is_exact=True)
+            return Translation(f"({' OR '.join(tests)})", is_exact=True)
         return None
 
-    def _ranged(self, path: str, op: str, value: Value) -> Said | None:
+    def _ranged(self, path: str, op: str, value: Value) -> Translation | None:
         if isinstance(value, str):
-            return Said(f"{path} {_RANGE[op]} {self._names.value({'S': value})}", is_exact=True)
+            return Translation(
+                f"{path} {_RANGE[op]} {self._names.value({'S': value})}", is_exact=True
+            )
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         if type(value) is float and not is_native(value) and not INT_MIN <= value <= INT_MAX:
@@ -276,11 +280,11 @@ class FilterWriter:
         side = self._names.value({"S": "SS"})
         test = f"{path} {_RANGE[op]} {self._names.value(number)}"
         self._operators += 2
-        return Said(f"({test} OR attribute_type({path}, {side}))", is_exact=False)
+        return Translation(f"({test} OR attribute_type({path}, {side}))", is_exact=False)
 
     # -- on the key of an index --------------------------------------------------------------
 
-    def _on_indexed(self, where: Comparison, field: IndexedField) -> Said | None:
+    def _on_indexed(self, where: Comparison, field: IndexedField) -> Translation | None:
         """On its attribute, which may be a stand-in, and its side form."""
         if field.type == "boolean":
             return self._on(where, self._names.name(field.name))
@@ -297,7 +301,7 @@ class FilterWriter:
             said = [each for each in parts if each is not None]
             if len(said) != len(parts):
                 return None
-            whole = Said(_joined(" OR ", said), all(each.is_exact for each in said))
+            whole = Translation(_joined(" OR ", said), all(each.is_exact for each in said))
             return whole if where.op == "in" else _negated(whole)
         if where.op == "begins_with" and isinstance(where.value, str) and where.value:
             start = shortened(where.value, SURE_SORT_BYTES)
@@ -305,14 +309,14 @@ class FilterWriter:
                 self._begins(each, start)
                 for each in (self._names.name(field.name), self._side(field))
             ]
-            return Said(f"({' OR '.join(tests)})", is_exact=False)
+            return Translation(f"({' OR '.join(tests)})", is_exact=False)
         return None
 
-    def _equal_indexed(self, field: IndexedField, value: Value) -> Said | None:
+    def _equal_indexed(self, field: IndexedField, value: Value) -> Translation | None:
         side = self._side(field)
         if value is None:
             kind = self._names.value({"S": "NULL"})
-            return Said(f"attribute_type({side}, {kind})", is_exact=True)
+            return Translation(f"attribute_type({side}, {kind})", is_exact=True)
         key = field.key_of(value)
         if key is not None:
             exact = not field.is_sort or (
@@ -321,9 +325,9 @@ class FilterWriter:
                 and value > "\x01"
                 and field.type == "text"
             )
-            return Said(f"{self._names.name(field.name)} = {self._names.value(key)}", exact)
+            return Translation(f"{self._names.name(field.name)} = {self._names.value(key)}", exact)
         if isinstance(value, str) and field.type == "text":
-            return Said(f"{side} = {self._names.value({'S': value})}", is_exact=True)
+            return Translation(f"{side} = {self._names.value({'S': value})}", is_exact=True)
         return None
 
     def _side(self, field: IndexedField) -> str:
@@ -332,16 +336,16 @@ class FilterWriter:
         return self._names.path((DOC, field.name))
 
 
-def _joined(word: str, parts: Sequence[Said]) -> str:
+def _joined(word: str, parts: Sequence[Translation]) -> str:
     if len(parts) == 1:
         return parts[0].text
     return f"({word.join(each.text for each in parts)})"
 
 
-def _negated(said: Said | None) -> Said | None:
+def _negated(said: Translation | None) -> Translation | None:
     if said is None or not said.is_exact:
         return None
-    return Said(f"(NOT {said.text})", is_exact=True)
+    return Translation(f"(NOT {said.text})", is_exact=True)
 
 
 def _after(prefix: str) -> str:

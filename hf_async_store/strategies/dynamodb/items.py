@@ -25,22 +25,8 @@ from hashlib import blake2b
 from itertools import count
 from typing import TYPE_CHECKING, Final, cast
 
-from hf_async_store.entities import (
-    CREATED_AT,
-    INT_MAX,
-    MAX_ENTITY_BYTES,
-    MAX_KEY_BYTES,
-    REMOVED,
-    VERSION,
-    Collection,
-    Entity,
-    Field,
-    FieldType,
-    Key,
-    Record,
-    Removed,
-    Value,
-)
+from hf_async_store.changes import Record
+from hf_async_store.schema import Collection, Field
 from hf_async_store.strategies.dynamodb.codec import (
     Attribute,
     Attributes,
@@ -51,18 +37,31 @@ from hf_async_store.strategies.dynamodb.codec import (
     is_native,
 )
 from hf_async_store.strategies.dynamodb.errors import BadAnswer, unreadable
+from hf_async_store.values import (
+    CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    MAX_KEY_BYTES,
+    REMOVE,
+    VERSION,
+    Entity,
+    FieldType,
+    Key,
+    Removed,
+    Value,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DOC: Final = "doc"
 TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
-WEIGHT: Final = "_s"
+SIZE: Final = "_s"
 CREATED_SIDE: Final = "_c"
-FORM: Final = "_f"
-_OWN: Final = frozenset({TOKEN, WEIGHT, CREATED_SIDE, FORM})
+DECLARATION_DIGEST: Final = "_f"
+_OWN: Final = frozenset({TOKEN, SIZE, CREATED_SIDE, DECLARATION_DIGEST})
 _BOOLEAN_KEY: Final = "_b_"
-MISSING_MARK: Final[Attribute] = {"SS": ["missing"]}
+MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
 MOST_HASH_BYTES: Final = 2048
@@ -70,7 +69,7 @@ MOST_SORT_BYTES: Final = 1024
 SURE_SORT_BYTES: Final = MOST_SORT_BYTES - 4
 """What the beginning of a long text keeps at least, wherever its characters end."""
 
-_MOST_WEIGHT: Final = 32
+_MAX_FIXED_SIZE: Final = 32
 """Of a number, by `entities.check_size`."""
 
 _KEPT_CREATED_AT: Final = 64
@@ -78,7 +77,7 @@ LAST_VERSIONS: Final = INT_MAX - 2**40
 
 _MOST_DIGITS: Final = 10.0**38
 
-STAND_INS: Final[Mapping[FieldType, Attribute]] = {
+INDEX_PLACEHOLDERS: Final[Mapping[FieldType, Attribute]] = {
     "text": {"S": "\x01"},
     "timestamp": {"S": "0"},
     "boolean": {"S": "0"},
@@ -105,7 +104,7 @@ def probe_id() -> str:
     return f"probe-{new_token()}-".ljust(MAX_KEY_BYTES + 64, "-")
 
 
-def weight_of(value: Value | Removed) -> int:
+def size_of(value: Value | Removed) -> int:
     """At least what `entities.check_size` makes of a value, at a fraction of its cost."""
     kind = type(value)
     if kind is str:
@@ -113,20 +112,20 @@ def weight_of(value: Value | Removed) -> int:
         return len(text) if text.isascii() else 4 * len(text)
     if kind is dict:
         pairs = cast("dict[str, Value]", value)
-        return sum([3 + len(pairs), *[weight_of(each) for each in (*pairs, *pairs.values())]])
+        return sum([3 + len(pairs), *[size_of(each) for each in (*pairs, *pairs.values())]])
     if kind is list:
         items = cast("list[Value]", value)
-        return sum([3 + len(items), *map(weight_of, items)])
-    return _MOST_WEIGHT
+        return sum([3 + len(items), *map(size_of, items)])
+    return _MAX_FIXED_SIZE
 
 
-def stored_weight(entity: Entity, version: int) -> Attribute:
+def stored_size(entity: Entity, version: int) -> Attribute:
     """What an item tells of its weight: at least what it has, with a `created_at` that is kept.
 
     Near the last version an item counts as too heavy for every update: it then goes the way on which
     both are looked at exactly.
     """
-    weight = weight_of(entity) + _KEPT_CREATED_AT
+    weight = size_of(entity) + _KEPT_CREATED_AT
     return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
 
 
@@ -158,13 +157,13 @@ class IndexedField:
         self.is_hash = is_hash
         self.is_sort = is_sort
         self.attribute = f"{_BOOLEAN_KEY}{field.name}" if field.type == "boolean" else field.name
-        self.stand_in = STAND_INS[field.type] if is_sort else None
+        self.stand_in = INDEX_PLACEHOLDERS[field.type] if is_sort else None
         self.side = CREATED_SIDE if field.name == CREATED_AT else None
 
     def forms(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
         """The index's attribute, and the side form; None where there is none."""
-        if value is REMOVED:
-            return self.stand_in, MISSING_MARK if self.is_sort else None
+        if value is REMOVE:
+            return self.stand_in, MISSING_SENTINEL if self.is_sort else None
         if value is None:
             return self.stand_in, encode(None)
         if self.type == "boolean":
@@ -190,7 +189,7 @@ class IndexedField:
         return None
 
 
-class ItemForm:
+class ItemMapping:
     """The items of one collection."""
 
     def __init__(self, collection: Collection) -> None:
@@ -222,7 +221,7 @@ class ItemForm:
         attributes[self.key] = {"S": entity_id}
         attributes[VERSION] = {"N": str(version)}
         attributes[TOKEN] = {"S": token}
-        attributes[WEIGHT] = stored_weight(entity, version)
+        attributes[SIZE] = stored_size(entity, version)
         return attributes
 
     def parts(self, entity: Entity, *, keep_created: bool = False) -> tuple[Attributes, list[str]]:
@@ -248,10 +247,10 @@ class ItemForm:
         for name, field in indexed.items():
             if keep_created and name == CREATED_AT and name not in entity:
                 continue
-            given: Value | Removed = entity.get(name, REMOVED)
+            given: Value | Removed = entity.get(name, REMOVE)
             self._put(field, given, attributes, document, removed)
         attributes[DOC] = {"M": document}
-        attributes[FORM] = self.mark
+        attributes[DECLARATION_DIGEST] = self.mark
         return attributes, removed
 
     def _put(
@@ -358,7 +357,7 @@ class ItemForm:
         if document:
             entity.update(decode_map(document))
             for name in self.indexed:
-                if document.get(name) == MISSING_MARK:
+                if document.get(name) == MISSING_SENTINEL:
                     entity.pop(name, None)
         entity.setdefault(VERSION, 0)
         return entity
@@ -392,7 +391,7 @@ def version_of(item: Attributes, table: str, entity_id: str) -> int:
 
 def weight_in(item: Attributes) -> int | None:
     """What an item says of its weight; None where it says nothing that can be relied on."""
-    return _number_in(item.get(WEIGHT, {}))
+    return _number_in(item.get(SIZE, {}))
 
 
 def _number_in(attribute: Attribute) -> int | None:

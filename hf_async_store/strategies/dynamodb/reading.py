@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from hf_async_store.engine import Plan
-from hf_async_store.entities import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key, Record
+from hf_async_store.changes import Record
+from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
 from hf_async_store.query import (
     And,
@@ -21,22 +21,23 @@ from hf_async_store.query import (
     ordered,
     position_key,
 )
+from hf_async_store.strategies.dynamodb.backoff import Backoff, throttled
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
 from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing
-from hf_async_store.strategies.dynamodb.expressions import FilterWriter, Names
+from hf_async_store.strategies.dynamodb.expressions import FilterTranslator, Names
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
     DOC,
-    ItemForm,
+    ItemMapping,
 )
-from hf_async_store.strategies.dynamodb.planning import Access, access_of
-from hf_async_store.strategies.dynamodb.retries import Backoff, throttled
+from hf_async_store.strategies.dynamodb.query_planner import Access, plan_access
 from hf_async_store.strategies.dynamodb.tables import attribute_of
+from hf_async_store.values import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from hf_async_store.entities import Index
+    from hf_async_store.schema import Index
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.dax import Cache
@@ -184,7 +185,7 @@ class Reading:
         active = await self._tables.find(query.collection)
         if active is None:
             return None
-        access = access_of(query, self._tables.forms[query.collection], active)
+        access = plan_access(query, self._tables.forms[query.collection], active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
                 f"no key or index of {query.collection} answers this query, and allow_scan is off"
@@ -256,16 +257,16 @@ class Reading:
             raise InvalidQueryError(str(exc)) from exc
         return entities
 
-    async def explain(self, query: Query) -> Plan:
+    async def explain(self, query: Query) -> QueryPlan:
         """As `Engine.explain`."""
         active = await self._tables.find(query.collection) or frozenset()
         form = self._tables.forms[query.collection]
-        access = access_of(query, form, active)
+        access = plan_access(query, form, active)
         rows = _Rows(self, query, access, form)
         table = self._tables.name(query.collection)
         sorted_here = bool(query.order or query.by_id) and not access.is_ordered
         if access.ids is not None:
-            return Plan(
+            return QueryPlan(
                 access="key",
                 residual=not _only(query.where, form.key),
                 sorted_here=sorted_here,
@@ -275,14 +276,14 @@ class Reading:
         filtered = ", filtered there in part" if rows.filter_text else ""
         if access.index is None:
             allowed = "" if self._client.config.allow_scan else "; refused, as allow_scan is off"
-            return Plan(
+            return QueryPlan(
                 access="scan",
                 residual=not rows.is_exact,
                 sorted_here=sorted_here,
                 consistent=self._consistent,
                 detail=f"Scan of {table}{filtered}{allowed}",
             )
-        return Plan(
+        return QueryPlan(
             access="index",
             index=access.index.name,
             residual=not rows.is_exact,
@@ -322,7 +323,7 @@ class Reading:
 class _Rows:
     """The rows of one query."""
 
-    def __init__(self, reading: Reading, query: Query, access: Access, form: ItemForm) -> None:
+    def __init__(self, reading: Reading, query: Query, access: Access, form: ItemMapping) -> None:
         self._reading = reading
         self._query = query
         self._access = access
@@ -351,7 +352,7 @@ class _Rows:
         if where == And(()):
             self.is_exact = True
             return
-        said = FilterWriter(form, self._names, frozenset(hidden)).say(where)
+        said = FilterTranslator(form, self._names, frozenset(hidden)).translate(where)
         if said is not None:
             self.filter_text = said.text
             self.is_exact = said.is_exact

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from hf_async_store.entities import (
-    CREATED_AT,
-    INT_MAX,
-    MAX_ENTITY_BYTES,
-    VERSION,
-    Entity,
-    Patch,
-    Put,
-)
+from hf_async_store.changes import Patch, Put
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
-    FORM,
+    DECLARATION_DIGEST,
     LAST_VERSIONS,
+    SIZE,
     TOKEN,
-    WEIGHT,
-    ItemForm,
-    stored_weight,
+    ItemMapping,
+    size_of,
+    stored_size,
     token_of,
-    weight_of,
 )
+from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION, Entity
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
-    from hf_async_store.strategies.dynamodb.work import Work
+    from hf_async_store.strategies.dynamodb.write_op import WriteOp
 
 
-def upsert_item(work: Work) -> dict[str, Any]:
+def upsert_item(work: WriteOp) -> dict[str, Any]:
     """The request of a save that expects nothing."""
     change = cast("Put", work.change)
     names = Names()
@@ -38,11 +31,13 @@ def upsert_item(work: Work) -> dict[str, Any]:
     attributes.pop(work.form.key)
     attributes[TOKEN] = {"S": work.token}
     # The version is not known, but its last ones are refused below.
-    attributes[WEIGHT] = stored_weight(change.entity, 0)
+    attributes[SIZE] = stored_size(change.entity, 0)
     puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
     if CREATED_AT not in attributes:
         created = names.name(CREATED_AT)
-        puts.append(f"{created} = if_not_exists({created}, {names.value({'S': change.at})})")
+        puts.append(
+            f"{created} = if_not_exists({created}, {names.value({'S': change.written_at})})"
+        )
     version = names.name(VERSION)
     zero, one = names.value({"N": "0"}), names.value({"N": "1"})
     puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
@@ -50,7 +45,7 @@ def upsert_item(work: Work) -> dict[str, Any]:
     if removed:
         update += f" REMOVE {', '.join(map(names.name, removed))}"
     last = names.value({"N": str(LAST_VERSIONS)})
-    same_form = f"{names.name(FORM)} = {names.value(work.form.mark)}"
+    same_form = f"{names.name(DECLARATION_DIGEST)} = {names.value(work.form.mark)}"
     absent = f"attribute_not_exists({names.name(work.form.key)})"
     condition = f"{absent} OR ({version} < {last} AND {same_form})"
     return {
@@ -61,13 +56,13 @@ def upsert_item(work: Work) -> dict[str, Any]:
     }
 
 
-def update_item(work: Work, condition: str, names: Names) -> dict[str, Any]:
+def update_item(work: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     """The request of an update under a condition."""
     change = cast("Patch", work.change)
     fields = {name: each for name, each in change.fields.items() if name != work.form.key}
     sets, removed = work.form.changes(fields)
-    weight = weight_of(cast("Entity", fields))
-    version, stored = names.name(VERSION), names.name(WEIGHT)
+    weight = size_of(cast("Entity", fields))
+    version, stored = names.name(VERSION), names.name(SIZE)
     puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
     puts.append(f"{names.name(TOKEN)} = {names.value({'S': work.token})}")
     puts.append(f"{version} = {version} + {names.value({'N': '1'})}")
@@ -78,13 +73,13 @@ def update_item(work: Work, condition: str, names: Names) -> dict[str, Any]:
     tests = [
         f"attribute_exists({names.name(work.form.key)})",
         f"({condition})",
-        f"{names.name(FORM)} = {names.value(work.form.mark)}",
+        f"{names.name(DECLARATION_DIGEST)} = {names.value(work.form.mark)}",
         f"{version} < {names.value({'N': str(INT_MAX)})}",
     ]
     if type(change.expect) is int:
         tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
-    if isinstance(work.seen, dict):
-        token = names.value({"S": token_of(work.seen) or ""})
+    if isinstance(work.observed, dict):
+        token = names.value({"S": token_of(work.observed) or ""})
         tests.append(f"{names.name(TOKEN)} = {token}")
     else:
         most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
@@ -98,7 +93,7 @@ def update_item(work: Work, condition: str, names: Names) -> dict[str, Any]:
     }
 
 
-def unchanged(form: ItemForm, seen: Attributes | None) -> dict[str, Any]:
+def unchanged(form: ItemMapping, seen: Attributes | None) -> dict[str, Any]:
     """The condition that an item is still what was seen of it."""
     if seen is None:
         return {

@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from hf_async_store.entities import UPDATED_AT, VERSION
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
-from hf_async_store.strategies.dynamodb.items import FORM, TOKEN, WEIGHT
+from hf_async_store.strategies.dynamodb.items import DECLARATION_DIGEST, SIZE, TOKEN
+from hf_async_store.values import UPDATED_AT, VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ def _insert(table: str, names: Sequence[str]) -> str:
     return f'INSERT INTO "{table}" VALUE {{{values}}}'
 
 
-class Guard:
+class ConditionBuilder:
     """On what an update or delete insists, beside its key.
 
     Attributes:
@@ -57,7 +57,7 @@ class Guard:
         self.values = list(values)
 
     @classmethod
-    def version(cls, version: int, began: str) -> Guard:
+    def version(cls, version: int, began: str) -> ConditionBuilder:
         """That it has this version, and had it when the write was asked for.
 
         Else a try that is late could land in another life of the entity, at the same version.
@@ -66,18 +66,22 @@ class Guard:
         return cls(text, [{"N": str(version)}, {"S": began}])
 
     @classmethod
-    def token(cls, token: str) -> Guard:
+    def token(cls, token: str) -> ConditionBuilder:
         return cls(f'"{TOKEN}" = ?', [{"S": token}])
 
-    def and_form(self, mark: Attribute) -> Guard:
+    def and_declaration(self, mark: Attribute) -> ConditionBuilder:
         """And it was written by this declaration."""
-        text = f'{self.text} AND "{FORM}" = ?' if self.text else f'"{FORM}" = ?'
-        return Guard(text, [*self.values, mark])
+        text = (
+            f'{self.text} AND "{DECLARATION_DIGEST}" = ?'
+            if self.text
+            else f'"{DECLARATION_DIGEST}" = ?'
+        )
+        return ConditionBuilder(text, [*self.values, mark])
 
-    def and_lighter(self, most: int) -> Guard:
+    def and_size_below(self, most: int) -> ConditionBuilder:
         """And it weighs at most so much."""
-        text = f'{self.text} AND "{WEIGHT}" <= ?' if self.text else f'"{WEIGHT}" <= ?'
-        return Guard(text, [*self.values, {"N": str(most)}])
+        text = f'{self.text} AND "{SIZE}" <= ?' if self.text else f'"{SIZE}" <= ?'
+        return ConditionBuilder(text, [*self.values, {"N": str(most)}])
 
 
 def update(
@@ -85,7 +89,7 @@ def update(
     key: tuple[str, str],
     put: dict[Path, Attribute],
     removed: Sequence[Path],
-    guard: Guard,
+    guard: ConditionBuilder,
     *,
     version: int | None,
     weight: int | None,
@@ -141,7 +145,7 @@ def _update(
     text += [f"SET {_quoted(each)} = ?" for each in put]
     text.append(f'SET "{VERSION}" = "{VERSION}" + 1' if adds_version else f'SET "{VERSION}" = ?')
     if adds_weight:
-        text.append(f'SET "{WEIGHT}" = "{WEIGHT}" + ?')
+        text.append(f'SET "{SIZE}" = "{SIZE}" + ?')
     text += [f"REMOVE {_quoted(each)}" for each in removed]
     text.append(f'WHERE "{key}" = ?')
     if guard:
@@ -155,7 +159,7 @@ def _quoted(path: Path) -> str:
     return ".".join('"' + each.replace('"', '""') + '"' for each in path)
 
 
-def delete(table: str, key: tuple[str, str], guard: Guard) -> Statement:
+def delete(table: str, key: tuple[str, str], guard: ConditionBuilder) -> Statement:
     """Delete an item, if it is there and the guard holds; the answer brings what was there."""
     # Names of tables and keys are checked where they are declared; all else is a parameter.
     text = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_async_store.changes import ANY, Expect, Patch, check_version
 from hf_async_store.config import (
     DynamoDBConfig,
     StorageConfig,
@@ -13,27 +14,18 @@ from hf_async_store.config import (
     load_config,
     strategy_config,
 )
-from hf_async_store.engine import finish
-from hf_async_store.entities import (
-    ANY,
-    HOST_FACTORY,
-    Collection,
-    Entity,
-    Expect,
-    Patch,
-    Value,
-    check_version,
-    utc_now,
-)
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import InvalidInputError, InvalidQueryError, OperationTimeoutError
-from hf_async_store.repository import within
-from hf_async_store.strategies.dynamodb.comparing import compared
+from hf_async_store.repository import operation_timeout
+from hf_async_store.schema import HOST_FACTORY, Collection
+from hf_async_store.strategies.dynamodb.condition_parser import condition
+from hf_async_store.strategies.dynamodb.condition_parser import key_condition as read_key_condition
 from hf_async_store.strategies.dynamodb.engine import DynamoDBEngine
 from hf_async_store.strategies.dynamodb.errors import told
 from hf_async_store.strategies.dynamodb.expressions import Names
-from hf_async_store.strategies.dynamodb.language import condition
-from hf_async_store.strategies.dynamodb.language import key_condition as read_key_condition
+from hf_async_store.strategies.dynamodb.schema_drift import compared
 from hf_async_store.strategy import StorageStrategy, schema_of
+from hf_async_store.values import Entity, Value, utc_now
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,7 +55,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
         self._dynamodb = DynamoDBEngine(strategy_config(loaded, DynamoDBConfig), schema)
         super().__init__(self._dynamodb, schema, loaded)
 
-    def _twin(self, collections: Iterable[Collection]) -> DynamoDBStorageStrategy:
+    def _reopen_with_collections(
+        self, collections: Iterable[Collection]
+    ) -> DynamoDBStorageStrategy:
         return DynamoDBStorageStrategy(self._dynamodb.config, collections=collections)
 
     async def create_tables(self) -> list[str]:
@@ -126,8 +120,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         names = Names()
         form = self._dynamodb.tables.forms[collection]
         text = read_key_condition(key_condition, expression_values, form, found[0], names)
-        async with within(timeout):
-            await self._refuse_elsewhere("query_by_gsi")
+        async with operation_timeout(timeout):
+            await self._require_source_active("query_by_gsi")
             with told():
                 return await self._dynamodb.reading.by_index(
                     collection,
@@ -176,7 +170,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         return await self._to_its_end(self._update_where(change, text, names), timeout)
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
-        async with self._around("condition_expression"):
+        async with self._guard_untracked_write("condition_expression"):
             with told():
                 return await self._dynamodb.writes.update_where(change, condition, names)
 
@@ -192,7 +186,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         try:
             await asyncio.wait((task,), timeout=timeout)
         except asyncio.CancelledError:
-            await finish(asyncio.wait((task,)))
+            await run_to_completion(asyncio.wait((task,)))
             raise
         if not task.done():
             raise OperationTimeoutError(

@@ -11,26 +11,26 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.config import AutoScaling
-from hf_async_store.entities import Collection, Index, Schema
 from hf_async_store.errors import (
     ConfigurationError,
     SchemaMismatchError,
     UnavailableError,
 )
+from hf_async_store.schema import Collection, Index, Schema
+from hf_async_store.strategies.dynamodb.backoff import Backoff
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     StatementRefused,
     TableMissing,
     of_scaling,
 )
-from hf_async_store.strategies.dynamodb.items import IndexedField, ItemForm, probe_id
-from hf_async_store.strategies.dynamodb.retries import Backoff
+from hf_async_store.strategies.dynamodb.items import IndexedField, ItemMapping, probe_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from hf_async_store.entities import Value
     from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.values import Value
 
 _WAIT_SECONDS: Final = 600.0
 _FIRST_LOOK: Final = 0.01
@@ -51,7 +51,9 @@ class Tables:
         self._client = client
         self._config = client.config
         self.schema = schema
-        self.forms: Mapping[str, ItemForm] = {name: ItemForm(each) for name, each in schema.items()}
+        self.forms: Mapping[str, ItemMapping] = {
+            name: ItemMapping(each) for name, each in schema.items()
+        }
         self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
         self._collections = {table: name for name, table in self._names.items()}
         for collection, table in self._names.items():
@@ -544,7 +546,7 @@ async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) ->
     )
 
 
-def attribute_of(form: ItemForm, field: str) -> str:
+def attribute_of(form: ItemMapping, field: str) -> str:
     """The attribute by which an index knows a field."""
     return field if field == form.key else form.indexed[field].attribute
 

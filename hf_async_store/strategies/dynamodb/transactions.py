@@ -13,18 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import msgspec
 
-from hf_async_store.conditions import changed
-from hf_async_store.engine import Session, finish
-from hf_async_store.entities import (
-    VERSION,
-    Change,
-    Delete,
-    Entity,
-    Key,
-    Outcome,
-    Record,
-    copy_entity,
-)
+from hf_async_store.changes import Change, Delete, Outcome, Record
+from hf_async_store.driver import Session, run_to_completion
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     CorruptionError,
@@ -32,7 +22,9 @@ from hf_async_store.errors import (
     TransactionTooLargeError,
     UnavailableError,
 )
+from hf_async_store.preconditions import changed
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
+from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry
 from hf_async_store.strategies.dynamodb.errors import (
     Cancelled,
     StatementRefused,
@@ -43,22 +35,22 @@ from hf_async_store.strategies.dynamodb.errors import (
     translate,
 )
 from hf_async_store.strategies.dynamodb.items import (
+    SIZE,
     TOKEN,
-    WEIGHT,
     new_token,
     token_of,
     version_of,
 )
-from hf_async_store.strategies.dynamodb.recent import Left
 from hf_async_store.strategies.dynamodb.requests import unchanged
-from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing
+from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
+from hf_async_store.values import VERSION, Entity, Key, copy_entity
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
-    from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
+    from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 
 MOST_ACTIONS: Final = 100
 MOST_BYTES: Final = 4 * 1024 * 1024
@@ -71,7 +63,9 @@ _ENCODE: Final = msgspec.json.Encoder().encode
 class DynamoDBSession:
     """One transaction."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading, recent: Recent) -> None:
+    def __init__(
+        self, client: Client, tables: Tables, reading: Reading, recent: WriteCache
+    ) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
@@ -287,7 +281,7 @@ class DynamoDBSession:
         """
         [written] = self._layers
         if written:
-            await finish(self._commit(written))
+            await run_to_completion(self._commit(written))
         elif self._reads > 1:
             await self._validate()
 
@@ -317,7 +311,7 @@ class DynamoDBSession:
         for key, action in zip(keys, actions, strict=True):
             if "Put" in action:
                 item = action["Put"]["Item"]
-                left = Left(int(item[VERSION]["N"]), token, int(item[WEIGHT]["N"]))
+                left = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
                 self._recent.put(self._tables.name(key.collection), key.id, left)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
@@ -368,7 +362,7 @@ class DynamoDBSession:
                     if not await while_in_conflict.pause():
                         raise
                 except UnavailableError as exc:
-                    lost = lost or (token is not None and not left_nothing(exc))
+                    lost = lost or (token is not None and not is_safe_to_retry(exc))
                     if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:

@@ -30,22 +30,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from hf_async_store.conditions import changed, check, next_version, patched
-from hf_async_store.entities import (
-    ABSENT,
-    ANY,
-    CREATED_AT,
-    INT_MAX,
-    MAX_ENTITY_BYTES,
-    UPDATED_AT,
-    VERSION,
-    Change,
-    Delete,
-    Entity,
-    Patch,
-    Put,
-    check_size,
-)
+from hf_async_store.changes import ABSENT, ANY, Change, Delete, Patch, Put
 from hf_async_store.errors import (
     AlreadyExistsError,
     AuthenticationError,
@@ -54,6 +39,9 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.preconditions import changed, check, next_version, patched
+from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry, throttled
+from hf_async_store.strategies.dynamodb.bulk_import import Imports, is_import
 from hf_async_store.strategies.dynamodb.errors import (
     AnswerLost,
     Cancelled,
@@ -66,49 +54,62 @@ from hf_async_store.strategies.dynamodb.errors import (
     translate,
 )
 from hf_async_store.strategies.dynamodb.expressions import Names
-from hf_async_store.strategies.dynamodb.imports import Imports, is_import
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SIDE,
-    FORM,
+    DECLARATION_DIGEST,
+    SIZE,
     TOKEN,
-    WEIGHT,
-    ItemForm,
+    ItemMapping,
     new_token,
     probe_id,
-    stored_weight,
+    size_of,
+    stored_size,
     token_of,
     weight_in,
-    weight_of,
 )
-from hf_async_store.strategies.dynamodb.recent import Left
 from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
-from hf_async_store.strategies.dynamodb.retries import Backoff, left_nothing, throttled
 from hf_async_store.strategies.dynamodb.statements import (
-    Guard,
+    ConditionBuilder,
     Path,
     Statement,
     delete,
     insert,
     update,
 )
-from hf_async_store.strategies.dynamodb.work import UNKNOWN, Unknown, Work, chunks, gone
+from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
+from hf_async_store.strategies.dynamodb.write_op import (
+    UNKNOWN,
+    Unknown,
+    WriteOp,
+    chunks,
+    deleted_meanwhile,
+)
+from hf_async_store.values import (
+    CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    UPDATED_AT,
+    VERSION,
+    Entity,
+    check_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hf_async_store.entities import Outcome
+    from hf_async_store.changes import Outcome
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
-    from hf_async_store.strategies.dynamodb.recent import Recent
     from hf_async_store.strategies.dynamodb.tables import Tables
+    from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 
 Item = TypeVar("Item")
 
 MOST_STATEMENTS: Final = 25
 _FEW: Final = 4
 """So many deletes are made one by one, before it is worth learning whether they can share."""
-_CAREFUL_SECONDS: Final = 60.0
+_READ_FIRST_SECONDS: Final = 60.0
 _ROUNDS_AT_ONCE: Final = 8
 """So many races may a write lose before it pauses between them."""
 
@@ -116,7 +117,9 @@ _ROUNDS_AT_ONCE: Final = 8
 class Writes:
     """`write_each` of the engine."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading, recent: Recent) -> None:
+    def __init__(
+        self, client: Client, tables: Tables, reading: Reading, recent: WriteCache
+    ) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
@@ -127,7 +130,7 @@ class Writes:
         self._returns: bool | None = None
         # Whether an insert may bring its item as one parameter: AWS does not say so.
         self._inserts_whole = True
-        self._careful_until = 0.0
+        self._read_first_until = 0.0
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         """As `Engine.write_each`."""
@@ -140,39 +143,39 @@ class Writes:
                 self._remember(each)
         return [each.outcome for each in works]
 
-    def _work(self, change: Change) -> Work:
+    def _work(self, change: Change) -> WriteOp:
         name = change.key.collection
-        return Work(change, self._tables.forms[name], self._tables.name(name))
+        return WriteOp(change, self._tables.forms[name], self._tables.name(name))
 
-    def _recall(self, work: Work) -> None:
+    def _recall(self, work: WriteOp) -> None:
         """See in it what this store wrote last, if that is what it asks for."""
         change = work.change
-        if not isinstance(change, Patch) or work.whole:
+        if not isinstance(change, Patch) or work.full_replace:
             return
         left = self._recent.get(work.table, change.key.id)
         if left is not None and (work.needs_state or change.expect == left.version):
-            work.seen = left.seen()
-            work.recalled = True
+            work.observed = left.seen()
+            work.from_cache = True
 
-    def _remember(self, work: Work) -> None:
-        if work.left is None or isinstance(work.outcome, StorageError):
+    def _remember(self, work: WriteOp) -> None:
+        if work.receipt is None or isinstance(work.outcome, StorageError):
             self._recent.drop(work.table, work.change.key.id)
         else:
-            self._recent.put(work.table, work.change.key.id, work.left)
+            self._recent.put(work.table, work.change.key.id, work.receipt)
 
-    async def _run(self, works: list[Work]) -> None:
+    async def _run(self, works: list[WriteOp]) -> None:
         imports = [each for each in works if is_import(each.change)]
         if imports:
             await self._imports.write(imports)
         if self._returns is None and sum(isinstance(each.change, Delete) for each in works) > _FEW:
-            self._returns = await self._learn(works[0])
+            self._returns = await self._probe_returning_support(works[0])
         backoff = Backoff(self._seconds)
         waiting = [each for each in works if not each.is_done]
         for each in waiting:
             self._recall(each)
         rounds = 0
         while waiting:
-            alone = len(waiting) == 1 and time.monotonic() >= self._careful_until
+            alone = len(waiting) == 1 and time.monotonic() >= self._read_first_until
             await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
             failed = await self._send([each for each in waiting if not each.is_done])
             waiting = [each for each in waiting if not each.is_done]
@@ -183,10 +186,10 @@ class Writes:
                 for each in waiting:
                     each.done(_given_up(each, failed))
 
-    async def _learn(self, work: Work) -> bool | None:
+    async def _probe_returning_support(self, work: WriteOp) -> bool | None:
         """Whether a delete brings back what it deleted, by one of a key that nobody else has."""
         key = {work.form.key: {"S": probe_id()}}
-        statement = delete(work.table, (work.form.key, key[work.form.key]["S"]), Guard())
+        statement = delete(work.table, (work.form.key, key[work.form.key]["S"]), ConditionBuilder())
         try:
             await self._client.read("PutItem", {"TableName": work.table, "Item": key})
             answer = await self._client.read("BatchExecuteStatement", {"Statements": [statement]})
@@ -198,28 +201,28 @@ class Writes:
 
     # -- what is known -----------------------------------------------------------------------
 
-    def _must_look(self, work: Work, *, is_single: bool) -> bool:
-        if work.seen is not UNKNOWN:
+    def _must_look(self, work: WriteOp, *, is_single: bool) -> bool:
+        if work.observed is not UNKNOWN:
             return False
         change = work.change
         if isinstance(change, Put) and change.expect is ANY and not is_single:
             return True
-        if work.lost:
+        if work.ambiguous:
             return work.needs_state or change.expect is ABSENT
         return work.needs_state and (
-            self._returns is False or time.monotonic() < self._careful_until
+            self._returns is False or time.monotonic() < self._read_first_until
         )
 
-    async def _look(self, works: list[Work]) -> None:
+    async def _look(self, works: list[WriteOp]) -> None:
         """Read what is there, and settle what that settles."""
-        works = [each for each in works if not each.whole]
+        works = [each for each in works if not each.full_replace]
         if not works:
             return
         try:
             items = await self._reading.items([each.change.key for each in works], consistent=True)
         except StorageError as exc:
             for each in works:
-                if each.lost and isinstance(exc, UnavailableError):
+                if each.ambiguous and isinstance(exc, UnavailableError):
                     each.done(each.unknown(f"the answer was lost, and then: {exc}"))
                 else:
                     error = exc.copy()
@@ -230,16 +233,16 @@ class Writes:
             with _its_own(work):
                 self._saw(work, item)
 
-    def _saw(self, work: Work, item: Attributes | None) -> None:
+    def _saw(self, work: WriteOp, item: Attributes | None) -> None:
         """What is there now; settles what an answer that was lost left open."""
-        before, work.seen = work.seen, item
-        if not work.lost:
+        before, work.observed = work.observed, item
+        if not work.ambiguous:
             return
         if item is not None and work.is_own(item):
             work.landed_at(item)
         elif item is not None and isinstance(before, dict) and token_of(item) == token_of(before):
             return  # on which every try insisted: so none landed, and but one can
-        elif isinstance(work.change, Put) and item is None and not work.in_flight:
+        elif isinstance(work.change, Put) and item is None and not work.may_land_later:
             return  # an insert that left nothing
         elif work.change.expect is ABSENT and item is not None:
             work.done(AlreadyExistsError(work.change.key.collection, work.change.key.id))
@@ -248,35 +251,35 @@ class Writes:
 
     # -- statements --------------------------------------------------------------------------
 
-    async def _send(self, works: list[Work]) -> StorageError | None:
+    async def _send(self, works: list[WriteOp]) -> StorageError | None:
         """One try for each; returns an error that says to wait before the next."""
-        pairs: list[tuple[Work, Statement]] = []
+        pairs: list[tuple[WriteOp, Statement]] = []
         for work in works:
             try:
-                statement = None if work.whole else self._statement(work)
+                statement = None if work.full_replace else self._statement(work)
             except StorageError as exc:
                 work.done(exc)
                 continue
             if statement is not None:
                 pairs.append((work, statement))
             elif not work.is_done:
-                work.whole = True
+                work.full_replace = True
         sent = [self._execute(each) for each in chunks(pairs, MOST_STATEMENTS)]
-        sent += [self._alone(each) for each in works if each.whole and not each.is_done]
+        sent += [self._alone(each) for each in works if each.full_replace and not each.is_done]
         failures = [await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent)
         return next((each for each in failures if each is not None), None)
 
-    def _statement(self, work: Work) -> Statement | None:
+    def _statement(self, work: WriteOp) -> Statement | None:
         """How the change is made; None if it is done, or no statement can say it.
 
         Raises:
             StorageError: what was read says that it cannot be made.
         """
-        change, seen = work.change, work.seen
+        change, seen = work.change, work.observed
         work.guarded_by_token = False
-        work.left = None
+        work.receipt = None
         if isinstance(seen, Unknown) and isinstance(change, Put) and work.needs_state:
-            work.upserts = change.expect is ANY
+            work.is_upsert = change.expect is ANY
             return None
         if change.expect is ABSENT:
             return self._insert(work)
@@ -295,10 +298,14 @@ class Writes:
             token = token_of(seen)
             if token is None:
                 return None  # another program wrote it
-            if isinstance(change, Patch) and not work.recalled and seen.get(FORM) != work.form.mark:
+            if (
+                isinstance(change, Patch)
+                and not work.from_cache
+                and seen.get(DECLARATION_DIGEST) != work.form.mark
+            ):
                 return None
             work.guarded_by_token = True
-            guard = Guard.token(token)
+            guard = ConditionBuilder.token(token)
             if not isinstance(change, Delete):
                 work.new_version = next_version(change.key, work.version_of(seen))
         if not isinstance(change, Delete):
@@ -306,41 +313,41 @@ class Writes:
         # A delete succeeds where nothing is there: only what comes back tells.
         return delete(work.table, work.key, guard) if self._returns else None
 
-    def _blind_guard(self, work: Work) -> Guard:
+    def _blind_guard(self, work: WriteOp) -> ConditionBuilder:
         expect = work.change.expect
         work.new_version = None
-        guard = Guard()
+        guard = ConditionBuilder()
         if type(expect) is int:
-            guard = Guard.version(expect, work.began)
+            guard = ConditionBuilder.version(expect, work.requested_at)
             if not isinstance(work.change, Delete):
                 work.new_version = next_version(work.change.key, expect)
-        return guard if isinstance(work.change, Delete) else guard.and_form(work.form.mark)
+        return guard if isinstance(work.change, Delete) else guard.and_declaration(work.form.mark)
 
-    def _insert(self, work: Work) -> Statement:
+    def _insert(self, work: WriteOp) -> Statement:
         put = cast("Put", work.change)
         entity = put.entity
-        if CREATED_AT not in entity and put.version is None:
-            entity = {**entity, CREATED_AT: put.at}
-        work.new_version = 1 if put.version is None else put.version
+        if CREATED_AT not in entity and put.import_version is None:
+            entity = {**entity, CREATED_AT: put.written_at}
+        work.new_version = 1 if put.import_version is None else put.import_version
         item = work.form.item(put.key.id, entity, work.new_version, work.token)
-        work.left = _left(work, item)
+        work.receipt = _left(work, item)
         return insert(work.table, item, whole=self._inserts_whole)
 
-    def _update(self, work: Work, guard: Guard) -> Statement | None:
+    def _update(self, work: WriteOp, guard: ConditionBuilder) -> Statement | None:
         change = work.change
         put: dict[Path, Attribute] = {(TOKEN,): {"S": work.token}}
         removed: list[Path]
         weight: int | None = None
         if isinstance(change, Put):
-            if change.version is not None:
+            if change.import_version is not None:
                 return None
             attributes, names = work.form.parts(change.entity, keep_created=True)
             attributes.pop(work.form.key)
             assert work.new_version is not None, "only a patch leaves it to the server"
-            attributes[WEIGHT] = stored_weight(change.entity, work.new_version)
-            work.left = _left(work, attributes)
-            if isinstance(work.seen, dict) and work.guarded_by_token:
-                attributes, names = _difference(work.seen, attributes, names, work.form)
+            attributes[SIZE] = stored_size(change.entity, work.new_version)
+            work.receipt = _left(work, attributes)
+            if isinstance(work.observed, dict) and work.guarded_by_token:
+                attributes, names = _difference(work.observed, attributes, names, work.form)
             put.update({(name,): each for name, each in attributes.items()})
             removed = [(each,) for each in names]
         else:
@@ -350,14 +357,14 @@ class Writes:
                 fields = {name: each for name, each in fields.items() if name != work.form.key}
             sets, removed = work.form.changes(fields)
             put.update(sets)
-            weight = weight_of(cast("Entity", fields))
+            weight = size_of(cast("Entity", fields))
             known = _known_weight(work) + weight
             if known <= MAX_ENTITY_BYTES:
-                put[WEIGHT,] = {"N": str(known)}
-                work.left = _left(work, {WEIGHT: put[WEIGHT,]})
+                put[SIZE,] = {"N": str(known)}
+                work.receipt = _left(work, {SIZE: put[SIZE,]})
                 weight = None
             else:
-                guard = guard.and_lighter(MAX_ENTITY_BYTES - weight)
+                guard = guard.and_size_below(MAX_ENTITY_BYTES - weight)
         return update(
             work.table,
             work.key,
@@ -369,7 +376,7 @@ class Writes:
             returning=work.new_version is None,
         )
 
-    async def _execute(self, pairs: Sequence[tuple[Work, Statement]]) -> StorageError | None:
+    async def _execute(self, pairs: Sequence[tuple[WriteOp, Statement]]) -> StorageError | None:
         try:
             answer = await self._client.call(
                 "BatchExecuteStatement", {"Statements": [each for _, each in pairs]}
@@ -396,25 +403,25 @@ class Writes:
 
     # -- answers -----------------------------------------------------------------------------
 
-    def _landed(self, work: Work, item: Attributes | None) -> None:
+    def _landed(self, work: WriteOp, item: Attributes | None) -> None:
         if work.new_version is not None:
             work.done(work.new_version)
         elif item is not None and VERSION in item:
             self._returns = True
             work.landed_at(item)
             if not isinstance(work.change, Delete) and not isinstance(work.outcome, StorageError):
-                work.left = _left(work, item)
+                work.receipt = _left(work, item)
         elif not isinstance(work.change, Delete):
             # This server brings nothing back: from now on versions are read before.
             self._returns = False
-            work.lost = True
-            work.seen = UNKNOWN
-        elif work.lost:
+            work.ambiguous = True
+            work.observed = UNKNOWN
+        elif work.ambiguous:
             work.done(work.unknown("the answer was lost, and it is gone now"))
         else:
             work.done(None if work.change.expect is ANY else work.not_found())
 
-    def _refused(self, work: Work, answer: Mapping[str, Any]) -> StorageError | None:
+    def _refused(self, work: WriteOp, answer: Mapping[str, Any]) -> StorageError | None:
         """What a statement's own error means; returns it if it says to wait."""
         code = short(answer.get("Code") or "")
         if code == "ConditionalCheckFailed":
@@ -427,46 +434,46 @@ class Writes:
             return error  # a transaction is at it: nothing was done, and soon it can be
         return self._failed(work, error)
 
-    def _failed(self, work: Work, exc: StorageError) -> StorageError | None:
-        if isinstance(exc, StatementRefused) and not work.whole:
+    def _failed(self, work: WriteOp, exc: StorageError) -> StorageError | None:
+        if isinstance(exc, StatementRefused) and not work.full_replace:
             if self._inserts_whole and _inserts(work):
                 self._inserts_whole = False  # as above, told of the one statement
             else:
-                work.whole = True
+                work.full_replace = True
             return None
         if isinstance(exc, TableMissing):
-            work.done(gone(work))
+            work.done(deleted_meanwhile(work))
             return None
         if isinstance(exc, ConcurrencyConflictError):
             return exc
         if not isinstance(exc, UnavailableError):
             work.done(exc.copy())
             return None
-        if not left_nothing(exc):
-            work.lost = True
-            work.in_flight = work.in_flight or isinstance(exc, AnswerLost)
-            if work.whole:
-                if work.seen is None:
-                    work.seen = UNKNOWN
+        if not is_safe_to_retry(exc):
+            work.ambiguous = True
+            work.may_land_later = work.may_land_later or isinstance(exc, AnswerLost)
+            if work.full_replace:
+                if work.observed is None:
+                    work.observed = UNKNOWN
             elif work.needs_state and not work.guarded_by_token:
-                self._careful_until = time.monotonic() + _CAREFUL_SECONDS
-                work.seen = UNKNOWN
+                self._read_first_until = time.monotonic() + _READ_FIRST_SECONDS
+                work.observed = UNKNOWN
             elif work.change.expect is ABSENT:
-                work.seen = UNKNOWN
+                work.observed = UNKNOWN
         return exc
 
-    def _duplicate(self, work: Work) -> None:
-        if work.change.expect is not ABSENT or work.lost:
-            work.seen = UNKNOWN  # somebody was faster, or it was this very write
-            if work.change.expect is not ABSENT and not work.lost:
+    def _duplicate(self, work: WriteOp) -> None:
+        if work.change.expect is not ABSENT or work.ambiguous:
+            work.observed = UNKNOWN  # somebody was faster, or it was this very write
+            if work.change.expect is not ABSENT and not work.ambiguous:
                 return
-            work.lost = True
+            work.ambiguous = True
         else:
             work.done(AlreadyExistsError(work.change.key.collection, work.change.key.id))
 
-    def _condition_failed(self, work: Work, item: Attributes | None) -> StorageError | None:
+    def _condition_failed(self, work: WriteOp, item: Attributes | None) -> StorageError | None:
         change = work.change
-        if item is not None and work.lost and work.is_own(item):
+        if item is not None and work.ambiguous and work.is_own(item):
             work.landed_at(item)
         elif item is None:
             self._nothing_there(work)
@@ -474,80 +481,84 @@ class Writes:
             work.done(_stale(work, item))
         elif work.guarded_by_token:
             return self._race_lost(work, item)
-        elif work.began and not _is_older(item, work.began):
-            if work.lost:  # this may be another life, and it landed in the one before
+        elif work.requested_at and not _is_older(item, work.requested_at):
+            if work.ambiguous:  # this may be another life, and it landed in the one before
                 work.done(work.unknown("the answer was lost, and others wrote since"))
-            work.seen = item  # a clock that is ahead wrote it, or none
+            work.observed = item  # a clock that is ahead wrote it, or none
         else:
             # The version is the last there is, the entity may become too heavy, or another
             # declaration was in force when it was written.
-            work.whole = True
-            work.seen = item
+            work.full_replace = True
+            work.observed = item
         return None
 
-    def _nothing_there(self, work: Work) -> None:
-        if work.lost and (isinstance(work.change, Delete) or work.change.expect is ANY):
+    def _nothing_there(self, work: WriteOp) -> None:
+        if work.ambiguous and (isinstance(work.change, Delete) or work.change.expect is ANY):
             work.done(work.unknown("the answer was lost, and it is gone now"))
         elif work.guarded_by_token and work.change.expect is ANY:
-            work.seen = None
+            work.observed = None
         else:
             work.done(work.not_found())
 
-    def _race_lost(self, work: Work, item: Attributes | Unknown) -> StorageError | None:
-        seen = work.seen
+    def _race_lost(self, work: WriteOp, item: Attributes | Unknown) -> StorageError | None:
+        seen = work.observed
         assert isinstance(item, dict), "there is one"
         if isinstance(seen, dict) and token_of(seen) == token_of(item):
-            work.whole = True  # it is the weight that does not fit
-        elif work.lost:
+            work.full_replace = True  # it is the weight that does not fit
+        elif work.ambiguous:
             work.done(work.unknown("the answer was lost, and others wrote since"))
             return None
-        elif work.recalled:
+        elif work.from_cache:
             self._recent.was_wrong()
-            work.recalled = False
+            work.from_cache = False
             item = UNKNOWN  # without a guess it need not win a race
-        work.seen = item
+        work.observed = item
         return None
 
     # -- alone -------------------------------------------------------------------------------
 
-    async def _alone(self, work: Work) -> StorageError | None:
+    async def _alone(self, work: WriteOp) -> StorageError | None:
         """A change in a request of its own."""
         try:
-            return await (self._upsert(work) if work.upserts else self._write_whole(work))
+            return await (self._upsert(work) if work.is_upsert else self._write_whole(work))
         except CorruptionError as exc:
             work.done(exc)
             return None
 
-    async def _upsert(self, work: Work) -> StorageError | None:
+    async def _upsert(self, work: WriteOp) -> StorageError | None:
         """A save that expects nothing, by the one request that inserts or replaces."""
-        work.left = None
-        work.upserts = work.whole = False  # where it does not come through, it goes the usual way
+        work.receipt = None
+        work.is_upsert = work.full_replace = (
+            False  # where it does not come through, it goes the usual way
+        )
         try:
             answer = await self._client.call("UpdateItem", upsert_item(work))
         except ConditionFailed:
-            work.whole = True  # another declaration wrote it, or its version is the last there is
+            work.full_replace = (
+                True  # another declaration wrote it, or its version is the last there is
+            )
             return None
         except StorageError as exc:
             return self._failed(work, exc)
         attributes = answer["Attributes"]
         work.landed_at(attributes)
         if not isinstance(work.outcome, StorageError):
-            work.left = _left(work, attributes)
+            work.receipt = _left(work, attributes)
         return None
 
     # -- whole -------------------------------------------------------------------------------
 
-    async def _write_whole(self, work: Work) -> StorageError | None:
+    async def _write_whole(self, work: WriteOp) -> StorageError | None:
         """Read, change here, and write under the condition that nobody else did."""
         change = work.change
-        work.left = None
+        work.receipt = None
         try:
-            if isinstance(work.seen, Unknown) or not _is_whole(work):
+            if isinstance(work.observed, Unknown) or not _is_whole(work):
                 self._saw(work, await self._reading.item(change.key))
                 if work.is_done:
                     return None
-            seen = cast("Attributes | None", work.seen)
-            if work.lost and seen is not None and work.is_own(seen):
+            seen = cast("Attributes | None", work.observed)
+            if work.ambiguous and seen is not None and work.is_own(seen):
                 work.landed_at(seen)
                 return None
             if seen is not None and not _takes_any_version(change):
@@ -560,10 +571,10 @@ class Writes:
         except ConditionFailed as exc:
             if exc.item is not None and work.is_own(exc.item):
                 work.landed_at(exc.item)
-            elif work.lost:
+            elif work.ambiguous:
                 work.done(work.unknown("the answer was lost, and others wrote since"))
             else:
-                work.seen = exc.item
+                work.observed = exc.item
             return None
         except StatementRefused as exc:
             work.done(exc)
@@ -578,9 +589,9 @@ class Writes:
         work.done(_outcome(work, entity))
         return None
 
-    async def _replace(self, work: Work, entity: Entity | None) -> None:
+    async def _replace(self, work: WriteOp, entity: Entity | None) -> None:
         change = work.change
-        seen = cast("Attributes | None", work.seen)
+        seen = cast("Attributes | None", work.observed)
         request: dict[str, Any] = {"TableName": work.table, **unchanged(work.form, seen)}
         request["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
         if entity is None:
@@ -635,28 +646,28 @@ class Writes:
             except ConditionFailed as exc:
                 if exc.item is None:
                     raise work.not_found() from exc
-                if exc.item.get(FORM) != work.form.mark:
+                if exc.item.get(DECLARATION_DIGEST) != work.form.mark:
                     await self._bring_into_form(work, exc.item)
                     continue
                 if not _was_the_weight(work, exc.item):
                     raise _unmet(work, exc.item) from exc
-                work.seen = exc.item
+                work.observed = exc.item
             except StatementRefused as exc:
                 raise refused_query(exc) from exc
             except TableMissing as exc:
-                raise gone(work) from exc
+                raise deleted_meanwhile(work) from exc
             except ConcurrencyConflictError:
                 if not await backoff.pause():
                     raise
             except UnavailableError as exc:
-                if not left_nothing(exc):
+                if not is_safe_to_retry(exc):
                     # The condition may hold still, or again: sent twice, it could land twice.
                     return await self._own_version(work, exc)
                 if not await backoff.pause(exc):
                     raise
         raise AssertionError("there is always another round")
 
-    async def _bring_into_form(self, work: Work, item: Attributes) -> None:
+    async def _bring_into_form(self, work: WriteOp, item: Attributes) -> None:
         """Have an item that another declaration or program wrote as this one writes it."""
         key = work.change.key
         token = token_of(item) or new_token()
@@ -666,7 +677,7 @@ class Writes:
         with suppress(ConditionFailed):
             await self._client.read("PutItem", request)
 
-    async def _own_version(self, work: Work, lost: UnavailableError) -> int:
+    async def _own_version(self, work: WriteOp, lost: UnavailableError) -> int:
         """The version that a write left of which the answer was lost.
 
         Raises:
@@ -682,7 +693,7 @@ class Writes:
 
 
 @contextmanager
-def _its_own(work: Work) -> Iterator[None]:
+def _its_own(work: WriteOp) -> Iterator[None]:
     """An item that cannot be read ends the change that is about it, and no other."""
     try:
         yield
@@ -694,7 +705,7 @@ def _takes_any_version(change: Change) -> bool:
     """Whether it neither asks for a version nor makes the next one."""
     if isinstance(change, Delete):
         return type(change.expect) is not int
-    return isinstance(change, Put) and change.version is not None
+    return isinstance(change, Put) and change.import_version is not None
 
 
 def _may_be_of_one(exc: StorageError) -> bool:
@@ -705,11 +716,11 @@ def _may_be_of_one(exc: StorageError) -> bool:
     )
 
 
-def _inserting(pairs: Sequence[tuple[Work, Statement]]) -> bool:
+def _inserting(pairs: Sequence[tuple[WriteOp, Statement]]) -> bool:
     return any(_inserts(work) for work, _ in pairs)
 
 
-def _own_version_in(work: Work, item: Attributes) -> int:
+def _own_version_in(work: WriteOp, item: Attributes) -> int:
     """The version that this very write left."""
     try:
         return work.version_of(item)
@@ -718,27 +729,27 @@ def _own_version_in(work: Work, item: Attributes) -> int:
         raise
 
 
-def _inserts(work: Work) -> bool:
+def _inserts(work: WriteOp) -> bool:
     """Whether what was just sent for it was an insert."""
-    return work.change.expect is ABSENT or (work.seen is None and isinstance(work.change, Put))
+    return work.change.expect is ABSENT or (work.observed is None and isinstance(work.change, Put))
 
 
-def _left(work: Work, item: Attributes) -> Left | None:
+def _left(work: WriteOp, item: Attributes) -> WriteReceipt | None:
     """What a write leaves that sets this; the version is in it, or known."""
     version = work.version_of(item) if work.new_version is None else work.new_version
     weight = weight_in(item)
-    return None if weight is None else Left(version, work.token, weight)
+    return None if weight is None else WriteReceipt(version, work.token, weight)
 
 
-def _known_weight(work: Work) -> int:
+def _known_weight(work: WriteOp) -> int:
     """What the item weighs at most; more than any may where that is not known."""
-    seen = work.seen
+    seen = work.observed
     weight = weight_in(seen) if isinstance(seen, dict) and work.guarded_by_token else None
     return MAX_ENTITY_BYTES + 1 if weight is None else weight
 
 
 def _difference(
-    seen: Attributes, attributes: Attributes, names: Sequence[str], form: ItemForm
+    seen: Attributes, attributes: Attributes, names: Sequence[str], form: ItemMapping
 ) -> tuple[Attributes, list[str]]:
     """What a save must set and remove where all of the item is known.
 
@@ -752,18 +763,18 @@ def _difference(
     return changed, [each for each in seen if each not in attributes and each not in kept]
 
 
-def _was_the_weight(work: Work, item: Attributes) -> bool:
+def _was_the_weight(work: WriteOp, item: Attributes) -> bool:
     """Whether an update may have been refused for its weight alone, though it is not too heavy.
 
     Raises:
-        ValueOutOfDomainError: it is.
+        UnsupportedValueError: it is.
     """
     change = cast("Patch", work.change)
     if type(change.expect) is int and work.version_of(item) != change.expect:
         return False
-    weight = weight_of(cast("Entity", dict(change.fields)))
-    if isinstance(work.seen, dict):
-        return token_of(item) != token_of(work.seen)  # others wrote meanwhile
+    weight = size_of(cast("Entity", dict(change.fields)))
+    if isinstance(work.observed, dict):
+        return token_of(item) != token_of(work.observed)  # others wrote meanwhile
     if (weight_in(item) or 0) <= MAX_ENTITY_BYTES - weight:
         return False
     entity = work.form.entity(item)
@@ -771,7 +782,7 @@ def _was_the_weight(work: Work, item: Attributes) -> bool:
     return True
 
 
-def _unmet(work: Work, item: Attributes) -> StorageError:
+def _unmet(work: WriteOp, item: Attributes) -> StorageError:
     expect = work.change.expect
     if type(expect) is int and work.version_of(item) != expect:
         return _stale(work, item)
@@ -789,21 +800,21 @@ def _is_older(item: Attributes, than: str) -> bool:
     return bool(item.get(UPDATED_AT, {}).get("S", than) < than)
 
 
-def _is_whole(work: Work) -> bool:
+def _is_whole(work: WriteOp) -> bool:
     """Whether what was seen is the whole item: a look reads its version and token alone."""
-    return work.seen is None or (isinstance(work.seen, dict) and "doc" in work.seen)
+    return work.observed is None or (isinstance(work.observed, dict) and "doc" in work.observed)
 
 
-def _outcome(work: Work, entity: Entity | None) -> Outcome:
+def _outcome(work: WriteOp, entity: Entity | None) -> Outcome:
     if entity is not None:
         return cast("int", entity[VERSION])
     try:
-        return work.version_of(cast("Attributes", work.seen))
+        return work.version_of(cast("Attributes", work.observed))
     except CorruptionError:
         return 0  # of what was deleted, whatever its version was
 
 
-def _stale(work: Work, item: Attributes) -> StorageError:
+def _stale(work: WriteOp, item: Attributes) -> StorageError:
     change = work.change
     actual = work.version_of(item)
     expected = cast("int", change.expect)
@@ -814,8 +825,8 @@ def _stale(work: Work, item: Attributes) -> StorageError:
     raise AssertionError("the versions differ")
 
 
-def _given_up(work: Work, last: StorageError) -> StorageError:
-    if work.lost:
+def _given_up(work: WriteOp, last: StorageError) -> StorageError:
+    if work.ambiguous:
         return work.unknown(f"the answer was lost; then: {last}")
     if isinstance(last, UnavailableError | ConcurrencyConflictError):
         error = last.copy()
@@ -833,9 +844,9 @@ def _reason(exc: Cancelled) -> StorageError:
     return UnavailableError("the transaction was cancelled without a reason")
 
 
-def _waves(works: Sequence[Work]) -> list[list[Work]]:
+def _waves(works: Sequence[WriteOp]) -> list[list[WriteOp]]:
     """The works in as few lists as there may be without a key twice in one."""
-    waves: list[list[Work]] = []
+    waves: list[list[WriteOp]] = []
     seen: dict[tuple[str, str], int] = {}
     for work in works:
         place = (work.table, work.change.key.id)

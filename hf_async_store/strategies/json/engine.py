@@ -21,29 +21,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import redacted
-from hf_async_store.engine import Capabilities, Engine, Isolation, Plan, Reader, Session, finish
-from hf_async_store.entities import (
-    Change,
-    Collection,
-    Entity,
-    Key,
-    Outcome,
-    Record,
-    Value,
+from hf_async_store.driver import (
+    Capabilities,
+    Engine,
+    Isolation,
+    QueryPlan,
+    Reader,
+    Session,
+    run_to_completion,
 )
 from hf_async_store.errors import (
     CorruptionError,
     LockTimeoutError,
     PermissionDeniedError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     StoreClosedError,
 )
 from hf_async_store.locks import FileLock, LockManager
-from hf_async_store.moving import HIDDEN
-from hf_async_store.oserrors import translate_os_error
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
+from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
+from hf_async_store.schema import Collection
+from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.files import (
     FileManager,
     Signature,
@@ -54,7 +56,6 @@ from hf_async_store.strategies.json.files import (
     sync_parents,
     write_all,
 )
-from hf_async_store.strategies.json.folding import Folding
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
     FileState,
@@ -71,25 +72,26 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.loading import (
-    Loader,
+from hf_async_store.strategies.json.overlay import OverlayView
+from hf_async_store.strategies.json.recovery import (
+    JournalMissing,
     Merged,
-    State,
-    Vanished,
-    let_go,
+    StoreLoader,
+    StoreState,
     open_journal,
     read_blocks,
+    reclaim_images,
     scanned,
 )
 from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
 from hf_async_store.strategies.json.snapshot import Snapshot
-from hf_async_store.strategies.json.view import View
+from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.config import JSONConfig
-    from hf_async_store.entities import Schema
     from hf_async_store.ownership import Ownership
     from hf_async_store.query import Query
+    from hf_async_store.schema import Schema
 
 Result = TypeVar("Result")
 
@@ -105,11 +107,11 @@ _HEALTH_LOCK_SECONDS: Final = 5.0
 _TRIES: Final = 3
 """How often a reader starts over before it asks for the lock."""
 
-_BREATH: Final = 0x7F
+_YIELD_MASK: Final = 0x7F
 """Every so many reads give the loop a turn: reads from memory never wait for anything."""
 
 
-class _Append:
+class _PendingAppend:
     """A commit on its way to the journal."""
 
     __slots__ = ("applied", "end", "images", "merged", "size")
@@ -139,7 +141,7 @@ class _Prepared:
         self.begun = False
 
 
-class _Hop:
+class _ExecutorJob:
     """One call in a worker thread; whoever waits for it may be cancelled, the call is not.
 
     `run_in_executor` and a shield do the same by four futures and another turn of the loop, which a
@@ -181,7 +183,7 @@ class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
 class JSONEngine:
     """Entities in JSON files."""
 
-    capabilities: Final = Capabilities(engine="json", durable=True, processes=True)
+    capabilities: Final = Capabilities(engine="json", durable=True, multi_process=True)
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
         self.config = config
@@ -191,16 +193,16 @@ class JSONEngine:
         self.locks = LockManager(
             self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
         )
-        self.loader = Loader(self.files, schema, self.serializer, config.cache_size)
-        self.folding = Folding(self)
+        self.loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
+        self.folding = Compactor(self)
         self._registry = FileLock(self.files.lock(".open"), self.files.ownership)
         # Two: a commit never waits for a fold that is writing.
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
-        self._state: State | None = None
-        self._plain: View  # without layers, on the current state
+        self._state: StoreState | None = None
+        self._plain: OverlayView  # without layers, on the current state
         self._refreshing = asyncio.Lock()
         self._owned = False  # the write lock is held, and the state follows all there is
-        self._append: _Append | None = None
+        self._append: _PendingAppend | None = None
         self._write_fd = -1
         self._broken = False  # a sync failed: the journal may lack what it shows
         self._next_file_check = 0.0
@@ -221,7 +223,7 @@ class JSONEngine:
         if state is None or not self._is_current(state):
             state = await self.refresh()
         self._reads += 1
-        if not self._reads & _BREATH:
+        if not self._reads & _YIELD_MASK:
             await asyncio.sleep(0)
             if not self._is_current(state):
                 state = await self.refresh()
@@ -233,22 +235,22 @@ class JSONEngine:
             async for each in records:
                 yield each
 
-    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `ReadsInPieces`."""
+    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `SupportsBatches`."""
         state = await self.current()
-        async with aclosing(self.view(state).pieces(query)) as pieces:
+        async with aclosing(self.view(state).iter_batches(query)) as pieces:
             async for each in pieces:
                 yield each
 
     async def count(self, query: Query) -> int:
         return await self.view(await self.current()).count(query)
 
-    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+    async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         state = await self.current()
         raw = state.kept(collection.name, entity_id)
         if raw is None:
             return None
-        text = self.serializer.adopt(collection, entity_id, raw)
+        text = self.serializer.normalize(collection, entity_id, raw)
         return Record(Key(collection.name, entity_id), self.serializer.decode(text))
 
     async def exists(self) -> bool:
@@ -281,32 +283,34 @@ class JSONEngine:
                 found.append(name.removesuffix(".json"))
         return found
 
-    async def explain(self, query: Query) -> Plan:
+    async def explain(self, query: Query) -> QueryPlan:
         return await self.view(await self.current()).explain(query)
 
     @property
-    def loaded(self) -> State | None:
+    def loaded(self) -> StoreState | None:
         """The state as it is in memory, be it behind the files."""
         return self._state
 
-    def view(self, state: State) -> View:
-        return View(state, self.schema, self.serializer, references=self.config.enforce_references)
+    def view(self, state: StoreState) -> OverlayView:
+        return OverlayView(
+            state, self.schema, self.serializer, references=self.config.enforce_references
+        )
 
-    async def current(self) -> State:
+    async def current(self) -> StoreState:
         """The state as the files have it now."""
         state = self._state
         return state if state is not None and self._is_current(state) else await self.refresh()
 
     # -- following ---------------------------------------------------------------------------
 
-    def _is_current(self, state: State) -> bool:
+    def _is_current(self, state: StoreState) -> bool:
         """Whether memory holds all that the journal shows: one system call where it does."""
         try:
             return self._shows_all(state)
         except OSError as exc:
             raise translate_os_error(exc, f"look at the files in {self.files.folder}") from exc
 
-    def _shows_all(self, state: State) -> bool:
+    def _shows_all(self, state: StoreState) -> bool:
         append = self._append
         if append is not None:
             # Ours is the only append there can be. From the moment at which others can read the
@@ -332,15 +336,15 @@ class JSONEngine:
         self._next_file_check = now + _FILE_CHECK_SECONDS
         return True
 
-    def _has_successor(self, state: State) -> bool:
+    def _has_successor(self, state: StoreState) -> bool:
         return os.path.exists(self.files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
 
-    def _files_changed(self, state: State) -> bool:
+    def _files_changed(self, state: StoreState) -> bool:
         return any(
             self.files.signature(name) != state.signatures.get(name) for name in self.files.names
         )
 
-    async def refresh(self) -> State:
+    async def refresh(self) -> StoreState:
         """Follow the files, without a lock; with the shared one where that does not do.
 
         Whoever holds a lock of the store calls `refresh_locked` instead.
@@ -348,33 +352,33 @@ class JSONEngine:
         self.refuse_closed()
         self._register()
         for _ in range(_TRIES):
-            with suppress(CorruptionError, Vanished):
+            with suppress(CorruptionError, JournalMissing):
                 return await self._follow()
             await asyncio.sleep(0)
         try:
             async with self.locks.shared():
                 return await self.refresh_locked()
-        except (PermissionDeniedError, ReadOnlyError):
+        except (PermissionDeniedError, ReadOnlyStoreError):
             # No lock file can be made here, so nobody writes here, either.
             return await self.refresh_locked()
 
-    async def refresh_locked(self) -> State:
+    async def refresh_locked(self) -> StoreState:
         """Follow the files while nobody can change them."""
         self.refuse_closed()
         self._register()
         try:
             return await self._follow()
-        except Vanished as exc:
+        except JournalMissing as exc:
             raise self._gap(exc) from exc
 
-    def _gap(self, exc: Vanished) -> CorruptionError:
+    def _gap(self, exc: JournalMissing) -> CorruptionError:
         return CorruptionError(
             f"the journal of {self.files.folder} has a gap: {exc}. Restore a backup "
             "(`hf-async-store restore`), or take the data files alone: `hf-async-store "
             "checkpoint --adopt-file`"
         )
 
-    def _unchanged(self, state: State) -> bool:
+    def _unchanged(self, state: StoreState) -> bool:
         """Whether there is surely nothing to follow: the common case, decided in a few calls.
 
         Others must be kept from writing, and no other task of this process may be following.
@@ -394,18 +398,18 @@ class JSONEngine:
         except OSError:
             return False  # told where it is looked at in full
 
-    async def _follow(self) -> State:
+    async def _follow(self) -> StoreState:
         async with self._refreshing:
             state = self._state
             try:
-                if state is None or not await self._followed(state):
+                if state is None or not await self._catch_up(state):
                     self._refuse_removed(state)
                     state = await self._load()
             except OSError as exc:
                 raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
             return state
 
-    async def _load(self, adopt: str | None = None) -> State:
+    async def _load(self, adopt: str | None = None) -> StoreState:
         self.files.refuse_moved_links()
         loaded = await self.loader.load(adopt=adopt)
         if self._state is not None:
@@ -415,7 +419,7 @@ class JSONEngine:
         self._plain = self.view(loaded)
         return loaded
 
-    def _refuse_removed(self, state: State | None) -> None:
+    def _refuse_removed(self, state: StoreState | None) -> None:
         """Folds leave a journal. If there is none any more, somebody removed it, and perhaps the
         files: what memory knows to have been there must not silently be gone."""
         if state is None or state.fd < 0 or self.files.journals():
@@ -423,11 +427,11 @@ class JSONEngine:
         gone = [name for name, found in state.signatures.items() if found is not None]
         gone = [name for name in gone if self.files.signature(name) is None]
         if state.pending or gone:
-            raise Vanished(
+            raise JournalMissing(
                 f"{self.files.journal(state.generation)} was removed while it was in use"
             )
 
-    def _in_place(self, state: State) -> bool:
+    def _in_place(self, state: StoreState) -> bool:
         """Whether the journal that is open is the one in the folder."""
         try:
             there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # often
@@ -435,7 +439,7 @@ class JSONEngine:
             return False
         return os.path.samestat(there, os.fstat(state.fd))
 
-    async def _followed(self, state: State) -> bool:
+    async def _catch_up(self, state: StoreState) -> bool:
         """Read what was appended since; False if the files must be read anew."""
         if self._append is not None or self._owned:
             return True
@@ -463,12 +467,12 @@ class JSONEngine:
             return False
         return not self._files_changed(state) or await self._same_files(state)
 
-    async def _read_tail(self, state: State) -> bool:
+    async def _read_tail(self, state: StoreState) -> bool:
         path = self.files.journal(state.generation)
         found = os.fstat(state.fd)
         size = found.st_size
         if is_doubtful(found):
-            state.doubtful = state.generation
+            state.suspect = state.generation
         if size == state.offset:
             return True
         if size < state.offset:
@@ -483,11 +487,11 @@ class JSONEngine:
                 self.loader.announce(state, read_fold(entry.payload).files)
             state.offset = end
             state.sequence += 1
-            await state.sweep()
-            await let_go(entry, images)
+            await state.reclaim()
+            await reclaim_images(entry, images)
         return True
 
-    async def _step(self, state: State) -> bool:
+    async def _step(self, state: StoreState) -> bool:
         """Go over to the next generation; False if it begins from other files than we know."""
         path = self.files.journal(state.generation + 1)
         fd = open_journal(path)
@@ -496,7 +500,7 @@ class JSONEngine:
             # No more than that record: a commit of 30 MB may follow it.
             first = next(scan(read_blocks(fd, 0, size, path), str(path), 0, 0), None)
             if first is None or first[0].kind is not Kind.HEAD:
-                raise Vanished(f"{path} has no head yet")
+                raise JournalMissing(f"{path} has no head yet")
             head, end = first
             told = read_head(head.payload)
             if told.alone or not self._knows(state, told):
@@ -515,16 +519,16 @@ class JSONEngine:
         state.sealed = False
         if left >= 0:
             # In a thread: this may be all that is left of a large file that was removed.
-            await finish(asyncio.to_thread(os.close, left))
+            await run_to_completion(asyncio.to_thread(os.close, left))
         return True
 
-    def _knows(self, state: State, head: Head) -> bool:
+    def _knows(self, state: StoreState, head: Head) -> bool:
         return all(
             any(each.digest == content.digest for each in state.known.get(name, []))
             for name, content in head.files.items()
         )
 
-    async def _same_files(self, state: State) -> bool:
+    async def _same_files(self, state: StoreState) -> bool:
         """Whether files that look changed hold what they should; costs reading them."""
         for name in list(self.files.names):
             signature = self.files.signature(name)
@@ -566,7 +570,7 @@ class JSONEngine:
             await reader.close()
 
     @asynccontextmanager
-    async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[State]:
+    async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[StoreState]:
         """Hold the store's write lock, with a state that follows all there is.
 
         Args:
@@ -592,14 +596,14 @@ class JSONEngine:
             return False
 
     @asynccontextmanager
-    async def owning(self) -> AsyncIterator[State]:
+    async def owning(self) -> AsyncIterator[StoreState]:
         """The state, following all there is; the caller holds the write lock."""
         try:
             yield await self._own()
         finally:
             self._owned = False
 
-    async def _own(self) -> State:
+    async def _own(self) -> StoreState:
         self.files.refuse_moved_links()
         state = self._state
         if state is None or not self._unchanged(state):
@@ -614,11 +618,11 @@ class JSONEngine:
             self._broken = False
         return state
 
-    async def commit(self, state: State, images: Images) -> None:
+    async def commit(self, state: StoreState, images: Images) -> None:
         """Append the images as one record; in memory once it is there. The lock is held.
 
         Raises:
-            DiskFullError, ReadOnlyError, PermissionDeniedError, UnavailableError: nothing was
+            DiskFullError, ReadOnlyStoreError, PermissionDeniedError, UnavailableError: nothing was
                 written; or, with `outcome_unknown`, the record may not outlive a loss of power.
         """
         if not any(images.values()):
@@ -635,12 +639,12 @@ class JSONEngine:
         try:
             await self._append_record(state, Kind.COMMIT, payload, images, merged)
         finally:
-            await state.sweep()
+            await state.reclaim()
         self.folding.consider()
 
     async def _append_record(
         self,
-        state: State,
+        state: StoreState,
         kind: Kind,
         payload: Sequence[bytes],
         images: Images | None = None,
@@ -653,7 +657,7 @@ class JSONEngine:
             data = [head, *payload]
         else:
             data = [b"".join((header(kind, payload, state.sequence), *payload))]
-        append = _Append(images or {}, state.offset + HEADER_SIZE + size, size, merged or {})
+        append = _PendingAppend(images or {}, state.offset + HEADER_SIZE + size, size, merged or {})
         path = self.files.journal_path(state.generation)
         try:
             fd = self._writer(state)
@@ -665,10 +669,10 @@ class JSONEngine:
             raise translate_os_error(exc, f"write {path}") from exc
         # The seal of a broken journal is for those who read on now; it need not last.
         lasting = self.config.sync_writes if kind is Kind.COMMIT else True
-        broken = self._broken or state.doubtful == state.generation
+        broken = self._broken or state.suspect == state.generation
         sync = lasting and not (broken and kind is Kind.SEAL)
         offset = state.offset  # which moves on as soon as somebody sees the record
-        hop = _Hop(lambda: _append(fd, data, offset, sync))
+        hop = _ExecutorJob(lambda: _append(fd, data, offset, sync))
         self.threads.submit(hop.run)
         self._append = append
         cancelled: asyncio.CancelledError | None = None
@@ -693,15 +697,15 @@ class JSONEngine:
         if failure is not None:
             raise failure  # a defect, or no memory
 
-    def _apply(self, state: State, append: _Append) -> None:
+    def _apply(self, state: StoreState, append: _PendingAppend) -> None:
         if not append.applied:
             append.applied = True
             state.offset = append.end
             state.sequence += 1
             if append.images:
-                state.take(append.images, append.size, append.merged)
+                state.apply(append.images, append.size, append.merged)
 
-    async def append_control(self, state: State, body: Head | Seal | Fold) -> None:
+    async def append_control(self, state: StoreState, body: Head | Seal | Fold) -> None:
         """Append a record that is no commit. The lock is held."""
         sequence = state.sequence
         try:
@@ -712,12 +716,12 @@ class JSONEngine:
             if isinstance(body, Seal) and state.sequence > sequence:
                 state.sealed = True
 
-    async def start_generation(self, state: State) -> None:
+    async def start_generation(self, state: StoreState) -> None:
         """Seal the journal, if there is one, and begin the next. The lock is held."""
         # To its end, also when cancelled: what is sealed, and what begins, must be known here.
-        await finish(self._start_generation(state))
+        await run_to_completion(self._start_generation(state))
 
-    async def _start_generation(self, state: State) -> None:
+    async def _start_generation(self, state: StoreState) -> None:
         generation = state.generation + 1
         files = {
             name: _from(
@@ -757,7 +761,7 @@ class JSONEngine:
     async def _in_thread(self, call: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
 
-    async def _begin(self, state: State, journal: _Prepared) -> None:
+    async def _begin(self, state: StoreState, journal: _Prepared) -> None:
         """The prepared journal gets its name, and the state goes over to it."""
         head = journal.head
         try:
@@ -781,7 +785,7 @@ class JSONEngine:
             if content not in known:
                 known.append(content)
 
-    def _writer(self, state: State) -> int:
+    def _writer(self, state: StoreState) -> int:
         if self._write_fd < 0:
             path = self.files.journal_path(state.generation)
             self._write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -794,7 +798,7 @@ class JSONEngine:
 
     # -- life --------------------------------------------------------------------------------
 
-    async def adopt(self, which: str) -> None:
+    async def recover(self, which: str) -> None:
         """Settle a data file that was replaced by hand, or a damaged journal: "file", "journal" or
         what is "readable" counts.
 
@@ -807,13 +811,13 @@ class JSONEngine:
             async with self._refreshing:
                 try:
                     state = await self._load(which)
-                except Vanished as exc:
+                except JournalMissing as exc:
                     raise self._gap(exc) from exc
                 except OSError as exc:
                     raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
             self._owned = True
             try:
-                await finish(self._stand_alone(state))
+                await run_to_completion(self._start_fresh_journal(state))
                 await self.folding.renew(state)
             except BaseException:
                 # What was read must not be taken for the answer: the files have it.
@@ -823,7 +827,7 @@ class JSONEngine:
             finally:
                 self._owned = False
 
-    async def _stand_alone(self, state: State) -> None:
+    async def _start_fresh_journal(self, state: StoreState) -> None:
         """Begin a journal on the data files as they lie there, with all that was replayed in it."""
         generation = max([state.generation, *self.files.journals()]) + 1
         files = {name: _from(content, generation) for name, content in state.content.items()}
@@ -846,7 +850,7 @@ class JSONEngine:
         """Remove the generations that every data file holds. The lock is held."""
         try:
             # In a thread: to free what a large file takes on the disk is not done in a moment.
-            await finish(asyncio.to_thread(self.files.drop_journals, before))
+            await run_to_completion(asyncio.to_thread(self.files.drop_journals, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 
@@ -875,7 +879,7 @@ class JSONEngine:
         ]
         if state.in_doubt:
             problems.append(
-                f"{self.files.journal(state.doubtful)} could not be brought to the disk; the next "
+                f"{self.files.journal(state.suspect)} could not be brought to the disk; the next "
                 "write, or `hf-async-store checkpoint`, writes everything anew"
             )
         problems += self._unfolded(state)
@@ -895,7 +899,7 @@ class JSONEngine:
             "problems": problems,
         }
 
-    def _unfolded(self, state: State) -> list[Value]:
+    def _unfolded(self, state: StoreState) -> list[Value]:
         """Whether the journal can be folded, as far as the last try tells."""
         if self.folding.failure is not None:
             return [f"the journal could not be folded into the data files: {self.folding.failure}"]
@@ -919,10 +923,10 @@ class JSONEngine:
                 f"no write could begin within {seconds:g} s: another process, or a transaction of "
                 f"this one, holds {self.files.lock()}. A suspended process holds it until it goes on"
             ]
-        except (PermissionDeniedError, ReadOnlyError):
+        except (PermissionDeniedError, ReadOnlyStoreError):
             return []  # told by the probe
 
-    async def _unreadable(self, state: State) -> list[Value]:
+    async def _unreadable(self, state: StoreState) -> list[Value]:
         """What is wrong with entities that came from elsewhere and that nobody has read yet."""
         found: list[Value] = []
         for name in self.schema:
@@ -937,10 +941,10 @@ class JSONEngine:
                     await asyncio.sleep(0)
         return found
 
-    def _undeclared(self, state: State) -> list[str]:
+    def _undeclared(self, state: StoreState) -> list[str]:
         kept = {each for extras in state.extras.values() for each in extras}
         there = kept | (state.sections.keys() - self.schema.keys())
-        return sorted(there - {each.name for each in HIDDEN})
+        return sorted(there - {each.name for each in SYSTEM_COLLECTIONS})
 
     def describe(self) -> Mapping[str, Value]:
         return {
@@ -974,7 +978,7 @@ class JSONEngine:
             self._registry.unlock()
             if self._registry.try_lock(exclusive=True):
                 await self.folding.at_close()
-        except (PermissionDeniedError, ReadOnlyError):
+        except (PermissionDeniedError, ReadOnlyStoreError):
             pass  # whoever may write here will fold it
         except StorageError:
             # The journal holds everything that was acknowledged; the next one to open folds it.
@@ -1014,8 +1018,8 @@ class _SessionContext:
     def __init__(self, engine: JSONEngine) -> None:
         self._engine = engine
         self._stack = AsyncExitStack()
-        self._view: View | None = None
-        self._state: State | None = None
+        self._view: OverlayView | None = None
+        self._state: StoreState | None = None
         self._owner: asyncio.Task[object] | None = None
 
     async def __aenter__(self) -> Session:
@@ -1034,7 +1038,7 @@ class _SessionContext:
         finally:
             await self._stack.aclose()
 
-    async def _begun(self) -> View:
+    async def _begun(self) -> OverlayView:
         if self._view is None:
             self._state = await self._stack.enter_async_context(self._engine.writing(self._owner))
             self._view = self._engine.view(self._state)
@@ -1066,7 +1070,7 @@ class _SessionContext:
         except BaseException:
             del view.layers[depth:]
             raise
-        view.merge_top()
+        view.commit_overlay()
 
 
 def _from(content: FileState, generation: int) -> FileState:

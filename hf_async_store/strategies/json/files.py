@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hf_async_store.engine import finish
-from hf_async_store.errors import ConfigurationError, CorruptionError, FileReplacedError
-from hf_async_store.oserrors import translate_os_error
+from hf_async_store.driver import run_to_completion
+from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
+from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store
 from hf_async_store.strategies.json.journal import FileState
 
 if TYPE_CHECKING:
     from hf_async_store.config import JSONConfig
-    from hf_async_store.entities import Schema
+    from hf_async_store.schema import Schema
 
 log: Final = logging.getLogger("hf_async_store.json")
 
@@ -237,12 +237,12 @@ class FileManager:
         """Make sure that the paths still lead to where they led when the store was made.
 
         Raises:
-            FileReplacedError: one leads elsewhere.
+            DataFileConflictError: one leads elsewhere.
         """
         for given, real in self._links.items():
             now = os.path.realpath(given)
             if now != real:
-                raise FileReplacedError(
+                raise DataFileConflictError(
                     f"{given} led to {real} when the store was opened, and leads to {now} now. "
                     "Nothing was written there. Close the store and open it again"
                 )
@@ -252,7 +252,7 @@ class FileManager:
 
         Raises:
             ConfigurationError: it never can.
-            FileReplacedError: it became a link since the store was made.
+            DataFileConflictError: it became a link since the store was made.
         """
         try:
             found = os.lstat(path)
@@ -261,7 +261,7 @@ class FileManager:
         except OSError as exc:
             raise translate_os_error(exc, f"look at {path}") from exc
         if stat.S_ISLNK(found.st_mode):
-            raise FileReplacedError(
+            raise DataFileConflictError(
                 f"{path} was replaced by a link to {os.path.realpath(path)}. Close the store and "
                 "open it again: it is then kept where the link leads"
             )
@@ -376,8 +376,8 @@ class FileManager:
                     keep(fd, owned)
                 async for piece in pieces:
                     # To its end, also when cancelled: a thread may not write to a closed file.
-                    await finish(asyncio.to_thread(_write, fd, piece, digest, packer))
-                await finish(asyncio.to_thread(_end, fd, digest, packer))
+                    await run_to_completion(asyncio.to_thread(_write, fd, piece, digest, packer))
+                await run_to_completion(asyncio.to_thread(_end, fd, digest, packer))
                 return path, digest.hexdigest(), Signature.of(os.fstat(fd))
             finally:
                 os.close(fd)
@@ -736,8 +736,8 @@ def _exists(path: Path) -> bool:
 def _number(entry: str, prefix: str) -> int | None:
     """The number behind the prefix of a name; None: not a name that the store gives."""
     digits = entry.removeprefix(prefix)
-    is_ours = digits != entry and digits.isascii() and digits.isdigit()
-    return int(digits) if is_ours else None
+    is_held = digits != entry and digits.isascii() and digits.isdigit()
+    return int(digits) if is_held else None
 
 
 __all__ = [

@@ -111,7 +111,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 _KINDS: Final = frozenset(Kind)
-_PIECE: Final = 1024
+_CHUNK_SIZE: Final = 1024
 
 _TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
 _encode = msgspec.json.Encoder().encode
@@ -155,7 +155,7 @@ def commit_text(images: Images) -> Iterator[bytes]:
         start = b"\n},"
         items = iter(section.items())
         comma = b""
-        while part := list(islice(items, _PIECE)):
+        while part := list(islice(items, _CHUNK_SIZE)):
             yield comma + b",\n".join(
                 b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
                 for entity_id, raw in part

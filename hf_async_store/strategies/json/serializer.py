@@ -15,16 +15,9 @@ from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.entities import (
-    VERSION,
-    Collection,
-    Entity,
-    Schema,
-    Value,
-    copy_entity,
-    parse_timestamp,
-)
 from hf_async_store.errors import CorruptionError, StorageError
+from hf_async_store.schema import Collection, Schema
+from hf_async_store.values import VERSION, Entity, Value, copy_entity, parse_timestamp
 
 Held: TypeAlias = bytes | msgspec.Raw
 """An entity in memory: canonical bytes, or Raw text that nobody has looked at yet."""
@@ -101,7 +94,7 @@ class JSONSerializer:
         except UNREADABLE as exc:
             raise not_as_written(exc) from exc
 
-    def adopt(self, collection: Collection, entity_id: str, raw: Held) -> bytes:
+    def normalize(self, collection: Collection, entity_id: str, raw: Held) -> bytes:
         """The canonical text of an entity that something else wrote.
 
         A missing version is 0, a missing key field is filled in, and declared timestamps take

@@ -13,16 +13,17 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
-from hf_async_store.engine import gathered
-from hf_async_store.entities import Entity, Key, Record
+from hf_async_store.changes import Record
+from hf_async_store.driver import batched
 from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
+from hf_async_store.values import Entity, Key
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.json.loading import State
-    from hf_async_store.strategies.json.section import Past, Section
+    from hf_async_store.strategies.json.collection_table import CollectionTable, SnapshotDelta
+    from hf_async_store.strategies.json.recovery import StoreState
     from hf_async_store.strategies.json.serializer import JSONSerializer
 
-_PIECE: Final = 512
+_CHUNK_SIZE: Final = 512
 
 
 class Snapshot:
@@ -32,17 +33,17 @@ class Snapshot:
         state: current at the moment that is kept.
     """
 
-    def __init__(self, state: State, serializer: JSONSerializer) -> None:
+    def __init__(self, state: StoreState, serializer: JSONSerializer) -> None:
         self._serializer = serializer
-        self._sections: dict[str, tuple[Section, Past]] = {
-            name: (section, section.keep())
+        self._sections: dict[str, tuple[CollectionTable, SnapshotDelta]] = {
+            name: (section, section.pin())
             for name, section in state.sections.items()
             if section.declared
         }
 
     async def close(self) -> None:
         for section, past in self._sections.values():
-            await section.release(past)
+            await section.unpin(past)
 
     def _raw(self, collection: str, entity_id: str) -> bytes | None:
         section, past = self._sections[collection]
@@ -53,7 +54,7 @@ class Snapshot:
         for number, key in enumerate(keys, 1):
             raw = self._raw(key.collection, key.id)
             found.append(None if raw is None else Record(key, self._serializer.decode(raw)))
-            if not number % _PIECE:
+            if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return found
 
@@ -73,10 +74,10 @@ class Snapshot:
                     if left <= 0:
                         return
 
-    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `ReadsInPieces`."""
+    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `SupportsBatches`."""
         if query.order or query.limit is not None:
-            async with aclosing(gathered(self.select(query))) as found:
+            async with aclosing(batched(self.select(query))) as found:
                 async for each in found:
                     yield each
             return
@@ -103,15 +104,15 @@ class Snapshot:
         matches = compile_filter(query.where)
         decode = self._serializer.decode
         everything = query.where == EVERYTHING
-        for start in range(first, len(ids), _PIECE):
-            part = ids[start : start + _PIECE]
+        for start in range(first, len(ids), _CHUNK_SIZE):
+            part = ids[start : start + _CHUNK_SIZE]
             if past.before or past.whole is not None:
                 raws = [(each, self._raw(query.collection, each)) for each in part]
                 found = [(each, decode(raw)) for each, raw in raws if raw is not None]
             else:  # nothing has changed since, so all that is held is what was
                 held = map(section.held.__getitem__, part)
                 found = [
-                    (each, decode(raw if type(raw) is bytes else section.adopted(each, raw)))
+                    (each, decode(raw if type(raw) is bytes else section.normalized(each, raw)))
                     for each, raw in zip(part, held, strict=True)
                 ]
             yield found if everything else [row for row in found if matches(row[1])]

@@ -10,7 +10,7 @@ from typing import Final, Literal, cast
 
 import msgspec
 
-from hf_async_store.conditions import missing_parent
+from hf_async_store.changes import Record, check_version
 from hf_async_store.config import (
     JSONConfig,
     StorageConfig,
@@ -18,24 +18,21 @@ from hf_async_store.config import (
     load_config,
     strategy_config,
 )
-from hf_async_store.entities import (
-    CREATED_AT,
-    HOST_FACTORY,
-    UPDATED_AT,
-    VERSION,
-    Collection,
-    Entity,
-    Record,
-    check_version,
-    utc_now,
+from hf_async_store.errors import InvalidInputError, UnsupportedValueError
+from hf_async_store.migration_routing import (
+    MIGRATION_COLLECTION,
+    MIGRATION_KEY,
+    migration_state_in,
+    not_followed,
 )
-from hf_async_store.errors import InvalidInputError, ValueOutOfDomainError
-from hf_async_store.moving import MOVE, MOVE_KEY, move_in, not_followed
+from hf_async_store.preconditions import missing_parent
+from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies.json.engine import JSONEngine
-from hf_async_store.strategies.json.loading import State
+from hf_async_store.strategies.json.recovery import StoreState
 from hf_async_store.strategy import StorageStrategy, schema_of
+from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, utc_now
 
-_PIECE: Final = 256
+_CHUNK_SIZE: Final = 256
 _CHECK_PIECE: Final = 8192
 
 
@@ -87,7 +84,7 @@ class JSONStorageStrategy(StorageStrategy):
     ) -> AsyncIterator[None]:
         self._usable()
         if not exclusive:
-            await self._refuse_elsewhere(what)
+            await self._require_source_active(what)
         leave = self._transactions.enter(what)
         try:
             locks = self._json.locks
@@ -103,10 +100,10 @@ class JSONStorageStrategy(StorageStrategy):
         """What the lock is taken for gets no marks. While it is held, no move can begin; nor can
         one go on, so nothing may wait for it here."""
         state = await self._json.refresh_locked()
-        raw = state.kept(MOVE.name, MOVE_KEY.id)
+        raw = state.kept(MIGRATION_COLLECTION.name, MIGRATION_KEY.id)
         if raw is not None:
-            text = self._json.serializer.adopt(MOVE, MOVE_KEY.id, raw)
-            move = move_in(Record(MOVE_KEY, self._json.serializer.decode(text)))
+            text = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
+            move = migration_state_in(Record(MIGRATION_KEY, self._json.serializer.decode(text)))
             assert move is not None, "there is a record"
             elsewhere = move.role == "source" and move.phase not in ("copying", "cut_over")
             raise not_followed(what, move.other if elsewhere else None)
@@ -128,9 +125,9 @@ class JSONStorageStrategy(StorageStrategy):
         that the store sets is not changed. Uses the write lock that the task holds, or takes it.
 
         Raises:
-            UnknownCollectionError, InvalidKeyError, InvalidFieldError, ValueOutOfDomainError,
+            UnknownCollectionError, InvalidKeyError, InvalidFieldError, UnsupportedValueError,
             InvalidVersionError: before anything is written.
-            BrokenReferenceError: the new whole refers to what it does not have.
+            ReferenceViolationError: the new whole refers to what it does not have.
         """
         wanted = await self._checked(data)
         async with self._holding(exclusive=True), self._json.owning() as state:
@@ -154,7 +151,7 @@ class JSONStorageStrategy(StorageStrategy):
         if adopt is None:
             await self._json.folding.checkpoint()
         else:
-            await self._json.adopt(adopt)
+            await self._json.recover(adopt)
 
     def backups(self) -> list[Path]:
         """The backups of the data files that folds kept, newest first."""
@@ -163,7 +160,7 @@ class JSONStorageStrategy(StorageStrategy):
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _twin(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
+    def _reopen_with_collections(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
         # The same place, also where the working directory has changed since.
         place = str(self._json.files.given)
         config = msgspec.structs.replace(self._json.config, base_path=place)
@@ -183,14 +180,14 @@ class JSONStorageStrategy(StorageStrategy):
             async with self.acquire_read_lock():
                 yield
 
-    async def _decoded(self, state: State, name: str) -> dict[str, Entity]:
+    async def _decoded(self, state: StoreState, name: str) -> dict[str, Entity]:
         section = state.sections[name]
         found: dict[str, Entity] = {}
         for number, entity_id in enumerate(list(section.held), 1):
             raw = section.canonical(entity_id)
             if raw is not None:
                 found[entity_id] = self._json.serializer.decode(raw)
-            if not number % _PIECE:
+            if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return found
 
@@ -210,17 +207,17 @@ class JSONStorageStrategy(StorageStrategy):
                 except InvalidInputError as exc:
                     raise exc.at(f"{name}[{entity_id!r}]") from exc
                 if key.id != entity_id:
-                    raise ValueOutOfDomainError(
+                    raise UnsupportedValueError(
                         f"{name}[{entity_id!r}] names itself {key.id!r} in {collection.key}"
                     )
                 wanted[name][entity_id] = encode(entity, cast("int", version))
                 number += 1
-                if not number % _PIECE:
+                if not number % _CHUNK_SIZE:
                     await asyncio.sleep(0)
         return wanted
 
     async def _images(
-        self, state: State, name: str, wanted: dict[str, bytes]
+        self, state: StoreState, name: str, wanted: dict[str, bytes]
     ) -> dict[str, bytes | None]:
         """What changes in a section; `wanted` is used up, for freeing it at once holds the loop."""
         section = state.sections[name]
@@ -247,7 +244,7 @@ class JSONStorageStrategy(StorageStrategy):
                 if not _same(entity, current):
                     stamped = {**entity, UPDATED_AT: at}
                     images[entity_id] = serializer.encode(stamped, version + 1)
-            if not number % _PIECE:
+            if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return images
 
@@ -257,7 +254,7 @@ class JSONStorageStrategy(StorageStrategy):
             if not collection.references:
                 continue
             for number, (entity_id, text) in enumerate(wanted[name].items(), 1):
-                if not number % _PIECE:
+                if not number % _CHUNK_SIZE:
                     await asyncio.sleep(0)
                 entity = decode(text)
                 for field in collection.references:

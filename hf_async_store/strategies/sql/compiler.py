@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from hf_async_store.entities import INT_MAX, INT_MIN, VERSION, Entity, Field, Value
 from hf_async_store.query import (
     MISSING,
     And,
@@ -23,7 +22,9 @@ from hf_async_store.query import (
     Query,
     compile_filter,
 )
-from hf_async_store.strategies.sql.tables import DOC, Kind, Table, quoted
+from hf_async_store.schema import Field
+from hf_async_store.strategies.sql.row_mapping import DOC, Kind, TableMapping, quoted
+from hf_async_store.values import INT_MAX, INT_MIN, VERSION, Entity, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -79,7 +80,7 @@ class Compiled(NamedTuple):
     sorted_here: bool
 
 
-def compile_query(table: Table, query: Query, selection: str | None = None) -> Compiled:
+def compile_query(table: TableMapping, query: Query, selection: str | None = None) -> Compiled:
     """The SELECT of a query.
 
     Args:
@@ -108,7 +109,7 @@ def compile_query(table: Table, query: Query, selection: str | None = None) -> C
     )
 
 
-def compile_count(table: Table, query: Query) -> Compiled | None:
+def compile_count(table: TableMapping, query: Query) -> Compiled | None:
     """The SELECT that counts what a query matches; None if not all of its filter can be pushed."""
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
@@ -137,7 +138,7 @@ class _Sorted(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: TableMapping) -> None:
         self._table = table
         self._dialect = table.dialect
         self._collection = table.collection
@@ -237,7 +238,7 @@ class _Compiler:
                 test = f"{column} = {parameter}"
                 if short is not None:
                     # The same parameter: an index holds the beginning, the text itself decides.
-                    test = f"({short} = {self._dialect.shortened(parameter)} AND {test})"
+                    test = f"({short} = {self._dialect.index_prefix(parameter)} AND {test})"
             else:
                 test = self._dialect.one_of(column, fitting, kind, self.args)
                 if short is not None:
@@ -260,7 +261,7 @@ class _Compiler:
         short = self._shortened(column, kind)
         if short is not None:
             wide = "<=" if op.startswith("lt") else ">="
-            test = f"({short} {wide} {self._dialect.shortened(parameter)} AND {test})"
+            test = f"({short} {wide} {self._dialect.index_prefix(parameter)} AND {test})"
         return test
 
     def _begins_with(self, column: str, kind: Kind, prefix: str) -> str:
@@ -273,7 +274,7 @@ class _Compiler:
     def _shortened(self, column: str, kind: Kind) -> str | None:
         if kind != "text" or column in self._table.whole:
             return None
-        return self._dialect.shortened(column)
+        return self._dialect.index_prefix(column)
 
     # -- order and position ------------------------------------------------------------------
 

@@ -25,8 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import QueuePool
 
 from hf_async_store.config import SQLConfig
-from hf_async_store.engine import Isolation, finish
-from hf_async_store.entities import Value
+from hf_async_store.driver import Isolation, run_to_completion
 from hf_async_store.errors import (
     InvalidInputError,
     PoolTimeoutError,
@@ -35,6 +34,7 @@ from hf_async_store.errors import (
     TransactionAbortedError,
     UnavailableError,
 )
+from hf_async_store.values import Value
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect as SQLDialect
@@ -50,7 +50,7 @@ _IDLE_SECONDS: Final = 10.0
 _Work: TypeAlias = "Coroutine[Any, Any, None]"
 
 
-class Lease:
+class LeasedConnection:
     """One connection, held by one task at a time."""
 
     def __init__(self, dialect: Dialect, connection: AsyncConnection, driver: Any) -> None:
@@ -74,7 +74,7 @@ class Lease:
         if writes and not self._open:
             # It commits by itself, so it ends before a cancellation comes out: what a task that
             # is gone had begun must not land later.
-            return await finish(self._committing(sql, args, doing))
+            return await run_to_completion(self._committing(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
 
     async def _rows(
@@ -112,9 +112,9 @@ class Lease:
             raise
 
     @property
-    def alone(self) -> bool:
+    def has_exclusive_write(self) -> bool:
         """Whether nobody else can write until the transaction ends that is open."""
-        return self.dialect.one_writer and self._written and bool(self._open)
+        return self.dialect.single_writer and self._written and bool(self._open)
 
     async def put_all(self, puts: Puts) -> dict[str, int] | None:
         """`Dialect.put_all`, where `alone`."""
@@ -138,7 +138,7 @@ class Lease:
                 yield
         finally:
             with suppress(StorageError):  # then the connection is of no more use
-                await finish(self.rows(bulk.after))
+                await run_to_completion(self.rows(bulk.after))
 
     async def many(self, sql: str, blocks: Sequence[Sequence[object]]) -> int:
         """Run one statement that writes, in a transaction, for each block of arguments."""
@@ -152,13 +152,13 @@ class Lease:
             self.doubtful = True
             raise
 
-    async def labelled(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
+    async def fetch_dicts(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
         """Run a caller's own statement, in the transaction that is open."""
         self._usable()
         self.altered = True
         doing = "execute the statement"
         try:
-            rows = await self.dialect.labelled(self.driver, sql, args)
+            rows = await self.dialect.fetch_dicts(self.driver, sql, args)
         except self.dialect.caller_errors as exc:
             if self.killed or self.dialect.is_lost(self.driver):
                 raise self._error(exc, doing, writes=False) from exc
@@ -177,13 +177,13 @@ class Lease:
             )
         return rows
 
-    async def pieces(
+    async def fetch_batches(
         self, sql: str, args: Sequence[object]
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         """Run one statement and read its rows piece by piece."""
         self._usable()
         self.dialect.check_place(self.driver)
-        pieces = self.dialect.pieces(self.driver, sql, args, written=self._written)
+        pieces = self.dialect.fetch_batches(self.driver, sql, args, written=self._written)
         try:
             async for each in pieces:
                 yield each
@@ -208,9 +208,9 @@ class Lease:
         try:
             yield
         except BaseException:
-            await finish(self._roll_back())
+            await run_to_completion(self._roll_back())
             raise
-        await finish(self._commit())
+        await run_to_completion(self._commit())
 
     @asynccontextmanager
     async def reading(self, *, statements: Literal["one", "many"]) -> AsyncIterator[None]:
@@ -225,7 +225,7 @@ class Lease:
                 # each of them must find those within it done.
                 self._open.pop()
             else:
-                await finish(self._roll_back())
+                await run_to_completion(self._roll_back())
             self._written = True
 
     async def _begin(self, begin: Callable[[], Awaitable[Any]]) -> None:
@@ -241,7 +241,7 @@ class Lease:
         try:
             self.dialect.check_place(self.driver)
         except StorageError:
-            await finish(self._roll_back())
+            await run_to_completion(self._roll_back())
             raise
 
     async def _commit(self) -> None:
@@ -272,7 +272,7 @@ class Lease:
         handle = self._open.pop()
         if handle is None or self.killed:
             return
-        # Where this fails the connection is of no more use, and `tidy` sees to that; what led
+        # Where this fails the connection is of no more use, and `reusable` sees to that; what led
         # here is what the caller must hear.
         with suppress(*self.dialect.driver_errors):
             await self.dialect.roll_back(handle)
@@ -321,9 +321,9 @@ class Connections:
         self._gate = asyncio.Semaphore(most)
         size = max(kept, 1)
         self._engine = dialect.engine(size=size, overflow=most - size, read_only=read_only)
-        self._held: set[Lease] = set()
+        self._held: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # connecting, or closing what is idle
-        self._surplus: list[Lease] = []  # idle, beyond the pool's size
+        self._surplus: list[LeasedConnection] = []  # idle, beyond the pool's size
         self._unneeded = 0  # how many of them nobody needed since the last look
         self._timer: asyncio.TimerHandle | None = None
         self._used = False
@@ -335,7 +335,7 @@ class Connections:
         return self._engine.dialect
 
     @asynccontextmanager
-    async def lease(self) -> AsyncIterator[Lease]:
+    async def lease(self) -> AsyncIterator[LeasedConnection]:
         """A connection of the pool.
 
         Raises:
@@ -346,14 +346,14 @@ class Connections:
         try:
             yield lease
         except BaseException:
-            await self.release(lease, tidy=True)
+            await self.release(lease, reusable=True)
             raise
-        await self.release(lease, tidy=False)
+        await self.release(lease, reusable=False)
 
-    async def acquire(self) -> Lease:
+    async def acquire(self) -> LeasedConnection:
         self._usable()
         await self._enter()
-        taken: list[Lease] = []
+        taken: list[LeasedConnection] = []
         try:
             self._usable()
             if self._pool().checkedin():
@@ -361,16 +361,16 @@ class Connections:
             elif (kept := self._kept()) is not None:
                 taken.append(kept)
             else:
-                await finish(self._task(self._take(taken)))
+                await run_to_completion(self._task(self._take(taken)))
         except BaseException:
             if taken:
-                await self.release(taken[0], tidy=False)
+                await self.release(taken[0], reusable=False)
             else:
                 self._gate.release()
             raise
         return taken[0]
 
-    def _kept(self) -> Lease | None:
+    def _kept(self) -> LeasedConnection | None:
         """One of the connections beyond the pool's size that were kept."""
         while self._surplus:
             kept = self._surplus.pop()
@@ -378,7 +378,7 @@ class Connections:
             if self._dialect.is_lost(kept.driver):
                 self._task(self._throw_away(kept.connection, kept.driver))
                 continue
-            lease = Lease(self._dialect, kept.connection, kept.driver)
+            lease = LeasedConnection(self._dialect, kept.connection, kept.driver)
             lease.since = kept.since
             self._held.add(lease)
             return lease
@@ -406,7 +406,7 @@ class Connections:
         except TimeoutError as exc:
             raise PoolTimeoutError(self._exhausted) from exc
 
-    async def _take(self, taken: list[Lease]) -> None:
+    async def _take(self, taken: list[LeasedConnection]) -> None:
         if not self._used:
             self._used = True
             _UNCLOSED.add(self)
@@ -425,7 +425,7 @@ class Connections:
                 await self._throw_away(connection, driver)
                 self._usable()
                 continue
-            taken.append(Lease(self._dialect, connection, driver))
+            taken.append(LeasedConnection(self._dialect, connection, driver))
             self._held.add(taken[0])
             return
         raise UnavailableError("every new connection was lost at once")
@@ -436,42 +436,42 @@ class Connections:
             return self._dialect.translate(original, doing="connect", writes=False)
         return UnavailableError(f"cannot connect: {exc}")
 
-    async def release(self, lease: Lease, *, tidy: bool) -> None:
+    async def release(self, lease: LeasedConnection, *, reusable: bool) -> None:
         """Give a connection back; one that is in doubt is looked at, and perhaps thrown away.
 
         However often and by whom it is called, a connection goes back once.
         """
         if lease.returning is not None:
-            await finish(lease.returning)
-        elif tidy or lease.altered:
-            await finish(self._return(lease, self._give_back(lease)))
+            await run_to_completion(lease.returning)
+        elif reusable or lease.altered:
+            await run_to_completion(self._return(lease, self._give_back(lease)))
         elif self._pool().overflow() > 0:
             self._keep(lease)
         else:
             await lease.connection.close()  # nothing in it waits
             self._gone(lease)
 
-    def _return(self, lease: Lease, work: _Work) -> asyncio.Task[None]:
+    def _return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
         assert lease.returning is None, "a connection goes back once"
         lease.returning = asyncio.get_running_loop().create_task(work)
         return lease.returning
 
-    async def _give_back(self, lease: Lease) -> None:
+    async def _give_back(self, lease: LeasedConnection) -> None:
         try:
-            if await self._is_tidy(lease):
+            if await self._is_reusable(lease):
                 await lease.connection.close()
             else:
                 await self._throw_away(lease.connection, lease.driver)
         finally:
             self._gone(lease)
 
-    async def _end(self, lease: Lease) -> None:
+    async def _end(self, lease: LeasedConnection) -> None:
         try:
             await self._throw_away(lease.connection, lease.driver)
         finally:
             self._gone(lease)
 
-    def _gone(self, lease: Lease) -> None:
+    def _gone(self, lease: LeasedConnection) -> None:
         self._held.discard(lease)
         self._gate.release()
 
@@ -481,18 +481,18 @@ class Connections:
         await connection.invalidate()
         await connection.close()
 
-    async def _is_tidy(self, lease: Lease) -> bool:
+    async def _is_reusable(self, lease: LeasedConnection) -> bool:
         if lease.doubtful:
             return False
         try:
-            tidy = await self._dialect.tidy(lease.driver)
-            return tidy and (not lease.altered or await self._dialect.reset(lease.driver))
+            reusable = await self._dialect.make_reusable(lease.driver)
+            return reusable and (not lease.altered or await self._dialect.reset(lease.driver))
         except self._dialect.driver_errors:
             return False
 
     # -- what is idle ------------------------------------------------------------------------
 
-    def _keep(self, lease: Lease) -> None:
+    def _keep(self, lease: LeasedConnection) -> None:
         self._gone(lease)
         if time.monotonic() - lease.since > self._config.pool_recycle:
             self._task(self._throw_away(lease.connection, lease.driver))

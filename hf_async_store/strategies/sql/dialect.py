@@ -7,18 +7,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from hf_async_store.engine import Capabilities, Isolation, Plan, finish
-from hf_async_store.entities import Value
+from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
+from hf_async_store.values import Value
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.types import TypeEngine
 
-    from hf_async_store.entities import Field, FieldType, Index, Schema
     from hf_async_store.errors import StorageError
+    from hf_async_store.schema import Field, Index, Schema
     from hf_async_store.strategies.sql.compiler import Arguments, SortPart
-    from hf_async_store.strategies.sql.tables import Kind
+    from hf_async_store.strategies.sql.row_mapping import Kind
+    from hf_async_store.values import FieldType
 
 
 class Puts(NamedTuple):
@@ -78,13 +79,13 @@ class Dialect(ABC):
     caller_errors: ClassVar[tuple[type[Exception], ...]]
     """What the driver raises for a statement or arguments that it does not take at all."""
 
-    mark: ClassVar[str]
+    placeholder_prefix: ClassVar[str]
     """What stands before the number of a parameter."""
 
-    one_writer: ClassVar[bool]
+    single_writer: ClassVar[bool]
     """Whether only one connection can write at a time."""
 
-    gains_by_readers: bool
+    separate_read_pool: bool
     """Whether gets by key should have connections of their own, which never write."""
 
     needs_transactions: bool
@@ -131,7 +132,7 @@ class Dialect(ABC):
         """See that what a connection reads and writes lies where the store is.
 
         Raises:
-            FileReplacedError: it does not.
+            DataFileConflictError: it does not.
         """
         return
 
@@ -163,13 +164,13 @@ class Dialect(ABC):
         """Run one statement and read all its rows."""
 
     @abstractmethod
-    async def labelled(
+    async def fetch_dicts(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
         """As `rows`, each a map by column."""
 
     @abstractmethod
-    def pieces(
+    def fetch_batches(
         self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         """Run one statement and read its rows piece by piece, from a cursor of the engine.
@@ -193,7 +194,7 @@ class Dialect(ABC):
     async def roll_back(self, handle: Any) -> None: ...
 
     @abstractmethod
-    async def tidy(self, driver: Any) -> bool:
+    async def make_reusable(self, driver: Any) -> bool:
         """End whatever a failure left open; whether the connection may go back to the pool."""
 
     @abstractmethod
@@ -239,11 +240,13 @@ class Dialect(ABC):
         """The names of all tables that are there."""
 
     @abstractmethod
-    async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
+    async def reflect_columns(
+        self, driver: Any, tables: Sequence[str]
+    ) -> dict[str, dict[str, str]]:
         """By table and column, the types that are there."""
 
     @abstractmethod
-    async def found_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
+    async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
         """By name, the tables of the indexes and constraints that are there."""
 
     @abstractmethod
@@ -254,7 +257,7 @@ class Dialect(ABC):
         """Begin a transaction that no other one of its kind is beside."""
 
     @abstractmethod
-    def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
+    def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
         """What else the schema needs, beyond tables, columns and indexes."""
 
     # -- grammar: writes ---------------------------------------------------------------------
@@ -264,23 +267,25 @@ class Dialect(ABC):
         """How so many rows are best cut into statements."""
 
     @abstractmethod
-    def form(self, rows: int) -> int:
+    def statement_variant(self, rows: int) -> int:
         """A number that is the same for all numbers of rows that share one text."""
 
     @abstractmethod
-    def source(self, kinds: Sequence[Kind], rows: int) -> str:
+    def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
         """What a FROM names so that rows of arguments are there as `i (c0, c1, ...)`."""
 
     @abstractmethod
-    def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+    def bind_columns(
+        self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
+    ) -> Sequence[object]:
         """The arguments of `source` for the columns of its rows."""
 
     @abstractmethod
-    def given(self, column: str, kind: Kind) -> str:
+    def cast_input(self, column: str, kind: Kind) -> str:
         """A column of `source` as its kind."""
 
     @abstractmethod
-    def merged(self, column: str, sets: str, removes: str) -> str:
+    def json_merge(self, column: str, sets: str, removes: str) -> str:
         """A JSON map with the members of another, and without those of a list; NULL if empty."""
 
     @abstractmethod
@@ -313,7 +318,7 @@ class Dialect(ABC):
         """Whether a key is one of a list, which is the first and only argument."""
 
     @abstractmethod
-    def shortened(self, expression: str) -> str | None:
+    def index_prefix(self, expression: str) -> str | None:
         """What an index holds of a text; None if all of it."""
 
     @abstractmethod
@@ -351,7 +356,7 @@ class Dialect(ABC):
         args: Sequence[object],
         indexes: Mapping[str, Index],
         comparisons: int,
-    ) -> Plan:
+    ) -> QueryPlan:
         """The engine's own plan.
 
         Args:
@@ -370,7 +375,7 @@ class Dialect(ABC):
         try:
             yield driver
         finally:
-            await finish(self.roll_back(handle))
+            await run_to_completion(self.roll_back(handle))
 
     @abstractmethod
     async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]: ...
@@ -380,5 +385,5 @@ class Dialect(ABC):
         """Where the data is."""
 
     @abstractmethod
-    def lockable(self, sql: str) -> str:
+    def strip_for_update(self, sql: str) -> str:
         """A statement of the caller as the engine takes it."""

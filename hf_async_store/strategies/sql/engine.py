@@ -18,47 +18,39 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.engine import Engine, Isolation, Plan, Reader
-from hf_async_store.entities import (
-    VERSION,
-    Change,
-    Collection,
-    Entity,
-    Key,
-    Outcome,
-    Record,
-    Schema,
-    Value,
-)
+from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     UnavailableError,
 )
-from hf_async_store.moving import HIDDEN
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.query import Query
+from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.sql import reading
-from hf_async_store.strategies.sql.binding import bound, check_statement
+from hf_async_store.strategies.sql.bulk_writer import BulkWriter, StatementGroup, marker_put
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
-from hf_async_store.strategies.sql.connections import Connections, Lease
+from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
+from hf_async_store.strategies.sql.ddl import PROBES, SchemaSync, refuse_others
 from hf_async_store.strategies.sql.dialect import SessionEndedError
 from hf_async_store.strategies.sql.errors import REFUSALS
-from hf_async_store.strategies.sql.schema import PROBES, Tables, refuse_others
-from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.strategies.sql.statements import Statements
-from hf_async_store.strategies.sql.tables import (
+from hf_async_store.strategies.sql.parameters import bind, check_statement
+from hf_async_store.strategies.sql.row_mapping import (
     DOC,
     SIDE,
-    Table,
+    TableMapping,
     declared_name,
     sql_name,
     with_columns,
 )
-from hf_async_store.strategies.sql.writing import Batch, Writer, mark_put
+from hf_async_store.strategies.sql.session import SQLReader, SQLSession
+from hf_async_store.strategies.sql.write_sql import WriteStatementCache
+from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -66,8 +58,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.002
-_LONGEST_PAUSE: Final = 0.1
-_NOTHING: Final = Plan(access="scan", detail="the table is not there yet")
+_MAX_PAUSE_SECONDS: Final = 0.1
+_NOTHING: Final = QueryPlan(access="scan", detail="the table is not there yet")
 
 
 class SQLEngine:
@@ -81,13 +73,15 @@ class SQLEngine:
     def __init__(self, config: SQLConfig, schema: Schema, dialect: Dialect) -> None:
         self.capabilities = dialect.capabilities
         self.schema = schema
-        self.tables = {name: Table(each, dialect) for name, each in schema.items()}
-        statements = Statements(schema, self.tables, references=config.enforce_references)
-        self.writer = Writer(schema, self.tables, statements, references=config.enforce_references)
+        self.tables = {name: TableMapping(each, dialect) for name, each in schema.items()}
+        statements = WriteStatementCache(schema, self.tables, references=config.enforce_references)
+        self.writer = BulkWriter(
+            schema, self.tables, statements, references=config.enforce_references
+        )
         self._config = config
         self._dialect = dialect
         self._main, self._readers, self._streams = _pools(config, dialect)
-        self._made = Tables(schema, dialect, self._main.sql_dialect)
+        self._made = SchemaSync(schema, dialect, self._main.sql_dialect)
         self._ready = False  # all is there, for writers too
         self._readable = False  # all tables and columns are there
         self._making = asyncio.Lock()
@@ -106,7 +100,7 @@ class SQLEngine:
                     await self._made.ensure(lease)
                 self._ready = True
 
-    async def _tables_on(self, lease: Lease) -> Mapping[str, Table]:
+    async def _tables_on(self, lease: LeasedConnection) -> Mapping[str, TableMapping]:
         """The tables that can be read, by collection. Nothing is made.
 
         What is not there has nothing to be read; of what lacks a column, the document is read.
@@ -118,7 +112,7 @@ class SQLEngine:
             self._readable = True
             return self.tables
         return {
-            name: Table(with_columns(each, columns[sql_name(name)]), self._dialect)
+            name: TableMapping(with_columns(each, columns[sql_name(name)]), self._dialect)
             for name, each in self.schema.items()
             if sql_name(name) in columns
         }
@@ -132,7 +126,7 @@ class SQLEngine:
         async with self._main.lease() as lease:
             return not await self._made.found(lease)
 
-    async def is_empty(self, lease: Lease) -> bool:
+    async def is_empty(self, lease: LeasedConnection) -> bool:
         """Whether all tables are empty."""
         for table in self.tables.values():
             if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
@@ -140,10 +134,10 @@ class SQLEngine:
         return True
 
     @asynccontextmanager
-    async def writing(self) -> AsyncIterator[Lease]:
+    async def writing(self) -> AsyncIterator[LeasedConnection]:
         """A connection to write on."""
         await self._prepared()
-        if not self._dialect.one_writer:
+        if not self._dialect.single_writer:
             async with self._main.lease() as lease:
                 yield lease
             return
@@ -224,8 +218,8 @@ class SQLEngine:
             async for record in records:
                 yield record
 
-    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `ReadsInPieces`. Only for a caller that needs nothing else of the store meanwhile."""
+    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `SupportsBatches`. Only for a caller that needs nothing else of the store meanwhile."""
         found = await self._small(query)
         if found is not None:
             if found:
@@ -233,7 +227,7 @@ class SQLEngine:
             return
         async with (
             self._reading(self._main) as reader,
-            aclosing(reader.pieces(query)) as pieces,
+            aclosing(reader.iter_batches(query)) as pieces,
         ):
             async for piece in pieces:
                 yield piece
@@ -248,16 +242,18 @@ class SQLEngine:
         async with self._reading(self._main) as reader:
             return await reader.count(query)
 
-    async def peek(self, collection: Collection, entity_id: str) -> Record | None:
+    async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
             return None
         return await self._repeated(lambda: self._peek(collection, entity_id))
 
     async def _peek(self, collection: Collection, entity_id: str) -> Record | None:
-        table = Table(collection, self._dialect)
+        table = TableMapping(collection, self._dialect)
         async with self._main.lease() as lease:
             try:
-                there = await self._dialect.found_columns(lease.driver, [sql_name(collection.name)])
+                there = await self._dialect.reflect_columns(
+                    lease.driver, [sql_name(collection.name)]
+                )
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="look", writes=False) from exc
             if not there:
@@ -267,7 +263,7 @@ class SQLEngine:
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
 
-    async def _refuse_others(self, lease: Lease) -> None:
+    async def _refuse_others(self, lease: LeasedConnection) -> None:
         try:
             await refuse_others(self._dialect, lease.driver, self._made.names)
         except self._dialect.driver_errors as exc:
@@ -300,10 +296,10 @@ class SQLEngine:
         async with self._main.lease() as lease:
             try:
                 tables = await self._dialect.found_tables(lease.driver)
-                columns = await self._dialect.found_columns(lease.driver, tables)
+                columns = await self._dialect.reflect_columns(lease.driver, tables)
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="look", writes=False) from exc
-            system = {PROBES, *(sql_name(each.name) for each in HIDDEN)}
+            system = {PROBES, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
             found: list[str] = []
             for table, there in columns.items():
                 if table in self._made.names:
@@ -334,7 +330,7 @@ class SQLEngine:
             async with self.writing() as lease, lease.bulk():
                 done = await self.writer.imported(lease, puts[0].key.collection, rows)
             if done:
-                return [each.version for each in puts]
+                return [each.import_version for each in puts]
             # Which ones did not land is told by the usual way; the others are written once more as
             # they are.
         marked = any(each.mark is not None for each in changes)
@@ -343,8 +339,10 @@ class SQLEngine:
                 return await self._write_together(lease, changes)
             return await self._write_apart(lease, changes)
 
-    async def _write_apart(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
-        waves = self.writer.waves(changes)
+    async def _write_apart(
+        self, lease: LeasedConnection, changes: Sequence[Change]
+    ) -> list[Outcome]:
+        waves = self.writer.dependency_batches(changes)
         outcomes: list[Outcome] = [None] * len(changes)
         if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
             async with lease.transaction():
@@ -371,7 +369,9 @@ class SQLEngine:
             first = False
         return outcomes
 
-    async def _write_together(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
+    async def _write_together(
+        self, lease: LeasedConnection, changes: Sequence[Change]
+    ) -> list[Outcome]:
         """Changes with their marks in one commit; in halves where the database refuses that."""
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
@@ -397,7 +397,7 @@ class SQLEngine:
 
     async def _send(
         self,
-        lease: Lease,
+        lease: LeasedConnection,
         changes: Sequence[Change],
         outcomes: list[Outcome],
         *,
@@ -406,7 +406,7 @@ class SQLEngine:
         halves = self._dialect.batches_commit_together
         run = _Plain(lease)
         failed = len(changes)  # the first that did, where only what comes before it counts
-        for batch in chain.from_iterable(self.writer.waves(changes)):
+        for batch in chain.from_iterable(self.writer.dependency_batches(changes)):
             if min(batch.places) > failed:
                 continue
             wanted = batch.before(failed)
@@ -418,7 +418,7 @@ class SQLEngine:
         if failed < len(changes):
             return
         marks = [
-            mark_put(change.mark, getattr(change, "at", ""))
+            marker_put(change.mark, getattr(change, "at", ""))
             for change, outcome in zip(changes, outcomes, strict=True)
             if change.mark is not None and not isinstance(outcome, StorageError)
         ]
@@ -434,7 +434,7 @@ class SQLEngine:
     def session(self, isolation: Isolation | None) -> SQLSession:
         return SQLSession(self, isolation)
 
-    async def apply(self, lease: Lease, changes: Sequence[Change]) -> list[Outcome]:
+    async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """The changes of a session, up to the first that fails."""
         outcomes: list[Outcome] = [None] * len(changes)
         await self._send(lease, changes, outcomes, all_or_none=True)
@@ -462,7 +462,7 @@ class SQLEngine:
         while True:
             try:
                 return await work()
-            except (ConcurrencyConflictError, ReadOnlyError) as exc:
+            except (ConcurrencyConflictError, ReadOnlyStoreError) as exc:
                 if not exc.retryable or exc.outcome_unknown or time.monotonic() > deadline:
                     raise
             except UnavailableError as exc:
@@ -472,15 +472,17 @@ class SQLEngine:
             pause = await _paused(pause)
 
     async def execute(
-        self, lease: Lease, sql: str, params: Sequence[object] | Mapping[str, object]
+        self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]
     ) -> list[dict[str, Value]]:
         """A statement of the caller, in the transaction that is open."""
-        text, args = bound(self._dialect.lockable(sql), params, self._dialect.mark)
-        return await lease.labelled(text, args)
+        text, args = bind(
+            self._dialect.strip_for_update(sql), params, self._dialect.placeholder_prefix
+        )
+        return await lease.fetch_dicts(text, args)
 
     # -- life --------------------------------------------------------------------------------
 
-    async def explain(self, query: Query) -> Plan:
+    async def explain(self, query: Query) -> QueryPlan:
         if not self._ready and not self._dialect.exists():
             return await self._explain_absent(None, query)
         async with self._main.lease() as lease:
@@ -489,7 +491,7 @@ class SQLEngine:
                 return await self._explain_absent(lease.driver, query)
             return await self._explain(lease.driver, table, query)
 
-    async def _explain(self, driver: Any, table: Table, query: Query) -> Plan:
+    async def _explain(self, driver: Any, table: TableMapping, query: Query) -> QueryPlan:
         compiled = compile_query(table, query)
         try:
             plan = await self._dialect.explain(
@@ -503,7 +505,7 @@ class SQLEngine:
             raise self._dialect.translate(exc, doing="explain", writes=False) from exc
         if compiled.residual is None and not compiled.sorted_here:
             return plan
-        return Plan(
+        return QueryPlan(
             access=plan.access,
             index=plan.index,
             residual=plan.residual or compiled.residual is not None,
@@ -511,7 +513,7 @@ class SQLEngine:
             detail=plan.detail,
         )
 
-    async def _explain_absent(self, driver: Any, query: Query) -> Plan:
+    async def _explain_absent(self, driver: Any, query: Query) -> QueryPlan:
         """How a query would run on tables that are not there: on some that nobody else sees."""
         try:
             async with self._dialect.scratch(driver) as scratch:
@@ -520,7 +522,7 @@ class SQLEngine:
                 return await self._explain(scratch, self.tables[query.collection], query)
         except self._dialect.driver_errors as exc:
             error = self._dialect.translate(exc, doing="explain", writes=False)
-            if isinstance(error, ReadOnlyError | PermissionDeniedError):
+            if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
                 return _NOTHING  # not even those can be made
             raise error from exc
 
@@ -605,8 +607,8 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connection
         exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close some",
         waits=False,
     )
-    lanes = dialect.capabilities.read_lanes
-    if not dialect.gains_by_readers or most < 2 * lanes:
+    lanes = dialect.capabilities.read_concurrency
+    if not dialect.separate_read_pool or most < 2 * lanes:
         main = Connections(dialect, config, kept=kept, most=most, exhausted=exhausted)
         return main, main, streams
     main = Connections(
@@ -618,7 +620,7 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connection
     return main, readers, streams
 
 
-async def _holds(lease: Lease, what: str) -> bool:
+async def _holds(lease: LeasedConnection, what: str) -> bool:
     return bool(await lease.rows(f"SELECT 1 FROM {what} LIMIT 1"))
 
 
@@ -631,7 +633,7 @@ def _name(name: str) -> str:
 class _Plain:
     """Runs a statement in a transaction: whatever fails it ends it."""
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: LeasedConnection) -> None:
         self._lease = lease
 
     async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
@@ -641,7 +643,7 @@ class _Plain:
 class _Retrying:
     """Runs a statement that is a transaction by itself, again when it lost a race."""
 
-    def __init__(self, lease: Lease, seconds: float) -> None:
+    def __init__(self, lease: LeasedConnection, seconds: float) -> None:
         self._lease = lease
         self._deadline = time.monotonic() + seconds
 
@@ -659,9 +661,9 @@ class _Retrying:
 async def _paused(pause: float) -> float:
     """Wait for a random part of a pause; returns the next one."""
     await asyncio.sleep(random.uniform(0, pause))
-    return min(pause * 2, _LONGEST_PAUSE)
+    return min(pause * 2, _MAX_PAUSE_SECONDS)
 
 
-def _fail(batch: Batch, exc: StorageError, outcomes: list[Outcome]) -> None:
+def _fail(batch: StatementGroup, exc: StorageError, outcomes: list[Outcome]) -> None:
     for place in batch.places:
         outcomes[place] = exc.copy()

@@ -9,7 +9,6 @@ from typing import Final, NamedTuple
 
 from hf_async_store.errors import (
     AuthenticationError,
-    BrokenReferenceError,
     ConcurrencyConflictError,
     ConfigurationError,
     CorruptionError,
@@ -20,16 +19,17 @@ from hf_async_store.errors import (
     OperationTimeoutError,
     PermissionDeniedError,
     ProtocolError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
+    ReferenceViolationError,
     SchemaMismatchError,
     StorageError,
     StoreClosedError,
     UnavailableError,
-    ValueOutOfDomainError,
+    UnsupportedValueError,
 )
-from hf_async_store.oserrors import translate_os_error
+from hf_async_store.os_errors import translate_os_error
 
-REFUSALS: Final = (BrokenReferenceError, InvalidInputError)
+REFUSALS: Final = (ReferenceViolationError, InvalidInputError)
 """What the database refuses of a change for what it holds; its neighbours in a statement may pass."""
 
 # -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
@@ -38,7 +38,7 @@ _SQLITE: Final[dict[int, type[StorageError]]] = {
     sqlite3.SQLITE_BUSY: LockTimeoutError,
     sqlite3.SQLITE_LOCKED: LockTimeoutError,
     sqlite3.SQLITE_FULL: DiskFullError,
-    sqlite3.SQLITE_READONLY: ReadOnlyError,
+    sqlite3.SQLITE_READONLY: ReadOnlyStoreError,
     sqlite3.SQLITE_PERM: PermissionDeniedError,
     sqlite3.SQLITE_AUTH: PermissionDeniedError,
     sqlite3.SQLITE_IOERR: UnavailableError,
@@ -81,7 +81,7 @@ def sqlite_error(
         # aiosqlite's own ValueError, and sqlite3's ProgrammingError: the connection is closed.
         return StoreClosedError(f"cannot {doing}: the connection was closed")
     if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
-        return BrokenReferenceError(f"cannot {doing}: a reference names no entity")
+        return ReferenceViolationError(f"cannot {doing}: a reference names no entity")
     if callers and code & 0xFF in _SQLITE_CALLERS:
         return _callers_fault(str(exc))
     if code & 0xFF == sqlite3.SQLITE_CONSTRAINT:
@@ -203,15 +203,15 @@ _STATES: Final[dict[str, _Meaning]] = {
         "on a standby behind pgbouncer, set isolation to repeatable_read",
         callers=True,
     ),
-    "22021": _Meaning(ValueOutOfDomainError, "a character that the database does not take"),
+    "22021": _Meaning(UnsupportedValueError, "a character that the database does not take"),
     "22P05": _Meaning(
-        ValueOutOfDomainError,
+        UnsupportedValueError,
         "the encoding of the database lacks a character of the value: it should be UTF8",
     ),
-    "23001": _Meaning(BrokenReferenceError, callers=True),
-    "23503": _Meaning(BrokenReferenceError),
+    "23001": _Meaning(ReferenceViolationError, callers=True),
+    "23503": _Meaning(ReferenceViolationError),
     "25006": _Meaning(
-        ReadOnlyError,
+        ReadOnlyStoreError,
         "a standby, or a database that is set to read-only: see target_session_attrs and "
         "default_transaction_read_only",
     ),
@@ -236,7 +236,7 @@ _STATES: Final[dict[str, _Meaning]] = {
     "42P18": _CHANGED,  # indeterminate datatype
     "53100": _Meaning(DiskFullError, "the server's disk is full"),
     "53300": _Meaning(UnavailableError, "the server takes no more connections, try again later"),
-    "54000": _Meaning(ValueOutOfDomainError, "more than the server takes", callers=True),
+    "54000": _Meaning(UnsupportedValueError, "more than the server takes", callers=True),
     "54001": _Meaning(InvalidQueryError, "the filter is too complex", callers=True),
     "54011": _Meaning(ConfigurationError, "too many declared fields", callers=True),
     "54023": _Meaning(InvalidQueryError, "the filter has too many values", callers=True),

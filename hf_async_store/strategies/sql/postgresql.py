@@ -21,23 +21,28 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hf_async_store.config import SQLConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan, finish
-from hf_async_store.entities import Field, FieldType, Index, Schema, Value
+from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
 from hf_async_store.errors import (
     AuthenticationError,
     ConcurrencyConflictError,
     ConfigurationError,
     InvalidInputError,
     ProtocolError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     UnavailableError,
 )
+from hf_async_store.schema import Field, Index, Schema
 from hf_async_store.strategies.sql.compiler import SHORT, Arguments, SortPart
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import link_error, postgres_error
-from hf_async_store.strategies.sql.jsonb import array_text, decimal_text, json_text, number_of
-from hf_async_store.strategies.sql.tables import (
+from hf_async_store.strategies.sql.postgres_jsonb import (
+    array_text,
+    decimal_text,
+    json_text,
+    number_of,
+)
+from hf_async_store.strategies.sql.row_mapping import (
     SIDE,
     Kind,
     decode_json,
@@ -45,6 +50,7 @@ from hf_async_store.strategies.sql.tables import (
     limited,
     quoted,
 )
+from hf_async_store.values import FieldType, Value
 
 try:
     import asyncpg  # type: ignore[import-untyped]  # it has no types
@@ -61,7 +67,7 @@ PasswordProvider: TypeAlias = "Callable[[str, int, str], str | Awaitable[str]]"
 """Given host, port and user name, the password of one new connection."""
 
 _PORT: Final = 5432
-_PIECE: Final = 256
+_CHUNK_SIZE: Final = 256
 _MOST_ROWS: Final = 1024
 _GRACE: Final = 5.0
 """How much longer than the server we wait for its word that a statement took too long."""
@@ -157,7 +163,7 @@ class PostgreSQL(Dialect):
     )
     caller_errors = (asyncpg.InterfaceError, TypeError, ValueError)
     mark = "$"
-    one_writer = False
+    single_writer = False
     batches_commit_together = False
     bulk = None
     inline_references = False
@@ -169,18 +175,18 @@ class PostgreSQL(Dialect):
         self._password = password or _provider(config.login_provider)
         self._renewed_at = float("-inf")
         self.needs_transactions = config.pgbouncer
-        self.gains_by_readers = not config.pgbouncer
+        self.separate_read_pool = not config.pgbouncer
         first = config.isolation
         others: tuple[Isolation, ...] = ("serializable", "repeatable_read", "read_committed")
         self.capabilities = Capabilities(
             engine="postgresql",
             durable=True,
-            processes=True,
+            multi_process=True,
             isolations=(first, *(each for each in others if each != first)),
-            overtaken_reads="ordered",
+            read_conflict_policy="ordered",
             read_batch=512,
-            read_lanes=2,
-            write_lanes=1,
+            read_concurrency=2,
+            write_concurrency=1,
         )
 
     def json_text(self, value: Value) -> tuple[str, bool]:
@@ -469,7 +475,7 @@ class PostgreSQL(Dialect):
             raise _NoAnswerError(f"{len(rows)} rows for 1")
         return rows[0]
 
-    async def labelled(
+    async def fetch_dicts(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
         try:
@@ -478,21 +484,21 @@ class PostgreSQL(Dialect):
             self._note(driver, exc)
             raise
 
-    async def pieces(
+    async def fetch_batches(
         self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         try:
             cursor = await driver.cursor(sql, *args)
-            rows = await cursor.fetch(_PIECE)
+            rows = await cursor.fetch(_CHUNK_SIZE)
         except Exception as exc:
             self._note(driver, exc)
             raise
         while rows:
             yield rows
-            if len(rows) < _PIECE:
+            if len(rows) < _CHUNK_SIZE:
                 return
             try:
-                rows = await cursor.fetch(_PIECE)
+                rows = await cursor.fetch(_CHUNK_SIZE)
             except Exception as exc:
                 self._note(driver, exc)
                 raise
@@ -538,7 +544,7 @@ class PostgreSQL(Dialect):
             self._note(handle.driver, exc)
             raise
 
-    async def tidy(self, driver: Any) -> bool:
+    async def make_reusable(self, driver: Any) -> bool:
         return not self.is_lost(driver) and not driver.is_in_transaction()
 
     def in_transaction(self, driver: Any) -> bool:
@@ -580,13 +586,13 @@ class PostgreSQL(Dialect):
         try:
             yield
         finally:
-            await finish(self.roll_back(handle))
+            await run_to_completion(self.roll_back(handle))
 
     def translate(
         self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
     ) -> StorageError:
         if isinstance(exc, _ServerReadOnlyError):
-            return ReadOnlyError(
+            return ReadOnlyStoreError(
                 f"cannot {doing}: {exc}; this connection led to a server that takes no writes, and "
                 "is replaced: try again",
                 retryable=True,
@@ -651,14 +657,16 @@ class PostgreSQL(Dialect):
     async def found_tables(self, driver: Any) -> list[str]:
         return [each[0] for each in await self.rows(driver, _TABLES, ())]
 
-    async def found_columns(self, driver: Any, tables: Sequence[str]) -> dict[str, dict[str, str]]:
+    async def reflect_columns(
+        self, driver: Any, tables: Sequence[str]
+    ) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
         found: dict[str, dict[str, str]] = {}
         for table, column, kind in rows:
             found.setdefault(table, {})[column] = kind
         return found
 
-    async def found_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
+    async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
         rows = await self.rows(driver, _INDEXES, (list(tables),))
         return dict(cast("Any", rows))
 
@@ -671,11 +679,11 @@ class PostgreSQL(Dialect):
         try:
             await self.rows(driver, "SELECT pg_advisory_xact_lock($1)", (_SCHEMA_LOCK,))
         except BaseException:
-            await finish(self.roll_back(handle))
+            await run_to_completion(self.roll_back(handle))
             raise
         return handle
 
-    def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
+    def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
         """The foreign keys, as the switch has them, and what lets a parent find its children.
 
         A foreign key is added as not valid: what was broken before stands in nobody's way.
@@ -705,23 +713,25 @@ class PostgreSQL(Dialect):
     def batches(self, rows: int) -> list[int]:
         return [min(_MOST_ROWS, rows - n) for n in range(0, rows, _MOST_ROWS)]
 
-    def form(self, rows: int) -> int:
+    def statement_variant(self, rows: int) -> int:
         return 0
 
-    def source(self, kinds: Sequence[Kind], rows: int) -> str:
+    def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
         arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
         columns = [f"c{n}" for n in range(len(kinds))]
         # Of one argument, the name alone would be looked up along the search_path.
         name = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
         return f"{name}({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
-    def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+    def bind_columns(
+        self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
+    ) -> Sequence[object]:
         return list(map(array_text, columns))
 
-    def given(self, column: str, kind: Kind) -> str:
+    def cast_input(self, column: str, kind: Kind) -> str:
         return f"{column}{_CASTS.get(kind, '')}"
 
-    def merged(self, column: str, sets: str, removes: str) -> str:
+    def json_merge(self, column: str, sets: str, removes: str) -> str:
         return (
             f"nullif((coalesce({column}, '{{}}'::jsonb) "
             f"- ARRAY(SELECT jsonb_array_elements_text(coalesce({removes}, '[]')::jsonb))) "
@@ -734,9 +744,8 @@ class PostgreSQL(Dialect):
     def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
         kinds = ["text", "bigint"] if versions else ["text"]
         also = " AND t.version = i.c1" if versions else ""
-        return (
-            f"DELETE FROM {table} AS t USING {self.source(kinds, rows)} WHERE t.{key} = i.c0{also}"
-        )
+        source = self.values_source(kinds, rows)
+        return f"DELETE FROM {table} AS t USING {source} WHERE t.{key} = i.c0{also}"
 
     # -- grammar: reads ----------------------------------------------------------------------
 
@@ -768,7 +777,7 @@ class PostgreSQL(Dialect):
     def one_of_ids(self, expression: str) -> str:
         return f"{expression} = ANY($1::text::text[])"
 
-    def shortened(self, expression: str) -> str | None:
+    def index_prefix(self, expression: str) -> str | None:
         return f"left({expression}, {SHORT})"
 
     def has_side(self, name: str) -> str:
@@ -845,13 +854,13 @@ class PostgreSQL(Dialect):
         args: Sequence[object],
         indexes: Mapping[str, Index],
         comparisons: int,
-    ) -> Plan:
+    ) -> QueryPlan:
         [found] = await self._row(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
         nodes = _nodes(found[0]["Plan"])  # SQLAlchemy has taught the driver to decode JSON
         own = [each for each in nodes if each.get("Alias") == "t" or "Index Name" in each]
         names = [str(each["Index Name"]) for each in own if "Index Cond" in each]
         index = next((indexes[each] for each in names if each in indexes), None)
-        return Plan(
+        return QueryPlan(
             access="index" if index is not None else "key" if names else "scan",
             index=None if index is None else index.name,
             residual=any("Filter" in each for each in own),
@@ -881,7 +890,7 @@ class PostgreSQL(Dialect):
         servers = [f"{host or 'localhost'}:{port or _PORT}" for host, port in config.servers()]
         return {"server": ",".join(servers), "database": config.name or config.username}
 
-    def lockable(self, sql: str) -> str:
+    def strip_for_update(self, sql: str) -> str:
         return sql
 
 

@@ -7,17 +7,18 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from hf_async_store.engine import gathered
-from hf_async_store.entities import Entity, Key, Record, canonical
+from hf_async_store.changes import Record
+from hf_async_store.driver import batched
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
-from hf_async_store.strategies.sql.tables import Table
+from hf_async_store.strategies.sql.row_mapping import TableMapping
+from hf_async_store.values import Entity, Key, canonical
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.connections import Lease
+    from hf_async_store.strategies.sql.connections import LeasedConnection
 
-_PIECE: Final = 256
+_CHUNK_SIZE: Final = 256
 """How many rows are decoded before the loop gets a turn."""
 
 _SMALL: Final = 512
@@ -27,7 +28,7 @@ _MOST_IDS: Final = 1024
 
 
 async def fetch(
-    lease: Lease, tables: Mapping[str, Table], keys: Sequence[Key]
+    lease: LeasedConnection, tables: Mapping[str, TableMapping], keys: Sequence[Key]
 ) -> list[Record | None]:
     """The records of `keys`, in their order; none of a collection that has no table."""
     by_collection: dict[str, dict[str, Sequence[object]]] = {}
@@ -53,7 +54,9 @@ async def fetch(
     return records
 
 
-async def records(lease: Lease, table: Table, query: Query) -> AsyncGenerator[Record, None]:
+async def records(
+    lease: LeasedConnection, table: TableMapping, query: Query
+) -> AsyncGenerator[Record, None]:
     """The records that match, in the query's order."""
     if query.limit == 0:
         return
@@ -74,11 +77,13 @@ async def records(lease: Lease, table: Table, query: Query) -> AsyncGenerator[Re
                     return
 
 
-async def pieces(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list[Entity], None]:
+async def iter_batches(
+    lease: LeasedConnection, table: TableMapping, query: Query
+) -> AsyncGenerator[list[Entity], None]:
     """The entities that `records` gives, in pieces."""
     compiled = compile_query(table, query)
     if query.limit is not None or compiled.sorted_here:
-        async with aclosing(gathered(records(lease, table, query))) as found:
+        async with aclosing(batched(records(lease, table, query))) as found:
             async for each in found:
                 yield each
         return
@@ -88,17 +93,19 @@ async def pieces(lease: Lease, table: Table, query: Query) -> AsyncGenerator[lis
                 yield [entity for _, entity in piece]
 
 
-async def texts(lease: Lease, table: Table, query: Query) -> AsyncGenerator[list[bytes], None]:
+async def iter_json(
+    lease: LeasedConnection, table: TableMapping, query: Query
+) -> AsyncGenerator[list[bytes], None]:
     """The canonical texts of the entities that `records` gives, in pieces."""
     compiled = compile_query(table, query, table.text_selected)
     if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
         async with aclosing(_rows(lease, table, compiled)) as found:
             async for rows in found:
-                for start in range(0, len(rows), _PIECE):
-                    yield table.texts(rows[start : start + _PIECE])
+                for start in range(0, len(rows), _CHUNK_SIZE):
+                    yield table.texts(rows[start : start + _CHUNK_SIZE])
                     await asyncio.sleep(0)
         return
-    async with aclosing(pieces(lease, table, query)) as entities:
+    async with aclosing(iter_batches(lease, table, query)) as entities:
         async for piece in entities:
             yield list(map(canonical, piece))
 
@@ -107,7 +114,7 @@ def may_be_small(query: Query) -> bool:
     return query.limit is not None and query.limit <= _SMALL
 
 
-async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None:
+async def small(lease: LeasedConnection, table: TableMapping, query: Query) -> list[Record] | None:
     """The records of a query with a small limit, in one statement; None where it takes more."""
     if not may_be_small(query):
         return None
@@ -125,7 +132,7 @@ async def small(lease: Lease, table: Table, query: Query) -> list[Record] | None
     ]
 
 
-async def count(lease: Lease, table: Table, query: Query) -> int:
+async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> int:
     """How many records match."""
     compiled = compile_count(table, query)
     if compiled is not None:
@@ -145,15 +152,15 @@ async def count(lease: Lease, table: Table, query: Query) -> int:
 
 
 async def _entities(
-    lease: Lease, table: Table, query: Query, compiled: Compiled
+    lease: LeasedConnection, table: TableMapping, query: Query, compiled: Compiled
 ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
     """The entities of a SELECT that pass what it could not test, in pieces."""
     key = table.collection.key
     async with aclosing(_rows(lease, table, compiled)) as pieces:
         async for rows in pieces:
-            for start in range(0, len(rows), _PIECE):
+            for start in range(0, len(rows), _CHUNK_SIZE):
                 entities = [
-                    table.entity(row, compiled.names) for row in rows[start : start + _PIECE]
+                    table.entity(row, compiled.names) for row in rows[start : start + _CHUNK_SIZE]
                 ]
                 if compiled.residual is not None:
                     entities = [each for each in entities if compiled.residual(each)]
@@ -162,10 +169,10 @@ async def _entities(
 
 
 async def _rows(
-    lease: Lease, table: Table, compiled: Compiled
+    lease: LeasedConnection, table: TableMapping, compiled: Compiled
 ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
     try:
-        async with aclosing(lease.pieces(compiled.sql, compiled.args)) as pieces:
+        async with aclosing(lease.fetch_batches(compiled.sql, compiled.args)) as pieces:
             async for each in pieces:
                 yield each
     except ProtocolError as exc:
@@ -173,7 +180,7 @@ async def _rows(
         raise
 
 
-async def _find_damage(lease: Lease, table: Table, exc: ProtocolError) -> None:
+async def _find_damage(lease: LeasedConnection, table: TableMapping, exc: ProtocolError) -> None:
     """Name the row that a query failed on, if it is one that another program damaged.
 
     What an engine says of it ("malformed JSON") names neither table nor row.
@@ -186,7 +193,7 @@ async def _find_damage(lease: Lease, table: Table, exc: ProtocolError) -> None:
         try:
             rows = await lease.rows(
                 f"SELECT {table.selected} FROM {table.name} AS t "
-                f"ORDER BY t.{table.key} LIMIT {_PIECE} OFFSET {start}"
+                f"ORDER BY t.{table.key} LIMIT {_CHUNK_SIZE} OFFSET {start}"
             )
         except StorageError:
             return  # the query failed for another reason, which is told
@@ -195,6 +202,6 @@ async def _find_damage(lease: Lease, table: Table, exc: ProtocolError) -> None:
                 table.entity(row)
             except CorruptionError as damage:
                 raise damage from exc
-        if len(rows) < _PIECE:
+        if len(rows) < _CHUNK_SIZE:
             return
-        start += _PIECE
+        start += _CHUNK_SIZE

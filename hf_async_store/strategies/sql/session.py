@@ -7,17 +7,18 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hf_async_store.engine import Isolation
-from hf_async_store.entities import Change, Entity, Key, Outcome, Record, Value
+from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.driver import Isolation
 from hf_async_store.errors import ConcurrencyConflictError
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
-from hf_async_store.strategies.sql.binding import check_statement
+from hf_async_store.strategies.sql.parameters import check_statement
+from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.connections import Lease
+    from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.engine import SQLEngine
-    from hf_async_store.strategies.sql.tables import Table
+    from hf_async_store.strategies.sql.row_mapping import TableMapping
 
 
 class SQLReader:
@@ -28,14 +29,14 @@ class SQLReader:
         tables: by collection; those that are there.
     """
 
-    def __init__(self, lease: Lease | None, tables: Mapping[str, Table]) -> None:
+    def __init__(self, lease: LeasedConnection | None, tables: Mapping[str, TableMapping]) -> None:
         self._lease = lease
         self._tables = tables
 
-    async def _begun(self) -> Lease | None:
+    async def _begun(self) -> LeasedConnection | None:
         return self._lease
 
-    async def _from(self, query: Query) -> tuple[Lease, Table] | None:
+    async def _from(self, query: Query) -> tuple[LeasedConnection, TableMapping] | None:
         """Where to read; None where nothing is."""
         lease = await self._begun()
         table = self._tables.get(query.collection)
@@ -60,21 +61,21 @@ class SQLReader:
             async for each in records:
                 yield each
 
-    async def pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `ReadsInPieces`."""
+    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """See `SupportsBatches`."""
         found = await self._from(query)
         if found is None:
             return
-        async with aclosing(reading.pieces(*found, query)) as pieces:
+        async with aclosing(reading.iter_batches(*found, query)) as pieces:
             async for each in pieces:
                 yield each
 
-    async def texts(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        """See `ReadsTexts`."""
+    async def iter_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        """See `SupportsCanonicalJSON`."""
         found = await self._from(query)
         if found is None:
             return
-        async with aclosing(reading.texts(*found, query)) as texts:
+        async with aclosing(reading.iter_json(*found, query)) as texts:
             async for each in texts:
                 yield each
 
@@ -104,13 +105,13 @@ class SQLSession(SQLReader):
     ) -> None:
         await self._stack.__aexit__(kind, exc, traceback)
 
-    async def _begun(self) -> Lease | None:
+    async def _begun(self) -> LeasedConnection | None:
         if self._lease is None and await self._engine.is_absent():
             self._saw_nothing = True
             return None
         return await self._begun_to_write()
 
-    async def _begun_to_write(self) -> Lease:
+    async def _begun_to_write(self) -> LeasedConnection:
         if self._lease is None:
             lease = await self._stack.enter_async_context(self._engine.writing())
             await self._stack.enter_async_context(lease.transaction(self._isolation))

@@ -25,30 +25,31 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from hf_async_store.config import SQLConfig
-from hf_async_store.engine import Capabilities, Isolation, Plan, finish
-from hf_async_store.entities import INT_MAX, Field, FieldType, Index, Schema, Value
+from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
 from hf_async_store.errors import (
     ConfigurationError,
-    FileReplacedError,
+    DataFileConflictError,
     PermissionDeniedError,
     ProtocolError,
-    ReadOnlyError,
+    ReadOnlyStoreError,
     StorageError,
     StoreNotFoundError,
     UnavailableError,
 )
-from hf_async_store.oserrors import translate_os_error
-from hf_async_store.strategies.sql import functions
+from hf_async_store.os_errors import translate_os_error
+from hf_async_store.schema import Field, Index, Schema
+from hf_async_store.strategies.sql import sqlite_functions as functions
 from hf_async_store.strategies.sql.compiler import Arguments, SortPart
 from hf_async_store.strategies.sql.dialect import Dialect, Puts
 from hf_async_store.strategies.sql.errors import sqlite_error
-from hf_async_store.strategies.sql.tables import SIDE, Kind, decode_json, encode_json
+from hf_async_store.strategies.sql.row_mapping import SIDE, Kind, decode_json, encode_json
+from hf_async_store.values import INT_MAX, FieldType, Value
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
 
 _OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
-_PIECE: Final = 256
+_CHUNK_SIZE: Final = 256
 _PIECE_BYTES: Final = 1 << 18
 _MOST_ROWS: Final = 1024
 """So many rows at most come with one turn of the connection's thread; fewer where they are heavy."""
@@ -109,7 +110,7 @@ _Identity: TypeAlias = "tuple[int, int]"
 """Device and inode."""
 
 
-class _Place(NamedTuple):
+class _CursorPayload(NamedTuple):
     """What a connection has open: under these names it is found again, or something else is.
 
     Attributes:
@@ -144,7 +145,7 @@ class _Connection(aiosqlite.Connection):
     ) -> None:
         super().__init__(connector, iter_chunk_size=64)
         self._replaced = replaced
-        self.place: _Place | None = None
+        self.place: _CursorPayload | None = None
         self.frozen: os.stat_result | None = None
         self.lost = False
         jobs = cast("Any", self)._tx
@@ -301,8 +302,8 @@ class SQLite(Dialect):
         ValueError,
     )
     mark = "?"
-    one_writer = True
-    gains_by_readers = False
+    single_writer = True
+    separate_read_pool = False
     needs_transactions = False
     batches_commit_together = True
     bulk = _Blocks()
@@ -327,10 +328,10 @@ class SQLite(Dialect):
         self.capabilities = Capabilities(
             engine="sqlite",
             durable=True,
-            processes=True,
+            multi_process=True,
             references=True,
             read_batch=1024,
-            read_lanes=2,
+            read_concurrency=2,
         )
 
     def json_text(self, value: Value) -> tuple[str, bool]:
@@ -355,10 +356,10 @@ class SQLite(Dialect):
         # never close, what its thread is opening.
         opening = asyncio.ensure_future(self._open())
         try:
-            return await finish(opening)
+            return await run_to_completion(opening)
         except asyncio.CancelledError:
             if opening.exception() is None:
-                await finish(opening.result().close())
+                await run_to_completion(opening.result().close())
             raise
 
     async def _open(self) -> _Connection:
@@ -452,7 +453,7 @@ class SQLite(Dialect):
             self._check_file(now)
         for path, before in place.others:
             if before is not None and before != self._identity_of(path):
-                raise FileReplacedError(
+                raise DataFileConflictError(
                     f"{path} was removed or replaced while the store was in use: end every "
                     "program that has the store open, and open it again"
                 )
@@ -487,14 +488,14 @@ class SQLite(Dialect):
         if self._file is None or now == self._file:
             return
         what = "removed, or its folder renamed," if now is None else "replaced"
-        raise FileReplacedError(
+        raise DataFileConflictError(
             f"{self._path} was {what} while the store was in use: nothing is read from it or "
             "written to it any more. Put it back, or close this store and open it again"
         )
 
-    def _place(self) -> _Place | None:
+    def _place(self) -> _CursorPayload | None:
         file = self._identity()
-        return None if file is None else _Place(file, self._others())
+        return None if file is None else _CursorPayload(file, self._others())
 
     def _identity(self) -> _Identity | None:
         """Of the file that the path names now; never by opening it, which would end its locks."""
@@ -568,7 +569,7 @@ class SQLite(Dialect):
         found = await driver._execute(_put_all, driver._conn, puts)  # type: ignore[no-untyped-call]  # as it is
         return cast("dict[str, int] | None", found)
 
-    async def labelled(
+    async def fetch_dicts(
         self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
         async with driver.execute(sql, args) as cursor:
@@ -576,7 +577,7 @@ class SQLite(Dialect):
             names = [each[0] for each in cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in rows]
 
-    async def pieces(
+    async def fetch_batches(
         self, driver: aiosqlite.Connection, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         if written:
@@ -584,7 +585,7 @@ class SQLite(Dialect):
             yield await self.rows(driver, sql, args)
             return
         async with driver.execute(sql, args) as cursor:
-            size = _PIECE
+            size = _CHUNK_SIZE
             while rows := await self._piece(driver, cursor, size):
                 self._check_frozen(driver)
                 yield rows
@@ -636,7 +637,7 @@ class SQLite(Dialect):
     def in_transaction(self, driver: aiosqlite.Connection) -> bool:
         return driver.in_transaction
 
-    async def tidy(self, driver: aiosqlite.Connection) -> bool:
+    async def make_reusable(self, driver: aiosqlite.Connection) -> bool:
         await driver.execute_fetchall("SELECT 1")  # behind whatever was cancelled
         if driver.in_transaction:
             await driver.execute_fetchall("ROLLBACK")
@@ -666,7 +667,7 @@ class SQLite(Dialect):
         if not os.access(self._path, os.R_OK):
             return PermissionDeniedError(f"cannot {doing}: {self._path} cannot be read")
         if os.statvfs(folder).f_flag & os.ST_RDONLY:
-            return ReadOnlyError(f"cannot {doing}: the file system of {folder} is read-only")
+            return ReadOnlyStoreError(f"cannot {doing}: the file system of {folder} is read-only")
         if not os.access(folder, os.W_OK):
             return PermissionDeniedError(
                 f"cannot {doing}: SQLite needs to make files in {folder} while others write"
@@ -691,7 +692,7 @@ class SQLite(Dialect):
         )
         return [name for [name] in rows]
 
-    async def found_columns(
+    async def reflect_columns(
         self, driver: aiosqlite.Connection, tables: Sequence[str]
     ) -> dict[str, dict[str, str]]:
         rows = await self.rows(
@@ -707,7 +708,7 @@ class SQLite(Dialect):
                 found.setdefault(table, {})[column] = f"{kind.upper()}{notes}"
         return found
 
-    async def found_indexes(
+    async def reflect_indexes(
         self, driver: aiosqlite.Connection, tables: Sequence[str]
     ) -> dict[str, str]:
         rows = await self.rows(
@@ -722,7 +723,7 @@ class SQLite(Dialect):
     async def begin_ddl(self, driver: aiosqlite.Connection) -> Any:
         return await self.begin(driver, None)
 
-    def more_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
+    def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
         return []
 
     # -- grammar: writes ---------------------------------------------------------------------
@@ -733,16 +734,18 @@ class SQLite(Dialect):
         rest = rows % _BLOCK
         return [_BLOCK] * (rows // _BLOCK) + ([rest] if rest else [])
 
-    def form(self, rows: int) -> int:
+    def statement_variant(self, rows: int) -> int:
         return rows if rows in (1, _BLOCK) else 0
 
-    def source(self, kinds: Sequence[Kind], rows: int) -> str:
+    def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
         if _as_parameters(kinds, rows):
             return self.bulk.values(len(kinds), rows)
         parts = [f"{_member(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
         return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
 
-    def pack(self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]) -> Sequence[object]:
+    def bind_columns(
+        self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
+    ) -> Sequence[object]:
         if len(columns[0]) == 1:
             return [each[0] for each in columns]
         if _as_parameters(kinds, len(columns[0])):
@@ -753,10 +756,10 @@ class SQLite(Dialect):
         ]
         return (encode_json(list(zip(*texts, strict=True))).decode(),)
 
-    def given(self, column: str, kind: Kind) -> str:
+    def cast_input(self, column: str, kind: Kind) -> str:
         return column
 
-    def merged(self, column: str, sets: str, removes: str) -> str:
+    def json_merge(self, column: str, sets: str, removes: str) -> str:
         return f"hf_merged({column}, {sets}, {removes})"
 
     def size(self, column: str) -> str:
@@ -764,7 +767,7 @@ class SQLite(Dialect):
 
     def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
         kinds = ["text", "bigint"] if versions else ["text"]
-        source = self.source(kinds, rows)
+        source = self.values_source(kinds, rows)
         if versions:
             return (
                 f"DELETE FROM {table} AS t "
@@ -794,7 +797,7 @@ class SQLite(Dialect):
     def one_of_ids(self, expression: str) -> str:
         return f"{expression} IN (SELECT value FROM json_each(?1))"
 
-    def shortened(self, expression: str) -> str | None:
+    def index_prefix(self, expression: str) -> str | None:
         return None
 
     def has_side(self, name: str) -> str:
@@ -843,7 +846,7 @@ class SQLite(Dialect):
         args: Sequence[object],
         indexes: Mapping[str, Index],
         comparisons: int,
-    ) -> Plan:
+    ) -> QueryPlan:
         lines = [row[3] for row in await self.rows(driver, f"EXPLAIN QUERY PLAN {sql}", args)]
         # The table itself is "t" here; what else is read are lists of arguments.
         own = next(each for each in lines if re.match(r"(SEARCH|SCAN) t\b", each))
@@ -851,7 +854,7 @@ class SQLite(Dialect):
         index = indexes.get(used[1]) if used is not None else None
         found = own.startswith("SEARCH")
         terms = used[2].count(" AND ") + 1 if used is not None and used[2] else 0
-        return Plan(
+        return QueryPlan(
             access="scan" if not found else "index" if index is not None else "key",
             index=index.name if found and index is not None else None,
             residual=comparisons > terms if found else comparisons > 0,
@@ -870,7 +873,7 @@ class SQLite(Dialect):
             await self._prepare(scratch)
             yield scratch
         finally:
-            await finish(scratch.close())
+            await run_to_completion(scratch.close())
 
     async def health(self, driver: aiosqlite.Connection, tables: Sequence[str]) -> dict[str, Value]:
         problems: list[Value] = []
@@ -892,7 +895,7 @@ class SQLite(Dialect):
     def describe(self) -> dict[str, Value]:
         return {"path": str(self._path), "sqlite": sqlite3.sqlite_version}
 
-    def lockable(self, sql: str) -> str:
+    def strip_for_update(self, sql: str) -> str:
         # The transaction that it runs in begins by taking the write lock.
         return _FOR_UPDATE.sub("", sql)
 

@@ -13,12 +13,13 @@ from hf_async_store.config import (
     load_config,
     strategy_config,
 )
-from hf_async_store.entities import HOST_FACTORY, Collection, Value
-from hf_async_store.moving import own_session
+from hf_async_store.migration_routing import own_session
+from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.transaction import Transaction
+from hf_async_store.values import Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -71,7 +72,7 @@ class SQLStorageStrategy(StorageStrategy):
         self._sql = SQLEngine(sql, schema, _dialect(sql, password))
         super().__init__(self._sql, schema, loaded)
 
-    def _twin(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
+    def _reopen_with_collections(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
         config, password = self._given
         return SQLStorageStrategy(config, collections=collections, password=password)
 
@@ -88,7 +89,7 @@ class SQLStorageStrategy(StorageStrategy):
             params: a list for `?`, a map for `:name`.
         """
         self._usable()
-        async with self._around("execute_with_lock"):
+        async with self._guard_untracked_write("execute_with_lock"):
             return await self._sql.execute_with_lock(sql, params)
 
 

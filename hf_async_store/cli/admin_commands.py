@@ -1,0 +1,117 @@
+"""The commands on the store as a whole: init, health, describe,
+create-tables, checkpoint; and the demo."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from hf_async_store.cli import output
+from hf_async_store.cli.context import Context
+from hf_async_store.cli.exit_codes import STORAGE
+from hf_async_store.cli.json_files import JSONFiles, as_json
+from hf_async_store.config import JSONConfig
+from hf_async_store.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from hf_async_store.strategy import StorageStrategy
+
+
+def init(arguments: Namespace) -> int:
+    context = Context(arguments)
+
+    async def work(store: StorageStrategy) -> int:
+        if isinstance(context.config.options, JSONConfig):
+            files = [str(each) for each in await JSONFiles(context).make_empty()]
+            made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
+            where = context.location()
+            output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
+        else:
+            # Tables are made at first use, and this is one.
+            await store.test_connection()
+            engine = store.capabilities.engine
+            output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
+        return 0
+
+    return context.run(work)
+
+
+def health(arguments: Namespace) -> int:
+    context = Context(arguments)
+
+    async def work(store: StorageStrategy) -> int:
+        report = await store.health()
+        show = output.indented if output.for_people(arguments) else output.json_line
+        show(report)
+        problems = cast("list[str]", report["problems"])
+        for each in problems:
+            output.log_line(f"problem: {each}")
+        return STORAGE if problems else 0
+
+    return context.run(work, needs_store=True)
+
+
+def describe(arguments: Namespace) -> int:
+    context = Context(arguments)
+
+    async def work(store: StorageStrategy) -> int:
+        show = output.indented if output.for_people(arguments) else output.json_line
+        description = store.describe()
+        found: dict[str, Any] = {}
+        compare = getattr(store, "compare_tables", None)
+        if compare is not None:
+            # Tables that are made once may be other than they are declared now.
+            try:
+                found = await compare()
+                description["tables"] = found
+            except StorageError:
+                show(description)
+                raise
+        show(description)
+        for table in found.values():
+            for each in table["differences"]:
+                output.log_line(f"differs: {each}")
+        return 0
+
+    return context.run(work)
+
+
+def create_tables(arguments: Namespace) -> int:
+    context = Context(arguments)
+    create = getattr(context.store, "create_tables", None)
+    if create is None:
+        engine = context.store.capabilities.engine
+        raise ConfigurationError(
+            f"this command is for stores whose tables are made once; here is the engine {engine}"
+        )
+
+    async def work(store: StorageStrategy) -> int:
+        made: list[str] = await create()
+        told = "\n".join(made) or "everything is there already, nothing to do"
+        output.result(arguments, {"made": made}, told)
+        return 0
+
+    return context.run(work)
+
+
+_COUNTED: Final = {
+    "file": "the file",
+    "journal": "the journal",
+    "readable": "what could be read",
+}
+
+
+def checkpoint(arguments: Namespace) -> int:
+    context = Context(arguments)
+    json_store = as_json(context.store)
+
+    async def work(store: StorageStrategy) -> int:
+        await json_store.checkpoint(arguments.adopt)
+        where = context.location()
+        done: dict[str, Any] = {"store": where, "adopted": arguments.adopt}
+        taken = f" ({_COUNTED[arguments.adopt]} counted)" if arguments.adopt else ""
+        output.result(arguments, done, f"{where} holds everything{taken}")
+        return 0
+
+    return context.run(work, needs_store=True)

@@ -1,0 +1,338 @@
+"""The commands on entities: put, get, update, delete, query, count."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from hf_async_store.changes import ANY
+from hf_async_store.cli import output
+from hf_async_store.cli.context import Context, path_of
+from hf_async_store.cli.exit_codes import NOT_FOUND, STORAGE, code_of, report
+from hf_async_store.errors import BatchError, EntityNotFoundError, InvalidInputError, StorageError
+from hf_async_store.values import VERSION
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+    from io import BufferedReader
+
+    from hf_async_store.changes import Expect
+    from hf_async_store.cli.filter_syntax import Given
+    from hf_async_store.schema import Collection
+    from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Entity
+
+_CHUNK_SIZE: Final = 1000
+"""How many entities are put between two steps of the progress bar: about those of one commit."""
+
+_READ: Final = 1 << 16
+
+
+# -- get ------------------------------------------------------------------------------------
+
+
+def get(arguments: Namespace) -> int:
+    context = Context(arguments)
+    collection = context.collection()
+
+    async def work(store: StorageStrategy) -> int:
+        found = await store.get_entities(collection.name, arguments.ids)
+        show = output.indented if output.for_people(arguments) else output.json_line
+        missing = 0
+        for entity_id, entity in zip(arguments.ids, found, strict=True):
+            if entity is None:
+                missing += 1
+                report(EntityNotFoundError(collection.name, entity_id), verbose=False)
+            else:
+                show(entity)
+        return NOT_FOUND if missing else 0
+
+    return context.run(work, needs_store=True)
+
+
+# -- put ------------------------------------------------------------------------------------
+
+
+def put(arguments: Namespace) -> int:
+    context = Context(arguments)
+    collection = context.collection()
+    if arguments.create and arguments.expected_version is not None:
+        raise InvalidInputError("give --create or --expected-version, not both")
+    # Before the loop runs: it could not be interrupted at a read from a keyboard.
+    given = _given(arguments)
+    _check(given, collection)
+    if isinstance(arguments.expected_version, int) and len(given) > 1:
+        raise InvalidInputError(f"--expected-version N is for one object; here are {len(given):,}")
+    return _Putting(context, collection, [each.entity for each in given]).run()
+
+
+def _given(arguments: Namespace) -> list[Given]:
+    from hf_async_store.cli.filter_syntax import entities_of
+
+    source: str | None = arguments.source
+    if source is not None and arguments.file is not None:
+        raise InvalidInputError("give the JSON, - or --file, only one of them")
+    if arguments.file is not None:
+        return entities_of(_read(arguments.file), arguments.file)
+    if source == "-" or (source is None and sys.stdin is not None and not sys.stdin.isatty()):
+        # In pieces: a signal that comes between two reads of one long one would go unheard.
+        stdin = cast("BufferedReader", sys.stdin.buffer)
+        return entities_of(b"".join(iter(lambda: stdin.read1(_READ), b"")), "stdin")
+    if source is None:
+        raise InvalidInputError("nothing to put: give the JSON, - for stdin, or --file FILE")
+    try:
+        return entities_of(source.encode(errors="surrogateescape"), "the JSON given")
+    except InvalidInputError as exc:
+        if not source.lstrip().startswith(("{", "[")):
+            raise InvalidInputError(f"{exc}; to read a file, give --file {source[:80]}") from exc
+        raise
+
+
+def _read(path: str) -> bytes:
+    try:
+        return path_of(path).read_bytes()
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise InvalidInputError(f"cannot read {path}: {why}") from exc
+
+
+def _check(given: Sequence[Given], collection: Collection) -> None:
+    """Refuse all before anything is written, naming the place of the one that is wrong."""
+    for place, entity in given:
+        try:
+            collection.entity(entity)
+        except InvalidInputError as exc:
+            raise exc.at(place) from exc
+
+
+class _Putting:
+    """The put of all that was given, piece by piece."""
+
+    def __init__(
+        self, context: Context, collection: Collection, entities: list[dict[str, Any]]
+    ) -> None:
+        self._context = context
+        self._collection = collection
+        self._entities = entities
+        self._expected = context.arguments.expected_version
+        self._create = context.arguments.create or self._expected == "absent"
+        self._versions: list[int | bool | StorageError] = []
+
+    def run(self) -> int:
+        status = self._context.run(self._put, writes=True)
+        stored = [each for each in self._versions if not isinstance(each, StorageError)]
+        if stored and not self._context.was_there:
+            output.log_line(f"note: a new store was made at {self._context.location()}")
+        return status
+
+    async def _put(self, store: StorageStrategy) -> int:
+        from asyncio import CancelledError
+
+        pieces = [
+            self._entities[start : start + _CHUNK_SIZE]
+            for start in range(0, len(self._entities), _CHUNK_SIZE)
+        ]
+        count = len(self._entities)
+        what = f"put {self._collection.name}"
+        with output.progress(what, count, is_long=len(pieces) > 1) as advance:
+            try:
+                for piece in pieces:
+                    await self._put_piece(store, piece)
+                    advance(len(piece))
+                    if self._is_hopeless(len(piece)):
+                        break
+            except (CancelledError, StorageError):
+                self._tell_progress()
+                raise
+        return self._finish()
+
+    async def _put_piece(self, store: StorageStrategy, piece: list[dict[str, Any]]) -> None:
+        name = self._collection.name
+        timeout = self._context.left()
+        try:
+            if self._create:
+                done = await store.create_entities(name, piece, timeout=timeout)
+            else:
+                expected = self._expected_versions(piece)
+                done = await store.save_entities(name, piece, expected, timeout=timeout)
+        except BatchError as exc:
+            self._versions += exc.outcomes
+        else:
+            self._versions += done
+
+    def _expected_versions(self, piece: list[dict[str, Any]]) -> dict[str, int | Expect] | None:
+        if self._expected is None:
+            return None
+        return {piece[0][self._collection.key]: self._expected}
+
+    def _is_hopeless(self, size: int) -> bool:
+        """Whether the store itself fails, so that the rest would fail, too."""
+        return all(
+            isinstance(each, StorageError) and code_of(each) == STORAGE
+            for each in self._versions[-size:]
+        )
+
+    def _tell_progress(self) -> None:
+        done = sum(not isinstance(each, StorageError) for each in self._versions)
+        if len(self._entities) > 1:
+            output.log_line(f"{done:,} of {len(self._entities):,} were stored before it ended")
+
+    def _finish(self) -> int:
+        key = self._collection.key
+        done = [
+            {key: entity[key], VERSION: outcome}
+            for entity, outcome in zip(self._entities, self._versions, strict=False)
+            if not isinstance(outcome, StorageError)
+        ]
+        self._show(done)
+        if len(done) == len(self._entities):
+            return 0
+        errors = [each for each in self._versions if isinstance(each, StorageError)]
+        if len(self._entities) == 1:
+            raise errors[0]
+        left = len(self._entities) - len(self._versions)
+        if left:
+            output.log_line(f"{left:,} were not tried any more")
+        raise BatchError(f"{len(errors)} failed", self._versions) from errors[0]
+
+    def _show(self, done: list[dict[str, Any]]) -> None:
+        if not output.for_people(self._context.arguments):
+            for each in done:
+                output.json_line(each)
+        elif len(done) == 1:
+            output.line(f"{_named(self._collection, done[0])} stored, version {done[0][VERSION]}")
+        elif done:
+            output.line(f"{len(done):,} {self._collection.name} stored")
+
+
+def _named(collection: Collection, entity: dict[str, Any]) -> str:
+    return f"{collection.name} {entity[collection.key]}"
+
+
+# -- update and delete ----------------------------------------------------------------------
+
+
+def update(arguments: Namespace) -> int:
+    from hf_async_store.cli.filter_syntax import changes_of
+
+    context = Context(arguments)
+    collection = context.collection()
+    changes = changes_of(arguments.changes, arguments.remove, collection)
+
+    async def work(store: StorageStrategy) -> int:
+        version = await store.update_entity(
+            collection.name,
+            arguments.id,
+            changes,
+            expected_version=_expected(arguments),
+            timeout=context.left(),
+        )
+        done = {collection.key: arguments.id, VERSION: version}
+        output.result(arguments, done, f"{_named(collection, done)} updated, version {version}")
+        return 0
+
+    return context.run(work, writes=True, needs_store=True)
+
+
+def delete(arguments: Namespace) -> int:
+    context = Context(arguments)
+    collection = context.collection()
+    if arguments.expected_version is not None and len(arguments.ids) > 1:
+        raise InvalidInputError("--expected-version is for one id")
+
+    async def work(store: StorageStrategy) -> int:
+        expected = _expected(arguments)
+        try:
+            done: Sequence[Any] = await store.delete_entities(
+                collection.name,
+                arguments.ids,
+                None if expected is ANY else {arguments.ids[0]: expected},
+                timeout=context.left(),
+            )
+        except BatchError as exc:
+            if len(arguments.ids) == 1 and isinstance(exc.outcomes[0], StorageError):
+                raise exc.outcomes[0] from exc
+            _show_deleted(arguments, collection, exc.outcomes)
+            raise
+        return _show_deleted(arguments, collection, done)
+
+    return context.run(work, writes=True, needs_store=True)
+
+
+def _show_deleted(arguments: Namespace, collection: Collection, done: Sequence[Any]) -> int:
+    status = 0
+    for entity_id, outcome in zip(arguments.ids, done, strict=True):
+        if outcome is True:
+            shown = {collection.key: entity_id, "deleted": True}
+            output.result(arguments, shown, f"{_named(collection, shown)} deleted")
+        elif outcome is False:
+            status = report(EntityNotFoundError(collection.name, entity_id), verbose=False)
+    return status
+
+
+def _expected(arguments: Namespace) -> int | Expect:
+    return ANY if arguments.expected_version is None else int(arguments.expected_version)
+
+
+# -- query and count ------------------------------------------------------------------------
+
+
+def query(arguments: Namespace) -> int:
+    from hf_async_store.cli.filter_syntax import filters_of, order_of
+
+    context = Context(arguments)
+    collection = context.collection()
+    filters = filters_of(arguments.filters, collection)
+    order = order_of(arguments.order)
+    fields = None if arguments.fields is None else _field_names(arguments.fields)
+
+    async def work(store: StorageStrategy) -> int:
+        if arguments.explain:
+            plan = await store.explain_query(collection.name, filters, order, arguments.limit)
+            show = output.indented if output.for_people(arguments) else output.json_line
+            show(plan)
+            return 0
+        rows = store.stream_entities(
+            collection.name, filters, order, arguments.limit, fields=fields
+        )
+        async with aclosing(rows):
+            if output.for_people(arguments):
+                _show_table(collection, [each async for each in rows], fields)
+            else:
+                async for each in rows:
+                    output.json_line(each)
+        return 0
+
+    return context.run(work, needs_store=True)
+
+
+def _field_names(text: str) -> list[str]:
+    names = [each.strip() for each in text.split(",")]
+    if not all(names):
+        raise InvalidInputError("--fields needs names, as in --fields name,status")
+    return names
+
+
+def _show_table(collection: Collection, rows: list[Entity], fields: list[str] | None) -> None:
+    if not rows:
+        output.log_line(f"no {collection.name} match")
+        return
+    from hf_async_store.cli.tables import show_entities
+
+    show_entities(collection, rows, fields)
+
+
+def count(arguments: Namespace) -> int:
+    from hf_async_store.cli.filter_syntax import filters_of
+
+    context = Context(arguments)
+    collection = context.collection()
+    filters = filters_of(arguments.filters, collection)
+
+    async def work(store: StorageStrategy) -> int:
+        output.json_line(await store.count_entities(collection.name, filters))
+        return 0
+
+    return context.run(work, needs_store=True)

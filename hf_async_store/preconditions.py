@@ -1,0 +1,163 @@
+"""What a change does to what is stored: the one place where conditions and versions are decided
+for engines that hold the current entity in their hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
+
+from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, Delete, Precondition, Put
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    ReferenceViolationError,
+    UnsupportedValueError,
+)
+from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.values import (
+    CREATED_AT,
+    INT_MAX,
+    REMOVE,
+    VERSION,
+    Entity,
+    Key,
+    Removed,
+    Value,
+    check_size,
+    copy_entity,
+)
+
+
+def check(
+    key: Key, expect: Precondition, actual: int | None, current: Entity | None = None
+) -> None:
+    """Refuse a change whose condition does not hold.
+
+    Args:
+        actual: the stored version, None if there is no such entity.
+        current: the stored entity, for the conflict to carry.
+
+    Raises:
+        AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError.
+    """
+    if expect is ANY or expect == actual:
+        return
+    if expect is ABSENT:
+        if actual is not None:
+            raise AlreadyExistsError(key.collection, key.id)
+    elif actual is None:
+        raise EntityNotFoundError(key.collection, key.id)
+    elif expect is not PRESENT:
+        raise ConcurrencyConflictError(
+            f"{key.collection} {key.id!r} is at version {actual}, not {expect}",
+            collection=key.collection,
+            entity_id=key.id,
+            expected=expect,
+            actual=actual,
+            current=None if current is None else copy_entity(current),
+        )
+
+
+def changed(change: Change, current: Entity | None) -> Entity | None:
+    """The entity after `change`, with its new version in it; None if it is gone.
+
+    The result may share values with both arguments. Conditions are checked.
+    """
+    actual = None if current is None else cast("int", current[VERSION])
+    check(change.key, change.expect, actual, current)
+    if isinstance(change, Delete):
+        return None
+    if isinstance(change, Put):
+        return _replaced(change, current, actual)
+    assert current is not None, "a patch expects PRESENT or a version"
+    entity = patched(current, change.fields, next_version(change.key, actual))
+    check_size(entity)
+    return entity
+
+
+def _replaced(change: Put, current: Entity | None, actual: int | None) -> Entity:
+    if change.import_version is not None:
+        return {**change.entity, VERSION: change.import_version}
+    entity = {**change.entity, VERSION: next_version(change.key, actual)}
+    if CREATED_AT not in entity:
+        if current is None:
+            entity[CREATED_AT] = change.written_at
+        elif CREATED_AT in current:
+            entity[CREATED_AT] = current[CREATED_AT]
+    return entity
+
+
+def patched(current: Entity, fields: Mapping[str, Value | Removed], version: int) -> Entity:
+    """`current` with the named fields changed."""
+    entity = {**current, **fields, VERSION: version}
+    for name, value in fields.items():
+        if value is REMOVE:
+            del entity[name]
+    return cast("Entity", entity)
+
+
+def next_version(key: Key, actual: int | None) -> int:
+    if actual == INT_MAX:
+        raise UnsupportedValueError(f"{key.collection} {key.id!r}: no version after {INT_MAX}")
+    return 1 if actual is None else actual + 1
+
+
+def missing_parents(
+    schema: Schema, change: Change, exists: Callable[[Key], bool]
+) -> list[tuple[Field, str]]:
+    """The references in a change that name no entity."""
+    if isinstance(change, Delete):
+        return []
+    fields = change.entity if isinstance(change, Put) else change.fields
+    return [
+        (field, parent)
+        for field in schema[change.key.collection].references
+        if isinstance(parent := fields.get(field.name), str)
+        and (target := Key(cast("str", field.references), parent)) != change.key
+        and not exists(target)
+    ]
+
+
+def check_parents(
+    schema: Schema, change: Change, current: Entity | None, exists: Callable[[Key], bool]
+) -> None:
+    """Refuse a change that names a missing parent, unless that is what is stored already.
+
+    Raises:
+        ReferenceViolationError.
+    """
+    for field, parent in missing_parents(schema, change, exists):
+        if current is None or current.get(field.name) != parent:
+            raise missing_parent(change.key.collection, change.key.id, field, parent)
+
+
+def missing_parent(
+    collection: str, entity_id: object, field: Field, parent: str
+) -> ReferenceViolationError:
+    """The error of an entity that names a parent which is not there."""
+    return ReferenceViolationError(
+        f"{collection} {entity_id!r}: {field.name} names {parent!r}, which {field.references} "
+        "does not have (if it is kept elsewhere, declare the field with enforced=False, or set "
+        "enforce_references to false)"
+    )
+
+
+def check_children(
+    schema: Schema, key: Key, referrers: Callable[[Collection, Field, str], Iterable[str]]
+) -> None:
+    """Refuse to delete an entity that others refer to.
+
+    Args:
+        referrers: the ids in a collection whose field holds an id.
+
+    Raises:
+        ReferenceViolationError.
+    """
+    for child, field in schema.children[key.collection]:
+        for each in referrers(child, field, key.id):
+            if (child.name, each) != (key.collection, key.id):
+                raise ReferenceViolationError(
+                    f"{key.collection} {key.id!r} cannot be deleted: "
+                    f"{child.name} {each!r} names it in {field.name}"
+                )

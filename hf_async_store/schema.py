@@ -1,0 +1,476 @@
+"""Declarations: collections, their fields and indexes, and the schema that holds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType, NoneType
+from typing import Final
+
+import msgspec
+
+from hf_async_store.errors import (
+    ConfigurationError,
+    InvalidFieldError,
+    InvalidKeyError,
+    UnknownCollectionError,
+    UnsupportedValueError,
+)
+from hf_async_store.values import (
+    CREATED_AT,
+    LIGHT_BYTES,
+    MAX_KEY_BYTES,
+    NOT_UTF8,
+    REMOVE,
+    UPDATED_AT,
+    VERSION,
+    Entity,
+    FieldType,
+    Key,
+    Removed,
+    Value,
+    check_size,
+    is_canonical_timestamp,
+    normalise,
+    parse_timestamp,
+    refuse_oversize,
+    sized,
+    type_name,
+)
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
+_RESERVED: Final = frozenset({"doc", "version"})
+
+
+def _declared_name(name: str, what: str) -> str:
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise ConfigurationError(f"{what} {name!r} does not match [a-z][a-z0-9_]{{0,47}}")
+    if name in _RESERVED:
+        raise ConfigurationError(f"{what} {name!r} is reserved")
+    return name
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One declared field.
+
+    Args:
+        name: `[a-z][a-z0-9_]{0,47}`; `doc` and `version` are reserved.
+        type: text, integer (64 bits), number (integer or finite float), boolean, timestamp, or
+            json (anything). A null is allowed unless the field is required.
+        required: an entity without it, or with null in it, is refused.
+        references: the collection whose key this field holds. Needs type text.
+        enforced: False: the reference is only told. Nobody looks whether the parent is there, as
+            where parents are kept elsewhere; their collection need not be declared.
+    """
+
+    name: str
+    type: FieldType = "text"
+    required: bool = False
+    references: str | None = None
+    enforced: bool = True
+
+    def __post_init__(self) -> None:
+        _declared_name(self.name, "field name")
+        if self.type not in _CHECKS:
+            raise ConfigurationError(f"field {self.name!r}: no such type {self.type!r}")
+        if self.references is not None and self.type != "text":
+            raise ConfigurationError(f"field {self.name!r}: a reference is text, not {self.type}")
+
+    def check(self, value: Value, collection: str) -> Value:
+        """The value as it is stored.
+
+        Raises:
+            InvalidFieldError: naming collection, field and type.
+        """
+        if value is None:
+            if self.required:
+                raise InvalidFieldError(f"{collection}.{self.name} is required, not null")
+            return None
+        if self.type == "timestamp" and isinstance(value, str):
+            moment = parse_timestamp(value)
+            if moment is not None:
+                return moment
+        elif isinstance(value, _CHECKS[self.type]) and (
+            type(value) is not bool or self.type in ("boolean", "json")
+        ):
+            return value
+        raise InvalidFieldError(
+            f"{collection}.{self.name} is declared {self.type}, not {_describe(value)}"
+        )
+
+
+_USUAL: Final = {"text": str, "integer": int, "boolean": bool}
+
+_CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
+    {
+        "text": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "timestamp": (),
+        "json": object,
+    }
+)
+
+
+def _describe(value: Value) -> str:
+    # The value itself may be a secret; its type says enough.
+    if isinstance(value, str):
+        return "text" if parse_timestamp(value) is None else "a timestamp text"
+    return {bool: "a boolean", int: "an integer", float: "a float", list: "a list"}.get(
+        type(value), "a map"
+    )
+
+
+class Index(msgspec.Struct, frozen=True):
+    """A declared index: equality on `field`, then range and order on `sort`.
+
+    Its `name` is the spec's form: `template_id-created_at-index`, or `status-index` without a
+    sort field. Only text, integer, number, boolean and timestamp fields can be indexed.
+    """
+
+    field: str
+    sort: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.field}-{self.sort}-index" if self.sort else f"{self.field}-index"
+
+
+class Collection:
+    """A declared collection.
+
+    Args:
+        name: `[a-z][a-z0-9_]{0,47}`.
+        key: the field that holds the id.
+        fields: the declared fields beside the key, `Field`s or names of text fields.
+            `created_at` and `updated_at` are always there.
+        indexes: `Index`es, or names of fields to be indexed alone.
+
+    Example:
+        `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
+
+    Raises:
+        ConfigurationError: a name that is malformed, reserved, unknown or given twice.
+    """
+
+    __slots__ = (
+        "_times",
+        "_usual",
+        "fields",
+        "indexes",
+        "key",
+        "name",
+        "references",
+        "required",
+        "typed",
+    )
+
+    name: str
+    key: str
+    fields: Mapping[str, Field]
+    """All declared fields by name: the key first, then as given, then the timestamps."""
+    indexes: tuple[Index, ...]
+    references: tuple[Field, ...]
+    """The fields that hold a key of another collection, where that is enforced."""
+    required: tuple[str, ...]
+    typed: Mapping[str, Field]
+    """The fields whose values must be checked: all but the json ones that are not required."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        key: str,
+        fields: Iterable[Field | str] = (),
+        indexes: Iterable[Index | str] = (),
+    ) -> None:
+        declared = [Field(key, required=True)]
+        declared += [Field(each) if isinstance(each, str) else each for each in fields]
+        given = {each.name for each in declared}
+        declared += [
+            Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT) if each not in given
+        ]
+        self.name = _declared_name(name, "collection name")
+        self.key = key
+        self.fields = MappingProxyType({each.name: each for each in declared})
+        self.indexes = tuple(Index(each) if isinstance(each, str) else each for each in indexes)
+        self.references = tuple(
+            each for each in declared if each.references is not None and each.enforced
+        )
+        self.required = tuple(each.name for each in declared[1:] if each.required)
+        self.typed = MappingProxyType(
+            {each.name: each for each in declared[1:] if each.type != "json" or each.required}
+        )
+        # Most values have the usual type of their field, and then need no further look.
+        self._usual = tuple(
+            (name, (_USUAL.get(each.type),) if each.required else (_USUAL.get(each.type), NoneType))
+            for name, each in self.typed.items()
+            if each.type != "timestamp" or each.required
+        )
+        self._times = tuple(
+            name
+            for name, each in self.typed.items()
+            if each.type == "timestamp" and not each.required
+        )
+        self._check(declared)
+
+    def _check(self, declared: Sequence[Field]) -> None:
+        if len(self.fields) != len(declared):
+            raise ConfigurationError(f"collection {self.name!r} declares a field twice")
+        if len({each.name for each in self.indexes}) != len(self.indexes):
+            raise ConfigurationError(f"collection {self.name!r} declares an index twice")
+        for each in (CREATED_AT, UPDATED_AT):
+            if self.fields[each].type != "timestamp":
+                raise ConfigurationError(f"{self.name}.{each} is always a timestamp")
+        for index in self.indexes:
+            for name in (index.field, index.sort):
+                if name is not None and (
+                    name not in self.fields or self.fields[name].type == "json"
+                ):
+                    raise ConfigurationError(
+                        f"index {index.name!r} of {self.name!r}: {name!r} is not a declared field "
+                        "that can be indexed"
+                    )
+
+    def __repr__(self) -> str:
+        return f"Collection({self.name!r}, key={self.key!r})"
+
+    # What callers hand in, made fit to be stored --------------------------------------------
+
+    def key_of(self, entity_id: object) -> Key:
+        """The key of an id.
+
+        Raises:
+            InvalidKeyError: not text of 1 to 1,024 bytes of UTF-8 without U+0000.
+        """
+        if type(entity_id) is not str:
+            entity_id = self._id_text(entity_id)
+        if entity_id.isascii():
+            if not 0 < len(entity_id) <= MAX_KEY_BYTES or "\x00" in entity_id:
+                raise self._bad_id(entity_id)
+        elif NOT_UTF8.search(entity_id) or len(entity_id.encode()) > MAX_KEY_BYTES:
+            raise self._bad_id(entity_id)
+        return Key(self.name, entity_id)
+
+    def _id_text(self, entity_id: object) -> str:
+        try:
+            text = normalise(entity_id)
+        except UnsupportedValueError as exc:
+            raise InvalidKeyError(
+                f"an id of {self.name} is text, not {type_name(entity_id)}"
+            ) from exc
+        if type(text) is not str:
+            raise InvalidKeyError(f"an id of {self.name} is text, not {type_name(entity_id)}")
+        return text
+
+    def _bad_id(self, entity_id: str) -> InvalidKeyError:
+        return InvalidKeyError(
+            f"an id of {self.name} is 1 to {MAX_KEY_BYTES} bytes of UTF-8 without U+0000, "
+            f"not {entity_id[:40]!a}"
+        )
+
+    def entity(self, data: Mapping[str, object]) -> tuple[Key, Entity]:
+        """The key and a portable, checked copy of a whole entity; `version` is left out.
+
+        Raises:
+            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
+        """
+        self._refuse_other_than_map(data)
+        if self.key not in data:
+            raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
+        # Before the copy, so that an id that cannot be stored is refused as an id.
+        key = self.key_of(data[self.key])
+        return key, self._whole(self._copied(data))
+
+    def stored(self, data: Entity, size: int) -> tuple[Key, Entity]:
+        """As `entity`, of one that came out of a store: its values are portable, and are not copied.
+
+        Args:
+            size: of its JSON in bytes.
+
+        Raises:
+            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
+        """
+        if self.key not in data:
+            raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
+        key = self.key_of(data[self.key])
+        if size > LIGHT_BYTES:
+            check_size(data)
+        return key, self._whole(self._checked(dict(data)))
+
+    def _whole(self, entity: Entity) -> Entity:
+        entity.pop(VERSION, None)
+        for name in self.required:
+            if name not in entity:
+                raise InvalidFieldError(f"{self.name}.{name} is required")
+        return entity
+
+    def changes(self, entity_id: str, data: Mapping[str, object]) -> dict[str, Value | Removed]:
+        """A portable, checked copy of the named fields of an update; `version` is left out.
+
+        Raises:
+            InvalidFieldError: also for taking away the key or a required field.
+        """
+        self._refuse_other_than_map(data)
+        removed = [name for name, value in data.items() if value is REMOVE]
+        for name in removed:
+            if name in self.required:
+                raise InvalidFieldError(f"{self.name}.{name} is required and cannot be removed")
+        # The names of what is taken away are checked, too, as if they held nulls.
+        kept = {**data, **dict.fromkeys(removed)} if removed else data
+        copied: dict[str, Value | Removed] = dict(self._copied(kept))
+        copied.update(dict.fromkeys(removed, REMOVE))
+        copied.pop(VERSION, None)
+        if copied.get(self.key, entity_id) != entity_id or self.key in removed:
+            raise InvalidFieldError(f"{self.name}.{self.key} is the key and cannot be changed")
+        return copied
+
+    def _refuse_other_than_map(self, data: object) -> None:
+        if not isinstance(data, Mapping):
+            raise UnsupportedValueError(f"an entity of {self.name} is a map, not {type_name(data)}")
+
+    def _copied(self, data: Mapping[str, object]) -> Entity:
+        entity, weight = sized(data)
+        refuse_oversize(entity, weight)
+        return self._checked(entity)
+
+    def _checked(self, entity: Entity) -> Entity:
+        """The entity with its declared fields as they are stored, in place."""
+        for name, kinds in self._usual:
+            if name in entity and type(entity[name]) not in kinds:
+                entity[name] = self.typed[name].check(entity[name], self.name)
+        for name in self._times:
+            value = entity.get(name)
+            if value is not None and (type(value) is not str or not is_canonical_timestamp(value)):
+                entity[name] = self.typed[name].check(value, self.name)
+        return entity
+
+
+class Schema(Mapping[str, Collection]):
+    """The declared collections of a store, by name, parents before children.
+
+    Raises:
+        ConfigurationError: a name twice, a reference to an undeclared collection, or a cycle of
+            references other than of a collection to itself.
+    """
+
+    __slots__ = ("_by_name", "children")
+
+    children: Mapping[str, tuple[tuple[Collection, Field], ...]]
+    """By parent: every (collection, field) that refers to it."""
+
+    def __init__(self, collections: Iterable[Collection]) -> None:
+        given = list(collections)
+        by_name = {each.name: each for each in given}
+        if len(by_name) != len(given):
+            raise ConfigurationError("a collection is declared twice")
+        for each in given:
+            for field in each.references:
+                if field.references not in by_name:
+                    raise ConfigurationError(
+                        f"{each.name}.{field.name} refers to {field.references!r}, "
+                        "which is not declared"
+                    )
+        self._by_name = {each.name: each for each in _parents_first(given)}
+        self.children = MappingProxyType(
+            {
+                parent.name: tuple(
+                    (each, field)
+                    for each in given
+                    for field in each.references
+                    if field.references == parent.name
+                )
+                for parent in given
+            }
+        )
+
+    def __getitem__(self, name: str) -> Collection:
+        try:
+            return self._by_name[name]
+        except (KeyError, TypeError):
+            raise UnknownCollectionError(
+                f"no collection {name!r}; declared are: {', '.join(self._by_name) or 'none'}"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+
+def _parents_first(given: Sequence[Collection]) -> list[Collection]:
+    ordered: list[Collection] = []
+    placed: set[str] = set()
+    waiting = list(given)
+    while waiting:
+        ready = [
+            each
+            for each in waiting
+            if all(f.references in placed or f.references == each.name for f in each.references)
+        ]
+        if not ready:
+            raise ConfigurationError(
+                "references run in a circle: " + ", ".join(each.name for each in waiting)
+            )
+        ordered += ready
+        placed |= {each.name for each in ready}
+        waiting = [each for each in waiting if each.name not in placed]
+    return ordered
+
+
+HOST_FACTORY: Final = (
+    Collection(
+        "templates",
+        key="template_id",
+        fields=[
+            "name",
+            "provider_api",
+            "vm_type",
+            Field("max_number", "integer"),
+            "image_id",
+            Field("subnet_ids", "json"),
+            Field("security_group_ids", "json"),
+            Field("attributes", "json"),
+        ],
+    ),
+    Collection(
+        "requests",
+        key="request_id",
+        fields=[
+            Field("template_id", references="templates"),
+            Field("machine_count", "integer"),
+            "status",
+            "request_type",
+            Field("completed_at", "timestamp"),
+            Field("tags", "json"),
+            Field("metadata", "json"),
+        ],
+        indexes=[Index("template_id", "created_at"), "status", "request_type"],
+    ),
+    Collection(
+        "machines",
+        key="machine_id",
+        fields=[
+            Field("request_id", references="requests"),
+            Field("template_id", references="templates"),
+            "return_request_id",
+            "name",
+            "status",
+            "instance_type",
+            "provider_instance_id",
+            "private_ip",
+            "public_ip",
+            Field("started_at", "timestamp"),
+            Field("terminated_at", "timestamp"),
+        ],
+        indexes=[Index("request_id", "created_at"), "return_request_id", "status", "name"],
+    ),
+)
+"""The spec's schema: templates, requests and machines, its columns and references, and the indexes
+that an orchestrator's own queries need. Only the keys are required, because the spec's own
+examples leave out columns that its DDL calls NOT NULL."""

@@ -1,0 +1,111 @@
+"""Imports: whole items that replace whatever is there, by `BatchWriteItem`.
+
+It checks nothing and may be sent twice; what comes back undone is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from hf_async_store.changes import ANY, Change, Put
+from hf_async_store.errors import StorageError, UnavailableError
+from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry, throttled
+from hf_async_store.strategies.dynamodb.errors import BadAnswer, TableMissing
+from hf_async_store.strategies.dynamodb.write_op import WriteOp, chunks, deleted_meanwhile
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.tables import Tables
+
+MOST_PUTS: Final = 25
+"""Source: DynamoDB API Reference, BatchWriteItem."""
+
+
+def is_import(change: Change) -> bool:
+    return (
+        isinstance(change, Put)
+        and change.import_version is not None
+        and change.expect is ANY
+        and change.mark is None
+    )
+
+
+class Imports:
+    """The imports among independent changes."""
+
+    def __init__(self, client: Client, tables: Tables) -> None:
+        self._client = client
+        self._tables = tables
+        self._seconds = client.config.retry_timeout
+
+    async def write(self, works: list[WriteOp]) -> None:
+        """Replace what is there, whatever it is, by `BatchWriteItem`."""
+        sent = [self._some(each) for each in chunks(works, MOST_PUTS)]
+        await asyncio.gather(*sent)
+
+    async def _some(self, works: Sequence[WriteOp]) -> None:
+        left = {(each.table, each.change.key.id): each for each in works}
+        backoff = Backoff(self._seconds)
+        last: StorageError = throttled("an import")
+        while left:
+            requests: dict[str, list[dict[str, Any]]] = {}
+            for work in left.values():
+                put = cast("Put", work.change)
+                item = work.form.item(
+                    put.key.id, put.entity, cast("int", put.import_version), work.token
+                )
+                requests.setdefault(work.table, []).append({"PutRequest": {"Item": item}})
+            try:
+                answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
+                left = self._imported(left, answer.get("UnprocessedItems") or {})
+                last = throttled("an import")
+            except UnavailableError as exc:
+                last = exc
+                if not is_safe_to_retry(exc):
+                    for work in left.values():
+                        work.ambiguous = True
+            except StorageError as exc:
+                if len(left) == 1:
+                    [work] = left.values()
+                    work.done(deleted_meanwhile(work) if isinstance(exc, TableMissing) else exc)
+                    return
+                # One that is refused fails them all: the half without it goes through.
+                rest = list(left.values())
+                middle = len(rest) // 2
+                await asyncio.gather(self._some(rest[:middle]), self._some(rest[middle:]))
+                return
+            if left and not await backoff.pause(last):
+                for work in left.values():
+                    error = last.copy()
+                    error.outcome_unknown = work.ambiguous
+                    work.done(error)
+                return
+
+    def _imported(
+        self,
+        sent: dict[tuple[str, str], WriteOp],
+        undone: Mapping[str, Sequence[Mapping[str, Any]]],
+    ) -> dict[tuple[str, str], WriteOp]:
+        """What is left to do."""
+        left = {}
+        for table, requests in undone.items():
+            for each in requests:
+                item = each["PutRequest"]["Item"]
+                place = (table, self._id_of(table, item))
+                if place not in sent:
+                    raise BadAnswer(
+                        "DynamoDB hands back what it was not given", outcome_unknown=True
+                    )
+                left[place] = sent[place]
+        for place, work in sent.items():
+            if place not in left:
+                work.done(cast("Put", work.change).import_version)
+        return left
+
+    def _id_of(self, table: str, item: Attributes) -> str:
+        """The id of an item that was sent; "" for one that was not."""
+        named = [name for name in self._tables.schema if self._tables.name(name) == table]
+        return self._tables.forms[named[0]].id_of(item) if named else ""

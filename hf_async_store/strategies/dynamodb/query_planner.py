@@ -1,0 +1,245 @@
+"""How a query finds its rows: by ids, by an index of the table, or by looking at all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, cast
+
+import msgspec
+
+from hf_async_store.query import And, Comparison, Filter, Query, equality_candidates
+from hf_async_store.schema import Index
+from hf_async_store.strategies.dynamodb.items import (
+    MOST_SORT_BYTES,
+    SURE_SORT_BYTES,
+    IndexedField,
+    ItemMapping,
+    number_key,
+    shortened,
+)
+from hf_async_store.values import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from collections.abc import Set as AbstractSet
+
+    from hf_async_store.query import Missing
+    from hf_async_store.strategies.dynamodb.codec import Attribute
+
+_MOST_PARTITIONS: Final = 100
+"""How many values of an index are asked for one by one, before a scan is the shorter way."""
+
+_SORTS_ALIKE: Final = ("text", "timestamp", "integer")
+"""Types whose attributes sort as their values do. A number may lie outside of DynamoDB's range."""
+
+
+class SortRange(msgspec.Struct, frozen=True):
+    """A part of an index's partition: from `low` to `high`, both included, or what begins so.
+
+    It may hold a little more than was asked for, never less.
+    """
+
+    low: str | None = None
+    high: str | None = None
+    prefix: str | None = None
+    kind: str = "S"
+
+    @property
+    def is_empty(self) -> bool:
+        if self.low is None or self.high is None:
+            return False
+        if self.kind == "N":
+            return float(self.low) > float(self.high)
+        return self.low > self.high
+
+    def attribute(self, text: str) -> Attribute:
+        return {self.kind: text}
+
+
+class Access(msgspec.Struct, frozen=True):
+    """Where the rows of a query come from.
+
+    Attributes:
+        ids: read these by key.
+        index: query this one ...
+        partitions: ... for each of these values of its field ...
+        sort: ... within this range.
+        is_ordered: the index gives them in the order of the query.
+        exact: the partitions bring what the filter on the index's field asks for, no more.
+    """
+
+    ids: tuple[str, ...] | None = None
+    index: Index | None = None
+    partitions: tuple[Attribute, ...] = ()
+    sort: SortRange = SortRange()
+    is_ordered: bool = False
+    exact: bool = False
+
+    @property
+    def is_scan(self) -> bool:
+        return self.ids is None and self.index is None
+
+
+def plan_access(query: Query, form: ItemMapping, active: AbstractSet[str]) -> Access:
+    """The best way to the rows of a query.
+
+    Args:
+        active: the indexes that are there.
+    """
+    candidates = equality_candidates(query.where)
+    ids = candidates.get((form.key,))
+    if ids is not None:
+        # Ids are texts that are not empty; nothing else can be found.
+        texts = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
+        return Access(ids=tuple(texts))
+    ways = [
+        way
+        for index in form.collection.indexes
+        if index.name in active
+        and (values := candidates.get((index.field,))) is not None
+        and (way := _by_index(query, form, index, values)) is not None
+    ]
+    return max(ways, key=_rank, default=Access())
+
+
+def _rank(way: Access) -> tuple[bool, bool, int]:
+    narrow = way.sort.low is not None or way.sort.high is not None or way.sort.prefix is not None
+    return way.is_ordered, narrow, -len(way.partitions)
+
+
+def _by_index(
+    query: Query, form: ItemMapping, index: Index, values: Sequence[Value]
+) -> Access | None:
+    if index.field == form.key:
+        return None  # its key is the shorter way
+    field = form.indexed[index.field]
+    partitions: list[Attribute] = []
+    for value in values:
+        key = field.key_of(value)
+        if key is not None:
+            partitions.append(key)
+        elif _may_hold(field, value):
+            return None  # a value that lies beside the index
+    if len(partitions) > _MOST_PARTITIONS:
+        return None
+    sort = SortRange()
+    ordered = False
+    if index.sort is not None and index.sort != form.key:
+        by = form.indexed[index.sort]
+        sort = _range(query.where, by)
+        ordered = (
+            len(partitions) == 1
+            and by.type in _SORTS_ALIKE
+            and bool(query.order)
+            and query.order[0].path == (index.sort,)
+        )
+        if ordered and query.after is not None:
+            sort = _continued(sort, by, query.after.values[0], query.order[0].descending)
+    return Access(
+        index=index,
+        partitions=tuple(partitions),
+        sort=sort,
+        is_ordered=ordered,
+        exact=not field.is_sort,
+    )
+
+
+def _may_hold(field: IndexedField, value: Value) -> bool:
+    """Whether a field of this type may hold a value that is `eq` to this one."""
+    if value is None:
+        return True
+    if field.type in ("text", "timestamp"):
+        return isinstance(value, str)
+    if field.type == "boolean":
+        return type(value) is bool
+    return isinstance(value, int | float) and type(value) is not bool
+
+
+# -- within a partition ---------------------------------------------------------------------
+
+
+def _range(where: Filter, field: IndexedField) -> SortRange:
+    """What the filter demands of the sort key of an index."""
+    if field.type not in _SORTS_ALIKE:
+        return SortRange()
+    lows: list[str] = []
+    highs: list[str] = []
+    prefix: str | None = None
+    for part in where.parts if isinstance(where, And) else (where,):
+        if not isinstance(part, Comparison) or part.path != (field.name,):
+            continue
+        if part.op == "begins_with" and field.type != "integer":
+            prefix = shortened(cast("str", part.value), SURE_SORT_BYTES) or None
+            continue
+        low, high = _bounds(part)
+        lows += _low(field, low)
+        highs += _high(field, high)
+    kind = "N" if field.type == "integer" else "S"
+    by = float if kind == "N" else str
+    if prefix is not None and not lows and not highs:
+        return SortRange(prefix=prefix, kind=kind)
+    return SortRange(
+        low=max(lows, key=by, default=None), high=min(highs, key=by, default=None), kind=kind
+    )
+
+
+def _bounds(part: Comparison) -> tuple[Value, Value]:
+    """The lowest and the highest value that a comparison lets pass; None for no bound."""
+    value = part.value
+    if part.op == "eq":
+        return value, value
+    if part.op in ("gt", "gte"):
+        return value, None
+    if part.op in ("lt", "lte"):
+        return None, value
+    if part.op == "between":
+        low, high = cast("list[Value]", value)
+        return low, high
+    return None, None
+
+
+def _low(field: IndexedField, value: Value) -> list[str]:
+    if field.type == "integer":
+        return _number(value)
+    if isinstance(value, str) and value:
+        return [shortened(value, SURE_SORT_BYTES)]
+    return []
+
+
+def _high(field: IndexedField, value: Value) -> list[str]:
+    if field.type == "integer":
+        return _number(value)
+    if isinstance(value, str) and value:
+        return [shortened(value, MOST_SORT_BYTES)]
+    return []
+
+
+def _number(value: Value) -> list[str]:
+    if type(value) not in (int, float):
+        return []
+    number = cast("float", value)
+    # Beyond 64 bits a bound changes nothing, or lets nothing pass: the filter here sees to that.
+    key = number_key(number) if abs(number) < 2**64 else None
+    return [] if key is None else [key]
+
+
+def _continued(
+    sort: SortRange, field: IndexedField, after: Value | Missing, descending: bool
+) -> SortRange:
+    """The rest of a range behind a position."""
+    kind = "N" if field.type == "integer" else "S"
+    by = float if kind == "N" else str
+    if isinstance(after, int | str) and type(after) is not bool and after != "":
+        bound = _high(field, after) if descending else _low(field, after)
+    elif descending:
+        assert field.stand_in is not None
+        bound = list(field.stand_in.values())  # missing and null come last
+    else:
+        bound = []
+    if not bound:
+        return sort
+    low, high = sort.low, sort.high
+    if descending:
+        high = min([*bound, *([] if high is None else [high])], key=by)
+    else:
+        low = max([*bound, *([] if low is None else [low])], key=by)
+    return SortRange(low=low, high=high, kind=kind)

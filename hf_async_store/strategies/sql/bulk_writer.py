@@ -1,0 +1,592 @@
+"""Carrying out changes: put into waves, sent by the shape of their statement, judged where refused.
+
+A wave holds changes that do not touch one another, so that each shape in it is one statement. What
+a statement does not return did not meet its condition; then the stored entity is read and judged
+by `conditions`, as every engine judges. Should it meet the condition by now, the change is sent
+again: nothing of it had happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+
+from hf_async_store.changes import (
+    ABSENT,
+    ANY,
+    Change,
+    ChangeMarker,
+    Delete,
+    Outcome,
+    Patch,
+    Put,
+    Record,
+)
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    StorageError,
+)
+from hf_async_store.preconditions import changed, check_children, check_parents, missing_parents
+from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.strategies.sql import reading
+from hf_async_store.strategies.sql.dialect import Puts
+from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.row_mapping import TableMapping, quoted
+from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatementCache
+from hf_async_store.values import CREATED_AT, VERSION, Key
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+
+_TRIES: Final = 64
+"""How often a change is sent whose condition holds whenever it is looked at."""
+
+_IMPORT_PIECE: Final = 256
+"""How many rows are made before the loop gets a turn."""
+
+# Of many changes at once.
+_ID: Final = attrgetter("key.id")
+_COLLECTION: Final = attrgetter("key.collection")
+_ENTITY: Final = attrgetter("entity")
+_EXPECT: Final = attrgetter("expect")
+_VERSION: Final = attrgetter("version")
+_AT: Final = attrgetter("at")
+
+
+class Run(Protocol):
+    """Runs one statement that writes; how it fails is up to where it runs."""
+
+    def __call__(
+        self, sql: str, args: Sequence[object]
+    ) -> Awaitable[Sequence[Sequence[object]]]: ...
+
+
+class StatementGroup(NamedTuple):
+    """Changes of one shape by their ids, with their places in the whole.
+
+    Attributes:
+        columns: what their statement takes of all of them, the id first.
+    """
+
+    shape: StatementKey
+    places: Sequence[int]
+    changes: Sequence[Change]
+    columns: Sequence[Sequence[object]]
+
+    def part(self, start: int, end: int) -> StatementGroup:
+        return StatementGroup(
+            self.shape,
+            self.places[start:end],
+            self.changes[start:end],
+            [each[start:end] for each in self.columns],
+        )
+
+    def before(self, place: int) -> StatementGroup:
+        """Those of them that come before this place in the whole."""
+        if max(self.places) < place:
+            return self
+        kept = [n for n, each in enumerate(self.places) if each < place]
+        return StatementGroup(
+            self.shape,
+            [self.places[n] for n in kept],
+            [self.changes[n] for n in kept],
+            [[each[n] for n in kept] for each in self.columns],
+        )
+
+
+class BulkWriter:
+    """The writes of a store, on whatever connection they are to run."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        tables: Mapping[str, TableMapping],
+        statements: WriteStatementCache,
+        *,
+        references: bool,
+    ) -> None:
+        self._schema = schema
+        self._tables = tables
+        self._statements = statements
+        self._references = references
+
+    def statements(self, waves: Sequence[Sequence[StatementGroup]]) -> int:
+        """How many statements it takes to send them."""
+        return sum(
+            len(self._tables[batch.shape.collection].dialect.batches(len(batch.places)))
+            for wave in waves
+            for batch in wave
+        )
+
+    def dependency_batches(self, changes: Sequence[Change]) -> list[list[StatementGroup]]:
+        """The changes in waves, each by shape, as they would have to follow one another."""
+        levels = _dependency_depth(self._schema, changes) if self._may_touch(changes) else None
+        alike = self._single_shape_batch(changes) if levels is None else None
+        if alike is not None:
+            return [[alike]]
+        waves: list[list[PendingChange]] = []
+        for place, change in enumerate(changes):
+            level = 0 if levels is None else levels[place]
+            while len(waves) <= level:
+                waves.append([])
+            waves[level].append(self._sent(place, change))
+        return [_batches(wave) for wave in waves]
+
+    def _single_shape_batch(self, changes: Sequence[Change]) -> StatementGroup | None:
+        """The changes, if they are whole entities of one shape, as those of a batch often are:
+        then it is made column by column."""
+        first = changes[0]
+        if not isinstance(first, Put) or set(map(type, changes)) != {Put}:
+            return None
+        puts = cast("Sequence[Put]", changes)
+        count = len(puts)
+        given = first.import_version is not None
+        if (
+            first.expect not in (ANY, ABSENT)
+            or list(map(_EXPECT, puts)).count(first.expect) < count
+            or list(map(_VERSION, puts)).count(None) != (0 if given else count)
+            or list(map(_COLLECTION, puts)).count(first.key.collection) < count
+        ):
+            return None
+        ids = list(map(_ID, puts))
+        places = sorted(range(count), key=ids.__getitem__)
+        puts = [puts[place] for place in places]
+        created = given or CREATED_AT in first.entity
+        columns = self._tables[first.key.collection].columns_of(
+            list(map(_ENTITY, puts)), None if created else list(map(_AT, puts))
+        )
+        if columns is None:
+            return None
+        if given:
+            columns.append(list(map(_VERSION, puts)))
+        verb: Verb = "save" if first.expect is ANY else "create"
+        shape = StatementKey(first.key.collection, verb, created=created, cast_input=given)
+        return StatementGroup(shape, places, puts, columns)
+
+    def _may_touch(self, changes: Sequence[Change]) -> bool:
+        if len(changes) == 1:
+            return False
+        keys = {each.key for each in changes}
+        if len(keys) < len(changes):
+            return True
+        collections = {each.key.collection for each in changes}
+        return self._references and (
+            len(collections) > 1
+            or any(
+                each.references in collections
+                for name in collections
+                for each in self._schema[name].references
+            )
+        )
+
+    def _sent(self, place: int, change: Change, kept: tuple[str, ...] = ()) -> PendingChange:
+        collection = change.key.collection
+        table = self._tables[collection]
+        versions = type(change.expect) is int
+        if isinstance(change, Delete):
+            row: list[object] = [change.key.id]
+            shape = StatementKey(collection, "delete", versions=versions)
+        elif isinstance(change, Patch):
+            patched = table.patched(change.fields)
+            document = patched.sets is not None or patched.removes is not None
+            row = [change.key.id, *patched.values.values()]
+            if document:
+                row += [patched.sets, patched.removes]
+            row += [patched.side_sets, patched.side_removes, patched.weight]
+            names = tuple(patched.values)
+            shape = StatementKey(
+                collection, "patch", versions=versions, names=names, document=document
+            )
+        else:
+            given = change.import_version is not None
+            created = CREATED_AT in change.entity
+            whole = created or given
+            row = table.row(
+                change.entity if whole else {**change.entity, CREATED_AT: change.written_at}
+            )
+            if given:
+                row.append(change.import_version)
+            verb: Verb = "replace"
+            if change.expect is ANY or change.expect is ABSENT:
+                verb = "save" if change.expect is ANY else "create"
+            shape = StatementKey(
+                collection, verb, created=created, cast_input=given, versions=versions, kept=kept
+            )
+        if versions:
+            row.append(change.expect)
+        return PendingChange(place, change, shape, row)
+
+    async def send(
+        self,
+        run: Run,
+        lease: LeasedConnection,
+        batch: StatementGroup,
+        outcomes: list[Outcome],
+        *,
+        halves: bool,
+    ) -> None:
+        """Carry out changes of one shape, and note how each ended.
+
+        Args:
+            halves: a statement that the database refused may be sent again in two halves.
+
+        Raises:
+            ReferenceViolationError, InvalidInputError: where it may not.
+        """
+        if await self._put_all(lease, batch, outcomes):
+            return
+        start = 0
+        for size in self._tables[batch.shape.collection].dialect.batches(len(batch.places)):
+            waiting = [batch.part(start, start + size)]
+            start += size
+            for attempt in range(_TRIES):
+                last = attempt == _TRIES - 1
+                again = [
+                    each
+                    for part in waiting
+                    for each in await self._attempt(
+                        run, lease, part, outcomes, halves=halves and not last
+                    )
+                ]
+                waiting = again
+                if not waiting:
+                    break
+                if attempt:
+                    await asyncio.sleep(random.uniform(0, 0.001 * attempt))
+            for part in waiting:
+                for place, change in zip(part.places, part.changes, strict=True):
+                    outcomes[place] = _overtaken(change.key)
+
+    async def _attempt(
+        self,
+        run: Run,
+        lease: LeasedConnection,
+        batch: StatementGroup,
+        outcomes: list[Outcome],
+        *,
+        halves: bool,
+    ) -> list[StatementGroup]:
+        """Send changes in one statement; returns what must be sent again."""
+        try:
+            landed = await self._applied(run, batch)
+        except REFUSALS as exc:
+            # Its own look at the references was overtaken by another's write; or the database has
+            # rules that are not ours.
+            if not halves:
+                raise
+            count = len(batch.places)
+            if count > 1:
+                return [batch.part(0, count // 2), batch.part(count // 2, count)]
+            outcomes[batch.places[0]] = exc
+            return []
+        left: list[tuple[int, Change]] = []
+        for place, change in zip(batch.places, batch.changes, strict=True):
+            version = landed.get(change.key.id)
+            if version is None:
+                left.append((place, change))
+            else:
+                outcomes[place] = version
+        return _batches(await self._diagnose_rejected(lease, left, outcomes)) if left else []
+
+    async def _applied(self, run: Run, batch: StatementGroup) -> dict[str, int]:
+        """Send changes in one statement; the new versions of those that met their conditions."""
+        statement = self._statements.of(batch.shape, len(batch.places))
+        dialect = self._tables[batch.shape.collection].dialect
+        rows = await run(statement.sql, dialect.bind_columns(batch.columns, statement.kinds))
+        return dict(cast("Sequence[tuple[str, int]]", rows))
+
+    async def _put_all(
+        self, lease: LeasedConnection, batch: StatementGroup, outcomes: list[Outcome]
+    ) -> bool:
+        """Carry out many changes at once where nobody else can write; whether that could be done.
+
+        There one may look first and write then. One statement that decides on each row and returns
+        it takes twice as long.
+        """
+        shape = batch.shape
+        if (
+            len(batch.places) == 1
+            or not lease.has_exclusive_write
+            or shape.verb not in ("save", "create")
+        ):
+            return False
+        table = self._tables[shape.collection]
+        parents: list[tuple[str, Sequence[str]]] = []
+        for field in table.collection.references if self._references else ():
+            if field.references == shape.collection:
+                return False
+            ids = set(batch.columns[table.names.index(field.name)]) - {None}
+            parent = self._tables[cast("str", field.references)]
+            parents.append((parent.count, cast("list[str]", sorted(ids))))
+        used = tuple(
+            n
+            for n, each in enumerate(batch.columns)
+            if each[0] is not None or each.count(None) < len(each)
+        )
+        versions = await lease.put_all(
+            Puts(
+                parents=parents,
+                versions=None if shape.cast_input and shape.verb == "save" else table.versions,
+                fresh=shape.verb == "create",
+                text=lambda rows: self._statements.in_bulk(shape, used, rows),
+                columns=[batch.columns[n] for n in used],
+            )
+        )
+        if versions is None:
+            return False
+        for place, change in zip(batch.places, batch.changes, strict=True):
+            if shape.cast_input:
+                outcomes[place] = cast("Put", change).import_version
+            else:
+                outcomes[place] = versions.get(change.key.id, 0) + 1 if versions else 1
+        return True
+
+    # -- imports -----------------------------------------------------------------------------
+
+    def imports_in(self, changes: Sequence[Change]) -> list[Put] | None:
+        """The changes, if they are whole entities of one collection, each to be written as it is
+        over whatever is there, and if there is a quick way for those."""
+        collection = changes[0].key.collection
+        if self._tables[collection].dialect.bulk is None or len(changes) == 1:
+            return None
+        for each in changes:
+            if (
+                type(each) is not Put
+                or each.expect is not ANY
+                or each.import_version is None
+                or each.mark is not None
+                or each.key.collection != collection
+            ):
+                return None
+        return None if self._may_touch(changes) else cast("list[Put]", changes)
+
+    async def import_rows(self, puts: Sequence[Put]) -> list[list[object]]:
+        """The arguments of imports: here, where nobody waits for them yet."""
+        row = self._tables[puts[0].key.collection].row
+        rows: list[list[object]] = []
+        for start in range(0, len(puts), _IMPORT_PIECE):
+            if start:
+                await asyncio.sleep(0)
+            rows += [
+                [*row(put.entity), put.import_version]
+                for put in puts[start : start + _IMPORT_PIECE]
+            ]
+        return rows
+
+    async def imported(
+        self, lease: LeasedConnection, collection: str, rows: list[list[object]]
+    ) -> bool:
+        """Write them; whether all landed. A row that lacks a parent does not."""
+        bulk = self._tables[collection].dialect.bulk
+        assert bulk is not None, "looked at by `imports_in`"
+        start = landed = 0
+        for size, times in bulk.blocks(len(rows), len(rows[0])):
+            ends = range(start + size, start + size * times + 1, size)
+            blocks = [list(chain.from_iterable(rows[end - size : end])) for end in ends]
+            start = ends[-1]
+            landed += await lease.many(self._statements.imports(collection, size), blocks)
+        return landed == len(rows)
+
+    # -- what was refused --------------------------------------------------------------------
+
+    async def _diagnose_rejected(
+        self,
+        lease: LeasedConnection,
+        refused: Sequence[tuple[int, Change]],
+        outcomes: list[Outcome],
+    ) -> list[PendingChange]:
+        """Note the errors of changes that were refused; those that would be accepted by now."""
+        left: list[tuple[int, Change]] = []
+        for place, change in refused:
+            if self._tells_absence(change):
+                outcomes[place] = None
+            else:
+                left.append((place, change))
+        if not left:
+            return []
+        records = await self.fetch(lease, [change.key for _, change in left])
+        parents = await self._parents(lease, [change for _, change in left])
+        again: list[PendingChange] = []
+        for (place, change), record in zip(left, records, strict=True):
+            try:
+                entity = changed(change, None if record is None else record.entity)
+                if self._references:
+                    await self._check_references(lease, change, record, parents)
+            except StorageError as exc:
+                outcomes[place] = exc
+                continue
+            if isinstance(change, Delete):
+                if record is None:
+                    outcomes[place] = None
+                else:
+                    again.append(self._sent(place, change))
+                continue
+            kept = self._broken(change, parents)
+            if record is None or entity is None or not (kept or isinstance(change, Patch)):
+                again.append(self._sent(place, change))
+                continue
+            # Two things that SQL could not tell: an update of what is heavy may still be light
+            # enough, and a reference that is broken may be so already. Both are known now, so
+            # this very version is replaced or none.
+            version = cast("int", entity.pop(VERSION))
+            put = Put(change.key, entity, change.written_at, record.version, version)
+            # Refused once more, it is judged as what was asked for.
+            again.append(self._sent(place, put, kept)._replace(change=change))
+        return again
+
+    def _broken(self, change: Put | Patch, parents: set[Key]) -> tuple[str, ...]:
+        """The names of references to what is not there, which `check_parents` let pass."""
+        if not self._references:
+            return ()
+        return tuple(
+            field.name for field, _ in missing_parents(self._schema, change, parents.__contains__)
+        )
+
+    def _tells_absence(self, change: Change) -> bool:
+        """Whether there is one reason only for which this change can be refused: nothing is there."""
+        return (
+            isinstance(change, Delete)
+            and change.expect is ANY
+            and not (self._references and self._schema.children[change.key.collection])
+        )
+
+    async def _parents(self, lease: LeasedConnection, changes: Iterable[Change]) -> set[Key]:
+        """Those of the entities that changes refer to that are there."""
+        if not self._references:
+            return set()
+        wanted: set[Key] = set()
+        for change in changes:
+            if isinstance(change, Delete):
+                continue
+            fields = change.entity if isinstance(change, Put) else change.fields
+            for field in self._schema[change.key.collection].references:
+                parent = fields.get(field.name)
+                if isinstance(parent, str):
+                    wanted.add(Key(cast("str", field.references), parent))
+        there: set[Key] = set()
+        for name in {each.collection for each in wanted}:
+            table = self._tables[name]
+            ids = [each.id for each in wanted if each.collection == name]
+            source = table.dialect.values_source(["text"], len(ids))
+            rows = await lease.rows(
+                f"SELECT t.{table.key} FROM {table.name} AS t "
+                f"WHERE t.{table.key} IN (SELECT i.c0 FROM {source})",
+                table.dialect.bind_columns([ids], ["text"]),
+            )
+            there.update(Key(name, row[0]) for row in rows)
+        return there
+
+    async def _check_references(
+        self, lease: LeasedConnection, change: Change, record: Record | None, parents: set[Key]
+    ) -> None:
+        if not isinstance(change, Delete):
+            entity = None if record is None else record.entity
+            check_parents(self._schema, change, entity, parents.__contains__)
+        elif record is not None:
+            children = {
+                (child.name, field.name): await self._children(lease, child, field, change.key)
+                for child, field in self._schema.children[change.key.collection]
+            }
+            check_children(
+                self._schema, change.key, lambda child, field, _: children[child.name, field.name]
+            )
+
+    async def _children(
+        self, lease: LeasedConnection, child: Collection, field: Field, parent: Key
+    ) -> list[str]:
+        table = self._tables[child.name]
+        parameter = table.dialect.parameter(1, "text")
+        rows = await lease.rows(
+            f"SELECT t.{table.key} FROM {table.name} AS t "
+            f"WHERE t.{quoted(field.name)} = {parameter} LIMIT 2",
+            (parent.id,),
+        )
+        return [row[0] for row in rows]
+
+    async def fetch(self, lease: LeasedConnection, keys: Sequence[Key]) -> list[Record | None]:
+        """The records of `keys`, in their order."""
+        return await reading.fetch(lease, self._tables, keys)
+
+
+def marker_put(mark: ChangeMarker, at: str) -> Put:
+    """A mark as the change that writes it as it is."""
+    entity = dict(mark.entity)
+    version = cast("int", entity.pop(VERSION, 0))
+    return Put(mark.key, entity, at, import_version=version)
+
+
+class PendingChange(NamedTuple):
+    """A change on its way into a batch."""
+
+    place: int
+    change: Change
+    shape: StatementKey
+    row: list[object]
+
+
+def _batches(sents: Iterable[PendingChange]) -> list[StatementGroup]:
+    by_shape: dict[StatementKey, list[PendingChange]] = {}
+    for each in sents:
+        by_shape.setdefault(each.shape, []).append(each)
+    batches = []
+    for shape, alike in by_shape.items():
+        alike.sort(key=_id_of)
+        places, changes, _, rows = zip(*alike, strict=True)
+        batches.append(StatementGroup(shape, places, changes, list(zip(*rows, strict=True))))
+    return batches
+
+
+def _id_of(sent: PendingChange) -> str:
+    return sent.change.key.id
+
+
+def _overtaken(key: Key) -> ConcurrencyConflictError:
+    return ConcurrencyConflictError(
+        f"{key.collection} {key.id!r}: others kept changing it between a write and a look at it",
+        collection=key.collection,
+        entity_id=key.id,
+        retryable=True,
+    )
+
+
+def _dependency_depth(schema: Schema, changes: Sequence[Change]) -> list[int]:
+    """For each change, the wave that it must wait for: behind all that it may depend on.
+
+    These depend on one another, in input order: changes of one key; a child and a change of the
+    parent that it names; a delete in a collection that has children and any change of those.
+    """
+    of_key: dict[Key, int] = {}
+    of_children: dict[Key, int] = {}  # by parent: of the changes that name it
+    of_deletes: dict[str, int] = {}  # by collection of parents
+    of_collection: dict[str, int] = {}  # any change
+    levels: list[int] = []
+    for change in changes:
+        collection = change.key.collection
+        declared = schema[collection]
+        named: list[Key] = []
+        if not isinstance(change, Delete):
+            fields = change.entity if isinstance(change, Put) else change.fields
+            for field in declared.references:
+                given = fields.get(field.name)
+                if isinstance(given, str):
+                    named.append(Key(cast("str", field.references), given))
+        before = [of_key.get(change.key, -1), of_children.get(change.key, -1)]
+        before += [of_key.get(parent, -1) for parent in named]
+        before += [of_deletes.get(cast("str", each.references), -1) for each in declared.references]
+        if isinstance(change, Delete):
+            before += [
+                of_collection.get(child.name, -1) for child, _ in schema.children[collection]
+            ]
+        level = 1 + max(before)
+        levels.append(level)
+        of_key[change.key] = level
+        of_collection[collection] = max(level, of_collection.get(collection, -1))
+        for parent in named:
+            of_children[parent] = max(level, of_children.get(parent, -1))
+        if isinstance(change, Delete) and schema.children[collection]:
+            of_deletes[collection] = max(level, of_deletes.get(collection, -1))
+    return levels

@@ -1,0 +1,289 @@
+"""The texts of writes: one statement decides the conditions of many rows, and returns who landed.
+
+A statement takes rows of arguments as `i`: the key first, then what its shape says. What it does
+not return did not meet its condition; `writing` finds out why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+
+from hf_async_store.schema import Field
+from hf_async_store.strategies.sql.row_mapping import DOC, SIDE, Kind, TableMapping, quoted
+from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION
+
+if TYPE_CHECKING:
+    from hf_async_store.schema import Schema
+
+Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
+
+_CREATED: Final = quoted(CREATED_AT)
+_MOST_IN_BULK: Final = 64
+"""How many texts are kept: which columns are used may be another thing in each batch."""
+
+
+class StatementKey(NamedTuple):
+    """What makes two changes fit into one statement.
+
+    Attributes:
+        created: of a whole entity: it brings its own `created_at`.
+        given: of a whole entity: it brings its own version, and all is written as given.
+        versions: of a replace, patch or delete: an exact version is expected.
+        names: of a patch: the declared fields that it sets.
+        document: of a patch: it changes other fields, too.
+        kept: of a replace: the references that stay as they are, broken as they may be.
+    """
+
+    collection: str
+    verb: Verb
+    created: bool = False
+    cast_input: bool = False
+    versions: bool = False
+    names: tuple[str, ...] = ()
+    document: bool = False
+    kept: tuple[str, ...] = ()
+
+
+class Statement(NamedTuple):
+    """A statement for rows of arguments of these kinds."""
+
+    sql: str
+    kinds: tuple[Kind, ...]
+
+
+class WriteStatementCache:
+    """The statements of a store, each written once."""
+
+    def __init__(
+        self, schema: Schema, tables: dict[str, TableMapping], *, references: bool
+    ) -> None:
+        self._schema = schema
+        self._tables = tables
+        self._references = references
+        self._written: dict[tuple[StatementKey, int], Statement] = {}
+        self._bulk: dict[tuple[StatementKey, tuple[int, ...], int], str] = {}
+        self._imports: dict[tuple[str, int], str] = {}
+
+    def of(self, shape: StatementKey, rows: int) -> Statement:
+        form = self._tables[shape.collection].dialect.statement_variant(rows)
+        found = self._written.get((shape, form))
+        if found is None:
+            found = self._written[shape, form] = self._write(shape, rows)
+        return found
+
+    def in_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
+        """Whole entities as they come, so many rows of parameters, with no condition at all.
+
+        Args:
+            used: the numbers of the columns that are given; the others stay empty.
+        """
+        found = self._bulk.get((shape, used, rows))
+        if found is None:
+            if len(self._bulk) >= _MOST_IN_BULK:
+                self._bulk.clear()
+            found = self._bulk[shape, used, rows] = self._write_in_bulk(shape, used, rows)
+        return found
+
+    def _write_in_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
+        table = self._tables[shape.collection]
+        columns = [*table.columns, DOC, SIDE, VERSION]
+        row = ", ".join("?" * len(used)) + ("" if shape.cast_input else ", 1")
+        conflict = ""
+        if shape.verb == "save":
+            excluded = {each: f"excluded.{each}" for each in columns[:-1]}
+            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
+            conflict = f" ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
+        named = [columns[each] for each in used] + ([] if shape.cast_input else [VERSION])
+        return (
+            f"INSERT INTO {table.name} AS t ({', '.join(named)}) "
+            f"VALUES {', '.join([f'({row})'] * rows)}{conflict}"
+        )
+
+    def _write(self, shape: StatementKey, rows: int) -> Statement:
+        table = self._tables[shape.collection]
+        if shape.verb == "patch":
+            return self._patch(table, shape, rows)
+        if shape.verb == "delete":
+            return self._delete(table, shape, rows)
+        return self._put(table, shape, rows)
+
+    # -- whole entities: key and fields, doc, _side; then version and expected version as needed ---
+
+    def _put(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
+        kinds: list[Kind] = [*table.kinds, "json", "json"]
+        columns = [*table.columns, DOC, SIDE]
+        given = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
+        version = "1"
+        if shape.cast_input:
+            version = f"i.c{len(kinds)}"
+            kinds.append("bigint")
+        expected = ""
+        if shape.versions:
+            expected = f" AND t.{VERSION} = i.c{len(kinds)}"
+            kinds.append("bigint")
+        source = table.dialect.values_source(kinds, rows)
+        if shape.verb == "replace":
+            sets = self._sets(table, shape, dict(zip(columns, given, strict=True)), version)
+            parents = self._parents(table, table.fields, kept=shape.kept)
+            sql = (
+                f"UPDATE {table.name} AS t SET {sets} FROM {source} "
+                f"WHERE t.{table.key} = i.c0{expected}{_room(shape)}{parents}"
+            )
+        else:
+            sql = self._save(table, shape, source)
+        return Statement(f"{sql} RETURNING {table.key}, {VERSION}", tuple(kinds))
+
+    def imports(self, collection: str, rows: int) -> str:
+        """The statement for whole entities with their versions, so many rows of parameters, which
+        returns nothing; each number of rows is a text of its own."""
+        found = self._imports.get((collection, rows))
+        if found is None:
+            shape = StatementKey(collection, "save", created=True, cast_input=True)
+            table = self._tables[collection]
+            bulk = table.dialect.bulk
+            assert bulk is not None, "asked by who knows that there is one"
+            source = bulk.values(len(table.columns) + 3, rows)
+            found = self._imports[collection, rows] = self._save(table, shape, source)
+        return found
+
+    def _save(self, table: TableMapping, shape: StatementKey, source: str) -> str:
+        kinds: list[Kind] = [*table.kinds, "json", "json"]
+        columns = [*table.columns, DOC, SIDE]
+        given = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
+        version = f"i.c{len(kinds)}" if shape.cast_input else "1"
+        conflict = "NOTHING"
+        if shape.verb == "save":
+            excluded = {each: f"excluded.{each}" for each in columns}
+            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
+            conflict = f"UPDATE SET {sets} WHERE TRUE{_room(shape)}"
+        return (
+            f"INSERT INTO {table.name} AS t ({', '.join(columns)}, {VERSION}) "
+            f"SELECT {', '.join(given)}, {version} FROM {source} "
+            f"WHERE TRUE{self._parents(table, table.fields)} "
+            f"ON CONFLICT ({table.key}) DO {conflict}"
+        )
+
+    def _sets(
+        self, table: TableMapping, shape: StatementKey, new: dict[str, str], version: str
+    ) -> str:
+        """What replaces a row; `created_at` stays where the entity does not bring its own."""
+        left = {table.key, *map(quoted, shape.kept)}
+        sets = {column: value for column, value in new.items() if column not in left}
+        sets[VERSION] = version if shape.cast_input else f"t.{VERSION} + 1"
+        if not shape.cast_input and not shape.created:
+            sets[_CREATED] = f"t.{_CREATED}"
+            # A null there is noted in `_side`.
+            kept = table.dialect.json_merge(sets[SIDE], f"'{{\"{CREATED_AT}\":null}}'", "NULL")
+            sets[SIDE] = (
+                f"CASE WHEN t.{SIDE} IS NOT NULL AND {table.dialect.has_side(CREATED_AT)} "
+                f"THEN {kept} ELSE {sets[SIDE]} END"
+            )
+        return ", ".join(f"{column} = {value}" for column, value in sets.items())
+
+    # -- named fields: key, those fields, sets, removes, side sets, side removes, weight, version --
+
+    def _patch(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
+        fields = [table.collection.fields[each] for each in shape.names]
+        kinds: list[Kind] = ["text", *(each.type for each in fields)]
+        dialect = table.dialect
+        sets = {
+            quoted(field.name): dialect.cast_input(f"i.c{n}", field.type)
+            for n, field in enumerate(fields, 1)
+        }
+        if shape.document:
+            n = len(kinds)
+            sets[DOC] = dialect.json_merge(f"t.{DOC}", f"i.c{n}", f"i.c{n + 1}")
+            kinds += ["text", "text"]
+        n = len(kinds)
+        kinds += ["text", "text", "bigint"]
+        merged = dialect.json_merge(f"t.{SIDE}", f"i.c{n}", f"i.c{n + 1}")
+        sets[SIDE] = f"CASE WHEN t.{SIDE} IS NULL AND i.c{n} IS NULL THEN NULL ELSE {merged} END"
+        sets[VERSION] = f"t.{VERSION} + 1"
+        light = f" AND {self._weight(table)} + i.c{n + 2} <= {MAX_ENTITY_BYTES}"
+        expected = ""
+        if shape.versions:
+            expected = f" AND t.{VERSION} = i.c{len(kinds)}"
+            kinds.append("bigint")
+        parents = self._parents(table, fields, first=1)
+        sql = (
+            f"UPDATE {table.name} AS t "
+            f"SET {', '.join(f'{column} = {value}' for column, value in sets.items())} "
+            f"FROM {dialect.values_source(kinds, rows)} "
+            f"WHERE t.{table.key} = i.c0{expected}{_room(shape)}{light}{parents} "
+            f"RETURNING {table.key}, {VERSION}"
+        )
+        return Statement(sql, tuple(kinds))
+
+    def _weight(self, table: TableMapping) -> str:
+        """A bound of what the stored entity weighs: JSON of n bytes at most 8.25 n.
+
+        Where the bound is too much, the entity is read, weighed and replaced instead.
+        """
+        fixed = sum(90 + len(each.name) for each in table.fields)
+        parts = [str(fixed)]
+        for field in table.fields:
+            if field.type in ("text", "timestamp"):
+                parts.append(f"coalesce({table.dialect.size(f't.{quoted(field.name)}')}, 0)")
+            if field.type == "json":
+                parts.append(f"9 * coalesce({table.dialect.size(f't.{quoted(field.name)}')}, 0)")
+        parts.append(f"9 * coalesce({table.dialect.size(f't.{DOC}')}, 0)")
+        return " + ".join(parts)
+
+    # -- deletes: key, expected version ------------------------------------------------------
+
+    def _delete(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
+        dialect = table.dialect
+        deletion = dialect.deletion(table.name, table.key, rows, versions=shape.versions)
+        children = ""
+        if self._references:
+            for child, field in self._schema.children[shape.collection]:
+                theirs = self._tables[child.name]
+                itself = (
+                    f" AND c.{theirs.key} <> t.{table.key}"
+                    if child.name == shape.collection
+                    else ""
+                )
+                children += (
+                    f" AND NOT EXISTS (SELECT 1 FROM {theirs.name} AS c "
+                    f"WHERE c.{quoted(field.name)} = t.{table.key}{itself})"
+                )
+        return Statement(
+            f"{deletion}{children} RETURNING {table.key}, {VERSION}",
+            ("text", "bigint") if shape.versions else ("text",),
+        )
+
+    # -- references --------------------------------------------------------------------------
+
+    def _parents(
+        self,
+        table: TableMapping,
+        fields: Sequence[Field],
+        *,
+        first: int = 0,
+        kept: Sequence[str] = (),
+    ) -> str:
+        """The conditions that every reference names an entity.
+
+        Args:
+            first: the number of the column of `i` that holds the first of the fields.
+            kept: the names of references that are not looked at.
+        """
+        if not self._references:
+            return ""
+        conditions = []
+        for n, field in enumerate(fields, first):
+            if field.references is None or not field.enforced or field.name in kept:
+                continue
+            parent = self._tables[field.references]
+            itself = f" OR i.c{n} = i.c0" if field.references == table.collection.name else ""
+            conditions.append(
+                f" AND (i.c{n} IS NULL{itself} OR EXISTS "
+                f"(SELECT 1 FROM {parent.name} AS p WHERE p.{parent.key} = i.c{n}))"
+            )
+        return "".join(conditions)
+
+
+def _room(shape: StatementKey) -> str:
+    """That there is a version after the stored one."""
+    return "" if shape.cast_input else f" AND t.{VERSION} < {INT_MAX}"

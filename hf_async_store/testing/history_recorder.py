@@ -1,0 +1,383 @@
+"""Recording what many callers of a store see, for the checkers to judge.
+
+The same callers run as tasks of one process and as processes of one machine: `monotonic_ns` is one
+clock for all of them on Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, cast
+
+from hf_async_store.changes import ABSENT, ANY, Expect
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BatchError,
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    StorageError,
+)
+from hf_async_store.testing.consistency_checkers import NOTHING, Act, Answer, Installed, Txn
+from hf_async_store.values import Entity
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+    from random import Random
+
+    from hf_async_store.repository import RepositoryInterface
+    from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.transaction import Transaction
+
+COLLECTION: Final = "counters"
+"""Without declared fields, so that the value alone tells the entities apart."""
+
+_REFUSALS: Final = (AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError)
+_Verb: TypeAlias = 'Literal["get", "save", "update", "delete"]'
+_MAX_PAUSE_SECONDS: Final = 0.002
+
+Result = TypeVar("Result")
+
+
+def _entity(key: str, value: str) -> Entity:
+    return {"counter_id": key, "value": value}
+
+
+def installed(entity: Entity | None) -> Installed:
+    """What a reader sees of an entity of the histories."""
+    if entity is None:
+        return NOTHING
+    return cast("int", entity["version"]), cast("str", entity["value"])
+
+
+async def _breathe(random: Random) -> None:
+    """A pause of a random length, mostly none, so that the callers do not go in step."""
+    await asyncio.sleep(random.choice((0, 0, 0, random.random() * _MAX_PAUSE_SECONDS)))
+
+
+# -- single keys ----------------------------------------------------------------------------
+
+
+class ActRecorder:
+    """One caller of single operations and of batches, which are many single operations.
+
+    Args:
+        caller: must be different for each; the values that it writes carry it.
+    """
+
+    def __init__(self, store: StorageStrategy, random: Random, caller: str) -> None:
+        self._store = store
+        self._random = random
+        self._caller = caller
+        self._written = 0
+        self._versions: dict[str, int] = {}
+        self.acts: list[Act] = []
+
+    async def run(self, keys: Sequence[str], steps: int) -> list[Act]:
+        """The history of so many calls."""
+        for _ in range(steps):
+            make = self._random.choice(
+                (self._get, self._get, self._save, self._save, self._update, self._delete)
+            )
+            if self._random.random() < 0.25:
+                await make(self._random.sample(keys, self._random.randint(1, len(keys))), True)
+            else:
+                await make([self._random.choice(keys)], False)
+            await _breathe(self._random)
+        return self.acts
+
+    async def _get(self, keys: list[str], many: bool) -> None:
+        found = (
+            self._store.get_entities(COLLECTION, keys)
+            if many
+            else _one(self._store.get_entity(COLLECTION, keys[0]))
+        )
+        invoked = monotonic_ns()
+        try:
+            entities = await found
+        except StorageError:
+            return  # it saw nothing, so there is nothing to judge
+        for key, entity in zip(keys, entities, strict=True):
+            seen = None if entity is None else installed(entity)
+            self._note("get", key, invoked, seen)
+
+    async def _save(self, keys: list[str], many: bool) -> None:
+        expected = {key: self._expected(key, absent=True) for key in keys}
+        values = {key: self._value() for key in keys}
+        entities = [_entity(key, value) for key, value in values.items()]
+        await self._write(
+            "save",
+            expected,
+            values,
+            self._store.save_entities(COLLECTION, entities, _named(expected))
+            if many
+            else _one(
+                self._store.save_entity(COLLECTION, entities[0], expected_version=expected[keys[0]])
+            ),
+        )
+
+    async def _update(self, keys: list[str], many: bool) -> None:
+        expected = {key: self._expected(key, absent=False) for key in keys}
+        values = {key: self._value() for key in keys}
+        fields = {key: {"value": value} for key, value in values.items()}
+        await self._write(
+            "update",
+            expected,
+            values,
+            self._store.update_entities(COLLECTION, fields, _named(expected))
+            if many
+            else _one(
+                self._store.update_entity(
+                    COLLECTION, keys[0], fields[keys[0]], expected_version=expected[keys[0]]
+                )
+            ),
+        )
+
+    async def _delete(self, keys: list[str], many: bool) -> None:
+        expected = {key: self._expected(key, absent=False) for key in keys}
+        await self._write(
+            "delete",
+            expected,
+            dict.fromkeys(keys, ""),
+            self._store.delete_entities(COLLECTION, keys, _named(expected))
+            if many
+            else _one(
+                self._store.delete_entity(COLLECTION, keys[0], expected_version=expected[keys[0]])
+            ),
+        )
+
+    async def _write(
+        self,
+        verb: _Verb,
+        expected: dict[str, int | Expect],
+        values: dict[str, str],
+        work: Awaitable[Sequence[int | bool]],
+    ) -> None:
+        invoked = monotonic_ns()
+        outcomes: Sequence[int | bool | StorageError]
+        try:
+            outcomes = await work
+        except BatchError as exc:
+            outcomes = exc.outcomes
+        except StorageError as exc:
+            outcomes = [exc] * len(values)
+        for (key, value), answer in zip(values.items(), outcomes, strict=True):
+            self._judge(verb, key, value, expected[key], invoked, answer)
+
+    def _judge(
+        self,
+        verb: _Verb,
+        key: str,
+        value: str,
+        expect: int | Expect,
+        invoked: int,
+        answer: int | bool | StorageError,
+    ) -> None:
+        if isinstance(answer, _REFUSALS):
+            self._note(verb, key, invoked, type(answer).__name__, value, expect)
+        elif isinstance(answer, StorageError):
+            if answer.outcome_unknown:
+                self._note(verb, key, invoked, None, value, expect, known=False)
+        else:
+            self._note(verb, key, invoked, answer, value, expect)
+
+    def _note(
+        self,
+        verb: _Verb,
+        key: str,
+        invoked: int,
+        answer: Answer,
+        value: str = "",
+        expect: int | Expect = ANY,
+        *,
+        known: bool = True,
+    ) -> None:
+        if isinstance(answer, tuple):
+            self._versions[key] = answer[0]
+        elif type(answer) is int:
+            self._versions[key] = answer
+        self.acts.append(
+            Act(
+                caller=self._caller,
+                key=key,
+                verb=verb,
+                invoked=invoked,
+                responded=monotonic_ns() if known else None,
+                answer=answer,
+                value=value,
+                expect="any"
+                if expect is ANY
+                else "absent"
+                if expect is ABSENT
+                else cast("int", expect),
+            )
+        )
+
+    def _expected(self, key: str, *, absent: bool) -> int | Expect:
+        """A condition: mostly none, else the version seen last, or another one nearby."""
+        choice = self._random.random()
+        if choice < 0.4:
+            return ANY
+        if choice < 0.5 and absent:
+            return ABSENT
+        version = self._versions.get(key, 1)
+        return version if choice < 0.9 else self._random.randint(0, version + 1)
+
+    def _value(self) -> str:
+        self._written += 1
+        return f"{self._caller}:{self._written}"
+
+
+async def _one(work: Awaitable[Result]) -> list[Result]:
+    return [await work]
+
+
+def _named(expected: dict[str, int | Expect]) -> dict[str, int | Expect]:
+    """`expected_versions` of a batch, where "any" is said by leaving the id out."""
+    return {key: expect for key, expect in expected.items() if expect is not ANY}
+
+
+# -- transactions ---------------------------------------------------------------------------
+
+
+class _ChangedMindError(Exception):
+    """Leaves a transaction that was to be rolled back."""
+
+
+class TxnRecorder:
+    """One caller of transactions over several keys, with single operations between them.
+
+    Nothing is ever deleted, so that the versions of a key tell the order of its writes.
+
+    Args:
+        caller: must be different for each; the values that it writes carry it.
+    """
+
+    def __init__(self, store: StorageStrategy, random: Random, caller: str) -> None:
+        self._store = store
+        self._random = random
+        self._caller = caller
+        self._written = 0
+        self._reads: list[tuple[str, Installed]] = []
+        self._writes: dict[str, list[Installed]] = {}
+        self.txns: list[Txn] = []
+
+    async def run(self, keys: Sequence[str], steps: int) -> list[Txn]:
+        """The history of so many transactions and single operations."""
+        for _ in range(steps):
+            work = self._random.choice((self._transaction, self._transaction, self._single))
+            self._reads, self._writes = [], {}
+            began = monotonic_ns()
+            committed = await self._committed(work(keys))
+            self.txns.append(
+                Txn(
+                    caller=self._caller,
+                    reads=self._reads,
+                    writes=self._writes,
+                    committed=committed,
+                    began=began,
+                    ended=monotonic_ns(),
+                )
+            )
+            await _breathe(self._random)
+        return self.txns
+
+    async def _committed(self, work: Awaitable[None]) -> bool | None:
+        try:
+            await work
+        except _ChangedMindError:
+            return False
+        except StorageError as exc:
+            return None if exc.outcome_unknown else False
+        return True
+
+    async def _transaction(self, keys: Sequence[str]) -> None:
+        work = self._random.choice((self._decide, self._mix))
+        async with self._store.begin_transaction() as tx:
+            await work(tx, keys)
+            if self._random.random() < 0.1:
+                raise _ChangedMindError
+
+    async def _decide(self, tx: Transaction, keys: Sequence[str]) -> None:
+        """Read a few, then write one of them: what goes wrong where only writes are compared."""
+        chosen = self._random.sample(keys, 2)
+        if self._random.random() < 0.5:
+            await self._get_all(tx, chosen)
+        else:
+            for key in chosen:
+                await self._get(tx, key)
+                await _breathe(self._random)
+        await _breathe(self._random)
+        await self._put(tx, chosen[0])
+
+    async def _mix(self, tx: Transaction, keys: Sequence[str]) -> None:
+        for key in self._random.sample(keys, self._random.randint(1, 3)):
+            await self._step(tx, key)
+            await _breathe(self._random)
+
+    async def _step(self, tx: Transaction, key: str) -> None:
+        if self._random.random() < 0.6:
+            await self._get(tx, key)
+        if self._random.random() < 0.6:
+            await self._put(tx, key)
+        if self._random.random() < 0.2 and self._store.capabilities.savepoints:
+            await self._taken_back(tx, key)
+        if self._random.random() < 0.2:
+            await self._get(tx, key)
+
+    async def _taken_back(self, tx: Transaction, key: str) -> None:
+        before = {each: list(made) for each, made in self._writes.items()}
+        try:
+            async with tx.begin_transaction() as inner:
+                await self._put(inner, key)
+                await self._get(inner, key)
+                raise _ChangedMindError
+        except _ChangedMindError:
+            self._writes = before
+
+    async def _single(self, keys: Sequence[str]) -> None:
+        key = self._random.choice(keys)
+        choice = self._random.random()
+        if choice < 0.4:
+            await self._get(self._store, key)
+        elif choice < 0.8:
+            await self._put(self._store, key)
+        else:
+            await self._modify(key)
+
+    async def _modify(self, key: str) -> None:
+        value = self._value()
+
+        def change(entity: Entity) -> Entity:
+            self._reads = [(key, installed(entity))]
+            return {**entity, "value": value}
+
+        version = await self._store.modify_entity(COLLECTION, key, change)
+        self._writes[key] = [(version, value)]
+
+    async def _get(self, repository: RepositoryInterface, key: str) -> None:
+        self._saw(key, await repository.get_entity(COLLECTION, key))
+
+    async def _get_all(self, repository: RepositoryInterface, keys: list[str]) -> None:
+        for key, entity in zip(keys, await repository.get_entities(COLLECTION, keys), strict=True):
+            self._saw(key, entity)
+
+    def _saw(self, key: str, entity: Entity | None) -> None:
+        seen = installed(entity)
+        if key in self._writes:
+            own = self._writes[key][-1]
+            assert seen == own, f"{self._caller} wrote {own} to {key!r} and then saw {seen}"
+        else:
+            self._reads.append((key, seen))
+
+    async def _put(self, repository: RepositoryInterface, key: str) -> None:
+        value = self._value()
+        if self._random.random() < 0.5:
+            version = await repository.save_entity(COLLECTION, _entity(key, value))
+        else:
+            version = await repository.update_entity(COLLECTION, key, {"value": value})
+        self._writes.setdefault(key, []).append((version, value))
+
+    def _value(self) -> str:
+        self._written += 1
+        return f"{self._caller}:{self._written}"

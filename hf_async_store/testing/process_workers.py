@@ -1,0 +1,270 @@
+"""Processes that use one store at the same time.
+
+`run_workers` starts them as `python -m hf_async_store.testing.process_workers ROLE URL ARGUMENTS`, where
+ARGUMENTS is a JSON map. A worker opens the store, writes `ready`, waits for a line so that all
+begin together, does its role, and writes the result as one line of JSON. Each role is one function
+below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from random import Random
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+
+from msgspec import to_builtins
+
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
+    EventLoopMismatchError,
+)
+from hf_async_store.strategies import open_store
+from hf_async_store.testing.concurrent_workloads import TOTAL, count_up, total, transfer
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.history_recorder import ActRecorder, TxnRecorder
+
+if TYPE_CHECKING:
+    from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Entity
+
+Role: TypeAlias = Callable[..., Awaitable[object]]
+Work: TypeAlias = "tuple[str, Mapping[str, object]]"
+"""The name of a role, and its arguments."""
+
+HANG_SECONDS: Final = 120.0
+"""What is not done by then never will be."""
+
+# -- roles ----------------------------------------------------------------------------------
+
+
+async def save_many(store: StorageStrategy, *, prefix: str, times: int) -> list[int]:
+    """Save so many new items, one after another; returns their versions."""
+    return [
+        await store.save_entity("items", {"item_id": f"{prefix}-{number}", "count": number})
+        for number in range(times)
+    ]
+
+
+async def create_race(store: StorageStrategy, *, name: str, ids: Sequence[str]) -> list[str]:
+    """Try to create every item; returns the ids that this worker won."""
+    won = []
+    for each in ids:
+        try:
+            await store.create_entity("items", {"item_id": each, "label": name})
+        except AlreadyExistsError:
+            continue
+        won.append(each)
+    return won
+
+
+async def cas_counter(store: StorageStrategy, *, counter_id: str, times: int) -> list[int]:
+    """Add 1 to `n` of a counter so many times; returns the versions that this made."""
+
+    def increment(entity: Entity) -> Entity:
+        n = entity["n"]
+        assert isinstance(n, int)
+        return {**entity, "n": n + 1}
+
+    return [await store.modify_entity("counters", counter_id, increment) for _ in range(times)]
+
+
+async def version_race(
+    store: StorageStrategy, *, counter_id: str, rounds: int, writers: int
+) -> list[int]:
+    """Write from the stored version with several tasks at once, until it is beyond `rounds`.
+
+    Returns the versions that this worker's tasks made.
+    """
+    won: list[int] = []
+    while True:
+        counter = await store.get_entity("counters", counter_id)
+        assert counter is not None
+        version = counter["version"]
+        assert isinstance(version, int)
+        if version > rounds:
+            return won
+        won += await winners(store, counter_id, version, writers)
+
+
+async def first_use(store: StorageStrategy, *, name: str) -> object:
+    """Be the first who uses the store; returns what was written."""
+    await store.create_entity("items", {"item_id": name, "data": {"by": name}})
+    # Retried: three that begin on empty tables may well lose a race against one another.
+    await store.run_transaction(lambda tx: tx.update_entity("items", name, {"label": "twice"}))
+    return await store.get_entity("items", name)
+
+
+async def transfers(store: StorageStrategy, *, seed: int, times: int) -> None:
+    """Move amounts between the accounts, and see now and then that none is lost on the way."""
+    random = Random(seed)
+    for _ in range(times):
+        await transfer(store, random, 1)
+        assert await store.run_transaction(total) == TOTAL
+
+
+async def increments(store: StorageStrategy, *, seed: int, counter_id: str, times: int) -> None:
+    """Add 1 to a counter so many times, in all the ways there are."""
+    await count_up(store, Random(seed), counter_id, times)
+
+
+async def single_keys(
+    store: StorageStrategy, *, seed: int, caller: str, keys: Sequence[str], steps: int, tasks: int
+) -> object:
+    """Several callers of single operations; returns what they saw, as `checkers.Act`s."""
+    callers = [ActRecorder(store, Random(seed + n), f"{caller}.{n}") for n in range(tasks)]
+    seen = await asyncio.gather(*(each.run(keys, steps) for each in callers))
+    return to_builtins([each for of_one in seen for each in of_one])
+
+
+async def transactions(
+    store: StorageStrategy, *, seed: int, caller: str, keys: Sequence[str], steps: int, tasks: int
+) -> object:
+    """Several callers of transactions; returns what they saw, as `checkers.Txn`s."""
+    callers = [TxnRecorder(store, Random(seed + n), f"{caller}.{n}") for n in range(tasks)]
+    seen = await asyncio.gather(*(each.run(keys, steps) for each in callers))
+    return to_builtins([each for of_one in seen for each in of_one])
+
+
+async def fork(store: StorageStrategy, *, name: str) -> dict[str, object]:
+    """Use the store before a fork, in the child in two ways, and in the parent after it."""
+    await store.save_entity("items", {"item_id": name})
+    child = os.fork()
+    if not child:
+        _leave_child(store, name)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    version = await store.save_entity("items", {"item_id": name})
+    failed = _FORK_STEPS[os.waitstatus_to_exitcode(status)]
+    return {"not refused in the child": failed, "version in the parent": version}
+
+
+_FORK_STEPS: Final = (None, "the verb that follows the fork", "a verb in a loop of its own")
+
+
+def _leave_child(store: StorageStrategy, entity_id: str) -> NoReturn:
+    """End the child, by the back door: what the parent has open is not the child's to close.
+
+    The exit code is the place in `_FORK_STEPS` of what was not refused.
+    """
+    step = 1
+    try:
+        store.get_entity("items", entity_id).send(None)
+    except EventLoopMismatchError:
+        step = 2
+        with suppress(EventLoopMismatchError):
+            asyncio.run(_get(store, entity_id))
+            os._exit(step)
+        step = 0
+    finally:
+        os._exit(step)
+
+
+async def _get(store: StorageStrategy, entity_id: str) -> None:
+    await store.get_entity("items", entity_id)
+
+
+ROLES: Final[Mapping[str, Role]] = {
+    "cas-counter": cas_counter,
+    "create-race": create_race,
+    "first-use": first_use,
+    "fork": fork,
+    "increments": increments,
+    "save-many": save_many,
+    "single-keys": single_keys,
+    "transactions": transactions,
+    "transfers": transfers,
+    "version-race": version_race,
+}
+
+
+async def winners(store: StorageStrategy, counter_id: str, version: int, writers: int) -> list[int]:
+    """The new versions of those of several writers at once that did not meet a conflict."""
+    writes = (
+        store.update_entity("counters", counter_id, {"by": number}, expected_version=version)
+        for number in range(writers)
+    )
+    won = []
+    for result in await asyncio.gather(*writes, return_exceptions=True):
+        if isinstance(result, int):
+            won.append(result)
+        elif not isinstance(result, ConcurrencyConflictError):
+            raise result
+    return won
+
+
+# -- the process ----------------------------------------------------------------------------
+
+
+async def _work(role: str, url: str, arguments: str) -> None:
+    async with open_store(url, collections=CONTRACT_COLLECTIONS) as store:
+        _say("ready")
+        sys.stdin.readline()  # nothing else runs here yet that this could hold up
+        result = await ROLES[role](store, **json.loads(arguments))
+    # After the store was closed: what a worker reports is acknowledged in every sense.
+    _say(json.dumps(result))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+# -- the test's side ------------------------------------------------------------------------
+
+
+async def run_workers(url: str, *works: Work) -> list[Any]:
+    """The results of these works, each done by a process of its own; all begin together.
+
+    Raises:
+        AssertionError: a worker failed; with what it wrote to stderr.
+    """
+    workers: list[asyncio.subprocess.Process] = []
+    try:
+        async with asyncio.timeout(HANG_SECONDS):
+            for role, arguments in works:
+                workers.append(await _started(role, url, arguments))
+            for each in workers:
+                assert await _line_of(each) == "ready", await _failure(each)
+            return await asyncio.gather(*map(_result, workers))
+    finally:
+        for each in workers:
+            await _stop(each)
+
+
+async def _started(
+    role: str, url: str, arguments: Mapping[str, object]
+) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-m", __name__, role, url, json.dumps(arguments))
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+async def _line_of(worker: asyncio.subprocess.Process) -> str:
+    assert worker.stdout is not None
+    return (await worker.stdout.readline()).decode().strip()
+
+
+async def _result(worker: asyncio.subprocess.Process) -> object:
+    out, err = await worker.communicate(b"go\n")
+    assert worker.returncode == 0, f"a worker failed:\n{err.decode()}"
+    return json.loads(out)
+
+
+async def _failure(worker: asyncio.subprocess.Process) -> str:
+    _, err = await worker.communicate()
+    return f"a worker failed:\n{err.decode()}"
+
+
+async def _stop(worker: asyncio.subprocess.Process) -> None:
+    if worker.returncode is None:
+        worker.kill()
+        await worker.communicate()
+
+
+if __name__ == "__main__":
+    asyncio.run(_work(*sys.argv[1:]))

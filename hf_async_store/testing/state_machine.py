@@ -1,0 +1,521 @@
+"""A state machine that drives an engine beside the memory engine and compares every answer.
+
+    def test_my_engine_beside_memory(tmp_path_factory):
+        @contextmanager
+        def make() -> Iterator[Callable[[], StorageStrategy]]:
+            folder = tmp_path_factory.mktemp("data")
+            yield lambda: MyStrategy(folder, collections=HOST_FACTORY)
+
+        run_machine(make)
+
+Values come from the whole portable domain. Answers are compared type for type; errors by their
+class; times that the store set itself only as such, for two stores have two looks at the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeAlias, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hf_async_store.changes import ABSENT
+from hf_async_store.errors import BatchError, StorageError
+from hf_async_store.schema import HOST_FACTORY
+from hf_async_store.strategies.memory import MemoryStorageStrategy
+from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing.assertions import typed
+from hf_async_store.testing.hypothesis_strategies import Places, chance, pick
+from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, REMOVE
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from hf_async_store.driver import Capabilities
+    from hf_async_store.query import Path
+    from hf_async_store.repository import RepositoryInterface
+    from hf_async_store.schema import Collection
+    from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.transaction import Transaction
+
+Result = TypeVar("Result")
+
+Stores: TypeAlias = Callable[[], "StorageStrategy"]
+"""Gives a store of `HOST_FACTORY` on the data of one run, not opened yet; again and again."""
+
+MakeStores: TypeAlias = "Callable[[], AbstractContextManager[Stores]]"
+"""Makes empty data for one run, and takes it away at the end."""
+
+
+def run_machine(make: MakeStores, *, long: bool = False) -> None:
+    """Drive an engine through many random runs.
+
+    Args:
+        make: gives the engine's stores, on empty data for each run.
+        long: thousands of steps, for a sweep; else some hundreds, for every test run.
+
+    Raises:
+        AssertionError: an answer differs from that of the memory engine. Hypothesis prints the
+            shortest run that it finds for it, and how to have it again.
+    """
+
+    class Machine(EngineMachine):
+        make_stores = staticmethod(make)
+
+    run_state_machine_as_test(Machine, settings=LONG if long else SHORT)
+
+
+_COMMON: Final = settings(
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+SHORT: Final = settings(_COMMON, max_examples=25, stateful_step_count=25)
+LONG: Final = settings(_COMMON, max_examples=200, stateful_step_count=60)
+
+# -- what is done ---------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """One verb with its arguments, for a store or a transaction."""
+
+    verb: str
+    args: tuple[Any, ...]
+    more: dict[str, Any]
+
+    @property
+    def is_query(self) -> bool:
+        return self.verb in ("query_entities", "stream", "walk", "count_entities")
+
+
+class Script(NamedTuple):
+    """A transaction, or a savepoint in one: what is done in it, and how it ends."""
+
+    steps: list[Call | Script]
+    rolled_back: bool
+
+
+class _RolledBackError(Exception):
+    """Ends a transaction that was to be rolled back."""
+
+
+async def _stream(repository: RepositoryInterface, *args: Any, **more: Any) -> object:
+    async with aclosing(repository.stream_entities(*args, **more)) as rows:
+        return [each async for each in rows]
+
+
+async def _walk(
+    repository: RepositoryInterface, collection: str, filters: Any, order: Any, limit: int
+) -> object:
+    """All pages of a query."""
+    pages: list[object] = []
+    cursor: str | None = None
+    while not pages or cursor is not None:
+        page = await repository.query_page(collection, filters, order, limit, cursor=cursor)
+        pages.append(page.items)
+        cursor = page.cursor
+    return pages
+
+
+async def _modify(
+    repository: RepositoryInterface, collection: str, entity_id: str, fields: Mapping[str, Any]
+) -> object:
+    return await repository.modify_entity(
+        collection, entity_id, lambda entity: {**entity, **fields}, retry_seconds=1
+    )
+
+
+_MORE_VERBS: Final[Mapping[str, Callable[..., Coroutine[Any, Any, object]]]] = {
+    "modify": _modify,
+    "stream": _stream,
+    "walk": _walk,
+}
+
+
+async def _answer(repository: RepositoryInterface, call: Call) -> object:
+    """What a call answers, or the class of its error; a batch, what each of its changes does."""
+    try:
+        if call.verb in _MORE_VERBS:
+            return await _MORE_VERBS[call.verb](repository, *call.args, **call.more)
+        return await getattr(repository, call.verb)(*call.args, **call.more)
+    except BatchError as exc:
+        return [type(each) if isinstance(each, StorageError) else each for each in exc.outcomes]
+    except StorageError as exc:
+        return type(exc)
+
+
+async def _play(begin: Callable[[], Transaction], script: Script) -> list[object]:
+    """The answers of a transaction, savepoints and end included."""
+    answers: list[object] = []
+    try:
+        async with begin() as tx:
+            for step in script.steps:
+                if isinstance(step, Script):
+                    answers.append(await _play(tx.begin_transaction, step))
+                else:
+                    answers.append(await _answer(tx, step))
+            if script.rolled_back:
+                raise _RolledBackError
+    except _RolledBackError:
+        answers.append("rolled back")
+    except StorageError as exc:
+        answers.append(type(exc))
+    else:
+        answers.append("committed")
+    return answers
+
+
+# -- what may differ ------------------------------------------------------------------------
+
+_TIME: Final = re.compile(r"(\d{4})-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
+
+
+def _is_clock(value: object) -> bool:
+    """Whether a store took this time from the clock. `generated.timestamps` are long ago."""
+    found = _TIME.match(value) if isinstance(value, str) else None
+    return found is not None and abs(int(found[1]) - datetime.now(UTC).year) <= 1
+
+
+def comparable(answer: object) -> object:
+    """An answer as two engines must agree on it."""
+    if isinstance(answer, list):
+        return [comparable(each) for each in answer]
+    if isinstance(answer, dict) and "version" in answer:
+        return {
+            name: "the clock" if name.endswith("ed_at") and _is_clock(value) else typed(value)
+            for name, value in answer.items()
+        }
+    return typed(answer)
+
+
+# -- what is drawn --------------------------------------------------------------------------
+
+IDS: Final[Mapping[str, Sequence[str]]] = {
+    "templates": ("t", "T", "t ", "é"),
+    "requests": ("r", "../r", "r%", "\U0001f600"),
+    "machines": ("m", "m'\"", "e\u0301", "x" * 1024),
+}
+"""Few of each, so that calls meet; and such as a file name, pattern or collation may confuse."""
+
+_BAD_IDS: Final = ("", "a\0", "x" * 1025)
+_STRANGE_VERSIONS: Final = (None, -1, True, "", 1.0)
+_HEAVY: Final = tuple("x" * (MAX_ENTITY_BYTES // part) for part in (1, 2, 3))
+_ODD: Final = (*generated.STRANGERS, generated.DEEPEST, *_HEAVY)
+
+_VERSIONS: Final = (1, 1, 2, 2, 3, 4, 0, INT_MAX)
+_RARE: Final = 20
+
+
+def _draw_id(draw: st.DrawFn, collection: Collection) -> str:
+    return pick(draw, _BAD_IDS if chance(draw, _RARE) else IDS[collection.name])
+
+
+def _draw_ids(draw: st.DrawFn, collection: Collection) -> list[str]:
+    return [pick(draw, IDS[collection.name]) for _ in range(draw(_few))]
+
+
+def _draw_fields(draw: st.DrawFn, collection: Collection, *, whole: bool) -> dict[str, Any]:
+    """Fields of an entity; now and then one that cannot be stored there, or a heavy one."""
+    fields = generated.draw_fields(draw, collection, IDS, whole=whole)
+    if chance(draw, _RARE):
+        name = draw(st.sampled_from((*collection.fields, *generated.UNDECLARED, "version")))
+        fields[name] = pick(draw, _ODD) if chance(draw, 2) else draw(generated.values)
+    return fields
+
+
+def _draw_entity(draw: st.DrawFn, collection: Collection) -> dict[str, Any]:
+    entity_id = _draw_id(draw, collection)
+    return {**_draw_fields(draw, collection, whole=True), collection.key: entity_id}
+
+
+def _draw_update(draw: st.DrawFn, collection: Collection) -> dict[str, Any]:
+    """Named fields, some of them to be removed."""
+    fields = _draw_fields(draw, collection, whole=False)
+    if chance(draw, 4):
+        fields[pick(draw, (*collection.fields, *generated.UNDECLARED[:2]))] = REMOVE
+    return fields
+
+
+def _draw_expected(draw: st.DrawFn, *, absent: bool) -> dict[str, Any]:
+    """`expected_version`, often left out."""
+    if chance(draw, 2):
+        return {}
+    if chance(draw, _RARE):
+        return {"expected_version": pick(draw, _STRANGE_VERSIONS)}
+    return {"expected_version": ABSENT if absent and chance(draw, 2) else pick(draw, _VERSIONS)}
+
+
+def _draw_expected_by_id(draw: st.DrawFn, ids: Iterable[str], *, absent: bool) -> Any:
+    expected = {each: _draw_expected(draw, absent=absent) for each in dict.fromkeys(ids)}
+    return {each: some["expected_version"] for each, some in expected.items() if some} or None
+
+
+@st.composite
+def _writes(draw: st.DrawFn) -> Call:
+    """One change of one entity."""
+    collection = pick(draw, HOST_FACTORY)
+    name = collection.name
+    verb = pick(draw, ("create", "save", "update", "delete", "save", "update"))
+    if verb == "create":
+        return Call("create_entity", (name, _draw_entity(draw, collection)), {})
+    more = _draw_expected(draw, absent=verb == "save")
+    if verb == "save":
+        return Call("save_entity", (name, _draw_entity(draw, collection)), more)
+    entity_id = _draw_id(draw, collection)
+    if verb == "delete":
+        return Call("delete_entity", (name, entity_id), more)
+    return Call("update_entity", (name, entity_id, _draw_update(draw, collection)), more)
+
+
+@st.composite
+def _batches(draw: st.DrawFn) -> Call:
+    """Many changes; ids may repeat."""
+    collection = pick(draw, HOST_FACTORY)
+    name = collection.name
+    verb = pick(draw, ("create", "save", "update", "delete", "import"))
+    if verb in ("update", "delete"):
+        ids = _draw_ids(draw, collection)
+        expected = _draw_expected_by_id(draw, ids, absent=False)
+        if verb == "delete":
+            return Call("delete_entities", (name, ids, expected), {})
+        updates = {each: _draw_update(draw, collection) for each in ids}
+        return Call("update_entities", (name, updates, expected), {})
+    entities = [_draw_entity(draw, collection) for _ in range(draw(_few))]
+    if verb == "create":
+        return Call("create_entities", (name, entities), {})
+    if verb == "save":
+        ids = [each[collection.key] for each in entities]
+        expected = _draw_expected_by_id(draw, ids, absent=True)
+        return Call("save_entities", (name, entities, expected), {})
+    for each in entities:
+        if not chance(draw, 4):
+            each["version"] = pick(draw, _VERSIONS)
+    return Call("import_entities", (name, entities), {})
+
+
+@st.composite
+def _modifications(draw: st.DrawFn) -> Call:
+    """`modify_entity` with a change that sets some fields."""
+    collection = pick(draw, HOST_FACTORY)
+    fields = _draw_fields(draw, collection, whole=False)
+    return Call("modify", (collection.name, _draw_id(draw, collection), fields), {})
+
+
+@st.composite
+def _conditional_updates(draw: st.DrawFn) -> Call:
+    collection = pick(draw, HOST_FACTORY)
+    fields = _draw_update(draw, collection)
+    return Call("conditional_update", (collection.name, _draw_id(draw, collection), fields), {})
+
+
+@st.composite
+def _reads(draw: st.DrawFn) -> Call:
+    collection = pick(draw, HOST_FACTORY)
+    if chance(draw, 2):
+        return Call("get_entity", (collection.name, _draw_id(draw, collection)), {})
+    return Call("get_entities", (collection.name, _draw_ids(draw, collection)), {})
+
+
+@st.composite
+def _queries(draw: st.DrawFn) -> Call:
+    """A query; always with an order, for without one engines may differ."""
+    collection = pick(draw, HOST_FACTORY)
+    name = collection.name
+    places: Places = (*collection.fields, *generated.UNDECLARED[:3], *_BELOW_EXTRA)
+    filters = None if chance(draw, 4) else generated.draw_filters(draw, places, _operands_at)
+    verb = pick(draw, ("query_entities", "stream", "walk", "count_entities"))
+    if verb == "count_entities":
+        return Call(verb, (name, filters), {})
+    order = [*generated.draw_order(draw, places), collection.key]
+    if verb == "walk":
+        return Call(verb, (name, filters, order, 1 + draw(_few)), {})
+    limit = None if chance(draw, 2) else draw(_few)
+    fields = None if chance(draw, 2) else [pick(draw, tuple(collection.fields))]
+    return Call(verb, (name, filters, order, limit), {"fields": fields})
+
+
+_few: Final = st.integers(0, 4)
+_BELOW_EXTRA: Final = tuple(generated.paths_in("extra"))
+_id_operands: Final = st.sampled_from([each for ids in IDS.values() for each in ids])
+_operands: Final = st.one_of(generated.pooled, generated.timestamps, generated.values)
+
+
+def _operands_at(place: str | Path) -> st.SearchStrategy[Any]:
+    """What a place is compared with: mostly what may stand there."""
+    if not isinstance(place, str):
+        return generated.pooled
+    return _id_operands if place.endswith("_id") else _operands
+
+
+_WRITES: Final = _writes()
+_BATCHES: Final = _batches()
+_READS: Final = _reads()
+_QUERIES: Final = _queries()
+_MODIFICATIONS: Final = _modifications()
+_IN_TRANSACTION: Final[Sequence[st.SearchStrategy[Call]]] = (
+    *(_WRITES, _WRITES, _WRITES, _BATCHES),
+    *(_READS, _QUERIES, _MODIFICATIONS, _conditional_updates()),
+)
+
+
+@st.composite
+def _scripts(draw: st.DrawFn) -> Script:
+    """A transaction, with savepoints in it and in them."""
+    return _draw_script(draw, 0)
+
+
+def _draw_script(draw: st.DrawFn, depth: int) -> Script:
+    steps: list[Call | Script] = []
+    for _ in range(draw(_few)):
+        if depth < 2 and chance(draw, 4):
+            steps.append(_draw_script(draw, depth + 1))
+        else:
+            steps.append(draw(pick(draw, _IN_TRANSACTION)))
+    return Script(steps, chance(draw, 4))
+
+
+def _fitting(script: Script, capabilities: Capabilities) -> Script:
+    """What of a script the engine declares that it can do as the memory engine does."""
+    steps: list[Call | Script] = []
+    for step in script.steps:
+        if isinstance(step, Script):
+            if capabilities.savepoints:
+                steps.append(_fitting(step, capabilities))
+        elif not step.is_query or capabilities.queries_in_transaction != "outside":
+            steps.append(step)
+    return Script(steps, script.rolled_back)
+
+
+# -- the machine ----------------------------------------------------------------------------
+
+_LOOKS: Final = 50
+_PAUSE: Final = 0.1
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """An engine and the memory engine, with the same done to both.
+
+    A loop of its own for each run: a store belongs to one, and Hypothesis has none.
+    """
+
+    make_stores: ClassVar[MakeStores]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stack = ExitStack()
+        with self._stack as stack:
+            self._runner = stack.enter_context(asyncio.Runner(loop_factory=asyncio.new_event_loop))
+            self._stores = stack.enter_context(type(self).make_stores())
+            self._engine = self._stores()
+            self._capabilities = self._engine.capabilities
+            self._memory = MemoryStorageStrategy(
+                {
+                    "strategy": "memory",
+                    "memory_strategy": {"enforce_references": self._capabilities.references},
+                },
+                collections=HOST_FACTORY,
+            )
+            self._runner.run(self._engine.open())
+            self._runner.run(self._memory.open())
+            self._stack = stack.pop_all()
+
+    def teardown(self) -> None:
+        with self._stack:
+            try:
+                self._same_contents()
+            finally:
+                self._runner.run(self._engine.close())
+                self._runner.run(self._memory.close())
+
+    # -- rules -------------------------------------------------------------------------------
+
+    @initialize()
+    def entities(self) -> None:
+        """Some to begin with, so that references find parents, and updates what to update."""
+        for collection in HOST_FACTORY:
+            parents = {
+                field.name: IDS[field.references][0]
+                for field in collection.references
+                if field.references is not None
+            }
+            entities = [{collection.key: each, **parents} for each in IDS[collection.name][:2]]
+            self._same(Call("create_entities", (collection.name, entities), {}))
+
+    @rule(call=_WRITES)
+    def write(self, call: Call) -> None:
+        self._same(call)
+
+    @rule(call=_BATCHES)
+    def write_many(self, call: Call) -> None:
+        self._same(call)
+
+    @rule(call=_READS)
+    def read(self, call: Call) -> None:
+        self._same(call)
+
+    @rule(call=_QUERIES)
+    def query(self, call: Call) -> None:
+        self._same(call)
+
+    @rule(script=_scripts())
+    def transaction(self, script: Script) -> None:
+        fitting = _fitting(script, self._capabilities)
+        self._compare(fitting, lambda store: _play(store.begin_transaction, fitting))
+
+    @rule(call=_MODIFICATIONS)
+    def modify(self, call: Call) -> None:
+        self._same(call)
+
+    @precondition(lambda self: self._capabilities.durable)
+    @rule()
+    def reopen(self) -> None:
+        """What was acknowledged is there for the next who opens the store."""
+        self._runner.run(self._engine.close())
+        self._engine = self._stores()
+        self._runner.run(self._engine.open())
+        self._same_contents()
+
+    @precondition(lambda self: hasattr(self._engine, "checkpoint"))
+    @rule()
+    def checkpoint(self) -> None:
+        """An engine that can tidy up its files does so, and nothing changes."""
+        self._runner.run(self._engine.checkpoint())  # type: ignore[attr-defined]
+
+    # -- comparing ---------------------------------------------------------------------------
+
+    def _same(self, call: Call) -> None:
+        self._compare(call, lambda store: _answer(store, call), may_be_behind=call.is_query)
+
+    def _compare(
+        self,
+        what: object,
+        ask: Callable[[StorageStrategy], Coroutine[Any, Any, object]],
+        *,
+        may_be_behind: bool = False,
+    ) -> None:
+        wanted = comparable(self._runner.run(ask(self._memory)))
+        found = comparable(self._runner.run(ask(self._engine)))
+        if may_be_behind and self._capabilities.query_isolation == "eventual":
+            for _ in range(_LOOKS):
+                if found == wanted:
+                    break
+                self._runner.run(asyncio.sleep(_PAUSE))
+                found = comparable(self._runner.run(ask(self._engine)))
+        assert found == wanted, f"{what}\nanswers {found}\nand not  {wanted}"
+
+    def _same_contents(self) -> None:
+        for collection in HOST_FACTORY:
+            self._same(Call("query_entities", (collection.name, None, collection.key), {}))
+            self._same(Call("get_entities", (collection.name, IDS[collection.name]), {}))
