@@ -41,7 +41,7 @@ from hf_async_store.query import (
     path,
     sort_key,
 )
-from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.concurrency import answer_of, elsewhere
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
@@ -59,7 +59,7 @@ DECLARED: Final = ("label", "count", "ratio", "active", "due_at", "data", "item_
 PLACES: Final[tuple[str | Path, ...]] = (
     *(*DECLARED, "extra", "a.b") * 2,
     "no such field",
-    *generated.paths_in("data", "extra"),
+    *hypothesis_strategies.paths_in("data", "extra"),
 )
 
 # The suite runs a property in one method that many test classes inherit, on fixtures that it
@@ -85,14 +85,16 @@ class Load(NamedTuple):
 
 
 _COLUMNS: Final[Mapping[str, st.SearchStrategy[Any]]] = {
-    "label": st.sampled_from((None, *generated.WORDS, *generated.SIGNS)),
+    "label": st.sampled_from((None, *hypothesis_strategies.WORDS, *hypothesis_strategies.SIGNS)),
     "count": st.sampled_from((None, 0, 1, -1, 2**53, 2**53 + 1, 2**63 - 1, -(2**63))),
-    "ratio": st.sampled_from((None, *generated.NUMBERS, *generated.LARGE_NUMBERS)),
+    "ratio": st.sampled_from(
+        (None, *hypothesis_strategies.NUMBERS, *hypothesis_strategies.LARGE_NUMBERS)
+    ),
     "active": st.sampled_from((None, True, False)),
-    "due_at": st.none() | generated.timestamps,
-    "data": generated.pooled,
-    "extra": generated.pooled,
-    "a.b": generated.pooled,
+    "due_at": st.none() | hypothesis_strategies.timestamps,
+    "data": hypothesis_strategies.pooled,
+    "extra": hypothesis_strategies.pooled,
+    "a.b": hypothesis_strategies.pooled,
 }
 
 
@@ -110,10 +112,10 @@ def loads(draw: st.DrawFn) -> Load:
                 each[name] = values[which]
 
     def question() -> tuple[Filters, list[Order]]:
-        filters = generated.draw_filters(
-            draw, PLACES, lambda at: operands.get(at, generated.pooled)
+        filters = hypothesis_strategies.draw_filters(
+            draw, PLACES, lambda at: operands.get(at, hypothesis_strategies.pooled)
         )
-        return filters, generated.draw_order(draw, PLACES)
+        return filters, hypothesis_strategies.draw_order(draw, PLACES)
 
     return Load(entities, [question() for _ in range(draw(st.integers(3, 12)))])
 
@@ -566,7 +568,16 @@ class QueryContract:
 
     @pytest.mark.parametrize("field", ["label", "data", "extra"])
     async def test_58_texts_compare_by_code_point(self, store: StorageStrategy, field: str) -> None:
-        texts = sorted({*generated.WORDS, *generated.SIGNS, "Z", "aa", "a\u0300", "\ud7ff"})
+        texts = sorted(
+            {
+                *hypothesis_strategies.WORDS,
+                *hypothesis_strategies.SIGNS,
+                "Z",
+                "aa",
+                "a\u0300",
+                "\ud7ff",
+            }
+        )
         rows = {f"i{n:02}": text for n, text in enumerate(texts)}
         await store.save_entities(
             "items", [{"item_id": i, field: text} for i, text in rows.items()]

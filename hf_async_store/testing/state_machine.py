@@ -35,7 +35,7 @@ from hf_async_store.changes import ABSENT
 from hf_async_store.errors import BatchError, StorageError
 from hf_async_store.schema import HOST_FACTORY
 from hf_async_store.strategies.memory import MemoryStorageStrategy
-from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.hypothesis_strategies import Places, chance, pick
 from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, REMOVE
@@ -183,7 +183,7 @@ _TIME: Final = re.compile(r"(\d{4})-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
 
 
 def _is_clock(value: object) -> bool:
-    """Whether a store took this time from the clock. `generated.timestamps` are long ago."""
+    """Whether a store took this time from the clock. `hypothesis_strategies.timestamps` are long ago."""
     found = _TIME.match(value) if isinstance(value, str) else None
     return found is not None and abs(int(found[1]) - datetime.now(UTC).year) <= 1
 
@@ -212,7 +212,7 @@ IDS: Final[Mapping[str, Sequence[str]]] = {
 _BAD_IDS: Final = ("", "a\0", "x" * 1025)
 _STRANGE_VERSIONS: Final = (None, -1, True, "", 1.0)
 _HEAVY: Final = tuple("x" * (MAX_ENTITY_BYTES // part) for part in (1, 2, 3))
-_ODD: Final = (*generated.STRANGERS, generated.DEEPEST, *_HEAVY)
+_ODD: Final = (*hypothesis_strategies.STRANGERS, hypothesis_strategies.DEEPEST, *_HEAVY)
 
 _VERSIONS: Final = (1, 1, 2, 2, 3, 4, 0, INT_MAX)
 _RARE: Final = 20
@@ -228,10 +228,12 @@ def _draw_ids(draw: st.DrawFn, collection: Collection) -> list[str]:
 
 def _draw_fields(draw: st.DrawFn, collection: Collection, *, whole: bool) -> dict[str, Any]:
     """Fields of an entity; now and then one that cannot be stored there, or a heavy one."""
-    fields = generated.draw_fields(draw, collection, IDS, whole=whole)
+    fields = hypothesis_strategies.draw_fields(draw, collection, IDS, whole=whole)
     if chance(draw, _RARE):
-        name = draw(st.sampled_from((*collection.fields, *generated.UNDECLARED, "version")))
-        fields[name] = pick(draw, _ODD) if chance(draw, 2) else draw(generated.values)
+        name = draw(
+            st.sampled_from((*collection.fields, *hypothesis_strategies.UNDECLARED, "version"))
+        )
+        fields[name] = pick(draw, _ODD) if chance(draw, 2) else draw(hypothesis_strategies.values)
     return fields
 
 
@@ -244,7 +246,7 @@ def _draw_update(draw: st.DrawFn, collection: Collection) -> dict[str, Any]:
     """Named fields, some of them to be removed."""
     fields = _draw_fields(draw, collection, whole=False)
     if chance(draw, 4):
-        fields[pick(draw, (*collection.fields, *generated.UNDECLARED[:2]))] = REMOVE
+        fields[pick(draw, (*collection.fields, *hypothesis_strategies.UNDECLARED[:2]))] = REMOVE
     return fields
 
 
@@ -333,12 +335,14 @@ def _queries(draw: st.DrawFn) -> Call:
     """A query; always with an order, for without one engines may differ."""
     collection = pick(draw, HOST_FACTORY)
     name = collection.name
-    places: Places = (*collection.fields, *generated.UNDECLARED[:3], *_BELOW_EXTRA)
-    filters = None if chance(draw, 4) else generated.draw_filters(draw, places, _operands_at)
+    places: Places = (*collection.fields, *hypothesis_strategies.UNDECLARED[:3], *_BELOW_EXTRA)
+    filters = (
+        None if chance(draw, 4) else hypothesis_strategies.draw_filters(draw, places, _operands_at)
+    )
     verb = pick(draw, ("query_entities", "stream", "walk", "count_entities"))
     if verb == "count_entities":
         return Call(verb, (name, filters), {})
-    order = [*generated.draw_order(draw, places), collection.key]
+    order = [*hypothesis_strategies.draw_order(draw, places), collection.key]
     if verb == "walk":
         return Call(verb, (name, filters, order, 1 + draw(_few)), {})
     limit = None if chance(draw, 2) else draw(_few)
@@ -347,15 +351,17 @@ def _queries(draw: st.DrawFn) -> Call:
 
 
 _few: Final = st.integers(0, 4)
-_BELOW_EXTRA: Final = tuple(generated.paths_in("extra"))
+_BELOW_EXTRA: Final = tuple(hypothesis_strategies.paths_in("extra"))
 _id_operands: Final = st.sampled_from([each for ids in IDS.values() for each in ids])
-_operands: Final = st.one_of(generated.pooled, generated.timestamps, generated.values)
+_operands: Final = st.one_of(
+    hypothesis_strategies.pooled, hypothesis_strategies.timestamps, hypothesis_strategies.values
+)
 
 
 def _operands_at(place: str | Path) -> st.SearchStrategy[Any]:
     """What a place is compared with: mostly what may stand there."""
     if not isinstance(place, str):
-        return generated.pooled
+        return hypothesis_strategies.pooled
     return _id_operands if place.endswith("_id") else _operands
 
 

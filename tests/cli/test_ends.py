@@ -15,8 +15,7 @@ import pytest
 from command import PROGRAM, Cli, absolute, shell
 
 from hf_async_store import OperationTimeoutError, StorageError
-from hf_async_store.cli import exit_codes as failures
-from hf_async_store.cli import main
+from hf_async_store.cli import exit_codes, main
 from hf_async_store.cli.context import Context
 from hf_async_store.locks import FileLock
 
@@ -396,7 +395,7 @@ def test_every_error_has_a_code() -> None:
         for each in kind.__subclasses__():
             yield from kinds(each)
 
-    codes = {each.__name__: failures.code_of_kind(each) for each in kinds(StorageError)}
+    codes = {each.__name__: exit_codes.code_of_kind(each) for each in kinds(StorageError)}
     assert codes["EntityNotFoundError"] == 1
     assert {codes[each] for each in codes if each.startswith("Invalid")} == {2}
     assert {

@@ -26,7 +26,7 @@ from hf_async_store import (
     UnavailableError,
 )
 from hf_async_store import errors as public_errors
-from hf_async_store.strategies.dynamodb import answers, retries
+from hf_async_store.strategies.dynamodb import answers, backoff
 from hf_async_store.strategies.dynamodb.answers import read_answer
 from hf_async_store.testing.concurrency import seeded
 from tests.dynamodb import verbs
@@ -102,7 +102,7 @@ KINDS: Final[dict[str, type[StorageError]]] = {
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(backoff, "_FIRST_PAUSE", 0.001)
 
 
 def _is_public(exc: StorageError) -> bool:

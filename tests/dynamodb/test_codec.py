@@ -20,7 +20,7 @@ from hf_async_store.strategies.dynamodb.items import (
     shortened,
     size_of,
 )
-from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.values import MAX_ENTITY_BYTES, REMOVE, check_size
 
@@ -60,15 +60,18 @@ def things(draw: st.DrawFn) -> dict[str, Any]:
         "label": TEXTS | st.none() | st.just("x" * 3000) | st.just("\x01"),
         "plain": TEXTS | st.none(),
         "count": INTEGERS | st.none(),
-        "ratio": INTEGERS | FLOATS | st.none() | st.sampled_from(generated.LARGE_NUMBERS),
+        "ratio": INTEGERS
+        | FLOATS
+        | st.none()
+        | st.sampled_from(hypothesis_strategies.LARGE_NUMBERS),
         "active": st.booleans() | st.none(),
         "due_at": TIMES,
         "created_at": TIMES,
-        "data": generated.values,
-        "extra": generated.values,
-        "": generated.values,
-        "_w": generated.values,
-        "doc": generated.values,
+        "data": hypothesis_strategies.values,
+        "extra": hypothesis_strategies.values,
+        "": hypothesis_strategies.values,
+        "_w": hypothesis_strategies.values,
+        "doc": hypothesis_strategies.values,
     }
     entity: dict[str, Any] = {"thing_id": "t"}
     for name, column in columns.items():
@@ -97,7 +100,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@given(generated.values)
+@given(hypothesis_strategies.values)
 def test_every_value_comes_back_type_for_type(value: Value) -> None:
     assert typed(decode(through_json(encode(value)))) == typed(value)
 
@@ -110,13 +113,13 @@ def _has_side_form(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_side_form, value))
 
 
-@given(generated.values)
+@given(hypothesis_strategies.values)
 def test_amazon_reads_the_same_where_there_is_no_side_form(value: Value) -> None:
     if not _has_side_form(value):
         assert as_amazon_reads(encode(value)) == value
 
 
-@given(generated.values)
+@given(hypothesis_strategies.values)
 def test_amazon_writes_the_same_where_it_can(value: Value) -> None:
     try:
         theirs = TypeSerializer().serialize(value)

@@ -29,7 +29,7 @@ from hf_async_store import (
     StorageError,
     StorageStrategy,
     Transaction,
-    moving,
+    migration_routing,
     open_store,
 )
 from hf_async_store.changes import Change, Outcome
@@ -48,8 +48,8 @@ BALANCE: Final = 100
 def hurry() -> None:
     """Short leases, the same in every process of a test."""
     lease = float(os.environ.get("HF_TEST_LEASE", "0.6"))
-    moving.LEASE_SECONDS = live.LEASE_SECONDS = lease  # type: ignore[misc]
-    moving.ABANDONED_SWITCH_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
+    migration_routing.LEASE_SECONDS = live.LEASE_SECONDS = lease  # type: ignore[misc]
+    migration_routing.ABANDONED_SWITCH_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
     live.SWITCH_SECONDS = 10.0 if lease > 1 else 2.5  # type: ignore[misc]
 
 
@@ -225,14 +225,14 @@ def kill_at(step: str) -> None:
 
         async def written(changes: Sequence[Change]) -> list[Outcome]:
             nonlocal records
-            of_marks = changes[0].key.collection == moving.MARKER_COLLECTION.name
+            of_marks = changes[0].key.collection == migration_routing.MARKER_COLLECTION.name
             if of_marks and step == "marked":
                 _kill()
             if of_marks and forgetting:
                 await write_each(changes[: len(changes) // 2 + 1])
                 _kill()
             outcomes: list[Outcome] = await write_each(changes)
-            if changes[0].key == moving.MIGRATION_KEY:
+            if changes[0].key == migration_routing.MIGRATION_KEY:
                 records += 1
                 if step == f"record-{records}":
                     _kill()

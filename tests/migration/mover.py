@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from support import opened, settings
 
 from hf_async_store import Entity, MigrationTool
-from hf_async_store.migration import copier as copying
+from hf_async_store.migration import copier
 from hf_async_store.migration.merge import Merged, MergeRule, put
 from hf_async_store.repository import RepositoryInterface
 
@@ -46,14 +46,14 @@ async def main(source: str, target: str, folder: str, what: str, *kill: str) -> 
         written += 1
         return done
 
-    async def checkpointed(copy: copying.Copying, batch: copying.MigrationBatch) -> None:
+    async def checkpointed(copy: copier.Copying, batch: copier.MigrationBatch) -> None:
         await finish(copy, batch)
         if written >= at >= 0 and not in_the_middle:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    finish = copying.Copying._finish
-    copying.put = counted  # type: ignore[attr-defined]
-    copying.Copying._finish = checkpointed  # type: ignore[method-assign]
+    finish = copier.Copying._finish
+    copier.put = counted  # type: ignore[attr-defined]
+    copier.Copying._finish = checkpointed  # type: ignore[method-assign]
     config = settings(folder, batch_size=BATCH, create_backup=False, parallel_workers=2)  # type: ignore[arg-type]
     async with opened(source) as one, opened(target) as other:
         tool = MigrationTool(one, other, config)

@@ -23,7 +23,7 @@ from hf_async_store import (
     StorageStrategy,
     StoreRelocatedError,
     TargetNotEmptyError,
-    moving,
+    migration_routing,
     open_store,
 )
 from hf_async_store.migration import live
@@ -44,11 +44,15 @@ PAIRS = [
 @pytest.fixture(autouse=True)
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In this process as in those that it starts."""
-    kept = (moving.LEASE_SECONDS, moving.ABANDONED_SWITCH_SECONDS, live.SWITCH_SECONDS)
+    kept = (
+        migration_routing.LEASE_SECONDS,
+        migration_routing.ABANDONED_SWITCH_SECONDS,
+        live.SWITCH_SECONDS,
+    )
     hurry()
     yield
-    moving.LEASE_SECONDS = live.LEASE_SECONDS = kept[0]  # type: ignore[misc]
-    moving.ABANDONED_SWITCH_SECONDS, live.SWITCH_SECONDS = kept[1:]  # type: ignore[misc]
+    migration_routing.LEASE_SECONDS = live.LEASE_SECONDS = kept[0]  # type: ignore[misc]
+    migration_routing.ABANDONED_SWITCH_SECONDS, live.SWITCH_SECONDS = kept[1:]  # type: ignore[misc]
 
 
 class Crew:
@@ -302,7 +306,7 @@ async def test_a_cut_over_whose_mover_died_is_ended_by_the_applications(
     done = mover("start", source, target, "cut")
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = Counter(each["what"] for each in crew.notes())["count"]
-    time.sleep(moving.ABANDONED_SWITCH_SECONDS + 1.5)
+    time.sleep(migration_routing.ABANDONED_SWITCH_SECONDS + 1.5)
     assert Counter(each["what"] for each in crew.notes())["count"] > before
     crew.end()
     bound(crew.notes())

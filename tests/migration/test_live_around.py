@@ -10,7 +10,13 @@ from live_crew import COLLECTIONS
 from support import place_of
 from test_live import prepared, short_leases
 
-from hf_async_store import StorageError, StorageStrategy, StoreRelocatedError, moving, open_store
+from hf_async_store import (
+    StorageError,
+    StorageStrategy,
+    StoreRelocatedError,
+    migration_routing,
+    open_store,
+)
 from hf_async_store.migration.live import LiveMigration
 
 if TYPE_CHECKING:
@@ -103,10 +109,10 @@ async def test_sql_goes_on_while_nothing_moves(place: Place) -> None:
     async with opened(source, target) as store:
         async with store.begin_transaction() as tx:
             await tx.execute_with_lock(UPDATE)
-            await asyncio.sleep(moving.LEASE_SECONDS + 0.1)
+            await asyncio.sleep(migration_routing.LEASE_SECONDS + 0.1)
         await begun(source, target)
         await stopped(source, target)
-        await asyncio.sleep(moving.LEASE_SECONDS + 0.1)
+        await asyncio.sleep(migration_routing.LEASE_SECONDS + 0.1)
         await store.execute_with_lock(UPDATE.replace("7", "8"))
         assert await balance(store) == 8
 

@@ -421,7 +421,7 @@ async def test_80_a_target_that_fails_midway(
 async def test_80_a_target_whose_server_dies_midway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_async_store.migration import copier as copying
+    from hf_async_store.migration import copier
     from hf_async_store.testing.harness import skip_engine
     from hf_async_store_bench.servers import ServerUnavailable, postgres
 
@@ -438,7 +438,7 @@ async def test_80_a_target_whose_server_dies_midway(
             await fill(source, 300)
             before = await everything(source)
             tool = MigrationTool(source, target, settings(tmp_path, batch_size=20))
-            put, written = copying.put, 0
+            put, written = copier.put, 0
 
             async def dying(*arguments: object, **more: object) -> object:
                 nonlocal written
@@ -448,7 +448,7 @@ async def test_80_a_target_whose_server_dies_midway(
                 return await put(*arguments, **more)  # type: ignore[arg-type]
 
             with monkeypatch.context() as patch:
-                patch.setattr(copying, "put", dying)
+                patch.setattr(copier, "put", dying)
                 with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
                     await tool.migrate()
             assert all(isinstance(each, StorageError) for each in _chain(caught.value)[:2])

@@ -13,7 +13,7 @@ from hf_async_store import (
     TransactionAbortedError,
     open_store,
 )
-from hf_async_store.strategies.sql import parameters as binding
+from hf_async_store.strategies.sql import parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,7 +159,7 @@ async def test_123_a_transaction_that_was_ended_says_so(
     """Should a statement end it in a way that is not seen before."""
     async with open_store(url) as store:
         await store.save_entity("templates", template("t"))
-        monkeypatch.setattr(binding, "_CONTROL", binding.re.compile("never"))
+        monkeypatch.setattr(parameters, "_CONTROL", parameters.re.compile("never"))
         for swallow in (False, True):
             with pytest.raises(TransactionAbortedError) as caught:
                 await half(store, statement, swallow=swallow)

@@ -14,7 +14,7 @@ from hf_async_store.query import order_key
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, json_text
 from hf_async_store.strategies.sql.row_mapping import decode_json, encode_json
 from hf_async_store.strategies.sql.sqlite_functions import at, merged, order_bytes
-from hf_async_store.testing import hypothesis_strategies as generated
+from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "é", "\u0001", "'")
 
 
-@given(generated.values, generated.values)
+@given(hypothesis_strategies.values, hypothesis_strategies.values)
 @settings(max_examples=2000)
 def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
     keys, texts = (order_key(one), order_key(other)), (order_bytes(one), order_bytes(other))
@@ -32,7 +32,9 @@ def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
     assert (keys[0] == keys[1]) == (texts[0] == texts[1])
 
 
-@given(st.dictionaries(TEXTS, generated.values, max_size=4), generated.values)
+@given(
+    st.dictionaries(TEXTS, hypothesis_strategies.values, max_size=4), hypothesis_strategies.values
+)
 def test_maps_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
     text = encode_json(map_).decode()
     names = list(map_)
@@ -51,7 +53,7 @@ def test_postgresql_reads_what_we_write(postgres_server: PostgresServer) -> None
     values: list[Any] = []
     texts: list[list[str | None]] = [list(ODD), [None, *ODD], []]
 
-    @given(generated.values)
+    @given(hypothesis_strategies.values)
     @settings(max_examples=1000, database=None)
     def gather(value: Any) -> None:
         values.append(value)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, columns
+from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, batch_validation
 from hf_async_store.values import MAX_ENTITY_BYTES
 
 MACHINES = HOST_FACTORY[2]
@@ -64,7 +64,7 @@ def exactly(value: Any) -> Any:
 def same(collection: Collection, items: list[Any]) -> bool:
     """Both ways agree; whether the quick one had an answer."""
     before = exactly(items)
-    found = columns.validate_batch(collection, items)
+    found = batch_validation.validate_batch(collection, items)
     assert exactly(items) == before, "what a caller hands in is never changed"
     if found is None:
         return False
@@ -168,7 +168,7 @@ def test_plain_batches_do_go_the_quick_way() -> None:
 
 def test_what_is_handed_in_shares_nothing_with_the_copy() -> None:
     items = [entity(n, any=[n]) for n in range(8)]
-    found = columns.validate_batch(EVERY, items)
+    found = batch_validation.validate_batch(EVERY, items)
     assert found is not None
     items[0]["any"].append("more")
     items[0]["text"] = "more"

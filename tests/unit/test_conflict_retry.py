@@ -13,8 +13,8 @@ from hf_async_store import (
     ConcurrencyConflictError,
     RetriesExhaustedError,
     UnavailableError,
+    conflict_retry,
     open_store,
-    retrying,
 )
 from hf_async_store.conflict_retry import FairRetryQueue, retry_conflicts
 from hf_async_store.values import Entity, Key
@@ -97,8 +97,8 @@ async def test_pauses_follow_what_an_attempt_takes(monkeypatch: pytest.MonkeyPat
 
         return attempt
 
-    monkeypatch.setattr(retrying, "monotonic", lambda: now)
-    monkeypatch.setattr(retrying, "sleep", sleep)
+    monkeypatch.setattr(conflict_retry, "monotonic", lambda: now)
+    monkeypatch.setattr(conflict_retry, "sleep", sleep)
     longest = []
     for took in (0.0001, 0.001, 0.02, 3.0):
         pauses.clear()
@@ -279,7 +279,7 @@ async def test_a_failure_passes_the_turn_on() -> None:
 
 async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for something that a later one must do first does not hold it up for ever."""
-    monkeypatch.setattr(retrying, "_MAX_TICKET_SECONDS", 0.02)
+    monkeypatch.setattr(conflict_retry, "_MAX_TICKET_SECONDS", 0.02)
     turns = FairRetryQueue()
     done = asyncio.Event()
 
@@ -320,7 +320,7 @@ async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
 
 
 async def test_a_change_may_modify_the_same_entity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "_MAX_TICKET_SECONDS", 0.02)
+    monkeypatch.setattr(conflict_retry, "_MAX_TICKET_SECONDS", 0.02)
     async with open_store("memory:") as store:
         await store.save_entity("templates", {"template_id": "t", "count": 0})
         nested = False
