@@ -1,4 +1,4 @@
-"""What is measured, behind one small interface: a store of this package, a floor, a peer.
+"""What is measured, behind one small interface: a store, a baseline, a competitor.
 
 An adapter has no method for what its system cannot do: a workload asks by protocol.
 """

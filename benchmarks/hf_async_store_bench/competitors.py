@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
@@ -189,24 +190,17 @@ class AdvancedAlchemy(Competitor):
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:
-        from advanced_alchemy.base import DefaultBase
-        from advanced_alchemy.repository import SQLAlchemyAsyncRepository
-        from sqlalchemy import Column, String
         from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
         from hf_async_store_bench.baselines.sqlite import on_connect
 
         file = Path(environment.folder) / "competitor.sqlite"
         engine = on_connect(create_async_engine(f"sqlite+aiosqlite:///{file}"), environment)
-        columns = {"id": Column(String, primary_key=True), "doc": Column(String)}
         adapter = cls(async_sessionmaker(engine, expire_on_commit=False))
         adapter.engine = engine
-        adapter.row = type("Row", (DefaultBase,), {"__tablename__": "machines", **columns})
-        adapter.repository = type(
-            "Machines", (SQLAlchemyAsyncRepository,), {"model_type": adapter.row}
-        )
+        adapter.row, adapter.repository = _alchemy_classes()
         async with engine.begin() as connection:
-            await connection.run_sync(DefaultBase.metadata.create_all)
+            await connection.run_sync(adapter.row.metadata.create_all)
         return adapter
 
     async def close(self) -> None:
@@ -229,6 +223,18 @@ class AdvancedAlchemy(Competitor):
         async with self.library() as session:
             rows = list(map(self._row, machines))
             await self.repository(session=session, auto_commit=True).add_many(rows)
+
+
+@cache
+def _alchemy_classes() -> tuple[Any, Any]:
+    """The mapped class and its repository; a table can be declared once."""
+    from advanced_alchemy.base import DefaultBase
+    from advanced_alchemy.repository import SQLAlchemyAsyncRepository
+    from sqlalchemy import Column, String
+
+    columns = {"id": Column(String, primary_key=True), "doc": Column(String)}
+    row = type("Row", (DefaultBase,), {"__tablename__": "machines", **columns})
+    return row, type("Machines", (SQLAlchemyAsyncRepository,), {"model_type": row})
 
 
 class AioDynamo(Competitor):

@@ -134,7 +134,7 @@ async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> N
         units = await work.one(slot)
     except ConcurrencyConflictError:
         stats.conflicts += 1
-    except Exception as exc:  # noqa: BLE001  # whatever a driver or a peer raises is a figure here
+    except Exception as exc:  # noqa: BLE001  # whatever a driver or a competitor raises is a figure here
         name = type(exc).__name__
         if isinstance(exc, WrongAnswerError) and len(stats.wrong) < _MAX_SHOWN:
             stats.wrong.append(str(exc))

@@ -139,7 +139,7 @@ def _is_apart(system: StoreAdapter) -> bool:
 
 async def work() -> int:
     """The whole of a worker process; returns its exit code."""
-    # What a driver or a peer prints must not get among the answers.
+    # What a driver or a competitor prints must not get among the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import Measure
 
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load, SystemUnderTest
@@ -16,7 +16,6 @@ from hf_async_store_bench.run import Run
 from hf_async_store_bench.settings import Settings
 
 HERE = Path(__file__).parent
-Measure = Callable[..., Coroutine[Any, Any, Results]]
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self
 
 from hf_async_store.changes import Change, Outcome, Put
@@ -13,6 +13,10 @@ from hf_async_store.strategies.memory import MemoryStorageStrategy
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.data import Entity
 from hf_async_store_bench.messages import Environment, Role, SystemUnderTest
+from hf_async_store_bench.results import Results
+
+Measure = Callable[..., Coroutine[Any, Any, Results]]
+"""The fixture `measure`."""
 
 
 def system(fault: str, role: Role = "strategy") -> SystemUnderTest:

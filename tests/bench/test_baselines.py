@@ -1,4 +1,4 @@
-"""Baselines do the work that the store is compared with, and lose none of it."""
+"""Baselines and competitors do the work that a store is compared with, and lose none of it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import pytest
 from hf_async_store_bench import adapters
 from hf_async_store_bench.data import machine, machine_id, request
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.systems import BASELINES, named
+from hf_async_store_bench.systems import BASELINES, COMPETITORS, missing, named
 from hf_async_store_bench.worker_group import SkippedError
 
 COUNT = 40
 
 
-@pytest.mark.parametrize("name", [each.name for each in BASELINES])
-async def test_a_baseline_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
+# Competitors warn of themselves.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [each.name for each in (*BASELINES, *COMPETITORS)])
+async def test_it_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
     system = named(name)
+    if why := missing(system):
+        pytest.skip(why)
     with Environments(folder=str(tmp_path)) as environments:
         try:
             environment = environments.make(system)

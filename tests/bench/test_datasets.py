@@ -6,8 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import Measure
-from planted import system
+from planted import Measure, system
 
 from hf_async_store_bench import resource_usage
 from hf_async_store_bench.dataset_cache import DatasetCache

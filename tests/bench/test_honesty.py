@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Measure
-from planted import system
+from planted import Measure, system
 
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.systems import chosen
