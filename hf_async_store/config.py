@@ -40,7 +40,7 @@ from typing import (
 import msgspec
 
 from hf_async_store.errors import ConfigurationError
-from hf_async_store.redaction import SYSTEM_COLLECTIONS, is_sensitive, redact_text, redact_url
+from hf_async_store.redaction import REDACTED, is_sensitive, redact_text, redact_url
 
 if TYPE_CHECKING:
     from hf_async_store.values import Value
@@ -72,10 +72,10 @@ class Secret:
         return self._text
 
     def __repr__(self) -> str:
-        return repr(SYSTEM_COLLECTIONS)
+        return repr(REDACTED)
 
     def __str__(self) -> str:
-        return SYSTEM_COLLECTIONS
+        return REDACTED
 
     def __bool__(self) -> bool:
         return bool(self._text)
@@ -1238,11 +1238,11 @@ def _redact(name: str, value: object) -> Value:
     if isinstance(value, _Shown):
         value = {each: getattr(value, each) for each in value.__struct_fields__}
     if isinstance(value, Secret):
-        return SYSTEM_COLLECTIONS
+        return REDACTED
     if value is None or isinstance(value, bool):
         return value
     if is_sensitive(name):
-        return SYSTEM_COLLECTIONS
+        return REDACTED
     if isinstance(value, Mapping):
         return {str(each): _redact(str(each), inner) for each, inner in value.items()}
     if isinstance(value, list | tuple):

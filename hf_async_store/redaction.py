@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-SYSTEM_COLLECTIONS: Final = "***"
+REDACTED: Final = "***"
 """What stands where a secret was."""
 
 SENSITIVE: Final = (
@@ -36,13 +36,13 @@ def redact_url(url: str) -> str:
     if not url.lower().startswith(_PATH_URLS):
         found = re.match(_USERINFO, url)
         if found is not None and not found[0].endswith(_FORM):
-            url = f"{found[1]}{SYSTEM_COLLECTIONS}@{url[found.end() :]}"
+            url = f"{found[1]}{REDACTED}@{url[found.end() :]}"
     return re.sub(_QUERY_VALUE, _redact_pair, url)
 
 
 def _redact_pair(match: re.Match[str]) -> str:
     mark, key, value = match.groups()
-    return f"{mark}{key}={SYSTEM_COLLECTIONS if is_sensitive(key) else value}"
+    return f"{mark}{key}={REDACTED if is_sensitive(key) else value}"
 
 
 def is_sensitive(key: str) -> bool:

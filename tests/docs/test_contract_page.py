@@ -19,7 +19,7 @@ def listed() -> list[int]:
 
 
 @cache
-def tested() -> dict[int, list[str]]:
+def files_by_number() -> dict[int, list[str]]:
     """The files with tests whose names carry a number, by number."""
     found: dict[int, list[str]] = {}
     for folder in ("hf_async_store/testing", "tests"):
@@ -36,9 +36,11 @@ def test_the_numbers_rise() -> None:
 
 @pytest.mark.parametrize("number", listed())
 def test_a_listed_case_has_a_test(number: int) -> None:
-    assert number in tested(), f"no test is named test_{number}_..."
+    assert number in files_by_number(), f"no test is named test_{number}_..."
 
 
 def test_a_numbered_test_has_its_case() -> None:
-    unknown = {number: files for number, files in tested().items() if number not in listed()}
+    unknown = {
+        number: files for number, files in files_by_number().items() if number not in listed()
+    }
     assert not unknown

@@ -277,7 +277,7 @@ async def _batch(
         return list(exc.outcomes)
 
 
-async def test_throttling_that_does_not_end_is_reported(proxy: Proxy) -> None:
+async def test_71_throttling_that_does_not_end_is_reported(proxy: Proxy) -> None:
     async with store_at(proxy.url, retry_timeout=0.3) as store:
         await store.create_entity("items", {"item_id": "a"})
         proxy.rule = lambda request: throttled()
@@ -355,7 +355,7 @@ async def test_a_write_whose_answer_was_lost_knows_itself(proxy: Proxy) -> None:
         assert await store.get_entity("items", "a") is None
 
 
-async def test_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
+async def test_71_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
     async with store_at(proxy.url, read_timeout=0.3, retry_timeout=5) as store:
         await store.create_entity("items", {"item_id": "a"})
         stalled = 0
@@ -386,7 +386,7 @@ async def test_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
         assert await store.save_entity("items", {"item_id": "a"}) == 4
 
 
-async def test_a_server_that_cannot_be_reached(proxy: Proxy) -> None:
+async def test_71_a_server_that_cannot_be_reached(proxy: Proxy) -> None:
     async with store_at("http://127.0.0.1:1", retry_timeout=0.2) as store:
         for work in (
             store.get_entity("items", "a"),
@@ -402,7 +402,7 @@ async def test_a_server_that_cannot_be_reached(proxy: Proxy) -> None:
         assert "cannot be reached" in str(report["problems"])
 
 
-async def test_a_server_that_goes_and_comes_back_under_load(
+async def test_84_a_server_that_goes_and_comes_back_under_load(
     dynamodb_server: DynamoDBServer,
 ) -> None:
     """The proxy is what goes: the server would forget everything."""

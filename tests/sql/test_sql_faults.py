@@ -49,7 +49,7 @@ async def until_it_works(work: Any, seconds: float = 20) -> None:
 # -- PostgreSQL -----------------------------------------------------------------------------
 
 
-async def test_the_server_is_killed_under_load_and_comes_back() -> None:
+async def test_84_the_server_is_killed_under_load_and_comes_back() -> None:
     try:
         context = postgres(durable=True)
         server = context.__enter__()
@@ -125,7 +125,7 @@ async def _killed_under_load(server: Any) -> None:
         } <= tried.keys()
 
 
-async def test_500_cancellations_leave_the_pool_whole(database: str) -> None:
+async def test_73_cancellations_leave_the_pool_whole(database: str) -> None:
     async with open_store(f"{database}?pool_size=4&max_overflow=4") as store:
         await store.save_entities("templates", [template(f"t{n}", n=n) for n in range(300)])
 
@@ -177,7 +177,7 @@ async def test_500_cancellations_leave_the_pool_whole(database: str) -> None:
                 )
 
 
-async def test_an_exhausted_pool_names_its_settings(url: str) -> None:
+async def test_71_an_exhausted_pool_names_its_settings(url: str) -> None:
     more = "pool_size=1&max_overflow=1&pool_timeout=0.2&max_streams=2"
     async with open_store(f"{url}?{more}") as store:
         await store.save_entities("templates", [template(f"t{n}") for n in range(600)])
@@ -207,7 +207,7 @@ async def test_an_exhausted_pool_names_its_settings(url: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["transaction", "save", "batch"])
-async def test_an_answer_that_is_lost_is_unknown(database: str, verb: str) -> None:
+async def test_71_an_answer_that_is_lost_is_unknown(database: str, verb: str) -> None:
     parts = urlsplit(database)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -244,7 +244,7 @@ async def test_an_answer_that_is_lost_is_unknown(database: str, verb: str) -> No
             assert (found["n"], found["version"]) == (1, 2)
 
 
-async def test_a_link_that_breaks_in_a_read_is_taken_up_again(database: str) -> None:
+async def test_71_a_link_that_breaks_in_a_read_is_taken_up_again(database: str) -> None:
     parts = urlsplit(database)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -257,7 +257,7 @@ async def test_a_link_that_breaks_in_a_read_is_taken_up_again(database: str) -> 
             assert link.cuts == 1
 
 
-async def test_nobody_listens() -> None:
+async def test_71_nobody_listens() -> None:
     async with open_store("postgresql://me@127.0.0.1:1/db?timeout=2") as store:
         with pytest.raises(UnavailableError) as caught:
             await store.save_entity("templates", template("t"))
@@ -267,7 +267,7 @@ async def test_nobody_listens() -> None:
         assert report["ok"] is False
 
 
-async def test_a_role_that_may_not(database: str) -> None:
+async def test_71_a_role_that_may_not(database: str) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", template("t"))
     role = f"reader_{random.randrange(10**9)}"
@@ -286,7 +286,7 @@ async def test_a_role_that_may_not(database: str) -> None:
         execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-async def test_a_statement_that_takes_too_long(database: str) -> None:
+async def test_71_a_statement_that_takes_too_long(database: str) -> None:
     async with open_store(f"{database}?timeout=0.3") as store:
         with pytest.raises(StorageError) as caught:
             await store.execute_with_lock("SELECT pg_sleep(5)")  # type: ignore[attr-defined]
@@ -297,7 +297,7 @@ async def test_a_statement_that_takes_too_long(database: str) -> None:
 # -- SQLite ---------------------------------------------------------------------------------
 
 
-async def test_a_full_disk(tmp_path: Path) -> None:
+async def test_71_a_full_disk(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
         await store.save_entity("templates", template("kept", note="x" * 1000))
         [[pages]] = await _rows(store, "PRAGMA page_count")
@@ -312,7 +312,7 @@ async def test_a_full_disk(tmp_path: Path) -> None:
         await store.save_entity("templates", template("more", note="y" * 5000))
 
 
-async def test_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
+async def test_71_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
         await store.save_entity("templates", template("t"))
         await _set(store, "PRAGMA query_only = ON")
@@ -338,7 +338,7 @@ async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     assert path.read_bytes() == b"this is no database" * 1000
 
 
-async def test_another_process_holds_the_lock(tmp_path: Path) -> None:
+async def test_71_another_process_holds_the_lock(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path}/store.db"
     async with open_store(url) as store, open_store(f"{url}?timeout=0.2") as other:
         await store.save_entity("templates", template("t"))
