@@ -88,7 +88,10 @@ Phase: TypeAlias = Literal["copying", "cut_over", "flipped", "cut_back", "moved"
 _PLACE: Final = r"[a-z][a-z0-9+._-]*:[!-~]{1,4096}"
 """The form of a place: see `StorageConfig.place`."""
 
-_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+_MAX_COUNT: Final = 2**62
+"""What is counted on from here stays within the integers that every engine stores."""
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_COUNT)]
 
 
 class MigrationState(msgspec.Struct, frozen=True):
@@ -129,7 +132,7 @@ def migration_state_in(record: Record | None) -> MigrationState | None:
         return None
     try:
         move = msgspec.convert(record.entity, MigrationState)
-    except msgspec.ValidationError as exc:
+    except (msgspec.ValidationError, UnicodeEncodeError) as exc:  # a lone surrogate is the latter
         raise _no_move(str(exc)) from exc
     if not re.fullmatch(_PLACE, move.other):
         raise _no_move("`$.other` is no place")
@@ -308,7 +311,7 @@ class MigrationRouter:
         if place not in self._engines:
             engine = self._opening(place)
             if engine is None:
-                raise _not_permitted(f"{place}")
+                raise _not_supported() if place is None else _not_permitted(place)
             self._engines[place] = engine
         return self._engines[place]
 
@@ -611,6 +614,15 @@ def not_followed(what: str, place: str | None) -> StoreRelocatedError:
         f"{what} belongs to one engine and does not follow a move, so it is refused while there is "
         f"one{where}",
         place or "",
+    )
+
+
+def _not_supported() -> StoreRelocatedError:
+    return StoreRelocatedError(
+        "this store takes part in a live migration, which its strategy does not support: it does not "
+        "implement `_reopen_with_collections`. If no live migration is running, delete the record "
+        f"{MIGRATION_KEY.id!r} of {MIGRATION_COLLECTION.name} from the store",
+        "",
     )
 
 

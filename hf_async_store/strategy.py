@@ -53,6 +53,10 @@ from hf_async_store.values import Entity, Key, Value
 Result = TypeVar("Result")
 
 
+_ABANDONED: Final[list[StorageStrategy]] = []
+"""Abandoned stores, referenced until the process ends: no finalizer of an engine warns of them."""
+
+
 class _Forks:
     """Counts the forks of this process: cheaper to compare than to ask for the process id."""
 
@@ -161,6 +165,18 @@ class StorageStrategy(RepositoryInterface):
             stack.push_async_callback(self._writes.drain)
             await self._streams.close()
 
+    def abandon(self) -> None:
+        """Give the store up without closing it and without waiting: for a process that is about to end.
+
+        For where `close()` would wait, for example for a lock that another process holds. To the data
+        it is as if the process had been killed: acknowledged writes are kept, of those in progress
+        the outcome is unknown. Connections, files and locks are released when the process ends; until
+        then the store stays in memory, and no ResourceWarning is issued. Later calls raise
+        StoreClosedError.
+        """
+        self._closed = True
+        _ABANDONED.append(self)
+
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         # The default argument is there still when the interpreter has ended its modules.
         if getattr(self, "_loop", None) is None or self._closed or self._forks != _Forks.seen:
@@ -201,16 +217,22 @@ class StorageStrategy(RepositoryInterface):
 
     # -- moving ------------------------------------------------------------------------------
 
-    def _reopen_with_collections(self, collections: Iterable[Collection]) -> StorageStrategy:
-        """Another store on the same data, with other collections."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be moved while it is in use")
+    def _reopen_with_collections(self, collections: Iterable[Collection]) -> StorageStrategy | None:
+        """Another store on the same data, with other collections.
+
+        None, as a strategy answers that does not override this: it cannot follow a live migration,
+        and operations on a store that takes part in one raise `StoreRelocatedError`.
+        """
+        del collections
+        return None
 
     def _engine_at(self, place: str | None) -> Engine | None:
         """An engine that knows what a move keeps in a store: of this one, or of a place, if the
         configuration permits that."""
         collections = [*self._schema.values(), *SYSTEM_COLLECTIONS]
         if place is None:
-            return self._reopen_with_collections(collections)._engine
+            again = self._reopen_with_collections(collections)
+            return None if again is None else again._engine
         permitted = () if self._configured is None else self._configured.follow_moves
         # What is opened is what the configuration says of the place, secrets and all.
         chosen = next((each for each in permitted if each.place() == place), None)

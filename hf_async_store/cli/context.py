@@ -38,9 +38,6 @@ _LOG: Final = logging.getLogger("hf_async_store")
 _SOON: Final = 0.001
 _LAST_SECONDS: Final = 0.2
 
-_GIVEN_UP: Final[list[StorageStrategy]] = []
-"""Stores that were left open on purpose: they end with the process, and are no leak to be told of."""
-
 
 class Context:
     """The store of one command.
@@ -152,8 +149,10 @@ async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
     finally:
         closing = asyncio.ensure_future(store.close())
         if has_given_up:
-            _GIVEN_UP.append(store)
-            await asyncio.wait([closing], timeout=_LAST_SECONDS)
+            try:
+                await asyncio.wait([closing], timeout=_LAST_SECONDS)
+            finally:
+                store.abandon()
             with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 closing.exception()  # it is seen, and no news beside why this ends
         else:

@@ -80,3 +80,40 @@ def test_no_driver_and_nothing_heavy_is_imported(module: str) -> None:
     code = f"import {module}, sys; print([each for each in {heavy} if each in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+ABANDONS = """
+import asyncio, gc, sys
+from hf_async_store import StoreClosedError, open_store
+
+async def main():
+    store = await open_store(sys.argv[1]).open()
+    await store.save_entity("templates", {"template_id": "t-1"})
+    store.abandon()
+    try:
+        await store.get_entity("templates", "t-1")
+    except StoreClosedError:
+        print("closed")
+    del store
+    gc.collect()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("url", ["json:{}/db.json", "json:{}/split", "sqlite:{}/store.db"])
+async def test_an_abandoned_store_keeps_its_writes_and_ends_silently(
+    url: str, tmp_path: Path
+) -> None:
+    place = url.format(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", ABANDONS, place],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "closed\n"
+    assert done.stderr == ""
+    async with open_store(place) as store:
+        assert await store.get_entity("templates", "t-1")

@@ -14,27 +14,39 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import (
+    BatchError,
     CorruptionError,
     JSONStorageStrategy,
     MigrationTool,
     SQLStorageStrategy,
     StorageError,
+    StoreRelocatedError,
     load_config,
     open_store,
 )
-from hf_async_store.changes import Record
+from hf_async_store.changes import Put, Record
 from hf_async_store.config import (
     ConfigurationError,
     DynamoDBConfig,
     JSONConfig,
+    MemoryConfig,
     SQLConfig,
     StorageConfig,
     load_migration,
     redacted,
 )
 from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
-from hf_async_store.migration_routing import MIGRATION_KEY, migration_state_in
+from hf_async_store.migration_routing import (
+    MIGRATION_COLLECTION,
+    MIGRATION_KEY,
+    SYSTEM_COLLECTIONS,
+    migration_state_in,
+)
 from hf_async_store.strategies.json.journal import FileState, Fold, Head, control, record
+from hf_async_store.strategies.memory import MemoryEngine
+from hf_async_store.strategy import StorageStrategy, schema_of
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.trust import verbs
 
 FEW = settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
 MANY = settings(max_examples=20_000, suppress_health_check=list(HealthCheck), deadline=None)
@@ -442,6 +454,10 @@ def test_any_file_for_long(data: bytes, mapping: Any, at: int) -> None:
 
 @FEW
 @given(RECORDS | MAPPINGS)
+@example({"role": "\ud800"})
+@example({"\ud800": 1})
+@example({"other": "json:\ud800", "role": "source", "phase": "copying", "epoch": 1, "term": 1})
+@example({"other": "json:x", "role": "source", "phase": "copying", "epoch": 2**64, "term": 1})
 def test_any_record_of_a_move(record: Any) -> None:
     a_move_or_corruption(record)
 
@@ -464,3 +480,38 @@ def test_any_checkpoint(record: Any, data: bytes, at: int) -> None:
 @given(CHECKPOINTS, st.binary(max_size=40), st.integers(0, 60))
 def test_any_checkpoint_for_long(record: Any, data: bytes, at: int) -> None:
     Fuzz.checkpoint(record, data, at)
+
+
+# -- a strategy that cannot follow a migration ----------------------------------------------
+
+
+class _SharedEngine(MemoryEngine):
+    """The engine of a third-party strategy: shared by processes, as far as the router knows."""
+
+    capabilities = msgspec.structs.replace(MemoryEngine.capabilities, multi_process=True)
+
+
+class _ThirdPartyStrategy(StorageStrategy):
+    """Implements what a strategy must, and no more."""
+
+    def __init__(self) -> None:
+        schema = schema_of([*CONTRACT_COLLECTIONS, *SYSTEM_COLLECTIONS])
+        super().__init__(_SharedEngine(schema, MemoryConfig()), schema)
+
+
+@pytest.mark.parametrize("role", ["source", "target"])
+async def test_a_planted_move_in_a_store_that_cannot_follow_one(role: str) -> None:
+    record = {"role": role, "phase": "copying", "other": "json:/x", "epoch": 1, "term": 0}
+    async with _ThirdPartyStrategy() as store:
+        planted = Put(
+            MIGRATION_KEY,
+            {MIGRATION_COLLECTION.key: MIGRATION_KEY.id, **record},
+            "2026-01-01T00:00:00.000000Z",
+        )
+        assert await store._engine.write_each([planted]) == [1]
+        for verb in verbs(store):
+            with pytest.raises(StorageError) as caught:
+                await verb()
+            error = caught.value
+            for each in error.outcomes if isinstance(error, BatchError) else [error]:
+                assert isinstance(each, StoreRelocatedError), repr(each)
