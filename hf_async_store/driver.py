@@ -1,4 +1,4 @@
-"""The seam: what an engine implements. Everything else is written once above it."""
+"""The driver interface: what an engine implements. Everything else is written once, in terms of it."""
 
 from __future__ import annotations
 
@@ -22,30 +22,34 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine can do; the contract suite tests both presence and absence.
 
     Attributes:
-        engine: its name, for people; shared code never asks it.
+        engine: its name, for people; shared code never branches on it.
         durable: an acknowledged write outlives the process and a loss of power.
-        processes: several processes may use one store at once.
+        multi_process: several processes may use one store at once.
         isolations: what `begin_transaction(isolation=...)` takes; the first is the default.
         query_isolation: what a query or stream outside a transaction sees: one "snapshot", or
             "eventual" (it may be behind, and may show half a transaction).
         queries_in_transaction: how a query inside a transaction relates to it: "serializable"
             (sees its own writes, and what it saw is part of the transaction), "own_writes" (sees
             them, is not part of it) or "outside" (sees neither).
-        read_conflict_policy: what becomes of a transaction that read by key what another has changed
-            before its commit: "conflict", or "ordered", where it may commit as long as some order
-            of the two explains what both saw and wrote.
+        read_conflict_policy: what happens to a transaction that read an entity by key which another
+            transaction changed before this one committed: "conflict", or "ordered", where it may
+            commit if the two are serializable in some order.
         savepoints: nested transactions.
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
-        marks: a change may carry a mark.
-        lives: a stale writer of an earlier life of an id is refused even if versions agree.
-        default_order: "id" where a query without order_by comes by id, else "none".
+        change_markers: a change may carry a change marker, written in the same commit; a live
+            migration finds by these what it still has to copy.
+        detects_recreation: after an entity was deleted and created again, a writer that read it
+            before the deletion is refused even if the versions are equal.
+        default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
-        max_transaction_changes, max_transaction_bytes: limits of one transaction; None: memory.
-        write_concurrency: how many coalesced batches of writes may be under way at once.
-        write_batch: how many waiting changes one batch takes.
-        read_batch: how many waiting reads share a round trip; 0 where a read is no round trip.
-        read_concurrency: how many of those round trips may be under way at once.
+        max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited by
+            memory alone.
+        write_concurrency: the maximum number of coalesced write batches in progress at once.
+        write_batch: the maximum number of changes in one of these batches.
+        read_batch: the maximum number of reads that share a round trip; 0 where a read is no round
+            trip.
+        read_concurrency: the maximum number of these round trips in progress at once.
     """
 
     engine: str
@@ -71,15 +75,15 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How a query would run, as `explain_query` tells it.
+    """How a query would run, as returned by `explain_query`.
 
     Attributes:
-        access: "index", "key" or "scan" (every entity of the collection is looked at).
+        access: "index", "key" or "scan" (every entity of the collection is read).
         index: the name of the index used, or None.
-        residual: whether rows that the access brings are still filtered one by one.
-        sorted_here: whether the order is made by sorting, not read off an index.
-        consistent: whether the answer is current, or may be behind.
-        detail: the engine's own words.
+        residual: whether the rows read are filtered further, one by one.
+        sorted_here: whether the rows are sorted after reading, instead of being read in index order.
+        consistent: whether the result is current (strongly consistent), or may lag behind writes.
+        detail: what the engine itself reports.
     """
 
     access: Literal["index", "key", "scan"]
@@ -91,14 +95,14 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reader(Protocol):
-    """What engines and sessions have in common."""
+    """The reads that engines, sessions and snapshots share."""
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        """The records of `keys`, in their order; None for what is not there. Keys may repeat."""
+        """The records of `keys`, in their order; None for a missing one. Keys may repeat."""
         ...
 
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        """The records that match, in the query's order, at most its limit.
+        """The matching records, in the query's order, up to its limit.
 
         Closing the iterator early releases what it holds. `query.fields` is a hint to read less;
         the records may hold more fields.
@@ -106,116 +110,119 @@ class Reader(Protocol):
         ...
 
     async def count(self, query: Query) -> int:
-        """How many records `select` would give."""
+        """How many records `select` would return."""
         ...
 
 
 @runtime_checkable
 class SupportsBatches(Protocol):
-    """A reader that can give many entities at once, which costs less than one by one.
+    """A reader that returns entities in batches, which costs less than one by one.
 
-    Not every engine needs it: where each piece is a round trip, it is no gain.
+    Optional: where each batch is a round trip anyway, nothing is gained.
     """
 
     def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """As `select`, the entities of the records in pieces of whatever size; none is empty."""
+        """Like `select`, but the entities alone, in non-empty batches of any size."""
         ...
 
 
 @runtime_checkable
 class SupportsCanonicalJSON(Protocol):
-    """A reader that makes the canonical texts of entities with less work than the entities."""
+    """A reader that produces the canonical JSON of entities at less cost than the entities."""
 
     def iter_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        """As `SupportsBatches.pieces`, `entities.canonical` of each."""
+        """Like `SupportsBatches.iter_batches`, with `values.canonical` applied to each entity."""
         ...
 
 
 class Session(Reader, Protocol):
-    """Everything written in it lands, or nothing does. Reads see its writes.
+    """A transaction: all of its writes are committed, or none. Reads see its own writes.
 
-    One verb at a time; the transaction above sees to that.
+    Its methods are called one at a time; `Transaction` ensures that.
     """
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Apply in order, up to the first that fails; its error is the last outcome of the list.
+        """Apply in order, up to the first failure, whose error is the last outcome in the list.
 
         After an error the session (or its innermost savepoint) must be rolled back.
         """
         ...
 
     def savepoint(self) -> AbstractAsyncContextManager[Session]:
-        """A part that can be rolled back alone: leaving it by an exception undoes it."""
+        """A nested transaction: leaving the context by an exception rolls back its part alone."""
         ...
 
 
 class Engine(Reader, Protocol):
-    """What a strategy implements: independent work, and a session.
+    """What a storage engine implements: single reads and writes, and sessions.
 
-    No verb touches network or disk before the first use. Conditions are decided in the same step
-    as the write. Any await may be cancelled: the store is then all-or-nothing and nothing leaks.
-    Foreign errors come out as `StorageError`s, chained; absence never does.
+    There is no network or disk I/O before the first call. Preconditions are checked atomically with
+    the write. Any await may be cancelled: a write is then applied completely or not at all, and
+    nothing leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
+    missing entity is never an error.
     """
 
     @property
     def capabilities(self) -> Capabilities: ...
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Independent changes: each lands or fails alone. One outcome each, in input order.
+        """Apply independent changes: each succeeds or fails alone. One outcome each, in input order.
 
-        A key that comes twice is applied in input order. A failure of the whole (disk full, link
-        lost) is raised.
+        Changes of the same key are applied in input order. A failure that concerns all of them (disk
+        full, connection lost) is raised.
         """
         ...
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         """A transaction. Leaving the context commits it; leaving by an exception rolls it back.
 
-        Without a verb in it, no I/O happens.
+        A transaction in which no method is called does no I/O.
 
         Raises:
-            ConcurrencyConflictError: at a verb or at the end, retryable, when it lost a race.
-            TransactionTooLargeError: beyond the declared limits; nothing was written.
+            ConcurrencyConflictError: by any method or by the commit, retryable: the transaction was
+                rolled back because of a concurrent one.
+            TransactionTooLargeError: the declared limits were exceeded; nothing was written.
         """
         ...
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
-        """Reads of one moment for as long as it is open, for backups and comparisons.
+        """A consistent snapshot for as long as it is open, for backups and comparisons.
 
-        It holds up no writer. Where `query_isolation` is "eventual" it shows what queries show.
+        It does not block writers. Where `query_isolation` is "eventual", it is no more consistent
+        than queries are.
         """
         ...
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        """An entity of a collection that need not be declared, nor be there: nothing is made.
+        """Like `fetch` of one key, of a collection that need not be declared or exist.
 
-        As current as `fetch`. By this a store finds out that it is being moved.
+        Nothing is created. A store detects by this that a live migration is running.
         """
         ...
 
     async def exists(self) -> bool:
-        """Whether the store is there: its file, or one of its tables. Nothing is made.
+        """Whether the store exists: its file, or one of its tables. Nothing is created.
 
-        A store that is absent answers every read as an empty one, and is made by its first write.
+        Reading a store that does not exist is like reading an empty one; its first write creates it.
         """
         ...
 
     async def is_same_store(self, other: Engine) -> bool:
-        """Whether `other` reaches the same data, whatever either is called by. Nothing is made.
+        """Whether `other` reaches the same data, however the two are addressed. Nothing is created.
 
-        Decided by what the place itself says (device and inode, a lock taken through one and seen
-        through the other, a table's identifier), never by comparing spellings. A physical copy is
-        another store. An engine of another kind is never the same.
+        Decided by the identity of the data itself (device and inode, a lock taken through one and
+        seen through the other, a table's identifier), never by comparing URLs. A physical copy is
+        another store. Engines of different kinds are never the same.
 
         Raises:
-            StorageError: it cannot be found out.
+            StorageError: it cannot be determined.
         """
         ...
 
     async def undeclared(self) -> list[str]:
-        """What is stored and the declarations do not cover, so that a full read would leave it out.
+        """What is stored but not declared, so that reading all declared collections would miss it.
 
-        `"jobs"` is a collection, `"machines.owner"` a field; sorted. Nothing is made.
+        Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
         """
         ...
 
@@ -224,19 +231,19 @@ class Engine(Reader, Protocol):
         ...
 
     async def probe(self) -> None:
-        """Write, read back and delete something that is no entity; raise if that fails."""
+        """Write, read back and delete a value that is not an entity; raise if that fails."""
         ...
 
     async def health(self) -> Mapping[str, Value]:
-        """The engine's own part of `health()`; a finding that needs action is in `problems`."""
+        """The engine's part of `health()`; whatever needs action is listed in `problems`."""
         ...
 
     def describe(self) -> Mapping[str, Value]:
-        """Where the data is and how it is configured, without secrets."""
+        """Where the data is stored and how it is configured, without secrets."""
         ...
 
     async def close(self) -> None:
-        """Release everything; nothing acknowledged is lost. Called once."""
+        """Release all resources; no acknowledged write is lost. Called once."""
         ...
 
 
@@ -244,47 +251,47 @@ _BATCH_SIZE: Final = 512
 
 
 async def iter_batches(reader: Reader, query: Query) -> AsyncGenerator[list[Entity], None]:
-    """The entities that `select` gives, in pieces, of any reader."""
+    """The entities that match a query, in batches; works with every reader."""
     if isinstance(reader, SupportsBatches):
-        async with aclosing(reader.iter_batches(query)) as pieces:
-            async for each in pieces:
+        async with aclosing(reader.iter_batches(query)) as batches:
+            async for each in batches:
                 yield each
         return
-    async with aclosing(batched(reader.select(query))) as pieces:
-        async for each in pieces:
+    async with aclosing(batched(reader.select(query))) as batches:
+        async for each in batches:
             yield each
 
 
 async def iter_json(reader: Reader, query: Query) -> AsyncGenerator[list[bytes], None]:
-    """The canonical texts of the entities that `select` gives, in pieces, of any reader."""
+    """The canonical JSON of the entities that match a query, in batches; works with every reader."""
     if isinstance(reader, SupportsCanonicalJSON):
-        async with aclosing(reader.iter_json(query)) as texts:
-            async for each in texts:
+        async with aclosing(reader.iter_json(query)) as batches:
+            async for each in batches:
                 yield each
         return
-    async with aclosing(iter_batches(reader, query)) as pieces:
-        async for piece in pieces:
-            yield list(map(canonical, piece))
+    async with aclosing(iter_batches(reader, query)) as entities:
+        async for batch in entities:
+            yield list(map(canonical, batch))
 
 
 async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[Entity], None]:
-    """The entities of records, in pieces."""
-    piece: list[Entity] = []
+    """The entities of records, in batches."""
+    batch: list[Entity] = []
     async with aclosing(records):
         async for record in records:
-            piece.append(record.entity)
-            if len(piece) == _BATCH_SIZE:
-                yield piece
-                piece = []
-    if piece:
-        yield piece
+            batch.append(record.entity)
+            if len(batch) == _BATCH_SIZE:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
 
 
 async def run_to_completion(work: Awaitable[Result]) -> Result:
-    """Await `work` to its end even when the caller is cancelled meanwhile; then be cancelled.
+    """Await `work` until it is done even if the caller is cancelled; then raise the cancellation.
 
-    `asyncio.shield` alone would leave the work behind, running beside a caller that has already
-    released its locks; anyio's shielded scope does not hold off a native `Task.cancel()`.
+    With `asyncio.shield` alone, the work would go on after the caller has released its locks;
+    anyio's shielded scope does not protect from a native `Task.cancel()`.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -300,6 +307,6 @@ async def run_to_completion(work: Awaitable[Result]) -> Result:
                 raise
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # seen here, so that the loop does not report it as lost
+            task.exception()  # retrieved, so that the loop does not report it
         raise cancelled
     return task.result()

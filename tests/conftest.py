@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +22,7 @@ from tests.dynamodb.proxy import Proxy, proxy_before
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 # The test server takes any credentials; without some, botocore would ask the network for them.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
@@ -31,6 +32,22 @@ os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 # In a job in the background an interrupt is ignored, and so it would be in what the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_OWN_PROCESS: Final = os.getpid()
+
+
+def _end_session(number: int, frame: FrameType | None) -> None:
+    """End the run as Ctrl-C does, with its fixtures: servers are not children that die with it."""
+    del frame
+    if os.getpid() != _OWN_PROCESS:  # a fork of a test, which inherited this handler
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        return
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the teardown
+    raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGTERM, _end_session)
 
 # Time says how loaded a machine is, and nothing about the product.
 settings.register_profile(

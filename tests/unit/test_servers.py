@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -15,19 +21,20 @@ import pytest
 from hf_async_store.testing.harness import skip_engine
 from hf_async_store_bench import servers
 
+ROOT: Final = Path(__file__).parents[2]
+
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where servers put their folders, made a place of its own."""
-    place = tmp_path / "servers"
-    place.mkdir()
-    for each in (place, *place.parents):
-        if each.is_relative_to(tmp_path.parent.parent.parent):
-            each.chmod(0o755)  # the server's user must come through
-    monkeypatch.setattr(servers.tempfile, "tempdir", str(place))
-    for name in (servers.POSTGRES_VARIABLE, servers.DYNAMODB_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    return place
+def folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where servers put their folders. Not in pytest's own: each start of pytest closes that to
+    other users, and the server may run as one."""
+    with tempfile.TemporaryDirectory(prefix="hf-test-servers-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        for variable in (servers.POSTGRES_VARIABLE, servers.DYNAMODB_VARIABLE):
+            monkeypatch.delenv(variable, raising=False)
+        yield folder
 
 
 @pytest.fixture
@@ -103,3 +110,73 @@ def test_a_given_server_is_used_and_never_stopped(monkeypatch: pytest.MonkeyPatc
         assert server.url == "postgresql://somebody@127.0.0.1:1/db"
         with pytest.raises(servers.ServerUnavailable, match="not ours"):
             server.kill()
+
+
+# -- a run that is ended ----------------------------------------------------------------------
+
+_SUITE = """
+import asyncio, os, pathlib, time
+
+def report(server):
+    path = pathlib.Path(os.environ["REPORT"])
+    path.with_suffix(".tmp").write_text(str(server.process.pid))
+    path.with_suffix(".tmp").rename(path)
+
+def test_in_a_call(postgres_server):
+    report(postgres_server)
+    time.sleep(300)
+
+async def test_in_a_loop(postgres_server):
+    report(postgres_server)
+    await asyncio.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("test", ["test_in_a_call", "test_in_a_loop"])
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [([], signal.SIGTERM), (["-n1"], signal.SIGTERM), (["-n1"], signal.SIGKILL)],
+    ids=["ended", "ended-with-workers", "killed-with-workers"],
+)
+def test_a_run_that_is_ended_leaves_no_server(
+    test: str, options: list[str], how: signal.Signals, folders: Path
+) -> None:
+    """The controller of workers may be killed; a run without workers cannot act after a kill."""
+    try:
+        servers._postgres_programs()
+    except servers.ServerUnavailable as exc:
+        skip_engine("postgresql", str(exc))
+    suite = folders / "test_suite.py"
+    suite.write_text(_SUITE)
+    report = folders / "report"
+    environment = {**os.environ, "REPORT": str(report), "TMPDIR": str(folders)}
+    for name in [each for each in environment if each.startswith("PYTEST_")]:
+        del environment[name]  # this run may be one of a worker
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", f"--rootdir={folders}"]
+    command += ["-o", "asyncio_mode=auto"]
+    command += ["-o", "asyncio_default_fixture_loop_scope=function", *options, f"{suite}::{test}"]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet) as run:
+        try:
+            wait_until(report.exists, 120)
+            server = int(report.read_text())
+            run.send_signal(how)
+            wait_until(lambda: not is_running(server), 60)
+            wait_until(lambda: not list(folders.glob("hf-async-store-*")), 60)
+        finally:
+            run.kill()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
