@@ -1,11 +1,11 @@
-"""The error tree. Everything the store raises on purpose derives from `StorageError`.
+"""The exception hierarchy. Every exception that the store raises by itself is a `StorageError`.
 
-Two questions decide what a caller may do next, so every error answers them:
+Each error has two attributes that decide what a caller may do next:
 
-* `retryable`: the same call may succeed later without a change on the caller's side.
-* `outcome_unknown`: the write may or may not have landed; read before writing again.
+* `retryable`: the same call may succeed later without any change by the caller.
+* `outcome_unknown`: the write may or may not have been applied; read before writing again.
 
-Absence is not an error: `None`, `False` and an empty list mean that the engine answered so.
+A missing entity is not an error: `None`, `False` and an empty list are answers of the engine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class StorageError(Exception):
-    """Base of every error of the store.
+    """Base class of every error of the store.
 
     Attributes:
-        retryable: the same call may succeed later as it is.
-        outcome_unknown: the write may have landed, or not.
+        retryable: the same call may succeed later, unchanged.
+        outcome_unknown: the write may or may not have been applied.
     """
 
     _retryable: ClassVar[bool] = False
@@ -39,14 +39,14 @@ class StorageError(Exception):
         self.outcome_unknown: bool = outcome_unknown
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Subclasses take other arguments than the message, so the default would not come back.
+        # Subclasses take other arguments than the message, so the default could not be unpickled.
         return _rebuild, (type(self), self.args, self.__dict__)
 
     def copy(self) -> Self:
-        """An equal error of its own, for each of several callers that one failure reaches."""
-        twin = _rebuild(type(self), self.args, dict(self.__dict__))
-        twin.__cause__ = self.__cause__
-        return twin
+        """An equal, separate error: for each of several callers that one failure concerns."""
+        other = _rebuild(type(self), self.args, dict(self.__dict__))
+        other.__cause__ = self.__cause__
+        return other
 
 
 Error = TypeVar("Error", bound=StorageError)
@@ -58,35 +58,35 @@ def _rebuild(kind: type[Error], args: tuple[object, ...], state: dict[str, objec
     return error
 
 
-# -- what the caller handed in: refused before any I/O ---------------------------------------
+# -- invalid arguments: raised before any I/O ------------------------------------------------
 
 
 class ConfigurationError(StorageError):
-    """A configuration, URL or declaration that cannot be used; names the key by its path."""
+    """An invalid configuration, URL or declaration; the message names the key by its path."""
 
 
 class InvalidInputError(StorageError):
-    """Base of the refusals of a value, key, field, version, query or cursor."""
+    """Base class of the errors for an invalid value, key, field, version, query or cursor."""
 
-    def at(self, place: str) -> Self:
-        """The same error, naming its place in a batch."""
-        return _rebuild(type(self), (f"{place}: {self}",), dict(self.__dict__))
+    def at(self, item: str) -> Self:
+        """The same error, with the item of a batch named in front of its message."""
+        return _rebuild(type(self), (f"{item}: {self}",), dict(self.__dict__))
 
 
 class UnknownCollectionError(InvalidInputError):
-    """A collection that was not declared; the message names those that were."""
+    """A collection that is not declared; the message lists the declared ones."""
 
 
 class InvalidKeyError(InvalidInputError):
-    """An id that is not text of 1 to 1,024 bytes of UTF-8, or is missing from its entity."""
+    """An id that is not a string of 1 to 1,024 bytes of UTF-8, or is missing from its entity."""
 
 
 class UnsupportedValueError(InvalidInputError):
-    """A value outside the portable domain; names the path of the value."""
+    """A value that is not portable between engines; the message names the path of the value."""
 
 
 class InvalidFieldError(InvalidInputError):
-    """A declared field with a value of another type, or a required field that is missing."""
+    """A declared field with a value of the wrong type, or a required field that is missing."""
 
 
 class InvalidVersionError(InvalidInputError):
@@ -98,14 +98,14 @@ class InvalidQueryError(InvalidInputError):
 
 
 class InvalidCursorError(InvalidInputError):
-    """A cursor that was altered, or belongs to another query."""
+    """An invalid cursor, or the cursor of another query."""
 
 
-# -- what the store answered ----------------------------------------------------------------
+# -- state of the stored data ---------------------------------------------------------------
 
 
 class EntityNotFoundError(StorageError):
-    """A verb that needs an entity found none."""
+    """The operation needs an existing entity, and there is none."""
 
     def __init__(self, collection: str, entity_id: str) -> None:
         super().__init__(f"{collection} has no entity {entity_id!r}")
@@ -114,7 +114,7 @@ class EntityNotFoundError(StorageError):
 
 
 class AlreadyExistsError(StorageError):
-    """An entity that had to be absent is there."""
+    """The operation needs an id that is not in use, and there is an entity with it."""
 
     def __init__(self, collection: str, entity_id: str) -> None:
         super().__init__(f"{collection} already has an entity {entity_id!r}")
@@ -123,16 +123,16 @@ class AlreadyExistsError(StorageError):
 
 
 class ConcurrencyConflictError(StorageError):
-    """Somebody else changed what this write, or this transaction, relied on.
+    """A concurrent change conflicts with this write or transaction.
 
     Attributes:
-        collection, entity_id: the entity, where one can be named.
+        collection, entity_id: the entity, if a single one is concerned.
         expected: the version that the caller expected, or None.
-        actual: the version that is stored, or None when it is not known.
-        current: the stored entity, where the engine gives it free; else None.
+        actual: the stored version, or None if it is not known.
+        current: the stored entity, if the engine returns it at no extra cost; else None.
 
-    `retryable` is true for a transaction that lost a race and may simply run again, and false
-    for a stale `expected_version`, which first needs a fresh read.
+    `retryable` is true for a transaction that was rolled back because of a concurrent one and may
+    be run again, and false for a stale `expected_version`, which requires a new read first.
     """
 
     def __init__(
@@ -156,19 +156,19 @@ class ConcurrencyConflictError(StorageError):
 
 
 class RetriesExhaustedError(ConcurrencyConflictError):
-    """`run_transaction` or `modify_entity` met conflicts until its time was up."""
+    """`run_transaction` or `modify_entity` met conflicts until `retry_seconds` had passed."""
 
 
 class ReferenceViolationError(StorageError):
-    """A parent that does not exist, or a parent that still has children."""
+    """A referenced parent does not exist, or a parent to be deleted still has children."""
 
 
 class BatchError(StorageError):
-    """Some changes of a batch failed; the others landed.
+    """Some changes of a batch failed; the others were applied.
 
     Attributes:
-        outcomes: one per change in input order: what the verb returns for one entity, or the
-            error of that one change.
+        outcomes: one per change, in input order: what the method for a single entity returns, or
+            the error of that change.
     """
 
     def __init__(self, message: str, outcomes: Sequence[int | bool | StorageError]) -> None:
@@ -181,30 +181,30 @@ class BatchError(StorageError):
         self.outcomes = list(outcomes)
 
 
-# -- transactions and life ------------------------------------------------------------------
+# -- transactions and lifecycle -------------------------------------------------------------
 
 
 class TransactionError(StorageError):
-    """Base of the errors about a transaction itself."""
+    """Base class of the errors about the state of a transaction."""
 
 
 class TransactionAbortedError(TransactionError):
-    """A change in this transaction failed; only a rollback is left. The cause is chained."""
+    """A change in this transaction failed, so it can only be rolled back. The cause is chained."""
 
 
 class TransactionClosedError(TransactionError):
-    """A transaction used after its end, or before its beginning."""
+    """A transaction was used before it began or after it ended."""
 
 
 class TransactionReentryError(TransactionError):
-    """A verb of the store inside one's own transaction, or a lock that the task already holds.
+    """A task called the store inside its own transaction, or acquired a lock that it already holds.
 
-    It would wait for itself.
+    It would deadlock with itself.
     """
 
 
 class TransactionTooLargeError(TransactionError):
-    """More changes or bytes than the engine takes in one transaction; nothing was written."""
+    """More changes or bytes than the engine allows in one transaction; nothing was written."""
 
 
 class StoreClosedError(StorageError):
@@ -212,29 +212,30 @@ class StoreClosedError(StorageError):
 
 
 class StoreNotFoundError(StorageError):
-    """No store is there, and the operation needs one: a reading command, a backup, a migration.
+    """The store does not exist, and the operation needs one: a reading command, a backup, a migration.
 
-    Programs do not meet it: their reads of an absent store answer as an empty one does.
+    The methods of a store do not raise it: to them, a store that does not exist is empty.
     """
 
 
 class EventLoopMismatchError(StorageError):
-    """The store was used from another event loop, or after a fork, than the one it opened in."""
+    """The store was used in another event loop than the one it was opened in, or after a fork."""
 
 
 class MigrationError(StorageError):
-    """A move or restore that cannot go on. The source is as it was; the message says what to do."""
+    """A migration or restore cannot continue. The source is unchanged; the message says what to do."""
 
 
 class TargetNotEmptyError(MigrationError):
-    """The target holds entities already, and nothing says how to merge them."""
+    """The target is not empty, and no merge strategy was chosen."""
 
 
 class VerificationError(MigrationError):
     """Source and target differ.
 
     Attributes:
-        differences: the first of them, as text: collection, id, field and both values' types.
+        differences: the first of them, each a line that names collection, id, field and the types
+            of both values.
     """
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
@@ -243,12 +244,13 @@ class VerificationError(MigrationError):
 
 
 class StoreRelocatedError(StorageError):
-    """The store is, or was, moved, and this program may not follow: the message says why.
+    """The store was or is being migrated, and this program may not follow; the message says why.
 
     Attributes:
-        new_url: the other place, as it is recorded: a URL without secrets. Text to show and to
-            compare, never to open: whoever can write to a store can write it. A program follows
-            only to a place that `follow_moves` of its own configuration names.
+        new_url: the URL of the other store as recorded, without secrets; "" if there is none. For
+            display and comparison only, never to be opened: anyone with write access to the store
+            can set it. A program follows only to the stores listed in `follow_moves` of its own
+            configuration.
     """
 
     def __init__(self, message: str, new_url: str) -> None:
@@ -256,29 +258,29 @@ class StoreRelocatedError(StorageError):
         self.new_url = redact_text(new_url)
 
 
-# -- what went wrong beneath ----------------------------------------------------------------
+# -- failures of the engine and its environment ---------------------------------------------
 
 
 class LockTimeoutError(StorageError):
-    """A lock was not free in time."""
+    """A lock could not be acquired in time."""
 
     _retryable = True
 
 
 class OperationTimeoutError(StorageError):
-    """The caller's `timeout` ran out."""
+    """The caller's `timeout` expired."""
 
     _retryable = True
 
 
 class UnavailableError(StorageError):
-    """The engine cannot be reached, or its device answered with an I/O error."""
+    """The engine cannot be reached, or its device reported an I/O error."""
 
     _retryable = True
 
 
 class ThrottledError(UnavailableError):
-    """The engine asked for less, and retries did not outlast it."""
+    """The engine throttled requests for longer than they were retried."""
 
 
 class PoolTimeoutError(UnavailableError):
@@ -286,40 +288,40 @@ class PoolTimeoutError(UnavailableError):
 
 
 class PermissionDeniedError(StorageError):
-    """The operating system or the server refused access."""
+    """The operating system or the server denied access."""
 
 
 class AuthenticationError(PermissionDeniedError):
-    """The server did not accept the user or the password."""
+    """The server rejected the user name or the password."""
 
 
 class ReadOnlyStoreError(StorageError):
-    """The file system or the server takes no writes."""
+    """The file system or the server is read-only."""
 
 
 class DiskFullError(StorageError):
-    """No space, quota or file descriptors left. What was stored before is intact."""
+    """Out of disk space, quota or file descriptors. Data stored before is intact."""
 
 
 class CorruptionError(StorageError):
-    """Stored bytes that are not what the store wrote; names the file, the place and the way back."""
+    """Stored data is damaged; the message names the file, the position and how to recover."""
 
 
 class DataFileConflictError(CorruptionError):
-    """A data file was replaced by hand while a store relied on it. Names the ways out.
+    """A data file was replaced from outside while a store used it. The message names the remedies.
 
-    JSON: while its journal holds commits, or a link to the file leads elsewhere than when the store
-    was opened. SQLite: while the store had it open.
+    JSON: the journal holds commits to the old file, or a symbolic link to the file has another
+    target than when the store was opened. SQLite: the store had the file open.
     """
 
 
 class NewerFormatError(StorageError):
-    """A newer release of this package wrote what is stored; update it. Nothing was changed."""
+    """The data was written by a newer release of this package; upgrade it. Nothing was changed."""
 
 
 class SchemaMismatchError(StorageError):
-    """A table that is there differs from the declaration; the message lists the differences."""
+    """An existing table differs from the declaration; the message lists the differences."""
 
 
 class ProtocolError(StorageError):
-    """The engine answered by an error that it should not give, or did not speak its protocol."""
+    """The engine returned an unexpected error or an invalid response."""
