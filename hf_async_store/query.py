@@ -1,9 +1,9 @@
-"""What a query means, on every engine.
+"""Queries and their semantics, the same on every engine.
 
 From the top down: what callers write (operators, `path`, `and_`, `or_`, `not_`, `asc`, `desc`),
-what engines read (`Filter`, `Order`, `Query`), `build_query` between the two, and the meaning
-itself: `matches` and `sort_key` are the reference that every engine answers to. Then cursors, and
-`ordered` for engines that sort in memory.
+what engines read (`Filter`, `Order`, `Query`), `build_query`, which translates the one into the
+other, and the semantics: `matches` and `sort_key` are the reference implementation for every
+engine. Then cursors, and `ordered` for engines that sort in memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ OpName: TypeAlias = Literal[
 
 
 class Op(msgspec.Struct, frozen=True):
-    """An operator with its operand, as the value of a filter map. `build_query` checks it."""
+    """An operator with its operand, as a value in a filter mapping. `build_query` validates it."""
 
     name: OpName
     operand: object
@@ -97,12 +97,12 @@ def gte(value: object) -> Op:
 
 
 def between(low: object, high: object) -> Op:
-    """From `low` to `high`, both included: `gte(low)` and `lte(high)`."""
+    """From `low` to `high`, inclusive: `gte(low)` and `lte(high)`."""
     return Op("between", (low, high))
 
 
 def in_(values: Iterable[object]) -> Op:
-    """`eq` to one of the values; of none, it matches nothing."""
+    """`eq` to one of the values; with no values, it matches nothing."""
     return Op("in", _frozen(values))
 
 
@@ -112,102 +112,103 @@ def not_in(values: Iterable[object]) -> Op:
 
 
 def exists(wanted: bool = True) -> Op:
-    """The field is there, null or not; with False, it is missing."""
+    """The field is present, null or not; with False, it is missing."""
     return Op("exists", wanted)
 
 
 def contains(value: object) -> Op:
-    """A text with this text in it, or a list with an element that is `eq` to this."""
+    """A string that contains this string, or a list with an element that is `eq` to this value."""
     return Op("contains", value)
 
 
 def begins_with(prefix: str) -> Op:
-    """A text that begins with this one. Case counts, and no character is special."""
+    """A string with this prefix. Case-sensitive; no character is special."""
     return Op("begins_with", prefix)
 
 
 def _frozen(values: object) -> object:
-    # An iterator would be empty when the operator is used again, and `not_in` of nothing matches
-    # everything. What is no collection of values stays as it is; build_query names its field.
+    # An iterator would be exhausted when the operator is used again, and `not_in` of nothing
+    # matches everything. Anything else is left unchanged; build_query rejects it with its field.
     if isinstance(values, Iterable) and not isinstance(values, str | bytes | bytearray | Mapping):
         return tuple(values)
     return values
 
 
 class Path(msgspec.Struct, frozen=True):
-    """A place inside an entity, made by `path`."""
+    """A path to a value inside an entity, created by `path`."""
 
     parts: tuple[str | int, ...]
 
 
 def path(*parts: str | int) -> Path:
-    """A place inside an entity, for a key of a filter map or an order: `path("disks", 0, "size")`.
+    """A path to a nested value, as a filter key or an order key: `path("disks", 0, "size")`.
 
-    Text steps into a map, an integer from 0 on into a list. A place that is not there is missing.
-    A plain text in the place of a path is one top-level field name, dots and all.
+    A string selects a key of a dict, a non-negative integer an element of a list. What the path does
+    not reach is missing. A plain string instead of a path is the name of one top-level field; dots in
+    it have no meaning.
 
     Raises:
         InvalidQueryError: a step that is neither.
     """
     for each in parts:
-        _refuse_other_step(each)
+        _check_step_type(each)
     return Path(parts)
 
 
-def _refuse_other_step(part: object) -> None:
-    # At once: as the key of a map it might not even be hashable.
+def _check_step_type(part: object) -> None:
+    # Here already: a path is used as the key of a dict, and this step might not be hashable.
     if not isinstance(part, str | int):
         kind = type(part).__name__
-        raise InvalidQueryError(f"a step of a path is text or an integer, not {kind}")
+        raise InvalidQueryError(f"a step of a path must be a string or an integer, not {kind}")
 
 
 class Combined(msgspec.Struct, frozen=True):
-    """Filters put together, made by `and_`, `or_` and `not_`. `build_query` checks them."""
+    """A combination of filters, created by `and_`, `or_` or `not_`. `build_query` validates it."""
 
     kind: Literal["and", "or", "not"]
     filters: tuple[FilterMap | Combined, ...]
 
 
 FilterMap: TypeAlias = "Mapping[str, object] | Mapping[Path, object] | Mapping[str | Path, object]"
-"""Field name or `path` to a value, which means equality, or to an operator. All must match."""
+"""Maps a field name or `path` to a value, which means equality, or to an operator. All must match."""
 
 Filters: TypeAlias = "FilterMap | Combined | None"
-"""What a verb takes as its filters; None is all entities."""
+"""The `filters` argument of the query methods; None matches all entities."""
 
 
 def and_(*filters: FilterMap | Combined) -> Combined:
-    """All of these match. Of none: everything."""
+    """All of the filters match. Without filters: everything."""
     return Combined("and", filters)
 
 
 def or_(*filters: FilterMap | Combined) -> Combined:
-    """At least one of these matches. Of none: nothing."""
+    """At least one of the filters matches. Without filters: nothing."""
     return Combined("or", filters)
 
 
 def not_(filters: FilterMap | Combined) -> Combined:
-    """This does not match: plain negation, so null, missing and other types do."""
+    """The filter does not match. Plain negation: null, missing and other types match."""
     return Combined("not", (filters,))
 
 
 class Order(msgspec.Struct, frozen=True):
-    """One key of an order."""
+    """One sort key."""
 
     path: tuple[str | int, ...]
     descending: bool = False
 
 
 OrderBy: TypeAlias = "str | Path | Order | Sequence[str | Path | Order] | None"
-"""What a verb takes as its order; None is by id."""
+"""The `order_by` argument of the query methods; None sorts by id."""
 
 
 def asc(name: str | Path) -> Order:
-    """Smallest first: missing, null, booleans, numbers, texts, lists, maps."""
+    """Ascending: missing, null, booleans, numbers, strings, lists, dicts."""
     return Order(name.parts if isinstance(name, Path) else (name,))
 
 
 def desc(name: str | Path) -> Order:
-    """Greatest first: `asc` turned round, so missing comes last."""
+    """Descending: the reverse of `asc`, so missing comes last."""
     return Order(name.parts if isinstance(name, Path) else (name,), descending=True)
 
 
@@ -215,9 +216,9 @@ def desc(name: str | Path) -> Order:
 
 
 class Missing(Enum):
-    """The type of `MISSING`: no field there at all, as told from null."""
+    """The type of `MISSING`: the field does not exist, in contrast to null."""
 
-    # Not a text: as an operand or in an entity it must be refused like any other object.
+    # Not a string: as an operand or in an entity it must be rejected like any other object.
     MISSING = object()
 
     def __repr__(self) -> str:
@@ -228,11 +229,11 @@ MISSING: Final = Missing.MISSING
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """One operator on one place.
+    """One operator applied to one path.
 
     Attributes:
         value: portable. For `in` and `not_in` a list of distinct values in ascending order, for
-            `between` the list of its two bounds, for `exists` a boolean, for `begins_with` a text.
+            `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string.
     """
 
     path: tuple[str | int, ...]
@@ -241,13 +242,13 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 class And(msgspec.Struct, frozen=True):
-    """Every part matches. Never directly inside another `And`, never of one part alone."""
+    """Every part matches. Never directly inside another `And`, never with exactly one part."""
 
     parts: tuple[Filter, ...]
 
 
 class Or(msgspec.Struct, frozen=True):
-    """One part at least matches. Never directly inside another `Or`, never of one part alone."""
+    """At least one part matches. Never directly inside another `Or`, never with exactly one part."""
 
     parts: tuple[Filter, ...]
 
@@ -263,26 +264,26 @@ EVERYTHING: Final = And(())
 
 
 class CursorPosition(msgspec.Struct, frozen=True):
-    """A place between two rows: behind the row that has these values at the paths of the order."""
+    """The position directly after the row with this id and these values at the order's paths."""
 
     values: tuple[Value | Missing, ...]
     id: str
 
 
 class Query(msgspec.Struct, frozen=True):
-    """A checked query, made by `build_query`.
+    """A validated query, created by `build_query`.
 
-    The answer is the rows that match `where`, in this order, strictly after `after`, at most
-    `limit`.
+    Its result is the rows that match `where`, in this order, strictly after `after`, at most
+    `limit` of them.
 
     Attributes:
-        order: rows that are equal by all of it follow in ascending order of their ids; without
-            any, that alone is the order. No path comes twice, and nothing after the key field.
-        by_id: the caller asked for the order of ids in so many words. It matters only to an engine
-            whose default order is "none": there, an empty order without it is any order.
-        paged: it is a page of a walk, so that its order must be one that an id can continue.
-        fields: the only top-level fields that are wanted, the key field and `version` among them;
-            None is the whole entity. What the filter and the order read may not be among them.
+        order: the sort keys. Ties are broken by ascending id, and without sort keys the rows are
+            sorted by id. No path occurs twice, and none follows the key field.
+        by_id: the caller asked explicitly for the order by id. It matters only to an engine whose
+            `default_order` is "none": without it, an empty order there means any order.
+        paged: the query reads one page, so its order must be one that a cursor can continue.
+        fields: the top-level fields to return, including the key field and `version`; None is the
+            whole entity. The filter and the order may use other fields.
     """
 
     collection: str
@@ -295,44 +296,44 @@ class Query(msgspec.Struct, frozen=True):
     paged: bool = False
 
     def with_limit(self, limit: int | None) -> Query:
-        """The same query with another limit. Its cursors are the same."""
+        """The same query with another limit. Cursors of the two are interchangeable."""
         return msgspec.structs.replace(self, limit=limit)
 
 
 class Page(msgspec.Struct, frozen=True):
-    """A page of entities, and the cursor of the next; None at the end."""
+    """A page of entities, and the cursor of the next page; None on the last."""
 
     items: list[Entity]
     cursor: str | None
 
 
-# -- from the one to the other --------------------------------------------------------------
+# -- building a query -----------------------------------------------------------------------
 
-# Every engine answers below these limits, whatever it is: SQLite's parser takes some 90 open
-# parentheses and expressions 1,000 deep, PostgreSQL's protocol 32,767 parameters.
+# Within these limits every engine can run a query: SQLite's parser allows some 90 open parentheses
+# and expressions 1,000 deep, PostgreSQL's protocol 32,767 parameters.
 
 MAX_FILTER_DEPTH: Final = 32
-"""How many `and_`, `or_` and `not_` may lie inside one another."""
+"""The maximum nesting depth of `and_`, `or_` and `not_`."""
 
 MAX_FILTER_TERMS: Final = 1_000
-"""How many comparisons a filter may have."""
+"""The maximum number of comparisons in a filter."""
 
 MAX_FILTER_VALUES: Final = 50_000
-"""How many values the lists of a filter's `in_` and `not_in` may have together."""
+"""The maximum number of values in all `in_` and `not_in` lists of a filter together."""
 
 MAX_FILTER_BYTES: Final = 16 * 1024 * 1024
-"""What the names and values of a filter may weigh, measured as entities are."""
+"""The maximum size of the names and values of a filter, measured like the size of entities."""
 
 MAX_PATH_STEPS: Final = 32
-"""How many steps a path may have: one more than lead to the deepest value that can be stored."""
+"""The maximum number of steps of a path: one more than the deepest value that can be stored has."""
 
 MAX_ORDER_FIELDS: Final = 32
-"""How many keys an order may have."""
+"""The maximum number of sort keys."""
 
-# No list comes near it. SQLite lets greater indexes wrap round, to an element that is there.
+# No list is that long. In SQLite, greater indexes wrap around to an existing element.
 _MAX_INDEX: Final = 2**31 - 1
 
-# Above any count of rows, with room for an engine to ask for one row more.
+# Above any number of rows, and an engine can still add one to it.
 _MAX_LIMIT: Final = 2**62
 
 
@@ -346,26 +347,26 @@ def build_query(
     cursor: str | None = None,
     paged: bool = False,
 ) -> Query:
-    """The checked query of what a caller wrote.
+    """Validate the arguments of a query method and build the query.
 
     Args:
-        filters: a map of names or paths, or a combination; all rows without it.
+        filters: a mapping from names or paths, or a combination; None: all rows.
         order_by: `"name"`, `"-name"` for descending, a `path`, `asc(...)` or `desc(...)`, or a
-            list of these; by id without it.
-        limit: how many rows at most.
-        fields: the top-level fields to read; the key and `version` always come along.
-        cursor: where the page before ended, by `encode_cursor` of the same collection, filters and
-            order. The limit and the fields may differ.
-        paged: it is for one page of a walk.
+            list of these; None: by id.
+        limit: the maximum number of rows.
+        fields: the top-level fields to return; the key and `version` are always included.
+        cursor: the end of the previous page, from `encode_cursor` with the same collection, filters
+            and order. The limit and the fields may differ.
+        paged: the query reads one page.
 
-    Operands are made portable as stored values are. Those compared with a declared timestamp are
-    brought to its fixed form where they can be read as one; `contains` and `begins_with` take the
-    text as it is.
+    Operands are normalised like stored values. If compared with a declared timestamp, a string that
+    can be parsed as one is converted to its canonical form; `contains` and `begins_with` take the
+    string unchanged.
 
     Raises:
         InvalidQueryError: a malformed filter, operator, order, limit or field list.
         UnsupportedValueError: an operand that could not be stored.
-        InvalidCursorError: a cursor that was altered, or belongs to another query.
+        InvalidCursorError: an invalid cursor, or the cursor of another query.
     """
     order = None if order_by is None else _order(order_by, collection.key)
     query = Query(
@@ -383,12 +384,12 @@ def build_query(
 
 
 _SCALAR_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte")
-_TEXT_OPS: Final = ("contains", "begins_with")
+_STRING_OPS: Final = ("contains", "begins_with")
 _LIST_OPS: Final = ("in", "not_in")
 
 
 class _FilterReader:
-    """Makes the checked form of one filter, and counts what the limits are about."""
+    """Validates one filter, and counts what is limited."""
 
     def __init__(self, collection: Collection) -> None:
         self._collection = collection
@@ -398,15 +399,15 @@ class _FilterReader:
 
     def read(self, filters: object, depth: int) -> Filter:
         if depth > MAX_FILTER_DEPTH:
-            raise InvalidQueryError(f"filters nested more than {MAX_FILTER_DEPTH} deep")
+            raise InvalidQueryError(f"filters are nested more than {MAX_FILTER_DEPTH} deep")
         if isinstance(filters, Mapping):
             return _joined(And, [self._entry(key, each) for key, each in self._items(filters)])
         if not isinstance(filters, Combined):
             raise InvalidQueryError(
-                f"a filter is a map of fields, and_, or_ or not_, not {type(filters).__name__}"
+                f"a filter must be a dict of fields, and_, or_ or not_, not {type(filters).__name__}"
             )
         if not isinstance(filters.filters, tuple):
-            raise InvalidQueryError(f"{filters.kind} combines filters")
+            raise InvalidQueryError(f"{filters.kind} takes filters as its arguments")
         if not filters.filters:
             self._count_term()
         parts = [self.read(each, depth + 1) for each in filters.filters]
@@ -414,7 +415,7 @@ class _FilterReader:
             return Not(parts[0])
         if filters.kind in ("and", "or"):
             return _joined(And if filters.kind == "and" else Or, parts)
-        raise InvalidQueryError(f"no combination {filters.kind!r} of {len(parts)} filters")
+        raise InvalidQueryError(f"invalid combination {filters.kind!r} of {len(parts)} filters")
 
     def _items(self, filters: Mapping[object, object]) -> Iterable[tuple[object, object]]:
         if not filters:
@@ -422,10 +423,10 @@ class _FilterReader:
         return filters.items()
 
     def _entry(self, key: object, value: object) -> Comparison:
-        """One entry of a filter map."""
+        """One entry of a filter mapping."""
         self._count_term()
         steps = _steps(key.parts if isinstance(key, Path) else (key,))
-        self._weigh(sum(len(each.encode()) for each in steps if isinstance(each, str)))
+        self._add_size(sum(len(each.encode()) for each in steps if isinstance(each, str)))
         if not isinstance(value, Op):
             value = Op("eq", value)
         if value.name in _LIST_OPS and isinstance(value.operand, tuple):
@@ -439,33 +440,35 @@ class _FilterReader:
     def _count_term(self) -> None:
         self._terms += 1
         if self._terms > MAX_FILTER_TERMS:
-            raise InvalidQueryError(f"a filter of more than {MAX_FILTER_TERMS:,} comparisons")
+            raise InvalidQueryError(f"the filter has more than {MAX_FILTER_TERMS:,} comparisons")
 
-    def _weigh(self, weight: int) -> None:
-        self._bytes += weight
+    def _add_size(self, size: int) -> None:
+        self._bytes += size
         if self._bytes > MAX_FILTER_BYTES:
-            raise InvalidQueryError(f"a filter of more than {MAX_FILTER_BYTES:,} bytes")
+            raise InvalidQueryError(f"the filter has more than {MAX_FILTER_BYTES:,} bytes")
 
     def _operand(self, op: Op, steps: tuple[str | int, ...]) -> Value:
         """The portable operand of an operator, as `Comparison` describes it."""
         declared = self._collection.fields.get(cast("str", steps[0])) if len(steps) == 1 else None
-        is_time = declared is not None and declared.type == "timestamp" and op.name not in _TEXT_OPS
+        is_time = (
+            declared is not None and declared.type == "timestamp" and op.name not in _STRING_OPS
+        )
 
         def portable(given: object) -> Value:
             if isinstance(given, msgspec.Struct):
-                # A combination, a path, an operator inside another: a slip in the grammar, no value.
-                raise _refused(op, steps, f"compares with a value, not {type(given).__name__}")
-            value, weight = weighed(given, steps)
-            self._weigh(weight)
+                # A combination, a path or an operator inside another one: not a value.
+                raise _refused(op, steps, f"needs a value, not {type(given).__name__}")
+            value, size = weighed(given, steps)
+            self._add_size(size)
             if is_time and isinstance(value, str):
                 return parse_timestamp(value) or value
             return value
 
         given = op.operand
-        if op.name in _SCALAR_OPS or op.name in _TEXT_OPS:
+        if op.name in _SCALAR_OPS or op.name in _STRING_OPS:
             value = portable(given)
             if op.name == "begins_with" and not isinstance(value, str):
-                raise _refused(op, steps, f"needs a text, not {type(given).__name__}")
+                raise _refused(op, steps, f"needs a string, not {type(given).__name__}")
             return value
         if op.name in _LIST_OPS:
             if not isinstance(given, tuple):
@@ -480,7 +483,7 @@ class _FilterReader:
             if not isinstance(given, bool):
                 raise _refused(op, steps, f"needs True or False, not {type(given).__name__}")
             return given
-        raise _refused(op, steps, "is no operator")
+        raise _refused(op, steps, "is not an operator")
 
 
 def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
@@ -491,14 +494,14 @@ def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
 
 
 def _steps(parts: object) -> tuple[str | int, ...]:
-    """The checked steps of a path."""
+    """The steps of a path, validated."""
     if not isinstance(parts, tuple) or not parts:
         raise InvalidQueryError("a path needs at least one step")
     if len(parts) > MAX_PATH_STEPS:
-        raise InvalidQueryError(f"a path of more than {MAX_PATH_STEPS} steps")
+        raise InvalidQueryError(f"the path has more than {MAX_PATH_STEPS} steps")
     steps = tuple(_step(each) for each in parts)
     if not isinstance(steps[0], str) or not steps[0]:
-        raise InvalidQueryError(f"a path begins with the name of a field, not {steps[0]!r}")
+        raise InvalidQueryError(f"the first step of a path must be a field name, not {steps[0]!r}")
     return steps
 
 
@@ -506,11 +509,13 @@ def _step(part: object) -> str | int:
     if type(part) is int and 0 <= part <= _MAX_INDEX:
         return part
     if not isinstance(part, str):
-        raise InvalidQueryError("a field name is text, and a list index an integer from 0 on")
+        raise InvalidQueryError(
+            "a field name must be a string, and a list index a non-negative integer"
+        )
     try:
         return cast("str", normalise(part))
     except UnsupportedValueError as exc:
-        raise InvalidQueryError(f"no field can have the name {part!a}") from exc
+        raise InvalidQueryError(f"invalid field name {part!a}") from exc
 
 
 def _refused(op: Op, steps: tuple[str | int, ...], why: str) -> InvalidQueryError:
@@ -521,13 +526,13 @@ def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
     given = [order_by] if isinstance(order_by, str | Path | Order) else order_by
     if not isinstance(given, list | tuple):
         raise InvalidQueryError(
-            f"order_by is a name, a path, asc, desc or a list of these, not {type(given).__name__}"
+            f"order_by must be a name, a path, asc, desc or a list of these, not {type(given).__name__}"
         )
     if len(given) > MAX_ORDER_FIELDS:
-        raise InvalidQueryError(f"an order of more than {MAX_ORDER_FIELDS} keys")
+        raise InvalidQueryError(f"order_by has more than {MAX_ORDER_FIELDS} sort keys")
     by_path: dict[tuple[str | int, ...], Order] = {}
     for each in map(_one_order, given):
-        # Behind the id, and on a path that was there before, nothing is left to decide.
+        # After the id, and after the same path, a sort key has no effect.
         if (key_field,) not in by_path:
             by_path.setdefault(each.path, each)
     if by_path.get((key_field,)) == Order((key_field,)):
@@ -541,33 +546,33 @@ def _one_order(given: object) -> Order:
     elif isinstance(given, Path):
         given = asc(given)
     if not isinstance(given, Order) or not isinstance(given.descending, bool):
-        raise InvalidQueryError(f"no order can be made of {type(given).__name__}")
+        raise InvalidQueryError(f"{type(given).__name__} is not a sort key")
     return Order(_steps(given.path), given.descending)
 
 
 def _limit(limit: object) -> int:
     if type(limit) is not int or limit < 0:
-        raise InvalidQueryError("limit is an integer from 0 on, or None")
+        raise InvalidQueryError("limit must be a non-negative integer or None")
     return min(limit, _MAX_LIMIT)
 
 
 def _fields(fields: object, key_field: str) -> tuple[str, ...]:
     if not isinstance(fields, list | tuple | AbstractSet):
-        raise InvalidQueryError(f"fields is a list of names, not {type(fields).__name__}")
+        raise InvalidQueryError(f"fields must be a list of names, not {type(fields).__name__}")
     names = [cast("str", _steps((each,))[0]) for each in fields]
     return tuple(dict.fromkeys([key_field, *names, VERSION]))
 
 
-# -- what it means: order -------------------------------------------------------------------
+# -- semantics: order -----------------------------------------------------------------------
 
 SortKey: TypeAlias = "tuple[Any, ...]"
 
 
 def order_key(value: Value | Missing) -> SortKey:
-    """A key that compares and hashes as the total order has it.
+    """A key that compares and hashes according to the total order of values.
 
-    Missing, null, booleans, numbers, texts by code point, lists element by element, maps as their
-    sorted (name, value) pairs. Two values have equal keys exactly if they are `eq`.
+    Missing, null, booleans, numbers, strings by code point, lists element by element, dicts as
+    their sorted (name, value) pairs. Two values have equal keys if and only if they are `eq`.
     """
     kind = type(value)
     if kind is str:
@@ -587,14 +592,14 @@ def order_key(value: Value | Missing) -> SortKey:
 
 
 def sort_key(query: Query, entity_id: str, entity: Entity) -> SortKey:
-    """A key by which `<` puts the rows of a query in their order. No two rows have the same."""
+    """The sort key of a row in the order of a query. No two rows have the same key."""
     return compile_order(query)(entity_id, entity)
 
 
 def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
-    """`sort_key` of one query, for many rows."""
+    """`sort_key` for one query, compiled for use with many rows."""
     parts = [(_reader(each.path), _part_key(each)) for each in query.order]
-    if len(parts) == 1:  # the usual case, at two thirds of the time
+    if len(parts) == 1:  # the usual case, in two thirds of the time
         [(read, part)] = parts
         return lambda entity_id, entity: (*part(read(entity)), entity_id)
 
@@ -608,7 +613,7 @@ def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
 
 
 def position_key(query: Query, position: CursorPosition) -> SortKey:
-    """The `sort_key` of the row that a position lies behind."""
+    """The `sort_key` of the row that a position follows."""
     pairs = zip(query.order, position.values, strict=True)
     return (*chain.from_iterable(_part_key(order)(value) for order, value in pairs), position.id)
 
@@ -618,7 +623,7 @@ def _part_key(order: Order) -> Callable[[Value | Missing], SortKey]:
 
 
 class Desc(msgspec.Struct, frozen=True, gc=False):
-    """The key of a list or map turned round."""
+    """The key of a list or dict, with the comparison reversed."""
 
     key: SortKey
 
@@ -630,10 +635,10 @@ _FLIPPED: Final = bytes(range(255, -1, -1))
 
 
 def _descending(value: Value | Missing) -> SortKey:
-    """`order_key` turned round. For texts and numbers without `Desc`: half the time of a sort."""
+    """`order_key` reversed. Strings and numbers do without `Desc`, which halves the time of a sort."""
     key = order_key(value)
     if isinstance(value, str):
-        # UTF-8 sorts as code points do. The end is above every byte: the longer text comes first.
+        # UTF-8 sorts like code points. The final byte exceeds all others: the longer string is first.
         return -key[0], value.encode().translate(_FLIPPED) + b"\xff"
     if isinstance(value, int | float):
         return -key[0], -value
@@ -641,7 +646,7 @@ def _descending(value: Value | Missing) -> SortKey:
 
 
 def _reader(steps: tuple[str | int, ...]) -> Callable[[Entity], Value | Missing]:
-    """What reads the value at a path."""
+    """A function that reads the value at a path."""
     if len(steps) == 1:
         name = cast("str", steps[0])
         return lambda entity: entity.get(name, MISSING)
@@ -659,18 +664,18 @@ def _reader(steps: tuple[str | int, ...]) -> Callable[[Entity], Value | Missing]
     return read
 
 
-# -- what it means: filters -----------------------------------------------------------------
+# -- semantics: filters ---------------------------------------------------------------------
 
 _Test: TypeAlias = "Callable[[Value | Missing], bool]"
 
 
 def matches(where: Filter, entity: Entity) -> bool:
-    """Whether an entity matches a filter. Never raises, whatever portable values meet."""
+    """Whether an entity matches a filter. Never raises, whatever portable values are compared."""
     return compile_filter(where)(entity)
 
 
 def compile_filter(where: Filter) -> Callable[[Entity], bool]:
-    """`matches` of one filter, for many entities."""
+    """`matches` for one filter, compiled for use with many entities."""
     if isinstance(where, Comparison):
         test = _test(where.op, where.value)
         if len(where.path) == 1:
@@ -733,12 +738,12 @@ def _equal(value: Value) -> _Test:
     if isinstance(value, int | float):
         return lambda found: found == value and type(found) is not bool
     key = order_key(value)
-    # Python says [True] == [1], so its answer is only good for a quick no.
+    # In Python, [True] == [1]; so `==` can only rule out equality quickly.
     return lambda found: found == value and order_key(found) == key
 
 
 def _compared(compare: Callable[[Any, Any], bool], value: Value) -> _Test:
-    """A comparison within the type of `value`; with null there is none."""
+    """A comparison within the type of `value`; null never matches."""
     kinds = (int, float) if type(value) in (int, float) else (type(value),)
     if value is None:
         return lambda found: False
@@ -763,10 +768,10 @@ def _contains(value: Value) -> _Test:
 
 
 def equality_candidates(where: Filter) -> dict[tuple[str | int, ...], list[Value]]:
-    """By path: the values of which each matching row has one there (`eq`, `in`).
+    """By path: values of which every matching row has one (`eq`, `in`), for a lookup in an index.
 
-    What an index can be asked for. It is no replacement for the filter, which may demand more; and
-    remember that `eq(1)` matches 1.0. Where a path is named twice, the shorter list.
+    The filter must still be applied to the rows found, as it may require more; and `eq(1)` matches
+    1.0 too. Of two lists for the same path, the shorter one.
     """
     found: dict[tuple[str | int, ...], list[Value]] = {}
     for part in where.parts if isinstance(where, And) else (where,):
@@ -779,7 +784,7 @@ def equality_candidates(where: Filter) -> dict[tuple[str | int, ...], list[Value
 
 
 def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
-    """Those of the `fields` of a query that an entity has; the entity itself if they are None."""
+    """The `fields` of a query that an entity has; the whole entity if `fields` is None."""
     if fields is None:
         return entity
     return {name: entity[name] for name in fields if name in entity}
@@ -787,66 +792,66 @@ def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
 
 # -- cursors --------------------------------------------------------------------------------
 
-# Not a secret: the checksum is there against accidents and mix-ups. A forged cursor is a position
-# in a query that the caller may ask anyway.
+# Not a secret: the checksum detects mistakes. A forged cursor is merely another position in a query
+# that the caller may run anyway.
 _CURSOR_KEY: Final = b"hf_async_store cursor 1"
 _DIGEST_BYTES: Final = 12
 
 
 class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A position as a cursor writes it: each value a list of one, a missing one an empty list."""
+    """An encoded position: each value in a list of its own, which is empty for a missing value."""
 
     values: list[list[Any]]
     id: str
 
 
-_decode_place: Final = msgspec.json.Decoder(_CursorPayload).decode
+_decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
 
 
 def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
     """The cursor that continues a query after this row.
 
     Args:
-        entity: as it was before projection. The cursor shows what the order reads of it.
+        entity: before projection. The cursor contains, readable, the values that the order uses.
     """
     values = [_reader(each.path)(entity) for each in query.order]
-    place = _CursorPayload([[] if each is MISSING else [each] for each in values], entity_id)
-    body = msgspec.json.encode(place)
+    payload = _CursorPayload([[] if each is MISSING else [each] for each in values], entity_id)
+    body = msgspec.json.encode(payload)
     return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
 
 
 def _decode_cursor(query: Query, cursor: object) -> CursorPosition:
     if not isinstance(cursor, str):
-        raise InvalidCursorError(f"a cursor is text, not {type(cursor).__name__}")
+        raise InvalidCursorError(f"a cursor must be a string, not {type(cursor).__name__}")
     try:
         raw = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        # The decoder skips odd characters and spare bits; only the one true spelling will do.
+        # The decoder ignores invalid characters and spare bits; only the canonical encoding is valid.
         if urlsafe_b64encode(raw).decode().rstrip("=") != cursor:
-            raise InvalidCursorError("the cursor was altered")
+            raise InvalidCursorError("invalid cursor")
         digest, body = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
         if _digest(query, body) != digest:
             raise InvalidCursorError(
-                "the cursor was altered, or belongs to another collection, filter or order"
+                "invalid cursor, or the cursor of another collection, filter or order"
             )
-        place = _decode_place(body)
-        values = [normalise(each[0]) if each else MISSING for each in place.values]
-        entity_id = cast("str", normalise(place.id))
+        payload = _decode_payload(body)
+        values = [normalise(each[0]) if each else MISSING for each in payload.values]
+        entity_id = cast("str", normalise(payload.id))
     except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:
-        raise InvalidCursorError("the cursor cannot be read") from exc
+        raise InvalidCursorError("invalid cursor") from exc
     if len(values) != len(query.order):
-        raise InvalidCursorError("the cursor belongs to another order")
+        raise InvalidCursorError("the cursor is that of another order")
     return CursorPosition(tuple(values), entity_id)
 
 
 def _digest(query: Query, body: bytes) -> bytes:
     order = msgspec.json.encode(query.order)
-    # JSON has no NUL in it, so the parts cannot run into one another.
+    # JSON contains no NUL, so the concatenation is unambiguous.
     bound = b"\0".join((query.collection.encode(), _fingerprint(query.where), order, body))
     return blake2b(bound, digest_size=_DIGEST_BYTES, key=_CURSOR_KEY).digest()
 
 
 def _fingerprint(where: Filter) -> bytes:
-    """Bytes that tell filters apart, but not the order in which their parts were written."""
+    """Bytes that identify a filter, regardless of the order of its parts."""
     if isinstance(where, Comparison):
         triple = (where.path, where.op, where.value)
         return msgspec.json.encode(triple, order="deterministic")
@@ -858,17 +863,17 @@ def _fingerprint(where: Filter) -> bytes:
 
 # -- sorting in memory ----------------------------------------------------------------------
 
-# How many rows are sorted in one step (twice as many at most), and how many are handed out between
-# two looks at the loop: a few milliseconds.
+# The number of rows sorted in one step (at most twice as many), and the number yielded between two
+# iterations of the event loop: a few milliseconds each.
 _RUN: Final = 1_000
 _YIELD_MASK: Final = 500
 
-# Up to this limit only the best rows are held.
+# Up to this limit only the first rows in the order are kept.
 _SMALL_LIMIT: Final = 5_000
 
 
 class _SortRow(msgspec.Struct, gc=False):
-    """A row to be sorted. As 100,000 tuples these made the garbage collector pause for 100 ms."""
+    """A row to be sorted. With 100,000 tuples instead, the garbage collector paused for 100 ms."""
 
     key: SortKey  # its last part is the id
     entity: Entity
@@ -881,20 +886,20 @@ _NOTHING: Final[Entity] = {}
 
 
 async def ordered(
-    pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool = True
+    batches: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool = True
 ) -> AsyncGenerator[tuple[str, Entity], None]:
-    """Rows (id, entity) that match already, put in the order of a query.
+    """Sort matching rows (id, entity) in the order of a query.
 
-    From its `after` on and up to its `limit`. Holds all rows, or with a small limit only so many,
-    and never the loop for long. Closing `pieces` is left to the caller.
+    Starts after its `after` and ends at its `limit`. Keeps all rows in memory, or with a small limit
+    only that many, and never blocks the event loop for long. Closing `batches` is left to the caller.
 
     Args:
-        keep: bring the entities along. Without, what comes with each id is an empty one: the
-            collector then has nothing to walk through that grows with the rows.
+        keep: keep the entities. If false, each id is returned with an empty entity, so that the
+            objects that the garbage collector traverses do not grow with the rows.
     """
     if query.limit == 0:
         return
-    runs = await _sorted_runs(pieces, query, keep=keep)
+    runs = await _sorted_runs(batches, query, keep=keep)
     rows = islice(heapq.merge(*runs, key=_key_of_row), query.limit)
     for count, row in enumerate(rows, 1):
         yield row.key[-1], row.entity
@@ -906,9 +911,9 @@ async def ordered(
 
 
 async def _sorted_runs(
-    pieces: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool
+    batches: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool
 ) -> list[tuple[_SortRow, ...]]:
-    """The rows behind the query's position, in sorted runs; with a small limit, the best in one."""
+    """The rows after the query's position, in sorted runs; with a small limit, the first ones in one."""
     key_of = compile_order(query)
     after = None if query.after is None else position_key(query, query.after)
     limit = query.limit if query.limit is not None and query.limit <= _SMALL_LIMIT else None
@@ -936,9 +941,9 @@ async def _sorted_runs(
         rows.sort(key=_key_of_row)
         runs.append(tuple(rows[:limit]))
 
-    async for piece in pieces:
-        for start in range(0, len(piece), _RUN):
-            add(piece[start : start + _RUN])
+    async for batch in batches:
+        for start in range(0, len(batch), _RUN):
+            add(batch[start : start + _RUN])
             if len(waiting) >= _RUN:
                 sort_waiting()
                 await asyncio.sleep(0)
