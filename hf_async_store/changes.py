@@ -1,4 +1,4 @@
-"""What passes between the shared layers and an engine: keys, records, preconditions and changes."""
+"""Records, preconditions and changes: the data exchanged with engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_async_store.values import INT_MAX, VERSION, Entity, Key, Removed, Value
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
-    """An entity as it is stored. `entity` is the receiver's own copy, `version` in it."""
+    """A stored entity. `entity` is the receiver's own copy and includes `version`."""
 
     key: Key
     entity: Entity
@@ -26,9 +26,9 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 
 class Expect(Enum):
-    """A condition on what is stored, other than an exact version."""
+    """A precondition on the stored entity, other than an exact version."""
 
-    # Values that no entity can hold: an ABSENT in a filter must not turn into the text "absent".
+    # Values that cannot be stored: an ABSENT in a filter must not become the string "absent".
     ANY = object()
     ABSENT = object()
     PRESENT = object()
@@ -39,29 +39,29 @@ class Expect(Enum):
 
 ANY: Final = Expect.ANY
 ABSENT: Final = Expect.ABSENT
-"""As `expected_version`: the entity must not be there."""
+"""As `expected_version`: the entity must not exist."""
 PRESENT: Final = Expect.PRESENT
 
 Precondition: TypeAlias = Expect | int
 
 
 def check_version(expected: object, *, absent: bool) -> Precondition:
-    """The condition of an `expected_version` as a caller gives it.
+    """The precondition for the `expected_version` argument of a caller.
 
     Raises:
-        InvalidVersionError: anything but an integer from 0 on, ABSENT (where `absent` allows it),
-            or ANY, which stands for "left out".
+        InvalidVersionError: it is not a non-negative integer, ABSENT (where `absent` allows it) or
+            ANY, which means that the argument was omitted.
     """
     if expected is ANY or (absent and expected is ABSENT):
         return cast("Expect", expected)
     if type(expected) is int and 0 <= expected <= INT_MAX:
         return expected
-    allowed = "an integer from 0 on" + (" or ABSENT" if absent else "")
-    raise InvalidVersionError(f"expected_version is {allowed}, not {expected!r}")
+    allowed = "a non-negative integer" + (" or ABSENT" if absent else "")
+    raise InvalidVersionError(f"expected_version must be {allowed}, not {expected!r}")
 
 
 class ChangeMarker(msgspec.Struct, frozen=True):
-    """A small record written in the same commit as its change (live migration needs it)."""
+    """A small record that is written in the same commit as its change, for live migration."""
 
     key: Key
     entity: Entity
@@ -71,10 +71,10 @@ class Put(msgspec.Struct, frozen=True, gc=False):
     """Insert or replace a whole entity.
 
     Attributes:
-        entity: portable and checked, without `version`. Without `created_at`, what is stored is
-            kept, be it missing, and a new entity gets `at`.
-        at: the clock's time of this verb, in the fixed form.
-        version: for imports: the version to write as given; `created_at` is then as given too.
+        entity: portable and validated, without `version`. Without `created_at`, the stored one is
+            kept even if it is missing, and a new entity gets `written_at`.
+        written_at: the time of this change, in canonical form.
+        import_version: for imports: the version to store; `created_at` is then stored as given too.
     """
 
     key: Key
@@ -86,7 +86,7 @@ class Put(msgspec.Struct, frozen=True, gc=False):
 
 
 class Patch(msgspec.Struct, frozen=True, gc=False):
-    """Change the named top-level fields of an entity that is there; REMOVED takes one away."""
+    """Change the given top-level fields of an existing entity; REMOVE deletes a field."""
 
     key: Key
     fields: dict[str, Value | Removed]
@@ -96,7 +96,7 @@ class Patch(msgspec.Struct, frozen=True, gc=False):
 
 
 class Delete(msgspec.Struct, frozen=True, gc=False):
-    """Take an entity away. Its outcome is the version that it had, or None if it was not there."""
+    """Delete an entity. The outcome is the version that it had, or None if it did not exist."""
 
     key: Key
     expect: Precondition = ANY
@@ -105,4 +105,4 @@ class Delete(msgspec.Struct, frozen=True, gc=False):
 
 Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
-"""The new version (for a Delete the old one, None if there was none), or the error of that change."""
+"""The new version (of a Delete: the old one, or None), or the error of that change."""

@@ -1,4 +1,4 @@
-"""Declarations: collections, their fields and indexes, and the schema that holds them."""
+"""Declarations: collections, their fields and indexes, and the schema that contains them."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ class Field(msgspec.Struct, frozen=True):
     Args:
         name: `[a-z][a-z0-9_]{0,47}`; `doc` and `version` are reserved.
         type: text, integer (64 bits), number (integer or finite float), boolean, timestamp, or
-            json (anything). A null is allowed unless the field is required.
-        required: an entity without it, or with null in it, is refused.
-        references: the collection whose key this field holds. Needs type text.
-        enforced: False: the reference is only told. Nobody looks whether the parent is there, as
-            where parents are kept elsewhere; their collection need not be declared.
+            json (anything). Null is allowed unless the field is required.
+        required: an entity in which it is missing or null is rejected.
+        references: the collection whose key this field contains. Requires type text.
+        enforced: False: the reference is documentation only. It is not checked whether the parent
+            exists, for example because parents are stored elsewhere; their collection need not be
+            declared.
     """
 
     name: str
@@ -72,15 +73,17 @@ class Field(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         _declared_name(self.name, "field name")
         if self.type not in _CHECKS:
-            raise ConfigurationError(f"field {self.name!r}: no such type {self.type!r}")
+            raise ConfigurationError(f"field {self.name!r}: unknown type {self.type!r}")
         if self.references is not None and self.type != "text":
-            raise ConfigurationError(f"field {self.name!r}: a reference is text, not {self.type}")
+            raise ConfigurationError(
+                f"field {self.name!r}: a reference must be of type text, not {self.type}"
+            )
 
     def check(self, value: Value, collection: str) -> Value:
-        """The value as it is stored.
+        """The value in its stored form.
 
         Raises:
-            InvalidFieldError: naming collection, field and type.
+            InvalidFieldError: names collection, field and type.
         """
         if value is None:
             if self.required:
@@ -114,18 +117,18 @@ _CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
 
 
 def _describe(value: Value) -> str:
-    # The value itself may be a secret; its type says enough.
+    # The value itself may be a secret; its type is enough.
     if isinstance(value, str):
-        return "text" if parse_timestamp(value) is None else "a timestamp text"
+        return "a string" if parse_timestamp(value) is None else "a timestamp string"
     return {bool: "a boolean", int: "an integer", float: "a float", list: "a list"}.get(
-        type(value), "a map"
+        type(value), "a dict"
     )
 
 
 class Index(msgspec.Struct, frozen=True):
-    """A declared index: equality on `field`, then range and order on `sort`.
+    """A declared index: for equality on `field`, then range and order on `sort`.
 
-    Its `name` is the spec's form: `template_id-created_at-index`, or `status-index` without a
+    Its `name` follows the spec: `template_id-created_at-index`, or `status-index` without a
     sort field. Only text, integer, number, boolean and timestamp fields can be indexed.
     """
 
@@ -142,16 +145,16 @@ class Collection:
 
     Args:
         name: `[a-z][a-z0-9_]{0,47}`.
-        key: the field that holds the id.
-        fields: the declared fields beside the key, `Field`s or names of text fields.
-            `created_at` and `updated_at` are always there.
-        indexes: `Index`es, or names of fields to be indexed alone.
+        key: the field that contains the id.
+        fields: the other declared fields: `Field`s, or names of fields of type text.
+            `created_at` and `updated_at` are always declared.
+        indexes: `Index`es, or names of single fields to index.
 
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
 
     Raises:
-        ConfigurationError: a name that is malformed, reserved, unknown or given twice.
+        ConfigurationError: a name is malformed, reserved, unknown or used twice.
     """
 
     __slots__ = (
@@ -169,13 +172,13 @@ class Collection:
     name: str
     key: str
     fields: Mapping[str, Field]
-    """All declared fields by name: the key first, then as given, then the timestamps."""
+    """All declared fields by name: the key first, then in the order given, then the timestamps."""
     indexes: tuple[Index, ...]
     references: tuple[Field, ...]
-    """The fields that hold a key of another collection, where that is enforced."""
+    """The fields with an enforced reference to another collection."""
     required: tuple[str, ...]
     typed: Mapping[str, Field]
-    """The fields whose values must be checked: all but the json ones that are not required."""
+    """The fields whose values must be checked: all except optional ones of type json."""
 
     def __init__(
         self,
@@ -202,7 +205,7 @@ class Collection:
         self.typed = MappingProxyType(
             {each.name: each for each in declared[1:] if each.type != "json" or each.required}
         )
-        # Most values have the usual type of their field, and then need no further look.
+        # Most values have the usual type of their field and need no further check.
         self._usual = tuple(
             (name, (_USUAL.get(each.type),) if each.required else (_USUAL.get(each.type), NoneType))
             for name, each in self.typed.items()
@@ -222,7 +225,7 @@ class Collection:
             raise ConfigurationError(f"collection {self.name!r} declares an index twice")
         for each in (CREATED_AT, UPDATED_AT):
             if self.fields[each].type != "timestamp":
-                raise ConfigurationError(f"{self.name}.{each} is always a timestamp")
+                raise ConfigurationError(f"{self.name}.{each} must be of type timestamp")
         for index in self.indexes:
             for name in (index.field, index.sort):
                 if name is not None and (
@@ -230,22 +233,22 @@ class Collection:
                 ):
                     raise ConfigurationError(
                         f"index {index.name!r} of {self.name!r}: {name!r} is not a declared field "
-                        "that can be indexed"
+                        "of a type that can be indexed"
                     )
 
     def __repr__(self) -> str:
         return f"Collection({self.name!r}, key={self.key!r})"
 
-    # What callers hand in, made fit to be stored --------------------------------------------
+    # -- validation of arguments -------------------------------------------------------------
 
     def key_of(self, entity_id: object) -> Key:
         """The key of an id.
 
         Raises:
-            InvalidKeyError: not text of 1 to 1,024 bytes of UTF-8 without U+0000.
+            InvalidKeyError: it is not a string of 1 to 1,024 bytes of UTF-8 without U+0000.
         """
         if type(entity_id) is not str:
-            entity_id = self._id_text(entity_id)
+            entity_id = self._id_string(entity_id)
         if entity_id.isascii():
             if not 0 < len(entity_id) <= MAX_KEY_BYTES or "\x00" in entity_id:
                 raise self._bad_id(entity_id)
@@ -253,44 +256,46 @@ class Collection:
             raise self._bad_id(entity_id)
         return Key(self.name, entity_id)
 
-    def _id_text(self, entity_id: object) -> str:
+    def _id_string(self, entity_id: object) -> str:
         try:
             text = normalise(entity_id)
         except UnsupportedValueError as exc:
             raise InvalidKeyError(
-                f"an id of {self.name} is text, not {type_name(entity_id)}"
+                f"an id of {self.name} must be a string, not {type_name(entity_id)}"
             ) from exc
         if type(text) is not str:
-            raise InvalidKeyError(f"an id of {self.name} is text, not {type_name(entity_id)}")
+            raise InvalidKeyError(
+                f"an id of {self.name} must be a string, not {type_name(entity_id)}"
+            )
         return text
 
     def _bad_id(self, entity_id: str) -> InvalidKeyError:
         return InvalidKeyError(
-            f"an id of {self.name} is 1 to {MAX_KEY_BYTES} bytes of UTF-8 without U+0000, "
+            f"an id of {self.name} must be 1 to {MAX_KEY_BYTES} bytes of UTF-8 without U+0000, "
             f"not {entity_id[:40]!a}"
         )
 
     def entity(self, data: Mapping[str, object]) -> tuple[Key, Entity]:
-        """The key and a portable, checked copy of a whole entity; `version` is left out.
+        """The key and a portable, validated copy of a whole entity, without `version`.
 
         Raises:
-            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError.
         """
-        self._refuse_other_than_map(data)
+        self._check_is_mapping(data)
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
-        # Before the copy, so that an id that cannot be stored is refused as an id.
+        # Before the copy, so that an id that cannot be stored is reported as an invalid id.
         key = self.key_of(data[self.key])
         return key, self._whole(self._copied(data))
 
     def stored(self, data: Entity, size: int) -> tuple[Key, Entity]:
-        """As `entity`, of one that came out of a store: its values are portable, and are not copied.
+        """Like `entity`, for one that was read from a store: its portable values are not copied.
 
         Args:
-            size: of its JSON in bytes.
+            size: the size of its JSON in bytes.
 
         Raises:
-            InvalidKeyError, ValueOutOfDomainError, InvalidFieldError.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError.
         """
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
@@ -307,17 +312,17 @@ class Collection:
         return entity
 
     def changes(self, entity_id: str, data: Mapping[str, object]) -> dict[str, Value | Removed]:
-        """A portable, checked copy of the named fields of an update; `version` is left out.
+        """A portable, validated copy of the fields of an update, without `version`.
 
         Raises:
-            InvalidFieldError: also for taking away the key or a required field.
+            InvalidFieldError: also for removing the key or a required field.
         """
-        self._refuse_other_than_map(data)
+        self._check_is_mapping(data)
         removed = [name for name, value in data.items() if value is REMOVE]
         for name in removed:
             if name in self.required:
                 raise InvalidFieldError(f"{self.name}.{name} is required and cannot be removed")
-        # The names of what is taken away are checked, too, as if they held nulls.
+        # The names of removed fields are validated too, as if their values were null.
         kept = {**data, **dict.fromkeys(removed)} if removed else data
         copied: dict[str, Value | Removed] = dict(self._copied(kept))
         copied.update(dict.fromkeys(removed, REMOVE))
@@ -326,17 +331,19 @@ class Collection:
             raise InvalidFieldError(f"{self.name}.{self.key} is the key and cannot be changed")
         return copied
 
-    def _refuse_other_than_map(self, data: object) -> None:
+    def _check_is_mapping(self, data: object) -> None:
         if not isinstance(data, Mapping):
-            raise UnsupportedValueError(f"an entity of {self.name} is a map, not {type_name(data)}")
+            raise UnsupportedValueError(
+                f"an entity of {self.name} must be a dict, not {type_name(data)}"
+            )
 
     def _copied(self, data: Mapping[str, object]) -> Entity:
-        entity, weight = sized(data)
-        refuse_oversize(entity, weight)
+        entity, size = sized(data)
+        refuse_oversize(entity, size)
         return self._checked(entity)
 
     def _checked(self, entity: Entity) -> Entity:
-        """The entity with its declared fields as they are stored, in place."""
+        """Convert the declared fields of the entity to their stored form, in place."""
         for name, kinds in self._usual:
             if name in entity and type(entity[name]) not in kinds:
                 entity[name] = self.typed[name].check(entity[name], self.name)
@@ -351,8 +358,8 @@ class Schema(Mapping[str, Collection]):
     """The declared collections of a store, by name, parents before children.
 
     Raises:
-        ConfigurationError: a name twice, a reference to an undeclared collection, or a cycle of
-            references other than of a collection to itself.
+        ConfigurationError: a duplicate name, a reference to an undeclared collection, or a cycle of
+            references other than from a collection to itself.
     """
 
     __slots__ = ("_by_name", "children")
@@ -415,7 +422,7 @@ def _parents_first(given: Sequence[Collection]) -> list[Collection]:
         ]
         if not ready:
             raise ConfigurationError(
-                "references run in a circle: " + ", ".join(each.name for each in waiting)
+                "the references form a cycle: " + ", ".join(each.name for each in waiting)
             )
         ordered += ready
         placed |= {each.name for each in ready}
@@ -471,6 +478,6 @@ HOST_FACTORY: Final = (
         indexes=[Index("request_id", "created_at"), "return_request_id", "status", "name"],
     ),
 )
-"""The spec's schema: templates, requests and machines, its columns and references, and the indexes
-that an orchestrator's own queries need. Only the keys are required, because the spec's own
+"""The schema of the spec: templates, requests and machines, its columns and references, and the
+indexes that an orchestrator's own queries need. Only the keys are required, because the spec's own
 examples leave out columns that its DDL calls NOT NULL."""

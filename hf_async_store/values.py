@@ -1,4 +1,4 @@
-"""Values and entities: what may be stored, and the forms in which it is."""
+"""Values and entities: which values can be stored, and their canonical forms."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ class Key(msgspec.Struct, frozen=True, order=True, gc=False):
 
 
 canonical: Final[Callable[[object], bytes]] = msgspec.json.Encoder(order="sorted").encode
-"""The text of an entity, one to one: by it entities are compared, hashed and backed up."""
+"""The canonical JSON of an entity, by which entities are compared, hashed and backed up."""
 
-# -- the portable value domain --------------------------------------------------------------
+# -- portable values ------------------------------------------------------------------------
 
 MAX_DEPTH: Final = 30
-"""How many lists and maps may lie inside one another in the value of a field."""
+"""The maximum nesting depth of lists and dicts in the value of a field."""
 
 MAX_ENTITY_BYTES: Final = 396 * 1024
-"""What one entity may weigh, by `check_size`. DynamoDB takes items of 400 KiB; the rest is for its keys,
-version, write token and index stand-ins (source: DynamoDB service quotas, item size)."""
+"""The maximum size of an entity, as measured by `check_size`. DynamoDB allows items of 400 KiB; the
+rest is for its keys, version, write token and index placeholders (source: DynamoDB service quotas,
+item size)."""
 
 MAX_KEY_BYTES: Final = 1024
 INT_MIN: Final = -(2**63)
 INT_MAX: Final = 2**63 - 1
 
-# What a value weighs in the form that the DynamoDB codec writes, side forms included: a number of
-# 64 bits takes at most 12 bytes; a float at most 32, because one that the service cannot hold
-# (integral, -0.0, beyond 1e125) is written as text; containers 3, and 1 for each element.
-_INT_WEIGHT: Final = 12
-_FLOAT_WEIGHT: Final = 32
+# The size of a value in the encoding of the DynamoDB codec, in its largest form: a 64-bit integer
+# takes at most 12 bytes; a float at most 32, because one that the service cannot store (integral,
+# -0.0, beyond 1e125) is written as a string; containers take 3, and 1 for each element.
+_INT_SIZE: Final = 12
+_FLOAT_SIZE: Final = 32
 
 LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
-"""An entity whose JSON is shorter cannot weigh too much: no value weighs 8 times its JSON."""
+"""An entity whose JSON is shorter is never too large: no value has 8 times the size of its JSON."""
 
 NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
 _FIXED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z", re.ASCII)
@@ -65,12 +66,12 @@ _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 class Removed:
-    """The type of `REMOVED`."""
+    """The type of `REMOVE`."""
 
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return "REMOVED"
+        return "REMOVE"
 
     def __copy__(self) -> Removed:
         return self
@@ -80,11 +81,11 @@ class Removed:
 
 
 REMOVE: Final = Removed()
-"""In the fields of an update: take this field away. (None sets it to null.)"""
+"""As a value in an update: delete this field. (None sets it to null.)"""
 
 
 def join_path(parts: Sequence[str | int]) -> str:
-    """The path of a value as errors print it: `tags.owner[2]`, odd names quoted."""
+    """The path of a value as printed in errors: `tags.owner[2]`, unusual names quoted."""
     text = ""
     for part in parts:
         if isinstance(part, int):
@@ -99,22 +100,22 @@ def join_path(parts: Sequence[str | int]) -> str:
 def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
     """A portable copy of `value` that shares nothing mutable with it.
 
-    Beside JSON's own types these have one obvious text form and are accepted: aware `datetime`
-    (UTC, `YYYY-MM-DDTHH:MM:SS.ffffffZ`), `date` (ISO), `UUID`, IP addresses and networks, and
-    `Enum` (its value). Tuples become lists. Bytes, sets, Decimal and naive datetimes have no one
-    obvious form and are refused.
+    In addition to the types of JSON, these are converted to strings: aware `datetime` (UTC,
+    `YYYY-MM-DDTHH:MM:SS.ffffffZ`), `date` (ISO 8601), `UUID`, IP addresses and networks. An `Enum`
+    is replaced by its value, a tuple by a list. Bytes, sets, Decimal and naive datetimes have no
+    single obvious representation and are rejected.
 
     Args:
-        path: where the value stands, for the error.
+        path: the path of the value, for the error.
 
     Raises:
-        ValueOutOfDomainError: naming the path of the value.
+        UnsupportedValueError: names the path of the value.
     """
     return weighed(value, path)[0]
 
 
 def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int]:
-    """`normalise`, and what the value weighs."""
+    """`normalise`, and the size of the value."""
     try:
         return _copy(value, 0)
     except _DomainViolation as exc:
@@ -123,23 +124,23 @@ def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int
 
 
 def copy_entity(data: Mapping[str, object]) -> Entity:
-    """`normalise` for a whole entity, which may be as large and as deep as entities may be.
+    """`normalise` for a whole entity.
 
     Raises:
-        ValueOutOfDomainError.
+        UnsupportedValueError.
     """
     return sized(data)[0]
 
 
 def sized(data: Mapping[str, object]) -> tuple[Entity, int]:
-    """A portable copy of an entity, and what it weighs."""
+    """A portable copy of an entity, and its size."""
     try:
         return _copy_map(cast("Mapping[object, object]", data), 0)
     except _DomainViolation as exc:
         raise exc.public() from exc.__cause__
 
 
-class _DomainViolation(Exception):  # noqa: N818  # on its way out it gathers the path, and becomes public
+class _DomainViolation(Exception):  # noqa: N818  # collects the path while it propagates, and becomes public
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.path: list[str | int] = []
@@ -154,10 +155,10 @@ def _copy(value: object, depth: int) -> tuple[Value, int]:
         text = cast("str", value)
         if text.isascii():
             if "\x00" in text:
-                raise _DomainViolation("text with U+0000")
+                raise _DomainViolation("string with U+0000")
             return text, len(text)
         if NOT_UTF8.search(text):
-            raise _DomainViolation("text with U+0000 or a lone surrogate")
+            raise _DomainViolation("string with U+0000 or a lone surrogate")
         return text, len(text.encode())
     if value is None or kind is bool:
         return cast("bool | None", value), 1
@@ -165,11 +166,11 @@ def _copy(value: object, depth: int) -> tuple[Value, int]:
         number = cast("int", value)
         if not INT_MIN <= number <= INT_MAX:
             raise _DomainViolation("an integer of more than 64 bits")
-        return number, _INT_WEIGHT
+        return number, _INT_SIZE
     if kind is float:
         if not isfinite(cast("float", value)):
             raise _DomainViolation(f"{value} (only finite numbers can be stored)")
-        return cast("float", value), _FLOAT_WEIGHT
+        return cast("float", value), _FLOAT_SIZE
     if kind is dict:
         return _copy_map(cast("dict[object, object]", value), depth + 1)
     if kind is list or kind is tuple:
@@ -178,32 +179,32 @@ def _copy(value: object, depth: int) -> tuple[Value, int]:
 
 
 def _copy_map(value: Mapping[object, object], depth: int) -> tuple[Entity, int]:
-    # The hottest loop above the engines: every entity that is written goes through it. Short
-    # texts are copied in line, and a path is put together only for an error.
+    # The most frequent loop outside the engines: every entity that is written passes through it.
+    # ASCII strings are copied inline, and a path is built for an error alone.
     if depth > MAX_DEPTH:
         raise _DomainViolation(f"nested more than {MAX_DEPTH} deep")
     copied: Entity = {}
-    weight = 3 + len(value)
+    size = 3 + len(value)
     for name, each in value.items():
         try:
-            weight += _NAMES.get(name) or _name_weight(name)  # type: ignore[call-overload]  # any key
+            size += _NAMES.get(name) or _name_size(name)  # type: ignore[call-overload]  # any key
             if type(each) is str and each.isascii() and "\x00" not in each:
-                copied[name] = each  # type: ignore[index]  # `_name_weight` let only text pass
-                weight += len(each)
+                copied[name] = each  # type: ignore[index]  # `_name_size` accepts strings alone
+                size += len(each)
             else:
                 copied[name], more = _copy(each, depth)  # type: ignore[index]  # as above
-                weight += more
+                size += more
         except _DomainViolation as exc:
             exc.path.append(name if type(name) is str else f"{name!a}")
             raise
-    return copied, weight
+    return copied, size
 
 
 def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
     if depth > MAX_DEPTH:
         raise _DomainViolation(f"nested more than {MAX_DEPTH} deep")
     copied: list[Value] = []
-    weight = 3 + len(value)
+    size = 3 + len(value)
     for index, each in enumerate(value):
         try:
             one, more = _copy(each, depth)
@@ -211,28 +212,28 @@ def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
             exc.path.append(index)
             raise
         copied.append(one)
-        weight += more
-    return copied, weight
+        size += more
+    return copied, size
 
 
-# What names weigh: a store sees the same few again and again. Bounded, for names may be data, too.
+# The sizes of names: a store sees the same few repeatedly. Bounded, as names may also be data.
 _NAMES: Final[dict[str, int]] = {}
-_MOST_NAMES: Final = 4096
+_MAX_NAMES: Final = 4096
 
 
-def _name_weight(name: object) -> int:
+def _name_size(name: object) -> int:
     if type(name) is not str:
-        raise _DomainViolation(f"a map key that is {type_name(name)}, not text")
+        raise _DomainViolation(f"a dict key of type {type_name(name)}, not str")
     if NOT_UTF8.search(name):
         raise _DomainViolation("a field name with U+0000 or a lone surrogate")
-    weight = len(name.encode())
-    if 0 < weight <= 64 and len(_NAMES) < _MOST_NAMES:
-        _NAMES[name] = weight
-    return weight
+    size = len(name.encode())
+    if 0 < size <= 64 and len(_NAMES) < _MAX_NAMES:
+        _NAMES[name] = size
+    return size
 
 
 def _plain(value: object) -> object:
-    """The portable form of a type that is not JSON's own."""
+    """The portable form of a value of another type."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, datetime):
@@ -250,13 +251,13 @@ def _plain(value: object) -> object:
     if type(value).__module__ == "ipaddress":
         return str(value)
     raise _DomainViolation(
-        f"{type_name(value)} has no portable form (give a text, a number or a list)"
+        f"{type_name(value)} has no portable form (pass a string, a number or a list)"
     )
 
 
 def _timestamp_text(value: datetime) -> str:
     if value.tzinfo is None:
-        raise _DomainViolation("a naive datetime (give it a time zone)")
+        raise _DomainViolation("a naive datetime (add a time zone)")
     try:
         return value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
     except OverflowError as exc:
@@ -264,14 +265,14 @@ def _timestamp_text(value: datetime) -> str:
 
 
 class _Clock:
-    """The text of the current second: most calls fall into the same one as the call before."""
+    """The formatted current second: most calls are in the same second as the call before."""
 
     second = -1
     text = ""
 
 
 def utc_now() -> str:
-    """The clock's time in the fixed text form: UTC, six digits, `Z`."""
+    """The current time in canonical form: UTC, six digits, `Z`."""
     second, fraction = divmod(time_ns() // 1000, 1_000_000)
     if second != _Clock.second:
         _Clock.text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
@@ -283,11 +284,11 @@ is_canonical_timestamp: Final = re.compile(
     r"(?!0000)[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
     r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}Z\Z"
 ).match
-"""Most timestamps in the fixed form are told by this alone: those of days that every month has."""
+"""A quick check that recognises most canonical timestamps: those of days 1 to 28."""
 
 
 def parse_timestamp(text: str) -> str | None:
-    """The fixed form of an ISO 8601 text; one without a zone is UTC. None if it is no timestamp."""
+    """The canonical form of an ISO 8601 string, in UTC if it has no zone; None if it is not one."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -307,23 +308,20 @@ def type_name(value: object) -> str:
 
 
 def check_size(entity: Mapping[str, Value]) -> None:
-    """Refuse an entity that weighs too much; what the store sets in it is not counted.
+    """Reject an entity that is too large; the fields that the store sets are not counted.
 
     Raises:
-        ValueOutOfDomainError.
+        UnsupportedValueError.
     """
     refuse_oversize(*sized(entity))
 
 
-def refuse_oversize(entity: Entity, weight: int) -> None:
-    if weight <= MAX_ENTITY_BYTES:
+def refuse_oversize(entity: Entity, size: int) -> None:
+    if size <= MAX_ENTITY_BYTES:
         return
-    # What came out must go in again, with the version and the timestamps that it got.
-    weight -= sum(
-        1 + len(name) + _copy(entity[name], 0)[1] for name in STORE_FIELDS & entity.keys()
-    )
-    if weight > MAX_ENTITY_BYTES:
+    # An entity that was read can be written again, with the version and timestamps that it got.
+    size -= sum(1 + len(name) + _copy(entity[name], 0)[1] for name in STORE_FIELDS & entity.keys())
+    if size > MAX_ENTITY_BYTES:
         raise UnsupportedValueError(
-            f"(entity): {weight:,} bytes by the measure of the portable form, "
-            f"over {MAX_ENTITY_BYTES:,}"
+            f"(entity): {size:,} bytes in its portable form, more than {MAX_ENTITY_BYTES:,}"
         )

@@ -125,7 +125,7 @@ def test_many_are_put_in_pieces(cli: Cli) -> None:
         (["put", "machines", "--file", "x"], "cannot read x: No such file or directory"),
         (["put", "machines", "in.json"], "to read a file, give --file in.json"),
         (["put", "machines", '{"status": "x"}'], "needs its key field 'machine_id'; it holds the"),
-        (["put", "machines", '{"machine_id": 5}'], "an id of machines is text, not int"),
+        (["put", "machines", '{"machine_id": 5}'], "an id of machines must be a string, not int"),
         (
             ["put", "nope", "{}"],
             "no collection 'nope'; declared are: templates, requests, machines",

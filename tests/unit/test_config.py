@@ -352,7 +352,7 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         (in_json(lock_timeout=0), "storage.json_strategy.lock_timeout: expected float > 0.0"),
         (in_json(lock_timeout=float("nan")), "storage.json_strategy.lock_timeout: expected float"),
         (in_json(lock_timeout=float("inf")), "storage.json_strategy.lock_timeout: expected a fin"),
-        (in_json(base_path="a\0b"), "storage.json_strategy.base_path: text with U+0000"),
+        (in_json(base_path="a\0b"), "storage.json_strategy.base_path: string with U+0000"),
         (
             in_json(storage_type="single"),
             "storage.json_strategy.storage_type: expected 'single_file' or 'split_files'",
