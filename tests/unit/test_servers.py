@@ -155,10 +155,14 @@ def test_a_run_that_is_ended_leaves_no_server(
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", f"--rootdir={folders}"]
     command += ["-o", "asyncio_mode=auto"]
     command += ["-o", "asyncio_default_fixture_loop_scope=function", *options, f"{suite}::{test}"]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet) as run:
+    said = folders / "said"
+    with (
+        said.open("wb") as log,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log) as run,
+    ):
         try:
-            wait_until(report.exists, 120)
+            wait_until(lambda: report.exists() or run.poll() is not None, 120)
+            assert report.exists(), said.read_text()
             server = int(report.read_text())
             run.send_signal(how)
             wait_until(lambda: not is_running(server), 60)
