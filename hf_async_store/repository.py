@@ -1,8 +1,8 @@
-"""The entity verbs: one interface for the store and for a transaction in it.
+"""The entity methods: one interface for the store and for its transactions.
 
-`RepositoryInterface` is written once, over four primitives. What callers hand in is checked and
-copied before any I/O, synchronously up to a piece of 128 entities: a caller may change its dict as
-soon as the coroutine runs.
+`RepositoryInterface` is implemented once, on four primitives. Arguments are validated and copied
+before any I/O, synchronously up to a chunk of 128 entities: a caller may change its dict as soon as
+the coroutine runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Final, TypeVar, cast
 
 import msgspec
 
-from hf_async_store import batch_validation as columns
+from hf_async_store import batch_validation
 from hf_async_store.changes import (
     ABSENT,
     ANY,
@@ -69,24 +69,25 @@ Made = TypeVar("Made")
 Result = TypeVar("Result")
 
 _CHUNK_SIZE: Final = 128
-"""How many entities are checked one by one before the loop gets a turn."""
+"""The number of entities validated one by one between two iterations of the event loop."""
 
-_PIECE_TOGETHER: Final = 512
-"""How many of them in the same time where they are checked together."""
+_BATCH_CHUNK_SIZE: Final = 512
+"""The number validated in about the same time where they are validated together."""
 
 
 class RepositoryInterface(ABC):
-    """The verbs that the store and a transaction share.
+    """The methods that the store and its transactions share.
 
-    Every verb takes the collection first and raises `UnknownCollectionError` for one that is not
-    declared. Entities are maps of portable values (see `entities.normalise`); what is returned is
-    the caller's own copy, `version` in it. What a caller hands in is never changed.
+    Every method takes the collection first and raises `UnknownCollectionError` if it is not
+    declared. Entities are dicts of portable values (see `values.normalise`); a returned entity is
+    the caller's own copy and includes `version`. Arguments are never modified.
 
-    Every verb may raise a `StorageError` that says `retryable` and `outcome_unknown`. `timeout`
-    is in seconds; when it runs out, `OperationTimeoutError` says whether a write may have landed.
+    Every method may raise a `StorageError`, with its attributes `retryable` and `outcome_unknown`.
+    `timeout` is in seconds; when it expires, `OperationTimeoutError` tells by `outcome_unknown`
+    whether a write may have been applied.
 
-    In a transaction, a change that fails leaves only a rollback: later verbs and the commit raise
-    `TransactionAbortedError`.
+    In a transaction, a failed change can only be followed by a rollback: later calls and the commit
+    raise `TransactionAbortedError`.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -111,7 +112,7 @@ class RepositoryInterface(ABC):
     @abstractmethod
     async def _count(self, query: Query) -> int: ...
 
-    def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+    def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
 
     # -- one entity --------------------------------------------------------------------------
@@ -122,9 +123,9 @@ class RepositoryInterface(ABC):
         """Insert a new entity under the id in its key field; returns its version, 1.
 
         Raises:
-            AlreadyExistsError: the id is taken; what is there stays as it is.
+            AlreadyExistsError: the id is in use; the stored entity is unchanged.
             InvalidKeyError, UnsupportedValueError, InvalidFieldError: before any I/O.
-            ReferenceViolationError: a declared reference names no entity.
+            ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         change = self._put(self._schema[collection], entity, ABSENT, utc_now())
         return cast("int", await self._one(change, timeout))
@@ -137,21 +138,21 @@ class RepositoryInterface(ABC):
         expected_version: int | Expect = ANY,
         timeout: float | None = None,
     ) -> int:
-        """Insert the whole entity, or replace what is there; returns the new version.
+        """Insert or replace a whole entity; returns the new version.
 
-        Fields that the entity does not name are gone afterwards, except `created_at`. A
-        `version` in it is ignored.
+        Stored fields that the entity does not contain are deleted, except `created_at`. A `version`
+        in it is ignored.
 
         Args:
-            expected_version: the version that must be stored, or ABSENT. Left out: whatever.
+            expected_version: the version that must be stored, or ABSENT. By default, any.
 
         Raises:
             ConcurrencyConflictError: another version is stored.
-            EntityNotFoundError: a version was expected and nothing is there.
-            AlreadyExistsError: ABSENT was expected and something is there.
+            EntityNotFoundError: a version was expected, and the entity does not exist.
+            AlreadyExistsError: ABSENT was expected, and the entity exists.
             InvalidVersionError, InvalidKeyError, UnsupportedValueError, InvalidFieldError: before
                 any I/O.
-            ReferenceViolationError: a declared reference names no entity.
+            ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, utc_now())
@@ -166,12 +167,12 @@ class RepositoryInterface(ABC):
         expected_version: int | Expect = ANY,
         timeout: float | None = None,
     ) -> int:
-        """Change the named top-level fields of an entity that is there; returns the new version.
+        """Change the given top-level fields of an existing entity; returns the new version.
 
-        None sets a field to null, REMOVE takes it away.
+        None sets a field to null, REMOVE deletes it.
 
         Raises:
-            EntityNotFoundError: nothing is there; nothing is inserted.
+            EntityNotFoundError: the entity does not exist; nothing is inserted.
             ConcurrencyConflictError, InvalidVersionError, UnsupportedValueError,
             InvalidFieldError, ReferenceViolationError: as in `save_entity`.
         """
@@ -187,10 +188,10 @@ class RepositoryInterface(ABC):
         expected_version: int | Expect = ANY,
         timeout: float | None = None,
     ) -> bool:
-        """Take an entity away; True if it was there.
+        """Delete an entity; returns whether it existed.
 
         Raises:
-            EntityNotFoundError: a version was expected and nothing is there.
+            EntityNotFoundError: a version was expected, and the entity does not exist.
             ConcurrencyConflictError, InvalidVersionError: as in `save_entity`.
             ReferenceViolationError: other entities still refer to it.
         """
@@ -201,7 +202,7 @@ class RepositoryInterface(ABC):
     async def get_entity(
         self, collection: str, entity_id: str, *, timeout: float | None = None
     ) -> Entity | None:
-        """The entity, `version` in it, or None if there is none.
+        """The entity, including `version`, or None if it does not exist.
 
         Raises:
             InvalidKeyError: an id that cannot be stored.
@@ -220,19 +221,19 @@ class RepositoryInterface(ABC):
     ) -> list[int]:
         """`create_entity` for each; returns the versions in input order.
 
-        On the store each lands or fails alone; in a transaction the first failure aborts it. One
-        that cannot be stored (a bad key, value or field) refuses the whole batch before any I/O,
-        naming its place.
+        On the store each succeeds or fails alone; in a transaction the first failure aborts it. If
+        one cannot be stored (an invalid key, value or field), the whole batch is rejected before
+        any I/O, and the error names the item.
 
         Raises:
-            BatchError: some failed; its `outcomes` hold a version or an error each.
+            BatchError: some failed; its `outcomes` are a version or an error each.
         """
         declared = self._schema[collection]
         at = utc_now()
-        changes = await _pieces(
+        changes = await _in_chunks(
             _reject_str(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
-            lambda piece: _puts(declared, piece, ABSENT, at),
+            lambda chunk: _puts(declared, chunk, ABSENT, at),
         )
         return cast("list[int]", await self._many(changes, timeout))
 
@@ -244,9 +245,9 @@ class RepositoryInterface(ABC):
         *,
         timeout: float | None = None,
     ) -> list[int]:
-        """`save_entity` for each; `expected_versions` maps id to version. As `create_entities`.
+        """`save_entity` for each; `expected_versions` maps ids to versions. See `create_entities`.
 
-        A repeated id is applied in input order.
+        Changes of the same id are applied in input order.
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
@@ -257,10 +258,10 @@ class RepositoryInterface(ABC):
             expect = expected.pop(put.key.id)
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
-        changes = await _pieces(
+        changes = await _in_chunks(
             _reject_str(entities, "entities"),
             change,
-            None if expected_versions else lambda piece: _puts(declared, piece, ANY, at),
+            None if expected_versions else lambda chunk: _puts(declared, chunk, ANY, at),
         )
         expected.assert_exhausted()
         return cast("list[int]", await self._many(changes, timeout))
@@ -273,12 +274,12 @@ class RepositoryInterface(ABC):
         *,
         timeout: float | None = None,
     ) -> list[int]:
-        """`update_entity` for each id of `updates`; as `save_entities`."""
+        """`update_entity` for each id in `updates`; see `save_entities`."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
         _mapped(updates, "updates")
         at = utc_now()
-        changes = await _pieces(
+        changes = await _in_chunks(
             updates.items(),
             lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
         )
@@ -293,10 +294,10 @@ class RepositoryInterface(ABC):
         *,
         timeout: float | None = None,
     ) -> list[bool]:
-        """`delete_entity` for each id; as `save_entities`, a bool each."""
+        """`delete_entity` for each id; see `save_entities`. Returns one bool each."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
-        changes = await _pieces(
+        changes = await _in_chunks(
             _reject_str(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
         )
         expected.assert_exhausted()
@@ -305,9 +306,9 @@ class RepositoryInterface(ABC):
     async def get_entities(
         self, collection: str, ids: Iterable[str], *, timeout: float | None = None
     ) -> list[Entity | None]:
-        """The entities in the order of `ids`, None for each that is not there."""
+        """The entities in the order of `ids`, None for each that does not exist."""
         declared = self._schema[collection]
-        keys = await _pieces(_reject_str(ids, "ids"), declared.key_of)
+        keys = await _in_chunks(_reject_str(ids, "ids"), declared.key_of)
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
@@ -321,16 +322,19 @@ class RepositoryInterface(ABC):
         *,
         timeout: float | None = None,
     ) -> list[int]:
-        """Write entities as they are, for migration and restore; returns their versions.
+        """Write entities with their versions and timestamps, for migration and restore.
 
-        What is there is replaced, whatever its version unless `expected_versions` maps its id to
-        one. `version` is written as given (0 if it is missing), and so are the timestamps: null
-        stays null, missing stays missing. References are checked. Fails as `create_entities` does.
+        Existing entities are replaced, of whatever version unless `expected_versions` maps their ids
+        to one. `version` is stored as given (0 if it is missing), and so are the timestamps: null
+        stays null, missing stays missing. References are checked. Fails like `create_entities`.
+
+        Returns:
+            The versions, in input order.
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
-        changes = await _pieces(
+        changes = await _in_chunks(
             _reject_str(entities, "entities"), lambda each: _imported(declared, each, expected, at)
         )
         expected.assert_exhausted()
@@ -344,11 +348,11 @@ class RepositoryInterface(ABC):
         *,
         sizes: Iterable[int] | None = None,
     ) -> list[int]:
-        """`import_entities` of what came out of a store: it is checked against the declarations
-        here, and neither copied nor weighed again.
+        """`import_entities` for entities that were read from a store: they are validated against
+        the declarations here, but neither copied nor measured again.
 
         Args:
-            sizes: of the JSON of each in bytes, where they are known.
+            sizes: the size of the JSON of each in bytes, if known.
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
@@ -362,12 +366,11 @@ class RepositoryInterface(ABC):
         if sizes is None:
             entities = list(entities)
             sizes = [len(msgspec.json.encode(each)) for each in entities]
-        changes = await _pieces(zip(entities, sizes, strict=True), change)
+        changes = await _in_chunks(zip(entities, sizes, strict=True), change)
         return cast("list[int]", _results(changes, await self._import(changes)))
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Write whole entities as they are; many at a time, so that waiting for others gains
-        nothing."""
+        """Write whole entities as given, in batches that need not be combined with other writes."""
         return await self._write(changes, None)
 
     async def modify_entity(
@@ -378,16 +381,18 @@ class RepositoryInterface(ABC):
         *,
         retry_seconds: float = RETRY_SECONDS,
     ) -> int:
-        """Read, change, compare-and-set; returns the new version.
+        """Read an entity, change it and write it back if unchanged; returns the new version.
 
         Args:
-            change: given the entity, returns the changed one; plain or async. It is called again
-                after each lost race, with the newer entity, until `retry_seconds` are over; in a
-                transaction it is called once, for a conflict there leaves only a rollback.
+            change: a function, plain or async, that takes the entity and returns the changed one. It
+                is called again after each conflict, with the current entity, until `retry_seconds`
+                have passed; in a transaction it is called once, because after a conflict the
+                transaction can only be rolled back.
 
         Raises:
-            EntityNotFoundError: nothing is there.
-            RetriesExhaustedError: conflicts until the time was over, the last one as cause.
+            EntityNotFoundError: the entity does not exist.
+            RetriesExhaustedError: there were conflicts until the time had passed; the last one is
+                the cause.
         """
 
         declared = self._schema[collection]
@@ -417,7 +422,7 @@ class RepositoryInterface(ABC):
     async def _retried(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
-        """`attempt`, again after each race for the entity of this key that it lost."""
+        """Await `attempt()`, and again after each conflict on the entity of this key."""
 
     # -- queries -----------------------------------------------------------------------------
 
@@ -431,26 +436,26 @@ class RepositoryInterface(ABC):
         fields: Sequence[str] | None = None,
         timeout: float | None = None,
     ) -> list[Entity]:
-        """The entities that match, in order.
+        """The matching entities, in order.
 
         Args:
-            filters: a map of literal field names (or `path(...)`) to a value, which means
-                equality, or to an operator; or a node of `and_`, `or_`, `not_`. None: all.
+            filters: maps literal field names (or `path(...)`) to a value, which means equality, or
+                to an operator; or a combination by `and_`, `or_`, `not_`. None: all entities.
             order_by: `"name"`, `"-name"`, or a list of them or of `asc(...)`, `desc(...)`. Ties
-                are by id; None is by id where the engine's `default_order` says so.
-            limit: how many matches at most.
-            fields: read only these; the key field and `version` always come along.
+                are broken by id; None sorts by id if the engine's `default_order` is "id".
+            limit: the maximum number of entities.
+            fields: return only these; the key field and `version` are always included.
 
         Raises:
-            InvalidQueryError: anything malformed, before any I/O.
+            InvalidQueryError: an argument is malformed; raised before any I/O.
         """
         query = self._query(collection, filters, order_by, limit, fields)
         found: list[Entity] = []
         if query.limit == 0:
             return found
-        async with operation_timeout(timeout), aclosing(self._select_pieces(query)) as pieces:
-            async for piece in pieces:
-                found += [project(each, query.fields) for each in piece]
+        async with operation_timeout(timeout), aclosing(self._select_batches(query)) as batches:
+            async for chunk in batches:
+                found += [project(each, query.fields) for each in chunk]
         return found
 
     async def stream_entities(
@@ -462,7 +467,7 @@ class RepositoryInterface(ABC):
         *,
         fields: Sequence[str] | None = None,
     ) -> AsyncGenerator[Entity, None]:
-        """As `query_entities`, one at a time, never holding all of them."""
+        """Like `query_entities`, one entity at a time, without keeping all of them in memory."""
         query = self._query(collection, filters, order_by, limit, fields)
         async with aclosing(self._rows(query)) as rows:
             async for each in rows:
@@ -479,15 +484,16 @@ class RepositoryInterface(ABC):
         fields: Sequence[str] | None = None,
         timeout: float | None = None,
     ) -> Page:
-        """One page, and the cursor of the next; None at the end.
+        """One page of entities, and the cursor of the next page; None on the last.
 
-        A walk over the pages shows every untouched row once, whatever others change meanwhile.
+        Reading page by page returns every entity exactly once that is not changed meanwhile, whatever
+        other changes happen.
 
         Raises:
-            InvalidCursorError: a cursor that was altered or belongs to another query.
+            InvalidCursorError: an invalid cursor, or the cursor of another query.
         """
         if limit is None or limit == 0:
-            raise InvalidQueryError("a page needs a limit from 1 on")
+            raise InvalidQueryError("limit of a page must be at least 1")
         declared = self._schema[collection]
         query = build_query(
             declared,
@@ -498,11 +504,11 @@ class RepositoryInterface(ABC):
             cursor=cursor,
             paged=True,
         )
-        # One more than asked tells whether there is a next page.
+        # One more than requested shows whether there is a next page.
         ahead = query.with_limit(limit + 1)
         found: list[Entity] = []
-        async with operation_timeout(timeout), aclosing(self._select_pieces(ahead)) as pieces:
-            async for each in pieces:
+        async with operation_timeout(timeout), aclosing(self._select_batches(ahead)) as batches:
+            async for each in batches:
                 found += each
         more = len(found) > limit
         del found[limit:]
@@ -515,12 +521,12 @@ class RepositoryInterface(ABC):
     async def count_entities(
         self, collection: str, filters: Filters = None, *, timeout: float | None = None
     ) -> int:
-        """How many entities match."""
+        """The number of matching entities."""
         query = self._query(collection, filters, None, None, None)
         async with operation_timeout(timeout):
             return await self._count(query)
 
-    # -- what the verbs are made of ----------------------------------------------------------
+    # -- shared by the methods ---------------------------------------------------------------
 
     def _query(
         self,
@@ -572,7 +578,7 @@ class RepositoryInterface(ABC):
         return outcome
 
     async def _many(self, changes: Sequence[Change], timeout: float | None) -> Sequence[int | bool]:
-        """What the verb returns for each: a version, or for a delete whether it was there."""
+        """The result of each change: a version, or for a delete whether the entity existed."""
         if not changes:
             return []
         return _results(changes, await self._write(changes, timeout))
@@ -597,7 +603,7 @@ def _results(changes: Sequence[Change], outcomes: Sequence[Outcome]) -> Sequence
 
 
 class _Expected:
-    """The expected versions of a batch by id; each must belong to a change of it."""
+    """The expected versions of a batch by id; each must belong to one of its changes."""
 
     def __init__(self, versions: Mapping[str, int | Expect] | None, *, absent: bool) -> None:
         if versions is not None:
@@ -606,19 +612,21 @@ class _Expected:
             each: check_version(version, absent=absent)
             for each, version in (versions or {}).items()
         }
-        self._left = set(self._versions)
+        self._remaining = set(self._versions)
 
     def pop(self, entity_id: str) -> Precondition:
-        """The condition for this change: only the first one of a repeated id has it."""
-        if entity_id not in self._left:
+        """The precondition of this change; of several changes of an id, the first alone has it."""
+        if entity_id not in self._remaining:
             return ANY
-        self._left.discard(entity_id)
+        self._remaining.discard(entity_id)
         return self._versions[entity_id]
 
     def assert_exhausted(self) -> None:
-        if self._left:
-            names = ", ".join(sorted(map(repr, self._left))[:5])
-            raise InvalidVersionError(f"expected_versions names ids that the batch lacks: {names}")
+        if self._remaining:
+            names = ", ".join(sorted(map(repr, self._remaining))[:5])
+            raise InvalidVersionError(
+                f"expected_versions has ids that are not in the batch: {names}"
+            )
 
 
 def _delete(key: Key, expected: _Expected) -> Delete:
@@ -631,7 +639,7 @@ def _imported(
     given = data.get(VERSION, 0) if isinstance(data, Mapping) else 0
     version = check_version(given, absent=False)
     if version is ANY:
-        raise InvalidVersionError("an imported version is an integer from 0 on")
+        raise InvalidVersionError("an imported version must be a non-negative integer")
     key, entity = collection.entity(data)
     return Put(key, entity, at, expected.pop(key.id), cast("int", version))
 
@@ -639,16 +647,16 @@ def _imported(
 def _stamp(entity: Entity, at: str) -> None:
     """Set the timestamps of a whole entity that is written at this time."""
     entity[UPDATED_AT] = at
-    # The dump of a model has nulls where nothing was given.
+    # The dump of a model contains null for a field that was not set.
     if CREATED_AT in entity and entity[CREATED_AT] is None:
         del entity[CREATED_AT]
 
 
 def _puts(
-    collection: Collection, piece: Sequence[Mapping[str, object]], expect: Precondition, at: str
+    collection: Collection, chunk: Sequence[Mapping[str, object]], expect: Precondition, at: str
 ) -> list[Put] | None:
-    """What `_put` makes of each, or None where that must be done one by one."""
-    checked = columns.validate_batch(collection, piece)
+    """`_put` of each, validated together; None if they must be validated one by one."""
+    checked = batch_validation.validate_batch(collection, chunk)
     if checked is None:
         return None
     for _, entity in checked:
@@ -656,30 +664,30 @@ def _puts(
     return [Put(key, entity, at, expect) for key, entity in checked]
 
 
-async def _pieces(
+async def _in_chunks(
     items: Iterable[Item],
     make: Callable[[Item], Made],
     together: Callable[[Sequence[Item]], list[Made] | None] | None = None,
 ) -> list[Made]:
-    """`make` of each item; the loop gets a turn between pieces of a large batch.
+    """`make` of each item; between chunks of a large batch the event loop runs other tasks.
 
     Args:
-        together: the same for a whole piece of a list; None where it must be done one by one.
+        together: the same for a whole chunk; returns None if it must be done one by one.
     """
     made: list[Made] = []
     if together is None or not isinstance(items, list | tuple):
-        # What is made as it is asked for may be one map, changed from item to item.
+        # A generator may yield the same dict again and again, changed between the items.
         for index, item in enumerate(items):
             if index and not index % _CHUNK_SIZE:
                 await asyncio.sleep(0)
             made.append(_with_item_context(make, index, item))
         return made
-    for start in range(0, len(items), _PIECE_TOGETHER):
+    for start in range(0, len(items), _BATCH_CHUNK_SIZE):
         if start:
             await asyncio.sleep(0)
-        piece = items[start : start + _PIECE_TOGETHER]
-        made += together(piece) or [
-            _with_item_context(make, index, item) for index, item in enumerate(piece, start)
+        chunk = items[start : start + _BATCH_CHUNK_SIZE]
+        made += together(chunk) or [
+            _with_item_context(make, index, item) for index, item in enumerate(chunk, start)
         ]
     return made
 
@@ -693,34 +701,36 @@ def _with_item_context(make: Callable[[Item], Made], index: int, item: Item) -> 
 
 def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:
     if isinstance(items, str) or not isinstance(items, Iterable):
-        # The letters of a text would be taken one by one.
-        raise InvalidInputError(f"{what} is an iterable, not {type(items).__name__}")
+        # The characters of a string would be taken as items.
+        raise InvalidInputError(
+            f"{what} must be an iterable other than str, not {type(items).__name__}"
+        )
     return items
 
 
 def _mapped(items: object, what: str) -> None:
     if not isinstance(items, Mapping):
-        raise InvalidInputError(f"{what} is a map by id, not {type(items).__name__}")
+        raise InvalidInputError(f"{what} must be a dict by id, not {type(items).__name__}")
 
 
 def check_callable(function: object, what: str) -> None:
-    """Refuse what cannot be called.
+    """Reject what is not callable.
 
     Raises:
         InvalidInputError.
     """
     if not callable(function):
-        raise InvalidInputError(f"{what} is a function, not {type(function).__name__}")
+        raise InvalidInputError(f"{what} must be a function, not {type(function).__name__}")
 
 
 def check_seconds(seconds: object, what: str) -> None:
-    """Refuse what is no number of seconds.
+    """Reject what is not a number of seconds.
 
     Raises:
         InvalidInputError.
     """
-    if type(seconds) not in (int, float) or seconds != seconds:  # NaN bounds nothing
-        raise InvalidInputError(f"{what} is a number of seconds, not {type(seconds).__name__}")
+    if type(seconds) not in (int, float) or seconds != seconds:  # NaN would never expire
+        raise InvalidInputError(f"{what} must be a number of seconds, not {type(seconds).__name__}")
 
 
 def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:
@@ -735,10 +745,10 @@ def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError
 async def operation_timeout(
     timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
 ) -> AsyncIterator[None]:
-    """Bound the work inside to `timeout` seconds.
+    """Limit the duration of the body to `timeout` seconds.
 
     Raises:
-        OperationTimeoutError: the time ran out; `outcome_unknown` is asked at that moment.
+        OperationTimeoutError: the time expired; `outcome_unknown` is called at that moment.
     """
     if timeout is None:
         yield

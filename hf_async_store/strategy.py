@@ -1,7 +1,7 @@
-"""A strategy: the store that users hold. Verbs, transactions and life over one engine.
+"""The store that applications use: its methods, transactions and lifecycle, on one engine.
 
-Single writes, and reads where a read is a round trip, go through the coalescer; what an engine can
-do is read from its capabilities, never from its name.
+Single writes, and reads where a read is a round trip, go through the coalescer. What an engine can
+do is determined by its capabilities, never by its name.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _ABANDONED: Final[list[StorageStrategy]] = []
 
 
 class _Forks:
-    """Counts the forks of this process: cheaper to compare than to ask for the process id."""
+    """Counts the forks of this process: comparing this is cheaper than asking for the process id."""
 
     seen: ClassVar[int] = 0
 
@@ -74,13 +74,13 @@ class StorageStrategy(RepositoryInterface):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Args:
-        config: what it was configured by, with absolute paths (`config.anchored`): says where a
-            live move of it may be followed to. None: nowhere.
+        config: its configuration, with absolute paths (`config.anchored`): defines which stores
+            it may follow in a live migration. None: none.
 
-    Opening does no I/O; the first verb does. A store belongs to the event loop that it was opened
-    in, and any number of its tasks may use it at once.
+    Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
+    in, and any number of tasks of that loop may use it at once.
 
-    Every verb may raise, beside its own errors:
+    Every method may raise, in addition to its own errors:
         StoreClosedError: before opening or after closing.
         EventLoopMismatchError: from another event loop, or in a forked child.
         TransactionReentryError: by a task that is inside a transaction of this store.
@@ -89,7 +89,7 @@ class StorageStrategy(RepositoryInterface):
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
     _obeys_moves: ClassVar[bool] = True
-    """False: what the store says of a live move is not looked at. For what reads a backup."""
+    """False: the record of a live migration in the store is ignored, as for reading a backup."""
 
     def __init__(self, engine: Engine, schema: Schema, config: StorageConfig | None = None) -> None:
         super().__init__(schema)
@@ -102,7 +102,7 @@ class StorageStrategy(RepositoryInterface):
         self._forks = _Forks.seen
         self._closed = False
         can = engine.capabilities
-        # What moves while it is in use is shared by processes: only there is it looked for.
+        # Only a store that processes can share can be migrated while it is in use.
         self._router = (
             MigrationRouter(lambda: self._engine, self._engine_at, self._own_place)
             if can.multi_process and self._obeys_moves
@@ -125,25 +125,24 @@ class StorageStrategy(RepositoryInterface):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the engine beneath can do."""
+        """What the engine can do."""
         return self._engine.capabilities
 
-    # -- life --------------------------------------------------------------------------------
+    # -- lifecycle ---------------------------------------------------------------------------
 
     async def open(self) -> Self:
         """Bind the store to the running loop; no I/O."""
         if self._closed:
-            raise StoreClosedError("this store was closed; make a new one")
+            raise StoreClosedError("this store was closed; create a new one")
         if self._loop is not None:
-            raise StoreClosedError("this store is open already")
+            raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
         return self
 
     async def close(self) -> None:
-        """Finish what was submitted, then release everything. A second close does nothing.
+        """Finish the submitted operations, then release all resources. A second close does nothing.
 
-        Streams that are open end. A cancelled close still goes to its end before the cancellation
-        comes out.
+        Open streams are ended. A cancelled close is completed before the cancellation is raised.
 
         Raises:
             EventLoopMismatchError: from another event loop; the store stays open.
@@ -156,7 +155,7 @@ class StorageStrategy(RepositoryInterface):
         await run_to_completion(self._release())
 
     async def _release(self) -> None:
-        async with AsyncExitStack() as stack:  # whatever fails, the rest is released
+        async with AsyncExitStack() as stack:  # if one fails, the others are still released
             stack.push_async_callback(self._engine.close)
             if self._router is not None:
                 stack.push_async_callback(self._router.close)
@@ -178,7 +177,7 @@ class StorageStrategy(RepositoryInterface):
         _ABANDONED.append(self)
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        # The default argument is there still when the interpreter has ended its modules.
+        # The default argument still exists when the interpreter has torn down its modules.
         if getattr(self, "_loop", None) is None or self._closed or self._forks != _Forks.seen:
             return
         _warn(f"unclosed store {self!r}: use `async with`", ResourceWarning, source=self)
@@ -205,7 +204,7 @@ class StorageStrategy(RepositoryInterface):
 
     def _refuse_other_loop(self) -> None:
         if self._forks != _Forks.seen:
-            # Before the loop is asked for: in the child there is none.
+            # Checked before the running loop, as the child has none.
             raise EventLoopMismatchError(
                 "this store was opened before a fork; open one in the child"
             )
@@ -215,7 +214,7 @@ class StorageStrategy(RepositoryInterface):
                 "in this loop"
             )
 
-    # -- moving ------------------------------------------------------------------------------
+    # -- live migration ----------------------------------------------------------------------
 
     def _reopen_with_collections(self, collections: Iterable[Collection]) -> StorageStrategy | None:
         """Another store on the same data, with other collections.
@@ -227,18 +226,18 @@ class StorageStrategy(RepositoryInterface):
         return None
 
     def _engine_at(self, place: str | None) -> Engine | None:
-        """An engine that knows what a move keeps in a store: of this one, or of a place, if the
-        configuration permits that."""
+        """An engine that knows the system collections: of this store (None), or of the store at a URL,
+        if the configuration permits it; else None."""
         collections = [*self._schema.values(), *SYSTEM_COLLECTIONS]
         if place is None:
             again = self._reopen_with_collections(collections)
             return None if again is None else again._engine
         permitted = () if self._configured is None else self._configured.follow_moves
-        # What is opened is what the configuration says of the place, secrets and all.
+        # It is opened as configured, including secrets, not by the recorded URL.
         chosen = next((each for each in permitted if each.place() == place), None)
         if chosen is None:
             return None
-        # Not an import: the strategies stand above, and are found by name as everywhere.
+        # Imported by name, because the strategies are a layer above.
         other: StorageStrategy = import_module("hf_async_store.strategies").open_store(
             chosen, collections=collections
         )
@@ -254,7 +253,7 @@ class StorageStrategy(RepositoryInterface):
 
     @asynccontextmanager
     async def _guard_untracked_write(self, what: str) -> AsyncGenerator[None, None]:
-        """A write that only this engine has: see `MigrationRouter.around`."""
+        """For a write method of one engine: see `MigrationRouter.guard_untracked_write`."""
         if self._router is None:
             yield
             return
@@ -262,7 +261,7 @@ class StorageStrategy(RepositoryInterface):
             yield
 
     async def _require_source_active(self, what: str) -> None:
-        """Before a read that only this engine has: see `MigrationRouter.refuse_elsewhere`."""
+        """For a read method of one engine: see `MigrationRouter.require_source_active`."""
         if self._router is not None:
             await self._router.require_source_active(what)
 
@@ -287,17 +286,17 @@ class StorageStrategy(RepositoryInterface):
         return await self._writes.submit(changes, timeout)
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
-        # Not through the coalescer, whose batches would cut these in two: while one is written,
-        # the next is made ready.
+        # Not through the coalescer, which would split these batches: while one is written, the
+        # next is prepared.
         self._usable()
-        # As with a batch there, a cancellation waits for its end.
+        # As there, a cancellation waits until the batch is written.
         engine = self._engine if self._router is None else self._router
         return await run_to_completion(engine.write_each(changes))
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
 
-    def _select_pieces(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+    def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(iter_batches(self._usable(), query))
 
     async def _count(self, query: Query) -> int:
@@ -306,23 +305,25 @@ class StorageStrategy(RepositoryInterface):
     async def _retried(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
-        self._usable()  # before it waits for a turn
+        self._usable()  # before it waits in the queue
         return await self._retry_queue.retry(key, attempt, seconds)
 
     # -- transactions ------------------------------------------------------------------------
 
     def begin_transaction(self, isolation: Isolation | None = None) -> Transaction:
-        """A transaction, to be used with `async with`; see `Transaction`.
+        """A transaction, for use with `async with`; see `Transaction`.
 
         Args:
-            isolation: one of `capabilities.isolations`; None is the first of them.
+            isolation: one of `capabilities.isolations`; None means the first.
 
         Raises:
-            InvalidInputError: an isolation that the engine does not have.
+            InvalidInputError: the engine does not support this isolation.
         """
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
-            raise InvalidInputError(f"isolation is one of {', '.join(known)}, not {isolation!r}")
+            raise InvalidInputError(
+                f"isolation must be one of {', '.join(known)}, not {isolation!r}"
+            )
         engine = self._engine if self._router is None else self._router
         return self.transaction_type(
             self._schema, engine.session(isolation), enter=self._enter_transaction
@@ -342,11 +343,11 @@ class StorageStrategy(RepositoryInterface):
         """`await work(tx)` in a transaction, again after each conflict; returns its result.
 
         Args:
-            work: is called once per try, so what it does beside the transaction happens again.
+            work: is called once per attempt, so its side effects outside the transaction are repeated.
 
         Raises:
-            RetriesExhaustedError: conflicts until `retry_seconds` were over.
-            Exception: whatever `work` raises that is no conflict; nothing was written.
+            RetriesExhaustedError: there were conflicts until `retry_seconds` had passed.
+            Exception: any other exception of `work`; nothing was written.
         """
 
         check_callable(work, "work")
@@ -358,15 +359,15 @@ class StorageStrategy(RepositoryInterface):
 
         return await retry_conflicts(attempt, retry_seconds)
 
-    # -- beneath the verbs: for backups and migrations ----------------------------------------
+    # -- for backups and migrations ----------------------------------------------------------
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        """The whole store as it is at one moment, at the level of queries and records.
+        """A consistent snapshot of the whole store, for queries and reads by key.
 
-        For what reads everything, as a backup does: it holds up no writer, and takes no memory
-        that grows with what is read. Where `capabilities.query_isolation` is "eventual" it shows
-        what queries show.
+        For reading everything, as a backup does: it does not block writers, and its memory use does
+        not grow with the data read. Where `capabilities.query_isolation` is "eventual", it is no
+        more consistent than queries are.
         """
         async with self._usable().snapshot() as reader:
             yield reader
@@ -374,20 +375,20 @@ class StorageStrategy(RepositoryInterface):
     # -- health ------------------------------------------------------------------------------
 
     async def exists(self) -> bool:
-        """Whether the store is there: its file, or one of its tables. Nothing is made."""
+        """Whether the store exists: its file, or one of its tables. Nothing is created."""
         return await self._usable().exists()
 
     async def is_same_store(self, other: StorageStrategy) -> bool:
-        """Whether `other` reaches the same data, whatever either is called by; see `Engine`."""
+        """Whether `other` reaches the same data, however the two are addressed; see `Engine`."""
         return await (await self._in_use()).is_same_store(await other._in_use())
 
     async def _in_use(self) -> Engine:
-        """The engine itself: of the side that a live move has made the authoritative one."""
+        """The engine itself; during a live migration, that of the authoritative side."""
         engine = self._usable()
         return await engine.in_use() if isinstance(engine, MigrationRouter) else engine
 
     async def undeclared(self) -> list[str]:
-        """What is stored and no declaration covers: collections, and fields as `machines.owner`."""
+        """What is stored but not declared: collections, and fields such as `machines.owner`."""
         return await self._usable().undeclared()
 
     async def explain_query(
@@ -397,15 +398,15 @@ class StorageStrategy(RepositoryInterface):
         order_by: OrderBy = None,
         limit: int | None = None,
     ) -> QueryPlan:
-        """How `query_entities` would run: index or scan, what is filtered and sorted here."""
+        """How `query_entities` would run: by index or scan, and what is filtered and sorted afterwards."""
         query = self._query(collection, filters, order_by, limit, None)
         return await self._usable().explain(query)
 
     async def test_connection(self) -> float:
-        """Write, read back and delete a probe that is no entity; returns the seconds it took.
+        """Write, read back and delete a value that is not an entity; returns the seconds it took.
 
         Raises:
-            StorageError: what stands in the way.
+            StorageError: the reason why it failed.
         """
         engine = self._usable()
         started = time.perf_counter()
@@ -413,10 +414,10 @@ class StorageStrategy(RepositoryInterface):
         return time.perf_counter() - started
 
     async def health(self) -> dict[str, Value]:
-        """What an operator asks first: is it reachable, is there room, is anything wrong.
+        """The state of the store for an operator: reachability, latency, disk space, problems.
 
-        `ok` is true when `problems` is empty; an engine that cannot be reached is a problem here,
-        not an exception.
+        `ok` is true if `problems` is empty. An engine that cannot be reached is reported as a
+        problem, not raised.
         """
         engine = self._usable()
         report: dict[str, Value] = {"engine": self.capabilities.engine}
@@ -441,7 +442,7 @@ class StorageStrategy(RepositoryInterface):
         }
 
     def describe(self) -> dict[str, Value]:
-        """Capabilities and limits, where the data is, and the declared collections; no secrets."""
+        """Capabilities and limits, the location of the data and the collections; without secrets."""
         can = self.capabilities
         return {
             "engine": can.engine,
@@ -471,7 +472,7 @@ def _declared(collection: Collection) -> dict[str, Value]:
 
 
 def schema_of(collections: Schema | Iterable[Collection]) -> Schema:
-    """The schema of what a caller passes as `collections`."""
+    """The schema for the `collections` argument of a caller."""
     return collections if isinstance(collections, Schema) else Schema(collections)
 
 

@@ -1,9 +1,9 @@
-"""Transactions: the async context-manager protocol that every strategy shares.
+"""Transactions, as async context managers; shared by all strategies.
 
-`TransactionManager` begins them for one store and knows which task is inside what, so that a verb
-that would wait for itself is refused instead. `Transaction` is a repository over an engine's
-session: it orders the verbs of several tasks, dooms itself when a change fails, and leaves commit
-and rollback to the session's own context.
+`TransactionManager` records which task is inside which transaction of a store, so that a call that
+would deadlock with its own transaction is rejected. `Transaction` is a repository on a session of an
+engine: it runs the calls of several tasks one after another, aborts when a change fails, and leaves
+commit and rollback to the context manager of the session.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TransactionManager:
         self._inside: dict[asyncio.Task[object], str] = {}
 
     def refuse_reentry(self) -> None:
-        """Refuse a verb of the store that its own task would wait for.
+        """Reject a call of the store that would deadlock with the transaction of its own task.
 
         Raises:
             TransactionReentryError.
@@ -53,19 +53,19 @@ class TransactionManager:
             what = None if task is None else self._inside.get(task)
             if what is not None:
                 raise TransactionReentryError(
-                    f"this task is inside {what} of this store, and the call would wait for itself"
+                    f"this task is inside {what} of this store, so the call would deadlock"
                 )
 
     def enter(self, what: str) -> Callable[[], None]:
-        """Note that the current task is inside `what`; returns the function that ends it.
+        """Record that the current task is inside `what`; returns the function that ends this.
 
         Raises:
-            TransactionReentryError: it is inside something already.
+            TransactionReentryError: it is already inside something.
         """
         self.refuse_reentry()
         task = asyncio.current_task()
         if task is None:
-            raise TransactionClosedError("a transaction needs a running task")
+            raise TransactionClosedError("a transaction must be used in an asyncio task")
         self._inside[task] = what
 
         def leave() -> None:
@@ -75,16 +75,16 @@ class TransactionManager:
 
 
 class Transaction(RepositoryInterface):
-    """Everything written in it lands at its end, or nothing does.
+    """A transaction: all of its writes are committed at its end, or none.
 
-    Use it as an async context manager: leaving it commits, leaving it by an exception rolls it
-    back, and that exception comes out. Verbs awaited by several tasks at once run one by one.
+    Use it as an async context manager: leaving it commits, leaving it by an exception rolls it back
+    and propagates the exception. Calls by several tasks at once run one after another.
 
     Raises, at its end:
         TransactionAbortedError: a change in it had failed; nothing was written.
-        ConcurrencyConflictError: it lost a race against others; nothing was written. Retryable.
-        TransactionTooLargeError: beyond what the engine takes; nothing was written.
-        StorageError with `outcome_unknown`: the answer to the commit was lost.
+        ConcurrencyConflictError: it conflicts with a concurrent one; nothing was written. Retryable.
+        TransactionTooLargeError: it exceeds a limit of the engine; nothing was written.
+        StorageError with `outcome_unknown`: no response to the commit was received.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Transaction(RepositoryInterface):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
         self._inner: Transaction | None = None
-        self._turn: asyncio.Lock = asyncio.Lock() if parent is None else parent._turn
+        self._call_lock: asyncio.Lock = asyncio.Lock() if parent is None else parent._call_lock
         self._seen: dict[Key, int | None] = {} if parent is None else dict(parent._seen)
 
     def begin_transaction(self) -> Self:
         """A nested transaction: a savepoint that can be rolled back alone.
 
-        Until it ends, only its own verbs may be used.
+        Until it ends, only its own methods may be called.
         """
         session = self._usable()
         return type(self)(
@@ -129,8 +129,8 @@ class Transaction(RepositoryInterface):
         """`update_entity` that also fails if the entity changed since this transaction read it.
 
         Raises:
-            EntityNotFoundError: it is not there, or was not when this transaction read it.
-            ConcurrencyConflictError: it changed since. Retryable.
+            EntityNotFoundError: it does not exist, or did not when this transaction read it.
+            ConcurrencyConflictError: it has changed since. Retryable.
         """
         declared = self._schema[collection]
         key = declared.key_of(entity_id)
@@ -146,18 +146,18 @@ class Transaction(RepositoryInterface):
         assert version is not None, "only a delete has no version"
         return version
 
-    # -- the protocol ------------------------------------------------------------------------
+    # -- async context manager ---------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         if self._session is not None or self._closed:
-            raise TransactionClosedError("a transaction can be entered once")
+            raise TransactionClosedError("a transaction can be entered only once")
         parent = self._parent
         if parent is not None:
             parent._usable()
         self._loop = asyncio.get_running_loop()
         leave = self._enter()
         try:
-            async with self._turn:
+            async with self._call_lock:
                 self._session = await self._context.__aenter__()
         except BaseException:
             leave()
@@ -175,7 +175,7 @@ class Transaction(RepositoryInterface):
     ) -> None:
         self._refuse_other_loop()
         self._closed = True
-        own = await self._last_turn() or (self._aborted() if exc is None else None)
+        own = await self._acquire_last() or (self._aborted() if exc is None else None)
         ending = own or exc
         try:
             await self._context.__aexit__(
@@ -188,20 +188,20 @@ class Transaction(RepositoryInterface):
                 self._spread(failure)
                 raise
         finally:
-            self._turn.release()
+            self._call_lock.release()
             self._end()
         if own is not None:
             raise own
 
-    async def _last_turn(self) -> asyncio.CancelledError | None:
-        """Wait for verbs of other tasks to end, whatever happens: the session must be left.
+    async def _acquire_last(self) -> asyncio.CancelledError | None:
+        """Wait until the calls of other tasks have ended, in any case: the session must be left.
 
-        Returns the cancellation that came meanwhile; it then rolls the transaction back.
+        Returns a cancellation received meanwhile, which then rolls the transaction back.
         """
         cancelled: asyncio.CancelledError | None = None
         while True:
             try:
-                await self._turn.acquire()
+                await self._call_lock.acquire()
             except asyncio.CancelledError as exc:
                 cancelled = exc
             else:
@@ -222,7 +222,7 @@ class Transaction(RepositoryInterface):
         return error
 
     def _spread(self, failure: BaseException) -> None:
-        """A savepoint that could not be left properly leaves its parent undefined."""
+        """If a savepoint could not be ended, the state of its parent is undefined too."""
         if self._parent is not None:
             self._parent._failure = failure
 
@@ -238,11 +238,11 @@ class Transaction(RepositoryInterface):
         if self._closed:
             raise TransactionClosedError("this transaction has ended")
         if self._session is None:
-            raise TransactionClosedError("this transaction was not entered (use `async with`)")
+            raise TransactionClosedError("this transaction has not been entered: use `async with`")
         self._refuse_other_loop()
         if self._inner is not None:
             raise TransactionReentryError(
-                "a nested transaction is open; use its verbs until it ends"
+                "a nested transaction is open; call its methods until it ends"
             )
         if self._failure is not None:
             raise TransactionAbortedError(
@@ -260,9 +260,9 @@ class Transaction(RepositoryInterface):
 
     @asynccontextmanager
     async def _step(self, timeout: float | None = None) -> AsyncGenerator[Session, None]:
-        """One verb on the session; whatever goes wrong in it dooms the transaction."""
+        """One call of the session; any error in it aborts the transaction."""
         self._usable()
-        async with operation_timeout(timeout), self._turn:
+        async with operation_timeout(timeout), self._call_lock:
             session = self._usable()
             try:
                 yield session
@@ -287,7 +287,7 @@ class Transaction(RepositoryInterface):
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
-        # None of them is an error now; what a delete gives is the version that was.
+        # None of them is an error now; that of a delete is the version before.
         versions = cast("list[int | None]", outcomes)
         self._seen.update(zip(map(_KEY, changes), versions, strict=True))
         for each in changes:
@@ -296,8 +296,8 @@ class Transaction(RepositoryInterface):
         return outcomes
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
-        # The turn is taken for each step and not for the whole walk: a caller may well write in
-        # the body of its loop.
+        # The lock is held for each step and not for the whole iteration, because the caller may write
+        # in the body of its loop.
         async with self._step() as session:
             records = session.select(query)
         try:
