@@ -462,7 +462,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "init": Command(
         "init",
         "make an empty store where there is none",
-        f"{_CLI}.upkeep:init",
+        f"{_CLI}.admin_commands:init",
         _nothing,
         "What is there already stays as it is, so it may be called again and again.\n\n"
         f"  {PROGRAM} --store json:data/request_database.json init\n",
@@ -470,7 +470,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "put": Command(
         "put COLLECTION [JSON | -] [OPTIONS]",
         "store entities: insert them, or replace what is there",
-        f"{_CLI}.verbs:put",
+        f"{_CLI}.entity_commands:put",
         _put,
         "The JSON is one object, a list of objects, or one object a line. The key field in each\n"
         "(as machine_id) holds its id. Fields that an object does not name are gone afterwards;\n"
@@ -483,7 +483,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "get": Command(
         "get COLLECTION ID...",
         "show entities by id",
-        f"{_CLI}.verbs:get",
+        f"{_CLI}.entity_commands:get",
         _get,
         "Exit code 1 if any of them is not there; the others are shown.\n\n"
         f"  {PROGRAM} get machines m-1 m-2\n"
@@ -492,7 +492,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "update": Command(
         "update COLLECTION ID [FIELD=VALUE... | JSON] [OPTIONS]",
         "change single fields of an entity that is there",
-        f"{_CLI}.verbs:update",
+        f"{_CLI}.entity_commands:update",
         _update,
         "A value is read as the field's declared type, in other fields as JSON if it reads as\n"
         "such, else as text; FIELD:=JSON takes any JSON value.\n\n"
@@ -503,7 +503,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "delete": Command(
         "delete COLLECTION ID... [OPTIONS]",
         "take entities away",
-        f"{_CLI}.verbs:delete",
+        f"{_CLI}.entity_commands:delete",
         _delete,
         "Exit code 1 if any of them was not there.\n\n"
         f"  {PROGRAM} delete machines m-1 m-2\n"
@@ -512,7 +512,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "query": Command(
         "query COLLECTION [FILTER...] [OPTIONS]",
         "show the entities that match",
-        f"{_CLI}.verbs:query",
+        f"{_CLI}.entity_commands:query",
         _query,
         f"{_FILTER_HELP}\n"
         f"  {PROGRAM} query machines request_id=req-1 status:ne=TERMINATED\n"
@@ -522,21 +522,21 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "count": Command(
         "count COLLECTION [FILTER...]",
         "count the entities that match",
-        f"{_CLI}.verbs:count",
+        f"{_CLI}.entity_commands:count",
         _add_filters,
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
     ),
     "health": Command(
         "health",
         "check that the store can be used: write, read, room, files",
-        f"{_CLI}.upkeep:health",
+        f"{_CLI}.admin_commands:health",
         _nothing,
         "Exit code 4 if anything is wrong.\n",
     ),
     "describe": Command(
         "describe",
         "show collections, capabilities and configuration",
-        f"{_CLI}.upkeep:describe",
+        f"{_CLI}.admin_commands:describe",
         _nothing,
         "Passwords are not shown. Tables that are made once (DynamoDB stores) are shown as they are,\n"
         "beside what is declared; each difference is told on stderr.\n",
@@ -544,7 +544,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "create-tables": Command(
         "create-tables",
         "make the tables and indexes that are missing (DynamoDB stores)",
-        f"{_CLI}.upkeep:create_tables",
+        f"{_CLI}.admin_commands:create_tables",
         _nothing,
         "Waits until they are active, and sets auto scaling and point-in-time recovery as they\n"
         "are configured. Tables are also made at their first use; an index that is missing on a\n"
@@ -553,7 +553,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "checkpoint": Command(
         "checkpoint [OPTIONS]",
         "bring everything into the data files (JSON stores)",
-        f"{_CLI}.upkeep:checkpoint",
+        f"{_CLI}.admin_commands:checkpoint",
         _checkpoint,
         "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
         "--adopt-file and --adopt-journal settle a data file that was replaced by hand while the\n"
@@ -596,7 +596,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "migrate": Command(
         "migrate --from URL --to URL [OPTIONS]",
         "move everything to another store, and prove that nothing changed",
-        f"{_CLI}.moves:migrate",
+        f"{_CLI}.migrate_commands:migrate",
         _migrate,
         "Neither store may be written to meanwhile. First a backup of the source is made, then\n"
         "batches are copied, then both sides are compared. Whatever goes wrong, the source is as\n"
@@ -608,7 +608,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "migrateRepository": Command(
         "migrateRepository --source-type TYPE --target-type TYPE [OPTIONS]",
         "the same, by the types of stores in a configuration file",
-        f"{_CLI}.moves:migrate_repository",
+        f"{_CLI}.migrate_commands:migrate_repository",
         _migrate_repository,
         "--config FILE (or the environment) has a block for each type; where both are of one type,\n"
         "--source-config and --target-config name a file each.\n\n"
@@ -618,7 +618,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "move": Command(
         "move ACTION --from URL --to URL [OPTIONS]",
         "move everything while applications use the store",
-        f"{_CLI}.live:move",
+        f"{_CLI}.live_migrate_command:move",
         _move,
         "  start    copy, follow the changes, verify, and make the target the one that counts\n"
         "  status   show how far it is\n"
@@ -634,7 +634,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "verify": Command(
         "verify --from URL --to URL | verify BACKUP",
         "compare two stores, or prove a backup file",
-        f"{_CLI}.moves:verify",
+        f"{_CLI}.migrate_commands:verify",
         _verify,
         "Exit code 3 if anything differs; what differs is named by id and field.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"

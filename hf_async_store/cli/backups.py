@@ -51,7 +51,7 @@ def backup(arguments: Namespace) -> int:
                 place,
                 keep=arguments.keep,
                 allow_smaller=arguments.allow_smaller,
-                skip_engine=arguments.leave_out,
+                leave_out=arguments.leave_out,
             )
         size = _bytes(Path(made.path))
         done = {
@@ -194,7 +194,7 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
         with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
             async with context.watched():
                 found = await restore_store(
-                    store, source, merge=arguments.merge, skip_engine=arguments.leave_out
+                    store, source, merge=arguments.merge, leave_out=arguments.leave_out
                 )
         shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
         rest = sum(each.unchanged + each.kept for each in found.merged.values())
@@ -275,8 +275,8 @@ def _bytes(source: Path) -> int:
     return sum(each.stat().st_size for each in found)
 
 
-def _refuse_left_out(source: Path, found: Backup, skip_engine: list[str]) -> None:
-    missing = [each for each in found.left_out if each not in skip_engine]
+def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
+    missing = [each for each in found.left_out if each not in leave_out]
     if missing:
         raise InvalidInputError(
             f"{source} holds what no collection declares: {listed(missing)}; nothing was changed. "

@@ -94,7 +94,7 @@ def _run(
         _configured(arguments, config),
         collections=schema,
         merge=arguments.merge,
-        skip_engine=arguments.leave_out,
+        leave_out=arguments.leave_out,
     )
 
     async def work() -> MigrationReport:
@@ -180,7 +180,7 @@ def verify(arguments: Namespace) -> int:
                 return await compare_stores(
                     source,
                     target,
-                    skip_engine=arguments.leave_out,
+                    leave_out=arguments.leave_out,
                     advance=partial(bars.advance, "verify"),
                 )
 

@@ -115,7 +115,7 @@ class MigrationTool:
         collections: what is moved, where the stores are not open yet.
         merge: how to settle with entities that the target has already; None refuses such a target
             unless all it holds is of this source.
-        skip_engine: what the source holds, is not declared and stays there: collections (`jobs`) and
+        leave_out: what the source holds, is not declared and stays there: collections (`jobs`) and
             fields (`machines.owner`). Whatever else is not declared is refused.
         advance: is told of the progress.
 
@@ -131,7 +131,7 @@ class MigrationTool:
         *,
         collections: Iterable[Collection] = HOST_FACTORY,
         merge: MergeRule | None = None,
-        skip_engine: Iterable[str] = (),
+        leave_out: Iterable[str] = (),
         advance: Advance = lambda what, count: None,
     ) -> None:
         given = MigrationConfig() if config is None else load_migration(config)
@@ -150,7 +150,7 @@ class MigrationTool:
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
-        self._leave_out = frozenset(skip_engine)
+        self._leave_out = frozenset(leave_out)
         check_leave_out(self._leave_out, self.source.collections)
         if self._config.cleanup_source and any("." in each for each in self._leave_out):
             raise ConfigurationError(
@@ -261,7 +261,7 @@ class MigrationTool:
             self.source,
             backup_location or self._config.backup_location,
             stem="migration_backup",
-            skip_engine=self._leave_out,
+            leave_out=self._leave_out,
         )
         return made.path
 

@@ -192,11 +192,11 @@ async def test_a_backup_of_more_collections_needs_a_word(tmp_path: Path) -> None
     async with open_store("memory:") as store:
         with pytest.raises(InvalidInputError, match=r"1 entities of 'orders'.*--leave-out"):
             await restore_store(store, made.path)
-        result = await restore_store(store, made.path, skip_engine=["orders"])
+        result = await restore_store(store, made.path, leave_out=["orders"])
         assert result.left_out == ["orders"]
         assert result.merged["templates"].written == 1
         with pytest.raises(InvalidInputError, match="'templates' is declared"):
-            await restore_store(store, made.path, skip_engine=["templates"])
+            await restore_store(store, made.path, leave_out=["templates"])
 
 
 async def test_a_file_that_changes_after_it_was_proven(
