@@ -7,6 +7,7 @@ store that cannot be opened has its files replaced, after a copy of everything a
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -174,8 +175,7 @@ def restore(arguments: Namespace) -> int:
         with output.progress("restore", is_long=max(_bytes(source), files.size()) > _LONG):
             found = await read_backup(source, files, context.schema)
             _refuse_left_out(source, found, arguments.leave_out)
-            async with context.watched():
-                done = await _Restoring(files, source, found).run()
+            done = await context.watched(_Restoring(files, source, found).run())
         _tell_left_out(found.left_out)
         shown = ", ".join(f"{count:,} {name}" for name, count in done["entities"].items())
         output.result(
@@ -190,12 +190,25 @@ def restore(arguments: Namespace) -> int:
 
 
 def _restore_portable(arguments: Namespace, context: Context, source: Path) -> int:
+    written = 0
+
+    def count(entities: int) -> None:
+        nonlocal written
+        written += entities
+
     async def work(store: StorageStrategy) -> int:
+        restoring = restore_store(
+            store, source, merge=arguments.merge, leave_out=arguments.leave_out, advance=count
+        )
         with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
-            async with context.watched():
-                found = await restore_store(
-                    store, source, merge=arguments.merge, leave_out=arguments.leave_out
+            try:
+                found = await context.watched(restoring)
+            except asyncio.CancelledError:
+                output.log_line(
+                    f"the restore of {source} is incomplete: {written:,} entities were written, and "
+                    "perhaps some of the batch after them; run it again with --merge replace"
                 )
+                raise
         shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
         rest = sum(each.unchanged + each.kept for each in found.merged.values())
         others = f"; {rest:,} others stayed as they were" if rest else ""

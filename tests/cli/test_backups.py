@@ -261,12 +261,12 @@ def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
     Path("b.json").write_text(json.dumps(text))
     if damaged:
         Path("data/db.json").write_text("{")
-    ran = filled("restore", "b.json")
+    ran = filled("restore", "b.json", "--leave-out", "notes")
     assert ran.code == 0, ran.err
     assert [each["machine_id"] for each in filled("query", "machines").rows] == ["m-9"]
     assert not Path("planted.db").exists()
     assert b"hf_move" not in Path("data/db.json").read_bytes()
-    assert (b"notes" in Path("data/db.json").read_bytes()) is damaged  # byte for byte, then
+    assert b"notes" not in Path("data/db.json").read_bytes()
 
 
 @pytest.mark.parametrize(
