@@ -430,9 +430,9 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
-def _move(parser: argparse.ArgumentParser) -> None:
+def _live_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", metavar="ACTION", choices=("start", "status", "back", "stop", "finish")
+        "action", metavar="ACTION", choices=("start", "status", "rollback", "abort", "finalize")
     )
     _add_pair(parser, required=True)
     parser.add_argument(
@@ -615,21 +615,21 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} migrateRepository --source-type json --target-type sql --batch-size 100 \\\n"
         "      --config config.json\n",
     ),
-    "move": Command(
-        "move ACTION --from URL --to URL [OPTIONS]",
-        "move everything while applications use the store",
-        f"{_CLI}.live_migrate_command:move",
-        _move,
-        "  start    copy, follow the changes, verify, and make the target the one that counts\n"
-        "  status   show how far it is\n"
-        "  back     make the source the one that counts again, with all that was written since\n"
-        "  stop     call it off before the cut-over\n"
-        "  finish   give the source up for good: it then refuses to open, and names the target\n\n"
+    "live-migrate": Command(
+        "live-migrate ACTION --from URL --to URL [OPTIONS]",
+        "migrate to another store while applications use it",
+        f"{_CLI}.live_migrate_command:live_migrate",
+        _live_migrate,
+        "  start     copy everything, follow the changes, verify, and switch to the target\n"
+        "  status    show the phase and the changes that are still to be copied\n"
+        "  rollback  switch back to the source, with everything that was written since\n"
+        "  abort     end the migration before the switch\n"
+        "  finalize  decommission the source: it then refuses to open, and names the target\n\n"
         "Applications may use either store, before and after, and follow by themselves, if the key\n"
-        "`follow_moves` of their configuration names the other one. Recorded in the stores is only\n"
-        "where they are, without secrets. An action that was interrupted is given again.\n\n"
-        f"  {PROGRAM} move start --from json:data --to json:data.json\n"
-        f"  {PROGRAM} move finish --from json:data --to json:data.json\n",
+        "`follow_moves` of their configuration names the other one. What is recorded in the stores\n"
+        "is only their location, without secrets. Run an interrupted action again.\n\n"
+        f"  {PROGRAM} live-migrate start --from json:data --to json:data.json\n"
+        f"  {PROGRAM} live-migrate finalize --from json:data --to json:data.json\n",
     ),
     "verify": Command(
         "verify --from URL --to URL | verify BACKUP",

@@ -251,7 +251,7 @@ def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
     filled: Cli, role: str, damaged: bool
 ) -> None:
     other = f"sqlite:{Path('planted.db').absolute()}"
-    record = {"move_id": "move", "role": role, "phase": "flipped", "other": other}
+    record = {"move_id": "move", "role": role, "phase": "SWITCHED", "other": other}
     text = {
         "machines": {"m-9": {"machine_id": "m-9"}},
         "hf_move": {"move": {**record, "epoch": 1, "term": 1, "version": 1}},

@@ -105,7 +105,7 @@ class JSONStorageStrategy(StorageStrategy):
             text = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
             move = migration_state_in(Record(MIGRATION_KEY, self._json.serializer.decode(text)))
             assert move is not None, "there is a record"
-            elsewhere = move.role == "source" and move.phase not in ("copying", "cut_over")
+            elsewhere = move.role == "source" and move.phase not in ("COPYING", "CUTTING_OVER")
             raise not_followed(what, move.other if elsewhere else None)
 
     async def read_file(self) -> dict[str, dict[str, Entity]]:
