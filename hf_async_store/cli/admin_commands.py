@@ -95,23 +95,24 @@ def create_tables(arguments: Namespace) -> int:
     return context.run(work)
 
 
-_COUNTED: Final = {
-    "file": "the file",
+_RECOVERED_FROM: Final = {
+    "file": "the data file",
     "journal": "the journal",
-    "readable": "what could be read",
+    "salvage": "what could be read of the journal",
 }
 
 
 def checkpoint(arguments: Namespace) -> int:
     context = Context(arguments)
     json_store = as_json(context.store)
+    source: str | None = arguments.recover_from
 
     async def work(store: StorageStrategy) -> int:
-        await json_store.checkpoint(arguments.adopt)
+        await json_store.checkpoint(arguments.recover_from)
         where = context.location()
-        done: dict[str, Any] = {"store": where, "adopted": arguments.adopt}
-        taken = f" ({_COUNTED[arguments.adopt]} counted)" if arguments.adopt else ""
-        output.result(arguments, done, f"{where} holds everything{taken}")
+        done: dict[str, Any] = {"store": where, "recovered_from": source}
+        recovered = f", recovered from {_RECOVERED_FROM[source]}" if source else ""
+        output.result(arguments, done, f"{where}: everything is in the data files{recovered}")
         return 0
 
     return context.run(work, needs_store=True)

@@ -176,6 +176,21 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
+class _Once(argparse.Action):
+    """An option that discards data: the last of several would not be what was meant."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice")
+        setattr(namespace, self.dest, values)
+
+
 def _no_command(name: str) -> str:
     known = ", ".join(COMMANDS)
     if not name:
@@ -321,27 +336,13 @@ def _query(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
-    adopt = parser.add_mutually_exclusive_group()
-    adopt.add_argument(
-        "--adopt-file",
-        dest="adopt",
-        action="store_const",
-        const="file",
-        help="take the data file as it is and drop the journal",
-    )
-    adopt.add_argument(
-        "--adopt-journal",
-        dest="adopt",
-        action="store_const",
-        const="journal",
-        help="put the journal's commits on top of the data file",
-    )
-    adopt.add_argument(
-        "--adopt-readable",
-        dest="adopt",
-        action="store_const",
-        const="readable",
-        help="keep every commit before the place where a journal is damaged",
+    parser.add_argument(
+        "--recover-from",
+        action=_Once,
+        metavar="file|journal|salvage",
+        choices=("file", "journal", "salvage"),
+        help="recover a store whose files do not match, from the data file, from its journal, or "
+        "from what can be read of a damaged journal",
     )
 
 
@@ -556,9 +557,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.admin_commands:checkpoint",
         _checkpoint,
         "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
-        "--adopt-file and --adopt-journal settle a data file that was replaced by hand while the\n"
-        "journal held commits; what loses is gone, so make a copy of the folder first.\n"
-        "--adopt-readable settles a damaged journal, which is kept beside.\n",
+        "A data file that was replaced by hand, while the journal held commits, is refused until one\n"
+        "is chosen. What is discarded is deleted, so make a copy of the folder first.\n\n"
+        "  --recover-from file     the data file as it is; the journal is discarded\n"
+        "  --recover-from journal  the commits in the journal, applied to the data file\n"
+        "  --recover-from salvage  for a damaged journal: every commit before the damage; the\n"
+        "                          journal is kept as NAME.damaged.NUMBER\n",
     ),
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",

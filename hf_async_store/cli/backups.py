@@ -276,7 +276,7 @@ class _Restoring:
             await files.set_aside(aside)
             await files.place(self._found.texts)
             if self._is_whole:
-                await self._store.checkpoint(adopt="file")
+                await self._store.checkpoint(recover_from="file")
             else:
                 # The journal may hold what other files lack. If it does, this raises and says so.
                 await self._store.read_file()

@@ -426,9 +426,9 @@ def test_restore_one_damaged_file_when_commits_wait(filled: Cli) -> None:
     ran = filled("restore", "b/templates.json", *SPLIT)
     assert ran.code == 4
     *_, last = ran.err.splitlines()
-    assert "checkpoint --adopt-file" in last
-    assert "--adopt-journal" in last
-    assert filled("checkpoint", "--adopt-journal", *SPLIT).code == 0
+    assert "checkpoint --recover-from file" in last
+    assert "--recover-from journal" in last
+    assert filled("checkpoint", "--recover-from", "journal", *SPLIT).code == 0
     assert [each["template_id"] for each in filled("query", "templates", *SPLIT).rows] == [
         "t-1",
         "t-10",

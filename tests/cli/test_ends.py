@@ -94,7 +94,14 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["query", "machines", "--lim", "5"], "unrecognized arguments: --lim"),
         (["get", "machines", "x", "--timeout", "0"], "expected seconds above 0, got '0'"),
         (["get", "machines", "x", "--timeout", "nan"], "expected seconds above 0, got 'nan'"),
-        (["checkpoint", "--adopt-file", "--adopt-journal"], "not allowed with argument --adopt-f"),
+        (
+            ["checkpoint", "--recover-from", "disk"],
+            "argument --recover-from: invalid choice: 'disk'",
+        ),
+        (
+            ["checkpoint", "--recover-from", "file", "--recover-from", "journal"],
+            "argument --recover-from: given twice",
+        ),
     ],
 )
 def test_words_that_are_not_understood(
