@@ -22,19 +22,26 @@ def init(arguments: Namespace) -> int:
     context = Context(arguments)
 
     async def work(store: StorageStrategy) -> int:
+        files = await make_empty(context)
         if isinstance(context.config.options, JSONConfig):
-            files = [str(each) for each in await JSONFiles(context).make_empty()]
             made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
             where = context.location()
             output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
         else:
-            # Tables are made at first use, and this is one.
-            await store.test_connection()
             engine = store.capabilities.engine
             output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
         return 0
 
     return context.run(work)
+
+
+async def make_empty(context: Context) -> list[str]:
+    """Make an empty store where there is none; the files of it that were made, of a JSON store."""
+    if isinstance(context.config.options, JSONConfig):
+        return [str(each) for each in await JSONFiles(context).make_empty()]
+    # Tables are made at first use, and this is one.
+    await context.store.test_connection()
+    return []
 
 
 def health(arguments: Namespace) -> int:

@@ -17,6 +17,7 @@ from msgspec import to_builtins
 from msgspec.json import encode
 
 from hf_async_store.cli import output
+from hf_async_store.cli.admin_commands import make_empty
 from hf_async_store.cli.backup_reader import listed, read_backup
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
@@ -176,6 +177,7 @@ def restore(arguments: Namespace) -> int:
             found = await read_backup(source, files, context.schema)
             _refuse_left_out(source, found, arguments.leave_out)
             done = await context.watched(_Restoring(files, source, found).run())
+            await _make_empty_if_absent(context)
         _tell_left_out(found.left_out)
         shown = ", ".join(f"{count:,} {name}" for name, count in done["entities"].items())
         output.result(
@@ -209,6 +211,7 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
                     "perhaps some of the batch after them; run it again with --merge replace"
                 )
                 raise
+            await _make_empty_if_absent(context)
         shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
         rest = sum(each.unchanged + each.kept for each in found.merged.values())
         others = f"; {rest:,} others stayed as they were" if rest else ""
@@ -281,6 +284,12 @@ class _Restoring:
                 # The journal may hold what other files lack. If it does, this raises and says so.
                 await self._store.read_file()
         return aside
+
+
+async def _make_empty_if_absent(context: Context) -> None:
+    """A backup without entities writes nothing; also after it, there is a store."""
+    if not context.was_there and not await context.store.exists():
+        await context.watched(make_empty(context))
 
 
 def _bytes(source: Path) -> int:

@@ -435,6 +435,31 @@ def test_restore_one_damaged_file_when_commits_wait(filled: Cli) -> None:
     ]
 
 
+@pytest.mark.parametrize("url", ["json:new/db.json", "json:new", "sqlite:new.db"])
+def test_an_empty_backup_makes_an_empty_store(cli: Cli, url: str) -> None:
+    assert cli("init").code == 0
+    assert cli("backup", "empty.jsonl.gz").code == 0
+    assert cli("restore", "empty.jsonl.gz", "--store", url).code == 0
+    ran = cli("count", "machines", "--store", url)
+    assert (ran.code, ran.out) == (0, "0\n")
+
+
+def test_an_empty_copy_makes_an_empty_store(cli: Cli) -> None:
+    cli("init")
+    assert cli("backup", "--copy", "empty.json").code == 0
+    assert cli("restore", "empty.json", "--store", "json:new/db.json").code == 0
+    assert cli("count", "machines", "--store", "json:new/db.json").out == "0\n"
+    assert cli("restore", "empty.json").rows[0]["before"] is None
+
+
+@pytest.mark.parametrize("words", [["backup"], ["backup", "--copy", "b.json"]])
+def test_no_backup_of_a_store_that_is_absent(cli: Cli, words: list[str]) -> None:
+    ran = cli(*words, "--store", "json:absent/db.json")
+    assert ran.code == 1
+    assert "there is no store at absent/db.json" in ran.message
+    assert list(Path().iterdir()) == []
+
+
 # -- backups --------------------------------------------------------------------------------
 
 
