@@ -192,11 +192,11 @@ def restore(arguments: Namespace) -> int:
 
 
 def _restore_portable(arguments: Namespace, context: Context, source: Path) -> int:
-    written = 0
+    restored = 0
 
     def count(entities: int) -> None:
-        nonlocal written
-        written += entities
+        nonlocal restored
+        restored += entities
 
     async def work(store: StorageStrategy) -> int:
         restoring = restore_store(
@@ -207,8 +207,8 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
                 found = await context.watched(restoring)
             except asyncio.CancelledError:
                 output.log_line(
-                    f"the restore of {source} is incomplete: {written:,} entities were written, and "
-                    "perhaps some of the batch after them; run it again with --merge replace"
+                    f"the restore of {source} is incomplete: {restored:,} entities are restored, "
+                    "and perhaps some of the batch after them; run it again with --merge replace"
                 )
                 raise
             await _make_empty_if_absent(context)
