@@ -271,3 +271,13 @@ async def test_a_pipe_is_no_backup_and_is_not_waited_for(tmp_path: Path) -> None
     assert not is_portable(path)
     with pytest.raises(InvalidInputError, match="is no file"):
         await check_portable(path)
+
+
+@pytest.mark.parametrize("verb", ["import_entities", "create_entities", "save_entities"])
+async def test_an_error_in_a_batch_names_collection_and_id(verb: str) -> None:
+    async with open_store("memory:") as store:
+        write = getattr(store, verb)
+        with pytest.raises(InvalidInputError, match="^machines 'm-2': machines.status is declared"):
+            await write("machines", [{"machine_id": "m-1"}, {"machine_id": "m-2", "status": 5}])
+        with pytest.raises(InvalidInputError, match="^item 1: an entity of machines needs its key"):
+            await write("machines", [{"machine_id": "m-1"}, {"status": 5}])
