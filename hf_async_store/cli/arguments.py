@@ -33,7 +33,7 @@ value a line. Messages go to stderr, one line each.
 exit codes:
   0  done          1  not found: the entity, or the store itself
   2  wrong usage   3  conflict: another version, exists already, references, or stores differ
-  4  the store failed, or `health` found problems      130  Ctrl-C      141  the reader went away
+  4  the store failed, or `health` found problems      130  Ctrl-C      141  broken pipe
 """
 
 _PURPOSE: Final = "Keep templates, requests, machines and your own collections in one store."
@@ -70,7 +70,7 @@ class _Manual(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised, to be told like all others."""
+    """A parser whose errors are raised, to be reported like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise InvalidInputError(f"{message} ({self.prog} --help)")
@@ -242,20 +242,20 @@ def _seconds(text: str) -> float:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
     return int(text)
 
 
 def _at_least_one(text: str) -> int:
     number = _count(text)
     if not number:
-        raise argparse.ArgumentTypeError("expected a number from 1 on, got '0'")
+        raise argparse.ArgumentTypeError("expected a number >= 1, got '0'")
     return number
 
 
 def _version(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a version, a number from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a version, a number >= 0, got {text!r}")
     return int(text)
 
 
@@ -298,7 +298,7 @@ def _update(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         action="append",
         default=[],
-        help="take a field away; repeatable",
+        help="remove a field; repeatable",
     )
     _add_expected_version(parser)
 
@@ -328,7 +328,7 @@ def _query(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="smallest first, or greatest first with -; several with commas",
     )
-    parser.add_argument("--limit", metavar="N", type=_count, help="so many at most")
+    parser.add_argument("--limit", metavar="N", type=_count, help="maximum number of rows")
     parser.add_argument("--fields", metavar="A,B", help="only these, with the key and version")
     parser.add_argument(
         "--explain", action="store_true", help="show how it would be answered, and do not"
@@ -427,7 +427,9 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     _add_merge(parser)
     _add_leave_out(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="write nothing, say what would not fit")
+    how.add_argument(
+        "--dry-run", action="store_true", help="write nothing, report what is incompatible"
+    )
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
@@ -503,7 +505,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "delete": Command(
         "delete COLLECTION ID... [OPTIONS]",
-        "take entities away",
+        "delete entities",
         f"{_CLI}.entity_commands:delete",
         _delete,
         "Exit code 1 if any of them was not there.\n\n"
@@ -540,7 +542,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.admin_commands:describe",
         _nothing,
         "Passwords are not shown. Tables that are made once (DynamoDB stores) are shown as they are,\n"
-        "beside what is declared; each difference is told on stderr.\n",
+        "beside what is declared; each difference is reported on stderr.\n",
     ),
     "create-tables": Command(
         "create-tables",
@@ -599,7 +601,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "migrate": Command(
         "migrate --from URL --to URL [OPTIONS]",
-        "move everything to another store, and prove that nothing changed",
+        "move everything to another store, and verify that nothing changed",
         f"{_CLI}.migrate_commands:migrate",
         _migrate,
         "Neither store may be written to meanwhile. First a backup of the source is made, then\n"
@@ -637,7 +639,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "verify": Command(
         "verify --from URL --to URL | verify BACKUP",
-        "compare two stores, or prove a backup file",
+        "compare two stores, or verify a backup file",
         f"{_CLI}.migrate_commands:verify",
         _verify,
         "Exit code 3 if anything differs; what differs is named by id and field.\n\n"

@@ -84,7 +84,7 @@ async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
         said = str(exc)
         for name, path in taken.links.items():
             said = said.replace(str(folder / name), str(path))
-        raise CorruptionError(f"{source} is no good backup: {said}") from exc
+        raise CorruptionError(f"{source} is not a valid backup: {said}") from exc
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -309,4 +309,4 @@ def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
 
 def _tell_left_out(names: list[str]) -> None:
     if names:
-        output.log_line(f"note: left out, as it was asked for: {listed(names)}")
+        output.log_line(f"note: left out, as requested: {listed(names)}")

@@ -40,7 +40,7 @@ _SOON: Final = 0.001
 _LAST_SECONDS: Final = 0.2
 
 _GIVEN_UP: Final[list[StorageStrategy]] = []
-"""Stores that were left open on purpose: they end with the process, and are no leak to be told of."""
+"""Stores that were left open on purpose: they end with the process, and are not reported as leaks."""
 
 
 class Context:
@@ -89,13 +89,13 @@ class Context:
                         self.was_there = await store.exists()
                 if needs_store and not self.was_there:
                     raise StoreNotFoundError(
-                        f"there is no store at {self.location()}; mend --store or --config, or "
+                        f"there is no store at {self.location()}; correct --store or --config, or "
                         f"make an empty one: `{PROGRAM} init`"
                     )
                 async with operation_timeout(None if writes else timeout):
                     return await abandonable(work(store))
 
-        with warnings_told(verbose=self.arguments.verbose):
+        with warnings_logged(verbose=self.arguments.verbose):
             try:
                 return asyncio.run(body())
             except OperationTimeoutError as exc:
@@ -152,7 +152,7 @@ async def abandonable(work: Coroutine[Any, Any, Result]) -> Result:
         done, _ = await asyncio.wait([task], timeout=_LAST_SECONDS)
         for each in done:
             if not each.cancelled():
-                each.exception()  # marked as retrieved; why this ends is told already
+                each.exception()  # marked as retrieved; the reason is reported already
         raise
 
 
@@ -243,7 +243,7 @@ def _imported(module: str, name: str, named: str) -> object:
         ) from exc
     finally:
         if added:
-            # That module was asked for. What else lies here must not stand for a driver.
+            # That module was asked for. Other files there must not be imported in place of a driver.
             sys.path.remove(here)
             sys.path.append(here)
 
@@ -266,7 +266,7 @@ class _LogHandler(logging.Handler):
 
 
 @contextmanager
-def warnings_told(*, verbose: bool) -> Iterator[None]:
+def warnings_logged(*, verbose: bool) -> Iterator[None]:
     handler = _LogHandler(verbose=verbose)
     _LOG.addHandler(handler)
     try:

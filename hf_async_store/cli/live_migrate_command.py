@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.cli import output
-from hf_async_store.cli.context import collections_of, warnings_told
+from hf_async_store.cli.context import collections_of, warnings_logged
 from hf_async_store.cli.progress import Bars
 from hf_async_store.migration.live import LiveMigration, LiveStatus
 from hf_async_store.repository import operation_timeout
@@ -41,7 +41,7 @@ def live_migrate(arguments: Namespace) -> int:
             async with operation_timeout(arguments.timeout), live:
                 return await _act(live, arguments)
 
-    with warnings_told(verbose=arguments.verbose):
+    with warnings_logged(verbose=arguments.verbose):
         status = asyncio.run(work())
     sentence = _SENTENCES[status.phase].format(status.authoritative)
     waiting = sum(status.waiting)

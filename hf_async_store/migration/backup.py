@@ -37,7 +37,7 @@ class BackupResult(msgspec.Struct, frozen=True):
         removed: older backups that went, because only so many are kept.
         spared: older backups that should have gone, and stay because this one holds far less than
             they do: see `allow_smaller` of `backup_store`.
-        left_out: what the store holds and is not in it, as it was asked for.
+        left_out: what the store holds and is not in it, as requested.
     """
 
     path: str
@@ -76,7 +76,7 @@ async def backup_store(
     """
     path, is_dated = await asyncio.to_thread(_destination, str(location), stem)
     if keep is not None and (keep < 1 or not is_dated):
-        raise InvalidInputError("keep is a number from 1 on, and needs a folder of dated backups")
+        raise InvalidInputError("keep is a number >= 1, and needs a folder of dated backups")
     check_leave_out(leave_out, store.collections)
     await require_store(store)
     left_out = await refuse_undeclared(store, "the store", leave_out)

@@ -470,7 +470,7 @@ class _Unpacking:
 
 def damaged(path: Path, why: str) -> CorruptionError:
     """The error of a backup that is not as it was written, or that nobody can restore."""
-    return CorruptionError(f"{path} is no good backup: {why}. {_WAY_BACK}")
+    return CorruptionError(f"{path} is not a valid backup: {why}. {_WAY_BACK}")
 
 
 def refuse_other_schema(

@@ -94,7 +94,7 @@ async def compare_stores(
         limit: how many differences are listed at most.
         leave_out: what is stored and need not be declared: collections (`jobs`) and fields
             (`machines.owner`). They are not compared.
-        advance: is told how many entities were read.
+        advance: called with how many entities were read.
 
     Raises:
         StoreNotFoundError: one of them is not there.

@@ -41,7 +41,7 @@ class RestoreResult(msgspec.Struct, frozen=True):
 
     Attributes:
         merged: by collection, what became of its entities.
-        left_out: collections of it that were not restored, as it was asked for.
+        left_out: collections of it that were not restored, as requested.
     """
 
     path: str

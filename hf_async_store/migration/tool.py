@@ -79,8 +79,8 @@ class MigrationReport(msgspec.Struct):
 
     Attributes:
         ok: it came to its end, and what was to be verified is.
-        problems: of a dry run: what would not fit the target.
-        left_out: what the source holds and nobody declared, left there as it was asked for.
+        problems: of a dry run: what is incompatible with the target.
+        left_out: what the source holds and nobody declared, left there as requested.
         notices: what a person should know.
         verified: source and target were compared, and are equal (or merged by the rule).
     """
@@ -117,7 +117,7 @@ class MigrationTool:
             unless all it holds is of this source.
         leave_out: what the source holds, is not declared and stays there: collections (`jobs`) and
             fields (`machines.owner`). Whatever else is not declared is refused.
-        advance: is told of the progress.
+        advance: called with the progress.
 
     Raises:
         ConfigurationError.
@@ -304,7 +304,7 @@ class MigrationTool:
         was verified that the target has everything.
 
         Args:
-            dry_run: write nothing; read the source through and report what would not fit.
+            dry_run: write nothing; read the source through and report what is incompatible.
 
         Raises:
             TargetNotEmptyError: the target holds something else, and no rule was given.
@@ -459,7 +459,7 @@ class MigrationTool:
         except StorageError as exc:
             raise _failed(
                 f"{name} could not be copied; the source is as it was, and what was copied stays "
-                f"in the target. Mend the cause, {RESUME_HINT}",
+                f"in the target. Fix the cause, {RESUME_HINT}",
                 exc,
             ) from exc
         finally:

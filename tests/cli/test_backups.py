@@ -121,7 +121,7 @@ def test_a_destination_that_cannot_be(filled: Cli) -> None:
     assert ran.code == 4
     assert "cannot write data/db.json/b.json: " in ran.message
     assert ran.message.endswith(
-        "a file stands where a folder is needed, or the reverse: mend the path, or move it"
+        "a file stands where a folder is needed, or the reverse: correct the path, or move it"
     )
 
 
@@ -272,11 +272,15 @@ def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
 @pytest.mark.parametrize(
     ("text", "code", "told"),
     [
-        (b'{"machines": {"m-1":', 4, "b.json is no good backup: b.json is not what it should be"),
-        (b'{"machines": {"m-1": 5}}', 4, "b.json is no good backup: machines 'm-1' "),
-        (b'{"machines": {"m-1": {"a": "\xff"}}}', 4, "b.json is no good backup: "),
-        (b"[]", 4, "b.json is no good backup: b.json is not what it should be, a JSON object"),
-        (b"", 4, "b.json is no good backup: "),
+        (
+            b'{"machines": {"m-1":',
+            4,
+            "b.json is not a valid backup: b.json is not what it should be",
+        ),
+        (b'{"machines": {"m-1": 5}}', 4, "b.json is not a valid backup: machines 'm-1' "),
+        (b'{"machines": {"m-1": {"a": "\xff"}}}', 4, "b.json is not a valid backup: "),
+        (b"[]", 4, "b.json is not a valid backup: b.json is not what it should be, a JSON object"),
+        (b"", 4, "b.json is not a valid backup: "),
         (b'{"storage": {}}', 2, "it holds 'storage', and none of templates, requests, machines"),
         (
             b'{"machines": {"m-1": {"status": 5}}}',
@@ -324,7 +328,7 @@ def test_what_nobody_declares_is_not_left_out_without_a_word(filled: Cli) -> Non
     assert state(filled) == before
     ran = filled("restore", "b.json", "--leave-out", "orders")
     assert ran.code == 0
-    assert ran.message == "note: left out, as it was asked for: 'orders'"
+    assert ran.message == "note: left out, as requested: 'orders'"
     assert filled("count", "machines").out == "1\n"
 
 

@@ -89,7 +89,7 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
             ["get", "machines"],
             "the following arguments are required: ID (hf-async-store get --help)",
         ),
-        (["query", "machines", "--limit", "-1"], "argument --limit: expected a number from 0 on"),
+        (["query", "machines", "--limit", "-1"], "argument --limit: expected a number >= 0"),
         (["query", "machines", "--limit"], "argument --limit: expected one argument"),
         (["query", "machines", "--lim", "5"], "unrecognized arguments: --lim"),
         (["get", "machines", "x", "--timeout", "0"], "expected seconds above 0, got '0'"),
@@ -336,7 +336,7 @@ def test_a_file_in_the_place_of_the_folder(cli: Cli) -> None:
         assert ran.code == 4
         assert absolute("data") in ran.message
         assert ran.message.endswith(
-            "a file stands where a folder is needed, or the reverse: mend the path, or move it"
+            "a file stands where a folder is needed, or the reverse: correct the path, or move it"
         )
     # Whether a store is there cannot be found out: that is not "not found".
     ran = cli("get", "machines", "m-1")

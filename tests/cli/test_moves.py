@@ -169,7 +169,7 @@ def test_backup_verify_restore(filled: Cli) -> None:
     for words in (["verify", "b/bad.jsonl.gz"], ["restore", "b/bad.jsonl.gz", "--store", "json:x"]):
         ran = filled(*words)
         assert ran.code == 4
-        assert "is no good backup" in ran.message
+        assert "is not a valid backup" in ran.message
     assert not Path("x").exists()
 
 

@@ -69,7 +69,7 @@ async def test_81_one_bad_entity_is_found_before_the_first_is_written(
 ) -> None:
     text, named = UNREADABLE[bad]
     path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": [*GOOD, text]})
-    with pytest.raises(CorruptionError, match="is no good backup") as proven:
+    with pytest.raises(CorruptionError, match="is not a valid backup") as proven:
         await check_portable(path)
     assert named in str(proven.value)
     async with open_store("memory:") as store:
