@@ -1,12 +1,12 @@
-"""Following a live move: which engine is the authoritative one just now, and a mark with each change.
+"""Routing during a live migration: which engine is active, and a change marker with each change.
 
-While a store moves from one place to another, one record in the source says how far that is (`Move`).
-A process reads it when its lease on the last answer is over, and by that knows for the length of the
-lease which side to use: so it costs no round trip per operation. Whoever changes the phase waits until
-every lease on the one before must be over. docs/live-migration.md tells the whole protocol.
+During a live migration, one record in the source holds its phase (`MigrationState`). A process reads it
+when its lease on the last answer has expired, and then relies on it for the length of the lease: so it
+costs no round trip per operation. Whoever changes the phase waits until every lease on the previous one
+must have expired. docs/live-migration.md describes the whole protocol.
 
-What the record says is data: whoever can write to the store can write it. It chooses among the places
-that the configuration of this process names (`follow_moves`), and is never opened itself.
+What the record says is data: whoever can write to the store can write it. It chooses among the stores
+that the configuration of this process names (`follow_moves`); a recorded location is never opened.
 
 `MigrationRouter` stands between a store and its engine, and looks like an engine itself.
 """
@@ -56,10 +56,10 @@ LEASE_SECONDS: Final = 2.0
 """How long a process relies on what it read of the phase. All processes of a store have the same."""
 
 SWITCH_SECONDS: Final = 10.0
-"""So long may a cut-over take; then whoever makes it lets go, and tries again later."""
+"""How long a switch may take; then the coordinator aborts it, and retries later."""
 
 ABANDONED_SWITCH_SECONDS: Final = 12.0
-"""So long an operation waits for a cut-over; then its process ends it, for its maker must be dead."""
+"""How long an operation waits for a switch; then its process ends it: the coordinator must be dead."""
 
 _LEASE_MARGIN_SECONDS: Final = 0.25
 """An operation begins only if so much of the lease is left: then a quick one ends within it."""
@@ -70,18 +70,18 @@ _RENEW_TIMEOUT_SECONDS: Final = 1.0
 MIGRATION_COLLECTION: Final = Collection("hf_move", key="move_id")
 MARKER_COLLECTION: Final = Collection("hf_marks", key="mark_id")
 SYSTEM_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
-"""What a store holds of a move, beside the collections that its users declare."""
+"""The collections of a live migration, in addition to those that users declare."""
 
 MIGRATION_KEY: Final = Key(MIGRATION_COLLECTION.name, "move")
 
-Phase: TypeAlias = Literal["copying", "cut_over", "flipped", "cut_back", "moved"]
-"""How far a move is:
+Phase: TypeAlias = Literal["COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK", "FINALIZED"]
+"""The phase of a live migration:
 
-* copying: the source is authoritative, its changes carry marks.
-* cut_over: operations wait; it ends in flipped, or back in copying.
-* flipped: the target is authoritative, its changes carry marks, if it can.
-* cut_back: operations wait; it ends with the source as it was before, or back in flipped.
-* moved: this place is given up for good.
+* COPYING: the source is active, its changes carry markers.
+* CUTTING_OVER: operations wait; ends in SWITCHED, or back in COPYING.
+* SWITCHED: the target is active, its changes carry markers, if its engine supports them.
+* ROLLING_BACK: operations wait; ends in COPYING, or back in SWITCHED.
+* FINALIZED: this store is decommissioned.
 """
 
 
@@ -101,8 +101,8 @@ class MigrationState(msgspec.Struct, frozen=True):
     Attributes:
         role: of the place that holds the record. None: it is given up.
         other: the other place, as `StorageConfig.place` names it; compared, never opened.
-        epoch: of whoever carries the move out; a newer one shuts out the older.
-        term: counts the flips.
+        epoch: of the coordinator; a newer one fences off the older.
+        term: counts the switches.
         version: of the record itself.
     """
 
@@ -270,7 +270,7 @@ class MigrationRouter:
     async def _read(self) -> Route | None:
         own = self._place
         move = await self._move_at(own)
-        while move is not None and move.phase == "moved":
+        while move is not None and move.phase == "FINALIZED":
             if not self._followed:
                 raise StoreRelocatedError(
                     f"this store was moved to {move.other}; open that", move.other
@@ -291,13 +291,13 @@ class MigrationRouter:
                     f"the move to this store was called off; use {source}", f"{source}"
                 )
             move = found
-        if move.phase in ("cut_over", "cut_back"):
+        if move.phase in ("CUTTING_OVER", "ROLLING_BACK"):
             await self._end_dead(move, source)
             return None
         self._waiting = None
-        place = source if move.phase == "copying" else target
+        place = source if move.phase == "COPYING" else target
         engine = self._engine(place)
-        marks = move.phase != "moved" and engine.capabilities.change_markers
+        marks = move.phase != "FINALIZED" and engine.capabilities.change_markers
         return Route(place, engine, marks=marks, term=move.term)
 
     async def _move_at(self, place: str | None) -> MigrationState | None:
@@ -321,7 +321,7 @@ class MigrationRouter:
         if self._waiting is None or self._waiting[0] != move.version:
             self._waiting = (move.version, now)
         elif now - self._waiting[1] > ABANDONED_SWITCH_SECONDS:
-            before: Phase = "copying" if move.phase == "cut_over" else "flipped"
+            before: Phase = "COPYING" if move.phase == "CUTTING_OVER" else "SWITCHED"
             # If another was faster, that is as well.
             await self._engine(source).write_each([move.put(phase=before)])
 

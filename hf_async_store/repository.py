@@ -62,7 +62,15 @@ from hf_async_store.query import (
     project,
 )
 from hf_async_store.schema import Collection, Schema
-from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, Key, utc_now
+from hf_async_store.values import (
+    CREATED_AT,
+    MAX_KEY_BYTES,
+    UPDATED_AT,
+    VERSION,
+    Entity,
+    Key,
+    utc_now,
+)
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -234,6 +242,7 @@ class RepositoryInterface(ABC):
             _reject_str(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
             lambda chunk: _puts(declared, chunk, ABSENT, at),
+            collection=declared,
         )
         return cast("list[int]", await self._many(changes, timeout))
 
@@ -262,6 +271,7 @@ class RepositoryInterface(ABC):
             _reject_str(entities, "entities"),
             change,
             None if expected_versions else lambda chunk: _puts(declared, chunk, ANY, at),
+            collection=declared,
         )
         expected.assert_exhausted()
         return cast("list[int]", await self._many(changes, timeout))
@@ -335,7 +345,9 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
         changes = await _in_chunks(
-            _reject_str(entities, "entities"), lambda each: _imported(declared, each, expected, at)
+            _reject_str(entities, "entities"),
+            lambda each: _imported(declared, each, expected, at),
+            collection=declared,
         )
         expected.assert_exhausted()
         return cast("list[int]", await self._many(changes, timeout))
@@ -668,11 +680,14 @@ async def _in_chunks(
     items: Iterable[Item],
     make: Callable[[Item], Made],
     together: Callable[[Sequence[Item]], list[Made] | None] | None = None,
+    *,
+    collection: Collection | None = None,
 ) -> list[Made]:
     """`make` of each item; between chunks of a large batch the event loop runs other tasks.
 
     Args:
         together: the same for a whole chunk; returns None if it must be done one by one.
+        collection: of which the items are entities: an error then names the id of its entity.
     """
     made: list[Made] = []
     if together is None or not isinstance(items, list | tuple):
@@ -680,23 +695,33 @@ async def _in_chunks(
         for index, item in enumerate(items):
             if index and not index % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-            made.append(_with_item_context(make, index, item))
+            made.append(_with_item_context(make, index, item, collection))
         return made
     for start in range(0, len(items), _BATCH_CHUNK_SIZE):
         if start:
             await asyncio.sleep(0)
-        chunk = items[start : start + _BATCH_CHUNK_SIZE]
-        made += together(chunk) or [
-            _with_item_context(make, index, item) for index, item in enumerate(chunk, start)
+        together: the same for a whole chunk; returns None if it must be done one by one.
+        collection: of which the items are entities: an error then names the id of its entity.
         ]
     return made
 
 
-def _with_item_context(make: Callable[[Item], Made], index: int, item: Item) -> Made:
+def _with_item_context(
+    make: Callable[[Item], Made], index: int, item: Item, collection: Collection | None
+) -> Made:
     try:
         return make(item)
     except InvalidInputError as exc:
-        raise exc.at(f"item {index}") from exc
+        raise exc.at(_name_of(index, item, collection)) from exc
+
+
+def _name_of(index: int, item: object, collection: Collection | None) -> str:
+    """How an error names an item of a batch: by collection and id, if it has an id."""
+    if collection is not None and isinstance(item, Mapping):
+        entity_id = item.get(collection.key)
+        if isinstance(entity_id, str) and len(entity_id) <= MAX_KEY_BYTES:
+            return f"{collection.name} {entity_id!r}"
+    return f"item {index}"
 
 
 def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:

@@ -52,5 +52,5 @@ def _guarded(work: Callable[[], int], *, verbose: bool) -> int:
         return report(exc, verbose=verbose)
     except OSError as exc:  # of what a command itself does with files
         return report_os_error(exc, verbose=verbose)
-    except Exception as exc:  # noqa: BLE001  # a defect is told in one line, too
+    except Exception as exc:  # noqa: BLE001  # a defect is reported in one line, too
         return report_defect(exc, verbose=verbose)

@@ -22,19 +22,26 @@ def init(arguments: Namespace) -> int:
     context = Context(arguments)
 
     async def work(store: StorageStrategy) -> int:
+        files = await make_empty(context)
         if isinstance(context.config.options, JSONConfig):
-            files = [str(each) for each in await JSONFiles(context).make_empty()]
             made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
             where = context.location()
             output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
         else:
-            # Tables are made at first use, and this is one.
-            await store.test_connection()
             engine = store.capabilities.engine
             output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
         return 0
 
     return context.run(work)
+
+
+async def make_empty(context: Context) -> list[str]:
+    """Make an empty store where there is none; the files of it that were made, of a JSON store."""
+    if isinstance(context.config.options, JSONConfig):
+        return [str(each) for each in await JSONFiles(context).make_empty()]
+    # Tables are made at first use, and this is one.
+    await context.store.test_connection()
+    return []
 
 
 def health(arguments: Namespace) -> int:
@@ -95,23 +102,24 @@ def create_tables(arguments: Namespace) -> int:
     return context.run(work)
 
 
-_COUNTED: Final = {
-    "file": "the file",
+_RECOVERED_FROM: Final = {
+    "file": "the data file",
     "journal": "the journal",
-    "readable": "what could be read",
+    "salvage": "what could be read of the journal",
 }
 
 
 def checkpoint(arguments: Namespace) -> int:
     context = Context(arguments)
     json_store = as_json(context.store)
+    source: str | None = arguments.recover_from
 
     async def work(store: StorageStrategy) -> int:
-        await json_store.checkpoint(arguments.adopt)
+        await json_store.checkpoint(arguments.recover_from)
         where = context.location()
-        done: dict[str, Any] = {"store": where, "adopted": arguments.adopt}
-        taken = f" ({_COUNTED[arguments.adopt]} counted)" if arguments.adopt else ""
-        output.result(arguments, done, f"{where} holds everything{taken}")
+        done: dict[str, Any] = {"store": where, "recovered_from": source}
+        recovered = f", recovered from {_RECOVERED_FROM[source]}" if source else ""
+        output.result(arguments, done, f"{where}: everything is in the data files{recovered}")
         return 0
 
     return context.run(work, needs_store=True)

@@ -33,7 +33,7 @@ value a line. Messages go to stderr, one line each.
 exit codes:
   0  done          1  not found: the entity, or the store itself
   2  wrong usage   3  conflict: another version, exists already, references, or stores differ
-  4  the store failed, or `health` found problems      130  Ctrl-C      141  the reader went away
+  4  the store failed, or `health` found problems      130  Ctrl-C      141  broken pipe
 """
 
 _PURPOSE: Final = "Keep templates, requests, machines and your own collections in one store."
@@ -70,7 +70,7 @@ class _Manual(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised, to be told like all others."""
+    """A parser whose errors are raised, to be reported like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise InvalidInputError(f"{message} ({self.prog} --help)")
@@ -176,6 +176,21 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
+class _Once(argparse.Action):
+    """An option that discards data: the last of several would not be what was meant."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice")
+        setattr(namespace, self.dest, values)
+
+
 def _no_command(name: str) -> str:
     known = ", ".join(COMMANDS)
     if not name:
@@ -227,20 +242,20 @@ def _seconds(text: str) -> float:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
     return int(text)
 
 
 def _at_least_one(text: str) -> int:
     number = _count(text)
     if not number:
-        raise argparse.ArgumentTypeError("expected a number from 1 on, got '0'")
+        raise argparse.ArgumentTypeError("expected a number >= 1, got '0'")
     return number
 
 
 def _version(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a version, a number from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a version, a number >= 0, got {text!r}")
     return int(text)
 
 
@@ -283,7 +298,7 @@ def _update(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         action="append",
         default=[],
-        help="take a field away; repeatable",
+        help="remove a field; repeatable",
     )
     _add_expected_version(parser)
 
@@ -313,7 +328,7 @@ def _query(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="smallest first, or greatest first with -; several with commas",
     )
-    parser.add_argument("--limit", metavar="N", type=_count, help="so many at most")
+    parser.add_argument("--limit", metavar="N", type=_count, help="maximum number of rows")
     parser.add_argument("--fields", metavar="A,B", help="only these, with the key and version")
     parser.add_argument(
         "--explain", action="store_true", help="show how it would be answered, and do not"
@@ -321,27 +336,13 @@ def _query(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
-    adopt = parser.add_mutually_exclusive_group()
-    adopt.add_argument(
-        "--adopt-file",
-        dest="adopt",
-        action="store_const",
-        const="file",
-        help="take the data file as it is and drop the journal",
-    )
-    adopt.add_argument(
-        "--adopt-journal",
-        dest="adopt",
-        action="store_const",
-        const="journal",
-        help="put the journal's commits on top of the data file",
-    )
-    adopt.add_argument(
-        "--adopt-readable",
-        dest="adopt",
-        action="store_const",
-        const="readable",
-        help="keep every commit before the place where a journal is damaged",
+    parser.add_argument(
+        "--recover-from",
+        action=_Once,
+        metavar="file|journal|salvage",
+        choices=("file", "journal", "salvage"),
+        help="recover a store whose files do not match, from the data file, from its journal, or "
+        "from what can be read of a damaged journal",
     )
 
 
@@ -426,13 +427,15 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     _add_merge(parser)
     _add_leave_out(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="write nothing, say what would not fit")
+    how.add_argument(
+        "--dry-run", action="store_true", help="write nothing, report what is incompatible"
+    )
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
-def _move(parser: argparse.ArgumentParser) -> None:
+def _live_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", metavar="ACTION", choices=("start", "status", "back", "stop", "finish")
+        "action", metavar="ACTION", choices=("start", "status", "rollback", "abort", "finalize")
     )
     _add_pair(parser, required=True)
     parser.add_argument(
@@ -462,7 +465,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "init": Command(
         "init",
         "make an empty store where there is none",
-        f"{_CLI}.upkeep:init",
+        f"{_CLI}.admin_commands:init",
         _nothing,
         "What is there already stays as it is, so it may be called again and again.\n\n"
         f"  {PROGRAM} --store json:data/request_database.json init\n",
@@ -470,7 +473,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "put": Command(
         "put COLLECTION [JSON | -] [OPTIONS]",
         "store entities: insert them, or replace what is there",
-        f"{_CLI}.verbs:put",
+        f"{_CLI}.entity_commands:put",
         _put,
         "The JSON is one object, a list of objects, or one object a line. The key field in each\n"
         "(as machine_id) holds its id. Fields that an object does not name are gone afterwards;\n"
@@ -483,7 +486,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "get": Command(
         "get COLLECTION ID...",
         "show entities by id",
-        f"{_CLI}.verbs:get",
+        f"{_CLI}.entity_commands:get",
         _get,
         "Exit code 1 if any of them is not there; the others are shown.\n\n"
         f"  {PROGRAM} get machines m-1 m-2\n"
@@ -492,7 +495,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "update": Command(
         "update COLLECTION ID [FIELD=VALUE... | JSON] [OPTIONS]",
         "change single fields of an entity that is there",
-        f"{_CLI}.verbs:update",
+        f"{_CLI}.entity_commands:update",
         _update,
         "A value is read as the field's declared type, in other fields as JSON if it reads as\n"
         "such, else as text; FIELD:=JSON takes any JSON value.\n\n"
@@ -502,8 +505,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "delete": Command(
         "delete COLLECTION ID... [OPTIONS]",
-        "take entities away",
-        f"{_CLI}.verbs:delete",
+        "delete entities",
+        f"{_CLI}.entity_commands:delete",
         _delete,
         "Exit code 1 if any of them was not there.\n\n"
         f"  {PROGRAM} delete machines m-1 m-2\n"
@@ -512,7 +515,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "query": Command(
         "query COLLECTION [FILTER...] [OPTIONS]",
         "show the entities that match",
-        f"{_CLI}.verbs:query",
+        f"{_CLI}.entity_commands:query",
         _query,
         f"{_FILTER_HELP}\n"
         f"  {PROGRAM} query machines request_id=req-1 status:ne=TERMINATED\n"
@@ -522,29 +525,29 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "count": Command(
         "count COLLECTION [FILTER...]",
         "count the entities that match",
-        f"{_CLI}.verbs:count",
+        f"{_CLI}.entity_commands:count",
         _add_filters,
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
     ),
     "health": Command(
         "health",
         "check that the store can be used: write, read, room, files",
-        f"{_CLI}.upkeep:health",
+        f"{_CLI}.admin_commands:health",
         _nothing,
         "Exit code 4 if anything is wrong.\n",
     ),
     "describe": Command(
         "describe",
         "show collections, capabilities and configuration",
-        f"{_CLI}.upkeep:describe",
+        f"{_CLI}.admin_commands:describe",
         _nothing,
         "Passwords are not shown. Tables that are made once (DynamoDB stores) are shown as they are,\n"
-        "beside what is declared; each difference is told on stderr.\n",
+        "beside what is declared; each difference is reported on stderr.\n",
     ),
     "create-tables": Command(
         "create-tables",
         "make the tables and indexes that are missing (DynamoDB stores)",
-        f"{_CLI}.upkeep:create_tables",
+        f"{_CLI}.admin_commands:create_tables",
         _nothing,
         "Waits until they are active, and sets auto scaling and point-in-time recovery as they\n"
         "are configured. Tables are also made at their first use; an index that is missing on a\n"
@@ -553,12 +556,15 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "checkpoint": Command(
         "checkpoint [OPTIONS]",
         "bring everything into the data files (JSON stores)",
-        f"{_CLI}.upkeep:checkpoint",
+        f"{_CLI}.admin_commands:checkpoint",
         _checkpoint,
         "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
-        "--adopt-file and --adopt-journal settle a data file that was replaced by hand while the\n"
-        "journal held commits; what loses is gone, so make a copy of the folder first.\n"
-        "--adopt-readable settles a damaged journal, which is kept beside.\n",
+        "A data file that was replaced by hand, while the journal held commits, is refused until one\n"
+        "is chosen. What is discarded is deleted, so make a copy of the folder first.\n\n"
+        "  --recover-from file     the data file as it is; the journal is discarded\n"
+        "  --recover-from journal  the commits in the journal, applied to the data file\n"
+        "  --recover-from salvage  for a damaged journal: every commit before the damage; the\n"
+        "                          journal is kept as NAME.damaged.NUMBER\n",
     ),
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",
@@ -595,8 +601,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "migrate": Command(
         "migrate --from URL --to URL [OPTIONS]",
-        "move everything to another store, and prove that nothing changed",
-        f"{_CLI}.moves:migrate",
+        "move everything to another store, and verify that nothing changed",
+        f"{_CLI}.migrate_commands:migrate",
         _migrate,
         "Neither store may be written to meanwhile. First a backup of the source is made, then\n"
         "batches are copied, then both sides are compared. Whatever goes wrong, the source is as\n"
@@ -608,33 +614,33 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "migrateRepository": Command(
         "migrateRepository --source-type TYPE --target-type TYPE [OPTIONS]",
         "the same, by the types of stores in a configuration file",
-        f"{_CLI}.moves:migrate_repository",
+        f"{_CLI}.migrate_commands:migrate_repository",
         _migrate_repository,
         "--config FILE (or the environment) has a block for each type; where both are of one type,\n"
         "--source-config and --target-config name a file each.\n\n"
         f"  {PROGRAM} migrateRepository --source-type json --target-type sql --batch-size 100 \\\n"
         "      --config config.json\n",
     ),
-    "move": Command(
-        "move ACTION --from URL --to URL [OPTIONS]",
-        "move everything while applications use the store",
-        f"{_CLI}.live:move",
-        _move,
-        "  start    copy, follow the changes, verify, and make the target the one that counts\n"
-        "  status   show how far it is\n"
-        "  back     make the source the one that counts again, with all that was written since\n"
-        "  stop     call it off before the cut-over\n"
-        "  finish   give the source up for good: it then refuses to open, and names the target\n\n"
+    "live-migrate": Command(
+        "live-migrate ACTION --from URL --to URL [OPTIONS]",
+        "migrate to another store while applications use it",
+        f"{_CLI}.live_migrate_command:live_migrate",
+        _live_migrate,
+        "  start     copy everything, follow the changes, verify, and switch to the target\n"
+        "  status    show the phase and the changes that are still to be copied\n"
+        "  rollback  switch back to the source, with everything that was written since\n"
+        "  abort     end the migration before the switch\n"
+        "  finalize  decommission the source: it then refuses to open, and names the target\n\n"
         "Applications may use either store, before and after, and follow by themselves, if the key\n"
-        "`follow_moves` of their configuration names the other one. Recorded in the stores is only\n"
-        "where they are, without secrets. An action that was interrupted is given again.\n\n"
-        f"  {PROGRAM} move start --from json:data --to json:data.json\n"
-        f"  {PROGRAM} move finish --from json:data --to json:data.json\n",
+        "`follow_moves` of their configuration names the other one. What is recorded in the stores\n"
+        "is only their location, without secrets. Run an interrupted action again.\n\n"
+        f"  {PROGRAM} live-migrate start --from json:data --to json:data.json\n"
+        f"  {PROGRAM} live-migrate finalize --from json:data --to json:data.json\n",
     ),
     "verify": Command(
         "verify --from URL --to URL | verify BACKUP",
-        "compare two stores, or prove a backup file",
-        f"{_CLI}.moves:verify",
+        "compare two stores, or verify a backup file",
+        f"{_CLI}.migrate_commands:verify",
         _verify,
         "Exit code 3 if anything differs; what differs is named by id and field.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"

@@ -19,7 +19,7 @@ from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.json.files import read_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Set
 
     from hf_async_store.cli.json_files import Data, JSONFiles
     from hf_async_store.schema import Schema
@@ -79,12 +79,12 @@ async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
         data, left_out = await _opened(folder, taken, schema)
         _refuse_foreign(source, data, left_out, schema)
         _check(source, data, schema)
-        return Backup(data, await _texts(folder, taken, files, data), left_out)
+        return Backup(data, await _texts(folder, taken, files, data, left_out), left_out)
     except CorruptionError as exc:
         said = str(exc)
         for name, path in taken.links.items():
             said = said.replace(str(folder / name), str(path))
-        raise CorruptionError(f"{source} is no good backup: {said}") from exc
+        raise CorruptionError(f"{source} is not a valid backup: {said}") from exc
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -147,32 +147,33 @@ def _check(source: Path, data: Data, schema: Schema) -> None:
                 raise exc.at(f"{source}, {name} {entity_id!r}") from exc
 
 
-async def _texts(folder: Path, taken: _Source, files: JSONFiles, data: Data) -> dict[str, bytes]:
+async def _texts(
+    folder: Path, taken: _Source, files: JSONFiles, data: Data, left_out: list[str]
+) -> dict[str, bytes]:
     """The store's own data files with the content of the backup."""
     names = files.manager.names
     if taken.only:
         names = {name: each for name, each in names.items() if each == taken.only}
     if files.manager.single is not (taken.names is None):
         return files.texts(data)
-    # Byte for byte, with what nobody declares in it, but for the records of a live move.
+    # Byte for byte, but for what is left out and the records of a live migration.
+    omitted = {*left_out, *(each.name for each in SYSTEM_COLLECTIONS)}
     texts = dict.fromkeys(names, EMPTY)
     for link in taken.links:
         found = await read_file(folder / link)
         name = link.removesuffix(".gz") if taken.names else next(iter(names))
         if found is None:
             raise StorageError(f"{taken.links[link]} was there, and is gone")
-        texts[name] = found.text if taken.names else _without_moves(found.text)
+        texts[name] = found.text if taken.names else _without(found.text, omitted)
     return texts
 
 
-def _without_moves(text: bytes) -> bytes:
-    """The one file of a store, without what it says of a live move: that is not restored."""
+def _without(text: bytes, omitted: Set[str]) -> bytes:
+    """The one file of a store without these sections; the same bytes if it has none of them."""
     sections = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    hidden = {each.name for each in SYSTEM_COLLECTIONS}
-    if not hidden & sections.keys():
+    if not omitted & sections.keys():
         return text
-    kept = {name: bytes(each) for name, each in sections.items() if name not in hidden}
-    return as_object(kept)
+    return as_object({name: bytes(each) for name, each in sections.items() if name not in omitted})
 
 
 def listed(names: list[str]) -> str:

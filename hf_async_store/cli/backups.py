@@ -7,6 +7,7 @@ store that cannot be opened has its files replaced, after a copy of everything a
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from msgspec import to_builtins
 from msgspec.json import encode
 
 from hf_async_store.cli import output
+from hf_async_store.cli.admin_commands import make_empty
 from hf_async_store.cli.backup_reader import listed, read_backup
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
@@ -51,7 +53,7 @@ def backup(arguments: Namespace) -> int:
                 place,
                 keep=arguments.keep,
                 allow_smaller=arguments.allow_smaller,
-                skip_engine=arguments.leave_out,
+                leave_out=arguments.leave_out,
             )
         size = _bytes(Path(made.path))
         done = {
@@ -174,8 +176,8 @@ def restore(arguments: Namespace) -> int:
         with output.progress("restore", is_long=max(_bytes(source), files.size()) > _LONG):
             found = await read_backup(source, files, context.schema)
             _refuse_left_out(source, found, arguments.leave_out)
-            async with context.watched():
-                done = await _Restoring(files, source, found).run()
+            done = await context.watched(_Restoring(files, source, found).run())
+            await _make_empty_if_absent(context)
         _tell_left_out(found.left_out)
         shown = ", ".join(f"{count:,} {name}" for name, count in done["entities"].items())
         output.result(
@@ -190,12 +192,26 @@ def restore(arguments: Namespace) -> int:
 
 
 def _restore_portable(arguments: Namespace, context: Context, source: Path) -> int:
+    restored = 0
+
+    def count(entities: int) -> None:
+        nonlocal restored
+        restored += entities
+
     async def work(store: StorageStrategy) -> int:
+        restoring = restore_store(
+            store, source, merge=arguments.merge, leave_out=arguments.leave_out, advance=count
+        )
         with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
-            async with context.watched():
-                found = await restore_store(
-                    store, source, merge=arguments.merge, skip_engine=arguments.leave_out
+            try:
+                found = await context.watched(restoring)
+            except asyncio.CancelledError:
+                output.log_line(
+                    f"the restore of {source} is incomplete: {restored:,} entities are restored, "
+                    "and perhaps some of the batch after them; run it again with --merge replace"
                 )
+                raise
+            await _make_empty_if_absent(context)
         shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
         rest = sum(each.unchanged + each.kept for each in found.merged.values())
         others = f"; {rest:,} others stayed as they were" if rest else ""
@@ -263,11 +279,17 @@ class _Restoring:
             await files.set_aside(aside)
             await files.place(self._found.texts)
             if self._is_whole:
-                await self._store.checkpoint(adopt="file")
+                await self._store.checkpoint(recover_from="file")
             else:
                 # The journal may hold what other files lack. If it does, this raises and says so.
                 await self._store.read_file()
         return aside
+
+
+async def _make_empty_if_absent(context: Context) -> None:
+    """A backup without entities writes nothing; also after it, there is a store."""
+    if not context.was_there and not await context.store.exists():
+        await context.watched(make_empty(context))
 
 
 def _bytes(source: Path) -> int:
@@ -275,8 +297,8 @@ def _bytes(source: Path) -> int:
     return sum(each.stat().st_size for each in found)
 
 
-def _refuse_left_out(source: Path, found: Backup, skip_engine: list[str]) -> None:
-    missing = [each for each in found.left_out if each not in skip_engine]
+def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
+    missing = [each for each in found.left_out if each not in leave_out]
     if missing:
         raise InvalidInputError(
             f"{source} holds what no collection declares: {listed(missing)}; nothing was changed. "
@@ -287,4 +309,4 @@ def _refuse_left_out(source: Path, found: Backup, skip_engine: list[str]) -> Non
 
 def _tell_left_out(names: list[str]) -> None:
     if names:
-        output.log_line(f"note: left out, as it was asked for: {listed(names)}")
+        output.log_line(f"note: left out, as requested: {listed(names)}")

@@ -7,10 +7,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
 from hf_async_store.cli.output import PROGRAM, log_line, write_error
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from hf_async_store.config import StorageConfig
     from hf_async_store.strategy import StorageStrategy
 
-Work = Callable[["StorageStrategy"], Awaitable[int]]
+Work = Callable[["StorageStrategy"], Coroutine[Any, Any, int]]
+Result = TypeVar("Result")
 
 _LOG: Final = logging.getLogger("hf_async_store")
 _SOON: Final = 0.001
@@ -85,13 +86,13 @@ class Context:
                         self.was_there = await store.exists()
                 if needs_store and not self.was_there:
                     raise StoreNotFoundError(
-                        f"there is no store at {self.location()}; mend --store or --config, or "
+                        f"there is no store at {self.location()}; correct --store or --config, or "
                         f"make an empty one: `{PROGRAM} init`"
                     )
                 async with operation_timeout(None if writes else timeout):
-                    return await work(store)
+                    return await abandonable(work(store))
 
-        with warnings_told(verbose=self.arguments.verbose):
+        with warnings_logged(verbose=self.arguments.verbose):
             try:
                 return asyncio.run(body())
             except OperationTimeoutError as exc:
@@ -115,11 +116,10 @@ class Context:
             raise OperationTimeoutError(f"not done within {self.arguments.timeout:g} s")
         return left
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
+    async def watched(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Bounds work that takes no `timeout=` of its own and may write."""
         async with operation_timeout(self.left(), outcome_unknown=lambda: True):
-            yield
+            return await abandonable(work)
 
     # -- is there a store at all -------------------------------------------------------------
 
@@ -133,6 +133,24 @@ class Context:
         folder = Path(options.base_path)
         single = options.storage_type == "single_file"
         return str(folder / options.filenames.single_file if single else folder)
+
+
+async def abandonable(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work` such that a cancellation, by Ctrl-C or a timeout, ends the waiting for it at once.
+
+    A write that is cancelled waits until nothing of it can land any more, which may take as long as
+    a lock is waited for. A person does not wait for that: the end of the loop cancels what remains.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=_LAST_SECONDS)
+        for each in done:
+            if not each.cancelled():
+                each.exception()  # marked as retrieved; the reason is reported already
+        raise
 
 
 @asynccontextmanager
@@ -224,7 +242,7 @@ def _imported(module: str, name: str, named: str) -> object:
         ) from exc
     finally:
         if added:
-            # That module was asked for. What else lies here must not stand for a driver.
+            # That module was asked for. Other files there must not be imported in place of a driver.
             sys.path.remove(here)
             sys.path.append(here)
 
@@ -247,7 +265,7 @@ class _LogHandler(logging.Handler):
 
 
 @contextmanager
-def warnings_told(*, verbose: bool) -> Iterator[None]:
+def warnings_logged(*, verbose: bool) -> Iterator[None]:
     handler = _LogHandler(verbose=verbose)
     _LOG.addHandler(handler)
     try:

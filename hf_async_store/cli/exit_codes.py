@@ -40,7 +40,7 @@ CONFLICT: Final = 3
 STORAGE: Final = 4
 
 _MAX_SHOWN: Final = 10
-"""So many failures of a batch are told one by one."""
+"""So many failures of a batch are reported one by one."""
 
 _IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
@@ -72,7 +72,7 @@ _HINTS: Final[tuple[tuple[type[StorageError], str], ...]] = (
     (LockTimeoutError, "try again, or find out who holds it"),
     (ThrottledError, "try again later"),
     (OperationTimeoutError, "allow more with --timeout"),
-    (AuthenticationError, "mend the user name or the password"),
+    (AuthenticationError, "correct the user name or the password"),
     (PermissionDeniedError, "look at the owner and mode of the files and of their folder"),
     (ReadOnlyStoreError, "nothing can be written there"),
     (DiskFullError, "what was stored before is intact: make room, then do it again"),
@@ -108,7 +108,9 @@ def sentence(exc: StorageError) -> str:
     elif isinstance(exc, CorruptionError) and PROGRAM not in said:
         hint = f"`{PROGRAM} backups` lists what can be restored, `{PROGRAM} restore` does it"
     if isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _IN_THE_WAY:
-        hint = "a file stands where a folder is needed, or the reverse: mend the path, or move it"
+        hint = (
+            "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+        )
     parts = [said.rstrip("."), _UNKNOWN if exc.outcome_unknown else None, hint]
     return redact_text("; ".join(each for each in parts if each))
 

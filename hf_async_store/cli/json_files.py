@@ -101,7 +101,7 @@ class JSONFiles:
         return self.folder / name, self.folder / f"{name}.gz"
 
     def _at(self, name: str) -> Path | None:
-        """Where a data file lies, in the configured form if in both; None if there is none."""
+        """Where a data file is stored, in the configured form if in both; None if there is none."""
         forms = sorted(self._forms(name), key=lambda each: each != self.manager.path(name))
         return next((each for each in forms if each.exists()), None)
 

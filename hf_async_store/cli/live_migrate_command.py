@@ -1,14 +1,14 @@
-"""The command that moves a store while applications use it: move."""
+"""The command that migrates a store while applications use it: live-migrate."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from hf_async_store.cli import output
-from hf_async_store.cli.context import collections_of, warnings_told
+from hf_async_store.cli.context import collections_of, warnings_logged
 from hf_async_store.cli.progress import Bars
 from hf_async_store.migration.live import LiveMigration, LiveStatus
 from hf_async_store.repository import operation_timeout
@@ -16,17 +16,17 @@ from hf_async_store.repository import operation_timeout
 if TYPE_CHECKING:
     from argparse import Namespace
 
-_SAID = {
-    None: "there is no move; {} counts",
-    "copying": "copied so far and followed; {} counts",
-    "cut_over": "amid the cut-over; {} counts",
-    "flipped": "{} counts; `back` leads back, `finish` gives the source up",
-    "cut_back": "amid going back; {} counts",
-    "moved": "finished; {} counts, and the source refuses to open",
+_SENTENCES: Final = {
+    None: "there is no live migration; {} is active",
+    "COPYING": "the target follows the source; {} is active",
+    "CUTTING_OVER": "switching to the target; {} is active",
+    "SWITCHED": "{} is active; `rollback` switches back, `finalize` decommissions the source",
+    "ROLLING_BACK": "switching back to the source; {} is active",
+    "FINALIZED": "finalized; {} is active, and the source refuses to open",
 }
 
 
-def move(arguments: Namespace) -> int:
+def live_migrate(arguments: Namespace) -> int:
     schema = tuple(collections_of(arguments.collections))
 
     async def work() -> LiveStatus:
@@ -41,12 +41,12 @@ def move(arguments: Namespace) -> int:
             async with operation_timeout(arguments.timeout), live:
                 return await _act(live, arguments)
 
-    with warnings_told(verbose=arguments.verbose):
+    with warnings_logged(verbose=arguments.verbose):
         status = asyncio.run(work())
-    sentence = _SAID[status.phase].format(status.authoritative)
+    sentence = _SENTENCES[status.phase].format(status.authoritative)
     waiting = sum(status.waiting)
     if waiting:
-        sentence += f" ({waiting:,} changes are not brought over yet)"
+        sentence += f" ({waiting:,} changes are not copied yet)"
     output.result(arguments, msgspec.to_builtins(status), sentence)
     return 0
 
@@ -55,8 +55,8 @@ async def _act(live: LiveMigration, arguments: Namespace) -> LiveStatus:
     action: str = arguments.action
     if action == "start":
         return await live.start(cut_over=not arguments.no_cut_over)
-    if action == "back":
+    if action == "rollback":
         return await live.rollback()
-    if action == "stop":
+    if action == "abort":
         return await live.abort()
-    return await live.finalize() if action == "finish" else await live.status()
+    return await live.finalize() if action == "finalize" else await live.status()

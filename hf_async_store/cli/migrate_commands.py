@@ -13,7 +13,7 @@ import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.context import collections_of, warnings_told
+from hf_async_store.cli.context import collections_of, warnings_logged
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import SQLConfig, StorageConfig, load_config
@@ -94,7 +94,7 @@ def _run(
         _configured(arguments, config),
         collections=schema,
         merge=arguments.merge,
-        skip_engine=arguments.leave_out,
+        leave_out=arguments.leave_out,
     )
 
     async def work() -> MigrationReport:
@@ -106,14 +106,14 @@ def _run(
                     return await tool.resume()
                 return await tool.migrate(dry_run=arguments.dry_run)
 
-    with warnings_told(verbose=arguments.verbose):
+    with warnings_logged(verbose=arguments.verbose):
         report = asyncio.run(work())
     _show_report(arguments, report)
     return 0 if report.ok else CONFLICT
 
 
 async def _sizes(store: StorageStrategy, schema: tuple[Collection, ...]) -> dict[str, int]:
-    """How much there is to do, where counting is not as dear as reading."""
+    """How much there is to do, where counting is cheaper than reading."""
     if store.capabilities.query_isolation != "snapshot":
         return {}
     return {each.name: await store.count_entities(each.name) for each in schema}
@@ -135,9 +135,9 @@ def _show_report(arguments: Namespace, report: MigrationReport) -> None:
     for each in report.notices:
         output.log_line(f"note: {each}")
     for each in report.left_out:
-        output.log_line(f"note: left in the source, as it was asked for: {each}")
+        output.log_line(f"note: left in the source, as requested: {each}")
     for each in report.problems:
-        output.log_line(f"would not fit: {each}")
+        output.log_line(f"incompatible: {each}")
     if report.more_problems:
         output.log_line("and more like these")
 
@@ -145,9 +145,9 @@ def _show_report(arguments: Namespace, report: MigrationReport) -> None:
 def _sentence(report: MigrationReport) -> str:
     if report.dry_run:
         return (
-            "a dry run: nothing was written; everything fits"
+            "a dry run: nothing was written; everything is compatible"
             if report.ok
-            else "a dry run: nothing was written; not everything fits"
+            else "a dry run: nothing was written; not everything is compatible"
         )
     parts = [f"{report.source} to {report.target} in {report.seconds:,.1f} s"]
     parts.append("verified" if report.verified else "not verified")
@@ -160,7 +160,7 @@ def _sentence(report: MigrationReport) -> str:
 
 
 def verify(arguments: Namespace) -> int:
-    """Compare two stores, or prove a backup."""
+    """Compare two stores, or verify a backup."""
     if arguments.backup is not None:
         return _verify_backup(arguments)
     if arguments.source is None or arguments.target is None:
@@ -180,11 +180,11 @@ def verify(arguments: Namespace) -> int:
                 return await compare_stores(
                     source,
                     target,
-                    skip_engine=arguments.leave_out,
+                    leave_out=arguments.leave_out,
                     advance=partial(bars.advance, "verify"),
                 )
 
-    with warnings_told(verbose=arguments.verbose):
+    with warnings_logged(verbose=arguments.verbose):
         compared = asyncio.run(work())
     _show_comparison(arguments, compared)
     try:

@@ -37,7 +37,7 @@ class BackupResult(msgspec.Struct, frozen=True):
         removed: older backups that went, because only so many are kept.
         spared: older backups that should have gone, and stay because this one holds far less than
             they do: see `allow_smaller` of `backup_store`.
-        left_out: what the store holds and is not in it, as it was asked for.
+        left_out: what the store holds and is not in it, as requested.
     """
 
     path: str
@@ -55,7 +55,7 @@ async def backup_store(
     keep: int | None = None,
     allow_smaller: bool = False,
     stem: str = "backup",
-    skip_engine: Collection[str] = (),
+    leave_out: Collection[str] = (),
 ) -> BackupResult:
     """Write everything that a store holds to a portable file: one moment of it, if the engine can.
 
@@ -65,7 +65,7 @@ async def backup_store(
         keep: afterwards only so many dated files of this `stem` stay in the folder, the newest.
         allow_smaller: remove the others also where this backup is empty, or holds less than half
             of what the one before did, or those that stay less than half of one that goes.
-        skip_engine: what is stored, not declared and not to be in the backup: collections (`jobs`)
+        leave_out: what is stored, not declared and not to be in the backup: collections (`jobs`)
             and fields (`machines.owner`). Whatever else is not declared is refused.
 
     Raises:
@@ -76,10 +76,10 @@ async def backup_store(
     """
     path, is_dated = await asyncio.to_thread(_destination, str(location), stem)
     if keep is not None and (keep < 1 or not is_dated):
-        raise InvalidInputError("keep is a number from 1 on, and needs a folder of dated backups")
-    check_leave_out(skip_engine, store.collections)
+        raise InvalidInputError("keep is a number >= 1, and needs a folder of dated backups")
+    check_leave_out(leave_out, store.collections)
     await require_store(store)
-    left_out = await refuse_undeclared(store, "the store", skip_engine)
+    left_out = await refuse_undeclared(store, "the store", leave_out)
     sort = store.capabilities.default_order != "id"
     async with store.snapshot() as reader:
         digests = await write_portable(path, reader, store.collections, sort=sort)

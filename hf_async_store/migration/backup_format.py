@@ -470,27 +470,27 @@ class _Unpacking:
 
 def damaged(path: Path, why: str) -> CorruptionError:
     """The error of a backup that is not as it was written, or that nobody can restore."""
-    return CorruptionError(f"{path} is no good backup: {why}. {_WAY_BACK}")
+    return CorruptionError(f"{path} is not a valid backup: {why}. {_WAY_BACK}")
 
 
 def refuse_other_schema(
-    header: Header, schema: Schema, path: Path, skip_engine: Container[str] = ()
+    header: Header, schema: Schema, path: Path, leave_out: Container[str] = ()
 ) -> None:
     """Refuse a backup with entities of collections that are not declared, or under another key.
 
     Args:
-        skip_engine: collections of it that need not be declared.
+        leave_out: collections of it that need not be declared.
 
     Raises:
         InvalidInputError.
     """
     for each in header.collections:
         if each.name not in schema:
-            if each.count and each.name not in skip_engine:
+            if each.count and each.name not in leave_out:
                 raise InvalidInputError(
                     f"{path} holds {each.count:,} entities of {each.name!r}, which is not declared; "
                     "declare it (--collections MODULE:NAME on the command line), or say that it is "
-                    "not restored (skip_engine, or --leave-out NAME)"
+                    "not restored (leave_out, or --leave-out NAME)"
                 )
         elif schema[each.name].key != each.key:
             raise InvalidInputError(

@@ -89,7 +89,7 @@ class CheckpointFile:
     """The file of one pair of stores.
 
     Args:
-        folder: where it lies.
+        folder: where it is stored.
     """
 
     def __init__(self, folder: Path, source: StorageStrategy, target: StorageStrategy) -> None:
@@ -161,7 +161,7 @@ def _content(path: Path) -> bytes:
 def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # Of a known name: whatever lies there is not followed to another file.
+    # Of a known name: a link there is not followed to another file.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(temporary, flags, 0o600)
     try:

@@ -71,7 +71,7 @@ class Copying:
     Args:
         rule: how to settle with what is there; None writes over it.
         save: is awaited with the progress after each batch.
-        advance: is told how many entities are done.
+        advance: called with how many entities are done.
     """
 
     def __init__(

@@ -85,16 +85,16 @@ async def compare_stores(
     target: StorageStrategy,
     *,
     limit: int = LIMIT,
-    skip_engine: Container[str] = (),
+    leave_out: Container[str] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
     """Read both stores through; where their digests differ, find out what does.
 
     Args:
         limit: how many differences are listed at most.
-        skip_engine: what is stored and need not be declared: collections (`jobs`) and fields
+        leave_out: what is stored and need not be declared: collections (`jobs`) and fields
             (`machines.owner`). They are not compared.
-        advance: is told how many entities were read.
+        advance: called with how many entities were read.
 
     Raises:
         StoreNotFoundError: one of them is not there.
@@ -102,7 +102,7 @@ async def compare_stores(
     """
     for store, what in ((source, "the source"), (target, "the target")):
         await require_store(store, what)
-        await refuse_undeclared(store, what, skip_engine)
+        await refuse_undeclared(store, what, leave_out)
     return await compare_declared(source, target, limit=limit, advance=advance)
 
 

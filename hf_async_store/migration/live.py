@@ -1,9 +1,9 @@
-"""MigrationRouter a store while its applications use it: the one who carries the move out.
+"""Migrating a store while its applications use it: the coordinator.
 
-The applications follow by themselves (`hf_async_store.migration_routing`). docs/live-migration.md tells the
-protocol; here is its other half. Everything that is written to the side that is not authoritative is
-written in transactions that read its record first, so that a mover that was replaced, or woke up too
-late, writes nothing any more.
+The applications follow by themselves (`hf_async_store.migration_routing`). docs/live-migration.md
+describes the protocol; this module is its other half. Everything that is written to the side that is
+not active is written in transactions that read its record first, so that a coordinator that was
+replaced, or woke up too late, can write nothing.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ if TYPE_CHECKING:
     from hf_async_store.driver import Engine, Session
 
 _MARGIN: Final = 0.25
-"""Seconds beyond a lease, for what a process does between its last look at the clock and its answer."""
+"""Seconds beyond a lease, for what a process does between its last reading of the clock and its answer."""
 
 _BATCH: Final = 200
 _FEW: Final = 50
-"""So few marks in a round say that the follower keeps up."""
+"""With so few markers in a round, the target keeps up."""
 
 _ROUNDS: Final = 200
 _TRIES: Final = 3
@@ -70,12 +70,12 @@ Advance = Callable[[str, int], None]
 
 
 class LiveStatus(msgspec.Struct, frozen=True):
-    """How far a live move is.
+    """How far a live migration is.
 
     Attributes:
-        phase: see `moving.Phase`; None: there is no move.
-        authoritative: the side that counts: its URL without secrets.
-        waiting: marks that were not brought over yet: of the source, and of the target.
+        phase: see `migration_routing.Phase`; None: there is no live migration.
+        authoritative: the active side: its URL without secrets.
+        waiting: change markers that are still to be applied: of the source, and of the target.
     """
 
     phase: Phase | None
@@ -84,21 +84,21 @@ class LiveStatus(msgspec.Struct, frozen=True):
 
 
 class LiveMigration:
-    """A live move from one store to another; an async context manager.
+    """A live migration from one store to another; an async context manager.
 
-    One at a time carries a move out: whoever comes later takes over, and shuts out the one before.
+    Only one coordinator at a time carries it out: a later one takes over and fences off the earlier.
 
     Args:
         source, target: whatever `open_store` takes. What is recorded in the stores is only where
             they are, without secrets and variables; the applications open the other store as
             their own `follow_moves` says.
         collections: what the applications declare.
-        rate: entities a second that are copied in the background at most.
-        advance: is told of the progress.
+        rate: maximum number of entities a second that are copied in the background.
+        advance: called with the progress.
 
     Raises:
-        ConfigurationError: a configuration that cannot be used, or a place that no other process
-            could find.
+        ConfigurationError: a configuration that cannot be used, or a location that no other
+            process could find.
         MigrationError: an engine that cannot take part.
     """
 
@@ -112,28 +112,29 @@ class LiveMigration:
         advance: Advance = lambda what, count: None,
     ) -> None:
         sides = [anchored(load_config(each)) for each in (source, target)]
-        self.source_place, self.target_place = (each.place() for each in sides)
+        self.source_location, self.target_location = (each.place() for each in sides)
         self._schema = Schema(collections)
         self._rate = rate
         self._advance = advance
         declared = [*self._schema.values(), *SYSTEM_COLLECTIONS]
         stores = [open_store(each, collections=declared) for each in sides]
-        # The engines themselves: the stores would follow the move, and wait for this.
+        # The engines themselves: the stores would follow the migration, and wait for this.
         self._source, self._target = (each._engine for each in stores)
         self._references = {id(each._engine): enforces_references(each) for each in stores}
-        self._move: MigrationState | None = None
+        self._state: MigrationState | None = None
         self._touched: set[Key] = set()
 
     async def __aenter__(self) -> Self:
         for engine, what in ((self._source, "source"), (self._target, "target")):
             if not engine.capabilities.multi_process or not engine.capabilities.durable:
                 raise MigrationError(
-                    f"the engine {engine.capabilities.engine!r} cannot be the {what} of a live move"
+                    f"the engine {engine.capabilities.engine!r} cannot be the {what} of a live "
+                    "migration"
                 )
         if not self._source.capabilities.change_markers:
             raise MigrationError(
-                f"the engine {self._source.capabilities.engine!r} cannot mark changes, so it cannot "
-                "be the source of a live move; stop the applications and use `migrate`"
+                f"the engine {self._source.capabilities.engine!r} does not support change markers, so "
+                "it cannot be the source of a live migration; stop the applications and use `migrate`"
             )
         return self
 
@@ -151,83 +152,87 @@ class LiveMigration:
     # -- what an operator does ---------------------------------------------------------------
 
     async def status(self) -> LiveStatus:
-        """How far the move is."""
-        move = await self._read(self._source)
-        waiting = (await self._count_marks(self._source), await self._count_marks(self._target))
-        if move is None:
-            return LiveStatus(None, self.source_place, waiting)
-        at_target = move.phase in ("flipped", "cut_back", "moved")
+        """How far the migration is."""
+        state = await self._read(self._source)
+        waiting = (await self._count_markers(self._source), await self._count_markers(self._target))
+        if state is None:
+            return LiveStatus(None, self.source_location, waiting)
+        at_target = state.phase in ("SWITCHED", "ROLLING_BACK", "FINALIZED")
         return LiveStatus(
-            move.phase, self.target_place if at_target else self.source_place, waiting
+            state.phase, self.target_location if at_target else self.source_location, waiting
         )
 
     async def start(self, *, cut_over: bool = True) -> LiveStatus:
-        """Copy everything to the target, follow the changes, verify, and make the target the one
-        that counts. Started again after a failure, it goes on.
+        """Copy everything to the target, follow the changes, verify, and make the target active.
+        Called again after a failure, it continues.
 
         Args:
-            cut_over: False ends before the target becomes the one that counts.
+            cut_over: False ends before the target becomes active.
 
         Raises:
-            TargetNotEmptyError: the target holds something that is not of this move.
-            MigrationError, VerificationError: what stands in the way; the source counts on.
+            TargetNotEmptyError: the target holds something that is not of this migration.
+            MigrationError, VerificationError: the switch was not made; the source stays active.
         """
         await self._begin()
-        if self._here().phase == "flipped":
+        if self._here().phase == "SWITCHED":
             return await self.status()
         await self._copy()
         await self._catch_up(self._source, self._target)
         await self._repair(self._source, self._target)
         if cut_over:
-            await self._switch(self._source, self._target, "cut_over", "flipped")
+            await self._switch(self._source, self._target, "CUTTING_OVER", "SWITCHED")
         return await self.status()
 
     async def rollback(self) -> LiveStatus:
-        """Make the source the one that counts again, with everything that was written since; the
-        move is over then, and the target refuses to open.
+        """Make the source active again, with everything that was written since; the migration has
+        then ended, and the target refuses to open.
 
         Raises:
-            MigrationError, VerificationError: what stands in the way; the target counts on.
+            MigrationError, VerificationError: the switch was not made; the target stays active.
         """
         await self._acquire_epoch()
-        if self._here().phase == "flipped":
+        if self._here().phase == "SWITCHED":
             if not self._target.capabilities.change_markers:
                 raise MigrationError(
-                    f"the engine {self._target.capabilities.engine!r} did not mark changes, so "
-                    "nobody knows what to bring back; migrate back with the applications stopped"
+                    f"the engine {self._target.capabilities.engine!r} did not write change "
+                    "markers, so the changes since the switch are unknown; migrate back with the "
+                    "applications stopped"
                 )
             await self._catch_up(self._target, self._source)
             await self._repair(self._target, self._source)
-            await self._switch(self._target, self._source, "cut_back", "copying")
-        await self._call_off()
+            await self._switch(self._target, self._source, "ROLLING_BACK", "COPYING")
+        await self._end()
         return await self.status()
 
     async def abort(self) -> LiveStatus:
-        """Call the move off before its cut-over; the source counts on.
+        """End the migration before the switch; the source stays active.
 
         Raises:
-            MigrationError: the target counts already; `back` is what leads back.
+            MigrationError: the target is already active; `rollback` switches back.
         """
         await self._acquire_epoch()
-        if self._here().phase != "copying":
-            raise MigrationError("the target counts already; `back` leads back, `finish` finishes")
-        await self._call_off()
+        if self._here().phase != "COPYING":
+            raise MigrationError(
+                "the target is already active; `rollback` switches back, `finalize` decommissions the "
+                "source"
+            )
+        await self._end()
         return await self.status()
 
     async def finalize(self) -> LiveStatus:
-        """Give the source up for good: it refuses to open, and names the target.
+        """Decommission the source: it refuses to open, and names the target.
 
         Raises:
-            MigrationError: the target does not count yet.
+            MigrationError: the target is not active yet.
         """
-        move = await self._read(self._source)
-        if move is not None and move.phase == "moved" and move.other == self.target_place:
-            self._move = move  # interrupted before its end, perhaps
+        state = await self._read(self._source)
+        if state is not None and state.phase == "FINALIZED" and state.other == self.target_location:
+            self._state = state  # a finalize that was interrupted, perhaps
         else:
             await self._acquire_epoch()
-            if self._here().phase != "flipped":
-                raise MigrationError("the target does not count yet; `start` makes it")
-            await self._change(phase="moved")
+            if self._here().phase != "SWITCHED":
+                raise MigrationError("the target is not active yet; `start` switches to it")
+            await self._change(phase="FINALIZED")
         await _leases_over()
         await self._cleanup(self._target)
         return await self.status()
@@ -235,8 +240,8 @@ class LiveMigration:
     # -- the record --------------------------------------------------------------------------
 
     def _here(self) -> MigrationState:
-        assert self._move is not None, "taken over"
-        return self._move
+        assert self._state is not None, "the epoch was acquired"
+        return self._state
 
     async def _read(self, engine: Engine) -> MigrationState | None:
         return migration_state_in((await engine.fetch([MIGRATION_KEY]))[0])
@@ -245,32 +250,32 @@ class LiveMigration:
         """Change the record of the source: nobody else has meanwhile.
 
         Raises:
-            MigrationError: somebody else took over, or ended the cut-over.
+            MigrationError: another coordinator took over, or an application ended the switch.
         """
-        move = self._here()
-        outcome = (await self._source.write_each([move.put(**changed)]))[0]
+        state = self._here()
+        outcome = (await self._source.write_each([state.put(**changed)]))[0]
         if isinstance(outcome, ConcurrencyConflictError):
             raise MigrationError(
-                "somebody else carries this move out now, or an application ended a cut-over that "
-                "took too long; start again"
+                "another coordinator has taken this live migration over, or an application ended "
+                "a switch that took too long; run the action again"
             ) from outcome
         if isinstance(outcome, StorageError):
             raise outcome
-        self._move = await self._read(self._source)
+        self._state = await self._read(self._source)
 
     async def _begin(self) -> None:
-        """Have a record in both places, of this mover."""
-        move = await self._read(self._source)
-        if move is not None:
+        """Have the record of this coordinator in both stores."""
+        state = await self._read(self._source)
+        if state is not None:
             await self._acquire_epoch()
             return
         await self._refuse_foreign()
         # The target first: who opens it by its URL then follows from the beginning.
         await self._put_record(
-            self._target, MigrationState("target", "copying", self.source_place, 1, 0)
+            self._target, MigrationState("target", "COPYING", self.source_location, 1, 0)
         )
         await self._put_record(
-            self._source, MigrationState("source", "copying", self.target_place, 1, 0)
+            self._source, MigrationState("source", "COPYING", self.target_location, 1, 0)
         )
         await self._acquire_epoch()
 
@@ -280,19 +285,21 @@ class LiveMigration:
         await refuse_undeclared(self._source, "the source")
         there = await self._read(self._target)
         if there is not None:
-            if there.other == self.source_place:
-                return  # a copy that an earlier move of the two left
-            raise MigrationError(f"the target is part of another move, with {there.other}")
+            if there.other == self.source_location:
+                return  # a copy that an earlier migration of the two left
+            raise MigrationError(
+                f"the target is part of another live migration, with {there.other}"
+            )
         for declared in self._schema.values():
             async with aclosing(self._target.select(build_query(declared, limit=1))) as found:
                 async for record in found:
                     raise TargetNotEmptyError(
                         f"the target is not empty: it holds {declared.name} {record.key.id!r}; a "
-                        "live move needs an empty one"
+                        "live migration needs an empty one"
                     )
 
-    async def _put_record(self, engine: Engine, move: MigrationState) -> None:
-        entity = cast("Entity", msgspec.to_builtins(move))
+    async def _put_record(self, engine: Engine, state: MigrationState) -> None:
+        entity = cast("Entity", msgspec.to_builtins(state))
         del entity[VERSION]
         entity["move_id"] = MIGRATION_KEY.id
         there = await self._read(engine)
@@ -301,70 +308,74 @@ class LiveMigration:
         put = Put(MIGRATION_KEY, entity, utc_now(), expect, version)
         outcome = (await engine.write_each([put]))[0]
         if isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
-            raise MigrationError("somebody else begins a move just now") from outcome
+            raise MigrationError("another coordinator is starting a live migration") from outcome
         if isinstance(outcome, StorageError):
             raise outcome
 
     async def _acquire_epoch(self) -> None:
-        """Be the one who carries the move out, from here on.
+        """Become the coordinator, by a new epoch in both records.
 
         Raises:
-            MigrationError: there is no such move.
+            MigrationError: there is no such migration.
         """
-        move = await self._read(self._source)
-        if move is None or move.role != "source" or move.other != self.target_place:
+        state = await self._read(self._source)
+        if state is None or state.role != "source" or state.other != self.target_location:
             raise MigrationError(
-                "there is no move between these two"
-                + ("" if move is None else f"; the source is part of one with {move.other}")
+                "there is no live migration between these two"
+                + ("" if state is None else f"; the source is part of one with {state.other}")
             )
-        if move.phase == "moved":
-            raise MigrationError("this move is finished: the target is the one that counts")
-        self._move = move
-        phase: Phase = move.phase
-        if phase in ("cut_over", "cut_back"):
-            phase = "copying" if phase == "cut_over" else "flipped"
-        await self._change(phase=phase, epoch=move.epoch + 1)
+        if state.phase == "FINALIZED":
+            raise MigrationError("this live migration is finalized: the target is active")
+        self._state = state
+        phase: Phase = state.phase
+        if phase in ("CUTTING_OVER", "ROLLING_BACK"):
+            phase = "COPYING" if phase == "CUTTING_OVER" else "SWITCHED"
+        await self._change(phase=phase, epoch=state.epoch + 1)
         there = await self._read(self._target)
         epoch = self._here().epoch
         if there is None:
             await self._put_record(
-                self._target, MigrationState("target", "copying", self.source_place, epoch, 0)
+                self._target, MigrationState("target", "COPYING", self.source_location, epoch, 0)
             )
         else:
-            change = there.put(role="target", phase="copying", other=self.source_place, epoch=epoch)
+            change = there.put(
+                role="target", phase="COPYING", other=self.source_location, epoch=epoch
+            )
             outcome = (await self._target.write_each([change]))[0]
             if isinstance(outcome, StorageError):
-                raise MigrationError("somebody else takes this move over just now") from outcome
-        # Whoever did not know of the move, or of this phase, knows it then.
+                raise MigrationError(
+                    "another coordinator is taking this live migration over"
+                ) from outcome
+        # After that, every process knows of the migration and of this phase.
         await _leases_over()
 
-    async def _call_off(self) -> None:
-        """End a move while the source counts."""
+    async def _end(self) -> None:
+        """End the migration while the source is active."""
         there = await self._read(self._target)
-        assert there is not None, "taken over"
-        outcome = (await self._target.write_each([there.put(phase="moved")]))[0]
+        assert there is not None, "the epoch was acquired"
+        outcome = (await self._target.write_each([there.put(phase="FINALIZED")]))[0]
         if isinstance(outcome, StorageError):
             raise outcome
         await self._cleanup(self._source)
 
     async def _cleanup(self, engine: Engine) -> None:
-        """Take the record and the marks out of the place that stays."""
-        move = await self._read(engine)
-        if move is not None:
-            outcome = (await engine.write_each([Delete(MIGRATION_KEY, move.version)]))[0]
+        """Delete the record and the change markers from the store that stays active."""
+        state = await self._read(engine)
+        if state is not None:
+            outcome = (await engine.write_each([Delete(MIGRATION_KEY, state.version)]))[0]
             if isinstance(outcome, StorageError):
                 raise outcome
         await _leases_over()
-        while marks := await self._marks(engine, None):
-            await engine.write_each([Delete(each.key) for each in marks])
+        while markers := await self._markers(engine, None):
+            await engine.write_each([Delete(each.key) for each in markers])
 
-    # -- bringing over -----------------------------------------------------------------------
+    # -- copying -----------------------------------------------------------------------
 
     async def _copy(self) -> None:
         """Everything of the source, collection by collection, changes in between."""
         for declared in self._schema.values():
-            async with aclosing(_pieces(self._source, declared, _BATCH)) as pieces:
-                async for keys in pieces:
+            async with aclosing(_key_chunks(self._source, declared, _BATCH)) as chunks:
+                async for keys in chunks:
                     began = time.monotonic()
                     await self._apply_markers(self._source, self._target, keys)
                     await self._catch_up_once(self._source, self._target)
@@ -373,32 +384,32 @@ class LiveMigration:
                     await asyncio.sleep(max(0.0, pause))
 
     async def _catch_up(self, origin: Engine, copy: Engine) -> None:
-        """Drain marks until few are left at a time."""
+        """Apply change markers until few remain at a time."""
         for _ in range(_ROUNDS):
             if await self._catch_up_once(origin, copy) <= _FEW:
                 return
 
     async def _catch_up_once(self, origin: Engine, copy: Engine) -> int:
-        """Bring over what is marked, and take the marks away; how many there were.
+        """Copy what is marked as changed, and delete the markers; how many there were.
 
-        Marks of the side that does not count are of writes that came too late and were not
-        acknowledged: what they changed is put right again.
+        Markers on the side that is not active are of writes that came too late and were not
+        acknowledged: what they changed is overwritten with the state of the active side.
         """
         drained = 0
         for marked in (origin, copy):
             after: str | None = None
-            while marks := await self._marks(marked, after):
-                after = marks[-1].key.id
+            while markers := await self._markers(marked, after):
+                after = markers[-1].key.id
                 keys = [
                     Key(cast("str", each.entity["collection"]), cast("str", each.entity["id"]))
-                    for each in marks
+                    for each in markers
                 ]
                 await self._apply_markers(
                     origin, copy, [each for each in keys if self._knows(each)]
                 )
-                # A mark that was written anew since has another version, and stays.
-                await marked.write_each([Delete(each.key, each.version) for each in marks])
-                drained += len(marks)
+                # A marker that was written again since has another version, and stays.
+                await marked.write_each([Delete(each.key, each.version) for each in markers])
+                drained += len(markers)
         self._advance("changes", drained)
         return drained
 
@@ -410,14 +421,14 @@ class LiveMigration:
             )
         return True
 
-    async def _marks(self, engine: Engine, after: str | None) -> list[Record]:
+    async def _markers(self, engine: Engine, after: str | None) -> list[Record]:
         query = build_query(MARKER_COLLECTION, limit=_BATCH)
         if after is not None:
             query = msgspec.structs.replace(query, after=CursorPosition((), after))
         async with aclosing(engine.select(query)) as records:
             return [each async for each in records]
 
-    async def _count_marks(self, engine: Engine) -> int:
+    async def _count_markers(self, engine: Engine) -> int:
         return await engine.count(build_query(MARKER_COLLECTION))
 
     async def _apply_markers(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
@@ -425,25 +436,25 @@ class LiveMigration:
         limit = copy.capabilities.max_transaction_changes
         size = _BATCH if limit is None else min(_BATCH, limit // 2 - 1)
         for start in range(0, len(keys), size):
-            part = keys[start : start + size]
-            self._touched.update(part)
+            chunk = keys[start : start + size]
+            self._touched.update(chunk)
             await retry_conflicts(
-                lambda part=part: self._bring_part(origin, copy, part),  # type: ignore[misc]
+                lambda chunk=chunk: self._copy_chunk(origin, copy, chunk),  # type: ignore[misc]
                 _CONFLICT_SECONDS,
             )
 
-    async def _bring_part(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+    async def _copy_chunk(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
         async with copy.session(None) as session:
             record = migration_state_in((await session.fetch([MIGRATION_KEY]))[0])
             if record is None or record.epoch != self._here().epoch:
-                raise MigrationError("somebody else carries this move out now")
+                raise MigrationError("another coordinator has taken this live migration over")
             wanted = await self._with_relatives(origin, copy, session, keys)
             there = dict(zip(wanted, await origin.fetch(wanted), strict=True))
             here = dict(zip(wanted, await session.fetch(wanted), strict=True))
             changes = self._changes(wanted, there, here)
             for outcome in await session.write(changes) if changes else []:
                 if isinstance(outcome, ReferenceViolationError):
-                    # Relatives changed between two looks: look again.
+                    # Relatives changed between the two reads: read again.
                     raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
                 if isinstance(outcome, StorageError):
                     raise outcome
@@ -508,13 +519,13 @@ class LiveMigration:
         return found
 
     async def _repair(self, origin: Engine, copy: Engine) -> None:
-        """Compare everything once; what differs is brought over again. From here on, only what is
+        """Compare everything once; what differs is copied again. From here on, only what is
         touched can differ."""
         self._touched.clear()
         for declared in self._schema.values():
             for one, other in ((origin, copy), (copy, origin)):
-                async with aclosing(_pieces(one, declared, _BATCH)) as pieces:
-                    async for keys in pieces:
+                async with aclosing(_key_chunks(one, declared, _BATCH)) as chunks:
+                    async for keys in chunks:
                         suspects = await self._differing(one, other, keys)
                         if suspects:
                             await self._apply_markers(origin, copy, suspects)
@@ -530,10 +541,10 @@ class LiveMigration:
             != (None if yours is None else canonical(yours.entity))
         ]
 
-    # -- the cut-over ------------------------------------------------------------------------
+    # -- the switch ------------------------------------------------------------------------
 
     async def _switch(self, origin: Engine, copy: Engine, during: Phase, after: Phase) -> None:
-        """Make `copy` the side that counts, in a few seconds, or leave everything as it was."""
+        """Make `copy` the active side, in a few seconds, or leave everything as it was."""
         for attempt in range(1, _TRIES + 1):
             await self._catch_up(origin, copy)
             before = self._here().phase
@@ -548,15 +559,15 @@ class LiveMigration:
                 await self._change(phase=before)
                 if attempt == _TRIES:
                     raise MigrationError(
-                        f"no cut-over was done within {SWITCH_SECONDS:g} s, {_TRIES} times; all "
-                        "is as before. Try again when less is written"
+                        f"the switch was not done within {SWITCH_SECONDS:g} s, {_TRIES} times; "
+                        "nothing was changed. Try again when fewer writes are under way"
                     ) from exc
             except BaseException:
                 with suppress(StorageError):
                     await self._change(phase=before)
                 raise
             else:
-                # This one write is the cut-over: before it one side counts, after it the other.
+                # This one write is the switch: before it one side is active, after it the other.
                 await self._change(phase=after, term=self._here().term + 1)
                 return
 
@@ -592,10 +603,10 @@ async def _leases_over() -> None:
     await asyncio.sleep(LEASE_SECONDS + _MARGIN)
 
 
-async def _pieces(
+async def _key_chunks(
     engine: Engine, declared: Collection, size: int
 ) -> AsyncGenerator[list[Key], None]:
-    """The keys of a collection, in pieces, by keyset: what is changed meanwhile is no matter."""
+    """The keys of a collection, in chunks, by keyset; concurrent changes do not disturb it."""
     query = build_query(declared, limit=size, fields=[declared.key])
     while True:
         async with aclosing(engine.select(query)) as records:

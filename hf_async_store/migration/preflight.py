@@ -1,4 +1,4 @@
-"""What of a source would not fit a target, found by reading and without writing anything."""
+"""What of a source is incompatible with a target, found by reading and without writing anything."""
 
 from __future__ import annotations
 

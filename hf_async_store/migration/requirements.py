@@ -91,12 +91,12 @@ async def refuse_same(answer: Awaitable[bool]) -> None:
         raise MigrationError("source and target are the same store; nothing was written")
 
 
-async def refuse_undeclared(store: Asked, what: str, skip_engine: Container[str] = ()) -> list[str]:
+async def refuse_undeclared(store: Asked, what: str, leave_out: Container[str] = ()) -> list[str]:
     """Refuse a full read that would leave something out, but for what is to be left out.
 
     Args:
         what: the store, as an error names it.
-        skip_engine: collections (`jobs`) and fields (`machines.owner`).
+        leave_out: collections (`jobs`) and fields (`machines.owner`).
 
     Returns:
         What is left out.
@@ -106,12 +106,12 @@ async def refuse_undeclared(store: Asked, what: str, skip_engine: Container[str]
     """
     hidden = {each.name for each in SYSTEM_COLLECTIONS}
     found = [each for each in await store.undeclared() if each.partition(".")[0] not in hidden]
-    missing = [each for each in found if each not in skip_engine]
+    missing = [each for each in found if each not in leave_out]
     if missing:
         raise ConfigurationError(
             f"{what} holds what is not declared here, and a full read would leave it out: "
             f"{listed(missing)}. Declare it (--collections MODULE:NAME on the command line), or say "
-            "that it stays behind (skip_engine, or --leave-out NAME)"
+            "that it stays behind (leave_out, or --leave-out NAME)"
         )
     return found
 
@@ -135,13 +135,13 @@ async def refuse_undeclared_fields(store: StorageStrategy, what: str) -> None:
         )
 
 
-def check_leave_out(skip_engine: Iterable[str], schema: Mapping[str, object]) -> None:
+def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> None:
     """Refuse to leave out what is declared, and so comes along.
 
     Raises:
         InvalidInputError.
     """
-    declared = [each for each in skip_engine if each in schema]
+    declared = [each for each in leave_out if each in schema]
     if declared:
         raise InvalidInputError(
             f"{declared[0]!r} is declared, so it is not left out: declare less, or leave it in"

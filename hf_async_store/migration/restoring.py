@@ -41,7 +41,7 @@ class RestoreResult(msgspec.Struct, frozen=True):
 
     Attributes:
         merged: by collection, what became of its entities.
-        left_out: collections of it that were not restored, as it was asked for.
+        left_out: collections of it that were not restored, as requested.
     """
 
     path: str
@@ -54,7 +54,7 @@ async def restore_store(
     path: str | Path,
     *,
     merge: MergeRule | None = None,
-    skip_engine: Collection[str] = (),
+    leave_out: Collection[str] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> RestoreResult:
     """Bring a portable backup into a store: versions and timestamps as they were.
@@ -65,7 +65,7 @@ async def restore_store(
 
     Args:
         merge: how to settle with what is there (see `MergeRule`); None needs an empty store.
-        skip_engine: collections of the file that are not declared and are not to be restored.
+        leave_out: collections of the file that are not declared and are not to be restored.
 
     Raises:
         CorruptionError: the file is truncated or was altered, or holds what can be stored nowhere.
@@ -78,9 +78,9 @@ async def restore_store(
     In all cases but the last nothing was written.
     """
     path = Path(path)
-    check_leave_out(skip_engine, store.collections)
+    check_leave_out(leave_out, store.collections)
     header = await read_header(path)
-    refuse_other_schema(header, Schema(store.collections.values()), path, skip_engine)
+    refuse_other_schema(header, Schema(store.collections.values()), path, leave_out)
     await refuse_undeclared_fields(store, "the store")
     parents = Parents(store.collections) if enforces_references(store) else None
     try:
@@ -93,7 +93,7 @@ async def restore_store(
         await _refuse_full(store)
     restoring = _Restoring(store, path, merge, advance)
     await restoring.run()
-    left_out = [each.name for each in header.collections if each.count and each.name in skip_engine]
+    left_out = [each.name for each in header.collections if each.count and each.name in leave_out]
     return RestoreResult(str(path), restoring.merged, left_out)
 
 

@@ -79,8 +79,8 @@ class MigrationReport(msgspec.Struct):
 
     Attributes:
         ok: it came to its end, and what was to be verified is.
-        problems: of a dry run: what would not fit the target.
-        left_out: what the source holds and nobody declared, left there as it was asked for.
+        problems: of a dry run: what is incompatible with the target.
+        left_out: what the source holds and nobody declared, left there as requested.
         notices: what a person should know.
         verified: source and target were compared, and are equal (or merged by the rule).
     """
@@ -115,9 +115,9 @@ class MigrationTool:
         collections: what is moved, where the stores are not open yet.
         merge: how to settle with entities that the target has already; None refuses such a target
             unless all it holds is of this source.
-        skip_engine: what the source holds, is not declared and stays there: collections (`jobs`) and
+        leave_out: what the source holds, is not declared and stays there: collections (`jobs`) and
             fields (`machines.owner`). Whatever else is not declared is refused.
-        advance: is told of the progress.
+        advance: called with the progress.
 
     Raises:
         ConfigurationError.
@@ -131,7 +131,7 @@ class MigrationTool:
         *,
         collections: Iterable[Collection] = HOST_FACTORY,
         merge: MergeRule | None = None,
-        skip_engine: Iterable[str] = (),
+        leave_out: Iterable[str] = (),
         advance: Advance = lambda what, count: None,
     ) -> None:
         given = MigrationConfig() if config is None else load_migration(config)
@@ -150,7 +150,7 @@ class MigrationTool:
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
-        self._leave_out = frozenset(skip_engine)
+        self._leave_out = frozenset(leave_out)
         check_leave_out(self._leave_out, self.source.collections)
         if self._config.cleanup_source and any("." in each for each in self._leave_out):
             raise ConfigurationError(
@@ -261,7 +261,7 @@ class MigrationTool:
             self.source,
             backup_location or self._config.backup_location,
             stem="migration_backup",
-            skip_engine=self._leave_out,
+            leave_out=self._leave_out,
         )
         return made.path
 
@@ -304,7 +304,7 @@ class MigrationTool:
         was verified that the target has everything.
 
         Args:
-            dry_run: write nothing; read the source through and report what would not fit.
+            dry_run: write nothing; read the source through and report what is incompatible.
 
         Raises:
             TargetNotEmptyError: the target holds something else, and no rule was given.
@@ -459,7 +459,7 @@ class MigrationTool:
         except StorageError as exc:
             raise _failed(
                 f"{name} could not be copied; the source is as it was, and what was copied stays "
-                f"in the target. Mend the cause, {RESUME_HINT}",
+                f"in the target. Fix the cause, {RESUME_HINT}",
                 exc,
             ) from exc
         finally:

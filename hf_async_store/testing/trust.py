@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
 _MODULE: Final = "hf_async_store_contract_planted"
-_RECORD: Final = {"phase": "flipped", "epoch": 1, "term": 1}
+_RECORD: Final = {"phase": "SWITCHED", "epoch": 1, "term": 1}
 
 PLACES: Final = (
     f"postgresql://u@127.0.0.1:1/db?login_provider={_MODULE}:password",
@@ -146,7 +146,7 @@ class TrustContract:
         self, harness: Harness, planted: Path
     ) -> None:
         other = f"sqlite:{planted}/planted.db"
-        await plant(harness, {"role": "source", "phase": "copying", "other": other})
+        await plant(harness, {"role": "source", "phase": "COPYING", "other": other})
         async with harness.store() as store:
             assert await store.get_entity("counters", "c")
             assert await store.update_entity("counters", "c", {"n": 2}) == 2

@@ -1,4 +1,4 @@
-"""migrate, migrateRepository, verify, move, and the portable backup, from the command line."""
+"""migrate, migrateRepository, verify, live-migrate, and the portable backup, from the command line."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_backup_verify_restore(filled: Cli) -> None:
     for words in (["verify", "b/bad.jsonl.gz"], ["restore", "b/bad.jsonl.gz", "--store", "json:x"]):
         ran = filled(*words)
         assert ran.code == 4
-        assert "is no good backup" in ran.message
+        assert "is not a valid backup" in ran.message
     assert not Path("x").exists()
 
 
@@ -182,11 +182,11 @@ def test_backups_are_retired(filled: Cli) -> None:
     assert filled("backup", "b/x.jsonl.gz", "--keep", "1").code == 2
 
 
-def test_move_there_and_for_good(filled: Cli) -> None:
+def test_live_migrate_from_start_to_finalize(filled: Cli) -> None:
     pair = ["--from", STORE, "--to", TARGET]
-    assert filled("move", "status", *pair).rows[0]["phase"] is None
-    ran = filled("move", "start", *pair)
-    assert ran.rows[0]["phase"] == "flipped"
+    assert filled("live-migrate", "status", *pair).rows[0]["phase"] is None
+    ran = filled("live-migrate", "start", *pair)
+    assert ran.rows[0]["phase"] == "SWITCHED"
     for words in (["put", "machines", '{"machine_id": "late"}'], ["count", "machines"]):
         ran = filled(*words)
         assert ran.code == 4
@@ -198,7 +198,7 @@ def test_move_there_and_for_good(filled: Cli) -> None:
     permits["storage"]["follow_moves"] = [STORE]  # type: ignore[assignment]
     Path("target.json").write_text(json.dumps(permits))
     assert filled("count", "machines", "--config", "target.json").out == "4\n"
-    assert filled("move", "finish", *pair).rows[0]["phase"] == "moved"
+    assert filled("live-migrate", "finalize", *pair).rows[0]["phase"] == "FINALIZED"
     ran = filled("count", "machines")
     assert ran.code == 4
     assert f"this store was moved to json:{Path('moved').absolute()}" in ran.message
@@ -208,7 +208,7 @@ def test_move_there_and_for_good(filled: Cli) -> None:
 
 def test_a_secret_is_neither_recorded_nor_told(filled: Cli) -> None:
     to = "postgresql://a:hunter2@127.0.0.1:1/x?timeout=1"
-    ran = filled("move", "start", "--from", STORE, "--to", to)
+    ran = filled("live-migrate", "start", "--from", STORE, "--to", to)
     assert ran.code == 4
     assert "hunter2" not in ran.err
     assert not [each for each in Path("data").rglob("*") if b"hunter2" in each.read_bytes()]

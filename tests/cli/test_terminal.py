@@ -118,7 +118,7 @@ def test_json_lines_also_on_a_terminal() -> None:
         (["delete", "machines", "m-1"], 0, "machines m-1 deleted\n"),
         (["count", "machines"], 0, "3\n"),
         (["init"], 0, "data/db.json: is there already, nothing to do\n"),
-        (["checkpoint"], 0, "data/db.json holds everything\n"),
+        (["checkpoint"], 0, "data/db.json: everything is in the data files\n"),
         (["backup", "--copy", "b.json"], 0, "data/db.json copied to b.json ("),
         (["restore", "data/db.json"], 0, "data/db.json holds what data/db.json does: 1 templates,"),
         (["describe"], 0, '{\n  "engine": "json",'),

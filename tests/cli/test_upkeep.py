@@ -95,7 +95,7 @@ def test_describe_shows_no_secret(cli: Cli) -> None:
 def test_checkpoint(filled: Cli) -> None:
     filled("update", "machines", "m-1", "status=GONE")
     ran = filled("checkpoint")
-    assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "adopted": None}])
+    assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "recovered_from": None}])
     assert json.loads(Path("data/db.json").read_bytes())["machines"]["m-1"]["status"] == "GONE"
 
 
@@ -113,16 +113,16 @@ def replaced_by_hand(cli: Cli) -> None:
     asyncio.run(make())
     ran = cli("get", "templates", "t-1")
     assert ran.code == 4
-    assert "`hf-async-store checkpoint --adopt-file`" in ran.message
-    assert "`--adopt-journal`" in ran.message
+    assert "`hf-async-store checkpoint --recover-from file`" in ran.message
+    assert "`--recover-from journal`" in ran.message
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("which", "there"), [("file", ["t-3"]), ("journal", ["t-2", "t-3"])])
 def test_checkpoint_settles_a_replaced_file(cli: Cli, which: str, there: list[str]) -> None:
     replaced_by_hand(cli)
-    ran = cli("checkpoint", f"--adopt-{which}")
-    assert (ran.code, ran.rows[0]["adopted"]) == (0, which)
+    ran = cli("checkpoint", "--recover-from", which)
+    assert (ran.code, ran.rows[0]["recovered_from"]) == (0, which)
     assert [each["template_id"] for each in cli("query", "templates").rows] == there
 
 
@@ -137,9 +137,9 @@ def test_checkpoint_keeps_the_readable_part(cli: Cli) -> None:
     asyncio.run(make())
     ran = cli("get", "templates", "t-1")
     assert ran.code == 4
-    assert "`hf-async-store checkpoint --adopt-readable`" in ran.message
-    ran = cli("checkpoint", "--adopt-readable")
-    assert (ran.code, ran.rows[0]["adopted"]) == (0, "readable")
+    assert "`hf-async-store checkpoint --recover-from salvage`" in ran.message
+    ran = cli("checkpoint", "--recover-from", "salvage")
+    assert (ran.code, ran.rows[0]["recovered_from"]) == (0, "salvage")
     assert cli("get", "templates", "t-1").code == 0
     assert [each.name for each in Path("data").glob("*.damaged.*")] == ["db.json.damaged.00000001"]
 

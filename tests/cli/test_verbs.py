@@ -324,7 +324,7 @@ def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) 
     ran = cli(*words)
     assert (ran.code, ran.out) == (1, "")
     assert ran.message == (
-        "there is no store at data/db.json; mend --store or --config, or make an empty one: "
+        "there is no store at data/db.json; correct --store or --config, or make an empty one: "
         "`hf-async-store init`"
     )
     assert list(workplace.iterdir()) == []

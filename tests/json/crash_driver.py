@@ -55,7 +55,7 @@ class Spec(msgspec.Struct, frozen=True):
         workload: a name in `WORKLOADS`, or "crowd".
         settings: of the store.
         adopt: "file" or "journal": the workload is to settle a file that was replaced by hand.
-            "readable": a journal that ends with a record whose content was never written.
+            "salvage": a journal that ends with a record whose content was never written.
         lane, lanes: this process takes every kill whose number is `lane` modulo `lanes`.
         readers: a reader watches every so manyeth store while it is written; 0: none. A process
             that closes the store beside one has less to do, for it does not fold; a call that did
@@ -66,7 +66,7 @@ class Spec(msgspec.Struct, frozen=True):
     workload: str
     layout: str
     settings: dict[str, Any] = {}
-    adopt: Literal["file", "journal", "readable"] | None = None
+    adopt: Literal["file", "journal", "salvage"] | None = None
     lane: int = 0
     lanes: int = 1
     readers: int = 0
@@ -246,7 +246,7 @@ async def prepare(spec: Spec, folder: Path) -> None:
         await _update(store)
         await _again(store)
         await abandon(store)
-        if spec.adopt == "readable":
+        if spec.adopt == "salvage":
             [journal] = journals(folder)
             torn = record(Kind.COMMIT, b'{"templates":{}}', 3)
             journal.write_bytes(journal.read_bytes() + torn[:HEADER_SIZE] + b"\0" * 16)
@@ -279,7 +279,7 @@ def run_child(spec: Spec, folder: Path, kill_at: int, *, part: bool, acks: int) 
     async def work() -> None:
         async with open_json(folder, spec.layout, **spec.settings) as store:
             if spec.adopt:
-                await store.checkpoint(adopt=spec.adopt)
+                await store.checkpoint(recover_from=spec.adopt)
                 os.write(acks, b".")
             if spec.workload == "crowd":
                 await _crowd(store, acks)
@@ -319,7 +319,7 @@ async def _settle(spec: Spec, folder: Path, acked: int) -> None:
     except (DataFileConflictError, CorruptionError):
         assert not acked, "the adoption was acknowledged"
         async with open_json(folder, spec.layout, **spec.settings) as store:
-            await store.checkpoint(adopt=spec.adopt)
+            await store.checkpoint(recover_from=spec.adopt)
 
 
 async def _go_on(spec: Spec, folder: Path, before: Stored) -> None:
@@ -531,7 +531,7 @@ def _start(spec: Spec, folder: Path) -> Stored:
     text = {each.name.partition(".")[0]: parsed(each) for each in data_files(folder)}
     text = text["request_database"] if spec.layout == "single_file" else text
     stored: Stored = {name: text[name] for name in ("templates", "requests", "machines")}
-    if spec.adopt in ("journal", "readable"):
+    if spec.adopt in ("journal", "salvage"):
         # The journal counts: its two commits lie on top of the file.
         stored["requests"]["r1"] |= {"status": "DONE", "tags": {"x": [1, 1.0]}, "version": 2}
         stored["templates"]["t2"] = {"template_id": "t2", "version": 1}

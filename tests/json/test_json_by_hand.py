@@ -106,8 +106,8 @@ async def _replaced(store: JSONStorageStrategy) -> bool:
     try:
         await store.get_entity("templates", "t")
     except DataFileConflictError as exc:
-        assert "--adopt-file" in str(exc)
-        assert "--adopt-journal" in str(exc)
+        assert "--recover-from file" in str(exc)
+        assert "--recover-from journal" in str(exc)
         return True
     return False
 
@@ -222,7 +222,7 @@ async def test_91_a_backup_over_a_closed_store_with_commits(
                 await verb()
         after = [*data_files(tmp_path), *journals(tmp_path)]
         assert before == {each.name: each.read_bytes() for each in after}
-        await store.checkpoint(adopt=way)
+        await store.checkpoint(recover_from=way)
         base = states[-1 - age]
         wanted = base if way == "file" else _on_top(base, pending)
         assert await whole(store) == wanted
@@ -257,7 +257,7 @@ async def test_91_a_backup_over_an_open_store_with_commits(
         await _until(lambda: _replaced(writer))
         async with _others_in_doubt(tmp_path, layout) as later:
             assert await _replaced(later)
-            await later.checkpoint(adopt=way)
+            await later.checkpoint(recover_from=way)
         wanted = states[-2] if way == "file" else _on_top(states[-2], pending)
         for each in (reader, writer):
             assert await whole(each) == wanted
@@ -275,7 +275,7 @@ async def test_91_one_of_the_split_files_with_commits(tmp_path: Path, way: Way) 
     async with _others_in_doubt(tmp_path, "split_files") as store:
         with pytest.raises(DataFileConflictError, match=r"templates\.json"):
             await store.get_entity("machines", "pending")
-        await store.checkpoint(adopt=way)
+        await store.checkpoint(recover_from=way)
         now = await whole(store)
     if way == "journal":
         assert now == pending  # its images are whole entities: nothing of the old one is left
@@ -370,7 +370,7 @@ async def test_91_another_process_recovers_from_a_replacement(
         _put_back(tmp_path, 1, by_rename=True)
         assert await told() == "DataFileConflictError"
         async with _others_in_doubt(tmp_path, layout) as store:
-            await store.checkpoint(adopt=way)
+            await store.checkpoint(recover_from=way)
             assert await told() == ("1" if way == "file" else "pending")
             await store.save_entity("templates", {"template_id": "t", "name": "new"})
             assert await told() == "new"
@@ -398,7 +398,7 @@ async def test_91_a_data_file_is_removed(tmp_path: Path, layout: str) -> None:
         assert await whole(opened) == states[-1]
         for each in kept:
             each.unlink()
-        await opened.checkpoint(adopt="file")
+        await opened.checkpoint(recover_from="file")
         assert await whole(opened) == {"templates": {}, "requests": {}, "machines": {}}
         assert await opened.save_entity("templates", {"template_id": "t"}) == 1
     assert (await reopened(tmp_path, layout))["templates"]["t"]["version"] == 1
@@ -443,7 +443,7 @@ async def test_91_the_journal_is_removed_with_commits(tmp_path: Path, layout: st
         ):
             with pytest.raises(CorruptionError, match="removed"):
                 await verb()
-        await store.checkpoint(adopt="file")
+        await store.checkpoint(recover_from="file")
         assert await whole(store) == states[-1]
         assert await store.save_entity("templates", {"template_id": "t"}) == 4
 
@@ -521,7 +521,7 @@ async def test_91_the_folder_is_removed_while_open(
         ):
             with pytest.raises(StorageError):
                 await verb()
-        await store.checkpoint(adopt="file")
+        await store.checkpoint(recover_from="file")
         assert await whole(store) == {"templates": {}, "requests": {}, "machines": {}}
         assert await store.save_entity("templates", {"template_id": "t"}) == 1
         assert await whole(store) == await reopened(folder, layout)
@@ -651,11 +651,11 @@ async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, w
             lambda: store.get_entity("templates", "t"),
             lambda: store.save_entity("templates", {"template_id": "t"}),
             store.checkpoint,
-            lambda: store.checkpoint(adopt="journal"),
+            lambda: store.checkpoint(recover_from="journal"),
         ):
             with pytest.raises(CorruptionError, match="journal"):
                 await verb()
-        await store.checkpoint(adopt="file")
+        await store.checkpoint(recover_from="file")
         assert (await store.get_entity("templates", "t") or {})["name"] == "2"
         assert await store.save_entity("templates", {"template_id": "t"}) == 4
 

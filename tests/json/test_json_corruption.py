@@ -549,16 +549,16 @@ async def test_85_a_damaged_record_in_the_middle_drops_nothing_behind_it(tmp_pat
 
 
 async def test_85_the_way_back_from_a_damaged_journal(tmp_path: Path) -> None:
-    """`adopt="file"`: the data file alone, as the error says."""
+    """`recover_from="file"`: the data file alone, as the error says."""
     states = await _pending(tmp_path, "single_file")
     (journal,) = journals(tmp_path)
     data = bytearray(journal.read_bytes())
     data[-5] ^= 1
     journal.write_bytes(data)
     async with open_json(tmp_path) as store:
-        with pytest.raises(CorruptionError, match="adopt-file"):
+        with pytest.raises(CorruptionError, match="recover-from file"):
             await store.get_entity("templates", "t1")
-        await store.checkpoint(adopt="file")
+        await store.checkpoint(recover_from="file")
         assert await whole(store) == states[0]
         assert await store.save_entity("templates", {"template_id": "t1"}) == 2
     assert (await reopened(tmp_path))["templates"]["t1"]["version"] == 2

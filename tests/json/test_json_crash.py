@@ -83,7 +83,7 @@ async def test_82_killed_while_a_file_is_adopted() -> None:
 
 
 async def test_82_killed_while_the_readable_part_is_adopted() -> None:
-    await _swept("adopt", "split_files", at_least=35, adopt="readable")
+    await _swept("adopt", "split_files", at_least=35, adopt="salvage")
 
 
 @pytest.mark.long
@@ -107,7 +107,7 @@ async def test_82_killed_without_backups(layout: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("adopt", ["file", "journal", "readable"])
+@pytest.mark.parametrize("adopt", ["file", "journal", "salvage"])
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_while_either_is_adopted(layout: str, adopt: str) -> None:
     await _swept("adopt", layout, at_least=30, adopt=adopt)

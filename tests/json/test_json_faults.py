@@ -141,7 +141,7 @@ async def _write_file(store: JSONStorageStrategy) -> None:
 
 
 async def _adopt(store: JSONStorageStrategy) -> None:
-    await store.checkpoint(adopt="journal")
+    await store.checkpoint(recover_from="journal")
 
 
 async def _probe(store: JSONStorageStrategy) -> None:

@@ -433,7 +433,7 @@ async def test_cancelled_at_every_await(tmp_path: Path, layout: str, verb: str) 
             if verb == "close":
                 work = store.close()
             elif verb == "adopt":
-                work = store.checkpoint(adopt="journal")
+                work = store.checkpoint(recover_from="journal")
             else:
                 work = store.write_file(after)
             task = asyncio.ensure_future(work)
@@ -450,7 +450,7 @@ async def test_cancelled_at_every_await(tmp_path: Path, layout: str, verb: str) 
             assert set(found["machines"]) in (set(), {"m"})
         async with open_json(folder, layout) as other:
             if verb == "adopt":
-                await other.checkpoint(adopt="journal")
+                await other.checkpoint(recover_from="journal")
             assert await other.save_entity("templates", {"template_id": "t"}) == 3
             await other.checkpoint()
             assert not temporary(folder)

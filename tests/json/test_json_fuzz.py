@@ -207,7 +207,7 @@ async def _look(folder: Path, recorded: Recorded, wants_state: bool) -> None:
             lambda: store.update_entity("templates", "t-1", {"name": "z"}),
             store.checkpoint,
             store.health,
-            lambda: store.checkpoint(adopt="readable"),
+            lambda: store.checkpoint(recover_from="salvage"),
         ]
         for verb in verbs:
             try:

@@ -191,7 +191,7 @@ async def test_119_a_data_file_that_becomes_a_link_while_open(tmp_path: Path) ->
         for verb in (
             lambda: store.save_entity(T, {"template_id": "u"}),
             store.checkpoint,
-            lambda: store.checkpoint(adopt="file"),
+            lambda: store.checkpoint(recover_from="file"),
         ):
             with pytest.raises(DataFileConflictError, match="link"):
                 await verb()
@@ -208,7 +208,7 @@ async def test_119_a_second_name_of_the_file(tmp_path: Path) -> None:
         for verb in (
             lambda: store.get_entity(T, "t"),
             lambda: store.save_entity(T, {"template_id": "t"}),
-            lambda: store.checkpoint(adopt="file"),
+            lambda: store.checkpoint(recover_from="file"),
         ):
             with pytest.raises(ConfigurationError, match="hard links"):
                 await verb()

@@ -212,10 +212,10 @@ async def test_85_the_readable_part_of_a_journal_is_adopted(
     before, damaged = await _torn(tmp_path, layout, _TORN[torn])
     [journal] = journals(tmp_path)
     async with open_json(tmp_path, layout) as store:
-        with pytest.raises(CorruptionError, match="--adopt-readable"):
+        with pytest.raises(CorruptionError, match="--recover-from salvage"):
             await store.get_entity("templates", "t0")
         assert journal.read_bytes() == damaged, "finding the damage changed something"
-        await store.checkpoint(adopt="readable")
+        await store.checkpoint(recover_from="salvage")
         assert await whole(store) == before
         assert await store.save_entity("templates", {"template_id": "t2"}) == 2
     [kept] = tmp_path.glob("*.damaged.*")
@@ -263,7 +263,7 @@ async def test_85_what_leans_on_the_damage_is_left_out_and_kept(tmp_path: Path) 
     async with open_json(tmp_path) as store:
         with pytest.raises(CorruptionError):
             await store.get_entity("templates", "t0")
-        await store.checkpoint(adopt="readable")
+        await store.checkpoint(recover_from="salvage")
         assert await whole(store) == before
     assert len(list(tmp_path.glob("*.damaged.*"))) == 2
     assert await reopened(tmp_path) == before
@@ -283,7 +283,7 @@ async def test_85_an_open_store_follows_the_adoption(tmp_path: Path, torn: str) 
             file.seek(size)
             file.write(damaged[size:])
         async with open_json(tmp_path) as store:
-            await store.checkpoint(adopt="readable")
+            await store.checkpoint(recover_from="salvage")
             assert await whole(other) == before
             assert await other.get_entity("templates", "lost") is None
             assert await other.save_entity("templates", {"template_id": "lost"}) == 1

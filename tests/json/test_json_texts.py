@@ -294,7 +294,7 @@ async def test_a_journal_of_a_newer_release_is_no_damage(
             lambda: store.get_entity(T, "t"),
             lambda: store.save_entity(T, {"template_id": "t"}),
             store.checkpoint,
-            lambda: store.checkpoint(adopt="readable"),
+            lambda: store.checkpoint(recover_from="salvage"),
         ):
             with pytest.raises(NewerFormatError, match="newer release"):
                 await verb()

@@ -277,7 +277,7 @@ def kill_at(step: str) -> None:
     async def changed(self: LiveMigration, **named: Any) -> None:
         await change(self, **named)
         phase = named.get("phase")
-        if step == "cut" and phase in ("cut_over", "cut_back"):
+        if step == "cut" and phase in ("CUTTING_OVER", "ROLLING_BACK"):
             _kill()
         if step == "flipped" and "term" in named:
             _kill()

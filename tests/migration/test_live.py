@@ -201,7 +201,7 @@ def bound(notes: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
-async def test_nothing_acknowledged_is_lost_there_back_and_there_for_good(
+async def test_nothing_acknowledged_is_lost_through_switch_rollback_and_finalize(
     source_kind: str, target_kind: str, place: Place, crew: Crew
 ) -> None:
     source, target = place(source_kind, "a"), place(target_kind, "b")
@@ -212,11 +212,11 @@ async def test_nothing_acknowledged_is_lost_there_back_and_there_for_good(
     moved("start", source, target)
     crew.begin(target, 3, source)  # by either URL
     time.sleep(0.5)
-    moved("back", source, target)
+    moved("rollback", source, target)
     time.sleep(0.5)
     moved("start", source, target)
     time.sleep(0.3)
-    moved("finish", source, target)
+    moved("finalize", source, target)
     time.sleep(0.5)
     crew.end()
     notes = crew.notes()
@@ -259,7 +259,7 @@ async def test_a_mover_that_dies_at_any_step_of_the_way_there(
     crew.end()
     async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
         await audit(store, crew.notes())
-    moved("finish", source, target)
+    moved("finalize", source, target)
     async with open_store(target, collections=COLLECTIONS, follow_moves=[source]) as store:
         await audit(store, crew.notes())
 
@@ -284,10 +284,10 @@ async def test_a_mover_that_dies_at_any_step_of_the_way_back(
         crew.begin(source, seed, target)
     moved("start", source, target)
     time.sleep(0.4)
-    done = mover("back", source, target, step)
+    done = mover("rollback", source, target, step)
     assert done.returncode == -signal.SIGKILL, done.stderr
     time.sleep(0.3)
-    moved("back", source, target)
+    moved("rollback", source, target)
     time.sleep(0.3)
     crew.end()
     async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
@@ -312,7 +312,7 @@ async def test_a_cut_over_whose_mover_died_is_ended_by_the_applications(
     bound(crew.notes())
     async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
         await audit(store, crew.notes())
-    moved("stop", source, target)
+    moved("abort", source, target)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ async def test_an_application_that_dies_meanwhile_disturbs_nobody(
     assert moving_on.returncode == 0, said
     time.sleep(0.3)
     crew.end()
-    moved("finish", source, target)
+    moved("finalize", source, target)
     async with open_store(target, collections=COLLECTIONS, follow_moves=[source]) as store:
         await audit(store, crew.notes(), killed=1)
 
@@ -357,7 +357,7 @@ async def test_an_application_that_was_asleep_during_the_cut_over_loses_nothing(
     if mover_process.returncode != 0:  # it slept with the lock of the store in its hands
         moved("start", source, target)
     crew.end()
-    moved("finish", source, target)
+    moved("finalize", source, target)
     async with open_store(target, collections=COLLECTIONS, follow_moves=[source]) as store:
         await audit(store, crew.notes())
 
@@ -373,12 +373,12 @@ async def test_a_mover_that_was_replaced_writes_nothing_any_more(place: Place) -
         await new.start(cut_over=False)
         async with open_store(source, collections=COLLECTIONS, follow_moves=[target]) as store:
             await store.update_entity("accounts", "a-0", {"balance": 1})
-        with pytest.raises(MigrationError, match="somebody else"):
+        with pytest.raises(MigrationError, match="another coordinator"):
             await old._catch_up_once(old._source, old._target)
-        with pytest.raises(MigrationError, match="somebody else"):
-            await old._switch(old._source, old._target, "cut_over", "flipped")
+        with pytest.raises(MigrationError, match="another coordinator"):
+            await old._switch(old._source, old._target, "CUTTING_OVER", "SWITCHED")
         await new.start()
-        assert (await new.status()).phase == "flipped"
+        assert (await new.status()).phase == "SWITCHED"
         assert await new.compare()
 
 
@@ -396,7 +396,7 @@ async def test_who_cannot_take_part_is_told(place: Place) -> None:
     async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         with pytest.raises(TargetNotEmptyError, match="templates 'own'"):
             await move.start()
-        with pytest.raises(MigrationError, match="no move between"):
+        with pytest.raises(MigrationError, match="no live migration between"):
             await move.finalize()
         assert (await move.status()).phase is None
 

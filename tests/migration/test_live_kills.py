@@ -27,7 +27,7 @@ __all__ = ["crew", "short_leases"]
 JSON_TO_POSTGRESQL = ("json-single", "postgresql")
 SQLITE_TO_DYNAMODB = ("sqlite", "dynamodb")
 
-_THERE = [
+_START_STEPS = [
     "record-1",  # of the target
     "record-2",  # of the source: from here on there is a move, and the next mover takes it over
     "taken-1",
@@ -41,7 +41,7 @@ _THERE = [
     "drained",
     "flipped",
 ]
-_BACK = [
+_ROLLBACK_STEPS = [
     "taken-1",
     "taken-2",
     "amid",
@@ -54,10 +54,10 @@ _BACK = [
     "record-3",  # of the target, which is given up
     "record-4",  # of the source: the move is over
 ]
-_FINISH = ["taken-1", "taken-2", "record-3", "record-1", "forgetting"]
+_FINALIZE_STEPS = ["taken-1", "taken-2", "record-3", "record-1", "forgetting"]
 """The third record gives the source up; from there on, the first is that of the target, which goes."""
 
-_ALL_PHASES = ("copying", "cut_over", "flipped", "cut_back", "moved")
+_ALL_PHASES = ("COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK", "FINALIZED")
 
 
 def _short(steps: list[str], chosen: tuple[str, ...]) -> list[str]:
@@ -140,18 +140,18 @@ class Life:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "there", "back", "finish"),
+    ("kinds", "start_steps", "rollback_steps", "finalize_steps"),
     [
         pytest.param(
             JSON_TO_POSTGRESQL,
-            _short(_THERE, ("copying", "cut")),
+            _short(_START_STEPS, ("copying", "cut")),
             [],
             ["record-3"],
             id="json-postgresql-short",
         ),
         pytest.param(
             SQLITE_TO_DYNAMODB,
-            _short(_THERE, ("flipped",)),
+            _short(_START_STEPS, ("flipped",)),
             [],
             [],
             id="sqlite-dynamodb-short",
@@ -159,9 +159,9 @@ class Life:
         *(
             pytest.param(
                 kinds,
-                _THERE,
-                _BACK,
-                _FINISH,
+                _START_STEPS,
+                _ROLLBACK_STEPS,
+                _FINALIZE_STEPS,
                 id=f"{'-'.join(kinds)}-every-step",
                 marks=[pytest.mark.long, pytest.mark.timeout(900)],
             )
@@ -171,33 +171,33 @@ class Life:
 )
 async def test_a_mover_that_dies_at_one_step_after_another(
     kinds: tuple[str, str],
-    there: list[str],
-    back: list[str],
-    finish: list[str],
+    start_steps: list[str],
+    rollback_steps: list[str],
+    finalize_steps: list[str],
     place: Place,
     crew: Crew,
 ) -> None:
     source, target = place(kinds[0], "a"), place(kinds[1], "b")
     life = Life(source, target, crew)
     await life.begin()
-    for step in there:
+    for step in start_steps:
         counts = await life.die("start", step)
         assert counts == (target if step == "flipped" else source), step
     moved("start", source, target)
     assert await life.counts() == target
     life.join(target)
-    if back:
-        for step in back:
-            counts = await life.die("back", step)
+    if rollback_steps:
+        for step in rollback_steps:
+            counts = await life.die("rollback", step)
             over = step in ("flipped", "record-3", "record-4")
             assert counts == (source if over else target), step
-        if back[-1] != "record-4":
-            moved("back", source, target)
+        if rollback_steps[-1] != "record-4":
+            moved("rollback", source, target)
         assert await life.counts() == source
         moved("start", source, target)
-    for step in finish:
-        assert await life.die("finish", step) == target, step
-    moved("finish", source, target)
+    for step in finalize_steps:
+        assert await life.die("finalize", step) == target, step
+    moved("finalize", source, target)
     assert await life.counts() == target
     await life.end()
 
@@ -205,8 +205,8 @@ async def test_a_mover_that_dies_at_one_step_after_another(
 @pytest.mark.parametrize(
     ("kinds", "phases"),
     [
-        pytest.param(JSON_TO_POSTGRESQL, ("moved",), id="json-postgresql-short"),
-        pytest.param(SQLITE_TO_DYNAMODB, ("copying",), id="sqlite-dynamodb-short"),
+        pytest.param(JSON_TO_POSTGRESQL, ("FINALIZED",), id="json-postgresql-short"),
+        pytest.param(SQLITE_TO_DYNAMODB, ("COPYING",), id="sqlite-dynamodb-short"),
         *(
             pytest.param(
                 kinds,
@@ -227,22 +227,22 @@ async def test_applications_that_die_in_each_phase(
     for phase in phases:
         victim = crew.begin(source, 1000 + life.killed, target)
         time.sleep(0.4)
-        if phase == "copying":
+        if phase == "COPYING":
             assert mover("start", source, target, "copied").returncode == -signal.SIGKILL
-        elif phase == "cut_over":
+        elif phase == "CUTTING_OVER":
             assert mover("start", source, target, "cut").returncode == -signal.SIGKILL
-        elif phase == "cut_back":
-            assert mover("back", source, target, "cut").returncode == -signal.SIGKILL
+        elif phase == "ROLLING_BACK":
+            assert mover("rollback", source, target, "cut").returncode == -signal.SIGKILL
         else:
             moved("start", source, target)
-        if phase == "moved":
-            moved("finish", source, target)
+        if phase == "FINALIZED":
+            moved("finalize", source, target)
         crew.kill(victim)
         life.killed += 1
         assert await phase_of(source, target) == phase
-        expected = source if phase in ("copying", "cut_over") else target
+        expected = source if phase in ("COPYING", "CUTTING_OVER") else target
         assert await life.counts() == expected, phase
-    if phases[-1] != "moved":
+    if phases[-1] != "FINALIZED":
         moved("start", source, target)
-        moved("finish", source, target)
+        moved("finalize", source, target)
     await life.end()

@@ -143,7 +143,7 @@ async def test_81_an_alteration_that_is_good_gzip_is_refused(alter: object, tmp_
     other = tmp_path / "other.jsonl.gz"
     other.write_bytes(gzip.compress(text[:end]) + gzip.compress(text[end:]))
     async with opened("memory:") as store:
-        with pytest.raises(CorruptionError, match="is no good backup"):
+        with pytest.raises(CorruptionError, match="is not a valid backup"):
             await restore_store(store, other)
         assert not any((await everything(store)).values())
 

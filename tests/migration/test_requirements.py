@@ -243,17 +243,17 @@ async def test_what_others_declared_comes_along_or_is_named(
         assert await target.count_entities("templates") == 0
         some = [each for each in lost if each != "orders"]
         with pytest.raises(ConfigurationError, match="orders"):
-            await backup_store(store, tmp_path / "b.jsonl.gz", skip_engine=some)
+            await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=some)
         # With a word it goes, and the word is in what is reported.
-        made = await backup_store(store, tmp_path / "b.jsonl.gz", skip_engine=lost)
+        made = await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=lost)
         assert made.left_out == lost
-        report = await MigrationTool(store, target, settings(tmp_path), skip_engine=lost).migrate()
+        report = await MigrationTool(store, target, settings(tmp_path), leave_out=lost).migrate()
         assert report.verified
         assert report.left_out == lost
-        compared = await compare_stores(store, target, skip_engine=lost)
+        compared = await compare_stores(store, target, leave_out=lost)
         assert compared.equal
         with pytest.raises(InvalidInputError, match="'templates' is declared"):
-            await backup_store(store, tmp_path / "c.jsonl.gz", skip_engine=["templates"])
+            await backup_store(store, tmp_path / "c.jsonl.gz", leave_out=["templates"])
     # Declared, it all comes.
     async with open_store(url, collections=_OWN) as store:
         assert await store.undeclared() == []
@@ -281,7 +281,7 @@ async def test_fields_that_are_left_out_are_not_lost_with_their_entities(
                 store,
                 target,
                 settings(tmp_path, cleanup_source=True),
-                skip_engine=["templates.owner", "orders"],
+                leave_out=["templates.owner", "orders"],
             )
 
 

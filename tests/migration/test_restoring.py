@@ -69,7 +69,7 @@ async def test_81_one_bad_entity_is_found_before_the_first_is_written(
 ) -> None:
     text, named = UNREADABLE[bad]
     path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": [*GOOD, text]})
-    with pytest.raises(CorruptionError, match="is no good backup") as proven:
+    with pytest.raises(CorruptionError, match="is not a valid backup") as proven:
         await check_portable(path)
     assert named in str(proven.value)
     async with open_store("memory:") as store:
@@ -192,11 +192,11 @@ async def test_a_backup_of_more_collections_needs_a_word(tmp_path: Path) -> None
     async with open_store("memory:") as store:
         with pytest.raises(InvalidInputError, match=r"1 entities of 'orders'.*--leave-out"):
             await restore_store(store, made.path)
-        result = await restore_store(store, made.path, skip_engine=["orders"])
+        result = await restore_store(store, made.path, leave_out=["orders"])
         assert result.left_out == ["orders"]
         assert result.merged["templates"].written == 1
         with pytest.raises(InvalidInputError, match="'templates' is declared"):
-            await restore_store(store, made.path, skip_engine=["templates"])
+            await restore_store(store, made.path, leave_out=["templates"])
 
 
 async def test_a_file_that_changes_after_it_was_proven(
@@ -271,3 +271,13 @@ async def test_a_pipe_is_no_backup_and_is_not_waited_for(tmp_path: Path) -> None
     assert not is_portable(path)
     with pytest.raises(InvalidInputError, match="is no file"):
         await check_portable(path)
+
+
+@pytest.mark.parametrize("verb", ["import_entities", "create_entities", "save_entities"])
+async def test_an_error_in_a_batch_names_collection_and_id(verb: str) -> None:
+    async with open_store("memory:") as store:
+        write = getattr(store, verb)
+        with pytest.raises(InvalidInputError, match="^machines 'm-2': machines.status is declared"):
+            await write("machines", [{"machine_id": "m-1"}, {"machine_id": "m-2", "status": 5}])
+        with pytest.raises(InvalidInputError, match="^item 1: an entity of machines needs its key"):
+            await write("machines", [{"machine_id": "m-1"}, {"status": 5}])

@@ -95,7 +95,8 @@ async def test_a_json_store_as_found_is_moved_here(url: str, layout: str, tmp_pa
         open_store(f"json:{found}?enforce_references=no") as source,
         open_store(f"{url}?enforce_references=no") as target,
     ):
-        report = await MigrationTool(source, target, MigrationConfig(create_backup=False)).migrate()
+        config = MigrationConfig(create_backup=False, backup_location=f"{tmp_path}/backups/")
+        report = await MigrationTool(source, target, config).migrate()
         assert report.ok
         assert report.verified
         for name, by_id in data.items():

@@ -157,7 +157,7 @@ CREATE FUNCTION public.note(t text) RETURNS boolean LANGUAGE plpgsql AS
 CREATE TABLE hf_move (move_id text COLLATE "C" PRIMARY KEY, created_at text COLLATE "C",
     updated_at text COLLATE "C", version bigint NOT NULL, doc jsonb, _side jsonb);
 GRANT ALL ON hf_move TO PUBLIC;
-INSERT INTO hf_move VALUES ('move', null, null, 1, '{"role": "source", "phase": "copying",
+INSERT INTO hf_move VALUES ('move', null, null, 1, '{"role": "source", "phase": "COPYING",
     "other": "json:/x", "epoch": 1, "term": 1}', null);
 ALTER TABLE hf_move ENABLE ROW LEVEL SECURITY;
 CREATE POLICY trap ON hf_move USING (public.note(move_id));

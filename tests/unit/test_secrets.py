@@ -171,7 +171,7 @@ def test_a_secret_in_a_url_is_in_no_output(
     except StorageError as exc:
         shown += told(exc)
     main(["describe", "--store", url, "--verbose"])
-    main(["move", "status", "--from", url, "--to", url, "--verbose", "--timeout", "3"])
+    main(["live-migrate", "status", "--from", url, "--to", url, "--verbose", "--timeout", "3"])
     main(["verify", "--from", url, "--to", "json:data", "--verbose", "--timeout", "3"])
     shown += capsys.readouterr()
     assert not [each for each in shown if MARK in each]

@@ -319,7 +319,7 @@ RECORDS = st.fixed_dictionaries(
     {},
     optional={
         "role": st.sampled_from(["source", "target"]) | MAPPINGS,
-        "phase": st.sampled_from(["copying", "cut_over", "flipped", "cut_back", "moved"]) | MAPPINGS,
+        "phase": st.sampled_from(["COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK", "FINALIZED"]) | MAPPINGS,
         "other": st.sampled_from(["json:/x", "sqlite:y"]) | URLS | MAPPINGS,
         "epoch": st.integers(0, 9) | MAPPINGS,
         "term": st.integers(0, 9) | MAPPINGS,

@@ -375,7 +375,7 @@ class JSONEngine:
         return CorruptionError(
             f"the journal of {self.files.folder} has a gap: {exc}. Restore a backup "
             "(`hf-async-store restore`), or take the data files alone: `hf-async-store "
-            "checkpoint --adopt-file`"
+            "checkpoint --recover-from file`"
         )
 
     def _unchanged(self, state: StoreState) -> bool:
@@ -800,7 +800,7 @@ class JSONEngine:
 
     async def recover(self, which: str) -> None:
         """Settle a data file that was replaced by hand, or a damaged journal: "file", "journal" or
-        what is "readable" counts.
+        what is "salvage" counts.
 
         One step settles it: a journal that leans on no earlier one. Interrupted before, the question
         is open still, and nothing was changed; afterwards whoever comes next goes on from there.

@@ -292,6 +292,6 @@ def _damaged(name: str, offset: int, what: str) -> CorruptionError:
     return CorruptionError(
         f"{name} at byte {offset}: {what}. Nothing was changed. Restore a backup "
         "(`hf-async-store restore`), or go on with what can be read: `hf-async-store checkpoint "
-        "--adopt-readable` (the data file and every commit before this place), or `--adopt-file` "
-        "(the data file alone, without the journal)"
+        "--recover-from salvage` (the data file and every commit before this place), or "
+        "`--recover-from file` (the data file alone, without the journal)"
     )

@@ -202,7 +202,7 @@ class StoreLoader:
 
         Args:
             adopt: settle a file that was replaced by hand: "file" takes the data files as they
-                are and leaves the journal out, "journal" replays it over them. "readable" settles
+                are and leaves the journal out, "journal" replays it over them. "salvage" settles
                 a damaged journal: it counts up to the damage.
 
         Raises:
@@ -227,7 +227,7 @@ class StoreLoader:
             state.generation = max(self._files.journals(), default=0)
             state.sealed = True
         else:
-            journals = await self._journals(state, readable=adopt == "readable")
+            journals = await self._journals(state, readable=adopt == "salvage")
         first = journals[0].generation if journals else state.generation + 1
         strange = [
             name
@@ -238,7 +238,7 @@ class StoreLoader:
             await self._refuse_moved(state)
         self._refuse_gap(state, journals)
         await self._replay_all(state, journals, adopt)
-        if adopt in (None, "readable"):
+        if adopt in (None, "salvage"):
             self._refuse_mixture(state)
 
     async def _refuse_moved(self, state: StoreState) -> None:
@@ -264,7 +264,7 @@ class StoreLoader:
             raise CorruptionError(
                 f"{self._files.journal(first)} is missing, and the data files do not hold what was "
                 "in it. Restore a backup (`hf-async-store restore`), or go on without it: "
-                "`hf-async-store checkpoint --adopt-file`"
+                "`hf-async-store checkpoint --recover-from file`"
             )
 
     def _refuse_mixture(self, state: StoreState) -> None:
@@ -273,8 +273,8 @@ class StoreLoader:
                 raise DataFileConflictError(
                     f"{self._files.path(name)} is not the file that its journal belongs to, and the "
                     "journal holds commits. Say which one counts: `hf-async-store checkpoint "
-                    "--adopt-file` takes the file as it is and drops the journal, "
-                    "`--adopt-journal` puts the journal's commits on top of the file"
+                    "--recover-from file` takes the file as it is and drops the journal, "
+                    "`--recover-from journal` puts the journal's commits on top of the file"
                 )
 
     # -- journals ----------------------------------------------------------------------------
@@ -352,13 +352,13 @@ class StoreLoader:
                 raise CorruptionError(
                     f"{path} at byte 0: a journal begins with its head. Restore a backup "
                     "(`hf-async-store restore`), or take the data file alone: `hf-async-store "
-                    "checkpoint --adopt-file`"
+                    "checkpoint --recover-from file`"
                 )
             if not newest and entries[-1].kind is not Kind.SEAL:
                 raise CorruptionError(
                     f"{path} ends without a seal, though generation {generation + 1} exists. "
                     "Restore a backup (`hf-async-store restore`), or go on with what can be read: "
-                    "`hf-async-store checkpoint --adopt-readable`"
+                    "`hf-async-store checkpoint --recover-from salvage`"
                 )
         except CorruptionError:
             if not readable:
@@ -411,7 +411,7 @@ class StoreLoader:
                 try:
                     images = await self.commit(state, entry, adopting=adopt is not None)
                 except CorruptionError:
-                    if adopt != "readable":
+                    if adopt != "salvage":
                         raise
                     return False
                 await state.reclaim()
@@ -501,7 +501,7 @@ class StoreLoader:
                     f"{self._files.path(name)} is missing, though its journal belongs to it. "
                     f"Restore a backup (the newest: {newest[0] if newest else 'none was kept'}) by "
                     "`hf-async-store restore`, or go on without what was in it: "
-                    "`hf-async-store checkpoint --adopt-file`"
+                    "`hf-async-store checkpoint --recover-from file`"
                 )
             state.replaced.add(name)
         return FileState(digest, first, ours=False, collection=self._files.names[name])

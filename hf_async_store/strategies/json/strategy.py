@@ -105,7 +105,7 @@ class JSONStorageStrategy(StorageStrategy):
             text = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
             move = migration_state_in(Record(MIGRATION_KEY, self._json.serializer.decode(text)))
             assert move is not None, "there is a record"
-            elsewhere = move.role == "source" and move.phase not in ("copying", "cut_over")
+            elsewhere = move.role == "source" and move.phase not in ("COPYING", "CUTTING_OVER")
             raise not_followed(what, move.other if elsewhere else None)
 
     async def read_file(self) -> dict[str, dict[str, Entity]]:
@@ -136,22 +136,24 @@ class JSONStorageStrategy(StorageStrategy):
             images = {name: await self._images(state, name, wanted[name]) for name in wanted}
             await self._json.commit(state, {name: each for name, each in images.items() if each})
 
-    async def checkpoint(self, adopt: Literal["file", "journal", "readable"] | None = None) -> None:
+    async def checkpoint(
+        self, recover_from: Literal["file", "journal", "salvage"] | None = None
+    ) -> None:
         """Have all that was committed in the data files, and nothing in the journal.
 
         Args:
-            adopt: settles a data file that was replaced by hand while the journal held commits:
+            recover_from: settles a data file that was replaced by hand while the journal held commits:
                 "file" takes the file and drops the journal, "journal" puts the journal's commits
-                on top of the file. The file that is replaced is kept as a backup. "readable"
+                on top of the file. The file that is replaced is kept as a backup. "salvage"
                 settles a damaged journal: every commit before the damage counts, and the journal
                 is kept beside, as `NAME.damaged.NUMBER`. If it is interrupted, either nothing was
                 changed or the question is settled.
         """
         self._usable()
-        if adopt is None:
+        if recover_from is None:
             await self._json.folding.checkpoint()
         else:
-            await self._json.recover(adopt)
+            await self._json.recover(recover_from)
 
     def backups(self) -> list[Path]:
         """The backups of the data files that folds kept, newest first."""
