@@ -53,8 +53,8 @@ _ID: Final = attrgetter("key.id")
 _COLLECTION: Final = attrgetter("key.collection")
 _ENTITY: Final = attrgetter("entity")
 _EXPECT: Final = attrgetter("expect")
-_VERSION: Final = attrgetter("version")
-_AT: Final = attrgetter("at")
+_VERSION: Final = attrgetter("import_version")
+_AT: Final = attrgetter("written_at")
 
 
 class Run(Protocol):

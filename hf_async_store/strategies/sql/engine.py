@@ -418,7 +418,7 @@ class SQLEngine:
         if failed < len(changes):
             return
         marks = [
-            marker_put(change.mark, getattr(change, "at", ""))
+            marker_put(change.mark, getattr(change, "written_at", ""))
             for change, outcome in zip(changes, outcomes, strict=True)
             if change.mark is not None and not isinstance(outcome, StorageError)
         ]
