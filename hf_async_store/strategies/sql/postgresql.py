@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import secrets
@@ -207,6 +208,20 @@ class PostgreSQL(Dialect):
         )
 
     async def _connect(self, *, read_only: bool) -> Any:
+        """A new connection; a cancellation waits for it.
+
+        The pool may ask for one while a cancelled task checks out, and a TCP connection that is
+        cancelled while it opens leaves the driver an exception that nobody retrieves.
+        """
+        opening = asyncio.ensure_future(self._connect_first(read_only=read_only))
+        try:
+            return await run_to_completion(opening)
+        except asyncio.CancelledError:
+            if not opening.cancelled() and opening.exception() is None:
+                opening.result().terminate()
+            raise
+
+    async def _connect_first(self, *, read_only: bool) -> Any:
         """A connection to the first server that answers and is of the kind that is wanted."""
         self._check_files()
         servers = self._config.servers()
