@@ -163,7 +163,7 @@ class PostgreSQL(Dialect):
         _NoAnswerError,
     )
     caller_errors = (asyncpg.InterfaceError, TypeError, ValueError)
-    mark = "$"
+    placeholder_prefix = "$"
     single_writer = False
     batches_commit_together = False
     bulk = None

@@ -301,7 +301,7 @@ class SQLite(Dialect):
         OverflowError,
         ValueError,
     )
-    mark = "?"
+    placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
     needs_transactions = False
