@@ -187,7 +187,9 @@ def driver_reports() -> Iterator[None]:
     """The driver's protocol raises at what is no message, and the event loop logs that as an error."""
 
     def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Fatal error: protocol.data_received() call failed")
+        return not record.getMessage().startswith(
+            "Fatal error: protocol.data_received() call failed"
+        )
 
     logger = logging.getLogger("asyncio")
     logger.addFilter(is_other)

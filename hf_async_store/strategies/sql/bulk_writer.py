@@ -276,7 +276,7 @@ class BulkWriter:
         except REFUSALS as exc:
             # Its own look at the references was overtaken by another's write; or the database has
             # rules that are not ours.
-            if not halves:
+            if not halves or lease.lost_transaction:
                 raise
             count = len(batch.places)
             if count > 1:

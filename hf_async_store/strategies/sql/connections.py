@@ -116,6 +116,11 @@ class LeasedConnection:
         """Whether nobody else can write until the transaction ends that is open."""
         return self.dialect.single_writer and self._written and bool(self._open)
 
+    @property
+    def lost_transaction(self) -> bool:
+        """Whether the database itself ended the transaction, as a trigger may do in SQLite."""
+        return bool(self._open) and not self.dialect.in_transaction(self.driver)
+
     async def put_all(self, puts: Puts) -> dict[str, int] | None:
         """`Dialect.put_all`, where `alone`."""
         self._usable()
