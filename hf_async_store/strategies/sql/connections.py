@@ -27,7 +27,6 @@ from sqlalchemy.pool import QueuePool
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Isolation, run_to_completion
 from hf_async_store.errors import (
-    InvalidInputError,
     PoolTimeoutError,
     StorageError,
     StoreClosedError,
@@ -161,15 +160,10 @@ class LeasedConnection:
         """Run a caller's own statement, in the transaction that is open."""
         self._usable()
         self.altered = True
-        doing = "execute the statement"
         try:
             rows = await self.dialect.fetch_dicts(self.driver, sql, args)
-        except self.dialect.caller_errors as exc:
-            if self.killed or self.dialect.is_lost(self.driver):
-                raise self._error(exc, doing, writes=False) from exc
-            raise InvalidInputError(f"cannot {doing}: {exc}") from exc
-        except self.dialect.driver_errors as exc:
-            raise self._error(exc, doing, writes=False, callers=True) from exc
+        except (*self.dialect.driver_errors, *self.dialect.caller_errors) as exc:
+            raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
         except BaseException:
             self.doubtful = True
             raise

@@ -77,7 +77,7 @@ class Dialect(ABC):
     """What the driver raises; `translate` knows what it means."""
 
     caller_errors: ClassVar[tuple[type[Exception], ...]]
-    """What the driver raises for a statement or arguments that it does not take at all."""
+    """What it raises besides for a statement or arguments that it does not take at all."""
 
     placeholder_prefix: ClassVar[str]
     """What stands before the number of a parameter."""

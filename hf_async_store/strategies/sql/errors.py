@@ -80,8 +80,8 @@ def sqlite_error(
     if isinstance(exc, OSError):
         return translate_os_error(exc, doing)
     code = getattr(exc, "sqlite_errorcode", None)
-    if code is None and callers and _is_callers_argument(exc):
-        return _callers_fault(str(exc))
+    if code is None and callers:
+        return _callers_fault(str(exc))  # sqlite3 itself refused it, and gives those no code
     if code is None:
         # aiosqlite's own ValueError, and sqlite3's ProgrammingError: the connection is closed.
         return StoreClosedError(f"cannot {doing}: the connection was closed")
@@ -105,13 +105,6 @@ _CHANGED_SINCE: Final = (
     "; the tables were changed since this store was opened: restore them, or open the store again, "
     "which makes what lacks, empty"
 )
-
-
-def _is_callers_argument(exc: Exception) -> bool:
-    """Whether sqlite3 refused a parameter: it gives those errors no code."""
-    return isinstance(exc, sqlite3.InterfaceError | OverflowError) or (
-        isinstance(exc, sqlite3.ProgrammingError) and "inding" in str(exc)
-    )
 
 
 def _callers_fault(said: str) -> InvalidInputError:

@@ -162,7 +162,7 @@ class PostgreSQL(Dialect):
         _ServerReadOnlyError,
         _NoAnswerError,
     )
-    caller_errors = (asyncpg.InterfaceError, TypeError, ValueError)
+    caller_errors = ()
     placeholder_prefix = "$"
     single_writer = False
     batches_commit_together = False
@@ -569,6 +569,7 @@ class PostgreSQL(Dialect):
         if self._config.pgbouncer:
             return False  # outside a transaction it would reach another session
         await driver.execute(_RESET)
+        await self._settle(driver, read_only=False)  # no caller's statement runs on the others
         return True
 
     async def discard(self, driver: Any) -> None:

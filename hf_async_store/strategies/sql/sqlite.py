@@ -294,13 +294,7 @@ class SQLite(Dialect):
     """
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, OSError, ValueError)
-    caller_errors = (
-        sqlite3.ProgrammingError,
-        sqlite3.Warning,
-        TypeError,
-        OverflowError,
-        ValueError,
-    )
+    caller_errors = (sqlite3.Warning, TypeError, OverflowError)
     placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
