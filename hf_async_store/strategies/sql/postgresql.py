@@ -796,7 +796,7 @@ class PostgreSQL(Dialect):
     def index_prefix(self, expression: str) -> str | None:
         return f"left({expression}, {SHORT})"
 
-    def has_side(self, name: str) -> str:
+    def has_overflow(self, name: str) -> str:
         return f"coalesce(t.{SIDE} ? '{name}'::text, false)"
 
     def has_text(self, expression: str, part: str) -> str:
