@@ -33,7 +33,7 @@ from hf_async_store.errors import (
 from hf_async_store.preconditions import changed, check_children, check_parents, missing_parents
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.sql import reading
-from hf_async_store.strategies.sql.dialect import Puts
+from hf_async_store.strategies.sql.dialect import BulkUpsert
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.row_mapping import TableMapping, quoted
 from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatementCache
@@ -164,7 +164,7 @@ class BulkWriter:
         if given:
             columns.append(list(map(_VERSION, puts)))
         verb: Verb = "save" if first.expect is ANY else "create"
-        shape = StatementKey(first.key.collection, verb, created=created, cast_input=given)
+        shape = StatementKey(first.key.collection, verb, created=created, with_version=given)
         return StatementGroup(shape, places, puts, columns)
 
     def _may_touch(self, changes: Sequence[Change]) -> bool:
@@ -214,7 +214,7 @@ class BulkWriter:
             if change.expect is ANY or change.expect is ABSENT:
                 verb = "save" if change.expect is ANY else "create"
             shape = StatementKey(
-                collection, verb, created=created, cast_input=given, versions=versions, kept=kept
+                collection, verb, created=created, with_version=given, versions=versions, kept=kept
             )
         if versions:
             row.append(change.expect)
@@ -237,7 +237,7 @@ class BulkWriter:
         Raises:
             ReferenceViolationError, InvalidInputError: where it may not.
         """
-        if await self._put_all(lease, batch, outcomes):
+        if await self._bulk_upsert_locked(lease, batch, outcomes):
             return
         start = 0
         for size in self._tables[batch.shape.collection].dialect.batches(len(batch.places)):
@@ -276,7 +276,7 @@ class BulkWriter:
         except REFUSALS as exc:
             # Its own look at the references was overtaken by another's write; or the database has
             # rules that are not ours.
-            if not halves:
+            if not halves or lease.lost_transaction:
                 raise
             count = len(batch.places)
             if count > 1:
@@ -299,7 +299,7 @@ class BulkWriter:
         rows = await run(statement.sql, dialect.bind_columns(batch.columns, statement.kinds))
         return dict(cast("Sequence[tuple[str, int]]", rows))
 
-    async def _put_all(
+    async def _bulk_upsert_locked(
         self, lease: LeasedConnection, batch: StatementGroup, outcomes: list[Outcome]
     ) -> bool:
         """Carry out many changes at once where nobody else can write; whether that could be done.
@@ -327,10 +327,10 @@ class BulkWriter:
             for n, each in enumerate(batch.columns)
             if each[0] is not None or each.count(None) < len(each)
         )
-        versions = await lease.put_all(
-            Puts(
+        versions = await lease.bulk_upsert_locked(
+            BulkUpsert(
                 parents=parents,
-                versions=None if shape.cast_input and shape.verb == "save" else table.versions,
+                versions=None if shape.with_version and shape.verb == "save" else table.versions,
                 fresh=shape.verb == "create",
                 text=lambda rows: self._statements.in_bulk(shape, used, rows),
                 columns=[batch.columns[n] for n in used],
@@ -339,7 +339,7 @@ class BulkWriter:
         if versions is None:
             return False
         for place, change in zip(batch.places, batch.changes, strict=True):
-            if shape.cast_input:
+            if shape.with_version:
                 outcomes[place] = cast("Put", change).import_version
             else:
                 outcomes[place] = versions.get(change.key.id, 0) + 1 if versions else 1

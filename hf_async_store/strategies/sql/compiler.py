@@ -207,7 +207,7 @@ class _Compiler:
         kind = "integer" if field is None else field.type
         null = None
         if field is not None and field.name != self._collection.key:
-            null = f"({column} IS NULL AND {self._dialect.has_side(field.name)})"
+            null = f"({column} IS NULL AND {self._dialect.has_overflow(field.name)})"
         if op == "exists":
             there = TRUE if null is None else f"({column} IS NOT NULL OR {null})"
             return there if value is True else _not(there)
@@ -294,7 +294,7 @@ class _Compiler:
         column = f"t.{quoted(name)}"
         if name == self._collection.key:
             return _Sorted(SortPart(column), field, is_key=True)
-        part = SortPart(column, nullable=True, null=self._dialect.has_side(name))
+        part = SortPart(column, nullable=True, null=self._dialect.has_overflow(name))
         return _Sorted(part, field, is_key=False)
 
     def order_by(self, keys: Sequence[tuple[Order, _Sorted]]) -> str:

@@ -1,12 +1,12 @@
-"""The connections of a store: a pool, a gate before it, and leases.
+"""The connections of a store: a pool, a semaphore before it, and leases.
 
-SQLAlchemy's pool keeps connections, opens more up to the overflow, and replaces old ones. The gate
-before it counts: who waits for a connection waits here, where a cancellation loses nothing, and is
-told by a `PoolTimeoutError` which setting is too small. A lease is one connection for a while; its
-statements go to the driver itself, without SQLAlchemy's own path around each.
+SQLAlchemy's pool keeps connections, opens more up to the overflow, and replaces old ones. A semaphore
+before it counts them: a caller waits there for a connection, where a cancellation loses nothing, and a
+`PoolTimeoutError` names the setting that is too small. A lease is one connection held for some time;
+its statements are sent to the driver directly, without SQLAlchemy's overhead around each.
 
-The pool would close a connection beyond its size as soon as it comes back, and a burst that comes
-again and again would open and close one per call. So these are kept here for a while.
+The pool would close a connection beyond its size as soon as it is returned, and repeated bursts would
+open and close one per call. So these are kept here for some time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from sqlalchemy.pool import QueuePool
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Isolation, run_to_completion
 from hf_async_store.errors import (
-    InvalidInputError,
     PoolTimeoutError,
     StorageError,
     StoreClosedError,
@@ -39,10 +38,10 @@ from hf_async_store.values import Value
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect as SQLDialect
 
-    from hf_async_store.strategies.sql.dialect import Dialect, Puts
+    from hf_async_store.strategies.sql.dialect import BulkUpsert, Dialect
 
 _TRIES: Final = 32
-"""How many broken connections in a row are taken from the pool before a new one must do."""
+"""How many broken connections in a row are taken from the pool before the attempt fails."""
 
 _IDLE_SECONDS: Final = 10.0
 """How long a connection beyond the pool's size is kept without being needed."""
@@ -58,10 +57,10 @@ class LeasedConnection:
         self.connection = connection
         self.driver = driver
         self.since = time.monotonic()
-        self.killed = False
+        self.force_closed = False
         self.ended = asyncio.Event()  # no commit is under way
         self.ended.set()
-        self.doubtful = False  # a cancellation left the driver in the middle of something
+        self.suspect = False  # a cancellation left the driver in the middle of something
         self.altered = False  # a caller's own SQL may have changed the session
         self.returning: asyncio.Task[None] | None = None  # its way back to the pool
         self._open: list[Any] = []
@@ -72,8 +71,8 @@ class LeasedConnection:
     ) -> Sequence[Sequence[Any]]:
         """Run one statement and read all its rows."""
         if writes and not self._open:
-            # It commits by itself, so it ends before a cancellation comes out: what a task that
-            # is gone had begun must not land later.
+            # It commits by itself, so it completes before a cancellation is raised: a write
+            # of a task that has ended must not be applied later.
             return await run_to_completion(self._committing(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
 
@@ -89,7 +88,7 @@ class LeasedConnection:
         except StorageError:
             raise
         except BaseException:
-            self.doubtful = True
+            self.suspect = True
             raise
 
     async def _committing(
@@ -104,7 +103,7 @@ class LeasedConnection:
         return rows
 
     def _check_committed(self) -> None:
-        """What was committed lies where the store is, or is not acknowledged."""
+        """What was committed is in the file of the store, or is not acknowledged."""
         try:
             self.dialect.check_place(self.driver)
         except StorageError as exc:
@@ -116,22 +115,27 @@ class LeasedConnection:
         """Whether nobody else can write until the transaction ends that is open."""
         return self.dialect.single_writer and self._written and bool(self._open)
 
-    async def put_all(self, puts: Puts) -> dict[str, int] | None:
-        """`Dialect.put_all`, where `alone`."""
+    @property
+    def lost_transaction(self) -> bool:
+        """Whether the database itself ended the transaction, as a trigger may do in SQLite."""
+        return bool(self._open) and not self.dialect.in_transaction(self.driver)
+
+    async def bulk_upsert_locked(self, puts: BulkUpsert) -> dict[str, int] | None:
+        """`Dialect.bulk_upsert_locked`, where `has_exclusive_write`."""
         self._usable()
         try:
-            return await self.dialect.put_all(self.driver, puts)
+            return await self.dialect.bulk_upsert_locked(self.driver, puts)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=False) from exc
         except BaseException:
-            self.doubtful = True
+            self.suspect = True
             raise
 
     @asynccontextmanager
     async def bulk(self) -> AsyncIterator[None]:
-        """A transaction for statements of many rows: see `Bulk`."""
+        """A transaction for statements of many rows: see `ImportStatements`."""
         bulk = self.dialect.bulk
-        assert bulk is not None, "asked by who knows that there is one"
+        assert bulk is not None, "the caller has checked that there is one"
         await self.rows(bulk.before)
         try:
             async with self.transaction():
@@ -143,30 +147,25 @@ class LeasedConnection:
     async def many(self, sql: str, blocks: Sequence[Sequence[object]]) -> int:
         """Run one statement that writes, in a transaction, for each block of arguments."""
         self._usable()
-        assert self.dialect.bulk is not None, "asked by who knows that there is one"
+        assert self.dialect.bulk is not None, "the caller has checked that there is one"
         try:
             return await self.dialect.bulk.run(self.driver, sql, blocks)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=False) from exc
         except BaseException:
-            self.doubtful = True
+            self.suspect = True
             raise
 
     async def fetch_dicts(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
         """Run a caller's own statement, in the transaction that is open."""
         self._usable()
         self.altered = True
-        doing = "execute the statement"
         try:
             rows = await self.dialect.fetch_dicts(self.driver, sql, args)
-        except self.dialect.caller_errors as exc:
-            if self.killed or self.dialect.is_lost(self.driver):
-                raise self._error(exc, doing, writes=False) from exc
-            raise InvalidInputError(f"cannot {doing}: {exc}") from exc
-        except self.dialect.driver_errors as exc:
-            raise self._error(exc, doing, writes=False, callers=True) from exc
+        except (*self.dialect.driver_errors, *self.dialect.caller_errors) as exc:
+            raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
         except BaseException:
-            self.doubtful = True
+            self.suspect = True
             raise
         self._usable()
         if not self.dialect.in_transaction(self.driver):
@@ -180,26 +179,26 @@ class LeasedConnection:
     async def fetch_batches(
         self, sql: str, args: Sequence[object]
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        """Run one statement and read its rows piece by piece."""
+        """Run one statement and read its rows in batches."""
         self._usable()
         self.dialect.check_place(self.driver)
-        pieces = self.dialect.fetch_batches(self.driver, sql, args, written=self._written)
+        batches = self.dialect.fetch_batches(self.driver, sql, args, written=self._written)
         try:
-            async for each in pieces:
+            async for each in batches:
                 yield each
                 self._usable()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "read", writes=False) from exc
         except asyncio.CancelledError:
-            self.doubtful = True
+            self.suspect = True
             raise
         finally:
             try:
-                await pieces.aclose()
+                await batches.aclose()
             except self.dialect.driver_errors:
-                # The store was closed meanwhile, or the link is gone. Who leaves early asked for
-                # nothing more, so there is nobody to tell.
-                self.doubtful = True
+                # The store was closed meanwhile, or the connection was lost. A caller that stops
+                # early needs no more rows, so the error is of no interest.
+                self.suspect = True
 
     @asynccontextmanager
     async def transaction(self, isolation: Isolation | None = None) -> AsyncIterator[None]:
@@ -220,9 +219,9 @@ class LeasedConnection:
         try:
             yield
         finally:
-            if self._open[-1] is None or self.killed:
-                # Without a turn of the loop: at its end it closes every generator at once, and
-                # each of them must find those within it done.
+            if self._open[-1] is None or self.force_closed:
+                # Without suspending: at its end the loop closes all generators at once, and
+                # each of them must find its inner ones finished.
                 self._open.pop()
             else:
                 await run_to_completion(self._roll_back())
@@ -235,7 +234,7 @@ class LeasedConnection:
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "begin a transaction", writes=False) from exc
         except BaseException:
-            self.doubtful = True
+            self.suspect = True
             raise
         self._open.append(handle)
         try:
@@ -270,23 +269,23 @@ class LeasedConnection:
 
     async def _roll_back(self) -> None:
         handle = self._open.pop()
-        if handle is None or self.killed:
+        if handle is None or self.force_closed:
             return
-        # Where this fails the connection is of no more use, and `reusable` sees to that; what led
-        # here is what the caller must hear.
+        # Where this fails the connection is of no more use, and `reusable` sees to that; the caller
+        # gets the error that led here.
         with suppress(*self.dialect.driver_errors):
             await self.dialect.roll_back(handle)
-            self.doubtful = self.doubtful and bool(self._open)
+            self.suspect = self.suspect and bool(self._open)
 
     def _usable(self) -> None:
-        if self.killed:
+        if self.force_closed:
             raise StoreClosedError("this store was closed")
 
     def _error(
         self, exc: Exception, doing: str, *, writes: bool, callers: bool = False
     ) -> StorageError:
         error = self.dialect.translate(exc, doing=doing, writes=writes, callers=callers)
-        if self.killed and not error.outcome_unknown:
+        if self.force_closed and not error.outcome_unknown:
             return StoreClosedError("this store was closed")
         return error
 
@@ -297,9 +296,9 @@ class Connections:
     Args:
         kept: how many connections stay open when nothing is to be done.
         most: how many there may be.
-        exhausted: what to say of a connection that could not be had in time.
-        waits: who finds all of them in use waits for one.
-        read_only: for connections that never write, where the engine gains by knowing it.
+        exhausted: the message of the error when no connection became free in time.
+        waits: whether a caller waits while all are in use.
+        read_only: for connections that never write, where the engine can use that.
     """
 
     def __init__(
@@ -357,7 +356,7 @@ class Connections:
         try:
             self._usable()
             if self._pool().checkedin():
-                await self._take(taken)  # nothing in it waits
+                await self._take(taken)  # it never suspends
             elif (kept := self._kept()) is not None:
                 taken.append(kept)
             else:
@@ -437,9 +436,9 @@ class Connections:
         return UnavailableError(f"cannot connect: {exc}")
 
     async def release(self, lease: LeasedConnection, *, reusable: bool) -> None:
-        """Give a connection back; one that is in doubt is looked at, and perhaps thrown away.
+        """Return a connection; one whose state is uncertain is checked, and perhaps closed.
 
-        However often and by whom it is called, a connection goes back once.
+        However often it is called, a connection is returned once.
         """
         if lease.returning is not None:
             await run_to_completion(lease.returning)
@@ -448,11 +447,11 @@ class Connections:
         elif self._pool().overflow() > 0:
             self._keep(lease)
         else:
-            await lease.connection.close()  # nothing in it waits
+            await lease.connection.close()  # it never suspends
             self._gone(lease)
 
     def _return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
-        assert lease.returning is None, "a connection goes back once"
+        assert lease.returning is None, "a connection is returned once"
         lease.returning = asyncio.get_running_loop().create_task(work)
         return lease.returning
 
@@ -482,7 +481,7 @@ class Connections:
         await connection.close()
 
     async def _is_reusable(self, lease: LeasedConnection) -> bool:
-        if lease.doubtful:
+        if lease.suspect:
             return False
         try:
             reusable = await self._dialect.make_reusable(lease.driver)
@@ -490,7 +489,7 @@ class Connections:
         except self._dialect.driver_errors:
             return False
 
-    # -- what is idle ------------------------------------------------------------------------
+    # -- idle connections ------------------------------------------------------------------------
 
     def _keep(self, lease: LeasedConnection) -> None:
         self._gone(lease)
@@ -520,7 +519,7 @@ class Connections:
             self._look_later()
 
     def figures(self) -> dict[str, int]:
-        """Of the pool: how many connections it may have, has, and has lent."""
+        """Of the pool: its maximum number of connections, those that are open, and those checked out."""
         pool = self._pool()
         return {
             "most": self._most,
@@ -531,7 +530,7 @@ class Connections:
     def _pool(self) -> QueuePool:
         return cast("QueuePool", self._engine.pool)
 
-    # -- the end -----------------------------------------------------------------------------
+    # -- closing -----------------------------------------------------------------------------
 
     async def close(self) -> None:
         """Close every connection, those in use, too; a commit that is under way ends first."""
@@ -543,7 +542,7 @@ class Connections:
         for lease in list(self._held):
             await lease.ended.wait()
             if lease.returning is None and lease in self._held:
-                lease.killed = True
+                lease.force_closed = True
                 self._return(lease, self._end(lease))
             if lease.returning is not None:
                 ends.add(lease.returning)

@@ -1,4 +1,4 @@
-"""What differs between SQLite and PostgreSQL, as the rest of the strategy asks for it."""
+"""What differs between SQLite and PostgreSQL, for the rest of the strategy."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from hf_async_store.values import FieldType
 
 
-class Puts(NamedTuple):
+class BulkUpsert(NamedTuple):
     """Whole entities of one shape, to be written in bulk.
 
     Attributes:
         parents: for each reference, a statement that counts those of a list of ids that are there,
             and that list.
-        versions: a statement that tells the stored versions of a list of ids; None where they do
+        versions: a statement that selects the stored versions of a list of ids; None where they do
             not matter.
         fresh: whether none of them may be there.
         text: the statement for so many rows.
@@ -42,7 +42,7 @@ class Puts(NamedTuple):
     columns: Sequence[Sequence[object]]
 
 
-class Bulk(Protocol):
+class ImportStatements(Protocol):
     """Statements that write many rows, and return nothing but how many.
 
     Attributes:
@@ -53,11 +53,11 @@ class Bulk(Protocol):
     after: str
 
     def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """How so many rows are cut: so many rows in a statement, so many times."""
+        """How to divide this many rows: pairs of rows per statement and repetitions."""
         ...
 
     def values(self, columns: int, rows: int) -> str:
-        """`Dialect.source`, of rows whose every column is a parameter."""
+        """`Dialect.values_source`, of rows whose every column is a parameter."""
         ...
 
     async def run(self, driver: Any, sql: str, blocks: Sequence[Sequence[object]]) -> int:
@@ -70,14 +70,14 @@ class SessionEndedError(Exception):
 
 
 class Dialect(ABC):
-    """One of the two: its driver, its grammar, its limits."""
+    """One database system: its driver, its SQL, its limits."""
 
     capabilities: Capabilities
     driver_errors: ClassVar[tuple[type[Exception], ...]]
     """What the driver raises; `translate` knows what it means."""
 
     caller_errors: ClassVar[tuple[type[Exception], ...]]
-    """What the driver raises for a statement or arguments that it does not take at all."""
+    """What else it raises for a statement or arguments that it does not take at all."""
 
     placeholder_prefix: ClassVar[str]
     """What stands before the number of a parameter."""
@@ -94,7 +94,7 @@ class Dialect(ABC):
     batches_commit_together: ClassVar[bool]
     """Whether the statements of one batch of independent changes share a transaction."""
 
-    bulk: ClassVar[Bulk | None]
+    bulk: ClassVar[ImportStatements | None]
     """How imports get statements of their own; None where those of any write do as well."""
 
     inline_references: ClassVar[bool]
@@ -117,11 +117,11 @@ class Dialect(ABC):
         """A pool of connections, none of them open yet."""
 
     def exists(self) -> bool:
-        """Whether there is a place to connect to; where it is a server, that is told by trying."""
+        """Whether there is a file to connect to; of a server, only connecting shows that."""
         return True
 
     def make_place(self) -> None:
-        """Make the place to connect to, before the first write.
+        """Create the file to connect to, before the first write.
 
         Raises:
             StorageError: it cannot be made.
@@ -129,7 +129,7 @@ class Dialect(ABC):
         return
 
     def check_place(self, driver: Any) -> None:
-        """See that what a connection reads and writes lies where the store is.
+        """Check that a connection reads and writes the file that is at the path of the store.
 
         Raises:
             DataFileConflictError: it does not.
@@ -137,7 +137,7 @@ class Dialect(ABC):
         return
 
     async def prepare_writing(self, driver: Any) -> None:
-        """What must be set once before the first write; who only reads leaves the place as it is."""
+        """What must be set once before the first write; a reader leaves the file as it is."""
         return
 
     async def reset(self, driver: Any) -> bool:
@@ -147,8 +147,8 @@ class Dialect(ABC):
     @abstractmethod
     def in_transaction(self, driver: Any) -> bool: ...
 
-    async def put_all(self, driver: Any, puts: Puts) -> dict[str, int] | None:
-        """Look first and then write, in a transaction beside which nobody else writes.
+    async def bulk_upsert_locked(self, driver: Any, puts: BulkUpsert) -> dict[str, int] | None:
+        """Read first and then write, in a transaction during which nobody else can write.
 
         Returns the versions of what was there before; None where it cannot be done like this, and
         nothing was written.
@@ -167,13 +167,13 @@ class Dialect(ABC):
     async def fetch_dicts(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
-        """As `rows`, each a map by column."""
+        """As `rows`, each a dict by column."""
 
     @abstractmethod
     def fetch_batches(
         self, driver: Any, sql: str, args: Sequence[object], *, written: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        """Run one statement and read its rows piece by piece, from a cursor of the engine.
+        """Run one statement and read its rows in batches, from a cursor of the engine.
 
         Args:
             written: the connection may write meanwhile, and that must not show in the rows.
@@ -199,7 +199,7 @@ class Dialect(ABC):
 
     @abstractmethod
     async def discard(self, driver: Any) -> None:
-        """Close a connection that is in doubt, as far as its pool would not wait for that."""
+        """Close a connection whose state is uncertain, as far as its pool would not wait for that."""
 
     @abstractmethod
     def translate(
@@ -232,7 +232,7 @@ class Dialect(ABC):
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
         """The owners of those of the tables that belong to a role which is not trusted: neither this
-        one, nor an owner of the place, nor of a declared table. What it put there would run as ours."""
+        one, nor an owner of the schema, nor of a declared table. What it put there would run as ours."""
         return {}
 
     @abstractmethod
@@ -254,21 +254,21 @@ class Dialect(ABC):
 
     @abstractmethod
     async def begin_ddl(self, driver: Any) -> Any:
-        """Begin a transaction that no other one of its kind is beside."""
+        """Begin a transaction that excludes others of its kind."""
 
     @abstractmethod
     def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
-        """What else the schema needs, beyond tables, columns and indexes."""
+        """What else the schema needs, apart from tables, columns and indexes."""
 
     # -- grammar: writes ---------------------------------------------------------------------
 
     @abstractmethod
     def batches(self, rows: int) -> list[int]:
-        """How so many rows are best cut into statements."""
+        """How to divide this many rows into statements."""
 
     @abstractmethod
     def statement_variant(self, rows: int) -> int:
-        """A number that is the same for all numbers of rows that share one text."""
+        """A number that is the same for all numbers of rows that share one SQL string."""
 
     @abstractmethod
     def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
@@ -278,15 +278,15 @@ class Dialect(ABC):
     def bind_columns(
         self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
     ) -> Sequence[object]:
-        """The arguments of `source` for the columns of its rows."""
+        """The arguments of `values_source` for the columns of its rows."""
 
     @abstractmethod
     def cast_input(self, column: str, kind: Kind) -> str:
-        """A column of `source` as its kind."""
+        """A column of `values_source` as its kind."""
 
     @abstractmethod
     def json_merge(self, column: str, sets: str, removes: str) -> str:
-        """A JSON map with the members of another, and without those of a list; NULL if empty."""
+        """A JSON object with the members of another, and without those of a list; NULL if empty."""
 
     @abstractmethod
     def size(self, column: str) -> str:
@@ -319,11 +319,11 @@ class Dialect(ABC):
 
     @abstractmethod
     def index_prefix(self, expression: str) -> str | None:
-        """What an index holds of a text; None if all of it."""
+        """The prefix of a string that an index holds; None if all of it."""
 
     @abstractmethod
-    def has_side(self, name: str) -> str:
-        """Whether `_side` says something of a declared field: two-valued."""
+    def has_overflow(self, name: str) -> str:
+        """Whether the overflow column holds a declared field: never NULL."""
 
     @abstractmethod
     def has_text(self, expression: str, part: str) -> str: ...
@@ -336,11 +336,11 @@ class Dialect(ABC):
     def json_test(
         self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
     ) -> tuple[str, bool]:
-        """An operator on a place in a JSON column; and whether it is exact, or lets more pass."""
+        """An operator on a path in a JSON column; and whether it is exact, or accepts more rows."""
 
     @abstractmethod
     def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        """What sorts by a place in a JSON column; None if nothing does."""
+        """What sorts by a path in a JSON column; None if nothing does."""
 
     @abstractmethod
     def order_argument(self, value: Value) -> object:
@@ -366,7 +366,7 @@ class Dialect(ABC):
 
     @asynccontextmanager
     async def scratch(self, driver: Any) -> AsyncIterator[Any]:
-        """A connection on which tables can be made that nobody else sees, and that go afterwards.
+        """A connection on which tables can be made that nobody else sees, and that are dropped afterwards.
 
         Args:
             driver: a connection to the store; None where the store is absent.

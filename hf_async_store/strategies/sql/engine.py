@@ -18,7 +18,7 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, Outcome, Put, Record
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader
 from hf_async_store.errors import (
@@ -325,19 +325,26 @@ class SQLEngine:
 
     async def _write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         puts = self.writer.imports_in(changes)
-        if puts is not None:
-            rows = await self.writer.import_rows(puts)
-            async with self.writing() as lease, lease.bulk():
-                done = await self.writer.imported(lease, puts[0].key.collection, rows)
-            if done:
-                return [each.import_version for each in puts]
-            # Which ones did not land is told by the usual way; the others are written once more as
-            # they are.
+        if puts is not None and await self._import(puts):
+            return [each.import_version for each in puts]
         marked = any(each.mark is not None for each in changes)
         async with self.writing() as lease:
             if marked or self._dialect.needs_transactions:
                 return await self._write_together(lease, changes)
             return await self._write_apart(lease, changes)
+
+    async def _import(self, puts: Sequence[Put]) -> bool:
+        """Write imports the quick way; whether all were applied.
+
+        Which ones were not is found out by the usual way, which writes the others once more as they
+        are.
+        """
+        rows = await self.writer.import_rows(puts)
+        try:
+            async with self.writing() as lease, lease.bulk():
+                return await self.writer.imported(lease, puts[0].key.collection, rows)
+        except REFUSALS:
+            return False
 
     async def _write_apart(
         self, lease: LeasedConnection, changes: Sequence[Change]
@@ -345,9 +352,12 @@ class SQLEngine:
         waves = self.writer.dependency_batches(changes)
         outcomes: list[Outcome] = [None] * len(changes)
         if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
-            async with lease.transaction():
-                for batch in chain.from_iterable(waves):
-                    await self.writer.send(_Plain(lease), lease, batch, outcomes, halves=True)
+            try:
+                async with lease.transaction():
+                    for batch in chain.from_iterable(waves):
+                        await self.writer.send(_Plain(lease), lease, batch, outcomes, halves=False)
+            except REFUSALS:
+                return await self._write_together(lease, changes)
             return outcomes
         run = _Retrying(lease, self._config.timeout)
         failure: StorageError | None = None
@@ -403,7 +413,7 @@ class SQLEngine:
         *,
         all_or_none: bool,
     ) -> None:
-        halves = self._dialect.batches_commit_together
+        halves = all_or_none and self._dialect.batches_commit_together
         run = _Plain(lease)
         failed = len(changes)  # the first that did, where only what comes before it counts
         for batch in chain.from_iterable(self.writer.dependency_batches(changes)):

@@ -32,6 +32,11 @@ from hf_async_store.os_errors import translate_os_error
 REFUSALS: Final = (ReferenceViolationError, InvalidInputError)
 """What the database refuses of a change for what it holds; its neighbours in a statement may pass."""
 
+_REFERENCE: Final = (
+    "a parent is missing or still has children (if parents are kept elsewhere, declare the field "
+    "with enforced=False, or set enforce_references to false)"
+)
+
 # -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
 
 _SQLITE: Final[dict[int, type[StorageError]]] = {
@@ -75,13 +80,13 @@ def sqlite_error(
     if isinstance(exc, OSError):
         return translate_os_error(exc, doing)
     code = getattr(exc, "sqlite_errorcode", None)
-    if code is None and callers and _is_callers_argument(exc):
-        return _callers_fault(str(exc))
+    if code is None and callers:
+        return _callers_fault(str(exc))  # sqlite3 itself refused it, and gives those no code
     if code is None:
         # aiosqlite's own ValueError, and sqlite3's ProgrammingError: the connection is closed.
         return StoreClosedError(f"cannot {doing}: the connection was closed")
     if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
-        return ReferenceViolationError(f"cannot {doing}: a reference names no entity")
+        return ReferenceViolationError(f"cannot {doing}: {exc}; {_REFERENCE}")
     if callers and code & 0xFF in _SQLITE_CALLERS:
         return _callers_fault(str(exc))
     if code & 0xFF == sqlite3.SQLITE_CONSTRAINT:
@@ -100,13 +105,6 @@ _CHANGED_SINCE: Final = (
     "; the tables were changed since this store was opened: restore them, or open the store again, "
     "which makes what lacks, empty"
 )
-
-
-def _is_callers_argument(exc: Exception) -> bool:
-    """Whether sqlite3 refused a parameter: it gives those errors no code."""
-    return isinstance(exc, sqlite3.InterfaceError | OverflowError) or (
-        isinstance(exc, sqlite3.ProgrammingError) and "inding" in str(exc)
-    )
 
 
 def _callers_fault(said: str) -> InvalidInputError:
@@ -208,8 +206,8 @@ _STATES: Final[dict[str, _Meaning]] = {
         UnsupportedValueError,
         "the encoding of the database lacks a character of the value: it should be UTF8",
     ),
-    "23001": _Meaning(ReferenceViolationError, callers=True),
-    "23503": _Meaning(ReferenceViolationError),
+    "23001": _Meaning(ReferenceViolationError, _REFERENCE, callers=True),
+    "23503": _Meaning(ReferenceViolationError, _REFERENCE),
     "25006": _Meaning(
         ReadOnlyStoreError,
         "a standby, or a database that is set to read-only: see target_session_attrs and "

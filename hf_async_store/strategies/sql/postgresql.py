@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import secrets
@@ -161,8 +162,8 @@ class PostgreSQL(Dialect):
         _ServerReadOnlyError,
         _NoAnswerError,
     )
-    caller_errors = (asyncpg.InterfaceError, TypeError, ValueError)
-    mark = "$"
+    caller_errors = ()
+    placeholder_prefix = "$"
     single_writer = False
     batches_commit_together = False
     bulk = None
@@ -207,6 +208,20 @@ class PostgreSQL(Dialect):
         )
 
     async def _connect(self, *, read_only: bool) -> Any:
+        """A new connection; a cancellation waits for it.
+
+        The pool may ask for one while a cancelled task checks out, and a TCP connection that is
+        cancelled while it opens leaves the driver an exception that nobody retrieves.
+        """
+        opening = asyncio.ensure_future(self._connect_first(read_only=read_only))
+        try:
+            return await run_to_completion(opening)
+        except asyncio.CancelledError:
+            if not opening.cancelled() and opening.exception() is None:
+                opening.result().terminate()
+            raise
+
+    async def _connect_first(self, *, read_only: bool) -> Any:
         """A connection to the first server that answers and is of the kind that is wanted."""
         self._check_files()
         servers = self._config.servers()
@@ -554,6 +569,7 @@ class PostgreSQL(Dialect):
         if self._config.pgbouncer:
             return False  # outside a transaction it would reach another session
         await driver.execute(_RESET)
+        await self._settle(driver, read_only=False)  # no caller's statement runs on the others
         return True
 
     async def discard(self, driver: Any) -> None:
@@ -780,7 +796,7 @@ class PostgreSQL(Dialect):
     def index_prefix(self, expression: str) -> str | None:
         return f"left({expression}, {SHORT})"
 
-    def has_side(self, name: str) -> str:
+    def has_overflow(self, name: str) -> str:
         return f"coalesce(t.{SIDE} ? '{name}'::text, false)"
 
     def has_text(self, expression: str, part: str) -> str:

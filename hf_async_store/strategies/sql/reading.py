@@ -80,7 +80,7 @@ async def records(
 async def iter_batches(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[list[Entity], None]:
-    """The entities that `records` gives, in pieces."""
+    """The entities that `records` gives, in batches."""
     compiled = compile_query(table, query)
     if query.limit is not None or compiled.sorted_here:
         async with aclosing(batched(records(lease, table, query))) as found:
@@ -96,7 +96,7 @@ async def iter_batches(
 async def iter_json(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[list[bytes], None]:
-    """The canonical texts of the entities that `records` gives, in pieces."""
+    """The canonical JSON of the entities that `records` gives, in batches."""
     compiled = compile_query(table, query, table.text_selected)
     if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
         async with aclosing(_rows(lease, table, compiled)) as found:
@@ -154,7 +154,7 @@ async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> i
 async def _entities(
     lease: LeasedConnection, table: TableMapping, query: Query, compiled: Compiled
 ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
-    """The entities of a SELECT that pass what it could not test, in pieces."""
+    """The entities of a SELECT that pass the conditions that SQL could not test, in batches."""
     key = table.collection.key
     async with aclosing(_rows(lease, table, compiled)) as pieces:
         async for rows in pieces:
@@ -183,7 +183,7 @@ async def _rows(
 async def _find_damage(lease: LeasedConnection, table: TableMapping, exc: ProtocolError) -> None:
     """Name the row that a query failed on, if it is one that another program damaged.
 
-    What an engine says of it ("malformed JSON") names neither table nor row.
+    The message of the engine ("malformed JSON") names neither table nor row.
 
     Raises:
         CorruptionError: with the row.
@@ -196,7 +196,7 @@ async def _find_damage(lease: LeasedConnection, table: TableMapping, exc: Protoc
                 f"ORDER BY t.{table.key} LIMIT {_CHUNK_SIZE} OFFSET {start}"
             )
         except StorageError:
-            return  # the query failed for another reason, which is told
+            return  # the query failed for another reason, which is raised
         for row in rows:
             try:
                 table.entity(row)

@@ -1,4 +1,4 @@
-"""A transaction on one connection; it begins with its first verb."""
+"""A transaction on one connection; it begins with its first method call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SQLReader:
         return self._lease
 
     async def _from(self, query: Query) -> tuple[LeasedConnection, TableMapping] | None:
-        """Where to read; None where nothing is."""
+        """The connection and table to read from; None if the table does not exist."""
         lease = await self._begun()
         table = self._tables.get(query.collection)
         return None if lease is None or table is None else (lease, table)

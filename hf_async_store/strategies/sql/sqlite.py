@@ -40,7 +40,7 @@ from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Field, Index, Schema
 from hf_async_store.strategies.sql import sqlite_functions as functions
 from hf_async_store.strategies.sql.compiler import Arguments, SortPart
-from hf_async_store.strategies.sql.dialect import Dialect, Puts
+from hf_async_store.strategies.sql.dialect import BulkUpsert, Dialect
 from hf_async_store.strategies.sql.errors import sqlite_error
 from hf_async_store.strategies.sql.row_mapping import SIDE, Kind, decode_json, encode_json
 from hf_async_store.values import INT_MAX, FieldType, Value
@@ -251,7 +251,7 @@ def _close_all() -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-class _Blocks:
+class _ImportChunks:
     """Imports as parameters, up to 250 rows in a statement.
 
     It returns no rows: for each, the thread of the connection would wait for its turn, of which it
@@ -294,19 +294,13 @@ class SQLite(Dialect):
     """
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, OSError, ValueError)
-    caller_errors = (
-        sqlite3.ProgrammingError,
-        sqlite3.Warning,
-        TypeError,
-        OverflowError,
-        ValueError,
-    )
-    mark = "?"
+    caller_errors = (sqlite3.Warning, TypeError, OverflowError)
+    placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
     needs_transactions = False
     batches_commit_together = True
-    bulk = _Blocks()
+    bulk = _ImportChunks()
     inline_references = True
     to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
     from_column = MappingProxyType({"boolean": _boolean, "json": _json})
@@ -564,9 +558,11 @@ class SQLite(Dialect):
             # Nothing of the statement happened; another process has the lock.
             await asyncio.sleep(0)
 
-    async def put_all(self, driver: aiosqlite.Connection, puts: Puts) -> dict[str, int] | None:
+    async def bulk_upsert_locked(
+        self, driver: aiosqlite.Connection, puts: BulkUpsert
+    ) -> dict[str, int] | None:
         # In one turn of the driver's thread, for which it has no public way.
-        found = await driver._execute(_put_all, driver._conn, puts)  # type: ignore[no-untyped-call]  # as it is
+        found = await driver._execute(_bulk_upsert_locked, driver._conn, puts)  # type: ignore[no-untyped-call]  # as it is
         return cast("dict[str, int] | None", found)
 
     async def fetch_dicts(
@@ -800,7 +796,7 @@ class SQLite(Dialect):
     def index_prefix(self, expression: str) -> str | None:
         return None
 
-    def has_side(self, name: str) -> str:
+    def has_overflow(self, name: str) -> str:
         return f"(json_type(t.{SIDE}, '$.{name}') IS NOT NULL)"
 
     def has_text(self, expression: str, part: str) -> str:
@@ -923,8 +919,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _put_all(connection: sqlite3.Connection, puts: Puts) -> dict[str, int] | None:
-    """`Dialect.put_all`, in the driver's thread."""
+def _bulk_upsert_locked(connection: sqlite3.Connection, puts: BulkUpsert) -> dict[str, int] | None:
+    """`Dialect.bulk_upsert_locked`, in the driver's thread."""
     for sql, parents in puts.parents:
         [[there]] = connection.execute(sql, (encode_json(parents).decode(),))
         if there < len(parents):

@@ -27,8 +27,8 @@ class StatementKey(NamedTuple):
     """What makes two changes fit into one statement.
 
     Attributes:
-        created: of a whole entity: it brings its own `created_at`.
-        given: of a whole entity: it brings its own version, and all is written as given.
+        created: of a whole entity: it has its own `created_at`.
+        with_version: of an import: it has its own version, and is written as it is.
         versions: of a replace, patch or delete: an exact version is expected.
         names: of a patch: the declared fields that it sets.
         document: of a patch: it changes other fields, too.
@@ -38,7 +38,7 @@ class StatementKey(NamedTuple):
     collection: str
     verb: Verb
     created: bool = False
-    cast_input: bool = False
+    with_version: bool = False
     versions: bool = False
     names: tuple[str, ...] = ()
     document: bool = False
@@ -88,13 +88,13 @@ class WriteStatementCache:
     def _write_in_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
         table = self._tables[shape.collection]
         columns = [*table.columns, DOC, SIDE, VERSION]
-        row = ", ".join("?" * len(used)) + ("" if shape.cast_input else ", 1")
+        row = ", ".join("?" * len(used)) + ("" if shape.with_version else ", 1")
         conflict = ""
         if shape.verb == "save":
             excluded = {each: f"excluded.{each}" for each in columns[:-1]}
             sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
             conflict = f" ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
-        named = [columns[each] for each in used] + ([] if shape.cast_input else [VERSION])
+        named = [columns[each] for each in used] + ([] if shape.with_version else [VERSION])
         return (
             f"INSERT INTO {table.name} AS t ({', '.join(named)}) "
             f"VALUES {', '.join([f'({row})'] * rows)}{conflict}"
@@ -115,7 +115,7 @@ class WriteStatementCache:
         columns = [*table.columns, DOC, SIDE]
         given = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
         version = "1"
-        if shape.cast_input:
+        if shape.with_version:
             version = f"i.c{len(kinds)}"
             kinds.append("bigint")
         expected = ""
@@ -139,7 +139,7 @@ class WriteStatementCache:
         returns nothing; each number of rows is a text of its own."""
         found = self._imports.get((collection, rows))
         if found is None:
-            shape = StatementKey(collection, "save", created=True, cast_input=True)
+            shape = StatementKey(collection, "save", created=True, with_version=True)
             table = self._tables[collection]
             bulk = table.dialect.bulk
             assert bulk is not None, "asked by who knows that there is one"
@@ -151,7 +151,7 @@ class WriteStatementCache:
         kinds: list[Kind] = [*table.kinds, "json", "json"]
         columns = [*table.columns, DOC, SIDE]
         given = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
-        version = f"i.c{len(kinds)}" if shape.cast_input else "1"
+        version = f"i.c{len(kinds)}" if shape.with_version else "1"
         conflict = "NOTHING"
         if shape.verb == "save":
             excluded = {each: f"excluded.{each}" for each in columns}
@@ -170,13 +170,13 @@ class WriteStatementCache:
         """What replaces a row; `created_at` stays where the entity does not bring its own."""
         left = {table.key, *map(quoted, shape.kept)}
         sets = {column: value for column, value in new.items() if column not in left}
-        sets[VERSION] = version if shape.cast_input else f"t.{VERSION} + 1"
-        if not shape.cast_input and not shape.created:
+        sets[VERSION] = version if shape.with_version else f"t.{VERSION} + 1"
+        if not shape.with_version and not shape.created:
             sets[_CREATED] = f"t.{_CREATED}"
             # A null there is noted in `_side`.
             kept = table.dialect.json_merge(sets[SIDE], f"'{{\"{CREATED_AT}\":null}}'", "NULL")
             sets[SIDE] = (
-                f"CASE WHEN t.{SIDE} IS NOT NULL AND {table.dialect.has_side(CREATED_AT)} "
+                f"CASE WHEN t.{SIDE} IS NOT NULL AND {table.dialect.has_overflow(CREATED_AT)} "
                 f"THEN {kept} ELSE {sets[SIDE]} END"
             )
         return ", ".join(f"{column} = {value}" for column, value in sets.items())
@@ -286,4 +286,4 @@ class WriteStatementCache:
 
 def _room(shape: StatementKey) -> str:
     """That there is a version after the stored one."""
-    return "" if shape.cast_input else f" AND t.{VERSION} < {INT_MAX}"
+    return "" if shape.with_version else f" AND t.{VERSION} < {INT_MAX}"
