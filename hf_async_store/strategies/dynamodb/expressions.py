@@ -169,6 +169,8 @@ class FilterTranslator:
                 if part is None:
                     return None
                 said.append(part)
+            if not said:
+                return None
             return Translation(_joined(" OR ", said), all(each.is_exact for each in said))
         if isinstance(where, Not):
             inner = self._translate(where.part)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
-from hf_async_store.query import And, Comparison, Filter, Query, equality_candidates
+from hf_async_store.query import And, Comparison, Filter, Or, Query, equality_candidates
 from hf_async_store.schema import Index
 from hf_async_store.strategies.dynamodb.items import (
     MOST_SORT_BYTES,
@@ -85,6 +85,8 @@ def plan_access(query: Query, form: ItemMapping, active: AbstractSet[str]) -> Ac
     Args:
         active: the indexes that are there.
     """
+    if query.where == Or(()):
+        return Access(ids=())  # it matches nothing
     candidates = equality_candidates(query.where)
     ids = candidates.get((form.key,))
     if ids is not None:

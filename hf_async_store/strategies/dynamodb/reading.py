@@ -259,8 +259,10 @@ class Reading:
 
     async def explain(self, query: Query) -> QueryPlan:
         """As `Engine.explain`."""
-        active = await self._tables.find(query.collection) or frozenset()
         form = self._tables.forms[query.collection]
+        active = await self._tables.find(query.collection)
+        if active is None:  # the first write creates the table with all its indexes
+            active = frozenset(each.name for each in form.collection.indexes)
         access = plan_access(query, form, active)
         rows = _Rows(self, query, access, form)
         table = self._tables.name(query.collection)

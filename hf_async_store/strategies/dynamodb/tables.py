@@ -16,6 +16,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     UnavailableError,
 )
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.schema import Collection, Index, Schema
 from hf_async_store.strategies.dynamodb.backoff import Backoff
 from hf_async_store.strategies.dynamodb.errors import (
@@ -155,7 +156,7 @@ class Tables:
         return False
 
     async def undeclared(self) -> list[str]:
-        """The collections of tables with this prefix that are not declared."""
+        """The collections of tables with this prefix that are neither declared nor the system's."""
         start = f"{self._config.table_prefix}_"
         found: list[str] = []
         params: dict[str, str] = {}
@@ -166,7 +167,8 @@ class Tables:
             if not last or last == params.get("ExclusiveStartTableName"):
                 break
             params = {"ExclusiveStartTableName": last}
-        return sorted(each.removeprefix(start) for each in {*found} - {*self._collections})
+        known = {*self.schema, *(each.name for each in SYSTEM_COLLECTIONS)}
+        return sorted({each.removeprefix(start) for each in found} - known)
 
     async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
         """By what the tables of these collections are told apart from all others, where they are there.
