@@ -24,6 +24,7 @@ from hf_async_store import (
     or_,
 )
 from hf_async_store.changes import ABSENT, Put
+from hf_async_store.query import MAX_FILTER_DEPTH
 from hf_async_store.values import Key
 from tests.dynamodb.proxy import WRITES, Answer, Fault, Late, Request
 from tests.dynamodb.support import new_prefix, store_at
@@ -173,7 +174,7 @@ async def test_a_read_that_fails_stops_those_beside_it(proxy: Proxy) -> None:
 async def test_filters_beyond_what_a_request_takes(proxy: Proxy) -> None:
     """What cannot be said is looked at here: never an error of the service."""
     deep: Any = {"label": "x"}
-    for _ in range(20):
+    for _ in range(MAX_FILTER_DEPTH // 2):
         deep = not_(not_(deep))
     filters: dict[str, Any] = {
         "many or": or_(*({"label": f"l{n}"} for n in range(120)), {"label": "x"}),

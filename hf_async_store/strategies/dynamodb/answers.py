@@ -236,18 +236,20 @@ def read_answer(
         StorageError: by `errors.translate`.
     """
     if not _is_whole(headers.get("x-amz-crc32"), body):
-        raise AnswerLost("the answer of DynamoDB arrived damaged", outcome_unknown=True)
+        raise AnswerLost(
+            "the response of DynamoDB does not match its checksum", outcome_unknown=True
+        )
     if status != 200:
         raise _failure(status, headers, body, params)
     kind = headers.get("content-type", "json")
     if "json" not in kind.lower():
-        raise _bad(f"its type is {kind[:80]!r}")
+        raise _bad(f"its content type is {kind[:80]!r}")
     try:
         if not body.isascii():
             body.decode()  # also where nothing of it is read
         answer: dict[str, Any] = _DECODE[operation](body)
     except _UNREADABLE as exc:
-        raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
+        raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
     check(operation, params, answer)
     return answer
 
@@ -261,7 +263,7 @@ def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[s
     try:
         converted: dict[str, Any] = msgspec.convert(answer, _SHAPES[operation])
     except _UNREADABLE as exc:
-        raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
+        raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
     check(operation, params, converted)
     return converted
 
@@ -272,7 +274,7 @@ def _is_whole(checksum: str | None, body: bytes) -> bool:
 
 def _bad(why: str) -> BadAnswer:
     return BadAnswer(
-        f"what answers is not DynamoDB, or something between changes its answers: {why}",
+        f"the response is not from DynamoDB, or a proxy changed it: {why}",
         outcome_unknown=True,
     )
 
@@ -288,7 +290,7 @@ def check(operation: str, params: Mapping[str, Any], answer: Mapping[str, Any]) 
     """
     test = _CHECKS.get(operation)
     if test is not None and not test(params, answer):
-        raise _bad(f"it does not belong to its {operation}")
+        raise _bad(f"it does not match its {operation} request")
 
 
 def _check_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
@@ -402,19 +404,19 @@ def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
         )
     if status in (401, 403):
         return PermissionDeniedError(
-            f"access was refused ({who}): a proxy, a firewall or another server stands at the "
+            f"access was refused ({who}): a proxy, a firewall or another server responds at the "
             "endpoint",
             outcome_unknown=True,
         )
     if status == 413:
         return ProtocolError(
-            f"the request was too large for something before DynamoDB ({who})",
+            f"the request was too large for a proxy in front of DynamoDB ({who})",
             outcome_unknown=True,
         )
     if status == 429:
-        return ThrottledError(f"asked for less ({who})", outcome_unknown=True)
+        return ThrottledError(f"throttled ({who})", outcome_unknown=True)
     if status == 408 or status >= 500:
-        return UnavailableError(f"no answer of DynamoDB ({who})", outcome_unknown=True)
+        return UnavailableError(f"no response from DynamoDB ({who})", outcome_unknown=True)
     return _bad(who)
 
 

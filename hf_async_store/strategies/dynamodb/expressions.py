@@ -36,7 +36,6 @@ _MOST_OPERATORS: Final = 200
 _MOST_VALUES: Final = 64_000
 _MOST_CHOICES: Final = 40
 _MOST_DEPTH: Final = 30
-_MOST_NESTED: Final = 50
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _RANGE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
@@ -115,7 +114,6 @@ class FilterTranslator:
         self._operators = 0
         self._text = 0
         self._size = 0
-        self._depth = 0
 
     def translate(self, where: Filter) -> Translation | None:
         """The filter, or what of it can be said; None if nothing can.
@@ -146,15 +144,6 @@ class FilterTranslator:
         return said
 
     def _translate(self, where: Filter) -> Translation | None:
-        self._depth += 1
-        try:
-            return self._said(where)
-        finally:
-            self._depth -= 1
-
-    def _said(self, where: Filter) -> Translation | None:
-        if self._depth > _MOST_NESTED:
-            raise _TooMuch
         if isinstance(where, And):
             parts = [self._translate(each) for each in where.parts]
             said = [each for each in parts if each is not None]

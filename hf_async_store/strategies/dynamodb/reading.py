@@ -172,7 +172,9 @@ class Reading:
                 return await self._cache.read(operation, params)
             return await self._client.read(operation, params)
         except TableMissing as exc:
-            raise UnavailableError(f"a table or an index is gone: {exc}", retryable=False) from exc
+            raise UnavailableError(
+                f"a table or an index was deleted: {exc}", retryable=False
+            ) from exc
 
     # -- queries -----------------------------------------------------------------------------
 

@@ -228,7 +228,7 @@ class Tables:
         name = self.name(collection)
         table = await self.described(collection)
         if table is None:
-            raise UnavailableError(f"the table {name} is gone", retryable=False)
+            raise UnavailableError(f"the table {name} was deleted", retryable=False)
         if index in self._missing(collection, table):
             raise SchemaMismatchError(f"{name} has no index {index.name}; `create-tables` makes it")
         unlike = self._unlike(collection, index, table)

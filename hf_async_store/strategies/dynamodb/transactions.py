@@ -366,7 +366,7 @@ class DynamoDBSession:
                     if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:
-                    raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+                    raise UnavailableError(f"a table was deleted: {exc}", retryable=False) from exc
         except StorageError as exc:
             # Whatever the last try met: one before it may have landed.
             exc.outcome_unknown = lost or (token is not None and exc.outcome_unknown)

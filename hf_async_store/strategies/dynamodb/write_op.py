@@ -123,7 +123,8 @@ class WriteOp:
 
     def unknown(self, why: str) -> UnavailableError:
         return UnavailableError(
-            f"{self.change.key.collection} {self.change.key.id!r}: {why}",
+            f"{self.change.key.collection} {self.change.key.id!r}: no response was received, and the "
+            f"write may have been applied: {why}",
             retryable=False,
             outcome_unknown=True,
         )
@@ -137,7 +138,7 @@ def _began(change: Change) -> str:
 
 
 def deleted_meanwhile(work: WriteOp) -> StorageError:
-    return UnavailableError(f"the table {work.table} is gone", retryable=False)
+    return UnavailableError(f"the table {work.table} was deleted", retryable=False)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -223,7 +223,7 @@ class Writes:
         except StorageError as exc:
             for each in works:
                 if each.ambiguous and isinstance(exc, UnavailableError):
-                    each.done(each.unknown(f"the answer was lost, and then: {exc}"))
+                    each.done(each.unknown(f"reading it back failed: {exc}"))
                 else:
                     error = exc.copy()
                     error.outcome_unknown = False  # this was a read
@@ -247,7 +247,7 @@ class Writes:
         elif work.change.expect is ABSENT and item is not None:
             work.done(AlreadyExistsError(work.change.key.collection, work.change.key.id))
         else:
-            work.done(work.unknown("the answer was lost, and its trace is not there"))
+            work.done(work.unknown("its token was not found"))
 
     # -- statements --------------------------------------------------------------------------
 
@@ -417,7 +417,7 @@ class Writes:
             work.ambiguous = True
             work.observed = UNKNOWN
         elif work.ambiguous:
-            work.done(work.unknown("the answer was lost, and it is gone now"))
+            work.done(work.unknown("the entity is deleted now"))
         else:
             work.done(None if work.change.expect is ANY else work.not_found())
 
@@ -483,7 +483,7 @@ class Writes:
             return self._race_lost(work, item)
         elif work.requested_at and not _is_older(item, work.requested_at):
             if work.ambiguous:  # this may be another life, and it landed in the one before
-                work.done(work.unknown("the answer was lost, and others wrote since"))
+                work.done(work.unknown("others have written since"))
             work.observed = item  # a clock that is ahead wrote it, or none
         else:
             # The version is the last there is, the entity may become too heavy, or another
@@ -494,7 +494,7 @@ class Writes:
 
     def _nothing_there(self, work: WriteOp) -> None:
         if work.ambiguous and (isinstance(work.change, Delete) or work.change.expect is ANY):
-            work.done(work.unknown("the answer was lost, and it is gone now"))
+            work.done(work.unknown("the entity is deleted now"))
         elif work.guarded_by_token and work.change.expect is ANY:
             work.observed = None
         else:
@@ -506,7 +506,7 @@ class Writes:
         if isinstance(seen, dict) and token_of(seen) == token_of(item):
             work.full_replace = True  # it is the weight that does not fit
         elif work.ambiguous:
-            work.done(work.unknown("the answer was lost, and others wrote since"))
+            work.done(work.unknown("others have written since"))
             return None
         elif work.from_cache:
             self._recent.was_wrong()
@@ -572,7 +572,7 @@ class Writes:
             if exc.item is not None and work.is_own(exc.item):
                 work.landed_at(exc.item)
             elif work.ambiguous:
-                work.done(work.unknown("the answer was lost, and others wrote since"))
+                work.done(work.unknown("others have written since"))
             else:
                 work.observed = exc.item
             return None
@@ -686,10 +686,10 @@ class Writes:
         try:
             item = await self._reading.item(work.change.key)
         except StorageError as exc:
-            raise work.unknown(f"the answer was lost, and then: {exc}") from exc
+            raise work.unknown(f"reading it back failed: {exc}") from exc
         if item is not None and work.is_own(item):
             return _own_version_in(work, item)
-        raise work.unknown(f"the answer was lost: {lost}") from lost
+        raise work.unknown(f"{lost}") from lost
 
 
 @contextmanager
@@ -827,7 +827,7 @@ def _stale(work: WriteOp, item: Attributes) -> StorageError:
 
 def _given_up(work: WriteOp, last: StorageError) -> StorageError:
     if work.ambiguous:
-        return work.unknown(f"the answer was lost; then: {last}")
+        return work.unknown(f"the retry failed: {last}")
     if isinstance(last, UnavailableError | ConcurrencyConflictError):
         error = last.copy()
         error.outcome_unknown = False
