@@ -245,7 +245,7 @@ async def test_the_time_of_an_answer_is_bounded_however_it_drips(proxy: Proxy) -
                 assert is_write, "no read was answered in time"
             except UnavailableError as exc:
                 assert exc.outcome_unknown is is_write
-            assert time.monotonic() - started < 15, "the whole answer takes minutes so"
+            assert time.monotonic() - started < 30, "the whole response takes minutes"
             proxy.rule = None
 
 
