@@ -93,7 +93,7 @@ def public(exc: StorageError) -> StorageError:
 
 
 @contextmanager
-def told(*kept: type[StorageError]) -> Iterator[None]:
+def public_errors(*kept: type[StorageError]) -> Iterator[None]:
     """Errors that are internal to this engine are raised as public ones.
 
     Args:

@@ -9,7 +9,7 @@ import msgspec
 from hf_async_store.query import And, Comparison, Filter, Or, Query, equality_candidates
 from hf_async_store.schema import Index
 from hf_async_store.strategies.dynamodb.items import (
-    MOST_SORT_BYTES,
+    MAX_SORT_BYTES,
     SURE_SORT_BYTES,
     IndexedField,
     ItemMapping,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hf_async_store.query import Missing
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
-_MOST_PARTITIONS: Final = 100
+_MAX_PARTITIONS: Final = 100
 """How many values of an index are asked for one by one, before a scan is the shorter way."""
 
 _SORTS_ALIKE: Final = ("text", "timestamp", "integer")
@@ -121,7 +121,7 @@ def _by_index(
             partitions.append(key)
         elif _may_hold(field, value):
             return None  # a value that lies beside the index
-    if len(partitions) > _MOST_PARTITIONS:
+    if len(partitions) > _MAX_PARTITIONS:
         return None
     sort = SortRange()
     ordered = False
@@ -211,7 +211,7 @@ def _high(field: IndexedField, value: Value) -> list[str]:
     if field.type == "integer":
         return _number(value)
     if isinstance(value, str) and value:
-        return [shortened(value, MOST_SORT_BYTES)]
+        return [shortened(value, MAX_SORT_BYTES)]
     return []
 
 

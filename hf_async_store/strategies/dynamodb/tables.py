@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _WAIT_SECONDS: Final = 600.0
 _FIRST_LOOK: Final = 0.01
 _LONGEST_LOOK: Final = 2.0
-_MOST_TARGETS: Final = 50
+_MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
 # Source: DynamoDB Developer Guide, "Naming rules", of tables and indexes.
@@ -305,11 +305,11 @@ class Tables:
             if table is None:
                 found[collection] = {"table": name, "status": "missing"}
                 continue
-            found[collection] = await self._told(name, table)
+            found[collection] = await self._summary(name, table)
             problems += self._differences(collection, table)
         return found, problems
 
-    async def _told(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
+    async def _summary(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
         throughput = table.get("ProvisionedThroughput", {})
         told: dict[str, Value] = {
             "table": name,
@@ -494,10 +494,10 @@ class Tables:
         found: dict[str, Any] = {}
         try:
             async with self._scaling_client() as client:
-                for start in range(0, len(resources), _MOST_TARGETS):
+                for start in range(0, len(resources), _MAX_TARGETS):
                     pages = client.get_paginator("describe_scalable_targets").paginate(
                         ServiceNamespace="dynamodb",
-                        ResourceIds=resources[start : start + _MOST_TARGETS],
+                        ResourceIds=resources[start : start + _MAX_TARGETS],
                     )
                     async for page in pages:
                         for each in page["ScalableTargets"]:

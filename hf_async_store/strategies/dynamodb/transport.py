@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # The largest answer is one of BatchGetItem: 16 MB of items, which as JSON are at most 7 times that.
-MOST_BYTES: Final = 128 * 2**20
+MAX_BYTES: Final = 128 * 2**20
 
 _SECONDS: Final = 60.0
 """For a client that sets no timeout."""
@@ -55,8 +55,8 @@ class _Requests:
             size = 0
             while piece := await response.content.readany():
                 size += len(piece)
-                if size > MOST_BYTES:
-                    raise ClientPayloadError(f"an answer of more than {MOST_BYTES} bytes")
+                if size > MAX_BYTES:
+                    raise ClientPayloadError(f"an answer of more than {MAX_BYTES} bytes")
                 pieces.append(piece)
         except BaseException:
             response.close()

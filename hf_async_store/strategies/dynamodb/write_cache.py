@@ -17,7 +17,7 @@ from hf_async_store.values import VERSION
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
 
-_MOST: Final = 10_000
+_MAX_ENTRIES: Final = 10_000
 _WRONG_SECONDS: Final = 60.0
 
 
@@ -53,7 +53,7 @@ class WriteCache:
         known = self._left.pop(place, None)
         # Answers may come in another order than the writes were done in.
         self._left[place] = left if known is None or known.version < left.version else known
-        if len(self._left) > _MOST:
+        if len(self._left) > _MAX_ENTRIES:
             del self._left[next(iter(self._left))]
 
     def drop(self, table: str, entity_id: str) -> None:

@@ -137,8 +137,8 @@ def _began(change: Change) -> str:
     return at if isinstance(at, str) else utc_now()
 
 
-def deleted_meanwhile(work: WriteOp) -> StorageError:
-    return UnavailableError(f"the table {work.table} was deleted", retryable=False)
+def deleted_meanwhile(op: WriteOp) -> StorageError:
+    return UnavailableError(f"the table {op.table} was deleted", retryable=False)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
