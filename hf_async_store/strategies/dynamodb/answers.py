@@ -1,7 +1,7 @@
-"""What comes back over HTTP, checked before anybody relies on it: one place for every operation.
+"""HTTP responses, validated in one place for every operation.
 
-An answer has the shape that its operation documents, and speaks of what was asked for. Anything else
-(a proxy's page, damaged bytes, another server) is an error here, and no `KeyError` somewhere else.
+A response has the shape that its operation documents, and matches its request. Anything else (a
+proxy's page, damaged bytes, another server) is an error here, not a `KeyError` elsewhere.
 """
 
 from __future__ import annotations
@@ -229,10 +229,10 @@ def read_answer(
     headers: Mapping[str, str],
     body: bytes,
 ) -> dict[str, Any]:
-    """What an answer says to a request.
+    """The decoded response to a request.
 
     Raises:
-        BadAnswer: it is none; `outcome_unknown`.
+        BadAnswer: it is not a valid one; `outcome_unknown`.
         StorageError: by `errors.translate`.
     """
     if not _is_whole(headers.get("x-amz-crc32"), body):
@@ -255,7 +255,7 @@ def read_answer(
 
 
 def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[str, Any]:
-    """The same of an answer that another driver has decoded.
+    """The same for a response that another driver has decoded.
 
     Raises:
         BadAnswer.
@@ -279,11 +279,11 @@ def _bad(why: str) -> BadAnswer:
     )
 
 
-# -- that it speaks of what was asked for ----------------------------------------------------
+# -- whether it matches its request ----------------------------------------------------
 
 
 def check(operation: str, params: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-    """That an answer of the right shape belongs to its request.
+    """Check that a response matches its request.
 
     Raises:
         BadAnswer.
@@ -367,7 +367,7 @@ _CHECKS: Final[Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], boo
 def _failure(
     status: int, headers: Mapping[str, str], body: bytes, params: Mapping[str, Any]
 ) -> StorageError:
-    """The error of an answer that is not 200."""
+    """The error of a response whose status is not 200."""
     try:
         failure = _DECODE_FAILURE(body)
     except _UNREADABLE:
@@ -379,16 +379,16 @@ def _failure(
     if code.endswith("TransactionCanceledException") and len(reasons or ()) != len(
         params.get("TransactItems", ())
     ):
-        # Nothing was written, and what stood in the way is not said.
+        # Nothing was written, and the reason is not given.
         return BadAnswer("DynamoDB cancelled a transaction and gave no reasons")
     message = failure.get("message") or failure.get("Message") or ""
     return translate(code, message, status, failure)
 
 
 def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
-    """The error of an answer that is not DynamoDB's: a proxy's, a firewall's, another server's.
+    """The error of a response that is not from DynamoDB but from a proxy or another server.
 
-    Whether a write went through before it, nobody knows.
+    Whether a write was applied before it is unknown.
     """
     who = f"HTTP {status}, and not from DynamoDB"
     if 300 <= status < 400:

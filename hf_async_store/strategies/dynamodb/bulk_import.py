@@ -1,6 +1,6 @@
-"""Imports: whole items that replace whatever is there, by `BatchWriteItem`.
+"""Imports: whole items that replace whatever is stored, by `BatchWriteItem`.
 
-It checks nothing and may be sent twice; what comes back undone is sent again.
+It has no conditions and is idempotent; unprocessed items are sent again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Imports:
                     [op] = left.values()
                     op.done(deleted_meanwhile(op) if isinstance(exc, TableMissing) else exc)
                     return
-                # One that is refused fails them all: the half without it goes through.
+                # One rejected item fails the whole batch: the half without it succeeds.
                 rest = list(left.values())
                 middle = len(rest) // 2
                 await asyncio.gather(self._some(rest[:middle]), self._some(rest[middle:]))
@@ -89,7 +89,7 @@ class Imports:
         sent: dict[tuple[str, str], WriteOp],
         undone: Mapping[str, Sequence[Mapping[str, Any]]],
     ) -> dict[tuple[str, str], WriteOp]:
-        """What is left to do."""
+        """The operations that remain."""
         left = {}
         for table, requests in undone.items():
             for each in requests:
@@ -97,7 +97,8 @@ class Imports:
                 place = (table, self._id_of(table, item))
                 if place not in sent:
                     raise BadAnswer(
-                        "DynamoDB hands back what it was not given", outcome_unknown=True
+                        "DynamoDB returned an unprocessed item that was not sent",
+                        outcome_unknown=True,
                     )
                 left[place] = sent[place]
         for place, op in sent.items():

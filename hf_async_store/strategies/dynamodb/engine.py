@@ -1,4 +1,4 @@
-"""The DynamoDB engine: what the seam asks for, put together."""
+"""The DynamoDB engine: the driver interface, implemented by the modules of this package."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class DynamoDBEngine:
             return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        # What was sent may land at any time until its answer is here: no cancellation comes between.
+        # Until its response is received a request may be applied at any time: it is not cancelled.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
@@ -101,7 +101,7 @@ class DynamoDBEngine:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # There is no such thing: queries and gets show what they show.
+        # DynamoDB has no snapshots: each read shows the state at its own time.
         yield self
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
@@ -117,8 +117,8 @@ class DynamoDBEngine:
         except TableMissing:
             return None
         except ActionDenied:
-            # The least rights name the declared tables. Then nobody moves this store in use, for
-            # a move needs the rights to this table, too.
+            # A minimal policy names the declared tables. Then no live migration of this store is
+            # under way, for that needs access to this table, too.
             return None
         return None if item is None else form.record(item)
 
@@ -135,7 +135,7 @@ class DynamoDBEngine:
             theirs = await other.tables.identities(collections)
         if not ours and not theirs:
             raise StoreNotFoundError(
-                "whether two stores are one shows in their tables, and neither has any: "
+                "stores are identified by their tables, and neither of the two has any: "
                 f"{self.config.table_prefix}_... and {other.config.table_prefix}_..."
             )
         return bool(ours & theirs)
@@ -154,8 +154,8 @@ class DynamoDBEngine:
                 if await self.tables.find(collection) is not None:
                     await run_to_completion(self._probe(collection))
                     return
-        # A store that is not there yet is made by its first write. That it can be looked for shows
-        # that the service answers.
+        # A store that does not exist yet is created by its first write. That DescribeTable succeeded
+        # shows that the service responds.
 
     async def _probe(self, collection: str) -> None:
         table = self.tables.name(collection)
@@ -164,7 +164,7 @@ class DynamoDBEngine:
         try:
             params = {"TableName": table, "Key": key, "ConsistentRead": True}
             if (await self.client.read("GetItem", params)).get("Item") != key:
-                raise UnavailableError(f"what was written to {table} did not come back")
+                raise UnavailableError(f"an item written to {table} could not be read back")
         finally:
             await self.client.read("DeleteItem", {"TableName": table, "Key": key})
 

@@ -1,8 +1,8 @@
-"""Transactions: reads are remembered, changes decided here, and one `TransactWriteItems` at the end.
+"""Transactions: reads are recorded, changes buffered, and one `TransactWriteItems` commits.
 
-What was read, be it nothing, is a condition of the commit: the write token of each item must still
-be what it was. So the transaction is serializable with every write beside it, and a commit of which
-the answer was lost can be sent again, for DynamoDB knows its client token.
+Whatever was read, a missing item included, is a condition of the commit: the write token of each
+item must be unchanged. So the transaction is serializable with all concurrent writes, and a commit
+without a response can be retried, because DynamoDB recognises its client request token.
 """
 
 from __future__ import annotations
