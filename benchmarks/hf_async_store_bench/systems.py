@@ -214,7 +214,9 @@ def missing(system: SystemUnderTest) -> str | None:
     if system.role == "strategy":
         try:
             open_store(
-                system.url_of(folder="f", postgres="postgresql://h/n", dynamodb="d", name="n")
+                system.url_of(
+                    folder="f", postgres="postgresql://h/n", dynamodb="http://h", name="n"
+                )
             )
         except ConfigurationError as exc:
             return str(exc)

@@ -245,14 +245,14 @@ async def test_the_time_of_an_answer_is_bounded_however_it_drips(proxy: Proxy) -
                 assert is_write, "no read was answered in time"
             except UnavailableError as exc:
                 assert exc.outcome_unknown is is_write
-            assert time.monotonic() - started < 15, "the whole answer takes minutes so"
+            assert time.monotonic() - started < 30, "the whole response takes minutes"
             proxy.rule = None
 
 
 async def test_a_body_without_end_is_cut(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_async_store.strategies.dynamodb import transport
 
-    monkeypatch.setattr(transport, "MOST_BYTES", 4 * 2**20)
+    monkeypatch.setattr(transport, "MAX_BYTES", 4 * 2**20)
     async with store_at(proxy.url, retry_timeout=0.3) as store:
         await verbs.make(store)
         proxy.rule = lambda request: Endless()

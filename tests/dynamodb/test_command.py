@@ -155,7 +155,7 @@ async def test_a_server_that_is_killed_and_comes_back() -> None:
                 store.query_entities("items"),
                 store.update_entity("items", "1", {}),
             ):
-                with pytest.raises(UnavailableError, match="gone"):
+                with pytest.raises(UnavailableError, match="was deleted"):
                     await verb
             await store.create_tables()
             assert await store.create_entity("items", {"item_id": "1"}) == 1, "without reopening"

@@ -21,6 +21,7 @@ from hf_async_store import (
     lt,
     lte,
     ne,
+    not_,
     or_,
 )
 from hf_async_store.testing.assertions import typed
@@ -165,3 +166,36 @@ async def test_consistent_reads_govern_keys_and_scans(proxy: Proxy, consistent: 
         for filters in (None, {"item_id": "a"}):
             assert (await store.explain_query("items", filters)).consistent is consistent
         assert not (await store.explain_query("items", {"label": "x"})).consistent
+
+
+async def test_a_disjunction_of_nothing_matches_nothing_and_reads_nothing(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "a", "label": "x"})
+        proxy.requests.clear()
+        assert await store.query_entities("items", or_()) == []
+        assert await store.query_entities("items", or_(), "-label", 3) == []
+        assert await store.count_entities("items", or_()) == 0
+        assert (await store.query_page("items", or_(), limit=2)).items == []
+        assert proxy.requests == []
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        (not_(or_()), 2),
+        (not_(and_()), 0),
+        (and_({"extra": 1}, or_()), 0),
+        (and_({"extra": 1}, not_(or_())), 1),
+        (or_({"extra": 1}, or_()), 1),
+        (or_({"extra": 1}, and_()), 2),
+        (and_({"label": "x"}, or_()), 0),
+        (and_({"label": "x"}, or_({"extra": 1}, or_())), 1),
+    ],
+)
+async def test_groups_of_nothing_within_others(proxy: Proxy, filters: Any, expected: int) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entities(
+            "items", [{"item_id": f"{n}", "label": "x", "extra": n} for n in (1, 2)]
+        )
+        assert await store.count_entities("items", filters) == expected
+        assert len(await store.query_entities("items", filters)) == expected

@@ -151,7 +151,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 async def _refused(store: DynamoDBStorageStrategy, match: str, kind: type[StorageError]) -> None:
     started = time.monotonic()
-    async with store:
+    async with store:  # retries would take at least 30 s for each of the two
         for work in (
             store.get_entity("items", "a"),
             store.create_entity("items", {"item_id": "a"}),
@@ -162,7 +162,7 @@ async def _refused(store: DynamoDBStorageStrategy, match: str, kind: type[Storag
             assert not caught.value.outcome_unknown
         report = await store.health()
         assert not report["ok"]
-    assert time.monotonic() - started < 15, "it was tried again and again"
+    assert time.monotonic() - started < 30, "it was retried"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hf_async_store import (
     StoreNotFoundError,
     open_store,
 )
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from tests.dynamodb.proxy import Answer, Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -50,7 +51,8 @@ async def test_reads_of_an_absent_store_answer_as_an_empty_one_and_make_nothing(
         async with aclosing(store.stream_entities("items")) as rows:
             assert [each async for each in rows] == []
         assert await store.query_by_gsi("items", "label-index", "label = :l", {":l": "x"}) == []
-        assert (await store.explain_query("items", {"label": "x"})).access == "scan"
+        plan = await store.explain_query("items", {"label": "x"})
+        assert (plan.access, plan.index) == ("index", "label-index")
         async with store.begin_transaction() as tx:
             assert await tx.get_entity("items", "a") is None
             assert await tx.get_entities("items", ["b", "c"]) == [None, None]
@@ -204,6 +206,21 @@ async def test_tables_that_no_collection_declares(proxy: Proxy) -> None:
         proxy.rule = lambda request: denied
         with pytest.raises(PermissionDeniedError):
             await store._engine.undeclared()
+
+
+async def test_the_tables_of_a_migration_are_declared_nowhere_and_are_not_undeclared(
+    proxy: Proxy,
+) -> None:
+    prefix = new_prefix()
+    async with (
+        store_at(proxy.url, prefix) as store,
+        store_at(proxy.url, prefix, [*THINGS, *SYSTEM_COLLECTIONS]) as other,
+    ):
+        await other.create_tables()
+        for each in (store, other):
+            assert not {"hf_move", "hf_marks"} & {*await each._engine.undeclared()}
+        assert await store._engine.undeclared() == ["things"]
+        assert await other._engine.undeclared() == []
 
 
 # -- whether it is what is declared ----------------------------------------------------------

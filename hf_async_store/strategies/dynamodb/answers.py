@@ -1,7 +1,7 @@
-"""What comes back over HTTP, checked before anybody relies on it: one place for every operation.
+"""HTTP responses, validated in one place for every operation.
 
-An answer has the shape that its operation documents, and speaks of what was asked for. Anything else
-(a proxy's page, damaged bytes, another server) is an error here, and no `KeyError` somewhere else.
+A response has the shape that its operation documents, and matches its request. Anything else (a
+proxy's page, damaged bytes, another server) is an error here, not a `KeyError` elsewhere.
 """
 
 from __future__ import annotations
@@ -229,31 +229,33 @@ def read_answer(
     headers: Mapping[str, str],
     body: bytes,
 ) -> dict[str, Any]:
-    """What an answer says to a request.
+    """The decoded response to a request.
 
     Raises:
-        BadAnswer: it is none; `outcome_unknown`.
+        BadAnswer: it is not a valid one; `outcome_unknown`.
         StorageError: by `errors.translate`.
     """
     if not _is_whole(headers.get("x-amz-crc32"), body):
-        raise AnswerLost("the answer of DynamoDB arrived damaged", outcome_unknown=True)
+        raise AnswerLost(
+            "the response of DynamoDB does not match its checksum", outcome_unknown=True
+        )
     if status != 200:
         raise _failure(status, headers, body, params)
     kind = headers.get("content-type", "json")
     if "json" not in kind.lower():
-        raise _bad(f"its type is {kind[:80]!r}")
+        raise _bad(f"its content type is {kind[:80]!r}")
     try:
         if not body.isascii():
             body.decode()  # also where nothing of it is read
         answer: dict[str, Any] = _DECODE[operation](body)
     except _UNREADABLE as exc:
-        raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
+        raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
     check(operation, params, answer)
     return answer
 
 
 def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[str, Any]:
-    """The same of an answer that another driver has decoded.
+    """The same for a response that another driver has decoded.
 
     Raises:
         BadAnswer.
@@ -261,7 +263,7 @@ def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[s
     try:
         converted: dict[str, Any] = msgspec.convert(answer, _SHAPES[operation])
     except _UNREADABLE as exc:
-        raise _bad(f"it is no answer to {operation}: {type(exc).__name__}") from exc
+        raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
     check(operation, params, converted)
     return converted
 
@@ -272,23 +274,23 @@ def _is_whole(checksum: str | None, body: bytes) -> bool:
 
 def _bad(why: str) -> BadAnswer:
     return BadAnswer(
-        f"what answers is not DynamoDB, or something between changes its answers: {why}",
+        f"the response is not from DynamoDB, or a proxy changed it: {why}",
         outcome_unknown=True,
     )
 
 
-# -- that it speaks of what was asked for ----------------------------------------------------
+# -- whether it matches its request ----------------------------------------------------
 
 
 def check(operation: str, params: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-    """That an answer of the right shape belongs to its request.
+    """Check that a response matches its request.
 
     Raises:
         BadAnswer.
     """
     test = _CHECKS.get(operation)
     if test is not None and not test(params, answer):
-        raise _bad(f"it does not belong to its {operation}")
+        raise _bad(f"it does not match its {operation} request")
 
 
 def _check_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
@@ -365,7 +367,7 @@ _CHECKS: Final[Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], boo
 def _failure(
     status: int, headers: Mapping[str, str], body: bytes, params: Mapping[str, Any]
 ) -> StorageError:
-    """The error of an answer that is not 200."""
+    """The error of a response whose status is not 200."""
     try:
         failure = _DECODE_FAILURE(body)
     except _UNREADABLE:
@@ -377,16 +379,16 @@ def _failure(
     if code.endswith("TransactionCanceledException") and len(reasons or ()) != len(
         params.get("TransactItems", ())
     ):
-        # Nothing was written, and what stood in the way is not said.
+        # Nothing was written, and the reason is not given.
         return BadAnswer("DynamoDB cancelled a transaction and gave no reasons")
     message = failure.get("message") or failure.get("Message") or ""
     return translate(code, message, status, failure)
 
 
 def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
-    """The error of an answer that is not DynamoDB's: a proxy's, a firewall's, another server's.
+    """The error of a response that is not from DynamoDB but from a proxy or another server.
 
-    Whether a write went through before it, nobody knows.
+    Whether a write was applied before it is unknown.
     """
     who = f"HTTP {status}, and not from DynamoDB"
     if 300 <= status < 400:
@@ -402,19 +404,19 @@ def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
         )
     if status in (401, 403):
         return PermissionDeniedError(
-            f"access was refused ({who}): a proxy, a firewall or another server stands at the "
+            f"access was refused ({who}): a proxy, a firewall or another server responds at the "
             "endpoint",
             outcome_unknown=True,
         )
     if status == 413:
         return ProtocolError(
-            f"the request was too large for something before DynamoDB ({who})",
+            f"the request was too large for a proxy in front of DynamoDB ({who})",
             outcome_unknown=True,
         )
     if status == 429:
-        return ThrottledError(f"asked for less ({who})", outcome_unknown=True)
+        return ThrottledError(f"throttled ({who})", outcome_unknown=True)
     if status == 408 or status >= 500:
-        return UnavailableError(f"no answer of DynamoDB ({who})", outcome_unknown=True)
+        return UnavailableError(f"no response from DynamoDB ({who})", outcome_unknown=True)
     return _bad(who)
 
 

@@ -1,4 +1,4 @@
-"""Trying again: with full jitter, until it is done or the time is up."""
+"""Retries with exponential backoff and full jitter, until success or the time limit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.02
 _MAX_PAUSE_SECONDS: Final = 2.0
-_MOST_BAD_ANSWERS: Final = 3
-"""What is no answer so many times is no accident: another server, or a proxy."""
+_MAX_BAD_ANSWERS: Final = 3
+"""After this many invalid responses the cause is not transient: another server, or a proxy."""
 
 
 class Backoff:
-    """The pauses of one piece of work.
+    """The pauses between the attempts of one operation.
 
     Args:
-        seconds: after which no further try begins.
+        seconds: after which no further attempt begins.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -32,14 +32,14 @@ class Backoff:
         self._bad_answers = 0
 
     async def pause(self, after: StorageError | None = None) -> bool:
-        """Wait; False, at once, if the time would be up, or another try can help nothing.
+        """Wait; False, at once, if the time would be up, or another attempt cannot succeed.
 
         Args:
-            after: what the last try met.
+            after: the error of the last attempt.
         """
         if isinstance(after, BadAnswer):
             self._bad_answers += 1
-            if self._bad_answers == _MOST_BAD_ANSWERS:
+            if self._bad_answers == _MAX_BAD_ANSWERS:
                 return False
         elif after is not None and not after.retryable:
             return False
@@ -52,7 +52,7 @@ class Backoff:
 
 
 def is_safe_to_retry(exc: Exception) -> bool:
-    """Whether it is known that a request did nothing, and it may do it later."""
+    """Whether a request certainly changed nothing, and may succeed later."""
     return isinstance(exc, UnavailableError) and not exc.outcome_unknown
 
 
@@ -62,11 +62,11 @@ async def retry(
     """`attempt` until it succeeds.
 
     Args:
-        harmless: it may be done twice, so that a lost answer is no obstacle.
+        idempotent: it may be done twice, so that it is retried after a lost response, too.
 
     Raises:
         UnavailableError: the last one, when the time is up.
-        StorageError: whatever no other try will change.
+        StorageError: one that no retry can help.
     """
     backoff = Backoff(seconds)
     while True:
@@ -82,4 +82,6 @@ async def retry(
 
 
 def throttled(what: str) -> ThrottledError:
-    return ThrottledError(f"DynamoDB asked for less until the time was up; not done: {what}")
+    return ThrottledError(
+        f"DynamoDB throttled requests until retry_timeout was over; not done: {what}"
+    )

@@ -1,6 +1,6 @@
-"""Imports: whole items that replace whatever is there, by `BatchWriteItem`.
+"""Imports: whole items that replace whatever is stored, by `BatchWriteItem`.
 
-It checks nothing and may be sent twice; what comes back undone is sent again.
+It has no conditions and is idempotent; unprocessed items are sent again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.tables import Tables
 
-MOST_PUTS: Final = 25
+MAX_PUTS: Final = 25
 """Source: DynamoDB API Reference, BatchWriteItem."""
 
 
@@ -41,23 +41,23 @@ class Imports:
         self._tables = tables
         self._seconds = client.config.retry_timeout
 
-    async def write(self, works: list[WriteOp]) -> None:
+    async def write(self, ops: list[WriteOp]) -> None:
         """Replace what is there, whatever it is, by `BatchWriteItem`."""
-        sent = [self._some(each) for each in chunks(works, MOST_PUTS)]
+        sent = [self._some(each) for each in chunks(ops, MAX_PUTS)]
         await asyncio.gather(*sent)
 
-    async def _some(self, works: Sequence[WriteOp]) -> None:
-        left = {(each.table, each.change.key.id): each for each in works}
+    async def _some(self, ops: Sequence[WriteOp]) -> None:
+        left = {(each.table, each.change.key.id): each for each in ops}
         backoff = Backoff(self._seconds)
         last: StorageError = throttled("an import")
         while left:
             requests: dict[str, list[dict[str, Any]]] = {}
-            for work in left.values():
-                put = cast("Put", work.change)
-                item = work.form.item(
-                    put.key.id, put.entity, cast("int", put.import_version), work.token
+            for op in left.values():
+                put = cast("Put", op.change)
+                item = op.form.item(
+                    put.key.id, put.entity, cast("int", put.import_version), op.token
                 )
-                requests.setdefault(work.table, []).append({"PutRequest": {"Item": item}})
+                requests.setdefault(op.table, []).append({"PutRequest": {"Item": item}})
             try:
                 answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
                 left = self._imported(left, answer.get("UnprocessedItems") or {})
@@ -65,23 +65,23 @@ class Imports:
             except UnavailableError as exc:
                 last = exc
                 if not is_safe_to_retry(exc):
-                    for work in left.values():
-                        work.ambiguous = True
+                    for op in left.values():
+                        op.ambiguous = True
             except StorageError as exc:
                 if len(left) == 1:
-                    [work] = left.values()
-                    work.done(deleted_meanwhile(work) if isinstance(exc, TableMissing) else exc)
+                    [op] = left.values()
+                    op.done(deleted_meanwhile(op) if isinstance(exc, TableMissing) else exc)
                     return
-                # One that is refused fails them all: the half without it goes through.
+                # One rejected item fails the whole batch: the half without it succeeds.
                 rest = list(left.values())
                 middle = len(rest) // 2
                 await asyncio.gather(self._some(rest[:middle]), self._some(rest[middle:]))
                 return
             if left and not await backoff.pause(last):
-                for work in left.values():
+                for op in left.values():
                     error = last.copy()
-                    error.outcome_unknown = work.ambiguous
-                    work.done(error)
+                    error.outcome_unknown = op.ambiguous
+                    op.done(error)
                 return
 
     def _imported(
@@ -89,7 +89,7 @@ class Imports:
         sent: dict[tuple[str, str], WriteOp],
         undone: Mapping[str, Sequence[Mapping[str, Any]]],
     ) -> dict[tuple[str, str], WriteOp]:
-        """What is left to do."""
+        """The operations that remain."""
         left = {}
         for table, requests in undone.items():
             for each in requests:
@@ -97,12 +97,13 @@ class Imports:
                 place = (table, self._id_of(table, item))
                 if place not in sent:
                     raise BadAnswer(
-                        "DynamoDB hands back what it was not given", outcome_unknown=True
+                        "DynamoDB returned an unprocessed item that was not sent",
+                        outcome_unknown=True,
                     )
                 left[place] = sent[place]
-        for place, work in sent.items():
+        for place, op in sent.items():
             if place not in left:
-                work.done(cast("Put", work.change).import_version)
+                op.done(cast("Put", op.change).import_version)
         return left
 
     def _id_of(self, table: str, item: Attributes) -> str:

@@ -35,7 +35,7 @@ _FUNCTIONS: Final = frozenset(
     }
 )
 # Source: DynamoDB service quotas, "Expression parameters".
-_MOST_TEXT: Final = 4096
+_MAX_TEXT: Final = 4096
 _COMPARED: Final = frozenset({"=", "<", "<=", ">", ">="})
 
 
@@ -47,7 +47,7 @@ class _Part(NamedTuple):
 def _parts(text: object, what: str) -> list[_Part]:
     if not isinstance(text, str) or not text.strip():
         raise InvalidQueryError(f"{what} is a string in DynamoDB's expression language")
-    if len(text) > _MOST_TEXT:
+    if len(text) > _MAX_TEXT:
         raise InvalidQueryError(f"{what} is longer than the 4 KB that DynamoDB takes")
     parts: list[_Part] = []
     place = 0

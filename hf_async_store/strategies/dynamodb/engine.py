@@ -1,4 +1,4 @@
-"""The DynamoDB engine: what the seam asks for, put together."""
+"""The DynamoDB engine: the driver interface, implemented by the modules of this package."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ from hf_async_store.query import Query
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
-from hf_async_store.strategies.dynamodb.errors import ActionDenied, TableMissing, public, told
+from hf_async_store.strategies.dynamodb.errors import (
+    ActionDenied,
+    TableMissing,
+    public,
+    public_errors,
+)
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
-from hf_async_store.strategies.dynamodb.reading import MOST_KEYS, Reading
+from hf_async_store.strategies.dynamodb.reading import MAX_KEYS, Reading
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import (
-    MOST_ACTIONS,
-    MOST_BYTES,
+    MAX_ACTIONS,
+    MAX_BYTES,
     DynamoDBSession,
 )
 from hf_async_store.strategies.dynamodb.write_cache import WriteCache
-from hf_async_store.strategies.dynamodb.writes import MOST_STATEMENTS, Writes
+from hf_async_store.strategies.dynamodb.writes import MAX_STATEMENTS, Writes
 from hf_async_store.values import Key, Value
 
 _LANES: Final = 8
@@ -49,11 +54,11 @@ class DynamoDBEngine:
         queries_in_transaction="own_writes",
         references=False,
         default_order="none",
-        max_transaction_changes=MOST_ACTIONS,
-        max_transaction_bytes=MOST_BYTES,
+        max_transaction_changes=MAX_ACTIONS,
+        max_transaction_bytes=MAX_BYTES,
         write_concurrency=_LANES,
-        write_batch=MOST_STATEMENTS,
-        read_batch=MOST_KEYS,
+        write_batch=MAX_STATEMENTS,
+        read_batch=MAX_KEYS,
         read_concurrency=_LANES,
     )
 
@@ -68,35 +73,35 @@ class DynamoDBEngine:
         self.writes = Writes(self.client, self.tables, self.reading, self._recent)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        with told():
+        with public_errors():
             return await self.reading.fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        with told():
+        with public_errors():
             async with aclosing(self.reading.select(query)) as records:
                 async for record in records:
                     yield record
 
     async def count(self, query: Query) -> int:
-        with told():
+        with public_errors():
             return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        # What was sent may land at any time until its answer is here: no cancellation comes between.
-        with told():
+        # Until its response is received a request may be applied at any time: it is not cancelled.
+        with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         session = DynamoDBSession(self.client, self.tables, self.reading, self._recent)
-        with told():
+        with public_errors():
             yield session
             await session.commit()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # There is no such thing: queries and gets show what they show.
+        # DynamoDB has no snapshots: each read shows the state at its own time.
         yield self
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
@@ -107,50 +112,50 @@ class DynamoDBEngine:
             "ConsistentRead": True,
         }
         try:
-            with told(TableMissing, ActionDenied):
+            with public_errors(TableMissing, ActionDenied):
                 item = (await self.client.read("GetItem", params)).get("Item")
         except TableMissing:
             return None
         except ActionDenied:
-            # The least rights name the declared tables. Then nobody moves this store in use, for
-            # a move needs the rights to this table, too.
+            # A minimal policy names the declared tables. Then no live migration of this store is
+            # under way, for that needs access to this table, too.
             return None
         return None if item is None else form.record(item)
 
     async def exists(self) -> bool:
-        with told():
+        with public_errors():
             return await self.tables.exists()
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, DynamoDBEngine):
             return False
         collections = {*self.schema, *other.schema}
-        with told():
+        with public_errors():
             ours = await self.tables.identities(collections)
             theirs = await other.tables.identities(collections)
         if not ours and not theirs:
             raise StoreNotFoundError(
-                "whether two stores are one shows in their tables, and neither has any: "
+                "stores are identified by their tables, and neither of the two has any: "
                 f"{self.config.table_prefix}_... and {other.config.table_prefix}_..."
             )
         return bool(ours & theirs)
 
     async def undeclared(self) -> list[str]:
-        with told():
+        with public_errors():
             return await self.tables.undeclared()
 
     async def explain(self, query: Query) -> QueryPlan:
-        with told():
+        with public_errors():
             return await self.reading.explain(query)
 
     async def probe(self) -> None:
-        with told():
+        with public_errors():
             for collection in self.schema:
                 if await self.tables.find(collection) is not None:
                     await run_to_completion(self._probe(collection))
                     return
-        # A store that is not there yet is made by its first write. That it can be looked for shows
-        # that the service answers.
+        # A store that does not exist yet is created by its first write. That DescribeTable succeeded
+        # shows that the service responds.
 
     async def _probe(self, collection: str) -> None:
         table = self.tables.name(collection)
@@ -159,12 +164,12 @@ class DynamoDBEngine:
         try:
             params = {"TableName": table, "Key": key, "ConsistentRead": True}
             if (await self.client.read("GetItem", params)).get("Item") != key:
-                raise UnavailableError(f"what was written to {table} did not come back")
+                raise UnavailableError(f"an item written to {table} could not be read back")
         finally:
             await self.client.read("DeleteItem", {"TableName": table, "Key": key})
 
     async def health(self) -> Mapping[str, Value]:
-        with told():
+        with public_errors():
             found, problems = await self.tables.compare()
         return {"tables": found, "problems": list[Value](problems)}
 

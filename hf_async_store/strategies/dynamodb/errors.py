@@ -1,4 +1,4 @@
-"""What DynamoDB and its driver say, as the store's errors: the tables of this engine."""
+"""Errors of DynamoDB and of its driver, translated into the errors of the store."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hf_async_store.errors import (
 )
 from hf_async_store.strategies.dynamodb.codec import Attributes
 
-# -- answers that their callers turn into errors; none of them leaves the engine: see `public` ----
+# -- responses that their callers turn into errors; none of them leaves the engine: see `public` --
 
 
-class ConditionFailed(StorageError):  # noqa: N818  # an answer, which its caller turns into an error
+class ConditionFailed(StorageError):  # noqa: N818  # a response, which its caller turns into an error
     """The condition of a write did not hold; nothing was written.
 
     Attributes:
@@ -57,23 +57,23 @@ class TableMissing(StorageError):  # noqa: N818  # as above
 
 
 class ActionDenied(PermissionDeniedError):  # noqa: N818  # as above
-    """The policy leaves out an action: the least rights do, for what need not be done."""
+    """The policy does not allow an action, as a minimal one for what is optional."""
 
 
 class AnswerLost(UnavailableError):  # noqa: N818  # as above
-    """A request was sent and never answered: it may have been done, or be done at any time."""
+    """No response was received: the request may have been applied, or may be applied later."""
 
 
 class BadAnswer(AnswerLost):
-    """What came back is no answer to the request; asking again helps only if that was an accident."""
+    """The response is not one to the request; a retry helps only if the cause is transient."""
 
 
 class StatementRefused(StorageError):  # noqa: N818  # as above
-    """A statement that the server does not understand."""
+    """A statement that the server rejects as invalid."""
 
 
 def public(exc: StorageError) -> StorageError:
-    """The error by which callers of the engine know an answer."""
+    """The public error for an internal one."""
     kind: type[StorageError]
     if isinstance(exc, BadAnswer | StatementRefused | ConditionFailed | Cancelled):
         kind = ProtocolError
@@ -93,11 +93,11 @@ def public(exc: StorageError) -> StorageError:
 
 
 @contextmanager
-def told(*kept: type[StorageError]) -> Iterator[None]:
-    """Answers that only this engine knows come out as errors that every caller knows.
+def public_errors(*kept: type[StorageError]) -> Iterator[None]:
+    """Errors that are internal to this engine are raised as public ones.
 
     Args:
-        kept: come out as they are.
+        kept: are raised as they are.
     """
     try:
         yield
@@ -110,7 +110,7 @@ def told(*kept: type[StorageError]) -> Iterator[None]:
         raise known from exc
 
 
-# -- what DynamoDB answers ---------------------------------------------------------------------
+# -- responses of DynamoDB ---------------------------------------------------------------------
 
 
 class _Row(NamedTuple):
@@ -122,7 +122,7 @@ class _Row(NamedTuple):
     outcome_unknown: bool = False
 
 
-_ASKS_FOR_LESS: Final = _Row(ThrottledError, "DynamoDB asks for less")
+_THROTTLED: Final = _Row(ThrottledError, "DynamoDB throttles requests")
 _DENIED: Final = _Row(
     ActionDenied, "DynamoDB refuses access; the policy of the role or user does not allow it"
 )
@@ -146,23 +146,25 @@ _CLOCK: Final = _Row(
 _ENCRYPTION: Final = _Row(
     PermissionDeniedError, "DynamoDB cannot use the KMS key that encrypts the table"
 )
-_UNDER_WAY: Final = _Row(UnavailableError, "DynamoDB is busy with the same thing")
+_UNDER_WAY: Final = _Row(
+    UnavailableError, "DynamoDB is already processing another operation on the same resource"
+)
 _FAILED: Final = _Row(UnavailableError, "DynamoDB failed", outcome_unknown=True)
-_NOT_UNDERSTOOD: Final = _Row(ProtocolError, "what answers does not speak DynamoDB's protocol")
+_NOT_UNDERSTOOD: Final = _Row(ProtocolError, "the server does not speak DynamoDB's protocol")
 
 # Source: DynamoDB Developer Guide, "Error handling with DynamoDB"; DynamoDB API Reference, "Common
 # Errors" and the errors of each action; BatchStatementError.
 CODES: Final[Mapping[str, _Row]] = {
-    # too much
-    "LimitExceeded": _ASKS_FOR_LESS,
-    "ProvisionedThroughputExceeded": _ASKS_FOR_LESS,
-    "RequestLimitExceeded": _ASKS_FOR_LESS,
-    "Throttling": _ASKS_FOR_LESS,
-    "ThrottlingError": _ASKS_FOR_LESS,
-    "TooManyRequests": _ASKS_FOR_LESS,
-    "SlowDown": _ASKS_FOR_LESS,
-    "KMSThrottling": _ASKS_FOR_LESS,
-    # who asks
+    # throttling
+    "LimitExceeded": _THROTTLED,
+    "ProvisionedThroughputExceeded": _THROTTLED,
+    "RequestLimitExceeded": _THROTTLED,
+    "Throttling": _THROTTLED,
+    "ThrottlingError": _THROTTLED,
+    "TooManyRequests": _THROTTLED,
+    "SlowDown": _THROTTLED,
+    "KMSThrottling": _THROTTLED,
+    # authentication and authorization
     "AccessDenied": _DENIED,
     "NotAuthorized": _DENIED,
     "UnauthorizedOperation": _DENIED,
@@ -186,7 +188,7 @@ CODES: Final[Mapping[str, _Row]] = {
     "KMSInvalidKeyUsage": _ENCRYPTION,
     "KMSNotFound": _ENCRYPTION,
     "InaccessibleEncryptionCredentials": _ENCRYPTION,
-    # others are at it
+    # concurrent operations
     "TransactionInProgress": _UNDER_WAY,
     "ResourceInUse": _UNDER_WAY,
     "TableInUse": _UNDER_WAY,
@@ -198,14 +200,16 @@ CODES: Final[Mapping[str, _Row]] = {
     "ServiceUnavailable": _FAILED,
     "RequestTimeout": _FAILED,
     "RequestAbandoned": _FAILED,
-    "ItemCollectionSizeLimitExceeded": _Row(DiskFullError, "DynamoDB has no room"),
-    # it was asked for what it does not know
+    "ItemCollectionSizeLimitExceeded": _Row(
+        DiskFullError, "an item collection has reached its size limit in DynamoDB"
+    ),
+    # the request is not understood
     "Serialization": _NOT_UNDERSTOOD,
     "UnknownOperation": _NOT_UNDERSTOOD,
     "InvalidAction": _NOT_UNDERSTOOD,
     "MissingAction": _NOT_UNDERSTOOD,
     "IdempotentParameterMismatch": _Row(
-        ProtocolError, "DynamoDB knows another transaction by this one's token"
+        ProtocolError, "another transaction has used the same client request token"
     ),
 }
 
@@ -220,10 +224,10 @@ def short(code: str) -> str:
 
 
 def translate(code: str, message: str, status: int, body: Mapping[str, Any]) -> StorageError:
-    """The error of an answer that is one.
+    """The error of an error response.
 
     Args:
-        status: of HTTP; from 500 on, what was asked for may have been done.
+        status: of HTTP; for 500 and above the request may have been applied.
     """
     code = short(code)
     if code == "ConditionalCheckFailed":
@@ -257,19 +261,19 @@ def _is_of_the_clock(message: str) -> bool:
 
 
 def _action(message: str) -> str:
-    """What may not be done to what, where a message says so."""
+    """The denied action and its resource, where a message names them."""
     found = _REFUSED_ACTION.search(message)
     return f" ({found[1]} on {found[2]})" if found else ""
 
 
 def _invalid(code: str, message: str) -> StorageError:
-    # The message of a refused value may show the value, so only what is told apart is passed on.
+    # The message of a refused value may show the value, so only known messages are passed on.
     lower = message.lower()
     if "size" in lower and "exceeded" in lower:
-        return UnsupportedValueError("(entity): more than DynamoDB takes in one item")
+        return UnsupportedValueError("(entity): larger than the item size limit of DynamoDB")
     if "nesting" in lower:
         # Whatever is portable fits into an item; a statement that holds the item is one level deeper.
-        return StatementRefused("DynamoDB refuses the request: nested deeper than it takes")
+        return StatementRefused("DynamoDB refuses the request: nested too deeply")
     if "security token" in lower or "signature" in lower:
         row = _CLOCK if _is_of_the_clock(lower) else _WRONG_SECRET
         return row.kind(f"{row.means}: {code}")
@@ -279,7 +283,7 @@ def _invalid(code: str, message: str) -> StorageError:
 
 
 def conflict(collection: str | None = None, entity_id: str | None = None) -> StorageError:
-    """Another transaction was at the same item at the same moment."""
+    """Another transaction was writing the same item concurrently."""
     return ConcurrencyConflictError(
         "another transaction was writing the same entity",
         collection=collection,
@@ -289,14 +293,14 @@ def conflict(collection: str | None = None, entity_id: str | None = None) -> Sto
 
 
 def unreadable(table: str, entity_id: str, why: str) -> CorruptionError:
-    """An item that another program wrote, and that no entity can be made of."""
+    """An item that another program wrote, and that cannot be read as an entity."""
     return CorruptionError(
         f"the item {entity_id!r} of the table {table}: {why}; another program wrote it, and must "
-        "set it right, or delete it"
+        "correct or delete it"
     )
 
 
-# -- what the driver raises --------------------------------------------------------------------
+# -- errors of the driver --------------------------------------------------------------------
 
 _CONFIGURATION: Final = frozenset(
     {
@@ -373,7 +377,7 @@ def before_sending(exc: Exception) -> StorageError:
             "not a URL with http:// or https:// and a host"
         )
     if isinstance(exc, OSError) or name in _UNREACHED or _is_of_the_network(name):
-        return UnavailableError(f"AWS credentials cannot be had at this moment: {name}")
+        return UnavailableError(f"AWS credentials cannot be obtained at this moment: {name}")
     return ConfigurationError(
         f"dynamodb_strategy: AWS configuration or credentials that cannot be used: {name}"
     )
@@ -391,7 +395,7 @@ def _is_of_the_network(name: str) -> bool:
 
 
 def _of_credentials_service(exc: Exception) -> StorageError:
-    """Of an answer of STS or SSO, whom credentials were asked of."""
+    """The error of a response of STS or SSO, from which credentials were requested."""
     response: Mapping[str, Any] = getattr(exc, "response", {})
     error = response.get("Error") or {}
     code, message = short(str(error.get("Code", ""))), str(error.get("Message", ""))
@@ -433,7 +437,7 @@ def _of_file(exc: OSError) -> ConfigurationError:
 
 
 def _cause(exc: Exception) -> object:
-    """What botocore wrapped."""
+    """The error that botocore wrapped."""
     return getattr(exc, "kwargs", {}).get("error", exc)
 
 
@@ -442,10 +446,10 @@ def _text(exc: Exception) -> str:
 
 
 def of_client(exc: Exception, place: str) -> StorageError:
-    """The error of a request that got no answer, by what botocore raises.
+    """The error of a request without a response, by what botocore raises.
 
     Args:
-        place: the host that was asked.
+        place: the host that the request was sent to.
     """
     name = type(exc).__name__
     cause = _cause(exc)
@@ -454,7 +458,7 @@ def of_client(exc: Exception, place: str) -> StorageError:
     ):
         return _of_file(cause)
     if name == "HTTPClientError" and isinstance(cause, ssl.SSLError):
-        # Made before there is a connection, whose own failures are an `SSLError` of botocore.
+        # Raised before there is a connection, whose own failures are an `SSLError` of botocore.
         return ConfigurationError(
             f"the certificates that the AWS configuration names cannot be used: {cause.reason} "
             "(AWS_CA_BUNDLE, ca_bundle)"
@@ -465,7 +469,7 @@ def of_client(exc: Exception, place: str) -> StorageError:
         return _of_tls(exc, place)
     if name in _UNREACHED or (name == "EndpointConnectionError" and _never_connected(exc)):
         return UnavailableError(f"DynamoDB cannot be reached at {place}: {name}{_reason(cause)}")
-    return AnswerLost(f"no answer of DynamoDB at {place}: {name}", outcome_unknown=True)
+    return AnswerLost(f"no response from DynamoDB at {place}: {name}", outcome_unknown=True)
 
 
 def _of_tls(exc: Exception, place: str) -> StorageError:
@@ -487,7 +491,7 @@ def _reason(cause: object) -> str:
 def _never_connected(exc: Exception) -> bool:
     """Whether there was no connection, so that nothing was sent.
 
-    aiobotocore raises the same error where a connection is reset while the answer is waited for.
+    aiobotocore raises the same error where a connection is reset while waiting for the response.
     """
     from aiohttp import ClientConnectorError
 

@@ -3,7 +3,7 @@
 What is sent must hold for every row that matches; it may hold for others, too, because every row
 that comes is looked at again here. `is_exact` tells where it says the whole filter.
 
-It is not said where the two disagree: a number in a list, a list or map as a whole, an index's key
+It is not translated where the two disagree: a number in a list, a list or map as a whole, an index's key
 (its attribute may be a stand-in), more than a request takes.
 """
 
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 
 # Source: DynamoDB service quotas, "Expression parameters": 4 KB of text, 300 operators, 2 MB of
 # values; and nothing is won by a filter that is longer than the rows it keeps away.
-_MOST_TEXT: Final = 3_500
-_MOST_OPERATORS: Final = 200
-_MOST_VALUES: Final = 64_000
-_MOST_CHOICES: Final = 40
-_MOST_DEPTH: Final = 30
-_MOST_NESTED: Final = 50
+_MAX_TEXT: Final = 3_500
+_MAX_OPERATORS: Final = 200
+_MAX_VALUES: Final = 64_000
+_MAX_CHOICES: Final = 40
+_MAX_DEPTH: Final = 30
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _RANGE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
@@ -115,61 +114,55 @@ class FilterTranslator:
         self._operators = 0
         self._text = 0
         self._size = 0
-        self._depth = 0
 
     def translate(self, where: Filter) -> Translation | None:
-        """The filter, or what of it can be said; None if nothing can.
+        """The filter, or what of it can be translated; None if nothing can.
 
-        What is said costs time and space in its length: it ends where a request takes no more.
+        What is translated costs time and space in its length: it ends where a request takes no more.
         """
         if not isinstance(where, And):
             return self._if_it_fits(where)
         parts = [self._if_it_fits(each) for each in where.parts]
-        said = [each for each in parts if each is not None]
-        if not said:
+        translated = [each for each in parts if each is not None]
+        if not translated:
             return None
-        whole = len(said) == len(parts) and all(each.is_exact for each in said)
-        return Translation(_joined(" AND ", said), whole)
+        whole = len(translated) == len(parts) and all(each.is_exact for each in translated)
+        return Translation(_joined(" AND ", translated), whole)
 
     def _if_it_fits(self, where: Filter) -> Translation | None:
         """A part that must hold, if there is room for it beside those before it."""
         spent = self._operators, self._text, self._size
         try:
-            said = self._translate(where)
-            if said is not None:
-                self._text += len(said.text) + len(" AND ")
+            translated = self._translate(where)
+            if translated is not None:
+                self._text += len(translated.text) + len(" AND ")
                 self._refuse_too_much()
         except _TooMuch:
-            said = None
-        if said is None:
+            translated = None
+        if translated is None:
             self._operators, self._text, self._size = spent
-        return said
+        return translated
 
     def _translate(self, where: Filter) -> Translation | None:
-        self._depth += 1
-        try:
-            return self._said(where)
-        finally:
-            self._depth -= 1
-
-    def _said(self, where: Filter) -> Translation | None:
-        if self._depth > _MOST_NESTED:
-            raise _TooMuch
         if isinstance(where, And):
             parts = [self._translate(each) for each in where.parts]
-            said = [each for each in parts if each is not None]
-            if not said:
+            translated = [each for each in parts if each is not None]
+            if not translated:
                 return None
-            whole = len(said) == len(parts) and all(each.is_exact for each in said)
-            return Translation(_joined(" AND ", said), whole)
+            whole = len(translated) == len(parts) and all(each.is_exact for each in translated)
+            return Translation(_joined(" AND ", translated), whole)
         if isinstance(where, Or):
-            said = []
+            translated = []
             for each in where.parts:
                 part = self._translate(each)
                 if part is None:
                     return None
-                said.append(part)
-            return Translation(_joined(" OR ", said), all(each.is_exact for each in said))
+                translated.append(part)
+            if not translated:
+                return None
+            return Translation(
+                _joined(" OR ", translated), all(each.is_exact for each in translated)
+            )
         if isinstance(where, Not):
             inner = self._translate(where.part)
             return _negated(inner)
@@ -180,17 +173,13 @@ class FilterTranslator:
         return self._comparison(where)
 
     def _refuse_too_much(self) -> None:
-        if (
-            self._operators > _MOST_OPERATORS
-            or self._size > _MOST_VALUES
-            or self._text > _MOST_TEXT
-        ):
+        if self._operators > _MAX_OPERATORS or self._size > _MAX_VALUES or self._text > _MAX_TEXT:
             raise _TooMuch
 
     def _comparison(self, where: Comparison) -> Translation | None:
         steps = where.path
         name = cast("str", steps[0])
-        if len(steps) > _MOST_DEPTH or not all(
+        if len(steps) > _MAX_DEPTH or not all(
             isinstance(each, int) or is_plain_name(each) for each in steps
         ):
             return None
@@ -214,8 +203,8 @@ class FilterTranslator:
         if op == "ne":
             return _negated(self._equal(path, value))
         if op in ("in", "not_in"):
-            said = self._one_of(path, cast("list[Value]", value))
-            return said if op == "in" else _negated(said)
+            translated = self._one_of(path, cast("list[Value]", value))
+            return translated if op == "in" else _negated(translated)
         if op == "exists":
             return Translation(f"attribute_{'' if value else 'not_'}exists({path})", is_exact=True)
         if op == "between":
@@ -243,12 +232,12 @@ class FilterTranslator:
         return text if not end else f"({text} AND {path} < {self._names.value({'S': end})})"
 
     def _one_of(self, path: str, values: list[Value]) -> Translation | None:
-        if not 0 < len(values) <= _MOST_CHOICES:
+        if not 0 < len(values) <= _MAX_CHOICES:
             return None
         self._operators += len(values)
-        said = [self._equal(path, each) for each in values]
-        parts = [each for each in said if each is not None]
-        if len(parts) != len(said):
+        translated = [self._equal(path, each) for each in values]
+        parts = [each for each in translated if each is not None]
+        if len(parts) != len(translated):
             return None
         return Translation(_joined(" OR ", parts), all(each.is_exact for each in parts))
 
@@ -294,14 +283,16 @@ class FilterTranslator:
             return _negated(self._equal_indexed(field, where.value))
         if where.op in ("in", "not_in"):
             values = cast("list[Value]", where.value)
-            if not 0 < len(values) <= _MOST_CHOICES:
+            if not 0 < len(values) <= _MAX_CHOICES:
                 return None
             self._operators += len(values)
             parts = [self._equal_indexed(field, each) for each in values]
-            said = [each for each in parts if each is not None]
-            if len(said) != len(parts):
+            translated = [each for each in parts if each is not None]
+            if len(translated) != len(parts):
                 return None
-            whole = Translation(_joined(" OR ", said), all(each.is_exact for each in said))
+            whole = Translation(
+                _joined(" OR ", translated), all(each.is_exact for each in translated)
+            )
             return whole if where.op == "in" else _negated(whole)
         if where.op == "begins_with" and isinstance(where.value, str) and where.value:
             start = shortened(where.value, SURE_SORT_BYTES)
@@ -342,10 +333,10 @@ def _joined(word: str, parts: Sequence[Translation]) -> str:
     return f"({word.join(each.text for each in parts)})"
 
 
-def _negated(said: Translation | None) -> Translation | None:
-    if said is None or not said.is_exact:
+def _negated(translated: Translation | None) -> Translation | None:
+    if translated is None or not translated.is_exact:
         return None
-    return Translation(f"(NOT {said.text})", is_exact=True)
+    return Translation(f"(NOT {translated.text})", is_exact=True)
 
 
 def _after(prefix: str) -> str:

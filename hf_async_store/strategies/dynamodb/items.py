@@ -64,9 +64,9 @@ _BOOLEAN_KEY: Final = "_b_"
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
-MOST_HASH_BYTES: Final = 2048
-MOST_SORT_BYTES: Final = 1024
-SURE_SORT_BYTES: Final = MOST_SORT_BYTES - 4
+MAX_HASH_BYTES: Final = 2048
+MAX_SORT_BYTES: Final = 1024
+SURE_SORT_BYTES: Final = MAX_SORT_BYTES - 4
 """What the beginning of a long text keeps at least, wherever its characters end."""
 
 _MAX_FIXED_SIZE: Final = 32
@@ -75,7 +75,7 @@ _MAX_FIXED_SIZE: Final = 32
 _KEPT_CREATED_AT: Final = 64
 LAST_VERSIONS: Final = INT_MAX - 2**40
 
-_MOST_DIGITS: Final = 10.0**38
+_MAX_DIGITS: Final = 10.0**38
 
 INDEX_PLACEHOLDERS: Final[Mapping[FieldType, Attribute]] = {
     "text": {"S": "\x01"},
@@ -129,7 +129,7 @@ def stored_size(entity: Entity, version: int) -> Attribute:
     return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
 
 
-def shortened(text: str, most: int = MOST_SORT_BYTES) -> str:
+def shortened(text: str, most: int = MAX_SORT_BYTES) -> str:
     """The text, or its beginning of at most so many bytes."""
     if len(text) <= most // 4:
         return text
@@ -142,7 +142,7 @@ def number_key(value: float) -> str | None:
     if type(value) is int:
         return str(value)
     if value.is_integer():
-        return str(int(value)) if abs(value) < _MOST_DIGITS else None
+        return str(int(value)) if abs(value) < _MAX_DIGITS else None
     return repr(value) if is_native(value) else None
 
 
@@ -181,7 +181,7 @@ class IndexedField:
         if type(value) is bool:
             return {"S": "2" if value else "1"} if self.type == "boolean" else None
         if isinstance(value, str) and self.type in ("text", "timestamp"):
-            most = MOST_SORT_BYTES if self.is_sort else MOST_HASH_BYTES
+            most = MAX_SORT_BYTES if self.is_sort else MAX_HASH_BYTES
             return {"S": value} if value and shortened(value, most) is value else None
         if type(value) in (int, float) and self.type in ("integer", "number"):
             number = number_key(cast("float", value))

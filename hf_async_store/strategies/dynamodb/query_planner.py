@@ -1,4 +1,4 @@
-"""How a query finds its rows: by ids, by an index of the table, or by looking at all of them."""
+"""The access path of a query: by key, by a global secondary index, or by a scan."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
-from hf_async_store.query import And, Comparison, Filter, Query, equality_candidates
+from hf_async_store.query import And, Comparison, Filter, Or, Query, equality_candidates
 from hf_async_store.schema import Index
 from hf_async_store.strategies.dynamodb.items import (
-    MOST_SORT_BYTES,
+    MAX_SORT_BYTES,
     SURE_SORT_BYTES,
     IndexedField,
     ItemMapping,
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from hf_async_store.query import Missing
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
-_MOST_PARTITIONS: Final = 100
-"""How many values of an index are asked for one by one, before a scan is the shorter way."""
+_MAX_PARTITIONS: Final = 100
+"""Up to this many partitions are queried one by one; for more a scan is cheaper."""
 
 _SORTS_ALIKE: Final = ("text", "timestamp", "integer")
-"""Types whose attributes sort as their values do. A number may lie outside of DynamoDB's range."""
+"""Types whose attributes sort as their values do. A number may be outside of DynamoDB's range."""
 
 
 class SortRange(msgspec.Struct, frozen=True):
-    """A part of an index's partition: from `low` to `high`, both included, or what begins so.
+    """A range of sort keys within a partition: from `low` to `high`, both included, or a prefix.
 
-    It may hold a little more than was asked for, never less.
+    It may hold a few more rows than match, never fewer.
     """
 
     low: str | None = None
@@ -64,7 +64,7 @@ class Access(msgspec.Struct, frozen=True):
         partitions: ... for each of these values of its field ...
         sort: ... within this range.
         is_ordered: the index gives them in the order of the query.
-        exact: the partitions bring what the filter on the index's field asks for, no more.
+        exact: the partitions hold exactly the rows that match the filter on the index's field.
     """
 
     ids: tuple[str, ...] | None = None
@@ -80,15 +80,17 @@ class Access(msgspec.Struct, frozen=True):
 
 
 def plan_access(query: Query, form: ItemMapping, active: AbstractSet[str]) -> Access:
-    """The best way to the rows of a query.
+    """The best access path of a query.
 
     Args:
-        active: the indexes that are there.
+        active: the indexes that can be used.
     """
+    if query.where == Or(()):
+        return Access(ids=())  # it matches nothing
     candidates = equality_candidates(query.where)
     ids = candidates.get((form.key,))
     if ids is not None:
-        # Ids are texts that are not empty; nothing else can be found.
+        # Ids are non-empty strings; no other value can match.
         texts = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
         return Access(ids=tuple(texts))
     ways = [
@@ -110,7 +112,7 @@ def _by_index(
     query: Query, form: ItemMapping, index: Index, values: Sequence[Value]
 ) -> Access | None:
     if index.field == form.key:
-        return None  # its key is the shorter way
+        return None  # reading by key is cheaper
     field = form.indexed[index.field]
     partitions: list[Attribute] = []
     for value in values:
@@ -118,8 +120,8 @@ def _by_index(
         if key is not None:
             partitions.append(key)
         elif _may_hold(field, value):
-            return None  # a value that lies beside the index
-    if len(partitions) > _MOST_PARTITIONS:
+            return None  # entities with this value are not in the index
+    if len(partitions) > _MAX_PARTITIONS:
         return None
     sort = SortRange()
     ordered = False
@@ -158,7 +160,7 @@ def _may_hold(field: IndexedField, value: Value) -> bool:
 
 
 def _range(where: Filter, field: IndexedField) -> SortRange:
-    """What the filter demands of the sort key of an index."""
+    """The range of an index's sort key that a filter implies."""
     if field.type not in _SORTS_ALIKE:
         return SortRange()
     lows: list[str] = []
@@ -183,7 +185,7 @@ def _range(where: Filter, field: IndexedField) -> SortRange:
 
 
 def _bounds(part: Comparison) -> tuple[Value, Value]:
-    """The lowest and the highest value that a comparison lets pass; None for no bound."""
+    """The lowest and the highest value that satisfy a comparison; None for no bound."""
     value = part.value
     if part.op == "eq":
         return value, value
@@ -209,7 +211,7 @@ def _high(field: IndexedField, value: Value) -> list[str]:
     if field.type == "integer":
         return _number(value)
     if isinstance(value, str) and value:
-        return [shortened(value, MOST_SORT_BYTES)]
+        return [shortened(value, MAX_SORT_BYTES)]
     return []
 
 
@@ -217,7 +219,7 @@ def _number(value: Value) -> list[str]:
     if type(value) not in (int, float):
         return []
     number = cast("float", value)
-    # Beyond 64 bits a bound changes nothing, or lets nothing pass: the filter here sees to that.
+    # Beyond 64 bits a bound matches everything or nothing: the filter is applied here in any case.
     key = number_key(number) if abs(number) < 2**64 else None
     return [] if key is None else [key]
 
@@ -225,7 +227,7 @@ def _number(value: Value) -> list[str]:
 def _continued(
     sort: SortRange, field: IndexedField, after: Value | Missing, descending: bool
 ) -> SortRange:
-    """The rest of a range behind a position."""
+    """The part of a range after a cursor position."""
     kind = "N" if field.type == "integer" else "S"
     by = float if kind == "N" else str
     if isinstance(after, int | str) and type(after) is not bool and after != "":

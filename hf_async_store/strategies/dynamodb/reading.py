@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-MOST_KEYS: Final = 100
+MAX_KEYS: Final = 100
 """Source: DynamoDB API Reference, BatchGetItem."""
 
-MOST_EXPRESSION: Final = 4_000
+MAX_EXPRESSION: Final = 4_000
 """Source: DynamoDB service quotas, "Expression parameters": 4 KB."""
 
 _SEGMENTS: Final = 4
@@ -101,7 +101,7 @@ class Reading:
                 if each.collection in there
             )
         )
-        batches = [places[each : each + MOST_KEYS] for each in range(0, len(places), MOST_KEYS)]
+        batches = [places[each : each + MAX_KEYS] for each in range(0, len(places), MAX_KEYS)]
         work = [self._get_batch(each, consistent, found) for each in batches]
         if len(work) == 1:
             await work[0]
@@ -172,7 +172,9 @@ class Reading:
                 return await self._cache.read(operation, params)
             return await self._client.read(operation, params)
         except TableMissing as exc:
-            raise UnavailableError(f"a table or an index is gone: {exc}", retryable=False) from exc
+            raise UnavailableError(
+                f"a table or an index was deleted: {exc}", retryable=False
+            ) from exc
 
     # -- queries -----------------------------------------------------------------------------
 
@@ -259,8 +261,10 @@ class Reading:
 
     async def explain(self, query: Query) -> QueryPlan:
         """As `Engine.explain`."""
-        active = await self._tables.find(query.collection) or frozenset()
         form = self._tables.forms[query.collection]
+        active = await self._tables.find(query.collection)
+        if active is None:  # the first write creates the table with all its indexes
+            active = frozenset(each.name for each in form.collection.indexes)
         access = plan_access(query, form, active)
         rows = _Rows(self, query, access, form)
         table = self._tables.name(query.collection)
@@ -333,9 +337,9 @@ class _Rows:
         self.filter_text = ""
         self.is_exact = False
         if access.ids is None:
-            self._say_filter()
+            self._translate_filter()
 
-    def _say_filter(self) -> None:
+    def _translate_filter(self) -> None:
         access, form = self._access, self._form
         where: Filter = self._query.where
         hidden: set[str] = set()
@@ -352,10 +356,10 @@ class _Rows:
         if where == And(()):
             self.is_exact = True
             return
-        said = FilterTranslator(form, self._names, frozenset(hidden)).translate(where)
-        if said is not None:
-            self.filter_text = said.text
-            self.is_exact = said.is_exact
+        translated = FilterTranslator(form, self._names, frozenset(hidden)).translate(where)
+        if translated is not None:
+            self.filter_text = translated.text
+            self.is_exact = translated.is_exact
 
     # -- in order ----------------------------------------------------------------------------
 
@@ -434,8 +438,8 @@ class _Rows:
         """
         if self._access.ids is not None:
             keys = [Key(self._query.collection, each) for each in self._access.ids]
-            for start in range(0, len(keys), MOST_KEYS * _SEGMENTS):
-                records = await self._reading.fetch(keys[start : start + MOST_KEYS * _SEGMENTS])
+            for start in range(0, len(keys), MAX_KEYS * _SEGMENTS):
+                records = await self._reading.fetch(keys[start : start + MAX_KEYS * _SEGMENTS])
                 yield [
                     each.entity
                     for each in records
@@ -573,7 +577,7 @@ class _Rows:
             elif name != VERSION and name not in self._form.plain:
                 paths[(DOC, name)] = None
         text = ", ".join(names.path(each) for each in paths)
-        return text if len(text) <= MOST_EXPRESSION else None
+        return text if len(text) <= MAX_EXPRESSION else None
 
 
 def _sort_condition(access: Access, names: Names, attribute: str) -> str:

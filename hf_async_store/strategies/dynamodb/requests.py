@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.write_op import WriteOp
 
 
-def upsert_item(work: WriteOp) -> dict[str, Any]:
+def upsert_item(op: WriteOp) -> dict[str, Any]:
     """The request of a save that expects nothing."""
-    change = cast("Put", work.change)
+    change = cast("Put", op.change)
     names = Names()
-    attributes, removed = work.form.parts(change.entity, keep_created=True)
-    attributes.pop(work.form.key)
-    attributes[TOKEN] = {"S": work.token}
+    attributes, removed = op.form.parts(change.entity, keep_created=True)
+    attributes.pop(op.form.key)
+    attributes[TOKEN] = {"S": op.token}
     # The version is not known, but its last ones are refused below.
     attributes[SIZE] = stored_size(change.entity, 0)
     puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
@@ -45,48 +45,48 @@ def upsert_item(work: WriteOp) -> dict[str, Any]:
     if removed:
         update += f" REMOVE {', '.join(map(names.name, removed))}"
     last = names.value({"N": str(LAST_VERSIONS)})
-    same_form = f"{names.name(DECLARATION_DIGEST)} = {names.value(work.form.mark)}"
-    absent = f"attribute_not_exists({names.name(work.form.key)})"
+    same_form = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.form.mark)}"
+    absent = f"attribute_not_exists({names.name(op.form.key)})"
     condition = f"{absent} OR ({version} < {last} AND {same_form})"
     return {
-        "TableName": work.table,
-        "Key": {work.form.key: {"S": change.key.id}},
+        "TableName": op.table,
+        "Key": {op.form.key: {"S": change.key.id}},
         "ReturnValues": "UPDATED_NEW",
         **names.request(UpdateExpression=update, ConditionExpression=condition),
     }
 
 
-def update_item(work: WriteOp, condition: str, names: Names) -> dict[str, Any]:
+def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     """The request of an update under a condition."""
-    change = cast("Patch", work.change)
-    fields = {name: each for name, each in change.fields.items() if name != work.form.key}
-    sets, removed = work.form.changes(fields)
+    change = cast("Patch", op.change)
+    fields = {name: each for name, each in change.fields.items() if name != op.form.key}
+    sets, removed = op.form.changes(fields)
     weight = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
     puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
-    puts.append(f"{names.name(TOKEN)} = {names.value({'S': work.token})}")
+    puts.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
     puts.append(f"{version} = {version} + {names.value({'N': '1'})}")
     puts.append(f"{stored} = {stored} + {names.value({'N': str(weight)})}")
     update = f"SET {', '.join(puts)}"
     if removed:
         update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
     tests = [
-        f"attribute_exists({names.name(work.form.key)})",
+        f"attribute_exists({names.name(op.form.key)})",
         f"({condition})",
-        f"{names.name(DECLARATION_DIGEST)} = {names.value(work.form.mark)}",
+        f"{names.name(DECLARATION_DIGEST)} = {names.value(op.form.mark)}",
         f"{version} < {names.value({'N': str(INT_MAX)})}",
     ]
     if type(change.expect) is int:
         tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
-    if isinstance(work.observed, dict):
-        token = names.value({"S": token_of(work.observed) or ""})
+    if isinstance(op.observed, dict):
+        token = names.value({"S": token_of(op.observed) or ""})
         tests.append(f"{names.name(TOKEN)} = {token}")
     else:
         most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
         tests.append(f"{stored} <= {most}")
     return {
-        "TableName": work.table,
-        "Key": {work.form.key: {"S": change.key.id}},
+        "TableName": op.table,
+        "Key": {op.form.key: {"S": change.key.id}},
         "ReturnValues": "UPDATED_NEW",
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(tests)),

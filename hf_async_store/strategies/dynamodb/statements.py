@@ -21,7 +21,7 @@ Statement: TypeAlias = dict[str, Any]
 Path: TypeAlias = "tuple[str, ...]"
 
 # Source: DynamoDB API Reference, BatchStatementRequest.
-MOST_STATEMENT: Final = 8192
+MAX_STATEMENT: Final = 8192
 _SHAPES: Final = 512
 
 
@@ -113,7 +113,7 @@ def update(
         weight is not None,
         returning,
     )
-    if len(text) > MOST_STATEMENT or not all(
+    if len(text) > MAX_STATEMENT or not all(
         is_plain_name(each) for path in (*paths, *removed) for each in path
     ):
         return None

@@ -21,7 +21,7 @@ from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies.dynamodb.condition_parser import condition
 from hf_async_store.strategies.dynamodb.condition_parser import key_condition as read_key_condition
 from hf_async_store.strategies.dynamodb.engine import DynamoDBEngine
-from hf_async_store.strategies.dynamodb.errors import told
+from hf_async_store.strategies.dynamodb.errors import public_errors
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.schema_drift import compared
 from hf_async_store.strategy import StorageStrategy, schema_of
@@ -67,7 +67,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         it at once; returns what this one made, in words.
         """
         self._usable()
-        with told():
+        with public_errors():
             return await self._dynamodb.tables.create()
 
     async def compare_tables(self) -> dict[str, Value]:
@@ -78,7 +78,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         table that is missing has None as `there`; so has what may not be looked at within it.
         """
         self._usable()
-        with told():
+        with public_errors():
             return await compared(self._dynamodb.tables)
 
     async def query_by_gsi(
@@ -122,7 +122,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         text = read_key_condition(key_condition, expression_values, form, found[0], names)
         async with operation_timeout(timeout):
             await self._require_source_active("query_by_gsi")
-            with told():
+            with public_errors():
                 return await self._dynamodb.reading.by_index(
                     collection,
                     found[0],
@@ -171,7 +171,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
         async with self._guard_untracked_write("condition_expression"):
-            with told():
+            with public_errors():
                 return await self._dynamodb.writes.update_where(change, condition, names)
 
     async def _to_its_end(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:

@@ -16,6 +16,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     UnavailableError,
 )
+from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.schema import Collection, Index, Schema
 from hf_async_store.strategies.dynamodb.backoff import Backoff
 from hf_async_store.strategies.dynamodb.errors import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _WAIT_SECONDS: Final = 600.0
 _FIRST_LOOK: Final = 0.01
 _LONGEST_LOOK: Final = 2.0
-_MOST_TARGETS: Final = 50
+_MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
 # Source: DynamoDB Developer Guide, "Naming rules", of tables and indexes.
@@ -155,7 +156,7 @@ class Tables:
         return False
 
     async def undeclared(self) -> list[str]:
-        """The collections of tables with this prefix that are not declared."""
+        """The collections of tables with this prefix that are neither declared nor the system's."""
         start = f"{self._config.table_prefix}_"
         found: list[str] = []
         params: dict[str, str] = {}
@@ -166,7 +167,8 @@ class Tables:
             if not last or last == params.get("ExclusiveStartTableName"):
                 break
             params = {"ExclusiveStartTableName": last}
-        return sorted(each.removeprefix(start) for each in {*found} - {*self._collections})
+        known = {*self.schema, *(each.name for each in SYSTEM_COLLECTIONS)}
+        return sorted({each.removeprefix(start) for each in found} - known)
 
     async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
         """By what the tables of these collections are told apart from all others, where they are there.
@@ -226,7 +228,7 @@ class Tables:
         name = self.name(collection)
         table = await self.described(collection)
         if table is None:
-            raise UnavailableError(f"the table {name} is gone", retryable=False)
+            raise UnavailableError(f"the table {name} was deleted", retryable=False)
         if index in self._missing(collection, table):
             raise SchemaMismatchError(f"{name} has no index {index.name}; `create-tables` makes it")
         unlike = self._unlike(collection, index, table)
@@ -303,11 +305,11 @@ class Tables:
             if table is None:
                 found[collection] = {"table": name, "status": "missing"}
                 continue
-            found[collection] = await self._told(name, table)
+            found[collection] = await self._summary(name, table)
             problems += self._differences(collection, table)
         return found, problems
 
-    async def _told(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
+    async def _summary(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
         throughput = table.get("ProvisionedThroughput", {})
         told: dict[str, Value] = {
             "table": name,
@@ -492,10 +494,10 @@ class Tables:
         found: dict[str, Any] = {}
         try:
             async with self._scaling_client() as client:
-                for start in range(0, len(resources), _MOST_TARGETS):
+                for start in range(0, len(resources), _MAX_TARGETS):
                     pages = client.get_paginator("describe_scalable_targets").paginate(
                         ServiceNamespace="dynamodb",
-                        ResourceIds=resources[start : start + _MOST_TARGETS],
+                        ResourceIds=resources[start : start + _MAX_TARGETS],
                     )
                     async for page in pages:
                         for each in page["ScalableTargets"]:

@@ -1,8 +1,8 @@
-"""Transactions: reads are remembered, changes decided here, and one `TransactWriteItems` at the end.
+"""Transactions: reads are recorded, changes buffered, and one `TransactWriteItems` commits.
 
-What was read, be it nothing, is a condition of the commit: the write token of each item must still
-be what it was. So the transaction is serializable with every write beside it, and a commit of which
-the answer was lost can be sent again, for DynamoDB knows its client token.
+Whatever was read, a missing item included, is a condition of the commit: the write token of each
+item must be unchanged. So the transaction is serializable with all concurrent writes, and a commit
+without a response can be retried, because DynamoDB recognises its client request token.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from hf_async_store.strategies.dynamodb.errors import (
     StatementRefused,
     TableMissing,
     conflict,
+    public_errors,
     short,
-    told,
     translate,
 )
 from hf_async_store.strategies.dynamodb.items import (
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.tables import Tables
     from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 
-MOST_ACTIONS: Final = 100
-MOST_BYTES: Final = 4 * 1024 * 1024
+MAX_ACTIONS: Final = 100
+MAX_BYTES: Final = 4 * 1024 * 1024
 """Source: DynamoDB service quotas, "Transactions"."""
 
 _CONFLICT_SECONDS: Final = 2.0
@@ -78,7 +78,7 @@ class DynamoDBSession:
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         """As `Reader.fetch`; several keys at once are one snapshot."""
-        with told():
+        with public_errors():
             await self._load(keys, snapshot=True)
             return [self._record(each) for each in keys]
 
@@ -97,7 +97,7 @@ class DynamoDBSession:
         async with aclosing(self._reading.select(query.with_limit(limit))) as others:
             rows = self._merged(query, own, written, others)
             async with aclosing(rows) as found:
-                with told():
+                with public_errors():
                     async for record in found:
                         yield record
                         number += 1
@@ -200,9 +200,9 @@ class DynamoDBSession:
         return {"Get": get}
 
     def _refuse_many(self, number: int) -> None:
-        if number > MOST_ACTIONS:
+        if number > MAX_ACTIONS:
             raise TransactionTooLargeError(
-                f"a transaction on DynamoDB reads and writes {MOST_ACTIONS} entities at most"
+                f"a transaction on DynamoDB reads and writes {MAX_ACTIONS} entities at most"
             )
 
     def _entity(self, key: Key) -> Entity | None:
@@ -222,7 +222,7 @@ class DynamoDBSession:
         """As `Session.write`."""
         keys = [each.key for each in changes]
         keys += [each.mark.key for each in changes if each.mark is not None]
-        with told():
+        with public_errors():
             await self._load(keys, snapshot=False)
         outcomes: list[Outcome] = []
         for change in changes:
@@ -302,7 +302,7 @@ class DynamoDBSession:
             # Of what was only read, too: that it is not there is a condition, which needs a table.
             await self._tables.ensure(collection)
         actions = [self._action(each, written, token) for each in keys]
-        if len(_ENCODE(actions)) > MOST_BYTES:
+        if len(_ENCODE(actions)) > MAX_BYTES:
             raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
         params = {"TransactItems": actions, "ClientRequestToken": token}
         for key in written:
@@ -366,7 +366,7 @@ class DynamoDBSession:
                     if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:
-                    raise UnavailableError(f"a table is gone: {exc}", retryable=False) from exc
+                    raise UnavailableError(f"a table was deleted: {exc}", retryable=False) from exc
         except StorageError as exc:
             # Whatever the last try met: one before it may have landed.
             exc.outcome_unknown = lost or (token is not None and exc.outcome_unknown)
@@ -395,7 +395,7 @@ def _state_of(item: Attributes | None) -> tuple[str | None, Attribute | None] | 
     return None if item is None else (token_of(item), item.get(VERSION))
 
 
-def _version_told(item: Attributes | None) -> int | None:
+def _known_version(item: Attributes | None) -> int | None:
     """The version of an item, where it has one."""
     if item is None:
         return None
@@ -412,8 +412,8 @@ def _conflict_at(
         f"{key.collection} {key.id!r} was changed by another since this transaction read it",
         collection=key.collection,
         entity_id=key.id,
-        expected=_version_told(seen),
-        actual=_version_told(now),
+        expected=_known_version(seen),
+        actual=_known_version(now),
         current=None if now is None or tables is None else tables.forms[key.collection].entity(now),
         retryable=True,
     )

@@ -1,7 +1,7 @@
-"""How requests travel: aiobotocore's HTTP session, without what nobody asked it for.
+"""The HTTP transport: aiobotocore's session, without redirects and with bounded responses.
 
-Every client that a store makes uses it: the one of DynamoDB, of auto scaling, and those by which
-botocore asks for credentials. Imported with the driver, at the first use of a store.
+Every client of a store uses it: those of DynamoDB, of auto scaling, and those by which botocore
+obtains credentials. Imported with the driver, at the first use of a store.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from botocore.exceptions import ReadTimeoutError  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# The largest answer is one of BatchGetItem: 16 MB of items, which as JSON are at most 7 times that.
-MOST_BYTES: Final = 128 * 2**20
+# The largest response is one of BatchGetItem: 16 MB of items, which as JSON are at most 7 times that.
+MAX_BYTES: Final = 128 * 2**20
 
 _SECONDS: Final = 60.0
 """For a client that sets no timeout."""
@@ -41,8 +41,8 @@ class _Response(NamedTuple):
 class _Requests:
     """A session of aiohttp that follows no redirect and reads a bounded body.
 
-    Headers are signed for one host, and hold a session token that is good at any: they go nowhere
-    else, whatever an answer asks for.
+    Headers are signed for one host, and hold a session token that is good at any: they are
+    sent nowhere else, whatever a response says.
     """
 
     def __init__(self, session: ClientSession) -> None:
@@ -51,18 +51,18 @@ class _Requests:
     async def request(self, method: str, **options: Any) -> _Response:
         response = await self._session.request(method, **options, allow_redirects=False)
         try:
-            pieces: list[bytes] = []
+            chunks: list[bytes] = []
             size = 0
-            while piece := await response.content.readany():
-                size += len(piece)
-                if size > MOST_BYTES:
-                    raise ClientPayloadError(f"an answer of more than {MOST_BYTES} bytes")
-                pieces.append(piece)
+            while chunk := await response.content.readany():
+                size += len(chunk)
+                if size > MAX_BYTES:
+                    raise ClientPayloadError(f"a response of more than {MAX_BYTES} bytes")
+                chunks.append(chunk)
         except BaseException:
             response.close()
             raise
         response.release()
-        return _Response(response.url, response.status, response.raw_headers, b"".join(pieces))
+        return _Response(response.url, response.status, response.raw_headers, b"".join(chunks))
 
 
 class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types

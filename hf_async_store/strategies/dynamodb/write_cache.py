@@ -1,9 +1,10 @@
-"""What this store itself wrote last: the version, token and weight that it left of an entity.
+"""A cache of the last writes of this store: version, token and size of each entity.
 
-An update that knows them says them, instead of having the server count, weigh and answer: that is
-cheaper for both, and can be sent again when its answer is lost. What is known may be wrong, for
-others write, too; then the statement's condition fails and nothing was done. For a while after that
-nothing is taken as known, so that a store among others does not pay for its guesses.
+An update that finds its entity here states them, instead of having the server compute and return
+them: that is cheaper for both, and can be retried when no response is received. An entry may be
+stale, because others write, too; then the condition of the statement fails and nothing is written.
+For a while after that the cache is not used, so that a store among other writers does not pay for
+stale entries.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from hf_async_store.values import VERSION
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
 
-_MOST: Final = 10_000
+_MAX_ENTRIES: Final = 10_000
 _WRONG_SECONDS: Final = 60.0
 
 
 class WriteReceipt(NamedTuple):
-    """What a write left."""
+    """The state of an entity after a write."""
 
     version: int
     token: str
     weight: int
 
     def seen(self) -> Attributes:
-        """The part of the item that tells it."""
+        """The same as attributes of the item."""
         return {
             VERSION: {"N": str(self.version)},
             TOKEN: {"S": self.token},
@@ -51,14 +52,14 @@ class WriteCache:
     def put(self, table: str, entity_id: str, left: WriteReceipt) -> None:
         place = table, entity_id
         known = self._left.pop(place, None)
-        # Answers may come in another order than the writes were done in.
+        # Responses may arrive in another order than the writes were applied in.
         self._left[place] = left if known is None or known.version < left.version else known
-        if len(self._left) > _MOST:
+        if len(self._left) > _MAX_ENTRIES:
             del self._left[next(iter(self._left))]
 
     def drop(self, table: str, entity_id: str) -> None:
         self._left.pop((table, entity_id), None)
 
     def was_wrong(self) -> None:
-        """Others write here: rely on nothing for a while."""
+        """An entry was stale: do not use the cache for a while."""
         self._wrong_until = time.monotonic() + _WRONG_SECONDS

@@ -1,4 +1,4 @@
-"""One change on its way through the tries that it takes."""
+"""The state of one write operation through its attempts."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Item = TypeVar("Item")
 
 
 class Unknown:
-    """Nothing was read yet."""
+    """Nothing has been read yet."""
 
 
 UNKNOWN: Final = Unknown()
 
 
 class WriteOp:
-    """One change on its way.
+    """One write operation.
 
     Attributes:
         observed: the item as it was read, None if there was none, or `UNKNOWN`.
-        requested_at: when it was asked for, in the form of a timestamp.
-        ambiguous: the answer to a try was lost; it may have landed.
-        may_land_later: it may even land later.
-        from_cache: what was seen is what this store remembers, and may be wrong.
-        receipt: what it left, where that is known.
-        full_replace: it must be written whole, or at least in a request of its own.
-        is_upsert: it is a save on its own, which one request can do.
-        outcome: as soon as it is known; `is_done` tells.
+        requested_at: when it was requested, as a timestamp.
+        ambiguous: an attempt got no response; it may have been applied.
+        may_land_later: that attempt may still be applied later.
+        from_cache: `observed` is from the write cache, and may be stale.
+        receipt: the state that it wrote, where that is known.
+        full_replace: the whole item is written, or at least in a request of its own.
+        is_upsert: a single save, which one UpdateItem can do.
+        outcome: valid once `is_done` is set.
     """
 
     __slots__ = (
@@ -88,11 +88,11 @@ class WriteOp:
 
     @property
     def needs_state(self) -> bool:
-        """Whether its condition says neither that nothing is there, nor a version."""
+        """Whether its condition is neither absence nor a version."""
         return self.change.expect is not ABSENT and type(self.change.expect) is not int
 
     def done(self, outcome: Outcome) -> None:
-        """It ends so. Whatever the error is, what a lost try did, or will do, stays unknown."""
+        """Set the outcome. An error has `outcome_unknown` if an attempt got no response."""
         if self.ambiguous and isinstance(outcome, StorageError):
             outcome.outcome_unknown = True
         self.is_done = True
@@ -102,20 +102,20 @@ class WriteOp:
         return token_of(item) == self.token
 
     def version_of(self, item: Attributes) -> int:
-        """The version of the item that this change is about.
+        """The version of the item that this operation writes.
 
         Raises:
-            CorruptionError: it has none that could be one.
+            CorruptionError: it is not a valid version.
         """
         return version_of(item, self.table, self.change.key.id)
 
     def landed_at(self, item: Attributes) -> None:
-        """It ends well, and left this version."""
+        """It succeeded, and wrote the version of this item."""
         try:
             self.done(self.version_of(item))
         except CorruptionError as exc:
             self.ambiguous = isinstance(self.change, Put | Patch)
-            # What was deleted may have had any version.
+            # The deleted item may have had any version.
             self.done(exc if self.ambiguous else 0)
 
     def not_found(self) -> EntityNotFoundError:
@@ -123,7 +123,8 @@ class WriteOp:
 
     def unknown(self, why: str) -> UnavailableError:
         return UnavailableError(
-            f"{self.change.key.collection} {self.change.key.id!r}: {why}",
+            f"{self.change.key.collection} {self.change.key.id!r}: no response was received, and the "
+            f"write may have been applied: {why}",
             retryable=False,
             outcome_unknown=True,
         )
@@ -136,8 +137,8 @@ def _began(change: Change) -> str:
     return at if isinstance(at, str) else utc_now()
 
 
-def deleted_meanwhile(work: WriteOp) -> StorageError:
-    return UnavailableError(f"the table {work.table} is gone", retryable=False)
+def deleted_meanwhile(op: WriteOp) -> StorageError:
+    return UnavailableError(f"the table {op.table} was deleted", retryable=False)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
