@@ -14,7 +14,6 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -194,11 +193,13 @@ async def _look(folder: Path, recorded: Recorded, wants_state: bool) -> None:
                     wants_state = False
                 else:
                     if entity is not None:
+                        assert entity[KEYS[name]] == each
+                        assert type(entity["version"]) is int
                         found[name][each] = entity
         if wants_state:
             assert without_times(found) in recorded.states, "damage was taken for something else"
         verbs: list[Callable[[], Any]] = [
-            *(partial(store.query_entities, name) for name in IDS),
+            lambda: whole(store),
             lambda: store.count_entities("templates", {"name": "a"}),
             lambda: store.query_page("machines", limit=2),
             store.read_file,

@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import time
-import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
@@ -251,7 +250,9 @@ class JSONEngine:
         if raw is None:
             return None
         text = self.serializer.normalize(collection, entity_id, raw)
-        return Record(Key(collection.name, entity_id), self.serializer.decode(text))
+        return Record(
+            Key(collection.name, entity_id), self.serializer.entity(collection, entity_id, text)
+        )
 
     async def exists(self) -> bool:
         self.refuse_closed()
@@ -563,7 +564,7 @@ class JSONEngine:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        reader = Snapshot(await self.current(), self.serializer)
+        reader = Snapshot(await self.current())
         try:
             yield reader
         finally:
@@ -999,11 +1000,10 @@ class JSONEngine:
         if self._closed:
             raise StoreClosedError("this store was closed")
 
-    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        """Nothing is lost: the journal holds what was acknowledged."""
+    def __del__(self) -> None:
+        """Nothing is lost: the journal holds what was acknowledged. The store warns."""
         if getattr(self, "_closed", True) or self._state is None:
             return  # it was closed, or never did anything
-        warn(f"unclosed store in {self.files.folder}", ResourceWarning, source=self)
         self._close_writer()
         self._state.close()
         self._registry.close()
