@@ -37,6 +37,7 @@ from tests.json.support import (
     abandon,
     data_files,
     journals,
+    never_folds,
     open_files,
     open_json,
     parsed,
@@ -69,6 +70,7 @@ async def _pending(folder: Path, layout: str) -> list[Stored]:
     for each in journals(folder):
         each.unlink()
     store = await open_json(folder, layout).open()
+    never_folds(store)
     states = [await whole(store)]
     await store.update_entity("templates", "t1", {"name": "b"})
     states.append(await whole(store))
@@ -250,6 +252,7 @@ async def test_85_at_random_in_a_large_store(layout: str) -> None:
         async with open_json(folder, layout) as store:
             await store.save_entities("machines", rows)
         store = await open_json(folder, layout, write_buffer_size=1 << 30).open()
+        never_folds(store)
         for n in range(40):
             await store.save_entities("machines", rows[n * 10 : n * 10 + 10])
         expected = await whole(store)
