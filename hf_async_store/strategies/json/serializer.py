@@ -1,4 +1,4 @@
-"""The text of entities and files: encoding, decoding, and cutting a file into entities undecoded.
+"""The JSON of entities and files: encoding, decoding, and cutting a file into entities undecoded.
 
 An entity is held as the bytes of its JSON text, `version` first. Bytes of that form are canonical:
 this package wrote them from checked values. What came from elsewhere is held as `msgspec.Raw` until
@@ -27,7 +27,7 @@ UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoders raise."""
 
 _FILE_WAY_BACK: Final = (
-    "Nothing was changed. Mend the file, or restore a backup (`hf-async-store restore`)"
+    "Nothing was changed. Correct the file, or restore a backup (`hf-async-store restore`)"
 )
 _STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TOKEN: Final = re.compile(_STRING + rb"|-?(?:NaN|Infinity)\b", re.DOTALL)

@@ -1,4 +1,4 @@
-"""`JSONStorageStrategy`: the store on JSON files, and the verbs that only it has."""
+"""`JSONStorageStrategy`: the store on JSON files, and the methods that only it has."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class JSONStorageStrategy(StorageStrategy):
     def acquire_read_lock(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
         """Hold the store so that nobody writes, in this process or another, while others may read.
 
-        Inside, `read_file` is what to use; the entity verbs are refused.
+        Inside, `read_file` is what to use; the methods for entities are refused.
 
         Raises:
             LockTimeoutError: not free within `timeout` seconds (the configured `lock_timeout`).
