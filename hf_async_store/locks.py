@@ -479,7 +479,7 @@ class LockManager:
         Args:
             timeout: seconds to wait at most; 0 tries once, None is the timeout of this object.
             owner: the task that is to hold it, where another one does the waiting (a transaction
-                whose first verb a child task awaits). None: the current task.
+                whose first operation a child task awaits). None: the current task.
 
         Raises (on entry):
             LockTimeoutError: the lock was not free in time; names the file.

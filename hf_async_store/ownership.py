@@ -31,6 +31,10 @@ class Ownership(NamedTuple):
         """That of a file which is used together with this one: read and written by its owner."""
         return self._replace(mode=(self.mode & 0o666) | _NEW)
 
+    def of_folder(self) -> Ownership:
+        """That of a folder for such files: whoever may read them may list it, too."""
+        return self._replace(mode=self.mode | 0o100 | (self.mode & 0o044) >> 2)
+
 
 def of_a_new_store(folder: str | os.PathLike[str]) -> Ownership | None:
     """That of the first file in `folder`; None: what this process gives any file.

@@ -700,8 +700,10 @@ async def _in_chunks(
     for start in range(0, len(items), _BATCH_CHUNK_SIZE):
         if start:
             await asyncio.sleep(0)
-        together: the same for a whole chunk; returns None if it must be done one by one.
-        collection: of which the items are entities: an error then names the id of its entity.
+        chunk = items[start : start + _BATCH_CHUNK_SIZE]
+        made += together(chunk) or [
+            _with_item_context(make, index, item, collection)
+            for index, item in enumerate(chunk, start)
         ]
     return made
 

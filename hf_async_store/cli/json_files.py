@@ -21,6 +21,7 @@ from hf_async_store.config import JSONConfig, strategy_config
 from hf_async_store.errors import ConfigurationError, LockTimeoutError, UnavailableError
 from hf_async_store.locks import FileLock
 from hf_async_store.os_errors import translate_os_error
+from hf_async_store.ownership import share
 from hf_async_store.strategies.json.files import FileManager, sync_data, sync_folder
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_async_store.cli.context import Context
+    from hf_async_store.ownership import Ownership
     from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.values import Entity
@@ -126,7 +128,9 @@ class JSONFiles:
 
     async def _make(self, target: Path, contents: Mapping[str, Path | bytes]) -> list[Path]:
         try:
-            return await asyncio.to_thread(_make_new, target, contents, self.manager.single)
+            return await asyncio.to_thread(
+                _make_new, target, contents, self.manager.single, self._owned()
+            )
         except OSError as exc:
             raise translate_os_error(exc, f"write {target}") from exc
 
@@ -147,7 +151,7 @@ class JSONFiles:
         Raises:
             LockTimeoutError: another fold did not end in time.
         """
-        turn = FileLock(self.manager.lock(".fold"))
+        turn = FileLock(self.manager.lock(".fold"), self.manager.ownership)
         ends = monotonic() + self.options.lock_timeout
         try:
             while not turn.try_lock(exclusive=True):
@@ -172,9 +176,14 @@ class JSONFiles:
         there = [each for each in found if each.is_file()]
         contents = {each.name: each for each in there}
         try:
-            await asyncio.to_thread(_fill_folder, folder, contents)
+            await asyncio.to_thread(_fill_folder, folder, contents, self._owned())
         except OSError as exc:
             raise translate_os_error(exc, f"set the damaged files aside in {folder}") from exc
+
+    def _owned(self) -> Ownership | None:
+        """Whose the copies are to be: root makes them for those who may use the store. Anybody else
+        can only make files of their own, which nobody else can read."""
+        return self.manager.ownership() if os.geteuid() == 0 else None
 
 
 async def _one(text: bytes) -> AsyncIterator[bytes]:
@@ -212,18 +221,21 @@ def _replace(temporary: Path, target: Path, forms: Iterable[Path]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _make_new(target: Path, contents: Mapping[str, Path | bytes], single: bool) -> list[Path]:
+def _make_new(
+    target: Path, contents: Mapping[str, Path | bytes], single: bool, owned: Ownership | None
+) -> list[Path]:
     """Files at a path where nothing is: one, or a folder of them."""
     temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if single:
-            _fill(temporary, *contents.values())
+            (content,) = contents.values()
+            _fill(temporary, content, owned)
             # Unlike a rename, a link does not take the place of what came there meanwhile.
             target.hardlink_to(temporary)
             made = [target]
         else:
-            _fill_folder(temporary, contents)
+            _fill_folder(temporary, contents, owned)
             temporary.rename(target)
             made = [target / each for each in contents]
         sync_folder(target.parent)
@@ -232,17 +244,27 @@ def _make_new(target: Path, contents: Mapping[str, Path | bytes], single: bool) 
         remove(temporary)
 
 
-def _fill_folder(folder: Path, contents: Mapping[str, Path | bytes]) -> None:
+def _fill_folder(
+    folder: Path, contents: Mapping[str, Path | bytes], owned: Ownership | None
+) -> None:
     folder.mkdir(mode=0o700)
     for name, content in contents.items():
-        _fill(folder / name, content)
+        _fill(folder / name, content, owned)
+    if owned is not None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            share(fd, owned.of_folder())
+        finally:
+            os.close(fd)
     sync_folder(folder)
 
 
-def _fill(target: Path, content: Path | bytes) -> None:
+def _fill(target: Path, content: Path | bytes, owned: Ownership | None) -> None:
     """A new file with what a file or a text holds, on the disk."""
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as made:
+        if owned is not None:
+            share(fd, owned)
         if isinstance(content, bytes):
             made.write(content)
         else:

@@ -32,6 +32,7 @@ from tests.json.support import (
     abandon,
     data_files,
     journals,
+    never_folds,
     open_json,
     parsed,
     reopened,
@@ -93,8 +94,9 @@ async def _until(check: Callable[[], Awaitable[bool]]) -> None:
 
 @asynccontextmanager
 async def _others(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
-    """A store that has it open, with everything in memory; it never folds at its close."""
+    """A store that has it open, with everything in memory; it folds when a test says so alone."""
     store = await open_json(folder, layout).open()
+    never_folds(store)
     await whole(store)
     try:
         yield store
@@ -186,6 +188,7 @@ async def test_91_an_edit_is_seen_by_those_who_only_read(
 async def _pending(folder: Path, layout: str) -> tuple[list[Stored], Stored]:
     states = await _generations(folder, layout)
     store = await open_json(folder, layout).open()
+    never_folds(store)
     await store.save_entity("templates", {"template_id": "t", "name": "pending"})
     await store.save_entity("machines", {"machine_id": "pending"})
     now = await whole(store)
@@ -234,6 +237,7 @@ async def test_91_a_backup_over_a_closed_store_with_commits(
 @asynccontextmanager
 async def _others_in_doubt(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
     store = await open_json(folder, layout).open()
+    never_folds(store)
     try:
         yield store
     finally:

@@ -17,8 +17,19 @@ from typing import Any, Final
 import pytest
 
 from hf_async_store import HOST_FACTORY, JSONStorageStrategy
-from hf_async_store.errors import CorruptionError, StorageError
-from hf_async_store.values import Entity, parse_timestamp
+from hf_async_store.changes import Record
+from hf_async_store.errors import ConfigurationError, CorruptionError, StorageError
+from hf_async_store.query import Query
+from hf_async_store.strategies.json.journal import (
+    FileState,
+    Fold,
+    Head,
+    Kind,
+    control,
+    record,
+    scan,
+)
+from hf_async_store.values import Entity, Key, parse_timestamp
 from tests.json.support import (
     LAYOUTS,
     SINGLE,
@@ -26,6 +37,7 @@ from tests.json.support import (
     abandon,
     data_files,
     journals,
+    never_folds,
     open_files,
     open_json,
     parsed,
@@ -58,6 +70,7 @@ async def _pending(folder: Path, layout: str) -> list[Stored]:
     for each in journals(folder):
         each.unlink()
     store = await open_json(folder, layout).open()
+    never_folds(store)
     states = [await whole(store)]
     await store.update_entity("templates", "t1", {"name": "b"})
     states.append(await whole(store))
@@ -239,6 +252,7 @@ async def test_85_at_random_in_a_large_store(layout: str) -> None:
         async with open_json(folder, layout) as store:
             await store.save_entities("machines", rows)
         store = await open_json(folder, layout, write_buffer_size=1 << 30).open()
+        never_folds(store)
         for n in range(40):
             await store.save_entities("machines", rows[n * 10 : n * 10 + 10])
         expected = await whole(store)
@@ -562,3 +576,157 @@ async def test_85_the_way_back_from_a_damaged_journal(tmp_path: Path) -> None:
         assert await whole(store) == states[0]
         assert await store.save_entity("templates", {"template_id": "t1"}) == 2
     assert (await reopened(tmp_path))["templates"]["t1"]["version"] == 2
+
+
+# -- a right checksum over something that no store writes -------------------------------------
+
+FORGED: Final = {
+    "no key field": b'{"version":4,"name":"x"}',
+    "the key of another": b'{"version":4,"template_id":"t2"}',
+    "a key that is no string": b'{"version":4,"template_id":null}',
+    "a version that is a string": b'{"version":"4","template_id":"t1"}',
+    "a version that is a bool": b'{"version":true,"template_id":"t1"}',
+    "a negative version": b'{"version":-4,"template_id":"t1"}',
+    "two versions": b'{"version":4,"template_id":"t1","version":null}',
+    "a number that is none": b'{"version":4,"template_id":"t1","n":1e999}',
+}
+
+
+def _forge(folder: Path, image: bytes) -> None:
+    """Append a commit that makes `templates` `t1` this."""
+    payload = b'{"templates":{\n"t1":' + image + b"\n}}"
+    (journal,) = journals(folder)
+    data = journal.read_bytes()
+    sequence = sum(1 for _ in scan([data], "journal", 0, 0))
+    journal.write_bytes(data + record(Kind.COMMIT, payload, sequence))
+
+
+@both_layouts
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("image", FORGED.values(), ids=FORGED)
+async def test_an_entity_that_no_store_writes_is_refused(
+    tmp_path: Path, layout: str, folded: bool, image: bytes
+) -> None:
+    """Rule 14: the error names collection, id and file; all else can be read; and there is a way out."""
+    await _at_rest(tmp_path, layout)
+    _forge(tmp_path, image)
+    if folded:
+        async with open_json(tmp_path, layout) as store:
+            await store.checkpoint()
+    named = rf"templates 't1'.*{tmp_path}"
+    async with open_json(tmp_path, layout) as store:
+        await store.save_entity("templates", {"template_id": "t2"})
+        reads: list[Callable[[], Any]] = [
+            lambda: store.get_entity("templates", "t1"),
+            lambda: store.get_entities("templates", ["t2", "t1"]),
+            lambda: store.query_entities("templates"),
+            lambda: store.query_entities("templates", {"name": "x"}),
+            lambda: store.query_entities("templates", order_by=["name"]),
+            lambda: store.query_page("templates", limit=5),
+            lambda: _streamed(store),
+            lambda: _in_a_snapshot(store),
+            lambda: _fetched_in_a_snapshot(store),
+            lambda: store.update_entity("templates", "t1", {"name": "y"}),
+            lambda: store.delete_entity("templates", "t1", expected_version=3),
+            store.read_file,
+        ]
+        for read in reads:
+            with pytest.raises(CorruptionError, match=named):
+                await read()
+        assert await store.get_entity("templates", "t2")
+        await store.delete_entity("requests", "r1")
+        assert await store.delete_entity("templates", "t1") is True
+        assert list((await whole(store))["templates"]) == ["t2"]
+        assert await store.save_entity("templates", {"template_id": "t1"}) == 1
+    assert list((await reopened(tmp_path, layout))["templates"]) == ["t1", "t2"]
+
+
+async def _streamed(store: JSONStorageStrategy) -> list[Entity]:
+    return [each async for each in store.stream_entities("templates")]
+
+
+async def _in_a_snapshot(store: JSONStorageStrategy) -> list[Record]:
+    async with store._json.snapshot() as snapshot:
+        return [each async for each in snapshot.select(Query("templates"))]
+
+
+async def _fetched_in_a_snapshot(store: JSONStorageStrategy) -> list[Record | None]:
+    async with store._json.snapshot() as snapshot:
+        return await snapshot.fetch([Key("templates", "t1")])
+
+
+async def test_an_index_survives_a_forged_entity(tmp_path: Path) -> None:
+    """It could not be brought up to date; once the entity is gone, nothing of it is left in there."""
+    await _at_rest(tmp_path, "single_file")
+    async with open_json(tmp_path) as store:
+        assert len(await store.query_entities("requests", {"template_id": "t1"})) == 1
+        (journal,) = journals(tmp_path)
+        data = journal.read_bytes()
+        payload = b'{"requests":{\n"r1":{"version":2,"request_id":"r1","template_id":1e999}\n}}'
+        sequence = sum(1 for _ in scan([data], "journal", 0, 0))
+        journal.write_bytes(data + record(Kind.COMMIT, payload, sequence))
+        for _ in range(2):
+            with pytest.raises(CorruptionError, match="requests 'r1'"):
+                await store.query_entities("requests", {"template_id": "t1"})
+        assert await store.delete_entity("requests", "r1")
+        assert await store.query_entities("requests", {"template_id": "t1"}) == []
+        await store.save_entity("requests", {"request_id": "r1", "template_id": "t1"})
+        assert len(await store.query_entities("requests", {"template_id": "t1"})) == 1
+
+
+@both_layouts
+async def test_a_damaged_entity_can_be_deleted(tmp_path: Path, layout: str) -> None:
+    """Without a version, for nobody can say which it has."""
+    await _at_rest(tmp_path, layout)
+    (file,) = [each for each in data_files(tmp_path) if each.name in (SINGLE, "requests.json")]
+    file.write_bytes(file.read_bytes().replace(b'"template_id":"t1","', b'"status":NaN,"'))
+    for each in journals(tmp_path):
+        each.unlink()
+    async with open_json(tmp_path, layout) as store:
+        with pytest.raises(CorruptionError, match="or delete it"):
+            await store.get_entity("requests", "r1")
+        with pytest.raises(CorruptionError, match="or delete it"):
+            await store.delete_entity("requests", "r1", expected_version=1)
+        with pytest.raises(CorruptionError, match="r1"):
+            await store.delete_entity("templates", "t1")  # which it may refer to
+        async with store.begin_transaction() as tx:
+            assert await tx.delete_entity("requests", "r1") is True
+            assert await tx.get_entity("requests", "r1") is None
+            assert await tx.delete_entity("requests", "r1") is False
+        assert await store.delete_entity("templates", "t1") is True
+    assert (await reopened(tmp_path, layout))["requests"] == {}
+
+
+@both_layouts
+@pytest.mark.parametrize("kind", ["head", "fold"])
+@pytest.mark.parametrize("collection", [None, "templates", "strangers"])
+@pytest.mark.parametrize("name", ["victim.json", "victim", SINGLE + ".journal.00000001", "a.gz"])
+async def test_a_journal_names_no_file_of_others(
+    tmp_path: Path, layout: str, kind: str, collection: str | None, name: str
+) -> None:
+    """What it names is read, and replaced. Of split files it may name those of collections that only
+    other processes declare, under any name that a data file can have."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_text('{"x":{"y":1}}')
+    if layout == "split_files" and collection == "strangers" and name.startswith("victim"):
+        pytest.skip("such a file may be one of its own")
+    state = FileState(None, 0, ours=True, collection=collection)
+    records = [] if kind == "head" else [record(*control(Head(2, {})), 0)]
+    body = Head(2, {name: state}) if kind == "head" else Fold({name: state})
+    records.append(record(*control(body), len(records)))
+    async with open_json(folder, layout) as store:
+        for each in store._json.files.journals():
+            store._json.files.journal(each).unlink()
+        store._json.files.journal(2).write_bytes(b"".join(records))
+        for verb in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.save_entity("templates", {"template_id": "t"}),
+            store.checkpoint,
+        ):
+            with pytest.raises((CorruptionError, ConfigurationError), match="names the file"):
+                await verb()
+        assert "names the file" in str((await store.health())["problems"])
+        await abandon(store)
+    if ".journal." not in name:
+        assert (folder / name).read_text() == '{"x":{"y":1}}'

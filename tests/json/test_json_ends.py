@@ -83,7 +83,8 @@ async def test_a_process_ends_that_closes_nothing(tmp_path: Path, layout: str, h
     if how == "closed":
         assert told == []
     else:
-        assert f"ResourceWarning: unclosed store in {folder}" in told[0]
+        assert "ResourceWarning: unclosed store" in told[0]
+        assert f"<JSONStorageStrategy in {folder}>" in told[0]
         assert told[1:] == [
             "ResourceWarning: Enable tracemalloc to get the object allocation traceback"
         ]

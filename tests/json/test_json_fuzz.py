@@ -14,7 +14,6 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -29,7 +28,7 @@ from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.journal import scan
 from hf_async_store.strategies.json.serializer import JSONSerializer, cut_object
 from hf_async_store.values import Entity
-from tests.json.support import abandon, open_json, whole, without_times
+from tests.json.support import abandon, never_folds, open_json, whole, without_times
 
 Files = dict[str, bytes]
 Stored = dict[str, dict[str, Entity]]
@@ -101,6 +100,7 @@ async def _made(folder: Path, layout: str, **more: Any) -> list[Stored]:
     """A store with a folded file, a sealed journal and an open one; its states, commit by commit."""
     states: list[Stored] = []
     async with open_json(folder, layout, **more) as store:
+        never_folds(store)
         await store.save_entity("templates", {"template_id": "t-1", "name": "a"})
         await store.save_entity("requests", {"request_id": "r-1", "template_id": "t-1"})
         await store.checkpoint()
@@ -194,11 +194,13 @@ async def _look(folder: Path, recorded: Recorded, wants_state: bool) -> None:
                     wants_state = False
                 else:
                     if entity is not None:
+                        assert entity[KEYS[name]] == each
+                        assert type(entity["version"]) is int
                         found[name][each] = entity
         if wants_state:
             assert without_times(found) in recorded.states, "damage was taken for something else"
         verbs: list[Callable[[], Any]] = [
-            *(partial(store.query_entities, name) for name in IDS),
+            lambda: whole(store),
             lambda: store.count_entities("templates", {"name": "a"}),
             lambda: store.query_page("machines", limit=2),
             store.read_file,

@@ -293,8 +293,8 @@ def test_control_records_come_back() -> None:
 def test_an_entity_comes_back(entity: Entity, entity_id: str, version: int) -> None:
     given_entity = {**entity, "id": entity_id, "created_at": None}
     text = SERIALIZER.encode(given_entity, version)
-    assert SERIALIZER.version(text) == version
-    assert SERIALIZER.created_at(text) is None
+    assert SERIALIZER.version(THINGS, entity_id, text) == version
+    assert SERIALIZER.created_at(THINGS, entity_id, text) is None
     assert same(SERIALIZER.decode(text), {"version": version, **given_entity})
     assert b"\n" not in text
     assert same(json.loads(text), {"version": version, **given_entity})
@@ -310,7 +310,7 @@ def test_a_foreign_text_is_adopted_as_it_reads(
     adopted = SERIALIZER.normalize(THINGS, entity_id, raw)
     assert same(SERIALIZER.decode(adopted), {"version": version, **found})
     assert SERIALIZER.normalize(THINGS, entity_id, msgspec.Raw(adopted)) == adopted
-    assert SERIALIZER.version(adopted) == version
+    assert SERIALIZER.version(THINGS, entity_id, adopted) == version
 
 
 def _adopted(text: str, entity_id: str = "x") -> Entity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json  # imported before a test gives up its rights
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy
+from hf_async_store.cli import main
 from hf_async_store.config import Filenames
 from hf_async_store.driver import Engine
 from hf_async_store.errors import (
@@ -795,3 +797,31 @@ async def test_a_folder_that_may_not_be_written_to(
             assert not (await store.health())["ok"]
         assert len(journals(srv)) == 1
         assert len((await reopened(srv, layout))[T]) == 4
+
+
+@as_root
+@both_layouts
+def test_120_copies_that_root_makes_are_the_services(srv: Path, layout: str) -> None:
+    """A backup, and what `restore` keeps of a damaged store: the service can read them."""
+    folder = srv / "data"
+    url = f"json:{folder / SINGLE if layout == 'single_file' else folder}"
+    with user(NOBODY, NOBODY):
+        asyncio.run(seed(folder, layout))
+    copy = srv / ("copy" if layout == "split_files" else "copy.json")
+    assert main(["backup", "--copy", str(copy), "--store", url]) == 0
+    with user(NOBODY, NOBODY):
+        asyncio.run(_everything_is_readable(copy))
+    for journal in journals(folder):
+        journal.write_bytes(b"damaged beyond recognition, and longer than a header")
+    assert main(["restore", str(copy), "--store", url]) == 0
+    (aside,) = folder.glob("damaged_*")
+    with user(NOBODY, NOBODY):
+        asyncio.run(_everything_is_readable(aside))
+        assert asyncio.run(reopened(folder, layout))[T].keys() == {"t"}
+    assert {each[:2] for each in owners(folder).values()} == {(NOBODY, NOBODY)}
+
+
+async def _everything_is_readable(copy: Path) -> None:
+    for each in (copy, *copy.iterdir()) if copy.is_dir() else (copy,):
+        assert each.stat().st_uid == NOBODY
+        assert each.is_dir() or each.read_bytes()

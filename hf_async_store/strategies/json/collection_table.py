@@ -15,12 +15,12 @@ from typing import Any, Final, TypeAlias, cast
 
 import msgspec
 
+from hf_async_store.errors import CorruptionError
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.json.serializer import (
     UNREADABLE,
     Held,
     JSONSerializer,
-    not_as_written,
 )
 from hf_async_store.values import Entity, Value
 
@@ -185,12 +185,21 @@ class CollectionTable:
         while self._garbage:
             await reclaim(self._garbage.pop())
 
+    def entity(self, entity_id: str, raw: bytes) -> Entity:
+        """The entity decoded and checked: the caller's own copy.
+
+        Raises:
+            CorruptionError: it is not what this package writes.
+        """
+        assert self._collection is not None, "nobody can name what is not declared"
+        return self._serializer.entity(self._collection, entity_id, raw)
+
     def look(self, entity_id: str, raw: bytes) -> Entity:
         """The entity decoded, to be looked at and not to be given away: it may be cached."""
         cached = self._cache.get(entity_id)
         if cached is not None and cached[0] is raw:
             return cached[1]
-        entity = self._serializer.decode(raw)
+        entity = self.entity(entity_id, raw)
         if cached is not None or len(self._cache) < self._cache_size:
             self._cache[entity_id] = (raw, entity)
         return entity
@@ -281,7 +290,7 @@ class CollectionTable:
         for number, (entity_id, held) in enumerate(zip(ids, texts, strict=True)):
             if number and not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-            value = value_of(self._peek(self.normalized(entity_id, held)))
+            value = value_of(self._indexed(entity_id, held))
             if value is not msgspec.UNSET:
                 _add(index, _scalar(value), entity_id)
         if indexes is self._indexes:  # not given up meanwhile
@@ -312,13 +321,17 @@ class CollectionTable:
             elif before is not None and after is None:
                 went.append(entity_id)
             if self._indexes:
-                self._reindex(entity_id, before, after)
+                try:
+                    self._reindex(entity_id, before, after)
+                except CorruptionError:
+                    self._drop_indexes()  # which lack this change now
+                    raise
         if self._ids is not None and (came or went):
             self._ids = _resorted(self._ids, came, went)
 
     def _reindex(self, entity_id: str, before: Held | None, after: Held | None) -> None:
-        old = None if before is None else self._peek(self.normalized(entity_id, before))
-        new = None if after is None else self._peek(self.normalized(entity_id, after))
+        old = None if before is None else self._indexed(entity_id, before)
+        new = None if after is None else self._indexed(entity_id, after)
         for field, index in self._indexes.items():
             was = getattr(old, field, msgspec.UNSET)
             now = getattr(new, field, msgspec.UNSET)
@@ -326,6 +339,15 @@ class CollectionTable:
                 _discard(index, _scalar(was), entity_id)
             if now is not msgspec.UNSET:
                 _add(index, _scalar(now), entity_id)
+
+    def _indexed(self, entity_id: str, held: Held) -> Any:
+        """The fields of an entity that have an index."""
+        canonical = self.normalized(entity_id, held)
+        try:
+            return self._peek(canonical)
+        except UNREADABLE as exc:
+            assert self._collection is not None, "what is not declared has no index"
+            raise self._serializer.not_as_written(self._collection, entity_id, str(exc)) from exc
 
     def _drop_indexes(self) -> None:
         """Give the indexes up: building them again costs less than settling so many changes."""
@@ -371,15 +393,7 @@ def _indexable(collection: Collection | None) -> frozenset[str]:
 def _peeker(fields: Iterable[str]) -> Any:
     """A decoder of just these fields, which skips over all others."""
     struct = msgspec.defstruct("Peek", [(each, Any, msgspec.UNSET) for each in sorted(fields)])
-    decode = msgspec.json.Decoder(struct).decode
-
-    def peek(canonical: bytes) -> Any:
-        try:
-            return decode(canonical)
-        except UNREADABLE as exc:
-            raise not_as_written(exc) from exc
-
-    return peek
+    return msgspec.json.Decoder(struct).decode
 
 
 def _scalar(value: Value) -> _Scalar:

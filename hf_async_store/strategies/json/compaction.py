@@ -62,7 +62,7 @@ class Compactor:
 
     def __init__(self, engine: JSONEngine) -> None:
         self._engine = engine
-        self._turn = FileLock(engine.files.lock(".fold"), engine.files.ownership)
+        self._fold_lock = FileLock(engine.files.lock(".fold"), engine.files.ownership)
         self._one = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -145,7 +145,7 @@ class Compactor:
             await asyncio.wait([self._task])
 
     def release(self) -> None:
-        self._turn.close()
+        self._fold_lock.close()
 
     def _is_small(self, state: StoreState) -> bool:
         return self._file_bytes(state) <= _SMALL
@@ -168,19 +168,19 @@ class Compactor:
         if (state is None or state.fd < 0) and not self._engine.files.is_there():
             return True  # there is no store, and none is made for this
         async with self._one:
-            if not self._turn.try_lock(exclusive=True):
+            if not self._fold_lock.try_lock(exclusive=True):
                 return False
             try:
                 done = await self._compact()
                 self.failure, self._failures = None, 0
                 return done
             except StorageError as exc:
-                # That others hold the lock is told apart, and for as long as they do.
+                # That others hold the lock is reported by itself, for as long as they do.
                 self.failure = None if isinstance(exc, LockTimeoutError) else exc
                 self._failures += 1
                 raise
             finally:
-                self._turn.unlock()
+                self._fold_lock.unlock()
 
     async def _compact(self) -> bool:
         engine = self._engine
@@ -220,10 +220,10 @@ class Compactor:
         if self._one.locked() or not self.is_behind(state):
             return False
         try:
-            free = self._turn.try_lock(exclusive=True)
+            free = self._fold_lock.try_lock(exclusive=True)
         except StorageError:
             return False
-        self._turn.unlock()
+        self._fold_lock.unlock()
         return free and self.is_behind(state)
 
     def _needs_compaction(self, name: str, state: StoreState) -> bool:

@@ -1,9 +1,9 @@
 """The JSON engine: memory plus a journal.
 
-A read looks at memory, after one `fstat` has told that nobody appended to the journal. A write takes
-the store's write lock, follows what others appended, decides, and appends one record: many changes
-that wait together share it and its sync. The journal is folded into the data files now and then
-(`folding.py`).
+A read is answered from memory, after one `fstat` has shown that no process appended to the journal.
+A write takes the store's write lock, reads what others appended, decides, and appends one record:
+changes that wait at the same time share the record and its sync. The journal is written to the data
+files from time to time (`compaction.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import time
-import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
@@ -108,7 +107,7 @@ _TRIES: Final = 3
 """How often a reader starts over before it asks for the lock."""
 
 _YIELD_MASK: Final = 0x7F
-"""Every so many reads give the loop a turn: reads from memory never wait for anything."""
+"""Every so many reads yield to the event loop: reads from memory never wait for anything."""
 
 
 class _PendingAppend:
@@ -144,8 +143,8 @@ class _Prepared:
 class _ExecutorJob:
     """One call in a worker thread; whoever waits for it may be cancelled, the call is not.
 
-    `run_in_executor` and a shield do the same by four futures and another turn of the loop, which a
-    commit of one entity feels.
+    `run_in_executor` and a shield do the same with four futures and one more iteration of the event
+    loop, which is measurable in a commit of one entity.
     """
 
     __slots__ = ("_call", "_loop", "_waiter", "done", "failure")
@@ -251,7 +250,9 @@ class JSONEngine:
         if raw is None:
             return None
         text = self.serializer.normalize(collection, entity_id, raw)
-        return Record(Key(collection.name, entity_id), self.serializer.decode(text))
+        return Record(
+            Key(collection.name, entity_id), self.serializer.entity(collection, entity_id, text)
+        )
 
     async def exists(self) -> bool:
         self.refuse_closed()
@@ -396,7 +397,7 @@ class JSONEngine:
                 and not self._files_changed(state)
             )
         except OSError:
-            return False  # told where it is looked at in full
+            return False  # the full check reports it
 
     async def _follow(self) -> StoreState:
         async with self._refreshing:
@@ -502,8 +503,8 @@ class JSONEngine:
             if first is None or first[0].kind is not Kind.HEAD:
                 raise JournalMissing(f"{path} has no head yet")
             head, end = first
-            told = read_head(head.payload)
-            if told.alone or not self._knows(state, told):
+            found = read_head(head.payload)
+            if found.alone or not self._knows(state, found):
                 os.close(fd)
                 return False
         except BaseException:
@@ -563,7 +564,7 @@ class JSONEngine:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        reader = Snapshot(await self.current(), self.serializer)
+        reader = Snapshot(await self.current())
         try:
             yield reader
         finally:
@@ -796,7 +797,7 @@ class JSONEngine:
             os.close(self._write_fd)
             self._write_fd = -1
 
-    # -- life --------------------------------------------------------------------------------
+    # -- lifecycle ---------------------------------------------------------------------------
 
     async def recover(self, which: str) -> None:
         """Settle a data file that was replaced by hand, or a damaged journal: "file", "journal" or
@@ -924,7 +925,7 @@ class JSONEngine:
                 f"this one, holds {self.files.lock()}. A suspended process holds it until it goes on"
             ]
         except (PermissionDeniedError, ReadOnlyStoreError):
-            return []  # told by the probe
+            return []  # the probe reports it
 
     async def _unreadable(self, state: StoreState) -> list[Value]:
         """What is wrong with entities that came from elsewhere and that nobody has read yet."""
@@ -999,11 +1000,10 @@ class JSONEngine:
         if self._closed:
             raise StoreClosedError("this store was closed")
 
-    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        """Nothing is lost: the journal holds what was acknowledged."""
+    def __del__(self) -> None:
+        """Nothing is lost: the journal holds what was acknowledged. The store warns."""
         if getattr(self, "_closed", True) or self._state is None:
             return  # it was closed, or never did anything
-        warn(f"unclosed store in {self.files.folder}", ResourceWarning, source=self)
         self._close_writer()
         self._state.close()
         self._registry.close()
@@ -1013,7 +1013,7 @@ class JSONEngine:
 
 
 class _SessionContext:
-    """A transaction on the JSON engine: it takes the write lock with its first verb."""
+    """A transaction on the JSON engine: it takes the write lock at its first operation."""
 
     def __init__(self, engine: JSONEngine) -> None:
         self._engine = engine

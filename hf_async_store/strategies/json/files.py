@@ -117,8 +117,30 @@ class FileManager:
         return self._collections
 
     def add(self, name: str, collection: str | None) -> None:
-        """Take a file in that the journal knows and this configuration does not."""
-        self._collections.setdefault(name, collection)
+        """Take a file in that the journal names and this configuration does not: one of split
+        files, of a collection that only other processes declare.
+
+        Raises:
+            CorruptionError: no store writes a journal that names it.
+            ConfigurationError: this configuration keeps the collection in another file, or keeps
+                another collection in this one.
+        """
+        if name in self._collections and self._collections[name] == collection:
+            return
+        named = f"the journal of {self.folder} names the file {name!r}"
+        # What it names is read, and replaced by the next fold.
+        if self.single or collection is None or is_reserved(name):
+            raise CorruptionError(
+                f"{named}, which is no data file of this store. Restore a backup "
+                "(`hf-async-store restore`), or take the data files alone: `hf-async-store "
+                "checkpoint --adopt-file`"
+            )
+        if name in self._collections or collection in self._collections.values():
+            raise ConfigurationError(
+                f"{named} for the collection {collection!r}; filenames.split_files does not. Give "
+                "the file the same name in the configuration of every process"
+            )
+        self._collections[name] = collection
 
     def path(self, name: str) -> Path:
         """Where a data file is written."""
@@ -598,6 +620,11 @@ class _Places:
                 f"{base / name} and {base / name}{_PACKED} lead to two files: move one away"
             )
         return next(iter(found), None)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether no data file can have this name."""
+    return name.casefold().endswith(_PACKED) or _RESERVED.fullmatch(name) is not None
 
 
 def _refuse_reserved(name: str, *, single: bool) -> None:

@@ -12,7 +12,7 @@ harmless. A SEAL ends a generation, and a FOLD names the data files that hold ev
 generation.
 
 Header and payload have checksums of their own. So an incomplete last record, the one trace that an
-interrupted append leaves, is told from damage: everything else that is bad is corruption.
+interrupted append leaves, is distinguished from damage: everything else that is bad is corruption.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Brings a large foreign layout into ours, in a process of its own: one entity a line.
+"""Converts a large foreign layout to ours, in a process of its own: one entity a line.
 
 Cutting a file that lies one entity a line takes many small steps; any other layout takes one step over
 all of it, which would hold the event loop of the service that opens it. Values are not touched.

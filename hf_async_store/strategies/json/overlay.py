@@ -16,7 +16,7 @@ import msgspec
 
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.driver import QueryPlan, batched
-from hf_async_store.errors import StorageError
+from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.preconditions import (
     check,
     check_children,
@@ -104,19 +104,22 @@ class OverlayView:
         return records
 
     def record(self, key: Key, raw: bytes | None) -> Record | None:
-        return None if raw is None else Record(key, self._serializer.decode(raw))
+        return None if raw is None else Record(key, self._entity(key, raw))
+
+    def _entity(self, key: Key, raw: bytes) -> Entity:
+        return self._state.sections[key.collection].entity(key.id, raw)
 
     # -- queries -----------------------------------------------------------------------------
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         section = self._state.sections[query.collection]
         access = await self._access(query, section)
-        decode = self._serializer.decode
         if not query.order:
             async with aclosing(self._by_id(query, section, access)) as rows:
                 async for piece in rows:
                     for entity_id, raw in piece:
-                        yield Record(Key(query.collection, entity_id), decode(raw))
+                        entity = section.entity(entity_id, raw)
+                        yield Record(Key(query.collection, entity_id), entity)
             return
         ids, held = self._candidates(query, section, access)
         pieces = self._matching(query, section, access, ids, held)
@@ -124,7 +127,7 @@ class OverlayView:
         async with aclosing(pieces):
             async for entity_id, _ in ordered(pieces, query, keep=False):
                 raw = section.normalized(entity_id, held[entity_id])
-                yield Record(Key(query.collection, entity_id), decode(raw))
+                yield Record(Key(query.collection, entity_id), section.entity(entity_id, raw))
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
@@ -135,10 +138,9 @@ class OverlayView:
             return
         section = self._state.sections[query.collection]
         access = await self._access(query, section)
-        decode = self._serializer.decode
         async with aclosing(self._by_id(query, section, access)) as rows:
             async for piece in rows:
-                yield [decode(raw) for _, raw in piece]
+                yield [section.entity(entity_id, raw) for entity_id, raw in piece]
 
     async def count(self, query: Query) -> int:
         section = self._state.sections[query.collection]
@@ -318,7 +320,7 @@ class OverlayView:
     def _put(self, change: Put) -> int:
         key = change.key
         raw = self.stored_bytes(key.collection, key.id)
-        actual = None if raw is None else self._serializer.version(raw)
+        actual = self._version(key, raw)
         self._check(change, actual, raw)
         version = change.import_version
         entity = change.entity
@@ -331,17 +333,20 @@ class OverlayView:
         return version
 
     def _with_created_at(self, change: Put, raw: bytes | None) -> Entity:
-        kept = change.written_at if raw is None else self._serializer.created_at(raw)
+        kept: str | msgspec.UnsetType | None = change.written_at
+        if raw is not None:
+            collection = self._schema[change.key.collection]
+            kept = self._serializer.created_at(collection, change.key.id, raw)
         return change.entity if kept is msgspec.UNSET else {**change.entity, CREATED_AT: kept}
 
     def _patch(self, change: Patch) -> int:
         key = change.key
         raw = self.stored_bytes(key.collection, key.id)
-        actual = None if raw is None else self._serializer.version(raw)
+        actual = self._version(key, raw)
         self._check(change, actual, raw)
         assert raw is not None, "a patch expects PRESENT or a version"
         version = next_version(key, actual)
-        entity = patched(self._serializer.decode(raw), change.fields, version)
+        entity = patched(self._entity(key, raw), change.fields, version)
         del entity[VERSION]
         text = self._serializer.encode(entity, version)
         if len(text) > _LIGHT:
@@ -352,10 +357,8 @@ class OverlayView:
 
     async def _delete(self, change: Delete) -> int | None:
         key = change.key
-        raw = self.stored_bytes(key.collection, key.id)
-        actual = None if raw is None else self._serializer.version(raw)
-        self._check(change, actual, raw)
-        if raw is not None:
+        actual = self._version_to_delete(change)
+        if actual is not None:
             if self._references:
                 for child, field in self._schema.children[key.collection]:
                     await self._state.sections[child.name].index(field.name)
@@ -363,16 +366,34 @@ class OverlayView:
             self._stage(change, None)
         return actual
 
+    def _version_to_delete(self, change: Delete) -> int | None:
+        """The stored version; None if there is no such entity, 0 of one that is damaged: where no
+        version is expected, it can still be deleted."""
+        try:
+            raw = self.stored_bytes(change.key.collection, change.key.id)
+            actual = self._version(change.key, raw)
+            self._check(change, actual, raw)
+        except CorruptionError:
+            if change.expect is not ANY:
+                raise
+            return 0
+        return actual
+
+    def _version(self, key: Key, raw: bytes | None) -> int | None:
+        if raw is None:
+            return None
+        return self._serializer.version(self._schema[key.collection], key.id, raw)
+
     def _check(self, change: Change, actual: int | None, raw: bytes | None) -> None:
         """The condition; the entity is decoded only to explain a refusal."""
         expect = change.expect
         if expect is not ANY and expect != actual:
-            current = None if raw is None else self._serializer.decode(raw)
+            current = None if raw is None else self._entity(change.key, raw)
             check(change.key, expect, actual, current)
 
     def _check_parents(self, change: Change, raw: bytes | None) -> None:
         if self._references and missing_parents(self._schema, change, self.exists):
-            current = None if raw is None else self._serializer.decode(raw)
+            current = None if raw is None else self._entity(change.key, raw)
             check_parents(self._schema, change, current, self.exists)
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:

@@ -428,7 +428,14 @@ class StoreLoader:
         Args:
             adopting: note in the state what of it the data files lacked.
         """
-        images = await _images(entry)
+        try:
+            images = await _images(entry)
+        except CorruptionError as exc:
+            raise CorruptionError(
+                f"{self._files.journal(state.generation)}: {exc}. Restore a backup "
+                "(`hf-async-store restore`), or go on with what can be read: `hf-async-store "
+                "checkpoint --adopt-readable`"
+            ) from exc
         for name in images.keys() - state.sections.keys():
             state.sections[name] = self._revived(state, name)
         held_already = {

@@ -1,4 +1,4 @@
-"""The text of entities and files: encoding, decoding, and cutting a file into entities undecoded.
+"""The JSON of entities and files: encoding, decoding, and cutting a file into entities undecoded.
 
 An entity is held as the bytes of its JSON text, `version` first. Bytes of that form are canonical:
 this package wrote them from checked values. What came from elsewhere is held as `msgspec.Raw` until
@@ -27,7 +27,7 @@ UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoders raise."""
 
 _FILE_WAY_BACK: Final = (
-    "Nothing was changed. Mend the file, or restore a backup (`hf-async-store restore`)"
+    "Nothing was changed. Correct the file, or restore a backup (`hf-async-store restore`)"
 )
 _STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TOKEN: Final = re.compile(_STRING + rb"|-?(?:NaN|Infinity)\b", re.DOTALL)
@@ -41,7 +41,10 @@ _MEMBERS: Final = 512
 PIECE: Final = 1 << 19
 """How many bytes of a file are cut in one go: about 1 ms."""
 
-_WAY_BACK: Final = "Mend it in the data file, or restore a backup (`hf-async-store restore`)"
+_WAY_BACK: Final = (
+    "Correct it in the data file, restore a backup (`hf-async-store restore`), or delete it "
+    "(without an expected version)"
+)
 
 encode_text = msgspec.json.Encoder().encode
 _decode = cast("msgspec.json.Decoder[Entity]", msgspec.json.Decoder()).decode
@@ -72,27 +75,53 @@ class JSONSerializer:
         return b"".join((_PREFIX, b"%d," % version, encode_text(entity)[1:]))
 
     def decode(self, canonical: bytes) -> Entity:
-        """The entity, `version` in it: the caller's own copy.
+        """The entity that `encode` was given, `version` in it: the caller's own copy."""
+        return _decode(canonical)
+
+    def entity(self, collection: Collection, entity_id: str, canonical: bytes) -> Entity:
+        """A stored entity, `version` in it: the caller's own copy.
+
+        The checksums of journal and data file protect against damage, not against a program that
+        wrote something else together with the right checksum. So what a caller relies on is
+        checked here.
 
         Raises:
-            CorruptionError: it is not what was written.
+            CorruptionError: it is not what this package writes.
         """
         try:
-            return _decode(canonical)
+            entity = _decode(canonical)
         except UNREADABLE as exc:
-            raise not_as_written(exc) from exc
+            raise self.not_as_written(collection, entity_id, str(exc)) from exc
+        if entity.get(collection.key) != entity_id:
+            found = entity.get(collection.key, "missing")
+            raise self.not_as_written(collection, entity_id, f"{collection.key} is {found!r}")
+        version = entity.get(VERSION)
+        if type(version) is not int or version < 0:
+            raise self.not_as_written(collection, entity_id, f"{VERSION} is {version!r}")
+        return entity
 
-    def version(self, canonical: bytes) -> int:
+    def version(self, collection: Collection, entity_id: str, canonical: bytes) -> int:
         try:
             return int(canonical[len(_PREFIX) : canonical.index(b",", len(_PREFIX))])
         except ValueError as exc:
-            raise not_as_written(exc) from exc
+            raise self.not_as_written(collection, entity_id, "it has no version") from exc
 
-    def created_at(self, canonical: bytes) -> str | msgspec.UnsetType | None:
+    def created_at(
+        self, collection: Collection, entity_id: str, canonical: bytes
+    ) -> str | msgspec.UnsetType | None:
         try:
             return _created(canonical).created_at
         except UNREADABLE as exc:
-            raise not_as_written(exc) from exc
+            raise self.not_as_written(collection, entity_id, str(exc)) from exc
+
+    def not_as_written(self, collection: Collection, entity_id: str, why: str) -> CorruptionError:
+        """The error for an entity that passed for ours and is not what this package writes."""
+        place = self._place(collection.name)
+        return CorruptionError(
+            f"{collection.name} {entity_id!r}{place and f'{place} or its journal'} is not what this "
+            f"store writes: {why}. Restore a backup (`hf-async-store restore`), or delete it "
+            "(without an expected version)"
+        )
 
     def normalize(self, collection: Collection, entity_id: str, raw: Held) -> bytes:
         """The canonical text of an entity that something else wrote.
@@ -159,14 +188,6 @@ def compact(raw: Held) -> bytes:
 
 def _without_newlines(token: re.Match[bytes]) -> bytes:
     return token[0].replace(b"\r", b"\\r").replace(b"\n", b"\\n")
-
-
-def not_as_written(exc: Exception) -> CorruptionError:
-    """The error for bytes of ours that are no longer what they were."""
-    return CorruptionError(
-        f"an entity that this store wrote cannot be read: {exc}. Restore a backup "
-        "(`hf-async-store restore`)"
-    )
 
 
 def _cause(text: bytes) -> str | None:

@@ -21,7 +21,6 @@ from hf_async_store.values import Entity, Key
 if TYPE_CHECKING:
     from hf_async_store.strategies.json.collection_table import CollectionTable, SnapshotDelta
     from hf_async_store.strategies.json.recovery import StoreState
-    from hf_async_store.strategies.json.serializer import JSONSerializer
 
 _CHUNK_SIZE: Final = 512
 
@@ -33,8 +32,7 @@ class Snapshot:
         state: current at the moment that is kept.
     """
 
-    def __init__(self, state: StoreState, serializer: JSONSerializer) -> None:
-        self._serializer = serializer
+    def __init__(self, state: StoreState) -> None:
         self._sections: dict[str, tuple[CollectionTable, SnapshotDelta]] = {
             name: (section, section.pin())
             for name, section in state.sections.items()
@@ -45,15 +43,12 @@ class Snapshot:
         for section, past in self._sections.values():
             await section.unpin(past)
 
-    def _raw(self, collection: str, entity_id: str) -> bytes | None:
-        section, past = self._sections[collection]
-        return section.raw_before(past, entity_id)
-
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         found: list[Record | None] = []
         for number, key in enumerate(keys, 1):
-            raw = self._raw(key.collection, key.id)
-            found.append(None if raw is None else Record(key, self._serializer.decode(raw)))
+            section, past = self._sections[key.collection]
+            raw = section.raw_before(past, key.id)
+            found.append(None if raw is None else Record(key, section.entity(key.id, raw)))
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return found
@@ -102,17 +97,17 @@ class Snapshot:
         if query.after is not None and not query.order:
             first = bisect_right(ids, query.after.id)
         matches = compile_filter(query.where)
-        decode = self._serializer.decode
+        decode = section.entity
         everything = query.where == EVERYTHING
         for start in range(first, len(ids), _CHUNK_SIZE):
             part = ids[start : start + _CHUNK_SIZE]
             if past.before or past.whole is not None:
-                raws = [(each, self._raw(query.collection, each)) for each in part]
-                found = [(each, decode(raw)) for each, raw in raws if raw is not None]
+                raws = [(each, section.raw_before(past, each)) for each in part]
+                found = [(each, decode(each, raw)) for each, raw in raws if raw is not None]
             else:  # nothing has changed since, so all that is held is what was
                 held = map(section.held.__getitem__, part)
                 found = [
-                    (each, decode(raw if type(raw) is bytes else section.normalized(each, raw)))
+                    (each, decode(each, section.normalized(each, raw)))
                     for each, raw in zip(part, held, strict=True)
                 ]
             yield found if everything else [row for row in found if matches(row[1])]

@@ -1,4 +1,4 @@
-"""`JSONStorageStrategy`: the store on JSON files, and the verbs that only it has."""
+"""`JSONStorageStrategy`: the store on JSON files, and the methods that only it has."""
 
 from __future__ import annotations
 
@@ -58,12 +58,15 @@ class JSONStorageStrategy(StorageStrategy):
         self._json = JSONEngine(strategy_config(loaded, JSONConfig), schema)
         super().__init__(self._json, schema, loaded)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} in {self._json.files.folder}>"
+
     # -- locks and whole files ---------------------------------------------------------------
 
     def acquire_read_lock(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
         """Hold the store so that nobody writes, in this process or another, while others may read.
 
-        Inside, `read_file` is what to use; the entity verbs are refused.
+        Inside, `read_file` is what to use; the methods for entities are refused.
 
         Raises:
             LockTimeoutError: not free within `timeout` seconds (the configured `lock_timeout`).
@@ -103,7 +106,8 @@ class JSONStorageStrategy(StorageStrategy):
         raw = state.kept(MIGRATION_COLLECTION.name, MIGRATION_KEY.id)
         if raw is not None:
             text = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
-            move = migration_state_in(Record(MIGRATION_KEY, self._json.serializer.decode(text)))
+            found = self._json.serializer.entity(MIGRATION_COLLECTION, MIGRATION_KEY.id, text)
+            move = migration_state_in(Record(MIGRATION_KEY, found))
             assert move is not None, "there is a record"
             elsewhere = move.role == "source" and move.phase not in ("COPYING", "CUTTING_OVER")
             raise not_followed(what, move.other if elsewhere else None)
@@ -188,7 +192,7 @@ class JSONStorageStrategy(StorageStrategy):
         for number, entity_id in enumerate(list(section.held), 1):
             raw = section.canonical(entity_id)
             if raw is not None:
-                found[entity_id] = self._json.serializer.decode(raw)
+                found[entity_id] = section.entity(entity_id, raw)
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return found
@@ -239,7 +243,7 @@ class JSONStorageStrategy(StorageStrategy):
                 stamped = {CREATED_AT: at, **entity, UPDATED_AT: at}
                 images[entity_id] = serializer.encode(stamped, cast("int", given))
             else:
-                current = serializer.decode(raw)
+                current = section.entity(entity_id, raw)
                 version = cast("int", current.pop(VERSION))
                 kept = {CREATED_AT: current[CREATED_AT]} if CREATED_AT in current else {}
                 entity = {**kept, **entity}
