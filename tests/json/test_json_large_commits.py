@@ -20,7 +20,7 @@ from hf_async_store.query import build_query
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.json import engine as json_engine
 from hf_async_store.strategies.json import journal
-from hf_async_store.strategies.json.serializer import PIECE
+from hf_async_store.strategies.json.serializer import CHUNK_BYTES
 from hf_async_store.values import Key
 from tests.json.support import (
     LAYOUTS,
@@ -222,9 +222,9 @@ async def test_large_journals_are_read_in_blocks_and_off_the_loop(
         await store.write_file(wanted)
     monkeypatch.setattr(os, "pread", pread)
     assert (await other.get_entity("machines", "m00010") or {})["name"] == "n" * 1000
-    assert max(size for _, size in reads) <= PIECE < sum(size for _, size in reads) // 8
+    assert max(size for _, size in reads) <= CHUNK_BYTES < sum(size for _, size in reads) // 8
     on_the_loop = sum(size for name, size in reads if name == threading.main_thread().name)
-    assert on_the_loop < 2 * PIECE
+    assert on_the_loop < 2 * CHUNK_BYTES
     assert plain(await whole(other)) == {**NEW, "machines": large}
     await abandon(other)
     await abandon(store)

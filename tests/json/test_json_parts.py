@@ -247,6 +247,14 @@ def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
             assert not all(iter_json.values()), "only an empty section lies otherwise"
 
 
+@pytest.mark.parametrize("missing", [b"{", b"},"])
+def test_a_commit_whose_brace_is_missing_is_not_cut(missing: bytes) -> None:
+    entity = SERIALIZER.encode({"id": "x"}, 3)
+    payload = b"".join(commit_text({"one": {"x": entity}, "two": {"x": entity}}))
+    with pytest.raises(NotOurs):
+        asyncio.run(cut_commit([payload.replace(missing, b"", 1)]))
+
+
 @given(
     st.dictionaries(ids, st.dictionaries(ids, small, min_size=1, max_size=3), min_size=1),
     st.data(),
@@ -417,7 +425,7 @@ def test_lines_are_cut_as_they_were_written(
     images = {each: SERIALIZER.encode({**one, "id": each}, 1) for each, one in section.items()}
     text = b"{\n" + section_lines(images) + (b"\n" if images else b"") + b"}\n"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_async_store.strategies.json.serializer.PIECE", piece)
+        patch.setattr("hf_async_store.strategies.json.serializer.CHUNK_BYTES", piece)
         found, end = _cut(text, ours=ours)
     assert end == len(text) - 2
     assert {each: bytes(raw) for each, raw in found.items()} == images
@@ -650,6 +658,6 @@ def test_indexes_are_right_while_changes_come(
 def _in_small_pieces(run: Any) -> None:
     """Pieces of two, so that few entities are enough to give the loop many turns."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("_CHUNK_SIZE", 2), ("_SORT_PIECE", 2), ("_MUCH", 5), ("_FEW", 1)):
+        for name, size in (("_CHUNK_SIZE", 2), ("_SORT_CHUNK", 2), ("_MUCH", 5), ("_FEW", 1)):
             patch.setattr(section_module, name, size)
         asyncio.run(run())

@@ -37,6 +37,7 @@ from tests.json.support import (
     abandon,
     data_files,
     journals,
+    never_folds,
     open_json,
     parsed,
     reopened,
@@ -234,6 +235,7 @@ async def _torn(folder: Path, layout: str, tear: Callable[[bytes], bytes]) -> tu
         await store.save_entity("templates", {"template_id": "t0", "name": "filed"})
         await store.checkpoint()
     store = await open_json(folder, layout).open()
+    never_folds(store)
     await store.save_entity("templates", {"template_id": "t1"})
     await store.save_entity("machines", {"machine_id": "m1", "name": "ü"})
     await store.save_entity("templates", {"template_id": "t2"})
@@ -273,6 +275,7 @@ async def test_85_what_leans_on_the_damage_is_left_out_and_kept(tmp_path: Path) 
 async def test_85_an_open_store_follows_the_adoption(tmp_path: Path, torn: str) -> None:
     """It had read what the disk lost since: memory must not be of another opinion than the files."""
     async with open_json(tmp_path) as other:
+        never_folds(other)
         before, damaged = await _torn(tmp_path, "single_file", lambda torn: torn)
         assert await other.get_entity("templates", "lost")
         [journal] = journals(tmp_path)

@@ -30,15 +30,15 @@ _CHUNK_SIZE: Final = 512
 _FEW: Final = 8
 """Up to this many ids are put into the sorted list one by one."""
 
-_SORT_PIECE: Final = 16_384
+_SORT_CHUNK: Final = 16_384
 _MUCH: Final = 4096
 """So many changes may wait for the next query at least, before the indexes are given up instead."""
 
 _SHARE: Final = 8
 """Changes to more than this part of a section are made to a copy of it, in pieces."""
 
-_FREE_PIECE: Final = 2048
-_MERGE_PIECE: Final = 1024
+_FREE_CHUNK: Final = 2048
+_MERGE_CHUNK: Final = 1024
 
 Before: TypeAlias = "dict[str, Held | None]"
 """What entities were before they changed; None: not there."""
@@ -134,7 +134,7 @@ class CollectionTable:
         merged = self.held.copy()  # one step, and a large one
         await asyncio.sleep(0)
         left = iter(images.items())
-        while part := dict(islice(left, _MERGE_PIECE)):
+        while part := dict(islice(left, _MERGE_CHUNK)):
             self._put(merged, part)
             await asyncio.sleep(0)
         return merged
@@ -361,7 +361,7 @@ class CollectionTable:
 async def reclaim(garbage: dict[Any, Any]) -> None:
     """Empty it in pieces."""
     while garbage:
-        for _ in range(min(len(garbage), _FREE_PIECE)):
+        for _ in range(min(len(garbage), _FREE_CHUNK)):
             garbage.popitem()
         await asyncio.sleep(0)
 
@@ -369,8 +369,8 @@ async def reclaim(garbage: dict[Any, Any]) -> None:
 async def _sorted(unsorted: Iterable[str]) -> tuple[str, ...]:
     rest = list(unsorted)
     ids: list[str] = []
-    for start in range(0, len(rest), _SORT_PIECE):
-        ids += sorted(rest[start : start + _SORT_PIECE])
+    for start in range(0, len(rest), _SORT_CHUNK):
+        ids += sorted(rest[start : start + _SORT_CHUNK])
         await asyncio.sleep(0)
     ids.sort()  # merges sorted runs, which takes a fraction of sorting
     return tuple(ids)

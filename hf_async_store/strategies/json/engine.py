@@ -99,9 +99,9 @@ log: Final = logging.getLogger("hf_async_store.json")
 _FILE_CHECK_SECONDS: Final = 0.05
 """How often reads look whether a data file was replaced by hand. Writes always look."""
 
-_LARGE_PIECE: Final = 1 << 16
+_LARGE_CHUNK: Final = 1 << 16
 _LARGE_RECORD: Final = 1 << 22
-_HEALTH_PIECE: Final = 128
+_HEALTH_CHUNK: Final = 128
 _HEALTH_LOCK_SECONDS: Final = 5.0
 _TRIES: Final = 3
 """How often a reader starts over before it asks for the lock."""
@@ -634,7 +634,7 @@ class JSONEngine:
         payload: list[bytes] = []
         for piece in commit_text(images):
             payload.append(piece)
-            if len(piece) > _LARGE_PIECE:
+            if len(piece) > _LARGE_CHUNK:
                 await asyncio.sleep(0)
         merged = await state.merged(images)
         try:
@@ -938,7 +938,7 @@ class JSONEngine:
                     section.canonical(entity_id)
                 except CorruptionError as exc:
                     found.append(str(exc))
-                if not number % _HEALTH_PIECE:
+                if not number % _HEALTH_CHUNK:
                     await asyncio.sleep(0)
         return found
 

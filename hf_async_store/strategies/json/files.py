@@ -40,7 +40,7 @@ _RESERVED: Final = re.compile(
 )
 """Names that the store gives its own files."""
 
-_UNPACKED_PIECE: Final = 1 << 20
+_UNPACKED_CHUNK: Final = 1 << 20
 _UNPACKED_BYTES: Final = 64 << 20
 _UNPACKED_RATIO: Final = 100
 """A packed file of others may unpack to this many bytes at least, or to this many times its size."""
@@ -540,7 +540,7 @@ def _unpacked(path: Path, data: bytes, limit: int) -> bytes:
     while left:  # a gzip file may have several members
         unpacker = zlib.decompressobj(wbits=31)
         while not unpacker.eof:
-            piece = unpacker.decompress(left, _UNPACKED_PIECE)
+            piece = unpacker.decompress(left, _UNPACKED_CHUNK)
             left = unpacker.unconsumed_tail
             if not piece and not left and not unpacker.eof:
                 raise zlib.error("it ends too early")

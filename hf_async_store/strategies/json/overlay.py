@@ -41,13 +41,13 @@ from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity,
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
 
-_DECIDE_PIECE: Final = 128
+_DECIDE_CHUNK: Final = 128
 _FEW: Final = 1000
 _SHARE: Final = 8
 """Up to this part of a section is taken out of it one by one."""
 
-_READ_PIECE: Final = 1024
-_LOOK_PIECE: Final = 256
+_READ_CHUNK: Final = 1024
+_LOOK_CHUNK: Final = 256
 """Pairs with a map in them are counted by the collector: fewer than make it run are alive at a time."""
 
 _LIGHT: Final = MAX_ENTITY_BYTES // 8
@@ -92,13 +92,13 @@ class OverlayView:
         return key.id in self._state.sections[key.collection].held
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        if len(keys) <= _READ_PIECE:
+        if len(keys) <= _READ_CHUNK:
             return [self.record(key, self.stored_bytes(key.collection, key.id)) for key in keys]
         # All bytes first: they are what was stored at one moment.
         raws = [self.stored_bytes(key.collection, key.id) for key in keys]
         records: list[Record | None] = []
-        for start in range(0, len(keys), _READ_PIECE):
-            part = slice(start, start + _READ_PIECE)
+        for start in range(0, len(keys), _READ_CHUNK):
+            part = slice(start, start + _READ_CHUNK)
             records += map(self.record, keys[part], raws[part])
             await asyncio.sleep(0)
         return records
@@ -259,8 +259,8 @@ class OverlayView:
     ) -> AsyncGenerator[list[tuple[str, bytes]], None]:
         """The candidates that match, with their bytes, in pieces."""
         matches = compile_filter(query.where)
-        for start in range(0, len(ids), _READ_PIECE):
-            part = slice(start, start + _READ_PIECE)
+        for start in range(0, len(ids), _READ_CHUNK):
+            part = slice(start, start + _READ_CHUNK)
             rows = [(each, section.normalized(each, held[each])) for each in ids[part]]
             if not access.whole or (access.ids is not None and self.layers):
                 rows = [row for row in rows if matches(section.look(*row))]
@@ -278,8 +278,8 @@ class OverlayView:
         """The candidates that match, decoded to be looked at, in pieces."""
         matches = compile_filter(query.where)
         await asyncio.sleep(0)  # copying the candidates took its time
-        for start in range(0, len(ids), _LOOK_PIECE):
-            part = slice(start, start + _LOOK_PIECE)
+        for start in range(0, len(ids), _LOOK_CHUNK):
+            part = slice(start, start + _LOOK_CHUNK)
             found = (
                 (each, section.look(each, section.normalized(each, held[each])))
                 for each in ids[part]
@@ -296,7 +296,7 @@ class OverlayView:
             outcomes.append(await self._decided(change))
             if isinstance(outcomes[-1], StorageError):
                 break
-            if not number % _DECIDE_PIECE:
+            if not number % _DECIDE_CHUNK:
                 await asyncio.sleep(0)
         return outcomes
 
@@ -305,7 +305,7 @@ class OverlayView:
         outcomes: list[Outcome] = []
         for number, change in enumerate(changes, 1):
             outcomes.append(await self._decided(change))
-            if not number % _DECIDE_PIECE:
+            if not number % _DECIDE_CHUNK:
                 await asyncio.sleep(0)
         return outcomes
 

@@ -35,7 +35,7 @@ from hf_async_store.strategies.json.journal import (
     scan,
 )
 from hf_async_store.strategies.json.serializer import (
-    PIECE,
+    CHUNK_BYTES,
     UNREADABLE,
     Held,
     JSONSerializer,
@@ -69,8 +69,8 @@ it takes one step, which would hold the loop."""
 
 _SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
-_TAIL_PIECE: Final = 1 << 20
-_FREE_PIECE: Final = 8
+_TAIL_CHUNK: Final = 1 << 20
+_FREE_CHUNK: Final = 8
 
 Merged: TypeAlias = Mapping[str, "dict[str, Held]"]
 """Sections by name, with the images of a commit in them already."""
@@ -663,7 +663,7 @@ class _EntryBuffer:
             for entry, end in entries:
                 self.entries.append((entry, end))
                 size += entry.size
-                if size > _TAIL_PIECE:
+                if size > _TAIL_CHUNK:
                     self.more = True
                     return
         except CorruptionError as exc:
@@ -672,7 +672,7 @@ class _EntryBuffer:
 
 async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:
     """The post-images in a COMMIT."""
-    if entry.size > PIECE:
+    if entry.size > CHUNK_BYTES:
         with suppress(NotOurs):
             return await cut_commit(entry.pieces)
     return read_commit(entry.payload)
@@ -699,7 +699,8 @@ async def cut_commit(pieces: Sequence[bytes]) -> dict[str, dict[str, bytes | Non
                 await asyncio.sleep(0)
                 continue
             line, _, rest = rest.partition(b"\n")
-            name = _name_of(line.removeprefix(b"}," if found else b"{"))
+            begins = b"}," if found else b"{"
+            name = _name_of(line.removeprefix(begins)) if line.startswith(begins) else ""
             ended = line == b"}}"
             if name:
                 if name in found:
@@ -739,12 +740,12 @@ def _cut_part(lines: bytes) -> tuple[dict[str, Held], bytes, bool]:
 
 async def reclaim_images(entry: Entry, images: Mapping[str, dict[str, bytes | None]]) -> None:
     """Free a commit that was taken over, in pieces: at once it would hold the loop."""
-    if entry.size <= PIECE:
+    if entry.size <= CHUNK_BYTES:
         return
     for each in images.values():
         await reclaim(each)
     while entry.pieces:
-        del entry.pieces[-_FREE_PIECE:]
+        del entry.pieces[-_FREE_CHUNK:]
         await asyncio.sleep(0)
 
 
@@ -785,7 +786,7 @@ def read_blocks(fd: int, offset: int, size: int, path: Path) -> Iterator[bytes]:
     """What a journal holds from `offset` up to `size`, block by block."""
     while offset < size:
         try:
-            block = os.pread(fd, min(PIECE, size - offset), offset)
+            block = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
         except OSError as exc:
             raise translate_os_error(exc, f"read {path}") from exc
         if not block:

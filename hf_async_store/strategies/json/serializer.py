@@ -38,7 +38,7 @@ _ESCAPE: Final = re.compile(
 )
 _NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
 _MEMBERS: Final = 512
-PIECE: Final = 1 << 19
+CHUNK_BYTES: Final = 1 << 19
 """How many bytes of a file are cut in one go: about 1 ms."""
 
 _WAY_BACK: Final = (
@@ -245,7 +245,7 @@ def cut_lines(data: bytes, start: int, *, ours: bool) -> Iterator[dict[str, Held
     if data[start : start + 1] == b"}":
         yield start
         return
-    while (stop := data.find(b"\n", start + PIECE)) >= 0:
+    while (stop := data.find(b"\n", start + CHUNK_BYTES)) >= 0:
         try:
             piece = cut_piece(data[start:stop], last=False, ours=ours)
         except NotOurs:

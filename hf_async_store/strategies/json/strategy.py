@@ -33,7 +33,7 @@ from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, utc_now
 
 _CHUNK_SIZE: Final = 256
-_CHECK_PIECE: Final = 8192
+_CHECK_CHUNK: Final = 8192
 
 
 class JSONStorageStrategy(StorageStrategy):
@@ -233,7 +233,7 @@ class JSONStorageStrategy(StorageStrategy):
         for number, entity_id in enumerate(list(section.held), 1):
             if entity_id not in wanted:
                 images[entity_id] = None
-            if not number % _CHECK_PIECE:
+            if not number % _CHECK_CHUNK:
                 await asyncio.sleep(0)
         for number, entity_id in enumerate(list(wanted), 1):
             entity = serializer.decode(wanted.pop(entity_id))
