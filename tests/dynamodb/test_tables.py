@@ -276,7 +276,7 @@ async def test_auto_scaling(
 ) -> None:
     """Its API checks that the tables are there: so here the tables are on its server, too."""
     prefix = new_prefix()
-    async with store_at(moto, prefix, HOST_FACTORY, auto_scaling=given) as store:
+    async with store_at(moto, prefix, HOST_FACTORY, auto_scaling=given, read_timeout=60) as store:
         await store.create_tables()
         await store.create_tables()
         beside: Any = await store.compare_tables()
