@@ -689,7 +689,7 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("postgresql://h/db?username=a@b", "in user, password and name, @ : / ? and % must be"),
         ("postgresql://h/db/more", "in user, password and name, @ : / ? and % must be"),
         ("dynamodb:us-east-1", "expected dynamodb://REGION/PREFIX"),
-        ("dynamodb://key:value@us-east-1/p", "takes no user, password or port"),
+        ("dynamodb://key:value@us-east-1/p", "dynamodb://REGION/PREFIX takes no user"),
         ("memory:name", "only a query may follow memory:"),
         ("memory:?size=1", "size: unknown key (known: enforce_references)"),
         ("json:x?enable_compresion=1", "enable_compresion: unknown key (known: storage_type, "),
