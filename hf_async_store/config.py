@@ -1,17 +1,17 @@
-"""Configuration: one model per strategy, and everything that a caller may give in its place.
+"""Configuration: one model per strategy, and the forms in which a caller may specify it.
 
-`load_config` takes the spec's JSON as it stands there, as a mapping or a file, and URLs. What is
-wrong is refused by a `ConfigurationError` that names the key by its path.
+`load_config` accepts the JSON of the spec, as a mapping or a file, and URLs. An invalid configuration
+raises a `ConfigurationError` that names the key by its path.
 
-**Environment.** In every text value of a mapping or file, and in URLs, `${NAME}` is replaced by the
-environment variable and `${NAME:-default}` by the default where the variable is unset or empty.
-`$${` stands for a literal `${`; any other `$` is itself, because passwords hold them. Such a value
-takes the type of its key: `"port": "${PGPORT}"` is a number. In a URL, what is inserted is
-percent-encoded, so that it cannot be taken for a part of the URL's own syntax.
+**Environment.** In every string value of a mapping or file, and in URLs, `${NAME}` is replaced by the
+environment variable, and `${NAME:-default}` by the default if the variable is unset or empty.
+`$${` is a literal `${`; any other `$` is unchanged, because passwords may contain it. Such a value
+is converted to the type of its key: `"port": "${PGPORT}"` is a number. In a URL, the inserted string
+is percent-encoded, so that it cannot be mistaken for URL syntax.
 
-**Secrets.** Errors name keys and never show values, because any value may be a secret put in the
-wrong place. For the same reason no error is raised while a foreign one that holds a value is being
-handled: it would keep that one as its context.
+**Secrets.** Errors name keys and never show values, because any value may be a misplaced secret. For
+the same reason no error is raised while an exception with such a value is being handled: it would
+remain attached as the context.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 FOLLOW_MOVES: Final = "follow_moves"
 
-NO_STRATEGY: Final = "strategy: needed, because no strategy is named"
+NO_STRATEGY: Final = "strategy: required, because no strategy is named"
 
 STRATEGY_GROUP: Final = "hf_async_store.strategies"
 """The entry-point group under which other packages register a strategy by name."""
@@ -60,7 +60,7 @@ Percent: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=100)]
 
 
 class Secret:
-    """A text that is never shown: `str`, `repr` and formats give `***`. False when it is empty."""
+    """A string that is never shown: `str`, `repr` and formatting give `***`. False if it is empty."""
 
     __slots__ = ("_text",)
 
@@ -68,7 +68,7 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """The text itself."""
+        """The string itself."""
         return self._text
 
     def __repr__(self) -> str:
@@ -88,7 +88,7 @@ class Secret:
 
 
 class _Text(str):
-    """Text from a URL or the environment: it is final, and takes the type of its key."""
+    """A string from a URL or the environment: not expanded again, converted to the type of its key."""
 
     __slots__ = ()
 
@@ -97,7 +97,7 @@ class _Text(str):
 
 
 class _Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """A struct whose `repr` (and rich's) hides secrets, also those of plain mappings."""
+    """A struct whose `repr` (also that of rich) hides secrets, even in plain mappings."""
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
@@ -108,17 +108,17 @@ class _Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A block of configuration, checked also when it is made in Python.
+    """A block of the configuration, also validated if it is created in Python.
 
     Raises:
-        ConfigurationError: a value of the wrong type or outside its range, named by its path.
+        ConfigurationError: a value has the wrong type or is out of range; names its path.
     """
 
     _parts: ClassVar[Mapping[str, type[_Model]]] = {}
-    """The keys that may hold a mapping, and its model."""
+    """The keys whose value may be a mapping, and its model."""
 
     _urls: ClassVar[tuple[str, ...]] = ()
-    """The keys that hold a URL."""
+    """The keys whose value is a URL."""
 
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
@@ -129,7 +129,7 @@ class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ConfigurationError(f"{name}: a URL is not expected here")
 
     def path_keys(self) -> tuple[str, ...]:
-        """The keys that hold a path of this machine."""
+        """The keys whose value is a local path."""
         return ()
 
 
@@ -271,17 +271,17 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
             msgspec.structs.force_setattr(self, "port", _port(self.port))
         super().__post_init__()
         if "@" in self.host:
-            raise ConfigurationError("host: expected the name of a host alone, without a user")
+            raise ConfigurationError("host: expected a host name without a user")
         for key in ("channel_binding", "gssencmode"):
             if getattr(self, key) == "require":
                 raise ConfigurationError(
-                    f"{key}: the driver cannot do it; use 'prefer', and sslmode 'verify-full'"
+                    f"{key}: not supported by the driver; use 'prefer', and sslmode 'verify-full'"
                 )
         self.servers()
         if self.pgbouncer and (self.schema or self.options):
             raise ConfigurationError(
-                f"{'schema' if self.schema else 'options'}: not with pgbouncer, which hands out "
-                "connections as they are; ALTER ROLE ... SET search_path does it for a role"
+                f"{'schema' if self.schema else 'options'}: not supported with pgbouncer, which does not "
+                "keep session settings; use ALTER ROLE ... SET search_path instead"
             )
 
     def servers(self) -> list[tuple[str, int]]:
@@ -398,7 +398,9 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def place(self) -> str:
         """See `StorageConfig.place`."""
         if self.region is None:
-            raise ConfigurationError("region: a place that others must find needs it written out")
+            raise ConfigurationError(
+                "region: required, because other processes must be able to open the store by its URL"
+            )
         at = f"dynamodb://{_quoted(self.region)}/{_quoted(self.table_prefix)}"
         if self.endpoint is None:
             return at
@@ -492,16 +494,18 @@ class StorageConfig(_Shown, frozen=True, kw_only=True):
             return self.options.place()
         url = self.options.get("url")
         if not isinstance(url, str):
-            raise ConfigurationError(f"{self.strategy}: only a URL says where such a store is")
+            raise ConfigurationError(
+                f"{self.strategy}: required as a URL, by which other processes can open the store"
+            )
         scheme, _, body = url.partition("?")[0].partition(":")
         user, at, rest = body.rpartition("@")
         return f"{scheme}:{'//' if at and user.startswith('//') else ''}{_quoted_path(rest)}"
 
     def block(self, name: str) -> Options:
-        """The configuration of a strategy, be it the chosen one or another.
+        """The configuration of a strategy, the selected one or another.
 
         Raises:
-            ConfigurationError: there is none; names those that there are.
+            ConfigurationError: there is none; the message lists the configured ones.
         """
         if name == self.strategy:
             return self.options
@@ -601,7 +605,7 @@ def strategy_config(source: ConfigSource, model: type[ModelT]) -> ModelT:
     loaded = load_config(source)
     if not isinstance(loaded.options, model):
         raise ConfigurationError(
-            f"a {model.__name__} is needed; this configures the strategy {loaded.strategy!r}"
+            f"a {model.__name__} is required; this configures the strategy {loaded.strategy!r}"
             if loaded.strategy
             else NO_STRATEGY
         )
@@ -609,8 +613,8 @@ def strategy_config(source: ConfigSource, model: type[ModelT]) -> ModelT:
 
 
 def anchored(config: StorageConfig) -> StorageConfig:
-    """The configuration with its relative paths made absolute now, as a store that is made needs it:
-    another working directory later changes nothing.
+    """The configuration with relative paths made absolute, so that a later change of the working
+    directory has no effect.
 
     Raises:
         ConfigurationError: as by `absolute`.
@@ -625,10 +629,10 @@ def anchored(config: StorageConfig) -> StorageConfig:
 
 
 def absolute(path: str) -> str:
-    """The path from the root on; a `/` at its end stays.
+    """The absolute path; a trailing `/` is kept.
 
     Raises:
-        ConfigurationError: it is relative, and the working directory is gone.
+        ConfigurationError: it is relative, and the working directory does not exist.
     """
     if os.path.isabs(path):  # noqa: PTH117  # text, as it was given
         return path
@@ -641,7 +645,7 @@ def absolute(path: str) -> str:
 
 
 def _place_of_file(path: str) -> str:
-    """A file or folder by its one real path, as the path of a URL."""
+    """The canonical path of a file or folder, as the path of a URL."""
     return _quoted_path(os.path.realpath(absolute(path)))
 
 
@@ -722,7 +726,7 @@ def _chosen(storage: Mapping[str, object], blocks: list[str], at: str) -> str:
         if len(blocks) == 1:
             return blocks[0]
         found = f"there are blocks for {', '.join(blocks)}" if blocks else "no strategy is named"
-        raise ConfigurationError(f"{_at(at, 'strategy')}: needed, because {found}")
+        raise ConfigurationError(f"{_at(at, 'strategy')}: required, because {found}")
     path = _at(at, "strategy")
     if not isinstance(name, str):
         raise ConfigurationError(f"{path}: expected str, got {_type_name(name)}")
@@ -826,16 +830,16 @@ def _kinds(model: type[_Model]) -> dict[str, Any]:
 
 
 def _checked(value: object, kind: Any, path: str) -> object:
-    """The value, converted (an integer where a float is expected), or refused."""
+    """The validated value; an integer is converted where a float is expected."""
     try:
         converted: object = msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
         problem = _expected(str(exc), kind)
     else:
         if isinstance(converted, str) and "\x00" in converted:
-            problem = "text with U+0000"
+            problem = "string with U+0000"
         elif isinstance(converted, str) and re.search(_NO_TEXT, converted):
-            problem = "text with a lone surrogate"
+            problem = "string with a lone surrogate"
         elif isinstance(converted, float) and not isfinite(converted):
             problem = "expected a finite number"
         else:
@@ -847,7 +851,7 @@ _WORDS: Final = {"Secret": "str", "object": "mapping"}
 
 
 def _expected(problem: str, kind: Any) -> str:
-    """What msgspec found wrong, in the words of a configuration and without the value."""
+    """The message of msgspec, in terms of the configuration and without the value."""
     if get_origin(kind) is Literal:
         return "expected " + " or ".join(map(repr, get_args(kind)))
     problem = problem.partition(" - at ")[0].replace("`", "")
@@ -868,12 +872,12 @@ def _refuse_same_file(files: Mapping[str, str], path: str) -> None:
     """Two collections in one file would overwrite each other."""
     seen: dict[str, str] = {}
     for collection, name in files.items():
-        # Not by the letter: `./a.json` is a.json, so is `A.json` on the disks of macOS, and
+        # Not by spelling: `./a.json` is a.json, so is `A.json` on the file systems of macOS, and
         # with compression a.json is kept at a.json.gz.
         plain = "/".join(each for each in name.split("/") if each not in ("", "."))
         other = seen.setdefault(plain.casefold().removesuffix(".gz"), collection)
         if other != collection:
-            raise ConfigurationError(f"{path}{collection}: the same file as that of {other}")
+            raise ConfigurationError(f"{path}{collection}: the same file as for {other}")
 
 
 def _plain(value: object, path: str) -> object:
@@ -1121,13 +1125,13 @@ def _host_and_port(place: str) -> tuple[str, str]:
 def _dynamodb_url(body: str) -> dict[str, str]:
     region, prefix = _authority(body, "dynamodb://REGION/PREFIX")
     if "@" in body or ":" in region:
-        raise ConfigurationError("there is no user, password or port in dynamodb://REGION/PREFIX")
+        raise ConfigurationError("dynamodb://REGION/PREFIX takes no user, password or port")
     return {"region": _unquoted(region), "table_prefix": _unquoted(prefix)}
 
 
 def _memory_url(body: str) -> dict[str, str]:
     if body not in ("", "//"):
-        raise ConfigurationError("nothing but a query follows memory:")
+        raise ConfigurationError("only a query may follow memory:")
     return {}
 
 
@@ -1175,7 +1179,7 @@ def _add_query(given: dict[str, str], query: str) -> None:
         if not re.match(_QUERY_KEY, key):
             raise ConfigurationError("expected key=value pairs after the ?")
         if key in given:
-            raise ConfigurationError(f"{key}: given twice")
+            raise ConfigurationError(f"{key}: specified twice")
         given[key] = _unquoted(value)
 
 
@@ -1188,7 +1192,7 @@ def _nested(given: Mapping[str, str]) -> dict[str, object]:
         for name in outer:
             inner = inner.setdefault(name, {}) if isinstance(inner, dict) else None
         if not isinstance(inner, dict) or last in inner:
-            raise ConfigurationError(f"{path}: given twice")
+            raise ConfigurationError(f"{path}: specified twice")
         inner[last] = _Text(text)
     return nested
 
@@ -1210,7 +1214,7 @@ def _unquoted(text: str) -> str:
 
     decoded = unquote(text)
     if "\ufffd" in decoded and "\ufffd" not in text and "%EF%BF%BD" not in text.upper():
-        raise ConfigurationError("what its %XX stand for is not UTF-8")
+        raise ConfigurationError("the percent-encoded bytes are not UTF-8")
     return decoded
 
 

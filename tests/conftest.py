@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -34,6 +35,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _OWN_PROCESS: Final = os.getpid()
+_WORKERS: Final[list[int]] = []
+"""The processes of pytest-xdist, if this is their controller."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodeready(node: Any) -> None:
+    _WORKERS.append(node.workerinfo["pid"])
 
 
 def _end_session(number: int, frame: FrameType | None) -> None:
@@ -44,6 +52,9 @@ def _end_session(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(number)
         return
     signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the teardown
+    for each in _WORKERS:  # at once: xdist kills a worker that does not end soon enough
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGTERM)
     raise KeyboardInterrupt
 
 

@@ -272,7 +272,7 @@ def test_both_forms_of_auto_scaling(given: object, expected: object) -> None:
 def test_the_configuration_of_one_strategy() -> None:
     assert strategy_config("memory:", MemoryConfig) == MemoryConfig()
     assert strategy_config(MemoryConfig(), MemoryConfig) == MemoryConfig()
-    with pytest.raises(ConfigurationError, match=r"JSONConfig is needed; .* strategy 'memory'"):
+    with pytest.raises(ConfigurationError, match=r"JSONConfig is required; .* strategy 'memory'"):
         strategy_config("memory:", JSONConfig)
 
 
@@ -284,7 +284,7 @@ def test_files_of_collections() -> None:
     split = JSONConfig(storage_type="split_files", filenames=Filenames(split_files={"a": "a.json"}))
     assert split.files(["a", "b"]) == {"a": "a.json", "b": "b.json"}
     clash = JSONConfig(storage_type="split_files", filenames=Filenames(split_files={"a": "b.json"}))
-    with pytest.raises(ConfigurationError, match=r"split_files\.b: the same file as that of a"):
+    with pytest.raises(ConfigurationError, match=r"split_files\.b: the same file as for a"):
         clash.files(["a", "b"])
 
 
@@ -334,10 +334,10 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         ),
         ({"strategy": 5}, "strategy: expected str, got int"),
         ({"storage": []}, "storage: expected mapping, got list"),
-        ({}, "strategy: needed, because no strategy is named"),
-        ({"storage": {}, "migration": {}}, "storage.strategy: needed"),
+        ({}, "strategy: required, because no strategy is named"),
+        ({"storage": {}, "migration": {}}, "storage.strategy: required"),
         ({"colour": 1, "migration": {}}, "colour: unknown key"),
-        ({"json_strategy": {}, "sql_strategy": {}}, "strategy: needed, because there are blocks"),
+        ({"json_strategy": {}, "sql_strategy": {}}, "strategy: required, because there are blocks"),
         ({"storage": None}, "storage: expected mapping, got NoneType"),
         ({"json_strategy": {5: 1}}, "json_strategy.5: unknown key"),
         # The block of a strategy that is not the chosen one.
@@ -689,8 +689,8 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("postgresql://h/db?username=a@b", "in user, password and name, @ : / ? and % must be"),
         ("postgresql://h/db/more", "in user, password and name, @ : / ? and % must be"),
         ("dynamodb:us-east-1", "expected dynamodb://REGION/PREFIX"),
-        ("dynamodb://key:value@us-east-1/p", "there is no user, password or port"),
-        ("memory:name", "nothing but a query follows memory:"),
+        ("dynamodb://key:value@us-east-1/p", "dynamodb://REGION/PREFIX takes no user"),
+        ("memory:name", "only a query may follow memory:"),
         ("memory:?size=1", "size: unknown key (known: enforce_references)"),
         ("json:x?enable_compresion=1", "enable_compresion: unknown key (known: storage_type, "),
         ("json:x?filenames.single=a", "filenames.single: unknown key (known: single_file, "),
@@ -699,12 +699,12 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("json:x?sync_writes", "sync_writes: expected bool, got str"),
         ("json:x?cache_size=-1", "cache_size: expected int >= 0"),
         ("json:x?cache_size=1.5", "cache_size: expected int, got float"),
-        ("json:x?cache_size=1&cache_size=2", "cache_size: given twice"),
-        ("json:x?base_path=y", "base_path: given twice"),
-        ("json:x?cache_size.a=1&cache_size=1", "cache_size: given twice"),
-        ("json:x?base_path.a=1", "base_path.a: given twice"),
+        ("json:x?cache_size=1&cache_size=2", "cache_size: specified twice"),
+        ("json:x?base_path=y", "base_path: specified twice"),
+        ("json:x?cache_size.a=1&cache_size=1", "cache_size: specified twice"),
+        ("json:x?base_path.a=1", "base_path.a: specified twice"),
         ("json:x?=1", "expected key=value pairs"),
-        ("json:x%FF", "what its %XX stand for is not UTF-8"),
+        ("json:x%FF", "the percent-encoded bytes are not UTF-8"),
         ("json:..?filenames.single_file=../a", "filenames.single_file: expected a relative"),
     ],
 )
