@@ -315,11 +315,12 @@ URLS = st.builds(
         max_size=10,
     ),
 )  # fmt: skip
+PHASES = ["COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK", "FINALIZED"]
 RECORDS = st.fixed_dictionaries(
     {},
     optional={
         "role": st.sampled_from(["source", "target"]) | MAPPINGS,
-        "phase": st.sampled_from(["COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK", "FINALIZED"]) | MAPPINGS,
+        "phase": st.sampled_from(PHASES) | MAPPINGS,
         "other": st.sampled_from(["json:/x", "sqlite:y"]) | URLS | MAPPINGS,
         "epoch": st.integers(0, 9) | MAPPINGS,
         "term": st.integers(0, 9) | MAPPINGS,
