@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
 
 
+# The whole contract a second time on the same engine: `make test-long` runs it.
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def address(postgres_server: PostgresServer) -> Iterator[str]:
     try:
