@@ -40,8 +40,8 @@ _WORKERS: Final[list[int]] = []
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodeready(node: Any) -> None:
-    _WORKERS.append(node.workerinfo["pid"])
+def pytest_xdist_newgateway(gateway: Any) -> None:
+    _WORKERS.append(gateway._rinfo().pid)  # as the reporter of xdist asks for it
 
 
 def _end_session(number: int, frame: FrameType | None) -> None:
