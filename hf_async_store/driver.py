@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager
 from typing import Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 
 from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import Collection
 from hf_async_store.values import Entity, Key, Value, canonical
@@ -253,11 +254,11 @@ _BATCH_SIZE: Final = 512
 async def iter_batches(reader: Reader, query: Query) -> AsyncGenerator[list[Entity], None]:
     """The entities that match a query, in batches; works with every reader."""
     if isinstance(reader, SupportsBatches):
-        async with aclosing(reader.iter_batches(query)) as batches:
+        async with Owned(reader.iter_batches(query)) as batches:
             async for each in batches:
                 yield each
         return
-    async with aclosing(batched(reader.select(query))) as batches:
+    async with Owned(batched(reader.select(query))) as batches:
         async for each in batches:
             yield each
 
@@ -265,11 +266,11 @@ async def iter_batches(reader: Reader, query: Query) -> AsyncGenerator[list[Enti
 async def iter_json(reader: Reader, query: Query) -> AsyncGenerator[list[bytes], None]:
     """The canonical JSON of the entities that match a query, in batches; works with every reader."""
     if isinstance(reader, SupportsCanonicalJSON):
-        async with aclosing(reader.iter_json(query)) as batches:
+        async with Owned(reader.iter_json(query)) as batches:
             async for each in batches:
                 yield each
         return
-    async with aclosing(iter_batches(reader, query)) as entities:
+    async with Owned(iter_batches(reader, query)) as entities:
         async for batch in entities:
             yield list(map(canonical, batch))
 
@@ -277,8 +278,8 @@ async def iter_json(reader: Reader, query: Query) -> AsyncGenerator[list[bytes],
 async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[Entity], None]:
     """The entities of records, in batches."""
     batch: list[Entity] = []
-    async with aclosing(records):
-        async for record in records:
+    async with Owned(records) as owned:
+        async for record in owned:
             batch.append(record.entity)
             if len(batch) == _BATCH_SIZE:
                 yield batch

@@ -21,7 +21,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
-    aclosing,
     asynccontextmanager,
     suppress,
 )
@@ -48,6 +47,7 @@ from hf_async_store.errors import (
     StoreRelocatedError,
     UnavailableError,
 )
+from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import Collection
 from hf_async_store.values import VERSION, Entity, Key, Value, utc_now
@@ -367,13 +367,13 @@ class MigrationRouter:
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         side = await self.current()
-        async with aclosing(self.engine_of(side).select(query)) as records:
+        async with Owned(self.engine_of(side).select(query)) as records:
             async for each in records:
                 yield each
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         side = await self.current()
-        async with aclosing(iter_batches(self.engine_of(side), query)) as pieces:
+        async with Owned(iter_batches(self.engine_of(side), query)) as pieces:
             async for each in pieces:
                 yield each
 
@@ -573,7 +573,7 @@ class _RoutedSession:
         return await (await self._begun()).fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        async with aclosing((await self._begun()).select(query)) as records:
+        async with Owned((await self._begun()).select(query)) as records:
             async for each in records:
                 yield each
 

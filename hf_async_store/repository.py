@@ -19,7 +19,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Final, TypeVar, cast
 
 import msgspec
@@ -52,6 +52,7 @@ from hf_async_store.errors import (
     StorageError,
     UnsupportedValueError,
 )
+from hf_async_store.generators import Owned
 from hf_async_store.query import (
     Filters,
     OrderBy,
@@ -465,7 +466,7 @@ class RepositoryInterface(ABC):
         found: list[Entity] = []
         if query.limit == 0:
             return found
-        async with operation_timeout(timeout), aclosing(self._select_batches(query)) as batches:
+        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for chunk in batches:
                 found += [project(each, query.fields) for each in chunk]
         return found
@@ -481,7 +482,7 @@ class RepositoryInterface(ABC):
     ) -> AsyncGenerator[Entity, None]:
         """Like `query_entities`, one entity at a time, without keeping all of them in memory."""
         query = self._query(collection, filters, order_by, limit, fields)
-        async with aclosing(self._rows(query)) as rows:
+        async with Owned(self._rows(query)) as rows:
             async for each in rows:
                 yield each
 
@@ -519,7 +520,7 @@ class RepositoryInterface(ABC):
         # One more than requested shows whether there is a next page.
         ahead = query.with_limit(limit + 1)
         found: list[Entity] = []
-        async with operation_timeout(timeout), aclosing(self._select_batches(ahead)) as batches:
+        async with operation_timeout(timeout), Owned(self._select_batches(ahead)) as batches:
             async for each in batches:
                 found += each
         more = len(found) > limit
@@ -559,7 +560,7 @@ class RepositoryInterface(ABC):
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
         if query.limit == 0:
             return
-        async with aclosing(self._select(query)) as records:
+        async with Owned(self._select(query)) as records:
             async for record in records:
                 yield project(record.entity, query.fields)
 
@@ -718,10 +719,10 @@ def _with_item_context(
 
 
 def _name_of(index: int, item: object, collection: Collection | None) -> str:
-    """How an error names an item of a batch: by collection and id, if it has an id."""
+    """How an error names an item of a batch: by collection and id, else by its position."""
     if collection is not None and isinstance(item, Mapping):
         entity_id = item.get(collection.key)
-        if isinstance(entity_id, str) and len(entity_id) <= MAX_KEY_BYTES:
+        if isinstance(entity_id, str) and 0 < len(entity_id) <= MAX_KEY_BYTES:
             return f"{collection.name} {entity_id!r}"
     return f"item {index}"
 

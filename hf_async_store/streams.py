@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StoreClosedError
+from hf_async_store.generators import Owned
 
 Item = TypeVar("Item")
 
@@ -31,7 +32,7 @@ class OpenStreams:
             StoreClosedError: the store was closed before the end.
         """
         try:
-            async for each in source:
+            async for each in Owned(source):
                 self._idle.add(source)
                 yield each
                 if source not in self._idle:

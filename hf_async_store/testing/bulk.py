@@ -110,7 +110,7 @@ class BulkContract:
     async def test_66_one_bad_entity_refuses_the_batch(self, store: StorageStrategy) -> None:
         entities: list[dict[str, object]] = [{"item_id": f"{each:04}"} for each in range(MANY)]
         entities[700]["count"] = "seven"
-        with pytest.raises(InvalidFieldError, match="item 700"):
+        with pytest.raises(InvalidFieldError, match="items '0700'"):
             await store.create_entities("items", entities)
         assert await counted(store, "items", 0) == 0
 

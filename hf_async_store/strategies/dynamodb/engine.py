@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Final
 
 from hf_async_store.changes import Change, Outcome, Record
@@ -18,6 +18,7 @@ from hf_async_store.driver import (
     run_to_completion,
 )
 from hf_async_store.errors import StorageError, StoreNotFoundError, UnavailableError
+from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.dynamodb.client import Client
@@ -78,7 +79,7 @@ class DynamoDBEngine:
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         with public_errors():
-            async with aclosing(self.reading.select(query)) as records:
+            async with Owned(self.reading.select(query)) as records:
                 async for record in records:
                     yield record
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
+from hf_async_store.generators import Owned
 from hf_async_store.query import (
     And,
     Comparison,
@@ -203,7 +203,7 @@ class Reading:
             return
         form = self._tables.forms[query.collection]
         rows = _Rows(self, query, access, form)
-        async with aclosing(rows.in_order()) as found:
+        async with Owned(rows.in_order()) as found:
             async for entity in found:
                 yield Record(Key(query.collection, cast("str", entity[form.key])), entity)
 
@@ -216,7 +216,7 @@ class Reading:
         if access.ids is None and rows.is_exact:
             return await rows.counted()
         number = 0
-        async with aclosing(rows.matching()) as pieces:
+        async with Owned(rows.matching()) as pieces:
             async for piece in pieces:
                 number += len(piece)
         return number
@@ -246,7 +246,7 @@ class Reading:
         if limit == 0:
             return entities
         try:
-            async with aclosing(self.pages("Query", params, limit)) as pages:
+            async with Owned(self.pages("Query", params, limit)) as pages:
                 async for page in pages:
                     items = page["Items"]
                     for start in range(0, len(items), _DECODED_AT_ONCE):
@@ -373,7 +373,7 @@ class _Rows:
         else:
             source = self._as_they_come()
         number = 0
-        async with aclosing(source) as rows:
+        async with Owned(source) as rows:
             async for entity in rows:
                 yield entity
                 number += 1
@@ -384,16 +384,16 @@ class _Rows:
         key = self._form.key
 
         async def pieces() -> AsyncGenerator[list[tuple[str, Entity]], None]:
-            async with aclosing(self.matching()) as found:
+            async with Owned(self.matching()) as found:
                 async for piece in found:
                     yield [(cast("str", each[key]), each) for each in piece]
 
-        async with aclosing(pieces()) as found, aclosing(ordered(found, self._query)) as rows:
+        async with Owned(pieces()) as found, Owned(ordered(found, self._query)) as rows:
             async for _, entity in rows:
                 yield entity
 
     async def _as_they_come(self) -> AsyncGenerator[Entity, None]:
-        async with aclosing(self.matching(first=True)) as pieces:
+        async with Owned(self.matching(first=True)) as pieces:
             async for piece in pieces:
                 for entity in piece:
                     yield entity
@@ -409,7 +409,7 @@ class _Rows:
         key = self._form.key
         group: list[tuple[Any, Entity]] = []
         of_group: Attribute | None = None
-        async with aclosing(self._items(first=True)) as pages:
+        async with Owned(self._items(first=True)) as pages:
             async for items in pages:
                 for place_in_page, item in enumerate(items):
                     if not place_in_page % _DECODED_AT_ONCE:
@@ -446,7 +446,7 @@ class _Rows:
                     if each is not None and self._matches(each.entity)
                 ]
             return
-        async with aclosing(self._items(first=first)) as pages:
+        async with Owned(self._items(first=first)) as pages:
             async for items in pages:
                 for start in range(0, len(items), _DECODED_AT_ONCE):
                     piece = [
@@ -467,7 +467,7 @@ class _Rows:
         for value in self._access.partitions:
             params = self._query_params(value)
             pages = self._reading.pages("Query", params, self._hint() if first else None)
-            async with aclosing(pages) as answers:
+            async with Owned(pages) as answers:
                 async for answer in answers:
                     yield answer["Items"]
 
@@ -477,11 +477,11 @@ class _Rows:
             # One after the other, in the table's own order: a page goes on where one ended.
             if self._query.after is not None:
                 params["ExclusiveStartKey"] = {self._form.key: {"S": self._query.after.id}}
-            async with aclosing(self._reading.pages("Scan", params, self._hint())) as pages:
+            async with Owned(self._reading.pages("Scan", params, self._hint())) as pages:
                 async for page in pages:
                     yield page["Items"]
             return
-        async with aclosing(_side_by_side(self._reading, params)) as rounds:
+        async with Owned(_side_by_side(self._reading, params)) as rounds:
             async for round_of_pages in rounds:
                 for page in round_of_pages:
                     yield page["Items"]
@@ -498,7 +498,7 @@ class _Rows:
         number = 0
         if self._access.is_scan:
             params = self._scan_params(counting=True)
-            async with aclosing(_side_by_side(self._reading, params)) as rounds:
+            async with Owned(_side_by_side(self._reading, params)) as rounds:
                 async for round_of_pages in rounds:
                     number += sum(each["Count"] for each in round_of_pages)
             return number
@@ -506,7 +506,7 @@ class _Rows:
             return 0
         for value in self._access.partitions:
             params = self._query_params(value, counting=True)
-            async with aclosing(self._reading.pages("Query", params)) as answers:
+            async with Owned(self._reading.pages("Query", params)) as answers:
                 async for answer in answers:
                     number += answer["Count"]
         return number

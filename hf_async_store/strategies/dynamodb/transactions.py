@@ -7,8 +7,8 @@ without a response can be retried, because DynamoDB recognises its client reques
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import msgspec
@@ -22,6 +22,7 @@ from hf_async_store.errors import (
     TransactionTooLargeError,
     UnavailableError,
 )
+from hf_async_store.generators import Owned
 from hf_async_store.preconditions import changed
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
 from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry
@@ -94,9 +95,9 @@ class DynamoDBSession:
         written = {each.key for each in own} | self._written(query.collection)
         limit = None if query.limit is None else query.limit + len(written)
         number = 0
-        async with aclosing(self._reading.select(query.with_limit(limit))) as others:
+        async with Owned(self._reading.select(query.with_limit(limit))) as others:
             rows = self._merged(query, own, written, others)
-            async with aclosing(rows) as found:
+            async with Owned(rows) as found:
                 with public_errors():
                     async for record in found:
                         yield record
@@ -109,7 +110,7 @@ class DynamoDBSession:
         query: Query,
         own: list[Record],
         written: set[Key],
-        others: AsyncGenerator[Record, None],
+        others: AsyncIterator[Record],
     ) -> AsyncGenerator[Record, None]:
         in_order = bool(query.order or query.by_id)
         key_of = compile_order(query)
@@ -147,7 +148,7 @@ class DynamoDBSession:
     async def count(self, query: Query) -> int:
         """As `Reader.count`."""
         number = 0
-        async with aclosing(self.select(query)) as rows:
+        async with Owned(self.select(query)) as rows:
             async for _ in rows:
                 number += 1
         return number

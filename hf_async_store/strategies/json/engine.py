@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -39,6 +39,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.generators import Owned
 from hf_async_store.locks import FileLock, LockManager
 from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.os_errors import translate_os_error
@@ -230,14 +231,14 @@ class JSONEngine:
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         state = await self.current()
-        async with aclosing(self.view(state).select(query)) as records:
+        async with Owned(self.view(state).select(query)) as records:
             async for each in records:
                 yield each
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
         state = await self.current()
-        async with aclosing(self.view(state).iter_batches(query)) as pieces:
+        async with Owned(self.view(state).iter_batches(query)) as pieces:
             async for each in pieces:
                 yield each
 
@@ -1050,7 +1051,7 @@ class _SessionContext:
         return await (await self._begun()).fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        async with aclosing((await self._begun()).select(query)) as records:
+        async with Owned((await self._begun()).select(query)) as records:
             async for each in records:
                 yield each
 

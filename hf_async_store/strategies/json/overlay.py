@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
 from typing import Final, Literal, NamedTuple, TypeAlias, cast
 
 import msgspec
@@ -17,6 +16,7 @@ import msgspec
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.driver import QueryPlan, batched
 from hf_async_store.errors import CorruptionError, StorageError
+from hf_async_store.generators import Owned
 from hf_async_store.preconditions import (
     check,
     check_children,
@@ -115,30 +115,32 @@ class OverlayView:
         section = self._state.sections[query.collection]
         access = await self._access(query, section)
         if not query.order:
-            async with aclosing(self._by_id(query, section, access)) as rows:
+            async with Owned(self._by_id(query, section, access)) as rows:
                 async for piece in rows:
                     for entity_id, raw in piece:
                         entity = section.entity(entity_id, raw)
                         yield Record(Key(query.collection, entity_id), entity)
             return
         ids, held = self._candidates(query, section, access)
-        pieces = self._matching(query, section, access, ids, held)
-        # What is kept for sorting are the keys; an entity is decoded when its turn comes.
-        async with aclosing(pieces):
-            async for entity_id, _ in ordered(pieces, query, keep=False):
+        # What is kept for sorting are the keys; an entity is decoded when it is yielded.
+        async with (
+            Owned(self._matching(query, section, access, ids, held)) as chunks,
+            Owned(ordered(chunks, query, keep=False)) as rows,
+        ):
+            async for entity_id, _ in rows:
                 raw = section.normalized(entity_id, held[entity_id])
                 yield Record(Key(query.collection, entity_id), section.entity(entity_id, raw))
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
         if query.order:
-            async with aclosing(batched(self.select(query))) as pieces:
+            async with Owned(batched(self.select(query))) as pieces:
                 async for each in pieces:
                     yield each
             return
         section = self._state.sections[query.collection]
         access = await self._access(query, section)
-        async with aclosing(self._by_id(query, section, access)) as rows:
+        async with Owned(self._by_id(query, section, access)) as rows:
             async for piece in rows:
                 yield [section.entity(entity_id, raw) for entity_id, raw in piece]
 
@@ -148,9 +150,8 @@ class OverlayView:
         ids, held = self._candidates(query, section, access)
         if access.whole and (access.ids is None or not self.layers):
             return len(ids)
-        pieces = self._matching(query, section, access, ids, held)
-        async with aclosing(pieces):
-            return sum([len(piece) async for piece in pieces])
+        async with Owned(self._matching(query, section, access, ids, held)) as chunks:
+            return sum([len(chunk) async for chunk in chunks])
 
     async def explain(self, query: Query) -> QueryPlan:
         access = await self._access(query, self._state.sections[query.collection])
@@ -241,8 +242,8 @@ class OverlayView:
         ids, held = self._candidates(query, section, access)
         left = len(ids) if query.limit is None else query.limit
         pieces = self._rows(query, section, access, ids, held)
-        async with aclosing(pieces):
-            async for piece in pieces:
+        async with Owned(pieces) as owned:
+            async for piece in owned:
                 if piece:
                     yield piece[:left]
                 left -= len(piece)

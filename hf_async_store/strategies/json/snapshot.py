@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import Record
 from hf_async_store.driver import batched
+from hf_async_store.generators import Owned
 from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
 from hf_async_store.values import Entity, Key
 
@@ -54,11 +54,11 @@ class Snapshot:
         return found
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        pieces = self._pieces(query)
-        async with aclosing(pieces):
+        async with Owned(self._pieces(query)) as pieces:
             if query.order:
-                async for entity_id, entity in ordered(pieces, query):
-                    yield Record(Key(query.collection, entity_id), entity)
+                async with Owned(ordered(pieces, query)) as rows:
+                    async for entity_id, entity in rows:
+                        yield Record(Key(query.collection, entity_id), entity)
                 return
             left = query.limit
             async for piece in pieces:
@@ -72,11 +72,11 @@ class Snapshot:
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
         if query.order or query.limit is not None:
-            async with aclosing(batched(self.select(query))) as found:
+            async with Owned(batched(self.select(query))) as found:
                 async for each in found:
                     yield each
             return
-        async with aclosing(self._pieces(query)) as pieces:
+        async with Owned(self._pieces(query)) as pieces:
             async for piece in pieces:
                 if piece:
                     yield [entity for _, entity in piece]
@@ -85,8 +85,7 @@ class Snapshot:
         if query.where == EVERYTHING:
             section, past = self._sections[query.collection]
             return len(await section.ids_before(past))
-        pieces = self._pieces(query)
-        async with aclosing(pieces):
+        async with Owned(self._pieces(query)) as pieces:
             return sum([len(piece) async for piece in pieces])
 
     async def _pieces(self, query: Query) -> AsyncGenerator[list[tuple[str, Entity]], None]:

@@ -14,7 +14,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -29,6 +29,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.generators import Owned
 from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.query import Query
 from hf_async_store.schema import Collection, Schema
@@ -213,7 +214,7 @@ class SQLEngine:
         # What its caller does with each record may take long, and need a connection itself.
         async with (
             self._reading(self._streams) as reader,
-            aclosing(reader.select(query)) as records,
+            Owned(reader.select(query)) as records,
         ):
             async for record in records:
                 yield record
@@ -227,7 +228,7 @@ class SQLEngine:
             return
         async with (
             self._reading(self._main) as reader,
-            aclosing(reader.iter_batches(query)) as pieces,
+            Owned(reader.iter_batches(query)) as pieces,
         ):
             async for piece in pieces:
                 yield piece

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.changes import Record
 from hf_async_store.driver import batched
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
+from hf_async_store.generators import Owned
 from hf_async_store.query import Query, ordered
 from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
 from hf_async_store.strategies.sql.row_mapping import TableMapping
@@ -62,9 +62,9 @@ async def records(
         return
     compiled = compile_query(table, query)
     collection = query.collection
-    async with aclosing(_entities(lease, table, query, compiled)) as pieces:
+    async with Owned(_entities(lease, table, query, compiled)) as pieces:
         if compiled.sorted_here:
-            async with aclosing(ordered(pieces, query)) as rows:
+            async with Owned(ordered(pieces, query)) as rows:
                 async for entity_id, entity in rows:
                     yield Record(Key(collection, entity_id), entity)
             return
@@ -83,11 +83,11 @@ async def iter_batches(
     """The entities that `records` gives, in batches."""
     compiled = compile_query(table, query)
     if query.limit is not None or compiled.sorted_here:
-        async with aclosing(batched(records(lease, table, query))) as found:
+        async with Owned(batched(records(lease, table, query))) as found:
             async for each in found:
                 yield each
         return
-    async with aclosing(_entities(lease, table, query, compiled)) as rows:
+    async with Owned(_entities(lease, table, query, compiled)) as rows:
         async for piece in rows:
             if piece:
                 yield [entity for _, entity in piece]
@@ -99,13 +99,13 @@ async def iter_json(
     """The canonical JSON of the entities that `records` gives, in batches."""
     compiled = compile_query(table, query, table.text_selected)
     if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
-        async with aclosing(_rows(lease, table, compiled)) as found:
+        async with Owned(_rows(lease, table, compiled)) as found:
             async for rows in found:
                 for start in range(0, len(rows), _CHUNK_SIZE):
                     yield table.texts(rows[start : start + _CHUNK_SIZE])
                     await asyncio.sleep(0)
         return
-    async with aclosing(iter_batches(lease, table, query)) as entities:
+    async with Owned(iter_batches(lease, table, query)) as entities:
         async for piece in entities:
             yield list(map(canonical, piece))
 
@@ -145,7 +145,7 @@ async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> i
             raise ProtocolError(f"cannot count: {len(rows)} rows came for one")
         return cast("int", rows[0][0])
     number = 0
-    async with aclosing(records(lease, table, query)) as found:
+    async with Owned(records(lease, table, query)) as found:
         async for _ in found:
             number += 1
     return number
@@ -156,7 +156,7 @@ async def _entities(
 ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
     """The entities of a SELECT that pass the conditions that SQL could not test, in batches."""
     key = table.collection.key
-    async with aclosing(_rows(lease, table, compiled)) as pieces:
+    async with Owned(_rows(lease, table, compiled)) as pieces:
         async for rows in pieces:
             for start in range(0, len(rows), _CHUNK_SIZE):
                 entities = [
@@ -172,7 +172,7 @@ async def _rows(
     lease: LeasedConnection, table: TableMapping, compiled: Compiled
 ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
     try:
-        async with aclosing(lease.fetch_batches(compiled.sql, compiled.args)) as pieces:
+        async with Owned(lease.fetch_batches(compiled.sql, compiled.args)) as pieces:
             async for each in pieces:
                 yield each
     except ProtocolError as exc:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation
 from hf_async_store.errors import ConcurrencyConflictError
+from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.parameters import check_statement
@@ -57,7 +58,7 @@ class SQLReader:
         found = await self._from(query)
         if found is None:
             return
-        async with aclosing(reading.records(*found, query)) as records:
+        async with Owned(reading.records(*found, query)) as records:
             async for each in records:
                 yield each
 
@@ -66,7 +67,7 @@ class SQLReader:
         found = await self._from(query)
         if found is None:
             return
-        async with aclosing(reading.iter_batches(*found, query)) as pieces:
+        async with Owned(reading.iter_batches(*found, query)) as pieces:
             async for each in pieces:
                 yield each
 
@@ -75,7 +76,7 @@ class SQLReader:
         found = await self._from(query)
         if found is None:
             return
-        async with aclosing(reading.iter_json(*found, query)) as texts:
+        async with Owned(reading.iter_json(*found, query)) as texts:
             async for each in texts:
                 yield each
 
