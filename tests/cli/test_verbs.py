@@ -141,7 +141,7 @@ def test_many_are_put_in_pieces(cli: Cli) -> None:
         ),
         (
             ["put", "machines", "{}", "--expected-version", "-1"],
-            "expected a version, a number from",
+            "expected a version, a number >= 0",
         ),
     ],
 )
