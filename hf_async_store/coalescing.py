@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar, cast
 
 from hf_async_store.errors import StorageError
@@ -150,7 +151,20 @@ class Coalescer(Generic[Item, Result]):
             batch = self._take()
             if not batch:
                 return
-            self._active.add(asyncio.get_running_loop().create_task(self._lane(batch)))
+            lane = asyncio.get_running_loop().create_task(self._lane(batch))
+            self._active.add(lane)
+            lane.add_done_callback(partial(self._release_unsent, batch))
+
+    def _release_unsent(self, batch: _Batch[Item, Result], lane: asyncio.Task[None]) -> None:
+        """Release a batch whose lane was cancelled before its first step, as by a loop that ends."""
+        if lane not in self._active:
+            return  # it ran, and has released its batches itself
+        self._active.discard(lane)
+        if self._key is not None:
+            self._busy.difference_update(self._key(w.items[index]) for w, index in batch)
+        _abandon(batch, asyncio.CancelledError())
+        if self._queue:
+            self._start_soon()
 
     async def _lane(self, batch: _Batch[Item, Result]) -> None:
         try:

@@ -291,3 +291,19 @@ async def test_a_timeout_that_is_no_number_of_seconds(timeout: Any) -> None:
         await calls.submit(keys("a"), timeout)
     await calls.drain()
     assert not gate.taken.is_set()
+
+
+async def test_a_lane_that_is_cancelled_before_its_first_step_releases_its_callers() -> None:
+    recorder = Recorder()
+    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
+    waiting = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abc"]
+    known = asyncio.all_tasks()
+    while not (lanes := asyncio.all_tasks() - known):
+        await asyncio.sleep(0)
+    for each in (*lanes, *waiting):  # as `asyncio.run` does at its end
+        each.cancel()
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(each, asyncio.CancelledError) for each in results)
+    assert not recorder.batches
+    assert await calls.submit(keys("d"), None) == ["d"]
