@@ -279,12 +279,12 @@ class SQLEngine:
             return bool(await self._made.found(lease))
 
     async def is_same_store(self, other: Engine) -> bool:
-        if other is self:
-            return True
         if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
             return False
         if not (self._dialect.exists() and other._dialect.exists()):
             return False
+        if other is self:
+            return True
         async with self._main.lease() as mine, other._main.lease() as theirs:
             try:
                 return await self._dialect.is_same_store(mine.driver, theirs.driver)
