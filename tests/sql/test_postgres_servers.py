@@ -350,7 +350,7 @@ async def test_connect_timeout_holds_for_each_server(database: str) -> None:
         ("h1,h2/db?port=1,2,3", "port: 3 ports for 2 hosts"),
         ("h1,h2/db?port=1,x", "port: expected int"),
         ("h1:1,h2:70000/db", "port: expected int <= 65535"),
-        ("h/db?schema=own&pgbouncer=yes", "schema: not with pgbouncer"),
+        ("h/db?schema=own&pgbouncer=yes", "schema: not supported with pgbouncer"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(url: str, said: str) -> None:
