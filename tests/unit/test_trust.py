@@ -457,8 +457,8 @@ def test_any_file_for_long(data: bytes, mapping: Any, at: int) -> None:
 @given(RECORDS | MAPPINGS)
 @example({"role": "\ud800"})
 @example({"\ud800": 1})
-@example({"other": "json:\ud800", "role": "source", "phase": "copying", "epoch": 1, "term": 1})
-@example({"other": "json:x", "role": "source", "phase": "copying", "epoch": 2**64, "term": 1})
+@example({"other": "json:\ud800", "role": "source", "phase": "COPYING", "epoch": 1, "term": 1})
+@example({"other": "json:x", "role": "source", "phase": "COPYING", "epoch": 2**64, "term": 1})
 def test_any_record_of_a_move(record: Any) -> None:
     a_move_or_corruption(record)
 
@@ -502,7 +502,7 @@ class _ThirdPartyStrategy(StorageStrategy):
 
 @pytest.mark.parametrize("role", ["source", "target"])
 async def test_a_planted_move_in_a_store_that_cannot_follow_one(role: str) -> None:
-    record = {"role": role, "phase": "copying", "other": "json:/x", "epoch": 1, "term": 0}
+    record = {"role": role, "phase": "COPYING", "other": "json:/x", "epoch": 1, "term": 0}
     async with _ThirdPartyStrategy() as store:
         planted = Put(
             MIGRATION_KEY,
