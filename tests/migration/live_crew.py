@@ -197,7 +197,7 @@ async def work(url: str, notes: str, seed: str, *follow_moves: str) -> None:
         await running
 
 
-STEPS: Final = ("begun", "COPYING", "copied", "repaired", "cut", "drained", "SWITCHED")
+STEPS: Final = ("begun", "copying", "copied", "repaired", "cut", "drained", "flipped")
 """Of the way there. Beside these: `record-N`, when the Nth change of a record of the move is written;
 `amid`, with a transaction written and not committed; `marked`, when changes are brought over and
 their marks not taken away; `forgetting`, amid the marks that are taken away at the end."""
@@ -261,7 +261,7 @@ def kill_at(step: str) -> None:
         nonlocal brought
         brought += 1
         await bring(self, *arguments)
-        if step == "COPYING" and brought == 3:
+        if step == "copying" and brought == 3:
             _kill()
 
     async def copied(self: LiveMigration) -> None:
@@ -279,7 +279,7 @@ def kill_at(step: str) -> None:
         phase = named.get("phase")
         if step == "cut" and phase in ("CUTTING_OVER", "ROLLING_BACK"):
             _kill()
-        if step == "SWITCHED" and "term" in named:
+        if step == "flipped" and "term" in named:
             _kill()
 
     async def verified(self: LiveMigration, *arguments: Any) -> None:

@@ -239,7 +239,7 @@ async def test_nothing_acknowledged_is_lost_through_switch_rollback_and_finalize
     "step",
     [
         each
-        if each in ("COPYING", "cut", "SWITCHED")
+        if each in ("copying", "cut", "flipped")
         else pytest.param(each, marks=pytest.mark.long)
         for each in STEPS
     ],
@@ -268,10 +268,10 @@ async def test_a_mover_that_dies_at_any_step_of_the_way_there(
     "step",
     [
         "cut",
-        "SWITCHED",
+        "flipped",
         *(
             pytest.param(each, marks=pytest.mark.long)
-            for each in ("COPYING", "repaired", "drained")
+            for each in ("copying", "repaired", "drained")
         ),
     ],
 )

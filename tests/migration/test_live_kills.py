@@ -33,24 +33,24 @@ _START_STEPS = [
     "taken-1",
     "taken-2",
     "amid",
-    "COPYING",
+    "copying",
     "copied",
     "marked",
     "repaired",
     "cut",
     "drained",
-    "SWITCHED",
+    "flipped",
 ]
 _ROLLBACK_STEPS = [
     "taken-1",
     "taken-2",
     "amid",
-    "COPYING",
+    "copying",
     "marked",
     "repaired",
     "cut",
     "drained",
-    "SWITCHED",
+    "flipped",
     "record-3",  # of the target, which is given up
     "record-4",  # of the source: the move is over
 ]
@@ -144,14 +144,14 @@ class Life:
     [
         pytest.param(
             JSON_TO_POSTGRESQL,
-            _short(_START_STEPS, ("COPYING", "cut")),
+            _short(_START_STEPS, ("copying", "cut")),
             [],
             ["record-3"],
             id="json-postgresql-short",
         ),
         pytest.param(
             SQLITE_TO_DYNAMODB,
-            _short(_START_STEPS, ("SWITCHED",)),
+            _short(_START_STEPS, ("flipped",)),
             [],
             [],
             id="sqlite-dynamodb-short",
@@ -182,14 +182,14 @@ async def test_a_mover_that_dies_at_one_step_after_another(
     await life.begin()
     for step in start_steps:
         counts = await life.die("start", step)
-        assert counts == (target if step == "SWITCHED" else source), step
+        assert counts == (target if step == "flipped" else source), step
     moved("start", source, target)
     assert await life.counts() == target
     life.join(target)
     if rollback_steps:
         for step in rollback_steps:
             counts = await life.die("rollback", step)
-            over = step in ("SWITCHED", "record-3", "record-4")
+            over = step in ("flipped", "record-3", "record-4")
             assert counts == (source if over else target), step
         if rollback_steps[-1] != "record-4":
             moved("rollback", source, target)
