@@ -555,6 +555,11 @@ class Connections:
         for each in ends:
             each.result()
 
+    def abandon(self) -> None:
+        """Leave the connections to the end of the process, which is no mistake of the caller."""
+        self._closed = True
+        _UNCLOSED.discard(self)
+
     def warn_unclosed(self) -> None:
         self._closed = True
         _UNCLOSED.discard(self)

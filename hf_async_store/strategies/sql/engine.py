@@ -589,6 +589,11 @@ class SQLEngine:
     def describe(self) -> Mapping[str, Value]:
         return {**self._dialect.describe(), "configuration": redacted(self._config)}
 
+    def abandon(self) -> None:
+        """See `StorageStrategy.abandon`."""
+        for each in (self._streams, self._readers, self._main):
+            each.abandon()
+
     async def close(self) -> None:
         try:
             await self._streams.close()

@@ -72,6 +72,10 @@ class SQLStorageStrategy(StorageStrategy):
         self._sql = SQLEngine(sql, schema, _dialect(sql, password))
         super().__init__(self._sql, schema, loaded)
 
+    def abandon(self) -> None:
+        super().abandon()
+        self._sql.abandon()
+
     def _reopen_with_collections(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
         config, password = self._given
         return SQLStorageStrategy(config, collections=collections, password=password)
