@@ -582,9 +582,11 @@ class PostgreSQL(Dialect):
             return True
         async with self._looking(mine), self._looking(theirs):
             key = secrets.randbits(63)
-            await self.rows(mine, "SELECT pg_advisory_xact_lock($1)", (key,))
+            await self.rows(mine, "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (key,))
             # The tag of such a lock holds the database.
-            [free] = await self._row(theirs, "SELECT pg_try_advisory_xact_lock($1)", (key,))
+            [free] = await self._row(
+                theirs, "SELECT pg_catalog.pg_try_advisory_xact_lock($1::bigint)", (key,)
+            )
             cluster, database, schema, is_standby = await self._row(mine, _IDENTITY)
             other = await self._row(theirs, _IDENTITY)
         their_cluster, their_database, their_schema, theirs_is_standby = other
@@ -693,7 +695,9 @@ class PostgreSQL(Dialect):
         # Read committed: behind the lock it must see what the one before has made.
         handle = await self._begun(driver, isolation="read_committed")
         try:
-            await self.rows(driver, "SELECT pg_advisory_xact_lock($1)", (_SCHEMA_LOCK,))
+            await self.rows(
+                driver, "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (_SCHEMA_LOCK,)
+            )
         except BaseException:
             await run_to_completion(self.roll_back(handle))
             raise
