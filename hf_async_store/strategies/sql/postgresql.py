@@ -956,7 +956,7 @@ JOIN pg_roles AS r ON r.oid = c.relowner
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 JOIN pg_database AS d ON d.datname = current_database()
 WHERE c.relnamespace = {_SCHEMA} AND c.relname::text = ANY($1::text[])
-    AND NOT (r.rolsuper OR pg_has_role(c.relowner, 'USAGE'::text)
+    AND NOT (r.rolsuper OR pg_catalog.pg_has_role(c.relowner, 'USAGE'::text)
         OR c.relowner = n.nspowner OR c.relowner = d.datdba
         OR EXISTS (
             SELECT 1 FROM pg_class AS o WHERE o.relnamespace = c.relnamespace
@@ -965,7 +965,7 @@ WHERE c.relnamespace = {_SCHEMA} AND c.relname::text = ANY($1::text[])
 """
 
 _INDEXES: Final = f"""
-SELECT c.relname::text, pg_get_indexdef(i.indexrelid) FROM pg_index AS i
+SELECT c.relname::text, pg_catalog.pg_get_indexdef(i.indexrelid) FROM pg_index AS i
 JOIN pg_class AS c ON c.oid = i.indexrelid
 JOIN pg_class AS t ON t.oid = i.indrelid
 WHERE t.relnamespace = {_SCHEMA} AND t.relname::text = ANY($1::text[])
@@ -985,7 +985,7 @@ SELECT current_setting('server_version'), pg_database_size(current_database()),
 """
 
 _SIZES: Final = f"""
-SELECT relname::text, pg_total_relation_size(oid) FROM pg_class
+SELECT relname::text, pg_catalog.pg_total_relation_size(oid::regclass) FROM pg_class
 WHERE relnamespace = {_SCHEMA} AND relname::text = ANY($1::text[]) ORDER BY 1
 """
 
