@@ -111,10 +111,13 @@ class SchemaSync:
 
         Raises:
             SchemaMismatchError: what is there differs.
+            PermissionDeniedError: see `refuse_others`.
         """
         try:
             self._dialect.check_place(lease.driver)
             columns = await self._dialect.reflect_columns(lease.driver, self.names)
+            if _HIDDEN & set(columns):
+                await refuse_others(self._dialect, lease.driver, self.names)
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="look", writes=False) from exc
         self._compare(columns, {})
