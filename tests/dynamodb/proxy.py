@@ -29,6 +29,11 @@ class Request(NamedTuple):
     operation: str
     params: dict[str, Any]
 
+    @property
+    def is_migration_check(self) -> bool:
+        """Whether a store finds out by it, from time to time, that it is not being migrated."""
+        return str(self.params.get("TableName")).endswith("_hf_move")
+
 
 class Answer(NamedTuple):
     """An answer that the server did not give."""
@@ -168,8 +173,7 @@ class Proxy:
         body = await incoming.content.read()  # `read()` has a limit
         operation = incoming.headers.get("X-Amz-Target", "").rpartition(".")[2]
         request = Request(operation, json.loads(body or b"{}"))
-        is_look = str(request.params.get("TableName")).endswith("_hf_move")
-        (self.looks if is_look else self.requests).append(request)
+        (self.looks if request.is_migration_check else self.requests).append(request)
         fault = None if self.rule is None else self.rule(request)
         if isinstance(fault, Answer):
             return _response(fault.status, json.dumps(fault.body).encode())
