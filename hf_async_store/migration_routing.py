@@ -384,8 +384,14 @@ class MigrationRouter:
         side = await self.current()
         given = _marked(changes) if side.marks else changes
         outcomes = await self.engine_of(side).write_each(given)
-        if not self.relies_on(side):
-            await self.confirm(side, changes)
+        # What was refused needs no confirmation, and its outcome stays known.
+        written = [
+            change
+            for change, outcome in zip(changes, outcomes, strict=True)
+            if not isinstance(outcome, StorageError) or outcome.outcome_unknown
+        ]
+        if written and not self.relies_on(side):
+            await self.confirm(side, written)
         return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:

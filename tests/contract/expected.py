@@ -14,13 +14,7 @@ if TYPE_CHECKING:
 
 
 class OneStatementForAll(StrategyContract):
-    """An engine that writes what waits by one statement, which succeeds or fails as a whole."""
-
-    @pytest.mark.xfail(strict=True, reason="what the server refuses fails the whole statement")
-    async def test_135_a_change_that_the_engine_itself_refuses(
-        self, harness: Harness, store: StorageStrategy
-    ) -> None:
-        await super().test_135_a_change_that_the_engine_itself_refuses(harness, store)
+    """An engine that writes what waits by one statement, which takes all its locks."""
 
     @pytest.mark.xfail(strict=True, reason="a row that somebody holds stops the whole statement")
     async def test_135_a_change_that_must_wait_holds_up_no_other(
