@@ -657,10 +657,12 @@ async def test_workers_are_held_back_by_a_slow_target(tmp_path: Path) -> None:
             furthest = max(furthest, read - written)
             return found
 
-        async def writing(name: str, entities: list[object], **more: object) -> object:
+        async def writing(
+            name: str, entities: list[object], *rest: object, **named: object
+        ) -> object:
             nonlocal written
             await asyncio.sleep(0.002)
-            done = await write(name, entities, **more)  # type: ignore[arg-type]
+            done = await write(name, entities, *rest, **named)  # type: ignore[arg-type]
             written += len(entities)
             return done
 
