@@ -20,8 +20,10 @@ from hf_async_store import (
     ConfigurationError,
     SQLStorageStrategy,
     StorageError,
+    UnavailableError,
     open_store,
 )
+from hf_async_store.strategies.sql.postgresql import PostgreSQL
 from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
 
@@ -188,6 +190,32 @@ async def test_a_wrong_password_is_told_without_it(guarded: PostgresServer) -> N
     async with open_store(config(guarded, password="")) as store:
         with pytest.raises(StorageError):
             await store.test_connection()
+
+
+@pytest.mark.parametrize("step", ["after the handshake", "before the driver's first statement"])
+async def test_a_new_connection_that_the_server_closes_is_unavailable(
+    database: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"after the handshake": "_open", "before the driver's first statement": "_connect"}[step]
+    original = getattr(PostgreSQL, made)
+
+    async def connect(self: PostgreSQL, *args: Any, **options: Any) -> Any:
+        driver = await original(self, *args, **options)
+        driver.terminate()
+        if step == "after the handshake":  # a server before version 14 does not report this
+            monkeypatch.setattr("hf_async_store.strategies.sql.postgresql._setting", lambda *_: None)
+        return driver
+
+    monkeypatch.setattr(PostgreSQL, made, connect)
+    async with open_store(database) as store:
+        for verb in (
+            store.get_entity("templates", "t"),
+            store.save_entity("templates", {"template_id": "t"}),
+        ):
+            with pytest.raises(UnavailableError, match=r"clos") as caught:
+                await verb
+            assert caught.value.retryable
+            assert not caught.value.outcome_unknown
 
 
 async def token(host: str, port: int, username: str) -> str:

@@ -407,6 +407,8 @@ class PostgreSQL(Dialect):
             return ConfigurationError(f"cannot {doing}: {exc}")
         if isinstance(exc, asyncpg.ProtocolError):
             return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL: {exc}")
+        if _is_closed(exc):
+            return UnavailableError(f"cannot {doing}: the server closed the new connection")
         if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):
             # Above all: a password is asked for and none was given.
             return AuthenticationError(f"cannot {doing}: {exc}")
@@ -631,6 +633,10 @@ class PostgreSQL(Dialect):
             exc.__cause__, asyncpg.PostgresError
         ):
             exc = exc.__cause__  # why the server closed it
+        if _is_closed(exc):
+            return UnavailableError(
+                f"cannot {doing}: the server had closed the connection, and nothing was sent"
+            )
         if _is_objection(exc):
             if callers:
                 return InvalidInputError(f"execute_with_lock: {_objection(exc)}")
@@ -1034,6 +1040,14 @@ async def _kind_of_server(driver: Any) -> _Kind:
 def _setting(driver: Any, name: str) -> str | None:
     """A setting as the server reported it last; None if it does not report it."""
     return cast("str | None", getattr(driver.get_settings(), name, None))
+
+
+def _is_closed(exc: Exception) -> bool:
+    """Whether the driver refused to send anything because the connection is closed.
+
+    It says so in two places, and has no class for it; SQLAlchemy looks at the text, too.
+    """
+    return isinstance(exc, asyncpg.InterfaceError) and str(exc).endswith("connection is closed")
 
 
 def _is_objection(exc: Exception) -> bool:
