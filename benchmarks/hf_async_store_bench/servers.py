@@ -119,6 +119,29 @@ class _Process:
 # -- PostgreSQL -----------------------------------------------------------------------------
 
 
+# As a new database is; it fails for one whose owner or privileges were changed.
+_EMPTY_DATABASE: Final = """
+DO $$
+DECLARE
+    name text;
+BEGIN
+    PERFORM pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid();
+    ASSERT (SELECT datacl IS NULL AND datdba = current_user::regrole AND datconnlimit = -1
+        FROM pg_database WHERE datname = current_database());
+    FOR name IN
+        SELECT nspname FROM pg_namespace
+            WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
+    LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', name);
+    END LOOP;
+    EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
+    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+    GRANT USAGE ON SCHEMA public TO public;
+END $$
+"""
+
+
 class PostgresServer:
     """A running PostgreSQL.
 
@@ -129,20 +152,43 @@ class PostgresServer:
     def __init__(self, url: str, process: _Process | None) -> None:
         self.url = url
         self._process = process
+        self._plain: set[str] = set()
+        self._empty: list[str] = []
 
     def database(self, options: str = "") -> str:
-        """The URL of a new, empty database.
+        """The URL of an empty database.
 
         Args:
             options: of CREATE DATABASE.
         """
+        if self._empty and not options:
+            return self._empty.pop()
         name = f"hf_{secrets.token_hex(6)}"
         self.run(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
-        return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+        url = urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+        if not options and self._process is not None:
+            self._plain.add(url)
+        return url
 
     def drop(self, url: str) -> None:
-        """Remove a database that `database` made, whoever is still connected to it."""
-        self.run(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
+        """Remove a database that `database` made, whoever is still connected to it.
+
+        One without options is emptied and used again, which takes a fifth of the time.
+        """
+        if url in self._plain and self._emptied(url):
+            self._empty.append(url)
+        else:
+            self.run(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
+
+    def _emptied(self, url: str) -> bool:
+        """Empty a database; False if something was changed that this does not undo."""
+        import asyncpg
+
+        try:
+            self.run(_EMPTY_DATABASE, url)
+        except (asyncpg.PostgresError, OSError):
+            return False
+        return True
 
     def copy(self, url: str) -> str:
         """The URL of a new database with all that another one holds, to which nobody is connected."""

@@ -7,53 +7,39 @@ nothing but pytest and does nothing until the suite is used.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-# Named one by one: the package itself is imported already, because this module is in it, and what
-# is imported cannot be rewritten any more.
-_REWRITTEN: Final = (
-    "cancellation",
-    "checks",
-    "contract",
-    "driving",
-    "entities",
-    "generated",
-    "histories",
-    "isolation",
-    "life",
-    "limits",
-    "loads",
-    "machine",
-    "many",
-    "neighbours",
-    "queries",
-    "references",
-    "stepping",
-    "streams",
-    "transactions",
-    "values",
-    "versions",
-    "workers",
+# Module by module: what is imported cannot be rewritten any more, and this package already is.
+_MODULES: Final = sorted(each.stem for each in Path(__file__).parent.glob("*.py"))
+pytest.register_assert_rewrite(
+    *(f"hf_async_store.testing.{each}" for each in _MODULES if each not in ("__init__", "plugin"))
 )
-pytest.register_assert_rewrite(*(f"hf_async_store.testing.{each}" for each in _REWRITTEN))
 
 LEFT_OUT: Final = "engine left out: "
 """How the reason of a skip begins that `harness.leave_out` raised."""
 
 REQUIRE_VARIABLE: Final = "HF_ASYNC_STORE_REQUIRE_ENGINES"
 SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
+FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _GOOD: Final = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("hf_async_store").addoption(
+    group = parser.getgroup("hf_async_store")
+    group.addoption(
         "--hf-seed",
         type=int,
         metavar="N",
         help="the seed of the random cases of the contract suite; a failure tells the one it had",
+    )
+    group.addoption(
+        "--hf-full",
+        action="store_true",
+        help="repeat the cases of the contract suite as often as the contract states, not a fifth",
     )
 
 
@@ -62,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if seed is not None:
         # The environment, so that worker processes have it, too.
         os.environ[SEED_VARIABLE] = str(seed)
+    if config.getoption("--hf-full"):
+        os.environ[FULL_VARIABLE] = "1"
     config.pluginmanager.register(_LeftOut(), "hf_async_store_left_out")
 
 

@@ -45,6 +45,7 @@ from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.concurrency import answer_of, elsewhere
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -65,7 +66,7 @@ PLACES: Final[tuple[str | Path, ...]] = (
 # The suite runs a property in one method that many test classes inherit, on fixtures that it
 # leaves as it found them.
 PROPERTY: Final = settings(
-    max_examples=40,
+    max_examples=repetitions(40),
     deadline=None,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,

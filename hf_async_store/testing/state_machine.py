@@ -82,7 +82,7 @@ _COMMON: Final = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-SHORT: Final = settings(_COMMON, max_examples=25, stateful_step_count=25)
+SHORT: Final = settings(_COMMON, max_examples=10, stateful_step_count=25)
 LONG: Final = settings(_COMMON, max_examples=200, stateful_step_count=60)
 
 # -- what is done ---------------------------------------------------------------------------

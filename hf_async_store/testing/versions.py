@@ -28,6 +28,7 @@ from hf_async_store.testing.assertions import (
 from hf_async_store.testing.concurrency import is_shared
 from hf_async_store.testing.harness import DropsResponses, Harness, ObservesIO
 from hf_async_store.testing.process_workers import run_workers, winners
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import Key, utc_now
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from hf_async_store.strategy import StorageStrategy
 
-ROUNDS: Final = 100
+ROUNDS: Final = repetitions(100)
 WRITERS: Final = 50
 
 _ENTITY: Final[dict[str, Any]] = {"item_id": "a", "label": "first", "data": {"n": [1]}}
@@ -285,7 +286,7 @@ class VersionContract:
     async def test_32_a_compare_and_set_counter_keeps_every_increment(
         self, store: StorageStrategy
     ) -> None:
-        tasks, times = 8, 200
+        tasks, times = 8, repetitions(200)
         await store.create_entity("counters", {"counter_id": "sum", "n": 0})
         await asyncio.gather(*(_count(store, times) for _ in range(tasks)))
         counter = await get_existing(store, "counters", "sum")

@@ -23,7 +23,9 @@ def url(request: pytest.FixtureRequest) -> Url:
 
     def make(engine: str) -> str:
         if engine == "postgresql":
-            found: str = request.getfixturevalue("postgres_server").database()
+            server = request.getfixturevalue("postgres_server")
+            found: str = server.database()
+            request.addfinalizer(lambda: server.drop(found))
             return found
         if engine == "dynamodb":
             endpoint = request.getfixturevalue("dynamodb_server").endpoint_url

@@ -33,7 +33,9 @@ def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
         if kind == "sqlite":
             return f"sqlite:{tmp_path / name}.db"
         if kind == "postgresql":
-            url: str = request.getfixturevalue("postgres_server").database()
+            server = request.getfixturevalue("postgres_server")
+            url: str = server.database()
+            request.addfinalizer(lambda: server.drop(url))
             return url
         if kind == "dynamodb":
             endpoint = request.getfixturevalue("dynamodb_server").endpoint_url

@@ -68,8 +68,42 @@ async def test_a_postgres_keeps_its_data_through_a_kill(postgres: servers.Postgr
     assert await rows_of(url) == 1
     connection.terminate()
     postgres.drop(url)
-    with pytest.raises(asyncpg.InvalidCatalogNameError):
+    with pytest.raises(asyncpg.UndefinedTableError):
         await rows_of(url)
+
+
+async def test_a_dropped_database_is_used_again_as_a_new_one_is(
+    postgres: servers.PostgresServer,
+) -> None:
+    url = postgres.database()
+    name = url.rpartition("/")[2]
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        "CREATE SCHEMA other; CREATE TABLE other.kept (id int); CREATE TABLE kept (id int);"
+        f"ALTER DATABASE {name} SET work_mem = '1MB'"
+    )
+    postgres.drop(url)
+    assert connection.is_closed() or await is_lost(connection)
+    assert postgres.database() == url
+    connection = await asyncpg.connect(url)
+    await connection.execute("CREATE TABLE kept (id int)")
+    others = "SELECT count(*) FROM pg_namespace WHERE nspname = 'other'"
+    assert await connection.fetchval(others) == 0
+    assert await connection.fetchval("SHOW work_mem") != "1MB"
+    await connection.execute(f"REVOKE CONNECT ON DATABASE {name} FROM public")
+    await connection.close()
+    postgres.drop(url)
+    assert postgres.database() != url
+    with pytest.raises(asyncpg.InvalidCatalogNameError):
+        await asyncpg.connect(url)
+
+
+async def is_lost(connection: asyncpg.Connection) -> bool:
+    try:
+        await connection.fetchval("SELECT 1")
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        return True
+    return False
 
 
 def test_a_dynamodb_answers_on_loopback_alone_and_leaves_nothing(folders: Path) -> None:
