@@ -29,6 +29,7 @@ from hf_async_store import errors as public_errors
 from hf_async_store.strategies.dynamodb import answers, backoff
 from hf_async_store.strategies.dynamodb.answers import read_answer
 from hf_async_store.testing.concurrency import seeded
+from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb import verbs
 from tests.dynamodb.proxy import (
     WRITES,
@@ -490,7 +491,7 @@ def _search(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str, examples: int) -> Non
                 raise AssertionError(f"input {number}, seed {seed} of {verb}: {exc!r}") from exc
 
 
-@settings(max_examples=300)
+@settings(max_examples=repetitions(300))
 @given(
     operation=st.sampled_from(sorted(answers._SHAPES)),
     status=st.sampled_from((200, 200, 200, 400, 403, 500, 307)),

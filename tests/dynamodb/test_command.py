@@ -98,6 +98,7 @@ def test_a_secret_is_not_told() -> None:
     assert secret not in said
 
 
+@pytest.mark.long
 def test_the_demo_starts_the_server_itself() -> None:
     if os.environ.get(DYNAMODB_VARIABLE):
         pytest.skip("a server is given")

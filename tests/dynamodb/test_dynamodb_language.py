@@ -21,6 +21,7 @@ from hf_async_store.strategies.dynamodb.condition_parser import condition, key_c
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import ItemMapping
 from hf_async_store.testing.assertions import refused_at_once
+from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb.support import store_at
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ _VALUES: Final = st.dictionaries(
 _GIVEN: Final = st.just({":t": "t", ":a": "2024-01-01T00:00:00Z", ":b": "2024-01-02T00:00:00Z"})
 
 
-@settings(max_examples=1_000)
+@settings(max_examples=repetitions(1_000))
 @example(text="template_id = :t AND", values={":t": "t"})
 @example(text="begins_with", values={})
 @example(text="AND", values={})

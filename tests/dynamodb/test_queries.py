@@ -25,6 +25,7 @@ from hf_async_store import (
     or_,
 )
 from hf_async_store.testing.assertions import typed
+from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb.support import store_at
 from tests.dynamodb.test_codec import THINGS
 
@@ -121,7 +122,7 @@ async def _answers(store: StorageStrategy, filters: Any, order: Any, limit: int 
 
 
 @settings(
-    max_examples=25,
+    max_examples=repetitions(50),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from conftest import Place
 
 CREW = [sys.executable, str(Path(__file__).with_name("live_crew.py"))]
-_SHORT = {("json-single", "json-split"), ("json-single", "postgresql"), ("sqlite", "dynamodb")}
+_SHORT = {("json-single", "postgresql")}
 PAIRS = [
     each if each in _SHORT else pytest.param(*each, marks=pytest.mark.long)
     for each in itertools.permutations(KINDS, 2)
@@ -237,12 +237,7 @@ async def test_nothing_acknowledged_is_lost_through_switch_rollback_and_finalize
 
 @pytest.mark.parametrize(
     "step",
-    [
-        each
-        if each in ("copying", "cut", "flipped")
-        else pytest.param(each, marks=pytest.mark.long)
-        for each in STEPS
-    ],
+    [each if each == "copying" else pytest.param(each, marks=pytest.mark.long) for each in STEPS],
 )
 async def test_a_mover_that_dies_at_any_step_of_the_way_there(
     step: str, place: Place, crew: Crew
@@ -268,10 +263,9 @@ async def test_a_mover_that_dies_at_any_step_of_the_way_there(
     "step",
     [
         "cut",
-        "flipped",
         *(
             pytest.param(each, marks=pytest.mark.long)
-            for each in ("copying", "repaired", "drained")
+            for each in ("copying", "repaired", "drained", "flipped")
         ),
     ],
 )

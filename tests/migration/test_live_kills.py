@@ -155,6 +155,7 @@ class Life:
             [],
             [],
             id="sqlite-dynamodb-short",
+            marks=pytest.mark.long,
         ),
         *(
             pytest.param(
@@ -206,7 +207,9 @@ async def test_a_mover_that_dies_at_one_step_after_another(
     ("kinds", "phases"),
     [
         pytest.param(JSON_TO_POSTGRESQL, ("FINALIZED",), id="json-postgresql-short"),
-        pytest.param(SQLITE_TO_DYNAMODB, ("COPYING",), id="sqlite-dynamodb-short"),
+        pytest.param(
+            SQLITE_TO_DYNAMODB, ("COPYING",), id="sqlite-dynamodb-short", marks=pytest.mark.long
+        ),
         *(
             pytest.param(
                 kinds,

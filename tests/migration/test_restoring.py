@@ -243,7 +243,16 @@ else:
 """
 
 
-@pytest.mark.parametrize("filling", [b"\0", b"{}\n", b"\n", b'{"a":[[[', b'{"template_id":"a"}\n'])
+@pytest.mark.parametrize(
+    "filling",
+    [
+        b'{"a":[[[',
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in (b"\0", b"{}\n", b"\n", b'{"template_id":"a"}\n')
+        ),
+    ],
+)
 def test_81_a_small_file_that_unpacks_to_gigabytes(filling: bytes, tmp_path: Path) -> None:
     import gzip
     import zlib

@@ -201,9 +201,9 @@ def driver_reports() -> Iterator[None]:
 async def test_damaged_answers(
     database: str, quick: None, record_property: Callable[[str, object], None]
 ) -> None:
-    damaged = await try_inputs(database, [*CORPUS, *range(70)])
+    damaged = await try_inputs(database, [*CORPUS, *range(30)])
     record_property("damaged messages", damaged)
-    assert damaged > 40
+    assert damaged > 20
 
 
 @pytest.mark.long

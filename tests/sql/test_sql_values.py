@@ -16,6 +16,7 @@ from hf_async_store.strategies.sql.row_mapping import decode_json, encode_json
 from hf_async_store.strategies.sql.sqlite_functions import at, merged, order_bytes
 from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
@@ -25,7 +26,7 @@ ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "Ã
 
 
 @given(hypothesis_strategies.values, hypothesis_strategies.values)
-@settings(max_examples=2000)
+@settings(max_examples=repetitions(2000))
 def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
     keys, texts = (order_key(one), order_key(other)), (order_bytes(one), order_bytes(other))
     assert (keys[0] < keys[1]) == (texts[0] < texts[1])
@@ -54,12 +55,12 @@ def test_postgresql_reads_what_we_write(postgres_server: PostgresServer) -> None
     texts: list[list[str | None]] = [list(ODD), [None, *ODD], []]
 
     @given(hypothesis_strategies.values)
-    @settings(max_examples=1000, database=None)
+    @settings(max_examples=repetitions(1000), database=None)
     def gather(value: Any) -> None:
         values.append(value)
 
     @given(st.lists(st.none() | TEXTS | st.sampled_from(ODD), max_size=5))
-    @settings(max_examples=300, database=None)
+    @settings(max_examples=repetitions(300), database=None)
     def gather_texts(found: list[str | None]) -> None:
         texts.append(found)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, batch_validation
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import MAX_ENTITY_BYTES
 
 MACHINES = HOST_FACTORY[2]
@@ -136,7 +137,7 @@ VALUES = st.recursive(
 ENTITIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=6)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=repetitions(400), deadline=None)
 @given(st.data())
 def test_batches_of_few_forms_are_told_as_one_by_one(data: st.DataObject) -> None:
     forms = data.draw(st.lists(ENTITIES, min_size=1, max_size=3))

@@ -17,6 +17,7 @@ from hf_async_store.testing.consistency_checkers import (
     unlinearizable,
     unserializable,
 )
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -232,7 +233,7 @@ def any_acts(draw: st.DrawFn) -> list[Act]:
     return acts
 
 
-@settings(max_examples=400)
+@settings(max_examples=repetitions(400))
 @given(acts=any_acts() | acts_of_a_store().map(lambda acts: acts[:5]))
 def test_the_search_agrees_with_trying_every_order(acts: list[Act]) -> None:
     assert (unlinearizable(acts) == []) == any(map(explains, orders_of(acts)))
@@ -449,7 +450,7 @@ def test_what_a_serial_store_does_passes(txns: list[Txn], order: Any) -> None:
     assert unserializable(txns, {}) == []
 
 
-@settings(max_examples=400)
+@settings(max_examples=repetitions(400))
 @given(txns=interleaved(careful=False))
 def test_the_graph_agrees_with_trying_every_order(txns: list[Txn]) -> None:
     assert (unserializable(txns, {}) == []) == any(map(is_serial, permutations(txns)))

@@ -32,6 +32,7 @@ from hf_async_store.config import (
 )
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.redaction import redact_url
+from hf_async_store.testing.repetitions import repetitions
 
 # -- the spec's blocks, word for word -------------------------------------------------------
 
@@ -928,7 +929,7 @@ def test_no_error_shows_a_value(
     assert any(errors)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=repetitions(300), deadline=None)
 @given(
     password=st.lists(
         st.sampled_from(
@@ -956,7 +957,7 @@ def test_no_error_shows_a_password_that_was_put_raw_into_a_url(password: str, pl
     assert_silent(place.format(password))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=repetitions(200), deadline=None)
 @given(
     password=st.text(max_size=8).map(lambda text: MARK + text + MARK),
     broken=st.sampled_from(

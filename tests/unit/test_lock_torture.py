@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hf_async_store import locks
 from hf_async_store.errors import LockTimeoutError
 from hf_async_store.locks import LockManager, Mode, ReaderWriterLock
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -395,4 +396,6 @@ class LockBesideModel(RuleBasedStateMachine):
 
 
 TestLockBesideModel = LockBesideModel.TestCase
-TestLockBesideModel.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestLockBesideModel.settings = settings(
+    max_examples=repetitions(200), stateful_step_count=40, deadline=None
+)
