@@ -997,7 +997,7 @@ def _from_file(path: str, *, follows: bool = True) -> StorageConfig:
         if isinstance(data, Mapping) and not _is_config(data):
             raise ConfigurationError(
                 "not a configuration: it has no key 'storage'; "
-                f"to open a store in this file, use 'json:{path}'"
+                f"for a store in this file, did you mean 'json:{path}'?"
             )
         return _from_mapping(_mapping(data, ""), follows=follows)
 
