@@ -23,12 +23,12 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine can do; the contract suite tests both presence and absence.
 
     Attributes:
-        engine: its name, for people; shared code never branches on it.
-        durable: an acknowledged write outlives the process and a loss of power.
+        engine: its name, for display; shared code never branches on it.
+        durable: an acknowledged write survives the end of the process and a loss of power.
         multi_process: several processes may use one store at once.
         isolations: what `begin_transaction(isolation=...)` takes; the first is the default.
         query_isolation: what a query or stream outside a transaction sees: one "snapshot", or
-            "eventual" (it may be behind, and may show half a transaction).
+            "eventual" (it may lag behind writes, and may show part of a transaction).
         queries_in_transaction: how a query inside a transaction relates to it: "serializable"
             (sees its own writes, and what it saw is part of the transaction), "own_writes" (sees
             them, is not part of it) or "outside" (sees neither).
@@ -38,8 +38,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         savepoints: nested transactions.
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
-        change_markers: a change may carry a change marker, written in the same commit; a live
-            migration finds by these what it still has to copy.
+        change_markers: a change may carry a change marker, written in the same commit; they show a
+            live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
             before the deletion is refused even if the versions are equal.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
@@ -150,7 +150,7 @@ class Session(Reader, Protocol):
         ...
 
     def savepoint(self) -> AbstractAsyncContextManager[Session]:
-        """A nested transaction: leaving the context by an exception rolls back its part alone."""
+        """A nested transaction: leaving the context by an exception rolls back only its changes."""
         ...
 
 
@@ -159,7 +159,7 @@ class Engine(Reader, Protocol):
 
     There is no network or disk I/O before the first call. Preconditions are checked atomically with
     the write. Any await may be cancelled: a write is then applied completely or not at all, and
-    nothing leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
+    no resource leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
     missing entity is never an error.
     """
 
@@ -221,7 +221,7 @@ class Engine(Reader, Protocol):
         ...
 
     async def undeclared(self) -> list[str]:
-        """What is stored but not declared, so that reading all declared collections would miss it.
+        """The stored collections and fields that are not declared, which queries would therefore miss.
 
         Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
         """
@@ -291,8 +291,8 @@ async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[
 async def run_to_completion(work: Awaitable[Result]) -> Result:
     """Await `work` until it is done even if the caller is cancelled; then raise the cancellation.
 
-    With `asyncio.shield` alone, the work would go on after the caller has released its locks;
-    anyio's shielded scope does not protect from a native `Task.cancel()`.
+    With `asyncio.shield` alone, the work would continue after the caller has released its locks;
+    the shielded scope of anyio does not protect from a native `Task.cancel()`.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -308,6 +308,6 @@ async def run_to_completion(work: Awaitable[Result]) -> Result:
                 raise
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # retrieved, so that the loop does not report it
+            task.exception()  # marks it as retrieved, so that the event loop does not log it
         raise cancelled
     return task.result()
