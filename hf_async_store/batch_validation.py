@@ -112,7 +112,7 @@ def validate_batch(
 
 
 class _UnusualValueError(Exception):
-    """A value that must be validated together with its entity alone; it may be valid or not."""
+    """A value, valid or not, because of which the entities must be validated one by one."""
 
 
 def _has_required_fields(collection: Collection, names: Sequence[str]) -> bool:

@@ -159,8 +159,8 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         base_path: a folder; a relative one is below the working directory.
         enable_compression: compress with gzip, to `NAME.gz`.
-        cache_size: the maximum number of decoded entities that queries keep in memory; 0: none.
-        write_buffer_size: the size of the journal in bytes at which it is compacted into the files.
+        cache_size: the maximum number of decoded entities of each collection that queries cache.
+        write_buffer_size: the size in bytes that the journal may reach before a compaction.
         sync_writes: a commit is written to the disk before it is acknowledged.
         backup_enabled, backup_count: keep this number of earlier generations of the file(s).
         lock_timeout: seconds to wait for the lock between processes.

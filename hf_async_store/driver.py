@@ -1,4 +1,4 @@
-"""The driver interface: what an engine implements. Everything else is written once, in terms of it."""
+"""The driver interface, which each engine implements. All other code is shared by the engines."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             before the deletion is refused even if the versions are equal.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
-        max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited by
-            memory alone.
+        max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited only
+            by memory.
         write_concurrency: the maximum number of coalesced write batches in progress at once.
         write_batch: the maximum number of changes in one of these batches.
         read_batch: the maximum number of reads that share a round trip; 0 where a read is no round
@@ -105,8 +105,8 @@ class Reader(Protocol):
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """The matching records, in the query's order, up to its limit.
 
-        Closing the iterator early releases what it holds. `query.fields` is a hint to read less;
-        the records may hold more fields.
+        Closing the iterator early releases its resources. `query.fields` is a hint that allows the
+        engine to read less; the records may contain more fields.
         """
         ...
 
@@ -123,7 +123,7 @@ class SupportsBatches(Protocol):
     """
 
     def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """Like `select`, but the entities alone, in non-empty batches of any size."""
+        """Like `select`, but yields only the entities, in non-empty batches of any size."""
         ...
 
 
@@ -236,7 +236,7 @@ class Engine(Reader, Protocol):
         ...
 
     async def health(self) -> Mapping[str, Value]:
-        """The engine's part of `health()`; whatever needs action is listed in `problems`."""
+        """The engine's part of `health()`; its `problems` lists the conditions that require action."""
         ...
 
     def describe(self) -> Mapping[str, Value]:

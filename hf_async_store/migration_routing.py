@@ -63,7 +63,7 @@ ABANDONED_SWITCH_SECONDS: Final = 12.0
 must have terminated."""
 
 _LEASE_MARGIN_SECONDS: Final = 0.25
-"""An operation begins only if the lease is valid for this time: then a short operation ends within it."""
+"""An operation begins only if the lease is valid for at least this time, so that a short one ends in it."""
 
 _POLL_SECONDS: Final = 0.05
 _RENEW_TIMEOUT_SECONDS: Final = 1.0

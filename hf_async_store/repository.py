@@ -335,8 +335,8 @@ class RepositoryInterface(ABC):
     ) -> list[int]:
         """Write entities with their versions and timestamps, for migration and restore.
 
-        Existing entities are replaced, of whatever version unless `expected_versions` maps their ids
-        to one. `version` is stored as given (0 if it is missing), and so are the timestamps: null
+        Existing entities are replaced, whatever their version, unless `expected_versions` maps their
+        ids to one. `version` is stored as given (0 if it is missing), and so are the timestamps: null
         stays null, missing stays missing. References are checked. Fails like `create_entities`.
 
         Returns:
