@@ -158,9 +158,9 @@ class Coalescer(Generic[Item, Result]):
                 return
             lane = asyncio.get_running_loop().create_task(self._run_lane(batch))
             self._running.add(lane)
-            lane.add_done_callback(partial(self._release_unsent, batch))
+            lane.add_done_callback(partial(self._fail_unstarted, batch))
 
-    def _release_unsent(self, batch: _Batch[Item, Result], lane: asyncio.Task[None]) -> None:
+    def _fail_unstarted(self, batch: _Batch[Item, Result], lane: asyncio.Task[None]) -> None:
         """Fail a batch whose lane was cancelled before it began, for example by a closing event loop."""
         if lane not in self._running:
             return  # the lane ran, and has ended its batches itself

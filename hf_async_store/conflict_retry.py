@@ -29,7 +29,8 @@ RETRY_SECONDS: Final = 30.0
 
 _MAX_PAUSE_SECONDS: Final = 1.0
 _BACKOFF_FACTOR_QUEUED: Final = 4
-"""The longest pause, in durations of an attempt, if tasks queue: only other processes compete."""
+"""The maximum pause, as a multiple of the duration of an attempt, if tasks queue: then only processes
+compete."""
 
 _BACKOFF_FACTOR_UNQUEUED: Final = 32
 """The same if tasks do not queue."""

@@ -866,10 +866,10 @@ def _fingerprint(where: Filter) -> bytes:
 
 # -- sorting in memory ----------------------------------------------------------------------
 
-# The number of rows sorted in one step (at most twice as many).
+# The number of rows sorted in one step (at most twice as many), which takes a few milliseconds.
 _RUN_SIZE: Final = 1_000
 
-# The number of rows yielded between two iterations of the event loop. Both take a few milliseconds.
+# The number of rows yielded between two iterations of the event loop, which takes as long.
 _ROWS_PER_ITERATION: Final = 500
 
 # For a limit up to this, only the first rows in the order are kept in memory.

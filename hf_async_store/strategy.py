@@ -74,8 +74,8 @@ class StorageStrategy(RepositoryInterface):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Args:
-        config: its configuration, with absolute paths (`config.anchored`): defines to which stores
-            it may be followed in a live migration. None: to no store.
+        config: its configuration, with absolute paths (`config.anchored`): lists the stores to which
+            a live migration of this store may be followed. None: no store.
 
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
     in, and any number of tasks of that loop may use it at once.
