@@ -751,7 +751,7 @@ def _options(key: str, block: object, path: str) -> Options:
 
 
 def _registered() -> list[str]:
-    """The names of the third-party strategies; reading them is slow and done for unknown names only."""
+    """The names of the third-party strategies. They are read only for a name that is not built in."""
     from importlib.metadata import entry_points
 
     names = {each.name for each in entry_points(group=STRATEGY_GROUP)}

@@ -187,10 +187,10 @@ class Engine(Reader, Protocol):
         ...
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
-        """A consistent snapshot for as long as it is open, for backups and comparisons.
+        """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 
-        It does not block writers. Where `query_isolation` is "eventual", it is no more consistent
-        than queries are.
+        It does not block writers. If `query_isolation` is "eventual", it is not more consistent than
+        queries.
         """
         ...
 
