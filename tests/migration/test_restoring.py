@@ -112,7 +112,7 @@ async def test_81_a_missing_parent_is_found_before_the_first_is_written(
     async with opened(place(kind, "a")) as store:
         with pytest.raises(ReferenceViolationError) as caught:
             await restore_store(store, path)
-        assert "machines 'm-1': request_id refers to 'gone'" in str(caught.value)
+        assert "machines 'm-1': request_id names 'gone'" in str(caught.value)
         assert "nothing was written" in str(caught.value)
         assert not any((await everything(store)).values())
         # It is there already: then it fits beside it.
