@@ -290,7 +290,7 @@ def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
         (
             b'{"machines": {"m-1": {"request_id": "r-9"}}}',
             3,
-            "request_id names 'r-9', which requests does not have",
+            "request_id refers to 'r-9', which does not exist in requests",
         ),
     ],
 )

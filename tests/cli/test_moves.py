@@ -201,7 +201,7 @@ def test_live_migrate_from_start_to_finalize(filled: Cli) -> None:
     assert filled("live-migrate", "finalize", *pair).rows[0]["phase"] == "FINALIZED"
     ran = filled("count", "machines")
     assert ran.code == 4
-    assert f"this store was moved to json:{Path('moved').absolute()}" in ran.message
+    assert f"this store was migrated to json:{Path('moved').absolute()}" in ran.message
     assert filled("count", "machines", "--store", TARGET).out == "4\n"
     assert filled("health", "--store", TARGET).rows[0]["undeclared_sections"] == []
 

@@ -204,7 +204,7 @@ def test_no_store_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
             '{"storage": {"strategy": "json", "json_strategy": {"cache_size": "x"}}}',
             "config.json: storage.json_strategy.cache_size: expected int, got str",
         ),
-        ('{"templates": {}}', "config.json: not a configuration, which has a key 'storage'"),
+        ('{"templates": {}}', "config.json: not a configuration: it has no key 'storage'"),
     ],
 )
 def test_a_configuration_that_is_wrong(cli: Cli, text: str, told: str) -> None:

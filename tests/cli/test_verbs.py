@@ -86,8 +86,8 @@ def test_a_missing_parent(filled: Cli) -> None:
     ran = filled("put", "machines", '{"machine_id": "m-9", "request_id": "r-9"}')
     assert ran.code == 3
     assert ran.message == (
-        "machines 'm-9': request_id names 'r-9', which requests does not have (if it is kept "
-        "elsewhere, declare the field with enforced=False, or set enforce_references to false); "
+        "machines 'm-9': request_id refers to 'r-9', which does not exist in requests (if it is "
+        "stored elsewhere, declare the field with enforced=False, or set enforce_references to false); "
         "put that first"
     )
 
@@ -222,8 +222,8 @@ def test_delete_what_others_refer_to(filled: Cli) -> None:
     assert ran.code == 3
     first, second, last = ran.err.splitlines()
     assert "requests 'r-1' cannot be deleted: machines 'm-" in first
-    assert first.endswith("names it in request_id; delete those first")
-    assert "requests 'r-2' cannot be deleted: machines 'm-3' names it" in second
+    assert first.endswith("refers to it in request_id; delete those first")
+    assert "requests 'r-2' cannot be deleted: machines 'm-3' refers to it" in second
     assert last == "hf-async-store: 2 of 2 failed"
     assert filled("delete", "requests", "r-1").message.endswith("delete those first")
 

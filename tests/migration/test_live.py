@@ -403,7 +403,7 @@ async def test_what_goes_around_the_verbs_is_refused_meanwhile(place: Place) -> 
     async with LiveMigration(source, target, collections=COLLECTIONS) as move:
         await move.start(cut_over=False)
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
-            with pytest.raises(StoreRelocatedError, match="does not follow a move"):
+            with pytest.raises(StoreRelocatedError, match="does not follow a live migration"):
                 await store.write_file({})
         await move.abort()
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:

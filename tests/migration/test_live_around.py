@@ -80,7 +80,7 @@ async def test_sql_that_a_move_overtakes_is_not_acknowledged(
             return await execute(*arguments)
 
         monkeypatch.setattr(store._sql, "execute_with_lock", slow)
-        with pytest.raises(StorageError, match="a move of this store began") as caught:
+        with pytest.raises(StorageError, match="a live migration of this store began") as caught:
             await store.execute_with_lock(UPDATE)
         assert caught.value.outcome_unknown
         assert not caught.value.retryable
@@ -98,7 +98,7 @@ async def test_sql_in_a_transaction_that_a_move_overtakes_is_not_acknowledged(
                 await tx.execute_with_lock(UPDATE)
                 await begun(source, target)
 
-        with pytest.raises(StorageError, match="a move of this store began") as caught:
+        with pytest.raises(StorageError, match="a live migration of this store began") as caught:
             await late()
         assert caught.value.outcome_unknown
 
@@ -166,7 +166,7 @@ async def test_a_conditional_update_that_a_move_overtakes_is_not_acknowledged(
             return await update_where(*arguments)
 
         monkeypatch.setattr(store._dynamodb.writes, "update_where", slow)
-        with pytest.raises(StorageError, match="a move of this store began") as caught:
+        with pytest.raises(StorageError, match="a live migration of this store began") as caught:
             await store.update_entity(
                 "accounts",
                 "a-0",

@@ -373,8 +373,8 @@ async def test_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) -> None
         tool = MigrationTool(source, target, settings(tmp_path))
         report = await tool.migrate(dry_run=True)
         assert report.problems == [
-            "requests 'r-0': template_id names 'gone', which templates does not have (if it is kept "
-            "elsewhere, declare the field with enforced=False, or set enforce_references to false)"
+            "requests 'r-0': template_id refers to 'gone', which does not exist in templates (if it is "
+            "stored elsewhere, declare the field with enforced=False, or set enforce_references to false)"
         ]
         assert any("enforces references" in each for each in report.notices)
         with pytest.raises(MigrationError, match="'gone'"):

@@ -967,7 +967,7 @@ def run_ordered(rows: Sequence[Entity], query: Query, size: int = 4) -> list[Ent
     async def run() -> list[Entity]:
         return [entity async for _, entity in ordered(_cut(rows, size), query)]
 
-    with patch.object(query_module, "_RUN", 3), patch.object(query_module, "_SMALL_LIMIT", 4):
+    with patch.object(query_module, "_RUN_SIZE", 3), patch.object(query_module, "_SMALL_LIMIT", 4):
         return asyncio.run(run())
 
 

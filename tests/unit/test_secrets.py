@@ -32,8 +32,8 @@ def keys_of(model: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     for each in msgspec.structs.fields(model):
         at = (*path, each.name)
         yield at, each.type
-        if each.name in model._parts:
-            yield from keys_of(model._parts[each.name], at)
+        if each.name in model._nested_models:
+            yield from keys_of(model._nested_models[each.name], at)
 
 
 CASES = [
