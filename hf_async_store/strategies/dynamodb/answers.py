@@ -1,7 +1,8 @@
-"""HTTP responses, validated in one place for every operation.
+"""Decoding and validation of HTTP responses, for all operations.
 
-A response has the shape that its operation documents, and matches its request. Anything else (a
-proxy's page, damaged bytes, another server) is an error here, not a `KeyError` elsewhere.
+A valid response has the structure documented for its operation and matches its request. Any other
+response (an HTML page of a proxy, damaged bytes, a response of another server) raises an error
+here, so that the callers need not validate it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class AttributeValue(TypedDict, total=False):
-    """Exactly one of these; `codec.decode` sees to that."""
+    """An attribute value; it has exactly one of these members, which `codec.decode` checks."""
 
     S: str
     N: str
@@ -45,7 +46,7 @@ Item = dict[str, AttributeValue]
 
 
 class _Any(TypedDict):
-    """Nothing of it is read."""
+    """A response of which no member is used."""
 
 
 class _Get(TypedDict, total=False):
@@ -218,7 +219,8 @@ _DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
 }
 _DECODE_FAILURE: Final = msgspec.json.Decoder(_Failure).decode
 
-# What decoding raises for bytes that are no JSON, no UTF-8, of another shape, or nested for ever.
+# Raised by decoding for bytes that are not JSON, not UTF-8, of another structure or nested too
+# deeply.
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -229,15 +231,16 @@ def read_answer(
     headers: Mapping[str, str],
     body: bytes,
 ) -> dict[str, Any]:
-    """The decoded response to a request.
+    """Decode and validate the response to a request.
 
     Raises:
-        BadAnswer: it is not a valid one; `outcome_unknown`.
-        StorageError: by `errors.translate`.
+        BadAnswer: the response is invalid; has `outcome_unknown`.
+        StorageError: the response is an error; see `errors.translate`.
     """
     if not _is_whole(headers.get("x-amz-crc32"), body):
         raise AnswerLost(
-            "the response of DynamoDB does not match its checksum", outcome_unknown=True
+            "the response of DynamoDB does not match its checksum (x-amz-crc32)",
+            outcome_unknown=True,
         )
     if status != 200:
         raise _failure(status, headers, body, params)
@@ -246,7 +249,7 @@ def read_answer(
         raise _bad(f"its content type is {kind[:80]!r}")
     try:
         if not body.isascii():
-            body.decode()  # also where nothing of it is read
+            body.decode()  # checks the members that are not decoded, too
         answer: dict[str, Any] = _DECODE[operation](body)
     except _UNREADABLE as exc:
         raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
@@ -255,10 +258,10 @@ def read_answer(
 
 
 def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[str, Any]:
-    """The same for a response that another driver has decoded.
+    """Validate a response that the DAX client has decoded.
 
     Raises:
-        BadAnswer.
+        BadAnswer: the response is invalid.
     """
     try:
         converted: dict[str, Any] = msgspec.convert(answer, _SHAPES[operation])
@@ -274,19 +277,19 @@ def _is_whole(checksum: str | None, body: bytes) -> bool:
 
 def _bad(why: str) -> BadAnswer:
     return BadAnswer(
-        f"the response is not from DynamoDB, or a proxy changed it: {why}",
+        f"the response is not from DynamoDB or was changed by a proxy: {why}",
         outcome_unknown=True,
     )
 
 
-# -- whether it matches its request ----------------------------------------------------
+# -- checks of a response against its request ------------------------------------------------
 
 
 def check(operation: str, params: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
     """Check that a response matches its request.
 
     Raises:
-        BadAnswer.
+        BadAnswer: it does not.
     """
     test = _CHECKS.get(operation)
     if test is not None and not test(params, answer):
@@ -310,12 +313,12 @@ def _check_batch_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bo
 
 
 def _ids(keys: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The ids of keys, and the one attribute that holds them."""
+    """The ids in these keys, each with the name of its key attribute."""
     return {held["S"]: name for key in keys for name, held in key.items()}
 
 
 def _ids_of(items: Sequence[Mapping[str, Any]], asked: Mapping[str, str]) -> set[str]:
-    """The ids of items; "" for one that has none, which nobody asks for."""
+    """The ids of items; "" for an item without an id, because no request contains this id."""
     name = next(iter(asked.values()))
     return {cast("str", each.get(name, {}).get("S", "")) for each in items}
 
@@ -323,12 +326,13 @@ def _ids_of(items: Sequence[Mapping[str, Any]], asked: Mapping[str, str]) -> set
 def _check_rows(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
     last = answer.get("LastEvaluatedKey")
     if last and last == params.get("ExclusiveStartKey"):
-        return False  # it would go on for ever
+        return False  # requesting the next page would never end
     return answer["Count"] >= 0 and (params.get("Select") == "COUNT" or "Items" in answer)
 
 
 def _check_written(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    # All that says that a write was done is an empty map, and not every empty page says that.
+    # A successful write returns an empty object or these members. Other members show that the
+    # response is not from DynamoDB.
     return answer.keys() <= {"Attributes", "ConsumedCapacity", "ItemCollectionMetrics"}
 
 
@@ -379,49 +383,52 @@ def _failure(
     if code.endswith("TransactionCanceledException") and len(reasons or ()) != len(
         params.get("TransactItems", ())
     ):
-        # Nothing was written, and the reason is not given.
-        return BadAnswer("DynamoDB cancelled a transaction and gave no reasons")
+        # Nothing was written.
+        return BadAnswer(
+            "DynamoDB cancelled a transaction without a cancellation reason for each action"
+        )
     message = failure.get("message") or failure.get("Message") or ""
     return translate(code, message, status, failure)
 
 
 def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
-    """The error of a response that is not from DynamoDB but from a proxy or another server.
+    """The error for a response that is not from DynamoDB but from a proxy or another server.
 
-    Whether a write was applied before it is unknown.
+    It is unknown whether a write was applied before.
     """
-    who = f"HTTP {status}, and not from DynamoDB"
+    who = f"HTTP {status}, not from DynamoDB"
     if 300 <= status < 400:
         return ProtocolError(
-            f"a redirect{_target(headers)} ({who}); it is not followed, as credentials belong to one host: "
-            "look at dynamodb_strategy.endpoint_url and at proxies",
+            f"the response is a redirect{_target(headers)} ({who}), which is not followed because "
+            "the signed credentials are for one host only; check dynamodb_strategy.endpoint_url "
+            "and the proxy settings",
             outcome_unknown=True,
         )
     if status == 407:
         return AuthenticationError(
-            f"the proxy asks for credentials ({who}): look at HTTPS_PROXY and HTTP_PROXY",
+            f"the proxy requires credentials ({who}); check HTTPS_PROXY and HTTP_PROXY",
             outcome_unknown=True,
         )
     if status in (401, 403):
         return PermissionDeniedError(
-            f"access was refused ({who}): a proxy, a firewall or another server responds at the "
+            f"access was denied ({who}); a proxy, a firewall or another server responds at the "
             "endpoint",
             outcome_unknown=True,
         )
     if status == 413:
         return ProtocolError(
-            f"the request was too large for a proxy in front of DynamoDB ({who})",
+            f"a proxy rejected the request as too large ({who})",
             outcome_unknown=True,
         )
     if status == 429:
-        return ThrottledError(f"throttled ({who})", outcome_unknown=True)
+        return ThrottledError(f"the request was throttled ({who})", outcome_unknown=True)
     if status == 408 or status >= 500:
         return UnavailableError(f"no response from DynamoDB ({who})", outcome_unknown=True)
     return _bad(who)
 
 
 def _target(headers: Mapping[str, str]) -> str:
-    """The host that a redirect names, without all that may be secret in its URL."""
+    """The host of a redirect; the rest of the URL may contain secrets."""
     try:
         host = urlsplit(headers.get("location", "")).hostname
     except ValueError:

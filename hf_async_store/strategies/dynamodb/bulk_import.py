@@ -1,6 +1,6 @@
-"""Imports: whole items that replace whatever is stored, by `BatchWriteItem`.
+"""Imports: whole items that unconditionally replace the stored ones, by `BatchWriteItem`.
 
-It has no conditions and is idempotent; unprocessed items are sent again.
+The operation is idempotent; unprocessed items are sent again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_import(change: Change) -> bool:
 
 
 class Imports:
-    """The imports among independent changes."""
+    """Writes the imports among independent changes."""
 
     def __init__(self, client: Client, tables: Tables) -> None:
         self._client = client
@@ -42,7 +42,7 @@ class Imports:
         self._seconds = client.config.retry_timeout
 
     async def write(self, ops: list[WriteOp]) -> None:
-        """Replace what is there, whatever it is, by `BatchWriteItem`."""
+        """Replace the stored items unconditionally, by `BatchWriteItem`."""
         sent = [self._some(each) for each in chunks(ops, MAX_PUTS)]
         await asyncio.gather(*sent)
 
@@ -54,7 +54,7 @@ class Imports:
             requests: dict[str, list[dict[str, Any]]] = {}
             for op in left.values():
                 put = cast("Put", op.change)
-                item = op.form.item(
+                item = op.mapping.item(
                     put.key.id, put.entity, cast("int", put.import_version), op.token
                 )
                 requests.setdefault(op.table, []).append({"PutRequest": {"Item": item}})
@@ -72,7 +72,7 @@ class Imports:
                     [op] = left.values()
                     op.done(deleted_meanwhile(op) if isinstance(exc, TableMissing) else exc)
                     return
-                # One rejected item fails the whole batch: the half without it succeeds.
+                # One rejected item fails the whole batch. Split it, so that the others succeed.
                 rest = list(left.values())
                 middle = len(rest) // 2
                 await asyncio.gather(self._some(rest[:middle]), self._some(rest[middle:]))
@@ -89,7 +89,7 @@ class Imports:
         sent: dict[tuple[str, str], WriteOp],
         undone: Mapping[str, Sequence[Mapping[str, Any]]],
     ) -> dict[tuple[str, str], WriteOp]:
-        """The operations that remain."""
+        """Complete the processed operations; return the unprocessed ones."""
         left = {}
         for table, requests in undone.items():
             for each in requests:
@@ -107,6 +107,6 @@ class Imports:
         return left
 
     def _id_of(self, table: str, item: Attributes) -> str:
-        """The id of an item that was sent; "" for one that was not."""
+        """The id of an item; "" if the table is not one of this store."""
         named = [name for name in self._tables.schema if self._tables.name(name) == table]
         return self._tables.forms[named[0]].id_of(item) if named else ""

@@ -1,13 +1,13 @@
-"""Portable values as DynamoDB's attribute values, and back: the hot path of every item.
+"""Conversion between portable values and DynamoDB attribute values, used for every item.
 
-Most values have a native form. What DynamoDB cannot hold exactly takes a side form, in types that
-no portable value has:
+Most values have a native encoding. Values that DynamoDB cannot store exactly have a substitute
+encoding, with types and names that no portable value uses:
 
-* a float that is integral, -0.0 or out of DynamoDB's range is a text set of its one `repr`: a
-  number would come back as an integer, or not at all;
-* of a map key that is empty or longer than 64 KiB, the name and the value stand under two keys that
-  begin with U+0000, which no portable text has. (In a list under one, they would be nested a level
-  deeper, and what is as deep as it may be would not fit.)
+* A float that is integral, -0.0 or outside of DynamoDB's range is stored as a string set that
+  contains only its `repr`. Stored as a number, it would be read as an integer or be rejected.
+* A map key that is empty or longer than 64 KiB is stored as two entries, one with the value and one
+  with the key, whose names begin with U+0000, which no portable string contains. (A list with both
+  would add a nesting level, and exceed DynamoDB's limit for values nested to the maximum depth.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias, cast
 from hf_async_store.values import Value
 
 Attribute: TypeAlias = dict[str, Any]
-"""An attribute value as the wire has it: one type letter, and what it holds."""
+"""An attribute value as in requests and responses: a dict of one type descriptor to its value."""
 
 Attributes: TypeAlias = dict[str, Attribute]
 
@@ -52,7 +52,7 @@ def encode(value: Value) -> Attribute:
 
 
 def encode_map(value: dict[str, Value]) -> Attributes:
-    """What a map attribute of these values holds."""
+    """The content of a map attribute with these values."""
     encoded = {name: encode(each) for name, each in value.items()}
     if "" in encoded or any(len(name) > _LONGEST_NAME // 4 for name in encoded):
         return _with_side_names(encoded)
@@ -71,12 +71,12 @@ def _with_side_names(encoded: Attributes) -> Attributes:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether DynamoDB takes this name of an attribute or map key as it is."""
+    """Whether DynamoDB accepts this name for an attribute or map key."""
     return bool(name) and (len(name) <= _LONGEST_NAME // 4 or len(name.encode()) <= _LONGEST_NAME)
 
 
 def encode_float(value: float) -> Attribute:
-    """A number where that is exact and comes back as a float; else the side form."""
+    """A number if it is exact and decoded as a float; otherwise the substitute encoding."""
     if is_native(value):
         return {"N": repr(value)}
     return {"SS": [repr(value)]}
@@ -87,10 +87,12 @@ def is_native(value: float) -> bool:
 
 
 def decode(attribute: Attribute) -> Value:
-    """The portable value of an attribute value; sets and binary of others come as lists and text.
+    """The portable value of an attribute value.
+
+    Sets and binary values, which only other programs write, become lists and base64 strings.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the attribute is not a valid attribute value.
     """
     [(kind, held)] = attribute.items()
     if kind == "S":
@@ -117,7 +119,10 @@ def decode(attribute: Attribute) -> Value:
 
 
 def _side_form(text: str) -> Value:
-    """The float that a text set of one is; a text that is none of ours is a set of another program's."""
+    """The float that a string set with one element encodes.
+
+    If the string is not the `repr` of a finite float, another program wrote the set: it is a list.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -126,17 +131,17 @@ def _side_form(text: str) -> Value:
 
 
 def decode_number(text: str) -> int | float:
-    """An integer, unless the text has a fraction or an exponent.
+    """An integer, or a float if the string has a fraction or an exponent.
 
     Raises:
-        ValueError: DynamoDB has no such number.
+        ValueError: the string is not a finite number.
     """
     try:
         return int(text)
     except ValueError:
         value = float(text)
     if not isfinite(value):
-        raise ValueError(f"no number: {text[:50]!r}")
+        raise ValueError(f"not a finite number: {text[:50]!r}")
     return value
 
 
@@ -154,5 +159,5 @@ def _with_plain_names(decoded: dict[str, Value]) -> Iterator[tuple[str, Value]]:
         elif not name.endswith(_NAME):
             plain = decoded.get(f"{name}{_NAME}")
             if not isinstance(plain, str):
-                raise ValueError("a map key that is beside its name")
+                raise ValueError("the entry with the name of a map key is missing")
             yield plain, each

@@ -1,8 +1,9 @@
-"""What callers write in DynamoDB's own expression language, on fields as they know them.
+"""Parser of conditions that callers write in DynamoDB's expression language.
 
-Names are fields, whatever words DynamoDB reserves and wherever a field lies in the item: `status`,
-`doc` and `size` work as they stand, `tags.owner[0]` steps into a value, and a name that is no word
-stands in double quotes. Values are `:name`, given beside.
+Names in an expression are fields of the entity, even if they are reserved words of DynamoDB (such as
+`status` and `size`), and wherever the field is stored in the item. `tags.owner[0]` refers to a nested
+value. A name that is not an identifier is written in double quotes. A value is written as `:name` and
+passed separately.
 """
 
 from __future__ import annotations
@@ -46,22 +47,24 @@ class _Part(NamedTuple):
 
 def _parts(text: object, what: str) -> list[_Part]:
     if not isinstance(text, str) or not text.strip():
-        raise InvalidQueryError(f"{what} is a string in DynamoDB's expression language")
+        raise InvalidQueryError(
+            f"{what} must be a non-empty string in DynamoDB's expression language"
+        )
     if len(text) > _MAX_TEXT:
-        raise InvalidQueryError(f"{what} is longer than the 4 KB that DynamoDB takes")
+        raise InvalidQueryError(f"{what} is longer than DynamoDB's limit of 4 KB")
     parts: list[_Part] = []
     place = 0
     end = len(text.rstrip())
     while place < end:
         found = _TOKEN.match(text, place)
         if found is None:
-            raise InvalidQueryError(f"{what}: cannot be read from character {place + 1} on")
+            raise InvalidQueryError(f"{what}: syntax error at character {place + 1}")
         kind = str(found.lastgroup)
         inner = found[kind]
         if kind == "quoted":
             kind, inner = "name", inner[1:-1].replace('""', '"')
             if not is_plain_name(inner) or "\0" in inner:
-                raise InvalidQueryError(f"{what}: no field has the name {inner[:50]!r}")
+                raise InvalidQueryError(f"{what}: {inner[:50]!r} is not a valid field name")
         parts.append(_Part(kind, inner))
         place = found.end()
     return parts
@@ -69,17 +72,17 @@ def _parts(text: object, what: str) -> list[_Part]:
 
 def _given(values: Mapping[str, object] | None, what: str) -> dict[str, Value]:
     if values is not None and not isinstance(values, Mapping):
-        raise InvalidQueryError(f"{what}: expression_values is a map")
+        raise InvalidQueryError(f"{what}: expression_values must be a mapping")
     given: dict[str, Value] = {}
     for name, value in (values or {}).items():
         if not isinstance(name, str):
-            raise InvalidQueryError(f"{what}: the names of expression_values are strings")
+            raise InvalidQueryError(f"{what}: the keys of expression_values must be strings")
         given[name if name.startswith(":") else f":{name}"] = normalise(value, (name,))
     return given
 
 
 class _Values:
-    """The values of an expression; each must be used."""
+    """The values of an expression, each of which must be used."""
 
     def __init__(self, values: Mapping[str, object] | None, what: str) -> None:
         self._what = what
@@ -88,25 +91,27 @@ class _Values:
 
     def pop(self, name: str) -> Value:
         if name not in self._values:
-            raise InvalidQueryError(f"{self._what}: no value is given for {name}")
+            raise InvalidQueryError(f"{self._what}: expression_values has no value for {name}")
         self._left.discard(name)
         return self._values[name]
 
     def assert_exhausted(self) -> None:
         if self._left:
-            raise InvalidQueryError(f"{self._what} does not use {', '.join(sorted(self._left))}")
+            raise InvalidQueryError(
+                f"{self._what} does not use these values: {', '.join(sorted(self._left))}"
+            )
 
 
 # -- conditions -----------------------------------------------------------------------------
 
 
 def condition(
-    text: object, values: Mapping[str, object] | None, form: ItemMapping, names: Names
+    text: object, values: Mapping[str, object] | None, mapping: ItemMapping, names: Names
 ) -> str:
-    """A condition expression with placeholders of `names`.
+    """Translate a condition to a ConditionExpression with placeholders from `names`.
 
     Raises:
-        InvalidQueryError.
+        InvalidQueryError: the condition or its values are invalid.
     """
     what = "condition_expression"
     parts = _parts(text, what)
@@ -125,12 +130,12 @@ def condition(
             written.append(part.text.upper())
         elif part.kind == "word" and following == "(":
             if part.text not in _FUNCTIONS:
-                raise InvalidQueryError(f"{what}: there is no function {part.text}")
+                raise InvalidQueryError(f"{what}: unknown function {part.text}")
             written.append(part.text)
         else:
             steps: list[str | int] = [part.text]
             place = _steps(parts, place, steps)
-            if steps[0] != VERSION and steps[0] not in form.collection.fields:
+            if steps[0] != VERSION and steps[0] not in mapping.collection.fields:
                 steps.insert(0, DOC)
             written.append(names.path(steps))
     given.assert_exhausted()
@@ -138,7 +143,7 @@ def condition(
 
 
 def _steps(parts: list[_Part], place: int, steps: list[str | int]) -> int:
-    """The rest of a path; returns the place behind it."""
+    """Append the rest of a path to `steps`; return the position after it."""
     while place + 1 < len(parts):
         sign, step = parts[place].text, parts[place + 1]
         if parts[place].kind != "sign":
@@ -159,7 +164,7 @@ def _steps(parts: list[_Part], place: int, steps: list[str | int]) -> int:
 
 
 def _operand(value: Value) -> Attribute:
-    # A number is compared as a number, be it an integral float, too.
+    # Integral floats are compared as numbers, too.
     if type(value) in (int, float):
         return {"N": repr(value)}
     return encode(value)
@@ -171,14 +176,16 @@ def _operand(value: Value) -> Attribute:
 def key_condition(
     text: object,
     values: Mapping[str, object] | None,
-    form: ItemMapping,
+    mapping: ItemMapping,
     index: Index,
     names: Names,
 ) -> str:
-    """A key condition expression on an index: `field = :value`, and at most one on its sort field.
+    """Translate a condition on the key of an index to a KeyConditionExpression.
+
+    It consists of `field = :value` and at most one comparison of the sort field.
 
     Raises:
-        InvalidQueryError.
+        InvalidQueryError: the condition or its values are invalid.
     """
     what = "key_condition"
     given = _Values(values, what)
@@ -188,11 +195,11 @@ def key_condition(
     while not written or parts:
         if written:
             _expect(parts, "AND", what)
-        written.append(_term(parts, given, form, index, names, what, fields))
+        written.append(_term(parts, given, mapping, index, names, what, fields))
     given.assert_exhausted()
     if index.field not in fields or len(fields) != len({*fields}):
         raise InvalidQueryError(
-            f"{what}: it needs {index.field} = :value, and has each field once at most"
+            f"{what}: must contain {index.field} = :value, and each field at most once"
         )
     return " AND ".join(written)
 
@@ -200,31 +207,38 @@ def key_condition(
 def _term(
     parts: list[_Part],
     given: _Values,
-    form: ItemMapping,
+    mapping: ItemMapping,
     index: Index,
     names: Names,
     what: str,
     fields: list[str],
 ) -> str:
-    """The next comparison, taken from `parts`; its field is added to `fields`."""
+    """Remove the next comparison from `parts`, translate it, and append its field to `fields`."""
 
     def attribute() -> str:
         part = _next(parts, what)
         if part.kind not in ("word", "name") or part.text not in (index.field, index.sort):
             known = " and ".join(filter(None, (index.field, index.sort)))
-            raise InvalidQueryError(f"{what}: the fields of {index.name} are {known}")
+            raise InvalidQueryError(
+                f"{what}: {part.text} is not a field of the index {index.name}; its fields are: "
+                f"{known}"
+            )
         fields.append(part.text)
-        return names.name(attribute_of(form, part.text))
+        return names.name(attribute_of(mapping, part.text))
 
     def value() -> str:
         part = _next(parts, what)
         if part.kind != "value":
-            raise InvalidQueryError(f"{what}: a field is compared with a :value")
+            raise InvalidQueryError(
+                f"{what}: a field must be compared with a :value, not with {part.text}"
+            )
         operand = given.pop(part.text)
-        indexed = form.indexed.get(fields[-1])
+        indexed = mapping.indexed.get(fields[-1])
         key = encode(operand) if indexed is None else indexed.key_of(operand)
         if key is None:
-            raise InvalidQueryError(f"{what}: {index.name} does not hold the value {part.text}")
+            raise InvalidQueryError(
+                f"{what}: the index {index.name} cannot contain the value of {part.text}"
+            )
         return names.value(key)
 
     if parts and parts[0] == _Part("word", "begins_with") and parts[1:2] == [_Part("sign", "(")]:
@@ -245,18 +259,18 @@ def _term(
         elif sign in _COMPARED:
             text = f"{name} {sign} {value()}"
         else:
-            raise InvalidQueryError(f"{what}: a key cannot be compared by {sign}")
+            raise InvalidQueryError(f"{what}: a key cannot be compared with {sign}")
     if fields[-1] == index.field and sign != "=":
-        raise InvalidQueryError(f"{what}: {index.field} is compared by = alone")
+        raise InvalidQueryError(f"{what}: {index.field} can only be compared with =")
     return text
 
 
 def _next(parts: list[_Part], what: str) -> _Part:
     if not parts:
-        raise InvalidQueryError(f"{what}: it ends too early")
+        raise InvalidQueryError(f"{what}: the expression is incomplete")
     return parts.pop(0)
 
 
 def _expect(parts: list[_Part], text: str, what: str) -> None:
     if _next(parts, what).text.upper() != text:
-        raise InvalidQueryError(f"{what}: {text} is missing")
+        raise InvalidQueryError(f"{what}: expected {text}")

@@ -1,10 +1,12 @@
-"""Filters in DynamoDB's language, as far as it can say them.
+"""Translation of filters to FilterExpressions of DynamoDB, as far as these can express them.
 
-What is sent must hold for every row that matches; it may hold for others, too, because every row
-that comes is looked at again here. `is_exact` tells where it says the whole filter.
+An expression must hold for every row that matches the filter. It may also hold for other rows,
+because the filter is applied again to every row received. `is_exact` is true if the expression is
+equivalent to the filter.
 
-It is not translated where the two disagree: a number in a list, a list or map as a whole, an index's key
-(its attribute may be a stand-in), more than a request takes.
+A filter is not translated where DynamoDB's semantics differ: numbers in lists, comparisons with a
+whole list or map, and the key of an index (its attribute may be a placeholder). A filter that would
+exceed the limits of a request is not translated either.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
-# Source: DynamoDB service quotas, "Expression parameters": 4 KB of text, 300 operators, 2 MB of
-# values; and nothing is won by a filter that is longer than the rows it keeps away.
+# Source: DynamoDB service quotas, "Expression parameters": an expression of 4 KB, 300 operators, 2 MB
+# of values. The limits here are lower, because a filter larger than the rows it excludes saves nothing.
 _MAX_TEXT: Final = 3_500
 _MAX_OPERATORS: Final = 200
 _MAX_VALUES: Final = 64_000
@@ -41,19 +43,19 @@ _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _RANGE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 
-class _TooMuch(Exception):  # noqa: N818  # it is no error: what is left unsaid is looked at here
-    """More than a request takes."""
+class _TooMuch(Exception):  # noqa: N818  # not an error: the rest of the filter is applied here
+    """The expression would exceed a limit."""
 
 
 class Translation(NamedTuple):
-    """A part of a filter in DynamoDB's language; exact where it says neither more nor less."""
+    """A translated part of a filter; exact if it is equivalent to that part."""
 
     text: str
     is_exact: bool
 
 
 class Names:
-    """The placeholders of one request."""
+    """The placeholders for names and values in the expressions of one request."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
@@ -61,7 +63,7 @@ class Names:
         self._by_name: dict[str, str] = {}
 
     def copy(self) -> Names:
-        """Another with the same so far."""
+        """A copy with the same placeholders."""
         twin = Names()
         twin.names, twin.values = dict(self.names), dict(self.values)
         twin._by_name = dict(self._by_name)
@@ -88,7 +90,7 @@ class Names:
         return text
 
     def request(self, **texts: str) -> dict[str, Any]:
-        """The part of a request with these expressions: they, and the placeholders in them."""
+        """Request parameters with these expressions and the placeholders that they use."""
         used = set(_PLACEHOLDER.findall(" ".join(texts.values())))
         names = {holder: name for holder, name in self.names.items() if holder in used}
         values = {holder: value for holder, value in self.values.items() if holder in used}
@@ -101,14 +103,14 @@ class Names:
 
 
 class FilterTranslator:
-    """Says filters on the items of a collection.
+    """Translates filters on the items of a collection.
 
     Args:
-        hidden: attributes that a filter of this request may not name: the keys of what is queried.
+        hidden: the key attributes of the queried index, which a FilterExpression must not contain.
     """
 
-    def __init__(self, form: ItemMapping, names: Names, hidden: frozenset[str]) -> None:
-        self._form = form
+    def __init__(self, mapping: ItemMapping, names: Names, hidden: frozenset[str]) -> None:
+        self._form = mapping
         self._names = names
         self._hidden = hidden
         self._operators = 0
@@ -116,9 +118,9 @@ class FilterTranslator:
         self._size = 0
 
     def translate(self, where: Filter) -> Translation | None:
-        """The filter, or what of it can be translated; None if nothing can.
+        """Translate the filter, or the parts of a conjunction that can be translated.
 
-        What is translated costs time and space in its length: it ends where a request takes no more.
+        Returns None if nothing can. The translation stops at the limits of a request.
         """
         if not isinstance(where, And):
             return self._if_it_fits(where)
@@ -130,7 +132,7 @@ class FilterTranslator:
         return Translation(_joined(" AND ", translated), whole)
 
     def _if_it_fits(self, where: Filter) -> Translation | None:
-        """A part that must hold, if there is room for it beside those before it."""
+        """Translate a part that must hold; None if it would exceed the limits of the expression."""
         spent = self._operators, self._text, self._size
         try:
             translated = self._translate(where)
@@ -188,13 +190,13 @@ class FilterTranslator:
             return None
         if field is not None:
             if len(steps) > 1:
-                return None  # it holds no map or list, so nothing can be there
+                return None  # the field contains no map or list, so the path matches nothing
             return self._on_indexed(where, field)
         if name == VERSION or name in self._form.plain:
             return self._on(where, self._names.path(steps))
         return self._on(where, self._names.path((DOC, *steps)))
 
-    # -- on what is stored as it is ----------------------------------------------------------
+    # -- fields that are not the key of an index ---------------------------------------------
 
     def _on(self, where: Comparison, path: str) -> Translation | None:
         op, value = where.op, where.value
@@ -219,14 +221,14 @@ class FilterTranslator:
                 return None
             if op == "begins_with":
                 return Translation(self._begins(path, value), is_exact=True)
-            # A side form is a set, and sets are looked into as well.
+            # The substitute encoding of a float is a set, in which `contains` searches, too.
             return Translation(
                 f"contains({path}, {self._names.value({'S': value})})", is_exact=False
             )
         return self._ranged(path, op, value)
 
     def _begins(self, path: str, prefix: str) -> str:
-        """That a text begins so, as a range: no function has to meet values that are no text."""
+        """A prefix match as a range, which, unlike a function, accepts values of all types."""
         text = f"{path} >= {self._names.value({'S': prefix})}"
         end = _after(prefix)
         return text if not end else f"({text} AND {path} < {self._names.value({'S': end})})"
@@ -271,10 +273,10 @@ class FilterTranslator:
         self._operators += 2
         return Translation(f"({test} OR attribute_type({path}, {side}))", is_exact=False)
 
-    # -- on the key of an index --------------------------------------------------------------
+    # -- fields that are the key of an index -------------------------------------------------
 
     def _on_indexed(self, where: Comparison, field: IndexedField) -> Translation | None:
-        """On its attribute, which may be a stand-in, and its side form."""
+        """Compare the attribute, which may be a placeholder, and the substitute encoding."""
         if field.type == "boolean":
             return self._on(where, self._names.name(field.name))
         if where.op == "eq":
@@ -340,12 +342,12 @@ def _negated(translated: Translation | None) -> Translation | None:
 
 
 def _after(prefix: str) -> str:
-    """The first text behind all that begin so; "" if there is none."""
+    """The smallest string that is greater than all strings with this prefix; "" if there is none."""
     kept = prefix.rstrip("\U0010ffff")
     if not kept:
         return ""
     code = ord(kept[-1]) + 1
-    # There are no texts with surrogates.
+    # Strings with surrogates are not valid; skip this range.
     return kept[:-1] + chr(0xE000 if 0xD800 <= code <= 0xDFFF else code)
 
 
@@ -354,7 +356,7 @@ def is_float_key(value: float) -> bool:
 
 
 def _forms_of_number(value: float) -> list[Attribute]:
-    """Every form in which a number that is equal to this one may be stored."""
+    """All encodings of numbers that are equal to this one."""
     if is_float_key(value):
         return [{"N": repr(value)}]
     forms: list[Attribute] = []

@@ -1,20 +1,26 @@
-"""How an entity lies in a table.
+"""The mapping between entities and items of a table.
 
-A declared field is an attribute of its own; all other fields lie in the map `doc`. Beside them
-stand `version`, the write token `_w` (random, new at each write: it tells lives and writers apart)
-and `_s`, what the entity weighs at most, so that an update can be refused in the engine. `_f` tells by
-which declaration an item was written: where another one is in force, it is written whole, once, for
-an attribute of a field that is declared no more would stay, and hide what is saved.
+A declared field is an attribute of its own; all other fields are stored in the map `doc`. Further
+attributes are:
 
-**Fields that are keys of an index** need more, because DynamoDB refuses an item whose index key is
-null, empty or of another type, and leaves it out of the index where the key is missing:
+* `version`;
+* the write token `_w`, unique to each write, which identifies the write that produced the item, also
+  after the entity was deleted and created again;
+* `_s`, an upper bound of the size of the entity, so that a condition of an update can check the limit;
+* `_f`, a digest of the declaration that the item was written with. If the current declaration is
+  different, the item is once written as a whole. Otherwise, the attribute of a field that is no longer
+  declared would remain and hide the saved value.
 
-* a value that the index cannot hold lies in `doc`, which wins over the attribute when read;
-* the sort key of an index always has an attribute: for null and missing a stand-in that sorts
-  first, for long text its beginning;
-* a boolean has a text attribute `_b_NAME` beside its own, for DynamoDB has no boolean keys;
-* `created_at` is treated so in every collection, and its side form lies in `_c` and not in `doc`: a
-  save that does not name it keeps it, and replaces `doc`.
+**Fields that are keys of an index** need additional rules, because DynamoDB rejects an item whose
+index key is null, empty or of another type, and omits an item without the key from the index:
+
+* A value that the index cannot contain is stored in `doc`, which takes precedence over the attribute
+  when the item is read.
+* The sort key of an index always has an attribute: for a null or missing value it is a placeholder
+  that sorts first, for a long string its beginning.
+* A boolean field has an additional string attribute `_b_NAME`, because DynamoDB has no boolean keys.
+* `created_at` is stored by these rules in every collection, but its substitute is in `_c` instead of
+  `doc`, because a save that does not name `created_at` keeps it and replaces `doc`.
 """
 
 from __future__ import annotations
@@ -67,10 +73,10 @@ MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 MAX_HASH_BYTES: Final = 2048
 MAX_SORT_BYTES: Final = 1024
 SURE_SORT_BYTES: Final = MAX_SORT_BYTES - 4
-"""What the beginning of a long text keeps at least, wherever its characters end."""
+"""The minimum length of a shortened string, which ends at a character boundary."""
 
 _MAX_FIXED_SIZE: Final = 32
-"""Of a number, by `entities.check_size`."""
+"""The maximum size of a number, boolean or null in `check_size`."""
 
 _KEPT_CREATED_AT: Final = 64
 LAST_VERSIONS: Final = INT_MAX - 2**40
@@ -84,12 +90,12 @@ INDEX_PLACEHOLDERS: Final[Mapping[FieldType, Attribute]] = {
     "integer": {"N": str(-(2**63) - 1)},
     "number": {"N": "-9.9E+125"},
 }
-"""They sort before every value; a text that is equal to one still comes right, for rows with equal
-attributes are put in order by their true values."""
+"""Sort keys for null and missing values, which sort before every value. A string that is equal to its
+placeholder is sorted correctly, too, because rows with equal attributes are sorted by their values."""
 
 
 class _Tokens:
-    """Write tokens: unique without asking the system for randomness each time."""
+    """Write tokens: a random prefix for the process and a counter, which avoids a system call each."""
 
     start = secrets.token_urlsafe(9)
     number = count()
@@ -100,12 +106,12 @@ def new_token() -> str:
 
 
 def probe_id() -> str:
-    """A key that is no entity's: it is longer than any id."""
+    """A new key for a probe item, longer than the id of any entity."""
     return f"probe-{new_token()}-".ljust(MAX_KEY_BYTES + 64, "-")
 
 
 def size_of(value: Value | Removed) -> int:
-    """At least what `entities.check_size` makes of a value, at a fraction of its cost."""
+    """An upper bound of the size that `check_size` computes for a value, at a fraction of its cost."""
     kind = type(value)
     if kind is str:
         text = cast("str", value)
@@ -120,17 +126,17 @@ def size_of(value: Value | Removed) -> int:
 
 
 def stored_size(entity: Entity, version: int) -> Attribute:
-    """What an item tells of its weight: at least what it has, with a `created_at` that is kept.
+    """The attribute with the upper bound of the size, including a `created_at` that is kept.
 
-    Near the last version an item counts as too heavy for every update: it then goes the way on which
-    both are looked at exactly.
+    Near the maximum version the bound exceeds the limit for every update, so that the item is
+    read and written as a whole, which checks version and size exactly.
     """
     weight = size_of(entity) + _KEPT_CREATED_AT
     return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
 
 
 def shortened(text: str, most: int = MAX_SORT_BYTES) -> str:
-    """The text, or its beginning of at most so many bytes."""
+    """The string, or its beginning of at most `most` bytes in UTF-8."""
     if len(text) <= most // 4:
         return text
     raw = text.encode()
@@ -138,7 +144,7 @@ def shortened(text: str, most: int = MAX_SORT_BYTES) -> str:
 
 
 def number_key(value: float) -> str | None:
-    """A number as an index holds it, integral floats as integers; None if it cannot be exact."""
+    """A number as the key of an index, integral floats as integers; None if it is not exact."""
     if type(value) is int:
         return str(value)
     if value.is_integer():
@@ -161,7 +167,7 @@ class IndexedField:
         self.side = CREATED_SIDE if field.name == CREATED_AT else None
 
     def forms(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
-        """The index's attribute, and the side form; None where there is none."""
+        """The attribute for the index and the substitute encoding; None for those not needed."""
         if value is REMOVE:
             return self.stand_in, MISSING_SENTINEL if self.is_sort else None
         if value is None:
@@ -177,7 +183,7 @@ class IndexedField:
         return key, encode(cast("Value", value))
 
     def key_of(self, value: object) -> Attribute | None:
-        """The attribute by which an index finds exactly this value; None if it cannot."""
+        """The key by which the index finds exactly this value; None if the index cannot contain it."""
         if type(value) is bool:
             return {"S": "2" if value else "1"} if self.type == "boolean" else None
         if isinstance(value, str) and self.type in ("text", "timestamp"):
@@ -190,14 +196,14 @@ class IndexedField:
 
 
 class ItemMapping:
-    """The items of one collection."""
+    """The mapping between the entities and the items of one collection."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self.key = collection.key
         hashes = {each.field for each in collection.indexes}
         sorts = {each.sort for each in collection.indexes if each.sort is not None}
-        # As if it were the key of an index: every item has it, so that a save can keep or set it.
+        # Stored like a sort key, so that every item has the attribute and a save can keep or set it.
         sorts.add(CREATED_AT)
         self.indexed: dict[str, IndexedField] = {
             name: IndexedField(field, is_hash=name in hashes, is_sort=name in sorts)
@@ -208,7 +214,7 @@ class ItemMapping:
         self.mark: Attribute = {"S": self._digest()}
 
     def _digest(self) -> str:
-        """Of all that decides which attributes an item has."""
+        """A digest of the parts of the declaration that determine the attributes of an item."""
         told = [self.key, *sorted(self.plain)]
         told += sorted(
             f"{each.attribute} {each.type} {each.is_sort}" for each in self.indexed.values()
@@ -225,10 +231,10 @@ class ItemMapping:
         return attributes
 
     def parts(self, entity: Entity, *, keep_created: bool = False) -> tuple[Attributes, list[str]]:
-        """The attributes of the fields of a whole entity, and those that it must not have.
+        """The attributes for the fields of a whole entity, and the names of attributes to remove.
 
         Args:
-            keep_created: leave `created_at` as it is stored if the entity does not name it.
+            keep_created: keep the stored `created_at` if the entity does not contain the field.
         """
         attributes: Attributes = {}
         document: Attributes = {}
@@ -282,7 +288,7 @@ class ItemMapping:
     def changes(
         self, fields: Mapping[str, Value | Removed]
     ) -> tuple[dict[tuple[str, ...], Attribute], list[tuple[str, ...]]]:
-        """What an update of these fields sets and removes, by path."""
+        """The attributes that an update of these fields sets, by path, and the paths it removes."""
         put: dict[tuple[str, ...], Attribute] = {}
         removed: list[tuple[str, ...]] = []
         for name, value in fields.items():
@@ -316,28 +322,28 @@ class ItemMapping:
             else:
                 removed.append((DOC, field.name))
 
-    # -- back --------------------------------------------------------------------------------
+    # -- from items to entities --------------------------------------------------------------
 
     def is_entity(self, item: Attributes) -> bool:
-        """Whether it is no probe, whose key is longer than any id."""
+        """Whether the item is an entity and not a probe, whose key is longer than any id."""
         return len(self.id_of(item)) <= MAX_KEY_BYTES
 
     def id_of(self, item: Attributes) -> str:
         """The id of an item.
 
         Raises:
-            BadAnswer: it has none, which no table would take.
+            BadAnswer: it has none, although no table accepts such an item.
         """
         held = item.get(self.key, {}).get("S")
         if held is None:
-            raise BadAnswer(f"DynamoDB gives an item of {self.collection.name} without its key")
+            raise BadAnswer(f"DynamoDB returned an item of {self.collection.name} without its key")
         return cast("str", held)
 
     def entity(self, item: Attributes) -> Entity:
-        """The entity of an item, `version` in it.
+        """The entity of an item, including `version`.
 
         Raises:
-            CorruptionError: it holds what is no value of DynamoDB's.
+            CorruptionError: the item contains an invalid value.
         """
         try:
             return self._entity(item)
@@ -368,29 +374,29 @@ class ItemMapping:
 
 
 def token_of(item: Attributes) -> str | None:
-    """The write token of an item; None for one that another program wrote."""
+    """The write token of an item; None if another program wrote the item."""
     attribute = item.get(TOKEN)
     return None if attribute is None else cast("str", attribute.get("S"))
 
 
 def version_of(item: Attributes, table: str, entity_id: str) -> int:
-    """The version of an item; 0 where there is none.
+    """The version of an item; 0 if it has none.
 
     Raises:
-        CorruptionError: another program set it to what is no version; names table and id.
+        CorruptionError: another program set an invalid version; the message names table and id.
     """
     attribute = item.get(VERSION)
     if attribute is None:
         return 0
     number = _number_in(attribute)
     if number is None or not 0 <= number <= INT_MAX:
-        why = f"its version is {str(attribute)[:100]}, and not an integer of 64 bits from 0 on"
+        why = f"its version is {str(attribute)[:100]}, not a non-negative 64-bit integer"
         raise unreadable(table, entity_id, why)
     return number
 
 
-def weight_in(item: Attributes) -> int | None:
-    """What an item says of its weight; None where it says nothing that can be relied on."""
+def size_bound_of(item: Attributes) -> int | None:
+    """The stored upper bound of the size of an item; None if it is missing or invalid."""
     return _number_in(item.get(SIZE, {}))
 
 

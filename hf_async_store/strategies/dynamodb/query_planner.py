@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
 _MAX_PARTITIONS: Final = 100
-"""Up to this many partitions are queried one by one; for more a scan is cheaper."""
+"""Up to this many partitions are queried one after the other; for more, a scan is cheaper."""
 
 _SORTS_ALIKE: Final = ("text", "timestamp", "integer")
-"""Types whose attributes sort as their values do. A number may be outside of DynamoDB's range."""
+"""Types whose attributes sort like their values. A `number` may be outside of DynamoDB's range."""
 
 
 class SortRange(msgspec.Struct, frozen=True):
     """A range of sort keys within a partition: from `low` to `high`, both included, or a prefix.
 
-    It may hold a few more rows than match, never fewer.
+    It may contain more rows than those that match, never fewer.
     """
 
     low: str | None = None
@@ -56,15 +56,15 @@ class SortRange(msgspec.Struct, frozen=True):
 
 
 class Access(msgspec.Struct, frozen=True):
-    """Where the rows of a query come from.
+    """The access path of a query.
 
     Attributes:
-        ids: read these by key.
-        index: query this one ...
-        partitions: ... for each of these values of its field ...
-        sort: ... within this range.
-        is_ordered: the index gives them in the order of the query.
-        exact: the partitions hold exactly the rows that match the filter on the index's field.
+        ids: the ids to read by key; None for an index query or a scan.
+        index: the index to query.
+        partitions: the partition keys to query in the index.
+        sort: the range of sort keys within each partition.
+        is_ordered: the index returns the rows in the order of the query.
+        exact: the partitions contain exactly the rows that match the filter on the index's field.
     """
 
     ids: tuple[str, ...] | None = None
@@ -79,26 +79,26 @@ class Access(msgspec.Struct, frozen=True):
         return self.ids is None and self.index is None
 
 
-def plan_access(query: Query, form: ItemMapping, active: AbstractSet[str]) -> Access:
+def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) -> Access:
     """The best access path of a query.
 
     Args:
         active: the indexes that can be used.
     """
     if query.where == Or(()):
-        return Access(ids=())  # it matches nothing
+        return Access(ids=())  # matches nothing
     candidates = equality_candidates(query.where)
-    ids = candidates.get((form.key,))
+    ids = candidates.get((mapping.key,))
     if ids is not None:
         # Ids are non-empty strings; no other value can match.
         texts = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
         return Access(ids=tuple(texts))
     ways = [
         way
-        for index in form.collection.indexes
+        for index in mapping.collection.indexes
         if index.name in active
         and (values := candidates.get((index.field,))) is not None
-        and (way := _by_index(query, form, index, values)) is not None
+        and (way := _by_index(query, mapping, index, values)) is not None
     ]
     return max(ways, key=_rank, default=Access())
 
@@ -109,24 +109,24 @@ def _rank(way: Access) -> tuple[bool, bool, int]:
 
 
 def _by_index(
-    query: Query, form: ItemMapping, index: Index, values: Sequence[Value]
+    query: Query, mapping: ItemMapping, index: Index, values: Sequence[Value]
 ) -> Access | None:
-    if index.field == form.key:
+    if index.field == mapping.key:
         return None  # reading by key is cheaper
-    field = form.indexed[index.field]
+    field = mapping.indexed[index.field]
     partitions: list[Attribute] = []
     for value in values:
         key = field.key_of(value)
         if key is not None:
             partitions.append(key)
         elif _may_hold(field, value):
-            return None  # entities with this value are not in the index
+            return None  # the index does not contain entities with this value
     if len(partitions) > _MAX_PARTITIONS:
         return None
     sort = SortRange()
     ordered = False
-    if index.sort is not None and index.sort != form.key:
-        by = form.indexed[index.sort]
+    if index.sort is not None and index.sort != mapping.key:
+        by = mapping.indexed[index.sort]
         sort = _range(query.where, by)
         ordered = (
             len(partitions) == 1
@@ -146,7 +146,7 @@ def _by_index(
 
 
 def _may_hold(field: IndexedField, value: Value) -> bool:
-    """Whether a field of this type may hold a value that is `eq` to this one."""
+    """Whether a field of this type may have a value that is equal to this one."""
     if value is None:
         return True
     if field.type in ("text", "timestamp"):
@@ -156,7 +156,7 @@ def _may_hold(field: IndexedField, value: Value) -> bool:
     return isinstance(value, int | float) and type(value) is not bool
 
 
-# -- within a partition ---------------------------------------------------------------------
+# -- ranges within a partition ---------------------------------------------------------------
 
 
 def _range(where: Filter, field: IndexedField) -> SortRange:
@@ -185,7 +185,7 @@ def _range(where: Filter, field: IndexedField) -> SortRange:
 
 
 def _bounds(part: Comparison) -> tuple[Value, Value]:
-    """The lowest and the highest value that satisfy a comparison; None for no bound."""
+    """The lower and upper bound of the values that satisfy a comparison; None for no bound."""
     value = part.value
     if part.op == "eq":
         return value, value
@@ -219,7 +219,8 @@ def _number(value: Value) -> list[str]:
     if type(value) not in (int, float):
         return []
     number = cast("float", value)
-    # Beyond 64 bits a bound matches everything or nothing: the filter is applied here in any case.
+    # A bound beyond 64 bits matches everything or nothing; it is omitted, because the filter is
+    # applied to the rows in any case.
     key = number_key(number) if abs(number) < 2**64 else None
     return [] if key is None else [key]
 
@@ -234,7 +235,7 @@ def _continued(
         bound = _high(field, after) if descending else _low(field, after)
     elif descending:
         assert field.stand_in is not None
-        bound = list(field.stand_in.values())  # missing and null come last
+        bound = list(field.stand_in.values())  # missing and null values sort last
     else:
         bound = []
     if not bound:

@@ -1,4 +1,4 @@
-"""Reads: by key in batches, and queries by the way that `planning` chose."""
+"""Reads: by key in batches, and queries by the access path that `query_planner` chose."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _DECODED_AT_ONCE: Final = 250
 
 
 class Reading:
-    """What an engine reads."""
+    """The reads of an engine."""
 
     def __init__(self, client: Client, tables: Tables, cache: Cache | None) -> None:
         self._client = client
@@ -86,7 +86,7 @@ class Reading:
         """The items of these keys, in their order.
 
         Args:
-            consistent: other than configured.
+            consistent: overrides the configured consistency.
         """
         there = await self._there(keys)
         if consistent is None:
@@ -110,12 +110,12 @@ class Reading:
         return [found.get((self._tables.name(each.collection), each.id)) for each in keys]
 
     async def item(self, key: Key) -> Attributes | None:
-        """The whole item as it is now."""
+        """The current item, read consistently."""
         [item] = await self.items((key,), consistent=True)
         return item
 
     async def _there(self, keys: Iterable[Key]) -> set[str]:
-        """The collections of these keys that have a table. All others are empty."""
+        """The collections of these keys whose table exists; the others are empty."""
         there = {each.collection for each in keys}
         for collection in list(there):
             if (
@@ -126,10 +126,10 @@ class Reading:
         return there
 
     async def _get(self, key: Key, consistent: bool) -> Attributes | None:
-        form = self._tables.forms[key.collection]
+        mapping = self._tables.forms[key.collection]
         params = {
             "TableName": self._tables.name(key.collection),
-            "Key": {form.key: {"S": key.id}},
+            "Key": {mapping.key: {"S": key.id}},
             "ConsistentRead": consistent,
         }
         answer = await self._read("GetItem", params)
@@ -143,11 +143,11 @@ class Reading:
     ) -> None:
         requests: dict[str, dict[str, Any]] = {}
         for table, key in places:
-            form = self._tables.forms[key.collection]
+            mapping = self._tables.forms[key.collection]
             request = requests.get(table)
             if request is None:
                 request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
-            request["Keys"].append({form.key: {"S": key.id}})
+            request["Keys"].append({mapping.key: {"S": key.id}})
         keys = {table: self._key_of(table) for table in requests}
         backoff = Backoff(self._client.config.retry_timeout)
         while True:
@@ -173,16 +173,16 @@ class Reading:
             return await self._client.read(operation, params)
         except TableMissing as exc:
             raise UnavailableError(
-                f"a table or an index was deleted: {exc}", retryable=False
+                f"a table or an index was deleted while the store was open: {exc}", retryable=False
             ) from exc
 
     # -- queries -----------------------------------------------------------------------------
 
     async def access(self, query: Query) -> Access | None:
-        """The way that a query goes; None where there is no table, and so nothing.
+        """The access path of a query; None if the table does not exist, so that no row matches.
 
         Raises:
-            InvalidQueryError: it needs a scan, and `allow_scan` is off.
+            InvalidQueryError: the query requires a scan, and `allow_scan` is off.
         """
         active = await self._tables.find(query.collection)
         if active is None:
@@ -190,7 +190,8 @@ class Reading:
         access = plan_access(query, self._tables.forms[query.collection], active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
-                f"no key or index of {query.collection} answers this query, and allow_scan is off"
+                f"no key or index of {query.collection} can serve this query, and allow_scan is "
+                "off; declare an index for a field that the query compares"
             )
         return access
 
@@ -201,11 +202,11 @@ class Reading:
         access = await self.access(query)
         if access is None:
             return
-        form = self._tables.forms[query.collection]
-        rows = _Rows(self, query, access, form)
+        mapping = self._tables.forms[query.collection]
+        rows = _Rows(self, query, access, mapping)
         async with Owned(rows.in_order()) as found:
             async for entity in found:
-                yield Record(Key(query.collection, cast("str", entity[form.key])), entity)
+                yield Record(Key(query.collection, cast("str", entity[mapping.key])), entity)
 
     async def count(self, query: Query) -> int:
         """As `Engine.count`."""
@@ -229,13 +230,13 @@ class Reading:
         limit: int | None,
         descending: bool,
     ) -> list[Entity]:
-        """The entities of a part of an index, in its own order."""
+        """The entities that satisfy a key condition on an index, in the order of the index."""
         active = await self._tables.find(collection)
         if active is None:
             return []
         if index.name not in active:
             await self._tables.require_index(collection, index)
-        form = self._tables.forms[collection]
+        mapping = self._tables.forms[collection]
         params = {
             "TableName": self._tables.name(collection),
             "IndexName": index.name,
@@ -251,7 +252,7 @@ class Reading:
                     items = page["Items"]
                     for start in range(0, len(items), _DECODED_AT_ONCE):
                         piece = items[start : start + _DECODED_AT_ONCE]
-                        entities += [form.entity(each) for each in piece if form.is_entity(each)]
+                        entities += [mapping.entity(each) for each in piece if mapping.is_entity(each)]
                         await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
@@ -261,25 +262,25 @@ class Reading:
 
     async def explain(self, query: Query) -> QueryPlan:
         """As `Engine.explain`."""
-        form = self._tables.forms[query.collection]
+        mapping = self._tables.forms[query.collection]
         active = await self._tables.find(query.collection)
-        if active is None:  # the first write creates the table with all its indexes
-            active = frozenset(each.name for each in form.collection.indexes)
-        access = plan_access(query, form, active)
-        rows = _Rows(self, query, access, form)
+        if active is None:  # the first write creates the table with all indexes
+            active = frozenset(each.name for each in mapping.collection.indexes)
+        access = plan_access(query, mapping, active)
+        rows = _Rows(self, query, access, mapping)
         table = self._tables.name(query.collection)
         sorted_here = bool(query.order or query.by_id) and not access.is_ordered
         if access.ids is not None:
             return QueryPlan(
                 access="key",
-                residual=not _only(query.where, form.key),
+                residual=not _only(query.where, mapping.key),
                 sorted_here=sorted_here,
                 consistent=self._consistent,
                 detail=f"BatchGetItem of {len(access.ids)} keys of {table}",
             )
-        filtered = ", filtered there in part" if rows.filter_text else ""
+        filtered = ", filtered by DynamoDB" if rows.filter_text else ""
         if access.index is None:
-            allowed = "" if self._client.config.allow_scan else "; refused, as allow_scan is off"
+            allowed = "" if self._client.config.allow_scan else "; rejected: allow_scan is off"
             return QueryPlan(
                 access="scan",
                 residual=not rows.is_exact,
@@ -294,16 +295,17 @@ class Reading:
             sorted_here=sorted_here,
             consistent=False,
             detail=f"Query of {len(access.partitions)} partitions of {access.index.name} "
-            f"of {table}{filtered}; an index is always a little behind",
+            f"of {table}{filtered}; an index is eventually consistent",
         )
 
     async def pages(
         self, operation: str, params: Mapping[str, Any], hint: int | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The pages of a Query or Scan; those that come empty are followed.
+        """The pages of a Query or Scan, including empty ones, up to the last.
 
         Args:
-            hint: about how many rows to look at first; each page then looks at twice as many.
+            hint: the number of rows to examine for the first page; doubled for each further page,
+                and unlimited once it has exceeded 1000. None for no limit.
         """
         start: Mapping[str, Any] = {}
         while True:
@@ -327,11 +329,11 @@ class Reading:
 class _Rows:
     """The rows of one query."""
 
-    def __init__(self, reading: Reading, query: Query, access: Access, form: ItemMapping) -> None:
+    def __init__(self, reading: Reading, query: Query, access: Access, mapping: ItemMapping) -> None:
         self._reading = reading
         self._query = query
         self._access = access
-        self._form = form
+        self._form = mapping
         self._names = Names()
         self._matches = compile_filter(query.where)
         self.filter_text = ""
@@ -340,28 +342,28 @@ class _Rows:
             self._translate_filter()
 
     def _translate_filter(self) -> None:
-        access, form = self._access, self._form
+        access, mapping = self._access, self._form
         where: Filter = self._query.where
         hidden: set[str] = set()
         if access.index is not None:
             where = _without(where, access.index.field) if access.exact else where
-            hidden.add(attribute_of(form, access.index.field))
+            hidden.add(attribute_of(mapping, access.index.field))
             if access.index.sort is not None:
-                hidden.add(attribute_of(form, access.index.sort))
+                hidden.add(attribute_of(mapping, access.index.sort))
             if (
-                access.index.field in form.indexed
-                and form.indexed[access.index.field].type == "boolean"
+                access.index.field in mapping.indexed
+                and mapping.indexed[access.index.field].type == "boolean"
             ):
                 hidden.add(access.index.field)
         if where == And(()):
             self.is_exact = True
             return
-        translated = FilterTranslator(form, self._names, frozenset(hidden)).translate(where)
+        translated = FilterTranslator(mapping, self._names, frozenset(hidden)).translate(where)
         if translated is not None:
             self.filter_text = translated.text
             self.is_exact = translated.is_exact
 
-    # -- in order ----------------------------------------------------------------------------
+    # -- order of the rows -------------------------------------------------------------------
 
     async def in_order(self) -> AsyncGenerator[Entity, None]:
         """The entities of the query, in its order."""
@@ -399,7 +401,7 @@ class _Rows:
                     yield entity
 
     async def _by_index_order(self) -> AsyncGenerator[Entity, None]:
-        """Row by row as the index gives them; those with equal keys put in order here."""
+        """The rows in the order of the index; rows with equal sort keys are sorted here."""
         query = self._query
         key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
@@ -428,13 +430,13 @@ class _Rows:
         for _, entity in sorted(group, key=_first):
             yield entity
 
-    # -- what matches ------------------------------------------------------------------------
+    # -- matching rows -----------------------------------------------------------------------
 
     async def matching(self, *, first: bool = False) -> AsyncGenerator[list[Entity], None]:
-        """The entities that match, piece by piece, in no order.
+        """The matching entities in batches, in no defined order.
 
         Args:
-            first: only the first ones are wanted, as many as the limit says.
+            first: read only as many as the limit of the query requires.
         """
         if self._access.ids is not None:
             keys = [Key(self._query.collection, each) for each in self._access.ids]
@@ -474,7 +476,7 @@ class _Rows:
     async def _scanned(self, first: bool) -> AsyncGenerator[list[Attributes], None]:
         params = self._scan_params()
         if first and (self._query.limit is not None or self._query.after is not None):
-            # One after the other, in the table's own order: a page goes on where one ended.
+            # Sequentially, in the order of the table, so that a query can continue after a cursor.
             if self._query.after is not None:
                 params["ExclusiveStartKey"] = {self._form.key: {"S": self._query.after.id}}
             async with Owned(self._reading.pages("Scan", params, self._hint())) as pages:
@@ -494,7 +496,7 @@ class _Rows:
         return min(limit + 1 if exact else 32 + limit * _SEEN_PER_MATCH, 5_000)
 
     async def counted(self) -> int:
-        """How many match, counted by DynamoDB."""
+        """The number of matching rows, counted by DynamoDB."""
         number = 0
         if self._access.is_scan:
             params = self._scan_params(counting=True)
@@ -543,7 +545,7 @@ class _Rows:
         if counting:
             params["Select"] = "COUNT"
             if self._access.is_scan:
-                # A probe of another store may be there at this moment.
+                # Exclude probe items, which another process may have written.
                 longest = names.value({"N": str(MAX_KEY_BYTES)})
                 texts.append(f"size({names.name(self._form.key)}) <= {longest}")
         else:
@@ -556,7 +558,10 @@ class _Rows:
         return params
 
     def _projection(self, names: Names) -> str | None:
-        """What must be read for the fields that are wanted, the filter and the order."""
+        """The attributes needed for the requested fields, the filter and the order.
+
+        Returns None if the whole item must be read.
+        """
         if self._query.fields is None:
             return None
         wanted = {*self._query.fields, self._form.key, VERSION, *_named(self._query.where)}
@@ -595,7 +600,7 @@ def _sort_condition(access: Access, names: Names, attribute: str) -> str:
 
 
 async def _together(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of reads that run at once; where one fails, no other goes on behind it."""
+    """Run reads concurrently and return their results; if one fails, the others are cancelled."""
     tasks = [asyncio.create_task(each) for each in reads]
     try:
         return await asyncio.gather(*tasks)
@@ -609,7 +614,7 @@ async def _together(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result
 async def _side_by_side(
     reading: Reading, params: Mapping[str, Any]
 ) -> AsyncGenerator[list[dict[str, Any]], None]:
-    """The pages of a parallel scan, one of each segment at a time."""
+    """The pages of a parallel scan, in rounds of one page for each segment."""
     starts: list[Mapping[str, Any]] = [
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
@@ -628,7 +633,7 @@ def _first(pair: tuple[Any, Entity]) -> Any:
 
 
 def _without(where: Filter, field: str) -> Filter:
-    """A filter without the one comparison that an index answers."""
+    """The filter without the comparison of the partition key, if it has exactly one."""
     parts = where.parts if isinstance(where, And) else (where,)
     here = [
         each
@@ -646,7 +651,7 @@ def _only(where: Filter, field: str) -> bool:
 
 
 def _named(where: Filter) -> Iterator[str]:
-    """The top-level fields that a filter reads."""
+    """The top-level fields that a filter refers to."""
     if isinstance(where, Comparison):
         yield str(where.path[0])
     elif isinstance(where, Not):

@@ -1,4 +1,4 @@
-"""Requests that write one item, under a condition in DynamoDB's language."""
+"""Requests that write one item with a ConditionExpression."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def upsert_item(op: WriteOp) -> dict[str, Any]:
-    """The request of a save that expects nothing."""
+    """The UpdateItem request of a save without an expected version."""
     change = cast("Put", op.change)
     names = Names()
-    attributes, removed = op.form.parts(change.entity, keep_created=True)
-    attributes.pop(op.form.key)
+    attributes, removed = op.mapping.parts(change.entity, keep_created=True)
+    attributes.pop(op.mapping.key)
     attributes[TOKEN] = {"S": op.token}
-    # The version is not known, but its last ones are refused below.
+    # The version is unknown here; the condition below excludes those near the maximum.
     attributes[SIZE] = stored_size(change.entity, 0)
     puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
     if CREATED_AT not in attributes:
@@ -45,22 +45,22 @@ def upsert_item(op: WriteOp) -> dict[str, Any]:
     if removed:
         update += f" REMOVE {', '.join(map(names.name, removed))}"
     last = names.value({"N": str(LAST_VERSIONS)})
-    same_form = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.form.mark)}"
-    absent = f"attribute_not_exists({names.name(op.form.key)})"
+    same_form = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.mark)}"
+    absent = f"attribute_not_exists({names.name(op.mapping.key)})"
     condition = f"{absent} OR ({version} < {last} AND {same_form})"
     return {
         "TableName": op.table,
-        "Key": {op.form.key: {"S": change.key.id}},
+        "Key": {op.mapping.key: {"S": change.key.id}},
         "ReturnValues": "UPDATED_NEW",
         **names.request(UpdateExpression=update, ConditionExpression=condition),
     }
 
 
 def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
-    """The request of an update under a condition."""
+    """The UpdateItem request of an update with a condition of the caller."""
     change = cast("Patch", op.change)
-    fields = {name: each for name, each in change.fields.items() if name != op.form.key}
-    sets, removed = op.form.changes(fields)
+    fields = {name: each for name, each in change.fields.items() if name != op.mapping.key}
+    sets, removed = op.mapping.changes(fields)
     weight = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
     puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
@@ -71,9 +71,9 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     if removed:
         update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
     tests = [
-        f"attribute_exists({names.name(op.form.key)})",
+        f"attribute_exists({names.name(op.mapping.key)})",
         f"({condition})",
-        f"{names.name(DECLARATION_DIGEST)} = {names.value(op.form.mark)}",
+        f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.mark)}",
         f"{version} < {names.value({'N': str(INT_MAX)})}",
     ]
     if type(change.expect) is int:
@@ -86,19 +86,19 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
         tests.append(f"{stored} <= {most}")
     return {
         "TableName": op.table,
-        "Key": {op.form.key: {"S": change.key.id}},
+        "Key": {op.mapping.key: {"S": change.key.id}},
         "ReturnValues": "UPDATED_NEW",
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(tests)),
     }
 
 
-def unchanged(form: ItemMapping, seen: Attributes | None) -> dict[str, Any]:
-    """The condition that an item is still what was seen of it."""
+def unchanged(mapping: ItemMapping, seen: Attributes | None) -> dict[str, Any]:
+    """The condition that an item has not changed since it was read."""
     if seen is None:
         return {
             "ConditionExpression": "attribute_not_exists(#k)",
-            "ExpressionAttributeNames": {"#k": form.key},
+            "ExpressionAttributeNames": {"#k": mapping.key},
         }
     token = token_of(seen)
     if token is not None:
@@ -107,10 +107,10 @@ def unchanged(form: ItemMapping, seen: Attributes | None) -> dict[str, Any]:
             "ExpressionAttributeNames": {"#w": TOKEN},
             "ExpressionAttributeValues": {":w": {"S": token}},
         }
-    # Another program wrote it: there is only its version to go by.
+    # Another program wrote the item: only its version can be compared.
     request: dict[str, Any] = {
         "ConditionExpression": "attribute_exists(#k) AND attribute_not_exists(#w)",
-        "ExpressionAttributeNames": {"#k": form.key, "#w": TOKEN},
+        "ExpressionAttributeNames": {"#k": mapping.key, "#w": TOKEN},
     }
     if VERSION in seen:
         request["ConditionExpression"] += " AND #v = :v"

@@ -1,4 +1,4 @@
-"""Tables as they are, beside what is declared and configured."""
+"""Comparison of the existing tables with the declared schema and the configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 async def compared(tables: Tables) -> dict[str, Value]:
-    """By collection: what is there, what is declared, and in words where they differ.
+    """For each collection the existing table, the declared one, and the differences as messages.
 
-    `there` is None for a table that is missing, and has None for what may not be looked at.
+    `there` is None for a missing table, and contains None for properties that the IAM policy does
+    not allow to read.
     """
     return {collection: await _compared(tables, collection) for collection in tables.schema}
 
@@ -26,7 +27,7 @@ async def _compared(tables: Tables, collection: str) -> dict[str, Value]:
     declared = _declared(tables, collection)
     table = await tables.described(collection)
     if table is None:
-        differences = [f"{name} is missing; `create-tables` makes it"]
+        differences = [f"{name} is missing; run `create-tables` to create it"]
         told: dict[str, Any] = {"table": name, "status": "missing", "there": None}
     else:
         there = _shape(table, billing_mode(table))
@@ -39,7 +40,7 @@ async def _compared(tables: Tables, collection: str) -> dict[str, Value]:
 
 
 def _declared(tables: Tables, collection: str) -> dict[str, Any]:
-    """What `create-tables` makes."""
+    """The table that `create-tables` creates."""
     request = tables.request(collection)
     told = _shape(request, request["BillingMode"])
     told["point_in_time_recovery"] = tables.recovery
@@ -49,14 +50,14 @@ def _declared(tables: Tables, collection: str) -> dict[str, Any]:
             "read_capacity": [scaling.min_read_capacity, scaling.max_read_capacity],
             "write_capacity": [scaling.min_write_capacity, scaling.max_write_capacity],
         }
-        for part in (told, *told["indexes"].values()):  # it follows its use
+        for part in (told, *told["indexes"].values()):  # the capacity varies within the bounds
             del part["read_capacity"], part["write_capacity"]
         told["auto_scaling"] = dict.fromkeys(tables.scalable(collection), bounds)
     return told
 
 
 def _shape(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
-    """What the description of a table and the request that makes it have in common."""
+    """The properties common to the description of a table and the request that creates it."""
     indexes = table.get("GlobalSecondaryIndexes", ())
     return {
         "billing_mode": mode,
@@ -89,11 +90,14 @@ def _differences(
         elif isinstance(value, dict) and isinstance(actual, dict):
             yield from _differences(value, actual, f"{where}, {name}")
         elif name not in there:
-            yield f"{where} has no {name}, declared is {_word(value)}"
+            yield f"{where} has no {name}, but the declared value is {_word(value)}"
         elif actual is None:
-            yield f"{where}: {name} may not be looked at, declared is {_word(value)}"
+            yield (
+                f"{where}: the policy does not allow reading {name}; the declared value is "
+                f"{_word(value)}"
+            )
         elif actual != value:
-            yield f"{where}: {name} is {_word(actual)}, declared is {_word(value)}"
+            yield f"{where}: {name} is {_word(actual)}, but the declared value is {_word(value)}"
     if "status" in there:
         yield f"{where} is {there['status']}"
 
@@ -103,7 +107,7 @@ def _of_indexes(declared: Mapping[str, Any], there: Mapping[str, Any], where: st
         if name in there:
             yield from _differences(value, there[name], f"{where}, {name}")
         else:
-            yield f"{where} has no index {name}; `create-tables` makes it"
+            yield f"{where} has no index {name}; run `create-tables` to create it"
     for name in there:
         if name not in declared:
             yield f"{where} has an index {name} that is not declared"

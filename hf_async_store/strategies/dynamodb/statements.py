@@ -1,6 +1,7 @@
 """Independent writes as PartiQL statements, each with its own condition.
 
-What varies goes in as parameters; the text of a statement depends on its shape alone, and is kept.
+All values are parameters. The text of a statement therefore depends only on the names in it, and is
+cached.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _SHAPES: Final = 512
 
 
 def insert(table: str, item: Attributes, *, whole: bool) -> Statement:
-    """Insert an item whose key must be free.
+    """Insert an item whose key must not exist.
 
     Args:
-        whole: as one parameter, which is read faster; a server may not know that form.
+        whole: pass the item as one parameter, which the server parses faster but may not support.
     """
     if whole:
         return {"Statement": f'INSERT INTO "{table}" VALUE ?', "Parameters": [{"M": item}]}
@@ -43,11 +44,11 @@ def _insert(table: str, names: Sequence[str]) -> str:
 
 
 class ConditionBuilder:
-    """On what an update or delete insists, beside its key.
+    """The condition of an update or delete, in addition to its key.
 
     Attributes:
-        text: a condition with `?` for its values, or "".
-        values: of the condition.
+        text: the condition, with `?` for its values; "" if there is none.
+        values: the parameters of the condition.
     """
 
     __slots__ = ("text", "values")
@@ -58,9 +59,10 @@ class ConditionBuilder:
 
     @classmethod
     def version(cls, version: int, began: str) -> ConditionBuilder:
-        """That it has this version, and had it when the write was asked for.
+        """The item has this version, and was last updated before the write was requested.
 
-        Else a try that is late could land in another life of the entity, at the same version.
+        Otherwise, a delayed attempt could be applied after the entity was deleted and created
+        again, when it has the same version.
         """
         text = f'"{VERSION}" = ? AND "{UPDATED_AT}" < ?'
         return cls(text, [{"N": str(version)}, {"S": began}])
@@ -70,7 +72,7 @@ class ConditionBuilder:
         return cls(f'"{TOKEN}" = ?', [{"S": token}])
 
     def and_declaration(self, mark: Attribute) -> ConditionBuilder:
-        """And it was written by this declaration."""
+        """Add the condition that the item was written with this declaration."""
         text = (
             f'{self.text} AND "{DECLARATION_DIGEST}" = ?'
             if self.text
@@ -79,7 +81,7 @@ class ConditionBuilder:
         return ConditionBuilder(text, [*self.values, mark])
 
     def and_size_below(self, most: int) -> ConditionBuilder:
-        """And it weighs at most so much."""
+        """Add the condition that the stored size is at most `most`."""
         text = f'{self.text} AND "{SIZE}" <= ?' if self.text else f'"{SIZE}" <= ?'
         return ConditionBuilder(text, [*self.values, {"N": str(most)}])
 
@@ -95,12 +97,12 @@ def update(
     weight: int | None,
     returning: bool,
 ) -> Statement | None:
-    """Change an item that must be there; None if this cannot be said in one statement.
+    """Update an existing item; None if one statement cannot express the update.
 
     Args:
-        version: the new one; None adds 1 to the stored one.
-        weight: what the change adds to the weight; None if `put` has the new one.
-        returning: the answer is to bring what changed.
+        version: the new version; None adds 1 to the stored version.
+        weight: the size that the change adds; None if `put` contains the new size.
+        returning: request the changed attributes in the response.
     """
     paths = tuple(put)
     text = _update(
@@ -160,8 +162,8 @@ def _quoted(path: Path) -> str:
 
 
 def delete(table: str, key: tuple[str, str], guard: ConditionBuilder) -> Statement:
-    """Delete an item, if it is there and the guard holds; the answer brings what was there."""
-    # Names of tables and keys are checked where they are declared; all else is a parameter.
+    """Delete an item if it exists and satisfies `guard`; the response returns the deleted item."""
+    # The names of tables and keys are validated where they are declared; all else is a parameter.
     text = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608
     if guard.text:
         text += f" AND {guard.text}"

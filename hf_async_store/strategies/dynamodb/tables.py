@@ -1,4 +1,4 @@
-"""The tables of a store and their indexes: declared, made, waited for, compared with what is there."""
+"""The tables and indexes of a store: requests to create them, their status and their differences."""
 
 from __future__ import annotations
 
@@ -75,20 +75,20 @@ class Tables:
         return collection in self._ready
 
     async def ensure(self, collection: str) -> frozenset[str]:
-        """Have the table there and active, made now if it is missing; returns its usable indexes.
+        """Create the table if it is missing, wait until it is active, and return its usable indexes.
 
-        Looks once in the life of a store. An index that the table lacks is not made here, because
-        that may take hours; `create` does it.
+        The result is cached. A missing index of an existing table is not created here, because that
+        may take hours; `create` does it.
 
         Raises:
-            SchemaMismatchError: a table of this name has another key.
+            SchemaMismatchError: a table of this name has a different key.
         """
         ready = await self._opened(collection, make=True)
-        assert ready is not None, "it was made"
+        assert ready is not None, "the table exists or was created"
         return ready
 
     async def find(self, collection: str) -> frozenset[str] | None:
-        """As `ensure`, for reading: makes nothing, and returns None where there is no table."""
+        """As `ensure`, but does not create the table: returns None if it is missing."""
         return await self._opened(collection, make=False)
 
     async def _opened(self, collection: str, *, make: bool) -> frozenset[str] | None:
@@ -110,7 +110,7 @@ class Tables:
         return found
 
     async def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the running tasks."""
         while self._opening:
             _, task = self._opening.popitem()
             await asyncio.wait((task,))
@@ -128,7 +128,7 @@ class Tables:
                     await self._configure(collection)
                 table = await self._active(collection)
         except ActionDenied:
-            # The least rights do not cover the description of tables: then they are as declared.
+            # A minimal policy does not allow DescribeTable: assume that the table is as declared.
             if not make and not await self._answers(collection):
                 return None
             return frozenset(each.name for each in self.schema[collection].indexes)
@@ -136,7 +136,7 @@ class Tables:
         return self._usable(collection, table)
 
     async def _answers(self, collection: str) -> bool:
-        """Whether there is a table, found out by a read, of a key that no entity has."""
+        """Whether the table exists, determined by a read of a key that no entity has."""
         key = {self.forms[collection].key: {"S": probe_id()}}
         try:
             await self._client.read("GetItem", {"TableName": self.name(collection), "Key": key})
@@ -145,7 +145,7 @@ class Tables:
         return True
 
     async def exists(self) -> bool:
-        """Whether any of the tables is there."""
+        """Whether any of the tables exists."""
         for collection in self.schema:
             try:
                 if await self.described(collection) is not None:
@@ -156,7 +156,7 @@ class Tables:
         return False
 
     async def undeclared(self) -> list[str]:
-        """The collections of tables with this prefix that are neither declared nor the system's."""
+        """The collections of tables with this prefix that are neither declared nor system collections."""
         start = f"{self._config.table_prefix}_"
         found: list[str] = []
         params: dict[str, str] = {}
@@ -171,10 +171,10 @@ class Tables:
         return sorted({each.removeprefix(start) for each in found} - known)
 
     async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
-        """By what the tables of these collections are told apart from all others, where they are there.
+        """Identifiers of the existing tables of these collections, which are unique among all tables.
 
         Raises:
-            StorageError: a table has nothing of the kind.
+            StorageError: the server does not return an identifier for a table.
         """
         found: set[tuple[str, ...]] = set()
         for collection in collections:
@@ -192,12 +192,12 @@ class Tables:
         )
         if keys != wanted:
             raise SchemaMismatchError(
-                f"the key of the table {self.name(collection)} is {keys}, declared is {wanted}: "
-                f"declare {collection} with that key, or set another table_prefix"
+                f"the key of the table {self.name(collection)} is {keys}, but {wanted} is declared; "
+                f"declare {collection} with the key of the table or set another table_prefix"
             )
 
     def _usable(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
-        """The declared indexes that are there as they are declared, and active."""
+        """The declared indexes that are active and match their declaration."""
         active = _active_indexes(table)
         return frozenset(
             each.name
@@ -206,7 +206,7 @@ class Tables:
         )
 
     def _unlike(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
-        """In words, how an index that is there differs from its declaration; "" if it does not."""
+        """How an existing index differs from its declaration, as a message; "" if it does not."""
         there = next(each for each in _indexes(table) if each["IndexName"] == index.name)
         wanted = self._index(collection, index)
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
@@ -214,35 +214,37 @@ class Tables:
         declared = {each["AttributeName"]: each["AttributeType"] for each in ours}
         keys, wanted_keys = _keys(there, types, declared), _keys(wanted, declared, declared)
         if keys != wanted_keys:
-            return f"its key is {', '.join(keys)}, declared is {', '.join(wanted_keys)}"
+            return f"its key is {', '.join(keys)} instead of {', '.join(wanted_keys)}"
         projects = there.get("Projection", {}).get("ProjectionType", "ALL")
-        return "" if projects == "ALL" else f"it projects {projects}, needed is ALL"
+        return "" if projects == "ALL" else f"its projection is {projects} instead of ALL"
 
     async def require_index(self, collection: str, index: Index) -> None:
-        """Look again whether an index can be used, which it could not be at first.
+        """Check again whether an index can be used that was not usable before.
 
         Raises:
-            SchemaMismatchError: it is missing, or another one.
-            UnavailableError: it is being made.
+            SchemaMismatchError: the index is missing or does not match its declaration.
+            UnavailableError: the index is being created.
         """
         name = self.name(collection)
         table = await self.described(collection)
         if table is None:
             raise UnavailableError(f"the table {name} was deleted", retryable=False)
         if index in self._missing(collection, table):
-            raise SchemaMismatchError(f"{name} has no index {index.name}; `create-tables` makes it")
+            raise SchemaMismatchError(
+                f"{name} has no index {index.name}; run `create-tables` to create it"
+            )
         unlike = self._unlike(collection, index, table)
         if unlike:
             raise SchemaMismatchError(_unlike_index(name, index, unlike))
         self._ready[collection] = usable = self._usable(collection, table)
         if index.name not in usable:
-            raise UnavailableError(f"the index {index.name} of {name} is being made")
+            raise UnavailableError(f"the index {index.name} of {name} is being created")
 
     async def create(self) -> list[str]:
-        """Have everything there that is declared; returns what was done, in words.
+        """Create the missing declared tables and indexes; return a message for each.
 
-        Waits until tables and indexes are active. Nothing that is there is taken away or changed,
-        but for auto scaling and point-in-time recovery, which are set as configured.
+        Waits until tables and indexes are active. Existing tables and indexes are not deleted or
+        changed, except that auto scaling and point-in-time recovery are set as configured.
         """
         done: list[str] = []
         for collection in self.schema:
@@ -263,7 +265,7 @@ class Tables:
         self._ready.pop(collection, None)
         return done
 
-    # -- looking -----------------------------------------------------------------------------
+    # -- inspecting --------------------------------------------------------------------------
 
     async def described(self, collection: str) -> dict[str, Any] | None:
         return await self._described(self.name(collection))
@@ -277,7 +279,7 @@ class Tables:
         return table
 
     async def _active(self, collection: str) -> dict[str, Any]:
-        """The table once it and all its indexes are active."""
+        """Wait until the table and all its indexes are active; return its description."""
         deadline = time.monotonic() + _WAIT_SECONDS
         pause = _FIRST_LOOK
         while True:
@@ -296,7 +298,7 @@ class Tables:
         return [each for each in self.schema[collection].indexes if each.name not in there]
 
     async def compare(self) -> tuple[dict[str, Value], list[str]]:
-        """By collection what is there; and what differs from what is declared."""
+        """A summary of the table of each collection, and messages about all differences."""
         found: dict[str, Value] = {}
         problems: list[str] = []
         for collection in self.schema:
@@ -330,7 +332,7 @@ class Tables:
         return told
 
     async def recovers(self, table: str) -> bool | None:
-        """Whether a table has point-in-time recovery; None if we may not look."""
+        """Whether a table has point-in-time recovery; None if the policy does not allow reading it."""
         try:
             backups = await self._client.read("DescribeContinuousBackups", {"TableName": table})
         except ActionDenied:
@@ -341,7 +343,7 @@ class Tables:
     def _differences(self, collection: str, table: Mapping[str, Any]) -> list[str]:
         name = self.name(collection)
         problems = [
-            f"{name} has no index {each.name}; `create-tables` makes it"
+            f"{name} has no index {each.name}; run `create-tables` to create it"
             for each in self._missing(collection, table)
         ]
         for each in self.schema[collection].indexes:
@@ -354,14 +356,17 @@ class Tables:
             problems.append(f"{name} is {table['TableStatus']}")
         key = [each["AttributeName"] for each in table["KeySchema"]]
         if key != [self.schema[collection].key]:
-            problems.append(f"the key of {name} is {', '.join(key)}")
+            problems.append(
+                f"the key of {name} is {', '.join(key)} instead of {self.schema[collection].key}"
+            )
         if billing_mode(table) != self._billing_mode:
             problems.append(
-                f"{name} is billed {billing_mode(table)}, configured is {self._billing_mode}"
+                f"the billing mode of {name} is {billing_mode(table)}, but {self._billing_mode} is "
+                "configured"
             )
         return problems
 
-    # -- making ------------------------------------------------------------------------------
+    # -- creating ----------------------------------------------------------------------------
 
     @property
     def scaling(self) -> AutoScaling | None:
@@ -372,12 +377,12 @@ class Tables:
 
     @property
     def recovery(self) -> bool:
-        """Whether the tables are to have point-in-time recovery."""
+        """Whether point-in-time recovery is configured."""
         return self._config.point_in_time_recovery
 
     @property
     def _billing_mode(self) -> str:
-        # Tables that are paid per request have no capacity that could be scaled.
+        # Tables with the billing mode PAY_PER_REQUEST have no capacity to scale.
         return "PROVISIONED" if self.scaling else self._config.billing_mode
 
     def _throughput(self) -> dict[str, Any]:
@@ -391,7 +396,7 @@ class Tables:
         }
 
     def request(self, collection: str) -> dict[str, Any]:
-        """The request that makes the table of a collection."""
+        """The CreateTable request for the table of a collection."""
         declared = self.schema[collection]
         params: dict[str, Any] = {
             "TableName": self.name(collection),
@@ -407,7 +412,7 @@ class Tables:
         return params
 
     async def _create(self, collection: str) -> bool:
-        """Ask for the table; False if another was faster."""
+        """Send CreateTable; return False if another process has created the table."""
         params = self.request(collection)
         backoff = Backoff(self._config.retry_timeout)
         while True:
@@ -422,20 +427,20 @@ class Tables:
                 return True
 
     def _attributes(self, declared: Collection, indexes: Sequence[Index]) -> list[dict[str, str]]:
-        form = self.forms[declared.name]
+        mapping = self.forms[declared.name]
         names = {declared.key: "S"}
         for index in indexes:
             for each in (index.field, index.sort):
                 if each is not None and each != declared.key:
-                    field = form.indexed[each]
+                    field = mapping.indexed[each]
                     names[field.attribute] = key_type(field)
         return [{"AttributeName": name, "AttributeType": kind} for name, kind in names.items()]
 
     def _index(self, collection: str, index: Index) -> dict[str, Any]:
-        form = self.forms[collection]
-        keys = [{"AttributeName": attribute_of(form, index.field), "KeyType": "HASH"}]
+        mapping = self.forms[collection]
+        keys = [{"AttributeName": attribute_of(mapping, index.field), "KeyType": "HASH"}]
         if index.sort is not None:
-            keys.append({"AttributeName": attribute_of(form, index.sort), "KeyType": "RANGE"})
+            keys.append({"AttributeName": attribute_of(mapping, index.sort), "KeyType": "RANGE"})
         return {
             "IndexName": index.name,
             "KeySchema": keys,
@@ -444,7 +449,7 @@ class Tables:
         }
 
     async def _add_index(self, collection: str, index: Index) -> None:
-        """Add an index to a table; DynamoDB makes one at a time, whoever asks for it."""
+        """Add an index to a table; DynamoDB creates one index of a table at a time."""
         backoff = Backoff(self._config.retry_timeout)
         params = {
             "TableName": self.name(collection),
@@ -455,7 +460,7 @@ class Tables:
             try:
                 await self._client.call("UpdateTable", params)
             except (UnavailableError, StatementRefused) as exc:
-                # Perhaps another process does the same; what then is there decides.
+                # Another process may be creating the same index: check the table.
                 table = await self._active(collection)
                 if index not in self._missing(collection, table):
                     return
@@ -484,12 +489,12 @@ class Tables:
                         await _track(client, resource, what, scaling)
 
     def scalable(self, collection: str) -> list[str]:
-        """What of a collection has a capacity that can follow its use."""
+        """The resource ids of the table and its indexes, for auto scaling."""
         table = f"table/{self.name(collection)}"
         return [table, *(f"{table}/index/{each.name}" for each in self.schema[collection].indexes)]
 
     async def scaled(self, collection: str) -> dict[str, Any] | None:
-        """By resource, between which bounds its capacities follow their use; None if we may not look."""
+        """The bounds of auto scaling by resource id; None if the policy does not allow reading them."""
         resources = self.scalable(collection)
         found: dict[str, Any] = {}
         try:
@@ -518,11 +523,11 @@ class Tables:
             ) as client:
                 yield client
         except Exception as exc:
-            raise of_scaling(exc, "its endpoint of auto scaling") from exc
+            raise of_scaling(exc, "the endpoint of Application Auto Scaling") from exc
 
 
 async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) -> None:
-    """Have a capacity follow its use."""
+    """Enable auto scaling of one capacity of a table or index."""
     kind = "index" if "/index/" in resource else "table"
     target = {
         "ServiceNamespace": "dynamodb",
@@ -548,9 +553,9 @@ async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) ->
     )
 
 
-def attribute_of(form: ItemMapping, field: str) -> str:
-    """The attribute by which an index knows a field."""
-    return field if field == form.key else form.indexed[field].attribute
+def attribute_of(mapping: ItemMapping, field: str) -> str:
+    """The attribute that is the key of an index on a field."""
+    return field if field == mapping.key else mapping.indexed[field].attribute
 
 
 def key_type(field: IndexedField) -> str:
@@ -576,7 +581,7 @@ def _definitions(table: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def _keys(
     part: Mapping[str, Any], types: Mapping[str, str], declared: Mapping[str, str]
 ) -> list[str]:
-    """The key attributes of an index with their types, its partition key first."""
+    """The key attributes of an index with their types; the partition key is first."""
     names = [
         each["AttributeName"]
         for each in sorted(part["KeySchema"], key=lambda each: each["KeyType"])
@@ -586,21 +591,22 @@ def _keys(
 
 def _unlike_index(table: str, index: Index, unlike: str) -> str:
     return (
-        f"{table}: the index {index.name} is another one: {unlike}; no query uses it: delete it, then "
-        "`create-tables` makes it"
+        f"{table}: the index {index.name} does not match its declaration: {unlike}; queries do not "
+        "use it: delete it and run `create-tables`"
     )
 
 
 def _identities(table: Mapping[str, Any]) -> set[tuple[str, ...]]:
-    """The id of a table; of a global one also its name in each region, where the same items are.
+    """The identifiers of a table: its id, and for a global table also each replica's region and name.
 
     Raises:
-        StorageError: there is no id.
+        StorageError: the description contains no id.
     """
     name, own = str(table.get("TableName", "")), str(table.get("TableArn", ""))
     if not table.get("TableId"):
         raise UnavailableError(
-            f"the server does not say which table {name} is: it gives no TableId", retryable=False
+            f"the table {name} cannot be identified: the server returned no TableId",
+            retryable=False,
         )
     found: set[tuple[str, ...]] = {(str(table["TableId"]),)}
     replicas = [str(each.get("RegionName", "")) for each in table.get("Replicas", ())]
@@ -615,7 +621,8 @@ def _identities(table: Mapping[str, Any]) -> set[tuple[str, ...]]:
 def _check_name(name: str, place: str, kind: str) -> None:
     if not _NAME.match(name):
         raise ConfigurationError(
-            f"{place}: DynamoDB has no {kind} {name[:300]!r}; a name is 3 to 255 of A-Z a-z 0-9 _ . -"
+            f"{place}: {name[:300]!r} is not a valid name of a DynamoDB {kind}; a name has 3 to 255 "
+            "characters of A-Z a-z 0-9 _ . -"
         )
 
 
@@ -628,6 +635,6 @@ def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
 
 
 def billing_mode(table: Mapping[str, Any]) -> str:
-    # A table that never was on demand has no summary.
+    # A table that has never used the billing mode PAY_PER_REQUEST has no summary.
     mode: str = table.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED")
     return mode

@@ -1,7 +1,7 @@
-"""Transactions: reads are recorded, changes buffered, and one `TransactWriteItems` commits.
+"""Transactions: reads are recorded, writes are buffered, and one `TransactWriteItems` commits them.
 
-Whatever was read, a missing item included, is a condition of the commit: the write token of each
-item must be unchanged. So the transaction is serializable with all concurrent writes, and a commit
+Each read, also of a missing item, becomes a condition of the commit: the write token of the item
+must be unchanged. The transaction is therefore serializable with all concurrent writes. A commit
 without a response can be retried, because DynamoDB recognises its client request token.
 """
 
@@ -65,12 +65,12 @@ class DynamoDBSession:
     """One transaction."""
 
     def __init__(
-        self, client: Client, tables: Tables, reading: Reading, recent: WriteCache
+        self, client: Client, tables: Tables, reading: Reading, write_cache: WriteCache
     ) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
-        self._recent = recent
+        self._write_cache = write_cache
         self._seen: dict[Key, Attributes | None] = {}
         self._layers: list[dict[Key, Entity | None]] = [{}]
         self._reads = 0
@@ -78,16 +78,16 @@ class DynamoDBSession:
     # -- reads -------------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        """As `Reader.fetch`; several keys at once are one snapshot."""
+        """As `Reader.fetch`; several keys are read in one snapshot."""
         with public_errors():
             await self._load(keys, snapshot=True)
             return [self._record(each) for each in keys]
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        """As `Reader.select`: rows of the store, with the writes of this transaction over them."""
+        """As `Reader.select`: the rows of the store, merged with the writes of this transaction."""
         if query.limit == 0:
             return
-        # An order that the rows written here fit into, too.
+        # Merging requires a defined order.
         query = msgspec.structs.replace(
             query, by_id=query.by_id or (query.paged and not query.order)
         )
@@ -132,7 +132,7 @@ class DynamoDBSession:
         return {key for layer in self._layers for key in layer if key.collection == collection}
 
     def _own(self, query: Query) -> list[Record]:
-        """What this transaction wrote and the query finds, in its order."""
+        """The entities written by this transaction that match the query, in its order."""
         matches = compile_filter(query.where)
         key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
@@ -154,7 +154,7 @@ class DynamoDBSession:
         return number
 
     async def _load(self, keys: Sequence[Key], *, snapshot: bool) -> None:
-        """Read what was not read yet."""
+        """Read the items that were not read before."""
         new = [each for each in dict.fromkeys(keys) if each not in self._seen]
         if not new:
             return
@@ -170,7 +170,7 @@ class DynamoDBSession:
         try:
             found = await self._together(keys)
         except StatementRefused:
-            # More than 4 MB: read in parts, and what was seen is checked at the end.
+            # More than 4 MB: read without a snapshot. The extra read makes `commit` validate it.
             self._reads += 1
             return await self._reading.items(keys, consistent=True)
         return [found.get(each) for each in keys]
@@ -178,7 +178,7 @@ class DynamoDBSession:
     async def _together(
         self, keys: Sequence[Key], *, only_token: bool = False
     ) -> dict[Key, Attributes | None]:
-        """The items of keys at one moment. What has no table has none."""
+        """The items of these keys in one snapshot; keys whose table does not exist are omitted."""
         there = [each for each in keys if await self._tables.find(each.collection) is not None]
         if not there:
             return {}
@@ -190,20 +190,21 @@ class DynamoDBSession:
         }
 
     def _get(self, key: Key, *, only_token: bool) -> dict[str, Any]:
-        form = self._tables.forms[key.collection]
+        mapping = self._tables.forms[key.collection]
         get: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
-            "Key": {form.key: {"S": key.id}},
+            "Key": {mapping.key: {"S": key.id}},
         }
         if only_token:
             get["ProjectionExpression"] = "#k, #w, #v"
-            get["ExpressionAttributeNames"] = {"#k": form.key, "#w": TOKEN, "#v": VERSION}
+            get["ExpressionAttributeNames"] = {"#k": mapping.key, "#w": TOKEN, "#v": VERSION}
         return {"Get": get}
 
     def _refuse_many(self, number: int) -> None:
         if number > MAX_ACTIONS:
             raise TransactionTooLargeError(
-                f"a transaction on DynamoDB reads and writes {MAX_ACTIONS} entities at most"
+                f"a transaction on DynamoDB can read and write at most {MAX_ACTIONS} entities; use "
+                "several transactions"
             )
 
     def _entity(self, key: Key) -> Entity | None:
@@ -247,13 +248,13 @@ class DynamoDBSession:
         if stored is None:
             return None
         version = stored[VERSION]
-        return version if type(version) is int else 0  # deleted, whatever another program had set
+        return version if type(version) is int else 0  # deleted; another program set the version
 
     def _check_version(self, key: Key) -> None:
-        """That there can be a next version.
+        """Check that the stored version is valid.
 
         Raises:
-            CorruptionError: another program set it to what is no version.
+            CorruptionError: another program set an invalid version.
         """
         item = self._seen[key]
         if item is not None:
@@ -261,7 +262,7 @@ class DynamoDBSession:
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
-        """As `Session.savepoint`; what was read in it stays a condition."""
+        """As `Session.savepoint`; reads in it remain conditions of the commit after a rollback."""
         depth = len(self._layers)
         self._layers.append({})
         try:
@@ -272,13 +273,14 @@ class DynamoDBSession:
         top = self._layers.pop()
         self._layers[-1].update(top)
 
-    # -- the end -----------------------------------------------------------------------------
+    # -- commit ------------------------------------------------------------------------------
 
     async def commit(self) -> None:
-        """Write everything, or nothing.
+        """Write all changes or none. Without changes, validate several reads against each other.
 
         Raises:
-            ConcurrencyConflictError, TransactionTooLargeError.
+            ConcurrencyConflictError: an entity was changed after it was read.
+            TransactionTooLargeError: the transaction exceeds a limit of DynamoDB.
         """
         [written] = self._layers
         if written:
@@ -287,7 +289,7 @@ class DynamoDBSession:
             await self._validate()
 
     async def _validate(self) -> None:
-        """That everything that was read is one state still."""
+        """Check in one snapshot that no item has changed since it was read."""
         keys = list(self._seen)
         found = await self._together(keys, only_token=True)
         for key in keys:
@@ -300,34 +302,36 @@ class DynamoDBSession:
         keys = list(dict.fromkeys([*written, *self._seen]))
         self._refuse_many(len(keys))
         for collection in {each.collection for each in keys}:
-            # Of what was only read, too: that it is not there is a condition, which needs a table.
+            # Also for keys that were only read: a condition on a missing item requires the table.
             await self._tables.ensure(collection)
         actions = [self._action(each, written, token) for each in keys]
         if len(_ENCODE(actions)) > MAX_BYTES:
-            raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
+            raise TransactionTooLargeError(
+                "a transaction on DynamoDB can contain at most 4 MiB; use several transactions"
+            )
         params = {"TransactItems": actions, "ClientRequestToken": token}
         for key in written:
-            self._recent.drop(self._tables.name(key.collection), key.id)
+            self._write_cache.drop(self._tables.name(key.collection), key.id)
         await self._transact("TransactWriteItems", params, keys, token=token)
         for key, action in zip(keys, actions, strict=True):
             if "Put" in action:
                 item = action["Put"]["Item"]
                 left = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
-                self._recent.put(self._tables.name(key.collection), key.id, left)
+                self._write_cache.put(self._tables.name(key.collection), key.id, left)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
-        form = self._tables.forms[key.collection]
+        mapping = self._tables.forms[key.collection]
         seen = self._seen[key]
         action: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
-            **unchanged(form, seen),
+            **unchanged(mapping, seen),
             "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         }
         entity = written.get(key)
         if entity is not None:
             version = cast("int", entity.get(VERSION, 0))
-            return {"Put": {**action, "Item": form.item(key.id, entity, version, token)}}
-        action["Key"] = {form.key: {"S": key.id}}
+            return {"Put": {**action, "Item": mapping.item(key.id, entity, version, token)}}
+        action["Key"] = {mapping.key: {"S": key.id}}
         return {"Delete" if key in written and seen is not None else "ConditionCheck": action}
 
     async def _transact(
@@ -338,10 +342,10 @@ class DynamoDBSession:
         *,
         token: str | None = None,
     ) -> dict[str, Any]:
-        """Send a transaction until it is answered; it may be sent any number of times.
+        """Send an idempotent transaction request, with retries, and return the response.
 
         Args:
-            token: of what it writes; None if it reads.
+            token: the write token of the items that it writes; None if it only reads.
         """
         backoff = Backoff(self._client.config.retry_timeout)
         while_in_conflict = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
@@ -369,19 +373,19 @@ class DynamoDBSession:
                 except TableMissing as exc:
                     raise UnavailableError(f"a table was deleted: {exc}", retryable=False) from exc
         except StorageError as exc:
-            # Whatever the last try met: one before it may have landed.
+            # Whatever the last error, an earlier attempt may have been applied.
             exc.outcome_unknown = lost or (token is not None and exc.outcome_unknown)
             raise
 
     def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
-        """The error of the first reason that is one; a condition comes before all others."""
+        """The error for the cancellation; a failed condition takes precedence over other reasons."""
         found = [
             (key, reason)
             for key, reason in zip(keys, exc.reasons, strict=False)
             if reason.get("Code") not in (None, "None")
         ]
         if not found:
-            return UnavailableError("the transaction was cancelled without a reason")
+            return UnavailableError("DynamoDB cancelled the transaction without giving a reason")
         failed = [each for each in found if short(each[1]["Code"]) == "ConditionalCheckFailed"]
         key, reason = (failed or found)[0]
         if failed:
@@ -397,7 +401,7 @@ def _state_of(item: Attributes | None) -> tuple[str | None, Attribute | None] | 
 
 
 def _known_version(item: Attributes | None) -> int | None:
-    """The version of an item, where it has one."""
+    """The version of an item; None if the item is missing or its version is invalid."""
     if item is None:
         return None
     try:
@@ -410,7 +414,8 @@ def _conflict_at(
     key: Key, seen: Attributes | None, now: Attributes | None, tables: Tables | None = None
 ) -> ConcurrencyConflictError:
     return ConcurrencyConflictError(
-        f"{key.collection} {key.id!r} was changed by another since this transaction read it",
+        f"{key.collection} {key.id!r} was changed after this transaction had read it; run the "
+        "transaction again",
         collection=key.collection,
         entity_id=key.id,
         expected=_known_version(seen),
@@ -425,11 +430,11 @@ def _raise_conflict(key: Key, seen: Attributes | None, now: Attributes | None) -
 
 
 def _is_own(exc: Cancelled, token: str | None) -> bool:
-    """Whether what stands in the way is what this very transaction wrote."""
+    """Whether the conditions failed because an earlier attempt of this transaction was applied."""
     items = [each["Item"] for each in exc.reasons if each.get("Item")]
     return any(token_of(each) == token for each in items)
 
 
 def _may_pass(exc: Cancelled) -> bool:
-    """Whether no condition failed: others were merely there at the same moment."""
+    """Whether no condition failed, so that a retry may succeed: only concurrent writes conflicted."""
     return all(short(each.get("Code") or "") != "ConditionalCheckFailed" for each in exc.reasons)

@@ -1,10 +1,10 @@
-"""A cache of the last writes of this store: version, token and size of each entity.
+"""A cache of the last writes of this store: version, token and size bound of each entity.
 
-An update that finds its entity here states them, instead of having the server compute and return
-them: that is cheaper for both, and can be retried when no response is received. An entry may be
-stale, because others write, too; then the condition of the statement fails and nothing is written.
-For a while after that the cache is not used, so that a store among other writers does not pay for
-stale entries.
+An update whose entity is in the cache sends the new version and size, with the token as a condition,
+instead of having the server compute and return them. That is cheaper for both, and can be retried if
+no response is received. An entry is stale if another process has written the entity; then the
+condition of the statement fails, and nothing is written. After that the cache is not used for a while,
+so that a store with other concurrent writers does not pay for stale entries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WriteReceipt(NamedTuple):
     weight: int
 
     def seen(self) -> Attributes:
-        """The same as attributes of the item."""
+        """This state as attributes of an item."""
         return {
             VERSION: {"N": str(self.version)},
             TOKEN: {"S": self.token},
@@ -52,7 +52,7 @@ class WriteCache:
     def put(self, table: str, entity_id: str, left: WriteReceipt) -> None:
         place = table, entity_id
         known = self._left.pop(place, None)
-        # Responses may arrive in another order than the writes were applied in.
+        # The order of the responses may differ from the order in which the writes were applied.
         self._left[place] = left if known is None or known.version < left.version else known
         if len(self._left) > _MAX_ENTRIES:
             del self._left[next(iter(self._left))]
