@@ -101,7 +101,7 @@ class _Connection:
         self._credentials = credentials
         self._send = client._endpoint.http_session.send
         self._url = client.meta.endpoint_url.rstrip("/") + "/"
-        self._place = urlsplit(self._url).netloc.rpartition("@")[2]
+        self._host = urlsplit(self._url).netloc.rpartition("@")[2]
         self._region = client.meta.region_name
         self._request = AWSRequest
         self._signer = SigV4Auth
@@ -116,7 +116,7 @@ class _Connection:
             response = await self._send(request)
             body = await response.content
         except Exception as exc:
-            raise of_client(exc, self._place) from exc
+            raise of_client(exc, self._host) from exc
         return read_answer(operation, params, response.status_code, response.headers, body)
 
     async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:
@@ -147,8 +147,8 @@ def check_endpoint(url: str | None) -> None:
         ConfigurationError: it is not. The message omits the URL, which may contain a password.
     """
     try:
-        place = urlsplit(url or "http://region")
-        usable = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+        parts = urlsplit(url or "http://region")
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
     if not usable:
@@ -161,7 +161,7 @@ async def _connect(config: DynamoDBConfig) -> _Connection:
     """Open a client. botocore's imports and file reads run in a thread."""
     async with AsyncExitStack() as stack:
         try:
-            session = await asyncio.to_thread(_prepare, config)
+            session = await asyncio.to_thread(_create_session, config)
             client = await stack.enter_async_context(
                 session.create_client(
                     _SERVICE, region_name=config.region, endpoint_url=config.endpoint
@@ -177,7 +177,7 @@ async def _connect(config: DynamoDBConfig) -> _Connection:
         return _Connection(client, credentials, stack.pop_all(), session)
 
 
-def _prepare(config: DynamoDBConfig) -> Any:
+def _create_session(config: DynamoDBConfig) -> Any:
     """Create a session and load the service model into its cache, which is slow and blocks.
 
     All clients of the session, including those that request credentials, use `Transport`.

@@ -29,8 +29,8 @@ NULL: Final[Attribute] = {"NULL": True}
 # Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130.
 _SMALLEST: Final = 1e-130
 _LONGEST_NAME: Final = 65_535
-_SIDE: Final = "\0"
-_NAME: Final = "n"
+_SUBSTITUTE_PREFIX: Final = "\0"
+_NAME_SUFFIX: Final = "n"
 
 
 def encode(value: Value) -> Attribute:
@@ -55,19 +55,19 @@ def encode_map(value: dict[str, Value]) -> Attributes:
     """The content of a map attribute with these values."""
     encoded = {name: encode(each) for name, each in value.items()}
     if "" in encoded or any(len(name) > _LONGEST_NAME // 4 for name in encoded):
-        return _with_side_names(encoded)
+        return _substitute_names(encoded)
     return encoded
 
 
-def _with_side_names(encoded: Attributes) -> Attributes:
-    moved: Attributes = {}
-    for place, (name, each) in enumerate(encoded.items()):
+def _substitute_names(encoded: Attributes) -> Attributes:
+    substituted: Attributes = {}
+    for position, (name, each) in enumerate(encoded.items()):
         if is_plain_name(name):
-            moved[name] = each
+            substituted[name] = each
         else:
-            moved[f"{_SIDE}{place}"] = each
-            moved[f"{_SIDE}{place}{_NAME}"] = {"S": name}
-    return moved
+            substituted[f"{_SUBSTITUTE_PREFIX}{position}"] = each
+            substituted[f"{_SUBSTITUTE_PREFIX}{position}{_NAME_SUFFIX}"] = {"S": name}
+    return substituted
 
 
 def is_plain_name(name: str) -> bool:
@@ -94,70 +94,70 @@ def decode(attribute: Attribute) -> Value:
     Raises:
         ValueError: the attribute is not a valid attribute value.
     """
-    [(kind, held)] = attribute.items()
+    [(kind, content)] = attribute.items()
     if kind == "S":
-        return cast("str", held)
+        return cast("str", content)
     if kind == "N":
-        return decode_number(held)
+        return decode_number(content)
     if kind == "BOOL":
-        return cast("bool", held)
+        return cast("bool", content)
     if kind == "NULL":
         return None
     if kind == "M":
-        return decode_map(held)
+        return decode_map(content)
     if kind == "L":
-        return [decode(each) for each in held]
-    if kind == "SS" and len(held) == 1:
-        return _side_form(held[0])
+        return [decode(each) for each in content]
+    if kind == "SS" and len(content) == 1:
+        return _decode_single_string(content[0])
     if kind == "NS":
-        return [decode_number(each) for each in held]
+        return [decode_number(each) for each in content]
     if kind == "B":
-        return b64encode(held).decode()
+        return b64encode(content).decode()
     if kind == "BS":
-        return [b64encode(each).decode() for each in held]
-    return cast("Value", held)
+        return [b64encode(each).decode() for each in content]
+    return cast("Value", content)
 
 
-def _side_form(text: str) -> Value:
+def _decode_single_string(string: str) -> Value:
     """The float that a string set with one element encodes.
 
     If the string is not the `repr` of a finite float, another program wrote the set: it is a list.
     """
     try:
-        value = float(text)
+        value = float(string)
     except ValueError:
-        return [text]
-    return value if repr(value) == text and isfinite(value) else [text]
+        return [string]
+    return value if repr(value) == string and isfinite(value) else [string]
 
 
-def decode_number(text: str) -> int | float:
+def decode_number(string: str) -> int | float:
     """An integer, or a float if the string has a fraction or an exponent.
 
     Raises:
         ValueError: the string is not a finite number.
     """
     try:
-        return int(text)
+        return int(string)
     except ValueError:
-        value = float(text)
+        value = float(string)
     if not isfinite(value):
-        raise ValueError(f"not a finite number: {text[:50]!r}")
+        raise ValueError(f"not a finite number: {string[:50]!r}")
     return value
 
 
-def decode_map(held: Attributes) -> dict[str, Value]:
-    decoded = {name: decode(each) for name, each in held.items()}
-    if any(name.startswith(_SIDE) for name in decoded):
-        return dict(_with_plain_names(decoded))
+def decode_map(content: Attributes) -> dict[str, Value]:
+    decoded = {name: decode(each) for name, each in content.items()}
+    if any(name.startswith(_SUBSTITUTE_PREFIX) for name in decoded):
+        return dict(_restore_names(decoded))
     return decoded
 
 
-def _with_plain_names(decoded: dict[str, Value]) -> Iterator[tuple[str, Value]]:
+def _restore_names(decoded: dict[str, Value]) -> Iterator[tuple[str, Value]]:
     for name, each in decoded.items():
-        if not name.startswith(_SIDE):
+        if not name.startswith(_SUBSTITUTE_PREFIX):
             yield name, each
-        elif not name.endswith(_NAME):
-            plain = decoded.get(f"{name}{_NAME}")
+        elif not name.endswith(_NAME_SUFFIX):
+            plain = decoded.get(f"{name}{_NAME_SUFFIX}")
             if not isinstance(plain, str):
                 raise ValueError("the entry with the name of a map key is missing")
             yield plain, each

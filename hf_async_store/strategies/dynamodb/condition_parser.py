@@ -20,7 +20,7 @@ from hf_async_store.strategies.dynamodb.items import DOC, ItemMapping
 from hf_async_store.strategies.dynamodb.tables import attribute_of
 from hf_async_store.values import VERSION, Value, normalise
 
-_TOKEN: Final = re.compile(
+_TOKEN_PATTERN: Final = re.compile(
     r"\s*(?:(?P<value>:\w+)|(?P<quoted>\"(?:[^\"]|\"\")+\")|(?P<word>[^\W\d]\w*)"
     r"|(?P<number>\d+)|(?P<sign><=|>=|<>|[=<>().,\[\]]))"
 )
@@ -36,69 +36,71 @@ _FUNCTIONS: Final = frozenset(
     }
 )
 # Source: DynamoDB service quotas, "Expression parameters".
-_MAX_TEXT: Final = 4096
+_MAX_LENGTH: Final = 4096
 _COMPARED: Final = frozenset({"=", "<", "<=", ">", ">="})
 
 
-class _Part(NamedTuple):
+class _Token(NamedTuple):
     kind: str
     text: str
 
 
-def _parts(text: object, what: str) -> list[_Part]:
-    if not isinstance(text, str) or not text.strip():
+def _tokenize(expression: object, argument: str) -> list[_Token]:
+    if not isinstance(expression, str) or not expression.strip():
         raise InvalidQueryError(
-            f"{what} must be a non-empty string in DynamoDB's expression language"
+            f"{argument} must be a non-empty string in DynamoDB's expression language"
         )
-    if len(text) > _MAX_TEXT:
-        raise InvalidQueryError(f"{what} is longer than DynamoDB's limit of 4 KB")
-    parts: list[_Part] = []
-    place = 0
-    end = len(text.rstrip())
-    while place < end:
-        found = _TOKEN.match(text, place)
-        if found is None:
-            raise InvalidQueryError(f"{what}: syntax error at character {place + 1}")
-        kind = str(found.lastgroup)
-        inner = found[kind]
+    if len(expression) > _MAX_LENGTH:
+        raise InvalidQueryError(f"{argument} is longer than DynamoDB's limit of 4 KB")
+    tokens: list[_Token] = []
+    position = 0
+    end = len(expression.rstrip())
+    while position < end:
+        match = _TOKEN_PATTERN.match(expression, position)
+        if match is None:
+            raise InvalidQueryError(f"{argument}: syntax error at character {position + 1}")
+        kind = str(match.lastgroup)
+        token_text = match[kind]
         if kind == "quoted":
-            kind, inner = "name", inner[1:-1].replace('""', '"')
-            if not is_plain_name(inner) or "\0" in inner:
-                raise InvalidQueryError(f"{what}: {inner[:50]!r} is not a valid field name")
-        parts.append(_Part(kind, inner))
-        place = found.end()
-    return parts
+            kind, token_text = "name", token_text[1:-1].replace('""', '"')
+            if not is_plain_name(token_text) or "\0" in token_text:
+                raise InvalidQueryError(
+                    f"{argument}: {token_text[:50]!r} is not a valid field name"
+                )
+        tokens.append(_Token(kind, token_text))
+        position = match.end()
+    return tokens
 
 
-def _given(values: Mapping[str, object] | None, what: str) -> dict[str, Value]:
+def _normalised(values: Mapping[str, object] | None, argument: str) -> dict[str, Value]:
     if values is not None and not isinstance(values, Mapping):
-        raise InvalidQueryError(f"{what}: expression_values must be a mapping")
-    given: dict[str, Value] = {}
+        raise InvalidQueryError(f"{argument}: expression_values must be a mapping")
+    operands: dict[str, Value] = {}
     for name, value in (values or {}).items():
         if not isinstance(name, str):
-            raise InvalidQueryError(f"{what}: the keys of expression_values must be strings")
-        given[name if name.startswith(":") else f":{name}"] = normalise(value, (name,))
-    return given
+            raise InvalidQueryError(f"{argument}: the keys of expression_values must be strings")
+        operands[name if name.startswith(":") else f":{name}"] = normalise(value, (name,))
+    return operands
 
 
 class _Values:
     """The values of an expression, each of which must be used."""
 
-    def __init__(self, values: Mapping[str, object] | None, what: str) -> None:
-        self._what = what
-        self._values = _given(values, what)
-        self._left = set(self._values)
+    def __init__(self, values: Mapping[str, object] | None, argument: str) -> None:
+        self._argument = argument
+        self._values = _normalised(values, argument)
+        self._unused = set(self._values)
 
     def pop(self, name: str) -> Value:
         if name not in self._values:
-            raise InvalidQueryError(f"{self._what}: expression_values has no value for {name}")
-        self._left.discard(name)
+            raise InvalidQueryError(f"{self._argument}: expression_values has no value for {name}")
+        self._unused.discard(name)
         return self._values[name]
 
     def assert_exhausted(self) -> None:
-        if self._left:
+        if self._unused:
             raise InvalidQueryError(
-                f"{self._what} does not use these values: {', '.join(sorted(self._left))}"
+                f"{self._argument} does not use these values: {', '.join(sorted(self._unused))}"
             )
 
 
@@ -106,61 +108,61 @@ class _Values:
 
 
 def condition(
-    text: object, values: Mapping[str, object] | None, mapping: ItemMapping, names: Names
+    expression: object, values: Mapping[str, object] | None, mapping: ItemMapping, names: Names
 ) -> str:
     """Translate a condition to a ConditionExpression with placeholders from `names`.
 
     Raises:
         InvalidQueryError: the condition or its values are invalid.
     """
-    what = "condition_expression"
-    parts = _parts(text, what)
-    given = _Values(values, what)
-    written: list[str] = []
-    place = 0
-    while place < len(parts):
-        part = parts[place]
-        following = parts[place + 1].text if place + 1 < len(parts) else ""
-        place += 1
-        if part.kind == "value":
-            written.append(names.value(_operand(given.pop(part.text))))
-        elif part.kind in ("sign", "number"):
-            written.append(part.text)
-        elif part.kind == "word" and part.text.upper() in _WORDS:
-            written.append(part.text.upper())
-        elif part.kind == "word" and following == "(":
-            if part.text not in _FUNCTIONS:
-                raise InvalidQueryError(f"{what}: unknown function {part.text}")
-            written.append(part.text)
+    argument = "condition_expression"
+    tokens = _tokenize(expression, argument)
+    operands = _Values(values, argument)
+    output: list[str] = []
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        next_text = tokens[position + 1].text if position + 1 < len(tokens) else ""
+        position += 1
+        if token.kind == "value":
+            output.append(names.value(_operand(operands.pop(token.text))))
+        elif token.kind in ("sign", "number"):
+            output.append(token.text)
+        elif token.kind == "word" and token.text.upper() in _WORDS:
+            output.append(token.text.upper())
+        elif token.kind == "word" and next_text == "(":
+            if token.text not in _FUNCTIONS:
+                raise InvalidQueryError(f"{argument}: unknown function {token.text}")
+            output.append(token.text)
         else:
-            steps: list[str | int] = [part.text]
-            place = _steps(parts, place, steps)
+            steps: list[str | int] = [token.text]
+            position = _parse_steps(tokens, position, steps)
             if steps[0] != VERSION and steps[0] not in mapping.collection.fields:
                 steps.insert(0, DOC)
-            written.append(names.path(steps))
-    given.assert_exhausted()
-    return " ".join(written)
+            output.append(names.path(steps))
+    operands.assert_exhausted()
+    return " ".join(output)
 
 
-def _steps(parts: list[_Part], place: int, steps: list[str | int]) -> int:
+def _parse_steps(tokens: list[_Token], position: int, steps: list[str | int]) -> int:
     """Append the rest of a path to `steps`; return the position after it."""
-    while place + 1 < len(parts):
-        sign, step = parts[place].text, parts[place + 1]
-        if parts[place].kind != "sign":
+    while position + 1 < len(tokens):
+        operator, step = tokens[position].text, tokens[position + 1]
+        if tokens[position].kind != "sign":
             break
-        if sign == "." and step.kind in ("word", "name"):
+        if operator == "." and step.kind in ("word", "name"):
             steps.append(step.text)
-            place += 2
+            position += 2
         elif (
-            sign == "["
+            operator == "["
             and step.kind == "number"
-            and parts[place + 2 : place + 3] == [_Part("sign", "]")]
+            and tokens[position + 2 : position + 3] == [_Token("sign", "]")]
         ):
             steps.append(int(step.text))
-            place += 3
+            position += 3
         else:
             break
-    return place
+    return position
 
 
 def _operand(value: Value) -> Attribute:
@@ -174,7 +176,7 @@ def _operand(value: Value) -> Attribute:
 
 
 def key_condition(
-    text: object,
+    expression: object,
     values: Mapping[str, object] | None,
     mapping: ItemMapping,
     index: Index,
@@ -187,90 +189,94 @@ def key_condition(
     Raises:
         InvalidQueryError: the condition or its values are invalid.
     """
-    what = "key_condition"
-    given = _Values(values, what)
-    written: list[str] = []
-    parts = _parts(text, what)
+    argument = "key_condition"
+    operands = _Values(values, argument)
+    output: list[str] = []
+    tokens = _tokenize(expression, argument)
     fields: list[str] = []
-    while not written or parts:
-        if written:
-            _expect(parts, "AND", what)
-        written.append(_term(parts, given, mapping, index, names, what, fields))
-    given.assert_exhausted()
+    while not output or tokens:
+        if output:
+            _expect(tokens, "AND", argument)
+        output.append(_parse_comparison(tokens, operands, mapping, index, names, argument, fields))
+    operands.assert_exhausted()
     if index.field not in fields or len(fields) != len({*fields}):
         raise InvalidQueryError(
-            f"{what}: must contain {index.field} = :value, and each field at most once"
+            f"{argument}: must contain {index.field} = :value, and each field at most once"
         )
-    return " AND ".join(written)
+    return " AND ".join(output)
 
 
-def _term(
-    parts: list[_Part],
-    given: _Values,
+def _parse_comparison(
+    tokens: list[_Token],
+    operands: _Values,
     mapping: ItemMapping,
     index: Index,
     names: Names,
-    what: str,
+    argument: str,
     fields: list[str],
 ) -> str:
     """Remove the next comparison from `parts`, translate it, and append its field to `fields`."""
 
     def attribute() -> str:
-        part = _next(parts, what)
-        if part.kind not in ("word", "name") or part.text not in (index.field, index.sort):
+        token = _pop_token(tokens, argument)
+        if token.kind not in ("word", "name") or token.text not in (index.field, index.sort):
             known = " and ".join(filter(None, (index.field, index.sort)))
             raise InvalidQueryError(
-                f"{what}: {part.text} is not a field of the index {index.name}; its fields are: "
+                f"{argument}: {token.text} is not a field of the index {index.name}; its fields are: "
                 f"{known}"
             )
-        fields.append(part.text)
-        return names.name(attribute_of(mapping, part.text))
+        fields.append(token.text)
+        return names.name(attribute_of(mapping, token.text))
 
     def value() -> str:
-        part = _next(parts, what)
-        if part.kind != "value":
+        token = _pop_token(tokens, argument)
+        if token.kind != "value":
             raise InvalidQueryError(
-                f"{what}: a field must be compared with a :value, not with {part.text}"
+                f"{argument}: a field must be compared with a :value, not with {token.text}"
             )
-        operand = given.pop(part.text)
+        operand = operands.pop(token.text)
         indexed = mapping.indexed.get(fields[-1])
         key = encode(operand) if indexed is None else indexed.key_of(operand)
         if key is None:
             raise InvalidQueryError(
-                f"{what}: the index {index.name} cannot contain the value of {part.text}"
+                f"{argument}: the index {index.name} cannot contain the value of {token.text}"
             )
         return names.value(key)
 
-    if parts and parts[0] == _Part("word", "begins_with") and parts[1:2] == [_Part("sign", "(")]:
-        del parts[:2]
+    if (
+        tokens
+        and tokens[0] == _Token("word", "begins_with")
+        and tokens[1:2] == [_Token("sign", "(")]
+    ):
+        del tokens[:2]
         name = attribute()
-        _expect(parts, ",", what)
-        start = value()
-        _expect(parts, ")", what)
-        text = f"begins_with({name}, {start})"
-        sign = "begins_with"
+        _expect(tokens, ",", argument)
+        prefix = value()
+        _expect(tokens, ")", argument)
+        comparison = f"begins_with({name}, {prefix})"
+        operator = "begins_with"
     else:
         name = attribute()
-        sign = _next(parts, what).text
-        if sign.upper() == "BETWEEN":
+        operator = _pop_token(tokens, argument).text
+        if operator.upper() == "BETWEEN":
             low = value()
-            _expect(parts, "AND", what)
-            text = f"{name} BETWEEN {low} AND {value()}"
-        elif sign in _COMPARED:
-            text = f"{name} {sign} {value()}"
+            _expect(tokens, "AND", argument)
+            comparison = f"{name} BETWEEN {low} AND {value()}"
+        elif operator in _COMPARED:
+            comparison = f"{name} {operator} {value()}"
         else:
-            raise InvalidQueryError(f"{what}: a key cannot be compared with {sign}")
-    if fields[-1] == index.field and sign != "=":
-        raise InvalidQueryError(f"{what}: {index.field} can only be compared with =")
-    return text
+            raise InvalidQueryError(f"{argument}: a key cannot be compared with {operator}")
+    if fields[-1] == index.field and operator != "=":
+        raise InvalidQueryError(f"{argument}: {index.field} can only be compared with =")
+    return comparison
 
 
-def _next(parts: list[_Part], what: str) -> _Part:
-    if not parts:
-        raise InvalidQueryError(f"{what}: the expression is incomplete")
-    return parts.pop(0)
+def _pop_token(tokens: list[_Token], argument: str) -> _Token:
+    if not tokens:
+        raise InvalidQueryError(f"{argument}: the expression is incomplete")
+    return tokens.pop(0)
 
 
-def _expect(parts: list[_Part], text: str, what: str) -> None:
-    if _next(parts, what).text.upper() != text:
-        raise InvalidQueryError(f"{what}: expected {text}")
+def _expect(tokens: list[_Token], expected: str, argument: str) -> None:
+    if _pop_token(tokens, argument).text.upper() != expected:
+        raise InvalidQueryError(f"{argument}: expected {expected}")

@@ -40,12 +40,12 @@ class Cache:
 
     def __init__(self, make_client: Callable[[], Any], retry_seconds: float) -> None:
         self._make_client = make_client
-        self._seconds = retry_seconds
+        self._retry_seconds = retry_seconds
         self._client: Any = None
         self._opening = asyncio.Lock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dax")
 
-    def takes(self, operation: str, params: Mapping[str, Any]) -> bool:
+    def can_serve(self, operation: str, params: Mapping[str, Any]) -> bool:
         """Whether the cache may serve this read: only if it need not be strongly consistent."""
         if operation == "BatchGetItem":
             return not any(each.get("ConsistentRead") for each in params["RequestItems"].values())
@@ -57,19 +57,21 @@ class Cache:
         Raises:
             StorageError.
         """
-        return await retry(lambda: self._once(operation, params), self._seconds, idempotent=True)
+        return await retry(
+            lambda: self._read_once(operation, params), self._retry_seconds, idempotent=True
+        )
 
-    async def _once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    async def _read_once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         try:
             async with self._opening:
                 if self._client is None:
                     self._client = await loop.run_in_executor(self._threads, self._make_client)
             method = getattr(self._client, _METHODS[operation])
-            answer = await loop.run_in_executor(self._threads, lambda: method(**params))
+            response = await loop.run_in_executor(self._threads, lambda: method(**params))
         except Exception as exc:
-            raise _error(exc) from exc
-        return convert(operation, params, answer)
+            raise _store_error(exc) from exc
+        return convert(operation, params, response)
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -78,7 +80,7 @@ class Cache:
         self._threads.shutdown(wait=False)
 
 
-def _error(exc: Exception) -> StorageError:
+def _store_error(exc: Exception) -> StorageError:
     response = getattr(exc, "response", None)
     if isinstance(response, dict) and response.get("Error"):
         error = response["Error"]

@@ -160,7 +160,7 @@ class DynamoDBEngine:
 
     async def _probe(self, collection: str) -> None:
         table = self.tables.name(collection)
-        key = {self.tables.forms[collection].key: {"S": probe_id()}}
+        key = {self.tables.mappings[collection].key: {"S": probe_id()}}
         await self.client.read("PutItem", {"TableName": table, "Item": key})
         try:
             params = {"TableName": table, "Key": key, "ConsistentRead": True}

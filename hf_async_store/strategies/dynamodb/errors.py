@@ -84,81 +84,83 @@ def public(exc: StorageError) -> StorageError:
         kind = PermissionDeniedError
     else:
         return exc
-    known = kind(
+    converted = kind(
         str(exc),
         retryable=exc.retryable and not isinstance(exc, BadAnswer),
         outcome_unknown=exc.outcome_unknown,
     )
-    known.__cause__ = exc
-    return known
+    converted.__cause__ = exc
+    return converted
 
 
 @contextmanager
-def public_errors(*kept: type[StorageError]) -> Iterator[None]:
+def public_errors(*passed_through: type[StorageError]) -> Iterator[None]:
     """Convert internal errors of this engine that are raised in the block to public ones.
 
     Args:
-        kept: errors that are not converted.
+        passed_through: errors that are not converted.
     """
     try:
         yield
-    except kept:
+    except passed_through:
         raise
     except StorageError as exc:
-        known = public(exc)
-        if known is exc:
+        converted = public(exc)
+        if converted is exc:
             raise
-        raise known from exc
+        raise converted from exc
 
 
 # -- responses of DynamoDB ---------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
+class _ErrorSpec(NamedTuple):
     """The error for an error code of DynamoDB."""
 
     kind: type[StorageError]
-    means: str
+    message: str
     retryable: bool | None = None
     outcome_unknown: bool = False
 
 
-_THROTTLED: Final = _Row(ThrottledError, "DynamoDB throttles requests")
-_DENIED: Final = _Row(
+_THROTTLED: Final = _ErrorSpec(ThrottledError, "DynamoDB throttles requests")
+_DENIED: Final = _ErrorSpec(
     ActionDenied, "DynamoDB denies access; the policy of the role or user does not allow the action"
 )
-_ACCOUNT: Final = _Row(
+_ACCOUNT: Final = _ErrorSpec(
     PermissionDeniedError,
     "DynamoDB denies access to the account; it is not active for this service or region",
 )
-_WRONG_KEY: Final = _Row(
+_WRONG_KEY: Final = _ErrorSpec(
     AuthenticationError, "DynamoDB does not accept the AWS credentials; check the access key"
 )
-_WRONG_SECRET: Final = _Row(
+_WRONG_SECRET: Final = _ErrorSpec(
     AuthenticationError,
     "DynamoDB does not accept the signature; check the secret access key, the region, and proxies "
     "that change requests",
 )
-_EXPIRED: Final = _Row(AuthenticationError, "the AWS credentials have expired; get new ones")
-_CLOCK: Final = _Row(
+_EXPIRED: Final = _ErrorSpec(AuthenticationError, "the AWS credentials have expired; get new ones")
+_CLOCK: Final = _ErrorSpec(
     AuthenticationError,
     "DynamoDB does not accept the time of the request; correct the clock of this machine",
 )
-_ENCRYPTION: Final = _Row(
+_ENCRYPTION: Final = _ErrorSpec(
     PermissionDeniedError,
     "DynamoDB cannot use the KMS key that encrypts the table; check its state and its policy",
 )
-_UNDER_WAY: Final = _Row(
+_IN_PROGRESS: Final = _ErrorSpec(
     UnavailableError, "DynamoDB is already processing another operation on the same resource"
 )
-_FAILED: Final = _Row(UnavailableError, "DynamoDB failed to process the request", outcome_unknown=True)
-_NOT_UNDERSTOOD: Final = _Row(
+_FAILED: Final = _ErrorSpec(
+    UnavailableError, "DynamoDB failed to process the request", outcome_unknown=True
+)
+_NOT_UNDERSTOOD: Final = _ErrorSpec(
     ProtocolError, "the server does not implement DynamoDB's protocol; check endpoint_url"
 )
 
 # Source: DynamoDB Developer Guide, "Error handling with DynamoDB"; DynamoDB API Reference, "Common
 # Errors" and the errors of each action; BatchStatementError.
-CODES: Final[Mapping[str, _Row]] = {
+CODES: Final[Mapping[str, _ErrorSpec]] = {
     # throttling
     "LimitExceeded": _THROTTLED,
     "ProvisionedThroughputExceeded": _THROTTLED,
@@ -193,10 +195,10 @@ CODES: Final[Mapping[str, _Row]] = {
     "KMSNotFound": _ENCRYPTION,
     "InaccessibleEncryptionCredentials": _ENCRYPTION,
     # concurrent operations
-    "TransactionInProgress": _UNDER_WAY,
-    "ResourceInUse": _UNDER_WAY,
-    "TableInUse": _UNDER_WAY,
-    "ReplicatedWriteConflict": _UNDER_WAY,
+    "TransactionInProgress": _IN_PROGRESS,
+    "ResourceInUse": _IN_PROGRESS,
+    "TableInUse": _IN_PROGRESS,
+    "ReplicatedWriteConflict": _IN_PROGRESS,
     # server failures
     "InternalServer": _FAILED,
     "InternalServerError": _FAILED,
@@ -204,7 +206,7 @@ CODES: Final[Mapping[str, _Row]] = {
     "ServiceUnavailable": _FAILED,
     "RequestTimeout": _FAILED,
     "RequestAbandoned": _FAILED,
-    "ItemCollectionSizeLimitExceeded": _Row(
+    "ItemCollectionSizeLimitExceeded": _ErrorSpec(
         DiskFullError, "an item collection has reached its size limit in DynamoDB"
     ),
     # the server does not understand the request
@@ -212,7 +214,7 @@ CODES: Final[Mapping[str, _Row]] = {
     "UnknownOperation": _NOT_UNDERSTOOD,
     "InvalidAction": _NOT_UNDERSTOOD,
     "MissingAction": _NOT_UNDERSTOOD,
-    "IdempotentParameterMismatch": _Row(
+    "IdempotentParameterMismatch": _ErrorSpec(
         ProtocolError, "another transaction has used the same client request token"
     ),
 }
@@ -242,21 +244,21 @@ def translate(code: str, message: str, status: int, body: Mapping[str, Any]) -> 
         return conflict()
     if code in ("ResourceNotFound", "TableNotFound", "IndexNotFound"):
         return TableMissing(f"the table or index does not exist: {message[:300]}")
-    row = CODES.get(code)
-    if row is None and status >= 500:
-        row = _FAILED
-    if row is None:
+    spec = CODES.get(code)
+    if spec is None and status >= 500:
+        spec = _FAILED
+    if spec is None:
         return _invalid(code, message)
-    if row is _WRONG_SECRET and _is_of_the_clock(message):
-        row = _CLOCK
-    return row.kind(
-        f"{row.means}: {code or status}{_action(message)}",
-        retryable=row.retryable,
-        outcome_unknown=row.outcome_unknown or status >= 500,
+    if spec is _WRONG_SECRET and _is_clock_error(message):
+        spec = _CLOCK
+    return spec.kind(
+        f"{spec.message}: {code or status}{_action(message)}",
+        retryable=spec.retryable,
+        outcome_unknown=spec.outcome_unknown or status >= 500,
     )
 
 
-def _is_of_the_clock(message: str) -> bool:
+def _is_clock_error(message: str) -> bool:
     """Whether a signature was rejected because of its time.
 
     Examples: "Signature expired: 20150830T123600Z is now earlier than ...", "Signature not yet
@@ -267,8 +269,8 @@ def _is_of_the_clock(message: str) -> bool:
 
 def _action(message: str) -> str:
     """The denied action and its resource, if the message names them."""
-    found = _REFUSED_ACTION.search(message)
-    return f" ({found[1]} on {found[2]})" if found else ""
+    match = _REFUSED_ACTION.search(message)
+    return f" ({match[1]} on {match[2]})" if match else ""
 
 
 def _invalid(code: str, message: str) -> StorageError:
@@ -281,8 +283,8 @@ def _invalid(code: str, message: str) -> StorageError:
         # nested one level deeper.
         return StatementRefused("DynamoDB rejected the request: values are nested too deeply")
     if "security token" in lower or "signature" in lower:
-        row = _CLOCK if _is_of_the_clock(lower) else _WRONG_SECRET
-        return row.kind(f"{row.means}: {code}")
+        spec = _CLOCK if _is_clock_error(lower) else _WRONG_SECRET
+        return spec.kind(f"{spec.message}: {code}")
     if "specified index" in lower:
         return TableMissing("the table does not have the index of the query")
     return StatementRefused(f"DynamoDB rejected the request: {code}: {message[:300]}")
@@ -352,7 +354,7 @@ _NO_CREDENTIALS: Final = frozenset(
         "UnknownTokenProviderError",
     }
 )
-_UNREACHED: Final = frozenset({"ConnectTimeoutError", "ProxyConnectionError"})
+_NOT_CONNECTED: Final = frozenset({"ConnectTimeoutError", "ProxyConnectionError"})
 
 
 def before_sending(exc: Exception) -> StorageError:
@@ -364,33 +366,33 @@ def before_sending(exc: Exception) -> StorageError:
     if isinstance(exc, StorageError):
         return exc
     if name in _CONFIGURATION:
-        return ConfigurationError(f"dynamodb_strategy: {_text(exc)}")
+        return ConfigurationError(f"dynamodb_strategy: {_message_of(exc)}")
     if name in _NO_CREDENTIALS:
         return AuthenticationError(
             f"no usable AWS credentials: {name}; set dynamodb_strategy.profile or the AWS "
             "environment variables"
         )
     if name == "ClientError":
-        return _of_credentials_service(exc)
+        return _credentials_service_error(exc)
     cause = _cause(exc)
     if isinstance(
         cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     ):
-        return _of_file(cause)
+        return _file_error(cause)
     if isinstance(exc, ValueError) and "endpoint" in str(exc).lower():
         # The message of `exc` contains the configured endpoint, which may contain a password.
         return ConfigurationError(
             "dynamodb_strategy.endpoint_url (or AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_DYNAMODB): "
             "must be a URL with http:// or https:// and a host"
         )
-    if isinstance(exc, OSError) or name in _UNREACHED or _is_of_the_network(name):
+    if isinstance(exc, OSError) or name in _NOT_CONNECTED or _is_network_error(name):
         return UnavailableError(f"AWS credentials are temporarily unavailable: {name}")
     return ConfigurationError(
         f"dynamodb_strategy: the AWS configuration or credentials cannot be used: {name}"
     )
 
 
-def _is_of_the_network(name: str) -> bool:
+def _is_network_error(name: str) -> bool:
     return name in (
         "ConnectionClosedError",
         "EndpointConnectionError",
@@ -401,41 +403,43 @@ def _is_of_the_network(name: str) -> bool:
     )
 
 
-def _of_credentials_service(exc: Exception) -> StorageError:
+def _credentials_service_error(exc: Exception) -> StorageError:
     """The error for an error response of STS or SSO to a request for credentials."""
     response: Mapping[str, Any] = getattr(exc, "response", {})
     error = response.get("Error") or {}
     code, message = short(str(error.get("Code", ""))), str(error.get("Message", ""))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
-    row = CODES.get(code) or CODES.get(code.removesuffix("Error"))
-    asked = f"{getattr(exc, 'operation_name', 'a request')} for AWS credentials"
-    if row is not None and issubclass(row.kind, UnavailableError):
-        return row.kind(f"{asked} failed: {code}")
+    spec = CODES.get(code) or CODES.get(code.removesuffix("Error"))
+    request = f"{getattr(exc, 'operation_name', 'a request')} for AWS credentials"
+    if spec is not None and issubclass(spec.kind, UnavailableError):
+        return spec.kind(f"{request} failed: {code}")
     if status >= 500:
-        return UnavailableError(f"{asked} failed: {code or status}")
-    if row is _WRONG_SECRET and _is_of_the_clock(message):
-        row = _CLOCK
-    if row is None or row is _DENIED:
+        return UnavailableError(f"{request} failed: {code or status}")
+    if spec is _WRONG_SECRET and _is_clock_error(message):
+        spec = _CLOCK
+    if spec is None or spec is _DENIED:
         return PermissionDeniedError(
-            f"{asked} was denied: {code}{_action(message)}; check role_arn and source_profile of "
+            f"{request} was denied: {code}{_action(message)}; check role_arn and source_profile of "
             "the profile, and the trust policy of the role"
         )
-    return row.kind(f"{asked} was denied: {code}; check the credentials that sign it")
+    return spec.kind(f"{request} was denied: {code}; check the credentials that sign it")
 
 
-def of_scaling(exc: Exception, place: str) -> StorageError:
+def scaling_error(exc: Exception, host: str) -> StorageError:
     """The error for a failed request to Application Auto Scaling, sent through a botocore client."""
     if isinstance(exc, StorageError):
         return exc
     if type(exc).__name__ != "ClientError":
-        return of_client(exc, place)
+        return of_client(exc, host)
     response: Mapping[str, Any] = getattr(exc, "response", {})
     code = short(str((response.get("Error") or {}).get("Code", "")))
-    row = CODES.get(code, _Row(UnavailableError, "", retryable=False))
-    return row.kind(f"Application Auto Scaling rejected the request: {code}", retryable=row.retryable)
+    spec = CODES.get(code, _ErrorSpec(UnavailableError, "", retryable=False))
+    return spec.kind(
+        f"Application Auto Scaling rejected the request: {code}", retryable=spec.retryable
+    )
 
 
-def _of_file(exc: OSError) -> ConfigurationError:
+def _file_error(exc: OSError) -> ConfigurationError:
     named = f" {exc.filename}" if exc.filename else ""
     return ConfigurationError(
         f"a file or program of the AWS configuration cannot be used:{named}: {exc.strerror} "
@@ -448,22 +452,22 @@ def _cause(exc: Exception) -> object:
     return getattr(exc, "kwargs", {}).get("error", exc)
 
 
-def _text(exc: Exception) -> str:
+def _message_of(exc: Exception) -> str:
     return str(exc)[:500]
 
 
-def of_client(exc: Exception, place: str) -> StorageError:
+def of_client(exc: Exception, host: str) -> StorageError:
     """The error for an exception of botocore that was raised while a request was sent.
 
     Args:
-        place: the host that the request was sent to.
+        host: the host that the request was sent to.
     """
     name = type(exc).__name__
     cause = _cause(exc)
     if isinstance(
         cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     ):
-        return _of_file(cause)
+        return _file_error(cause)
     if name == "HTTPClientError" and isinstance(cause, ssl.SSLError):
         # Raised before a connection is opened. botocore raises failures of a connection as its
         # own `SSLError`.
@@ -472,28 +476,28 @@ def of_client(exc: Exception, place: str) -> StorageError:
             "(check AWS_CA_BUNDLE and ca_bundle)"
         )
     if name in _CONFIGURATION:
-        return ConfigurationError(f"dynamodb_strategy: {_text(exc)}")
+        return ConfigurationError(f"dynamodb_strategy: {_message_of(exc)}")
     if name == "SSLError":
-        return _of_tls(exc, place)
-    if name in _UNREACHED or (name == "EndpointConnectionError" and _never_connected(exc)):
-        return UnavailableError(f"DynamoDB cannot be reached at {place}: {name}{_reason(cause)}")
-    return AnswerLost(f"no response from DynamoDB at {place}: {name}", outcome_unknown=True)
+        return _tls_error(exc, host)
+    if name in _NOT_CONNECTED or (name == "EndpointConnectionError" and _never_connected(exc)):
+        return UnavailableError(f"DynamoDB cannot be reached at {host}: {name}{_reason(cause)}")
+    return AnswerLost(f"no response from DynamoDB at {host}: {name}", outcome_unknown=True)
 
 
-def _of_tls(exc: Exception, place: str) -> StorageError:
+def _tls_error(exc: Exception, host: str) -> StorageError:
     cause = getattr(_cause(exc), "certificate_error", None)
     inner = cause or getattr(_cause(exc), "os_error", None)
     if isinstance(inner, ssl.SSLCertVerificationError):
         return ConfigurationError(
-            f"the certificate of {place} is not trusted: {inner.verify_message}; check "
+            f"the certificate of {host} is not trusted: {inner.verify_message}; check "
             "dynamodb_strategy.endpoint_url and AWS_CA_BUNDLE"
         )
-    return UnavailableError(f"DynamoDB cannot be reached at {place}: SSLError{_reason(inner)}")
+    return UnavailableError(f"DynamoDB cannot be reached at {host}: SSLError{_reason(inner)}")
 
 
 def _reason(cause: object) -> str:
-    said = getattr(cause, "strerror", None) or getattr(cause, "reason", None)
-    return f" ({str(said)[:200]})" if said else ""
+    reason = getattr(cause, "strerror", None) or getattr(cause, "reason", None)
+    return f" ({str(reason)[:200]})" if reason else ""
 
 
 def _never_connected(exc: Exception) -> bool:

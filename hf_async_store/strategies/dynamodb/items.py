@@ -63,23 +63,23 @@ if TYPE_CHECKING:
 DOC: Final = "doc"
 TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
 SIZE: Final = "_s"
-CREATED_SIDE: Final = "_c"
+CREATED_SUBSTITUTE: Final = "_c"
 DECLARATION_DIGEST: Final = "_f"
-_OWN: Final = frozenset({TOKEN, SIZE, CREATED_SIDE, DECLARATION_DIGEST})
+_INTERNAL_ATTRIBUTES: Final = frozenset({TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST})
 _BOOLEAN_KEY: Final = "_b_"
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
 MAX_HASH_BYTES: Final = 2048
 MAX_SORT_BYTES: Final = 1024
-SURE_SORT_BYTES: Final = MAX_SORT_BYTES - 4
+MIN_SHORTENED_BYTES: Final = MAX_SORT_BYTES - 4
 """The minimum length of a shortened string, which ends at a character boundary."""
 
-_MAX_FIXED_SIZE: Final = 32
+_MAX_SCALAR_SIZE: Final = 32
 """The maximum size of a number, boolean or null in `check_size`."""
 
-_KEPT_CREATED_AT: Final = 64
-LAST_VERSIONS: Final = INT_MAX - 2**40
+_CREATED_AT_SIZE: Final = 64
+NEAR_MAX_VERSION: Final = INT_MAX - 2**40
 
 _MAX_DIGITS: Final = 10.0**38
 
@@ -114,15 +114,15 @@ def size_of(value: Value | Removed) -> int:
     """An upper bound of the size that `check_size` computes for a value, at a fraction of its cost."""
     kind = type(value)
     if kind is str:
-        text = cast("str", value)
-        return len(text) if text.isascii() else 4 * len(text)
+        string = cast("str", value)
+        return len(string) if string.isascii() else 4 * len(string)
     if kind is dict:
         pairs = cast("dict[str, Value]", value)
         return sum([3 + len(pairs), *[size_of(each) for each in (*pairs, *pairs.values())]])
     if kind is list:
         items = cast("list[Value]", value)
         return sum([3 + len(items), *map(size_of, items)])
-    return _MAX_FIXED_SIZE
+    return _MAX_SCALAR_SIZE
 
 
 def stored_size(entity: Entity, version: int) -> Attribute:
@@ -131,16 +131,16 @@ def stored_size(entity: Entity, version: int) -> Attribute:
     Near the maximum version the bound exceeds the limit for every update, so that the item is
     read and written as a whole, which checks version and size exactly.
     """
-    weight = size_of(entity) + _KEPT_CREATED_AT
-    return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
+    size = size_of(entity) + _CREATED_AT_SIZE
+    return {"N": str(size if version < NEAR_MAX_VERSION else MAX_ENTITY_BYTES * 2)}
 
 
-def shortened(text: str, most: int = MAX_SORT_BYTES) -> str:
-    """The string, or its beginning of at most `most` bytes in UTF-8."""
-    if len(text) <= most // 4:
-        return text
-    raw = text.encode()
-    return text if len(raw) <= most else raw[:most].decode(errors="ignore")
+def shortened(string: str, max_bytes: int = MAX_SORT_BYTES) -> str:
+    """The string, or its beginning of at most `max_bytes` bytes in UTF-8."""
+    if len(string) <= max_bytes // 4:
+        return string
+    encoded = string.encode()
+    return string if len(encoded) <= max_bytes else encoded[:max_bytes].decode(errors="ignore")
 
 
 def number_key(value: float) -> str | None:
@@ -155,7 +155,15 @@ def number_key(value: float) -> str | None:
 class IndexedField:
     """A declared field that is a key of an index."""
 
-    __slots__ = ("attribute", "is_hash", "is_sort", "name", "side", "stand_in", "type")
+    __slots__ = (
+        "attribute",
+        "is_hash",
+        "is_sort",
+        "name",
+        "placeholder",
+        "substitute_attribute",
+        "type",
+    )
 
     def __init__(self, field: Field, *, is_hash: bool, is_sort: bool) -> None:
         self.name = field.name
@@ -163,23 +171,23 @@ class IndexedField:
         self.is_hash = is_hash
         self.is_sort = is_sort
         self.attribute = f"{_BOOLEAN_KEY}{field.name}" if field.type == "boolean" else field.name
-        self.stand_in = INDEX_PLACEHOLDERS[field.type] if is_sort else None
-        self.side = CREATED_SIDE if field.name == CREATED_AT else None
+        self.placeholder = INDEX_PLACEHOLDERS[field.type] if is_sort else None
+        self.substitute_attribute = CREATED_SUBSTITUTE if field.name == CREATED_AT else None
 
-    def forms(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
+    def encode(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
         """The attribute for the index and the substitute encoding; None for those not needed."""
         if value is REMOVE:
-            return self.stand_in, MISSING_SENTINEL if self.is_sort else None
+            return self.placeholder, MISSING_SENTINEL if self.is_sort else None
         if value is None:
-            return self.stand_in, encode(None)
+            return self.placeholder, encode(None)
         if self.type == "boolean":
             return self.key_of(value), None
         key = self.key_of(value)
         if key is not None and (type(value) is not float or is_native(value)):
             return key, None
-        if key is None and self.stand_in is not None:
-            text = shortened(value) if isinstance(value, str) else ""
-            key = {"S": text} if text else self.stand_in
+        if key is None and self.placeholder is not None:
+            string = shortened(value) if isinstance(value, str) else ""
+            key = {"S": string} if string else self.placeholder
         return key, encode(cast("Value", value))
 
     def key_of(self, value: object) -> Attribute | None:
@@ -187,8 +195,8 @@ class IndexedField:
         if type(value) is bool:
             return {"S": "2" if value else "1"} if self.type == "boolean" else None
         if isinstance(value, str) and self.type in ("text", "timestamp"):
-            most = MAX_SORT_BYTES if self.is_sort else MAX_HASH_BYTES
-            return {"S": value} if value and shortened(value, most) is value else None
+            max_bytes = MAX_SORT_BYTES if self.is_sort else MAX_HASH_BYTES
+            return {"S": value} if value and shortened(value, max_bytes) is value else None
         if type(value) in (int, float) and self.type in ("integer", "number"):
             number = number_key(cast("float", value))
             return None if number is None else {"N": number}
@@ -211,15 +219,17 @@ class ItemMapping:
             if (name in hashes or name in sorts) and name != collection.key
         }
         self.plain = frozenset(collection.fields) - set(self.indexed)
-        self.mark: Attribute = {"S": self._digest()}
+        self.digest: Attribute = {"S": self._digest()}
 
     def _digest(self) -> str:
         """A digest of the parts of the declaration that determine the attributes of an item."""
-        told = [self.key, *sorted(self.plain)]
-        told += sorted(
+        declared_parts = [self.key, *sorted(self.plain)]
+        declared_parts += sorted(
             f"{each.attribute} {each.type} {each.is_sort}" for each in self.indexed.values()
         )
-        return urlsafe_b64encode(blake2b("\n".join(told).encode(), digest_size=6).digest()).decode()
+        return urlsafe_b64encode(
+            blake2b("\n".join(declared_parts).encode(), digest_size=6).digest()
+        ).decode()
 
     def item(self, entity_id: str, entity: Entity, version: int, token: str) -> Attributes:
         """The whole item of an entity."""
@@ -239,27 +249,27 @@ class ItemMapping:
         attributes: Attributes = {}
         document: Attributes = {}
         removed: list[str] = []
-        other: Entity = {}
+        undeclared: Entity = {}
         plain = self.plain
         indexed = self.indexed
         for name, value in entity.items():
             if name in plain:
                 attributes[name] = encode(value)
             elif name not in indexed and name != VERSION:
-                other[name] = value
-        if other:
-            document = encode_map(other)
+                undeclared[name] = value
+        if undeclared:
+            document = encode_map(undeclared)
         removed += [name for name in plain if name not in attributes]
         for name, field in indexed.items():
             if keep_created and name == CREATED_AT and name not in entity:
                 continue
-            given: Value | Removed = entity.get(name, REMOVE)
-            self._put(field, given, attributes, document, removed)
+            field_value: Value | Removed = entity.get(name, REMOVE)
+            self._encode_field(field, field_value, attributes, document, removed)
         attributes[DOC] = {"M": document}
-        attributes[DECLARATION_DIGEST] = self.mark
+        attributes[DECLARATION_DIGEST] = self.digest
         return attributes, removed
 
-    def _put(
+    def _encode_field(
         self,
         field: IndexedField,
         value: Value | Removed,
@@ -267,7 +277,7 @@ class ItemMapping:
         document: Attributes,
         removed: list[str],
     ) -> None:
-        key, side = field.forms(value)
+        key, substitute = field.encode(value)
         if key is not None:
             attributes[field.attribute] = key
         else:
@@ -277,48 +287,48 @@ class ItemMapping:
                 removed.append(field.name)
             else:
                 attributes[field.name] = encode(value)
-        elif field.side is not None:
-            if side is None:
-                removed.append(field.side)
+        elif field.substitute_attribute is not None:
+            if substitute is None:
+                removed.append(field.substitute_attribute)
             else:
-                attributes[field.side] = side
-        elif side is not None:
-            document[field.name] = side
+                attributes[field.substitute_attribute] = substitute
+        elif substitute is not None:
+            document[field.name] = substitute
 
     def changes(
         self, fields: Mapping[str, Value | Removed]
     ) -> tuple[dict[tuple[str, ...], Attribute], list[tuple[str, ...]]]:
         """The attributes that an update of these fields sets, by path, and the paths it removes."""
-        put: dict[tuple[str, ...], Attribute] = {}
+        assigned: dict[tuple[str, ...], Attribute] = {}
         removed: list[tuple[str, ...]] = []
         for name, value in fields.items():
             field = self.indexed.get(name)
             if field is not None:
-                self._change(field, value, put, removed)
+                self._update_field(field, value, assigned, removed)
                 continue
             path = (name,) if name in self.plain else (DOC, name)
             if isinstance(value, Removed):
                 removed.append(path)
             else:
-                put[path] = encode(value)
-        return put, removed
+                assigned[path] = encode(value)
+        return assigned, removed
 
-    def _change(
+    def _update_field(
         self,
         field: IndexedField,
         value: Value | Removed,
-        put: dict[tuple[str, ...], Attribute],
+        assigned: dict[tuple[str, ...], Attribute],
         removed: list[tuple[str, ...]],
     ) -> None:
         attributes: Attributes = {}
         document: Attributes = {}
-        gone: list[str] = []
-        self._put(field, value, attributes, document, gone)
-        put.update({(name,): each for name, each in attributes.items()})
-        removed += [(name,) for name in gone]
-        if field.type != "boolean" and field.side is None:
+        removed_names: list[str] = []
+        self._encode_field(field, value, attributes, document, removed_names)
+        assigned.update({(name,): each for name, each in attributes.items()})
+        removed += [(name,) for name in removed_names]
+        if field.type != "boolean" and field.substitute_attribute is None:
             if field.name in document:
-                put[(DOC, field.name)] = document[field.name]
+                assigned[(DOC, field.name)] = document[field.name]
             else:
                 removed.append((DOC, field.name))
 
@@ -334,10 +344,10 @@ class ItemMapping:
         Raises:
             BadAnswer: it has none, although no table accepts such an item.
         """
-        held = item.get(self.key, {}).get("S")
-        if held is None:
+        content = item.get(self.key, {}).get("S")
+        if content is None:
             raise BadAnswer(f"DynamoDB returned an item of {self.collection.name} without its key")
-        return cast("str", held)
+        return cast("str", content)
 
     def entity(self, item: Attributes) -> Entity:
         """The entity of an item, including `version`.
@@ -356,10 +366,10 @@ class ItemMapping:
         for name, attribute in item.items():
             if name == DOC:
                 document = attribute.get("M", {})
-            elif name not in _OWN and not name.startswith(_BOOLEAN_KEY):
+            elif name not in _INTERNAL_ATTRIBUTES and not name.startswith(_BOOLEAN_KEY):
                 entity[name] = decode(attribute)
-        if CREATED_SIDE in item:
-            document = {**document, CREATED_AT: item[CREATED_SIDE]}
+        if CREATED_SUBSTITUTE in item:
+            document = {**document, CREATED_AT: item[CREATED_SUBSTITUTE]}
         if document:
             entity.update(decode_map(document))
             for name in self.indexed:
@@ -388,7 +398,7 @@ def version_of(item: Attributes, table: str, entity_id: str) -> int:
     attribute = item.get(VERSION)
     if attribute is None:
         return 0
-    number = _number_in(attribute)
+    number = _integer_in(attribute)
     if number is None or not 0 <= number <= INT_MAX:
         why = f"its version is {str(attribute)[:100]}, not a non-negative 64-bit integer"
         raise unreadable(table, entity_id, why)
@@ -397,9 +407,11 @@ def version_of(item: Attributes, table: str, entity_id: str) -> int:
 
 def size_bound_of(item: Attributes) -> int | None:
     """The stored upper bound of the size of an item; None if it is missing or invalid."""
-    return _number_in(item.get(SIZE, {}))
+    return _integer_in(item.get(SIZE, {}))
 
 
-def _number_in(attribute: Attribute) -> int | None:
-    text = attribute.get("N", "")
-    return int(text) if isinstance(text, str) and text.isdecimal() and text.isascii() else None
+def _integer_in(attribute: Attribute) -> int | None:
+    string = attribute.get("N", "")
+    return (
+        int(string) if isinstance(string, str) and string.isdecimal() and string.isascii() else None
+    )

@@ -10,7 +10,7 @@ from hf_async_store.query import And, Comparison, Filter, Or, Query, equality_ca
 from hf_async_store.schema import Index
 from hf_async_store.strategies.dynamodb.items import (
     MAX_SORT_BYTES,
-    SURE_SORT_BYTES,
+    MIN_SHORTENED_BYTES,
     IndexedField,
     ItemMapping,
     number_key,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_PARTITIONS: Final = 100
 """Up to this many partitions are queried one after the other; for more, a scan is cheaper."""
 
-_SORTS_ALIKE: Final = ("text", "timestamp", "integer")
+_TYPES_SORTED_BY_VALUE: Final = ("text", "timestamp", "integer")
 """Types whose attributes sort like their values. A `number` may be outside of DynamoDB's range."""
 
 
@@ -51,8 +51,8 @@ class SortRange(msgspec.Struct, frozen=True):
             return float(self.low) > float(self.high)
         return self.low > self.high
 
-    def attribute(self, text: str) -> Attribute:
-        return {self.kind: text}
+    def attribute(self, value: str) -> Attribute:
+        return {self.kind: value}
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -91,21 +91,23 @@ def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) ->
     ids = candidates.get((mapping.key,))
     if ids is not None:
         # Ids are non-empty strings; no other value can match.
-        texts = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
-        return Access(ids=tuple(texts))
-    ways = [
-        way
+        strings = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
+        return Access(ids=tuple(strings))
+    paths = [
+        path
         for index in mapping.collection.indexes
         if index.name in active
         and (values := candidates.get((index.field,))) is not None
-        and (way := _by_index(query, mapping, index, values)) is not None
+        and (path := _by_index(query, mapping, index, values)) is not None
     ]
-    return max(ways, key=_rank, default=Access())
+    return max(paths, key=_rank, default=Access())
 
 
-def _rank(way: Access) -> tuple[bool, bool, int]:
-    narrow = way.sort.low is not None or way.sort.high is not None or way.sort.prefix is not None
-    return way.is_ordered, narrow, -len(way.partitions)
+def _rank(path: Access) -> tuple[bool, bool, int]:
+    has_range = (
+        path.sort.low is not None or path.sort.high is not None or path.sort.prefix is not None
+    )
+    return path.is_ordered, has_range, -len(path.partitions)
 
 
 def _by_index(
@@ -119,23 +121,23 @@ def _by_index(
         key = field.key_of(value)
         if key is not None:
             partitions.append(key)
-        elif _may_hold(field, value):
+        elif _may_contain(field, value):
             return None  # the index does not contain entities with this value
     if len(partitions) > _MAX_PARTITIONS:
         return None
     sort = SortRange()
     ordered = False
     if index.sort is not None and index.sort != mapping.key:
-        by = mapping.indexed[index.sort]
-        sort = _range(query.where, by)
+        sort_field = mapping.indexed[index.sort]
+        sort = _range(query.where, sort_field)
         ordered = (
             len(partitions) == 1
-            and by.type in _SORTS_ALIKE
+            and sort_field.type in _TYPES_SORTED_BY_VALUE
             and bool(query.order)
             and query.order[0].path == (index.sort,)
         )
         if ordered and query.after is not None:
-            sort = _continued(sort, by, query.after.values[0], query.order[0].descending)
+            sort = _after_cursor(sort, sort_field, query.after.values[0], query.order[0].descending)
     return Access(
         index=index,
         partitions=tuple(partitions),
@@ -145,7 +147,7 @@ def _by_index(
     )
 
 
-def _may_hold(field: IndexedField, value: Value) -> bool:
+def _may_contain(field: IndexedField, value: Value) -> bool:
     """Whether a field of this type may have a value that is equal to this one."""
     if value is None:
         return True
@@ -161,7 +163,7 @@ def _may_hold(field: IndexedField, value: Value) -> bool:
 
 def _range(where: Filter, field: IndexedField) -> SortRange:
     """The range of an index's sort key that a filter implies."""
-    if field.type not in _SORTS_ALIKE:
+    if field.type not in _TYPES_SORTED_BY_VALUE:
         return SortRange()
     lows: list[str] = []
     highs: list[str] = []
@@ -170,17 +172,19 @@ def _range(where: Filter, field: IndexedField) -> SortRange:
         if not isinstance(part, Comparison) or part.path != (field.name,):
             continue
         if part.op == "begins_with" and field.type != "integer":
-            prefix = shortened(cast("str", part.value), SURE_SORT_BYTES) or None
+            prefix = shortened(cast("str", part.value), MIN_SHORTENED_BYTES) or None
             continue
         low, high = _bounds(part)
-        lows += _low(field, low)
-        highs += _high(field, high)
+        lows += _lower_bound(field, low)
+        highs += _upper_bound(field, high)
     kind = "N" if field.type == "integer" else "S"
-    by = float if kind == "N" else str
+    convert = float if kind == "N" else str
     if prefix is not None and not lows and not highs:
         return SortRange(prefix=prefix, kind=kind)
     return SortRange(
-        low=max(lows, key=by, default=None), high=min(highs, key=by, default=None), kind=kind
+        low=max(lows, key=convert, default=None),
+        high=min(highs, key=convert, default=None),
+        kind=kind,
     )
 
 
@@ -199,23 +203,23 @@ def _bounds(part: Comparison) -> tuple[Value, Value]:
     return None, None
 
 
-def _low(field: IndexedField, value: Value) -> list[str]:
+def _lower_bound(field: IndexedField, value: Value) -> list[str]:
     if field.type == "integer":
-        return _number(value)
+        return _number_bound(value)
     if isinstance(value, str) and value:
-        return [shortened(value, SURE_SORT_BYTES)]
+        return [shortened(value, MIN_SHORTENED_BYTES)]
     return []
 
 
-def _high(field: IndexedField, value: Value) -> list[str]:
+def _upper_bound(field: IndexedField, value: Value) -> list[str]:
     if field.type == "integer":
-        return _number(value)
+        return _number_bound(value)
     if isinstance(value, str) and value:
         return [shortened(value, MAX_SORT_BYTES)]
     return []
 
 
-def _number(value: Value) -> list[str]:
+def _number_bound(value: Value) -> list[str]:
     if type(value) not in (int, float):
         return []
     number = cast("float", value)
@@ -225,24 +229,24 @@ def _number(value: Value) -> list[str]:
     return [] if key is None else [key]
 
 
-def _continued(
+def _after_cursor(
     sort: SortRange, field: IndexedField, after: Value | Missing, descending: bool
 ) -> SortRange:
     """The part of a range after a cursor position."""
     kind = "N" if field.type == "integer" else "S"
-    by = float if kind == "N" else str
+    convert = float if kind == "N" else str
     if isinstance(after, int | str) and type(after) is not bool and after != "":
-        bound = _high(field, after) if descending else _low(field, after)
+        bound = _upper_bound(field, after) if descending else _lower_bound(field, after)
     elif descending:
-        assert field.stand_in is not None
-        bound = list(field.stand_in.values())  # missing and null values sort last
+        assert field.placeholder is not None
+        bound = list(field.placeholder.values())  # missing and null values sort last
     else:
         bound = []
     if not bound:
         return sort
     low, high = sort.low, sort.high
     if descending:
-        high = min([*bound, *([] if high is None else [high])], key=by)
+        high = min([*bound, *([] if high is None else [high])], key=convert)
     else:
-        low = max([*bound, *([] if low is None else [low])], key=by)
+        low = max([*bound, *([] if low is None else [low])], key=convert)
     return SortRange(low=low, high=high, kind=kind)

@@ -8,7 +8,7 @@ from hf_async_store.changes import Patch, Put
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
     DECLARATION_DIGEST,
-    LAST_VERSIONS,
+    NEAR_MAX_VERSION,
     SIZE,
     TOKEN,
     ItemMapping,
@@ -32,22 +32,22 @@ def upsert_item(op: WriteOp) -> dict[str, Any]:
     attributes[TOKEN] = {"S": op.token}
     # The version is unknown here; the condition below excludes those near the maximum.
     attributes[SIZE] = stored_size(change.entity, 0)
-    puts = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
+    assignments = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
     if CREATED_AT not in attributes:
         created = names.name(CREATED_AT)
-        puts.append(
+        assignments.append(
             f"{created} = if_not_exists({created}, {names.value({'S': change.written_at})})"
         )
     version = names.name(VERSION)
     zero, one = names.value({"N": "0"}), names.value({"N": "1"})
-    puts.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
-    update = f"SET {', '.join(puts)}"
+    assignments.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
+    update = f"SET {', '.join(assignments)}"
     if removed:
         update += f" REMOVE {', '.join(map(names.name, removed))}"
-    last = names.value({"N": str(LAST_VERSIONS)})
-    same_form = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.mark)}"
+    maximum = names.value({"N": str(NEAR_MAX_VERSION)})
+    same_declaration = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.digest)}"
     absent = f"attribute_not_exists({names.name(op.mapping.key)})"
-    condition = f"{absent} OR ({version} < {last} AND {same_form})"
+    condition = f"{absent} OR ({version} < {maximum} AND {same_declaration})"
     return {
         "TableName": op.table,
         "Key": {op.mapping.key: {"S": change.key.id}},
@@ -61,46 +61,46 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     change = cast("Patch", op.change)
     fields = {name: each for name, each in change.fields.items() if name != op.mapping.key}
     sets, removed = op.mapping.changes(fields)
-    weight = size_of(cast("Entity", fields))
+    added_size = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
-    puts = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
-    puts.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
-    puts.append(f"{version} = {version} + {names.value({'N': '1'})}")
-    puts.append(f"{stored} = {stored} + {names.value({'N': str(weight)})}")
-    update = f"SET {', '.join(puts)}"
+    assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
+    assignments.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
+    assignments.append(f"{version} = {version} + {names.value({'N': '1'})}")
+    assignments.append(f"{stored} = {stored} + {names.value({'N': str(added_size)})}")
+    update = f"SET {', '.join(assignments)}"
     if removed:
         update += f" REMOVE {', '.join(names.path(each) for each in removed)}"
-    tests = [
+    conditions = [
         f"attribute_exists({names.name(op.mapping.key)})",
         f"({condition})",
-        f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.mark)}",
+        f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.digest)}",
         f"{version} < {names.value({'N': str(INT_MAX)})}",
     ]
     if type(change.expect) is int:
-        tests.append(f"{version} = {names.value({'N': str(change.expect)})}")
+        conditions.append(f"{version} = {names.value({'N': str(change.expect)})}")
     if isinstance(op.observed, dict):
         token = names.value({"S": token_of(op.observed) or ""})
-        tests.append(f"{names.name(TOKEN)} = {token}")
+        conditions.append(f"{names.name(TOKEN)} = {token}")
     else:
-        most = names.value({"N": str(MAX_ENTITY_BYTES - weight)})
-        tests.append(f"{stored} <= {most}")
+        max_size = names.value({"N": str(MAX_ENTITY_BYTES - added_size)})
+        conditions.append(f"{stored} <= {max_size}")
     return {
         "TableName": op.table,
         "Key": {op.mapping.key: {"S": change.key.id}},
         "ReturnValues": "UPDATED_NEW",
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
-        **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(tests)),
+        **names.request(UpdateExpression=update, ConditionExpression=" AND ".join(conditions)),
     }
 
 
-def unchanged(mapping: ItemMapping, seen: Attributes | None) -> dict[str, Any]:
+def unchanged(mapping: ItemMapping, observed: Attributes | None) -> dict[str, Any]:
     """The condition that an item has not changed since it was read."""
-    if seen is None:
+    if observed is None:
         return {
             "ConditionExpression": "attribute_not_exists(#k)",
             "ExpressionAttributeNames": {"#k": mapping.key},
         }
-    token = token_of(seen)
+    token = token_of(observed)
     if token is not None:
         return {
             "ConditionExpression": "#w = :w",
@@ -112,8 +112,8 @@ def unchanged(mapping: ItemMapping, seen: Attributes | None) -> dict[str, Any]:
         "ConditionExpression": "attribute_exists(#k) AND attribute_not_exists(#w)",
         "ExpressionAttributeNames": {"#k": mapping.key, "#w": TOKEN},
     }
-    if VERSION in seen:
+    if VERSION in observed:
         request["ConditionExpression"] += " AND #v = :v"
         request["ExpressionAttributeNames"]["#v"] = VERSION
-        request["ExpressionAttributeValues"] = {":v": seen[VERSION]}
+        request["ExpressionAttributeValues"] = {":v": observed[VERSION]}
     return request

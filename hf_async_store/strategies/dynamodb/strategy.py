@@ -110,8 +110,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         """
         self._usable()
         declared = self._schema[collection]
-        found = [each for each in declared.indexes if each.name == index_name]
-        if not found:
+        matching = [each for each in declared.indexes if each.name == index_name]
+        if not matching:
             known = ", ".join(each.name for each in declared.indexes) or "none"
             raise InvalidQueryError(
                 f"{collection} has no index {index_name!r}; its indexes are: {known}"
@@ -122,15 +122,17 @@ class DynamoDBStorageStrategy(StorageStrategy):
         if not isinstance(descending, bool):
             raise InvalidQueryError("descending must be True or False")
         names = Names()
-        mapping = self._dynamodb.tables.forms[collection]
-        text = read_key_condition(key_condition, expression_values, mapping, found[0], names)
+        mapping = self._dynamodb.tables.mappings[collection]
+        expression = read_key_condition(
+            key_condition, expression_values, mapping, matching[0], names
+        )
         async with operation_timeout(timeout):
             await self._require_source_active("query_by_gsi")
             with public_errors():
                 return await self._dynamodb.reading.by_index(
                     collection,
-                    found[0],
-                    names.request(KeyConditionExpression=text),
+                    matching[0],
+                    names.request(KeyConditionExpression=expression),
                     limit,
                     descending,
                 )
@@ -170,16 +172,16 @@ class DynamoDBStorageStrategy(StorageStrategy):
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
         names = Names()
-        mapping = self._dynamodb.tables.forms[collection]
-        text = condition(condition_expression, expression_values, mapping, names)
-        return await self._to_its_end(self._update_where(change, text, names), timeout)
+        mapping = self._dynamodb.tables.mappings[collection]
+        expression = condition(condition_expression, expression_values, mapping, names)
+        return await self._await_write(self._update_where(change, expression, names), timeout)
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
         async with self._guard_untracked_write("condition_expression"):
             with public_errors():
                 return await self._dynamodb.writes.update_where(change, condition, names)
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
+    async def _await_write(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
         """Await a write that must not be interrupted, because it may be applied until its response.
 
         If the caller is cancelled, it still waits for the response. If the time limit is reached,
@@ -188,7 +190,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         """
         task = asyncio.create_task(work)
         self._under_way.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._write_ended)
         try:
             await asyncio.wait((task,), timeout=timeout)
         except asyncio.CancelledError:
@@ -202,7 +204,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
             )
         return task.result()
 
-    def _ended(self, task: asyncio.Task[int]) -> None:
+    def _write_ended(self, task: asyncio.Task[int]) -> None:
         self._under_way.discard(task)
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not log it

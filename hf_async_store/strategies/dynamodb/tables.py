@@ -23,7 +23,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     StatementRefused,
     TableMissing,
-    of_scaling,
+    scaling_error,
 )
 from hf_async_store.strategies.dynamodb.items import IndexedField, ItemMapping, probe_id
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from hf_async_store.values import Value
 
 _WAIT_SECONDS: Final = 600.0
-_FIRST_LOOK: Final = 0.01
-_LONGEST_LOOK: Final = 2.0
+_FIRST_PAUSE: Final = 0.01
+_MAX_PAUSE: Final = 2.0
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
@@ -52,7 +52,7 @@ class Tables:
         self._client = client
         self._config = client.config
         self.schema = schema
-        self.forms: Mapping[str, ItemMapping] = {
+        self.mappings: Mapping[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
         self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
@@ -83,28 +83,28 @@ class Tables:
         Raises:
             SchemaMismatchError: a table of this name has a different key.
         """
-        ready = await self._opened(collection, make=True)
+        ready = await self._open_once(collection, create=True)
         assert ready is not None, "the table exists or was created"
         return ready
 
     async def find(self, collection: str) -> frozenset[str] | None:
         """As `ensure`, but does not create the table: returns None if it is missing."""
-        return await self._opened(collection, make=False)
+        return await self._open_once(collection, create=False)
 
-    async def _opened(self, collection: str, *, make: bool) -> frozenset[str] | None:
+    async def _open_once(self, collection: str, *, create: bool) -> frozenset[str] | None:
         ready = self._ready.get(collection)
         if ready is not None:
             return ready
-        place = collection, make
-        task = self._opening.get(place)
+        task_key = collection, create
+        task = self._opening.get(task_key)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._open(collection, make=make))
-            self._opening[place] = task
+            task = asyncio.get_running_loop().create_task(self._open(collection, create=create))
+            self._opening[task_key] = task
         try:
             found = await asyncio.shield(task)
         finally:
             if task.done():
-                self._opening.pop(place, None)
+                self._opening.pop(task_key, None)
         if found is not None:
             self._ready[collection] = found
         return found
@@ -117,27 +117,27 @@ class Tables:
             if not task.cancelled():
                 task.exception()
 
-    async def _open(self, collection: str, *, make: bool) -> frozenset[str] | None:
+    async def _open(self, collection: str, *, create: bool) -> frozenset[str] | None:
         try:
             table = await self.described(collection)
-            if table is None and not make:
+            if table is None and not create:
                 return None
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
-                    await self._active(collection)
+                    await self._wait_until_active(collection)
                     await self._configure(collection)
-                table = await self._active(collection)
+                table = await self._wait_until_active(collection)
         except ActionDenied:
             # A minimal policy does not allow DescribeTable: assume that the table is as declared.
-            if not make and not await self._answers(collection):
+            if not create and not await self._table_exists(collection):
                 return None
             return frozenset(each.name for each in self.schema[collection].indexes)
-        self._refuse_other_key(collection, table)
+        self._check_key(collection, table)
         return self._usable(collection, table)
 
-    async def _answers(self, collection: str) -> bool:
+    async def _table_exists(self, collection: str) -> bool:
         """Whether the table exists, determined by a read of a key that no entity has."""
-        key = {self.forms[collection].key: {"S": probe_id()}}
+        key = {self.mappings[collection].key: {"S": probe_id()}}
         try:
             await self._client.read("GetItem", {"TableName": self.name(collection), "Key": key})
         except TableMissing:
@@ -151,7 +151,7 @@ class Tables:
                 if await self.described(collection) is not None:
                     return True
             except ActionDenied:
-                if await self._answers(collection):
+                if await self._table_exists(collection):
                     return True
         return False
 
@@ -161,9 +161,9 @@ class Tables:
         found: list[str] = []
         params: dict[str, str] = {}
         while True:
-            answer = await self._client.read("ListTables", params)
-            found += [each for each in answer["TableNames"] if each.startswith(start)]
-            last = answer.get("LastEvaluatedTableName")
+            response = await self._client.read("ListTables", params)
+            found += [each for each in response["TableNames"] if each.startswith(start)]
+            last = response.get("LastEvaluatedTableName")
             if not last or last == params.get("ExclusiveStartTableName"):
                 break
             params = {"ExclusiveStartTableName": last}
@@ -183,7 +183,7 @@ class Tables:
                 found |= _identities(table)
         return frozenset(found)
 
-    def _refuse_other_key(self, collection: str, table: Mapping[str, Any]) -> None:
+    def _check_key(self, collection: str, table: Mapping[str, Any]) -> None:
         wanted = f"{self.schema[collection].key} (S)"
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
         keys = ", ".join(
@@ -202,20 +202,20 @@ class Tables:
         return frozenset(
             each.name
             for each in self.schema[collection].indexes
-            if each.name in active and not self._unlike(collection, each, table)
+            if each.name in active and not self._mismatch(collection, each, table)
         )
 
-    def _unlike(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
+    def _mismatch(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
         """How an existing index differs from its declaration, as a message; "" if it does not."""
-        there = next(each for each in _indexes(table) if each["IndexName"] == index.name)
+        existing = next(each for each in _indexes(table) if each["IndexName"] == index.name)
         wanted = self._index(collection, index)
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
-        ours = self._attributes(self.schema[collection], (index,))
-        declared = {each["AttributeName"]: each["AttributeType"] for each in ours}
-        keys, wanted_keys = _keys(there, types, declared), _keys(wanted, declared, declared)
+        attributes = self._attributes(self.schema[collection], (index,))
+        declared = {each["AttributeName"]: each["AttributeType"] for each in attributes}
+        keys, wanted_keys = _keys(existing, types, declared), _keys(wanted, declared, declared)
         if keys != wanted_keys:
             return f"its key is {', '.join(keys)} instead of {', '.join(wanted_keys)}"
-        projects = there.get("Projection", {}).get("ProjectionType", "ALL")
+        projects = existing.get("Projection", {}).get("ProjectionType", "ALL")
         return "" if projects == "ALL" else f"its projection is {projects} instead of ALL"
 
     async def require_index(self, collection: str, index: Index) -> None:
@@ -233,9 +233,9 @@ class Tables:
             raise SchemaMismatchError(
                 f"{name} has no index {index.name}; run `create-tables` to create it"
             )
-        unlike = self._unlike(collection, index, table)
-        if unlike:
-            raise SchemaMismatchError(_unlike_index(name, index, unlike))
+        mismatch = self._mismatch(collection, index, table)
+        if mismatch:
+            raise SchemaMismatchError(_mismatch_message(name, index, mismatch))
         self._ready[collection] = usable = self._usable(collection, table)
         if index.name not in usable:
             raise UnavailableError(f"the index {index.name} of {name} is being created")
@@ -246,24 +246,24 @@ class Tables:
         Waits until tables and indexes are active. Existing tables and indexes are not deleted or
         changed, except that auto scaling and point-in-time recovery are set as configured.
         """
-        done: list[str] = []
+        messages: list[str] = []
         for collection in self.schema:
-            done += await self._make_whole(collection)
-        return done
+            messages += await self._create_missing(collection)
+        return messages
 
-    async def _make_whole(self, collection: str) -> list[str]:
-        done: list[str] = []
+    async def _create_missing(self, collection: str) -> list[str]:
+        messages: list[str] = []
         name = self.name(collection)
         if await self.described(collection) is None and await self._create(collection):
-            done.append(f"made {name}")
-        table = await self._active(collection)
+            messages.append(f"made {name}")
+        table = await self._wait_until_active(collection)
         for index in self._missing(collection, table):
             await self._add_index(collection, index)
-            done.append(f"made {index.name} of {name}")
-        await self._active(collection)
+            messages.append(f"made {index.name} of {name}")
+        await self._wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
-        return done
+        return messages
 
     # -- inspecting --------------------------------------------------------------------------
 
@@ -272,16 +272,16 @@ class Tables:
 
     async def _described(self, name: str) -> dict[str, Any] | None:
         try:
-            answer = await self._client.read("DescribeTable", {"TableName": name})
+            response = await self._client.read("DescribeTable", {"TableName": name})
         except TableMissing:
             return None
-        table: dict[str, Any] = answer["Table"]
+        table: dict[str, Any] = response["Table"]
         return table
 
-    async def _active(self, collection: str) -> dict[str, Any]:
+    async def _wait_until_active(self, collection: str) -> dict[str, Any]:
         """Wait until the table and all its indexes are active; return its description."""
         deadline = time.monotonic() + _WAIT_SECONDS
-        pause = _FIRST_LOOK
+        pause = _FIRST_PAUSE
         while True:
             table = await self.described(collection)
             if table is not None and _is_active(table):
@@ -291,11 +291,11 @@ class Tables:
                     f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s"
                 )
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_LOOK)
+            pause = min(pause * 2, _MAX_PAUSE)
 
     def _missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
-        there = {each["IndexName"] for each in _indexes(table)}
-        return [each for each in self.schema[collection].indexes if each.name not in there]
+        existing = {each["IndexName"] for each in _indexes(table)}
+        return [each for each in self.schema[collection].indexes if each.name not in existing]
 
     async def compare(self) -> tuple[dict[str, Value], list[str]]:
         """A summary of the table of each collection, and messages about all differences."""
@@ -313,7 +313,7 @@ class Tables:
 
     async def _summary(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
         throughput = table.get("ProvisionedThroughput", {})
-        told: dict[str, Value] = {
+        summary: dict[str, Value] = {
             "table": name,
             "status": table["TableStatus"],
             "items": table.get("ItemCount", 0),
@@ -326,12 +326,12 @@ class Tables:
                 for each in table.get("GlobalSecondaryIndexes", ())
             },
         }
-        recovers = await self.recovers(name)
-        if recovers is not None:
-            told["point_in_time_recovery"] = recovers
-        return told
+        has_recovery = await self.has_recovery(name)
+        if has_recovery is not None:
+            summary["point_in_time_recovery"] = has_recovery
+        return summary
 
-    async def recovers(self, table: str) -> bool | None:
+    async def has_recovery(self, table: str) -> bool | None:
         """Whether a table has point-in-time recovery; None if the policy does not allow reading it."""
         try:
             backups = await self._client.read("DescribeContinuousBackups", {"TableName": table})
@@ -347,11 +347,11 @@ class Tables:
             for each in self._missing(collection, table)
         ]
         for each in self.schema[collection].indexes:
-            unlike = each not in self._missing(collection, table) and self._unlike(
+            mismatch = each not in self._missing(collection, table) and self._mismatch(
                 collection, each, table
             )
-            if unlike:
-                problems.append(_unlike_index(name, each, unlike))
+            if mismatch:
+                problems.append(_mismatch_message(name, each, mismatch))
         if table["TableStatus"] != "ACTIVE":
             problems.append(f"{name} is {table['TableStatus']}")
         key = [each["AttributeName"] for each in table["KeySchema"]]
@@ -370,10 +370,10 @@ class Tables:
 
     @property
     def scaling(self) -> AutoScaling | None:
-        given = self._config.auto_scaling
-        if isinstance(given, AutoScaling):
-            return given if given.enabled else None
-        return AutoScaling() if given else None
+        configured = self._config.auto_scaling
+        if isinstance(configured, AutoScaling):
+            return configured if configured.enabled else None
+        return AutoScaling() if configured else None
 
     @property
     def recovery(self) -> bool:
@@ -427,7 +427,7 @@ class Tables:
                 return True
 
     def _attributes(self, declared: Collection, indexes: Sequence[Index]) -> list[dict[str, str]]:
-        mapping = self.forms[declared.name]
+        mapping = self.mappings[declared.name]
         names = {declared.key: "S"}
         for index in indexes:
             for each in (index.field, index.sort):
@@ -437,7 +437,7 @@ class Tables:
         return [{"AttributeName": name, "AttributeType": kind} for name, kind in names.items()]
 
     def _index(self, collection: str, index: Index) -> dict[str, Any]:
-        mapping = self.forms[collection]
+        mapping = self.mappings[collection]
         keys = [{"AttributeName": attribute_of(mapping, index.field), "KeyType": "HASH"}]
         if index.sort is not None:
             keys.append({"AttributeName": attribute_of(mapping, index.sort), "KeyType": "RANGE"})
@@ -461,14 +461,14 @@ class Tables:
                 await self._client.call("UpdateTable", params)
             except (UnavailableError, StatementRefused) as exc:
                 # Another process may be creating the same index: check the table.
-                table = await self._active(collection)
+                table = await self._wait_until_active(collection)
                 if index not in self._missing(collection, table):
                     return
-                after = exc if isinstance(exc, UnavailableError) else None
-                if not await backoff.pause(after):
+                error = exc if isinstance(exc, UnavailableError) else None
+                if not await backoff.pause(error):
                     raise
             else:
-                await self._active(collection)
+                await self._wait_until_active(collection)
                 return
 
     async def _configure(self, collection: str) -> None:
@@ -484,18 +484,18 @@ class Tables:
         scaling = self.scaling
         if scaling is not None:
             async with self._scaling_client() as client:
-                for resource in self.scalable(collection):
-                    for what in ("Read", "Write"):
-                        await _track(client, resource, what, scaling)
+                for resource in self.scaling_resources(collection):
+                    for capacity in ("Read", "Write"):
+                        await _enable_scaling(client, resource, capacity, scaling)
 
-    def scalable(self, collection: str) -> list[str]:
+    def scaling_resources(self, collection: str) -> list[str]:
         """The resource ids of the table and its indexes, for auto scaling."""
         table = f"table/{self.name(collection)}"
         return [table, *(f"{table}/index/{each.name}" for each in self.schema[collection].indexes)]
 
-    async def scaled(self, collection: str) -> dict[str, Any] | None:
+    async def scaling_bounds(self, collection: str) -> dict[str, Any] | None:
         """The bounds of auto scaling by resource id; None if the policy does not allow reading them."""
-        resources = self.scalable(collection)
+        resources = self.scaling_resources(collection)
         found: dict[str, Any] = {}
         try:
             async with self._scaling_client() as client:
@@ -506,9 +506,11 @@ class Tables:
                     )
                     async for page in pages:
                         for each in page["ScalableTargets"]:
-                            what = "read" if "Read" in each["ScalableDimension"] else "write"
+                            capacity = "read" if "Read" in each["ScalableDimension"] else "write"
                             bounds = [each["MinCapacity"], each["MaxCapacity"]]
-                            found.setdefault(each["ResourceId"], {})[f"{what}_capacity"] = bounds
+                            found.setdefault(each["ResourceId"], {})[f"{capacity}_capacity"] = (
+                                bounds
+                            )
         except ActionDenied:
             return None
         return found
@@ -523,31 +525,31 @@ class Tables:
             ) as client:
                 yield client
         except Exception as exc:
-            raise of_scaling(exc, "the endpoint of Application Auto Scaling") from exc
+            raise scaling_error(exc, "the endpoint of Application Auto Scaling") from exc
 
 
-async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) -> None:
+async def _enable_scaling(client: Any, resource: str, capacity: str, scaling: AutoScaling) -> None:
     """Enable auto scaling of one capacity of a table or index."""
     kind = "index" if "/index/" in resource else "table"
     target = {
         "ServiceNamespace": "dynamodb",
         "ResourceId": resource,
-        "ScalableDimension": f"dynamodb:{kind}:{what}CapacityUnits",
+        "ScalableDimension": f"dynamodb:{kind}:{capacity}CapacityUnits",
     }
     low, high = (
         (scaling.min_read_capacity, scaling.max_read_capacity)
-        if what == "Read"
+        if capacity == "Read"
         else (scaling.min_write_capacity, scaling.max_write_capacity)
     )
     await client.register_scalable_target(**target, MinCapacity=low, MaxCapacity=high)
     await client.put_scaling_policy(
         **target,
-        PolicyName=f"{resource}-{what.lower()}",
+        PolicyName=f"{resource}-{capacity.lower()}",
         PolicyType="TargetTrackingScaling",
         TargetTrackingScalingPolicyConfiguration={
             "TargetValue": float(scaling.target_utilization),
             "PredefinedMetricSpecification": {
-                "PredefinedMetricType": f"DynamoDB{what}CapacityUtilization"
+                "PredefinedMetricType": f"DynamoDB{capacity}CapacityUtilization"
             },
         },
     )
@@ -589,9 +591,9 @@ def _keys(
     return [f"{each} ({types.get(each) or declared.get(each, '?')})" for each in names]
 
 
-def _unlike_index(table: str, index: Index, unlike: str) -> str:
+def _mismatch_message(table: str, index: Index, mismatch: str) -> str:
     return (
-        f"{table}: the index {index.name} does not match its declaration: {unlike}; queries do not "
+        f"{table}: the index {index.name} does not match its declaration: {mismatch}; queries do not "
         "use it: delete it and run `create-tables`"
     )
 
@@ -602,7 +604,7 @@ def _identities(table: Mapping[str, Any]) -> set[tuple[str, ...]]:
     Raises:
         StorageError: the description contains no id.
     """
-    name, own = str(table.get("TableName", "")), str(table.get("TableArn", ""))
+    name, arn = str(table.get("TableName", "")), str(table.get("TableArn", ""))
     if not table.get("TableId"):
         raise UnavailableError(
             f"the table {name} cannot be identified: the server returned no TableId",
@@ -612,16 +614,16 @@ def _identities(table: Mapping[str, Any]) -> set[tuple[str, ...]]:
     replicas = [str(each.get("RegionName", "")) for each in table.get("Replicas", ())]
     if replicas:
         # arn:aws:dynamodb:REGION:ACCOUNT:table/NAME
-        parts = own.split(":")
+        parts = arn.split(":")
         region, account = (parts[3], parts[4]) if len(parts) > 5 else ("", "")
         found |= {(account, each, name) for each in {*replicas, region}}
     return found
 
 
-def _check_name(name: str, place: str, kind: str) -> None:
+def _check_name(name: str, setting: str, kind: str) -> None:
     if not _NAME.match(name):
         raise ConfigurationError(
-            f"{place}: {name[:300]!r} is not a valid name of a DynamoDB {kind}; a name has 3 to 255 "
+            f"{setting}: {name[:300]!r} is not a valid name of a DynamoDB {kind}; a name has 3 to 255 "
             "characters of A-Z a-z 0-9 _ . -"
         )
 

@@ -71,7 +71,7 @@ class DynamoDBSession:
         self._tables = tables
         self._reading = reading
         self._write_cache = write_cache
-        self._seen: dict[Key, Attributes | None] = {}
+        self._read_items: dict[Key, Attributes | None] = {}
         self._layers: list[dict[Key, Entity | None]] = [{}]
         self._reads = 0
 
@@ -91,12 +91,12 @@ class DynamoDBSession:
         query = msgspec.structs.replace(
             query, by_id=query.by_id or (query.paged and not query.order)
         )
-        own = self._own(query)
-        written = {each.key for each in own} | self._written(query.collection)
+        own_records = self._own_matches(query)
+        written = {each.key for each in own_records} | self._written(query.collection)
         limit = None if query.limit is None else query.limit + len(written)
         number = 0
-        async with Owned(self._reading.select(query.with_limit(limit))) as others:
-            rows = self._merged(query, own, written, others)
+        async with Owned(self._reading.select(query.with_limit(limit))) as stored_records:
+            rows = self._merged(query, own_records, written, stored_records)
             async with Owned(rows) as found:
                 with public_errors():
                     async for record in found:
@@ -108,41 +108,41 @@ class DynamoDBSession:
     async def _merged(
         self,
         query: Query,
-        own: list[Record],
+        own_records: list[Record],
         written: set[Key],
-        others: AsyncIterator[Record],
+        stored_records: AsyncIterator[Record],
     ) -> AsyncGenerator[Record, None]:
         in_order = bool(query.order or query.by_id)
-        key_of = compile_order(query)
-        waiting = own[::-1]
-        async for record in others:
+        sort_key_of = compile_order(query)
+        pending = own_records[::-1]
+        async for record in stored_records:
             if record.key in written:
                 continue
-            while waiting and (
+            while pending and (
                 not in_order
-                or key_of(waiting[-1].key.id, waiting[-1].entity)
-                < key_of(record.key.id, record.entity)
+                or sort_key_of(pending[-1].key.id, pending[-1].entity)
+                < sort_key_of(record.key.id, record.entity)
             ):
-                yield waiting.pop()
+                yield pending.pop()
             yield record
-        while waiting:
-            yield waiting.pop()
+        while pending:
+            yield pending.pop()
 
     def _written(self, collection: str) -> set[Key]:
         return {key for layer in self._layers for key in layer if key.collection == collection}
 
-    def _own(self, query: Query) -> list[Record]:
+    def _own_matches(self, query: Query) -> list[Record]:
         """The entities written by this transaction that match the query, in its order."""
         matches = compile_filter(query.where)
-        key_of = compile_order(query)
+        sort_key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
         found = []
         for key in self._written(query.collection):
             entity = self._entity(key)
             if entity is not None and matches(entity):
-                place = key_of(key.id, entity)
-                if after is None or place > after:
-                    found.append((place, Record(key, copy_entity(entity))))
+                sort_key = sort_key_of(key.id, entity)
+                if after is None or sort_key > after:
+                    found.append((sort_key, Record(key, copy_entity(entity))))
         return [record for _, record in sorted(found, key=lambda each: each[0])]
 
     async def count(self, query: Query) -> int:
@@ -155,38 +155,37 @@ class DynamoDBSession:
 
     async def _load(self, keys: Sequence[Key], *, snapshot: bool) -> None:
         """Read the items that were not read before."""
-        new = [each for each in dict.fromkeys(keys) if each not in self._seen]
-        if not new:
+        unread = [each for each in dict.fromkeys(keys) if each not in self._read_items]
+        if not unread:
             return
-        self._refuse_many(len(self._seen) + len(new))
+        self._check_action_count(len(self._read_items) + len(unread))
         self._reads += 1
-        if snapshot and len(new) > 1:
-            items = await self._snapshot(new)
+        if snapshot and len(unread) > 1:
+            items = await self._read_many(unread)
         else:
-            items = await self._reading.items(new, consistent=True)
-        self._seen.update(zip(new, items, strict=True))
+            items = await self._reading.items(unread, consistent=True)
+        self._read_items.update(zip(unread, items, strict=True))
 
-    async def _snapshot(self, keys: Sequence[Key]) -> list[Attributes | None]:
+    async def _read_many(self, keys: Sequence[Key]) -> list[Attributes | None]:
         try:
-            found = await self._together(keys)
+            found = await self._read_snapshot(keys)
         except StatementRefused:
             # More than 4 MB: read without a snapshot. The extra read makes `commit` validate it.
             self._reads += 1
             return await self._reading.items(keys, consistent=True)
         return [found.get(each) for each in keys]
 
-    async def _together(
+    async def _read_snapshot(
         self, keys: Sequence[Key], *, only_token: bool = False
     ) -> dict[Key, Attributes | None]:
         """The items of these keys in one snapshot; keys whose table does not exist are omitted."""
-        there = [each for each in keys if await self._tables.find(each.collection) is not None]
-        if not there:
+        existing = [each for each in keys if await self._tables.find(each.collection) is not None]
+        if not existing:
             return {}
-        gets = [self._get(each, only_token=only_token) for each in there]
-        answer = await self._transact("TransactGetItems", {"TransactItems": gets}, there)
+        gets = [self._get(each, only_token=only_token) for each in existing]
+        response = await self._transact("TransactGetItems", {"TransactItems": gets}, existing)
         return {
-            key: response.get("Item")
-            for key, response in zip(there, answer["Responses"], strict=True)
+            key: each.get("Item") for key, each in zip(existing, response["Responses"], strict=True)
         }
 
     def _get(self, key: Key, *, only_token: bool) -> dict[str, Any]:
@@ -200,7 +199,7 @@ class DynamoDBSession:
             get["ExpressionAttributeNames"] = {"#k": mapping.key, "#w": TOKEN, "#v": VERSION}
         return {"Get": get}
 
-    def _refuse_many(self, number: int) -> None:
+    def _check_action_count(self, number: int) -> None:
         if number > MAX_ACTIONS:
             raise TransactionTooLargeError(
                 f"a transaction on DynamoDB can read and write at most {MAX_ACTIONS} entities; use "
@@ -211,7 +210,7 @@ class DynamoDBSession:
         for layer in reversed(self._layers):
             if key in layer:
                 return layer[key]
-        item = self._seen[key]
+        item = self._read_items[key]
         return None if item is None else self._tables.forms[key.collection].entity(item)
 
     def _record(self, key: Key) -> Record | None:
@@ -256,7 +255,7 @@ class DynamoDBSession:
         Raises:
             CorruptionError: another program set an invalid version.
         """
-        item = self._seen[key]
+        item = self._read_items[key]
         if item is not None:
             version_of(item, self._tables.name(key.collection), key.id)
 
@@ -290,17 +289,17 @@ class DynamoDBSession:
 
     async def _validate(self) -> None:
         """Check in one snapshot that no item has changed since it was read."""
-        keys = list(self._seen)
-        found = await self._together(keys, only_token=True)
+        keys = list(self._read_items)
+        found = await self._read_snapshot(keys, only_token=True)
         for key in keys:
-            seen, now = self._seen[key], found.get(key)
-            if _state_of(seen) != _state_of(now):
-                _raise_conflict(key, seen, now)
+            observed, now = self._read_items[key], found.get(key)
+            if _state_of(observed) != _state_of(now):
+                _raise_conflict(key, observed, now)
 
     async def _commit(self, written: Mapping[Key, Entity | None]) -> None:
         token = new_token()
-        keys = list(dict.fromkeys([*written, *self._seen]))
-        self._refuse_many(len(keys))
+        keys = list(dict.fromkeys([*written, *self._read_items]))
+        self._check_action_count(len(keys))
         for collection in {each.collection for each in keys}:
             # Also for keys that were only read: a condition on a missing item requires the table.
             await self._tables.ensure(collection)
@@ -316,15 +315,15 @@ class DynamoDBSession:
         for key, action in zip(keys, actions, strict=True):
             if "Put" in action:
                 item = action["Put"]["Item"]
-                left = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
-                self._write_cache.put(self._tables.name(key.collection), key.id, left)
+                receipt = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
+                self._write_cache.put(self._tables.name(key.collection), key.id, receipt)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
         mapping = self._tables.forms[key.collection]
-        seen = self._seen[key]
+        observed = self._read_items[key]
         action: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
-            **unchanged(mapping, seen),
+            **unchanged(mapping, observed),
             "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         }
         entity = written.get(key)
@@ -332,7 +331,7 @@ class DynamoDBSession:
             version = cast("int", entity.get(VERSION, 0))
             return {"Put": {**action, "Item": mapping.item(key.id, entity, version, token)}}
         action["Key"] = {mapping.key: {"S": key.id}}
-        return {"Delete" if key in written and seen is not None else "ConditionCheck": action}
+        return {"Delete" if key in written and observed is not None else "ConditionCheck": action}
 
     async def _transact(
         self,
@@ -348,36 +347,38 @@ class DynamoDBSession:
             token: the write token of the items that it writes; None if it only reads.
         """
         backoff = Backoff(self._client.config.retry_timeout)
-        while_in_conflict = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
-        lost = False
+        conflict_backoff = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
+        response_lost = False
         try:
             while True:
                 try:
                     return await self._client.call(operation, params)
                 except Cancelled as exc:
-                    if lost and _is_own(exc, token):
+                    if response_lost and _was_applied(exc, token):
                         return {}
-                    error = self._cancelled(exc, keys)
+                    error = self._cancellation_error(exc, keys)
                     if isinstance(error, ConcurrencyConflictError):
-                        if not _may_pass(exc) or not await while_in_conflict.pause():
+                        if not _is_transient(exc) or not await conflict_backoff.pause():
                             raise error from exc
                     elif not isinstance(error, UnavailableError) or not await backoff.pause(error):
                         raise error from exc
                 except ConcurrencyConflictError:
-                    if not await while_in_conflict.pause():
+                    if not await conflict_backoff.pause():
                         raise
                 except UnavailableError as exc:
-                    lost = lost or (token is not None and not is_safe_to_retry(exc))
+                    response_lost = response_lost or (
+                        token is not None and not is_safe_to_retry(exc)
+                    )
                     if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:
                     raise UnavailableError(f"a table was deleted: {exc}", retryable=False) from exc
         except StorageError as exc:
             # Whatever the last error, an earlier attempt may have been applied.
-            exc.outcome_unknown = lost or (token is not None and exc.outcome_unknown)
+            exc.outcome_unknown = response_lost or (token is not None and exc.outcome_unknown)
             raise
 
-    def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
+    def _cancellation_error(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
         """The error for the cancellation; a failed condition takes precedence over other reasons."""
         found = [
             (key, reason)
@@ -389,7 +390,7 @@ class DynamoDBSession:
         failed = [each for each in found if short(each[1]["Code"]) == "ConditionalCheckFailed"]
         key, reason = (failed or found)[0]
         if failed:
-            return _conflict_at(key, self._seen.get(key), reason.get("Item"), self._tables)
+            return _conflict_error(key, self._read_items.get(key), reason.get("Item"), self._tables)
         code = short(reason["Code"])
         if code == "TransactionConflict":
             return conflict(key.collection, key.id)
@@ -410,31 +411,33 @@ def _known_version(item: Attributes | None) -> int | None:
         return None
 
 
-def _conflict_at(
-    key: Key, seen: Attributes | None, now: Attributes | None, tables: Tables | None = None
+def _conflict_error(
+    key: Key, observed: Attributes | None, now: Attributes | None, tables: Tables | None = None
 ) -> ConcurrencyConflictError:
     return ConcurrencyConflictError(
         f"{key.collection} {key.id!r} was changed after this transaction had read it; run the "
         "transaction again",
         collection=key.collection,
         entity_id=key.id,
-        expected=_known_version(seen),
+        expected=_known_version(observed),
         actual=_known_version(now),
-        current=None if now is None or tables is None else tables.forms[key.collection].entity(now),
+        current=None
+        if now is None or tables is None
+        else tables.mappings[key.collection].entity(now),
         retryable=True,
     )
 
 
-def _raise_conflict(key: Key, seen: Attributes | None, now: Attributes | None) -> NoReturn:
-    raise _conflict_at(key, seen, now)
+def _raise_conflict(key: Key, observed: Attributes | None, now: Attributes | None) -> NoReturn:
+    raise _conflict_error(key, observed, now)
 
 
-def _is_own(exc: Cancelled, token: str | None) -> bool:
+def _was_applied(exc: Cancelled, token: str | None) -> bool:
     """Whether the conditions failed because an earlier attempt of this transaction was applied."""
     items = [each["Item"] for each in exc.reasons if each.get("Item")]
     return any(token_of(each) == token for each in items)
 
 
-def _may_pass(exc: Cancelled) -> bool:
+def _is_transient(exc: Cancelled) -> bool:
     """Whether no condition failed, so that a retry may succeed: only concurrent writes conflicted."""
     return all(short(each.get("Code") or "") != "ConditionalCheckFailed" for each in exc.reasons)

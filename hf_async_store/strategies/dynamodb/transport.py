@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # The largest response is that of BatchGetItem: 16 MB of items, whose JSON is at most 7 times as large.
 MAX_BYTES: Final = 128 * 2**20
 
-_SECONDS: Final = 60.0
+_DEFAULT_SECONDS: Final = 60.0
 """The timeout for a client that sets none."""
 
 
@@ -38,7 +38,7 @@ class _Response(NamedTuple):
         return self.body
 
 
-class _Requests:
+class _BoundedSession:
     """An aiohttp session that follows no redirects and limits the size of a response.
 
     The headers are signed for one host and contain a session token that is valid for any host.
@@ -71,8 +71,11 @@ class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         timeout = cast("ClientTimeout", vars(self)["_timeout"])
-        connect, read = timeout.sock_connect or _SECONDS, timeout.sock_read or _SECONDS
-        self._seconds = connect + read
+        connect, read = (
+            timeout.sock_connect or _DEFAULT_SECONDS,
+            timeout.sock_read or _DEFAULT_SECONDS,
+        )
+        self._total_seconds = connect + read
         # `connect` includes name resolution. It includes no wait for a free connection of the
         # pool, because of `_slots`.
         self._timeout = ClientTimeout(connect=connect, sock_connect=connect, sock_read=read)
@@ -82,7 +85,7 @@ class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self._unclosed = weakref.finalize(self, _abandon, self._sessions)
+        self._unclosed = weakref.finalize(self, _close_abandoned, self._sessions)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -90,19 +93,19 @@ class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
             self._unclosed.detach()
         await super().__aexit__(*exc)
 
-    async def _get_session(self, proxy_url: str | None) -> _Requests:
-        return _Requests(await super()._get_session(proxy_url))
+    async def _get_session(self, proxy_url: str | None) -> _BoundedSession:
+        return _BoundedSession(await super()._get_session(proxy_url))
 
     async def send(self, request: Any) -> Any:
         async with self._slots:
             try:
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout(self._total_seconds):
                     return await super().send(request)
             except TimeoutError as exc:
                 raise ReadTimeoutError(endpoint_url=request.url, error=exc) from exc
 
 
-def _abandon(sessions: Mapping[object, ClientSession]) -> None:
+def _close_abandoned(sessions: Mapping[object, ClientSession]) -> None:
     """Close the sessions of a store that was not closed; otherwise aiohttp logs errors for each."""
     if not sessions:
         return

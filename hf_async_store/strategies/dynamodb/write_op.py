@@ -43,7 +43,7 @@ class WriteOp:
         may_land_later: that attempt may still be applied later.
         from_cache: `observed` is from the write cache and may be stale.
         receipt: the written state, if it is known.
-        full_replace: the operation is sent as a separate request, not as a statement in a batch.
+        separate_request: the operation is sent as a separate request, not as a statement in a batch.
         is_upsert: the operation is a single save, for which one UpdateItem is sufficient.
         outcome: the outcome, valid once `is_done` is set.
     """
@@ -51,18 +51,18 @@ class WriteOp:
     __slots__ = (
         "ambiguous",
         "change",
-        "form",
         "from_cache",
-        "full_replace",
         "guarded_by_token",
         "is_done",
         "is_upsert",
-        "may_land_later",
+        "mapping",
+        "may_apply_later",
         "new_version",
         "observed",
         "outcome",
         "receipt",
         "requested_at",
+        "separate_request",
         "table",
         "token",
     )
@@ -76,14 +76,14 @@ class WriteOp:
         self.guarded_by_token = False
         self.new_version: int | None = None
         self.ambiguous = False
-        self.may_land_later = False
+        self.may_apply_later = False
         self.from_cache = False
         self.receipt: WriteReceipt | None = None
-        self.full_replace = change.mark is not None
+        self.separate_request = change.mark is not None
         self.is_upsert = False
         self.is_done = False
         self.outcome: Outcome = None
-        self.requested_at = _began(change) if type(change.expect) is int else ""
+        self.requested_at = _requested_at(change) if type(change.expect) is int else ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -112,7 +112,7 @@ class WriteOp:
         """
         return version_of(item, self.table, self.change.key.id)
 
-    def landed_at(self, item: Attributes) -> None:
+    def complete_with(self, item: Attributes) -> None:
         """Complete a successful operation with the version of the written or deleted item."""
         try:
             self.done(self.version_of(item))
@@ -133,7 +133,7 @@ class WriteOp:
         )
 
 
-def _began(change: Change) -> str:
+def _requested_at(change: Change) -> str:
     if isinstance(change, Put):
         return change.written_at
     at = change.fields.get(UPDATED_AT) if isinstance(change, Patch) else None
