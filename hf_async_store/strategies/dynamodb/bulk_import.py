@@ -113,4 +113,4 @@ class Imports:
     def _id_of(self, table: str, item: Attributes) -> str:
         """The id of an item; "" if the table is not one of this store."""
         collections = [name for name in self._tables.schema if self._tables.name(name) == table]
-        return self._tables.forms[collections[0]].id_of(item) if collections else ""
+        return self._tables.mappings[collections[0]].id_of(item) if collections else ""

@@ -41,7 +41,7 @@ from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 from hf_async_store.strategies.dynamodb.writes import MAX_STATEMENTS, Writes
 from hf_async_store.values import Key, Value
 
-_LANES: Final = 8
+_CONCURRENCY: Final = 8
 
 
 class DynamoDBEngine:
@@ -57,10 +57,10 @@ class DynamoDBEngine:
         default_order="none",
         max_transaction_changes=MAX_ACTIONS,
         max_transaction_bytes=MAX_BYTES,
-        write_concurrency=_LANES,
+        write_concurrency=_CONCURRENCY,
         write_batch=MAX_STATEMENTS,
         read_batch=MAX_KEYS,
-        read_concurrency=_LANES,
+        read_concurrency=_CONCURRENCY,
     )
 
     def __init__(self, config: DynamoDBConfig, schema: Schema) -> None:
@@ -132,14 +132,14 @@ class DynamoDBEngine:
             return False
         collections = {*self.schema, *other.schema}
         with public_errors():
-            ours = await self.tables.identities(collections)
-            theirs = await other.tables.identities(collections)
-        if not ours and not theirs:
+            own_ids = await self.tables.identities(collections)
+            other_ids = await other.tables.identities(collections)
+        if not own_ids and not other_ids:
             raise StoreNotFoundError(
                 "DynamoDB stores are compared by their tables, but neither of the two has any: "
                 f"{self.config.table_prefix}_... and {other.config.table_prefix}_..."
             )
-        return bool(ours & theirs)
+        return bool(own_ids & other_ids)
 
     async def undeclared(self) -> list[str]:
         with public_errors():
@@ -171,8 +171,8 @@ class DynamoDBEngine:
 
     async def health(self) -> Mapping[str, Value]:
         with public_errors():
-            found, problems = await self.tables.compare()
-        return {"tables": found, "problems": list[Value](problems)}
+            summaries, problems = await self.tables.compare()
+        return {"tables": summaries, "problems": list[Value](problems)}
 
     def describe(self) -> Mapping[str, Value]:
         config = self.config

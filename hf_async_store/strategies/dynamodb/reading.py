@@ -73,7 +73,7 @@ class Reading:
         """As `Engine.fetch`."""
         items = await self.items(keys, consistent=consistent)
         return [
-            None if item is None else self._tables.forms[key.collection].record(item)
+            None if item is None else self._tables.mappings[key.collection].record(item)
             for key, item in zip(keys, items, strict=True)
         ]
 
@@ -128,7 +128,7 @@ class Reading:
         return existing
 
     async def _get(self, key: Key, consistent: bool) -> Attributes | None:
-        mapping = self._tables.forms[key.collection]
+        mapping = self._tables.mappings[key.collection]
         params = {
             "TableName": self._tables.name(key.collection),
             "Key": {mapping.key: {"S": key.id}},
@@ -145,7 +145,7 @@ class Reading:
     ) -> None:
         requests: dict[str, dict[str, Any]] = {}
         for table, key in table_keys:
-            mapping = self._tables.forms[key.collection]
+            mapping = self._tables.mappings[key.collection]
             request = requests.get(table)
             if request is None:
                 request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
@@ -166,7 +166,7 @@ class Reading:
                 raise throttled(f"the read of {remaining} keys")
 
     def _key_of(self, table: str) -> str:
-        return self._tables.forms[self._tables.collection_of(table)].key
+        return self._tables.mappings[self._tables.collection_of(table)].key
 
     async def _read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -189,7 +189,7 @@ class Reading:
         active = await self._tables.find(query.collection)
         if active is None:
             return None
-        access = plan_access(query, self._tables.forms[query.collection], active)
+        access = plan_access(query, self._tables.mappings[query.collection], active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
                 f"no key or index of {query.collection} can serve this query, and allow_scan is "
@@ -204,7 +204,7 @@ class Reading:
         access = await self.access(query)
         if access is None:
             return
-        mapping = self._tables.forms[query.collection]
+        mapping = self._tables.mappings[query.collection]
         rows = _Rows(self, query, access, mapping)
         async with Owned(rows.in_order()) as found:
             async for entity in found:
@@ -215,7 +215,7 @@ class Reading:
         access = await self.access(query)
         if access is None:
             return 0
-        rows = _Rows(self, query, access, self._tables.forms[query.collection])
+        rows = _Rows(self, query, access, self._tables.mappings[query.collection])
         if access.ids is None and rows.is_exact:
             return await rows.count_matches()
         number = 0
@@ -238,7 +238,7 @@ class Reading:
             return []
         if index.name not in active:
             await self._tables.require_index(collection, index)
-        mapping = self._tables.forms[collection]
+        mapping = self._tables.mappings[collection]
         params = {
             "TableName": self._tables.name(collection),
             "IndexName": index.name,
@@ -266,7 +266,7 @@ class Reading:
 
     async def explain(self, query: Query) -> QueryPlan:
         """As `Engine.explain`."""
-        mapping = self._tables.forms[query.collection]
+        mapping = self._tables.mappings[query.collection]
         active = await self._tables.find(query.collection)
         if active is None:  # the first write creates the table with all indexes
             active = frozenset(each.name for each in mapping.collection.indexes)

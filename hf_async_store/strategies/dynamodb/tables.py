@@ -157,18 +157,18 @@ class Tables:
 
     async def undeclared(self) -> list[str]:
         """The collections of tables with this prefix that are neither declared nor system collections."""
-        start = f"{self._config.table_prefix}_"
+        prefix = f"{self._config.table_prefix}_"
         found: list[str] = []
         params: dict[str, str] = {}
         while True:
             response = await self._client.read("ListTables", params)
-            found += [each for each in response["TableNames"] if each.startswith(start)]
+            found += [each for each in response["TableNames"] if each.startswith(prefix)]
             last = response.get("LastEvaluatedTableName")
             if not last or last == params.get("ExclusiveStartTableName"):
                 break
             params = {"ExclusiveStartTableName": last}
         known = {*self.schema, *(each.name for each in SYSTEM_COLLECTIONS)}
-        return sorted({each.removeprefix(start) for each in found} - known)
+        return sorted({each.removeprefix(prefix) for each in found} - known)
 
     async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
         """Identifiers of the existing tables of these collections, which are unique among all tables.
@@ -184,15 +184,15 @@ class Tables:
         return frozenset(found)
 
     def _check_key(self, collection: str, table: Mapping[str, Any]) -> None:
-        wanted = f"{self.schema[collection].key} (S)"
+        declared_key = f"{self.schema[collection].key} (S)"
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
         keys = ", ".join(
             f"{each['AttributeName']} ({types.get(each['AttributeName'], 'S')})"
             for each in table["KeySchema"]
         )
-        if keys != wanted:
+        if keys != declared_key:
             raise SchemaMismatchError(
-                f"the key of the table {self.name(collection)} is {keys}, but {wanted} is declared; "
+                f"the key of the table {self.name(collection)} is {keys}, but {declared_key} is declared; "
                 f"declare {collection} with the key of the table or set another table_prefix"
             )
 
@@ -208,15 +208,18 @@ class Tables:
     def _mismatch(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
         """How an existing index differs from its declaration, as a message; "" if it does not."""
         existing = next(each for each in _indexes(table) if each["IndexName"] == index.name)
-        wanted = self._index(collection, index)
+        definition = self._index(collection, index)
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
         attributes = self._attributes(self.schema[collection], (index,))
         declared = {each["AttributeName"]: each["AttributeType"] for each in attributes}
-        keys, wanted_keys = _keys(existing, types, declared), _keys(wanted, declared, declared)
-        if keys != wanted_keys:
-            return f"its key is {', '.join(keys)} instead of {', '.join(wanted_keys)}"
-        projects = existing.get("Projection", {}).get("ProjectionType", "ALL")
-        return "" if projects == "ALL" else f"its projection is {projects} instead of ALL"
+        keys, declared_keys = (
+            _keys(existing, types, declared),
+            _keys(definition, declared, declared),
+        )
+        if keys != declared_keys:
+            return f"its key is {', '.join(keys)} instead of {', '.join(declared_keys)}"
+        projection = existing.get("Projection", {}).get("ProjectionType", "ALL")
+        return "" if projection == "ALL" else f"its projection is {projection} instead of ALL"
 
     async def require_index(self, collection: str, index: Index) -> None:
         """Check again whether an index can be used that was not usable before.
@@ -499,10 +502,10 @@ class Tables:
         found: dict[str, Any] = {}
         try:
             async with self._scaling_client() as client:
-                for start in range(0, len(resources), _MAX_TARGETS):
+                for prefix in range(0, len(resources), _MAX_TARGETS):
                     pages = client.get_paginator("describe_scalable_targets").paginate(
                         ServiceNamespace="dynamodb",
-                        ResourceIds=resources[start : start + _MAX_TARGETS],
+                        ResourceIds=resources[prefix : prefix + _MAX_TARGETS],
                     )
                     async for page in pages:
                         for each in page["ScalableTargets"]:

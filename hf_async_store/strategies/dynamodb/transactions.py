@@ -189,7 +189,7 @@ class DynamoDBSession:
         }
 
     def _get(self, key: Key, *, only_token: bool) -> dict[str, Any]:
-        mapping = self._tables.forms[key.collection]
+        mapping = self._tables.mappings[key.collection]
         get: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
             "Key": {mapping.key: {"S": key.id}},
@@ -211,7 +211,7 @@ class DynamoDBSession:
             if key in layer:
                 return layer[key]
         item = self._read_items[key]
-        return None if item is None else self._tables.forms[key.collection].entity(item)
+        return None if item is None else self._tables.mappings[key.collection].entity(item)
 
     def _record(self, key: Key) -> Record | None:
         entity = self._entity(key)
@@ -319,7 +319,7 @@ class DynamoDBSession:
                 self._write_cache.put(self._tables.name(key.collection), key.id, receipt)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
-        mapping = self._tables.forms[key.collection]
+        mapping = self._tables.mappings[key.collection]
         observed = self._read_items[key]
         action: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),

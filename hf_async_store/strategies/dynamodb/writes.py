@@ -149,7 +149,7 @@ class Writes:
 
     def _op(self, change: Change) -> WriteOp:
         name = change.key.collection
-        return WriteOp(change, self._tables.forms[name], self._tables.name(name))
+        return WriteOp(change, self._tables.mappings[name], self._tables.name(name))
 
     def _use_cached_state(self, op: WriteOp) -> None:
         """Use the state in the write cache if the operation can be based on it."""
@@ -190,9 +190,8 @@ class Writes:
             pending = [each for each in pending if not each.is_done]
             rounds += 1
             if last_error is None and rounds > _ROUNDS_WITHOUT_PAUSE:
-                last_error = (
-                    conflict()
-                )  # other writes came first each time, or reads are not current
+                # Other writes came first in each round, or the reads are not current.
+                last_error = conflict()
             if last_error and pending and not await backoff.pause(last_error):
                 for each in pending:
                     each.done(_retries_exhausted(each, last_error))
