@@ -1,8 +1,9 @@
 """Transactions: reads are recorded, writes are buffered, and one `TransactWriteItems` commits them.
 
-Each read, also of a missing item, becomes a condition of the commit: the write token of the item
-must be unchanged. The transaction is therefore serializable with all concurrent writes. A commit
-without a response can be retried, because DynamoDB recognises its client request token.
+Each read by key, also of a missing item, becomes a condition of the commit: the write token of the
+item must be unchanged. With respect to these reads, the transaction is therefore serializable with
+all concurrent writes. (The rows returned by queries are not conditions.) A commit without a response
+can be retried, because DynamoDB recognises its client request token.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class DynamoDBSession:
         self._tables = tables
         self._reading = reading
         self._write_cache = write_cache
-        self._read_items: dict[Key, Attributes | None] = {}
+        self._items_read: dict[Key, Attributes | None] = {}
         self._layers: list[dict[Key, Entity | None]] = [{}]
         self._reads = 0
 
@@ -87,7 +88,7 @@ class DynamoDBSession:
         """As `Reader.select`: the rows of the store, merged with the writes of this transaction."""
         if query.limit == 0:
             return
-        # Merging requires a defined order.
+        # Pages without an order are sorted by id, so that the rows written here can be merged.
         query = msgspec.structs.replace(
             query, by_id=query.by_id or (query.paged and not query.order)
         )
@@ -155,16 +156,16 @@ class DynamoDBSession:
 
     async def _load(self, keys: Sequence[Key], *, snapshot: bool) -> None:
         """Read the items that were not read before."""
-        unread = [each for each in dict.fromkeys(keys) if each not in self._read_items]
+        unread = [each for each in dict.fromkeys(keys) if each not in self._items_read]
         if not unread:
             return
-        self._check_action_count(len(self._read_items) + len(unread))
+        self._check_action_count(len(self._items_read) + len(unread))
         self._reads += 1
         if snapshot and len(unread) > 1:
             items = await self._read_many(unread)
         else:
             items = await self._reading.items(unread, consistent=True)
-        self._read_items.update(zip(unread, items, strict=True))
+        self._items_read.update(zip(unread, items, strict=True))
 
     async def _read_many(self, keys: Sequence[Key]) -> list[Attributes | None]:
         try:
@@ -210,7 +211,7 @@ class DynamoDBSession:
         for layer in reversed(self._layers):
             if key in layer:
                 return layer[key]
-        item = self._read_items[key]
+        item = self._items_read[key]
         return None if item is None else self._tables.mappings[key.collection].entity(item)
 
     def _record(self, key: Key) -> Record | None:
@@ -255,7 +256,7 @@ class DynamoDBSession:
         Raises:
             CorruptionError: another program set an invalid version.
         """
-        item = self._read_items[key]
+        item = self._items_read[key]
         if item is not None:
             version_of(item, self._tables.name(key.collection), key.id)
 
@@ -289,16 +290,16 @@ class DynamoDBSession:
 
     async def _validate(self) -> None:
         """Check in one snapshot that no item has changed since it was read."""
-        keys = list(self._read_items)
+        keys = list(self._items_read)
         found = await self._read_snapshot(keys, only_token=True)
         for key in keys:
-            observed, now = self._read_items[key], found.get(key)
+            observed, now = self._items_read[key], found.get(key)
             if _state_of(observed) != _state_of(now):
                 _raise_conflict(key, observed, now)
 
     async def _commit(self, written: Mapping[Key, Entity | None]) -> None:
         token = new_token()
-        keys = list(dict.fromkeys([*written, *self._read_items]))
+        keys = list(dict.fromkeys([*written, *self._items_read]))
         self._check_action_count(len(keys))
         for collection in {each.collection for each in keys}:
             # Also for keys that were only read: a condition on a missing item requires the table.
@@ -320,7 +321,7 @@ class DynamoDBSession:
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
         mapping = self._tables.mappings[key.collection]
-        observed = self._read_items[key]
+        observed = self._items_read[key]
         action: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
             **unchanged(mapping, observed),
@@ -390,7 +391,7 @@ class DynamoDBSession:
         failed = [each for each in found if short(each[1]["Code"]) == "ConditionalCheckFailed"]
         key, reason = (failed or found)[0]
         if failed:
-            return _conflict_error(key, self._read_items.get(key), reason.get("Item"), self._tables)
+            return _conflict_error(key, self._items_read.get(key), reason.get("Item"), self._tables)
         code = short(reason["Code"])
         if code == "TransactionConflict":
             return conflict(key.collection, key.id)
