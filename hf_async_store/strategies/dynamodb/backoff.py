@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.02
 _MAX_PAUSE_SECONDS: Final = 2.0
-_MAX_BAD_ANSWERS: Final = 3
+_MAX_BAD_RESPONSES: Final = 3
 """After this many invalid responses the cause is assumed to be permanent: a proxy or another server."""
 
 
@@ -29,7 +29,7 @@ class Backoff:
     def __init__(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
         self._pause = _FIRST_PAUSE
-        self._bad_answers = 0
+        self._bad_responses = 0
 
     async def pause(self, after: StorageError | None = None) -> bool:
         """Wait before the next attempt.
@@ -41,8 +41,8 @@ class Backoff:
             after: the error of the last attempt.
         """
         if isinstance(after, BadAnswer):
-            self._bad_answers += 1
-            if self._bad_answers == _MAX_BAD_ANSWERS:
+            self._bad_responses += 1
+            if self._bad_responses == _MAX_BAD_RESPONSES:
                 return False
         elif after is not None and not after.retryable:
             return False

@@ -62,7 +62,7 @@ class ActionDenied(PermissionDeniedError):  # noqa: N818  # as above
 
 
 class AnswerLost(UnavailableError):  # noqa: N818  # as above
-    """No response was received: the request may have been applied, or may be applied later."""
+    """No valid response was received: the request may have been applied, or may be applied later."""
 
 
 class BadAnswer(AnswerLost):

@@ -442,7 +442,7 @@ class _Rows:
         """The matching entities in batches, in no defined order.
 
         Args:
-            limited: read only as many as the limit of the query requires.
+            limited: read about as many rows as the limit of the query requires.
         """
         if self._access.ids is not None:
             keys = [Key(self._query.collection, each) for each in self._access.ids]

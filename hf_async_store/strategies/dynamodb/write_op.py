@@ -40,7 +40,7 @@ class WriteOp:
             delete.
         requested_at: the timestamp of the request, if a version is expected; otherwise "".
         ambiguous: an attempt got no response and may have been applied.
-        may_land_later: that attempt may still be applied later.
+        may_be_applied_later: that attempt may still be applied later.
         from_cache: `observed` is from the write cache and may be stale.
         receipt: the written state, if it is known.
         separate_request: the operation is sent as a separate request, not as a statement in a batch.
@@ -56,7 +56,7 @@ class WriteOp:
         "is_done",
         "is_upsert",
         "mapping",
-        "may_apply_later",
+        "may_be_applied_later",
         "new_version",
         "observed",
         "outcome",
@@ -76,7 +76,7 @@ class WriteOp:
         self.guarded_by_token = False
         self.new_version: int | None = None
         self.ambiguous = False
-        self.may_apply_later = False
+        self.may_be_applied_later = False
         self.from_cache = False
         self.receipt: WriteReceipt | None = None
         self.separate_request = change.mark is not None

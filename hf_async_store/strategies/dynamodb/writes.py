@@ -252,7 +252,7 @@ class Writes:
             op.complete_with(item)
         elif item is not None and isinstance(before, dict) and token_of(item) == token_of(before):
             return  # all attempts required this token: none was applied, and only one can be
-        elif isinstance(op.change, Put) and item is None and not op.may_apply_later:
+        elif isinstance(op.change, Put) and item is None and not op.may_be_applied_later:
             return  # an insert that was not applied
         elif op.change.expect is ABSENT and item is not None:
             op.done(AlreadyExistsError(op.change.key.collection, op.change.key.id))
@@ -473,7 +473,7 @@ class Writes:
             return None
         if not is_safe_to_retry(exc):
             op.ambiguous = True
-            op.may_apply_later = op.may_apply_later or isinstance(exc, AnswerLost)
+            op.may_be_applied_later = op.may_be_applied_later or isinstance(exc, AnswerLost)
             if op.separate_request:
                 if op.observed is None:
                     op.observed = UNKNOWN
