@@ -215,15 +215,14 @@ def _parse_comparison(
     argument: str,
     fields: list[str],
 ) -> str:
-    """Remove the next comparison from `parts`, translate it, and append its field to `fields`."""
+    """Remove the next comparison from `tokens`, translate it, and append its field to `fields`."""
 
     def attribute() -> str:
         token = _pop_token(tokens, argument)
         if token.kind not in ("word", "name") or token.text not in (index.field, index.sort):
             known = " and ".join(filter(None, (index.field, index.sort)))
             raise InvalidQueryError(
-                f"{argument}: {token.text} is not a field of the index {index.name}; its fields are: "
-                f"{known}"
+                f"{argument}: only the fields of the index {index.name} can be compared: {known}"
             )
         fields.append(token.text)
         return names.name(attribute_of(mapping, token.text))
@@ -231,9 +230,7 @@ def _parse_comparison(
     def value() -> str:
         token = _pop_token(tokens, argument)
         if token.kind != "value":
-            raise InvalidQueryError(
-                f"{argument}: a field must be compared with a :value, not with {token.text}"
-            )
+            raise InvalidQueryError(f"{argument}: a field must be compared with a :value")
         operand = operands.pop(token.text)
         indexed = mapping.indexed.get(fields[-1])
         key = encode(operand) if indexed is None else indexed.key_of(operand)
