@@ -69,7 +69,10 @@ def test_the_life_of_a_store(dynamodb_server: DynamoDBServer) -> None:
     assert requests["there"]["billing_mode"] == "PAY_PER_REQUEST"
     status, said = run("--store", f"{url}&billing_mode=PROVISIONED", "describe")
     assert status == 0, said
-    assert f"differs: {prefix}_requests: billing_mode is PAY_PER_REQUEST, declared is PROV" in said
+    assert (
+        f"differs: {prefix}_requests: billing_mode is PAY_PER_REQUEST, but the declared value is PROV"
+        in said
+    )
     assert command("delete", "requests", "r")[0] == 0
     status, said = command("checkpoint")
     assert status == 2

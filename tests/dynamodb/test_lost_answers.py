@@ -208,7 +208,7 @@ class _Bench:
         between.answers = answers
         between.inserts = verb in ("create", "save")
         engine = self.store._dynamodb
-        engine.writes._recent._wrong_until = 0.0
+        engine.writes._write_cache._disabled_until = 0.0
         engine.writes._read_first_until = float("inf") if careful else 0.0
         engine.client.call = between.call  # type: ignore[method-assign]  # for this example
         work = VERBS[verb](self.store, rival.id)

@@ -177,7 +177,7 @@ async def test_a_scan_can_be_forbidden(proxy: Proxy) -> None:
                     await work
             plan = await store.explain_query("items", filters)
             assert plan.access == "scan"
-            assert "refused" in plan.detail
+            assert "rejected" in plan.detail
         assert len(await store.query_entities("items", {"label": "x"})) == 1
         assert "Scan" not in proxy.counted()
 

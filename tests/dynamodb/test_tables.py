@@ -81,7 +81,10 @@ async def test_capacity_and_recovery_as_configured(proxy: Proxy) -> None:
         assert tables["requests"]["billing_mode"] == "PROVISIONED"
     async with store_at(proxy.url, prefix, HOST_FACTORY) as store:
         problems = (await store.health())["problems"]
-        assert f"{prefix}_requests is billed PROVISIONED, configured is PAY_PER_REQUEST" in problems  # type: ignore[operator]
+        assert (
+            f"the billing mode of {prefix}_requests is PROVISIONED, but PAY_PER_REQUEST is configured"
+            in problems  # type: ignore[operator]
+        )
 
 
 async def test_what_is_there_beside_what_is_declared(proxy: Proxy) -> None:
@@ -106,14 +109,19 @@ async def test_what_is_there_beside_what_is_declared(proxy: Proxy) -> None:
     async with store_at(proxy.url, prefix, after, **settings) as store:
         found: Any = await store.compare_tables()
     assert found["items"]["differences"] == [
-        f"{prefix}_items: read_capacity is 7, declared is 8",
-        f"{prefix}_items has no index kind-index; `create-tables` makes it",
+        f"{prefix}_items: read_capacity is 7, but the declared value is 8",
+        f"{prefix}_items has no index kind-index; run `create-tables` to create it",
         f"{prefix}_items has an index label-index that is not declared",
-        f"{prefix}_items: point_in_time_recovery is off, declared is on",
+        f"{prefix}_items: point_in_time_recovery is off, but the declared value is on",
     ]
-    assert f"{prefix}_odd: key is odd_id, declared is other_id" in found["odd"]["differences"]
+    assert (
+        f"{prefix}_odd: key is odd_id, but the declared value is other_id"
+        in found["odd"]["differences"]
+    )
     assert found["new"]["there"] is None
-    assert found["new"]["differences"] == [f"{prefix}_new is missing; `create-tables` makes it"]
+    assert found["new"]["differences"] == [
+        f"{prefix}_new is missing; run `create-tables` to create it"
+    ]
 
 
 async def test_recovery_that_may_not_be_looked_at(proxy: Proxy) -> None:
@@ -127,7 +135,9 @@ async def test_recovery_that_may_not_be_looked_at(proxy: Proxy) -> None:
         found: Any = await store.compare_tables()
         assert found["items"]["there"]["point_in_time_recovery"] is None
         [told] = found["items"]["differences"]
-        assert told.endswith("point_in_time_recovery may not be looked at, declared is off")
+        assert told.endswith(
+            "the policy does not allow reading point_in_time_recovery; the declared value is off"
+        )
 
 
 async def test_many_make_them_at_once(proxy: Proxy) -> None:
@@ -177,7 +187,7 @@ async def test_without_the_right_to_look_tables_are_taken_to_be_there(proxy: Pro
     async with store_at(proxy.url, prefix) as store:
         assert await store.create_entity("items", {"item_id": "a", "label": "x"}) == 1
         assert len(await store.query_entities("items", {"label": "x"})) == 1
-        assert "refuses access" in str((await store.health())["problems"])
+        assert "denies access" in str((await store.health())["problems"])
 
 
 async def test_a_table_that_vanishes_is_not_made_anew(proxy: Proxy) -> None:
