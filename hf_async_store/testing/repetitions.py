@@ -14,7 +14,7 @@ def repetitions(full: int) -> int:
     """The number of repetitions of a case in this run.
 
     Args:
-        full: the number that the contract states; it applies where the environment variable
-            HF_ASYNC_STORE_TEST_FULL is set, as `pytest --hf-full` does. Otherwise a fifth of it.
+        full: the number that the contract states; it applies if the environment variable
+            HF_ASYNC_STORE_TEST_FULL is set, as `pytest --hf-full` does; otherwise a fifth of it.
     """
     return full if os.environ.get(FULL_VARIABLE) else max(2, full // _FRACTION)

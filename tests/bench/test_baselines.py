@@ -1,4 +1,4 @@
-"""Baselines and competitors do the work that a store is compared with, and lose none of it."""
+"""Baselines and competitors do the same work as a store, and lose no write."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_async_store_bench.worker_group import SkippedError
 COUNT = 40
 
 
-# Competitors warn of themselves.
+# Competitors emit warnings of their own.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [each.name for each in (*BASELINES, *COMPETITORS)])
-async def test_it_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
+async def test_a_baseline_stores_its_writes(tmp_path: Path, name: str) -> None:
     system = named(name)
     if why := missing(system):
         pytest.skip(why)
@@ -43,7 +43,7 @@ async def test_it_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
 
 
 async def _worked(one: object) -> dict[int, int]:
-    """Everything that it can do, several tasks at once; the counts that are then stored."""
+    """Run all operations with several concurrent tasks; returns the expected counts."""
     expected: dict[int, int] = {}
     if isinstance(one, adapters.Gets):
         for found in await asyncio.gather(*(one.get(machine_id(each)) for each in range(COUNT))):
@@ -88,6 +88,6 @@ async def _worked(one: object) -> dict[int, int]:
     return expected
 
 
-def test_every_baseline_says_how_it_is_made() -> None:
+def test_every_baseline_has_a_description() -> None:
     assert all(each.made.endswith(".") for each in BASELINES)
     assert named("SQLAlchemy Core on aiosqlite each").made.startswith("create_async_engine")

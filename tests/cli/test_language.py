@@ -1,4 +1,4 @@
-"""What words on the command line mean: filters, orders, assignments, and JSON that is put."""
+"""The syntax of command-line arguments: filters, orders, assignments, and JSON for `put`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ THINGS = Collection(
 
 
 def comparison(word: str) -> Comparison:
-    """What a word comes out as, checked as any query is."""
+    """The comparison that an argument is parsed into, validated like a query."""
     where = build_query(THINGS, filters=filters_of([word], THINGS)).where
     assert isinstance(where, Comparison)
     return where
@@ -74,7 +74,7 @@ def comparison(word: str) -> Comparison:
         ('["tags","0"]:exists', ("tags", "0"), "exists", True),
         ('["note"]:begins_with=x', ("note",), "begins_with", "x"),
         ('["tags","n"]:ne:=null', ("tags", "n"), "ne", None),
-        # A step below a declared field is not that field, and has no declared type.
+        # A path below a declared field has no declared type.
         ("note/count=5", ("note", "count"), "eq", 5),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_filter(word: str, path: tuple[object, ...], op: str, value: Any) -> N
     assert repr(found.value) == repr(value)
 
 
-def test_filters_are_all_meant() -> None:
+def test_several_filters_are_combined_with_and() -> None:
     where = build_query(
         THINGS, filters=filters_of(["count:gt=1", "count:lt=5", "note=x"], THINGS)
     ).where

@@ -42,7 +42,7 @@ def test_put_from_a_file_and_from_stdin(cli: Cli, workplace: Path) -> None:
     assert cli("count", "machines").out == "5\n"
 
 
-def test_what_a_query_prints_can_be_put(filled: Cli) -> None:
+def test_the_output_of_a_query_can_be_put(filled: Cli) -> None:
     printed = filled("query", "requests").out
     filled("put", "templates", '{"template_id": "t-1"}', "--store", "json:copy.json")
     copied = filled("put", "requests", "-", "--store", "json:copy.json", stdin=printed.encode())
@@ -52,7 +52,7 @@ def test_what_a_query_prints_can_be_put(filled: Cli) -> None:
         assert {**copy, "updated_at": 0, "version": 0} == {**row, "updated_at": 0, "version": 0}
 
 
-def test_create_refuses_what_is_there(filled: Cli) -> None:
+def test_create_refuses_an_existing_entity(filled: Cli) -> None:
     for words in (["--create"], ["--expected-version", "absent"]):
         ran = filled("put", "templates", '{"template_id": "t-1"}', *words)
         assert ran.code == 3
@@ -92,7 +92,7 @@ def test_a_missing_parent(filled: Cli) -> None:
     )
 
 
-def test_many_failures_are_not_all_told(filled: Cli) -> None:
+def test_not_all_of_many_failures_are_listed(filled: Cli) -> None:
     filled("put", "machines", stdin=machines(30))
     ran = filled("put", "machines", "--create", stdin=machines(30))
     lines = ran.err.splitlines()
@@ -103,7 +103,7 @@ def test_many_failures_are_not_all_told(filled: Cli) -> None:
     ]
 
 
-def test_nothing_is_put_if_one_cannot_be_stored(cli: Cli) -> None:
+def test_nothing_is_put_if_one_entity_is_invalid(cli: Cli) -> None:
     wrong = machines(2500) + b'{"machine_id": "bad", "status": 5}\n'
     ran = cli("put", "machines", stdin=wrong)
     assert ran.code == 2
@@ -111,7 +111,7 @@ def test_nothing_is_put_if_one_cannot_be_stored(cli: Cli) -> None:
     assert not Path("data").exists()
 
 
-def test_many_are_put_in_pieces(cli: Cli) -> None:
+def test_many_entities_are_put_in_batches(cli: Cli) -> None:
     ran = cli("put", "machines", stdin=machines(2500))
     assert (ran.code, len(ran.rows)) == (0, 2500)
     assert cli("count", "machines", "status=RUNNING").out == "2500\n"
@@ -145,7 +145,7 @@ def test_many_are_put_in_pieces(cli: Cli) -> None:
         ),
     ],
 )
-def test_a_put_that_cannot_be_understood(cli: Cli, words: list[str], told: str) -> None:
+def test_invalid_input_of_put(cli: Cli, words: list[str], told: str) -> None:
     ran = cli(*words)
     assert (ran.code, ran.out) == (2, "")
     assert told in ran.message
@@ -189,7 +189,7 @@ def test_update_with_an_expected_version(filled: Cli) -> None:
     assert filled("update", "requests", "r-1", "status=X", "--expected-version", "1").code == 0
 
 
-def test_update_of_what_is_not_there(filled: Cli) -> None:
+def test_update_of_a_missing_entity(filled: Cli) -> None:
     ran = filled("update", "requests", "r-9", "status=X")
     assert (ran.code, ran.message) == (1, "requests has no entity 'r-9'")
 
@@ -217,7 +217,7 @@ def test_delete(filled: Cli) -> None:
     assert filled("count", "machines").out == "1\n"
 
 
-def test_delete_what_others_refer_to(filled: Cli) -> None:
+def test_delete_of_a_referenced_entity(filled: Cli) -> None:
     ran = filled("delete", "requests", "r-1", "r-2")
     assert ran.code == 3
     first, second, last = ran.err.splitlines()
@@ -333,17 +333,17 @@ def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) 
 def test_a_store_that_is_only_a_journal_yet(cli: Cli) -> None:
     cli("init")
     Path("data/db.json").rename("data/db.json.journal.00000001")
-    # Whatever is in it: something is there, and what is wrong with it is the store's to say.
+    # The store exists, whatever the journal contains; problems are reported by the store.
     assert cli("count", "machines").code == 4
 
 
-def test_what_lies_in_the_working_directory_does_not_stand_for_a_driver() -> None:
+def test_modules_in_the_working_directory_do_not_shadow_a_driver() -> None:
     Path("declared.py").write_text(
         "from hf_async_store import Collection\nTHINGS = [Collection('things', key='id')]\n"
     )
     Path("aiosqlite.py").write_text("open('ran', 'a').close()\n")
     words = ["put", "things", '{"id": "t-1"}', "--collections", "declared:THINGS"]
-    # As the installed command begins: without the working directory on the path.
+    # As the installed command starts: without the working directory in sys.path.
     program = [sys.executable, "-P", "-m", "hf_async_store"]
     ran = shell(*words, "--store", "sqlite:things.db", program=program)
     assert ran.code == 0, ran.err

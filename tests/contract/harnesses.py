@@ -1,4 +1,4 @@
-"""The engines of this package, as the contract suite reaches them."""
+"""Harnesses with which the contract suite tests the engines of this package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MemoryHarness:
-    """Every store is empty at first, and forgets."""
+    """Every store is empty at first, and loses its data when it is closed."""
 
     def __init__(self) -> None:
         self.capabilities: Capabilities = self.store().capabilities
@@ -45,10 +45,10 @@ class MemoryHarness:
 
 
 class JSONHarness:
-    """A store in a folder of its own.
+    """A store in a separate folder.
 
     Args:
-        name: of the one file, or of the folder of split files.
+        name: the name of the single file, or of the folder of split files.
     """
 
     def __init__(self, tmp_path: Path, name: str) -> None:
@@ -75,7 +75,7 @@ class JSONHarness:
 
 
 def open_files(folder: Path) -> list[str]:
-    """What this process still has open in a folder, where the system tells."""
+    """Files in a folder that this process has open; empty on systems without /proc."""
     found = []
     for each in Path("/proc/self/fd").glob("*"):
         try:
@@ -88,7 +88,7 @@ def open_files(folder: Path) -> list[str]:
 
 
 class SQLiteHarness:
-    """A file in a folder of its own."""
+    """A database file in a separate folder."""
 
     def __init__(self, tmp_path: Path) -> None:
         self._path = tmp_path / "data" / "store.db"
@@ -117,10 +117,10 @@ class SQLiteHarness:
 
 
 class PostgreSQLHarness:
-    """A database of its own for each test.
+    """A separate database for each test.
 
     Args:
-        server: where it is made, and dropped.
+        server: the server on which it is created and dropped.
     """
 
     def __init__(self, server: PostgresServer, *, options: str = "") -> None:
@@ -159,7 +159,7 @@ class PostgreSQLHarness:
         return bool(self._connections() or ask(self._url, tables))
 
     def leaks(self) -> list[str]:
-        for _ in range(40):  # the server may take a moment to see that a client has gone
+        for _ in range(40):  # the server may need a moment to notice that a client has disconnected
             found = self._connections()
             if not found:
                 return []
@@ -176,7 +176,7 @@ class PostgreSQLHarness:
 
 
 class PgbouncerHarness(PostgreSQLHarness):
-    """A database behind a pgbouncer, which keeps connections of its own to it.
+    """A database behind a pgbouncer, which keeps its own connections to the server open.
 
     Args:
         address: host and port of the pgbouncer.
@@ -197,7 +197,7 @@ class PgbouncerHarness(PostgreSQLHarness):
         return urlunsplit(there)
 
     def leaks(self) -> list[str]:
-        # Nothing may stay in the middle of a transaction; that it stays connected is its purpose.
+        # pgbouncer stays connected by design, but no connection may be in a transaction.
         for _ in range(40):
             found = [each for each in self._connections() if "transaction" in each]
             if not found:
@@ -207,7 +207,7 @@ class PgbouncerHarness(PostgreSQLHarness):
 
 
 def ask(url: str, query: str) -> list[str]:
-    """The first column of the answer of a PostgreSQL, by a connection of its own."""
+    """The first column of the result of a query on PostgreSQL, over a separate connection."""
 
     async def asked(connection: Any) -> list[str]:
         return [str(each[0]) for each in await connection.fetch(query)]
@@ -216,7 +216,7 @@ def ask(url: str, query: str) -> list[str]:
 
 
 def execute(url: str, statements: str) -> None:
-    """Run statements on a PostgreSQL, by a connection of its own."""
+    """Run statements on PostgreSQL over a separate connection."""
     _elsewhere(url, lambda connection: connection.execute(statements))
 
 
@@ -233,7 +233,7 @@ def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
 
 
 class DynamoDBHarness:
-    """Tables with a prefix of their own, reached through a proxy that can do harm."""
+    """Tables with a separate prefix, accessed through a proxy that can inject faults."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy

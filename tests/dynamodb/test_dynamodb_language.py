@@ -1,4 +1,4 @@
-"""`query_by_gsi` and `condition_expression`: DynamoDB's language, on fields as callers know them."""
+"""`query_by_gsi` and `condition_expression`: expressions of DynamoDB, with the field names of callers."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ async def test_a_condition_that_does_not_hold(store: DynamoDBStorageStrategy) ->
         await store.update_entity(
             "requests", "nobody", {}, condition_expression="attribute_not_exists(status)"
         )
-    assert await store.get_entity("requests", "nobody") is None, "nothing is inserted"
+    assert await store.get_entity("requests", "nobody") is None, "an entity was inserted"
 
 
 @pytest.mark.parametrize(
@@ -239,13 +239,13 @@ async def test_values_without_a_condition(store: DynamoDBStorageStrategy) -> Non
     )
 
 
-async def test_what_only_dynamodb_can_refuse(store: DynamoDBStorageStrategy) -> None:
+async def test_conditions_that_only_dynamodb_can_refuse(store: DynamoDBStorageStrategy) -> None:
     await store.create_entity("requests", ENTITY)
     with pytest.raises(InvalidQueryError):
         await store.update_entity("requests", "r", {}, condition_expression="status AND AND")
 
 
-# -- whatever is written ---------------------------------------------------------------------
+# -- generated expressions -------------------------------------------------------------------
 
 _WORDS: Final = (
     *(

@@ -1,8 +1,8 @@
-"""A process is killed at every file call of a commit, a fold, a close, an adoption (contract 82).
+"""A process is killed at every file call of a commit, compaction, close and adoption (contract 82).
 
-Before each call that changes a file, and in the middle of each that writes; every third of them in a
-plain run, all in the long sweeps. The work is done by `crash_driver.py`, a program that forks, in as
-many lanes as there are processors here.
+The process is killed before each call that changes a file, and in the middle of each write; a plain
+run covers every third of these steps, the long tests all. The work is done by `crash_driver.py`, a
+program that forks, in one process per processor.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LANES = 2
 
 
 async def _swept(workload: str, layout: str, *, at_least: int, every: int = 1, **more: Any) -> None:
-    """Kill a workload at one step after another, and see that nothing is wrong after any of them.
+    """Kill the workload at one step after another, and assert that no check fails.
 
     Args:
-        at_least: so many calls there are to be killed at; fewer would be another workload.
+        at_least: the minimum number of steps; with fewer, the workload does not do what it should.
         every: 1 for every step, 3 for every third.
     """
     lanes = _LANES * every
@@ -61,7 +61,7 @@ async def _lane(spec: Spec) -> dict[str, Any]:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert process.returncode == 0, "the driver itself failed; see its words above"
+    assert process.returncode == 0, "the driver itself failed; see its output above"
     report: dict[str, Any] = json.loads(out)
     return report
 
@@ -109,8 +109,8 @@ async def test_82_killed_at_every_step_with_compression(layout: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
-async def test_82_killed_in_a_crowd(layout: str) -> None:
-    """Tasks that share commits, beside folds, some of them begun by the size of the journal."""
+async def test_82_killed_with_concurrent_tasks(layout: str) -> None:
+    """Tasks whose commits are batched, with concurrent compactions, some triggered by the journal size."""
     await _swept("crowd", layout, at_least=90, settings={"write_buffer_size": 300})
 
 
@@ -123,7 +123,7 @@ async def test_82_killed_without_backups(layout: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("adopt", ["file", "journal", "salvage"])
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
-async def test_82_killed_while_either_is_adopted(layout: str, adopt: str) -> None:
+async def test_82_killed_while_the_file_or_the_journal_is_adopted(layout: str, adopt: str) -> None:
     await _swept("adopt", layout, at_least=30, adopt=adopt)
 
 

@@ -1,9 +1,9 @@
-"""A migration in a process of its own, which a test kills.
+"""A migration in a separate process, which a test kills.
 
     python mover.py SOURCE TARGET FOLDER migrate|resume [KILL_AT [BEFORE]]
 
-Kills itself (SIGKILL) when so many batches are written; with BEFORE, in the middle of writing the
-next: half of it is in the target, and nobody knows.
+It kills itself (SIGKILL) when KILL_AT batches are written; with BEFORE, while it writes the next one,
+half of which is then in the target without being in the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Portable backups made by hand: with right digests, whatever is in them."""
+"""Portable backups with arbitrary contents and correct digests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_async_store.migration.digest import Digest
 
 
 def write_by_hand(path: Path, sections: Mapping[str, Sequence[bytes]], *, level: int = 6) -> Path:
-    """A backup whose collections hold these lines, and whose digests say so."""
+    """Write a backup whose collections contain these lines, with matching digests."""
     digests = {name: Digest() for name in sections}
     for name, lines in sections.items():
         digests[name].add_all(lines)

@@ -1,5 +1,5 @@
-"""Case 81: a backup is proven to its last entity before anything is written, and what a restore says
-of what it wrote is true."""
+"""Case 81: a backup is verified completely before anything is written, and a failed restore reports
+correctly what was written."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("bad", UNREADABLE)
-async def test_81_one_bad_entity_is_found_before_the_first_is_written(
+async def test_81_an_invalid_entity_is_found_before_anything_is_written(
     bad: str, tmp_path: Path
 ) -> None:
     text, named = UNREADABLE[bad]
@@ -83,13 +83,13 @@ async def test_81_one_bad_entity_is_found_before_the_first_is_written(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_81_what_the_store_cannot_take_is_found_before_the_first_is_written(
+async def test_81_an_unstorable_entity_is_found_before_anything_is_written(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
     good = [line(item_id=f"i-{n:04}", count=n) for n in range(1500)]
     wrong = line(item_id="x", count="many")
     path = write_by_hand(tmp_path / "b.jsonl.gz", {"items": [*good, wrong]})
-    assert (await check_portable(path))["items"].count == 1501  # as it was written, it is good
+    assert (await check_portable(path))["items"].count == 1501  # the unmodified backup is valid
     async with opened(place(kind, "a")) as store:
         with pytest.raises(
             InvalidFieldError, match=r"items 'x': items\.count is declared"
@@ -100,7 +100,7 @@ async def test_81_what_the_store_cannot_take_is_found_before_the_first_is_writte
 
 
 @pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql"])
-async def test_81_a_missing_parent_is_found_before_the_first_is_written(
+async def test_81_a_missing_parent_is_found_before_anything_is_written(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
     sections = {
@@ -115,7 +115,7 @@ async def test_81_a_missing_parent_is_found_before_the_first_is_written(
         assert "machines 'm-1': request_id names 'gone'" in str(caught.value)
         assert "nothing was written" in str(caught.value)
         assert not any((await everything(store)).values())
-        # It is there already: then it fits beside it.
+        # The parent exists in the store already: then the backup can be restored.
         await store.save_entity("requests", {"request_id": "gone"})
         done = await restore_store(store, path, merge="keep")
         assert done.merged["machines"].written == 1
@@ -155,7 +155,7 @@ async def test_81_collections_may_come_in_any_order(parents_first: bool, tmp_pat
         assert await store.get_entity("machines", "m-1") is not None
 
 
-async def test_what_was_written_before_a_failure_is_said(
+async def test_a_failed_restore_reports_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": GOOD})
@@ -183,7 +183,7 @@ async def test_what_was_written_before_a_failure_is_said(
         assert await store.count_entities("templates") == 5000
 
 
-async def test_a_backup_of_more_collections_needs_a_word(tmp_path: Path) -> None:
+async def test_a_backup_with_undeclared_collections_needs_an_option(tmp_path: Path) -> None:
     own = Collection("orders", key="order_id")
     async with open_store("memory:", collections=[*HOST_FACTORY, own]) as source:
         await source.save_entity("orders", {"order_id": "o-1"})
@@ -199,10 +199,10 @@ async def test_a_backup_of_more_collections_needs_a_word(tmp_path: Path) -> None
             await restore_store(store, made.path, leave_out=["templates"])
 
 
-async def test_a_file_that_changes_after_it_was_proven(
+async def test_a_file_that_changes_after_its_verification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error does not say that nothing was written, for that is not known."""
+    """The error does not claim that nothing was written, because that is unknown."""
     path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": GOOD})
     other = write_by_hand(tmp_path / "c.jsonl.gz", {"strangers": [b'{"stranger_id":"x"'] * 3})
     read = restoring_module.read_portable
@@ -279,7 +279,7 @@ def test_81_a_small_file_that_unpacks_to_gigabytes(filling: bytes, tmp_path: Pat
     assert int(peak) < 300 << 10  # KiB
 
 
-async def test_a_pipe_is_no_backup_and_is_not_waited_for(tmp_path: Path) -> None:
+async def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     assert not is_portable(path)

@@ -1,4 +1,4 @@
-"""Forms of values that the engines and we must read alike."""
+"""Encodings of values that the database engines and the store must interpret in the same way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "Ã
 
 @given(hypothesis_strategies.values, hypothesis_strategies.values)
 @settings(max_examples=repetitions(2000))
-def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
+def test_order_bytes_sort_like_order_keys(one: Any, other: Any) -> None:
     keys, texts = (order_key(one), order_key(other)), (order_bytes(one), order_bytes(other))
     assert (keys[0] < keys[1]) == (texts[0] < texts[1])
     assert (keys[0] == keys[1]) == (texts[0] == texts[1])
@@ -36,7 +36,7 @@ def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
 @given(
     st.dictionaries(TEXTS, hypothesis_strategies.values, max_size=4), hypothesis_strategies.values
 )
-def test_maps_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
+def test_dicts_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
     text = encode_json(map_).decode()
     names = list(map_)
     found = merged(text, encode_json({"new": value}).decode(), encode_json(names).decode())
@@ -49,8 +49,8 @@ def test_maps_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
         assert typed(decode_json(inner)) == typed(map_[name])
 
 
-def test_postgresql_reads_what_we_write(postgres_server: PostgresServer) -> None:
-    """A thousand values through JSONB, and lists of texts through arrays."""
+def test_postgresql_reads_the_written_values(postgres_server: PostgresServer) -> None:
+    """A thousand values are read through JSONB, and lists of strings through arrays."""
     values: list[Any] = []
     texts: list[list[str | None]] = [list(ODD), [None, *ODD], []]
 
