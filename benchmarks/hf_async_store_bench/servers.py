@@ -182,7 +182,7 @@ class PostgresServer:
 
     def _emptied(self, url: str) -> bool:
         """Empty a database; False if something was changed that this does not undo."""
-        import asyncpg
+        import asyncpg  # type: ignore[import-untyped]  # it has no types
 
         try:
             self.run(_EMPTY_DATABASE, url)
@@ -213,7 +213,7 @@ class PostgresServer:
 
     async def ask(self, statement: str, url: str | None = None) -> object:
         """Run a statement as `run` does; returns the first value of its first row, if any."""
-        import asyncpg  # type: ignore[import-untyped]  # it has no types
+        import asyncpg
 
         connection = await asyncpg.connect(url or self.url)
         try:
