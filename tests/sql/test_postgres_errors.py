@@ -424,7 +424,7 @@ async def test_who_and_where_is_wrong_is_named(
         (f"{cert}{missing}", ConfigurationError, f"sslcert: .*{missing}", False),
         (f"{cert}{broken}&sslkey={missing}", ConfigurationError, f"sslkey: .*{missing}", False),
         (f"{cert}{broken}&sslkey={broken}", ConfigurationError, "sslcert, sslkey: ", False),
-        (f"{database}?sslkey={broken}", ConfigurationError, "sslkey: of no use", False),
+        (f"{database}?sslkey={broken}", ConfigurationError, "sslkey: sslcert is required", False),
         (f"{database}?sslrootcert={broken}", ConfigurationError, "sslrootcert: .*no PEM", False),
         (f"{database}?sslcrl={missing}", ConfigurationError, f"sslcrl: .*{missing}", False),
     ]  # fmt: skip
