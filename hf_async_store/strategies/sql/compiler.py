@@ -214,7 +214,7 @@ class _Compiler:
         return TRUE, False
 
     def _column(self, field: Field | None, op: str, value: Value) -> str:
-        """An operator on a declared column, or on the version."""
+        """The condition for an operator on a declared column, or on the version."""
         column = f"t.{VERSION}" if field is None else f"t.{quoted(field.name)}"
         kind = "integer" if field is None else field.type
         null = None
@@ -303,9 +303,7 @@ class _Compiler:
             part = self._dialect.json_order(base, steps, self.args)
             return None if part is None else _SortKey(part, None, is_key=False)
         if len(order.path) > 1:
-            return _SortKey(
-                None, None, is_key=False
-            )  # missing in every row, so that all rows are equal
+            return _SortKey(None, None, is_key=False)  # missing in every row: all are equal
         if field is None:
             return _SortKey(SortPart(f"t.{VERSION}"), _VERSION_FIELD, is_key=False)
         column = f"t.{quoted(name)}"
@@ -448,7 +446,7 @@ def _integer_bound(op: str, value: float) -> tuple[str, int] | bool:
     if value.is_integer():
         whole = int(value)
     else:
-        # x < 1.5 and x <= 1.5 both are x <= 1; x > 1.5 is x >= 2.
+        # x < 1.5 and x <= 1.5 are equivalent to x <= 1, and x > 1.5 to x >= 2.
         op = "lte" if below else "gte"
         whole = math.floor(value) if below else math.ceil(value)
     if whole > INT_MAX:

@@ -251,7 +251,6 @@ async def refuse_untrusted_owners(dialect: Dialect, driver: Any, names: Sequence
 def _columns_in(definition: str, kinds: Mapping[str, Kind]) -> list[str]:
     """The columns in the definition of an index, in their order."""
     _, _, column_list = definition.partition("(")
-    column_list = re.sub(
-        r'"?left"?\(', "(", column_list
-    )  # the function `left`, not a column of that name
+    # The function `left` is removed, which could also be the name of a column.
+    column_list = re.sub(r'"?left"?\(', "(", column_list)
     return [each for each in re.findall(r"[a-z_][a-z0-9_]*", column_list) if each in kinds]

@@ -61,7 +61,7 @@ class ImportStatements(Protocol):
         """As `Dialect.values_source`, with one parameter for each value of each row."""
         ...
 
-    async def run(self, driver: Any, sql: str, blocks: Sequence[Sequence[object]]) -> int:
+    async def run(self, driver: Any, sql: str, arg_lists: Sequence[Sequence[object]]) -> int:
         """Run a statement once for each list of arguments; returns how many rows were written."""
         ...
 
@@ -71,7 +71,7 @@ class SessionEndedError(Exception):
 
 
 class Dialect(ABC):
-    """One database system: its driver, its SQL, its limits."""
+    """A database system: its driver, its SQL and its limits."""
 
     capabilities: Capabilities
     driver_errors: ClassVar[tuple[type[Exception], ...]]

@@ -75,9 +75,9 @@ _GRACE: Final = 5.0
 a statement was cancelled."""
 
 _SCHEMA_LOCK: Final = int.from_bytes(b"hfstore", "big")
-_ARRAYS: Final = {"integer": "bigint", "bigint": "bigint", "boolean": "boolean"}
-_CASTS: Final = {"number": "::numeric", "json": "::jsonb"}
-_PARAMETERS: Final = {
+_ELEMENT_TYPES: Final = {"integer": "bigint", "bigint": "bigint", "boolean": "boolean"}
+_INPUT_CASTS: Final = {"number": "::numeric", "json": "::jsonb"}
+_PARAMETER_CASTS: Final = {
     "integer": "::bigint",
     "bigint": "::bigint",
     "boolean": "::boolean",
@@ -86,7 +86,7 @@ _PARAMETERS: Final = {
     "path": "::text::jsonpath",
     "list": "::text::text[]",
 }
-_TYPES: Final = {
+_COLUMN_TYPES: Final = {
     "integer": "bigint",
     "bigint": "bigint",
     "boolean": "boolean",
@@ -99,20 +99,20 @@ _MAX_ANY_VALUES: Final = 64
 _MAX_ARROWS: Final = 8
 """A path of at most this many steps is compiled to operators `->`, which are faster than a jsonpath."""
 
-_SIGNS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
 
 
 _ROLE_SECONDS: Final = 0.25
-"""For how many seconds after a connection was opened its server is assumed not to change its role. If no
-server accepts writes, connections are replaced at most this often."""
+"""For how many seconds after a connection was opened the role of its server is assumed to be unchanged. If
+no server accepts writes, connections are replaced at most this often."""
 
 _SERVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.PostgresWarning)
 """The exceptions that the driver raises for an error that the server sent."""
 
 _NOT_SENT: Final = ("cannot switch to state", "not connected")
-"""The beginnings of the messages of the driver, which has no error class for it, if the server had ended
-the session before the statement was sent."""
+"""The beginnings of the driver's messages that mean that the server had ended the session before the
+statement was sent. The driver has no error class for this."""
 
 
 class _ServerReadOnlyError(Exception):
@@ -301,15 +301,13 @@ class PostgreSQL(Dialect):
             )
         except StorageError:
             raise
-        except (
-            Exception
-        ) as exc:  # an invalid response can make the decoders of the driver raise anything
+        except Exception as exc:  # an invalid response can make the driver raise anything
             raise self._connection_failure(exc, host, port) from exc
 
     async def _apply_settings(self, driver: Any, *, read_only: bool) -> None:
-        """Set the session parameters that depend on the kind of connection; see also `_settings`."""
+        """Set the session parameters that depend on the connection; see also `_session_settings`."""
         if self._config.pgbouncer:
-            return  # the settings would remain on a server connection that pgbouncer gives to other clients
+            return  # the settings would remain in a server session that other clients use, too
         settings = []
         if _SESSIONS[driver].on_standby:
             # A standby has no serializable transactions. If it is promoted, this session must not
@@ -385,7 +383,7 @@ class PostgreSQL(Dialect):
         """The session parameters of each connection; all others keep the defaults of the server."""
         config = self._config
         if config.pgbouncer:
-            # Other settings would remain on a server connection that pgbouncer gives to other clients.
+            # Other settings would remain in a server session that other clients use, too.
             return {"application_name": config.application_name} if config.application_name else {}
         limit = str(int(config.timeout * 1000))
         settings = {
@@ -578,9 +576,8 @@ class PostgreSQL(Dialect):
         if self._config.pgbouncer:
             return False  # outside a transaction, statements may run in another server session
         await driver.execute(_RESET)
-        await self._apply_settings(
-            driver, read_only=False
-        )  # callers' statements never run on read-only connections
+        # Callers' statements never run on read-only connections.
+        await self._apply_settings(driver, read_only=False)
         return True
 
     async def discard(self, driver: Any) -> None:
@@ -705,7 +702,9 @@ class PostgreSQL(Dialect):
         return dict(cast("Any", rows))
 
     def same_type(self, existing: str, kind: FieldType | Kind) -> bool:
-        return existing.split(" PRIMARY")[0].split(" NOT")[0] == _TYPES.get(kind, "text COLLATE C")
+        return existing.split(" PRIMARY")[0].split(" NOT")[0] == _COLUMN_TYPES.get(
+            kind, "text COLLATE C"
+        )
 
     async def begin_ddl(self, driver: Any) -> Any:
         # Read committed, so that it sees after the lock what the previous holder of the lock created.
@@ -755,7 +754,9 @@ class PostgreSQL(Dialect):
         return 0
 
     def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
-        arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
+        arrays = [
+            f"${n}::text::{_ELEMENT_TYPES.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)
+        ]
         columns = [f"c{n}" for n in range(len(kinds))]
         # The unqualified name with one argument would be looked up along the search_path.
         name = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
@@ -767,7 +768,7 @@ class PostgreSQL(Dialect):
         return list(map(array_text, columns))
 
     def cast_input(self, column: str, kind: Kind) -> str:
-        return f"{column}{_CASTS.get(kind, '')}"
+        return f"{column}{_INPUT_CASTS.get(kind, '')}"
 
     def json_merge(self, column: str, sets: str, removes: str) -> str:
         return (
@@ -791,7 +792,7 @@ class PostgreSQL(Dialect):
         return f"{column}::text" if kind in ("number", "json") else column
 
     def parameter(self, number: int, kind: Kind) -> str:
-        return f"${number}{_PARAMETERS.get(kind, '::text')}"
+        return f"${number}{_PARAMETER_CASTS.get(kind, '::text')}"
 
     def argument(self, value: Any, kind: Kind) -> object:
         if kind == "number":
@@ -803,10 +804,10 @@ class PostgreSQL(Dialect):
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
         if kind in ("number", "json"):
             encoded = [self.argument(each, kind) for each in values]
-            array = f"{args.add(encoded, 'list')}{_CASTS[kind]}[]"
+            array = f"{args.add(encoded, 'list')}{_INPUT_CASTS[kind]}[]"
         else:
             array = args.add(list(values), "list")
-            array += f"::{_ARRAYS[kind]}[]" if kind in _ARRAYS else ""
+            array += f"::{_ELEMENT_TYPES[kind]}[]" if kind in _ELEMENT_TYPES else ""
         if len(values) > _MAX_ANY_VALUES:
             # ANY would compare the values one by one for each row; a subquery is hashed once.
             return f"{expression} IN (SELECT unnest({array}))"
@@ -832,7 +833,7 @@ class PostgreSQL(Dialect):
     def json_test(
         self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
     ) -> tuple[str, bool]:
-        nothing = (op == "in" and not value) or (op in _SIGNS and value is None)
+        nothing = (op == "in" and not value) or (op in _OPERATORS and value is None)
         if nothing or (op == "between" and None in cast("list[Value]", value)):
             return "FALSE", True
         target = _json_at(base, steps, args)
@@ -855,7 +856,7 @@ class PostgreSQL(Dialect):
         return self._compared(target, op, value, args)
 
     def _compared(self, target: str, op: str, value: Value, args: Arguments) -> tuple[str, bool]:
-        sign = _SIGNS[op]
+        sign = _OPERATORS[op]
         if isinstance(value, list | dict):
             # JSONB orders arrays and objects differently from the store.
             return _has_type(target, "array" if isinstance(value, list) else "object"), False

@@ -54,6 +54,7 @@ _CHUNK_BYTES: Final = 1 << 18
 _MAX_CHUNK_SIZE: Final = 1024
 """The maximum number of rows that the thread of a connection fetches at a time; large rows are fetched
 in smaller chunks, of about `_CHUNK_BYTES`."""
+
 _SAMPLE_SIZE: Final = 16
 _BATCH_SIZE: Final = 250
 _BULK_SIZES: Final = (1000, 250)
@@ -128,7 +129,7 @@ _Job: TypeAlias = "tuple[asyncio.Future[Any] | None, Callable[[], Any]]"
 
 
 class _Connection(aiosqlite.Connection):
-    """A connection whose thread does not prevent the process from exiting, and works without the loop.
+    """A connection whose thread does not keep the process alive, and works after the loop was closed.
 
     Args:
         replaced: returns whether a file of this connection was replaced.
@@ -205,8 +206,10 @@ _STOP: Final = object()
 
 
 def _run_jobs(jobs: Any) -> None:
-    """The loop of the thread of a connection. In contrast to that of aiosqlite, the event loop may already
-    be closed."""
+    """Run the jobs of a connection in its thread.
+
+    In contrast to the function of aiosqlite, it works after the event loop was closed.
+    """
     while True:
         future, work = cast("_Job", jobs.get())
         try:
@@ -282,9 +285,9 @@ class _SQLiteImports:
         return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
 
     async def run(
-        self, driver: aiosqlite.Connection, sql: str, blocks: Sequence[Sequence[object]]
+        self, driver: aiosqlite.Connection, sql: str, arg_lists: Sequence[Sequence[object]]
     ) -> int:
-        async with driver.executemany(sql, blocks) as cursor:
+        async with driver.executemany(sql, arg_lists) as cursor:
             return cursor.rowcount
 
 
@@ -945,7 +948,7 @@ def _size(path: Path) -> int:
 
 
 def _bulk_upsert_locked(connection: sqlite3.Connection, puts: BulkUpsert) -> dict[str, int] | None:
-    """`Dialect.bulk_upsert_locked`, in the driver's thread."""
+    """See `Dialect.bulk_upsert_locked`. Runs in the thread of the driver."""
     for sql, parents in puts.parents:
         [[existing]] = connection.execute(sql, (encode_json(parents).decode(),))
         if existing < len(parents):

@@ -84,7 +84,7 @@ _OFFSET: Final = 1 << 15
 
 
 def order_bytes(value: Value) -> bytes:
-    """`query.order_key` as bytes."""
+    """Bytes that sort as `query.order_key` does."""
     if isinstance(value, str):
         return _TEXT + value.encode() + _END  # no string contains U+0000
     if value is None:
