@@ -155,8 +155,8 @@ class Dialect(ABC):
     async def bulk_upsert_locked(self, driver: Any, puts: BulkUpsert) -> dict[str, int] | None:
         """Read first and then write, in a transaction during which no other connection can write.
 
-        Returns the versions of the entities that existed before; None if the precondition of an
-        entity is not met or the dialect does not support it, and then nothing was written.
+        Returns the versions of the entities that existed before. Returns None, and writes nothing,
+        if a precondition is not met or the dialect does not support this.
         """
         return None
 
@@ -244,7 +244,7 @@ class Dialect(ABC):
     ) -> dict[str, str]:
         """By table, the owner of each table that belongs to an untrusted role.
 
-        A role is trusted if it is a superuser, if this role is a member of it, or if it owns the
+        A role is trusted if it is a superuser, if this role has its privileges, or if it owns the
         database, the schema or a declared table. Code that an untrusted role attached to a table
         (policies, triggers, checks) would run with the privileges of this role.
         """
@@ -316,7 +316,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
-        """A DELETE of rows `t` by key, and by version if `versions` is set; conditions can be appended."""
+        """A DELETE of rows `t` by key, and by version if `versions` is true; conditions can be appended."""
 
     # -- grammar: reads ----------------------------------------------------------------------
 

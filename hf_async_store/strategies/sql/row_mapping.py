@@ -243,9 +243,7 @@ class TableMapping:
         """The columns of entities that have the same fields; `given` contains their values by field."""
         nothing: Sequence[object] = (None,) * count
         columns: list[Sequence[object]] = []
-        odd: dict[
-            int, dict[str, str | None]
-        ] = {}  # by position of the entity: the content of `_side`
+        odd: dict[int, dict[str, str | None]] = {}  # by position: the content of `_side`
         null: list[str] = []  # the fields that are null in all entities
         for name, convert in self._stored:
             column = given.get(name)

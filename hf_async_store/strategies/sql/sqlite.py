@@ -969,7 +969,7 @@ def _bulk_upsert_locked(connection: sqlite3.Connection, puts: BulkUpsert) -> dic
             connection.execute(puts.text(size), args)
         except sqlite3.IntegrityError:
             if puts.fresh and size == len(rows):
-                return None  # an entity exists; the only statement was rolled back
+                return None  # the statement itself checked that no entity exists, and had no effect
             raise
     if start < len(rows):
         connection.executemany(puts.text(1), rows[start:])

@@ -242,14 +242,14 @@ class WriteStatementCache:
         if self._references:
             for child, field in self._schema.children[shape.collection]:
                 child_table = self._tables[child.name]
-                itself = (
+                not_itself = (
                     f" AND c.{child_table.key} <> t.{table.key}"
                     if child.name == shape.collection
                     else ""
                 )
                 children += (
                     f" AND NOT EXISTS (SELECT 1 FROM {child_table.name} AS c "
-                    f"WHERE c.{quoted(field.name)} = t.{table.key}{itself})"
+                    f"WHERE c.{quoted(field.name)} = t.{table.key}{not_itself})"
                 )
         return Statement(
             f"{deletion}{children} RETURNING {table.key}, {VERSION}",
@@ -279,9 +279,11 @@ class WriteStatementCache:
             if field.references is None or not field.enforced or field.name in kept:
                 continue
             parent = self._tables[field.references]
-            itself = f" OR i.c{n} = i.c0" if field.references == table.collection.name else ""
+            self_reference = (
+                f" OR i.c{n} = i.c0" if field.references == table.collection.name else ""
+            )
             conditions.append(
-                f" AND (i.c{n} IS NULL{itself} OR EXISTS "
+                f" AND (i.c{n} IS NULL{self_reference} OR EXISTS "
                 f"(SELECT 1 FROM {parent.name} AS p WHERE p.{parent.key} = i.c{n}))"
             )
         return "".join(conditions)
