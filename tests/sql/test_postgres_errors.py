@@ -424,7 +424,7 @@ async def test_connection_errors_name_the_wrong_setting(
         (f"{cert}{missing}", ConfigurationError, f"sslcert: .*{missing}", False),
         (f"{cert}{broken}&sslkey={missing}", ConfigurationError, f"sslkey: .*{missing}", False),
         (f"{cert}{broken}&sslkey={broken}", ConfigurationError, "sslcert, sslkey: ", False),
-        (f"{database}?sslkey={broken}", ConfigurationError, "sslkey: of no use", False),
+        (f"{database}?sslkey={broken}", ConfigurationError, "sslkey: sslcert is required", False),
         (f"{database}?sslrootcert={broken}", ConfigurationError, "sslrootcert: .*no PEM", False),
         (f"{database}?sslcrl={missing}", ConfigurationError, f"sslcrl: .*{missing}", False),
     ]  # fmt: skip

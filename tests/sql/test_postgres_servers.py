@@ -198,7 +198,7 @@ async def test_no_server_of_the_requested_kind(replicated: Replicated) -> None:
     for wanted, port, said in (
         ("primary", replicated.standby, "is a standby"),
         ("standby", replicated.primary, "is a primary"),
-        ("read-only", replicated.primary, "takes writes"),
+        ("read-only", replicated.primary, "accepts writes"),
     ):
         async with open_store(replicated.url(port, target_session_attrs=wanted)) as store:
             with pytest.raises(UnavailableError, match=f"{said}.*{wanted}") as caught:

@@ -73,11 +73,11 @@ async def test_later_declared_fields_and_indexes_are_added(url: str) -> None:
         ("CREATE TABLE jobs (id TEXT PRIMARY KEY)", r"no column for its key job_id"),
         (
             "CREATE TABLE jobs (job_id TEXT {c} PRIMARY KEY, owner INTEGER)",
-            r"jobs\.owner is (INTEGER|integer), and declared as text",
+            r"jobs\.owner is (INTEGER|integer), but declared as text",
         ),
         (
             "CREATE TABLE jobs (job_id TEXT {c} PRIMARY KEY, other TEXT {c} NOT NULL)",
-            r"jobs\.other is not declared, and needed there",
+            r"jobs\.other is required in the database, but not declared",
         ),
         ("CREATE TABLE jobs (job_id TEXT {c})", r"jobs\.job_id is declared as the key"),
         (
