@@ -58,7 +58,7 @@ async def reopened(folder: Path, layout: str = "single_file", **settings: Any) -
 
 async def abandon(store: JSONStorageStrategy) -> None:
     """Close without the fold of the last one out: as a process that dies would leave the files."""
-    store._json.folding.at_close = _nothing  # type: ignore[method-assign]
+    store._json.compactor.at_close = _nothing  # type: ignore[method-assign]
     await store.close()
 
 
@@ -68,7 +68,7 @@ async def _nothing() -> None:
 
 def never_folds(store: JSONStorageStrategy) -> None:
     """No fold begins by itself, however long the machine takes: for tests of what the journal holds."""
-    store._json.folding.consider = lambda: None  # type: ignore[method-assign]
+    store._json.compactor.consider = lambda: None  # type: ignore[method-assign]
 
 
 def without_times(stored: Stored) -> Stored:

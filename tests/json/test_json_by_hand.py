@@ -674,7 +674,7 @@ async def test_91_replaced_between_the_halves_of_a_fold(
     """A fold has written its files and not put them in place yet: it must not go over the hand."""
     await _pending(tmp_path, layout)
     async with _others(tmp_path, layout) as store:
-        folding = store._json.folding
+        folding = store._json.compactor
         real = folding._write
         fired: list[bool] = []
 

@@ -50,7 +50,7 @@ async def main():
             asyncio.create_task(store.save_entity("templates", {"template_id": f"w-{n}"}))
         await asyncio.sleep(0)
     if how == "folding":
-        store._json.folding._start()
+        store._json.compactor._start()
         await asyncio.sleep(0)
     if how == "transaction":
         tx = store.begin_transaction()
@@ -104,7 +104,7 @@ async def test_a_store_that_is_let_go_warns_and_frees_its_files(
     store = await open_json(tmp_path, layout).open()
     await store.save_entity(T, {"template_id": "t"})
     await store.checkpoint()
-    await store._json.folding.close()  # its timer would hold the store until it is due
+    await store._json.compactor.close()  # its timer would hold the store until it is due
     del store
     with pytest.warns(ResourceWarning, match="unclosed store"):
         gc.collect()

@@ -242,7 +242,7 @@ async def test_what_the_store_wrote_itself_may_unpack_to_any_size(
 ) -> None:
     from hf_async_store.strategies.json import files
 
-    monkeypatch.setattr(files, "_UNPACKED_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "_MIN_DECOMPRESS_LIMIT", 1 << 10)
     entities = [{"template_id": f"t-{each}", "name": "a" * 300_000} for each in range(3)]
     async with open_json(tmp_path, enable_compression=True) as store:
         await store.save_entities(T, entities)
