@@ -228,9 +228,9 @@ async def test_a_small_file_that_unpacks_to_a_huge_one(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         async with open_json(tmp_path, enable_compression=True) as store:
-            with pytest.raises(CorruptionError, match="unpacks to more than"):
+            with pytest.raises(CorruptionError, match="decompresses to more than"):
                 await store.get_entity(T, "t")
-            with pytest.raises(CorruptionError, match="unpacks to more than"):
+            with pytest.raises(CorruptionError, match="decompresses to more than"):
                 await store.save_entity(T, {"template_id": "t"})
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
     finally:
@@ -252,7 +252,7 @@ async def test_what_the_store_wrote_itself_may_unpack_to_any_size(
     assert len((await reopened(tmp_path, enable_compression=True))[T]) == 3
     for each in journals(tmp_path):
         each.unlink()  # now it is a file like any other
-    with pytest.raises(CorruptionError, match="unpacks to more than"):
+    with pytest.raises(CorruptionError, match="decompresses to more than"):
         await reopened(tmp_path, enable_compression=True)
 
 

@@ -203,7 +203,9 @@ async def test_a_new_connection_that_the_server_closes_is_unavailable(
         driver = await original(self, *args, **options)
         driver.terminate()
         if step == "after the handshake":  # a server before version 14 does not report this
-            monkeypatch.setattr("hf_async_store.strategies.sql.postgresql._setting", lambda *_: None)
+            monkeypatch.setattr(
+                "hf_async_store.strategies.sql.postgresql._setting", lambda *_: None
+            )
         return driver
 
     monkeypatch.setattr(PostgreSQL, made, connect)

@@ -851,7 +851,7 @@ class JSONEngine:
             if state.unread:
                 await asyncio.to_thread(self.files.keep_damaged, state.unread)
         except OSError as exc:
-            raise translate_os_error(exc, f"keep a journal in {self.files.folder}") from exc
+            raise translate_os_error(exc, f"copy a journal in {self.files.folder}") from exc
         async with self._prepared_journal(Head(generation, files, alone=True), rest) as journal:
             await self._switch_to(state, journal)
         state.known = {name: [content] for name, content in files.items()}

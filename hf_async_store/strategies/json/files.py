@@ -65,7 +65,7 @@ class Signature(msgspec.Struct, frozen=True):
 
 
 class DataFile(msgspec.Struct, frozen=True):
-    """A data file as it was read: its decompressed content (`text`), and the identity of the file on disk."""
+    """A data file that was read: `text` is its decompressed content; the rest identifies the file."""
 
     text: bytes
     digest: str

@@ -123,7 +123,7 @@ class StoreState:
 
     @property
     def needs_rewrite(self) -> bool:
-        """Whether commits whose sync failed, and which may not be on the disk, are in no data file."""
+        """Whether a data file lacks commits whose sync failed: a power failure could lose them."""
         return self.failed_sync_generation > 0 and any(
             each.covers <= self.failed_sync_generation for each in self.content.values()
         )
@@ -522,7 +522,7 @@ class StoreLoader:
                 newest = [str(each) for each in self._files.backups(name)[:1]]
                 raise CorruptionError(
                     f"{self._files.path(name)} is missing, although its journal exists. Restore a "
-                    f"backup (the newest: {newest[0] if newest else 'none was raw_entity'}) by "
+                    f"backup (the newest: {newest[0] if newest else 'none was kept'}) by "
                     "`hf-async-store restore`, or continue without its content: "
                     "`hf-async-store checkpoint --recover-from file`"
                 )
