@@ -278,14 +278,14 @@ class CollectionTable:
         All lists and dicts are equal in an index: the caller has to compare them.
         """
         index = self._indexes[field]
-        found: set[str] = set()
+        matching: set[str] = set()
         for value in values:
             ids = index.get(_index_key(value))
             if isinstance(ids, str):
-                found.add(ids)
+                matching.add(ids)
             elif ids is not None:
-                found |= ids
-        return found
+                matching |= ids
+        return matching
 
     async def _build(self, field: str) -> None:
         # Changes from here on are recorded in `_before`, and are then applied to this index, too.

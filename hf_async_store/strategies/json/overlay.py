@@ -205,7 +205,7 @@ class OverlayView:
     ) -> tuple[Sequence[str], dict[str, StoredEntity]]:
         """Ids and bytes of the candidates at one moment. It must be called after `_access` without an
         await in between, and does not await itself."""
-        own = self._own(query.collection)
+        own = self._own_writes(query.collection)
         entities = section.entities
         if access.ids is None:
             # Tuples, which the garbage collector does not traverse; it would traverse a list at every
@@ -237,7 +237,7 @@ class OverlayView:
         raws.update((each, raw) for each, raw in own.items() if raw is not None)
         return ids, raws
 
-    def _own(self, collection: str) -> dict[str, bytes | None]:
+    def _own_writes(self, collection: str) -> dict[str, bytes | None]:
         own: dict[str, bytes | None] = {}
         for layer in self.layers:
             own.update(layer.get(collection, {}))
@@ -404,7 +404,7 @@ class OverlayView:
             check_parents(self._schema, change, current, self.exists)
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
-        own = self._own(child.name)
+        own = self._own_writes(child.name)
         for entity_id in self._state.sections[child.name].find(field.name, [parent]):
             if entity_id not in own:
                 yield entity_id

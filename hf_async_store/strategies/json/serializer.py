@@ -207,10 +207,10 @@ def _standard_library_error(data: bytes) -> str | None:
     return None
 
 
-def _duplicate_name(data: bytes, found: object) -> str | None:
+def _duplicate_name(data: bytes, decoded: object) -> str | None:
     """A name that occurs twice in an object in `data`, which decoders do not report; None if there is
     none."""
-    if bytes(msgspec.json.format(data, indent=-1)) == encode_json(found):
+    if bytes(msgspec.json.format(data, indent=-1)) == encode_json(decoded):
         return None  # decoding lost nothing: the case of nearly all entities
     import json  # here, because it is rarely needed
 
@@ -336,12 +336,12 @@ def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.
     """
     try:
         valid_copy = _TOKEN.sub(_valid_token, data)
-        found = decode_members(valid_copy)
+        parsed = decode_members(valid_copy)
     except UNREADABLE:
         raise CorruptionError(f"{what} is not a valid JSON object: {exc}. {_FILE_REMEDY}") from exc
     members: dict[str, msgspec.Raw] = {}
     end = valid_copy.index(b"{") + 1
-    for raw in found.values():
+    for raw in parsed.values():
         between = _NAME.match(valid_copy, end)
         value = bytes(raw)
         if between is None or not valid_copy.startswith(value, between.end()):
@@ -351,7 +351,7 @@ def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.
             break
         members[name] = msgspec.Raw(data[between.end() : between.end() + len(value)])
         end = between.end() + len(value)
-    if len(members) < len(found) or valid_copy[end:].strip() != b"}":
+    if len(members) < len(parsed) or valid_copy[end:].strip() != b"}":
         raise CorruptionError(f"{what}: a name occurs twice. {_FILE_REMEDY}")
     return members
 
@@ -390,7 +390,7 @@ def holds_entities(data: bytes) -> bool:
     return bool(members) and all(bytes(each).startswith(b"{") for each in members.values())
 
 
-def refuse_duplicates(data: bytes, found: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
+def refuse_duplicates(data: bytes, parsed: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
     """Check, in chunks, that no name occurs twice in a parsed object.
 
     A decoder keeps only the last member of a name. The remaining members are then not contiguous: there
@@ -399,7 +399,7 @@ def refuse_duplicates(data: bytes, found: Mapping[str, msgspec.Raw], what: str) 
     Raises:
         CorruptionError: a name occurs twice.
     """
-    members = iter(found.items())
+    members = iter(parsed.items())
     end = data.index(b"{") + 1
     before, after = b"", b""
     size = 2  # the second member shows the separators

@@ -44,14 +44,14 @@ class Snapshot:
             await section.unpin(delta)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        found: list[Record | None] = []
+        records: list[Record | None] = []
         for number, key in enumerate(keys, 1):
             section, delta = self._sections[key.collection]
             raw = section.raw_before(delta, key.id)
-            found.append(None if raw is None else Record(key, section.entity(key.id, raw)))
+            records.append(None if raw is None else Record(key, section.entity(key.id, raw)))
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-        return found
+        return records
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         async with Owned(self._matching(query)) as chunks:
@@ -102,12 +102,12 @@ class Snapshot:
             chunk = ids[start : start + _CHUNK_SIZE]
             if delta.before or delta.base is not None:
                 raws = [(each, section.raw_before(delta, each)) for each in chunk]
-                found = [(each, decode(each, raw)) for each, raw in raws if raw is not None]
+                rows = [(each, decode(each, raw)) for each, raw in raws if raw is not None]
             else:  # nothing has changed since, so the current entities are those of the snapshot
                 stored = map(section.entities.__getitem__, chunk)
-                found = [
+                rows = [
                     (each, decode(each, section.normalized(each, raw)))
                     for each, raw in zip(chunk, stored, strict=True)
                 ]
-            yield found if everything else [row for row in found if matches(row[1])]
+            yield rows if everything else [row for row in rows if matches(row[1])]
             await asyncio.sleep(0)
