@@ -39,7 +39,7 @@ async def rewritten(data: bytes, collection: Collection | None, schema: Schema) 
         collection: the collection of the file; None for a file of several collections.
 
     Raises:
-        NotOurs: the file could not be converted; the caller parses it as it is.
+        OtherLayout: the file could not be converted; the caller parses it as it is.
     """
     if collection is not None and layout_of(collection, parse_object(data, "the file")) != "flat":
         raise OtherLayout

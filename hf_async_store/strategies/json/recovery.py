@@ -645,7 +645,7 @@ async def _load_lines(section: CollectionTable, data: bytes, start: int, *, trus
         The offset of the brace that ends the section.
 
     Raises:
-        NotOurs: the section has another layout, or contains an id twice.
+        OtherLayout: the section has another layout, or contains an id twice.
     """
     end = start
     for chunk in parse_lines(data, start, trusted=trusted):
@@ -719,7 +719,7 @@ async def parse_commit(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | N
     """Parse the payload of a COMMIT with one entity per line.
 
     Raises:
-        NotOurs: it has another layout.
+        OtherLayout: it has another layout.
     """
     images: dict[str, dict[str, bytes | None]] = {}
     section: dict[str, bytes | None] | None = None  # the section that is being parsed

@@ -249,7 +249,7 @@ def parse_lines(
     Yields the entities of each chunk and, last, the offset of the brace that ends the section.
 
     Raises:
-        NotOurs: the section has another layout, or a chunk contains an id twice.
+        OtherLayout: the section has another layout, or a chunk contains an id twice.
     """
     if data[start : start + 1] == b"}":
         yield start
@@ -276,7 +276,7 @@ def parse_chunk(lines: bytes, *, last: bool, trusted: bool) -> dict[str, StoredE
         last: these lines end the section, so no comma follows.
 
     Raises:
-        NotOurs: the lines have another layout, or contain an id twice.
+        OtherLayout: the lines have another layout, or contain an id twice.
     """
     if not last and not lines.endswith(b","):
         raise OtherLayout
