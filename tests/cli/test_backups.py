@@ -275,11 +275,11 @@ def test_a_migration_record_in_a_backup_is_not_followed(
         (
             b'{"machines": {"m-1":',
             4,
-            "b.json is not a valid backup: b.json is not what it should be",
+            "b.json is not a valid backup: b.json is not a valid JSON object",
         ),
         (b'{"machines": {"m-1": 5}}', 4, "b.json is not a valid backup: machines 'm-1' "),
         (b'{"machines": {"m-1": {"a": "\xff"}}}', 4, "b.json is not a valid backup: "),
-        (b"[]", 4, "b.json is not a valid backup: b.json is not what it should be, a JSON object"),
+        (b"[]", 4, "b.json is not a valid backup: b.json is not a valid JSON object"),
         (b"", 4, "b.json is not a valid backup: "),
         (b'{"storage": {}}', 2, "it holds 'storage', and none of templates, requests, machines"),
         (

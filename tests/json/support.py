@@ -58,7 +58,7 @@ async def reopened(folder: Path, layout: str = "single_file", **settings: Any) -
 
 async def abandon(store: JSONStorageStrategy) -> None:
     """Close without the final compaction, so that the files remain as if the process had died."""
-    store._json.folding.at_close = _nothing  # type: ignore[method-assign]
+    store._json.compactor.at_close = _nothing  # type: ignore[method-assign]
     await store.close()
 
 
@@ -68,7 +68,7 @@ async def _nothing() -> None:
 
 def never_folds(store: JSONStorageStrategy) -> None:
     """Disable automatic compactions, for tests of the contents of the journal."""
-    store._json.folding.consider = lambda: None  # type: ignore[method-assign]
+    store._json.compactor.consider = lambda: None  # type: ignore[method-assign]
 
 
 def without_times(stored: Stored) -> Stored:

@@ -128,7 +128,7 @@ async def test_91_a_backup_is_copied_over_a_closed_store(
     wanted = states[-1 - age]
     assert await reopened(tmp_path, layout) == wanted
     async with open_json(tmp_path, layout) as store:
-        assert "replaced by hand" in str((await store.health())["problems"])
+        assert "replaced manually" in str((await store.health())["problems"])
         assert await store.save_entity("templates", {"template_id": "new"}) == 1
         await store.checkpoint()
         assert (await store.health())["problems"] == []
@@ -678,7 +678,7 @@ async def test_91_a_file_is_replaced_during_a_compaction(
     """A compaction has written its files but not renamed them: it must not overwrite the replaced file."""
     await _pending(tmp_path, layout)
     async with _another_store(tmp_path, layout) as store:
-        folding = store._json.folding
+        folding = store._json.compactor
         real = folding._write
         fired: list[bool] = []
 

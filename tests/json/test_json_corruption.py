@@ -209,13 +209,13 @@ async def _refused_or_taken_over(folder: Path, layout: str, what: str) -> None:
     try:
         found = await whole(store)
     except CorruptionError as exc:
-        assert _names_cause_and_recovery(exc, folder) or "names itself" in str(exc), (
+        assert _names_cause_and_recovery(exc, folder) or "has another id" in str(exc), (
             f"{what}: {exc}"
         )
     else:
         assert found == _as_parsed(folder, layout), f"{what}: {found}"
         problems = (await store.health())["problems"]
-        assert "replaced by hand" in str(problems), f"{what}: {problems}"
+        assert "replaced manually" in str(problems), f"{what}: {problems}"
     finally:
         await abandon(store)
 

@@ -50,7 +50,7 @@ async def main():
             asyncio.create_task(store.save_entity("templates", {"template_id": f"w-{n}"}))
         await asyncio.sleep(0)
     if how == "folding":
-        store._json.folding._start()
+        store._json.compactor._start()
         await asyncio.sleep(0)
     if how == "transaction":
         tx = store.begin_transaction()
@@ -106,7 +106,7 @@ async def test_an_unreferenced_store_warns_and_closes_its_files(
     store = await open_json(tmp_path, layout).open()
     await store.save_entity(T, {"template_id": "t"})
     await store.checkpoint()
-    await store._json.folding.close()  # a pending timer would reference the store
+    await store._json.compactor.close()  # a pending timer would reference the store
     del store
     with pytest.warns(ResourceWarning, match="unclosed store"):
         gc.collect()

@@ -26,7 +26,7 @@ from hf_async_store import HOST_FACTORY
 from hf_async_store.errors import StorageError
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.journal import scan
-from hf_async_store.strategies.json.serializer import JSONSerializer, cut_object
+from hf_async_store.strategies.json.serializer import JSONSerializer, parse_object
 from hf_async_store.values import Entity
 from tests.json.support import abandon, never_folds, open_json, whole, without_times
 
@@ -336,7 +336,7 @@ def _fuzz_texts(examples: int) -> None:
         Tried.inputs += 1
         data = changed(text, changes)
         try:
-            members = cut_object(data, "it", once=True)
+            members = parse_object(data, "it", unique=True)
         except StorageError:
             return
         for name, raw in members.items():

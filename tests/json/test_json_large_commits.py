@@ -153,7 +153,7 @@ async def test_a_closed_snapshot_releases_its_data(tmp_path: Path) -> None:
         section = (await store._json.current()).sections["machines"]
         async with store.snapshot():
             await store.write_file(NEW)
-        assert not section._past
+        assert not section._deltas
         assert not section._garbage
 
 
@@ -236,14 +236,14 @@ async def test_a_record_on_one_line_is_followed(
     """A record in the format of an earlier version."""
 
     def on_one_line(images: journal.Images) -> list[bytes]:
-        return [b"".join(journal.commit_text(images)).replace(b"\n", b"")]
+        return [b"".join(journal.commit_payload(images)).replace(b"\n", b"")]
 
     store = await open_json(tmp_path).open()
     never_folds(
         store
     )  # after a compaction the journal has headers, in which a byte can be a newline
     await store.write_file(OLD)
-    monkeypatch.setattr(json_engine, "commit_text", on_one_line)
+    monkeypatch.setattr(json_engine, "commit_payload", on_one_line)
     await store.write_file(NEW)
     await abandon(store)
     assert b"\n" not in sorted(tmp_path.glob("*.journal.*"))[-1].read_bytes()[-100_000:]

@@ -30,7 +30,7 @@ from hf_async_store.strategies.json.journal import (
     Head,
     Kind,
     Seal,
-    commit_text,
+    commit_payload,
     control,
     read_commit,
     read_fold,
@@ -39,13 +39,13 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.recovery import cut_commit
+from hf_async_store.strategies.json.recovery import parse_commit
 from hf_async_store.strategies.json.serializer import (
-    Held,
-    NotOurs,
+    OtherLayout,
+    StoredEntity,
     compact,
-    cut_lines,
-    cut_object,
+    parse_lines,
+    parse_object,
     section_lines,
 )
 from hf_async_store.values import Entity, Value
@@ -240,21 +240,21 @@ def test_images_round_trip(images: dict[str, dict[str, Entity | None]]) -> None:
         }
         for name, section in images.items()
     }
-    text = b"".join(commit_text(iter_json))
+    text = b"".join(commit_payload(iter_json))
     assert read_commit(text) == iter_json
     for size in (1, 7, 40, len(text)):
         try:
-            assert asyncio.run(cut_commit(_blocks(text, size))) == iter_json
-        except NotOurs:
+            assert asyncio.run(parse_commit(_blocks(text, size))) == iter_json
+        except OtherLayout:
             assert not all(iter_json.values()), "only an empty section has another format"
 
 
 @pytest.mark.parametrize("missing", [b"{", b"},"])
 def test_a_commit_with_a_missing_brace_is_not_split(missing: bytes) -> None:
     entity = SERIALIZER.encode({"id": "x"}, 3)
-    payload = b"".join(commit_text({"one": {"x": entity}, "two": {"x": entity}}))
-    with pytest.raises(NotOurs):
-        asyncio.run(cut_commit([payload.replace(missing, b"", 1)]))
+    payload = b"".join(commit_payload({"one": {"x": entity}, "two": {"x": entity}}))
+    with pytest.raises(OtherLayout):
+        asyncio.run(parse_commit([payload.replace(missing, b"", 1)]))
 
 
 @given(
@@ -270,14 +270,14 @@ def test_a_commit_in_another_format_is_not_split(
         name: {each: SERIALIZER.encode({**entity, "id": each}, 3) for each, entity in some.items()}
         for name, some in images.items()
     }
-    text = bytearray(b"".join(commit_text(iter_json)))
+    text = bytearray(b"".join(commit_payload(iter_json)))
     place = data.draw(st.integers(0, len(text) - 1))
     text[place : place + data.draw(st.integers(0, 2))] = data.draw(
         st.sampled_from([b"", b"\n", b",", b"}", b"{", b"},", b"\n}", b' "'])
     )
     try:
-        found = asyncio.run(cut_commit(_blocks(bytes(text), 64)))
-    except (NotOurs, CorruptionError):
+        found = asyncio.run(parse_commit(_blocks(bytes(text), 64)))
+    except (OtherLayout, CorruptionError):
         return
     assert read_commit(bytes(text)) == found
 
@@ -408,10 +408,10 @@ def test_foreign_json_is_never_taken_for_canonical(
 # -- files of lines ---------------------------------------------------------------------------
 
 
-def _cut(text: bytes, *, ours: bool) -> tuple[dict[str, Held], int]:
-    found: dict[str, Held] = {}
+def _parse(text: bytes, *, trusted: bool) -> tuple[dict[str, StoredEntity], int]:
+    found: dict[str, StoredEntity] = {}
     end = 0
-    for piece in cut_lines(text, 2, ours=ours):
+    for piece in parse_lines(text, 2, trusted=trusted):
         if isinstance(piece, int):
             end = piece
         else:
@@ -428,7 +428,7 @@ def test_lines_are_split_as_they_were_written(
     text = b"{\n" + section_lines(images) + (b"\n" if images else b"") + b"}\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_async_store.strategies.json.serializer.CHUNK_BYTES", piece)
-        found, end = _cut(text, ours=ours)
+        found, end = _parse(text, trusted=ours)
     assert end == len(text) - 2
     assert {each: bytes(raw) for each, raw in found.items()} == images
     assert {type(raw) for raw in found.values()} <= {bytes if ours else msgspec.Raw}
@@ -448,8 +448,8 @@ def test_lines_are_split_as_they_were_written(
     ],
 )
 def test_other_formats_are_not_split_by_lines(text: bytes) -> None:
-    with pytest.raises(NotOurs):
-        _cut(text, ours=False)
+    with pytest.raises(OtherLayout):
+        _parse(text, trusted=False)
 
 
 @given(st.dictionaries(ids, values, max_size=6), st.sampled_from([None, 1]), st.data())
@@ -458,17 +458,17 @@ def test_a_duplicate_member_is_found(
     members: dict[str, Value], indent: int | None, data: Any
 ) -> None:
     text = json.dumps(members, indent=indent).encode()
-    assert cut_object(text, "it", once=True).keys() == members.keys()
+    assert parse_object(text, "it", unique=True).keys() == members.keys()
     if not members:
         return
     name = data.draw(st.sampled_from(sorted(members)))
     again = json.dumps({name: data.draw(values)}, indent=indent).encode()
     twice = text.rstrip()[:-1] + b"," + again.lstrip()[1:]
     with pytest.raises(CorruptionError, match="twice"):
-        cut_object(twice, "it", once=True)
+        parse_object(twice, "it", unique=True)
     first = again.rstrip()[:-1] + b"," + text.lstrip()[1:]
     with pytest.raises(CorruptionError, match="twice"):
-        cut_object(first, "it", once=True)
+        parse_object(first, "it", unique=True)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -478,12 +478,12 @@ def test_a_duplicate_member_is_found_among_many(place: int, odd: str, indent: in
     """The members are checked in chunks."""
     members = {f"m{each}{odd if each == 700 else ''}": {"n": each} for each in range(2000)}
     text = json.dumps(members, indent=indent).encode()
-    assert cut_object(text, "it", once=True).keys() == members.keys()
+    assert parse_object(text, "it", unique=True).keys() == members.keys()
     begin = text.index(b'"m%d"' % place)
     for name in ("m0", "m1", "m2", "m1000", "m1999"):
         again = json.dumps({name: {"n": place}}, indent=indent).encode()[1:-1].strip()
         with pytest.raises(CorruptionError, match="twice"):
-            cut_object(text[:begin] + again + b"," + text[begin:], "it", once=True)
+            parse_object(text[:begin] + again + b"," + text[begin:], "it", unique=True)
 
 
 @given(st.binary(max_size=30) | st.text('{}[]":,\\ tfn0e-.\n', max_size=30).map(str.encode))
@@ -496,7 +496,7 @@ def test_an_object_or_an_error(text: bytes) -> None:
     if not isinstance(expected, dict):
         return  # what is more lenient here is checked when an entity is first looked at
     try:
-        found = cut_object(text, "it")
+        found = parse_object(text, "it")
     except CorruptionError:
         assert any(
             isinstance(each, float) and not math.isfinite(each) for each in expected.values()
@@ -530,7 +530,7 @@ class _Model:
         for entity_id, (status, number) in foreign.items():
             entity = _entity(entity_id, status, number)
             self.entities[entity_id] = entity
-            self.section.held[entity_id] = msgspec.Raw(json.dumps(entity, indent=1).encode())
+            self.section.entities[entity_id] = msgspec.Raw(json.dumps(entity, indent=1).encode())
 
     def change(self, step: Step) -> None:
         kind, entity_id, status, number = step
@@ -541,7 +541,7 @@ class _Model:
         entity = _entity(entity_id, status, number)
         self.entities[entity_id] = entity
         images = {entity_id: SERIALIZER.encode(entity, 1)}
-        merged = {**self.section.held, **images} if kind == "swap" else None
+        merged = {**self.section.entities, **images} if kind == "swap" else None
         self.section.apply(images, merged)
 
     async def look(self, step: Step) -> None:
@@ -559,7 +559,7 @@ class _Model:
         }
 
     def check(self) -> None:
-        assert self.section.held.keys() == self.entities.keys()
+        assert self.section.entities.keys() == self.entities.keys()
         for entity_id, entity in self.entities.items():
             raw = self.section.canonical(entity_id)
             assert raw is not None
@@ -660,6 +660,11 @@ def test_indexes_are_correct_during_concurrent_changes(
 def _in_small_pieces(run: Any) -> None:
     """Chunks of two, so that with few entities the event loop runs often."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("_CHUNK_SIZE", 2), ("_SORT_CHUNK", 2), ("_MUCH", 5), ("_FEW", 1)):
+        for name, size in (
+            ("_CHUNK_SIZE", 2),
+            ("_SORT_CHUNK", 2),
+            ("_MIN_BULK_CHANGES", 5),
+            ("_MAX_INSERTIONS", 1),
+        ):
             patch.setattr(section_module, name, size)
         asyncio.run(run())

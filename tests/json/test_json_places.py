@@ -582,7 +582,7 @@ async def test_permanently_failing_compactions_leave_no_files_behind(
                 if count:
                     health = await store.health()
                     assert not health["ok"]
-                    assert "fold" in str(health["problems"])
+                    assert "compact" in str(health["problems"])
                 if count == 7:
                     with pytest.raises(StorageError) as caught:
                         await store.checkpoint()

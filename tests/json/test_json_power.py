@@ -330,7 +330,7 @@ async def test_82_a_failed_sync_is_detected_by_other_processes(tmp_path: Path, l
             assert await failing.line() == {"unknown": True}
             [journal] = journals(tmp_path)
             health = await store.health()
-            assert any("could not be brought" in str(each) for each in health["problems"])
+            assert any("a sync of" in str(each) for each in health["problems"])
             failing.say()
             await failing.process.wait()
         await store.save_entity("templates", {"template_id": "next"})

@@ -228,9 +228,9 @@ async def test_a_small_file_that_unpacks_to_a_huge_one(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         async with open_json(tmp_path, enable_compression=True) as store:
-            with pytest.raises(CorruptionError, match="unpacks to more than"):
+            with pytest.raises(CorruptionError, match="decompresses to more than"):
                 await store.get_entity(T, "t")
-            with pytest.raises(CorruptionError, match="unpacks to more than"):
+            with pytest.raises(CorruptionError, match="decompresses to more than"):
                 await store.save_entity(T, {"template_id": "t"})
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
     finally:
@@ -242,7 +242,7 @@ async def test_a_file_of_the_store_may_unpack_to_any_size(
 ) -> None:
     from hf_async_store.strategies.json import files
 
-    monkeypatch.setattr(files, "_UNPACKED_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "_MIN_DECOMPRESS_LIMIT", 1 << 10)
     entities = [{"template_id": f"t-{each}", "name": "a" * 300_000} for each in range(3)]
     async with open_json(tmp_path, enable_compression=True) as store:
         await store.save_entities(T, entities)
@@ -252,7 +252,7 @@ async def test_a_file_of_the_store_may_unpack_to_any_size(
     assert len((await reopened(tmp_path, enable_compression=True))[T]) == 3
     for each in journals(tmp_path):
         each.unlink()  # without the journal it is treated like a file of another program
-    with pytest.raises(CorruptionError, match="unpacks to more than"):
+    with pytest.raises(CorruptionError, match="decompresses to more than"):
         await reopened(tmp_path, enable_compression=True)
 
 

@@ -57,7 +57,7 @@ def managers(tmp_path: Path, no_poll_delay: None) -> Iterator[list[LockManager]]
 def assert_manager_free(manager: LockManager) -> None:
     assert_free(manager._tasks)
     assert_free(manager._gate)
-    assert (manager._main.held, manager._turn.held, manager._sharers) == (None, None, 0)
+    assert (manager._main.held, manager._turnstile.held, manager._sharers) == (None, None, 0)
 
 
 # -- random tasks ---------------------------------------------------------------------------

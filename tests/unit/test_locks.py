@@ -206,8 +206,8 @@ async def test_re_entry_upgrade_and_downgrade_are_refused_at_once(
             async with sections[wanted]():
                 pass
         assert str(caught.value) == (
-            f"this task already holds the lock of the store to {held}; "
-            f"to {wanted} as well, it would wait for itself"
+            f"this task already holds the lock of the store to {held}: "
+            f"acquiring it to {wanted} would wait for itself"
         )
         assert lock.holds() == held
     if other:
@@ -297,7 +297,7 @@ def test_outside_a_task_a_lock_is_refused() -> None:
         await settle()
 
     asyncio.run(main())
-    assert refused == ["locks are held by asyncio tasks, and this is not one"]
+    assert refused == ["a lock can be acquired and released only inside an asyncio task"]
     assert_free(lock)
 
 
@@ -417,9 +417,9 @@ async def test_a_timeout_and_a_hand_over_at_the_same_moment(granted_first: bool)
     promised = next(iter(lock._queue))
     if granted_first:
         lock.release_write()
-        lock._give_up(promised)
+        lock._expire(promised)
     else:
-        lock._give_up(promised)
+        lock._expire(promised)
         lock.release_write()
     await settle()
     assert victim.inside.is_set() is granted_first
@@ -439,7 +439,7 @@ async def test_a_cancellation_at_the_moment_of_the_timeout() -> None:
     await lock.acquire_write()
     victim = Visit(lock.writing(timeout=60))
     await settle()
-    lock._give_up(next(iter(lock._queue)))
+    lock._expire(next(iter(lock._queue)))
     await victim.cancelled()
     assert victim.task.cancelled()
     lock.release_write()
@@ -672,7 +672,7 @@ def manager(tmp_path: Path) -> Iterator[Callable[..., LockManager]]:
     yield make
     for each in made:
         assert not each._main.held
-        assert not each._turn.held
+        assert not each._turnstile.held
         assert_free(each._tasks)
         assert_free(each._gate)
         each.close()
@@ -716,7 +716,7 @@ async def test_managers_exclude_one_another(manager: Make, tmp_path: Path) -> No
                     pass
             assert str(caught.value) == (
                 f"the lock {path} was not free to {mode} within 0.01 s: "
-                "another process, or another store of this one, holds it"
+                "another process, or another store object of this process, holds it"
             )
     async with here.shared(), there.shared():
         with pytest.raises(LockTimeoutError):
@@ -942,7 +942,7 @@ async def test_lock_files_that_cannot_be_created(
             async with getattr(locker, mode)():
                 pass
         assert isinstance(caught.value.__cause__, OSError)
-        assert not locker._turn.held
+        assert not locker._turnstile.held
         assert_free(locker._tasks)
     async with getattr(locker, mode)():
         pass
@@ -1060,7 +1060,7 @@ asyncio.run(main())
 STAND_NEXT_IN_LINE = """
 async def main():
     waiting = asyncio.create_task(manager.exclusive().__aenter__())
-    while manager._turn.held is None:
+    while manager._turnstile.held is None:
         await asyncio.sleep(0.001)
     say("next")
     await waiting
