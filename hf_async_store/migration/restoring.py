@@ -68,7 +68,7 @@ async def restore_store(
         merge: how to treat entities that the store holds already (see `MergeRule`); None requires
             an empty store.
         leave_out: collections of the file that are not declared and are not restored.
-        advance: called with the number of entities that were written.
+        advance: called with the number of entities of each batch that is done.
 
     Raises:
         CorruptionError: the file is truncated or was altered, or an entity cannot be stored in any

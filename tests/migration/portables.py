@@ -8,7 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from hf_async_store.migration.backup_format import FORMAT, End, Header, Section, _file_digest, _stored_member
+from hf_async_store.migration.backup_format import (
+    FORMAT,
+    End,
+    Header,
+    Section,
+    _file_digest,
+    _stored_member,
+)
 from hf_async_store.migration.digest import Digest
 
 

@@ -186,7 +186,7 @@ async def test_files_are_not_written_by_who_has_not_heard_of_the_move(place: Pla
         # The move begins within the lease: nobody waits for it to be over yet.
         async with LiveMigration(source, target, collections=COLLECTIONS) as move:
             beginning = asyncio.create_task(move.start(cut_over=False))
-            while await move._read(move._source) is None:
+            while await move._read_state(move._source) is None:
                 await asyncio.sleep(0.01)
             with pytest.raises(StoreRelocatedError, match="write lock"):
                 await store.write_file({})
