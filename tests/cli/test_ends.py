@@ -278,13 +278,13 @@ def test_no_time_left(filled: Cli, words: list[str], unknown: bool) -> None:
 def test_no_time_left_among_many(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter([30.0])
 
-    def left(context: Context) -> float:
+    def remaining_time(context: Context) -> float:
         try:
             return next(calls)
         except StopIteration:
             raise OperationTimeoutError("late") from None
 
-    monkeypatch.setattr(Context, "left", left)
+    monkeypatch.setattr(Context, "remaining_time", remaining_time)
     ran = filled("put", "machines", "--timeout", "30", stdin=MANY)
     assert ran.code == 4
     assert ran.err.splitlines() == [

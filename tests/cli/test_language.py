@@ -198,7 +198,7 @@ def test_assignments_that_are_refused(words: list[str], removed: list[str], told
 )
 def test_json_that_is_put(text: bytes, places: list[str]) -> None:
     given = entities_of(text, "x")
-    assert [each.place for each in given] == places
+    assert [each.position for each in given] == places
     assert [each.entity for each in given] == [{"a": n} for n, _ in enumerate(given, 1)]
 
 
