@@ -47,7 +47,7 @@ def show_plain(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _columns(collection: Collection, rows: Sequence[Entity]) -> list[str]:
-    """The fields that are not null in all rows: declared ones in their order, then the others."""
+    """The fields that are not null in at least one row: declared ones in their order, then others."""
     used: dict[str, None] = {}
     for row in rows:
         used.update(dict.fromkeys(name for name, value in row.items() if value is not None))
