@@ -77,7 +77,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("hf-async-store: say what to do: init, put, get, ")
+    assert capsys.readouterr().err.startswith(
+        "hf-async-store: no command is given; the commands are init, put, get, "
+    )
     assert main(["gte"]) == 2
     assert "did you mean 'get'?" in capsys.readouterr().err
 
@@ -87,13 +89,16 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["get", "machines"],
-            "the following arguments are required: ID (hf-async-store get --help)",
+            "the following arguments are required: ID (see hf-async-store get --help)",
         ),
-        (["query", "machines", "--limit", "-1"], "argument --limit: expected a number >= 0"),
+        (["query", "machines", "--limit", "-1"], "argument --limit: expected an integer >= 0"),
         (["query", "machines", "--limit"], "argument --limit: expected one argument"),
         (["query", "machines", "--lim", "5"], "unrecognized arguments: --lim"),
-        (["get", "machines", "x", "--timeout", "0"], "expected seconds above 0, got '0'"),
-        (["get", "machines", "x", "--timeout", "nan"], "expected seconds above 0, got 'nan'"),
+        (["get", "machines", "x", "--timeout", "0"], "expected a number of seconds > 0, got '0'"),
+        (
+            ["get", "machines", "x", "--timeout", "nan"],
+            "expected a number of seconds > 0, got 'nan'",
+        ),
         (
             ["checkpoint", "--recover-from", "disk"],
             "argument --recover-from: invalid choice: 'disk'",
@@ -269,9 +274,9 @@ def test_no_time_left(filled: Cli, words: list[str], unknown: bool) -> None:
         ran = filled(*words, "--timeout", "2")
         assert time.monotonic() - began < 20  # the lock is waited for 30 s
     assert ran.code == 4
-    assert ran.message.startswith("not done within 2 s; ")
+    assert ran.message.startswith("not completed within 2 s; ")
     assert ("read before you write again" in ran.message) is unknown
-    assert ran.message.endswith("allow more with --timeout")
+    assert ran.message.endswith("allow more time with --timeout")
     assert filled("get", "machines", "m-1", "--timeout", "30").code == 0
 
 
@@ -288,8 +293,8 @@ def test_no_time_left_among_many(filled: Cli, monkeypatch: pytest.MonkeyPatch) -
     ran = filled("put", "machines", "--timeout", "30", stdin=MANY)
     assert ran.code == 4
     assert ran.err.splitlines() == [
-        "hf-async-store: 1,000 of 5,000 were stored before it ended",
-        "hf-async-store: not done within 30 s; allow more with --timeout",
+        "hf-async-store: 1,000 of 5,000 entities were stored before the command ended",
+        "hf-async-store: not completed within 30 s; allow more time with --timeout",
     ]
 
 
@@ -336,7 +341,8 @@ def test_a_file_in_the_place_of_the_folder(cli: Cli) -> None:
         assert ran.code == 4
         assert absolute("data") in ran.message
         assert ran.message.endswith(
-            "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+            "there is a file where a folder is needed, or the reverse: correct the path, or move the "
+            "file"
         )
     # Whether a store is there cannot be found out: that is not "not found".
     ran = cli("get", "machines", "m-1")
@@ -354,7 +360,7 @@ def test_a_folder_that_cannot_be_written(filled: Cli) -> None:
         assert filled("get", "machines", "m-1").code == 0
         ran = filled("put", "machines", '{"machine_id": "m-9"}')
         assert ran.code == 4
-        assert "look at the owner and mode of the files and of their folder" in ran.message
+        assert "check the owner and mode of the files and of their folder" in ran.message
     finally:
         Path("data").chmod(0o700)
 
@@ -382,8 +388,8 @@ def test_a_defect(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = cli("count", "machines")
     assert ran.code == 4
     assert ran.message == (
-        "a defect of this program, please report it: KeyError: 'what nobody foresaw' "
-        "(--verbose shows where)"
+        "this is a bug in hf-async-store, please report it: KeyError: 'what nobody foresaw' "
+        "(--verbose shows the traceback)"
     )
     assert "in broken" in cli("count", "machines", "--verbose").err
 

@@ -79,7 +79,7 @@ def test_the_first_put_says_that_it_made_a_store(engine: str, url: Url, cli: Cli
     place = url(engine)
     ran = cli("put", "templates", '{"template_id": "t-1"}', "--store", place)
     assert ran.code == 0
-    assert ran.message.startswith("note: a new store was made at ")
+    assert ran.message.startswith("note: a new store was created at ")
     assert cli("put", "templates", '{"template_id": "t-2"}', "--store", place).err == ""
     assert cli("count", "templates", "--store", place).out == "2\n"
 
@@ -89,7 +89,7 @@ def test_a_backup_that_is_not_there(cli: Cli) -> None:
     for words in (["verify", "gone.jsonl.gz"], ["restore", "gone.jsonl.gz"]):
         ran = cli(*words)
         assert ran.code == 1
-        assert "there is no backup gone.jsonl.gz" in ran.message
+        assert "the backup gone.jsonl.gz does not exist" in ran.message
 
 
 def test_a_pipe_is_no_backup(filled: Cli) -> None:
@@ -188,7 +188,7 @@ def test_a_backup_that_shrank_takes_no_good_one_away(left: int, cli: Cli) -> Non
     assert ran.code == 3
     assert ran.rows[0]["removed"] == []
     assert len(ran.rows[0]["spared"]) == 1
-    assert "hold far more than this one" in ran.message
+    assert "hold far more than the remaining ones" in ran.message
     assert "--allow-smaller" in ran.message
     # Night after night, the last good one stays.
     for _ in range(3):

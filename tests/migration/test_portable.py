@@ -174,7 +174,7 @@ async def test_what_is_no_backup_is_said_to_be_none(tmp_path: Path) -> None:
 async def test_a_new_name_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     async with opened("memory:") as store:
-        with pytest.raises(InvalidInputError, match="is there already"):
+        with pytest.raises(InvalidInputError, match="exists already"):
             await backup_store(store, path)
     assert [each.name for each in tmp_path.iterdir()] == ["b.jsonl.gz"]
 
