@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.errors import InvalidInputError, StorageError
-from hf_async_store.migration.merge import check_whole, name_of
+from hf_async_store.migration.merge import check_entity, name_of
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.query import build_query
 from hf_async_store.values import Entity, Key
@@ -87,7 +87,7 @@ class _Preflight:
         self.counts[declared.name] += len(chunk)
         for entity in chunk:
             try:
-                check_whole(declared, entity)
+                check_entity(declared, entity)
             except InvalidInputError as exc:
                 self._add_problem(f"{name_of(declared, entity)}: {exc}")
         if self._references:
