@@ -67,9 +67,9 @@ A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must ma
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
 
-A value is read as the declared type of its field. If the field is of type json, or not declared, the
-value is read as JSON if it is valid JSON, otherwise as a string: zone=7 compares with the number 7,
-zone:='"7"' with the string "7".
+A value is read as the declared type of its field. If the field is of type json, or not declared,
+the value is read as JSON if it is valid JSON, otherwise as a string: zone=7 compares with the
+number 7, zone:='"7"' with the string "7".
 """
 
 
@@ -234,8 +234,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--collections",
         metavar="MODULE:NAME",
-        help="your own collections: the Collection, or list of them, NAME in the Python module "
-        "MODULE, which is also searched in the working directory",
+        help="your own collections: NAME in the Python module MODULE is a Collection, or a list of "
+        "them; MODULE may be in the working directory",
     )
     group.add_argument(
         "--timeout", metavar="SECONDS", type=_seconds, help="fail after this number of seconds"
