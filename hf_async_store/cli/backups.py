@@ -48,34 +48,34 @@ def backup(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         with output.progress("backup", is_long=True):
-            made = await backup_store(
+            result = await backup_store(
                 store,
                 destination,
                 keep=arguments.keep,
                 allow_smaller=arguments.allow_smaller,
                 leave_out=arguments.leave_out,
             )
-        size = _bytes(Path(made.path))
+        size = _bytes(Path(result.path))
         done = {
-            "backup": made.path,
-            "entities": made.counts,
-            "digests": made.digests,
+            "backup": result.path,
+            "entities": result.counts,
+            "digests": result.digests,
             "bytes": size,
-            "removed": made.removed,
-            "spared": made.spared,
-            "left_out": made.left_out,
+            "removed": result.removed,
+            "spared": result.spared,
+            "left_out": result.left_out,
         }
-        shown = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
-        removed = f"; {len(made.removed)} older backups deleted" if made.removed else ""
-        output.result(arguments, done, f"{shown} in {made.path} ({size:,} bytes){removed}")
-        _log_left_out(made.left_out)
-        if made.spared:
+        shown = ", ".join(f"{count:,} {name}" for name, count in result.counts.items())
+        removed = f"; {len(result.removed)} older backups deleted" if result.removed else ""
+        output.result(arguments, done, f"{shown} in {result.path} ({size:,} bytes){removed}")
+        _log_left_out(result.left_out)
+        if result.spared:
             output.log_line(
-                f"{len(made.spared)} older backups were not deleted, because they hold far more "
+                f"{len(result.spared)} older backups were not deleted, because they hold far more "
                 "than the remaining ones. Check that this is the right store; if it is, repeat the "
-                f"command with --allow-smaller to delete them: {listed(made.spared)}"
+                f"command with --allow-smaller to delete them: {listed(result.spared)}"
             )
-        return CONFLICT if made.spared else 0
+        return CONFLICT if result.spared else 0
 
     return context.run(work, needs_store=True)
 
@@ -90,9 +90,9 @@ def _copy(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         with output.progress("backup", is_long=files.size() > _PROGRESS_BYTES):
-            made = await files.copy_out(target)
-        size = sum(each.stat().st_size for each in made)
-        done = {"backup": str(target), "files": [str(each) for each in made], "bytes": size}
+            created = await files.copy_out(target)
+        size = sum(each.stat().st_size for each in created)
+        done = {"backup": str(target), "files": [str(each) for each in created], "bytes": size}
         output.result(arguments, done, f"{context.location()} copied to {target} ({size:,} bytes)")
         return 0
 
