@@ -71,9 +71,10 @@ def backup(arguments: Namespace) -> int:
         _log_left_out(result.left_out)
         if result.spared:
             output.log_line(
-                f"{len(result.spared)} older backups were not deleted, because they hold far more "
-                "than the remaining ones. Check that this is the right store; if it is, repeat the "
-                f"command with --allow-smaller to delete them: {listed(result.spared)}"
+                f"{len(result.spared)} older backups were not deleted, because this backup, or each "
+                "remaining one, holds far less than an older one. Check that this is the right "
+                "store; if it is, repeat the command with --allow-smaller to delete them: "
+                + listed(result.spared)
             )
         return CONFLICT if result.spared else 0
 
@@ -81,7 +82,7 @@ def backup(arguments: Namespace) -> int:
 
 
 def _copy(arguments: Namespace) -> int:
-    """A copy of the data files, which is a JSON store itself."""
+    """Copy the data files; the copy is itself a JSON store."""
     if arguments.keep is not None:
         raise InvalidInputError("--keep cannot be combined with --copy")
     context = Context(arguments)

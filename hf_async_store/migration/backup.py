@@ -35,8 +35,9 @@ class BackupResult(msgspec.Struct, frozen=True):
         path: the path of the backup file.
         counts, digests: the number of entities and the digest of each collection.
         removed: older backups that were deleted because of `keep`.
-        spared: older backups that `keep` would have deleted, but that hold far more than the
-            backups that would remain; see `allow_smaller` of `backup_store`.
+        spared: older backups that `keep` would have deleted, but that were kept because this
+            backup, or each remaining one, holds far less than an older one; see `allow_smaller` of
+            `backup_store`.
         left_out: collections and fields of the store that are not in the backup, as requested.
     """
 
