@@ -198,7 +198,7 @@ class _Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "given twice")
+            raise argparse.ArgumentError(self, "it may be given only once")
         setattr(namespace, self.dest, values)
 
 
@@ -476,11 +476,11 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     )
     _add_merge(parser)
     _add_leave_out(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--dry-run", action="store_true", help="write nothing; report what the target would refuse"
     )
-    how.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    mode.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
 
 
 def _live_migrate(parser: argparse.ArgumentParser) -> None:

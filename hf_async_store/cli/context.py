@@ -181,15 +181,15 @@ async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
             await closing
 
 
-def path_of(text: str) -> Path:
+def path_of(argument: str) -> Path:
     """Convert an argument to a path. URLs are refused: their password would become part of a name.
 
     Raises:
         InvalidInputError: the argument is a URL.
     """
-    if "://" in text:
-        raise InvalidInputError(f"expected a path, not the URL {text}")
-    return Path(text)
+    if "://" in argument:
+        raise InvalidInputError(f"expected a path, not the URL {argument}")
+    return Path(argument)
 
 
 # -- configuration --------------------------------------------------------------------------

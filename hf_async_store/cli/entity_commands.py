@@ -156,14 +156,14 @@ class _Put:
         timeout = self._context.remaining_time()
         try:
             if self._create:
-                done = await store.create_entities(name, chunk, timeout=timeout)
+                versions = await store.create_entities(name, chunk, timeout=timeout)
             else:
                 expected = self._expected_versions(chunk)
-                done = await store.save_entities(name, chunk, expected, timeout=timeout)
+                versions = await store.save_entities(name, chunk, expected, timeout=timeout)
         except BatchError as exc:
             self._outcomes += exc.outcomes
         else:
-            self._outcomes += done
+            self._outcomes += versions
 
     def _expected_versions(self, chunk: list[dict[str, Any]]) -> dict[str, int | Expect] | None:
         if self._expected is None:
@@ -186,13 +186,13 @@ class _Put:
 
     def _finish(self) -> int:
         key = self._collection.key
-        done = [
+        stored = [
             {key: entity[key], VERSION: outcome}
             for entity, outcome in zip(self._entities, self._outcomes, strict=False)
             if not isinstance(outcome, StorageError)
         ]
-        self._show(done)
-        if len(done) == len(self._entities):
+        self._show(stored)
+        if len(stored) == len(self._entities):
             return 0
         errors = [each for each in self._outcomes if isinstance(each, StorageError)]
         if len(self._entities) == 1:
@@ -202,14 +202,16 @@ class _Put:
             output.log_line(f"{remaining:,} entities were not written")
         raise BatchError(f"{len(errors)} failed", self._outcomes) from errors[0]
 
-    def _show(self, done: list[dict[str, Any]]) -> None:
+    def _show(self, stored: list[dict[str, Any]]) -> None:
         if not output.for_people(self._context.arguments):
-            for each in done:
+            for each in stored:
                 output.json_line(each)
-        elif len(done) == 1:
-            output.line(f"{_named(self._collection, done[0])} stored, version {done[0][VERSION]}")
-        elif done:
-            output.line(f"{len(done):,} {self._collection.name} stored")
+        elif len(stored) == 1:
+            output.line(
+                f"{_named(self._collection, stored[0])} stored, version {stored[0][VERSION]}"
+            )
+        elif stored:
+            output.line(f"{len(stored):,} {self._collection.name} stored")
 
 
 def _named(collection: Collection, entity: dict[str, Any]) -> str:
@@ -250,7 +252,7 @@ def delete(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         expected = _expected(arguments)
         try:
-            done: Sequence[Any] = await store.delete_entities(
+            outcomes: Sequence[Any] = await store.delete_entities(
                 collection.name,
                 arguments.ids,
                 None if expected is ANY else {arguments.ids[0]: expected},
@@ -261,14 +263,14 @@ def delete(arguments: Namespace) -> int:
                 raise exc.outcomes[0] from exc
             _show_deleted(arguments, collection, exc.outcomes)
             raise
-        return _show_deleted(arguments, collection, done)
+        return _show_deleted(arguments, collection, outcomes)
 
     return context.run(work, writes=True, needs_store=True)
 
 
-def _show_deleted(arguments: Namespace, collection: Collection, done: Sequence[Any]) -> int:
+def _show_deleted(arguments: Namespace, collection: Collection, outcomes: Sequence[Any]) -> int:
     status = 0
-    for entity_id, outcome in zip(arguments.ids, done, strict=True):
+    for entity_id, outcome in zip(arguments.ids, outcomes, strict=True):
         if outcome is True:
             shown = {collection.key: entity_id, "deleted": True}
             output.result(arguments, shown, f"{_named(collection, shown)} deleted")

@@ -89,12 +89,12 @@ async def put(
     writer = _BatchWriter(store, collection, stored=stored, waiting=waiting)
     if rule is None:
         return Merged(written=len(entities) - len(await writer.write(entities, sizes=sizes)))
-    done = Merged()
+    merged = Merged()
     remaining = list(entities)
     for _ in range(_TRIES):
-        remaining = await _merge(writer, remaining, rule, done)
+        remaining = await _merge(writer, remaining, rule, merged)
         if not remaining:
-            return done
+            return merged
     raise MigrationError(
         f"{len(remaining):,} entities of {collection} were changed concurrently in each of {_TRIES} "
         "attempts to merge them; merge again when nothing else writes to the target"
@@ -102,7 +102,7 @@ async def put(
 
 
 async def _merge(
-    writer: _BatchWriter, entities: Sequence[Entity], rule: MergeRule, done: Merged
+    writer: _BatchWriter, entities: Sequence[Entity], rule: MergeRule, merged: Merged
 ) -> list[Entity]:
     """Merge a batch; returns the entities that were changed concurrently, which must be retried."""
     ids = writer.ids(entities)
@@ -113,18 +113,18 @@ async def _merge(
         if stored is None:
             expected[entity_id] = ABSENT
         elif canonical(stored) == canonical(entity):
-            done.unchanged += 1
+            merged.unchanged += 1
             continue
         elif replaces(entity, stored, rule):
             expected[entity_id] = cast("int", stored[VERSION])
         else:
-            done.kept += 1
+            merged.kept += 1
             continue
         incoming.append(entity)
     if not incoming:
         return []
     refused = await writer.write(incoming, expected, _CONFLICTS)
-    done.written += len(incoming) - len(refused)
+    merged.written += len(incoming) - len(refused)
     return [each for each, error in refused if isinstance(error, _CONFLICTS)]
 
 

@@ -105,7 +105,7 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["checkpoint", "--recover-from", "file", "--recover-from", "journal"],
-            "argument --recover-from: given twice",
+            "argument --recover-from: it may be given only once",
         ),
     ],
 )
