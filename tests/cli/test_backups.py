@@ -93,7 +93,7 @@ def test_backup_never_overwrites(filled: Cli) -> None:
     filled("backup", "--copy", "b.json")
     ran = filled("backup", "--copy", "b.json")
     assert ran.code == 2
-    assert ran.message == "b.json is there already; a backup needs a new name"
+    assert ran.message == "b.json exists already; a backup needs a new name"
 
 
 def test_backup_of_split_files(cli: Cli) -> None:
@@ -121,7 +121,7 @@ def test_an_invalid_destination(filled: Cli) -> None:
     assert ran.code == 4
     assert "cannot write data/db.json/b.json: " in ran.message
     assert ran.message.endswith(
-        "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+        "there is a file where a folder is needed, or the reverse: correct the path, or move the file"
     )
 
 
@@ -281,7 +281,11 @@ def test_a_migration_record_in_a_backup_is_not_followed(
         (b'{"machines": {"m-1": {"a": "\xff"}}}', 4, "b.json is not a valid backup: "),
         (b"[]", 4, "b.json is not a valid backup: b.json is not a valid JSON object"),
         (b"", 4, "b.json is not a valid backup: "),
-        (b'{"storage": {}}', 2, "it holds 'storage', and none of templates, requests, machines"),
+        (
+            b'{"storage": {}}',
+            2,
+            "it holds 'storage', but none of the collections templates, requests, machines",
+        ),
         (
             b'{"machines": {"m-1": {"status": 5}}}',
             2,
@@ -308,12 +312,13 @@ def test_a_backup_that_is_not_there(filled: Cli) -> None:
     ran = filled("restore", "nope.json")
     assert ran.code == 1
     assert ran.message == (
-        "there is no backup nope.json; `hf-async-store backups` lists what the store kept"
+        "the backup nope.json does not exist; `hf-async-store backups` lists the backups that a "
+        "JSON store has kept"
     )
     Path("empty").mkdir()
     ran = filled("restore", "empty")
     assert ran.code == 2
-    assert "it holds none of templates.json, requests.json, machines.json" in ran.message
+    assert "it holds none of the files templates.json, requests.json, machines.json" in ran.message
 
 
 def test_undeclared_collections_are_not_left_out_silently(filled: Cli) -> None:
@@ -321,7 +326,7 @@ def test_undeclared_collections_are_not_left_out_silently(filled: Cli) -> None:
     before = state(filled)
     ran = filled("restore", "b.json")
     assert ran.code == 2
-    assert "b.json holds what no collection declares: 'orders'; nothing was changed" in ran.message
+    assert "b.json holds undeclared collections: 'orders'; nothing was changed" in ran.message
     assert "--leave-out NAME" in ran.message
     assert state(filled) == before
     ran = filled("restore", "b.json", "--leave-out", "orders")
@@ -480,4 +485,4 @@ def test_no_backups_yet(cli: Cli) -> None:
     cli("init")
     ran = cli("backups")
     assert (ran.code, ran.out) == (0, "")
-    assert ran.message == "data/db.json has kept no backups yet"
+    assert ran.message == "data/db.json has not kept any backup yet"

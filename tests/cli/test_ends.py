@@ -77,7 +77,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("hf-async-store: say what to do: init, put, get, ")
+    assert capsys.readouterr().err.startswith(
+        "hf-async-store: no command is given; the commands are init, put, get, "
+    )
     assert main(["gte"]) == 2
     assert "did you mean 'get'?" in capsys.readouterr().err
 
@@ -87,20 +89,23 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["get", "machines"],
-            "the following arguments are required: ID (hf-async-store get --help)",
+            "the following arguments are required: ID (see hf-async-store get --help)",
         ),
-        (["query", "machines", "--limit", "-1"], "argument --limit: expected a number >= 0"),
+        (["query", "machines", "--limit", "-1"], "argument --limit: expected an integer >= 0"),
         (["query", "machines", "--limit"], "argument --limit: expected one argument"),
         (["query", "machines", "--lim", "5"], "unrecognized arguments: --lim"),
-        (["get", "machines", "x", "--timeout", "0"], "expected seconds above 0, got '0'"),
-        (["get", "machines", "x", "--timeout", "nan"], "expected seconds above 0, got 'nan'"),
+        (["get", "machines", "x", "--timeout", "0"], "expected a number of seconds > 0, got '0'"),
+        (
+            ["get", "machines", "x", "--timeout", "nan"],
+            "expected a number of seconds > 0, got 'nan'",
+        ),
         (
             ["checkpoint", "--recover-from", "disk"],
             "argument --recover-from: invalid choice: 'disk'",
         ),
         (
             ["checkpoint", "--recover-from", "file", "--recover-from", "journal"],
-            "argument --recover-from: given twice",
+            "argument --recover-from: it may be given only once",
         ),
     ],
 )
@@ -267,27 +272,27 @@ def test_a_timeout(filled: Cli, words: list[str], unknown: bool) -> None:
         ran = filled(*words, "--timeout", "2")
         assert time.monotonic() - began < 20  # the lock timeout is 30 s
     assert ran.code == 4
-    assert ran.message.startswith("not done within 2 s; ")
+    assert ran.message.startswith("not completed within 2 s; ")
     assert ("read before you write again" in ran.message) is unknown
-    assert ran.message.endswith("allow more with --timeout")
+    assert ran.message.endswith("allow more time with --timeout")
     assert filled("get", "machines", "m-1", "--timeout", "30").code == 0
 
 
 def test_a_timeout_between_batches(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter([30.0])
 
-    def left(context: Context) -> float:
+    def remaining_time(context: Context) -> float:
         try:
             return next(calls)
         except StopIteration:
             raise OperationTimeoutError("late") from None
 
-    monkeypatch.setattr(Context, "left", left)
+    monkeypatch.setattr(Context, "remaining_time", remaining_time)
     ran = filled("put", "machines", "--timeout", "30", stdin=MANY)
     assert ran.code == 4
     assert ran.err.splitlines() == [
-        "hf-async-store: 1,000 of 5,000 were stored before it ended",
-        "hf-async-store: not done within 30 s; allow more with --timeout",
+        "hf-async-store: 1,000 of 5,000 entities were stored before the command ended",
+        "hf-async-store: not completed within 30 s; allow more time with --timeout",
     ]
 
 
@@ -334,7 +339,8 @@ def test_a_file_with_the_name_of_the_folder(cli: Cli) -> None:
         assert ran.code == 4
         assert absolute("data") in ran.message
         assert ran.message.endswith(
-            "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+            "there is a file where a folder is needed, or the reverse: correct the path, or move the "
+            "file"
         )
     # It cannot be determined whether the store exists: this is not "not found".
     ran = cli("get", "machines", "m-1")
@@ -352,7 +358,7 @@ def test_a_folder_that_cannot_be_written(filled: Cli) -> None:
         assert filled("get", "machines", "m-1").code == 0
         ran = filled("put", "machines", '{"machine_id": "m-9"}')
         assert ran.code == 4
-        assert "look at the owner and mode of the files and of their folder" in ran.message
+        assert "check the owner and mode of the files and of their folder" in ran.message
     finally:
         Path("data").chmod(0o700)
 
@@ -380,8 +386,8 @@ def test_an_unexpected_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> N
     ran = cli("count", "machines")
     assert ran.code == 4
     assert ran.message == (
-        "a defect of this program, please report it: KeyError: 'what nobody foresaw' "
-        "(--verbose shows where)"
+        "this is a bug in hf-async-store, please report it: KeyError: 'what nobody foresaw' "
+        "(--verbose shows the traceback)"
     )
     assert "in broken" in cli("count", "machines", "--verbose").err
 

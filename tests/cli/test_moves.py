@@ -231,8 +231,8 @@ def test_plain_lines_without_a_terminal(
             bars.advance("machines", 10_000)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "hf-async-store: machines: 30,000 of 100,000 (6,000/s, 12 s left)",
-        "hf-async-store: machines: 50,000 of 100,000 (4,545/s, 11 s left)",
+        "hf-async-store: machines: 30,000 of 100,000 (6,000/s, 12 s remaining)",
+        "hf-async-store: machines: 50,000 of 100,000 (4,545/s, 11 s remaining)",
     ]
 
 

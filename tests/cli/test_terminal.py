@@ -74,7 +74,7 @@ def test_a_narrow_terminal() -> None:
     heading, first, _, *last = plain(seen)
     assert heading.split() == ["request_id", "machine_count", "status", "zone", "version"]
     assert first.split() == ["r-1", "3", "PENDING", "1"]
-    assert " ".join(last).startswith("2 rows; no room for completed_at, tags, ")
+    assert " ".join(last).startswith("2 rows; not shown for lack of space: completed_at, tags, ")
 
 
 def test_long_strings_are_truncated_and_wide_ones_aligned(cli: Cli) -> None:
@@ -117,10 +117,14 @@ def test_json_lines_also_on_a_terminal() -> None:
         (["update", "machines", "m-1", "name=x"], 0, "machines m-1 updated, version 2\n"),
         (["delete", "machines", "m-1"], 0, "machines m-1 deleted\n"),
         (["count", "machines"], 0, "3\n"),
-        (["init"], 0, "data/db.json: is there already, nothing to do\n"),
-        (["checkpoint"], 0, "data/db.json: everything is in the data files\n"),
+        (["init"], 0, "data/db.json: exists already, nothing to do\n"),
+        (["checkpoint"], 0, "data/db.json: all commits are in the data files\n"),
         (["backup", "--copy", "b.json"], 0, "data/db.json copied to b.json ("),
-        (["restore", "data/db.json"], 0, "data/db.json holds what data/db.json does: 1 templates,"),
+        (
+            ["restore", "data/db.json"],
+            0,
+            "data/db.json was restored from data/db.json: 1 templates,",
+        ),
         (["describe"], 0, '{\n  "engine": "json",'),
     ],
 )

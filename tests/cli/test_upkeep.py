@@ -149,7 +149,9 @@ def test_checkpoint_of_another_engine(cli: Cli) -> None:
     for command in (["checkpoint"], ["backup", "--copy"], ["backups"], ["restore", "x"]):
         ran = cli(*command, "--store", "memory:")
         assert ran.code == 2
-        assert ran.message == "this command is for JSON stores; here is the engine memory"
+        assert ran.message == (
+            "this command is only for JSON stores; the engine of this store is memory"
+        )
 
 
 # -- which store ----------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_a_configuration_that_is_wrong(cli: Cli, text: str, told: str) -> None:
 
 def test_other_ways_to_name_a_store_wrongly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     both = cli("count", "machines", "--store", "json:x.json", "--config", "c.json")
-    assert (both.code, both.message) == (2, "give --store or --config, not both")
+    assert (both.code, both.message) == (2, "give either --store or --config, not both")
     missing = cli("count", "machines", "--config", "c.json")
     assert (missing.code, missing.message[:37]) == (2, "no such configuration file 'c.json'; ")
     typo = cli("count", "machines", "--store", "jsn:x.json")
@@ -263,8 +265,8 @@ def test_collections_of_ones_own(cli: Cli) -> None:
         ("mine", "--collections 'mine': expected MODULE:NAME"),
         ("nope:ALL", "ModuleNotFoundError: No module named 'nope'"),
         ("mine:NOPE", "AttributeError: module 'mine' has no attribute 'NOPE'"),
-        ("mine:TEXT", "TEXT is no list of Collection, but str"),
-        ("mine:EMPTY", "EMPTY is no list of Collection, but list"),
+        ("mine:TEXT", "TEXT to be a Collection or a non-empty list of Collection, got str"),
+        ("mine:EMPTY", "EMPTY to be a Collection or a non-empty list of Collection, got list"),
     ],
 )
 def test_collections_that_cannot_be_loaded(cli: Cli, named: str, told: str) -> None:

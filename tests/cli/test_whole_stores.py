@@ -81,7 +81,7 @@ def test_the_first_put_reports_that_it_created_a_store(engine: str, url: Url, cl
     place = url(engine)
     ran = cli("put", "templates", '{"template_id": "t-1"}', "--store", place)
     assert ran.code == 0
-    assert ran.message.startswith("note: a new store was made at ")
+    assert ran.message.startswith("note: a new store was created at ")
     assert cli("put", "templates", '{"template_id": "t-2"}', "--store", place).err == ""
     assert cli("count", "templates", "--store", place).out == "2\n"
 
@@ -91,7 +91,7 @@ def test_a_backup_that_is_not_there(cli: Cli) -> None:
     for words in (["verify", "gone.jsonl.gz"], ["restore", "gone.jsonl.gz"]):
         ran = cli(*words)
         assert ran.code == 1
-        assert "there is no backup gone.jsonl.gz" in ran.message
+        assert "the backup gone.jsonl.gz does not exist" in ran.message
 
 
 def test_a_pipe_is_refused_as_a_backup(filled: Cli) -> None:
@@ -190,7 +190,7 @@ def test_a_much_smaller_backup_removes_no_older_one(left: int, cli: Cli) -> None
     assert ran.code == 3
     assert ran.rows[0]["removed"] == []
     assert len(ran.rows[0]["spared"]) == 1
-    assert "hold far more than this one" in ran.message
+    assert "holds far less than an older one" in ran.message
     assert "--allow-smaller" in ran.message
     # After many backups, the last good one is still kept.
     for _ in range(3):

@@ -209,8 +209,8 @@ def _kill() -> None:
 
 def kill_at(step: str) -> None:
     """Let this process kill itself at a step of the migration, exactly at a write."""
-    begin, bring, repair = LiveMigration._begin, LiveMigration._apply_markers, LiveMigration._repair
-    change, verify, copy = LiveMigration._change, LiveMigration._verify, LiveMigration._copy
+    begin, bring, repair = LiveMigration._begin, LiveMigration._copy_keys, LiveMigration._repair
+    change, verify, copy = LiveMigration._change_state, LiveMigration._verify, LiveMigration._copy
     enter, forget = LiveMigration.__aenter__, LiveMigration._cleanup
     brought = records = 0
     forgetting = False
@@ -290,10 +290,10 @@ def kill_at(step: str) -> None:
     LiveMigration.__aenter__ = entered  # type: ignore[assignment,method-assign]
     LiveMigration._cleanup = forgot  # type: ignore[method-assign]
     LiveMigration._begin = begun  # type: ignore[method-assign]
-    LiveMigration._apply_markers = bringing  # type: ignore[method-assign]
+    LiveMigration._copy_keys = bringing  # type: ignore[method-assign]
     LiveMigration._copy = copied  # type: ignore[method-assign]
     LiveMigration._repair = repaired  # type: ignore[method-assign]
-    LiveMigration._change = changed  # type: ignore[method-assign]
+    LiveMigration._change_state = changed  # type: ignore[method-assign]
     LiveMigration._verify = verified  # type: ignore[method-assign]
 
 

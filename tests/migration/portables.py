@@ -8,7 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from hf_async_store.migration.backup_format import FORMAT, End, Header, Section, _sealed, _stored
+from hf_async_store.migration.backup_format import (
+    FORMAT,
+    End,
+    Header,
+    Section,
+    _file_digest,
+    _stored_member,
+)
 from hf_async_store.migration.digest import Digest
 
 
@@ -27,9 +34,9 @@ def write_by_hand(path: Path, sections: Mapping[str, Sequence[bytes]], *, level:
     for name, lines in sections.items():
         body.append(pack.compress(msgspec.json.encode(name) + b"\n"))
         body += [pack.compress(each + b"\n") for each in lines]
-    end = End({name: str(each) for name, each in digests.items()}, _sealed(head, digests))
+    end = End({name: str(each) for name, each in digests.items()}, _file_digest(head, digests))
     body.append(pack.compress(msgspec.json.encode(["end", end]) + b"\n"))
-    path.write_bytes(_stored(head) + b"".join(body) + pack.flush())
+    path.write_bytes(_stored_member(head) + b"".join(body) + pack.flush())
     return path
 
 

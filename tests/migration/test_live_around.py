@@ -186,7 +186,7 @@ async def test_files_are_not_written_by_a_store_unaware_of_the_migration(place: 
         # The migration starts during the lease, and does not wait for its end yet.
         async with LiveMigration(source, target, collections=COLLECTIONS) as move:
             beginning = asyncio.create_task(move.start(cut_over=False))
-            while await move._read(move._source) is None:
+            while await move._read_state(move._source) is None:
                 await asyncio.sleep(0.01)
             with pytest.raises(StoreRelocatedError, match="write lock"):
                 await store.write_file({})

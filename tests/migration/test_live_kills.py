@@ -90,7 +90,7 @@ async def one_side_counts(source: str, target: str, name: str) -> str:
 
 async def phase_of(source: str, target: str) -> str | None:
     async with LiveMigration(source, target, collections=COLLECTIONS) as move:
-        record = await move._read(move._source)
+        record = await move._read_state(move._source)
         return None if record is None else record.phase
 
 

@@ -266,7 +266,7 @@ async def test_78_nothing_to_resume_is_reported(tmp_path: Path) -> None:
         ({"data": 1, "version": 5}, ["items 'odd-4' differs in version"]),
         ({"data": 1, "more": None}, ["items 'odd-4' differs in more"]),
         (None, ["items 'odd-4' is missing in the target"]),
-        ({"item_id": "stranger"}, ["items 'stranger' is extra"]),
+        ({"item_id": "stranger"}, ["items 'stranger' is in the target only"]),
     ],
 )
 async def test_79_differences_are_found_and_named(
@@ -317,7 +317,7 @@ async def test_80_an_invalid_value_leaves_the_source_unchanged(tmp_path: Path) -
         assert "'x-17'" in report.problems[0]
         assert "things.size is declared integer" in report.problems[0]
         assert await target.count_entities("things") == 0
-        with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
+        with pytest.raises(MigrationError, match=r"source is unchanged.*resume") as caught:
             await tool.migrate()
         assert isinstance(caught.value.__cause__, InvalidFieldError)
         # It is named as in the dry run, and not by its position in a batch.
@@ -449,7 +449,7 @@ async def test_80_a_target_whose_server_dies_midway(
 
             with monkeypatch.context() as patch:
                 patch.setattr(copier, "put", dying)
-                with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
+                with pytest.raises(MigrationError, match=r"source is unchanged.*resume") as caught:
                     await tool.migrate()
             assert all(isinstance(each, StorageError) for each in _chain(caught.value)[:2])
             assert await everything(source) == before

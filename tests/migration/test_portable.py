@@ -174,7 +174,7 @@ async def test_files_that_are_no_backup_are_refused(tmp_path: Path) -> None:
 async def test_an_existing_backup_is_not_overwritten(tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     async with opened("memory:") as store:
-        with pytest.raises(InvalidInputError, match="is there already"):
+        with pytest.raises(InvalidInputError, match="exists already"):
             await backup_store(store, path)
     assert [each.name for each in tmp_path.iterdir()] == ["b.jsonl.gz"]
 

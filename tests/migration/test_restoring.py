@@ -39,26 +39,26 @@ UNREADABLE = {
     "a number that is none": (b'{"template_id":"z","x":1e999}', "entity 5,001 of templates"),
     "nested deep": (
         b'{"template_id":"z","x":' + b"[" * 5000 + b"]" * 5000 + b"}",
-        "entity 5,001 of templates is nested too deep",
+        "entity 5,001 of templates is nested too deeply",
     ),
     "nested deeper than a value may be": (
         b'{"template_id":"z","x":' + b"[" * 40 + b"]" * 40 + b"}",
-        "templates 'z' can be stored nowhere",
+        "templates 'z' cannot be stored in any store",
     ),
     "no UTF-8": (b'{"template_id":"z","x":"\xff"}', "entity 5,001 of templates"),
     "a lone surrogate": (b'{"template_id":"z","x":"\\ud800"}', "templates"),
     "a long number": (b'{"template_id":"z","x":' + b"9" * 30 + b"}", "templates"),
-    "no key": (b'{"x":1}', "templates None can be stored nowhere"),
-    "a key that is none": (b'{"template_id":7}', "templates 7 can be stored nowhere"),
-    "an empty key": (b'{"template_id":""}', "templates '' can be stored nowhere"),
+    "no key": (b'{"x":1}', "templates None cannot be stored in any store"),
+    "a key that is none": (b'{"template_id":7}', "templates 7 cannot be stored in any store"),
+    "an empty key": (b'{"template_id":""}', "templates '' cannot be stored in any store"),
     "a version that is none": (b'{"template_id":"z","version":-1}', "templates 'z'"),
     "a version of text": (b'{"template_id":"z","version":"1"}', "templates 'z'"),
     "too large": (b'{"template_id":"z","x":"' + b"y" * 500_000 + b'"}', "templates 'z'"),
     "far too large": (
         b'{"template_id":"z","x":[' + b"[]," * 1_200_000 + b"1]}",
-        "longer than any can be",
+        "exceeds the maximum size",
     ),
-    "the same id again": (GOOD[-1], "comes twice, or not in the order of ids"),
+    "the same id again": (GOOD[-1], "occurs twice, or the entities are not sorted by id"),
     "no JSON": (b'{"template_id":"z"', "entity 5,001 of templates"),
 }
 
@@ -112,7 +112,7 @@ async def test_81_a_missing_parent_is_found_before_anything_is_written(
     async with opened(place(kind, "a")) as store:
         with pytest.raises(ReferenceViolationError) as caught:
             await restore_store(store, path)
-        assert "machines 'm-1': request_id names 'gone'" in str(caught.value)
+        assert "machines 'm-1': request_id refers to requests 'gone'" in str(caught.value)
         assert "nothing was written" in str(caught.value)
         assert not any((await everything(store)).values())
         # The parent exists in the store already: then the backup can be restored.
@@ -213,7 +213,7 @@ async def test_a_file_that_changes_after_its_verification(
 
     monkeypatch.setattr(restoring_module, "read_portable", replaced)
     async with open_store("memory:") as store:
-        with pytest.raises(MigrationError, match="ended before its end") as caught:
+        with pytest.raises(MigrationError, match="is incomplete") as caught:
             await restore_store(store, path)
         assert "nothing was" not in str(caught.value)
 
@@ -283,7 +283,7 @@ async def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     assert not is_portable(path)
-    with pytest.raises(InvalidInputError, match="is no file"):
+    with pytest.raises(InvalidInputError, match="is not a regular file"):
         await check_portable(path)
 
 
