@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
+    from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
 
@@ -29,7 +30,7 @@ class MemoryHarness:
     """Every store is empty at first, and loses its data when it is closed."""
 
     def __init__(self) -> None:
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -54,7 +55,7 @@ class JSONHarness:
     def __init__(self, tmp_path: Path, name: str) -> None:
         self._path = tmp_path / "data" / name
         self._folder = self._path.parent if name.endswith(".json") else self._path
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -92,7 +93,7 @@ class SQLiteHarness:
 
     def __init__(self, tmp_path: Path) -> None:
         self._path = tmp_path / "data" / "store.db"
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -126,7 +127,7 @@ class PostgreSQLHarness:
     def __init__(self, server: PostgresServer, *, options: str = "") -> None:
         self._server = server
         self._url = server.database(options)
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -238,7 +239,7 @@ class DynamoDBHarness:
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._prefix = f"t{secrets.token_hex(6)}"
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
         proxy.requests.clear()
         proxy.looks.clear()
 
@@ -287,3 +288,14 @@ def _opened(
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_CAPABILITIES: Final[dict[type, Capabilities]] = {}
+
+
+def _capabilities_of(harness: Harness) -> Capabilities:
+    """The capabilities of an engine; a store is made for them once, because that takes 10 to 20 ms."""
+    kind = type(harness)
+    if kind not in _CAPABILITIES:
+        _CAPABILITIES[kind] = harness.store().capabilities
+    return _CAPABILITIES[kind]
