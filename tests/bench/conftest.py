@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import Measure
+from faulty_systems import Measure
 
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load, SystemUnderTest

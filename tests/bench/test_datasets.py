@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from planted import Measure, system
+from faulty_systems import Measure, system
 
 from hf_async_store_bench import resource_usage
 from hf_async_store_bench.dataset_cache import DatasetCache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from planted import Measure
+from faulty_systems import Measure
 
 from hf_async_store_bench import executor, scenarios, targets
 from hf_async_store_bench.messages import Measurement

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_async_store.errors import LockTimeoutError
-from tests.json.crew import Member, together
+from tests.json.process_roles import Member, together
 from tests.json.support import (
     LAYOUTS,
     abandon,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from live_crew import ACCOUNTS, BALANCE, COLLECTIONS, COUNTERS, STEPS, fill, hurry
+from live_applications import ACCOUNTS, BALANCE, COLLECTIONS, COUNTERS, STEPS, fill, hurry
 from support import KINDS, place_of
 
 from hf_async_store import (
@@ -33,7 +33,7 @@ from hf_async_store_bench.acked_writes import AckedWrites
 if TYPE_CHECKING:
     from conftest import Place
 
-CREW = [sys.executable, str(Path(__file__).with_name("live_crew.py"))]
+CREW = [sys.executable, str(Path(__file__).with_name("live_applications.py"))]
 _SHORT = {("json-single", "postgresql")}
 PAIRS = [
     each if each in _SHORT else pytest.param(*each, marks=pytest.mark.long)

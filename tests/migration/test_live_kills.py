@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from live_crew import COLLECTIONS
+from live_applications import COLLECTIONS
 from support import place_of
 from test_live import Crew, audit, crew, moved, mover, prepared, short_leases
 

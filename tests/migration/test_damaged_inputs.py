@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backup_files import write_by_hand
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from portables import write_by_hand
 from support import fill, opened
 
 from hf_async_store import HOST_FACTORY, StorageError, open_store

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from live_crew import COLLECTIONS
+from live_applications import COLLECTIONS
 from support import place_of
 from test_live import prepared, short_leases
 

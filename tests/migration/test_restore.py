@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from portables import line, write_by_hand
+from backup_files import line, write_by_hand
 from support import KINDS, everything, opened
 
 from hf_async_store import (

@@ -1,6 +1,6 @@
 """Processes that use one JSON store at the same time.
 
-    python -m tests.json.crew ROLE '{"folder": ..., "layout": ..., "settings": {}, ...}'
+    python -m tests.json.process_roles ROLE '{"folder": ..., "layout": ..., "settings": {}, ...}'
 
 Each process opens the store, prints "ready", waits for a line, runs its role, and prints the result
 as one line of JSON. The roles are the functions below.
@@ -33,7 +33,7 @@ class Member:
 
     def __init__(self, role: str, folder: Path, layout: str, **arguments: Any) -> None:
         self._command = [
-            *(sys.executable, "-m", "tests.json.crew", role),
+            *(sys.executable, "-m", "tests.json.process_roles", role),
             json.dumps({"folder": str(folder), "layout": layout, **arguments}),
         ]
         self._process: asyncio.subprocess.Process | None = None

@@ -1,7 +1,7 @@
 """Processes that run during a live migration: applications, and migration processes that get killed.
 
-    python live_crew.py work URL NOTES SEED [OTHER]  until its stdin is closed; may move to OTHER
-    python live_crew.py move ACTION SOURCE TARGET [KILL_AT]
+    python live_applications.py work URL NOTES SEED [OTHER]  until its stdin is closed; may move to OTHER
+    python live_applications.py move ACTION SOURCE TARGET [KILL_AT]
 
 An application records each acknowledged write as a JSON line before it continues. A migration process
 kills itself (SIGKILL) at the named step.

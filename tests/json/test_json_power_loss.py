@@ -27,7 +27,7 @@ from hf_async_store.strategies.json.journal import (
     scan,
 )
 from tests.json.crash_driver import WORKLOADS, model
-from tests.json.crew import Member
+from tests.json.process_roles import Member
 from tests.json.support import (
     LAYOUTS,
     WHOLE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from planted import Measure, system
+from faulty_systems import Measure, system
 
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.systems import chosen
