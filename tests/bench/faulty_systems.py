@@ -24,7 +24,7 @@ def system(fault: str, role: Role = "strategy") -> SystemUnderTest:
         name=fault,
         role=role,
         engine="memory",
-        adapter=f"planted:{fault}",
+        adapter=f"faulty_systems:{fault}",
         needs="nothing",
         url="memory:",
     )
