@@ -273,7 +273,7 @@ def moto(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     "given",
     [
-        True,
+        pytest.param(True, marks=pytest.mark.long),
         {
             "enabled": True,
             "min_read_capacity": 2,
