@@ -7,16 +7,13 @@ outcome in addition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
 from hf_async_store import StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 class AckedWrites(msgspec.Struct, array_like=True):
@@ -66,6 +63,12 @@ class AckedWrites(msgspec.Struct, array_like=True):
 
 AckedByEntity: TypeAlias = dict[str, AckedWrites]
 """By id. What all processes wrote together is what the store has to show at the end."""
+
+
+def add_all(acked: AckedByEntity, others: AckedByEntity) -> None:
+    """Count what another process wrote."""
+    for name, other in others.items():
+        acked.setdefault(name, AckedWrites()).add(other)
 
 
 @contextmanager

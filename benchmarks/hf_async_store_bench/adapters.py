@@ -1,7 +1,4 @@
-"""What is measured, behind one small interface: a store, a baseline, a competitor.
-
-An adapter has no method for what its system cannot do: a workload asks by protocol.
-"""
+"""What is measured, behind one small interface: a store, a baseline, a competitor."""
 
 from __future__ import annotations
 
@@ -9,16 +6,13 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
-from hf_async_store import open_store
+from hf_async_store import StorageStrategy, open_store
 from hf_async_store_bench.data import TEMPLATE, Entity, batches, transaction_limit
-from hf_async_store_bench.messages import WrongAnswerError
+from hf_async_store_bench.messages import Environment, WrongAnswerError
 
-if TYPE_CHECKING:
-    from hf_async_store import StorageStrategy
-    from hf_async_store_bench.messages import Environment
-
+_ASKED = {"template_id": "t-1", "status": "PENDING", "request_type": "acquire"}
 _BATCH = 10_000
 _IMPORTED = 1000
 _CALL = 100
@@ -26,7 +20,18 @@ _CALL = 100
 
 
 class Adapter(Protocol):
-    """Open, filled, used, read back, closed."""
+    """Open, filled, used, read back, closed.
+
+    An adapter has these methods in addition, each where its system can do that; a workload asks for
+    what it needs by name:
+
+        get(id), save(machine), update(id, fields): one machine.
+        create(machine): refused if it is there.
+        save_many(machines), create_many(machines): each for itself.
+        import_many(machines): new machines as they are, as when data is loaded in bulk.
+        acquire(request, machines): all of them, or none.
+        run_process(id): a whole process that shows one machine.
+    """
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:
@@ -46,66 +51,6 @@ class Adapter(Protocol):
         ...
 
 
-@runtime_checkable
-class Gets(Protocol):
-    async def get(self, machine: str) -> Mapping[str, Any] | None: ...
-
-
-@runtime_checkable
-class Saves(Protocol):
-    async def save(self, machine: Entity) -> None: ...
-
-
-@runtime_checkable
-class GetsAndSaves(Gets, Saves, Protocol):
-    pass
-
-
-@runtime_checkable
-class Creates(Protocol):
-    async def create(self, machine: Entity) -> None:
-        """Refused if it is there."""
-        ...
-
-
-@runtime_checkable
-class Updates(Protocol):
-    async def update(self, machine: str, fields: Entity) -> None:
-        """Some fields of a machine that is there."""
-        ...
-
-
-@runtime_checkable
-class SavesMany(Protocol):
-    async def save_many(self, machines: Sequence[Entity]) -> None: ...
-
-
-@runtime_checkable
-class CreatesMany(Protocol):
-    async def create_many(self, machines: Sequence[Entity]) -> None: ...
-
-
-@runtime_checkable
-class ImportsMany(Protocol):
-    async def import_many(self, machines: Sequence[Entity]) -> None:
-        """New machines as they are, as when data is loaded in bulk."""
-        ...
-
-
-@runtime_checkable
-class RunsProcesses(Protocol):
-    async def run_process(self, machine: str) -> None:
-        """A whole process that shows one machine."""
-        ...
-
-
-@runtime_checkable
-class Acquires(Protocol):
-    async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
-        """A request and its machines: all of them, or none."""
-        ...
-
-
 class StoreAdapter:
     """A store of the product, by its URL."""
 
@@ -118,21 +63,18 @@ class StoreAdapter:
     async def open(cls, environment: Environment) -> Self:
         return cls(await open_store(environment.url).open(), environment.url)
 
+    @property
+    def is_apart(self) -> bool:
+        """Its data is not in this process alone: it can be opened once more."""
+        return self.store.capabilities.durable or self.store.capabilities.multi_process
+
     async def close(self) -> None:
         await self.store.close()
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         await self.store.save_entity("templates", TEMPLATE)
-        requests = {
-            each["request_id"]: {
-                "request_id": each["request_id"],
-                "template_id": "t-1",
-                "status": "PENDING",
-                "request_type": "acquire",
-            }
-            for each in machines
-        }
-        await self.store.save_entities("requests", list(requests.values()))
+        ids = dict.fromkeys(each["request_id"] for each in machines)
+        await self.store.save_entities("requests", [{"request_id": i, **_ASKED} for i in ids])
         for batch in batches(machines, _BATCH):
             await self.store.create_entities("machines", batch)
 
@@ -166,8 +108,7 @@ class StoreAdapter:
 
     async def run_process(self, machine: str) -> None:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "hf_async_store", "get", "machines", machine, "--json"),
+            *(sys.executable, "-m", "hf_async_store", "get", "machines", machine, "--json"),
             env={**os.environ, "HF_ASYNC_STORE": self._url},
             stdout=asyncio.subprocess.PIPE,
         )
@@ -181,16 +122,11 @@ class StoreAdapter:
             async with self.store.begin_transaction() as tx:
                 await tx.create_entity("requests", request)
                 await tx.create_entities("machines", machines)
-        else:
-            await self._acquire_in_batches(request, machines)
-
-    async def _acquire_in_batches(self, request: Entity, machines: Sequence[Entity]) -> None:
+            return
         version = await self.store.create_entity("requests", {**request, "status": "creating"})
         for batch in batches(machines, _CALL):
             await self.store.create_entities("machines", batch)
         await self.store.update_entity(
-            "requests",
-            str(request["request_id"]),
-            {"status": request["status"]},
+            *("requests", request["request_id"], {"status": request["status"]}),
             expected_version=version,
         )

@@ -15,6 +15,11 @@ def shown(value: float) -> str:
     return f"{rounded:g}" if rounded >= 0.0001 or not rounded else f"{rounded:.9f}".rstrip("0")
 
 
+def range_shown(low: float, high: float) -> str:
+    """From one to the other."""
+    return f"{shown(low)} .. {shown(high)}"
+
+
 def time_shown(seconds: float) -> str:
     """In the unit that fits."""
     if seconds >= 1:
@@ -29,3 +34,8 @@ def bytes_shown(count: float) -> str:
             return f"{shown(count)} {unit}"
         count /= 1000
     return f"{shown(count)} GB"
+
+
+def change_shown(ratio: float, digits: int = 0) -> str:
+    """A ratio as the percentage by which something changed."""
+    return f"{(ratio - 1) * 100:+.{digits}f}" if math.isfinite(ratio) else "?"

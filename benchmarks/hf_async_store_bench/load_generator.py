@@ -7,15 +7,12 @@ at which it began. So a store that stalls cannot hide what it kept waiting.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from hf_async_store import ConcurrencyConflictError
+from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.messages import RoundStats, WrongAnswerError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
 
 _MILLISECOND: Final = 1_000_000
 _MAX_SHOWN: Final = 10
@@ -46,7 +43,7 @@ async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:
             if perf_counter() >= until:
                 return
 
-    await _side_by_side(run, slots)
+    await side_by_side(run, range(slots))
     stats.seconds = perf_counter() - started
     return stats
 
@@ -54,12 +51,12 @@ async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:
 async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> RoundStats:
     """`rate` operations a second, evenly; each waits for a free slot if the store falls behind."""
     stats = RoundStats()
-    arrivals = _Arrivals()
+    due: asyncio.Queue[int | None] = asyncio.Queue()
     started = perf_counter_ns()
     ended = started + int(seconds * _PATIENCE * 1e9)
 
     async def run(slot: int) -> None:
-        while (intended := await arrivals.next()) is not None:
+        while (intended := await due.get()) is not None:
             if perf_counter_ns() < ended:
                 await _attempt(work, slot, stats, intended)
             else:
@@ -69,43 +66,15 @@ async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> Roun
     async def dispatch() -> None:
         clock = _Clock()
         for number in range(max(1, int(seconds * rate))):
-            arrivals.add(await clock.until(started + int(number / rate * 1e9)))
-        arrivals.end()
+            due.put_nowait(await clock.until(started + int(number / rate * 1e9)))
+        for _ in range(slots):
+            due.put_nowait(None)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(dispatch())
-        group.create_task(_side_by_side(run, slots))
+        group.create_task(side_by_side(run, range(slots)))
     stats.seconds = (perf_counter_ns() - started) / 1e9
     return stats
-
-
-class _Arrivals:
-    """What is due and has not begun. Lighter than a queue: this is paid for every operation."""
-
-    def __init__(self) -> None:
-        self._due: deque[int] = deque()
-        self._idle: deque[asyncio.Future[int | None]] = deque()
-        self._ended = False
-
-    def add(self, intended: int) -> None:
-        if self._idle:
-            self._idle.popleft().set_result(intended)
-        else:
-            self._due.append(intended)
-
-    def end(self) -> None:
-        self._ended = True
-        for each in self._idle:
-            each.set_result(None)
-
-    async def next(self) -> int | None:
-        if self._due:
-            return self._due.popleft()
-        if self._ended:
-            return None
-        waiting: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        self._idle.append(waiting)
-        return await waiting
 
 
 class _Clock:
@@ -143,9 +112,3 @@ async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> N
         stats.operations += 1
         stats.units += units
         stats.latencies.record(perf_counter_ns() - intended)
-
-
-async def _side_by_side(run: Callable[[int], Coroutine[None, None, None]], slots: int) -> None:
-    async with asyncio.TaskGroup() as group:
-        for slot in range(slots):
-            group.create_task(run(slot))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from hf_async_store_bench.acked_writes import AckedByEntity
 from hf_async_store_bench.histogram import Histogram
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.adapters import Adapter
 
 Role: TypeAlias = Literal["strategy", "baseline", "competitor"]
 Needs: TypeAlias = Literal["nothing", "folder", "postgres", "dynamodb"]
@@ -25,7 +23,7 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         role: an engine of the product (or a user's own store), hand-written code on the same driver,
             or what others use instead.
         engine: which engine it is, is the baseline of, or is an alternative to.
-        adapter: `module:class` of its `Adapter`, imported only by the process that measures it.
+        adapter: `module:class` of its `Adapter`; the docstring says how a baseline is made.
         needs: what its data is stored in.
         package: what must be installed, by the name that it is imported by.
         blocking: each call blocks the whole process, so one task can do all that it is able to.
@@ -33,7 +31,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         nondurable_query: added to a strategy's URL when acknowledged writes need not be durable.
         copied: its data can be copied as a folder or a database.
         max_entities: more than this number its server cannot hold, for the reason behind it.
-        made: of a baseline, what it does and how it was written.
         source: a checkout whose product is measured instead of the installed one.
     """
 
@@ -48,7 +45,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     nondurable_query: str = ""
     copied: bool = True
     max_entities: tuple[int, str] | None = None
-    made: str = ""
     source: str = ""
 
     def url_of(self, **values: str) -> str:
@@ -58,10 +54,10 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
             url = url.replace("{" + name + "}", value)
         return url
 
-    def load(self) -> type[Adapter]:
+    def load(self) -> Any:
         """The class of its adapter, imported now."""
         module, _, name = self.adapter.partition(":")
-        return cast("type[Adapter]", getattr(import_module(module), name))
+        return getattr(import_module(module), name)
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,9 +103,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         tasks = "1 task" if self.tasks == 1 else f"{self.tasks} tasks"
         mixed = f" {self.reads}/{100 - self.reads}" if self.workload == "mixed" else ""
         burst = f" of {self.burst}" if self.burst != 1000 else ""
-        return f"{self.workload}{mixed}{burst}, {tasks}" + (
-            f" in each of {self.processes} processes" if self.processes > 1 else ""
-        )
+        processes = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.workload}{mixed}{burst}, {tasks}{processes}"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,21 +156,35 @@ class RoundStats(msgspec.Struct, kw_only=True):
         """Entities a second."""
         return self.units / self.seconds if self.seconds else 0.0
 
-    def add(self, other: RoundStats) -> None:
-        """Count what another process did at the same time."""
-        for name in ("operations", "units", "conflicts", "retries", "unserved", "processor"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.memory += other.memory
-        self.seconds = max(self.seconds, other.seconds)
-        for name, count in other.errors.items():
-            self.errors[name] = self.errors.get(name, 0) + count
-        self.wrong += other.wrong
-        if other.written is not None:
-            self.written = (self.written or 0) + other.written
-        self.latencies.add(other.latencies)
+    @classmethod
+    def together(cls, parts: Iterable[RoundStats]) -> RoundStats:
+        """What several processes did at the same time, or one in several rounds."""
+        whole = cls()
+        for part in parts:
+            for name in _SUMMED:
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+            whole.seconds = max(whole.seconds, part.seconds)
+            for name, count in part.errors.items():
+                whole.errors[name] = whole.errors.get(name, 0) + count
+            if part.written is not None:
+                whole.written = (whole.written or 0) + part.written
+            whole.latencies.add(part.latencies)
+        return whole
 
 
-class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+_SUMMED = (
+    "operations",
+    "units",
+    "conflicts",
+    "retries",
+    "wrong",
+    "unserved",
+    "processor",
+    "memory",
+)
+
+
+class Measurement(msgspec.Struct, frozen=True):
     """One figure of a scenario: a value of each round, and the bound that was promised, if any."""
 
     what: str
@@ -191,12 +200,12 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         do: load the data (one process alone); open it; run a round; stop and tell what was
             acknowledged; verify that of all processes (one process alone); or measure a scenario.
-        workload: what to open it for, where that is another than the plan's; or the scenario.
+        workload: what to open it for; or the scenario.
         rate: operations a second at fixed times (open loop); None: as fast as they are answered.
     """
 
     do: Literal["load", "open", "run", "stop", "verify", "scenario"]
-    workload: str | None = None
+    workload: str = ""
     seconds: float = 0.0
     rate: float | None = None
     acked: AckedByEntity = {}
@@ -221,31 +230,19 @@ class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
     refused: str | None = None
     skipped: str | None = None
     apart: bool = False
-    stats: RoundStats | None = None
-    acked: AckedByEntity | None = None
-    verification: VerificationResult | None = None
-    measurements: list[Measurement] | None = None
+    stats: RoundStats = msgspec.field(default_factory=RoundStats)
+    acked: AckedByEntity = {}
+    verification: VerificationResult = VerificationResult(0, [])
+    measurements: list[Measurement] = []
 
 
 def encode(message: object) -> bytes:
     """As one line of JSON, without its end."""
-    return msgspec.json.encode(message, enc_hook=_encode_histogram)
+    return msgspec.json.encode(message, enc_hook=Histogram.encoded)
 
 
 def decode(line: bytes, kind: type[_Any]) -> _Any:
     """Raises:
     msgspec.MsgspecError: it is no such message.
     """
-    return msgspec.json.decode(line, type=kind, dec_hook=_decode_histogram)
-
-
-def _encode_histogram(value: object) -> object:
-    if isinstance(value, Histogram):
-        return value.encoded()
-    raise NotImplementedError(type(value))
-
-
-def _decode_histogram(kind: type, value: Any) -> object:
-    if kind is Histogram:
-        return Histogram(value)
-    raise NotImplementedError(kind)
+    return msgspec.json.decode(line, type=kind, dec_hook=lambda _, text: Histogram(text))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self, cast
 
@@ -24,42 +23,42 @@ class LineProcess:
         self._errors = errors
         self._stdin = cast("asyncio.StreamWriter", process.stdin)
         self._stdout = cast("asyncio.StreamReader", process.stdout)
+        self.pid = process.pid
 
     @classmethod
-    async def start(cls, command: Sequence[str], errors: Path, source: str = "") -> Self:
-        """Run a module of Python.
+    async def start(cls, role: str, first: bytes, errors: Path, source: str = "") -> Self:
+        """Start a worker.
 
         Args:
-            command: the module and its arguments.
+            role: as `__main__` knows it.
+            first: the line that it is told first.
             errors: the file that its stderr is appended to.
             source: a folder that comes first where modules are looked for.
         """
         paths = [source, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        environment["PYTHONSAFEPATH"] = "1"  # else the working directory would come before that
+        # PYTHONSAFEPATH: else the working directory would come before the source.
+        changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
         with errors.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                *command,
+                *(sys.executable, "-m", "hf_async_store_bench", role),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
                 limit=_LINE,
                 start_new_session=True,
-                env=environment if source else None,
+                env={**os.environ, **changed} if source else None,
             )
-        return cls(process, errors)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        started = cls(process, errors)
+        started.tell(first)
+        return started
 
     @property
     def is_running(self) -> bool:
+        """It has not ended."""
         return self._process.returncode is None
 
     def tell(self, line: bytes) -> None:
+        """Give it a line."""
         if not self._stdin.is_closing():
             self._stdin.write(line + b"\n")
 
@@ -77,9 +76,11 @@ class LineProcess:
             return b""
 
     async def wait(self) -> int:
+        """Its exit code."""
         return await self._process.wait()
 
     def kill(self) -> None:
+        """End it as a loss of power would: no handler of its own runs."""
         if self.is_running:
             self._process.kill()
 
@@ -98,3 +99,8 @@ class LineProcess:
         """The end of what it wrote to stderr."""
         said = self._errors.read_text(errors="replace") if self._errors.exists() else ""
         return said.strip()[-_LAST_WORDS:] or "it said nothing"
+
+
+async def next_line() -> bytes:
+    """In such a process, what it is told next; empty at the end."""
+    return await asyncio.to_thread(sys.stdin.buffer.readline)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
-from hf_async_store_bench.formatting import bytes_shown, shown, time_shown
+from hf_async_store_bench.environments import Environments
+from hf_async_store_bench.formatting import bytes_shown, range_shown, shown, time_shown
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.results import Cell, Skipped
 from hf_async_store_bench.run import Run, Told
@@ -15,11 +17,6 @@ from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.systems import STRATEGIES
 from hf_async_store_bench.tables import Table
 from hf_async_store_bench.tables import as_text as table_as_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from hf_async_store_bench.environments import Environments
 
 _MOST_ENTITIES: Final = 50_000
 """More take too long to fill in; what grows with them is measured at two sizes and extrapolated."""
@@ -201,7 +198,7 @@ def as_text(advice: Advice) -> str:
         (
             each.engine,
             shown(each.rate),
-            f"{shown(each.low)} .. {shown(each.high)}",
+            range_shown(each.low, each.high),
             time_shown(each.p50),
             time_shown(each.p99),
             bytes_shown(each.memory),

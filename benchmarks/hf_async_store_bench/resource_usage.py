@@ -26,19 +26,8 @@ _BYTES_ACKED: Final = slice(120, 128)
 _PROCESSORS: Final = Path("/proc/cpuinfo")
 _SYNCS: Final = 100
 _PACKAGES: Final = (
-    "hf_async_store",
-    "msgspec",
-    "aiosqlite",
-    "sqlalchemy",
-    "asyncpg",
-    "aiobotocore",
-    "tinydb",
-    "diskcache",
-    "py-key-value-aio",
-    "advanced-alchemy",
-    "aiodynamo",
-    "pydynox",
-    "orb-py",
+    *("hf_async_store", "msgspec", "aiosqlite", "sqlalchemy", "asyncpg", "aiobotocore", "tinydb"),
+    *("diskcache", "py-key-value-aio", "advanced-alchemy", "aiodynamo", "pydynox", "orb-py"),
 )
 
 
@@ -121,10 +110,8 @@ def versions() -> dict[str, str]:
     """Of Python and of everything that is measured and installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

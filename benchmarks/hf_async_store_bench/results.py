@@ -47,16 +47,14 @@ class Cell(msgspec.Struct, kw_only=True):
         return statistics.median(self.rates) if self.rounds else 0.0
 
     @property
+    def together(self) -> RoundStats:
+        """All rounds as one."""
+        return RoundStats.together(self.rounds)
+
+    @property
     def errors(self) -> dict[str, int]:
-        return _merged([*self.rounds, *self.steady]).errors
-
-    @property
-    def conflicts(self) -> int:
-        return _merged(self.rounds).conflicts
-
-    @property
-    def retries(self) -> int:
-        return _merged(self.rounds).retries
+        """Of all rounds, by the name of the exception."""
+        return RoundStats.together([*self.rounds, *self.steady]).errors
 
     @property
     def processor(self) -> float:
@@ -75,14 +73,9 @@ class Cell(msgspec.Struct, kw_only=True):
         return statistics.median(each) if each else None
 
     @property
-    def busy(self) -> Histogram:
-        """Latencies as fast as it answered."""
-        return _merged(self.rounds).latencies
-
-    @property
     def calm(self) -> Histogram:
         """Latencies at about half of that speed, counted from when each operation was due."""
-        return _merged(self.steady).latencies
+        return RoundStats.together(self.steady).latencies
 
 
 class Point(msgspec.Struct, kw_only=True, frozen=True):
@@ -162,18 +155,16 @@ class Results(msgspec.Struct, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """Everything for which the run fails: lost writes, wrong answers, workers that broke."""
-        found = list(self.broken)
-        for cell in self.cells:
-            where = f"{cell.system}: {cell.load.name}"
-            found += [f"{where}: {each}" for each in cell.failures]
-        return found
+        lost = [
+            f"{cell.system}: {cell.load.name}: {each}"
+            for cell in self.cells
+            for each in cell.failures
+        ]
+        return [*self.broken, *lost]
 
     def cell(self, system: str, load: str) -> Cell | None:
         """By the names of both."""
-        for each in self.cells:
-            if each.system == system and each.load.name == load and each.rounds:
-                return each
-        return None
+        return next((each for each in self.of(load) if each.system == system), None)
 
     @property
     def loads(self) -> list[str]:
@@ -204,16 +195,10 @@ class Results(msgspec.Struct, kw_only=True):
 
 def ratio(of: Cell, to: Cell) -> Interval | None:
     """How many times as fast `of` is, over the rounds that both have."""
-    pairs = list(zip(of.rates, to.rates, strict=False))
-    return ratio_of_pairs([one for one, _ in pairs], [other for _, other in pairs])
+    both = min(len(of.rounds), len(to.rounds))
+    return ratio_of_pairs(of.rates[:both], to.rates[:both])
 
 
 def cell_of(system: SystemUnderTest, load: Load, unit: str) -> Cell:
+    """An empty one."""
     return Cell(system=system.name, role=system.role, engine=system.engine, load=load, unit=unit)
-
-
-def _merged(all_stats: list[RoundStats]) -> RoundStats:
-    merged = RoundStats()
-    for each in all_stats:
-        merged.add(each)
-    return merged

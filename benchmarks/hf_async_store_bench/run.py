@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeAlias, TypeVar
 
 from hf_async_store_bench import resource_usage
+from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.executor import Executor
+from hf_async_store_bench.messages import Load, SystemUnderTest
 from hf_async_store_bench.results import Cell, Results, cell_of
 from hf_async_store_bench.scaling import Scaling
 from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.statistics import uncertainty
 from hf_async_store_bench.systems import missing
+from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.environments import Environments
-    from hf_async_store_bench.messages import Load, SystemUnderTest
-    from hf_async_store_bench.settings import Settings
-    from hf_async_store_bench.worker_group import WorkerGroup
 
 _SURE: Final = 0.03
 """Half of an interval, as a part of the figure: narrower it need not become."""
@@ -40,7 +39,14 @@ _LOADS_SHARE: Final = 0.75
 
 _NO_TIME: Final = "no time was left"
 
-Told = Callable[[str], None]
+Told: TypeAlias = Callable[[str], None]
+_Part = TypeVar("_Part")
+
+
+def tell(text: str) -> None:
+    """Say what happens now."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 class Run:
@@ -70,6 +76,7 @@ class Run:
         self._systems = [each for each in systems if self._is_here(each)]
 
     async def whole(self) -> Results:
+        """Measure all that there is time for."""
         results = self.results
         before = resource_usage.load_average()
         results.machine = await asyncio.to_thread(resource_usage.machine)
@@ -97,28 +104,33 @@ class Run:
     # -- visits ------------------------------------------------------------------------------
 
     async def _visit_all(self) -> None:
-        """Each load once; what one does not need of its share of the time is for the others."""
+        """Each load once."""
+        first = self._settings.first_share
         weights = {each: len(self._systems_of(each)) for each in self._settings.loads}
-        for load in self._settings.loads:
-            if self._spent() > self._budget * max(self._settings.first_share, _LOADS_SHARE):
+        for load, seconds in self._shares(weights, self._budget * first):
+            if self._spent() > self._budget * max(first, _LOADS_SHARE):
                 self._executor.skip(load.name, _NO_TIME)
-                continue
-            left = max(self._budget * self._settings.first_share - self._spent(), 0.0)
-            share = weights[load] / max(sum(weights.values()), 1)
-            del weights[load]
-            await self._visit(load, left * share if share else left)
+            else:
+                await self._visit(load, seconds)
 
     async def _sweep_all(self) -> None:
-        """Each sweep once; what one does not need of its share of the time is for the others."""
+        """Each sweep once."""
         strategies = [each for each in self._systems if each.role == "strategy"]
-        shares = {each: each.share for each in self._settings.series}
-        until = self._budget * (self._settings.first_share + sum(shares.values()))
-        for series in self._settings.series:
-            left = max(min(until, self._budget) - self._spent(), 0.0)
-            seconds = left * series.share / sum(shares.values())
-            del shares[series]
+        weights = {each: each.share for each in self._settings.series}
+        part = min(self._settings.first_share + sum(weights.values()), 1.0)
+        for series, seconds in self._shares(weights, self._budget * part):
             growth = Scaling(series, strategies, self._executor, seconds)
             self.results.sweeps += await growth.measured(self._tell)
+
+    def _shares(
+        self, weights: Mapping[_Part, float], until: float
+    ) -> Iterator[tuple[_Part, float]]:
+        """Each part with its seconds; what one does not need of them is for the others."""
+        total = sum(weights.values())
+        for part, weight in weights.items():
+            left = max(until - self._spent(), 0.0)
+            yield part, left * weight / total if weight else left
+            total -= weight
 
     async def _measure_scenarios(self) -> None:
         """Each as far as there is time for it."""
@@ -149,7 +161,8 @@ class Run:
 
     def _unsure(self, load: Load) -> float:
         """By how much a typical figure of the load may be wrong, as a part of it."""
-        found = sorted(uncertainty(each.rates) for each in self._cells[load].values() if each.rate)
+        cells = self._cells.get(load, {}).values()
+        found = sorted(uncertainty(each.rates) for each in cells if each.rate)
         return found[len(found) // 2] if found else 0.0
 
     async def _visit(self, load: Load, seconds: float) -> None:
@@ -158,7 +171,7 @@ class Run:
         Args:
             seconds: for all of it; one round is done in any case.
         """
-        began = self._spent()
+        began = time.monotonic()
         systems = self._systems_of(load)
         again = load in self._visits
         self._tell(f"{load.name}: {len(systems)} systems{', again' if again else ''}")
@@ -168,13 +181,12 @@ class Run:
                 self._executor.skip(load.name, "there is nothing here to measure it on")
             for group, cell in turns:
                 await self._executor.warm_up(group, cell)
-            until = self._started + began + seconds
-            await self._rounds(turns, until)
+            await self._rounds(turns, began + seconds)
             if not again:
-                await self._steady_rounds(load, turns, until)
+                await self._steady_rounds(load, turns, began + seconds)
             for group, cell in turns:
                 await self._executor.verify(group, cell)
-        self._visits.setdefault(load, []).append(self._spent() - began)
+        self._visits.setdefault(load, []).append(time.monotonic() - began)
 
     async def _rounds(self, turns: Sequence[tuple[WorkerGroup, Cell]], until: float) -> None:
         for number in range(self._settings.rounds):
@@ -191,14 +203,12 @@ class Run:
         self, load: Load, turns: Sequence[tuple[WorkerGroup, Cell]], until: float
     ) -> None:
         """Of the engines in any case, of the others as far as there is time."""
-        skipped = False
         for group, cell in sorted(turns, key=lambda each: each[1].role != "strategy"):
             if cell.role == "strategy" or time.monotonic() < until:
                 await self._executor.steady_round(group, cell)
             else:
-                skipped = True
-        if skipped:
-            self._executor.skip(f"{load.name}: latencies of baselines and competitors", _NO_TIME)
+                what = f"{load.name}: latencies of baselines and competitors"
+                self._executor.skip(what, _NO_TIME)
 
     def _cell(self, group: WorkerGroup) -> Cell:
         cells = self._cells.setdefault(group.load, {})
@@ -206,12 +216,12 @@ class Run:
         return cells.setdefault(group.system.name, cell_of(group.system, group.load, unit))
 
     def _systems_of(self, load: Load) -> list[SystemUnderTest]:
-        needs, compared = WORKLOADS[load.workload].needs, self._settings.compared
+        """Those that can do it, and the competitors only in one process: they promise no more."""
+        workload, compared = WORKLOADS[load.workload], self._settings.compared
         return [
             each
             for each in self._systems
-            if issubclass(each.load(), needs)
+            if workload.can_measure(each.load())
             and (each.role == "strategy" or compared is None or load.workload in compared)
-            # Competitors do not say that several processes may write at once.
             and (each.role != "competitor" or load.processes == 1)
         ]

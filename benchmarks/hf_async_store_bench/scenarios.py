@@ -11,34 +11,36 @@ import gzip
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
-from urllib.parse import quote
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from hf_async_store import HOST_FACTORY, JSONStorageStrategy, MigrationTool, gt, open_store
+from hf_async_store import (
+    HOST_FACTORY,
+    JSONStorageStrategy,
+    MigrationTool,
+    StorageStrategy,
+    gt,
+    open_store,
+)
 from hf_async_store.migration import backup_store
 from hf_async_store_bench import systems
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.data import (
     MACHINES_OF_A_REQUEST,
+    Entity,
     machine,
     machine_id,
     request,
     request_id,
 )
-from hf_async_store_bench.demo.data import chosen
+from hf_async_store_bench.demo.data import chosen, json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
 from hf_async_store_bench.timers import alternate, ratios, seconds, watched_loop
-
-if TYPE_CHECKING:
-    from hf_async_store import StorageStrategy
-    from hf_async_store_bench.data import Entity
 
 Measure: TypeAlias = Callable[[Plan], Awaitable[list[Measurement]]]
 
@@ -78,15 +80,10 @@ async def memory(plan: Plan) -> list[Measurement]:
             for index in collection.indexes:
                 await store.query_entities(collection.name, {index.field: "PENDING"}, limit=1)
         indexed = resident_bytes()
-    grown = [[(each - before) / file] for each in (opened, indexed)]
+    grown, full = ([(each - before) / file] for each in (opened, indexed))
     return [
-        Measurement(what="opened, against the file", samples=grown[0], unit="x"),
-        Measurement(
-            what="opened, every index built, against the file",
-            samples=grown[1],
-            unit="x",
-            at_most=3.0,
-        ),
+        Measurement("opened, against the file", grown, "x"),
+        Measurement("opened, every index built, against the file", full, "x", at_most=3.0),
     ]
 
 
@@ -108,8 +105,8 @@ async def migration_memory(plan: Plan) -> list[Measurement]:
             migrated = await peak(migrate(store, target, folder, entities, verify=True))
         backed_up = await peak(backup_store(store, folder / "backup.jsonl.gz"))
     return [
-        Measurement(what="JSON to SQLite: peak", samples=[migrated], unit="MB", at_most=1.2),
-        Measurement(what="a backup of JSON: peak", samples=[backed_up], unit="MB", at_most=1.2),
+        Measurement("JSON to SQLite: peak", [migrated], "MB", at_most=1.2),
+        Measurement("a backup of JSON: peak", [backed_up], "MB", at_most=1.2),
     ]
 
 
@@ -126,36 +123,31 @@ async def opening(plan: Plan) -> list[Measurement]:
     }
     path.write_text(json.dumps({"templates": {}, "requests": {}, "machines": machines}, indent=2))
     figures = await _opening(path, f"{origin}, a foreign file")
-    async with JSONStorageStrategy(_json_url(path)) as store:
+    async with JSONStorageStrategy(json_url(path)) as store:
         await store.save_entity("templates", {"template_id": "t-1"})
         await store.checkpoint()
     return figures + await _opening(path, f"{origin}, as the store wrote it")
 
 
 async def _opening(path: Path, what: str) -> list[Measurement]:
+    async def first_get(store: StorageStrategy) -> None:
+        await store.open()
+        assert await store.get_entity("machines", machine_id(5000))
+
+    async def decoded() -> object:
+        return msgspec.json.decode(path.read_bytes())
+
     async def ours() -> float:
-        store = open_store(_json_url(path))
-
-        async def work() -> None:
-            await store.open()
-            assert await store.get_entity("machines", machine_id(5000))
-
-        took = await seconds(work())
+        store = open_store(json_url(path))
+        took = await seconds(first_get(store))
         await store.close()
         return took
 
-    async def decode() -> float:
-        async def work() -> object:
-            return msgspec.json.decode(path.read_bytes())
-
-        return await seconds(work())
-
-    took, bare = await alternate(5, ours, decode)
+    took, bare = await alternate(5, ours, lambda: seconds(decoded()))
+    against = f"{what}, against decoding it"
     return [
-        Measurement(what=what, samples=[each * 1000 for each in took], unit="ms"),
-        Measurement(
-            what=f"{what}, against decoding it", samples=ratios(took, bare), unit="x", at_most=1.0
-        ),
+        Measurement(what, [each * 1000 for each in took], "ms"),
+        Measurement(against, ratios(took, bare), "x", at_most=1.0),
     ]
 
 
@@ -186,19 +178,22 @@ async def event_loop(plan: Plan) -> list[Measurement]:
         # Only now: freeing what a caller was given is the caller's own time.
         del result
         bound = None if what == "nothing" else 20.0
-        samples = [hold.longest * 1000]
-        found.append(Measurement(what=what, samples=samples, unit="ms", at_most=bound))
+        found.append(Measurement(what, [hold.longest * 1000], "ms", at_most=bound))
 
     size = plan.load.entities
     batch = _new_machines(size, _ADDED)
     acquired = _new_machines(size + _ADDED, 1000)
     path = _data_file(plan)
-    store, other = (JSONStorageStrategy(_json_url(path)) for _ in range(2))
+    store, other = (JSONStorageStrategy(json_url(path)) for _ in range(2))
+
+    async def acquire(store: JSONStorageStrategy) -> None:
+        await StoreAdapter(store).acquire(request(size), acquired)
+
     await watch("nothing", lambda _: asyncio.sleep(1))
     await watch("open and first get", _open)
     await watch("one save", lambda s: s.save_entity("machines", machine(0)))
     await watch("batch of 10,000 creates", lambda s: s.create_entities("machines", batch))
-    await watch("transaction of 1,000 creates", lambda s: _acquire(s, size, acquired))
+    await watch("transaction of 1,000 creates", acquire)
     await watch("query by index, which is built first", _by_request)
     await watch("query by index", _by_request)
     await watch("count with a filter", lambda s: s.count_entities("machines", _FILTER))
@@ -237,12 +232,6 @@ async def _open(store: JSONStorageStrategy) -> object:
 
 async def _by_request(store: JSONStorageStrategy) -> object:
     return await store.query_entities("machines", {"request_id": request_id(50)})
-
-
-async def _acquire(store: JSONStorageStrategy, number: int, machines: list[Entity]) -> None:
-    async with store.begin_transaction() as tx:
-        await tx.create_entity("requests", request(number))
-        await tx.create_entities("machines", machines)
 
 
 async def _stream(store: JSONStorageStrategy) -> None:
@@ -290,7 +279,7 @@ async def migrating(plan: Plan) -> list[Measurement]:
 
         async def bulk() -> float:
             into = more.make(baseline)
-            adapter: Any = await baseline.load().open(into)
+            adapter = await baseline.load().open(into)
             # One machine of each request, so that everything that the others refer to is there.
             few = enumerate(machines[::MACHINES_OF_A_REQUEST])
             await adapter.fill([{**each, "machine_id": f"{place}"} for place, each in few])
@@ -302,13 +291,13 @@ async def migrating(plan: Plan) -> list[Measurement]:
         what, unit = f"{count:,} machines", "machines a second"
         if name not in _BULK_LOADS:
             (rates,) = await alternate(2, ours)
-            return [Measurement(what=what, samples=rates, unit=unit)]
+            return [Measurement(what, rates, unit)]
         baseline = systems.named(_BULK_LOADS[name])
         rates, bare = await alternate(2, ours, bulk)
     against = f"{what}, against a bulk load: {baseline.name}"
     return [
-        Measurement(what=what, samples=rates, unit=unit),
-        Measurement(what=against, samples=ratios(rates, bare), unit="x", at_least=0.3),
+        Measurement(what, rates, unit),
+        Measurement(against, ratios(rates, bare), "x", at_least=0.3),
     ]
 
 
@@ -343,32 +332,19 @@ async def backing_up(plan: Plan) -> list[Measurement]:
         await store.query_page("machines", limit=1)
         await backup_store(store, path)
         text = gzip.decompress(path.read_bytes())
-
-        async def ours() -> float:
-            path.unlink(missing_ok=True)
-            return await seconds(backup_store(store, path))
-
-        async def compress() -> float:
-            return await seconds(asyncio.to_thread(_compress, text, folder / "plain.gz"))
-
-        backups, plain = [await ours()], [await compress()]
+        path.unlink()
+        backup = await seconds(backup_store(store, path))
+    plain = await seconds(asyncio.to_thread(_compress, text, folder / "plain.gz"))
+    against = "against zlib over the same bytes"
     return [
-        Measurement(what=f"{len(text) / 1e6:.0f} MB of text", samples=backups, unit="s"),
-        Measurement(
-            what="against zlib over the same bytes",
-            samples=ratios(plain, backups),
-            unit="x",
-            at_least=0.3,
-        ),
+        Measurement(f"{len(text) / 1e6:.0f} MB of text", [backup], "s"),
+        Measurement(against, [plain / backup], "x", at_least=0.3),
     ]
 
 
 def _compress(text: bytes, path: Path) -> None:
-    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
     with path.open("wb") as file:
-        for start in range(0, len(text), 1 << 20):
-            file.write(packer.compress(text[start : start + (1 << 20)]))
-        file.write(packer.flush())
+        file.write(gzip.compress(text, 6))
         file.flush()
         os.fsync(file.fileno())
 
@@ -377,8 +353,8 @@ def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
 
 
-def _json_url(path: Path) -> str:
-    return f"json:{quote(str(path))}"
+def _migration(system: str) -> Scenario:
+    return Scenario(system, "migrating from JSON", (100,), migrating, 40)
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
@@ -393,18 +369,15 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "opening": Scenario("json", "opening 10,000 machines", (100,), opening, 20, writes=True),
     "memory": Scenario("json", "memory of an open store", (100_000,), memory, 10),
-    **{
-        f"migrate to {each}": Scenario(each, "migrating from JSON", (100,), migrating, 40)
-        for each in ("json", "sqlite", "postgresql", "dynamodb")
-    },
+    "migrate to json": _migration("json"),
+    "migrate to sqlite": _migration("sqlite"),
+    "migrate to postgresql": _migration("postgresql"),
+    "migrate to dynamodb": _migration("dynamodb"),
     "backup": Scenario("json", "a backup", (1_000_000,), backing_up, 60, writes=True),
     "backup of sqlite": Scenario("sqlite", "a backup", (1_000_000,), backing_up, 90, writes=True),
     "migration memory": Scenario(
-        "json",
-        "memory of migrating and backing up",
-        (10_000, 1_000_000),
-        migration_memory,
-        120,
+        *("json", "memory of migrating and backing up", (10_000, 1_000_000)),
+        *(migration_memory, 120),
         writes=True,
     ),
 }

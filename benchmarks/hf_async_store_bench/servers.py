@@ -25,9 +25,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 POSTGRES_VARIABLE: Final = "HF_ASYNC_STORE_TEST_POSTGRES_URL"
@@ -43,24 +44,16 @@ class ServerUnavailable(Exception):  # noqa: N818  # it says that something is n
     """No such server can be had here; the message says why."""
 
 
+@dataclass
 class _Process:
     """A server process of ours: one command that can be started, and started again."""
 
-    def __init__(
-        self,
-        command: Sequence[str | Path],
-        ready: Callable[[int], bool],
-        *,
-        folder: Path,
-        environment: Mapping[str, str] | None = None,
-        user: str | None = None,
-    ) -> None:
-        self._command = command
-        self._ready = ready
-        self._folder = folder
-        self._environment = {**os.environ, **(environment or {})}
-        self._user = user
-        self._process: subprocess.Popen[bytes] | None = None
+    command: Sequence[str | Path]
+    ready: Callable[[int], bool]
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
+    _process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -73,10 +66,9 @@ class _Process:
         """Start it and wait until it answers."""
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            with (self._folder / "log").open("ab") as log:
-                self._process = self._launch(log)
+            self._process = self._launch()
             while self._process.poll() is None:
-                if self._ready(self._process.pid):
+                if self.ready(self._process.pid):
                     return
                 if time.monotonic() > deadline:
                     self.end(signal.SIGKILL)
@@ -87,21 +79,22 @@ class _Process:
                 raise ServerUnavailable(f"it ended at its start: {self._said()}")
             time.sleep(0.2)
 
-    def _launch(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self._command,
-            cwd=self._folder,
-            env=self._environment,
-            user=self._user,
-            extra_groups=[] if self._user else None,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # a Ctrl-C at the terminal is for us
-        )
+    def _launch(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env={**os.environ, **self.environment},
+                user=self.user,
+                extra_groups=[] if self.user else None,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C at the terminal is for us
+            )
 
     def _said(self) -> str:
-        return (self._folder / "log").read_text(errors="replace")[-2000:]
+        return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def end(self, how: signal.Signals) -> None:
         """Send it a signal and wait for its end."""
@@ -115,18 +108,55 @@ class _Process:
             process.kill()
             process.wait()
 
+    @contextmanager
+    def running(self, how: signal.Signals) -> Iterator[_Process]:
+        """Run it as long as the context lasts; how: the signal that ends it."""
+        self.start()
+        try:
+            yield self
+        finally:
+            self.end(how)
+
+
+class _Server:
+    """A running server; without a process it is not ours."""
+
+    _variable: str
+    _process: _Process | None
+
+    @property
+    def process(self) -> _Process:
+        """The server's process, where it is ours.
+
+        Raises:
+            ServerUnavailable: it was there already.
+        """
+        if self._process is None:
+            raise ServerUnavailable(f"the server of {self._variable} is not ours to stop")
+        return self._process
+
+    def kill(self) -> None:
+        """End it as a loss of power would."""
+        self.process.end(signal.SIGKILL)
+
+    def start(self) -> None:
+        """Start it again on the same port, with what is left of its data."""
+        self.process.start()
+
 
 # -- PostgreSQL -----------------------------------------------------------------------------
 
 
-class PostgresServer:
+class PostgresServer(_Server):
     """A running PostgreSQL.
 
     Attributes:
         url: of the database `postgres`, as a superuser.
     """
 
-    def __init__(self, url: str, process: _Process | None) -> None:
+    _variable = POSTGRES_VARIABLE
+
+    def __init__(self, url: str, process: _Process | None = None) -> None:
         self.url = url
         self._process = process
 
@@ -136,9 +166,7 @@ class PostgresServer:
         Args:
             options: of CREATE DATABASE.
         """
-        name = f"hf_{secrets.token_hex(6)}"
-        self.run(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
-        return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+        return self._create(f"template0 {options}")
 
     def drop(self, url: str) -> None:
         """Remove a database that `database` made, whoever is still connected to it."""
@@ -146,14 +174,14 @@ class PostgresServer:
 
     def copy(self, url: str) -> str:
         """The URL of a new database with all that another one holds, to which nobody is connected."""
+        original = urlsplit(url).path[1:]  # a name that `database` made
+        gone = f"FROM pg_stat_activity WHERE datname = '{original}'"
+        self.run(f"SELECT pg_terminate_backend(pid, 5000) {gone}")  # of processes that have ended
+        return self._create(original)
+
+    def _create(self, template: str) -> str:
         name = f"hf_{secrets.token_hex(6)}"
-        original = urlsplit(url).path[1:]
-        # The name is one that `database` made. An ended process may still have its connection.
-        gone = f"datname = '{original}'"
-        self.run(
-            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {gone}"
-        )  # a name that `database` made
-        self.run(f"CREATE DATABASE {name} TEMPLATE {original}")
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
 
     def run(self, statement: str, url: str | None = None) -> None:
@@ -175,28 +203,9 @@ class PostgresServer:
         finally:
             await connection.close()
 
-    @property
-    def process(self) -> _Process:
-        """The server's process, where it is ours.
-
-        Raises:
-            ServerUnavailable: it was there already.
-        """
-        if self._process is None:
-            raise ServerUnavailable(f"the server of {POSTGRES_VARIABLE} is not ours to stop")
-        return self._process
-
-    def kill(self) -> None:
-        """End it as a loss of power would."""
-        self.process.end(signal.SIGKILL)
-
     def stop(self) -> None:
         """Stop it; connections are cut."""
         self.process.end(signal.SIGINT)
-
-    def start(self) -> None:
-        """Start it again, on the same port and data."""
-        self.process.start()
 
 
 @contextmanager
@@ -215,7 +224,7 @@ def postgres(
     """
     given = os.environ.get(POSTGRES_VARIABLE)
     if given:
-        yield PostgresServer(given, None)
+        yield PostgresServer(given)
         return
     programs = _postgres_programs()
     user = _unprivileged() if os.geteuid() == 0 else None  # the server refuses to run as root
@@ -234,12 +243,9 @@ def postgres(
         command: list[str | Path] = [programs / "postgres", "-D", folder / "data"]
         command += [f"--{name}={value}" for name, value in options.items()]
         status = folder / "data" / "postmaster.pid"
-        process = _Process(command, lambda pid: _is_ready(status, pid), folder=folder, user=user)
-        process.start()
-        try:
+        process = _Process(command, lambda pid: _is_ready(status, pid), folder, user=user)
+        with process.running(signal.SIGINT):
             yield PostgresServer(f"postgresql://postgres@{_HOST}:{port}/postgres", process)
-        finally:
-            process.end(signal.SIGINT)
 
 
 @contextmanager
@@ -268,19 +274,10 @@ def pgbouncer(server: PostgresServer) -> Iterator[str]:
             # Few of them, so that each transaction does get another one.
             "default_pool_size = 8\nserver_idle_timeout = 1\n"
         )
-        process = _Process(
-            [program, settings], lambda _: _answers_at(port), folder=folder, user=user
-        )
-        process.start()
-        try:
+        command: list[str | Path] = [program, settings]
+        process = _Process(command, lambda _: _answers_at(port), folder, user=user)
+        with process.running(signal.SIGINT):
             yield f"{_HOST}:{port}"
-        finally:
-            process.end(signal.SIGINT)
-
-
-def _answers_at(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((_HOST, port)) == 0
 
 
 def _postgres_programs() -> Path:
@@ -311,17 +308,9 @@ def _version_of(folder: Path) -> int:
 
 def _initialise(programs: Path, folder: Path, locale: str, user: str | None) -> None:
     command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
+    command += ["-A", "trust", "-E", "UTF8", f"--locale={locale}", "--no-sync", "--no-instructions"]
     result = subprocess.run(
-        [
-            *command,
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            f"--locale={locale}",
-            "--no-sync",
-            "--no-instructions",
-        ],
+        command,
         cwd=folder,
         user=user,
         extra_groups=[] if user else None,
@@ -345,14 +334,16 @@ def _is_ready(status: Path, pid: int) -> bool:
 # -- DynamoDB -------------------------------------------------------------------------------
 
 
-class DynamoDBServer:
+class DynamoDBServer(_Server):
     """A running DynamoDB server. What it holds lies in its memory.
 
     Attributes:
         endpoint_url: its address. Any credentials will do.
     """
 
-    def __init__(self, endpoint_url: str, process: _Process | None) -> None:
+    _variable = DYNAMODB_VARIABLE
+
+    def __init__(self, endpoint_url: str, process: _Process | None = None) -> None:
         self.endpoint_url = endpoint_url
         self._process = process
 
@@ -379,25 +370,6 @@ class DynamoDBServer:
             connection.request("POST", "/", json.dumps(body), headers)
             return json.load(connection.getresponse())
 
-    @property
-    def process(self) -> _Process:
-        """The server's process, where it is ours.
-
-        Raises:
-            ServerUnavailable: it was there already.
-        """
-        if self._process is None:
-            raise ServerUnavailable(f"the server of {DYNAMODB_VARIABLE} is not ours to stop")
-        return self._process
-
-    def kill(self) -> None:
-        """End it; everything in it is lost."""
-        self.process.end(signal.SIGKILL)
-
-    def start(self) -> None:
-        """Start it again on the same port, empty."""
-        self.process.start()
-
 
 @contextmanager
 def dynamodb() -> Iterator[DynamoDBServer]:
@@ -408,12 +380,12 @@ def dynamodb() -> Iterator[DynamoDBServer]:
     """
     given = os.environ.get(DYNAMODB_VARIABLE)
     if given:
-        yield DynamoDBServer(given, None)
+        yield DynamoDBServer(given)
         return
     program = shutil.which("ministack") or _SERVERS / "bin" / "ministack"
     if not Path(program).exists():
         raise ServerUnavailable("ministack, the DynamoDB test server, is not installed")
-    with _folder("dynamodb", None) as folder:
+    with _folder("dynamodb") as folder:
         port = _free_port()
         environment = {
             "BIND_HOST": _HOST,
@@ -423,26 +395,16 @@ def dynamodb() -> Iterator[DynamoDBServer]:
             "LOG_LEVEL": "ERROR",
             "TMPDIR": str(folder),
         }
-        process = _Process(
-            [program], lambda pid: _listens(port), folder=folder, environment=environment
-        )
-        process.start()
-        try:
+        process = _Process([program], lambda _: _answers_at(port), folder, environment)
+        with process.running(signal.SIGTERM):
             yield DynamoDBServer(f"http://{_HOST}:{port}", process)
-        finally:
-            process.end(signal.SIGTERM)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex((_HOST, port)) == 0
-
-
-# -- what both need -------------------------------------------------------------------------
+# -- what all need --------------------------------------------------------------------------
 
 
 @contextmanager
-def _folder(name: str, user: str | None) -> Iterator[Path]:
+def _folder(name: str, user: str | None = None) -> Iterator[Path]:
     """A temporary folder that the server's user can use."""
     folder = Path(tempfile.mkdtemp(prefix=f"hf-async-store-{name}-"))
     try:
@@ -451,6 +413,17 @@ def _folder(name: str, user: str | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers_at(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((_HOST, port)) == 0
+
+
+def any_credentials() -> None:
+    """Have some: the test server takes any, and a driver would look for the user's own."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ.setdefault(name, "test")
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -12,7 +13,7 @@ from hf_async_store_bench.scenarios import SCENARIOS
 Parameter: TypeAlias = Literal["entities", "tasks", "size", "processes"]
 
 
-class Series(msgspec.Struct, frozen=True, kw_only=True):
+class Series(msgspec.Struct, frozen=True):
     """One sweep: a parameter, its values, and what is measured at each of them.
 
     Attributes:
@@ -57,26 +58,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     scenarios: tuple[str, ...] = ()
     seed: int = 1
 
-
-SHORT_SYSTEMS: Final = (
-    "memory",
-    "json",
-    "sqlite",
-    "postgresql",
-    "dynamodb",
-    "append and sync each",
-    "start of Python",
-    "group commit by hand",
-    "SQLAlchemy Core on aiosqlite each",
-    "sqlite3 batched by hand",
-    "aiosqlite, a multi-row insert",
-    "asyncpg pool each",
-    "asyncpg batched by hand",
-    "asyncpg, a multi-row insert",
-    "aiobotocore each",
-    "aiobotocore batched by hand",
-)
-"""The short run has no competitors, and no baselines that say much the same as another."""
 
 _LOADS: Final = (
     Load(workload="save"),
@@ -127,34 +108,22 @@ FULL: Final = Settings(
     again=True,
     series=(
         Series(
-            parameter="entities",
-            values=(100, 1000, 10_000, 100_000, 1_000_000),
-            workloads=("get", "query", "save"),
-            load=Load(workload="get", tasks=1),
-            share=0.22,
+            *("entities", (100, 1000, 10_000, 100_000, 1_000_000), ("get", "query", "save")),
+            *(Load(workload="get", tasks=1), 0.22),
         ),
+        Series("tasks", (1, 8, 64, 512), ("get", "save"), Load(workload="get"), 0.05),
         Series(
-            parameter="tasks",
-            values=(1, 8, 64, 512),
-            workloads=("get", "save"),
-            load=Load(workload="get"),
-            share=0.05,
+            *("size", (100, 1000, 10_000, 100_000), ("get", "save")),
+            *(Load(workload="get", entities=1000), 0.05),
         ),
-        Series(
-            parameter="size",
-            values=(100, 1000, 10_000, 100_000),
-            workloads=("get", "save"),
-            load=Load(workload="get", entities=1000),
-            share=0.05,
-        ),
-        Series(
-            parameter="processes",
-            values=(1, 2, 4, 8),
-            workloads=("save",),
-            load=Load(workload="save", tasks=8),
-            share=0.04,
-        ),
+        Series("processes", (1, 2, 4, 8), ("save",), Load(workload="save", tasks=8), 0.04),
     ),
     scenarios=tuple(SCENARIOS),
 )
 """Within 20 minutes, with what it takes to draw the report."""
+
+
+def chosen_loads(names: Sequence[str]) -> tuple[Load, ...]:
+    """Of each of these workloads, the load with which the full run begins."""
+    first = {each.workload: each for each in reversed(FULL.loads)}
+    return tuple(first[each] for each in dict.fromkeys(names) if each in first)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 
 
-@contextmanager
-def ended_by_sigterm() -> Iterator[Callable[[], bool]]:
-    """Let SIGTERM end the run as Ctrl-C does: with everything cleaned up.
-
-    The function tells whether it came.
-    """
-    task = asyncio.current_task()
+async def run_to_completion(work: Coroutine[None, None, int]) -> int:
+    """The exit code of a run. SIGTERM ends it as Ctrl-C does: with everything cleaned up."""
+    task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
-    came = asyncio.Event()
+    terminated = asyncio.Event()
 
     def end() -> None:
-        came.set()
-        if task is not None:
-            task.cancel()
+        terminated.set()
+        task.cancel()
 
     try:
         loop.add_signal_handler(signal.SIGTERM, end)
     except (ValueError, RuntimeError, NotImplementedError):
-        yield came.is_set  # not in the main thread: whoever runs the loop decides
-        return
+        return await task  # not in the main thread: whoever runs the loop decides
     try:
-        yield came.is_set
+        return await task
+    except asyncio.CancelledError:
+        if not terminated.is_set():
+            raise
+        return 128 + signal.SIGTERM
     finally:
         loop.remove_signal_handler(signal.SIGTERM)

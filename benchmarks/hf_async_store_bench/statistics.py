@@ -31,10 +31,7 @@ class Interval(NamedTuple):
 
 def uncertainty(values: Sequence[float]) -> float:
     """The part of itself by which the mean may be wrong; infinite for one value."""
-    logs = [math.log(each) for each in values if each > 0]
-    if len(logs) < 2:
-        return math.inf
-    return _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return _half_width([math.log(each) for each in values if each > 0])
 
 
 def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
@@ -43,12 +40,7 @@ def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
     What slowed both of them in one round cancels out.
     """
     logs = [math.log(one / other) for one, other in zip(of, to, strict=True) if one > 0 < other]
-    if not logs:
-        return None
-    half = math.inf
-    if len(logs) > 1:
-        half = _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return _around(statistics.fmean(logs), half)
+    return _around(statistics.fmean(logs), _half_width(logs)) if logs else None
 
 
 def ratio_of_runs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
@@ -59,10 +51,8 @@ def ratio_of_runs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
     half = math.inf
     if len(ones) > 1 < len(others):
         parts = [statistics.variance(each) / len(each) for each in (ones, others)]
-        smaller = [
-            part**2 / (len(each) - 1) for part, each in zip(parts, (ones, others), strict=True)
-        ]
-        freedom = sum(parts) ** 2 / sum(smaller) if sum(smaller) else 1.0
+        smaller = parts[0] ** 2 / (len(ones) - 1) + parts[1] ** 2 / (len(others) - 1)
+        freedom = sum(parts) ** 2 / smaller if smaller else 1.0
         half = _quantile(freedom) * math.sqrt(sum(parts))
     return _around(statistics.fmean(ones) - statistics.fmean(others), half)
 
@@ -73,6 +63,12 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     if len({size for size, _ in logs}) < 2:
         return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def _half_width(logs: Sequence[float]) -> float:
+    if len(logs) < 2:
+        return math.inf
+    return _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 def _around(middle: float, half: float) -> Interval:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from hf_async_store_bench.formatting import bytes_shown, shown, time_shown
+from hf_async_store_bench.formatting import bytes_shown, range_shown, shown, time_shown
 from hf_async_store_bench.results import Cell, Figure, Results, Sweep, ratio
-from hf_async_store_bench.systems import BASELINES, MADE
+from hf_async_store_bench.systems import BASELINES
 from hf_async_store_bench.workloads import WORKLOADS
 
 
@@ -32,7 +33,7 @@ def _target(figure: Figure) -> tuple[str, ...]:
     value = "" if figure.value is None else f"{shown(figure.value)} {figure.unit}"
     span = ""
     if figure.low is not None and figure.high is not None and figure.low != figure.high:
-        span = f"{shown(figure.low)} .. {shown(figure.high)}"
+        span = range_shown(figure.low, figure.high)
     met = {True: "met", False: "MISSED", None: ""}[figure.met]
     return figure.engine, figure.what, value, span, figure.target, met
 
@@ -41,40 +42,29 @@ def measured(results: Results, load: str) -> Table:
     """One load: everything about every system."""
     cells = sorted(results.of(load), key=lambda each: -each.rate)
     workload = WORKLOADS[cells[0].load.workload]
-    heads = (
-        "",
-        f"{workload.unit} a second",
-        "range",
-        "p50",
-        "p99",
-        "p99.9",
-        "longest",
-        "processor",
-        "memory",
-        "written",
-        "conflicts",
-        "retries",
-        "errors",
-        "checked",
-    )
+    heads = ("", f"{workload.unit} a second", *_MEASURED)
     return Table(load, heads, list(map(_row, cells)), f"{workload.summary}.")
 
 
+_MEASURED: Final = (
+    *("range", "p50", "p99", "p99.9", "longest", "processor", "memory", "written"),
+    *("conflicts", "retries", "errors", "checked"),
+)
+
+
 def _row(cell: Cell) -> tuple[str, ...]:
-    calm = cell.calm
-    waits = [calm.percentile(share) for share in (0.5, 0.99, 0.999)] if calm.count else []
-    written = cell.written
+    calm, written, together = cell.calm, cell.written, cell.together
+    waits = [*(calm.percentile(share) for share in (0.5, 0.99, 0.999)), calm.highest]
     return (
         cell.system,
         shown(cell.rate),
-        f"{shown(min(cell.rates))} .. {shown(max(cell.rates))}",
-        *(map(time_shown, waits) if waits else ("", "", "")),
-        time_shown(calm.highest) if waits else "",
+        range_shown(min(cell.rates), max(cell.rates)),
+        *(time_shown(each) if calm.count else "" for each in waits),
         time_shown(cell.processor),
         bytes_shown(cell.memory),
         "" if written is None else bytes_shown(written),
-        f"{cell.conflicts:,}",
-        f"{cell.retries:,}",
+        f"{together.conflicts:,}",
+        f"{together.retries:,}",
         ", ".join(f"{count} {name}" for name, count in cell.errors.items()),
         f"{cell.checked:,}",
     )
@@ -105,9 +95,20 @@ def _rates(title: str, results: Results, roles: Sequence[str]) -> Table:
 def baselines(results: Results) -> Table:
     """How each baseline of the run is made."""
     here = {each.system for each in results.cells}
-    rows = [(each.engine, each.name, each.made) for each in BASELINES if each.name in here]
+    rows = [
+        (each.engine, each.name, " ".join(str(inspect.getdoc(each.load())).split()))
+        for each in BASELINES
+        if each.name in here
+    ]
     heads = ("engine", "baseline", "what it does")
-    return Table("How the baselines are made", heads, rows, MADE)
+    return Table("How the baselines are made", heads, rows, _MADE)
+
+
+_MADE: Final = (
+    "SQL baselines store rows with the columns, indexes and foreign keys of the store, what has no "
+    "column as a document, and a version that each write raises. DynamoDB baselines store items in a "
+    "table with the store's four indexes, and a version."
+)
 
 
 def ratios(results: Results) -> Table:
@@ -119,8 +120,8 @@ def ratios(results: Results) -> Table:
         for other in results.of(cell.load.name):
             against = ratio(cell, other) if other.engine == cell.engine else None
             if other.role != "strategy" and against is not None:
-                span = f"{shown(against.low)} .. {shown(against.high)}"
-                rows.append((cell.load.name, cell.system, other.system, shown(against.value), span))
+                times = (shown(against.value), range_shown(against.low, against.high))
+                rows.append((cell.load.name, cell.system, other.system, *times))
     heads = ("load", "engine", "against", "times as fast", "95 % interval")
     return Table("Against baselines and alternatives", heads, rows)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal, NamedTuple
-
-import msgspec
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from hf_async_store_bench.messages import Load, Measurement
 from hf_async_store_bench.results import Figure, Results, ratio
 from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.timers import ratios
+
+_NOT_RUN: Final = "not in this run"
 
 
 class PerformanceTarget(NamedTuple):
@@ -91,36 +92,44 @@ def figures(results: Results) -> list[Figure]:
     ]
 
 
-def _figure(engine: str, what: str, unit: str, least: float | None, most: float | None) -> Figure:
-    target = ""
-    if least is not None or most is not None:
-        target = f"at least {least:,g}" if least is not None else f"at most {most:,g}"
-    return Figure(engine=engine, what=what, unit=unit, target=target)
+_Value: TypeAlias = tuple[float, float | None, float | None]
+"""A value with its range."""
 
 
-def _met(value: float, least: float | None, most: float | None) -> bool | None:
+def _figure(
+    engine: str, what: str, unit: str, least: float | None, most: float | None, found: _Value | str
+) -> Figure:
+    """A figure with its bound, and its value or why there is none."""
+    target, met = "", None
+    value, low, high = (None, None, None) if isinstance(found, str) else found
     if least is not None:
-        return value >= least
-    return None if most is None else value <= most
+        target, met = f"at least {least:,g}", None if value is None else value >= least
+    elif most is not None:
+        target, met = f"at most {most:,g}", None if value is None else value <= most
+    return Figure(
+        engine=engine,
+        what=what,
+        unit=unit,
+        target=target,
+        value=value,
+        low=low,
+        high=high,
+        met=met,
+        note=found if isinstance(found, str) else "",
+    )
 
 
 def _measured(results: Results, target: PerformanceTarget) -> Figure:
-    least, most = target.at_least, target.at_most
-    unit = "x" if target.to else "a second"
-    figure = _figure(target.engine, target.what, unit, least, most)
-    value = _value(results, target)
-    if isinstance(value, str):
-        return msgspec.structs.replace(figure, note=value)
-    middle, low, high = value
-    met = _met(middle, least, most)
-    return msgspec.structs.replace(figure, value=middle, low=low, high=high, met=met)
+    unit, value = "x" if target.to else "a second", _value(results, target)
+    bounds = (target.at_least, target.at_most)
+    return _figure(target.engine, target.what, unit, *bounds, value)
 
 
-def _value(results: Results, target: PerformanceTarget) -> tuple[float, float, float] | str:
+def _value(results: Results, target: PerformanceTarget) -> _Value | str:
     """The figure with its interval, or why there is none."""
     ours = results.cell(target.engine, target.load.name)
     if ours is None:
-        return "not in this run"
+        return _NOT_RUN
     if target.to is None:
         return ours.rate, min(ours.rates), max(ours.rates)
     theirs = results.cell(target.to, target.load.name)
@@ -151,12 +160,9 @@ def _growth(results: Results) -> Iterator[Figure]:
     }
     for size in (10_000, 100_000, 1_000_000):
         what = f"save, 1 task, at {size:,} machines, against {_FIRST:,}, time of one operation"
-        figure = _figure("json", what, "x", None, _GROWS_AT_MOST)
-        if size in points and _FIRST in points:
-            value = points[size] / points[_FIRST]
-            yield msgspec.structs.replace(figure, value=value, met=value <= _GROWS_AT_MOST)
-        else:
-            yield msgspec.structs.replace(figure, note="not in this run")
+        known = size in points and _FIRST in points
+        found = (points[size] / points[_FIRST], None, None) if known else _NOT_RUN
+        yield _figure("json", what, "x", None, _GROWS_AT_MOST, found)
 
 
 def _lost_writes(results: Results) -> Iterator[Figure]:
@@ -171,37 +177,26 @@ def _lost_writes(results: Results) -> Iterator[Figure]:
             if checked:
                 lost = sum(len(each.failures) for each in some)
                 what = f"{what}: acknowledged writes missing, of {checked:,} entities compared"
-                figure = _figure(engine, what, "entities", None, 0)
-                yield msgspec.structs.replace(figure, value=float(lost), met=not lost)
+                yield _figure(engine, what, "entities", None, 0, (float(lost), None, None))
 
 
 # -- scenarios ------------------------------------------------------------------------------
 
 
-def scenario_figures(name: str, found: Mapping[int, Mapping[str, Measurement]]) -> list[Figure]:
+def scenario_figures(name: str, sizes: Mapping[int, Mapping[str, Measurement]]) -> list[Figure]:
     """The figures of a scenario, by the number of stored machines; of two numbers, their ratio."""
     scenario = SCENARIOS[name]
-    first, *more = found.values()
+    first, *more = sizes.values()
     figures = []
     for what, each in first.items():
         samples, unit, what = each.samples, each.unit, f"{name}: {what}"
         if more:
-            small, large = found
-            samples = [
-                other / one for one, other in zip(samples, more[0][each.what].samples, strict=True)
-            ]
+            small, large = sizes
+            samples = ratios(more[0][each.what].samples, samples)
             unit, what = "x", f"{what}, {large:,} against {small:,} machines"
-        value = statistics.median(samples)
-        figure = _figure(scenario.system, what, unit, each.at_least, each.at_most)
-        figures.append(
-            msgspec.structs.replace(
-                figure,
-                value=value,
-                low=min(samples),
-                high=max(samples),
-                met=_met(value, each.at_least, each.at_most),
-            )
-        )
+        found = (statistics.median(samples), min(samples), max(samples))
+        bounds = (each.at_least, each.at_most)
+        figures.append(_figure(scenario.system, what, unit, *bounds, found))
     return figures
 
 
@@ -209,5 +204,4 @@ def _not_run(results: Results) -> Iterator[Figure]:
     """A row for each scenario that gave nothing."""
     for name, each in SCENARIOS.items():
         if not any(figure.what.startswith(f"{name}: ") for figure in results.figures):
-            figure = _figure(each.system, f"{name}: {each.summary}", "", None, None)
-            yield msgspec.structs.replace(figure, note="not in this run")
+            yield _figure(each.system, f"{name}: {each.summary}", "", None, None, _NOT_RUN)

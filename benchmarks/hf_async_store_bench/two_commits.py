@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -28,12 +29,12 @@ import msgspec
 from hf_async_store_bench import tables
 from hf_async_store_bench.cli.types import at_least_one, positive
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.formatting import shown
+from hf_async_store_bench.formatting import change_shown, shown
 from hf_async_store_bench.messages import Load, SystemUnderTest
-from hf_async_store_bench.results import Cell, Results
-from hf_async_store_bench.run import Run
-from hf_async_store_bench.settings import FULL, Settings
-from hf_async_store_bench.signals import ended_by_sigterm
+from hf_async_store_bench.results import Results
+from hf_async_store_bench.run import Run, tell
+from hf_async_store_bench.settings import FULL, Settings, chosen_loads
+from hf_async_store_bench.signals import run_to_completion
 from hf_async_store_bench.statistics import Interval, ratio_of_pairs
 from hf_async_store_bench.systems import named
 from hf_async_store_bench.tables import Table
@@ -44,6 +45,7 @@ BROKEN: Final = 4
 
 ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")
 WORKLOADS: Final = ("save", "get", "acquire", "poll", "query")
+SIDES: Final = ("base", "head")
 SMALLEST: Final = 0.03
 """A change by less than this part is not told, however sure it is."""
 
@@ -111,66 +113,51 @@ async def measured(
     found = []
     with Environments() as environments:
         for number in range(visits):
-            _tell(f"visit {number + 1} of {visits}")
+            tell(f"visit {number + 1} of {visits}")
             # Who begins does not stay the same.
             turns = systems if number % 2 else list(reversed(systems))
-            found.append(await Run(settings, turns, environments, _tell).whole())
+            found.append(await Run(settings, turns, environments, tell).whole())
     return found
 
 
-def compared(found: Sequence[Results], sides: tuple[str, str]) -> list[Change]:
+def compared(found: Sequence[Results]) -> list[Change]:
     """Visit by visit: rounds of one pair of processes are not independent of one another."""
     changes = []
     for load in dict.fromkeys(each.load for results in found for each in results.cells):
         for engine in ENGINES:
-            pairs = [_pair(results, engine, load, sides) for results in found]
-            rates = [(_rate(one), _rate(other)) for one, other in filter(None, pairs)]
-            if rates:
-                bases, heads = ([each[side] for each in rates] for side in (0, 1))
-                change = ratio_of_pairs(heads, bases)
-                assert change is not None, "there are rates"
-                changes.append(Change(engine, load, _mean(bases), _mean(heads), change))
+            bases, heads = [], []
+            for results in found:
+                base, head = (results.cell(f"{engine}, {each}", load.name) for each in SIDES)
+                if base and head:
+                    bases.append(geometric_mean(base.rates))
+                    heads.append(geometric_mean(head.rates))
+            if change := ratio_of_pairs(heads, bases):
+                means = geometric_mean(bases), geometric_mean(heads)
+                changes.append(Change(engine, load, *means, change))
     return changes
-
-
-def _pair(
-    results: Results, engine: str, load: Load, sides: tuple[str, str]
-) -> tuple[Cell, Cell] | None:
-    one, other = (results.cell(f"{engine}, {side}", load.name) for side in sides)
-    return None if one is None or other is None else (one, other)
-
-
-def _rate(cell: Cell) -> float:
-    return _mean(cell.rates)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The geometric one."""
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
     """Measure, measure again what looks like a change, and print; returns the exit code."""
-    sides = ("base", "head")
-    loads = [_load(each) for each in options.workload or WORKLOADS]
+    loads = chosen_loads(options.workload or WORKLOADS)
 
     def both(engines: Sequence[str]) -> list[SystemUnderTest]:
         return [
             msgspec.structs.replace(named(each), name=f"{each}, {side}", source=sources[side])
             for each in engines
-            for side in sides
+            for side in SIDES
         ]
 
     systems = both(options.only or ENGINES)
     found = await measured(systems, loads, options.visits, options.duration)
-    changes = compared(found, sides)
+    changes = compared(found)
     for load in loads:
         suspects = [each.engine for each in changes if each.is_suspect and each.load == load]
         if suspects:
-            _tell(f"once more: {load.name}: {', '.join(suspects)}")
+            tell(f"once more: {load.name}: {', '.join(suspects)}")
             again = await measured(both(suspects), [load], options.visits, options.duration)
             found += again
-            second = {each.engine: each.first for each in compared(again, sides)}
+            second = {each.engine: each.first for each in compared(again)}
             changes = [
                 each._replace(second=second.get(each.engine)) if each.load == load else each
                 for each in changes
@@ -188,37 +175,26 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
 
 def as_table(changes: Sequence[Change]) -> Table:
     """What changed comes first."""
-    order = {"SLOWER": 0, "faster": 1, "same within the noise": 2}
+    order = ("SLOWER", "faster", "same within the noise")
     rows = [
         (
             each.engine,
             each.load.name,
             shown(each.base),
             shown(each.head),
-            f"{_percent(each.first.value)} %",
-            f"{_percent(each.first.low)} .. {_percent(each.first.high)} %",
-            ""
-            if each.second is None
-            else f"{_percent(each.second.low)} .. {_percent(each.second.high)} %",
+            f"{change_shown(each.first.value, 1)} %",
+            _range(each.first),
+            "" if each.second is None else _range(each.second),
             each.verdict,
         )
-        for each in sorted(changes, key=lambda each: order[each.verdict])
+        for each in sorted(changes, key=lambda each: order.index(each.verdict))
     ]
     heads = ("", "load", "base", "head", "change", "95 % interval", "once more", "")
     return Table("The head against the base, units a second", heads, rows)
 
 
-def _percent(ratio: float) -> str:
-    return f"{(ratio - 1) * 100:+.1f}" if math.isfinite(ratio) else "?"
-
-
-def _load(workload: str) -> Load:
-    return next(each for each in FULL.loads if each.workload == workload)
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+def _range(interval: Interval) -> str:
+    return f"{change_shown(interval.low, 1)} .. {change_shown(interval.high, 1)} %"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -237,11 +213,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-async def _run_to_completion(options: argparse.Namespace, sources: dict[str, str]) -> int:
-    with ended_by_sigterm():
-        return await compare(options, sources)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
     options = _options(argv)
@@ -249,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = _git("rev-parse", "--show-toplevel")
         base = stack.enter_context(checkout(options.base))
         head = stack.enter_context(checkout(options.head)) if options.head else here
-        return asyncio.run(_run_to_completion(options, {"base": base, "head": head}))
+        work = compare(options, {"base": base, "head": head})
+        return asyncio.run(run_to_completion(work))
 
 
 if __name__ == "__main__":

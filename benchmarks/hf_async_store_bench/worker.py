@@ -6,22 +6,18 @@ and one system's garbage collection is not another's pause.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from hf_async_store_bench import resource_usage
-from hf_async_store_bench.acked_writes import AckedWrites
-from hf_async_store_bench.adapters import StoreAdapter
+from hf_async_store_bench.acked_writes import add_all
 from hf_async_store_bench.data import machine
 from hf_async_store_bench.load_generator import closed_loop, open_loop
 from hf_async_store_bench.messages import Answer, Command, Plan, RoundStats, decode, encode
+from hf_async_store_bench.processes import next_line
 from hf_async_store_bench.workloads import WORKLOADS, Workload
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.adapters import Adapter
 
 _CHUNK: Final = 10_000
 
@@ -29,24 +25,25 @@ _CHUNK: Final = 10_000
 class Worker:
     """One process's part of a plan; a method for each command."""
 
+    _workload: Workload
+
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._type = plan.system.load()
-        self._system: Adapter | None = None
-        self._workload: Workload | None = None
-        load = plan.load
+        self._system: Any = None
         # A system that blocks does one after the other, however many wait; and each slot needs
         # at least one machine of its own.
-        tasks = 1 if plan.system.blocking else load.tasks
-        self._slots = max(1, min(tasks, load.entities // load.processes))
+        tasks = 1 if plan.system.blocking else plan.load.tasks
+        self._slots = max(1, min(tasks, plan.load.entities // plan.load.processes))
         self._before = resource_usage.resident_bytes()
 
     async def answer(self, command: Command) -> Answer:
+        """Carry out a command."""
         match command.do:
             case "load":
-                return await self._load()
+                return Answer(apart=await self._load())
             case "open":
-                return await self._open(command.workload or self._plan.load.workload)
+                return Answer(skipped=await self._open(command.workload))
             case "run":
                 return Answer(stats=await self._run(command))
             case "stop":
@@ -56,37 +53,34 @@ class Worker:
             case "scenario":
                 from hf_async_store_bench.scenarios import SCENARIOS
 
-                return Answer(
-                    measurements=await SCENARIOS[str(command.workload)].measure(self._plan)
-                )
+                return Answer(measurements=await SCENARIOS[command.workload].measure(self._plan))
 
     async def end(self) -> None:
+        """Close what is open."""
         if self._system is not None:
-            await self._system.close()
+            system, self._system = self._system, None  # should closing fail, it is not tried again
+            await system.close()
 
-    async def _load(self) -> Answer:
-        """Fill it. What lives in this process alone stays open."""
-        system = await self._opened()
-        apart = not isinstance(system, StoreAdapter) or _is_apart(system)
+    async def _load(self) -> bool:
+        """Fill it; False if it lives in this process alone, and stays open."""
+        self._system = await self._opened()
         load = self._plan.load
         for start in range(0, load.entities, _CHUNK):
             numbers = range(start, min(load.entities, start + _CHUNK))
-            await system.fill([machine(each, load.size) for each in numbers])
+            await self._system.fill([machine(each, load.size) for each in numbers])
+        apart = self._is_apart
         if apart:
-            await system.close()
-        else:
-            self._system = system
-        return Answer(apart=apart)
+            await self.end()
+        return apart
 
-    async def _open(self, workload: str) -> Answer:
+    async def _open(self, workload: str) -> str | None:
+        """Why it cannot be measured, if so."""
         if self._system is None:
             self._system = await self._opened()
         self._workload = WORKLOADS[workload](self._system, self._plan, self._slots)
-        return Answer(skipped=self._workload.skipped())
+        return self._workload.skipped()
 
     async def _run(self, command: Command) -> RoundStats:
-        assert self._workload is not None, "open comes first"
-        await self._workload.prepare()
         retries = self._workload.retries
         gc.collect()
         written, used = self._written(), resource_usage.processor_seconds()
@@ -109,32 +103,28 @@ class Worker:
         return written
 
     async def _stop(self) -> Answer:
-        assert self._workload is not None, "open comes first"
-        if self._plan.index:
-            await self.end()
-            self._system = None
-        return Answer(acked=self._workload.acked if self._plan.index else {})
+        """The first process stays open, and verifies what all have written."""
+        if not self._plan.index:
+            return Answer()
+        await self.end()
+        return Answer(acked=self._workload.acked)
 
     async def _verify(self, command: Command) -> Answer:
         """In a freshly opened system, where that shows the same data."""
-        assert self._workload is not None, "open comes first"
-        assert self._system is not None, "open comes first"
         acked = self._workload.acked
-        for name, other in command.acked.items():
-            acked.setdefault(name, AckedWrites()).add(other)
-        if not isinstance(self._system, StoreAdapter) or _is_apart(self._system):
+        add_all(acked, command.acked)
+        if self._is_apart:
             await self.end()
-            self._system = None  # should opening fail, there is nothing to close
             self._system = await self._opened()
         return Answer(verification=await self._workload.verify(self._system, acked))
 
-    async def _opened(self) -> Adapter:
+    async def _opened(self) -> Any:
         return await self._type.open(self._plan.environment)
 
-
-def _is_apart(system: StoreAdapter) -> bool:
-    can = system.store.capabilities
-    return can.durable or can.multi_process
+    @property
+    def _is_apart(self) -> bool:
+        """Of a store; whatever else there is keeps its data in files or on a server."""
+        return getattr(self._system, "is_apart", True)
 
 
 async def work() -> int:
@@ -147,22 +137,17 @@ async def work() -> int:
         answers.write(encode(answer) + b"\n")
         answers.flush()
 
-    plan = decode(await _line(), Plan)
+    worker: Worker | None = None
     try:
-        worker = Worker(plan)
-    except Exception as exc:  # noqa: BLE001  # as below
+        worker = Worker(decode(await next_line(), Plan))
+        while line := await next_line():
+            say(await worker.answer(decode(line, Command)))
+    except Exception as exc:  # noqa: BLE001  # the harness tells it, whatever it is
         say(Answer(refused=_told(exc)))
         return 1
-    try:
-        while line := await _line():
-            try:
-                answer = await worker.answer(decode(line, Command))
-            except Exception as exc:  # noqa: BLE001  # the harness tells it, whatever it is
-                say(Answer(refused=_told(exc)))
-                return 1
-            say(answer)
     finally:
-        await worker.end()
+        if worker is not None:
+            await worker.end()
     return 0
 
 
@@ -170,7 +155,3 @@ def _told(exc: BaseException) -> str:
     if isinstance(exc, BaseExceptionGroup):
         return _told(exc.exceptions[0])
     return f"{type(exc).__name__}: {exc}"
-
-
-async def _line() -> bytes:
-    return await asyncio.to_thread(sys.stdin.buffer.readline)

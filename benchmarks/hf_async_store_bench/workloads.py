@@ -7,14 +7,11 @@ fails, however fast it was. A slot is one of the concurrent tasks: only it write
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Sequence
-from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
-from hf_async_store import BatchError, ConcurrencyConflictError, StorageError
-from hf_async_store_bench import adapters
+from hf_async_store import BatchError, ConcurrencyConflictError, StorageError, StorageStrategy
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
 from hf_async_store_bench.adapters import Adapter, StoreAdapter
 from hf_async_store_bench.data import (
@@ -25,18 +22,15 @@ from hf_async_store_bench.data import (
     machine_id,
     request,
     request_id,
+    settled_count,
 )
 from hf_async_store_bench.messages import Plan, VerificationResult, WrongAnswerError
-
-if TYPE_CHECKING:
-    from hf_async_store import StorageStrategy
 
 _MANY: Final = 1_000_000
 """Between the numbers of what two slots create."""
 
 _LIMIT: Final = 50
 _CHANGED: Final = 0.3
-_SETTLE_SECONDS: Final = 10.0
 _COUNTED: Final = 100
 _SAMPLE: Final = 500
 """Of a baseline or a competitor, which may read them back one by one."""
@@ -52,7 +46,7 @@ class Workload:
         slots: how many there are in each process; no two processes share a slot.
 
     Attributes:
-        needs: the protocol that an adapter has to have.
+        needs: the methods that an adapter has to have.
         unit: what is counted.
         counts: every write sets the field `count` of its machine to how many there were.
         writes: it changes what is stored before.
@@ -60,7 +54,7 @@ class Workload:
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs: ClassVar[type]
+    needs: ClassVar[tuple[str, ...]]
     unit: ClassVar[str] = "operations"
     counts: ClassVar[bool] = True
     writes: ClassVar[bool] = True
@@ -70,13 +64,16 @@ class Workload:
         self.plan = plan
         self.acked: AckedByEntity = {}
         self.retries = 0
+        self.made = 0
         self.entities = plan.load.entities
         self.random = random.Random(f"{plan.seed}-{plan.index}")
         self.slots = slots * plan.load.processes
         self.first = slots * plan.index
 
-    async def prepare(self) -> None:
-        """Whatever a round needs and should not be measured with it."""
+    @classmethod
+    def can_measure(cls, adapter: type) -> bool:
+        """Whether such an adapter has all that it needs."""
+        return all(hasattr(adapter, each) for each in cls.needs)
 
     async def one(self, slot: int) -> int:
         """One operation; returns how many entities it was about."""
@@ -108,9 +105,9 @@ class Workload:
         share = self.entities // self.slots
         return self.first + slot + self.random.randrange(share) * self.slots
 
-    def new(self, slot: int, made: int) -> int:
-        """A number that no machine has yet."""
-        return (self.first + slot + 1) * _MANY + made
+    def new(self, slot: int) -> int:
+        """A number from which on no machine is there yet."""
+        return (self.first + slot + 1) * _MANY + self.made
 
     def machine(self, number: int, count: int = 0) -> Entity:
         return machine(number, self.plan.load.size, count)
@@ -123,7 +120,7 @@ class Workload:
 class Save(Workload):
     name = "save"
     summary = "one machine, whole, insert or replace"
-    needs: ClassVar[type] = adapters.Saves
+    needs: ClassVar[tuple[str, ...]] = ("save",)
     unit = "saves"
 
     async def one(self, slot: int) -> int:
@@ -137,7 +134,7 @@ class Save(Workload):
 class Update(Workload):
     name = "update"
     summary = "two fields of one machine that is there"
-    needs = adapters.Updates
+    needs = ("update",)
     unit = "updates"
 
     async def one(self, slot: int) -> int:
@@ -151,12 +148,8 @@ class Update(Workload):
 class Create(Workload):
     name = "create"
     summary = "one machine that must not be there yet"
-    needs: ClassVar[type] = adapters.Creates
+    needs = ("create",)
     unit = "creates"
-
-    def __init__(self, system: Any, plan: Plan, slots: int) -> None:
-        super().__init__(system, plan, slots)
-        self._made = 0
 
     async def one(self, slot: int) -> int:
         (entity,) = self.fresh(slot, 1)
@@ -166,8 +159,8 @@ class Create(Workload):
 
     def fresh(self, slot: int, count: int, of: str = request_id(0)) -> list[Entity]:
         """New machines of a request."""
-        start = self.new(slot, self._made)
-        self._made += count
+        start = self.new(slot)
+        self.made += count
         shared = {"request_id": of}
         return [{**self.machine(each, count=1), **shared} for each in range(start, start + count)]
 
@@ -175,7 +168,7 @@ class Create(Workload):
 class CreateBatch(Create):
     name = "create batch"
     summary = "so many new machines in one call, each for itself"
-    needs: ClassVar[type] = adapters.CreatesMany
+    needs = ("create_many",)
     unit = "machines"
 
     async def one(self, slot: int) -> int:
@@ -191,7 +184,7 @@ class CreateBatch(Create):
 class ImportBatch(CreateBatch):
     name = "import batch"
     summary = "so many new machines as they are, as when data is loaded in bulk"
-    needs: ClassVar[type] = adapters.ImportsMany
+    needs = ("import_many",)
 
     async def write(self, entities: list[Entity]) -> None:
         await self.system.import_many([{**each, "version": 1} for each in entities])
@@ -200,7 +193,7 @@ class ImportBatch(CreateBatch):
 class SaveBatch(Workload):
     name = "save batch"
     summary = "so many machines in one call, whole, each for itself"
-    needs = adapters.SavesMany
+    needs = ("save_many",)
     unit = "machines"
 
     async def one(self, slot: int) -> int:
@@ -220,12 +213,12 @@ class SaveBatch(Workload):
 class Acquire(Create):
     name = "acquire"
     summary = "a request and its machines, all or none, as the demo makes them"
-    needs: ClassVar[type] = adapters.Acquires
+    needs = ("acquire",)
     unit = "machines"
 
     async def one(self, slot: int) -> int:
         size = self.plan.load.burst
-        asked = request(self.new(slot, self._made), size)
+        asked = request(self.new(slot), size)
         machines = self.fresh(slot, size, of=asked["request_id"])
         with writing(*self.acked_of(asked["request_id"])):
             await self.system.acquire(asked, machines)
@@ -244,7 +237,7 @@ class Acquire(Create):
             if None in stored[2 * place : 2 * place + 2]:
                 failures.append(f"{name}: acknowledged, and its machines are not all there")
             elif isinstance(system, StoreAdapter):
-                found = await _settled_count(system.store, {"request_id": name}, size)
+                found = await settled_count(system.store, {"request_id": name}, size)
                 if found != size:
                     failures.append(f"{name}: {found:,} machines of {size:,}")
         return VerificationResult(len(names), failures)
@@ -253,7 +246,7 @@ class Acquire(Create):
 class Get(Workload):
     name = "get"
     summary = "one machine by its key"
-    needs = adapters.Gets
+    needs = ("get",)
     unit = "gets"
     writes = False
 
@@ -279,7 +272,7 @@ class Get(Workload):
 class Mixed(Save):
     name = "mixed"
     summary = "gets of any machine and saves of an own one, 80 to 20 if nothing else is said"
-    needs = adapters.GetsAndSaves
+    needs = ("get", "save")
     unit = "operations"
 
     async def one(self, slot: int) -> int:
@@ -296,17 +289,16 @@ class Mixed(Save):
 class OneShot(Workload):
     name = "one-shot"
     summary = "a whole process that shows one machine: hf-async-store get"
-    needs = adapters.RunsProcesses
+    needs = ("run_process",)
     unit = "processes"
     writes = False
 
     def skipped(self) -> str | None:
-        if (
-            not isinstance(self.system, StoreAdapter)
-            or self.system.store.capabilities.multi_process
-        ):
-            return None
-        return "no other process can open such a store"
+        alone = (
+            isinstance(self.system, StoreAdapter)
+            and not self.system.store.capabilities.multi_process
+        )
+        return "no other process can open such a store" if alone else None
 
     async def one(self, slot: int) -> int:
         await self.system.run_process(machine_id(self.random.randrange(self.entities)))
@@ -319,10 +311,16 @@ class OneShot(Workload):
 class StoreWorkload(Workload):
     """Work that only a store of the product can do."""
 
-    needs = StoreAdapter
+    needs = ()
+
+    @classmethod
+    def can_measure(cls, adapter: type) -> bool:
+        """Only a store."""
+        return issubclass(adapter, StoreAdapter)
 
     @property
     def store(self) -> StorageStrategy:
+        """The store itself."""
         store: StorageStrategy = self.system.store
         return store
 
@@ -386,7 +384,7 @@ class Query(StoreWorkload):
     async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
         """The answers were looked at as they came."""
         assert isinstance(system, StoreAdapter)
-        found = await _settled_count(system.store, {}, self.entities)
+        found = await settled_count(system.store, {}, self.entities)
         wrong = [] if found == self.entities else [f"{found:,} of {self.entities:,} machines"]
         return VerificationResult(found, wrong)
 
@@ -409,17 +407,6 @@ class Contend(StoreWorkload):
             await self.store.modify_entity("machines", self.COUNTER, step)
         self.retries += tries - 1
         return 1
-
-
-async def _settled_count(store: StorageStrategy, filters: dict[str, object], expected: int) -> int:
-    """How many machines match; where queries may be behind, once they have caught up."""
-    patience = monotonic() + _SETTLE_SECONDS
-    while True:
-        found = await store.count_entities("machines", filters)
-        behind = store.capabilities.query_isolation == "eventual" and found != expected
-        if not behind or monotonic() > patience:
-            return found
-        await asyncio.sleep(0.2)
 
 
 WORKLOADS: Final[dict[str, type[Workload]]] = {

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # it has no types
 
 from hf_async_store_bench.baselines.batching import Batching
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.data import Entity
-    from hf_async_store_bench.messages import Environment
+from hf_async_store_bench.concurrency import side_by_side
+from hf_async_store_bench.data import Entity, batches
+from hf_async_store_bench.messages import Environment
 
 _WRITES = 25
 _READS = 100
 _AT_ONCE = 8
 _KEY = "machine_id"
 _IS_NEW = f"attribute_not_exists({_KEY})"
-_INDEXES = {
-    "request_id": "created_at",
-    "return_request_id": None,
-    "status": None,
-    "name": None,
-}
+_INDEXES = {"request_id": "created_at", "return_request_id": None, "status": None, "name": None}
 """The indexes of the store's machines: what they are found by, and ordered by."""
 
 
@@ -78,34 +71,21 @@ class _Client:
         await self._stack.aclose()
 
     async def fill(self, machines: Sequence[Entity]) -> None:
-        await self._put_all(machines)
+        """In batches of 25, eight at once."""
+        await side_by_side(self._put_batch, batches(machines, _WRITES), _AT_ONCE)
 
     async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
         found: list[Mapping[str, Any] | None] = []
-        for batch in _cut(ids, _READS):
+        for batch in batches(ids, _READS):
             found += await self._get_all(batch)
         return found
 
-    async def _put_all(self, machines: Sequence[Entity]) -> Sequence[None]:
-        """In batches of 25, eight at once."""
-        gate = asyncio.Semaphore(_AT_ONCE)
-
-        async def put(batch: Sequence[Entity]) -> None:
-            async with gate:
-                await self._put_batch(batch)
-
-        async with asyncio.TaskGroup() as group:
-            for batch in _cut(machines, _WRITES):
-                group.create_task(put(batch))
-        return [None] * len(machines)
-
-    async def _put_batch(self, machines: Sequence[Entity]) -> Sequence[None]:
+    async def _put_batch(self, machines: Sequence[Entity]) -> None:
         # It refuses a key that comes twice.
         latest = {each[_KEY]: each for each in machines}
         left = {self._table: [{"PutRequest": {"Item": _item(each)}} for each in latest.values()]}
         while left:
             left = (await self._client.batch_write_item(RequestItems=left))["UnprocessedItems"]
-        return [None] * len(machines)
 
     async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
         found: dict[str, Mapping[str, Any]] = {}
@@ -120,7 +100,8 @@ class _Client:
 
 
 class Each(_Client):
-    """A request for each operation; writes raise the version, as a store does."""
+    """One client with 64 connections, no validation of parameters; a request for each operation
+    (UpdateItem for saves)."""
 
     async def save(self, machine: Entity) -> None:
         fields = {name: value for name, value in machine.items() if name != _KEY}
@@ -165,7 +146,8 @@ class Each(_Client):
 
 
 class Batched(_Client):
-    """All that wait: BatchWriteItem of 25, which checks nothing, and BatchGetItem of 100."""
+    """BatchWriteItem of 25, which checks nothing and knows no versions, and BatchGetItem of 100; 8 at
+    once."""
 
     def __init__(self, place: Environment) -> None:
         super().__init__(place)
@@ -175,21 +157,13 @@ class Batched(_Client):
     async def save(self, machine: Entity) -> None:
         await self._saves(machine)
 
-    async def get(self, machine: str) -> Mapping[str, Any] | None:
+    async def get(self, machine: str) -> Any:
         return await self._gets(machine)
 
-    async def save_many(self, machines: Sequence[Entity]) -> None:
-        await self._put_all(machines)
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        await self._put_all(machines)
+    save_many = create_many = _Client.fill
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
-        await self._put_all([{_KEY: request["request_id"]}, *machines])
-
-
-def _cut(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+        await self.fill([{_KEY: request["request_id"]}, *machines])
 
 
 def _key_schema(hash_key: str, range_key: str | None = None) -> list[dict[str, str]]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
-if TYPE_CHECKING:
-    from hf_async_store_bench.data import Entity
-    from hf_async_store_bench.messages import Environment
+from hf_async_store_bench.data import Entity
+from hf_async_store_bench.messages import Environment
 
 _NOTHING: Final = "import asyncio; asyncio.run(asyncio.sleep(0))"
 
 
 class StartOfPython:
-    """A process that starts an event loop and ends."""
+    """A process that runs asyncio.run of nothing."""
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:

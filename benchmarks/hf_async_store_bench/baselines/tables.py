@@ -5,29 +5,18 @@ The columns, the rest of a machine as a document, the indexes and references of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ForeignKey,
-    Index,
-    MetaData,
-    String,
-    Table,
-    bindparam,
-    select,
-)
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Column, Index, String, Table
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from sqlalchemy import Dialect
+from hf_async_store_bench.data import Entity
 
 TEXTS: Final = (
     "request_id",
@@ -48,7 +37,7 @@ COLUMNS: Final = ("machine_id", *TEXTS, "doc", "version")
 _REQUEST: Final = ("template_id", "status", "request_type", "created_at", "updated_at")
 _DECLARED: Final = frozenset(COLUMNS) - {"doc"}
 _TEXT: Final = String().with_variant(String(collation="C"), "postgresql")
-_DOCUMENT: Final = String().with_variant(JSONB(), "postgresql")
+_DOCUMENT: Final = String().with_variant(postgresql.JSONB(), "postgresql")
 _PARENTS: Final = {
     "request_id": "hand_requests.request_id",
     "template_id": "hand_templates.template_id",
@@ -57,16 +46,14 @@ _PARENTS: Final = {
 
 def _columns(names: Sequence[str]) -> list[Column[Any]]:
     return [
-        Column(each, _TEXT, *([ForeignKey(_PARENTS[each])] if each in _PARENTS else []))
+        Column(each, _TEXT, *([sa.ForeignKey(_PARENTS[each])] if each in _PARENTS else []))
         for each in names
     ]
 
 
-_METADATA: Final = MetaData()
-TEMPLATES: Final = Table(
-    "hand_templates", _METADATA, Column("template_id", _TEXT, primary_key=True)
-)
-REQUESTS: Final = Table(
+_METADATA: Final = sa.MetaData()
+Table("hand_templates", _METADATA, Column("template_id", _TEXT, primary_key=True))
+Table(
     "hand_requests",
     _METADATA,
     Column("request_id", _TEXT, primary_key=True),
@@ -89,10 +76,10 @@ MACHINES: Final = Table(
     Index("hand_machines_return", "return_request_id"),
     Index("hand_machines_status", "status"),
 )
-SELECT_ONE: Final = select(*MACHINES.columns).where(MACHINES.c.machine_id == bindparam("wanted"))
-"""For SQLAlchemy."""
-
-_DIALECTS: Final[dict[str, Dialect]] = {
+_SELECT_ONE: Final = sa.select(*MACHINES.columns).where(
+    MACHINES.c.machine_id == sa.bindparam("wanted")
+)
+_DIALECTS: Final[dict[str, sa.Dialect]] = {
     "sqlite": sqlite.dialect(),
     "postgresql": postgresql.dialect(),  # type: ignore[no-untyped-call]
 }
@@ -103,13 +90,11 @@ _decode = msgspec.json.Decoder().decode
 
 def ddl(dialect: str) -> list[str]:
     """The statements that make the tables and their indexes, where they are not there."""
-    made: list[Any] = [CreateTable(each, if_not_exists=True) for each in _METADATA.sorted_tables]
-    indexes = [
-        CreateIndex(each, if_not_exists=True)
-        for table in _METADATA.sorted_tables
-        for each in table.indexes
-    ]
-    return [str(each.compile(dialect=_DIALECTS[dialect])) for each in (*made, *indexes)]
+    made: list[Any] = []
+    for table in _METADATA.sorted_tables:
+        made.append(CreateTable(table, if_not_exists=True))
+        made += [CreateIndex(each, if_not_exists=True) for each in table.indexes]
+    return [str(each.compile(dialect=_DIALECTS[dialect])) for each in made]
 
 
 def upsert(dialect: str) -> Any:
@@ -119,6 +104,27 @@ def upsert(dialect: str) -> Any:
     changed["created_at"] = MACHINES.c.created_at
     changed["version"] = MACHINES.c.version + 1
     return insert.on_conflict_do_update(index_elements=["machine_id"], set_=changed)
+
+
+class CoreOperations:
+    """What a baseline on SQLAlchemy Core does: begin, a statement, commit for each operation."""
+
+    engine: AsyncEngine
+    upsert: Any
+
+    async def save(self, machine: Entity) -> None:
+        await self.execute(self.upsert, machine)
+
+    async def execute(self, statement: Any, machine: Entity) -> None:
+        """Write a machine by a statement that takes its columns."""
+        row = dict(zip(COLUMNS, row_of(machine, utc_now()), strict=True))
+        async with self.engine.begin() as connection:
+            await connection.execute(statement, row)
+
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        async with self.engine.connect() as connection:
+            found = await connection.execute(_SELECT_ONE, {"wanted": machine})
+            return entity_of(found.first())
 
 
 def row_of(machine: Mapping[str, Any], now: str) -> list[Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from argparse import ArgumentParser, Namespace
+from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, percent
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
 
 USAGE: Final = "advise [OPTIONS]"
 SUMMARY: Final = "recommend an engine for your load, by measuring it here"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from argparse import ArgumentParser, Namespace
+from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, percent, positive
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
 
 OUTPUT: Final = "hf-async-store-bench"
 """The folder that a report is written to, if nothing else is said."""

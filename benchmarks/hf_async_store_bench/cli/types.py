@@ -4,12 +4,14 @@ from __future__ import annotations
 
 
 def at_least_one(text: str) -> int:
+    """A whole number."""
     if not text.isascii() or not text.isdecimal() or not int(text):
         raise ValueError(text)
     return int(text)
 
 
 def positive(text: str) -> float:
+    """A finite number."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise ValueError(text)
@@ -17,6 +19,7 @@ def positive(text: str) -> float:
 
 
 def percent(text: str) -> int:
+    """A whole number."""
     value = int(text)
     if not 0 <= value <= 100:
         raise ValueError(text)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
 from hf_async_store import ConfigurationError, Entity, StorageStrategy
 from hf_async_store_bench.data import batches
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-Entities: TypeAlias = "dict[str, dict[str, Entity]]"
+Entities: TypeAlias = dict[str, dict[str, Entity]]
 """Entities by id, by collection."""
 
 REAL_DATA: Final = "HF_ASYNC_STORE_REAL_DATA"
@@ -104,7 +102,19 @@ def made_up(prefix: str, count: int = _MADE_UP) -> list[dict[str, Any]]:
 
 async def everything(store: StorageStrategy) -> Entities:
     """All that the store holds."""
-    return {name: await _all(store, name) for name in store.collections}
+    return {name: await streamed(store, name) for name in store.collections}
+
+
+async def streamed(
+    store: StorageStrategy, name: str, filters: Mapping[str, object] | None = None
+) -> dict[str, Entity]:
+    """The entities of a collection, by id."""
+    key = store.collections[name].key
+    found: dict[str, Entity] = {}
+    async with aclosing(store.stream_entities(name, filters)) as rows:
+        async for each in rows:
+            found[str(each[key])] = each
+    return found
 
 
 async def import_new(store: StorageStrategy, entities: Entities) -> bool:
@@ -149,15 +159,6 @@ def _unwrapped(file: Path, name: str) -> dict[str, Entity]:
     inner = held.get(name)
     key = f"{name.removesuffix('s')}_id"
     return inner if len(held) == 1 and isinstance(inner, dict) and key not in inner else held
-
-
-async def _all(store: StorageStrategy, name: str) -> dict[str, Entity]:
-    key = store.collections[name].key
-    found: dict[str, Entity] = {}
-    async with aclosing(store.stream_entities(name)) as rows:
-        async for each in rows:
-            found[str(each[key])] = each
-    return found
 
 
 def _batches(entities: dict[str, Entity]) -> Iterable[Sequence[str]]:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from hf_async_store.config import DynamoDBConfig, load_config
-from hf_async_store_bench.servers import ServerUnavailable, dynamodb
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.demo.plan import Settings
+from hf_async_store_bench.demo.plan import Settings
+from hf_async_store_bench.servers import ServerUnavailable, any_credentials, dynamodb
 
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
-_CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 @contextmanager
@@ -30,7 +27,8 @@ def served(settings: Settings) -> Iterator[Settings]:
         yield settings
         return
     try:
-        with dynamodb() as server, _any_credentials():
+        with dynamodb() as server:
+            any_credentials()
             mark = "&" if "?" in settings.store else "?"
             url = f"{settings.store}{mark}endpoint_url={server.endpoint_url}"
             yield msgspec.structs.replace(settings, store=url)
@@ -46,15 +44,3 @@ def _needs_dynamodb(url: str) -> bool:
         and options.profile is None
         and not any(map(os.environ.get, _ENDPOINTS))
     )
-
-
-@contextmanager
-def _any_credentials() -> Iterator[None]:
-    """The test server takes any; workers find them in the environment."""
-    missing = [each for each in _CREDENTIALS if not os.environ.get(each)]
-    os.environ.update(dict.fromkeys(missing, "demo"))
-    try:
-        yield
-    finally:
-        for each in missing:
-            os.environ.pop(each, None)
