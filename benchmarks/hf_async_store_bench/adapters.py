@@ -1,4 +1,16 @@
-"""What is measured, behind one small interface: a store, a baseline, a competitor."""
+"""What is measured, behind one small interface: a store, a baseline, a competitor.
+
+Every adapter can be opened in an `Environment` and closed; `fill(machines)` stores them in the fastest
+way there is, and `read_back(ids)` gives what is stored. It has these in addition, where its system can
+do that; a workload asks for what it needs by name:
+
+    get(id), save(machine), update(id, fields): one machine.
+    create(machine): refused if it is there.
+    save_many(machines), create_many(machines): each for itself.
+    import_many(machines): new machines as they are, as when data is loaded in bulk.
+    acquire(request, machines): all of them, or none.
+    run_process(id): a whole process that shows one machine.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +18,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from hf_async_store import StorageStrategy, open_store
 from hf_async_store_bench.data import TEMPLATE, Entity, batches, transaction_limit
@@ -17,38 +29,6 @@ _BATCH = 10_000
 _IMPORTED = 1000
 _CALL = 100
 """Machines of one call where a transaction cannot hold a whole request, as the demo does it."""
-
-
-class Adapter(Protocol):
-    """Open, filled, used, read back, closed.
-
-    An adapter has these methods in addition, each where its system can do that; a workload asks for
-    what it needs by name:
-
-        get(id), save(machine), update(id, fields): one machine.
-        create(machine): refused if it is there.
-        save_many(machines), create_many(machines): each for itself.
-        import_many(machines): new machines as they are, as when data is loaded in bulk.
-        acquire(request, machines): all of them, or none.
-        run_process(id): a whole process that shows one machine.
-    """
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        """Open it, with whatever it needs made ready."""
-        ...
-
-    async def close(self) -> None:
-        """Release everything; nothing acknowledged is lost."""
-        ...
-
-    async def fill(self, machines: Sequence[Entity]) -> None:
-        """Store them in the fastest way there is; not measured."""
-        ...
-
-    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
-        """The stored machines; not measured."""
-        ...
 
 
 class StoreAdapter:

@@ -11,14 +11,14 @@ from typing import Any, Final
 import msgspec
 
 from hf_async_store import InvalidInputError
-from hf_async_store_bench import compare, docs_page, recommend, tables, targets
+from hf_async_store_bench import compare, recommend, tables, targets
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import SystemUnderTest, encode
+from hf_async_store_bench.processes import run_to_completion
 from hf_async_store_bench.results import Results, Skipped
 from hf_async_store_bench.run import Run, tell
 from hf_async_store_bench.scenarios import SCENARIOS
 from hf_async_store_bench.settings import FULL, SHORT, Settings, chosen_loads
-from hf_async_store_bench.signals import run_to_completion
 from hf_async_store_bench.systems import ALL, SHORT_SYSTEMS, chosen, of_url
 from hf_async_store_bench.workloads import WORKLOADS
 
@@ -44,8 +44,11 @@ async def bench(arguments: argparse.Namespace) -> int:
 
 
 async def _bench(arguments: argparse.Namespace) -> int:
+    from hf_async_store_bench import report  # what draws takes a while to import
+
     settings, systems = _settings(arguments), _systems(arguments)
-    page = None if arguments.page is None else docs_page.Page(Path(arguments.page))
+    if arguments.page is not None:
+        report.around_results(Path(arguments.page))  # before the minutes of a run, not after
     with Environments(durable=not arguments.no_fsync, folder=arguments.folder) as environments:
         run = Run(settings, systems, environments, tell)
         for each in ALL:
@@ -54,11 +57,9 @@ async def _bench(arguments: argparse.Namespace) -> int:
         results = await run.whole()
     results.settings = _told(arguments, settings) | results.settings
     results.figures = targets.figures(results)
-    from hf_async_store_bench import report  # what draws takes a while to import
-
     written = report.write(results, Path(arguments.output))
-    if page is not None:
-        page.write(results)
+    if arguments.page is not None:
+        report.write_into(Path(arguments.page), results)
     if arguments.json:
         _say(encode(results).decode())
     else:

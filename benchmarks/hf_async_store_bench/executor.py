@@ -26,9 +26,7 @@ _STEADY_SHARE: Final = 0.5
 _STEADY_MOST: Final = 5000.0
 """Operations a second: beyond that, the latencies would be those of the harness."""
 
-_STEADY_LEAST: Final = 4
-"""Operations: of fewer, no percentile says anything."""
-
+_STEADY_LEAST: Final = 4  # operations: of fewer, no percentile says anything
 _FAILURES_SHOWN: Final = 10
 AT_ONCE: Final = 2
 """Groups that are filled and started side by side: it is computing, not waiting."""

@@ -7,8 +7,9 @@ at which it began. So a store that stalls cannot hide what it kept waiting.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from time import perf_counter, perf_counter_ns
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 from hf_async_store import ConcurrencyConflictError
 from hf_async_store_bench.concurrency import side_by_side
@@ -16,18 +17,11 @@ from hf_async_store_bench.messages import RoundStats, WrongAnswerError
 
 _MILLISECOND: Final = 1_000_000
 _MAX_SHOWN: Final = 10
-_PATIENCE: Final = 3.0
-"""An open round is ended when it takes so many times its length."""
+_PATIENCE: Final = 3.0  # an open round is ended when it takes so many times its length
 
 
-class Work(Protocol):
-    """One operation, again and again."""
-
-    retries: int
-
-    async def one(self, slot: int) -> int:
-        """Do it once, in this slot: no two run in one slot at a time. Returns the entities."""
-        ...
+Work: TypeAlias = Callable[[int], Awaitable[int]]
+"""One operation in a slot, where no other runs at the time; gives how many entities it was about."""
 
 
 async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:
@@ -100,7 +94,7 @@ class _Clock:
 
 async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> None:
     try:
-        units = await work.one(slot)
+        units = await work(slot)
     except ConcurrencyConflictError:
         stats.conflicts += 1
     except Exception as exc:  # noqa: BLE001  # whatever a driver or a competitor raises is a figure here

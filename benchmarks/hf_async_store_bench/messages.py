@@ -23,12 +23,11 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         role: an engine of the product (or a user's own store), hand-written code on the same driver,
             or what others use instead.
         engine: which engine it is, is the baseline of, or is an alternative to.
-        adapter: `module:class` of its `Adapter`; the docstring says how a baseline is made.
-        needs: what its data is stored in.
+        adapter: `module:class`; the docstring says how a baseline is made.
         package: what must be installed, by the name that it is imported by.
         blocking: each call blocks the whole process, so one task can do all that it is able to.
         url: of a strategy, its store, with `{folder}`, `{postgres}` and `{dynamodb}` to be filled in.
-        nondurable_query: added to a strategy's URL when acknowledged writes need not be durable.
+        nondurable_query: added to the URL when acknowledged writes need not be durable.
         copied: its data can be copied as a folder or a database.
         max_entities: more than this number its server cannot hold, for the reason behind it.
         source: a checkout whose product is measured instead of the installed one.
@@ -64,11 +63,9 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """Where one system stores its data. It travels over a pipe: it may hold a password.
 
     Attributes:
-        folder: an empty one of its own, removed afterwards.
         server: the URL of an empty database, or the address of the DynamoDB server; else empty.
         url: of a strategy, the URL of its store.
         prefix: of whatever it names on a server that others use, too.
-        durable: an acknowledged write has to outlive a loss of power.
     """
 
     folder: str
@@ -79,15 +76,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """One workload with its parameters.
-
-    Attributes:
-        tasks: concurrent tasks in each process.
-        entities: machines that are stored before it begins.
-        size: bytes of JSON of one machine.
-        burst: machines of one acquired request, and of one batch.
-        reads: of a hundred operations of the mixed workload.
-    """
+    """One workload with its parameters: tasks in each process, machines that are stored before, bytes
+    of each, machines of an acquired request and of a batch, reads of a hundred mixed operations."""
 
     workload: str
     tasks: int = 64
@@ -126,13 +116,12 @@ class RoundStats(msgspec.Struct, kw_only=True):
 
     Attributes:
         operations: that were acknowledged; `units` is how many entities they were about.
-        seconds: from the start to the end of the last operation.
         errors: by the name of the exception; conflicts are counted apart.
         retries: further tries inside of operations that succeeded.
         wrong: the first wrong answers; they are errors, too.
         unserved: open loop: operations that were due and had not begun when the round was ended. They
             count in the latencies with the time that they had waited by then.
-        processor: seconds of processor time, of all threads of the process.
+        processor: seconds, of all threads of the process.
         memory: bytes by which the process has grown since before it opened its system.
         written: bytes that it wrote to disks, plus what it sent to a DynamoDB server and what a
             PostgreSQL server wrote into its log; None where the system does not say.
@@ -198,9 +187,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is told; it answers each with one line.
 
     Attributes:
-        do: load the data (one process alone); open it; run a round; stop and tell what was
-            acknowledged; verify that of all processes (one process alone); or measure a scenario.
-        workload: what to open it for; or the scenario.
+        do: load the data (one process alone); open it for a workload; run a round; stop and tell what
+            was acknowledged; verify that of all processes (one process alone); measure a scenario.
         rate: operations a second at fixed times (open loop); None: as fast as they are answered.
     """
 
@@ -219,13 +207,8 @@ class VerificationResult(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What a worker answers.
-
-    Attributes:
-        refused: it cannot go on, and this is why.
-        skipped: the system cannot do this workload by what it declares, and that is no fault.
-        apart: the data that it loaded can be opened by other processes.
-    """
+    """What a worker answers: why it cannot go on; or why its system cannot do this workload, which is
+    no fault; whether what it loaded can be opened by other processes; or what it measured."""
 
     refused: str | None = None
     skipped: str | None = None

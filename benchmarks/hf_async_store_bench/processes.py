@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Final, Self, cast
 
@@ -104,3 +106,27 @@ class LineProcess:
 async def next_line() -> bytes:
     """In such a process, what it is told next; empty at the end."""
     return await asyncio.to_thread(sys.stdin.buffer.readline)
+
+
+async def run_to_completion(work: Coroutine[None, None, int]) -> int:
+    """The exit code of a run. SIGTERM ends it as Ctrl-C does: with everything cleaned up."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    terminated = asyncio.Event()
+
+    def end() -> None:
+        terminated.set()
+        task.cancel()
+
+    try:
+        loop.add_signal_handler(signal.SIGTERM, end)
+    except (ValueError, RuntimeError, NotImplementedError):
+        return await task  # not in the main thread: whoever runs the loop decides
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not terminated.is_set():
+            raise
+        return 128 + signal.SIGTERM
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

@@ -20,9 +20,7 @@ _STATUS: Final = Path("/proc/self/status")
 _IO: Final = Path("/proc/self/io")
 _DESCRIPTORS: Final = Path("/proc/self/fd")
 _TCP_INFO_BYTES: Final = 136
-_BYTES_ACKED: Final = slice(120, 128)
-"""Of `struct tcp_info`, in the order of linux/tcp.h."""
-
+_BYTES_ACKED: Final = slice(120, 128)  # of `struct tcp_info`, in the order of linux/tcp.h
 _PROCESSORS: Final = Path("/proc/cpuinfo")
 _SYNCS: Final = 100
 _PACKAGES: Final = (

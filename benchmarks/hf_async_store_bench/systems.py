@@ -63,7 +63,7 @@ STRATEGIES: Final = (
 BASELINES: Final = (
     _baseline("append and sync each", "json", "baselines.journal:JournalEach"),
     _baseline("group commit by hand", "json", "baselines.journal:JournalTogether"),
-    _baseline("start of Python", "json", "baselines.process:StartOfPython"),
+    _baseline("start of Python", "json", "baselines.journal:StartOfPython"),
     _baseline("aiosqlite each", "sqlite", "baselines.sqlite:Aiosqlite", "aiosqlite"),
     _baseline("SQLAlchemy Core on aiosqlite each", "sqlite", "baselines.sqlite:Core", "sqlalchemy"),
     _baseline("sqlite3 batched by hand", "sqlite", "baselines.sqlite:Sqlite3Batched", "aiosqlite"),

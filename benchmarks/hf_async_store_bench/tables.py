@@ -13,7 +13,7 @@ from hf_async_store_bench.workloads import WORKLOADS
 
 
 class Table(NamedTuple):
-    """A title, heads and rows of words."""
+    """Heads and rows of words."""
 
     title: str
     heads: tuple[str, ...]
@@ -72,19 +72,20 @@ def _row(cell: Cell) -> tuple[str, ...]:
 
 def engines(results: Results) -> Table:
     """Every engine under every load: what it did in a second."""
-    return _rates("The engines: a second, by load", results, ("strategy",))
+    cells = [each for each in results.cells if each.role == "strategy"]
+    return _rates("The engines: a second, by load", results, cells)
 
 
 def others(results: Results) -> Table:
     """The same of baselines and competitors."""
-    title = "Baselines and alternatives: a second, by load"
-    return _rates(title, results, ("baseline", "competitor"))
+    cells = [each for each in results.cells if each.role != "strategy"]
+    return _rates("Baselines and alternatives: a second, by load", results, cells)
 
 
-def _rates(title: str, results: Results, roles: Sequence[str]) -> Table:
-    """A row for each load; the systems are the columns where they are few."""
-    cells = [each for each in results.cells if each.role in roles and each.rounds]
-    systems = list(dict.fromkeys(each.system for each in cells))
+def _rates(title: str, results: Results, cells: Sequence[Cell]) -> Table:
+    """A row for each load; the systems are the columns."""
+    cells = [each for each in cells if each.rounds]
+    systems = dict.fromkeys(each.system for each in cells)
     rows = []
     for load in dict.fromkeys(each.load.name for each in cells):
         found = [results.cell(each, load) for each in systems]

@@ -11,8 +11,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from hf_async_store_bench.messages import Load, Measurement
 from hf_async_store_bench.results import Figure, Results, ratio
-from hf_async_store_bench.scenarios import SCENARIOS
-from hf_async_store_bench.timers import ratios
+from hf_async_store_bench.scenarios import SCENARIOS, ratios
 
 _NOT_RUN: Final = "not in this run"
 
@@ -92,8 +91,7 @@ def figures(results: Results) -> list[Figure]:
     ]
 
 
-_Value: TypeAlias = tuple[float, float | None, float | None]
-"""A value with its range."""
+_Value: TypeAlias = tuple[float, float | None, float | None]  # A value with its range
 
 
 def _figure(

@@ -81,13 +81,13 @@ class Worker:
         return self._workload.skipped()
 
     async def _run(self, command: Command) -> RoundStats:
-        retries = self._workload.retries
+        work, retries = self._workload.one, self._workload.retries
         gc.collect()
         written, used = self._written(), resource_usage.processor_seconds()
         if command.rate is None:
-            stats = await closed_loop(self._workload, self._slots, command.seconds)
+            stats = await closed_loop(work, self._slots, command.seconds)
         else:
-            stats = await open_loop(self._workload, self._slots, command.seconds, command.rate)
+            stats = await open_loop(work, self._slots, command.seconds, command.rate)
         stats.processor = resource_usage.processor_seconds() - used
         after = self._written()
         stats.written = None if written is None or after is None else after - written

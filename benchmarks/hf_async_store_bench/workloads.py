@@ -8,46 +8,33 @@ fails, however fast it was. A slot is one of the concurrent tasks: only it write
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, cast
 
 from hf_async_store import BatchError, ConcurrencyConflictError, StorageError, StorageStrategy
+from hf_async_store_bench import data
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
-from hf_async_store_bench.adapters import Adapter, StoreAdapter
-from hf_async_store_bench.data import (
-    MACHINES_OF_A_REQUEST,
-    STATUSES,
-    Entity,
-    machine,
-    machine_id,
-    request,
-    request_id,
-    settled_count,
-)
+from hf_async_store_bench.adapters import StoreAdapter
+from hf_async_store_bench.data import Entity
 from hf_async_store_bench.messages import Plan, VerificationResult, WrongAnswerError
 
-_MANY: Final = 1_000_000
-"""Between the numbers of what two slots create."""
-
+_MANY: Final = 1_000_000  # between the numbers of what two slots create
 _LIMIT: Final = 50
 _CHANGED: Final = 0.3
 _COUNTED: Final = 100
-_SAMPLE: Final = 500
-"""Of a baseline or a competitor, which may read them back one by one."""
-
+_SAMPLE: Final = 500  # of a baseline or a competitor, which may read them back one by one
 _NOTHING: Final = AckedWrites()
+_FIRST_REQUEST: Final = data.request_id(0)
 
 
 class Workload:
     """One kind of work on one system, in one process.
 
     Args:
-        system: the adapter of what is measured; it has what `needs` asks for.
         slots: how many there are in each process; no two processes share a slot.
 
     Attributes:
         needs: the methods that an adapter has to have.
-        unit: what is counted.
         counts: every write sets the field `count` of its machine to how many there were.
         writes: it changes what is stored before.
     """
@@ -75,46 +62,63 @@ class Workload:
         """Whether such an adapter has all that it needs."""
         return all(hasattr(adapter, each) for each in cls.needs)
 
+    def skipped(self) -> str | None:
+        """Why this system cannot be measured with it, if so."""
+        return None
+
     async def one(self, slot: int) -> int:
         """One operation; returns how many entities it was about."""
         raise NotImplementedError
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         """Compare what a freshly opened system holds with what all processes wrote together."""
         ids = list(acked)
-        is_store = isinstance(system, StoreAdapter)
-        if not is_store and len(ids) > _SAMPLE:
+        first: dict[str, int] | None = None
+        if isinstance(system, StoreAdapter):
+            first = {i: int(int(i.removeprefix("i-"), 16) < self.entities) for i in ids}
+        elif len(ids) > _SAMPLE:
             ids = random.Random(0).sample(ids, _SAMPLE)
-        first = {
-            each: int(int(each.removeprefix("i-"), 16) < self.entities) for each in ids if is_store
-        }
-        failures = lost_writes(
-            acked,
-            zip(ids, await system.read_back(ids), strict=True),
-            counter="count" if self.counts else None,
-            first_version=first if is_store else None,
-        )
+        stored = zip(ids, await system.read_back(ids), strict=True)
+        counter = "count" if self.counts else None
+        failures = lost_writes(acked, stored, counter=counter, first_version=first)
         return VerificationResult(len(ids), failures)
-
-    def skipped(self) -> str | None:
-        """Why this system cannot be measured with it, if so."""
-        return None
 
     def own(self, slot: int) -> int:
         """A stored machine that only this slot writes to."""
         share = self.entities // self.slots
         return self.first + slot + self.random.randrange(share) * self.slots
 
+    def any(self) -> str:
+        """A stored machine."""
+        return data.machine_id(self.random.randrange(self.entities))
+
     def new(self, slot: int) -> int:
         """A number from which on no machine is there yet."""
         return (self.first + slot + 1) * _MANY + self.made
 
     def machine(self, number: int, count: int = 0) -> Entity:
-        return machine(number, self.plan.load.size, count)
+        """A machine of the load's size."""
+        return data.machine(number, self.plan.load.size, count)
+
+    def fresh(self, slot: int, count: int, of: str = _FIRST_REQUEST) -> list[Entity]:
+        """New machines of a request."""
+        start = self.new(slot)
+        self.made += count
+        numbers = range(start, start + count)
+        return [{**self.machine(each, count=1), "request_id": of} for each in numbers]
 
     def acked_of(self, *ids: str) -> list[AckedWrites]:
         """What was acknowledged of each of these."""
         return [self.acked.setdefault(each, AckedWrites()) for each in ids]
+
+    async def get(self) -> Mapping[str, Any]:
+        """Get any machine, and see that it is the one, and not older than what was acknowledged."""
+        name = self.any()
+        least = self.acked.get(name, _NOTHING).acknowledged
+        found = await self.system.get(name)
+        if found is None or found["machine_id"] != name or found["count"] < least:
+            raise WrongAnswerError(f"{name}: another, or older than what was acknowledged")
+        return cast("Mapping[str, Any]", found)
 
 
 class Save(Workload):
@@ -125,7 +129,7 @@ class Save(Workload):
 
     async def one(self, slot: int) -> int:
         number = self.own(slot)
-        (entry,) = self.acked_of(machine_id(number))
+        (entry,) = self.acked_of(data.machine_id(number))
         with writing(entry):
             await self.system.save(self.machine(number, entry.tried + 1))
         return 1
@@ -138,7 +142,7 @@ class Update(Workload):
     unit = "updates"
 
     async def one(self, slot: int) -> int:
-        name = machine_id(self.own(slot))
+        name = data.machine_id(self.own(slot))
         (entry,) = self.acked_of(name)
         with writing(entry):
             await self.system.update(name, {"status": "RUNNING", "count": entry.tried + 1})
@@ -157,15 +161,8 @@ class Create(Workload):
             await self.system.create(entity)
         return 1
 
-    def fresh(self, slot: int, count: int, of: str = request_id(0)) -> list[Entity]:
-        """New machines of a request."""
-        start = self.new(slot)
-        self.made += count
-        shared = {"request_id": of}
-        return [{**self.machine(each, count=1), **shared} for each in range(start, start + count)]
 
-
-class CreateBatch(Create):
+class CreateBatch(Workload):
     name = "create batch"
     summary = "so many new machines in one call, each for itself"
     needs = ("create_many",)
@@ -178,6 +175,7 @@ class CreateBatch(Create):
         return len(entities)
 
     async def write(self, entities: list[Entity]) -> None:
+        """The call."""
         await self.system.create_many(entities)
 
 
@@ -199,18 +197,14 @@ class SaveBatch(Workload):
     async def one(self, slot: int) -> int:
         count = min(self.plan.load.burst, self.entities // self.slots)
         numbers = [self.first + slot + each * self.slots for each in range(count)]
-        entries = self.acked_of(*map(machine_id, numbers))
+        entries = self.acked_of(*map(data.machine_id, numbers))
+        counts = [each.tried + 1 for each in entries]
         with writing(*entries):
-            await self.system.save_many(
-                [
-                    self.machine(number, entry.tried + 1)
-                    for number, entry in zip(numbers, entries, strict=True)
-                ]
-            )
+            await self.system.save_many(list(map(self.machine, numbers, counts)))
         return count
 
 
-class Acquire(Create):
+class Acquire(Workload):
     name = "acquire"
     summary = "a request and its machines, all or none, as the demo makes them"
     needs = ("acquire",)
@@ -218,26 +212,26 @@ class Acquire(Create):
 
     async def one(self, slot: int) -> int:
         size = self.plan.load.burst
-        asked = request(self.new(slot), size)
+        asked = data.request(self.new(slot), size)
         machines = self.fresh(slot, size, of=asked["request_id"])
         with writing(*self.acked_of(asked["request_id"])):
             await self.system.acquire(asked, machines)
         return size
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         """Every acknowledged request has all of its machines: the first and the last are looked
         for everywhere, and a store counts them."""
         size = self.plan.load.burst
         names = [name for name, each in acked.items() if each.acknowledged][:_COUNTED]
         firsts = [int(each.removeprefix("req-")) for each in names]
-        ends = [machine_id(number) for each in firsts for number in (each, each + size - 1)]
+        ends = [data.machine_id(number) for each in firsts for number in (each, each + size - 1)]
         stored = await system.read_back(ends)
         failures = []
         for place, name in enumerate(names):
             if None in stored[2 * place : 2 * place + 2]:
                 failures.append(f"{name}: acknowledged, and its machines are not all there")
             elif isinstance(system, StoreAdapter):
-                found = await settled_count(system.store, {"request_id": name}, size)
+                found = await data.settled_count(system.store, {"request_id": name}, size)
                 if found != size:
                     failures.append(f"{name}: {found:,} machines of {size:,}")
         return VerificationResult(len(names), failures)
@@ -251,21 +245,20 @@ class Get(Workload):
     writes = False
 
     async def one(self, slot: int) -> int:
-        name = machine_id(self.random.randrange(self.entities))
-        found = await self.system.get(name)
-        if found is None or found["machine_id"] != name or found["count"] != 0:
-            raise WrongAnswerError(name)
+        found = await self.get()
+        if found["count"] != 0:
+            raise WrongAnswerError(found["machine_id"])
         return 1
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         """Nothing was written, so everything has to be as it was."""
         numbers = self.random.sample(range(self.entities), min(self.entities, 1000))
-        stored = await system.read_back([machine_id(each) for each in numbers])
-        failures = []
-        for number, found in zip(numbers, stored, strict=True):
-            expected = self.machine(number).items()
-            if found is None or any(found.get(name) != value for name, value in expected):
-                failures.append(f"{machine_id(number)}: is not as it was stored")
+        ids = list(map(data.machine_id, numbers))
+        failures = [
+            f"{name}: is not as it was stored"
+            for name, number, found in zip(ids, numbers, await system.read_back(ids), strict=True)
+            if found is None or not self.machine(number).items() <= found.items()
+        ]
         return VerificationResult(len(numbers), failures)
 
 
@@ -278,11 +271,7 @@ class Mixed(Save):
     async def one(self, slot: int) -> int:
         if self.random.random() * 100 >= self.plan.load.reads:
             return await super().one(slot)
-        name = machine_id(self.random.randrange(self.entities))
-        least = self.acked.get(name, _NOTHING).acknowledged
-        found = await self.system.get(name)
-        if found is None or found["machine_id"] != name or found["count"] < least:
-            raise WrongAnswerError(f"{name}: older than what was acknowledged")
+        await self.get()
         return 1
 
 
@@ -294,17 +283,16 @@ class OneShot(Workload):
     writes = False
 
     def skipped(self) -> str | None:
-        alone = (
-            isinstance(self.system, StoreAdapter)
-            and not self.system.store.capabilities.multi_process
-        )
-        return "no other process can open such a store" if alone else None
+        if isinstance(self.system, StoreAdapter):
+            alone = not self.system.store.capabilities.multi_process
+            return "no other process can open such a store" if alone else None
+        return None
 
     async def one(self, slot: int) -> int:
-        await self.system.run_process(machine_id(self.random.randrange(self.entities)))
+        await self.system.run_process(self.any())
         return 1
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         return VerificationResult(1, [])
 
 
@@ -313,16 +301,13 @@ class StoreWorkload(Workload):
 
     needs = ()
 
+    def __init__(self, system: Any, plan: Plan, slots: int) -> None:
+        super().__init__(system, plan, slots)
+        self.store: StorageStrategy = system.store
+
     @classmethod
     def can_measure(cls, adapter: type) -> bool:
-        """Only a store."""
         return issubclass(adapter, StoreAdapter)
-
-    @property
-    def store(self) -> StorageStrategy:
-        """The store itself."""
-        store: StorageStrategy = self.system.store
-        return store
 
 
 class Poll(StoreWorkload):
@@ -333,58 +318,60 @@ class Poll(StoreWorkload):
 
     async def one(self, slot: int) -> int:
         # Any request: two that poll the same one at once is what happens, and a conflict then.
-        requests = max(1, self.entities // MACHINES_OF_A_REQUEST)
-        name = request_id(self.random.randrange(requests))
-        if await self.store.get_entity("requests", name) is None:
-            raise WrongAnswerError(name)
+        requests = max(1, self.entities // data.MACHINES_OF_A_REQUEST)
+        name = data.request_id(self.random.randrange(requests))
+        request = await self.store.get_entity("requests", name)
         machines = await self.store.query_entities("machines", {"request_id": name})
-        if not machines:
-            raise WrongAnswerError(f"{name}: no machines")
+        if request is None or not machines:
+            raise WrongAnswerError(f"{name}: it or its machines are missing")
         changed = [each for each in machines if self.random.random() < _CHANGED]
-        await self._write({str(each["machine_id"]): int(each["version"]) for each in changed})  # type: ignore[arg-type]
+        await self._write(
+            {str(each["machine_id"]): cast("int", each["version"]) for each in changed}
+        )
         return 1
 
     async def _write(self, versions: dict[str, int]) -> None:
         """By compare-and-set: another poll of the same request may be faster."""
-        status = {"status": self.random.choice(STATUSES)}
+        status = {"status": self.random.choice(data.STATUSES)}
+        changes = dict.fromkeys(versions, status)
         outcomes: Sequence[object]
         try:
-            outcomes = await self.store.update_entities(
-                "machines", dict.fromkeys(versions, status), versions
-            )
+            outcomes = await self.store.update_entities("machines", changes, versions)
         except BatchError as exc:
             outcomes = exc.outcomes
         errors = [each if isinstance(each, StorageError) else None for each in outcomes]
         for entry, error in zip(self.acked_of(*versions), errors, strict=True):
             entry.note(error)
-        lost = [each for each in errors if isinstance(each, ConcurrencyConflictError)]
-        others = [each for each in errors if each is not None and each not in lost]
-        for each in (*others, *lost):
+        # What is no conflict is told first.
+        for each in sorted(
+            filter(None, errors), key=lambda e: isinstance(e, ConcurrencyConflictError)
+        ):
             raise each
 
 
 class Query(StoreWorkload):
+    """The answers are looked at as they come."""
+
     name = "query"
     summary = "machines by status, newest first, at most 50"
     unit = "queries"
     writes = False
 
     async def one(self, slot: int) -> int:
-        status = self.random.choice(STATUSES)
+        status = self.random.choice(data.STATUSES)
         found = await self.store.query_entities(
             "machines", {"status": status}, order_by="-created_at", limit=_LIMIT
         )
         wrong = [each for each in found if each["status"] != status]
         times = [str(each["created_at"]) for each in found]
-        expected = min(_LIMIT, self.entities // len(STATUSES))
+        expected = min(_LIMIT, self.entities // len(data.STATUSES))
         if wrong or len(found) < expected or times != sorted(times, reverse=True):
             raise WrongAnswerError(status)
         return 1
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
-        """The answers were looked at as they came."""
-        assert isinstance(system, StoreAdapter)
-        found = await settled_count(system.store, {}, self.entities)
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
+        """Nothing was written."""
+        found = await data.settled_count(system.store, {}, self.entities)
         wrong = [] if found == self.entities else [f"{found:,} of {self.entities:,} machines"]
         return VerificationResult(found, wrong)
 
@@ -393,18 +380,17 @@ class Contend(StoreWorkload):
     name = "contend"
     summary = "all tasks count one entity up by compare-and-set"
     unit = "steps"
-    COUNTER: Final = machine_id(0)
 
     async def one(self, slot: int) -> int:
-        tries = 0
+        counter, tries = data.machine_id(0), 0
 
         def step(entity: Entity) -> Entity:
             nonlocal tries
             tries += 1
             return {**entity, "count": entity["count"] + 1}
 
-        with writing(*self.acked_of(self.COUNTER)):
-            await self.store.modify_entity("machines", self.COUNTER, step)
+        with writing(*self.acked_of(counter)):
+            await self.store.modify_entity("machines", counter, step)
         self.retries += tries - 1
         return 1
 

@@ -11,8 +11,6 @@ from hf_async_store_bench.load_generator import closed_loop, open_loop
 class Work:
     """Takes so long each time; once, everything stands still."""
 
-    retries = 0
-
     def __init__(self, seconds: float = 0.0, stall: float = 0.0) -> None:
         self.seconds = seconds
         self.stall = stall
@@ -32,7 +30,7 @@ class Work:
 
 async def test_the_open_loop_does_all_that_is_due() -> None:
     work = Work(0.001)
-    stats = await open_loop(work, slots=16, seconds=0.5, rate=200)
+    stats = await open_loop(work.one, slots=16, seconds=0.5, rate=200)
     assert work.done == stats.operations == stats.latencies.count == 100
     assert stats.units == 300
     assert stats.unserved == 0
@@ -42,7 +40,7 @@ async def test_the_open_loop_does_all_that_is_due() -> None:
 
 async def test_what_a_stall_kept_waiting_shows_in_the_open_loop() -> None:
     work = Work(stall=0.3)
-    stats = await open_loop(work, slots=16, seconds=1.0, rate=200)
+    stats = await open_loop(work.one, slots=16, seconds=1.0, rate=200)
     assert stats.operations == 200
     # 60 operations were due in those 0.3 s: they waited 0.15 s in the middle.
     assert stats.latencies.percentile(0.80) > 0.05
@@ -50,7 +48,7 @@ async def test_what_a_stall_kept_waiting_shows_in_the_open_loop() -> None:
 
 
 async def test_a_store_that_falls_behind_cannot_hide_it() -> None:
-    stats = await open_loop(Work(0.05), slots=1, seconds=0.5, rate=100)
+    stats = await open_loop(Work(0.05).one, slots=1, seconds=0.5, rate=100)
     # 20 a second are done of 100: the round is broken off, and what waits is counted.
     assert stats.unserved > 5
     assert stats.operations + stats.unserved == stats.latencies.count == 50
@@ -65,7 +63,7 @@ async def test_the_closed_loop_counts_what_failed_apart() -> None:
                 raise OSError("no")
             return 1
 
-    stats = await closed_loop(Failing(0.001), slots=4, seconds=0.2)
+    stats = await closed_loop(Failing(0.001).one, slots=4, seconds=0.2)
     assert stats.operations > 10
     assert stats.errors["OSError"] >= stats.operations - 4
     assert stats.latencies.count == stats.operations

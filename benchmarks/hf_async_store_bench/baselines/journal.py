@@ -1,4 +1,4 @@
-"""Baselines of the JSON engine: lines appended to a file and synced."""
+"""Baselines of the JSON engine: lines appended to a file and synced; the start of a process."""
 
 from __future__ import annotations
 
@@ -81,3 +81,27 @@ def sync_data(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(fd)
+
+
+class StartOfPython:
+    """A process that runs asyncio.run of nothing."""
+
+    @classmethod
+    async def open(cls, environment: Environment) -> Self:
+        return cls()
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+    async def fill(self, machines: Sequence[Entity]) -> None:
+        """It stores nothing."""
+
+    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+        return []
+
+    async def run_process(self, machine: str) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "import asyncio; asyncio.run(asyncio.sleep(0))"
+        )
+        if await process.wait():
+            raise RuntimeError(f"exit code {process.returncode}")

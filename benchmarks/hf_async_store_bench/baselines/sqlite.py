@@ -28,15 +28,11 @@ _ADD_REQUEST = _INSERT_REQUEST.replace("INSERT", "INSERT OR IGNORE", 1)
 _ROWS_A_STATEMENT = 1500  # SQLite takes 32,766 values
 
 
-def pragmas(environment: Environment) -> tuple[str, ...]:
+def pragmas(environment: Environment) -> list[str]:
     """What each connection begins with."""
     level = "FULL" if environment.durable else "NORMAL"
-    return (
-        "PRAGMA journal_mode = WAL",
-        f"PRAGMA synchronous = {level}",
-        "PRAGMA busy_timeout = 30000",
-        "PRAGMA foreign_keys = ON",
-    )
+    settings = ("journal_mode = WAL", f"synchronous = {level}", "busy_timeout = 30000")
+    return [f"PRAGMA {each}" for each in (*settings, "foreign_keys = ON")]
 
 
 def on_connect(engine: AsyncEngine, environment: Environment) -> AsyncEngine:

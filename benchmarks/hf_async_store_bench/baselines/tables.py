@@ -11,78 +11,50 @@ from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy import BigInteger, Column, Index, String, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.schema import CreateIndex, CreateTable
 
 from hf_async_store_bench.data import Entity
 
+_DDL: Final = """
+CREATE TABLE IF NOT EXISTS hand_templates (template_id {text} PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS hand_requests (
+    request_id {text} PRIMARY KEY, template_id {text} REFERENCES hand_templates (template_id),
+    status {text}, request_type {text}, created_at {text}, updated_at {text},
+    machine_count BIGINT, version BIGINT NOT NULL);
+CREATE TABLE IF NOT EXISTS hand_machines (
+    machine_id {text} PRIMARY KEY, request_id {text} REFERENCES hand_requests (request_id),
+    template_id {text} REFERENCES hand_templates (template_id), return_request_id {text},
+    name {text}, status {text}, instance_type {text}, provider_instance_id {text},
+    private_ip {text}, public_ip {text}, started_at {text}, terminated_at {text},
+    created_at {text}, updated_at {text}, doc {document}, version BIGINT NOT NULL);
+CREATE INDEX IF NOT EXISTS hand_requests_type ON hand_requests (request_type);
+CREATE INDEX IF NOT EXISTS hand_requests_status ON hand_requests (status);
+CREATE INDEX IF NOT EXISTS hand_requests_template ON hand_requests (template_id, created_at);
+CREATE INDEX IF NOT EXISTS hand_machines_name ON hand_machines (name);
+CREATE INDEX IF NOT EXISTS hand_machines_request ON hand_machines (request_id, created_at);
+CREATE INDEX IF NOT EXISTS hand_machines_return ON hand_machines (return_request_id);
+CREATE INDEX IF NOT EXISTS hand_machines_status ON hand_machines (status)
+"""
+_TYPES: Final = {
+    "sqlite": {"text": "VARCHAR", "document": "VARCHAR"},
+    "postgresql": {"text": 'VARCHAR COLLATE "C"', "document": "JSONB"},
+}
 TEXTS: Final = (
-    "request_id",
-    "template_id",
-    "return_request_id",
-    "name",
-    "status",
-    "instance_type",
-    "provider_instance_id",
-    "private_ip",
-    "public_ip",
-    "started_at",
-    "terminated_at",
-    "created_at",
-    "updated_at",
+    *("request_id", "template_id", "return_request_id", "name", "status", "instance_type"),
+    *("provider_instance_id", "private_ip", "public_ip", "started_at", "terminated_at"),
+    *("created_at", "updated_at"),
 )
 COLUMNS: Final = ("machine_id", *TEXTS, "doc", "version")
 _REQUEST: Final = ("template_id", "status", "request_type", "created_at", "updated_at")
 _DECLARED: Final = frozenset(COLUMNS) - {"doc"}
-_TEXT: Final = String().with_variant(String(collation="C"), "postgresql")
-_DOCUMENT: Final = String().with_variant(postgresql.JSONB(), "postgresql")
-_PARENTS: Final = {
-    "request_id": "hand_requests.request_id",
-    "template_id": "hand_templates.template_id",
-}
-
-
-def _columns(names: Sequence[str]) -> list[Column[Any]]:
-    return [
-        Column(each, _TEXT, *([sa.ForeignKey(_PARENTS[each])] if each in _PARENTS else []))
-        for each in names
-    ]
-
-
-_METADATA: Final = sa.MetaData()
-Table("hand_templates", _METADATA, Column("template_id", _TEXT, primary_key=True))
-Table(
-    "hand_requests",
-    _METADATA,
-    Column("request_id", _TEXT, primary_key=True),
-    *_columns(_REQUEST),
-    Column("machine_count", BigInteger),
-    Column("version", BigInteger, nullable=False),
-    Index("hand_requests_type", "request_type"),
-    Index("hand_requests_status", "status"),
-    Index("hand_requests_template", "template_id", "created_at"),
-)
-MACHINES: Final = Table(
+MACHINES: Final = sa.table(
     "hand_machines",
-    _METADATA,
-    Column("machine_id", _TEXT, primary_key=True),
-    *_columns(TEXTS),
-    Column("doc", _DOCUMENT),
-    Column("version", BigInteger, nullable=False),
-    Index("hand_machines_name", "name"),
-    Index("hand_machines_request", "request_id", "created_at"),
-    Index("hand_machines_return", "return_request_id"),
-    Index("hand_machines_status", "status"),
+    *(sa.column(each, sa.String) for each in ("machine_id", *TEXTS)),
+    sa.column("doc", sa.String().with_variant(postgresql.JSONB(), "postgresql")),
+    sa.column("version", sa.BigInteger),
 )
-_SELECT_ONE: Final = sa.select(*MACHINES.columns).where(
-    MACHINES.c.machine_id == sa.bindparam("wanted")
-)
-_DIALECTS: Final[dict[str, sa.Dialect]] = {
-    "sqlite": sqlite.dialect(),
-    "postgresql": postgresql.dialect(),  # type: ignore[no-untyped-call]
-}
+_SELECT_ONE: Final = sa.select(MACHINES).where(MACHINES.c.machine_id == sa.bindparam("wanted"))
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -90,11 +62,7 @@ _decode = msgspec.json.Decoder().decode
 
 def ddl(dialect: str) -> list[str]:
     """The statements that make the tables and their indexes, where they are not there."""
-    made: list[Any] = []
-    for table in _METADATA.sorted_tables:
-        made.append(CreateTable(table, if_not_exists=True))
-        made += [CreateIndex(each, if_not_exists=True) for each in table.indexes]
-    return [str(each.compile(dialect=_DIALECTS[dialect])) for each in made]
+    return _DDL.format(**_TYPES[dialect]).split(";")
 
 
 def upsert(dialect: str) -> Any:
@@ -131,8 +99,7 @@ def row_of(machine: Mapping[str, Any], now: str) -> list[Any]:
     """A machine as a row: its columns, the rest as a document, the first version."""
     rest = {name: value for name, value in machine.items() if name not in _DECLARED}
     values = [machine.get(each) for each in COLUMNS[:-2]]
-    values[-2] = values[-2] or now
-    values[-1] = now
+    values[-2:] = values[-2] or now, now
     return [*values, _encode(rest).decode() if rest else None, 1]
 
 
@@ -155,7 +122,7 @@ def entity_of(row: Sequence[Any] | None) -> dict[str, Any] | None:
 
 
 def request_of(request: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A request as a row of INSERT_REQUEST."""
+    """A request as a row of INTO_REQUESTS."""
     now = utc_now()
     known = [request.get(each) for each in _REQUEST[:-2]]
     return (request["request_id"], *known, now, now, request.get("machine_count"), 1)
@@ -169,14 +136,14 @@ def parents_of(machines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[d
 
 
 def utc_now() -> str:
+    """The time, as stores keep it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def marks(dialect: str, count: int) -> str:
     """So many placeholders."""
-    if dialect == "sqlite":
-        return ", ".join("?" * count)
-    return ", ".join(f"${each}" for each in range(1, count + 1))
+    numbers = range(1, count + 1)
+    return ", ".join("?" if dialect == "sqlite" else f"${each}" for each in numbers)
 
 
 INTO_MACHINES: Final = f"INSERT INTO hand_machines ({', '.join(COLUMNS)})"

@@ -41,13 +41,9 @@ _PIECEMEAL_EVERY: Final = 4
 them all: a provider does not always hand out everything at once."""
 
 _BATCH: Final = 100
-_READY: Final = 0.7
-"""The share of the waiting machines that a poll finds running."""
-
+_READY: Final = 0.7  # the share of the waiting machines that a poll finds running
 _RETURNED: Final = 0.6
-_DRAIN_SECONDS: Final = 30.0
-"""How long what was begun may take beyond the time of the run."""
-
+_DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
 _STUCK_SECONDS: Final = 15.0
 """How long after that a call that is still not answered counts as stuck."""
 
@@ -88,24 +84,20 @@ class Orchestrator:
 
         A store that never answers is left: its calls stay unanswered in the notes.
         """
-        patience = self._plan.settings.seconds + _DRAIN_SECONDS + _STUCK_SECONDS
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                await self._run()
-
-    async def _run(self) -> None:
         more = itertools.repeat(5) if self._plan.endless else ()
         waiting = enumerate(itertools.chain(self._plan.sizes, more))
-        async with asyncio.TaskGroup() as helpers:
-            for _ in range(_WATCHERS):
-                helpers.create_task(self._watch())
-            for number in range(_COUNTERS):
-                helpers.create_task(self._count(number))
-            async with asyncio.TaskGroup() as flows:
-                flows.create_task(self._adopt())
-                for _ in range(FLOWS):
-                    flows.create_task(self._serve_all(waiting))
-            self._finished = True
+        patience = self._plan.settings.seconds + _DRAIN_SECONDS + _STUCK_SECONDS
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience), asyncio.TaskGroup() as helpers:
+                for _ in range(_WATCHERS):
+                    helpers.create_task(self._watch())
+                for number in range(_COUNTERS):
+                    helpers.create_task(self._count(number))
+                async with asyncio.TaskGroup() as flows:
+                    flows.create_task(self._adopt())
+                    for _ in range(FLOWS):
+                        flows.create_task(self._serve_all(waiting))
+                self._finished = True
 
     async def sweep(self) -> int:
         """Complete what other processes left behind; returns how many requests that were."""
@@ -135,7 +127,7 @@ class Orchestrator:
         request = f"{self._plan.prefix}request-{self._plan.index}-{number:04}"
         template = self._random.choice(self._plan.templates)
         async with self._noting_errors(f"requests/{request}"):
-            await self._add("templates", template)
+            await self._count_up(template)
             name = request.replace("request", "machine")
             machines = [f"{name}-{each:04}" for each in range(size)]
             fits = self._limit is None or size < self._limit
@@ -152,19 +144,18 @@ class Orchestrator:
         shared = _machine_fields(request, template)
 
         async def work(tx: Transaction) -> list[_Change]:
+            request_write = Write("requests", "create", [request], entity)
+            machine_write = Write("machines", "create", machines, shared)
             version = await tx.create_entity("requests", entity)
             versions = await tx.create_entities("machines", _machines(machines, shared))
-            return [
-                (Write("requests", "create", [request], _without_key(entity)), [version]),
-                (Write("machines", "create", machines, shared), list(versions)),
-            ]
+            return [(request_write, [version]), (machine_write, list(versions))]
 
         await self._transaction("acquire", work)
 
     async def _acquire_piecemeal(self, request: str, template: str, machines: list[str]) -> None:
         """The request, its machines in batches, and only then PENDING: pollers rely on that."""
         entity = _acquire_request(request, template, len(machines), "creating")
-        created = Write("requests", "create", [request], _without_key(entity))
+        created = Write("requests", "create", [request], entity)
         creating = self._store.create_entity("requests", entity)
         (version,) = await self._write("create", created, creating)
         if not isinstance(version, int):
@@ -190,15 +181,11 @@ class Orchestrator:
 
     async def _give_back(self, request: str, template: str, machines: list[str]) -> None:
         """Two returns at once that want some of the same machines: each machine goes once."""
+        await side_by_side(lambda _: self._return(request, template, machines), range(2))
 
-        async def give_back(_: int) -> None:
-            wanted = [each for each in machines if self._random.random() < _RETURNED]
-            await self._return(request, template, wanted)
-
-        await side_by_side(give_back, range(2))
-
-    async def _return(self, request: str, template: str, wanted: Sequence[str]) -> None:
+    async def _return(self, request: str, template: str, machines: list[str]) -> None:
         name = f"{self._plan.prefix}return-{self._plan.index}-{next(self._returns):04}"
+        wanted = [each for each in machines if self._random.random() < _RETURNED]
         if self._limit is not None:
             wanted = wanted[: self._limit - 1]
         taken: list[str] = []
@@ -308,10 +295,10 @@ class Orchestrator:
         counter = self._plan.counters[number % len(self._plan.counters)]
         while not self._finished:
             async with self._noting_errors(f"templates/{counter}"):
-                await self._add("templates", counter)
+                await self._count_up(counter)
             await asyncio.sleep(self._random.uniform(0, 0.02))
 
-    async def _add(self, collection: str, name: str) -> None:
+    async def _count_up(self, template: str) -> None:
         tries = 0
 
         def one_more(entity: Entity) -> Mapping[str, object]:
@@ -319,8 +306,8 @@ class Orchestrator:
             tries += 1
             return {**entity, "uses": cast("int", entity.get("uses", 0)) + 1}
 
-        write = Write(collection, "add", [name], {"uses": 1})
-        counting = self._store.modify_entity(collection, name, one_more)
+        write = Write("templates", "add", [template], {"uses": 1})
+        counting = self._store.modify_entity("templates", template, one_more)
         await self._write("count up", write, counting, conflicts=lambda: tries - 1)
 
     async def _adopt(self) -> None:
@@ -430,7 +417,7 @@ async def _mark_returned(
     version = await tx.create_entity("requests", entity)
     versions = await tx.update_entities("machines", dict.fromkeys(machines, fields), machines)
     return [
-        (Write("requests", "create", [name], _without_key(entity)), [version]),
+        (Write("requests", "create", [name], entity), [version]),
         (Write("machines", "update", list(machines), fields), list(versions)),
     ]
 
@@ -466,10 +453,6 @@ def _machine_fields(request: str, template: str) -> dict[str, Any]:
 
 def _machines(names: Sequence[str], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**machine(number), **shared, "machine_id": name} for number, name in enumerate(names)]
-
-
-def _without_key(request: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in request.items() if name != "request_id"}
 
 
 def _is_free(machine: Entity) -> bool:

@@ -23,15 +23,14 @@ from hf_async_store_bench.demo.plan import Plan, Settings, draw_sizes, shares
 from hf_async_store_bench.demo.verify import Verifier, compare_indexes, read_back
 from hf_async_store_bench.demo.worker import Worker
 from hf_async_store_bench.demo.write_log import ProcessLog, WriteLog
-from hf_async_store_bench.signals import run_to_completion
+from hf_async_store_bench.processes import run_to_completion
 
 Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
 PASSED: Final = 0
 FAILED: Final = 4
 _COUNTERS: Final = 3
-_END_SECONDS: Final = 60.0
-"""How long a worker may take beyond its time before it counts as stuck."""
+_END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
 
 
 async def run_demo(settings: Settings, opening: Opening = Plan.open) -> int:

@@ -136,18 +136,18 @@ class Verifier:
 
     def invariants(self) -> list[Invariant]:
         """Every invariant, checked."""
+        polls = "a poll that sees PENDING finds every machine"
+        reads = sum(len(each.reads) for each in self.logs)
+        writes = sum(len(each.operations) for each in self.logs)
         return [
-            self._acknowledged(),
-            self._versions(),
-            self._contents(),
-            self._counters(),
+            *self._entity_by_entity(),
             self._loaded(),
             self._counts(),
             self._transactions(),
             self._orphans(),
-            self._noted("pollers", "a poll that sees PENDING finds every machine", reads=True),
+            self._noted("pollers", polls, reads),
             self._finished(),
-            self._noted("errors", "no error but conflicts"),
+            self._noted("errors", "no error but conflicts", writes),
         ]
 
     def landed(self, unanswered: Iterable[Operation]) -> int:
@@ -171,16 +171,28 @@ class Verifier:
 
     # -- entity by entity --------------------------------------------------------------------
 
-    def _acknowledged(self) -> Invariant:
-        invariant = Invariant("acknowledged", "every acknowledged write is there, and no other")
+    def _entity_by_entity(self) -> Iterator[Invariant]:
+        acked = self._noted("acknowledged", "every acknowledged write is there, and no other")
+        versions = Invariant("versions", "versions are as many as the acknowledged writes")
+        contents = Invariant("contents", "the last acknowledged value of every field is there")
+        counters = Invariant("counters", "counters are as high as the acknowledged steps")
         for place, history in self._histories.items():
-            invariant.check(place, self._missing(place, history))
+            acked.check(place, self._missing(place, history))
+            versions.check(place, self._miscounted(place, history))
+            stored, steps = self._at(place), history.writes("add")
+            if stored is not None:
+                for name, value in self._expected(place, history).items():
+                    wrong = f"{name} is {stored.get(name)!r}; {value!r} was acknowledged"
+                    same = self._same(place, name, value, stored)
+                    contents.check(place, None if same else wrong)
+                if steps.acknowledged:
+                    first = int(cast("int", (self._was(place) or {}).get("uses", 0)))
+                    counters.check(place, steps.wrong_count(stored.get("uses"), first))
         for collection, entities in self.stored.items():
             for name in entities:
                 if (collection, name) not in self._histories and name not in self.base[collection]:
-                    invariant.check((collection, name), "is there, and nobody wrote it")
-        invariant.failures += self._told("acknowledged")
-        return invariant
+                    acked.check((collection, name), "is there, and nobody wrote it")
+        yield from (acked, versions, contents, counters)
 
     def _missing(self, place: EntityKey, history: EntityHistory) -> str | None:
         stored = self._at(place)
@@ -200,12 +212,6 @@ class Verifier:
             return f"version {last} was acknowledged, version {_version(stored)} is stored"
         return None
 
-    def _versions(self) -> Invariant:
-        invariant = Invariant("versions", "versions are as many as the acknowledged writes")
-        for place, history in self._histories.items():
-            invariant.check(place, self._miscounted(place, history))
-        return invariant
-
     def _miscounted(self, place: EntityKey, history: EntityHistory) -> str | None:
         if history.twice:
             return f"version {history.twice[0]} was acknowledged to two writers"
@@ -216,18 +222,6 @@ class Verifier:
         if odd:
             return f"version {odd[0]} was acknowledged; {len(history.versions)} writes from {first}"
         return None if stored is None else writes.wrong_version(_version(stored), first)
-
-    def _contents(self) -> Invariant:
-        invariant = Invariant("contents", "the last acknowledged value of every field is there")
-        for place, history in self._histories.items():
-            stored, declared = self._at(place), self.collections[place[0]]
-            if stored is not None:
-                for name, value in self._expected(place, history).items():
-                    found = stored.get(name)
-                    wrong = f"{name} is {found!r}; {value!r} was acknowledged"
-                    same = _same(declared, name, value, found)
-                    invariant.check(place, None if same else wrong)
-        return invariant
 
     def _expected(self, place: EntityKey, history: EntityHistory) -> dict[str, Any]:
         """The fields of an entity after all acknowledged writes, but for those in doubt."""
@@ -241,16 +235,6 @@ class Verifier:
         for write in (*history.may("update", "add"), *counted):
             left_out |= write.fields.keys()
         return {name: value for name, value in expected.items() if name not in left_out}
-
-    def _counters(self) -> Invariant:
-        invariant = Invariant("counters", "counters are as high as the acknowledged steps")
-        for place, history in self._histories.items():
-            steps = history.writes("add")
-            stored = self._at(place)
-            if steps.acknowledged and stored is not None:
-                first = int(cast("int", (self._was(place) or {}).get("uses", 0)))
-                invariant.check(place, steps.wrong_count(stored.get("uses"), first))
-        return invariant
 
     def _loaded(self) -> Invariant:
         invariant = Invariant("loaded", "loaded entities that nobody wrote are as they were")
@@ -269,9 +253,8 @@ class Verifier:
         more = stored.keys() - was.keys() - _OF_THE_STORE
         if more:
             return f"has more fields than before: {', '.join(sorted(more))}"
-        declared = self.collections[place[0]]
         for name, value in was.items():
-            if name != "version" and not _same(declared, name, value, stored.get(name)):
+            if name != "version" and not self._same(place, name, value, stored):
                 return f"{name} was {value!r}, is {stored.get(name)!r}"
         return None
 
@@ -353,7 +336,6 @@ class Verifier:
     def _finished(self) -> Invariant:
         """Only what a killed process was still creating may be left as it was."""
         invariant = self._noted("finished", "every request came to its end")
-        invariant.checked = 0
         for each in (*self._mine("acquire"), *self._mine("return")):
             place, status = ("requests", str(each["request_id"])), each["status"]
             died = status == "creating" and place in self._of_the_killed
@@ -367,14 +349,17 @@ class Verifier:
 
     # -- small things ------------------------------------------------------------------------
 
-    def _noted(self, name: str, text: str, *, reads: bool = False) -> Invariant:
+    def _noted(self, name: str, text: str, checked: int = 0) -> Invariant:
         """What processes saw with their own eyes while they worked."""
-        checked = sum(len(each.reads if reads else each.operations) for each in self.logs)
-        return Invariant(name, text, checked, self._told(name))
-
-    def _told(self, name: str) -> list[str]:
         broken = [each for log in self.logs for each in log.broken if each.invariant == name]
-        return [f"{each.entity}: {each.what}" for each in broken]
+        return Invariant(name, text, checked, [f"{each.entity}: {each.what}" for each in broken])
+
+    def _same(self, place: EntityKey, name: str, value: object, stored: Entity) -> bool:
+        """Equal, type for type; of a declared timestamp, the same moment in time."""
+        known, found = self.collections[place[0]].fields.get(name), stored.get(name)
+        if known is not None and known.type == "timestamp":
+            return _moment(value) == _moment(found)
+        return value is found or _text(value) == _text(found)
 
     def _mine(self, kind: str) -> Iterator[Entity]:
         for name, each in self.stored["requests"].items():
@@ -392,12 +377,8 @@ def _version(entity: Entity | None) -> int:
     return cast("int", (entity or {}).get("version", 0))
 
 
-def _same(declared: Collection, name: str, one: object, other: object) -> bool:
-    """Equal, type for type; of a declared timestamp, the same moment in time."""
-    known = declared.fields.get(name)
-    if known is not None and known.type == "timestamp":
-        return _moment(one) == _moment(other)
-    return one is other or json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _moment(value: object) -> object:
