@@ -1,7 +1,6 @@
 """The charts of a report, drawn by matplotlib: the engines side by side, baselines, growth.
 
-Dots on logarithmic scales, because two systems may be a thousand times apart; a bar would have to
-begin at a zero that such a scale does not have. Every dot has its number beside it.
+Dots with their numbers on logarithmic scales, because two systems may be a thousand times apart.
 """
 
 from __future__ import annotations
@@ -41,15 +40,13 @@ _NAMES: Final = {
 _STYLE: Final = {
     "font.family": "sans-serif",
     "font.size": 9,
+    "grid.color": "#e4e6ec",
+    "ytick.left": False,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
     "axes.axisbelow": True,
-    "ytick.left": False,
-    "grid.color": "#e4e6ec",
     "svg.fonttype": "none",  # words stay words: they can be searched, and read aloud
 }
 _ROW: Final = 0.27
@@ -57,11 +54,7 @@ _METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 class Chart(NamedTuple):
-    """A picture that can be drawn alone or among others.
-
-    Attributes:
-        draw: draws it on a figure, or on a part of one.
-    """
+    """A picture that can be drawn on a figure, or on a part of one."""
 
     title: str
     width: float
@@ -126,11 +119,8 @@ def _colour(cell: Cell) -> str:
 def _draw_rows(
     axes: Any, title: str, rows: Sequence[Row], ends: Sequence[float] = (), right: float = 4.0
 ) -> None:
-    """Dots, with room for their numbers, on a scale over a factor of ten at least.
-
-    Args:
-        ends: what the scale has to hold, if not all ranges.
-    """
+    """Dots, with room for their numbers, on a scale over a factor of ten at least, and over all ranges
+    or these ends."""
     axes.set_title(title)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), labels=[each.name for each in rows])

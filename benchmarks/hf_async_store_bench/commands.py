@@ -31,13 +31,8 @@ _WIDE: Final = frozenset({"range", "p99.9", "memory", "written", "checked", "ret
 
 
 async def bench(arguments: argparse.Namespace) -> int:
-    """Measure, write the report, and print the outcome; or compare two runs.
-
-    Returns 0, or 4 if an invariant broke: a lost write, a wrong answer, a worker that ended.
-
-    Raises:
-        InvalidInputError, ConfigurationError: what cannot be measured as it is asked for.
-    """
+    """Measure, write the report, and print the outcome; or compare two runs. Returns 0, or 4 if an
+    invariant broke: a lost write, a wrong answer, a worker that ended."""
     if arguments.words:
         return _compare(arguments)
     return await run_to_completion(_bench(arguments))
@@ -140,9 +135,7 @@ def _told(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
         "rounds": f"{settings.rounds} of {settings.duration:g} s at each visit, taking turns",
         "at fixed times": f"{settings.steady:g} s",
         "seed": str(settings.seed),
-    } | {
-        load.name: f"{load.entities:,} machines of {load.size} bytes stored"
-        for load in settings.loads
+        **{i.name: f"{i.entities:,} machines of {i.size} bytes stored" for i in settings.loads},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from hf_async_store_bench.formatting import change_shown, shown
 from hf_async_store_bench.results import Cell, Results
@@ -14,29 +14,23 @@ SMALLEST: Final = 0.05
 """A change by less than this part is not told, however sure: machines are not that much the same
 from one day to the next."""
 
-Word: TypeAlias = Literal["faster", "slower", "same within the noise"]
-_ORDER: Final = ("slower", "faster", "same within the noise")
+_WORDS: Final = ("slower", "faster", "same within the noise")
 
 
 class Difference(NamedTuple):
-    """One system under one load, in both runs.
-
-    Attributes:
-        change: new against old, of the throughput, with its 95 % interval.
-    """
+    """One system under one load in both runs, and the change of its throughput, new against old."""
 
     old: Cell
     new: Cell
     change: Interval
 
     @property
-    def word(self) -> Word:
+    def word(self) -> str:
         """What it comes to."""
-        if self.change.low > 1 and self.change.value > 1 + SMALLEST:
-            return "faster"
-        if self.change.high < 1 and self.change.value < 1 / (1 + SMALLEST):
-            return "slower"
-        return "same within the noise"
+        value, low, high = self.change
+        if high < 1 and value < 1 / (1 + SMALLEST):
+            return _WORDS[0]
+        return _WORDS[1] if low > 1 and value > 1 + SMALLEST else _WORDS[2]
 
     def as_json(self) -> dict[str, object]:
         """For a program."""
@@ -83,7 +77,7 @@ def as_table(found: list[Difference]) -> Table:
             f"{change_shown(each.change.low)} .. {change_shown(each.change.high)} %",
             each.word,
         )
-        for each in sorted(found, key=lambda each: _ORDER.index(each.word))
+        for each in sorted(found, key=lambda each: _WORDS.index(each.word))
     ]
     heads = ("", "load", "old", "new", "change", "95 % interval", "")
     note = ""

@@ -1,7 +1,6 @@
 """Filled stores, each filled once: a workload that only reads takes it as it is, one that writes a copy.
 
-A file is copied as a file, a PostgreSQL database as the template of another. What neither can be
-done with (what lives in one process, the tables of a DynamoDB server) is filled anew.
+What cannot be copied (what lives in one process, the tables of a DynamoDB server) is filled anew.
 """
 
 from __future__ import annotations
@@ -15,14 +14,9 @@ from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Environment, Load, SystemUnderTest
 from hf_async_store_bench.worker_group import WorkerGroup
 
-_KEPT_BYTES: Final = 20_000_000
-"""Of machines in a store. What is larger is used once, and not worth the disk."""
-
-_LARGER: Final = 1.5
-"""Times as long as a machine of a small store takes one of a store that outgrows its caches."""
-
-_UNKNOWN: Final = 0.1
-"""The part of filling that grows with the machines, at least: of one size nothing more is known."""
+_KEPT_BYTES: Final = 20_000_000  # of machines; what is larger is used once, and not worth the disk
+_LARGER: Final = 1.5  # times as long a machine takes in a store that outgrows its caches
+_UNKNOWN: Final = 0.1  # the part of filling that grows with the machines, at least
 
 
 class DatasetCache:
@@ -44,11 +38,7 @@ class DatasetCache:
         return start + _LARGER * each * load.entities * load.size
 
     async def group(self, system: SystemUnderTest, load: Load, *, writes: bool) -> WorkerGroup:
-        """A group whose environment is filled. Give it back when it has ended.
-
-        Raises:
-            SkippedError, BrokenError.
-        """
+        """A group whose environment is filled. Give it back when it has ended."""
         keeps = system.copied and system.needs != "nothing"
         keeps = keeps and load.entities * load.size <= _KEPT_BYTES
         if not keeps or (writes and not self._environments.can_copy(system)):

@@ -19,18 +19,11 @@ from hf_async_store_bench.targets import scenario_figures
 from hf_async_store_bench.worker_group import BrokenError, SkippedError, WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
-_WARM_UP: Final = 0.25
-"""Seconds that go before the first round and do not count; a round's length if that is less."""
-
-_STEADY_SHARE: Final = 0.5
-_STEADY_MOST: Final = 5000.0
-"""Operations a second: beyond that, the latencies would be those of the harness."""
-
+_WARM_UP: Final = 0.25  # seconds that do not count; a round's length if that is less
+_STEADY_MOST: Final = 5000.0  # operations a second: beyond that, the harness would be measured
 _STEADY_LEAST: Final = 4  # operations: of fewer, no percentile says anything
 _FAILURES_SHOWN: Final = 10
-AT_ONCE: Final = 2
-"""Groups that are filled and started side by side: it is computing, not waiting."""
-
+AT_ONCE: Final = 2  # groups that are filled and started side by side: it is computing, not waiting
 _Result = TypeVar("_Result")
 
 
@@ -69,11 +62,7 @@ class Executor:
     async def filled(
         self, systems: Sequence[SystemUnderTest], load: Load, workloads: Sequence[str]
     ) -> AsyncIterator[list[WorkerGroup]]:
-        """Groups with their data, to be started; all are gone afterwards, with what they wrote.
-
-        Args:
-            workloads: that they will do.
-        """
+        """Groups with the data for these workloads, to be started; all of it is gone afterwards."""
         writes = any(WORKLOADS[each].writes for each in workloads)
 
         async def fill(system: SystemUnderTest) -> WorkerGroup | None:
@@ -142,7 +131,7 @@ class Executor:
         seconds = sum(each.seconds for each in cell.rounds)
         if not self._settings.steady or not operations:
             return
-        half = min(operations / seconds * _STEADY_SHARE, _STEADY_MOST * group.load.processes)
+        half = min(operations / seconds / 2, _STEADY_MOST * group.load.processes)
         rate = self._settings.rate or half
         # Of what is slow, enough to say something, within reason.
         length = min(max(self._settings.steady, 10 / rate), self._settings.steady * 2)
@@ -155,13 +144,11 @@ class Executor:
             return
         try:
             verification = await group.verify()
+            failures = verification.failures
+            if failures and cell.role == "competitor":
+                raise BrokenError(failures[0])  # its figures are no measure of anything
         except BrokenError as exc:
             self._broken(cell, str(exc))
-            return
-        failures = verification.failures
-        if failures and cell.role == "competitor":
-            # That is no fault of this package, and its figures are no measure of anything.
-            self._broken(cell, failures[0])
             return
         cell.checked += verification.checked
         cell.failures += failures[:_FAILURES_SHOWN]
@@ -185,9 +172,8 @@ class Executor:
         # Nothing here makes an operation fail but a conflict, and those are counted apart.
         cell.failures += [f"wrong answer: {each}" for each in stats.wrong[:3]]
         if cell.role == "strategy":
-            cell.failures += [
-                f"{count:,} operations ended in {name}" for name, count in stats.errors.items()
-            ]
+            errors = stats.errors.items()
+            cell.failures += [f"{count:,} operations ended in {name}" for name, count in errors]
         return [stats]
 
     def _broken(self, cell: Cell, why: str) -> None:

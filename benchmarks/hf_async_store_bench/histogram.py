@@ -1,8 +1,4 @@
-"""Latencies: recorded into a list while it counts, kept as an HdrHistogram afterwards.
-
-HdrHistogram holds two significant digits: what is read back is at most 1 in 128 above what was
-recorded, and never below.
-"""
+"""Latencies: recorded into a list while it counts, kept as an HdrHistogram of two digits afterwards."""
 
 from __future__ import annotations
 
@@ -14,16 +10,15 @@ from hdrh.histogram import HdrHistogram
 _MOST: Final = 24 * 3600 * 10**9
 _DIGITS: Final = 2
 ERROR: Final = 1 / 128
-"""The part of a value by which it may be read back too large."""
+"""The part of a value by which it may be read back too large; never too small."""
 
 
 class Histogram:
     """Latencies in nanoseconds. It travels between processes and into results as text."""
 
     def __init__(self, encoded: str = "") -> None:
-        self._histogram = (
-            HdrHistogram.decode(encoded) if encoded else HdrHistogram(1, _MOST, _DIGITS)
-        )
+        empty = HdrHistogram(1, _MOST, _DIGITS)
+        self._histogram = HdrHistogram.decode(encoded) if encoded else empty
         self._recent = array("q")
         self.record = self._recent.append
         """Count one value. No more than an append: it is paid for in each measured operation."""

@@ -29,11 +29,9 @@ class LineProcess:
 
     @classmethod
     async def start(cls, role: str, first: bytes, errors: Path, source: str = "") -> Self:
-        """Start a worker.
+        """Start a worker with a role that `__main__` knows, and tell it a first line.
 
         Args:
-            role: as `__main__` knows it.
-            first: the line that it is told first.
             errors: the file that its stderr is appended to.
             source: a folder that comes first where modules are looked for.
         """

@@ -16,9 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-_STATUS: Final = Path("/proc/self/status")
-_IO: Final = Path("/proc/self/io")
-_DESCRIPTORS: Final = Path("/proc/self/fd")
+_PROCESS: Final = Path("/proc/self")
 _TCP_INFO_BYTES: Final = 136
 _BYTES_ACKED: Final = slice(120, 128)  # of `struct tcp_info`, in the order of linux/tcp.h
 _PROCESSORS: Final = Path("/proc/cpuinfo")
@@ -42,34 +40,33 @@ def peak_bytes() -> int:
 def forget_peak() -> None:
     """Let the peak begin anew at what is held now."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        (_PROCESS / "clear_refs").write_text("5")
 
 
 def _status_bytes(name: str) -> int:
-    if not _STATUS.exists():
+    status = _PROCESS / "status"
+    if not status.exists():
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    lines = _STATUS.read_text().splitlines()
+    lines = status.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def written_bytes() -> int | None:
     """What this process has caused to be written to disks; None where the system does not tell."""
     try:
-        lines = _IO.read_text().splitlines()
+        lines = (_PROCESS / "io").read_text().splitlines()
     except OSError:
         return None
     return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
 
 
 def sent_bytes() -> int:
-    """What the connections that this process has open have sent so far, as Linux counts it.
-
-    Clients keep their connections, so that the difference of two times is what was sent between.
-    """
-    if not _DESCRIPTORS.exists():
+    """What the connections that this process has open have sent so far, as Linux counts it."""
+    descriptors = _PROCESS / "fd"
+    if not descriptors.exists():
         return 0
-    return sum(_sent_by(int(each.name)) for each in _DESCRIPTORS.iterdir())
+    return sum(_sent_by(int(each.name)) for each in descriptors.iterdir())
 
 
 def _sent_by(descriptor: int) -> int:

@@ -18,14 +18,8 @@ FORMAT: Final = 2
 
 
 class Cell(msgspec.Struct, kw_only=True):
-    """One system under one load.
-
-    Attributes:
-        rounds: as fast as it answered (closed loop). Rounds of the same number were run next to
-            one another for all systems of the load.
-        steady: operations at fixed times (open loop), at about half of that speed.
-        checked: how much the verification compared; `failures` is what did not agree.
-    """
+    """One system under one load: rounds as fast as it answered, next to those of the same number of
+    other systems; steady ones at fixed times, half as fast; how much was verified, and what failed."""
 
     system: str
     role: Role
@@ -45,16 +39,6 @@ class Cell(msgspec.Struct, kw_only=True):
     @property
     def rate(self) -> float:
         return statistics.median(self.rates) if self.rounds else 0.0
-
-    @property
-    def together(self) -> RoundStats:
-        """All rounds as one."""
-        return RoundStats.together(self.rounds)
-
-    @property
-    def errors(self) -> dict[str, int]:
-        """Of all rounds, by the name of the exception."""
-        return RoundStats.together([*self.rounds, *self.steady]).errors
 
     @property
     def processor(self) -> float:
@@ -149,12 +133,8 @@ class Results(msgspec.Struct, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """Everything for which the run fails: lost writes, wrong answers, workers that broke."""
-        lost = [
-            f"{cell.system}: {cell.load.name}: {each}"
-            for cell in self.cells
-            for each in cell.failures
-        ]
-        return [*self.broken, *lost]
+        lost = [(f"{cell.system}: {cell.load.name}", cell.failures) for cell in self.cells]
+        return [*self.broken, *(f"{where}: {each}" for where, found in lost for each in found)]
 
     def cell(self, system: str, load: str) -> Cell | None:
         """By the names of both."""
@@ -173,9 +153,7 @@ class Results(msgspec.Struct, kw_only=True):
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Raises:
-        ConfigurationError: no such file, or not one of these.
-        """
+        """Those in a file; ConfigurationError if there are none."""
         try:
             results = decode(path.read_bytes(), Results)
         except OSError as exc:

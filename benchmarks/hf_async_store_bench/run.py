@@ -1,8 +1,5 @@
-"""A run: every system under every load, in rounds that take turns; then how cost grows.
-
-Breadth first: a first visit to every load, then every sweep with its ends first, then the scenarios,
-then more visits wherever the figures are least sure, until the time is over. So a run that is short
-of time, as on a slow machine, has something about everything.
+"""A run: a first visit to every load, where all systems take turns; then every sweep, the scenarios, and
+more visits wherever the figures are least sure. So what is short of time has something of everything.
 """
 
 from __future__ import annotations
@@ -46,11 +43,7 @@ def tell(text: str) -> None:
 
 
 class Run:
-    """One run; `whole` is the story.
-
-    Args:
-        tell: is given one line about each step.
-    """
+    """One run; `whole` is the story. `tell` is given one line about each step."""
 
     def __init__(
         self,
@@ -69,7 +62,12 @@ class Run:
             made_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), mode=settings.mode
         )
         self._executor = Executor(settings, environments, self.results)
-        self._systems = [each for each in systems if self._is_here(each)]
+        self._systems = []
+        for each in systems:
+            if why := missing(each):
+                self._executor.skip(each.name, why)
+            else:
+                self._systems.append(each)
 
     async def whole(self) -> Results:
         """Measure all that there is time for."""
@@ -87,12 +85,6 @@ class Run:
         results.seconds = round(self._spent(), 1)
         results.machine["load"] = f"{before} before, {resource_usage.load_average()} after"
         return results
-
-    def _is_here(self, system: SystemUnderTest) -> bool:
-        why = missing(system)
-        if why is not None:
-            self._executor.skip(system.name, why)
-        return why is None
 
     def _spent(self) -> float:
         return time.monotonic() - self._started
@@ -133,14 +125,12 @@ class Run:
         here = {each.name: each for each in self._systems}
         for name in self._settings.scenarios:
             scenario = SCENARIOS[name]
-            if scenario.system not in here:
-                continue
-            if self._spent() + scenario.seconds > self._budget:
-                self._tell(f"{name}: {_NO_TIME}")
-                self._executor.skip(f"scenario {name}", _NO_TIME)
-                continue
-            self._tell(f"{name}: {scenario.summary}")
-            await self._executor.scenario(name, here[scenario.system])
+            if scenario.system in here:
+                if self._spent() + scenario.seconds > self._budget:
+                    self._executor.skip(f"scenario {name}", _NO_TIME)
+                else:
+                    self._tell(f"{name}: {scenario.summary}")
+                    await self._executor.scenario(name, here[scenario.system])
 
     async def _visit_again(self) -> None:
         """Where the figures are least sure, as long as there is time."""
@@ -162,11 +152,8 @@ class Run:
         return found[len(found) // 2] if found else 0.0
 
     async def _visit(self, load: Load, seconds: float) -> None:
-        """All systems under one load, A B C A B C: the noise of the machine hits all alike.
-
-        Args:
-            seconds: for all of it; one round is done in any case.
-        """
+        """All systems under one load, A B C A B C: the noise of the machine hits all alike. One round is
+        done in any case."""
         began = time.monotonic()
         systems = self._systems_of(load)
         again = load in self._visits

@@ -26,11 +26,8 @@ _SECONDS: Final = 4.0  # what a point takes beside filling, before any has told
 
 @dataclass
 class Scaling:
-    """One sweep of all strategies; `measured` is the story.
-
-    Attributes:
-        budget: in seconds. The first value is measured in any case.
-    """
+    """One sweep of all strategies; `measured` is the story. Of the budget in seconds the first value is
+    measured in any case."""
 
     series: Series
     strategies: Sequence[SystemUnderTest]
@@ -62,9 +59,6 @@ class Scaling:
                     await self._points(group, value)
                     self._took[group.system.name] = time.monotonic() - began
         self._tell_rest()
-        for sweep in self._sweeps.values():
-            for curve in sweep.curves:
-                curve.points.sort(key=lambda each: each.size)
         return list(self._sweeps.values())
 
     def _chosen(self, load: Load, value: int, *, first: bool) -> list[SystemUnderTest]:
@@ -105,15 +99,12 @@ class Scaling:
         self.executor.results.broken += [f"{where}: {each}" for each in cell.failures]
         if not cell.rate:
             return
-        curve = next((each for each in sweep.curves if each.system == cell.system), None)
-        if curve is None:
-            curve = Curve(system=cell.system, engine=cell.engine)
-            sweep.curves.append(curve)
-        curve.points.append(
-            Point(size=value, cost=1 / cell.rate, rates=cell.rates, checked=cell.checked)
-        )
-
-    # -- what it took ------------------------------------------------------------------------
+        point = Point(size=value, cost=1 / cell.rate, rates=cell.rates, checked=cell.checked)
+        for curve in sweep.curves:
+            if curve.system == cell.system:
+                curve.points = sorted([*curve.points, point], key=lambda each: each.size)
+                return
+        sweep.curves.append(Curve(system=cell.system, engine=cell.engine, points=[point]))
 
     def _spent(self) -> float:
         return time.monotonic() - self._began

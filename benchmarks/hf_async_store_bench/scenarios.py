@@ -82,10 +82,7 @@ async def seconds(work: Awaitable[object]) -> float:
 
 
 async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list[list[float]]:
-    """What each side gives in each round, A B A B: the noise of the machine hits all alike.
-
-    A round before the first is not counted.
-    """
+    """What each side gives in each round, A B A B; a round before the first is not counted."""
     found: list[list[float]] = [[] for _ in sides]
     for number in range(rounds + 1):
         for side, samples in zip(sides, found, strict=True):
@@ -100,34 +97,29 @@ def ratios(of: list[float], to: list[float]) -> list[float]:
     return [one / other for one, other in zip(of, to, strict=True)]
 
 
-class Hold:
-    """The longest time in seconds for which other tasks could not run; right once it was left."""
-
-    longest = 0.0
-
-
 @asynccontextmanager
-async def watched_loop() -> AsyncIterator[Hold]:
-    """Watches the running loop by a task that wakes each millisecond; an idle loop shows that."""
-    hold = Hold()
+async def watched_loop() -> AsyncIterator[list[float]]:
+    """The times in seconds between the ticks of a task that wakes each millisecond: the longest is that
+    for which other tasks could not run."""
+    ticks: list[float] = []
+
+    async def tick() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(_TICK)
+            now = time.perf_counter()
+            ticks.append(now - last)
+            last = now
+
     gc.collect()
-    ticker = asyncio.get_running_loop().create_task(_tick(hold))
+    ticker = asyncio.get_running_loop().create_task(tick())
     await asyncio.sleep(2 * _TICK)
     try:
-        yield hold
+        yield ticks
     finally:
         # What held the loop last shows in the tick that comes after it.
         await asyncio.sleep(2 * _TICK)
         ticker.cancel()
-
-
-async def _tick(hold: Hold) -> None:
-    last = time.perf_counter()
-    while True:
-        await asyncio.sleep(_TICK)
-        now = time.perf_counter()
-        hold.longest = max(hold.longest, now - last)
-        last = now
 
 
 # -- memory ---------------------------------------------------------------------------------
@@ -237,12 +229,12 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     found: list[Measurement] = []
 
     async def watch(what: str, work: Work) -> None:
-        async with watched_loop() as hold:
+        async with watched_loop() as ticks:
             result = await work(store)
         # Only now: freeing what a caller was given is the caller's own time.
         del result
         bound = None if what == "nothing" else 20.0
-        found.append(Measurement(what, [hold.longest * 1000], "ms", at_most=bound))
+        found.append(Measurement(what, [max(ticks) * 1000], "ms", at_most=bound))
 
     size = plan.load.entities
     batch = _new_machines(size, _ADDED)
@@ -320,10 +312,8 @@ async def _walk(store: JSONStorageStrategy) -> object:
 
 
 async def migrating(plan: Plan) -> list[Measurement]:
-    """Migrating from JSON, without backup and verification, against a hand-written bulk load.
-
-    The bulk load is the batched baseline's own: executemany or COPY of everything, one transaction.
-    """
+    """Migrating from JSON, without backup and verification, against the bulk load of the batched
+    baseline: executemany or COPY of everything, in one transaction."""
     name = plan.system.name
     count = 10_000 if name == "dynamodb" else 100_000
     machines = [machine(each) for each in range(count)]
@@ -371,16 +361,9 @@ _BULK_LOADS: Final = {"sqlite": "sqlite3 batched by hand", "postgresql": "asyncp
 async def migrate(
     source: StorageStrategy, target: StorageStrategy, folder: Path, machines: int, *, verify: bool
 ) -> None:
-    """Copy all of it, and look at what the tool says.
-
-    Raises:
-        WrongAnswerError: not all machines came, or they differ.
-    """
-    config = {
-        "create_backup": False,
-        "validate_after_migration": verify,
-        "backup_location": f"{folder}/backups/",
-    }
+    """Copy all of it, and look at what the tool says."""
+    backups = {"create_backup": False, "backup_location": f"{folder}/backups/"}
+    config = {"validate_after_migration": verify, **backups}
     async with MigrationTool(source, target, config) as tool:
         report = await tool.migrate()
     copied = report.collections["machines"].written

@@ -91,6 +91,9 @@ SHORT: Final = Settings(
     compared=("save", "get", "acquire", "one-shot"),
 )
 
+_ENTITIES: Final = (100, 1000, 10_000, 100_000, 1_000_000)
+_SIZES: Final = (100, 1000, 10_000, 100_000)
+
 FULL: Final = Settings(
     mode="full",
     loads=(*_LOADS, *_MORE_LOADS),
@@ -102,14 +105,10 @@ FULL: Final = Settings(
     again=True,
     series=(
         Series(
-            *("entities", (100, 1000, 10_000, 100_000, 1_000_000), ("get", "query", "save")),
-            *(Load(workload="get", tasks=1), 0.22),
+            "entities", _ENTITIES, ("get", "query", "save"), Load(workload="get", tasks=1), 0.22
         ),
         Series("tasks", (1, 8, 64, 512), ("get", "save"), Load(workload="get"), 0.05),
-        Series(
-            *("size", (100, 1000, 10_000, 100_000), ("get", "save")),
-            *(Load(workload="get", entities=1000), 0.05),
-        ),
+        Series("size", _SIZES, ("get", "save"), Load(workload="get", entities=1000), 0.05),
         Series("processes", (1, 2, 4, 8), ("save",), Load(workload="save", tasks=8), 0.04),
     ),
     scenarios=tuple(SCENARIOS),

@@ -1,8 +1,4 @@
-"""How sure a figure is: confidence intervals of ratios, and fitted exponents.
-
-Rates are compared by their logarithms, as ratios are what is asked for: a geometric mean, with
-Student's interval around it.
-"""
+"""How sure a figure is: Student's intervals around ratios (by their logarithms), fitted exponents."""
 
 from __future__ import annotations
 
@@ -35,10 +31,8 @@ def uncertainty(values: Sequence[float]) -> float:
 
 
 def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
-    """The ratio of two systems that took turns, round by round; None without a round.
-
-    What slowed both of them in one round cancels out.
-    """
+    """The ratio of two systems that took turns, so that what slowed both in a round cancels out; None
+    without a round."""
     logs = [math.log(one / other) for one, other in zip(of, to, strict=True) if one > 0 < other]
     return _around(statistics.fmean(logs), _half_width(logs)) if logs else None
 

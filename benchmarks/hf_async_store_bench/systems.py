@@ -13,8 +13,6 @@ from hf_async_store_bench.messages import Needs, Role, SystemUnderTest
 _PACKAGE: Final = "hf_async_store_bench"
 _NEEDS: Final[dict[str, Needs]] = {
     "memory": "nothing",
-    "json": "folder",
-    "sqlite": "folder",
     "postgresql": "postgres",
     "dynamodb": "dynamodb",
 }
@@ -132,11 +130,7 @@ def _is_installed(package: str) -> bool:
 
 
 def chosen(names: Sequence[str]) -> list[SystemUnderTest]:
-    """Those of the names; an engine's name stands for everything that belongs to it.
-
-    Raises:
-        ConfigurationError: nothing has such a name.
-    """
+    """Those of the names; an engine's name stands for everything that belongs to it."""
     found: list[SystemUnderTest] = []
     for name in names:
         those = [each for each in ALL if name in (each.name, each.engine, each.role)]
@@ -153,15 +147,7 @@ def named(name: str) -> SystemUnderTest:
 
 
 def of_url(url: str) -> SystemUnderTest:
-    """A store that the user names, as of a strategy of another package.
-
-    Args:
-        url: with `{folder}` in it, which becomes the folder of each temporary store.
-
-    Raises:
-        InvalidInputError: it has none: what is measured would be written into a store in use.
-        ConfigurationError: it names no store.
-    """
+    """A store that the user names, with `{folder}` in the URL: the folder of each temporary store."""
     if "{folder}" not in url:
         raise InvalidInputError(
             "--store: the URL needs {folder} in it, where temporary stores are made, as in "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from hf_async_store_bench.formatting import bytes_shown, range_shown, shown, time_shown
+from hf_async_store_bench.messages import RoundStats
 from hf_async_store_bench.results import Cell, Figure, Results, Sweep, ratio
 from hf_async_store_bench.systems import BASELINES
 from hf_async_store_bench.workloads import WORKLOADS
@@ -53,7 +54,8 @@ _MEASURED: Final = (
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    calm, written, together = cell.calm, cell.written, cell.together
+    calm, written, together = cell.calm, cell.written, RoundStats.together(cell.rounds)
+    errors = RoundStats.together([*cell.rounds, *cell.steady]).errors
     waits = [*(calm.percentile(share) for share in (0.5, 0.99, 0.999)), calm.highest]
     return (
         cell.system,
@@ -65,7 +67,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
         "" if written is None else bytes_shown(written),
         f"{together.conflicts:,}",
         f"{together.retries:,}",
-        ", ".join(f"{count} {name}" for name, count in cell.errors.items()),
+        ", ".join(f"{count} {name}" for name, count in errors.items()),
         f"{cell.checked:,}",
     )
 

@@ -1,7 +1,4 @@
-"""What each engine promised to reach: figures with their targets.
-
-Most are ratios to a baseline that runs beside the engine; the others come from scenarios.
-"""
+"""What each engine promised to reach: ratios to a baseline beside it, and figures of scenarios."""
 
 from __future__ import annotations
 
@@ -17,12 +14,8 @@ _NOT_RUN: Final = "not in this run"
 
 
 class PerformanceTarget(NamedTuple):
-    """A figure of one load.
-
-    Attributes:
-        to: the baseline that it is compared with; None: the rate itself.
-        of: the ratio of rates, of the times of one operation, or of processor time.
-    """
+    """A figure of one load, as its ratio to a baseline, if any: of rates, of the times of one operation,
+    or of processor time."""
 
     engine: str
     load: Load
@@ -33,6 +26,7 @@ class PerformanceTarget(NamedTuple):
 
     @property
     def what(self) -> str:
+        """As the report calls it."""
         of = {"rate": "", "time": ", time of one operation", "processor": ", processor time"}
         return self.load.name + of[self.of] + (f", against {self.to}" if self.to else "")
 
@@ -148,14 +142,9 @@ _FIRST: Final = 1000
 
 def _growth(results: Results) -> Iterator[Figure]:
     """What a save costs in a large JSON store, compared with one of a thousand machines."""
-    points = {
-        point.size: point.cost
-        for sweep in results.sweeps
-        if (sweep.parameter, sweep.workload) == ("entities", "save")
-        for curve in sweep.curves
-        if curve.system == "json"
-        for point in curve.points
-    }
+    sweeps = [i for i in results.sweeps if (i.parameter, i.workload) == ("entities", "save")]
+    curves = [each for sweep in sweeps for each in sweep.curves if each.system == "json"]
+    points = {point.size: point.cost for curve in curves for point in curve.points}
     for size in (10_000, 100_000, 1_000_000):
         what = f"save, 1 task, at {size:,} machines, against {_FIRST:,}, time of one operation"
         known = size in points and _FIRST in points
@@ -167,10 +156,8 @@ def _lost_writes(results: Results) -> Iterator[Figure]:
     """Acknowledged writes have to be there: of each engine, and where processes share a store."""
     for engine in dict.fromkeys(each.system for each in results.cells if each.role == "strategy"):
         cells = [each for each in results.cells if each.system == engine]
-        for what, some in (
-            ("all workloads", cells),
-            ("several processes at once", [each for each in cells if each.load.processes > 1]),
-        ):
+        shared = [each for each in cells if each.load.processes > 1]
+        for what, some in (("all workloads", cells), ("several processes at once", shared)):
             checked = sum(each.checked for each in some)
             if checked:
                 lost = sum(len(each.failures) for each in some)

@@ -1,13 +1,8 @@
 """Two commits side by side: `make bench-compare BASE=commit`.
 
-Both are measured by this one harness, in worker processes that take turns round by round (A B A B),
-each with the product of its own commit, on stores that it made itself. What looks like a change is
-measured a second time, with new processes; only what both agree upon is called one. So the noise that
-moves one process in twenty moves a verdict in eight hundred.
-
-    python -m hf_async_store_bench.two_commits BASE [--head COMMIT] [--only NAME] [--workload NAME]
-
-Exit code 0: nothing is slower; 3: something is; 4: an invariant broke.
+Both are measured by this one harness, in worker processes that take turns, each with the product of its
+own commit. What looks like a change is measured again, with new processes; only what both agree upon is
+called one. Exit code 0: nothing is slower; 3: something is; 4: an invariant broke.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -46,19 +41,14 @@ BROKEN: Final = 4
 ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")
 WORKLOADS: Final = ("save", "get", "acquire", "poll", "query")
 SIDES: Final = ("base", "head")
+VERDICTS: Final = ("SLOWER", "faster", "same within the noise")
 SMALLEST: Final = 0.03
 """A change by less than this part is not told, however sure it is."""
 
-Verdict: TypeAlias = Literal["faster", "SLOWER", "same within the noise"]
-
 
 class Change(NamedTuple):
-    """One engine under one load: the head's throughput in parts of the base's.
-
-    Attributes:
-        first: of the visits that everything had.
-        second: of further visits, if the first ones look like a change.
-    """
+    """One engine under one load: the head's throughput in parts of the base's, and once more in further
+    visits, if the first ones look like a change."""
 
     engine: str
     load: Load
@@ -68,14 +58,12 @@ class Change(NamedTuple):
     second: Interval | None = None
 
     @property
-    def verdict(self) -> Verdict:
-        if self.second is None:
-            return "same within the noise"
-        if self.first.low > 1 < self.second.low:
-            return "faster"
-        if self.first.high < 1 > self.second.high:
-            return "SLOWER"
-        return "same within the noise"
+    def verdict(self) -> str:
+        """What both agree upon."""
+        both = [self.first, self.second or Interval(1, 1, 1)]
+        if all(each.high < 1 for each in both):
+            return VERDICTS[0]
+        return VERDICTS[1] if all(each.low > 1 for each in both) else VERDICTS[2]
 
     @property
     def is_suspect(self) -> bool:
@@ -157,17 +145,15 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
             tell(f"once more: {load.name}: {', '.join(suspects)}")
             again = await measured(both(suspects), [load], options.visits, options.duration)
             found += again
-            second = {each.engine: each.first for each in compared(again)}
+            second = {(each.engine, each.load): each.first for each in compared(again)}
             changes = [
-                each._replace(second=second.get(each.engine)) if each.load == load else each
+                each._replace(second=second.get((each.engine, each.load), each.second))
                 for each in changes
             ]
-    failures = list(dict.fromkeys(each for results in found for each in results.failures))
-    sys.stdout.write(tables.as_text(as_table(changes)) + "\n")
-    for why in dict.fromkeys(f"{each.what}: {each.why}" for one in found for each in one.skipped):
-        sys.stdout.write(f"  not measured: {why}\n")
-    for each in failures:
-        sys.stdout.write(f"  BROKEN {each}\n")
+    skipped = [f"  not measured: {each.what}: {each.why}" for one in found for each in one.skipped]
+    failures = [f"  BROKEN {each}" for one in found for each in one.failures]
+    lines = [tables.as_text(as_table(changes)), *dict.fromkeys(skipped), *dict.fromkeys(failures)]
+    sys.stdout.write("\n".join([*lines, ""]))
     if failures:
         return BROKEN
     return SLOWER if any(each.verdict == "SLOWER" for each in changes) else NOTHING_SLOWER
@@ -175,7 +161,6 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
 
 def as_table(changes: Sequence[Change]) -> Table:
     """What changed comes first."""
-    order = ("SLOWER", "faster", "same within the noise")
     rows = [
         (
             each.engine,
@@ -187,7 +172,7 @@ def as_table(changes: Sequence[Change]) -> Table:
             "" if each.second is None else _range(each.second),
             each.verdict,
         )
-        for each in sorted(changes, key=lambda each: order.index(each.verdict))
+        for each in sorted(changes, key=lambda each: VERDICTS.index(each.verdict))
     ]
     heads = ("", "load", "base", "head", "change", "95 % interval", "once more", "")
     return Table("The head against the base, units a second", heads, rows)

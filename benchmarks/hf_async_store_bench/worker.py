@@ -1,7 +1,6 @@
 """A process that does what it is told: load, open, run rounds, stop, verify. One line each.
 
-Every system is measured in processes of its own, so that processor time and memory are its alone,
-and one system's garbage collection is not another's pause.
+Every system has its own, so that processor time, memory and pauses are its alone.
 """
 
 from __future__ import annotations

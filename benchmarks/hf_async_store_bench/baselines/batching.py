@@ -8,17 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import repeat
 from typing import Any, Generic, TypeVar
 
+from hf_async_store_bench.data import Entity
+
 Item = TypeVar("Item")
 
 
 class Batching(Generic[Item]):
-    """Everything that waits when a batch ends is the next one.
-
-    Args:
-        send: carries out a batch; gives a result each, in order, or nothing.
-        size: of a batch, at most.
-        at_once: how many batches.
-    """
+    """Everything that waits when a batch ends is the next one, of a bounded size; so many batches at
+    once. `send` carries out one, and gives a result each, in order, or nothing."""
 
     def __init__(
         self,
@@ -55,3 +52,16 @@ class Batching(Generic[Item]):
                 for (_, done), result in zip(batch, results or repeat(None), strict=False):
                     done.set_result(result)
         self._idle += 1
+
+
+class BatchedOperations:
+    """A baseline whose saves and gets wait for one another."""
+
+    _saves: Batching[Entity]
+    _gets: Batching[str]
+
+    async def save(self, machine: Entity) -> None:
+        await self._saves(machine)
+
+    async def get(self, machine: str) -> Any:
+        return await self._gets(machine)

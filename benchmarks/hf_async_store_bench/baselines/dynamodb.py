@@ -10,7 +10,7 @@ from typing import Any, Self
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # it has no types
 
-from hf_async_store_bench.baselines.batching import Batching
+from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import Entity, batches
 from hf_async_store_bench.messages import Environment
@@ -53,14 +53,7 @@ class _Client:
                     {"AttributeName": each, "AttributeType": "S"}
                     for each in (_KEY, "created_at", *_INDEXES)
                 ],
-                GlobalSecondaryIndexes=[
-                    {
-                        "IndexName": f"{hash_key}-index",
-                        "KeySchema": _key_schema(hash_key, range_key),
-                        "Projection": {"ProjectionType": "ALL"},
-                    }
-                    for hash_key, range_key in _INDEXES.items()
-                ],
+                GlobalSecondaryIndexes=[_index(*each) for each in _INDEXES.items()],
                 BillingMode="PAY_PER_REQUEST",
             )
         except target._client.exceptions.ResourceInUseException:
@@ -131,11 +124,9 @@ class Each(_Client):
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
         """In one transaction, which can hold 100."""
-        items = [{_KEY: request["request_id"]}, *machines]
-        puts = [
-            {"Put": {"TableName": self._table, "Item": _item(each), "ConditionExpression": _IS_NEW}}
-            for each in items
-        ]
+        items = map(_item, [{_KEY: request["request_id"]}, *machines])
+        new = {"TableName": self._table, "ConditionExpression": _IS_NEW}
+        puts = [{"Put": {**new, "Item": each}} for each in items]
         await self._client.transact_write_items(TransactItems=puts)
 
     async def get(self, machine: str) -> Mapping[str, Any] | None:
@@ -145,7 +136,7 @@ class Each(_Client):
         return _entity(answer["Item"]) if "Item" in answer else None
 
 
-class Batched(_Client):
+class Batched(BatchedOperations, _Client):
     """BatchWriteItem of 25, which checks nothing and knows no versions, and BatchGetItem of 100; 8 at
     once."""
 
@@ -154,16 +145,16 @@ class Batched(_Client):
         self._saves = Batching(self._put_batch, size=_WRITES, at_once=_AT_ONCE)
         self._gets = Batching(self._get_all, size=_READS, at_once=_AT_ONCE)
 
-    async def save(self, machine: Entity) -> None:
-        await self._saves(machine)
-
-    async def get(self, machine: str) -> Any:
-        return await self._gets(machine)
-
     save_many = create_many = _Client.fill
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
         await self.fill([{_KEY: request["request_id"]}, *machines])
+
+
+def _index(hash_key: str, range_key: str | None) -> dict[str, Any]:
+    keys = _key_schema(hash_key, range_key)
+    projection = {"ProjectionType": "ALL"}
+    return {"IndexName": f"{hash_key}-index", "KeySchema": keys, "Projection": projection}
 
 
 def _key_schema(hash_key: str, range_key: str | None = None) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import asyncpg  # type: ignore[import-untyped]  # it has no types
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from hf_async_store_bench.baselines import tables
-from hf_async_store_bench.baselines.batching import Batching
+from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.data import Entity
 from hf_async_store_bench.messages import Environment
 
@@ -89,9 +89,8 @@ class Pool(_Each):
     for each operation."""
 
     async def start(self) -> None:
-        self._pool = await asyncpg.create_pool(
-            self.environment.server, min_size=_CONNECTIONS, max_size=_CONNECTIONS
-        )
+        size = {"min_size": _CONNECTIONS, "max_size": _CONNECTIONS}
+        self._pool = await asyncpg.create_pool(self.environment.server, **size)
 
     async def close(self) -> None:
         await self._pool.close()
@@ -125,7 +124,7 @@ class Held(_Each):
             self._idle.put_nowait(connection)
 
 
-class Batched(Held):
+class Batched(BatchedOperations, Held):
     """Up to 64 waiting operations as one statement of arrays, on 4 connections; imports by COPY."""
 
     count = _BATCHES_AT_ONCE
@@ -135,12 +134,6 @@ class Batched(Held):
         self._saves = Batching(self.save_many, size=64, at_once=_BATCHES_AT_ONCE)
         self._gets = Batching(self._get_all, size=64, at_once=_BATCHES_AT_ONCE)
 
-    async def save(self, machine: Entity) -> None:
-        await self._saves(machine)
-
-    async def get(self, machine: str) -> Any:
-        return await self._gets(machine)
-
     async def save_many(self, machines: Sequence[Entity]) -> None:
         async with self.taken() as connection:
             await connection.execute(_UPSERT_ALL, *_columns(machines))
@@ -148,9 +141,8 @@ class Batched(Held):
     async def import_many(self, machines: Sequence[Entity]) -> None:
         rows = tables.rows_of(machines)
         async with self.taken() as connection:
-            await connection.copy_records_to_table(
-                "hand_machines", records=rows, columns=tables.COLUMNS
-            )
+            copy = connection.copy_records_to_table
+            await copy("hand_machines", records=rows, columns=tables.COLUMNS)
 
     async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
         async with self.taken() as connection:

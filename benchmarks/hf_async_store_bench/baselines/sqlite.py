@@ -15,7 +15,7 @@ from sqlalchemy import event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from hf_async_store_bench.baselines import tables
-from hf_async_store_bench.baselines.batching import Batching
+from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.data import Entity, batches
 from hf_async_store_bench.messages import Environment
 
@@ -131,7 +131,7 @@ class MultiRow(_Connection):
             await execute("COMMIT")
 
 
-class Sqlite3Batched(_Baseline):
+class Sqlite3Batched(BatchedOperations, _Baseline):
     """sqlite3 in one thread; everything that waits in one transaction (executemany); WAL,
     synchronous=FULL."""
 
@@ -144,12 +144,6 @@ class Sqlite3Batched(_Baseline):
     async def close(self) -> None:
         await self._hop(self._connection.close)
         self._thread.shutdown()
-
-    async def save(self, machine: Entity) -> None:
-        await self._saves(machine)
-
-    async def get(self, machine: str) -> Any:
-        return await self._gets(machine)
 
     async def save_many(self, machines: Sequence[Entity]) -> None:
         await self._hop(self._write, _UPSERT, machines)

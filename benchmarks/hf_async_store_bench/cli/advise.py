@@ -17,29 +17,22 @@ It takes about a minute, with temporary stores.
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
     for name, default, what in (
         ("entities", 10_000, "machines that will be stored"),
         ("tasks", 16, "concurrent tasks in each process"),
         ("processes", 1, "concurrent processes on the store"),
     ):
-        parser.add_argument(
-            f"--{name}",
-            metavar="N",
-            type=at_least_one,
-            default=default,
-            help=f"{what} (default: {default:,})",
-        )
-    parser.add_argument(
-        "--reads-percent",
-        metavar="P",
-        type=percent,
-        default=80,
-        help="gets of a hundred operations (default: 80)",
-    )
-    parser.add_argument("--folder", metavar="DIR", help="where stores are made: the disk measured")
+        told = f"{what} (default: {default:,})"
+        add(f"--{name}", metavar="N", type=at_least_one, default=default, help=told)
+    reads = "gets of a hundred operations (default: 80)"
+    add("--reads-percent", metavar="P", type=percent, default=80, help=reads)
+    add("--folder", metavar="DIR", help="where stores are made: the disk measured")
 
 
 def run(arguments: Namespace) -> int:
+    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import advice

@@ -1,7 +1,6 @@
 """Where the run starts from: a JSON store found in the field, or templates made up for it.
 
-What the files hold is read a second time with the standard library, so that the end of the run can
-be compared with the input itself and not with what the store made of it.
+The files are read once more with the standard library: the end is compared with the input itself.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -31,18 +30,11 @@ _MADE_UP: Final = 12
 
 
 class Source:
-    """A JSON store in a folder, in any of the layouts found in the field.
-
-    Args:
-        place: its folder, or its only file, or a folder of such folders: then the first of them.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
+    """A JSON store in any of the layouts found in the field: in a folder, in a file, or the first in a
+    folder of such folders. ConfigurationError if there is none."""
 
     def __init__(self, place: Path) -> None:
-        self.file = _found(place)
-        """The only file, or the folder of split files."""
+        self.file = _found(place)  # the only file, or the folder of split files
 
     def __str__(self) -> str:
         return str(self.file)
@@ -118,22 +110,16 @@ async def streamed(
 
 
 async def import_new(store: StorageStrategy, entities: Entities) -> bool:
-    """Import all of it, parents first; False, and nothing done, if the store has any of it.
-
-    What is there already belongs to somebody else, and what is missing beside it was perhaps
-    deleted by them.
-    """
+    """Import all of it, parents first; False, and nothing done, if the store has any of it: that
+    belongs to somebody else, and what is missing beside it was perhaps deleted by them."""
     for name in store.collections:
-        for batch in _batches(entities[name]):
-            if any(each is not None for each in await store.get_entities(name, batch)):
+        for ids in batches(list(entities[name]), _BATCH):
+            if any(each is not None for each in await store.get_entities(name, ids)):
                 return False
     for name in store.collections:
-        for batch in _batches(entities[name]):
-            await store.import_entities(name, [entities[name][each] for each in batch])
+        for some in batches(list(entities[name].values()), _BATCH):
+            await store.import_entities(name, some)
     return True
-
-
-# -- inside ---------------------------------------------------------------------------------
 
 
 def _found(place: Path) -> Path:
@@ -159,7 +145,3 @@ def _unwrapped(file: Path, name: str) -> dict[str, Entity]:
     inner = held.get(name)
     key = f"{name.removesuffix('s')}_id"
     return inner if len(held) == 1 and isinstance(inner, dict) and key not in inner else held
-
-
-def _batches(entities: dict[str, Entity]) -> Iterable[Sequence[str]]:
-    return batches(list(entities), _BATCH)

@@ -1,7 +1,7 @@
 """The orchestrator of one process: it asks for machines, polls them, returns them, all at once.
 
-Nothing here knows an engine. Whatever the store answers goes into the write log; a conflict is a
-normal answer, any other error breaks the invariant "no errors", and the work goes on.
+Whatever the store answers goes into the write log; a conflict is a normal answer, any other error
+breaks the invariant "no errors", and the work goes on. Nothing here knows an engine.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ from hf_async_store_bench.demo.data import OPEN
 from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import Answer, Read, Write, WriteLog, answer
 
-FLOWS: Final = 24
-"""Requests that one process has under way at once."""
-
+_FLOWS: Final = 24  # requests that one process has under way at once
 _WATCHERS: Final = 4
 _COUNTERS: Final = 3
 _PIECEMEAL_EVERY: Final = 4
@@ -54,11 +52,7 @@ _Change: TypeAlias = tuple[Write, list[Answer]]
 
 
 class Orchestrator:
-    """One process's part of the work.
-
-    Args:
-        progress: is told how many requests have come to their end.
-    """
+    """One process's part of the work; `progress` is told how many requests have come to their end."""
 
     def __init__(
         self,
@@ -80,10 +74,8 @@ class Orchestrator:
         self._done = 0
 
     async def run(self) -> None:
-        """All of the plan, or what fits in its time; what was begun is completed.
-
-        A store that never answers is left: its calls stay unanswered in the notes.
-        """
+        """All of the plan, or what fits in its time; what was begun is completed, unless the store
+        never answers."""
         more = itertools.repeat(5) if self._plan.endless else ()
         waiting = enumerate(itertools.chain(self._plan.sizes, more))
         patience = self._plan.settings.seconds + _DRAIN_SECONDS + _STUCK_SECONDS
@@ -95,7 +87,7 @@ class Orchestrator:
                     helpers.create_task(self._count(number))
                 async with asyncio.TaskGroup() as flows:
                     flows.create_task(self._adopt())
-                    for _ in range(FLOWS):
+                    for _ in range(_FLOWS):
                         flows.create_task(self._serve_all(waiting))
                 self._finished = True
 
@@ -191,8 +183,9 @@ class Orchestrator:
         taken: list[str] = []
 
         async def work(tx: Transaction) -> list[_Change]:
-            found = await tx.get_entities("machines", wanted)
-            free = {_id(each): _version(each) for each in found if each and _is_free(each)}
+            found = [each for each in await tx.get_entities("machines", wanted) if each]
+            running = [each for each in found if each["status"] == "running"]
+            free = {_id(i): _version(i) for i in running if i.get("return_request_id") is None}
             taken[:] = free
             return await _mark_returned(tx, name, request, template, free) if free else []
 
@@ -282,7 +275,7 @@ class Orchestrator:
     # -- beside the requests -----------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Polls requests of every process, found by their status: that is where conflicts are."""
+        """Poll requests of every process, found by their status: that is where conflicts are."""
         while not self._finished:
             async with self._noting_errors("requests"):
                 found = await self._pending("acquire", limit=16)
@@ -343,11 +336,7 @@ class Orchestrator:
         call: Awaitable[int | Sequence[int | bool]],
         conflicts: Callable[[], int] = lambda: 0,
     ) -> list[Answer]:
-        """Independent writes, noted before and after; a conflict is an answer.
-
-        Args:
-            call: does it, and begins only when it is awaited.
-        """
+        """Independent writes, noted before and after; the call begins only when it is awaited."""
         number = self._log.intent(work, [write])
         started = perf_counter()
         outcomes: Sequence[int | bool | StorageError]
@@ -376,7 +365,7 @@ class Orchestrator:
         async def noted(tx: Transaction) -> list[_Change]:
             nonlocal number, tries
             if number:
-                self._log.refused(number, 0)
+                self._log.done(number, None, 0, 0)
                 number = 0
             tries += 1
             changes = await attempt(tx)
@@ -389,7 +378,7 @@ class Orchestrator:
             changes = await self._store.run_transaction(noted)
         except StorageError as exc:
             if number and not exc.outcome_unknown:
-                self._log.refused(number, tries)
+                self._log.done(number, None, 0, tries)
             raise
         if number:
             answers = [each for _, each in changes]
@@ -453,10 +442,6 @@ def _machine_fields(request: str, template: str) -> dict[str, Any]:
 
 def _machines(names: Sequence[str], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**machine(number), **shared, "machine_id": name} for number, name in enumerate(names)]
-
-
-def _is_free(machine: Entity) -> bool:
-    return machine["status"] == "running" and machine.get("return_request_id") is None
 
 
 def _id(machine: Entity) -> str:

@@ -11,9 +11,7 @@ import msgspec
 
 from hf_async_store import StorageStrategy, open_store
 
-LARGEST: Final = 1000
-"""The machines of the largest burst."""
-
+_LARGEST: Final = 1000  # machines, of every so many requests
 _LARGE_EVERY: Final = 20
 
 
@@ -42,7 +40,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The part of one process. It travels to workers over a pipe.
 
     Attributes:
-        settings: with the store; one of `store` and `config`.
         write_log: the file of this process's notes.
         prefix: of every id that the run makes, so that it never touches what others own.
         sizes: the machines of each request that this process makes.
@@ -76,7 +73,7 @@ def draw_sizes(seed: int, process: int, requests: int) -> list[int]:
     """How many machines each request of a process asks for: mostly few, a burst now and then."""
     chance = random.Random(f"sizes-{seed}-{process}")
     sizes = [_size(chance) for _ in range(requests)]
-    sizes[::_LARGE_EVERY] = [LARGEST for _ in sizes[::_LARGE_EVERY]]
+    sizes[::_LARGE_EVERY] = [_LARGEST for _ in sizes[::_LARGE_EVERY]]
     return sizes
 
 

@@ -18,17 +18,11 @@ from hf_async_store_bench.demo.verify import Invariant, Verifier
 from hf_async_store_bench.demo.write_log import ProcessLog
 from hf_async_store_bench.histogram import Histogram
 
-SHOWN: Final = 10
-"""How many failures of one invariant are printed."""
-
+_SHOWN: Final = 10  # failures of one invariant that are printed
 _WIDTH: Final = 120
 _SHARES: Final = (0.5, 0.95, 0.99, 1.0)
-_STYLES: Final = {
-    "holds": "green",
-    "BROKEN": "bold red",
-    "PASSED": "bold green",
-    "FAILED": "bold red",
-}
+_GOOD, _BAD = "bold green", "bold red"
+_STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BAD}
 _COUNTED: Final = {
     ("requests", "acquire"): "requests for machines",
     ("requests", "create"): "requests for machines",
@@ -73,8 +67,7 @@ class Screen:
             table.add_column(header, justify="right" if place else "left")
         for row in rows:
             table.add_row(*(Text(each, style=_STYLES.get(each, "")) for each in row))
-        self._console.print()
-        self._console.print(table)
+        self._console.print("\n", table, sep="")
 
     def verdict(self, passed: bool, text: str) -> None:
         """The last line."""
@@ -152,9 +145,9 @@ def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | N
     ]
     screen.table("What a freshly opened store has to agree with", ["", "checks", "verdict"], rows)
     for each in invariants:
-        for failure in each.failures[:SHOWN]:
+        for failure in each.failures[:_SHOWN]:
             screen.line(f"  {each.name}: {failure}")
-        more = len(each.failures) - SHOWN
+        more = len(each.failures) - _SHOWN
         if more > 0:
             screen.line(f"  {each.name}: and {more:,} more")
     broken = [each.name for each in invariants if each.failures]

@@ -21,7 +21,7 @@ from hf_async_store_bench.demo import data, report
 from hf_async_store_bench.demo.orchestrator import Orchestrator
 from hf_async_store_bench.demo.plan import Plan, Settings, draw_sizes, shares
 from hf_async_store_bench.demo.verify import Verifier, compare_indexes, read_back
-from hf_async_store_bench.demo.worker import Worker
+from hf_async_store_bench.demo.worker import GO, Worker
 from hf_async_store_bench.demo.write_log import ProcessLog, WriteLog
 from hf_async_store_bench.processes import run_to_completion
 
@@ -34,11 +34,8 @@ _END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before 
 
 
 async def run_demo(settings: Settings, opening: Opening = Plan.open) -> int:
-    """Run the demo and print it; returns its exit code.
-
-    Args:
-        opening: opens the store in this process. Workers always open it by its URL or file.
-    """
+    """Run the demo and print it; returns its exit code. `opening` opens the store in this process;
+    workers always open it by its URL or file."""
     # Made synchronously, so that nothing can come between its making and its removal.
     run = _Run(settings, Path(tempfile.mkdtemp(prefix="hf-async-store-demo-")), opening)
     try:
@@ -70,12 +67,11 @@ class _Run:
             can = store.capabilities
             plan = await self._prepare(store, plan)
             await self._introduce(store)
-            processes = self._settings.processes if can.multi_process else 1
             if not can.multi_process:
                 self._screen.stage(
                     f"One process only: processes cannot share a store of the {can.engine} engine."
                 )
-            plans = self._plans(plan, processes)
+            plans = self._plans(plan, self._settings.processes if can.multi_process else 1)
             seconds = await self._work(store, plans)
             if can.durable or can.multi_process:
                 await self._close(store)
@@ -172,27 +168,25 @@ class _Run:
         """All processes at once; returns the seconds they worked."""
         first, *others = plans
         requests = sum(len(each.sizes) for each in plans)
-        self._screen.stage(
-            f"{len(plans)} processes ask for {requests} requests, "
-            f"{max(max(each.sizes) for each in plans):,} machines at most in one ..."
-            if others
-            else f"This process asks for {requests} requests ..."
-        )
+        most = max(max(each.sizes) for each in plans)
+        asked = f"ask for {requests} requests, {most:,} machines at most in one ..."
+        alone = f"This process asks for {requests} requests ..."
+        self._screen.stage(f"{len(plans)} processes {asked}" if others else alone)
         async with _workers(others) as workers:
             with (
-                WriteLog(Path(first.write_log)) as write_log,
+                WriteLog(Path(first.write_log)) as log,
                 self._screen.progress(requests) as progress,
             ):
 
                 def advance(done: int) -> None:
                     progress(done + sum(each.done for each in workers))
 
-                orchestrator = Orchestrator(store, write_log, first, advance)
+                orchestrator = Orchestrator(store, log, first, advance)
                 started = monotonic()
                 async with asyncio.TaskGroup() as group:
                     group.create_task(orchestrator.run())
                     for worker in workers:
-                        worker.go()
+                        worker.process.tell(GO)
                         group.create_task(self._follow(worker))
                     if workers:
                         group.create_task(self._kill_midway(workers[-1]))
@@ -235,21 +229,18 @@ class _Run:
     # -- reporting ---------------------------------------------------------------------------
 
     async def _report(self, store: StorageStrategy, plans: Sequence[Plan], seconds: float) -> int:
-        logs = {
-            f"process {each.index + 1}" + " (killed)" * each.endless: await asyncio.to_thread(
-                ProcessLog.of, Path(each.write_log), killed=each.endless
-            )
-            for each in plans
-        }
+        logs = {}
+        for each in plans:
+            name = f"process {each.index + 1}" + " (killed)" * each.endless
+            path = Path(each.write_log)
+            logs[name] = await asyncio.to_thread(ProcessLog.of, path, killed=each.endless)
         stored = await read_back(store, self._prefix, self._base)
-        verifier = Verifier(
-            list(logs.values()), self._base, stored, store.collections, self._prefix
-        )
+        ends = list(logs.values())
+        verifier = Verifier(ends, self._base, stored, store.collections, self._prefix)
         invariants = await asyncio.to_thread(verifier.invariants)
         invariants.append(await compare_indexes(store, stored, self._prefix))
-        for each in invariants:
-            if each.name == "finished":
-                each.failures += self._ended_badly
+        finished = next(each for each in invariants if each.name == "finished")
+        finished.failures += self._ended_badly
         report.print_work(self._screen, logs)
         report.print_speed(self._screen, logs.values(), seconds)
         report.print_unanswered(self._screen, verifier, logs)

@@ -18,11 +18,8 @@ _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
 
 @contextmanager
 def served(settings: Settings) -> Iterator[Settings]:
-    """The settings, with the address of a server that runs as long as the context.
-
-    Only for a DynamoDB URL without `endpoint_url`, and where the test server is installed: then the
-    run costs nothing and touches no account.
-    """
+    """The settings, for a DynamoDB URL without `endpoint_url` with the address of the test server, if it
+    is installed: then the run costs nothing and touches no account."""
     if settings.store is None or not _needs_dynamodb(settings.store):
         yield settings
         return

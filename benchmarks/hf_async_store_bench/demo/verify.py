@@ -45,13 +45,8 @@ class Invariant:
 
 @dataclass(slots=True)
 class EntityHistory:
-    """What the notes know of one entity.
-
-    Attributes:
-        versions: the acknowledged writes by the version that each made.
-        twice: versions that were acknowledged to two writers.
-        maybe: the writes of which nobody knows.
-    """
+    """What the notes know of one entity: the acknowledged writes by the version that each made, the
+    versions that two writers got, whether it was deleted, the writes of which nobody knows."""
 
     versions: dict[int, Write] = field(default_factory=dict)
     twice: list[int] = field(default_factory=list)
@@ -110,13 +105,8 @@ async def compare_indexes(store: StorageStrategy, stored: Entities, prefix: str)
 
 @dataclass
 class Verifier:
-    """The invariants of a run.
-
-    Attributes:
-        logs: of each process.
-        base: what was there before the first noted write, by the files themselves where possible.
-        stored: what is there now.
-    """
+    """The invariants of a run: the logs of each process, what was there before the first noted write,
+    by the files themselves where possible, and what is stored now."""
 
     logs: Sequence[ProcessLog]
     base: Entities
@@ -152,7 +142,10 @@ class Verifier:
 
     def landed(self, unanswered: Iterable[Operation]) -> int:
         """How many of the writes whose answer nobody got show in the store."""
-        left = {place: self._surplus(place, history) for place, history in self._histories.items()}
+        left: dict[EntityKey, int] = {}  # versions beyond those that were acknowledged
+        for place, history in self._histories.items():
+            known = _version(self._was(place)) + len(history.versions)
+            left[place] = _version(self._at(place)) - known if self._at(place) else 0
         landed = 0
         for operation in unanswered:
             for write, name, _ in operation.each():
@@ -162,12 +155,6 @@ class Verifier:
                     landed += 1
                     break
         return landed
-
-    def _surplus(self, place: EntityKey, history: EntityHistory) -> int:
-        """How many versions there are beyond those that were acknowledged."""
-        stored = self._at(place)
-        first = _version(self._was(place))
-        return 0 if stored is None else _version(stored) - first - len(history.versions)
 
     # -- entity by entity --------------------------------------------------------------------
 

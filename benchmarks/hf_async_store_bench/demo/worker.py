@@ -17,7 +17,7 @@ from hf_async_store_bench.demo.write_log import WriteLog
 from hf_async_store_bench.processes import LineProcess, next_line
 
 _READY: Final = "ready"
-_GO: Final = b"go"
+GO: Final = b"go"
 
 
 class Worker:
@@ -26,10 +26,8 @@ class Worker:
     def __init__(self, plan: Plan, process: LineProcess) -> None:
         self.plan = plan
         self.process = process
-        self.done = 0
-        """How many requests it has completed."""
-        self.midway = asyncio.Event()
-        """It has done half of its part, or has ended."""
+        self.done = 0  # requests that it has completed
+        self.midway = asyncio.Event()  # it has done half of its part, or has ended
         self.killed = False
 
     @classmethod
@@ -42,10 +40,6 @@ class Worker:
     async def ready(self) -> None:
         """Wait until it has opened its store, or has failed to."""
         await self.process.hear()
-
-    def go(self) -> None:
-        """Let it begin."""
-        self.process.tell(_GO)
 
     async def follow(self) -> str | None:
         """Follow its progress to its end; returns what is wrong with that end, if anything."""
@@ -78,7 +72,7 @@ async def work() -> int:
             # The first call opens for real; what it costs is no part of the work.
             await store.get_entity("templates", plan.counters[0])
             _say(_READY)
-            if (await next_line()).strip() != _GO:
+            if (await next_line()).strip() != GO:
                 return 1
             threading.Thread(target=_end_with_the_demo, daemon=True).start()
             await Orchestrator(store, write_log, plan, lambda done: _say(str(done))).run()

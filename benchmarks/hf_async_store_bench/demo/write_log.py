@@ -1,8 +1,7 @@
 """The write log of a process: what it is about to write, and what the store acknowledged.
 
-One line each, in an append-only file of the process's own, and handed to the operating system
-before the process goes on: a kill loses nothing that was logged. A write that was announced and
-never answered may or may not have been applied; everything else is known exactly.
+One line each, handed to the operating system before the process goes on: a kill loses nothing that was
+logged. Only of a write that was announced and never answered nobody knows whether it was applied.
 """
 
 from __future__ import annotations
@@ -22,12 +21,8 @@ Answer: TypeAlias = "int | Literal['deleted', 'refused', 'unknown']"
 
 
 class Write(msgspec.Struct, frozen=True):
-    """The same write to some entities of a collection.
-
-    Attributes:
-        kind: "add" counts a number up by compare-and-set, whatever it was.
-        fields: what each of them was given; of a new entity, what all of them share.
-    """
+    """The same write to some entities of a collection, with the fields that each of them was given, or
+    that new ones share; "add" counts a number up by compare-and-set, whatever it was."""
 
     collection: str
     kind: Literal["create", "update", "add", "delete"]
@@ -100,14 +95,10 @@ class WriteLog:
         return self._number
 
     def done(
-        self, number: int, answers: list[list[Answer]], seconds: float, conflicts: int
+        self, number: int, answers: list[list[Answer]] | None, seconds: float, conflicts: int
     ) -> None:
-        """Note what the store acknowledged."""
+        """Note what the store acknowledged; None: nothing was written."""
         self.note(Done(number, answers, seconds, conflicts))
-
-    def refused(self, number: int, conflicts: int) -> None:
-        """Note that nothing was written."""
-        self.note(Done(number, None, 0.0, conflicts))
 
     def broken(self, invariant: str, entity: str, what: str) -> None:
         """Note what must not be."""
@@ -122,11 +113,7 @@ class WriteLog:
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """A noted write, with its end.
-
-    Attributes:
-        answers: None when nobody knows what became of it.
-    """
+    """A noted write, with its end; without answers when nobody knows what became of it."""
 
     intent: Intent
     answers: list[list[Answer]] | None = None
@@ -142,11 +129,7 @@ class Operation:
 
 @dataclass
 class ProcessLog:
-    """What one process noted, read back.
-
-    Attributes:
-        unanswered: those of the operations that were under way when the process ended.
-    """
+    """What one process noted, read back; unanswered is what was under way when it ended."""
 
     killed: bool
     operations: list[Operation] = field(default_factory=list)
@@ -166,7 +149,11 @@ class ProcessLog:
                 case Intent() as intent:
                     begun[intent.number] = Operation(intent)
                 case Done() as done:
-                    log._end(begun.pop(done.number), done)
+                    operation = begun.pop(done.number)
+                    log.conflicts += done.conflicts
+                    if done.answers is not None:
+                        operation.answers, operation.seconds = done.answers, done.seconds
+                        log.operations.append(operation)
                 case Read() as read:
                     log.reads.append(read)
                 case Broken() as broken:
@@ -174,9 +161,3 @@ class ProcessLog:
         log.unanswered += begun.values()
         log.operations += begun.values()
         return log
-
-    def _end(self, operation: Operation, done: Done) -> None:
-        self.conflicts += done.conflicts
-        if done.answers is not None:
-            operation.answers, operation.seconds = done.answers, done.seconds
-            self.operations.append(operation)
