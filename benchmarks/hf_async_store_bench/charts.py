@@ -91,9 +91,6 @@ def as_png(title: str, charts: Sequence[Chart]) -> bytes:
     return picture.getvalue()
 
 
-# -- rows of values -------------------------------------------------------------------------
-
-
 class Row(NamedTuple):
     """A value with its range and its number; hollow dots can be told from others without colour."""
 
@@ -144,9 +141,6 @@ def _dot(axes: Any, place: int, row: Row) -> None:
     axes.plot([row.value], [place], "o", color=colour, markerfacecolor=face, markersize=5.5)
     where = (max(row.value, row.high), place)
     axes.annotate(row.label, where, (6, 0), textcoords="offset points", va="center", fontsize=8)
-
-
-# -- the charts -----------------------------------------------------------------------------
 
 
 def engines(results: Results) -> Iterator[Chart]:

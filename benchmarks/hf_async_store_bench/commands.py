@@ -95,9 +95,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     return PASSED
 
 
-# -- what is asked for ----------------------------------------------------------------------
-
-
 def _settings(arguments: argparse.Namespace) -> Settings:
     settings = FULL if arguments.full else SHORT
     named = arguments.workload
@@ -137,9 +134,6 @@ def _told(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
         "seed": str(settings.seed),
         **{i.name: f"{i.entities:,} machines of {i.size} bytes stored" for i in settings.loads},
     }
-
-
-# -- what is told ---------------------------------------------------------------------------
 
 
 def _say(text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import cache
 from inspect import isawaitable
 from pathlib import Path
@@ -25,32 +26,19 @@ _BATCH: Final = 25
 _AT_ONCE: Final = 8
 
 
+@dataclass
 class Competitor:
-    """What a library does for each operation; its functions may be asynchronous or block.
+    """What a library does for each operation, in functions that are asynchronous or block; `everything`
+    gives all that is stored, where reading it one by one would take too long."""
 
-    Args:
-        close: releases everything.
-        everything: all that is stored, where reading it one by one would take too long.
-    """
-
-    def __init__(
-        self,
-        *,
-        save: Callable[[Entity], Any],
-        get: Callable[[str], Any],
-        create_many: Callable[[Sequence[Entity]], Any],
-        close: Callable[[], Any] | None = None,
-        everything: Callable[[], Sequence[Entity]] | None = None,
-    ) -> None:
-        self._save = save
-        self._get = get
-        self._create_many = create_many
-        self._close = close
-        self._everything = everything
+    _save: Callable[[Entity], Any]
+    _get: Callable[[str], Any]
+    _create_many: Callable[[Sequence[Entity]], Any]
+    _close: Callable[[], Any] = lambda: None
+    _everything: Callable[[], Sequence[Entity]] | None = None
 
     async def close(self) -> None:
-        if self._close is not None:
-            await _result(self._close())
+        await _result(self._close())
 
     async def save(self, machine: Entity) -> None:
         await _result(self._save(machine))
@@ -84,11 +72,11 @@ class TinyDB(Competitor):
         database = tinydb.TinyDB(Path(environment.folder) / "tinydb.json")
         key = tinydb.where(_KEY)
         return cls(
-            save=lambda machine: database.upsert(machine, key == machine[_KEY]),
-            get=lambda machine: database.get(key == machine),
-            create_many=database.insert_multiple,
-            close=database.close,
-            everything=database.all,
+            lambda machine: database.upsert(machine, key == machine[_KEY]),
+            lambda machine: database.get(key == machine),
+            database.insert_multiple,
+            database.close,
+            database.all,
         )
 
 
@@ -102,12 +90,10 @@ class Orb(Competitor):
         logging.disable(logging.INFO)  # it logs every save
         storage = JSONStorageStrategy(str(Path(environment.folder) / "machines.json"))
         return cls(
-            save=lambda machine: storage.save(machine[_KEY], machine),
-            get=storage.find_by_id,
-            create_many=lambda machines: storage.save_batch(
-                {each[_KEY]: each for each in machines}
-            ),
-            close=storage.cleanup,
+            lambda machine: storage.save(machine[_KEY], machine),
+            storage.find_by_id,
+            lambda machines: storage.save_batch({each[_KEY]: each for each in machines}),
+            storage.cleanup,
         )
 
 
@@ -126,10 +112,10 @@ class DiskCache(Competitor):
                     stored.set(each[_KEY], each)
 
         return cls(
-            save=lambda machine: stored.set(machine[_KEY], machine),
-            get=stored.get,
-            create_many=create_many,
-            close=stored.close,
+            lambda machine: stored.set(machine[_KEY], machine),
+            stored.get,
+            create_many,
+            stored.close,
         )
 
 
@@ -141,10 +127,10 @@ class _KeyValue(Competitor):
         """On one of its stores."""
         await store.__aenter__()
         return cls(
-            save=lambda machine: store.put(machine[_KEY], machine),
-            get=store.get,
-            create_many=lambda machines: store.put_many([i[_KEY] for i in machines], machines),
-            close=lambda: store.__aexit__(None, None, None),
+            lambda machine: store.put(machine[_KEY], machine),
+            store.get,
+            lambda machines: store.put_many([i[_KEY] for i in machines], machines),
+            lambda: store.__aexit__(None, None, None),
         )
 
 
@@ -201,7 +187,7 @@ class AdvancedAlchemy(Competitor):
                 rows = list(map(row_of, machines))
                 await repository(session=session, auto_commit=True).add_many(rows)
 
-        return cls(save=save, get=get, create_many=create_many, close=engine.dispose)
+        return cls(save, get, create_many, engine.dispose)
 
 
 @cache
@@ -251,10 +237,10 @@ class AioDynamo(Competitor):
                 return None
 
         return cls(
-            save=lambda machine: client.put_item(name, machine),
-            get=get,
-            create_many=lambda machines: side_by_side(put, batches(machines, _BATCH), _AT_ONCE),
-            close=stack.aclose,
+            lambda machine: client.put_item(name, machine),
+            get,
+            lambda machines: side_by_side(put, batches(machines, _BATCH), _AT_ONCE),
+            stack.aclose,
         )
 
 
@@ -271,7 +257,7 @@ class Pydynox(Competitor):
         if not await client.table_exists(name):
             await client.create_table(name, (_KEY, "S"), wait=True)
         return cls(
-            save=lambda machine: client.put_item(name, machine),
-            get=lambda machine: client.get_item(name, {_KEY: machine}, consistent_read=True),
-            create_many=lambda machines: client.batch_write(name, put_items=list(machines)),
+            lambda machine: client.put_item(name, machine),
+            lambda machine: client.get_item(name, {_KEY: machine}, consistent_read=True),
+            lambda machines: client.batch_write(name, put_items=list(machines)),
         )

@@ -56,8 +56,6 @@ class Executor:
                 self.skip(where, str(exc))
             return None
 
-    # -- groups -------------------------------------------------------------------------------
-
     @asynccontextmanager
     async def filled(
         self, systems: Sequence[SystemUnderTest], load: Load, workloads: Sequence[str]
@@ -114,8 +112,6 @@ class Executor:
         finally:
             await group.end()
             self.datasets.give_back(group)
-
-    # -- what a group does --------------------------------------------------------------------
 
     async def warm_up(self, group: WorkerGroup, cell: Cell) -> None:
         """What is slower the first time does not count."""

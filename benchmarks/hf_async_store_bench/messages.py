@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -153,15 +154,14 @@ class RoundStats(msgspec.Struct, kw_only=True):
             for name in _SUMMED:
                 setattr(whole, name, getattr(whole, name) + getattr(part, name))
             whole.seconds = max(whole.seconds, part.seconds)
-            for name, count in part.errors.items():
-                whole.errors[name] = whole.errors.get(name, 0) + count
+            whole.errors = dict(Counter(whole.errors) + Counter(part.errors))
             if part.written is not None:
                 whole.written = (whole.written or 0) + part.written
             whole.latencies.add(part.latencies)
         return whole
 
 
-_SUMMED = (
+_SUMMED = [
     "operations",
     "units",
     "conflicts",
@@ -170,7 +170,7 @@ _SUMMED = (
     "unserved",
     "processor",
     "memory",
-)
+]
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -225,7 +225,5 @@ def encode(message: object) -> bytes:
 
 
 def decode(line: bytes, kind: type[_Any]) -> _Any:
-    """Raises:
-    msgspec.MsgspecError: it is no such message.
-    """
+    """Of such a line."""
     return msgspec.json.decode(line, type=kind, dec_hook=lambda _, text: Histogram(text))

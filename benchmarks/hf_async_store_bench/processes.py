@@ -26,6 +26,7 @@ class LineProcess:
         self._stdin = cast("asyncio.StreamWriter", process.stdin)
         self._stdout = cast("asyncio.StreamReader", process.stdout)
         self.pid = process.pid
+        self.wait = process.wait
 
     @classmethod
     async def start(cls, role: str, first: bytes, errors: Path, source: str = "") -> Self:
@@ -52,11 +53,6 @@ class LineProcess:
         started.tell(first)
         return started
 
-    @property
-    def is_running(self) -> bool:
-        """It has not ended."""
-        return self._process.returncode is None
-
     def tell(self, line: bytes) -> None:
         """Give it a line."""
         if not self._stdin.is_closing():
@@ -75,14 +71,12 @@ class LineProcess:
         except ConnectionError:
             return b""
 
-    async def wait(self) -> int:
-        """Its exit code."""
-        return await self._process.wait()
-
-    def kill(self) -> None:
-        """End it as a loss of power would: no handler of its own runs."""
-        if self.is_running:
+    def kill(self) -> bool:
+        """End it as a loss of power would: no handler of its own runs. False if it has ended before."""
+        running = self._process.returncode is None
+        if running:
             self._process.kill()
+        return running
 
     async def end(self, patience: float = 0.0) -> None:
         """Close its input, and kill it if it does not end by itself; nothing of it is left."""

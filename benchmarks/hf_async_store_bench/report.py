@@ -61,8 +61,6 @@ def _measured(results: Results) -> list[Table]:
     return [tables.measured(results, each) for each in results.loads if results.of(each)]
 
 
-# -- the page -------------------------------------------------------------------------------
-
 _STYLE: Final = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif; color: #1f2430;
@@ -179,8 +177,6 @@ def _cell(text: str) -> str:
     mark = f" class='{text}'" if text in ("met", "MISSED") else ""
     return f"<td{mark}>{escape(text)}</td>"
 
-
-# -- a page of the documentation ------------------------------------------------------------
 
 _BEGIN: Final = "<!-- results: written by `make bench-full` -->"
 _END: Final = "<!-- end of results -->"

@@ -89,8 +89,6 @@ class Run:
     def _spent(self) -> float:
         return time.monotonic() - self._started
 
-    # -- visits ------------------------------------------------------------------------------
-
     async def _visit_all(self) -> None:
         """Each load once."""
         first = self._settings.first_share

@@ -20,25 +20,11 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from hf_async_store import (
-    HOST_FACTORY,
-    JSONStorageStrategy,
-    MigrationTool,
-    StorageStrategy,
-    gt,
-    open_store,
-)
+import hf_async_store as hfas
+from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.migration import backup_store
-from hf_async_store_bench import systems
+from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
-from hf_async_store_bench.data import (
-    MACHINES_OF_A_REQUEST,
-    Entity,
-    machine,
-    machine_id,
-    request,
-    request_id,
-)
 from hf_async_store_bench.demo.data import chosen, json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
@@ -67,8 +53,6 @@ class Scenario(NamedTuple):
     writes: bool = False
     runs: int = 1
 
-
-# -- timers --------------------------------------------------------------------------------
 
 _TICK: Final = 0.001
 
@@ -122,17 +106,14 @@ async def watched_loop() -> AsyncIterator[list[float]]:
         ticker.cancel()
 
 
-# -- memory ---------------------------------------------------------------------------------
-
-
 async def memory(plan: Plan) -> list[Measurement]:
     """How this process grows by opening the store, and by building every declared index."""
     file = _data_file(plan).stat().st_size
     before = resident_bytes()
     async with open_store(plan.environment.url) as store:
-        assert await store.get_entity("machines", machine_id(0))
+        assert await store.get_entity("machines", data.machine_id(0))
         opened = resident_bytes()
-        for collection in HOST_FACTORY:
+        for collection in hfas.HOST_FACTORY:
             for index in collection.indexes:
                 await store.query_entities(collection.name, {index.field: "PENDING"}, limit=1)
         indexed = resident_bytes()
@@ -166,17 +147,13 @@ async def migration_memory(plan: Plan) -> list[Measurement]:
     ]
 
 
-# -- opening --------------------------------------------------------------------------------
-
-
 async def opening(plan: Plan) -> list[Measurement]:
     """Opening a file and its first get, against decoding the same file."""
     path = Path(plan.environment.folder) / "found.json"
     found, origin = _found_machines()
-    many = zip(range(10_000), itertools.cycle(found), strict=False)
-    machines = {
-        machine_id(number): {**each, "machine_id": machine_id(number)} for number, each in many
-    }
+    ids = map(data.machine_id, range(10_000))
+    many = zip(ids, itertools.cycle(found), strict=False)
+    machines = {name: {**each, "machine_id": name} for name, each in many}
     path.write_text(json.dumps({"templates": {}, "requests": {}, "machines": machines}, indent=2))
     figures = await _opening(path, f"{origin}, a foreign file")
     async with JSONStorageStrategy(json_url(path)) as store:
@@ -188,7 +165,7 @@ async def opening(plan: Plan) -> list[Measurement]:
 async def _opening(path: Path, what: str) -> list[Measurement]:
     async def first_get(store: StorageStrategy) -> None:
         await store.open()
-        assert await store.get_entity("machines", machine_id(5000))
+        assert await store.get_entity("machines", data.machine_id(5000))
 
     async def decoded() -> object:
         return msgspec.json.decode(path.read_bytes())
@@ -207,21 +184,21 @@ async def _opening(path: Path, what: str) -> list[Measurement]:
     ]
 
 
-def _found_machines() -> tuple[list[Entity], str]:
+def _found_machines() -> tuple[list[data.Entity], str]:
     """Machines found in the field, or of that size; and where they come from."""
     source = chosen(None)
     plain = source.plain({"machines": None}) if source else None
     if plain:
         return list(plain["machines"].values()), "machines from the field"
-    return [machine(each, size=1000) for each in range(1000)], "generated machines of 1,000 bytes"
+    return [
+        data.machine(each, size=1000) for each in range(1000)
+    ], "generated machines of 1,000 bytes"
 
-
-# -- the event loop -------------------------------------------------------------------------
 
 Work: TypeAlias = Callable[[JSONStorageStrategy], Awaitable[object]]
 _ADDED: Final = 10_000
-_IDS: Final = [machine_id(number) for number in range(_ADDED)]
-_FILTER: Final = {"instance_type": gt("m5.large")}
+_IDS: Final = [data.machine_id(number) for number in range(_ADDED)]
+_FILTER: Final = {"instance_type": hfas.gt("m5.large")}
 
 
 async def event_loop(plan: Plan) -> list[Measurement]:
@@ -243,11 +220,11 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     store, other = (JSONStorageStrategy(json_url(path)) for _ in range(2))
 
     async def acquire(store: JSONStorageStrategy) -> None:
-        await StoreAdapter(store).acquire(request(size), acquired)
+        await StoreAdapter(store).acquire(data.request(size), acquired)
 
     await watch("nothing", lambda _: asyncio.sleep(1))
     await watch("open and first get", _open)
-    await watch("one save", lambda s: s.save_entity("machines", machine(0)))
+    await watch("one save", lambda s: s.save_entity("machines", data.machine(0)))
     await watch("batch of 10,000 creates", lambda s: s.create_entities("machines", batch))
     await watch("transaction of 1,000 creates", acquire)
     await watch("query by index, which is built first", _by_request)
@@ -270,9 +247,9 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     return found
 
 
-def _new_machines(start: int, count: int) -> list[Entity]:
-    shared = {"request_id": request_id(0)}
-    return [{**machine(each), **shared} for each in range(start, start + count)]
+def _new_machines(start: int, count: int) -> list[data.Entity]:
+    shared = {"request_id": data.request_id(0)}
+    return [{**data.machine(each), **shared} for each in range(start, start + count)]
 
 
 def _changed(whole: Any, status: str) -> Any:
@@ -283,11 +260,11 @@ def _changed(whole: Any, status: str) -> Any:
 
 async def _open(store: JSONStorageStrategy) -> object:
     await store.open()
-    return await store.get_entity("machines", machine_id(0))
+    return await store.get_entity("machines", data.machine_id(0))
 
 
 async def _by_request(store: JSONStorageStrategy) -> object:
-    return await store.query_entities("machines", {"request_id": request_id(50)})
+    return await store.query_entities("machines", {"request_id": data.request_id(50)})
 
 
 async def _stream(store: JSONStorageStrategy) -> None:
@@ -308,15 +285,12 @@ async def _walk(store: JSONStorageStrategy) -> object:
     return pages
 
 
-# -- migration and backups ------------------------------------------------------------------
-
-
 async def migrating(plan: Plan) -> list[Measurement]:
     """Migrating from JSON, without backup and verification, against the bulk load of the batched
     baseline: executemany or COPY of everything, in one transaction."""
     name = plan.system.name
     count = 10_000 if name == "dynamodb" else 100_000
-    machines = [machine(each) for each in range(count)]
+    machines = [data.machine(each) for each in range(count)]
     with Environments.beside(plan.system, plan.environment) as more:
         source = f"json:{more.folder}/source.json"
         async with open_store(source) as store:
@@ -335,7 +309,7 @@ async def migrating(plan: Plan) -> list[Measurement]:
             into = more.make(baseline)
             adapter = await baseline.load().open(into)
             # One machine of each request, so that everything that the others refer to is there.
-            few = enumerate(machines[::MACHINES_OF_A_REQUEST])
+            few = enumerate(machines[:: data.MACHINES_OF_A_REQUEST])
             await adapter.fill([{**each, "machine_id": f"{place}"} for place, each in few])
             took = await seconds(adapter.import_many(machines))
             await adapter.close()
@@ -364,7 +338,7 @@ async def migrate(
     """Copy all of it, and look at what the tool says."""
     backups = {"create_backup": False, "backup_location": f"{folder}/backups/"}
     config = {"validate_after_migration": verify, **backups}
-    async with MigrationTool(source, target, config) as tool:
+    async with hfas.MigrationTool(source, target, config) as tool:
         report = await tool.migrate()
     copied = report.collections["machines"].written
     if (verify and not report.verified) or copied != machines:

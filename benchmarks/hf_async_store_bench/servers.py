@@ -136,9 +136,6 @@ class _Server:
         self.process.start()
 
 
-# -- PostgreSQL -----------------------------------------------------------------------------
-
-
 class PostgresServer(_Server):
     """A running PostgreSQL; the URL is that of the database `postgres`, as a superuser."""
 
@@ -300,9 +297,6 @@ def _is_ready(status: Path, pid: int) -> bool:
     return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
 
 
-# -- DynamoDB -------------------------------------------------------------------------------
-
-
 class DynamoDBServer(_Server):
     """A running DynamoDB server, with all that it holds in its memory. Any credentials will do."""
 
@@ -359,9 +353,6 @@ def dynamodb() -> Iterator[DynamoDBServer]:
         process = _Process([program], lambda _: _answers_at(port), folder, environment)
         with process.running(signal.SIGTERM):
             yield DynamoDBServer(f"http://{_HOST}:{port}", process)
-
-
-# -- what all need --------------------------------------------------------------------------
 
 
 @contextmanager

@@ -165,9 +165,6 @@ def _lost_writes(results: Results) -> Iterator[Figure]:
                 yield _figure(engine, what, "entities", None, 0, (float(lost), None, None))
 
 
-# -- scenarios ------------------------------------------------------------------------------
-
-
 def scenario_figures(name: str, sizes: Mapping[int, Mapping[str, Measurement]]) -> list[Figure]:
     """The figures of a scenario, by the number of stored machines; of two numbers, their ratio."""
     scenario = SCENARIOS[name]

@@ -14,7 +14,7 @@ from hf_async_store_bench import resource_usage
 from hf_async_store_bench.acked_writes import add_all
 from hf_async_store_bench.data import machine
 from hf_async_store_bench.load_generator import closed_loop, open_loop
-from hf_async_store_bench.messages import Answer, Command, Plan, RoundStats, decode, encode
+from hf_async_store_bench.messages import Answer, Command, Plan, decode, encode
 from hf_async_store_bench.processes import next_line
 from hf_async_store_bench.workloads import WORKLOADS, Workload
 
@@ -38,21 +38,14 @@ class Worker:
 
     async def answer(self, command: Command) -> Answer:
         """Carry out a command."""
-        match command.do:
-            case "load":
-                return Answer(apart=await self._load())
-            case "open":
-                return Answer(skipped=await self._open(command.workload))
-            case "run":
-                return Answer(stats=await self._run(command))
-            case "stop":
-                return await self._stop()
-            case "verify":
-                return await self._verify(command)
-            case "scenario":
-                from hf_async_store_bench.scenarios import SCENARIOS
+        answer: Answer = await getattr(self, command.do)(command)
+        return answer
 
-                return Answer(measurements=await SCENARIOS[command.workload].measure(self._plan))
+    async def scenario(self, command: Command) -> Answer:
+        """Measure a scenario."""
+        from hf_async_store_bench.scenarios import SCENARIOS
+
+        return Answer(measurements=await SCENARIOS[command.workload].measure(self._plan))
 
     async def end(self) -> None:
         """Close what is open."""
@@ -60,8 +53,8 @@ class Worker:
             system, self._system = self._system, None  # should closing fail, it is not tried again
             await system.close()
 
-    async def _load(self) -> bool:
-        """Fill it; False if it lives in this process alone, and stays open."""
+    async def load(self, command: Command) -> Answer:
+        """Fill it. What lives in this process alone stays open."""
         self._system = await self._opened()
         load = self._plan.load
         for start in range(0, load.entities, _CHUNK):
@@ -70,16 +63,17 @@ class Worker:
         apart = self._is_apart
         if apart:
             await self.end()
-        return apart
+        return Answer(apart=apart)
 
-    async def _open(self, workload: str) -> str | None:
-        """Why it cannot be measured, if so."""
+    async def open(self, command: Command) -> Answer:
+        """Begin a workload, unless it cannot be measured."""
         if self._system is None:
             self._system = await self._opened()
-        self._workload = WORKLOADS[workload](self._system, self._plan, self._slots)
-        return self._workload.skipped()
+        self._workload = WORKLOADS[command.workload](self._system, self._plan, self._slots)
+        return Answer(skipped=self._workload.skipped())
 
-    async def _run(self, command: Command) -> RoundStats:
+    async def run(self, command: Command) -> Answer:
+        """One round."""
         work, retries = self._workload.one, self._workload.retries
         gc.collect()
         written, used = self._written(), resource_usage.processor_seconds()
@@ -92,7 +86,7 @@ class Worker:
         stats.written = None if written is None or after is None else after - written
         stats.retries = self._workload.retries - retries
         stats.memory = resource_usage.resident_bytes() - self._before
-        return stats
+        return Answer(stats=stats)
 
     def _written(self) -> int | None:
         """To disks, and to a server that does not tell what it wrote."""
@@ -101,14 +95,14 @@ class Worker:
             written += resource_usage.sent_bytes()
         return written
 
-    async def _stop(self) -> Answer:
+    async def stop(self, command: Command) -> Answer:
         """The first process stays open, and verifies what all have written."""
         if not self._plan.index:
             return Answer()
         await self.end()
         return Answer(acked=self._workload.acked)
 
-    async def _verify(self, command: Command) -> Answer:
+    async def verify(self, command: Command) -> Answer:
         """In a freshly opened system, where that shows the same data."""
         acked = self._workload.acked
         add_all(acked, command.acked)

@@ -33,8 +33,7 @@ def run(arguments: Namespace) -> int:
     import asyncio
 
     from hf_async_store_bench.demo.plan import Settings
-    from hf_async_store_bench.demo.runner import run_demo
-    from hf_async_store_bench.demo.servers import served
+    from hf_async_store_bench.demo.runner import run_demo, served
 
     with served(Settings.of(arguments)) as settings:
         return asyncio.run(run_demo(settings))

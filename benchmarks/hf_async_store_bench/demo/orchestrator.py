@@ -105,8 +105,6 @@ class Orchestrator:
             await side_by_side(self._sweep_one, left)
         return len(swept)
 
-    # -- the life of a request ---------------------------------------------------------------
-
     async def _serve_all(self, waiting: Iterator[tuple[int, int]]) -> None:
         for number, size in waiting:
             if monotonic() >= self._until:
@@ -212,8 +210,6 @@ class Orchestrator:
 
         await self._transaction("terminate", work)
 
-    # -- polls -------------------------------------------------------------------------------
-
     async def _poll(self, name: str) -> bool:
         """One status poll; True while the request is open."""
         started = perf_counter()
@@ -272,8 +268,6 @@ class Orchestrator:
         update = self._store.update_entity("requests", name, fields, expected_version=version)
         await self._write("request write", write, update)
 
-    # -- beside the requests -----------------------------------------------------------------
-
     async def _watch(self) -> None:
         """Poll requests of every process, found by their status: that is where conflicts are."""
         while not self._finished:
@@ -326,8 +320,6 @@ class Orchestrator:
             else:
                 metadata = cast("dict[str, Any]", request["metadata"])
                 await self._terminate(name, metadata["machine_ids"])
-
-    # -- noting ------------------------------------------------------------------------------
 
     async def _write(
         self,

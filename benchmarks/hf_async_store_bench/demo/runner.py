@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeAlias
@@ -16,6 +17,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from hf_async_store import StorageStrategy, open_store
+from hf_async_store.config import DynamoDBConfig, load_config
 from hf_async_store_bench.data import transaction_limit
 from hf_async_store_bench.demo import data, report
 from hf_async_store_bench.demo.orchestrator import Orchestrator
@@ -24,12 +26,14 @@ from hf_async_store_bench.demo.verify import Verifier, compare_indexes, read_bac
 from hf_async_store_bench.demo.worker import GO, Worker
 from hf_async_store_bench.demo.write_log import ProcessLog, WriteLog
 from hf_async_store_bench.processes import run_to_completion
+from hf_async_store_bench.servers import ServerUnavailable, any_credentials, dynamodb
 
 Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
 PASSED: Final = 0
 FAILED: Final = 4
 _COUNTERS: Final = 3
+_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
 _END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
 
 
@@ -93,8 +97,6 @@ class _Run:
             f"machines of a request by {plan.index or plan.access}."
         )
 
-    # -- loading -----------------------------------------------------------------------------
-
     def _first_plan(self) -> Plan:
         settings = self._settings
         if self._is_temporary:
@@ -149,8 +151,6 @@ class _Run:
         for name, each in zip(ids, templates, strict=True):
             self._base["templates"][name] = {**each, "version": 1}
         return ids
-
-    # -- working -----------------------------------------------------------------------------
 
     def _plans(self, first: Plan, processes: int) -> list[Plan]:
         return [
@@ -226,8 +226,6 @@ class _Run:
             f"{victim.done} requests into its work."
         )
 
-    # -- reporting ---------------------------------------------------------------------------
-
     async def _report(self, store: StorageStrategy, plans: Sequence[Plan], seconds: float) -> int:
         logs = {}
         for each in plans:
@@ -269,3 +267,30 @@ async def _workers(plans: Sequence[Plan]) -> AsyncIterator[list[Worker]]:
 
 def _sizes(entities: data.Entities) -> str:
     return ", ".join(f"{len(each):,} {name}" for name, each in entities.items())
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[Settings]:
+    """The settings, for a DynamoDB URL without `endpoint_url` with the address of the test server, if it
+    is installed: then the run costs nothing and touches no account."""
+    if settings.store is None or not _needs_dynamodb(settings.store):
+        yield settings
+        return
+    try:
+        with dynamodb() as server:
+            any_credentials()
+            mark = "&" if "?" in settings.store else "?"
+            url = f"{settings.store}{mark}endpoint_url={server.endpoint_url}"
+            yield msgspec.structs.replace(settings, store=url)
+    except ServerUnavailable:
+        yield settings
+
+
+def _needs_dynamodb(url: str) -> bool:
+    options = load_config(url).options
+    return (
+        isinstance(options, DynamoDBConfig)
+        and options.endpoint_url is None
+        and options.profile is None
+        and not any(map(os.environ.get, _ENDPOINTS))
+    )

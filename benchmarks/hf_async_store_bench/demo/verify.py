@@ -156,8 +156,6 @@ class Verifier:
                     break
         return landed
 
-    # -- entity by entity --------------------------------------------------------------------
-
     def _entity_by_entity(self) -> Iterator[Invariant]:
         acked = self._noted("acknowledged", "every acknowledged write is there, and no other")
         versions = Invariant("versions", "versions are as many as the acknowledged writes")
@@ -245,8 +243,6 @@ class Verifier:
                 return f"{name} was {value!r}, is {stored.get(name)!r}"
         return None
 
-    # -- entities together -------------------------------------------------------------------
-
     def _counts(self) -> Invariant:
         invariant = Invariant("counts", "a request has its machines, less those that went back")
         there = Counter(each["request_id"] for each in self.stored["machines"].values())
@@ -333,8 +329,6 @@ class Verifier:
                 where = f"{write.collection}/{write.ids[0]}"
                 invariant.failures.append(f"{where}: {work} was never answered")
         return invariant
-
-    # -- small things ------------------------------------------------------------------------
 
     def _noted(self, name: str, text: str, checked: int = 0) -> Invariant:
         """What processes saw with their own eyes while they worked."""

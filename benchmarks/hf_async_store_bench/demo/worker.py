@@ -35,7 +35,7 @@ class Worker:
         """Start one. It waits for `go`."""
         errors = Path(plan.write_log).with_suffix(".errors")
         first = msgspec.json.encode(plan)
-        return cls(plan, await LineProcess.start("demo-worker", first, errors))
+        return cls(plan, await LineProcess.start("demo.worker", first, errors))
 
     async def ready(self) -> None:
         """Wait until it has opened its store, or has failed to."""
@@ -55,8 +55,7 @@ class Worker:
 
     def kill(self) -> None:
         """End it as a loss of power would: no handler of its own runs."""
-        self.killed = self.killed or self.process.is_running
-        self.process.kill()
+        self.killed = self.process.kill() or self.killed
 
     async def end(self) -> None:
         """Make sure that it is gone."""
