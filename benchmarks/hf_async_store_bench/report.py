@@ -61,30 +61,7 @@ def _measured(results: Results) -> list[Table]:
     return [tables.measured(results, each) for each in results.loads if results.of(each)]
 
 
-_STYLE: Final = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif; color: #1f2430;
-       background: #fff; margin: 0 auto; max-width: 1400px; padding: 24px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 40px 0 8px; }
-h3 { font-size: 15px; margin: 24px 0 6px; } p, ul { max-width: 80em; margin: 6px 0; }
-.verdict { font-weight: 600; padding: 10px 14px; border-radius: 6px; background: #e8f5ec; }
-.verdict.failed { background: #fde8e8; color: #a11; }
-.charts { display: grid; gap: 16px; align-items: start;
-          grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
-.charts figure { margin: 0; border: 1px solid #e4e6ec; border-radius: 6px; padding: 8px; }
-.charts svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 10px; border-bottom: 1px solid #e4e6ec; text-align: right; white-space: nowrap; }
-th { color: #5b6170; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-.words td, .words th { text-align: left; white-space: normal; }
-.met { color: #11753a; font-weight: 600; } .MISSED { color: #b42318; font-weight: 700; }
-.note, summary { color: #5b6170; font-size: 13px; } details { margin: 16px 0; }
-.key span { display: inline-block; margin-right: 18px; }
-.key i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px;
-         border: 2px solid; box-sizing: border-box; vertical-align: -1px; }
-@media (max-width: 600px) { body { padding: 12px; } h1 { font-size: 21px; } }
-"""
+_STYLE: Final = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 
 def as_page(results: Results) -> str:
@@ -121,7 +98,7 @@ def as_page(results: Results) -> str:
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>{escape(TITLE)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(TITLE)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
