@@ -27,8 +27,7 @@ from hf_async_store_bench.messages import Environment, WrongAnswerError
 _ASKED = {"template_id": "t-1", "status": "PENDING", "request_type": "acquire"}
 _BATCH = 10_000
 _IMPORTED = 1000
-_CALL = 100
-"""Machines of one call where a transaction cannot hold a whole request, as the demo does it."""
+_CALL = 100  # machines of one call where a transaction cannot hold a whole request
 
 
 class StoreAdapter:

@@ -1,7 +1,4 @@
-"""The charts of a report, drawn by matplotlib: the engines side by side, baselines, growth.
-
-Dots with their numbers on logarithmic scales, because two systems may be a thousand times apart.
-"""
+"""The charts of a report: dots on logarithmic scales, as two systems may be a thousand times apart."""
 
 from __future__ import annotations
 

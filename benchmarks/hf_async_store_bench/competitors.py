@@ -1,7 +1,6 @@
 """Competitors: what a user would pick instead, each as its own documentation says to use it.
 
-None of them is required: each is imported when it is opened, and what is not installed is listed as
-skipped. Most know neither versions nor transactions, so read their figures with what they promise.
+Each is imported when it is opened. Most know neither versions nor transactions.
 """
 
 from __future__ import annotations

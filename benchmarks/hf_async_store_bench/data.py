@@ -13,26 +13,19 @@ from hf_async_store import Capabilities, StorageStrategy
 
 Entity: TypeAlias = dict[str, Any]
 
-USUAL_BYTES: Final = 311
-"""What a machine without anything special weighs as JSON."""
-
+USUAL_BYTES: Final = 311  # of a machine without anything special, as JSON
 MACHINES_OF_A_REQUEST: Final = 100
 TEMPLATE: Final[Entity] = {"template_id": "t-1", "name": "Standard"}
 STATUSES: Final = ("RUNNING", "PENDING", "STOPPED")
 
-_ENTITY_BYTES: Final = 4096
-"""More than any entity of the demo and the workloads weighs, for limits that are in bytes."""
-
+_ENTITY_BYTES: Final = 4096  # more than any entity weighs, for limits that are in bytes
 _SETTLE_SECONDS: Final = 10.0
 _SCATTER: Final = 61_803_399
 
 
 def machine(number: int, size: int = USUAL_BYTES, count: int = 0) -> Entity:
-    """A machine whose JSON takes about `size` bytes, 100 at least.
-
-    Args:
-        count: how many times it was written, kept in the field `count`; it shows a lost write.
-    """
+    """A machine whose JSON takes about `size` bytes, 100 at least; `count` is how many times it was
+    written, and shows a lost write."""
     entity = _small(number) | (_rest(number) if size >= USUAL_BYTES else {})
     entity["count"] = count
     padding = size - (_USUAL_WITHOUT if size >= USUAL_BYTES else _SMALL_WITHOUT)

@@ -14,18 +14,13 @@ from hf_async_store_bench import servers
 from hf_async_store_bench.messages import Environment, Needs, SystemUnderTest
 from hf_async_store_bench.worker_group import SkippedError
 
-_POSTGRES: Final = {"max_connections": "800"}
-"""All systems of a load are open at once, and some have 32 connections in each of their processes."""
-
+_POSTGRES: Final = {"max_connections": "800"}  # all systems of a load are open at once
 _Server = TypeVar("_Server")
 
 
 class Environments:
-    """To be used with `with`: everything is gone afterwards.
-
-    Args:
-        durable: acknowledged writes outlive a loss of power; of PostgreSQL, too.
-    """
+    """To be used with `with`: everything is gone afterwards. In durable ones, acknowledged writes
+    outlive a loss of power."""
 
     def __init__(self, *, durable: bool = True, folder: str | None = None) -> None:
         self._durable = durable
@@ -52,11 +47,7 @@ class Environments:
         self._stack.close()
 
     def make(self, system: SystemUnderTest) -> Environment:
-        """A new, empty environment.
-
-        Raises:
-            SkippedError: its server cannot be had here.
-        """
+        """A new, empty environment; SkippedError if its server cannot be had here."""
         if system.needs == "postgres":
             return self._environment(system, self._postgres.database())
         if system.needs == "dynamodb":

@@ -72,12 +72,8 @@ async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> Roun
 
 
 class _Clock:
-    """Tells when operations are due.
-
-    A loop's timer counts whole milliseconds, so whatever falls between two of them is due at the
-    second: else the timer's own part would be told as the store's latency. What comes later than
-    that is the store's. (Waiting busily would be exact, and starve the threads of the store.)
-    """
+    """Tells when operations are due. A loop's timer counts whole milliseconds, so whatever falls between
+    two of them is due at the second: else the timer's own part would be told as the store's."""
 
     def __init__(self) -> None:
         self._tick = 0

@@ -1,7 +1,4 @@
-"""A process of ours that is told what to do line by line, and never outlives who started it.
-
-It notices the end of its input, and has a session of its own, so that Ctrl-C reaches only the parent.
-"""
+"""Processes of ours that are told what to do line by line; they never outlive who started them."""
 
 from __future__ import annotations
 
@@ -30,12 +27,8 @@ class LineProcess:
 
     @classmethod
     async def start(cls, role: str, first: bytes, errors: Path, source: str = "") -> Self:
-        """Start a worker with a role that `__main__` knows, and tell it a first line.
-
-        Args:
-            errors: the file that its stderr is appended to.
-            source: a folder that comes first where modules are looked for.
-        """
+        """Start a worker with a role that `__main__` knows, and tell it a first line. Its stderr goes to
+        a file; a source comes first where modules are looked for."""
         paths = [source, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         # PYTHONSAFEPATH: else the working directory would come before the source.
         changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}

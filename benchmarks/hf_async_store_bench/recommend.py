@@ -16,12 +16,8 @@ from hf_async_store_bench.run import Run, Told
 from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.systems import STRATEGIES
 
-_MOST_ENTITIES: Final = 50_000
-"""More take too long to fill in; what grows with them is measured at two sizes and extrapolated."""
-
-_ENOUGH: Final = 0.7
-"""An engine that does this part of the fastest one's work is as good, if it needs less."""
-
+_MOST_ENTITIES: Final = 50_000  # more take too long: two sizes are measured, and extrapolated
+_ENOUGH: Final = 0.7  # of the fastest one's work: as good, if the engine needs less
 _MEMORY_SHARE: Final = 0.25  # of the machine's memory, what all processes together may take
 _NEEDS: Final = {
     "json": "files alone: they can be read, copied and compared as they are",

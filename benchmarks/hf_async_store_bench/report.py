@@ -1,8 +1,4 @@
-"""The report: one page that needs no network, and the same as Markdown, JSON and PNG.
-
-What a reader asks comes first: the engines side by side under each load. Baselines follow, then how
-cost grows, then the numbers; our own targets come last.
-"""
+"""The report: one page that needs no network, and the same as Markdown, JSON and PNG."""
 
 from __future__ import annotations
 
@@ -161,11 +157,7 @@ _WIDTH: Final = 110
 
 
 def around_results(page: Path) -> tuple[str, str]:
-    """What stands before and after the results in a Markdown file.
-
-    Raises:
-        ConfigurationError: no such file, or it lacks the marks.
-    """
+    """What stands before and after the results in a Markdown file; or ConfigurationError."""
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as exc:

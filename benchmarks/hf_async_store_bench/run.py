@@ -27,9 +27,7 @@ from hf_async_store_bench.workloads import WORKLOADS
 
 _SURE: Final = 0.03  # half of an interval, as a part of the figure: narrower it need not become
 _VISITS: Final = 4  # to one load: one that is never sure must not have all the time that there is
-_LOADS_SHARE: Final = 0.75
-"""Of the budget, if its first share is less: on a slow machine, too, something is left for sweeps."""
-
+_LOADS_SHARE: Final = 0.75  # of the budget, at most: on a slow machine, too, sweeps have some
 _NO_TIME: Final = "no time was left"
 
 Told: TypeAlias = Callable[[str], None]

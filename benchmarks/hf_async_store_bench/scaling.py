@@ -1,7 +1,4 @@
-"""How cost grows with one parameter: the smallest value, the largest, then what lies between.
-
-So a sweep that its budget ends still has the exponent over the whole range.
-"""
+"""How cost grows with one parameter: the smallest value, the largest, then what lies between."""
 
 from __future__ import annotations
 
@@ -125,11 +122,7 @@ class Scaling:
 
 
 def ends_first(values: Sequence[int]) -> list[int]:
-    """The smallest, the largest, then always what lies in the middle of the widest gap.
-
-    >>> ends_first([1, 2, 3, 4, 5])
-    [1, 5, 3, 2, 4]
-    """
+    """The smallest, the largest, then always what lies in the middle of the widest gap."""
     order = sorted({0, len(values) - 1})
     while len(order) < len(values):
         gaps = pairwise(sorted(order))

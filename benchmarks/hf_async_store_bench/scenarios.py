@@ -1,8 +1,4 @@
-"""What needs more than one operation again and again: memory, the event loop, opening, backups.
-
-Each runs in a process of its own, on a store that another process has filled, and gives figures with
-the bounds that were promised.
-"""
+"""What needs more than one operation again and again: memory, the event loop, opening, backups."""
 
 from __future__ import annotations
 
@@ -34,14 +30,11 @@ Measure: TypeAlias = Callable[[Plan], Awaitable[list[Measurement]]]
 
 
 class Scenario(NamedTuple):
-    """One of them.
+    """One of them, on a filled store of a system.
 
     Attributes:
-        system: whose store is filled, and whose figures they are.
         sizes: machines that are stored; of two sizes, what counts is the larger in parts of the smaller.
-        measure: carries it out, in the worker.
         seconds: what it takes on a slow machine; less time than that, and it is skipped.
-        writes: to the store that was filled.
         runs: how often, each in a new process.
     """
 

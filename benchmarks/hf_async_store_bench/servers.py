@@ -166,11 +166,7 @@ class PostgresServer(_Server):
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
 
     def run(self, statement: str, url: str | None = None) -> None:
-        """Run a statement as the superuser, inside or outside of an event loop.
-
-        Args:
-            url: of the database to run it in; None: `postgres`.
-        """
+        """Run a statement as the superuser, in `postgres` or another database."""
         with ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: asyncio.run(self.ask(statement, url))).result()
 
@@ -193,11 +189,8 @@ class PostgresServer(_Server):
 def postgres(
     locale: str = "C.UTF-8", *, durable: bool = False, settings: Mapping[str, str] | None = None
 ) -> Iterator[PostgresServer]:
-    """A PostgreSQL for as long as the context lasts, with these settings; or ServerUnavailable.
-
-    Args:
-        durable: with fsync, as benchmarks need it; tests do not lose power.
-    """
+    """A PostgreSQL for as long as the context lasts, with these settings; durable with fsync, as
+    benchmarks need it. Raises ServerUnavailable."""
     given = os.environ.get(POSTGRES_VARIABLE)
     if given:
         yield PostgresServer(given)

@@ -44,7 +44,7 @@ def measured(results: Results, load: str) -> Table:
     cells = sorted(results.of(load), key=lambda each: -each.rate)
     workload = WORKLOADS[cells[0].load.workload]
     heads = ("", f"{workload.unit} a second", *_MEASURED)
-    return Table(load, heads, list(map(_row, cells)), f"{workload.summary}.")
+    return Table(load, heads, list(map(_row, cells)), inspect.getdoc(workload) or "")
 
 
 _MEASURED: Final = (

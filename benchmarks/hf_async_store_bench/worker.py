@@ -1,7 +1,4 @@
-"""A process that does what it is told: load, open, run rounds, stop, verify. One line each.
-
-Every system has its own, so that processor time, memory and pauses are its alone.
-"""
+"""A process that does what it is told: load, open, run rounds, stop, verify. One line each."""
 
 from __future__ import annotations
 

@@ -25,10 +25,8 @@ class BrokenError(Exception):
 
 @dataclass
 class WorkerGroup:
-    """Use `fill` unless its environment is filled, then `start`, and always `end`.
-
-    All but `end` raise SkippedError or BrokenError.
-    """
+    """Use `fill` unless its environment is filled, then `start`, and always `end`. All but that raise
+    SkippedError or BrokenError."""
 
     system: messages.SystemUnderTest
     environment: messages.Environment
@@ -60,11 +58,8 @@ class WorkerGroup:
         return self
 
     async def run(self, seconds: float, rate: float | None = None) -> messages.RoundStats:
-        """One round, in all processes at once.
-
-        Args:
-            rate: operations a second of all together; None: as fast as they are answered.
-        """
+        """One round, in all processes at once; so many operations a second of all together, or as fast
+        as they are answered."""
         each_rate = None if rate is None else rate / len(self._workers)
         answers = await self._ask_all(messages.Command(do="run", seconds=seconds, rate=each_rate))
         return messages.RoundStats.together(each.stats for each in answers)

@@ -1,8 +1,7 @@
 """The workloads, named for what an orchestrator does.
 
-Each notes what was acknowledged, and at the end the system has to show exactly that: a machine
-counts its writes in a field, a store counts them in versions. A run against a system that lost one
-fails, however fast it was. A slot is one of the concurrent tasks: only it writes to its machines.
+Each notes what was acknowledged, and at the end the system has to show exactly that. A slot is one of
+the concurrent tasks: only it writes to its machines.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ _FIRST_REQUEST: Final = data.request_id(0)
 
 
 class Workload:
-    """One kind of work on one system, in one process.
-
-    Args:
-        slots: how many there are in each process; no two processes share a slot.
+    """One kind of work on one system, in the slots of one process.
 
     Attributes:
         needs: the methods that an adapter has to have.
@@ -40,11 +36,14 @@ class Workload:
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "operations"
     counts: ClassVar[bool] = True
     writes: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            setattr(cls, name, value)
 
     def __init__(self, system: Any, plan: Plan, slots: int) -> None:
         self.system = system
@@ -121,11 +120,8 @@ class Workload:
         return cast("Mapping[str, Any]", found)
 
 
-class Save(Workload):
-    name = "save"
-    summary = "one machine, whole, insert or replace"
-    needs: ClassVar[tuple[str, ...]] = ("save",)
-    unit = "saves"
+class Save(Workload, name="save", needs=("save",), unit="saves"):
+    """One machine, whole, insert or replace."""
 
     async def one(self, slot: int) -> int:
         number = self.own(slot)
@@ -135,11 +131,8 @@ class Save(Workload):
         return 1
 
 
-class Update(Workload):
-    name = "update"
-    summary = "two fields of one machine that is there"
-    needs = ("update",)
-    unit = "updates"
+class Update(Workload, name="update", needs=("update",), unit="updates"):
+    """Two fields of one machine that is there."""
 
     async def one(self, slot: int) -> int:
         name = data.machine_id(self.own(slot))
@@ -149,11 +142,8 @@ class Update(Workload):
         return 1
 
 
-class Create(Workload):
-    name = "create"
-    summary = "one machine that must not be there yet"
-    needs = ("create",)
-    unit = "creates"
+class Create(Workload, name="create", needs=("create",), unit="creates"):
+    """One machine that must not be there yet."""
 
     async def one(self, slot: int) -> int:
         (entity,) = self.fresh(slot, 1)
@@ -162,11 +152,8 @@ class Create(Workload):
         return 1
 
 
-class CreateBatch(Workload):
-    name = "create batch"
-    summary = "so many new machines in one call, each for itself"
-    needs = ("create_many",)
-    unit = "machines"
+class CreateBatch(Workload, name="create batch", needs=("create_many",), unit="machines"):
+    """So many new machines in one call, each for itself."""
 
     async def one(self, slot: int) -> int:
         entities = self.fresh(slot, self.plan.load.burst)
@@ -179,20 +166,15 @@ class CreateBatch(Workload):
         await self.system.create_many(entities)
 
 
-class ImportBatch(CreateBatch):
-    name = "import batch"
-    summary = "so many new machines as they are, as when data is loaded in bulk"
-    needs = ("import_many",)
+class ImportBatch(CreateBatch, name="import batch", needs=("import_many",)):
+    """So many new machines as they are, as when data is loaded in bulk."""
 
     async def write(self, entities: list[Entity]) -> None:
         await self.system.import_many([{**each, "version": 1} for each in entities])
 
 
-class SaveBatch(Workload):
-    name = "save batch"
-    summary = "so many machines in one call, whole, each for itself"
-    needs = ("save_many",)
-    unit = "machines"
+class SaveBatch(Workload, name="save batch", needs=("save_many",), unit="machines"):
+    """So many machines in one call, whole, each for itself."""
 
     async def one(self, slot: int) -> int:
         count = min(self.plan.load.burst, self.entities // self.slots)
@@ -204,11 +186,8 @@ class SaveBatch(Workload):
         return count
 
 
-class Acquire(Workload):
-    name = "acquire"
-    summary = "a request and its machines, all or none, as the demo makes them"
-    needs = ("acquire",)
-    unit = "machines"
+class Acquire(Workload, name="acquire", needs=("acquire",), unit="machines"):
+    """A request and its machines, all or none, as the demo makes them."""
 
     async def one(self, slot: int) -> int:
         size = self.plan.load.burst
@@ -237,12 +216,8 @@ class Acquire(Workload):
         return VerificationResult(len(names), failures)
 
 
-class Get(Workload):
-    name = "get"
-    summary = "one machine by its key"
-    needs = ("get",)
-    unit = "gets"
-    writes = False
+class Get(Workload, name="get", needs=("get",), unit="gets", writes=False):
+    """One machine by its key."""
 
     async def one(self, slot: int) -> int:
         found = await self.get()
@@ -262,11 +237,8 @@ class Get(Workload):
         return VerificationResult(len(numbers), failures)
 
 
-class Mixed(Save):
-    name = "mixed"
-    summary = "gets of any machine and saves of an own one, 80 to 20 if nothing else is said"
-    needs = ("get", "save")
-    unit = "operations"
+class Mixed(Save, name="mixed", needs=("get", "save"), unit="operations"):
+    """Gets of any machine and saves of an own one, 80 to 20 if nothing else is said."""
 
     async def one(self, slot: int) -> int:
         if self.random.random() * 100 >= self.plan.load.reads:
@@ -275,12 +247,8 @@ class Mixed(Save):
         return 1
 
 
-class OneShot(Workload):
-    name = "one-shot"
-    summary = "a whole process that shows one machine: hf-async-store get"
-    needs = ("run_process",)
-    unit = "processes"
-    writes = False
+class OneShot(Workload, name="one-shot", needs=("run_process",), unit="processes", writes=False):
+    """A whole process that shows one machine: hf-async-store get."""
 
     def skipped(self) -> str | None:
         if isinstance(self.system, StoreAdapter):
@@ -299,8 +267,6 @@ class OneShot(Workload):
 class StoreWorkload(Workload):
     """Work that only a store of the product can do."""
 
-    needs = ()
-
     def __init__(self, system: Any, plan: Plan, slots: int) -> None:
         super().__init__(system, plan, slots)
         self.store: StorageStrategy = system.store
@@ -310,11 +276,8 @@ class StoreWorkload(Workload):
         return issubclass(adapter, StoreAdapter)
 
 
-class Poll(StoreWorkload):
-    name = "poll"
-    summary = "one request, its machines by index, and the changed ones written back"
-    unit = "polls"
-    counts = False
+class Poll(StoreWorkload, name="poll", unit="polls", counts=False):
+    """One request, its machines by index, and the changed ones written back."""
 
     async def one(self, slot: int) -> int:
         # Any request: two that poll the same one at once is what happens, and a conflict then.
@@ -349,13 +312,8 @@ class Poll(StoreWorkload):
             raise each
 
 
-class Query(StoreWorkload):
-    """The answers are looked at as they come."""
-
-    name = "query"
-    summary = "machines by status, newest first, at most 50"
-    unit = "queries"
-    writes = False
+class Query(StoreWorkload, name="query", unit="queries", writes=False):
+    """Machines by status, newest first, at most 50."""
 
     async def one(self, slot: int) -> int:
         status = self.random.choice(data.STATUSES)
@@ -376,10 +334,8 @@ class Query(StoreWorkload):
         return VerificationResult(found, wrong)
 
 
-class Contend(StoreWorkload):
-    name = "contend"
-    summary = "all tasks count one entity up by compare-and-set"
-    unit = "steps"
+class Contend(StoreWorkload, name="contend", unit="steps"):
+    """All tasks count one entity up by compare-and-set."""
 
     async def one(self, slot: int) -> int:
         counter, tries = data.machine_id(0), 0

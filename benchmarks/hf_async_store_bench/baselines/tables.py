@@ -1,7 +1,4 @@
-"""The tables of the SQL baselines, and their statements: one definition for every driver.
-
-The columns, the rest of a machine as a document, the indexes and references of the store, a version.
-"""
+"""The tables of the SQL baselines (tables.sql), and their statements: one definition for every driver."""
 
 from __future__ import annotations
 

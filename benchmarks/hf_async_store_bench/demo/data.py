@@ -1,7 +1,4 @@
-"""Where the run starts from: a JSON store found in the field, or templates made up for it.
-
-The files are read once more with the standard library: the end is compared with the input itself.
-"""
+"""Where the run starts from: a JSON store found in the field, or templates made up for it."""
 
 from __future__ import annotations
 

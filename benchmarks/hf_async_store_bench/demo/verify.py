@@ -1,7 +1,4 @@
-"""The end of the run: what all processes logged, against what a freshly opened store holds.
-
-Everything is counted from the logs alone; nothing of what the store said about itself is believed.
-"""
+"""The end of the run: what all processes logged, against what a freshly opened store holds."""
 
 from __future__ import annotations
 
