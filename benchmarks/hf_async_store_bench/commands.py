@@ -22,9 +22,7 @@ from hf_async_store_bench.settings import FULL, SHORT, Settings, chosen_loads
 from hf_async_store_bench.systems import ALL, SHORT_SYSTEMS, chosen, of_url
 from hf_async_store_bench.workloads import WORKLOADS
 
-PASSED: Final = 0
-FAILED: Final = 4
-
+PASSED, FAILED = 0, 4
 _PARAMETERS: Final = ("entities", "size", "tasks", "processes", "burst")
 _WIDE: Final = frozenset({"range", "p99.9", "memory", "written", "checked", "retries"})
 """The columns that a terminal has no room for; the report has all."""
@@ -98,10 +96,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> Settings:
     settings = FULL if arguments.full else SHORT
     named = arguments.workload
+    known = (*WORKLOADS, *SCENARIOS)
     for each in named:
-        if each not in WORKLOADS and each not in SCENARIOS:
-            known = ", ".join((*WORKLOADS, *SCENARIOS))
-            raise InvalidInputError(f"no workload {each!r}; there are: {known}")
+        if each not in known:
+            raise InvalidInputError(f"no workload {each!r}; there are: {', '.join(known)}")
     knobs = {name: getattr(arguments, name) for name in _PARAMETERS}
     knobs["reads"] = arguments.reads_percent
     given = {name: value for name, value in knobs.items() if value is not None}

@@ -78,11 +78,9 @@ class Executor:
 
     async def started(self, groups: Sequence[WorkerGroup]) -> list[WorkerGroup]:
         """Those that could be."""
-
-        async def start(group: WorkerGroup) -> WorkerGroup | None:
-            return await self.attempt(group.system, group.load, group.start())
-
-        started = await side_by_side(start, groups, AT_ONCE)
+        started = await side_by_side(
+            lambda group: self.attempt(group.system, group.load, group.start()), groups, AT_ONCE
+        )
         return [each for each in started if each is not None]
 
     async def scenario(self, name: str, system: SystemUnderTest) -> None:

@@ -7,6 +7,8 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, Final
 
+import msgspec
+
 from hf_async_store import ConfigurationError, InvalidInputError, load_config, open_store
 from hf_async_store_bench.messages import Needs, Role, SystemUnderTest
 
@@ -16,6 +18,8 @@ _NEEDS: Final[dict[str, Needs]] = {
     "postgresql": "postgres",
     "dynamodb": "dynamodb",
 }
+_DRIVERS: Final = {"sqlite": "aiosqlite", "postgresql": "asyncpg", "dynamodb": "aiobotocore"}
+_NONDURABLE: Final = {"json": "sync_writes=no", "sqlite": "synchronous=NORMAL"}
 
 
 def _system(
@@ -26,61 +30,47 @@ def _system(
         role=role,
         engine=engine,
         adapter=f"{_PACKAGE}.{adapter}",
-        package=package,
+        package=package or _DRIVERS.get(engine),
         **{"needs": _NEEDS.get(engine, "folder"), **more},
     )
 
 
-_strategy = partial(_system, "strategy", adapter="adapters:StoreAdapter")
+def _strategy(name: str, engine: str, url: str, **more: Any) -> SystemUnderTest:
+    return _system("strategy", name, engine, "adapters:StoreAdapter", url=url, **more)
+
+
 _baseline = partial(_system, "baseline")
 _competitor = partial(_system, "competitor")
+_HELD: Final = "the test server holds all of it in its memory, and takes minutes"
+_DYNAMODB: Final = "dynamodb://eu-west-1/{name}?endpoint_url={dynamodb}"
 
-STRATEGIES: Final = (
-    _strategy("memory", "memory", url="memory:"),
-    _strategy(
-        *("json", "json"),
-        url="json:{folder}/request_database.json",
-        nondurable_query="sync_writes=no",
-    ),
-    _strategy("json split", "json", url="json:{folder}/split", nondurable_query="sync_writes=no"),
-    _strategy(
-        *("sqlite", "sqlite"),
-        url="sqlite:{folder}/store.sqlite",
-        nondurable_query="synchronous=NORMAL",
-        package="aiosqlite",
-    ),
-    _strategy("postgresql", "postgresql", url="{postgres}", package="asyncpg"),
-    _strategy(
-        *("dynamodb", "dynamodb"),
-        url="dynamodb://eu-west-1/{name}?endpoint_url={dynamodb}",
-        package="aiobotocore",
-        max_entities=(100_000, "the test server holds all of it in its memory, and takes minutes"),
-    ),
+STRATEGIES: Final = tuple(
+    msgspec.structs.replace(each, nondurable_query=_NONDURABLE.get(each.engine, ""))
+    for each in (
+        _strategy("memory", "memory", "memory:"),
+        _strategy("json", "json", "json:{folder}/request_database.json"),
+        _strategy("json split", "json", "json:{folder}/split"),
+        _strategy("sqlite", "sqlite", "sqlite:{folder}/store.sqlite"),
+        _strategy("postgresql", "postgresql", "{postgres}"),
+        _strategy("dynamodb", "dynamodb", _DYNAMODB, max_entities=(100_000, _HELD)),
+    )
 )
 
 BASELINES: Final = (
     _baseline("append and sync each", "json", "baselines.journal:JournalEach"),
     _baseline("group commit by hand", "json", "baselines.journal:JournalTogether"),
     _baseline("start of Python", "json", "baselines.journal:StartOfPython"),
-    _baseline("aiosqlite each", "sqlite", "baselines.sqlite:Aiosqlite", "aiosqlite"),
-    _baseline("SQLAlchemy Core on aiosqlite each", "sqlite", "baselines.sqlite:Core", "sqlalchemy"),
-    _baseline("sqlite3 batched by hand", "sqlite", "baselines.sqlite:Sqlite3Batched", "aiosqlite"),
-    _baseline("aiosqlite, a multi-row insert", "sqlite", "baselines.sqlite:MultiRow", "aiosqlite"),
-    _baseline("asyncpg pool each", "postgresql", "baselines.postgresql:Pool", "asyncpg"),
-    _baseline(
-        "asyncpg held connections each", "postgresql", "baselines.postgresql:Held", "asyncpg"
-    ),
-    _baseline(
-        "SQLAlchemy Core on asyncpg each", "postgresql", "baselines.postgresql:Core", "asyncpg"
-    ),
-    _baseline("asyncpg batched by hand", "postgresql", "baselines.postgresql:Batched", "asyncpg"),
-    _baseline(
-        "asyncpg, a multi-row insert", "postgresql", "baselines.postgresql:MultiRow", "asyncpg"
-    ),
-    _baseline("aiobotocore each", "dynamodb", "baselines.dynamodb:Each", "aiobotocore"),
-    _baseline(
-        "aiobotocore batched by hand", "dynamodb", "baselines.dynamodb:Batched", "aiobotocore"
-    ),
+    _baseline("aiosqlite each", "sqlite", "baselines.sqlite:Aiosqlite"),
+    _baseline("SQLAlchemy Core on aiosqlite each", "sqlite", "baselines.sqlite:Core"),
+    _baseline("sqlite3 batched by hand", "sqlite", "baselines.sqlite:Sqlite3Batched"),
+    _baseline("aiosqlite, a multi-row insert", "sqlite", "baselines.sqlite:MultiRow"),
+    _baseline("asyncpg pool each", "postgresql", "baselines.postgresql:Pool"),
+    _baseline("asyncpg held connections each", "postgresql", "baselines.postgresql:Held"),
+    _baseline("SQLAlchemy Core on asyncpg each", "postgresql", "baselines.postgresql:Core"),
+    _baseline("asyncpg batched by hand", "postgresql", "baselines.postgresql:Batched"),
+    _baseline("asyncpg, a multi-row insert", "postgresql", "baselines.postgresql:MultiRow"),
+    _baseline("aiobotocore each", "dynamodb", "baselines.dynamodb:Each"),
+    _baseline("aiobotocore batched by hand", "dynamodb", "baselines.dynamodb:Batched"),
 )
 
 COMPETITORS: Final = (
@@ -154,4 +144,4 @@ def of_url(url: str) -> SystemUnderTest:
             "'json:{folder}/store.json?cache_size=0'; what is measured is never written elsewhere"
         )
     strategy = load_config(url.replace("{folder}", "folder")).strategy
-    return _strategy(f"yours ({strategy})", strategy, needs="folder", url=url, copied=False)
+    return _strategy(f"yours ({strategy})", strategy, url, needs="folder", copied=False)

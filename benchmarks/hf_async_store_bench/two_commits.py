@@ -13,7 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import geometric_mean
@@ -34,10 +34,7 @@ from hf_async_store_bench.statistics import Interval, ratio_of_pairs
 from hf_async_store_bench.systems import named
 from hf_async_store_bench.tables import Table
 
-NOTHING_SLOWER: Final = 0
-SLOWER: Final = 3
-BROKEN: Final = 4
-
+NOTHING_SLOWER, SLOWER, BROKEN = 0, 3, 4
 ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")
 WORKLOADS: Final = ("save", "get", "acquire", "poll", "query")
 SIDES: Final = ("base", "head")
@@ -102,8 +99,7 @@ async def measured(
     with Environments() as environments:
         for number in range(visits):
             tell(f"visit {number + 1} of {visits}")
-            # Who begins does not stay the same.
-            turns = systems if number % 2 else list(reversed(systems))
+            turns = systems if number % 2 else systems[::-1]  # who begins does not stay the same
             found.append(await Run(settings, turns, environments, tell).whole())
     return found
 
@@ -129,27 +125,24 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
     """Measure, measure again what looks like a change, and print; returns the exit code."""
     loads = chosen_loads(options.workload or WORKLOADS)
 
-    def both(engines: Sequence[str]) -> list[SystemUnderTest]:
-        return [
+    def measure(engines: Sequence[str], loads: Sequence[Load]) -> Awaitable[list[Results]]:
+        both = [
             msgspec.structs.replace(named(each), name=f"{each}, {side}", source=sources[side])
             for each in engines
             for side in SIDES
         ]
+        return measured(both, loads, options.visits, options.duration)
 
-    systems = both(options.only or ENGINES)
-    found = await measured(systems, loads, options.visits, options.duration)
+    found = await measure(options.only or ENGINES, loads)
     changes = compared(found)
     for load in loads:
         suspects = [each.engine for each in changes if each.is_suspect and each.load == load]
         if suspects:
             tell(f"once more: {load.name}: {', '.join(suspects)}")
-            again = await measured(both(suspects), [load], options.visits, options.duration)
+            again = await measure(suspects, [load])
             found += again
-            second = {(each.engine, each.load): each.first for each in compared(again)}
-            changes = [
-                each._replace(second=second.get((each.engine, each.load), each.second))
-                for each in changes
-            ]
+            second = {(i.engine, i.load): i.first for i in compared(again)}
+            changes = [i._replace(second=second.get((i.engine, i.load), i.second)) for i in changes]
     skipped = [f"  not measured: {each.what}: {each.why}" for one in found for each in one.skipped]
     failures = [f"  BROKEN {each}" for one in found for each in one.failures]
     lines = [tables.as_text(as_table(changes)), *dict.fromkeys(skipped), *dict.fromkeys(failures)]
@@ -182,7 +175,7 @@ def _range(interval: Interval) -> str:
     return f"{change_shown(interval.low, 1)} .. {change_shown(interval.high, 1)} %"
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench-compare BASE=commit OPTIONS='...'",
         description="Is this checkout slower or faster than that commit?",
@@ -195,12 +188,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workload", metavar="NAME", action="append", choices=known, help="repeatable")
     add("--visits", metavar="N", type=at_least_one, default=5, help="default: 5")
     add("--duration", metavar="SECONDS", type=positive, default=0.3, help="of a round (0.3)")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """The exit code."""
-    options = _options(argv)
+    options = _options()
     with ExitStack() as stack:
         here = _git("rev-parse", "--show-toplevel")
         base = stack.enter_context(checkout(options.base))

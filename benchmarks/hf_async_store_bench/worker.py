@@ -57,7 +57,7 @@ class Worker:
         for start in range(0, load.entities, _CHUNK):
             numbers = range(start, min(load.entities, start + _CHUNK))
             await self._system.fill([machine(each, load.size) for each in numbers])
-        apart = self._is_apart
+        apart = _is_apart(self._system)
         if apart:
             await self.end()
         return Answer(apart=apart)
@@ -103,7 +103,7 @@ class Worker:
         """In a freshly opened system, where that shows the same data."""
         acked = self._workload.acked
         add_all(acked, command.acked)
-        if self._is_apart:
+        if _is_apart(self._system):
             await self.end()
             self._system = await self._opened()
         return Answer(verification=await self._workload.verify(self._system, acked))
@@ -111,10 +111,10 @@ class Worker:
     async def _opened(self) -> Any:
         return await self._type.open(self._plan.environment)
 
-    @property
-    def _is_apart(self) -> bool:
-        """Of a store; whatever else there is keeps its data in files or on a server."""
-        return getattr(self._system, "is_apart", True)
+
+def _is_apart(system: Any) -> bool:
+    """Whether it can be opened elsewhere, too: of a store; all others have files or a server."""
+    return getattr(system, "is_apart", True)
 
 
 async def work() -> int:
@@ -142,6 +142,5 @@ async def work() -> int:
 
 
 def _told(exc: BaseException) -> str:
-    if isinstance(exc, BaseExceptionGroup):
-        return _told(exc.exceptions[0])
-    return f"{type(exc).__name__}: {exc}"
+    first = exc.exceptions[0] if isinstance(exc, BaseExceptionGroup) else exc
+    return f"{type(first).__name__}: {first}"

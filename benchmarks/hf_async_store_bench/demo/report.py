@@ -127,22 +127,16 @@ def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) ->
 def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, ProcessLog]) -> None:
     """The writes of which nobody knew: what became of them."""
     for name, log in logs.items():
-        lost = log.unanswered
-        if lost:
-            landed = verifier.landed(lost)
+        if lost := log.unanswered:
             kinds = ", ".join(sorted({operation.intent.work for operation in lost}))
-            screen.line(
-                f"\n{name}: {len(lost)} writes under way at its end ({kinds}); "
-                f"{landed} of them had landed"
-            )
+            landed = f"{verifier.landed(lost)} of them had landed"
+            screen.line(f"\n{name}: {len(lost)} writes under way at its end ({kinds}); {landed}")
 
 
 def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:
     """Each invariant, what broke it, and the verdict."""
-    rows = [
-        [each.text, f"{each.checked:,}", "BROKEN" if each.failures else "holds"]
-        for each in invariants
-    ]
+    words = ["BROKEN" if each.failures else "holds" for each in invariants]
+    rows = [[i.text, f"{i.checked:,}", word] for i, word in zip(invariants, words, strict=True)]
     screen.table("What a freshly opened store has to agree with", ["", "checks", "verdict"], rows)
     for each in invariants:
         for failure in each.failures[:_SHOWN]:

@@ -30,8 +30,7 @@ from hf_async_store_bench.servers import ServerUnavailable, any_credentials, dyn
 
 Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
-PASSED: Final = 0
-FAILED: Final = 4
+PASSED, FAILED = 0, 4
 _COUNTERS: Final = 3
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
 _END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
@@ -40,7 +39,6 @@ _END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before 
 async def run_demo(settings: Settings, opening: Opening = Plan.open) -> int:
     """Run the demo and print it; returns its exit code. `opening` opens the store in this process;
     workers always open it by its URL or file."""
-    # Made synchronously, so that nothing can come between its making and its removal.
     run = _Run(settings, Path(tempfile.mkdtemp(prefix="hf-async-store-demo-")), opening)
     try:
         return await run_to_completion(run.run_demo())
@@ -72,9 +70,8 @@ class _Run:
             plan = await self._prepare(store, plan)
             await self._introduce(store)
             if not can.multi_process:
-                self._screen.stage(
-                    f"One process only: processes cannot share a store of the {can.engine} engine."
-                )
+                alone = f"processes cannot share a store of the {can.engine} engine"
+                self._screen.stage(f"One process only: {alone}.")
             plans = self._plans(plan, self._settings.processes if can.multi_process else 1)
             seconds = await self._work(store, plans)
             if can.durable or can.multi_process:
@@ -90,11 +87,11 @@ class _Run:
         can = store.capabilities
         limit = transaction_limit(can)
         plan = await store.explain_query("machines", {"request_id": "any"}, "created_at")
+        durable = "durable" if can.durable else "not durable"
+        many = "any number of" if limit is None else f"up to {limit}"
         self._screen.stage(
-            f"The {can.engine} engine: {'durable' if can.durable else 'not durable'}, "
-            f"{'any number of' if limit is None else f'up to {limit}'} entities in a transaction, "
-            f"queries of the {can.query_isolation} kind; "
-            f"machines of a request by {plan.index or plan.access}."
+            f"The {can.engine} engine: {durable}, {many} entities in a transaction, queries of the "
+            f"{can.query_isolation} kind; machines of a request by {plan.index or plan.access}."
         )
 
     def _first_plan(self) -> Plan:
@@ -121,9 +118,8 @@ class _Run:
         counters = await self._create_templates(store, made)
         requests = self._base["requests"].items()
         adopted = [name for name, each in requests if each.get("status") in data.OPEN]
-        return msgspec.structs.replace(
-            plan, templates=templates, counters=counters, adopted=adopted
-        )
+        names = {"templates": templates, "counters": counters, "adopted": adopted}
+        return msgspec.structs.replace(plan, **names)
 
     async def _load(self, store: StorageStrategy) -> None:
         source = data.chosen(self._settings.data)

@@ -259,19 +259,16 @@ class Verifier:
     def _transactions(self) -> Invariant:
         """All or nothing, also of those that were under way at a kill."""
         invariant = Invariant("transactions", "transactions were applied whole, or not at all")
-        for operation in (each for log in self.logs for each in log.operations):
+        operations = (each for log in self.logs for each in log.operations)
+        for operation in operations:
             if operation.intent.whole:
-                shown = [
-                    ((write.collection, name), self._shows(write, name))
-                    for write, name, _ in operation.each()
-                ]
-                missing = [place for place, here in shown if here is False]
-                nothing = operation.answers is None and not any(here for _, here in shown)
+                each = [((write.collection, name), write) for write, name, _ in operation.each()]
+                shown = {place: self._shows(write, place[1]) for place, write in each}
+                missing = [place for place, here in shown.items() if here is False]
+                nothing = operation.answers is None and not any(shown.values())
                 wrong = f"is not there, and other parts of its {operation.intent.work} are"
-                if missing and not nothing:
-                    invariant.check(missing[0], wrong)
-                else:
-                    invariant.checked += 1
+                broken = bool(missing) and not nothing
+                invariant.check(next(iter(missing or shown)), wrong if broken else None)
         return invariant
 
     def _shows(self, write: Write, name: str) -> bool | None:
