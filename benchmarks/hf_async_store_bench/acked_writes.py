@@ -40,9 +40,8 @@ class AckedWrites(msgspec.Struct, array_like=True):
     def wrong_count(self, stored: object, first: int = 0) -> str | None:
         """What is wrong with a counter that each write raised by one from `first`, if anything."""
         least = first + self.acknowledged
-        if type(stored) is int and least <= stored <= least + self.unknown:
-            return None
-        return f"counts {stored}, {least} were acknowledged"
+        holds = type(stored) is int and least <= stored <= least + self.unknown
+        return None if holds else f"counts {stored}, {least} were acknowledged"
 
     def wrong_version(self, stored: int, first: int = 0) -> str | None:
         """What is wrong with the version of an entity that had `first` before, if anything."""

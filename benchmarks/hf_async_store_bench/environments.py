@@ -95,9 +95,8 @@ class Environments:
         url = system.url_of(folder=str(folder), postgres=server, dynamodb=server, name=name)
         if not self._durable and system.nondurable_query:
             url += ("&" if "?" in url else "?") + system.nondurable_query
-        return Environment(
-            folder=str(folder), server=server, url=url, prefix=name, durable=self._durable
-        )
+        more = {"server": server, "url": url, "prefix": name}
+        return Environment(folder=str(folder), durable=self._durable, **more)
 
     @property
     def _postgres(self) -> servers.PostgresServer:

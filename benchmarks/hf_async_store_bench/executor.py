@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final, TypeVar
 
-import msgspec
-
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.dataset_cache import DatasetCache, settled
 from hf_async_store_bench.environments import Environments
@@ -88,15 +86,14 @@ class Executor:
         found: dict[int, dict[str, Measurement]] = {}
         for entities in SCENARIOS[name].sizes:
             load = Load(workload=name, entities=entities)
-            sizes = found.setdefault(entities, {})
+            figures = found.setdefault(entities, {})
             for _ in range(SCENARIOS[name].runs):
                 once = await self.attempt(system, load, self._scenario_once(name, system, load))
                 if once is None:
                     return
                 for each in once:
-                    before = sizes[each.what].samples if each.what in sizes else []
-                    samples = [*before, *each.samples]
-                    sizes[each.what] = msgspec.structs.replace(each, samples=samples)
+                    if figures.setdefault(each.what, each) is not each:
+                        figures[each.what].samples.extend(each.samples)
         self.results.figures += scenario_figures(name, found)
 
     async def _scenario_once(

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Final
 
 from hf_async_store import ConfigurationError
@@ -57,68 +58,40 @@ def _measured(results: Results) -> list[Table]:
     return [tables.measured(results, each) for each in results.loads if results.of(each)]
 
 
-_STYLE: Final = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-
-
 def as_page(results: Results) -> str:
     """One HTML page with nothing outside of it."""
-    failed = " failed" if results.failures else ""
-    body = [
-        f"<h1>{escape(TITLE)}</h1>",
-        f"<p class='note'>{escape(_when(results))}</p>",
-        f"<p class='verdict{failed}'>{escape(tables.verdict(results))}</p>",
-        _list(results.failures),
-        "<h2>Which engine is fast enough?</h2>",
-        "<p>Each engine under each load: what all tasks did together, and how long one waits at half of "
-        "that load. The line through a dot is the range of the rounds.</p>",
-        _figures(charts.engines(results), 320),
-        _table(tables.engines(results)),
-        "<h2>Compared with hand-written code and alternatives</h2>",
-        _key(),
+    grown = [_figures(charts.growth(results), 380), *map(_table, map(tables.grown, results.sweeps))]
+    numbers = [*map(_table, _measured(results)), _folded(_RATIOS, tables.ratios(results))]
+    compared = [
         _figures(charts.compared(results), 480),
         _table(tables.baselines(results), "words"),
         _figures(charts.ratios(results), 560),
-        *(["<h2>How cost grows</h2>"] if results.sweeps else []),
-        _figures(charts.growth(results), 380),
-        *map(_table, map(tables.grown, results.sweeps)),
-        "<h2>Everything in numbers</h2>",
-        *map(_table, _measured(results)),
-        _folded("Every ratio to a baseline or a competitor", _table(tables.ratios(results))),
-        "<h2>How to read it</h2>",
-        _list(tables.READING),
-        _folded("The machine, the versions and the settings", _table(tables.conditions(results))),
-        "<h2>Our own targets</h2>",
-        _table(tables.targets(results), "words"),
-        _folded("What was not measured, and why", _table(tables.skipped(results), "words")),
     ]
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>{escape(TITLE)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _when(results: Results) -> str:
     machine, python = results.machine, results.versions.get("python", "?")
     on = [machine.get(each, "") for each in ("system", "processor")]
     cores = f"{machine.get('cores', '?')} cores"
-    return ", ".join([results.made_at, f"{results.mode} run", *on, cores, f"Python {python}"])
+    when = [results.made_at, f"{results.mode} run", *on, cores, f"Python {python}"]
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(TITLE),
+        when=escape(", ".join(when)),
+        failed=" failed" if results.failures else "",
+        verdict=escape(tables.verdict(results)),
+        failures=_list(results.failures),
+        engines=f"{_figures(charts.engines(results), 320)}\n{_table(tables.engines(results))}",
+        compared="\n".join(compared),
+        growth="\n".join(["<h2>How cost grows</h2>", *grown] if results.sweeps else grown),
+        numbers="\n".join(numbers),
+        reading=_list(tables.READING),
+        conditions=_folded(_CONDITIONS, tables.conditions(results)),
+        targets=_table(tables.targets(results), "words"),
+        skipped=_folded("What was not measured, and why", tables.skipped(results), "words"),
+        **charts.ROLES,
+    )
 
 
-def _key() -> str:
-    roles = {
-        "strategy": "an engine of hf_async_store",
-        "baseline": "a baseline: the least code by hand on the same driver",
-        "competitor": "what others use instead",
-    }
-    marks = ""
-    for role, text in roles.items():
-        colour = charts.ROLES[role]
-        face = "#fff" if role == "baseline" else colour
-        marks += f"<span><i style='border-color:{colour};background:{face}'></i>{text}</span>"
-    return f"<p class='key'>{marks}</p>"
+_RATIOS: Final = "Every ratio to a baseline or a competitor"
+_CONDITIONS: Final = "The machine, the versions and the settings"
 
 
 def _figures(drawn: Iterable[charts.Chart], least: int) -> str:
@@ -126,7 +99,8 @@ def _figures(drawn: Iterable[charts.Chart], least: int) -> str:
     return f"<div class='charts' style='--least: {least}px'>\n{inner}\n</div>" if inner else ""
 
 
-def _folded(title: str, inner: str) -> str:
+def _folded(title: str, table: Table, kind: str = "") -> str:
+    inner = _table(table, kind)
     return f"<details><summary>{escape(title)}</summary>{inner}</details>" if inner else ""
 
 

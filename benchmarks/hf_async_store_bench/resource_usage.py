@@ -19,7 +19,6 @@ from typing import Final
 _PROCESS: Final = Path("/proc/self")
 _TCP_INFO_BYTES: Final = 136
 _BYTES_ACKED: Final = slice(120, 128)  # of `struct tcp_info`, in the order of linux/tcp.h
-_PROCESSORS: Final = Path("/proc/cpuinfo")
 _SYNCS: Final = 100
 _PACKAGES: Final = (
     *("hf_async_store", "msgspec", "aiosqlite", "sqlalchemy", "asyncpg", "aiobotocore", "tinydb"),
@@ -64,23 +63,19 @@ def written_bytes() -> int | None:
 def sent_bytes() -> int:
     """What the connections that this process has open have sent so far, as Linux counts it."""
     descriptors = _PROCESS / "fd"
-    if not descriptors.exists():
-        return 0
-    return sum(_sent_by(int(each.name)) for each in descriptors.iterdir())
+    names = [int(each.name) for each in descriptors.iterdir()] if descriptors.exists() else []
+    return sum(map(_sent_by, names))
 
 
 def _sent_by(descriptor: int) -> int:
-    """What came through at the other end; 0 of what is no TCP connection."""
-    try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return 0
-        with socket.socket(fileno=os.dup(descriptor)) as one:
-            if one.type != socket.SOCK_STREAM or one.family == socket.AF_UNIX:
-                return 0
-            told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    except OSError:  # it is closed by now, or no TCP connection
-        return 0
-    return int.from_bytes(told[_BYTES_ACKED], sys.byteorder)
+    """What came through at the other end; 0 of what is closed by now, or no TCP connection."""
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                if one.type == socket.SOCK_STREAM and one.family != socket.AF_UNIX:
+                    told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                    return int.from_bytes(told[_BYTES_ACKED], sys.byteorder)
+    return 0
 
 
 def processor_seconds() -> float:
@@ -116,9 +111,11 @@ def load_average() -> float:
 
 
 def _processor() -> str:
-    lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _sync_seconds() -> float:

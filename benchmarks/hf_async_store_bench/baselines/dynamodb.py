@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from decimal import Decimal
 from typing import Any, Self
 
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
@@ -53,7 +52,14 @@ class _Client:
                     {"AttributeName": each, "AttributeType": "S"}
                     for each in (_KEY, "created_at", *_INDEXES)
                 ],
-                GlobalSecondaryIndexes=[_index(*each) for each in _INDEXES.items()],
+                GlobalSecondaryIndexes=[
+                    {
+                        "IndexName": f"{hash_key}-index",
+                        "KeySchema": _key_schema(hash_key, range_key),
+                        "Projection": {"ProjectionType": "ALL"},
+                    }
+                    for hash_key, range_key in _INDEXES.items()
+                ],
                 BillingMode="PAY_PER_REQUEST",
             )
         except target._client.exceptions.ResourceInUseException:
@@ -97,8 +103,8 @@ class Each(_Client):
     (UpdateItem for saves)."""
 
     async def save(self, machine: Entity) -> None:
-        fields = {name: value for name, value in machine.items() if name != _KEY}
-        await self._update(machine[_KEY], {k: v for k, v in fields.items() if v is not None})
+        fields = {k: v for k, v in machine.items() if v is not None and k != _KEY}
+        await self._update(machine[_KEY], fields)
 
     async def create(self, machine: Entity) -> None:
         await self._client.put_item(
@@ -151,12 +157,6 @@ class Batched(BatchedOperations, _Client):
         await self.fill([{_KEY: request["request_id"]}, *machines])
 
 
-def _index(hash_key: str, range_key: str | None) -> dict[str, Any]:
-    keys = _key_schema(hash_key, range_key)
-    projection = {"ProjectionType": "ALL"}
-    return {"IndexName": f"{hash_key}-index", "KeySchema": keys, "Projection": projection}
-
-
 def _key_schema(hash_key: str, range_key: str | None = None) -> list[dict[str, str]]:
     keys = [{"AttributeName": hash_key, "KeyType": "HASH"}]
     return keys + ([{"AttributeName": range_key, "KeyType": "RANGE"}] if range_key else [])
@@ -173,12 +173,9 @@ def _map(entity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> dict[str, Any]:
+    """Of what machines have: numbers are whole ones."""
     match value:
-        case None:
-            return {"NULL": True}
-        case bool():
-            return {"BOOL": value}
-        case int() | float():
+        case int():
             return {"N": str(value)}
         case dict():
             return {"M": _map(value)}
@@ -193,11 +190,8 @@ def _entity(item: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Mapping[str, Any]) -> Any:
     ((kind, held),) = value.items()
     match kind:
-        case "NULL":
-            return None
         case "N":
-            number = Decimal(held)
-            return int(number) if number == int(number) else float(number)
+            return int(held)
         case "M":
             return _entity(held)
         case _:

@@ -19,11 +19,10 @@ Entities: TypeAlias = dict[str, dict[str, Entity]]
 
 REAL_DATA: Final = "HF_ASYNC_STORE_REAL_DATA"
 OPEN: Final = frozenset({"PENDING", "pending", "in_progress"})
-"""The statuses of a request that waits for machines; those in lower case are from the field."""
+"""The statuses of a request that waits for machines; in lower case they are from the field."""
 
 _SINGLE: Final = "request_database.json"
 _BATCH: Final = 500
-_MADE_UP: Final = 12
 
 
 class Source:
@@ -32,13 +31,10 @@ class Source:
 
     def __init__(self, place: Path) -> None:
         self.file = _found(place)  # the only file, or the folder of split files
+        self._folder = self.file if self.file.is_dir() else self.file.parent
 
     def __str__(self) -> str:
         return str(self.file)
-
-    @property
-    def _folder(self) -> Path:
-        return self.file if self.file.is_dir() else self.file.parent
 
     def copy(self, to: Path) -> str:
         """Copy it into a new folder; returns the URL of the copy. The source is only read."""
@@ -50,8 +46,8 @@ class Source:
 
     def plain(self, collections: Mapping[str, object]) -> Entities | None:
         """What its files hold, or None where a journal beside them may hold more."""
-        names = [each.name for each in self._folder.iterdir() if not each.name.startswith(".")]
-        if not all(each.endswith(".json") for each in names):
+        names = [each.name for each in self._folder.iterdir()]
+        if not all(each.startswith(".") or each.endswith(".json") for each in names):
             return None
         if not self.file.is_dir():
             sections = json.loads(self.file.read_bytes())
@@ -70,7 +66,7 @@ def json_url(path: Path) -> str:
     return f"json:{quote(str(path))}"
 
 
-def made_up(prefix: str, count: int = _MADE_UP) -> list[dict[str, Any]]:
+def made_up(prefix: str) -> list[dict[str, Any]]:
     """Templates for a run without data."""
     kinds = ("t3.medium", "m5.large", "c5.xlarge", "r5.2xlarge")
     return [
@@ -85,7 +81,7 @@ def made_up(prefix: str, count: int = _MADE_UP) -> list[dict[str, Any]]:
             "tags": {"owner": "数据", "team": None},
             "uses": 0,
         }
-        for number in range(count)
+        for number in range(12)
     ]
 
 
@@ -128,10 +124,8 @@ def _found(place: Path) -> Path:
                 return folder / _SINGLE
             if (folder / "templates.json").is_file() or (folder / "machines.json").is_file():
                 return folder
-    raise ConfigurationError(
-        f"--data {place}: no JSON store there (expected {_SINGLE}, or templates.json, "
-        "requests.json and machines.json)"
-    )
+    expected = f"{_SINGLE}, or templates.json, requests.json and machines.json"
+    raise ConfigurationError(f"--data {place}: no JSON store there (expected {expected})")
 
 
 def _unwrapped(file: Path, name: str) -> dict[str, Entity]:
