@@ -13,7 +13,7 @@ import msgspec
 from hf_async_store import InvalidInputError
 from hf_async_store_bench import compare, recommend, tables, targets
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.messages import SystemUnderTest, encode
+from hf_async_store_bench.messages import encode
 from hf_async_store_bench.processes import run_to_completion
 from hf_async_store_bench.results import Results, Skipped
 from hf_async_store_bench.run import Run, tell
@@ -39,7 +39,9 @@ async def bench(arguments: argparse.Namespace) -> int:
 async def _bench(arguments: argparse.Namespace) -> int:
     from hf_async_store_bench import report  # what draws takes a while to import
 
-    settings, systems = _settings(arguments), _systems(arguments)
+    settings = _settings(arguments)
+    systems = chosen(arguments.only) or list(ALL if arguments.full else SHORT_SYSTEMS)
+    systems += [of_url(arguments.store)] if arguments.store else []
     if arguments.page is not None:
         report.around_results(Path(arguments.page))  # before the minutes of a run, not after
     with Environments(durable=not arguments.no_fsync, folder=arguments.folder) as environments:
@@ -117,11 +119,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.budget is not None:
         changed["budget"] = arguments.budget
     return msgspec.structs.replace(settings, **changed)
-
-
-def _systems(arguments: argparse.Namespace) -> list[SystemUnderTest]:
-    systems = chosen(arguments.only) or list(ALL if arguments.full else SHORT_SYSTEMS)
-    return systems + ([of_url(arguments.store)] if arguments.store else [])
 
 
 def _told(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:

@@ -65,15 +65,18 @@ class Scaling:
         for system in self.strategies:
             filling = self.executor.datasets.expected(system, load) / AT_ONCE
             seconds = filling + self._took.get(system.name, _SECONDS)
+            why = ""
             if load.processes > 1 and system.needs == "nothing":
-                self._skip(system, value, "it lives in one process")
+                why = "it lives in one process"
             elif system.max_entities is not None and load.entities > system.max_entities[0]:
-                self._skip(system, value, system.max_entities[1])
+                why = system.max_entities[1]
             elif not first and seconds > left:
-                self._skip(system, value, f"the sweep's {self.budget:.0f} s were over")
+                why = f"the sweep's {self.budget:.0f} s were over"
             else:
                 left -= seconds
                 chosen.append(system)
+            if why:
+                self._skipped.setdefault(why, {}).setdefault(system.name, []).append(f"{value:,}")
         return chosen
 
     async def _points(self, group: WorkerGroup, value: int) -> None:
@@ -105,9 +108,6 @@ class Scaling:
 
     def _spent(self) -> float:
         return time.monotonic() - self._began
-
-    def _skip(self, system: SystemUnderTest, value: int, why: str) -> None:
-        self._skipped.setdefault(why, {}).setdefault(system.name, []).append(f"{value:,}")
 
     def _tell_rest(self) -> None:
         """One line for each reason."""

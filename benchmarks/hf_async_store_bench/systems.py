@@ -101,8 +101,13 @@ SHORT_SYSTEMS: Final = tuple(
 
 def missing(system: SystemUnderTest) -> str | None:
     """Why it cannot be measured here, as far as can be told without starting anything."""
-    if system.package is not None and not _is_installed(system.package):
-        return f"{system.package} is not installed"
+    if system.package is not None:
+        try:
+            found = find_spec(system.package)
+        except ModuleNotFoundError:  # of the package that it is in
+            found = None
+        if found is None:
+            return f"{system.package} is not installed"
     if system.role == "strategy":
         places = {"folder": "f", "postgres": "postgresql://h/n", "dynamodb": "http://h"}
         try:
@@ -110,13 +115,6 @@ def missing(system: SystemUnderTest) -> str | None:
         except ConfigurationError as exc:
             return str(exc)
     return None
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it is in
-        return False
 
 
 def chosen(names: Sequence[str]) -> list[SystemUnderTest]:

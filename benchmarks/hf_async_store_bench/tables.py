@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from hf_async_store_bench.formatting import bytes_shown, range_shown, shown, time_shown
@@ -178,19 +179,8 @@ def verdict(results: Results) -> str:
     )
 
 
-READING: Final = (
-    "Throughput is what all tasks together did as fast as they were answered: the median of the "
-    "rounds, and their range. Rounds of all systems take turns, so that the noise of the machine "
-    "hits all alike: rely on the ratios.",
-    "Latencies are from operations at fixed times, half as many as the system can do (5,000 a second "
-    "at most). They count from the moment at which an operation was due, so that a stall shows in "
-    "everything that it kept waiting. What takes so long that only a few fit has none.",
-    "Processor and memory are those of the measured process alone; a server's own are not included.",
-    "Written is what the measured process wrote to disks, for one unit; plus what the PostgreSQL "
-    "server wrote into its log (WAL), or what was sent to the DynamoDB server.",
-    "Baselines keep what a store keeps, and check nothing: how each is made is listed. What others "
-    "use instead promises less than a store, and some of it does not sync.",
-)
+READING: Final = Path(__file__).with_name("reading.txt").read_text(encoding="utf-8").splitlines()
+"""How to read a report."""
 
 
 def as_text(table: Table) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal, NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Final, NamedTuple, TypeAlias
 
 from hf_async_store_bench.messages import Load, Measurement
 from hf_async_store_bench.results import Figure, Results, ratio
@@ -20,9 +22,9 @@ class PerformanceTarget(NamedTuple):
     engine: str
     load: Load
     to: str | None
+    of: str
     at_least: float | None = None
     at_most: float | None = None
-    of: Literal["rate", "time", "processor"] = "rate"
 
     @property
     def what(self) -> str:
@@ -32,43 +34,11 @@ class PerformanceTarget(NamedTuple):
 
 
 def _targets() -> Iterator[PerformanceTarget]:
-    target = PerformanceTarget
-
-    def load(workload: str, tasks: int = 64) -> Load:
-        return Load(workload=workload, tasks=tasks)
-
-    yield target("json", load("save"), "group commit by hand", at_least=0.25)
-    yield target("json", load("save", 1), "append and sync each", at_least=0.6)
-    yield target("json", load("get", 1), None, at_least=100_000)
-    yield target("json", load("one-shot", 1), "start of Python", at_most=2.5, of="time")
-
-    core = "SQLAlchemy Core on aiosqlite each"
-    yield target("sqlite", load("save"), core, at_least=15)
-    yield target("sqlite", load("get"), core, at_least=20)
-    yield target("sqlite", load("save", 1), core, at_least=1)
-    yield target("sqlite", load("get", 1), core, at_least=1)
-    rows = "aiosqlite, a multi-row insert"
-    yield target("sqlite", load("acquire", 1), rows, at_most=1.5, of="time")
-    yield target("sqlite", load("import batch", 1), "sqlite3 batched by hand", at_least=0.3)
-
-    core, rows = "SQLAlchemy Core on asyncpg each", "asyncpg, a multi-row insert"
-    yield target("postgresql", load("save"), "asyncpg pool each", at_least=2)
-    yield target("postgresql", load("get"), "asyncpg pool each", at_least=2)
-    yield target("postgresql", load("save"), "asyncpg held connections each", at_least=1)
-    yield target("postgresql", load("save", 1), core, at_most=1.3, of="time")
-    yield target("postgresql", load("get", 1), core, at_most=1.3, of="time")
-    yield target("postgresql", load("acquire", 1), rows, at_most=1.5, of="time")
-    yield target("postgresql", load("import batch", 1), "asyncpg batched by hand", at_least=0.3)
-
-    each, batched = "aiobotocore each", "aiobotocore batched by hand"
-    for workload, least in (("get", 4), ("create", 3), ("update", 2), ("save", 1.8)):
-        yield target("dynamodb", load(workload), each, at_least=least)
-        yield target("dynamodb", load(workload, 1), each, at_most=1.1, of="time")
-    for workload in ("create", "update", "save"):
-        yield target("dynamodb", load(workload), each, at_most=0.35, of="processor")
-    yield target("dynamodb", load("get"), "aiodynamo", at_least=1)
-    yield target("dynamodb", load("create batch", 1), batched, at_least=0.35)
-    yield target("dynamodb", load("save batch", 1), batched, at_least=0.2)
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            load = Load(workload=row["workload"], tasks=int(row["tasks"]))
+            bound = {row["bound"]: float(row["value"])}
+            yield PerformanceTarget(row["engine"], load, row["against"] or None, row["of"], **bound)
 
 
 TARGETS: Final = tuple(_targets())

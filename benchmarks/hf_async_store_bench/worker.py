@@ -133,14 +133,10 @@ async def work() -> int:
         while line := await next_line():
             say(await worker.answer(decode(line, Command)))
     except Exception as exc:  # noqa: BLE001  # the harness tells it, whatever it is
-        say(Answer(refused=_told(exc)))
+        first = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
+        say(Answer(refused=f"{type(first).__name__}: {first}"))
         return 1
     finally:
         if worker is not None:
             await worker.end()
     return 0
-
-
-def _told(exc: BaseException) -> str:
-    first = exc.exceptions[0] if isinstance(exc, BaseExceptionGroup) else exc
-    return f"{type(first).__name__}: {first}"

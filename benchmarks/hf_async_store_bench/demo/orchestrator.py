@@ -404,11 +404,8 @@ async def _mark_returned(
 
 
 def _acquire_request(name: str, template: str, count: int, status: str) -> dict[str, Any]:
-    return {
-        **_request(name, template, count, status, "acquire"),
-        "tags": {"owner": "数据"},
-        "metadata": {"whole": status == "PENDING", "ratio": 2.5},
-    }
+    more = {"tags": {"owner": "数据"}, "metadata": {"whole": status == "PENDING", "ratio": 2.5}}
+    return _request(name, template, count, status, "acquire") | more
 
 
 def _request(name: str, template: str, count: int, status: str, kind: str) -> dict[str, Any]:

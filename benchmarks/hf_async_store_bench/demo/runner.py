@@ -75,7 +75,10 @@ class _Run:
             plans = self._plans(plan, self._settings.processes if can.multi_process else 1)
             seconds = await self._work(store, plans)
             if can.durable or can.multi_process:
-                await self._close(store)
+                try:
+                    await asyncio.wait_for(store.close(), _END_SECONDS)
+                except TimeoutError:
+                    self._ended_badly.append("the store: its close() was never answered")
                 self._screen.stage("Verifying from a freshly opened store ...")
                 store = await stack.enter_async_context(self._opening(plan))
             else:
@@ -192,17 +195,9 @@ class _Run:
             self._screen.stage(f"Finished {swept} requests that the killed process had left open.")
         return seconds
 
-    async def _close(self, store: StorageStrategy) -> None:
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                await store.close()
-        except TimeoutError:
-            self._ended_badly.append("the store: its close() was never answered")
-
     async def _follow(self, worker: Worker) -> None:
         try:
-            async with asyncio.timeout(self._settings.seconds + _END_SECONDS):
-                wrong = await worker.follow()
+            wrong = await asyncio.wait_for(worker.follow(), self._settings.seconds + _END_SECONDS)
         except TimeoutError:
             wrong = "did not come to its end"
             worker.kill()
@@ -212,8 +207,7 @@ class _Run:
     async def _kill_midway(self, victim: Worker) -> None:
         """SIGKILL at half of its work, or of the time, whichever comes first."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.seconds / 2):
-                await victim.midway.wait()
+            await asyncio.wait_for(victim.midway.wait(), self._settings.seconds / 2)
         # It has just told of a request's end; some moments later it is amid its writes.
         await asyncio.sleep(random.uniform(0, 0.05))
         victim.kill()
