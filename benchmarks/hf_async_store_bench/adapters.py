@@ -1,15 +1,9 @@
 """What is measured, behind one small interface: a store, a baseline, a competitor.
 
 Every adapter can be opened in an `Environment` and closed; `fill(machines)` stores them in the fastest
-way there is, and `read_back(ids)` gives what is stored. It has these in addition, where its system can
-do that; a workload asks for what it needs by name:
-
-    get(id), save(machine), update(id, fields): one machine.
-    create(machine): refused if it is there.
-    save_many(machines), create_many(machines): each for itself.
-    import_many(machines): new machines as they are, as when data is loaded in bulk.
-    acquire(request, machines): all of them, or none.
-    run_process(id): a whole process that shows one machine.
+way there is, and `read_back(ids)` gives what is stored. It has in addition what its system can do: get,
+save, update, create (refused if it is there), save_many and create_many (each for itself), import_many
+(as they are), acquire (a request and its machines, all or none), run_process (that shows one machine).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from hf_async_store_bench.histogram import Histogram
 Role: TypeAlias = Literal["strategy", "baseline", "competitor"]
 Needs: TypeAlias = Literal["nothing", "folder", "postgres", "dynamodb"]
 _Any = TypeVar("_Any")
+_SUMMED = ("operations", "units", "conflicts", "retries", "wrong", "unserved")
 
 
 class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,13 +120,11 @@ class RoundStats(msgspec.Struct, kw_only=True):
         operations: that were acknowledged; `units` is how many entities they were about.
         errors: by the name of the exception; conflicts are counted apart.
         retries: further tries inside of operations that succeeded.
-        wrong: the first wrong answers; they are errors, too.
         unserved: open loop: operations that were due and had not begun when the round was ended. They
             count in the latencies with the time that they had waited by then.
-        processor: seconds, of all threads of the process.
         memory: bytes by which the process has grown since before it opened its system.
-        written: bytes that it wrote to disks, plus what it sent to a DynamoDB server and what a
-            PostgreSQL server wrote into its log; None where the system does not say.
+        written: bytes to disks, to a DynamoDB server, and by a PostgreSQL server into its log; None
+            where the system does not say.
     """
 
     operations: int = 0
@@ -151,7 +150,7 @@ class RoundStats(msgspec.Struct, kw_only=True):
         """What several processes did at the same time, or one in several rounds."""
         whole = cls()
         for part in parts:
-            for name in _SUMMED:
+            for name in (*_SUMMED, "processor", "memory"):
                 setattr(whole, name, getattr(whole, name) + getattr(part, name))
             whole.seconds = max(whole.seconds, part.seconds)
             whole.errors = dict(Counter(whole.errors) + Counter(part.errors))
@@ -159,18 +158,6 @@ class RoundStats(msgspec.Struct, kw_only=True):
                 whole.written = (whole.written or 0) + part.written
             whole.latencies.add(part.latencies)
         return whole
-
-
-_SUMMED = [
-    "operations",
-    "units",
-    "conflicts",
-    "retries",
-    "wrong",
-    "unserved",
-    "processor",
-    "memory",
-]
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -184,13 +171,9 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told; it answers each with one line.
-
-    Attributes:
-        do: load the data (one process alone); open it for a workload; run a round; stop and tell what
-            was acknowledged; verify that of all processes (one process alone); measure a scenario.
-        rate: operations a second at fixed times (open loop); None: as fast as they are answered.
-    """
+    """What a worker is told: load the data (one process alone); open it for a workload; run a round, at
+    a rate or as fast as it is answered; stop and tell what was acknowledged; verify that of all
+    processes (one process alone); measure a scenario."""
 
     do: Literal["load", "open", "run", "stop", "verify", "scenario"]
     workload: str = ""

@@ -123,6 +123,7 @@ class Run:
             scenario = SCENARIOS[name]
             if scenario.system in here:
                 if self._spent() + scenario.seconds > self._budget:
+                    self._tell(f"{name}: {_NO_TIME}")
                     self._executor.skip(f"scenario {name}", _NO_TIME)
                 else:
                     self._tell(f"{name}: {scenario.summary}")

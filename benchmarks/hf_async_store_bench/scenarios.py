@@ -215,6 +215,10 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     async def acquire(store: JSONStorageStrategy) -> None:
         await StoreAdapter(store).acquire(data.request(size), acquired)
 
+    async def stream(store: JSONStorageStrategy) -> None:
+        async for _ in store.stream_entities("machines", None, "name"):
+            pass
+
     await watch("nothing", lambda _: asyncio.sleep(1))
     await watch("open and first get", _open)
     await watch("one save", lambda s: s.save_entity("machines", data.machine(0)))
@@ -224,7 +228,7 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     await watch("query by index", _by_request)
     await watch("count with a filter", lambda s: s.count_entities("machines", _FILTER))
     await watch("full scan with order_by", lambda s: s.query_entities("machines", None, "name"))
-    await watch("stream with order_by, nothing kept", _stream)
+    await watch("stream with order_by, nothing kept", stream)
     await watch("four sorted pages of 1,000", _walk)
     await watch("get_entities of 10,000", lambda s: s.get_entities("machines", _IDS))
     await watch("checkpoint", lambda s: s.checkpoint())
@@ -232,7 +236,8 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     whole = await store.read_file()
     await _open(other)
     await watch("write_file, all machines changed", lambda s: s.write_file(_changed(whole, "A")))
-    await watch("the same with a snapshot open", lambda s: _write_beside(s, _changed(whole, "B")))
+    async with store.snapshot():
+        await watch("the same with a snapshot open", lambda s: s.write_file(_changed(whole, "B")))
     await watch("another store follows that", lambda _: other.get_entity("machines", _IDS[0]))
     await watch("checkpoint of all that", lambda s: s.checkpoint())
     await other.close()
@@ -258,16 +263,6 @@ async def _open(store: JSONStorageStrategy) -> object:
 
 async def _by_request(store: JSONStorageStrategy) -> object:
     return await store.query_entities("machines", {"request_id": data.request_id(50)})
-
-
-async def _stream(store: JSONStorageStrategy) -> None:
-    async for _ in store.stream_entities("machines", None, "name"):
-        pass
-
-
-async def _write_beside(store: JSONStorageStrategy, whole: Any) -> None:
-    async with store.snapshot():
-        await store.write_file(whole)
 
 
 async def _walk(store: JSONStorageStrategy) -> object:
@@ -367,10 +362,6 @@ def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
 
 
-def _migration(system: str) -> Scenario:
-    return Scenario(system, "migrating from JSON", (100,), migrating, 40)
-
-
 SCENARIOS: Final[dict[str, Scenario]] = {
     "event loop": Scenario(
         "json",
@@ -383,10 +374,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "opening": Scenario("json", "opening 10,000 machines", (100,), opening, 20, writes=True),
     "memory": Scenario("json", "memory of an open store", (100_000,), memory, 10),
-    "migrate to json": _migration("json"),
-    "migrate to sqlite": _migration("sqlite"),
-    "migrate to postgresql": _migration("postgresql"),
-    "migrate to dynamodb": _migration("dynamodb"),
+    **{
+        f"migrate to {each}": Scenario(each, "migrating from JSON", (100,), migrating, 40)
+        for each in ("json", "sqlite", "postgresql", "dynamodb")
+    },
     "backup": Scenario("json", "a backup", (1_000_000,), backing_up, 60, writes=True),
     "backup of sqlite": Scenario("sqlite", "a backup", (1_000_000,), backing_up, 90, writes=True),
     "migration memory": Scenario(

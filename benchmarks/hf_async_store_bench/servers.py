@@ -114,11 +114,13 @@ class _Process:
             self.end(how)
 
 
+@dataclass
 class _Server:
-    """A running server; without a process it is not ours."""
+    """A running server at an address; without a process it is not ours."""
 
-    _variable: str
-    _process: _Process | None
+    url: str
+    _process: _Process | None = None
+    _variable: str = POSTGRES_VARIABLE
 
     @property
     def process(self) -> _Process:
@@ -138,12 +140,6 @@ class _Server:
 
 class PostgresServer(_Server):
     """A running PostgreSQL; the URL is that of the database `postgres`, as a superuser."""
-
-    _variable = POSTGRES_VARIABLE
-
-    def __init__(self, url: str, process: _Process | None = None) -> None:
-        self.url = url
-        self._process = process
 
     def database(self, options: str = "") -> str:
         """The URL of a new, empty database, with these options of CREATE DATABASE."""
@@ -290,14 +286,16 @@ def _is_ready(status: Path, pid: int) -> bool:
     return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
 
 
+@dataclass
 class DynamoDBServer(_Server):
     """A running DynamoDB server, with all that it holds in its memory. Any credentials will do."""
 
-    _variable = DYNAMODB_VARIABLE
+    _variable: str = DYNAMODB_VARIABLE
 
-    def __init__(self, endpoint_url: str, process: _Process | None = None) -> None:
-        self.endpoint_url = endpoint_url
-        self._process = process
+    @property
+    def endpoint_url(self) -> str:
+        """Its address."""
+        return self.url
 
     def drop_tables(self, prefix: str) -> None:
         """Remove the tables whose names begin so."""

@@ -40,7 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     mode: str
     loads: tuple[Load, ...]
-    rounds: int
+    rounds: int = 3
     duration: float
     steady: float
     rate: float | None = None
@@ -57,23 +57,14 @@ _LOADS: Final = (
     Load(workload="save"),
     Load(workload="get"),
     Load(workload="acquire", tasks=1),
-    Load(workload="poll", tasks=16),
-    Load(workload="query", tasks=16),
-    Load(workload="contend", tasks=16),
+    *(Load(workload=each, tasks=16) for each in ("poll", "query", "contend")),
     Load(workload="mixed"),
     Load(workload="one-shot", tasks=1),
 )
-
 _MORE_LOADS: Final = (
-    Load(workload="save", tasks=1),
-    Load(workload="get", tasks=1),
-    Load(workload="create", tasks=1),
-    Load(workload="update", tasks=1),
-    Load(workload="create"),
-    Load(workload="update"),
-    Load(workload="create batch", tasks=1),
-    Load(workload="save batch", tasks=1),
-    Load(workload="import batch", tasks=1),
+    *(Load(workload=each, tasks=1) for each in ("save", "get", "create", "update")),
+    *(Load(workload=each) for each in ("create", "update")),
+    *(Load(workload=f"{each} batch", tasks=1) for each in ("create", "save", "import")),
     Load(workload="acquire", tasks=8, burst=24),
     Load(workload="save", tasks=8, processes=4),
     Load(workload="contend", tasks=1, processes=4),
@@ -82,7 +73,6 @@ _MORE_LOADS: Final = (
 SHORT: Final = Settings(
     mode="short",
     loads=_LOADS,
-    rounds=3,
     duration=0.25,
     steady=0.3,
     budget=100.0,
@@ -93,20 +83,18 @@ SHORT: Final = Settings(
 
 _ENTITIES: Final = (100, 1000, 10_000, 100_000, 1_000_000)
 _SIZES: Final = (100, 1000, 10_000, 100_000)
+_ONE_TASK: Final = Load(workload="get", tasks=1)
 
 FULL: Final = Settings(
     mode="full",
     loads=(*_LOADS, *_MORE_LOADS),
-    rounds=3,
     duration=0.3,
     steady=0.5,
     budget=1140.0,
     first_share=0.4,
     again=True,
     series=(
-        Series(
-            "entities", _ENTITIES, ("get", "query", "save"), Load(workload="get", tasks=1), 0.22
-        ),
+        Series("entities", _ENTITIES, ("get", "query", "save"), _ONE_TASK, 0.22),
         Series("tasks", (1, 8, 64, 512), ("get", "save"), Load(workload="get"), 0.05),
         Series("size", _SIZES, ("get", "save"), Load(workload="get", entities=1000), 0.05),
         Series("processes", (1, 2, 4, 8), ("save",), Load(workload="save", tasks=8), 0.04),

@@ -48,10 +48,9 @@ def measured(results: Results, load: str) -> Table:
     return Table(load, heads, list(map(_row, cells)), inspect.getdoc(workload) or "")
 
 
-_MEASURED: Final = (
-    *("range", "p50", "p99", "p99.9", "longest", "processor", "memory", "written"),
-    *("conflicts", "retries", "errors", "checked"),
-)
+_WAITS: Final = ("p50", "p99", "p99.9", "longest")
+_COUNTS: Final = ("conflicts", "retries", "errors", "checked")
+_MEASURED: Final = ("range", *_WAITS, "processor", "memory", "written", *_COUNTS)
 
 
 def _row(cell: Cell) -> tuple[str, ...]:

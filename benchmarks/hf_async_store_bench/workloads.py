@@ -251,10 +251,9 @@ class OneShot(Workload, name="one-shot", needs=("run_process",), unit="processes
     """A whole process that shows one machine: hf-async-store get."""
 
     def skipped(self) -> str | None:
-        if isinstance(self.system, StoreAdapter):
-            alone = not self.system.store.capabilities.multi_process
-            return "no other process can open such a store" if alone else None
-        return None
+        store = self.system.store if isinstance(self.system, StoreAdapter) else None
+        alone = store is not None and not store.capabilities.multi_process
+        return "no other process can open such a store" if alone else None
 
     async def one(self, slot: int) -> int:
         await self.system.run_process(self.any())
