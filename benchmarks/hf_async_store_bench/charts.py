@@ -13,9 +13,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from hf_async_store_bench.formatting import shown, time_shown
 from hf_async_store_bench.results import Cell, Results, Sweep, ratio
 from hf_async_store_bench.statistics import Interval
+from hf_async_store_bench.tables import shown, time_shown
 
 # Okabe and Ito's palette: told apart by people who see colours differently, too.
 ENGINES: Final = {
@@ -101,9 +101,8 @@ class Row(NamedTuple):
 
 
 def _rate(cell: Cell, colour: str) -> Row:
-    low, high = min(cell.rates), max(cell.rates)
-    hollow = cell.role == "baseline"
-    return Row(cell.system, cell.rate, low, high, shown(cell.rate), colour, hollow)
+    ends, hollow = (min(cell.rates), max(cell.rates)), cell.role == "baseline"
+    return Row(cell.system, cell.rate, *ends, shown(cell.rate), colour, hollow)
 
 
 def _colour(cell: Cell) -> str:

@@ -14,7 +14,6 @@ from hf_async_store import InvalidInputError
 from hf_async_store_bench import compare, recommend, tables, targets
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import encode
-from hf_async_store_bench.processes import run_to_completion
 from hf_async_store_bench.results import Results, Skipped
 from hf_async_store_bench.run import Run, tell
 from hf_async_store_bench.scenarios import SCENARIOS
@@ -33,10 +32,6 @@ async def bench(arguments: argparse.Namespace) -> int:
     invariant broke: a lost write, a wrong answer, a worker that ended."""
     if arguments.words:
         return _compare(arguments)
-    return await run_to_completion(_bench(arguments))
-
-
-async def _bench(arguments: argparse.Namespace) -> int:
     from hf_async_store_bench import report  # what draws takes a while to import
 
     settings = _settings(arguments)
@@ -64,10 +59,6 @@ async def _bench(arguments: argparse.Namespace) -> int:
 
 async def advice(arguments: argparse.Namespace) -> int:
     """Measure the engines under the load that is described, and recommend one."""
-    return await run_to_completion(_advice(arguments))
-
-
-async def _advice(arguments: argparse.Namespace) -> int:
     wanted = recommend.Wanted(
         entities=arguments.entities,
         tasks=arguments.tasks,

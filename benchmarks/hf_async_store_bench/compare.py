@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Final, NamedTuple
 
-from hf_async_store_bench.formatting import change_shown, shown
 from hf_async_store_bench.results import Cell, Results
 from hf_async_store_bench.statistics import Interval, ratio_of_runs
-from hf_async_store_bench.tables import Table
+from hf_async_store_bench.tables import Table, change_shown, shown
 
 SMALLEST: Final = 0.05
 """A change by less than this part is not told, however sure: machines are not that much the same

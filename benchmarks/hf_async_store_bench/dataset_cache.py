@@ -39,9 +39,8 @@ class DatasetCache:
 
     async def group(self, system: SystemUnderTest, load: Load, *, writes: bool) -> WorkerGroup:
         """A group whose environment is filled. Give it back when it has ended."""
-        keeps = system.copied and system.needs != "nothing"
-        keeps = keeps and load.entities * load.size <= _KEPT_BYTES
-        if not keeps or (writes and not self._environments.can_copy(system)):
+        keeps = system.copied and load.entities * load.size <= _KEPT_BYTES
+        if not keeps or system.needs == "nothing" or (writes and system.needs == "dynamodb"):
             return await self._fill(system, load)
         key = (system, load.entities, load.size)
         if key not in self._kept:

@@ -32,10 +32,9 @@ class Environments:
     def beside(cls, system: SystemUnderTest, environment: Environment) -> Self:
         """More environments for a system that has one: in its folder, on its server."""
         environments = cls(durable=environment.durable, folder=environment.folder)
-        if system.needs == "postgres":
-            environments._servers["postgres"] = servers.PostgresServer(environment.server)
-        elif system.needs == "dynamodb":
-            environments._servers["dynamodb"] = servers.DynamoDBServer(environment.server)
+        kinds = {"postgres": servers.PostgresServer, "dynamodb": servers.DynamoDBServer}
+        if system.needs in kinds:
+            environments._servers[system.needs] = kinds[system.needs](environment.server)
         return environments
 
     def __enter__(self) -> Self:
@@ -53,10 +52,6 @@ class Environments:
         if system.needs == "dynamodb":
             return self._environment(system, self._dynamodb.endpoint_url)
         return self._environment(system)
-
-    def can_copy(self, system: SystemUnderTest) -> bool:
-        """Whether `copy` knows how."""
-        return system.needs in ("folder", "postgres")
 
     async def copy(self, system: SystemUnderTest, original: Environment) -> Environment:
         """A new environment with what an original holds that nobody has open."""

@@ -58,9 +58,16 @@ async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> Roun
                 stats.latencies.record(perf_counter_ns() - intended)
 
     async def dispatch() -> None:
-        clock = _Clock()
+        # A loop's timer counts whole milliseconds, so whatever falls between two of them is due at the
+        # second: else the timer's own part would be told as the store's.
+        tick = 0
         for number in range(max(1, int(seconds * rate))):
-            due.put_nowait(await clock.until(started + int(number / rate * 1e9)))
+            moment, now = started + int(number / rate * 1e9), perf_counter_ns()
+            if now < moment:
+                steps = -((now - moment) // _MILLISECOND)  # rounded up
+                tick = now + steps * _MILLISECOND
+                await asyncio.sleep(steps / 1000)
+            due.put_nowait(max(moment, tick))
         for _ in range(slots):
             due.put_nowait(None)
 
@@ -69,23 +76,6 @@ async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> Roun
         group.create_task(side_by_side(run, range(slots)))
     stats.seconds = (perf_counter_ns() - started) / 1e9
     return stats
-
-
-class _Clock:
-    """Tells when operations are due. A loop's timer counts whole milliseconds, so whatever falls between
-    two of them is due at the second: else the timer's own part would be told as the store's."""
-
-    def __init__(self) -> None:
-        self._tick = 0
-
-    async def until(self, moment: int) -> int:
-        """Wait for a moment; returns when the operation was due."""
-        now = perf_counter_ns()
-        if now < moment:
-            steps = -((now - moment) // _MILLISECOND)  # rounded up
-            self._tick = now + steps * _MILLISECOND
-            await asyncio.sleep(steps * _MILLISECOND / 1e9)
-        return max(moment, self._tick)
 
 
 async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> None:

@@ -99,7 +99,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.workload}{mixed}{burst}, {tasks}{processes}"
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class Plan(msgspec.Struct, frozen=True):
     """The part of one worker process."""
 
     system: SystemUnderTest

@@ -9,12 +9,12 @@ import msgspec
 
 from hf_async_store_bench import tables
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.formatting import bytes_shown, range_shown, shown, time_shown
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.results import Cell, Skipped
 from hf_async_store_bench.run import Run, Told
 from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.systems import STRATEGIES
+from hf_async_store_bench.tables import bytes_shown, range_shown, shown, time_shown
 
 _MOST_ENTITIES: Final = 50_000  # more take too long: two sizes are measured, and extrapolated
 _ENOUGH: Final = 0.7  # of the fastest one's work: as good, if the engine needs less

@@ -41,7 +41,7 @@ class ServerUnavailable(Exception):  # noqa: N818  # it says that something is n
     """No such server can be had here; the message says why."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Process:
     """A server process of ours: one command that can be started, and started again."""
 
@@ -114,7 +114,7 @@ class _Process:
             self.end(how)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Server:
     """A running server at an address; without a process it is not ours."""
 
@@ -286,7 +286,7 @@ def _is_ready(status: Path, pid: int) -> bool:
     return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
 
 
-@dataclass
+@dataclass(eq=False)
 class DynamoDBServer(_Server):
     """A running DynamoDB server, with all that it holds in its memory. Any credentials will do."""
 

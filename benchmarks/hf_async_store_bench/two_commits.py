@@ -24,7 +24,6 @@ import msgspec
 from hf_async_store_bench import tables
 from hf_async_store_bench.cli.types import at_least_one, positive
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.formatting import change_shown, shown
 from hf_async_store_bench.messages import Load, SystemUnderTest
 from hf_async_store_bench.processes import run_to_completion
 from hf_async_store_bench.results import Results
@@ -32,7 +31,7 @@ from hf_async_store_bench.run import Run, tell
 from hf_async_store_bench.settings import FULL, Settings, chosen_loads
 from hf_async_store_bench.statistics import Interval, ratio_of_pairs
 from hf_async_store_bench.systems import named
-from hf_async_store_bench.tables import Table
+from hf_async_store_bench.tables import Table, change_shown, shown
 
 NOTHING_SLOWER, SLOWER, BROKEN = 0, 3, 4
 ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")

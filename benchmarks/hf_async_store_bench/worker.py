@@ -52,7 +52,7 @@ class Worker:
 
     async def load(self, command: Command) -> Answer:
         """Fill it. What lives in this process alone stays open."""
-        self._system = await self._opened()
+        self._system = await self._type.open(self._plan.environment)
         load = self._plan.load
         for start in range(0, load.entities, _CHUNK):
             numbers = range(start, min(load.entities, start + _CHUNK))
@@ -65,7 +65,7 @@ class Worker:
     async def open(self, command: Command) -> Answer:
         """Begin a workload, unless it cannot be measured."""
         if self._system is None:
-            self._system = await self._opened()
+            self._system = await self._type.open(self._plan.environment)
         self._workload = WORKLOADS[command.workload](self._system, self._plan, self._slots)
         return Answer(skipped=self._workload.skipped())
 
@@ -105,11 +105,8 @@ class Worker:
         add_all(acked, command.acked)
         if _is_apart(self._system):
             await self.end()
-            self._system = await self._opened()
+            self._system = await self._type.open(self._plan.environment)
         return Answer(verification=await self._workload.verify(self._system, acked))
-
-    async def _opened(self) -> Any:
-        return await self._type.open(self._plan.environment)
 
 
 def _is_apart(system: Any) -> bool:

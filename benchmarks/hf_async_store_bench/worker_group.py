@@ -23,7 +23,7 @@ class BrokenError(Exception):
     """A worker ended, or never answered."""
 
 
-@dataclass
+@dataclass(eq=False)
 class WorkerGroup:
     """Use `fill` unless its environment is filled, then `start`, and always `end`. All but that raise
     SkippedError or BrokenError."""
@@ -84,13 +84,7 @@ class WorkerGroup:
         self._workers = []
 
     async def _worker(self, index: int) -> LineProcess:
-        plan = messages.Plan(
-            system=self.system,
-            environment=self.environment,
-            load=self.load,
-            index=index,
-            seed=self.seed,
-        )
+        plan = messages.Plan(self.system, self.environment, self.load, index, self.seed)
         errors = Path(self.environment.folder).parent / "errors"
         worker = await LineProcess.start(
             "worker", messages.encode(plan), errors, self.system.source

@@ -36,5 +36,6 @@ def run(arguments: Namespace) -> int:
     import asyncio
 
     from hf_async_store_bench.commands import advice
+    from hf_async_store_bench.processes import run_to_completion
 
-    return asyncio.run(advice(arguments))
+    return asyncio.run(run_to_completion(advice(arguments)))

@@ -76,5 +76,6 @@ def run(arguments: Namespace) -> int:
     import asyncio
 
     from hf_async_store_bench.commands import bench
+    from hf_async_store_bench.processes import run_to_completion
 
-    return asyncio.run(bench(arguments))
+    return asyncio.run(run_to_completion(bench(arguments)))

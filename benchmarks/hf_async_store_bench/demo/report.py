@@ -67,7 +67,8 @@ class Screen:
             table.add_column(header, justify="right" if place else "left")
         for row in rows:
             table.add_row(*(Text(each, style=_STYLES.get(each, "")) for each in row))
-        self._console.print("\n", table, sep="")
+        self._console.print()
+        self._console.print(table)
 
     def verdict(self, passed: bool, text: str) -> None:
         """The last line."""

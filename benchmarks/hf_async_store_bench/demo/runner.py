@@ -101,9 +101,8 @@ class _Run:
         settings = self._settings
         if self._is_temporary:
             source, folder = data.chosen(settings.data), self.folder / "store"
-            store = (
-                source.copy(folder) if source else data.json_url(folder / "request_database.json")
-            )
+            empty = data.json_url(folder / "request_database.json")
+            store = source.copy(folder) if source else empty
             settings = msgspec.structs.replace(settings, store=store)
         notes = str(self.folder / "process-1.notes")
         return Plan(settings=settings, write_log=notes, prefix=self._prefix)
