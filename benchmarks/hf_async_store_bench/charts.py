@@ -238,9 +238,8 @@ def _growth(figure: Any, sweep: Sweep, title: str, colours: Mapping[str, str]) -
     for curve in sweep.curves:
         power = curve.exponent
         label = curve.system + ("" if power is None else f"  n^{power:.2f}")
-        costs = [each.cost * 1e6 for each in curve.points]
-        places = [each.size for each in curve.points]
-        axes.plot(places, costs, "o-", color=colours[curve.system], label=label, markersize=3.5)
+        points = zip(*((each.size, each.cost * 1e6) for each in curve.points), strict=True)
+        axes.plot(*points, "o-", color=colours[curve.system], label=label, markersize=3.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(sizes, labels=[shown(each) for each in sizes], minor=False)

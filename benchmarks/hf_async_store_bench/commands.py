@@ -23,8 +23,8 @@ from hf_async_store_bench.workloads import WORKLOADS
 
 PASSED, FAILED = 0, 4
 _PARAMETERS: Final = ("entities", "size", "tasks", "processes", "burst")
+# The columns that a terminal has no room for; the report has all.
 _WIDE: Final = frozenset({"range", "p99.9", "memory", "written", "checked", "retries"})
-"""The columns that a terminal has no room for; the report has all."""
 
 
 async def bench(arguments: argparse.Namespace) -> int:

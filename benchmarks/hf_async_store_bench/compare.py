@@ -91,7 +91,5 @@ def as_table(found: list[Difference]) -> Table:
 def unmatched(old: Results, new: Results) -> list[str]:
     """What only one of the runs has."""
     olds, news = ({f"{each.system}, {each.load.name}" for each in run.cells} for run in (old, new))
-    return [
-        *(f"only in the old: {each}" for each in sorted(olds - news)),
-        *(f"only in the new: {each}" for each in sorted(news - olds)),
-    ]
+    only = (("old", olds - news), ("new", news - olds))
+    return [f"only in the {run}: {each}" for run, some in only for each in sorted(some)]

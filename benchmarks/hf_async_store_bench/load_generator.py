@@ -20,8 +20,8 @@ _MAX_SHOWN: Final = 10
 _PATIENCE: Final = 3.0  # an open round is ended when it takes so many times its length
 
 
+# One operation in a slot, where no other runs at the time; gives how many entities it was about.
 Work: TypeAlias = Callable[[int], Awaitable[int]]
-"""One operation in a slot, where no other runs at the time; gives how many entities it was about."""
 
 
 async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:

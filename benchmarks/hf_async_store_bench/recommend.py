@@ -19,13 +19,13 @@ from hf_async_store_bench.tables import bytes_shown, range_shown, shown, time_sh
 _MOST_ENTITIES: Final = 50_000  # more take too long: two sizes are measured, and extrapolated
 _ENOUGH: Final = 0.7  # of the fastest one's work: as good, if the engine needs less
 _MEMORY_SHARE: Final = 0.25  # of the machine's memory, what all processes together may take
+# From what needs least to what needs most; json split is the same as json.
 _NEEDS: Final = {
     "json": "files alone: they can be read, copied and compared as they are",
     "sqlite": "one file, no server",
     "postgresql": "a PostgreSQL server; several machines can share it",
     "dynamodb": "an AWS account; several machines can share it",
 }
-"""From what needs least to what needs most; json split is the same as json."""
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):

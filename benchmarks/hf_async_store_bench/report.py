@@ -11,6 +11,7 @@ from typing import Final
 
 from hf_async_store import ConfigurationError
 from hf_async_store_bench import charts, tables
+from hf_async_store_bench.messages import encode
 from hf_async_store_bench.results import Results
 from hf_async_store_bench.tables import Table
 
@@ -22,7 +23,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     """Write all of it; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page, markdown = (folder / f"report.{each}" for each in ("json", "html", "md"))
-    results.write(data)
+    data.write_bytes(encode(results) + b"\n")
     page.write_text(as_page(results), encoding="utf-8")
     markdown.write_text(as_markdown(results), encoding="utf-8")
     written = [data, page, markdown]

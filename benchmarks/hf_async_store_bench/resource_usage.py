@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -122,11 +123,10 @@ def _sync_seconds() -> float:
     """The median of an append and its fdatasync, on the disk of the temporary folder."""
     from hf_async_store_bench.baselines.journal import sync_data
 
-    times = []
+    times = [time.perf_counter()]
     with tempfile.TemporaryFile() as file:
         for _ in range(_SYNCS):
-            started = time.perf_counter()
             os.write(file.fileno(), b"x" * 350)
             sync_data(file.fileno())
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+            times.append(time.perf_counter())
+    return statistics.median(after - before for before, after in pairwise(times))

@@ -10,7 +10,7 @@ import msgspec
 
 from hf_async_store import ConfigurationError
 from hf_async_store_bench.histogram import Histogram
-from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode, encode
+from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode
 from hf_async_store_bench.settings import Parameter
 from hf_async_store_bench.statistics import Interval, exponent, ratio_of_pairs
 
@@ -147,9 +147,6 @@ class Results(msgspec.Struct, kw_only=True):
     def of(self, load: str) -> list[Cell]:
         """The cells of a load that were measured."""
         return [each for each in self.cells if each.load.name == load and each.rounds]
-
-    def write(self, path: Path) -> None:
-        path.write_bytes(encode(self) + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:

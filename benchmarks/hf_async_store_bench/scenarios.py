@@ -26,8 +26,6 @@ from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
 
-Measure: TypeAlias = Callable[[Plan], Awaitable[list[Measurement]]]
-
 
 class Scenario(NamedTuple):
     """One of them, on a filled store of a system.
@@ -41,13 +39,10 @@ class Scenario(NamedTuple):
     system: str
     summary: str
     sizes: tuple[int, ...]
-    measure: Measure
+    measure: Callable[[Plan], Awaitable[list[Measurement]]]
     seconds: float
     writes: bool = False
     runs: int = 1
-
-
-_TICK: Final = 0.001
 
 
 async def seconds(work: Awaitable[object]) -> float:
@@ -83,19 +78,19 @@ async def watched_loop() -> AsyncIterator[list[float]]:
     async def tick() -> None:
         last = time.perf_counter()
         while True:
-            await asyncio.sleep(_TICK)
+            await asyncio.sleep(0.001)
             now = time.perf_counter()
             ticks.append(now - last)
             last = now
 
     gc.collect()
     ticker = asyncio.get_running_loop().create_task(tick())
-    await asyncio.sleep(2 * _TICK)
+    await asyncio.sleep(0.002)
     try:
         yield ticks
     finally:
         # What held the loop last shows in the tick that comes after it.
-        await asyncio.sleep(2 * _TICK)
+        await asyncio.sleep(0.002)
         ticker.cancel()
 
 

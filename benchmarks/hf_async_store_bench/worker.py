@@ -33,11 +33,6 @@ class Worker:
         self._slots = max(1, min(tasks, plan.load.entities // plan.load.processes))
         self._before = resource_usage.resident_bytes()
 
-    async def answer(self, command: Command) -> Answer:
-        """Carry out a command."""
-        answer: Answer = await getattr(self, command.do)(command)
-        return answer
-
     async def scenario(self, command: Command) -> Answer:
         """Measure a scenario."""
         from hf_async_store_bench.scenarios import SCENARIOS
@@ -128,7 +123,8 @@ async def work() -> int:
     try:
         worker = Worker(decode(await next_line(), Plan))
         while line := await next_line():
-            say(await worker.answer(decode(line, Command)))
+            command = decode(line, Command)
+            say(await getattr(worker, command.do)(command))
     except Exception as exc:  # noqa: BLE001  # the harness tells it, whatever it is
         first = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
         say(Answer(refused=f"{type(first).__name__}: {first}"))

@@ -174,13 +174,9 @@ def _map(entity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(value: Any) -> dict[str, Any]:
     """Of what machines have: numbers are whole ones."""
-    match value:
-        case int():
-            return {"N": str(value)}
-        case dict():
-            return {"M": _map(value)}
-        case _:
-            return {"S": value}
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"M": _map(value)} if isinstance(value, dict) else {"S": value}
 
 
 def _entity(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,10 +185,6 @@ def _entity(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Mapping[str, Any]) -> Any:
     ((kind, held),) = value.items()
-    match kind:
-        case "N":
-            return int(held)
-        case "M":
-            return _entity(held)
-        case _:
-            return held
+    if kind == "N":
+        return int(held)
+    return _entity(held) if kind == "M" else held

@@ -14,9 +14,7 @@ from urllib.parse import quote
 from hf_async_store import ConfigurationError, Entity, StorageStrategy
 from hf_async_store_bench.data import batches
 
-Entities: TypeAlias = dict[str, dict[str, Entity]]
-"""Entities by id, by collection."""
-
+Entities: TypeAlias = dict[str, dict[str, Entity]]  # by id, by collection
 REAL_DATA: Final = "HF_ASYNC_STORE_REAL_DATA"
 OPEN: Final = frozenset({"PENDING", "pending", "in_progress"})
 """The statuses of a request that waits for machines; in lower case they are from the field."""

@@ -23,6 +23,7 @@ _WIDTH: Final = 120
 _SHARES: Final = (0.5, 0.95, 0.99, 1.0)
 _GOOD, _BAD = "bold green", "bold red"
 _STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BAD}
+# What is counted: acknowledged writes to a collection, by the operation that made them.
 _COUNTED: Final = {
     ("requests", "acquire"): "requests for machines",
     ("requests", "create"): "requests for machines",
@@ -34,7 +35,6 @@ _COUNTED: Final = {
     ("machines", "terminate"): "machines given back",
     ("templates", "count up"): "counter steps",
 }
-"""What is counted: acknowledged writes to a collection, by the operation that made them."""
 
 
 class Screen:

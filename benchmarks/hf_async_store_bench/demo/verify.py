@@ -16,9 +16,7 @@ from hf_async_store_bench.data import batches, settled_count
 from hf_async_store_bench.demo.data import Entities, streamed
 from hf_async_store_bench.demo.write_log import Answer, Operation, ProcessLog, Write
 
-EntityKey: TypeAlias = tuple[str, str]
-"""A collection and an id."""
-
+EntityKey: TypeAlias = tuple[str, str]  # a collection and an id
 _BATCH: Final = 500
 _AT_ONCE: Final = 16
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
