@@ -29,10 +29,8 @@ class Histogram:
 
     def percentile(self, share: float) -> float:
         """The seconds within which this share (0 to 1) of all was done; 0 if there are none."""
-        histogram = self._counted()
-        if not histogram.get_total_count():
-            return 0.0
-        return float(histogram.get_value_at_percentile(share * 100)) / 1e9
+        value = self._counted().get_value_at_percentile(share * 100) if self.count else 0
+        return float(value) / 1e9
 
     @property
     def count(self) -> int:

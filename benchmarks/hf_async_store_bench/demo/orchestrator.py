@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from time import monotonic, perf_counter
 from typing import Any, Final, TypeAlias, cast
 
-from hf_async_store import (
-    AlreadyExistsError,
-    BatchError,
-    ConcurrencyConflictError,
-    Entity,
-    EntityNotFoundError,
-    StorageError,
-    StorageStrategy,
-    Transaction,
-    begins_with,
-)
+import hf_async_store as hfas
+from hf_async_store import Entity, StorageError, StorageStrategy, Transaction, begins_with
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, machine, transaction_limit
 from hf_async_store_bench.demo.data import OPEN
@@ -46,7 +38,7 @@ _STUCK_SECONDS: Final = 15.0
 """How long after that a call that is still not answered counts as stuck."""
 
 _SETTLE_SECONDS: Final = 10.0
-_NORMAL: Final = (ConcurrencyConflictError, EntityNotFoundError, AlreadyExistsError)
+_NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.AlreadyExistsError)
 
 _Change: TypeAlias = tuple[Write, list[Answer]]
 
@@ -65,7 +57,7 @@ class Orchestrator:
         self._log = log
         self._plan = plan
         self._progress = progress
-        self._random = plan.random()
+        self._random = random.Random(f"{plan.settings.seed}-{plan.index}")
         self._limit = transaction_limit(store.capabilities)
         self._eventual = store.capabilities.query_isolation == "eventual"
         self._until = monotonic() + plan.settings.seconds
@@ -145,9 +137,9 @@ class Orchestrator:
     async def _acquire_piecemeal(self, request: str, template: str, machines: list[str]) -> None:
         """The request, its machines in batches, and only then PENDING: pollers rely on that."""
         entity = _acquire_request(request, template, len(machines), "creating")
-        created = Write("requests", "create", [request], entity)
+        write = Write("requests", "create", [request], entity)
         creating = self._store.create_entity("requests", entity)
-        (version,) = await self._write("create", created, creating)
+        (version,) = await self._write("create", write, creating)
         if not isinstance(version, int):
             return  # noted already; its machines would have no parent
         shared = _machine_fields(request, template)
@@ -259,8 +251,7 @@ class Orchestrator:
         changes = dict.fromkeys(versions, fields)
         updates = self._store.update_entities("machines", changes, versions)
         answers = await self._write("status write", write, updates)
-        landed = [each for each in answers if isinstance(each, int)]
-        return len(landed) == len(waiting)
+        return sum(isinstance(each, int) for each in answers) == len(waiting)
 
     async def _set_request(self, name: str, fields: dict[str, Any], version: int) -> None:
         """Compare-and-set: whoever else polls the same request may be faster."""
@@ -301,11 +292,11 @@ class Orchestrator:
         """Go on with the open requests of the loaded data; the first process returns some."""
         for name in self._plan.adopted:
             async with self._noting_errors(f"requests/{name}"):
-                if await self._poll_to_the_end(name) and self._plan.index == 0:
-                    machines = await self._machines_of(name)
-                    if machines:
-                        template = str(machines[0]["template_id"])
-                        await self._give_back(name, template, [_id(each) for each in machines])
+                ended = await self._poll_to_the_end(name)
+                machines = await self._machines_of(name) if ended and not self._plan.index else []
+                if machines:
+                    template = str(machines[0]["template_id"])
+                    await self._give_back(name, template, [_id(each) for each in machines])
 
     async def _pending(self, kind: str, limit: int | None = None) -> list[Entity]:
         ours = begins_with(self._plan.prefix)
@@ -335,7 +326,7 @@ class Orchestrator:
         try:
             outcome = await call
             outcomes = [outcome] if isinstance(outcome, int) else outcome
-        except BatchError as exc:
+        except hfas.BatchError as exc:
             outcomes = exc.outcomes
         except StorageError as exc:
             outcomes = [exc] * len(write.ids)

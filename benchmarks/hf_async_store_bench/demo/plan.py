@@ -64,10 +64,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         store = self.settings.store
         return open_store(store if store is not None else Path(str(self.settings.config)))
 
-    def random(self) -> random.Random:
-        """Chance, the same for the same seed and process."""
-        return random.Random(f"{self.settings.seed}-{self.index}")
-
 
 def draw_sizes(seed: int, process: int, requests: int) -> list[int]:
     """How many machines each request of a process asks for: mostly few, a burst now and then."""

@@ -247,7 +247,7 @@ async def _workers(plans: Sequence[Plan]) -> AsyncIterator[list[Worker]]:
             worker = await Worker.start(plan)
             workers.append(worker)
         for worker in workers:
-            await worker.ready()
+            await worker.process.hear()  # it has opened its store, or has failed to
         yield workers
     finally:
         for each in workers:

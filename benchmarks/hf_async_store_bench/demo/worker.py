@@ -37,10 +37,6 @@ class Worker:
         first = msgspec.json.encode(plan)
         return cls(plan, await LineProcess.start("demo.worker", first, errors))
 
-    async def ready(self) -> None:
-        """Wait until it has opened its store, or has failed to."""
-        await self.process.hear()
-
     async def follow(self) -> str | None:
         """Follow its progress to its end; returns what is wrong with that end, if anything."""
         while line := await self.process.hear():
