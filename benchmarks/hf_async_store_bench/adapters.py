@@ -80,8 +80,9 @@ class StoreAdapter:
             await self.store.import_entities("machines", batch)
 
     async def run_process(self, machine: str) -> None:
+        command = [sys.executable, "-m", "hf_async_store", "get", "machines", machine, "--json"]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hf_async_store", "get", "machines", machine, "--json"),
+            *command,
             env={**os.environ, "HF_ASYNC_STORE": self._url},
             stdout=asyncio.subprocess.PIPE,
         )
@@ -96,10 +97,8 @@ class StoreAdapter:
                 await tx.create_entity("requests", request)
                 await tx.create_entities("machines", machines)
             return
+        name, done = request["request_id"], {"status": request["status"]}
         version = await self.store.create_entity("requests", {**request, "status": "creating"})
         for batch in batches(machines, _CALL):
             await self.store.create_entities("machines", batch)
-        await self.store.update_entity(
-            *("requests", request["request_id"], {"status": request["status"]}),
-            expected_version=version,
-        )
+        await self.store.update_entity("requests", name, done, expected_version=version)

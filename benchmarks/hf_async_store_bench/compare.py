@@ -9,10 +9,7 @@ from hf_async_store_bench.results import Cell, Results
 from hf_async_store_bench.statistics import Interval, ratio_of_runs
 from hf_async_store_bench.tables import Table, change_shown, shown
 
-SMALLEST: Final = 0.05
-"""A change by less than this part is not told, however sure: machines are not that much the same
-from one day to the next."""
-
+SMALLEST: Final = 0.05  # a change by less is not told: machines differ from one day to the next
 _WORDS: Final = ("slower", "faster", "same within the noise")
 
 

@@ -21,8 +21,6 @@ from hf_async_store_bench.data import Entity, batches
 from hf_async_store_bench.messages import Environment
 
 _KEY: Final = "machine_id"
-_BATCH: Final = 25
-_AT_ONCE: Final = 8
 
 
 @dataclass
@@ -238,7 +236,7 @@ class AioDynamo(Competitor):
         return cls(
             lambda machine: client.put_item(name, machine),
             get,
-            lambda machines: side_by_side(put, batches(machines, _BATCH), _AT_ONCE),
+            lambda machines: side_by_side(put, batches(machines, 25), 8),
             stack.aclose,
         )
 

@@ -8,16 +8,14 @@ from typing import Final
 from hdrh.histogram import HdrHistogram
 
 _MOST: Final = 24 * 3600 * 10**9
-_DIGITS: Final = 2
-ERROR: Final = 1 / 128
-"""The part of a value by which it may be read back too large; never too small."""
+ERROR: Final = 1 / 128  # the part of a value by which it may be read back too large
 
 
 class Histogram:
     """Latencies in nanoseconds. It travels between processes and into results as text."""
 
     def __init__(self, encoded: str = "") -> None:
-        empty = HdrHistogram(1, _MOST, _DIGITS)
+        empty = HdrHistogram(1, _MOST, 2)
         self._histogram = HdrHistogram.decode(encoded) if encoded else empty
         self._recent = array("q")
         self.record = self._recent.append

@@ -8,10 +8,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final, Self, cast
-
-_LINE: Final = 2**28
-_LAST_WORDS: Final = 400
+from typing import Self, cast
 
 
 class LineProcess:
@@ -32,13 +29,14 @@ class LineProcess:
         paths = [source, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         # PYTHONSAFEPATH: else the working directory would come before the source.
         changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", "hf_async_store_bench", role]
         with errors.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "hf_async_store_bench", role),
+                *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                limit=_LINE,
+                limit=2**28,
                 start_new_session=True,
                 env={**os.environ, **changed} if source else None,
             )
@@ -85,7 +83,7 @@ class LineProcess:
     def last_words(self) -> str:
         """The end of what it wrote to stderr."""
         said = self._errors.read_text(errors="replace") if self._errors.exists() else ""
-        return said.strip()[-_LAST_WORDS:] or "it said nothing"
+        return said.strip()[-400:] or "it said nothing"
 
 
 async def next_line() -> bytes:

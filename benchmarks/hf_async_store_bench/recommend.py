@@ -91,7 +91,11 @@ async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advi
 
 
 def _candidate(wanted: Wanted, cell: Cell, small: Cell | None) -> Candidate:
-    memory = _memory(wanted, cell, small)
+    """Its memory is extrapolated from two sizes; it is never less than what was measured."""
+    memory, more = cell.memory, wanted.entities - cell.load.entities
+    if small is not None and small.load.entities != cell.load.entities:
+        step = (memory - small.memory) / (cell.load.entities - small.load.entities)
+        memory = max(memory, memory + step * more)
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _MEMORY_SHARE
     return Candidate(
         engine=cell.system,
@@ -104,14 +108,6 @@ def _candidate(wanted: Wanted, cell: Cell, small: Cell | None) -> Candidate:
         needs=_NEEDS[cell.system],
         against=f"would take {bytes_shown(memory)} of memory" if memory > most else "",
     )
-
-
-def _memory(wanted: Wanted, cell: Cell, small: Cell | None) -> float:
-    """Extrapolated from two sizes to the wanted one; never less than what was measured."""
-    if small is None or small.load.entities == cell.load.entities:
-        return cell.memory
-    step = (cell.memory - small.memory) / (cell.load.entities - small.load.entities)
-    return max(cell.memory, cell.memory + step * (wanted.entities - cell.load.entities))
 
 
 def decide(advice: Advice) -> None:

@@ -56,9 +56,8 @@ class Run:
         self._started = time.monotonic()
         self._cells: dict[Load, dict[str, Cell]] = {}
         self._visits: dict[Load, list[float]] = {}
-        self.results = Results(
-            made_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), mode=settings.mode
-        )
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.results = Results(made_at=now, mode=settings.mode)
         self._executor = Executor(settings, environments, self.results)
         self._systems = []
         for each in systems:

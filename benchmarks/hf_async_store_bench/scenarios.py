@@ -375,8 +375,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "backup": Scenario("json", "a backup", (1_000_000,), backing_up, 60, writes=True),
     "backup of sqlite": Scenario("sqlite", "a backup", (1_000_000,), backing_up, 90, writes=True),
     "migration memory": Scenario(
-        *("json", "memory of migrating and backing up", (10_000, 1_000_000)),
-        *(migration_memory, 120),
+        "json",
+        "memory of migrating and backing up",
+        (10_000, 1_000_000),
+        migration_memory,
+        120,
         writes=True,
     ),
 }

@@ -33,7 +33,6 @@ DYNAMODB_VARIABLE: Final = "HF_ASYNC_STORE_TEST_DYNAMODB_URL"
 
 _HOST: Final = "127.0.0.1"
 _START_SECONDS: Final = 60.0
-_POLL_SECONDS: Final = 0.02
 _SERVERS: Final = Path(sys.prefix) / "servers"
 
 
@@ -70,7 +69,7 @@ class _Process:
                 if time.monotonic() > deadline:
                     self.end(signal.SIGKILL)
                     raise ServerUnavailable(f"no answer after {_START_SECONDS:g} s: {self._said()}")
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.02)
             # After a kill, what the dead server held may take a moment to go.
             if time.monotonic() > deadline - _START_SECONDS + 10:
                 raise ServerUnavailable(f"it ended at its start: {self._said()}")

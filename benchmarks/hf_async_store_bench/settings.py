@@ -29,7 +29,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rounds: of each system at one visit to a load, if the load's share of the time has room.
-        duration: seconds of one round of one system.
         steady: seconds of the round at fixed times; 0: none.
         rate: its operations a second; None: half as many as the system can do, 5,000 at most.
         budget: seconds of the whole run; None: as long as it takes.
@@ -101,7 +100,6 @@ FULL: Final = Settings(
     ),
     scenarios=tuple(SCENARIOS),
 )
-"""Within 20 minutes, with what it takes to draw the report."""
 
 
 def chosen_loads(names: Sequence[str]) -> tuple[Load, ...]:

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from scipy import special
 
-CONFIDENCE: Final = 0.95
+_CONFIDENCE: Final = 0.95
 
 
 class Interval(NamedTuple):
@@ -71,4 +71,4 @@ def _around(middle: float, half: float) -> Interval:
 
 def _quantile(freedom: float) -> float:
     """Of Student's distribution, two-sided."""
-    return float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2))
+    return float(special.stdtrit(freedom, 0.5 + _CONFIDENCE / 2))

@@ -179,7 +179,6 @@ def verdict(results: Results) -> str:
 
 
 READING: Final = Path(__file__).with_name("reading.txt").read_text(encoding="utf-8").splitlines()
-"""How to read a report."""
 
 
 def as_text(table: Table) -> str:

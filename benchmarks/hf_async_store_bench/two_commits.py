@@ -38,8 +38,7 @@ ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")
 WORKLOADS: Final = ("save", "get", "acquire", "poll", "query")
 SIDES: Final = ("base", "head")
 VERDICTS: Final = ("SLOWER", "faster", "same within the noise")
-SMALLEST: Final = 0.03
-"""A change by less than this part is not told, however sure it is."""
+SMALLEST: Final = 0.03  # a change by less than this part is not told, however sure it is
 
 
 class Change(NamedTuple):

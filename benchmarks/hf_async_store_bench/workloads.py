@@ -1,8 +1,5 @@
-"""The workloads, named for what an orchestrator does.
-
-Each notes what was acknowledged, and at the end the system has to show exactly that. A slot is one of
-the concurrent tasks: only it writes to its machines.
-"""
+"""The workloads, named for what an orchestrator does. Each notes what was acknowledged, and at the end the
+system has to show exactly that. A slot is one of the concurrent tasks: only it writes to its machines."""
 
 from __future__ import annotations
 
@@ -27,13 +24,8 @@ _FIRST_REQUEST: Final = data.request_id(0)
 
 
 class Workload:
-    """One kind of work on one system, in the slots of one process.
-
-    Attributes:
-        needs: the methods that an adapter has to have.
-        counts: every write sets the field `count` of its machine to how many there were.
-        writes: it changes what is stored before.
-    """
+    """One kind of work on one system, in the slots of one process. It needs some methods of the adapter;
+    if it counts, every write sets the field `count` of its machine to how many there were."""
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()

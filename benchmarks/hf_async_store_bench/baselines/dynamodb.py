@@ -19,8 +19,8 @@ _READS = 100
 _AT_ONCE = 8
 _KEY = "machine_id"
 _IS_NEW = f"attribute_not_exists({_KEY})"
+# What the store's machines are found by, and ordered by.
 _INDEXES = {"request_id": "created_at", "return_request_id": None, "status": None, "name": None}
-"""The indexes of the store's machines: what they are found by, and ordered by."""
 
 
 class _Client:

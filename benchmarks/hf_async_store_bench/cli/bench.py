@@ -7,9 +7,7 @@ from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, percent, positive
 
-OUTPUT: Final = "hf-async-store-bench"
-"""The folder that a report is written to, if nothing else is said."""
-
+OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, if nothing else is said
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
 SUMMARY: Final = "measure every engine here, beside hand-written baselines and alternatives"
 MANUAL: Final = """\

@@ -1,5 +1,2 @@
-"""The product's main job, checked to the last write: `hf-async-store demo`.
-
-Three processes work on one store at once; one of them is killed. Each logs every write before and
-after, and at the end a freshly opened store has to agree with those logs.
-"""
+"""The product's main job, checked to the last write: three processes work on one store, one is killed, and
+a freshly opened store has to agree with what each of them logged."""

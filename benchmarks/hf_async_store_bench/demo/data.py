@@ -16,9 +16,8 @@ from hf_async_store_bench.data import batches
 
 Entities: TypeAlias = dict[str, dict[str, Entity]]  # by id, by collection
 REAL_DATA: Final = "HF_ASYNC_STORE_REAL_DATA"
+# The statuses of a request that waits for machines; in lower case they are from the field.
 OPEN: Final = frozenset({"PENDING", "pending", "in_progress"})
-"""The statuses of a request that waits for machines; in lower case they are from the field."""
-
 _SINGLE: Final = "request_database.json"
 _BATCH: Final = 500
 

@@ -26,17 +26,12 @@ from hf_async_store_bench.demo.write_log import Answer, Read, Write, WriteLog, a
 _FLOWS: Final = 24  # requests that one process has under way at once
 _WATCHERS: Final = 4
 _COUNTERS: Final = 3
-_PIECEMEAL_EVERY: Final = 4
-"""Every so many requests get their machines batch by batch even where one transaction could hold
-them all: a provider does not always hand out everything at once."""
-
+_PIECEMEAL_EVERY: Final = 4  # of so many requests one gets its machines in batches in any case
 _BATCH: Final = 100
 _READY: Final = 0.7  # the share of the waiting machines that a poll finds running
 _RETURNED: Final = 0.6
 _DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
-_STUCK_SECONDS: Final = 15.0
-"""How long after that a call that is still not answered counts as stuck."""
-
+_STUCK_SECONDS: Final = 15.0  # how long after that a call counts as stuck
 _SETTLE_SECONDS: Final = 10.0
 _NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.AlreadyExistsError)
 

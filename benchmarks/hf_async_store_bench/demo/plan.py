@@ -40,12 +40,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The part of one process. It travels to workers over a pipe.
 
     Attributes:
-        write_log: the file of this process's notes.
         prefix: of every id that the run makes, so that it never touches what others own.
         sizes: the machines of each request that this process makes.
         endless: go on with small requests after that, until somebody ends the process.
         templates: what requests ask for; each counts its uses.
-        counters: entities that everybody counts up all the time.
         adopted: open requests of the loaded data.
     """
 

@@ -19,7 +19,6 @@ from hf_async_store_bench.demo.write_log import ProcessLog
 from hf_async_store_bench.histogram import Histogram
 
 _SHOWN: Final = 10  # failures of one invariant that are printed
-_WIDTH: Final = 120
 _SHARES: Final = (0.5, 0.95, 0.99, 1.0)
 _GOOD, _BAD = "bold green", "bold red"
 _STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BAD}
@@ -78,7 +77,7 @@ class Screen:
 
 def screen() -> Screen:
     """The one that fits where the output goes."""
-    return Screen(Console(width=None if sys.stdout.isatty() else _WIDTH))
+    return Screen(Console(width=None if sys.stdout.isatty() else 120))
 
 
 def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:

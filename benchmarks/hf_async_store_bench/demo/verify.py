@@ -17,8 +17,6 @@ from hf_async_store_bench.demo.data import Entities, streamed
 from hf_async_store_bench.demo.write_log import Answer, Operation, ProcessLog, Write
 
 EntityKey: TypeAlias = tuple[str, str]  # a collection and an id
-_BATCH: Final = 500
-_AT_ONCE: Final = 16
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
 
 
@@ -75,7 +73,7 @@ async def read_back(store: StorageStrategy, prefix: str, base: Entities) -> Enti
     for name, loaded in base.items():
         key = store.collections[name].key
         found = await streamed(store, name, {key: begins_with(prefix)})
-        for batch in batches(list(loaded), _BATCH):
+        for batch in batches(list(loaded), 500):
             entities = await store.get_entities(name, batch)
             found |= {str(each[key]): each for each in entities if each is not None}
         stored[name] = found
@@ -94,7 +92,7 @@ async def compare_indexes(store: StorageStrategy, stored: Entities, prefix: str)
         invariant.check(("requests", request), None if found == expected else wrong)
 
     requests = [each for each in stored["requests"] if each.startswith(prefix)]
-    await side_by_side(compare, requests, _AT_ONCE)
+    await side_by_side(compare, requests, at_once=16)
     return invariant
 
 

@@ -16,7 +16,6 @@ from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import WriteLog
 from hf_async_store_bench.processes import LineProcess, next_line
 
-_READY: Final = "ready"
 GO: Final = b"go"
 
 
@@ -66,7 +65,7 @@ async def work() -> int:
         async with plan.open() as store:
             # The first call opens for real; what it costs is no part of the work.
             await store.get_entity("templates", plan.counters[0])
-            _say(_READY)
+            _say("ready")
             if (await next_line()).strip() != GO:
                 return 1
             threading.Thread(target=_end_with_the_demo, daemon=True).start()

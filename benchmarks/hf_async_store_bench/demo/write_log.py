@@ -1,8 +1,5 @@
-"""The write log of a process: what it is about to write, and what the store acknowledged.
-
-One line each, handed to the operating system before the process goes on: a kill loses nothing that was
-logged. Only of a write that was announced and never answered nobody knows whether it was applied.
-"""
+"""The write log of a process: what it is about to write, and what the store acknowledged, one line each,
+handed to the operating system at once: a kill loses nothing that was logged."""
 
 from __future__ import annotations
 
