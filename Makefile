@@ -19,7 +19,7 @@ test: $(STAMP)  ## every test but the long sweeps
 	$(BIN)/python -m pytest -n 2
 
 test-long: $(STAMP)  ## the long sweeps, too
-	$(BIN)/python -m pytest -m "long or not long"
+	$(BIN)/python -m pytest --hf-full -m "long or not long"
 
 check: $(STAMP)  ## style, types, and which layer may import which
 	$(BIN)/ruff check .

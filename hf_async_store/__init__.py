@@ -5,8 +5,8 @@
     async with open_store("json:data/request_database.json") as store:
         version = await store.save_entity("requests", {"request_id": "req-1", "status": "PENDING"})
 
-Everything public is here. Importing this package imports no driver; a strategy is imported when it
-is opened or named.
+All public names can be imported from this package. Importing it imports no database driver; a strategy
+is imported when one of its stores is opened or its class is accessed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ON_DEMAND: Final = {
+_LAZY_IMPORTS: Final = {
     "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",
     "JSONStorageStrategy": "hf_async_store.strategies.json",
     "MemoryStorageStrategy": "hf_async_store.strategies.memory",
@@ -108,8 +108,8 @@ _ON_DEMAND: Final = {
 
 
 def __getattr__(name: str) -> object:
-    if name in _ON_DEMAND:
-        return getattr(import_module(_ON_DEMAND[name]), name)
+    if name in _LAZY_IMPORTS:
+        return getattr(import_module(_LAZY_IMPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

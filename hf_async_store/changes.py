@@ -28,7 +28,8 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 class Expect(Enum):
     """A precondition on the stored entity, other than an exact version."""
 
-    # Values that cannot be stored: an ABSENT in a filter must not become the string "absent".
+    # The values cannot be stored, so that an ABSENT in a filter is rejected and not converted to a
+    # string.
     ANY = object()
     ABSENT = object()
     PRESENT = object()
@@ -71,10 +72,14 @@ class Put(msgspec.Struct, frozen=True, gc=False):
     """Insert or replace a whole entity.
 
     Attributes:
-        entity: portable and validated, without `version`. Without `created_at`, the stored one is
-            kept even if it is missing, and a new entity gets `written_at`.
+        entity: portable and validated, without `version`. If `created_at` is missing in it, a new
+            entity gets `written_at`, and an existing one keeps its `created_at`, or has none if it
+            had none.
         written_at: the time of this change, in canonical form.
-        import_version: for imports: the version to store; `created_at` is then stored as given too.
+        expect: the precondition on the stored entity.
+        import_version: for imports: the version to store. Then `entity` is stored exactly as given,
+            with or without `created_at`.
+        mark: during a live migration: the change marker to write in the same commit.
     """
 
     key: Key

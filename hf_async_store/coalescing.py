@@ -1,8 +1,9 @@
-"""Coalescing: single operations that wait at the same moment share one commit or round trip.
+"""Coalescing: single operations that wait at the same time share one commit or round trip.
 
-This is where many tasks on one store beat one driver call each. A batch takes whatever waits when
-a lane becomes free, so an idle store adds one turn of the loop to an operation, and a busy one
-grows its batches by itself: there is no timer and nothing to tune.
+For many concurrent tasks this is faster than one driver call per operation. A lane runs one batch at
+a time; when it becomes free, the operations that are waiting form its next batch. So an idle store
+delays an operation by one iteration of the event loop, and a busy store forms larger batches without
+a timer or anything to tune.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ Result = TypeVar("Result")
 
 
 class _Waiter(Generic[Item, Result]):
-    """One caller: its items, and their results as batches bring them."""
+    """One call of `submit`: its items, and the results of the batches that contained them."""
 
-    __slots__ = ("batches_ended", "done", "items", "left", "results", "taken", "under_way")
+    __slots__ = ("batches_ended", "done", "in_progress", "items", "remaining", "results", "started")
 
     def __init__(self, items: Sequence[Item], done: asyncio.Future[None]) -> None:
         self.items = items
         self.done = done
         self.results: list[Result | StorageError | None] = [None] * len(items)
-        self.left = len(items)
-        self.taken = False  # a batch took one of them, now or before
-        self.under_way = 0  # how many of them batches hold now
+        self.remaining = len(items)  # the number of items without a result
+        self.started = False  # an item is or was in a batch
+        self.in_progress = 0  # the number of items that are in running batches
         self.batches_ended: asyncio.Future[None] | None = None
 
     def release(self) -> None:
-        """A batch that held one of the items has ended."""
-        self.under_way -= 1
+        """Record that the batch of one of the items has ended."""
+        self.in_progress -= 1
         ended = self.batches_ended
-        if ended is not None and not self.under_way and not ended.done():
+        if ended is not None and not self.in_progress and not ended.done():
             ended.set_result(None)
 
     async def wait_for_batches(self) -> None:
-        """Wait until no batch holds an item any more, however often the caller is cancelled."""
-        while self.under_way:
+        """Wait until no running batch contains an item, even if the caller is cancelled again."""
+        while self.in_progress:
             self.batches_ended = asyncio.get_running_loop().create_future()
             with suppress(asyncio.CancelledError):
                 await self.batches_ended
@@ -55,21 +56,24 @@ _Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int]]"
 
 
 class Coalescer(Generic[Item, Result]):
-    """Shares calls of `run` among the callers of `submit`.
+    """Combines the items of concurrent `submit` calls into batches, each passed to one `run` call.
 
-    * Each caller gets the results of its own items, in their order; a failure of a whole batch
-      stands as an error of its own at each item that was in it.
-    * Items of one key run in the order in which they were submitted, one batch after another.
-    * A caller that is cancelled withdraws what no batch has taken yet, at once. Of writes it then
-      waits until the batches that hold the others have ended, so that nothing of a task that is
-      gone lands later; what bounds that is what bounds `run`.
+    * Each caller gets the results of its own items, in their order. If a whole batch fails, each of
+      its items gets a separate copy of the error as its result.
+    * Items with the same key run in the order in which they were submitted, never in two batches at
+      the same time.
+    * If a caller is cancelled, its items that are not in a batch yet are withdrawn at once. If the
+      items are writes, the caller then waits until the batches that contain its other items have
+      ended, so that nothing is written after the task has ended. The duration of this wait is
+      limited only by that of `run`.
 
     Args:
-        run: one result per item, in order; may fail as a whole.
-        writes: the items may change what is stored.
-        lanes: how many batches may be under way at once.
-        size: how many items a batch takes at most.
-        key: the key of an item, whose order must be kept; None where order does not matter.
+        run: returns one result per item, in order; may fail as a whole.
+        writes: the items may change stored data.
+        lanes: the maximum number of batches that run at once.
+        size: the maximum number of items in a batch.
+        key: returns the key of an item; items with the same key are kept in order. None: the order
+            does not matter.
     """
 
     def __init__(
@@ -83,14 +87,14 @@ class Coalescer(Generic[Item, Result]):
     ) -> None:
         self._run = run
         self._writes = writes
-        # One lane keeps the order by itself.
+        # A single lane keeps the order without keys.
         self._key = key if lanes > 1 else None
         self._lanes = lanes
         self._size = size
         self._queue: deque[tuple[_Waiter[Item, Result], int]] = deque()
-        self._busy: set[Key] = set()  # keys under way, whose next items must wait
-        self._active: set[asyncio.Task[None]] = set()
-        self._started = False
+        self._busy: set[Key] = set()  # keys in running batches: further items with them must wait
+        self._running: set[asyncio.Task[None]] = set()  # the tasks of the lanes
+        self._start_scheduled = False
 
     async def submit(
         self, items: Sequence[Item], timeout: float | None
@@ -98,7 +102,8 @@ class Coalescer(Generic[Item, Result]):
         """The results of `items`, in order.
 
         Raises:
-            OperationTimeoutError: `outcome_unknown` if they write, and a batch had taken any.
+            OperationTimeoutError: with `outcome_unknown` if the items are writes, and one of them
+                was in a batch already.
         """
         if timeout is not None:
             check_seconds(timeout, "timeout")
@@ -107,10 +112,10 @@ class Coalescer(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         waiter: _Waiter[Item, Result] = _Waiter(items, loop.create_future())
         self._queue.extend((waiter, index) for index in range(len(items)))
-        self._start_soon()
+        self._schedule_start()
         timer = None
         if timeout is not None:
-            # Not a cancellation, which would wait for the batch: the caller wants an answer now.
+            # Not a cancellation, which would wait for the batch: the caller must return in time.
             timer = loop.call_later(timeout, self._expire, waiter, timeout)
         try:
             await waiter.done
@@ -125,66 +130,70 @@ class Coalescer(Generic[Item, Result]):
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is done."""
-        while self._queue or self._active:
-            if self._active:
-                await asyncio.wait(self._active)
+        while self._queue or self._running:
+            if self._running:
+                await asyncio.wait(self._running)
             else:
                 await asyncio.sleep(0)
 
     def _expire(self, waiter: _Waiter[Item, Result], timeout: float) -> None:
-        """The caller's time is up: what no batch has taken yet is withdrawn."""
+        """Fail the call with a timeout; its items that are not in a batch yet are withdrawn."""
         if not waiter.done.done():
-            unknown = self._writes and waiter.taken
+            unknown = self._writes and waiter.started
             waiter.done.set_exception(timed_out(timeout, outcome_unknown=unknown))
 
     # -- lanes -------------------------------------------------------------------------------
 
-    def _start_soon(self) -> None:
-        # Not at once: tasks that run later in this turn of the loop join the batch.
-        if not self._started and len(self._active) < self._lanes:
-            self._started = True
-            asyncio.get_running_loop().call_soon(self._start)
+    def _schedule_start(self) -> None:
+        # Not at once, so that tasks that run later in this iteration of the loop join the batch.
+        if not self._start_scheduled and len(self._running) < self._lanes:
+            self._start_scheduled = True
+            asyncio.get_running_loop().call_soon(self._start_lanes)
 
-    def _start(self) -> None:
-        self._started = False
-        while len(self._active) < self._lanes:
-            batch = self._take()
+    def _start_lanes(self) -> None:
+        self._start_scheduled = False
+        while len(self._running) < self._lanes:
+            batch = self._next_batch()
             if not batch:
                 return
-            lane = asyncio.get_running_loop().create_task(self._lane(batch))
-            self._active.add(lane)
-            lane.add_done_callback(partial(self._release_unsent, batch))
+            lane = asyncio.get_running_loop().create_task(self._run_lane(batch))
+            self._running.add(lane)
+            lane.add_done_callback(partial(self._fail_unstarted, batch))
 
-    def _release_unsent(self, batch: _Batch[Item, Result], lane: asyncio.Task[None]) -> None:
-        """Release a batch whose lane was cancelled before its first step, as by a loop that ends."""
-        if lane not in self._active:
-            return  # it ran, and has released its batches itself
-        self._active.discard(lane)
+    def _fail_unstarted(self, batch: _Batch[Item, Result], lane: asyncio.Task[None]) -> None:
+        """Fail a batch whose lane was cancelled before it began, for example by a closing event loop."""
+        if lane not in self._running:
+            return  # the lane ran, and has ended its batches itself
+        self._running.discard(lane)
         if self._key is not None:
             self._busy.difference_update(self._key(w.items[index]) for w, index in batch)
-        _abandon(batch, asyncio.CancelledError())
+        _fail(batch, asyncio.CancelledError())
         if self._queue:
-            self._start_soon()
+            self._schedule_start()
 
-    async def _lane(self, batch: _Batch[Item, Result]) -> None:
+    async def _run_lane(self, batch: _Batch[Item, Result]) -> None:
         try:
             while batch:
                 await self._run_batch(batch)
-                # One turn for the callers that were just answered: in a closed loop they submit
-                # again, and join the next batch instead of waiting behind a small one.
+                # One iteration of the event loop for the callers that just got their results: if they
+                # submit again at once, their items join the next batch instead of waiting behind a
+                # small one.
                 await asyncio.sleep(0)
-                batch = self._take()
+                batch = self._next_batch()
         finally:
-            # Here and not in a callback of the task: that runs a turn later, and who submits in
-            # between would rely on a lane that has ended.
-            self._active.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            # Not in a done callback, which runs one iteration of the event loop later: an item that
+            # is submitted in between would wait for a lane that has ended.
+            self._running.discard(cast("asyncio.Task[None]", asyncio.current_task()))
             if self._queue:
-                self._start_soon()
+                self._schedule_start()
 
-    def _take(self) -> _Batch[Item, Result]:
-        """The next batch: in order, without what was cancelled or must wait for another lane."""
+    def _next_batch(self) -> _Batch[Item, Result]:
+        """Remove the next batch from the queue, in order.
+
+        Items whose call has ended are dropped; items whose key is in a running batch stay queued.
+        """
         batch: _Batch[Item, Result] = []
-        passed: _Batch[Item, Result] = []
+        skipped: _Batch[Item, Result] = []
         queue = self._queue
         while queue and len(batch) < self._size:
             entry = queue.popleft()
@@ -196,12 +205,12 @@ class Coalescer(Generic[Item, Result]):
                 and self._key is not None
                 and self._key(waiter.items[index]) in self._busy
             ):
-                passed.append(entry)
+                skipped.append(entry)
                 continue
-            waiter.taken = True
-            waiter.under_way += 1
+            waiter.started = True
+            waiter.in_progress += 1
             batch.append(entry)
-        queue.extendleft(reversed(passed))
+        queue.extendleft(reversed(skipped))
         if self._key is not None:
             self._busy.update(self._key(waiter.items[index]) for waiter, index in batch)
         return batch
@@ -211,32 +220,32 @@ class Coalescer(Generic[Item, Result]):
         try:
             results = await self._run(items)
         except StorageError as exc:
-            _answer(batch, [exc.copy() for _ in batch])
+            _deliver(batch, [exc.copy() for _ in batch])
         except BaseException as exc:
-            # A defect, or the loop is closing: nobody may wait for ever. Whoever waits for a defect
-            # hears of it; the lane goes on for the others.
-            told = _abandon(batch, exc)
-            if not told or not isinstance(exc, Exception):
+            # A defect, or the event loop is closing: no caller may wait forever. If a caller receives
+            # the exception of a defect, the lane continues with the next batch.
+            delivered = _fail(batch, exc)
+            if not delivered or not isinstance(exc, Exception):
                 raise
         else:
-            _answer(batch, results)
+            _deliver(batch, results)
         finally:
             if self._key is not None:
                 self._busy.difference_update(map(self._key, items))
 
 
-def _answer(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
+def _deliver(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
     for (waiter, index), result in zip(batch, results, strict=True):
         waiter.results[index] = result
-        waiter.left -= 1
+        waiter.remaining -= 1
         waiter.release()
-        if not waiter.left and not waiter.done.done():
+        if not waiter.remaining and not waiter.done.done():
             waiter.done.set_result(None)
 
 
-def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> bool:
-    """End the waiting of all callers of a batch; whether there was one."""
-    told = False
+def _fail(batch: _Batch[Item, Result], exc: BaseException) -> bool:
+    """End all calls with items in a batch by an exception; returns whether any was waiting."""
+    delivered = False
     for waiter, _ in batch:
         waiter.release()
         if not waiter.done.done():
@@ -244,5 +253,5 @@ def _abandon(batch: _Batch[Item, Result], exc: BaseException) -> bool:
                 waiter.done.cancel()
             else:
                 waiter.done.set_exception(exc)
-            told = True
-    return told
+            delivered = True
+    return delivered

@@ -62,14 +62,14 @@ Percent: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=100)]
 class Secret:
     """A string that is never shown: `str`, `repr` and formatting give `***`. False if it is empty."""
 
-    __slots__ = ("_text",)
+    __slots__ = ("_value",)
 
     def __init__(self, text: str) -> None:
-        self._text = text
+        self._value = text
 
     def reveal(self) -> str:
         """The string itself."""
-        return self._text
+        return self._value
 
     def __repr__(self) -> str:
         return repr(REDACTED)
@@ -78,16 +78,16 @@ class Secret:
         return REDACTED
 
     def __bool__(self) -> bool:
-        return bool(self._text)
+        return bool(self._value)
 
     def __eq__(self, other: object) -> bool:
-        return self._text == other._text if isinstance(other, Secret) else NotImplemented
+        return self._value == other._value if isinstance(other, Secret) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((Secret, self._text))
+        return hash((Secret, self._value))
 
 
-class _Text(str):
+class _ExternalString(str):
     """A string from a URL or the environment: not expanded again, converted to the type of its key."""
 
     __slots__ = ()
@@ -96,7 +96,7 @@ class _Text(str):
 # -- the models -----------------------------------------------------------------------------
 
 
-class _Shown(msgspec.Struct, frozen=True, kw_only=True):
+class _RedactedRepr(msgspec.Struct, frozen=True, kw_only=True):
     """A struct whose `repr` (also that of rich) hides secrets, even in plain mappings."""
 
     def __repr__(self) -> str:
@@ -107,15 +107,15 @@ class _Shown(msgspec.Struct, frozen=True, kw_only=True):
         return [(name, _redact(name, getattr(self, name))) for name in self.__struct_fields__]
 
 
-class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Model(_RedactedRepr, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A block of the configuration, also validated if it is created in Python.
 
     Raises:
         ConfigurationError: a value has the wrong type or is out of range; names its path.
     """
 
-    _parts: ClassVar[Mapping[str, type[_Model]]] = {}
-    """The keys whose value may be a mapping, and its model."""
+    _nested_models: ClassVar[Mapping[str, type[_Model]]] = {}
+    """The keys whose value may be a mapping, with the model of that mapping."""
 
     _urls: ClassVar[tuple[str, ...]] = ()
     """The keys whose value is a URL."""
@@ -125,7 +125,7 @@ class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
             value = _checked(getattr(self, name), kind, name)
             msgspec.structs.force_setattr(self, name, value)
             if isinstance(value, str) and "://" in value and name not in self._urls:
-                # It may hold a password, and would become the name of a file, a user or a table.
+                # It may contain a password, and would be used as the name of a file, user or table.
                 raise ConfigurationError(f"{name}: a URL is not expected here")
 
     def path_keys(self) -> tuple[str, ...]:
@@ -134,11 +134,11 @@ class _Model(_Shown, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Filenames(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the JSON strategy keeps what, relative to `base_path` and inside it.
+    """The file names of the JSON strategy, relative to `base_path` and inside it.
 
     Attributes:
-        single_file: the one file of `single_file` storage.
-        split_files: the file of each collection; one that is not named has `NAME.json`.
+        single_file: the file of `single_file` storage.
+        split_files: the file of each collection; the default is `NAME.json`.
     """
 
     single_file: str = "request_database.json"
@@ -158,16 +158,16 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         base_path: a folder; a relative one is below the working directory.
-        enable_compression: gzip, at `NAME.gz`.
-        cache_size: how many decoded entities queries may keep; 0 keeps none.
-        write_buffer_size: how many bytes of journal may gather before a fold.
-        sync_writes: a commit is on the disk before it is acknowledged.
-        backup_enabled, backup_count: keep that many older generations of the file(s).
+        enable_compression: compress with gzip, to `NAME.gz`.
+        cache_size: the maximum number of decoded entities of each collection that queries cache.
+        write_buffer_size: the size in bytes that the journal may reach before a compaction.
+        sync_writes: a commit is written to the disk before it is acknowledged.
+        backup_enabled, backup_count: keep this number of earlier generations of the file(s).
         lock_timeout: seconds to wait for the lock between processes.
         enforce_references: refuse missing parents, and deleting a parent that has children.
     """
 
-    _parts = {"filenames": Filenames}
+    _nested_models = {"filenames": Filenames}
 
     storage_type: Literal["single_file", "split_files"] = "single_file"
     base_path: str = "data"
@@ -188,14 +188,14 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """See `StorageConfig.place`."""
         single = self.storage_type == "single_file"
         name = self.filenames.single_file if single else ""
-        return f"json:{_place_of_file(os.path.join(self.base_path, name))}"  # noqa: PTH118
+        return f"json:{_file_location(os.path.join(self.base_path, name))}"  # noqa: PTH118
 
     def files(self, collections: Iterable[str]) -> dict[str, str]:
         """The file of each collection, relative to `base_path`.
 
         Raises:
-            ConfigurationError: two collections would share a file of their own, as when one is
-                given the `NAME.json` of another that is not named.
+            ConfigurationError: two collections have the same split file, for example because one is
+                assigned the default name of another.
         """
         if self.storage_type == "single_file":
             return dict.fromkeys(collections, self.filenames.single_file)
@@ -206,29 +206,29 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`sql_strategy`. As in the spec, an empty text and port 0 stand for "not given".
+    """`sql_strategy`. As in the spec, an empty string and port 0 mean "not specified".
 
     Attributes:
-        name: the database: a file for SQLite.
-        max_streams: streams and snapshots that may be open at once, each with a connection of its
-            own, beside those of the pool.
+        name: the database; for SQLite the path of its file, or `:memory:`.
+        max_streams: the maximum number of streams and snapshots open at once. Each has a connection
+            of its own, in addition to those of the pool.
         pool_timeout: seconds to wait for a free connection.
         pool_recycle: seconds after which a connection is replaced.
         timeout: seconds to wait for a lock or a statement.
         enable_query_cache: the statement cache of the driver.
         enforce_references: refuse missing parents, and deleting a parent that has children.
-        synchronous: SQLite: FULL brings every commit to the disk, NORMAL may lose the last ones
-            with the power, and tears none.
-        isolation: PostgreSQL: what transactions, and single operations, run at.
-        host, port: PostgreSQL: several, divided by commas, are tried in their order; one port
-            holds for all of them.
+        synchronous: SQLite: with FULL, every commit is on the disk before it is acknowledged. With
+            NORMAL, a loss of power may lose the last commits, but never part of a commit.
+        isolation: PostgreSQL: the isolation level of transactions and single operations.
+        host, port: PostgreSQL: several, separated by commas, are tried in this order; a single port
+            applies to all hosts.
         target_session_attrs, load_balance_hosts, connect_timeout, application_name, options,
         sslmode, sslrootcert, sslcert, sslkey, sslpassword, sslcrl, channel_binding, gssencmode:
-            PostgreSQL: as libpq takes them.
-        schema: PostgreSQL: where the tables are; an empty text leaves it to the role's search_path.
-        pgbouncer: PostgreSQL behind a pool that hands out connections by transaction.
-        login_provider: `module:function`, asked for the password of each new connection with
-            host, port and user name; it may be async.
+            PostgreSQL: as in libpq.
+        schema: PostgreSQL: the schema of the tables; an empty string: the role's search_path decides.
+        pgbouncer: PostgreSQL is accessed through a pool that assigns connections per transaction.
+        login_provider: `module:function`. The function is called with host, port and user name, and
+            returns the password of each new connection; it may be async.
     """
 
     type: Literal["sqlite", "postgresql"] = "sqlite"
@@ -285,7 +285,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
 
     def servers(self) -> list[tuple[str, int]]:
-        """Host and port of each server, in the order in which they are tried; port 0: not given.
+        """Host and port of each server, in the order in which they are tried; port 0: not specified.
 
         Raises:
             ConfigurationError: the numbers of hosts and ports do not agree.
@@ -301,13 +301,13 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return list(zip(hosts, ports, strict=True))
 
     def path_keys(self) -> tuple[str, ...]:
-        own = ("name",) if self.type == "sqlite" and self.name != ":memory:" else ()
-        return (*own, "sslrootcert", "sslcert", "sslkey")
+        database = ("name",) if self.type == "sqlite" and self.name != ":memory:" else ()
+        return (*database, "sslrootcert", "sslcert", "sslkey")
 
     def place(self) -> str:
         """See `StorageConfig.place`."""
         if self.type == "sqlite":
-            return f"sqlite:{_place_of_file(self.name)}"
+            return f"sqlite:{_file_location(self.name)}"
         servers = ",".join(
             f"{_server(host.lower() or 'localhost')}:{port or 5432}"
             for host, port in self.servers()
@@ -315,9 +315,9 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"postgresql://{servers}/{_quoted(self.name or self.username)}"
 
 
-def _port(text: str) -> int:
-    """The number that a text stands for; an empty one is 0, "not given"."""
-    port = int(text) if text.isdecimal() and len(text) < 10 else 0 if text == "" else None
+def _port(digits: str) -> int:
+    """The port number in a string; for an empty one 0, "not specified"."""
+    port = int(digits) if digits.isdecimal() and len(digits) < 10 else 0 if digits == "" else None
     if port is None:
         raise ConfigurationError("port: expected int, got str")
     return cast("int", _checked(port, Port, "port"))
@@ -328,7 +328,7 @@ def _server(host: str) -> str:
 
 
 class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`auto_scaling` in its long form; `true` stands for these defaults."""
+    """`auto_scaling` as a mapping; `true` means these defaults."""
 
     enabled: bool = True
     min_read_capacity: AtLeastOne = 1
@@ -339,29 +339,29 @@ class AutoScaling(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for what in ("read_capacity", "write_capacity"):
-            if getattr(self, f"min_{what}") > getattr(self, f"max_{what}"):
-                raise ConfigurationError(f"min_{what}: more than max_{what}")
+        for name in ("read_capacity", "write_capacity"):
+            if getattr(self, f"min_{name}") > getattr(self, f"max_{name}"):
+                raise ConfigurationError(f"min_{name}: more than max_{name}")
 
 
 class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dynamodb_strategy`.
 
     Attributes:
-        region, profile: None leaves them to the AWS environment.
+        region, profile: None: from the AWS environment.
         read_capacity, write_capacity: for `PROVISIONED` tables.
-        enable_dax, dax_endpoint: reads that need not be consistent go through this DAX cluster.
+        enable_dax, dax_endpoint: reads that need not be consistent are sent to this DAX cluster.
         consistent_reads: reads by key, table queries and scans are strongly consistent.
-        point_in_time_recovery: kept for tables that are made here.
-        allow_scan: a query that no key or index can answer reads the whole table; else it is
-            refused.
-        endpoint_url: another server than the region's own.
+        point_in_time_recovery: enabled for the tables that the store creates.
+        allow_scan: a query that no key or index can answer reads the whole table; otherwise it is
+            rejected.
+        endpoint_url: a server other than the endpoint of the region.
         connect_timeout, read_timeout: seconds for one request.
-        retry_timeout: seconds for which throttled or failed requests are tried again.
-        max_pool_connections: how many requests may be under way at once.
+        retry_timeout: seconds for which throttled or failed requests are retried.
+        max_pool_connections: the maximum number of requests in progress at once.
     """
 
-    _parts = {"auto_scaling": AutoScaling}
+    _nested_models = {"auto_scaling": AutoScaling}
     _urls = ("dax_endpoint", "endpoint_url")
 
     region: str | None = None
@@ -389,7 +389,7 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def endpoint(self) -> str | None:
-        """`endpoint_url` without user and password, which no request of AWS can carry."""
+        """`endpoint_url` without user and password, which cannot be sent in a request to AWS."""
         if self.endpoint_url is None:
             return None
         scheme, _, rest = self.endpoint_url.partition("://")
@@ -401,11 +401,11 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigurationError(
                 "region: required, because other processes must be able to open the store by its URL"
             )
-        at = f"dynamodb://{_quoted(self.region)}/{_quoted(self.table_prefix)}"
+        url = f"dynamodb://{_quoted(self.region)}/{_quoted(self.table_prefix)}"
         if self.endpoint is None:
-            return at
+            return url
         server = self.endpoint.partition("?")[0].rstrip("/").lower()
-        return f"{at}?endpoint_url={_quoted(server)}"
+        return f"{url}?endpoint_url={_quoted(server)}"
 
 
 class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -419,14 +419,14 @@ class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def place(self) -> str:
         """See `StorageConfig.place`."""
-        return "memory:"  # no other process finds it there, and no live move begins there
+        return "memory:"  # other processes cannot open it, and it cannot be migrated live
 
 
 class MigrationConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`migration`: how entities move from one store to another.
+    """`migration`: how entities are copied from one store to another.
 
     Attributes:
-        backup_location: a folder where it ends in `/`, else a file.
+        backup_location: a folder if it ends in `/`, else a file.
     """
 
     batch_size: AtLeastOne = 100
@@ -437,7 +437,7 @@ class MigrationConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=T
     parallel_workers: AtLeastOne = 4
 
 
-# Of `endpoint_url`. A user and a password in it may hold any character.
+# The form of `endpoint_url`. A user and a password in it may contain any character.
 _ENDPOINT: Final = (
     r"(?is)https?://(?:.*@)?(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d+)?(?:[/?][^@\s]*)?\Z"
 )
@@ -457,17 +457,18 @@ _MODELS: Final[Mapping[str, type[StrategyConfig]]] = {
 _BLOCKS: Final = tuple(f"{each}_strategy" for each in _MODELS)
 
 
-class StorageConfig(_Shown, frozen=True, kw_only=True):
+class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
     """A whole configuration.
 
     Attributes:
         strategy: json, sql, dynamodb, memory, or the registered name of a third-party strategy. An
-            empty text where a `migration` block stood alone: only a migration can use that.
+            empty string if there was only a `migration` block: then only a migration can use it.
         options: the configuration of that strategy.
-        others: those of the strategies whose blocks stood beside it, by name.
+        others: the configurations of other strategies from the same source, by name.
         migration: the `migration` block, or its defaults.
-        follow_moves: the stores that a program with this configuration follows a live move to, as
-            it opens them. What a store itself says of a move only chooses among these.
+        follow_moves: the stores to which a program with this configuration follows a live migration,
+            with the configurations by which it opens them. The location that a store records for a
+            migration only selects one of these.
 
     Raises:
         ConfigurationError: `options` that belong to another strategy.
@@ -485,10 +486,10 @@ class StorageConfig(_Shown, frozen=True, kw_only=True):
                 raise ConfigurationError(f"{name}: its options are of type {_type_name(options)}")
 
     def place(self) -> str:
-        """Where the store is, in one canonical form, without secrets: a URL to compare and to show.
+        """The location of the store: a URL in canonical form, without secrets, to compare and to show.
 
         Raises:
-            ConfigurationError: others cannot find it.
+            ConfigurationError: the configuration does not define a location for other processes.
         """
         if not isinstance(self.options, Mapping):
             return self.options.place()
@@ -502,7 +503,7 @@ class StorageConfig(_Shown, frozen=True, kw_only=True):
         return f"{scheme}:{'//' if at and user.startswith('//') else ''}{_quoted_path(rest)}"
 
     def block(self, name: str) -> Options:
-        """The configuration of a strategy, the selected one or another.
+        """The configuration of a strategy: the selected one, or one of `others`.
 
         Raises:
             ConfigurationError: there is none; the message lists the configured ones.
@@ -510,51 +511,53 @@ class StorageConfig(_Shown, frozen=True, kw_only=True):
         if name == self.strategy:
             return self.options
         if name not in self.others:
-            there = ", ".join((self.strategy, *self.others))
-            raise ConfigurationError(f"no configuration for {name!r}; there are: {there}")
+            configured = ", ".join((self.strategy, *self.others))
+            raise ConfigurationError(f"no configuration for {name!r}; there are: {configured}")
         return self.others[name]
 
 
 ConfigSource: TypeAlias = (
     "StorageConfig | StrategyConfig | Mapping[str, object] | str | os.PathLike[str]"
 )
-"""What `load_config` takes."""
+"""The types that `load_config` accepts."""
 
 # -- loading --------------------------------------------------------------------------------
 
 
 def load_config(source: ConfigSource) -> StorageConfig:
-    """The configuration that `source` stands for.
+    """Load a configuration.
 
     Args:
         source: one of
-            * a `StorageConfig`, returned as it is, or the model of one strategy;
-            * a mapping in the spec's shape, `{"storage": {"strategy": ..., "json_strategy": ...}}`,
-              or what is inside its `storage`; `strategy` may be left out where exactly one
-              block is there, and a block where its defaults will do. Beside `storage` may stand
-              `migration`, and what else an application keeps in its file. A null stands for the
-              default. `migration` alone makes a configuration that only a migration can use;
-            * a path of a JSON file that holds such a mapping: a `Path`, or any text that
+            * a `StorageConfig`, returned unchanged, or the model of one strategy;
+            * a mapping with the structure of the spec,
+              `{"storage": {"strategy": ..., "json_strategy": ...}}`, or only the value of its
+              `storage`. `strategy` may be omitted if there is exactly one strategy block, and a
+              block if its defaults suffice. In addition to `storage`, the mapping may contain
+              `migration`, and any other keys of an application. Null means the default. A mapping
+              with `migration` alone gives a configuration that only a migration can use;
+            * the path of a JSON file that contains such a mapping: a `Path`, or any string that
               does not begin with a known scheme;
             * a URL: `json:PATH` (one file if PATH ends in `.json`, else a folder of split files),
               `sqlite:PATH`, `postgresql://USER:PASSWORD@HOST:PORT/NAME`,
               `dynamodb://REGION/PREFIX`, `memory:`, or the registered name of a third-party
-              strategy as the scheme. A query sets any key of the strategy's configuration, an
-              inner one with dots: `?sync_writes=no&auto_scaling.enabled=true`; booleans are
-              true/false, yes/no, 1/0. `follow_moves` may be given several times. In all parts `%XX`
-              is decoded, and `+` is itself.
+              strategy as the scheme. The query sets any key of the strategy's configuration, a
+              nested one with dots: `?sync_writes=no&auto_scaling.enabled=true`; booleans are
+              true/false, yes/no, 1/0. `follow_moves` may be repeated. `%XX` is decoded in all
+              components, and `+` is a literal plus sign.
 
     Raises:
-        ConfigurationError: what is wrong, by its path, and what would be right.
+        ConfigurationError: names the path of the invalid key and what is expected there.
     """
-    return _loaded(source, follows=True)
+    return _load(source, follows=True)
 
 
-def _loaded(source: ConfigSource, *, follows: bool) -> StorageConfig:
-    """
+def _load(source: ConfigSource, *, follows: bool) -> StorageConfig:
+    """See `load_config`.
+
     Args:
-        follows: False: its `follow_moves` is not looked at. It is an entry of one itself, and two
-            configurations may well name each other.
+        follows: False: `follow_moves` is ignored, because `source` is itself an entry of one, and
+            two configurations may refer to each other.
     """
     if isinstance(source, StorageConfig):
         return source
@@ -576,10 +579,10 @@ def _loaded(source: ConfigSource, *, follows: bool) -> StorageConfig:
 
 
 def permitted_moves(source: object, path: str = FOLLOW_MOVES) -> tuple[StorageConfig, ...]:
-    """The stores of a `follow_moves`: a list of whatever `load_config` takes.
+    """Load a `follow_moves`: a list of sources as `load_config` accepts them.
 
     Raises:
-        ConfigurationError: what is wrong, by its path.
+        ConfigurationError: names the path of the invalid entry.
     """
     if source is None:
         return ()
@@ -587,9 +590,9 @@ def permitted_moves(source: object, path: str = FOLLOW_MOVES) -> tuple[StorageCo
         raise ConfigurationError(f"{path}: expected array, got {_type_name(source)}")
     loaded: list[StorageConfig] = []
     for number, each in enumerate(source):
-        with _in(f"{path}[{number}]: "):
-            loaded.append(_loaded(each, follows=False))
-            loaded[-1].place()  # what nobody could name would permit nothing
+        with _error_prefix(f"{path}[{number}]: "):
+            loaded.append(_load(each, follows=False))
+            loaded[-1].place()  # without a location, the entry would never match
     return tuple(loaded)
 
 
@@ -600,7 +603,7 @@ def strategy_config(source: ConfigSource, model: type[ModelT]) -> ModelT:
     """The configuration of the one strategy whose model is `model`.
 
     Raises:
-        ConfigurationError: as by `load_config`, or `source` chooses another strategy.
+        ConfigurationError: as in `load_config`, or `source` selects another strategy.
     """
     loaded = load_config(source)
     if not isinstance(loaded.options, model):
@@ -617,12 +620,12 @@ def anchored(config: StorageConfig) -> StorageConfig:
     directory has no effect.
 
     Raises:
-        ConfigurationError: as by `absolute`.
+        ConfigurationError: as in `absolute`.
     """
     options = config.options
     if not isinstance(options, Mapping):
-        paths = {name: text for name in options.path_keys() if (text := getattr(options, name))}
-        changed = {name: absolute(text) for name, text in paths.items()}
+        paths = {name: path for name in options.path_keys() if (path := getattr(options, name))}
+        changed = {name: absolute(path) for name, path in paths.items()}
         options = msgspec.structs.replace(options, **changed)
     permitted = tuple(anchored(each) for each in config.follow_moves)
     return msgspec.structs.replace(config, options=options, follow_moves=permitted)
@@ -634,7 +637,7 @@ def absolute(path: str) -> str:
     Raises:
         ConfigurationError: it is relative, and the working directory does not exist.
     """
-    if os.path.isabs(path):  # noqa: PTH117  # text, as it was given
+    if os.path.isabs(path):  # noqa: PTH117  # a string, kept unchanged
         return path
     try:
         return os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
@@ -644,18 +647,18 @@ def absolute(path: str) -> str:
         ) from exc
 
 
-def _place_of_file(path: str) -> str:
+def _file_location(path: str) -> str:
     """The canonical path of a file or folder, as the path of a URL."""
     return _quoted_path(os.path.realpath(absolute(path)))
 
 
 def load_migration(source: MigrationConfig | ConfigSource) -> MigrationConfig:
-    """The `migration` block of whatever `load_config` takes, or of a mapping that has nothing else.
+    """Load the `migration` block from any source that `load_config` accepts.
 
-    The inside of the block alone will do, too.
+    A mapping may also be the value of the block alone.
 
     Raises:
-        ConfigurationError: what is wrong, by its path.
+        ConfigurationError: names the path of the invalid key.
     """
     if isinstance(source, MigrationConfig):
         return source
@@ -673,29 +676,29 @@ def _is_config(data: Mapping[Any, object]) -> bool:
 
 def _from_mapping(source: Mapping[str, object], *, follows: bool = True) -> StorageConfig:
     if "storage" in source:
-        # What else stands there is the application's own, but not a block that slipped out.
+        # Other keys belong to the application, but a misplaced block of a strategy is an error.
         for name in source:
             if name in _BLOCKS or name == FOLLOW_MOVES:
                 raise ConfigurationError(f"{name}: belongs inside storage")
-        at = "storage"
-        storage = _mapping(source["storage"], at)
+        path = "storage"
+        storage = _mapping(source["storage"], path)
     else:
-        at = ""
+        path = ""
         storage = {name: each for name, each in source.items() if name != "migration"}
-    _refuse_unknown(storage, _storage_keys(storage, at), at)
+    _refuse_unknown(storage, _storage_keys(storage, path), path)
     blocks: dict[str, Options] = {
         name.removesuffix("_strategy"): _options(
-            name, {} if block is None else block, _at(at, name)
+            name, {} if block is None else block, _at(path, name)
         )
         for name, block in storage.items()
         if name not in ("strategy", FOLLOW_MOVES)
     }
     migration = source.get("migration")
     config = _model(MigrationConfig, {} if migration is None else migration, "migration")
-    if storage.get("strategy") is None and not blocks and at == "" and "migration" in source:
-        _refuse_unknown(storage, (), at)
+    if storage.get("strategy") is None and not blocks and path == "" and "migration" in source:
+        _refuse_unknown(storage, (), path)
         return StorageConfig(strategy="", options={}, migration=config)
-    strategy = _chosen(storage, list(blocks), at)
+    strategy = _selected_strategy(storage, list(blocks), path)
     options = (
         blocks.pop(strategy) if strategy in blocks else _options(f"{strategy}_strategy", {}, "")
     )
@@ -704,30 +707,31 @@ def _from_mapping(source: Mapping[str, object], *, follows: bool = True) -> Stor
         options=options,
         others=blocks,
         migration=config,
-        follow_moves=permitted_moves(storage.get(FOLLOW_MOVES), _at(at, FOLLOW_MOVES))
+        follow_moves=permitted_moves(storage.get(FOLLOW_MOVES), _at(path, FOLLOW_MOVES))
         if follows
         else (),
     )
 
 
-def _storage_keys(storage: Mapping[str, object], at: str) -> list[str]:
-    """The keys that may stand in `storage`."""
+def _storage_keys(storage: Mapping[str, object], path: str) -> list[str]:
+    """The keys that are allowed in `storage`."""
     known = ["strategy", *_BLOCKS, FOLLOW_MOVES]
     if not storage.keys() <= set(known):
         known += [f"{name}_strategy" for name in _registered()]
-        if at == "":
+        if path == "":
             known += ["storage", "migration"]
     return known
 
 
-def _chosen(storage: Mapping[str, object], blocks: list[str], at: str) -> str:
+def _selected_strategy(storage: Mapping[str, object], blocks: list[str], parent: str) -> str:
+    """The name of the strategy that `storage` selects; `parent` is the path of `storage`."""
+    path = _at(parent, "strategy")
     name = storage.get("strategy")
     if name is None:
         if len(blocks) == 1:
             return blocks[0]
-        found = f"there are blocks for {', '.join(blocks)}" if blocks else "no strategy is named"
-        raise ConfigurationError(f"{_at(at, 'strategy')}: required, because {found}")
-    path = _at(at, "strategy")
+        reason = f"there are blocks for {', '.join(blocks)}" if blocks else "no strategy is named"
+        raise ConfigurationError(f"{path}: required, because {reason}")
     if not isinstance(name, str):
         raise ConfigurationError(f"{path}: expected str, got {_type_name(name)}")
     name = str(_expand(name, path))
@@ -739,7 +743,7 @@ def _chosen(storage: Mapping[str, object], blocks: list[str], at: str) -> str:
 
 
 def _options(key: str, block: object, path: str) -> Options:
-    """The configuration in a block, by the name of its key."""
+    """The configuration in the block with this key."""
     model = _MODELS.get(key.removesuffix("_strategy"))
     if model is None:
         return cast("Mapping[str, Value]", _plain(_mapping(block, path), path))
@@ -747,7 +751,7 @@ def _options(key: str, block: object, path: str) -> Options:
 
 
 def _registered() -> list[str]:
-    """The names of the third-party strategies. Asked only for a name that is not built in."""
+    """The names of the third-party strategies. They are read only for a name that is not built in."""
     from importlib.metadata import entry_points
 
     names = {each.name for each in entry_points(group=STRATEGY_GROUP)}
@@ -758,7 +762,7 @@ def _registered() -> list[str]:
 
 
 def _model(model: type[ModelT], data: object, path: str) -> ModelT:
-    """The model of a block that was loaded."""
+    """Validate a loaded block and convert it to its model."""
     if isinstance(data, model):
         return data
     block = _mapping(data, path)
@@ -769,20 +773,20 @@ def _model(model: type[ModelT], data: object, path: str) -> ModelT:
         if value is None:
             continue  # the default
         inner = _at(path, name)
-        part = model._parts.get(name)
-        if part is not None and isinstance(value, Mapping):
-            values[name] = _model(part, value, inner)
+        nested_model = model._nested_models.get(name)
+        if nested_model is not None and isinstance(value, Mapping):
+            values[name] = _model(nested_model, value, inner)
         else:
-            values[name] = _leaf(value, kinds[name], inner)
-    with _in(f"{path}." if path else ""):
+            values[name] = _setting(value, kinds[name], inner)
+    with _error_prefix(f"{path}." if path else ""):
         return model(**values)
 
 
-def _leaf(value: object, kind: Any, path: str) -> object:
-    """A value made ready for the check of its type."""
+def _setting(value: object, kind: Any, path: str) -> object:
+    """A value with its variables expanded, in a form that can be validated against its type."""
     if isinstance(value, Mapping):
         return {
-            name: _leaf(each, str, _at(path, name))
+            name: _setting(each, str, _at(path, name))
             for name, each in value.items()
             if each is not None
         }
@@ -790,37 +794,41 @@ def _leaf(value: object, kind: Any, path: str) -> object:
         return os.fspath(value)
     if not isinstance(value, str):
         return value
-    text = _expand(value, path)
+    expanded = _expand(value, path)
     if Secret in get_args(kind):
-        return Secret(str(text))
-    return _typed(text, kind) if isinstance(text, _Text) else text
+        return Secret(str(expanded))
+    return _typed(expanded, kind) if isinstance(expanded, _ExternalString) else expanded
 
 
 _BOOLEANS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() not in _BOOLEANS:
+def _boolean(word: str) -> bool:
+    if word.lower() not in _BOOLEANS:
         raise ValueError
-    return _BOOLEANS[text.lower()]
+    return _BOOLEANS[word.lower()]
 
 
-def _typed(text: _Text, kind: Any) -> object:
-    """What the text stands for where `kind` is expected, or the nearest to it, to be refused."""
-    readings: tuple[Callable[[str], object], ...] = (str, int, float, _boolean)
-    refused: list[object] = []
-    for read in readings:
+def _typed(string: _ExternalString, kind: Any) -> object:
+    """The string converted to a type that `kind` accepts.
+
+    If there is none, the first successful conversion other than to `str`, so that the later
+    validation reports the most specific error.
+    """
+    parsers: tuple[Callable[[str], object], ...] = (str, int, float, _boolean)
+    rejected: list[object] = []
+    for parse in parsers:
         try:
-            value = read(text)
+            value = parse(string)
         except ValueError:
             continue
         try:
             msgspec.convert(value, kind)
         except msgspec.ValidationError:
-            refused.append(value)
+            rejected.append(value)
         else:
             return value
-    return refused[1] if len(refused) > 1 else refused[0]
+    return rejected[1] if len(rejected) > 1 else rejected[0]
 
 
 @cache
@@ -838,7 +846,7 @@ def _checked(value: object, kind: Any, path: str) -> object:
     else:
         if isinstance(converted, str) and "\x00" in converted:
             problem = "string with U+0000"
-        elif isinstance(converted, str) and re.search(_NO_TEXT, converted):
+        elif isinstance(converted, str) and re.search(_LONE_SURROGATE, converted):
             problem = "string with a lone surrogate"
         elif isinstance(converted, float) and not isfinite(converted):
             problem = "expected a finite number"
@@ -847,16 +855,16 @@ def _checked(value: object, kind: Any, path: str) -> object:
     raise ConfigurationError(f"{path}: {problem}")
 
 
-_WORDS: Final = {"Secret": "str", "object": "mapping"}
+_TYPE_NAMES: Final = {"Secret": "str", "object": "mapping"}
 
 
-def _expected(problem: str, kind: Any) -> str:
-    """The message of msgspec, in terms of the configuration and without the value."""
+def _expected(message: str, kind: Any) -> str:
+    """An error message of msgspec, in terms of the configuration and without the value."""
     if get_origin(kind) is Literal:
         return "expected " + " or ".join(map(repr, get_args(kind)))
-    problem = problem.partition(" - at ")[0].replace("`", "")
-    problem = re.sub(r"\w+", lambda word: _WORDS.get(word[0], word[0]), problem)
-    return problem[0].lower() + problem[1:]
+    message = message.partition(" - at ")[0].replace("`", "")
+    message = re.sub(r"\w+", lambda word: _TYPE_NAMES.get(word[0], word[0]), message)
+    return message[0].lower() + message[1:]
 
 
 def _check_filename(path: str, name: object) -> None:
@@ -869,19 +877,23 @@ def _check_filename(path: str, name: object) -> None:
 
 
 def _refuse_same_file(files: Mapping[str, str], path: str) -> None:
-    """Two collections in one file would overwrite each other."""
+    """Reject two collections in the same file: they would overwrite each other.
+
+    Raises:
+        ConfigurationError.
+    """
     seen: dict[str, str] = {}
     for collection, name in files.items():
-        # Not by spelling: `./a.json` is a.json, so is `A.json` on the file systems of macOS, and
-        # with compression a.json is kept at a.json.gz.
-        plain = "/".join(each for each in name.split("/") if each not in ("", "."))
-        other = seen.setdefault(plain.casefold().removesuffix(".gz"), collection)
+        # Normalised, because `./a.json` is a.json, `A.json` is the same file on the file systems of
+        # macOS, and with compression a.json is stored in a.json.gz.
+        normalised = "/".join(each for each in name.split("/") if each not in ("", "."))
+        other = seen.setdefault(normalised.casefold().removesuffix(".gz"), collection)
         if other != collection:
             raise ConfigurationError(f"{path}{collection}: the same file as for {other}")
 
 
 def _plain(value: object, path: str) -> object:
-    """A copy of a third-party block, variables expanded."""
+    """A copy of a third-party block with its variables expanded."""
     if isinstance(value, Mapping):
         return {name: _plain(each, _at(path, name)) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -899,12 +911,12 @@ def _at(path: str, key: object) -> str:
 
 
 @contextmanager
-def _in(place: str) -> Iterator[None]:
-    """Says where an error was found."""
+def _error_prefix(prefix: str) -> Iterator[None]:
+    """Prefix the messages of errors raised in the body, to name the path of the key."""
     try:
         yield
     except ConfigurationError as exc:
-        raise ConfigurationError(f"{place}{exc}") from exc.__cause__
+        raise ConfigurationError(f"{prefix}{exc}") from exc.__cause__
 
 
 def _type_name(value: object) -> str:
@@ -936,28 +948,33 @@ def _known(name: str, names: list[str]) -> str:
 
 # -- environment ----------------------------------------------------------------------------
 
-# Patterns that most programs never need stay text here; `re` compiles and keeps them at first use.
+# These patterns are strings, because most programs never use them: `re` compiles and caches them at
+# their first use.
 _REFERENCE: Final = r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?"
-_NO_TEXT: Final = "[\ud800-\udc7f\udd00-\udfff]"  # the others stand for bytes of a file's name
+# Without U+DC80 to U+DCFF, by which Python represents the bytes of file names that are not UTF-8.
+_LONE_SURROGATE: Final = "[\ud800-\udc7f\udd00-\udfff]"
 _SURROGATE: Final = "[\ud800-\udfff]"
 
 
-def _expand(text: str, path: str, inserted: Callable[[str], str] = str) -> str:
-    """The text with its variables replaced, as `_Text` where it held any.
+def _expand(string: str, path: str, encode: Callable[[str], str] = str) -> str:
+    """The string with its variables replaced; an `_ExternalString` if it contained any.
+
+    Args:
+        encode: is applied to each inserted value.
 
     Raises:
-        ConfigurationError: naming the variable and the path of the key.
+        ConfigurationError: names the variable and the path of the key.
     """
-    if isinstance(text, _Text) or "${" not in text:
-        return text
+    if isinstance(string, _ExternalString) or "${" not in string:
+        return string
 
     def replaced(match: re.Match[str]) -> str:
         if match[0] == "$${":
             return "${"
         if match[1] is None:
             raise ConfigurationError(
-                f"{path}: a '${{' that is neither ${{NAME}} nor ${{NAME:-default}} "
-                "(a literal one is written '$${')"
+                f"{path}: '${{' must begin ${{NAME}} or ${{NAME:-default}} "
+                "(write '$${' for a literal '${')"
             )
         value = os.environ.get(match[1])
         if match[2] is not None:
@@ -966,9 +983,9 @@ def _expand(text: str, path: str, inserted: Callable[[str], str] = str) -> str:
             raise ConfigurationError(f"{path}: the environment variable {match[1]} is not set")
         if re.search(_SURROGATE, value):
             raise ConfigurationError(f"{path}: the environment variable {match[1]} is not UTF-8")
-        return inserted(value)
+        return encode(value)
 
-    return _Text(re.sub(_REFERENCE, replaced, text))
+    return _ExternalString(re.sub(_REFERENCE, replaced, string))
 
 
 # -- files ----------------------------------------------------------------------------------
@@ -976,11 +993,11 @@ def _expand(text: str, path: str, inserted: Callable[[str], str] = str) -> str:
 
 def _from_file(path: str, *, follows: bool = True) -> StorageConfig:
     data = _decoded(_read(path), path)
-    with _in(f"{path}: "):
+    with _error_prefix(f"{path}: "):
         if isinstance(data, Mapping) and not _is_config(data):
             raise ConfigurationError(
-                "not a configuration, which has a key 'storage'; "
-                f"for a store in that file, did you mean 'json:{path}'?"
+                "not a configuration: it has no key 'storage'; "
+                f"for a store in this file, did you mean 'json:{path}'?"
             )
         return _from_mapping(_mapping(data, ""), follows=follows)
 
@@ -1001,12 +1018,16 @@ def _read(path: str) -> bytes:
             raise ConfigurationError(
                 f"cannot read the configuration file {path!r}: {exc.strerror}"
             ) from exc
-    # Out here, because the foreign error shows the path, and that may be a URL with a password.
+    # Raised outside the handler: the error of the operating system, which would be attached as the
+    # context, shows the path, and that may be a URL with a password.
     raise _missing_file(path)
 
 
 def _decoded(data: bytes, path: str) -> object:
-    """What a JSON file holds. Nothing is chained: errors of codecs show bytes of the file."""
+    """The decoded content of a JSON file.
+
+    Errors are raised without the codec's error as the cause, because that shows bytes of the file.
+    """
     try:
         data.decode()
         return msgspec.json.decode(data)
@@ -1014,10 +1035,10 @@ def _decoded(data: bytes, path: str) -> object:
         at: int | None = exc.start
         problem = "not UTF-8"
     except msgspec.DecodeError as exc:
-        text = str(exc)
-        found = re.search(r" \(byte (\d+)\)", text)
-        at = int(found[1]) if found else len(data) if "truncated" in text else None
-        problem = re.sub(r" \(byte \d+\)| - at .*", "", text)
+        message = str(exc)
+        match = re.search(r" \(byte (\d+)\)", message)
+        at = int(match[1]) if match else len(data) if "truncated" in message else None
+        problem = re.sub(r" \(byte \d+\)| - at .*", "", message)
     except RecursionError:
         at, problem = None, "nested too deep"
     if at is None:
@@ -1033,9 +1054,9 @@ def _decoded(data: bytes, path: str) -> object:
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
 
 
-def _scheme(text: str) -> str | None:
-    """The scheme of a URL, or None for what must be a path."""
-    match = _SCHEME.match(text)
+def _scheme(source: str) -> str | None:
+    """The scheme of a URL; None if the string does not begin with a known scheme: then it is a path."""
+    match = _SCHEME.match(source)
     if match is None:
         return None
     scheme = match[1].lower()
@@ -1049,7 +1070,7 @@ def _missing_file(path: str) -> ConfigurationError:
         return ConfigurationError(
             f"no such configuration file {shown!r}; did you mean 'json:{shown}'?"
         )
-    # It may well be a URL with a mistyped scheme, and a password in any place: only that is shown.
+    # It may be a URL with a mistyped scheme and a password anywhere, so only the scheme is shown.
     shown = path if match is None else f"{match[0]}..."
     known = _known(shown.removesuffix("..."), [f"{each}:" for each in (*_URLS, *_registered())])
     return ConfigurationError(
@@ -1058,30 +1079,31 @@ def _missing_file(path: str) -> ConfigurationError:
 
 
 def _from_url(scheme: str, url: str, *, follows: bool = True) -> StorageConfig:
-    # Variables of an inner URL are replaced when that is loaded: else they would be decoded twice.
+    # Variables in a nested URL are replaced when that is loaded: otherwise they would be decoded twice.
     moves = re.findall(_FOLLOW, url)
     rest = _expand(re.sub(_FOLLOW, r"\1", url), f"{scheme}: URL", _quoted)[len(scheme) + 1 :]
     body, _, query = rest.partition("?")
-    with _in(f"{scheme}: URL: "):
+    with _error_prefix(f"{scheme}: URL: "):
         permitted = permitted_moves([_unquoted(each) for _, each in moves]) if follows else ()
         if scheme not in _URLS:
             return _third_party(scheme, f"{scheme}:{body}", query, permitted)
-        strategy, parts = _URLS[scheme]
-        given = {name: each for name, each in parts(body).items() if each}
+        strategy, parse = _URLS[scheme]
+        settings = {name: each for name, each in parse(body).items() if each}
         if scheme == "postgresql" and "@" in query:
-            raise _unencoded()  # the `?` may be one inside a password, and keys are named
-        _add_query(given, query)
-        block = _options(f"{strategy}_strategy", _nested(given), "")
+            # The `?` may be part of a password, which an error about an invalid key would show.
+            raise _unencoded()
+        _add_query(settings, query)
+        block = _options(f"{strategy}_strategy", _nested(settings), "")
     return StorageConfig(strategy=strategy, options=block, follow_moves=permitted)
 
 
 def _third_party(
     scheme: str, url: str, query: str, permitted: tuple[StorageConfig, ...]
 ) -> StorageConfig:
-    given = {"url": url}
-    _add_query(given, query)
+    settings = {"url": url}
+    _add_query(settings, query)
     return StorageConfig(
-        strategy=scheme, options=cast("Mapping[str, Value]", given), follow_moves=permitted
+        strategy=scheme, options=cast("Mapping[str, Value]", settings), follow_moves=permitted
     )
 
 
@@ -1103,22 +1125,22 @@ def _sqlite_url(body: str) -> dict[str, str]:
 
 def _postgresql_url(body: str) -> dict[str, str]:
     authority, name = _authority(body, "postgresql://USER:PASSWORD@HOST:PORT/NAME")
-    user, _, place = authority.rpartition("@")
+    user, _, locations = authority.rpartition("@")
     if "@" in name or "/" in name:
         raise _unencoded()
     username, _, password = user.partition(":")
-    servers = [_host_and_port(each) for each in place.split(",")]
+    servers = [_host_and_port(each) for each in locations.split(",")]
     host, port = (",".join(each) for each in zip(*servers, strict=True))
     port = port if port.strip(",") else ""
     named = {"username": username, "password": password, "host": host, "port": port, "name": name}
     return {"type": "postgresql"} | {key: _unquoted(each) for key, each in named.items()}
 
 
-def _host_and_port(place: str) -> tuple[str, str]:
-    if place.startswith("["):
-        host, _, port = place[1:].partition("]")
+def _host_and_port(server: str) -> tuple[str, str]:
+    if server.startswith("["):
+        host, _, port = server[1:].partition("]")
         return host, port.removeprefix(":")
-    host, _, port = place.partition(":")
+    host, _, port = server.partition(":")
     return host, port
 
 
@@ -1142,11 +1164,11 @@ _URLS: Final[Mapping[str, tuple[str, Callable[[str], dict[str, str]]]]] = {
     "dynamodb": ("dynamodb", _dynamodb_url),
     "memory": ("memory", _memory_url),
 }
-"""The strategy of a scheme, and how the part before the query sets keys."""
+"""By scheme: the strategy, and the function that converts the URL before the query to settings."""
 
 
 def _file_path(body: str, scheme: str) -> str:
-    # `//` would be a host here, and three slashes mean a relative path to SQLAlchemy.
+    # After `//`, a URL has a host; and in SQLAlchemy three slashes begin a relative path.
     if body == "" or body.startswith("//"):
         raise ConfigurationError(
             f"expected {scheme}:PATH, where a PATH that begins with one / is absolute"
@@ -1163,7 +1185,7 @@ def _authority(body: str, form: str) -> tuple[str, str]:
 
 def _unencoded() -> ConfigurationError:
     return ConfigurationError(
-        "in user, password and name, @ : / ? and % must be percent-encoded; in the query, @"
+        "@ : / ? and % in the user, password and name must be percent-encoded, and @ in the query"
     )
 
 
@@ -1171,49 +1193,49 @@ _FOLLOW: Final = rf"([?&]){FOLLOW_MOVES}=([^&]*)"
 _QUERY_KEY: Final = r"[A-Za-z_][\w.-]*\Z"
 
 
-def _add_query(given: dict[str, str], query: str) -> None:
-    """Add the keys of a query to those that the URL itself gave."""
+def _add_query(settings: dict[str, str], query: str) -> None:
+    """Add the settings in the query of a URL."""
     for pair in filter(None, query.split("&")):
         key, _, value = pair.partition("=")
         key = _unquoted(key)
         if not re.match(_QUERY_KEY, key):
             raise ConfigurationError("expected key=value pairs after the ?")
-        if key in given:
+        if key in settings:
             raise ConfigurationError(f"{key}: specified twice")
-        given[key] = _unquoted(value)
+        settings[key] = _unquoted(value)
 
 
-def _nested(given: Mapping[str, str]) -> dict[str, object]:
-    """`{"a.b": text}` as `{"a": {"b": text}}`, every text final."""
+def _nested(settings: Mapping[str, str]) -> dict[str, object]:
+    """`{"a.b": value}` as `{"a": {"b": value}}`, with each value as an `_ExternalString`."""
     nested: dict[str, Any] = {}
-    for path, text in given.items():
+    for path, value in settings.items():
         *outer, last = path.split(".")
         inner: Any = nested
         for name in outer:
             inner = inner.setdefault(name, {}) if isinstance(inner, dict) else None
         if not isinstance(inner, dict) or last in inner:
             raise ConfigurationError(f"{path}: specified twice")
-        inner[last] = _Text(text)
+        inner[last] = _ExternalString(value)
     return nested
 
 
-def _quoted(text: str, safe: str = "") -> str:
+def _quoted(string: str, safe: str = "") -> str:
     from urllib.parse import quote
 
-    return quote(text, safe=safe, errors="surrogateescape")
+    return quote(string, safe=safe, errors="surrogateescape")
 
 
 def _quoted_path(path: str) -> str:
     return _quoted(path, safe="/:")
 
 
-def _unquoted(text: str) -> str:
-    if "%" not in text:
-        return text
+def _unquoted(string: str) -> str:
+    if "%" not in string:
+        return string
     from urllib.parse import unquote
 
-    decoded = unquote(text)
-    if "\ufffd" in decoded and "\ufffd" not in text and "%EF%BF%BD" not in text.upper():
+    decoded = unquote(string)
+    if "\ufffd" in decoded and "\ufffd" not in string and "%EF%BF%BD" not in string.upper():
         raise ConfigurationError("the percent-encoded bytes are not UTF-8")
     return decoded
 
@@ -1224,9 +1246,9 @@ def _unquoted(text: str) -> str:
 def redacted(
     config: StorageConfig | StrategyConfig | MigrationConfig | Mapping[str, object],
 ) -> dict[str, Value]:
-    """A configuration as plain data that may be shown; a `StorageConfig` in the spec's shape.
+    """A configuration as plain data that may be shown; a `StorageConfig` with the spec's structure.
 
-    Hidden are secrets, the values of keys that sound like one, and passwords in URLs.
+    Secrets, the values of keys whose name suggests a secret, and passwords in URLs are hidden.
     """
     if isinstance(config, StorageConfig):
         blocks = {config.strategy: config.options, **config.others}
@@ -1239,7 +1261,7 @@ def redacted(
 
 
 def _redact(name: str, value: object) -> Value:
-    if isinstance(value, _Shown):
+    if isinstance(value, _RedactedRepr):
         value = {each: getattr(value, each) for each in value.__struct_fields__}
     if isinstance(value, Secret):
         return REDACTED

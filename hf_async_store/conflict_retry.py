@@ -1,8 +1,8 @@
-"""Lost races: how compare-and-set is tried again.
+"""Retries after conflicts: how a failed compare-and-set is repeated.
 
-Against another process there is nothing but to try again, after a pause that grows with what an attempt
-takes. Tasks of one store need not race one another: those that lost a race for an entity take
-turns at it, first come, first served.
+After a conflict with another process, an attempt can only be repeated, after a pause that grows with the
+duration of the attempts. Tasks of the same store need not compete: after a conflict on an entity,
+they queue for it, first come, first served.
 """
 
 from __future__ import annotations
@@ -29,36 +29,39 @@ RETRY_SECONDS: Final = 30.0
 
 _MAX_PAUSE_SECONDS: Final = 1.0
 _BACKOFF_FACTOR_QUEUED: Final = 4
-"""How many attempts a pause lasts at most where tasks take turns: only processes race."""
+"""The maximum pause, as a multiple of the duration of an attempt, if tasks queue: then only processes
+compete."""
 
 _BACKOFF_FACTOR_UNQUEUED: Final = 32
-"""The same where they do not."""
+"""The same if tasks do not queue."""
 
 _MAX_TICKET_SECONDS: Final = 1.0
-"""Seconds after which the next may begin beside the one whose turn it is: that one may be waiting for
-something else, even for one that waits behind it."""
+"""Seconds after which the next task in the queue may start although the current one has not finished:
+the current one may be waiting for something else, even for a task behind it in the queue."""
 
 
 async def retry_conflicts(
-    attempt: Callable[[], Awaitable[Result]], seconds: float, turn: Ticket | None = None
+    attempt: Callable[[], Awaitable[Result]], seconds: float, ticket: Ticket | None = None
 ) -> Result:
-    """`attempt` until it meets no conflict, with full jitter between the tries.
+    """Await `attempt()`, and again after each conflict, with pauses of random length (full jitter).
 
     Args:
-        turn: is taken after a conflict, and at once where others have lost one. None: pauses have to do.
+        ticket: queues after a conflict, and before the first attempt if there is a queue for the key
+            already. None: pauses only.
 
     Raises:
-        RetriesExhaustedError: conflicts until `seconds` were over, the last one as cause.
+        RetriesExhaustedError: there were conflicts until `seconds` had passed; the last one is the
+            cause.
     """
     now = monotonic()
     deadline = now + seconds
-    tries = 0
-    if turn is not None and turn.is_taken:
-        await turn.acquire(seconds)
+    attempts = 0
+    if ticket is not None and ticket.queue_exists:
+        await ticket.acquire(seconds)
         now = monotonic()
     while True:
-        began = now
-        tries += 1
+        started = now
+        attempts += 1
         try:
             return await attempt()
         except StorageError as exc:
@@ -66,13 +69,13 @@ async def retry_conflicts(
             if conflict is None:
                 raise
             now = monotonic()
-            # Where an attempt takes long, so does that of the one who won.
-            most = _BACKOFF_FACTOR_UNQUEUED if turn is None else _BACKOFF_FACTOR_QUEUED
-            longest = (now - began) * min(2 * tries, most)
-            pause = random.uniform(0, min(longest, _MAX_PAUSE_SECONDS))
+            # If an attempt takes long, a competing one probably takes as long.
+            max_factor = _BACKOFF_FACTOR_UNQUEUED if ticket is None else _BACKOFF_FACTOR_QUEUED
+            max_pause = (now - started) * min(2 * attempts, max_factor)
+            pause = random.uniform(0, min(max_pause, _MAX_PAUSE_SECONDS))
             if now + pause >= deadline:
                 raise RetriesExhaustedError(
-                    f"conflicts in each of {tries} tries over {seconds} s; the last: {conflict}",
+                    f"each of {attempts} attempts in {seconds} s met a conflict; the last: {conflict}",
                     collection=conflict.collection,
                     entity_id=conflict.entity_id,
                     expected=conflict.expected,
@@ -80,15 +83,18 @@ async def retry_conflicts(
                     current=conflict.current,
                     retryable=True,
                 ) from exc
-        if turn is not None and not turn.is_held:
-            await turn.acquire(deadline - now)
+        if ticket is not None and not ticket.is_current:
+            await ticket.acquire(deadline - now)
         else:
             await sleep(pause)
         now = monotonic()
 
 
 def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
-    """The conflict that ended an attempt, also where its transaction swallowed it and then aborted."""
+    """The conflict that ended an attempt, directly or as the cause of an aborted transaction.
+
+    None for other errors, and for a conflict whose outcome is unknown.
+    """
     if isinstance(exc, ConcurrencyConflictError):
         return None if exc.outcome_unknown else exc
     if isinstance(exc, TransactionAbortedError) and isinstance(exc.__cause__, StorageError):
@@ -97,101 +103,106 @@ def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
 
 
 class FairRetryQueue:
-    """Who of the tasks of one store may try next to change an entity for which there was a race.
+    """The order in which the tasks of one store retry their changes of an entity after a conflict.
 
-    A turn is no lock: whoever has none may try as well, and compare-and-set decides. So it may end
-    at any moment, and nothing can be wrong but how long somebody waits.
+    The queue is not a lock: a task outside the queue may change the entity as well, and compare-and-set
+    decides. So it affects only how long tasks wait, never the correctness of a change.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[Key, _Waiters] = {}
+        self._queues: dict[Key, _KeyQueue] = {}
 
     @property
     def contended(self) -> bool:
-        """Whether anybody has a turn."""
+        """Whether there is a queue for any key."""
         return bool(self._queues)
 
     async def retry(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
-        """`retry_conflicts`, in turn with the others that try so for this key.
+        """`retry_conflicts`, queued with the other calls for this key after a conflict.
 
-        Where nobody lost a race yet, it costs nothing and waits for nobody.
+        Without a conflict, it does not wait and causes no overhead.
         """
-        turn = Ticket(self._queues, key)
+        ticket = Ticket(self._queues, key)
         try:
-            return await retry_conflicts(attempt, seconds, turn)
+            return await retry_conflicts(attempt, seconds, ticket)
         finally:
-            turn.release()
+            ticket.release()
 
 
 class Ticket:
-    """The turns of one task at one key."""
+    """The position of one task in the queue for one key."""
 
     __slots__ = ("_key", "_queues")
 
-    def __init__(self, queues: dict[Key, _Waiters], key: Key) -> None:
+    def __init__(self, queues: dict[Key, _KeyQueue], key: Key) -> None:
         self._queues = queues
         self._key = key
 
     @property
-    def is_taken(self) -> bool:
-        """Whether somebody has it."""
+    def queue_exists(self) -> bool:
+        """Whether any task is in the queue for the key."""
         return self._key in self._queues
 
     @property
-    def is_held(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether this is the first ticket of the queue, whose task may try."""
         queue = self._queues.get(self._key)
-        return queue is not None and queue.holder is self
+        return queue is not None and queue.current is self
 
     async def acquire(self, seconds: float) -> None:
-        """Wait until it is this one's turn, or `seconds` are over."""
+        """Enter the queue; wait until this ticket is the first one, or `seconds` have passed."""
         queue = self._queues.get(self._key)
         if queue is None:
-            self._queues[self._key] = _Waiters(self)
+            self._queues[self._key] = _KeyQueue(self)
             return
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         queue.waiting.append((self, waiter))
         if queue.timer is None:
-            self._watch(queue)
-        bound = loop.call_later(seconds, _wake, waiter)
+            self._start_timer(queue)
+        timeout = loop.call_later(seconds, _wake, waiter)
         try:
             await waiter
         finally:
-            bound.cancel()
+            timeout.cancel()
 
     def release(self) -> None:
-        """It is over, if there was one."""
+        """Leave the first position of the queue, if this ticket has it."""
         queue = self._queues.get(self._key)
-        if queue is not None and queue.holder is self:
-            self._pass_on(queue)
+        if queue is not None and queue.current is self:
+            self._advance(queue)
 
-    def _pass_on(self, queue: _Waiters) -> None:
+    def _advance(self, queue: _KeyQueue) -> None:
+        """Let the next waiting task try; without one, delete the queue."""
         if queue.timer is not None:
             queue.timer.cancel()
             queue.timer = None
         while queue.waiting:
-            queue.holder, waiter = queue.waiting.popleft()
-            if not waiter.done():  # cancelled, or out of time
+            queue.current, waiter = queue.waiting.popleft()
+            if not waiter.done():  # it is done if its task was cancelled or its time has passed
                 waiter.set_result(None)
                 if queue.waiting:
-                    self._watch(queue)
+                    self._start_timer(queue)
                 return
         del self._queues[self._key]
 
-    def _watch(self, queue: _Waiters) -> None:
+    def _start_timer(self, queue: _KeyQueue) -> None:
         loop = asyncio.get_running_loop()
-        queue.timer = loop.call_later(_MAX_TICKET_SECONDS, self._pass_on, queue)
+        queue.timer = loop.call_later(_MAX_TICKET_SECONDS, self._advance, queue)
 
 
-class _Waiters:
-    """Those who want to change one entity: the one whose turn it is, and those who wait for theirs."""
+class _KeyQueue:
+    """The queue for one key: the ticket whose task may try, and the waiting ones.
 
-    __slots__ = ("holder", "timer", "waiting")
+    `timer` advances the queue if the current task takes too long.
+    """
 
-    def __init__(self, holder: Ticket) -> None:
-        self.holder = holder
+    __slots__ = ("current", "timer", "waiting")
+
+    def __init__(self, current: Ticket) -> None:
+        self.current = current
         self.waiting: deque[tuple[Ticket, asyncio.Future[None]]] = deque()
         self.timer: asyncio.TimerHandle | None = None
 

@@ -1,4 +1,4 @@
-"""The driver interface: what an engine implements. Everything else is written once, in terms of it."""
+"""The driver interface, which each engine implements. All other code is shared by the engines."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine can do; the contract suite tests both presence and absence.
 
     Attributes:
-        engine: its name, for people; shared code never branches on it.
-        durable: an acknowledged write outlives the process and a loss of power.
+        engine: its name, for display; shared code never branches on it.
+        durable: an acknowledged write survives the end of the process and a loss of power.
         multi_process: several processes may use one store at once.
         isolations: what `begin_transaction(isolation=...)` takes; the first is the default.
         query_isolation: what a query or stream outside a transaction sees: one "snapshot", or
-            "eventual" (it may be behind, and may show half a transaction).
+            "eventual" (it may lag behind writes, and may show part of a transaction).
         queries_in_transaction: how a query inside a transaction relates to it: "serializable"
             (sees its own writes, and what it saw is part of the transaction), "own_writes" (sees
             them, is not part of it) or "outside" (sees neither).
@@ -38,14 +38,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         savepoints: nested transactions.
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
-        change_markers: a change may carry a change marker, written in the same commit; a live
-            migration finds by these what it still has to copy.
+        change_markers: a change may carry a change marker, written in the same commit; they show a
+            live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
             before the deletion is refused even if the versions are equal.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
-        max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited by
-            memory alone.
+        max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited only
+            by memory.
         write_concurrency: the maximum number of coalesced write batches in progress at once.
         write_batch: the maximum number of changes in one of these batches.
         read_batch: the maximum number of reads that share a round trip; 0 where a read is no round
@@ -105,8 +105,8 @@ class Reader(Protocol):
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """The matching records, in the query's order, up to its limit.
 
-        Closing the iterator early releases what it holds. `query.fields` is a hint to read less;
-        the records may hold more fields.
+        Closing the iterator early releases its resources. `query.fields` is a hint that allows the
+        engine to read less; the records may contain more fields.
         """
         ...
 
@@ -123,7 +123,7 @@ class SupportsBatches(Protocol):
     """
 
     def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """Like `select`, but the entities alone, in non-empty batches of any size."""
+        """Like `select`, but yields only the entities, in non-empty batches of any size."""
         ...
 
 
@@ -150,7 +150,7 @@ class Session(Reader, Protocol):
         ...
 
     def savepoint(self) -> AbstractAsyncContextManager[Session]:
-        """A nested transaction: leaving the context by an exception rolls back its part alone."""
+        """A nested transaction: leaving the context by an exception rolls back only its changes."""
         ...
 
 
@@ -159,7 +159,7 @@ class Engine(Reader, Protocol):
 
     There is no network or disk I/O before the first call. Preconditions are checked atomically with
     the write. Any await may be cancelled: a write is then applied completely or not at all, and
-    nothing leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
+    no resource leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
     missing entity is never an error.
     """
 
@@ -187,10 +187,10 @@ class Engine(Reader, Protocol):
         ...
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
-        """A consistent snapshot for as long as it is open, for backups and comparisons.
+        """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 
-        It does not block writers. Where `query_isolation` is "eventual", it is no more consistent
-        than queries are.
+        It does not block writers. If `query_isolation` is "eventual", it is not more consistent than
+        queries.
         """
         ...
 
@@ -221,7 +221,7 @@ class Engine(Reader, Protocol):
         ...
 
     async def undeclared(self) -> list[str]:
-        """What is stored but not declared, so that reading all declared collections would miss it.
+        """The stored collections and fields that are not declared, which queries would therefore miss.
 
         Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
         """
@@ -236,7 +236,7 @@ class Engine(Reader, Protocol):
         ...
 
     async def health(self) -> Mapping[str, Value]:
-        """The engine's part of `health()`; whatever needs action is listed in `problems`."""
+        """The engine's part of `health()`; its `problems` lists the conditions that require action."""
         ...
 
     def describe(self) -> Mapping[str, Value]:
@@ -291,8 +291,8 @@ async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[
 async def run_to_completion(work: Awaitable[Result]) -> Result:
     """Await `work` until it is done even if the caller is cancelled; then raise the cancellation.
 
-    With `asyncio.shield` alone, the work would go on after the caller has released its locks;
-    anyio's shielded scope does not protect from a native `Task.cancel()`.
+    With `asyncio.shield` alone, the work would continue after the caller has released its locks;
+    the shielded scope of anyio does not protect from a native `Task.cancel()`.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -308,6 +308,6 @@ async def run_to_completion(work: Awaitable[Result]) -> Result:
                 raise
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # retrieved, so that the loop does not report it
+            task.exception()  # marks it as retrieved, so that the event loop does not log it
         raise cancelled
     return task.result()

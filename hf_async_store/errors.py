@@ -5,7 +5,7 @@ Each error has two attributes that decide what a caller may do next:
 * `retryable`: the same call may succeed later without any change by the caller.
 * `outcome_unknown`: the write may or may not have been applied; read before writing again.
 
-A missing entity is not an error: `None`, `False` and an empty list are answers of the engine.
+A missing entity is not an error: `None`, `False` and an empty list are valid results.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ class StorageError(Exception):
     def __init__(
         self, message: str, *, retryable: bool | None = None, outcome_unknown: bool = False
     ) -> None:
-        # Messages quote drivers, servers and configurations: a URL among them may hold a password.
+        # Messages quote drivers, servers and configurations, and a URL in them may contain a password.
         super().__init__(redact_text(message))
         self.retryable: bool = self._retryable if retryable is None else retryable
         self.outcome_unknown: bool = outcome_unknown
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Subclasses take other arguments than the message, so the default could not be unpickled.
+        # Subclasses have constructor arguments other than the message, so the default could not be
+        # unpickled.
         return _rebuild, (type(self), self.args, self.__dict__)
 
     def copy(self) -> Self:
-        """An equal, separate error: for each of several callers that one failure concerns."""
+        """An equal but separate error, for a failure that is raised to several callers."""
         other = _rebuild(type(self), self.args, dict(self.__dict__))
         other.__cause__ = self.__cause__
         return other
@@ -114,7 +115,7 @@ class EntityNotFoundError(StorageError):
 
 
 class AlreadyExistsError(StorageError):
-    """The operation needs an id that is not in use, and there is an entity with it."""
+    """The operation needs an unused id, and there is an entity with this id."""
 
     def __init__(self, collection: str, entity_id: str) -> None:
         super().__init__(f"{collection} already has an entity {entity_id!r}")
@@ -212,7 +213,7 @@ class StoreClosedError(StorageError):
 
 
 class StoreNotFoundError(StorageError):
-    """The store does not exist, and the operation needs one: a reading command, a backup, a migration.
+    """The store does not exist, and the operation needs one, such as a backup or a migration.
 
     The methods of a store do not raise it: to them, a store that does not exist is empty.
     """
@@ -234,8 +235,8 @@ class VerificationError(MigrationError):
     """Source and target differ.
 
     Attributes:
-        differences: the first of them, each a line that names collection, id, field and the types
-            of both values.
+        differences: the first differences, each a line with collection, id, field and the types of
+            both values.
     """
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Async generators that read from one another."""
+"""Nested async generators: generators that read from other generators."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Item = TypeVar("Item")
 class Owned(AsyncIterator[Item], Generic[Item]):
     """An async generator that the code around an `async with` block reads and closes.
 
-    In contrast to `contextlib.aclosing`, the event loop does not know of the generator. A loop that
-    shuts down closes all generators that it knows of at the same time, and that fails for one whose
-    owner, a generator itself, is closing it already. The outermost generator remains known to the
-    loop, and closes the others.
+    In contrast to `contextlib.aclosing`, the generator is not registered with the event loop. An event
+    loop that shuts down closes all registered generators concurrently, which fails for one that is
+    already being closed by its owner, another generator. The outermost generator remains registered,
+    and closes the others.
     """
 
-    __slots__ = ("_begun", "_source")
+    __slots__ = ("_source", "_started")
 
     def __init__(self, source: AsyncGenerator[Item, None]) -> None:
         self._source = source
-        self._begun = False
+        self._started = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -34,10 +34,10 @@ class Owned(AsyncIterator[Item], Generic[Item]):
         return self
 
     def __anext__(self) -> Awaitable[Item]:
-        if self._begun:
+        if self._started:
             return self._source.__anext__()
-        # A generator takes over the hooks of the thread when its first step is asked for.
-        self._begun = True
+        # A generator calls the hooks of its thread when `__anext__` is called for the first time.
+        self._started = True
         hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(None, None)
         try:

@@ -1,7 +1,7 @@
 """Locks: between the tasks of one event loop, and between operating-system processes.
 
-From the bottom up: `ReaderWriterLock` for tasks, `FileLock` for processes (synchronous, one try),
-and `LockManager`, which puts the first in front of the second. Linux and macOS.
+`ReaderWriterLock` is for tasks. `FileLock` is for processes: it is synchronous and makes one attempt.
+`LockManager` combines the two: a task acquires the first, then the second. Linux and macOS.
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ if TYPE_CHECKING:
 Mode: TypeAlias = Literal["read", "write"]
 
 _FIRST_PAUSE: Final = 0.0003
-"""Between the first two tries for a file lock."""
+"""The pause between the first two attempts to lock a file."""
 
-_PAUSE_SHARE: Final = 1 / 8
-"""Each further pause is this part of the time that was waited already."""
+_PAUSE_FRACTION: Final = 1 / 8
+"""Each further pause is this fraction of the time waited so far."""
 
 _MAX_PAUSE_SECONDS: Final = 0.005
-"""Between two tries by a process that is not next in line. It is also what an old waiter suffers
-from new ones, which try more often: with 20 ms, the longest wait of eight processes that compete
-for 10 ms each is 2.5 times as long, at the same throughput."""
+"""The longest pause between two attempts by a process that is not next in line. A process that has
+waited long polls less often than a new one, so a larger maximum delays it further: with 20 ms, the
+longest wait of eight processes that compete for 10 ms each is 2.5 times as long, at the same
+throughput."""
 
 _OPEN: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-"""No link is followed: whoever may write the folder could point it at a file of others."""
+"""Symbolic links are not followed: a user who can write to the folder could link the lock file to a
+file of another user."""
 
 _NEXT_IN_LINE_PAUSE: Final = 0.001
-"""Between two tries by the one process that is next in line."""
+"""The longest pause between two attempts by the one process that is next in line."""
 
 
-class _Section:
-    """`async with` over a lock, for one use."""
+class _LockContext:
+    """An async context manager that holds a lock. It can be used once."""
 
     __slots__ = ("_lock", "_mode", "_owner", "_task", "_timeout")
 
@@ -77,30 +79,31 @@ class _Section:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # In the name of the task that entered, which need not be the current one: an abandoned
-        # async generator is closed by the event loop, in a task of its own.
+        # Released for the task that acquired it, which may not be the current one: the event loop
+        # closes an abandoned async generator in a separate task.
         self._lock._release(self._task, self._mode)
 
 
 class ReaderWriterLock:
-    """A lock that many tasks may hold to read, or one to write, on one event loop.
+    """A lock that many tasks may hold to read, or one task to write, on one event loop.
 
-    * Waiters are served in the order in which they came. Readers next to one another at the head
-      of the queue are admitted together; a reader that comes while a writer waits queues behind
-      it. So neither side is starved.
-    * The task that acquires is the holder, and only it may release. Acquiring again in either
-      mode while holding would wait for oneself: it is refused at once.
-    * A waiter may be cancelled or run out of time at any moment, also after the lock was handed to
-      it and before it ran: the lock then passes on.
+    * Waiters are served in the order of their arrival. Consecutive readers at the head of the
+      queue are admitted together; a reader that arrives while a writer waits queues behind it.
+      Neither readers nor writers starve.
+    * The task that acquires the lock is the holder, and only the holder may release it. A holder
+      that acquires the lock again, in either mode, would wait for itself: this raises an error
+      immediately.
+    * A waiter may be cancelled or time out at any moment, even after the lock was granted to it
+      and before the task resumed. The lock is then granted to the next waiter.
     * Acquiring a free lock does not suspend.
 
     Args:
-        name: what errors call the lock.
+        name: the name of the lock in error messages.
     """
 
-    # Whether a waiter holds the lock is decided in `_admit`, in one step without an await, when
-    # the lock becomes free; its future only wakes it. So there is no moment at which the lock is
-    # free but promised, and a waiter that goes away has only to undo what the books say of it.
+    # `_admit` grants the lock to waiters without an await, in the step in which the lock becomes
+    # free; the future of a waiter only wakes its task. The lock is therefore never free while it
+    # is reserved for a waiter, and a waiter that is cancelled has only to remove its own entry.
 
     __slots__ = ("_name", "_queue", "_readers", "_writer")
 
@@ -108,15 +111,15 @@ class ReaderWriterLock:
         self._name = name
         self._readers: set[asyncio.Task[Any]] = set()
         self._writer: asyncio.Task[Any] | None = None
-        # A future is true when the lock was granted, false when the time is up. Not a deque:
-        # a waiter in the middle must be able to leave without a walk over the others.
+        # A future's result is true if the lock was granted, false after a timeout. Not a deque:
+        # removing a waiter from the middle must not take a scan of the queue.
         self._queue: OrderedDict[asyncio.Future[bool], tuple[asyncio.Task[Any], Mode]] = (
             OrderedDict()
         )
 
     @property
     def readers(self) -> int:
-        """How many tasks hold the lock to read."""
+        """The number of tasks that hold the lock to read."""
         return len(self._readers)
 
     @property
@@ -126,13 +129,13 @@ class ReaderWriterLock:
 
     @property
     def waiting(self) -> int:
-        """How many tasks wait, in either mode."""
+        """The number of tasks that wait, in either mode."""
         return len(self._queue)
 
     def holds(self, task: asyncio.Task[Any] | None = None) -> Mode | None:
-        """How `task`, by default the current one, holds the lock.
+        """The mode in which `task`, by default the current one, holds the lock; None if it does not.
 
-        A waiter holds it from the moment it is handed over, even before it runs.
+        A waiter holds the lock as soon as it is granted, even before the task resumes.
         """
         task = task or _this_task()
         if task is self._writer:
@@ -141,21 +144,21 @@ class ReaderWriterLock:
 
     def reading(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
         """`acquire_read` on entry, `release_read` on exit."""
-        return _Section(self, "read", timeout)
+        return _LockContext(self, "read", timeout)
 
     def writing(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
         """`acquire_write` on entry, `release_write` on exit."""
-        return _Section(self, "write", timeout)
+        return _LockContext(self, "write", timeout)
 
     async def acquire_read(self, timeout: float | None = None) -> None:
         """Hold the lock to read, together with other readers.
 
         Args:
-            timeout: seconds to wait at most; 0 tries once, None waits for ever.
+            timeout: seconds to wait at most; 0 makes one attempt, None waits without a limit.
 
         Raises:
-            LockTimeoutError: the lock was not free in time.
-            TransactionReentryError: this task holds the lock already.
+            LockTimeoutError: the lock did not become free in time.
+            TransactionReentryError: this task already holds the lock.
         """
         await self._acquire(_this_task(), "read", timeout)
 
@@ -164,7 +167,7 @@ class ReaderWriterLock:
         await self._acquire(_this_task(), "write", timeout)
 
     def release_read(self) -> None:
-        """Give the lock back.
+        """Release the lock.
 
         Raises:
             RuntimeError: this task does not hold the lock to read.
@@ -172,7 +175,7 @@ class ReaderWriterLock:
         self._release(_this_task(), "read")
 
     def release_write(self) -> None:
-        """Give the lock back.
+        """Release the lock.
 
         Raises:
             RuntimeError: this task does not hold the lock to write.
@@ -182,8 +185,8 @@ class ReaderWriterLock:
     async def _acquire(self, task: asyncio.Task[Any], mode: Mode, timeout: float | None) -> None:
         free = self._writer is None
         if free and mode == "write" and not self._readers:
-            # The queue need not be asked: who frees the lock hands it on in the same step, so that
-            # a free lock has no live waiter.
+            # The queue need not be checked: the task that releases the lock grants it to a waiter
+            # in the same step, so a free lock has no waiter other than cancelled ones.
             self._writer = task
         elif free and mode == "read" and not self._queue and task not in self._readers:
             self._readers.add(task)
@@ -204,8 +207,8 @@ class ReaderWriterLock:
         held = self.holds(task)
         if held is not None:
             raise TransactionReentryError(
-                f"this task already holds {self._name} to {held}; "
-                f"to {mode} as well, it would wait for itself"
+                f"this task already holds {self._name} to {held}: "
+                f"acquiring it to {mode} would wait for itself"
             )
         limit = inf if timeout is None else timeout
         if limit <= 0:
@@ -213,14 +216,14 @@ class ReaderWriterLock:
         loop = asyncio.get_running_loop()
         granted: asyncio.Future[bool] = loop.create_future()
         self._queue[granted] = task, mode
-        # A timer of our own rather than `asyncio.timeout`, which cancels: the time is up, or the
-        # lock is granted, in one step, and neither can be taken for a cancellation by a caller.
-        timer = None if limit == inf else loop.call_later(limit, self._give_up, granted)
+        # A timer rather than `asyncio.timeout`, which cancels the task: the timeout, or the grant,
+        # takes effect in one step, and cannot be confused with a cancellation by the caller.
+        timer = None if limit == inf else loop.call_later(limit, self._expire, granted)
         try:
             in_time = await granted
         except BaseException:
-            # Cancelled, be it while in the queue, or after the lock was handed over. Only what came
-            # by this wait is undone: `task` may hold the lock by another one made in its name.
+            # Cancelled, either while in the queue or after the lock was granted. Only the effect of
+            # this wait is undone: `task` may hold the lock through another wait on its behalf.
             self._queue.pop(granted, None)
             if granted.done() and not granted.cancelled() and granted.result():
                 self._release(task, mode)
@@ -233,15 +236,15 @@ class ReaderWriterLock:
         if not in_time:
             raise self._timed_out(mode, limit)
 
-    def _give_up(self, granted: asyncio.Future[bool]) -> None:
-        """The time of a waiter is up."""
+    def _expire(self, granted: asyncio.Future[bool]) -> None:
+        """End the wait of a waiter whose timeout has passed."""
         if not granted.done():
             del self._queue[granted]
             granted.set_result(False)
             self._admit()
 
     def _admit(self) -> None:
-        """Hand the lock to those at the head of the queue who can have it now."""
+        """Grant the lock to the waiters at the head of the queue that can hold it now."""
         queue = self._queue
         while queue and self._writer is None:
             granted, (task, mode) = next(iter(queue.items()))
@@ -253,12 +256,12 @@ class ReaderWriterLock:
                 else:
                     self._writer = task
                 granted.set_result(True)
-            # else: it was cancelled and has not run yet. It must not be given the lock, nor hold
-            # up those behind it.
+            # else: the waiter was cancelled, and its task has not resumed yet. It must neither get
+            # the lock nor delay the waiters behind it.
             del queue[granted]
 
     def _timed_out(self, mode: Mode, timeout: float) -> LockTimeoutError:
-        holders = "a writer" if self.has_writer else _count(self.readers, "reader")
+        holders = "a writer" if self.has_writer else _counted(self.readers, "reader")
         return LockTimeoutError(
             f"{self._name} was not free to {mode} within {timeout:g} s: "
             f"held by {holders}, {self.waiting} waiting"
@@ -268,26 +271,28 @@ class ReaderWriterLock:
 def _this_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     if task is None:
-        raise RuntimeError("locks are held by asyncio tasks, and this is not one")
+        raise RuntimeError("a lock can be acquired and released only inside an asyncio task")
     return task
 
 
-def _count(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class FileLock:
-    """A lock between processes: `flock` on a file that exists for nothing else.
+    """A lock between processes: `flock` on a file that serves no other purpose.
 
-    Synchronous, one try at a time. The file is created at the first try and stays; whoever
-    deletes it while it is held breaks the lock. A holder that dies loses the lock. Two objects
-    exclude one another also within one process; one object is not for two threads.
+    It is synchronous and makes one attempt at a time. The file is created at the first attempt and
+    is never deleted; deleting it while the lock is held breaks the lock. The lock of a process that
+    dies is released. Two objects exclude one another, even within one process; one object must not
+    be used by two threads.
 
-    After a fork the child shares the parent's lock, and can release it: a process that uses locks
-    must not go on using them in a forked child. That is refused above this layer.
+    After a fork the child shares the parent's lock and can release it: a forked child must not use
+    the locks of its parent. The layers above refuse such use.
 
     Args:
-        owned: asked, when the file has to be made, whose it is to be; None: of this process, 0600.
+        owned: called when the file has to be created; returns its owner, group and mode. None: the
+            user of this process, and mode 0600.
     """
 
     __slots__ = ("_fd", "_held", "_identity", "_owned", "_path")
@@ -309,25 +314,25 @@ class FileLock:
 
     @property
     def held(self) -> Literal["shared", "exclusive"] | None:
-        """How this object holds the lock."""
+        """The mode in which this object holds the lock; None if it does not."""
         return self._held
 
     def try_lock(self, exclusive: bool) -> bool:
-        """Take the lock if it is free; False if somebody else has it. Never waits.
+        """Acquire the lock if it is free; return False if it is not. Never waits.
 
         Raises:
             PermissionDeniedError, ReadOnlyStoreError, DiskFullError, UnavailableError: the file cannot
                 be created, opened or locked. Nothing is held.
-            RuntimeError: this object holds the lock already.
+            RuntimeError: this object already holds the lock.
         """
         if self._held is not None:
             raise RuntimeError(f"{self._path} is already locked ({self._held}) by this object")
-        how = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         try:
-            # Twice, because the file may have been replaced since it was opened. Not for ever:
-            # somewhere a file system may never give a file the same inode number twice.
+            # Two attempts, because the file may have been replaced since it was opened. No more:
+            # some file systems may never report the same inode number twice for one file.
             for _ in range(2):
-                fcntl.flock(self._opened(), how | fcntl.LOCK_NB)
+                fcntl.flock(self._open_file(), operation | fcntl.LOCK_NB)
                 if self._is_current():
                     self._held = "exclusive" if exclusive else "shared"
                     return True
@@ -340,7 +345,7 @@ class FileLock:
         return False
 
     def unlock(self) -> None:
-        """Give the lock back; nothing happens if it is not held. Cannot fail."""
+        """Release the lock; does nothing if it is not held. Never raises."""
         if self._held is not None and self._fd is not None:
             self._held = None
             try:
@@ -349,35 +354,36 @@ class FileLock:
                 self.close()
 
     def close(self) -> None:
-        """Give the lock back and close the file; a later try opens it again. Cannot fail."""
-        # Unlocked first, because a child between fork and exec still has the descriptor, and
-        # closing ours alone would leave the lock with it.
+        """Release the lock and close the file; a later attempt opens it again. Never raises."""
+        # Unlocked first, because a child process between fork and exec still has the descriptor:
+        # if only this process closed it, the child would keep the lock.
         self.unlock()
         fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(OSError):
                 os.close(fd)
 
-    def _opened(self) -> int:
+    def _open_file(self) -> int:
         if self._fd is None:
             try:
                 self._fd = os.open(self._path, _OPEN)
             except FileNotFoundError:
-                self._fd = self._made()
+                self._fd = self._create()
             stat = os.fstat(self._fd)
             self._identity = stat.st_dev, stat.st_ino
         return self._fd
 
-    def _made(self) -> int:
+    def _create(self) -> int:
         owned = self._owned()
         if owned is None:
             return os.open(self._path, _OPEN | os.O_CREAT, 0o600)
-        # It gets its name once it is whose it is to be: others may want it at any moment.
+        # The file is linked to its path only after its owner and mode are set: another process may
+        # open it at any moment.
         temporary = f"{self._path}.{os.urandom(4).hex()}.tmp"
         fd = os.open(temporary, _OPEN | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             share(fd, owned)
-            self._name(temporary)
+            self._publish(temporary)
         except BaseException:
             os.close(fd)
             raise
@@ -386,8 +392,8 @@ class FileLock:
                 os.unlink(temporary)  # noqa: PTH108  # as everywhere in this class
         return fd
 
-    def _name(self, temporary: str) -> None:
-        """Its name, unless another process was first: then `_is_current` tells."""
+    def _publish(self, temporary: str) -> None:
+        """Link a new lock file to its path. If another process was first, `_is_current` detects it."""
         try:
             os.link(temporary, self._path)
         except FileExistsError:
@@ -398,7 +404,7 @@ class FileLock:
             os.rename(temporary, self._path)  # noqa: PTH104  # a file system without hard links
 
     def _is_current(self) -> bool:
-        """Whether what was locked is still what others will find at the path."""
+        """Whether the locked file is still the one at the path, which other processes open."""
         try:
             stat = os.stat(self._path)  # noqa: PTH116 - once per acquire, and a Path is slower
         except FileNotFoundError:
@@ -407,30 +413,30 @@ class FileLock:
 
 
 class LockManager:
-    """A reader-writer lock between the tasks of this process and those of all others.
+    """A reader-writer lock between all tasks of all processes that use one path.
 
-    Each task first takes its side of a `ReaderWriterLock`, with all that this one promises, then
-    the lock between processes, which polls with a backoff of 5 ms at most. A process that takes
-    the lock again and again, to read or to write, does not starve another. A holder that dies
-    loses the lock. Taking a free lock does not suspend; a cancelled or failed acquire leaves
-    nothing held.
+    A task first acquires a `ReaderWriterLock`, with the guarantees of that class, and then the lock
+    between processes, which is polled with pauses of at most 5 ms. A process that acquires the lock
+    in a loop, to read or to write, does not starve another. The lock of a process that dies is
+    released. Acquiring a free lock does not suspend; a cancelled or failed acquire leaves nothing
+    held.
 
-    Not for use in a forked child (see `FileLock`).
+    It must not be used in a forked child (see `FileLock`).
 
     Args:
-        path: the lock file; another one beside it has `.turn` after its name. Both are created
-            at the first use and stay.
-        timeout: seconds that an acquire may take in all, where it does not say otherwise.
+        path: the lock file. A second file in the same folder has the suffix `.turn`. Both are
+            created at the first use and are never deleted.
+        timeout: the default for the total number of seconds that an acquire may take.
         owned: see `FileLock`.
     """
 
-    # The turnstile: who wants the lock file first takes `.turn` and keeps it until it has the lock
-    # file. With polling alone, a process that releases and takes the lock in a tight loop would
-    # win nearly always, since the others sleep when the lock is free for a few microseconds. With
-    # the turnstile, one of the others gets `.turn` while the greedy process works (it keeps `.turn`
-    # for microseconds only), and from then on the greedy one has to wait behind it. For the same
-    # reason readers pass the turnstile even if this process already has the lock file to read:
-    # else readers that overlap would keep a writer of another process out for ever.
+    # The turnstile: a process that wants the lock file first locks `.turn`, and keeps it until it
+    # has the lock file. With polling alone, a process that releases and acquires the lock in a
+    # tight loop would win nearly always, since the others sleep when the lock is free for a few
+    # microseconds. With the turnstile, another process gets `.turn` while the looping process works
+    # (it keeps `.turn` for microseconds only), and from then on the looping process has to wait for
+    # it. For the same reason readers pass the turnstile even if this process already holds the lock
+    # file to read: otherwise overlapping readers would block a writer of another process forever.
 
     __slots__ = (
         "_closed",
@@ -441,7 +447,7 @@ class LockManager:
         "_sharers",
         "_tasks",
         "_timeout",
-        "_turn",
+        "_turnstile",
     )
 
     def __init__(
@@ -455,9 +461,9 @@ class LockManager:
         self._timeout = timeout
         self._closed = False
         self._main = FileLock(path, owned)
-        self._turn = FileLock(f"{os.fspath(path)}.turn", owned)
+        self._turnstile = FileLock(f"{os.fspath(path)}.turn", owned)
         self._tasks = ReaderWriterLock(f"the lock {path}")
-        # One reader at a time deals with the files for all readers of this process.
+        # One reader at a time locks the files for all readers of this process.
         self._gate = ReaderWriterLock(f"the lock {path}")
         self._sharers = 0
         self._passages = 0
@@ -468,7 +474,7 @@ class LockManager:
         return self._main.held == "exclusive"
 
     def holds(self, task: asyncio.Task[Any] | None = None) -> Mode | None:
-        """How `task`, by default the current one, holds its side of the lock."""
+        """The mode in which `task`, by default the current one, holds the lock between tasks."""
         return self._tasks.holds(task)
 
     def exclusive(
@@ -477,28 +483,29 @@ class LockManager:
         """Hold the lock alone.
 
         Args:
-            timeout: seconds to wait at most; 0 tries once, None is the timeout of this object.
-            owner: the task that is to hold it, where another one does the waiting (a transaction
-                whose first operation a child task awaits). None: the current task.
+            timeout: seconds to wait at most; 0 makes one attempt, None is the timeout of this
+                object.
+            owner: the task that is to hold the lock, if another task waits for it (a transaction
+                whose first operation is awaited by a child task). None: the current task.
 
         Raises (on entry):
-            LockTimeoutError: the lock was not free in time; names the file.
-            TransactionReentryError: this task holds the lock already.
+            LockTimeoutError: the lock did not become free in time; the message names the file.
+            TransactionReentryError: this task already holds the lock.
             PermissionDeniedError, ReadOnlyStoreError, DiskFullError, UnavailableError: the lock files
                 cannot be created, opened or locked.
             StoreClosedError: after `close`.
         """
-        return _Section(self, "write", timeout, owner)
+        return _LockContext(self, "write", timeout, owner)
 
     def shared(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
-        """Hold the lock together with others that share it. Otherwise as `exclusive`."""
-        return _Section(self, "read", timeout)
+        """Hold the lock together with other readers. Otherwise as `exclusive`."""
+        return _LockContext(self, "read", timeout)
 
     def close(self) -> None:
-        """Close the files. A holder loses the lock, a waiter gets `StoreClosedError`."""
+        """Close the files. The lock is released, and `StoreClosedError` is raised in waiters."""
         self._closed = True
         self._main.close()
-        self._turn.close()
+        self._turnstile.close()
 
     async def _acquire(self, task: asyncio.Task[Any], mode: Mode, timeout: float | None) -> None:
         wait = _Wait(mode, self._timeout if timeout is None else timeout)
@@ -520,15 +527,15 @@ class LockManager:
             self._main.unlock()
 
     async def _join_readers(self, task: asyncio.Task[Any], wait: _Wait) -> None:
-        """Become one of the tasks for which this process has the lock file to read."""
+        """Register as one of the tasks for which this process holds the lock file to read."""
         passages = self._passages
         try:
-            await self._gate._acquire(task, "write", wait.left())
+            await self._gate._acquire(task, "write", wait.remaining())
         except LockTimeoutError as exc:
             raise self._timed_out(wait) from exc
         try:
-            # A reader that waited here while another passed the turnstile goes in with it, like
-            # readers next to one another in a queue.
+            # A reader that waited here while another reader passed the turnstile is admitted
+            # together with it, like consecutive readers in a queue.
             if passages == self._passages or self._main.held is None:
                 await self._pass_turnstile(wait)
                 self._passages += 1
@@ -537,42 +544,42 @@ class LockManager:
             self._gate._release(task, "write")
 
     async def _pass_turnstile(self, wait: _Wait) -> None:
-        """Have the lock file for this process, once those before it in the line have had it."""
-        await self._poll(self._turn, wait, True, _MAX_PAUSE_SECONDS)
+        """Lock the file for this process, after the processes before it in line have had it."""
+        await self._poll(self._turnstile, wait, True, _MAX_PAUSE_SECONDS)
         try:
             if self._main.held is None:
                 await self._poll(self._main, wait, wait.mode == "write", _NEXT_IN_LINE_PAUSE)
         finally:
-            self._turn.unlock()
+            self._turnstile.unlock()
 
     async def _poll(
         self, lock: FileLock, wait: _Wait, exclusive: bool, longest_pause: float
     ) -> None:
-        began = 0.0
+        started = 0.0
         while not self._closed:
             if lock.try_lock(exclusive):
                 return
-            left = wait.left()
-            if left <= 0:
+            remaining = wait.remaining()
+            if remaining <= 0:
                 raise self._timed_out(wait)
             now = monotonic()
-            began = began or now
-            # In proportion to the wait so far: the lock then lies idle for a small part of it, be
-            # it short or long. Doubling would leave it idle for as long as it was waited for.
-            pause = min(max(_FIRST_PAUSE, (now - began) * _PAUSE_SHARE), longest_pause)
-            # Jitter, so that processes that began to wait together do not go on in step.
-            await asyncio.sleep(min(pause * (0.5 + random() / 2), left))
+            started = started or now
+            # In proportion to the wait so far: the lock is then idle for a small fraction of any
+            # wait. With doubled pauses it could be idle for as long as the wait lasted.
+            pause = min(max(_FIRST_PAUSE, (now - started) * _PAUSE_FRACTION), longest_pause)
+            # Jitter, so that processes that began to wait together do not poll at the same times.
+            await asyncio.sleep(min(pause * (0.5 + random() / 2), remaining))
         raise StoreClosedError(f"the lock {self._path} was closed")
 
     def _timed_out(self, wait: _Wait) -> LockTimeoutError:
         return LockTimeoutError(
             f"the lock {self._path} was not free to {wait.mode} within {wait.timeout:g} s: "
-            "another process, or another store of this one, holds it"
+            "another process, or another store object of this process, holds it"
         )
 
 
 class _Wait:
-    """What one acquire waits for, and how long in all."""
+    """The mode and the deadline of one acquire."""
 
     __slots__ = ("_deadline", "mode", "timeout")
 
@@ -581,5 +588,5 @@ class _Wait:
         self.timeout = timeout
         self._deadline = monotonic() + timeout
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         return self._deadline - monotonic()

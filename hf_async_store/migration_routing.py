@@ -1,14 +1,14 @@
 """Routing during a live migration: which engine is active, and a change marker with each change.
 
-During a live migration, one record in the source holds its phase (`MigrationState`). A process reads it
-when its lease on the last answer has expired, and then relies on it for the length of the lease: so it
-costs no round trip per operation. Whoever changes the phase waits until every lease on the previous one
-must have expired. docs/live-migration.md describes the whole protocol.
+During a live migration, one record in the source contains its phase (`MigrationState`). A process reads
+the record when its lease has expired, and then relies on what it read until the new lease expires, so
+operations need no additional round trip. A process that changes the phase then waits until every lease
+on the previous phase must have expired. docs/live-migration.md describes the whole protocol.
 
-What the record says is data: whoever can write to the store can write it. It chooses among the stores
-that the configuration of this process names (`follow_moves`); a recorded location is never opened.
+The record is data, not configuration: anyone who can write to the store can write it. The location in
+it only selects one of the stores in `follow_moves` of this process's configuration; it is never opened.
 
-`MigrationRouter` stands between a store and its engine, and looks like an engine itself.
+`MigrationRouter` is a layer between a store and its engine, and has the methods of an engine.
 """
 
 from __future__ import annotations
@@ -53,16 +53,17 @@ from hf_async_store.schema import Collection
 from hf_async_store.values import VERSION, Entity, Key, Value, utc_now
 
 LEASE_SECONDS: Final = 2.0
-"""How long a process relies on what it read of the phase. All processes of a store have the same."""
+"""How long a process relies on the phase that it read. It must be equal in all processes of a store."""
 
 SWITCH_SECONDS: Final = 10.0
-"""How long a switch may take; then the coordinator aborts it, and retries later."""
+"""The maximum duration of a switch. The coordinator aborts a longer one and retries it later."""
 
 ABANDONED_SWITCH_SECONDS: Final = 12.0
-"""How long an operation waits for a switch; then its process ends it: the coordinator must be dead."""
+"""How long an operation waits for a switch. Then its process ends the switch, because the coordinator
+must have terminated."""
 
 _LEASE_MARGIN_SECONDS: Final = 0.25
-"""An operation begins only if so much of the lease is left: then a quick one ends within it."""
+"""An operation begins only if the lease is valid for at least this time, so that a short one ends in it."""
 
 _POLL_SECONDS: Final = 0.05
 _RENEW_TIMEOUT_SECONDS: Final = 1.0
@@ -70,7 +71,7 @@ _RENEW_TIMEOUT_SECONDS: Final = 1.0
 MIGRATION_COLLECTION: Final = Collection("hf_move", key="move_id")
 MARKER_COLLECTION: Final = Collection("hf_marks", key="mark_id")
 SYSTEM_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
-"""The collections of a live migration, in addition to those that users declare."""
+"""The collections in which live migrations are recorded, in addition to the declared collections."""
 
 MIGRATION_KEY: Final = Key(MIGRATION_COLLECTION.name, "move")
 
@@ -85,25 +86,26 @@ Phase: TypeAlias = Literal["COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK"
 """
 
 
-_PLACE: Final = r"[a-z][a-z0-9+._-]*:[!-~]{1,4096}"
-"""The form of a place: see `StorageConfig.place`."""
+_LOCATION: Final = r"[a-z][a-z0-9+._-]*:[!-~]{1,4096}"
+"""The form of a location: see `StorageConfig.place`."""
 
 _MAX_COUNT: Final = 2**62
-"""What is counted on from here stays within the integers that every engine stores."""
+"""The maximum of a recorded count. It can still be incremented within 64 bits."""
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_COUNT)]
 
 
 class MigrationState(msgspec.Struct, frozen=True):
-    """The record of a move. That of the source says the phase; that of the target, only where the
-    source is.
+    """The record of a live migration. Of the record in the target, only the location of the source is
+    used; the record in the source contains the current phase.
 
     Attributes:
-        role: of the place that holds the record. None: it is given up.
-        other: the other place, as `StorageConfig.place` names it; compared, never opened.
-        epoch: of the coordinator; a newer one fences off the older.
-        term: counts the switches.
-        version: of the record itself.
+        role: the role of the store that contains the record.
+        other: the location of the other store, in the form of `StorageConfig.place`; it is compared
+            and never opened.
+        epoch: the number of the coordinator; one with a greater number fences off its predecessors.
+        term: the number of switches so far.
+        version: the version of the record.
     """
 
     role: Literal["source", "target"]
@@ -114,7 +116,7 @@ class MigrationState(msgspec.Struct, frozen=True):
     version: _Count = 0
 
     def put(self, **changed: object) -> Put:
-        """The change that replaces this record, if nobody else has, by one that differs so."""
+        """The change that replaces this record by a copy with other values, unless it has been changed."""
         new = msgspec.structs.replace(self, **changed)
         entity = cast("Entity", msgspec.to_builtins(new))
         del entity[VERSION]
@@ -123,33 +125,35 @@ class MigrationState(msgspec.Struct, frozen=True):
 
 
 def migration_state_in(record: Record | None) -> MigrationState | None:
-    """The move that a record is of.
+    """The state of a live migration in a stored record; None without a record.
 
     Raises:
-        CorruptionError: it is none.
+        CorruptionError: the record is invalid.
     """
     if record is None:
         return None
     try:
-        move = msgspec.convert(record.entity, MigrationState)
-    except (msgspec.ValidationError, UnicodeEncodeError) as exc:  # a lone surrogate is the latter
-        raise _no_move(str(exc)) from exc
-    if not re.fullmatch(_PLACE, move.other):
-        raise _no_move("`$.other` is no place")
-    return move
+        state = msgspec.convert(record.entity, MigrationState)
+    except (msgspec.ValidationError, UnicodeEncodeError) as exc:  # the latter by a lone surrogate
+        raise _invalid_record(str(exc)) from exc
+    if not re.fullmatch(_LOCATION, state.other):
+        raise _invalid_record("`$.other` is not the location of a store")
+    return state
 
 
-def _no_move(problem: str) -> CorruptionError:
+def _invalid_record(problem: str) -> CorruptionError:
     return CorruptionError(
-        f"the record {MIGRATION_KEY.id!r} of {MIGRATION_COLLECTION.name} is not that of a live move: "
-        f"{problem}. "
-        "If no move is going on, take it out of the store"
+        f"the record {MIGRATION_KEY.id!r} of {MIGRATION_COLLECTION.name} is not a valid record of a "
+        f"live migration: {problem}. If no live migration is running, delete the record from the store"
     )
 
 
 def marker_of(key: Key) -> ChangeMarker:
-    """A mark for a change of `key`: there is one for each entity that changed, with a version that is
-    new each time, so that whoever brought the change over takes away no newer mark."""
+    """A change marker for the entity `key`.
+
+    There is one marker for each changed entity, with a new version for each change: so the coordinator,
+    which deletes a marker after copying the entity, does not delete the marker of a later change.
+    """
     digest = blake2b(f"{key.collection}\0{key.id}".encode(), digest_size=20).hexdigest()
     entity: Entity = {
         MARKER_COLLECTION.key: digest,
@@ -161,237 +165,249 @@ def marker_of(key: Key) -> ChangeMarker:
 
 
 class Route(msgspec.Struct):
-    """Where operations go for the length of a lease.
+    """The engine to which operations are sent until the lease expires.
 
     Attributes:
-        place: which it is; None is the store itself.
-        engine: None is the engine that the store was opened with.
-        marks: changes carry marks.
-        term: of the move; 0 without one.
+        location: of the active store; None: the store of this router.
+        engine: None: the engine with which the store was opened.
+        add_markers: changes carry change markers.
+        term: the term of the live migration; 0 without one.
     """
 
-    place: str | None
+    location: str | None
     engine: Engine | None
-    marks: bool
+    add_markers: bool
     term: int
 
-    def is_as(self, other: Route) -> bool:
+    def is_equivalent(self, other: Route) -> bool:
         return (
-            self.place == other.place
+            self.location == other.location
             and self.engine is other.engine
-            and self.marks == other.marks
+            and self.add_markers == other.add_markers
             and self.term == other.term
         )
 
 
-_UNMOVED: Final = Route(None, None, marks=False, term=0)
+_NO_MIGRATION: Final = Route(None, None, add_markers=False, term=0)
 
-Opening: TypeAlias = "Callable[[str | None], Engine | None]"
-"""An engine that knows the hidden collections: of the store itself (None), or of a place, if the
-configuration permits that."""
+OpenEngine: TypeAlias = "Callable[[str | None], Engine | None]"
+"""Opens an engine with `SYSTEM_COLLECTIONS`: of the store itself (None), or of the store at a location,
+if the configuration permits that."""
 
 
 class MigrationRouter:
-    """The engine of a store that may move: each operation goes to the authoritative side.
+    """The engine of a store that can be migrated live: sends each operation to the active engine.
 
     Args:
-        home: the engine that the store was opened with.
-        opening: makes the engines that a move needs, when there is one.
-        here: the place of the store itself, None if it has none that others could name.
+        original: returns the engine with which the store was opened.
+        open_engine: opens the engines that a live migration requires.
+        own_location: returns the location of the store; None if other processes cannot open it.
     """
 
     def __init__(
-        self, home: Callable[[], Engine], opening: Opening, here: Callable[[], str | None]
+        self,
+        original: Callable[[], Engine],
+        open_engine: OpenEngine,
+        own_location: Callable[[], str | None],
     ) -> None:
-        self._home = home
-        self._opening = opening
-        self._here = here
-        self._side = _UNMOVED
-        self._until = 0.0  # operations begin
-        self._valid_until = 0.0  # what has begun counts
-        self._renewing = asyncio.Lock()
-        self._engines: dict[str | None, Engine] = {}
-        self._waiting: tuple[int, float] | None = None
-        self._followed = False
-        self._place: str | None = None
+        self._original = original
+        self._open_engine = open_engine
+        self._own_location = own_location
+        self._route = _NO_MIGRATION
+        self._begin_until = 0.0  # the time until which operations may begin on the route
+        self._valid_until = 0.0  # the time at which the lease expires
+        self._renew_lock = asyncio.Lock()
+        self._engines: dict[str | None, Engine] = {}  # by location, None for the store itself
+        # The version of the record of a switch in progress, and when it was first read.
+        self._switch_seen: tuple[int, float] | None = None
+        self._was_in_migration = False
+        self._followed_to: str | None = None  # the location after a finalized migration
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._home().capabilities
+        return self._original().capabilities
 
     # -- the lease ---------------------------------------------------------------------------
 
     @property
-    def last(self) -> Route:
-        """What is known, be the lease on it over."""
-        return self._side
+    def last_route(self) -> Route:
+        """The route that was read last, even if its lease has expired."""
+        return self._route
 
-    def for_reading(self) -> Engine:
-        """What reads go to: the engine itself while the lease goes on, for they need nothing more."""
-        side = self._side
-        if time.monotonic() >= self._until:
+    def reading_engine(self) -> Engine:
+        """The engine for a read: the active engine itself while the lease is valid, else the router."""
+        route = self._route
+        if time.monotonic() >= self._begin_until:
             return self
-        return self._home() if side.engine is None else side.engine
+        return self._original() if route.engine is None else route.engine
 
-    def relies_on(self, side: Route) -> bool:
-        """Whether the lease on `side` goes on."""
-        return self._side is side and time.monotonic() < self._valid_until
+    def is_valid(self, route: Route) -> bool:
+        """Whether `route` is the current one and its lease has not expired."""
+        return self._route is route and time.monotonic() < self._valid_until
 
-    async def current(self) -> Route:
-        """Where an operation that begins now goes; waits while nobody can know."""
+    async def current_route(self) -> Route:
+        """The route for an operation that begins now. During a switch, waits until it has ended."""
         while True:
-            if time.monotonic() < self._until:
-                return self._side
-            if await self.renewed() is not None:
-                return self._side
+            if time.monotonic() < self._begin_until:
+                return self._route
+            if await self.renew() is not None:
+                return self._route
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def renewed(self) -> Route | None:
-        """Read the phase; None while it is that of a cut-over.
+    async def renew(self) -> Route | None:
+        """Read the phase and begin a new lease; None during a switch.
 
         Raises:
-            StoreRelocatedError: the store was moved before it was opened here, or to where this process
-                may not follow.
-            CorruptionError: the record is not that of a move.
+            StoreRelocatedError: the store was migrated before it was opened here, or to a store to
+                which this process may not follow.
+            CorruptionError: the record of the migration is invalid.
         """
-        async with self._renewing:
-            begun = time.monotonic()
-            if begun < self._until:
-                return self._side
-            side = await self._read()
-            if side is None:
+        async with self._renew_lock:
+            started = time.monotonic()
+            if started < self._begin_until:
+                return self._route
+            route = await self._read_route()
+            if route is None:
                 return None
-            if not side.is_as(self._side):
-                self._side = side
-            self._until = begun + LEASE_SECONDS - _LEASE_MARGIN_SECONDS
-            self._valid_until = begun + LEASE_SECONDS
-            return self._side
+            if not route.is_equivalent(self._route):
+                self._route = route
+            self._begin_until = started + LEASE_SECONDS - _LEASE_MARGIN_SECONDS
+            self._valid_until = started + LEASE_SECONDS
+            return self._route
 
-    async def _read(self) -> Route | None:
-        own = self._place
-        move = await self._move_at(own)
-        while move is not None and move.phase == "FINALIZED":
-            if not self._followed:
+    async def _read_route(self) -> Route | None:
+        own = self._followed_to
+        state = await self._state_at(own)
+        while state is not None and state.phase == "FINALIZED":
+            if not self._was_in_migration:
                 raise StoreRelocatedError(
-                    f"this store was moved to {move.other}; open that", move.other
+                    f"this store was migrated to {state.other}; open that store", state.other
                 )
-            # It was moved while it was open here: from now on this is a store at the new place.
-            self._place = own = move.other
-            move = await self._move_at(own)
-        if move is None:
-            return _UNMOVED if own is None else Route(own, self._engine(own), marks=False, term=0)
-        self._followed = True  # whatever becomes of the move, this process comes along
-        source, target = (own, move.other) if move.role == "source" else (move.other, own)
-        if move.role == "target":
-            found = await self._move_at(source)
-            here = self._here() if own is None else own
-            if found is None or found.role != "source" or here not in (None, found.other):
-                # The source ended it, and this place was not told yet.
+            # It was migrated while it was open here: from now on it is the store at the new location.
+            self._followed_to = own = state.other
+            state = await self._state_at(own)
+        if state is None:
+            if own is None:
+                return _NO_MIGRATION
+            return Route(own, self._engine_at(own), add_markers=False, term=0)
+        self._was_in_migration = True  # if the migration is finalized, this process follows it
+        source, target = (own, state.other) if state.role == "source" else (state.other, own)
+        if state.role == "target":
+            source_state = await self._state_at(source)
+            here = self._own_location() if own is None else own
+            if (
+                source_state is None
+                or source_state.role != "source"
+                or here not in (None, source_state.other)
+            ):
+                # The migration was ended at the source, but this record still exists.
                 raise StoreRelocatedError(
-                    f"the move to this store was called off; use {source}", f"{source}"
+                    f"the live migration to this store was ended; open {source} instead",
+                    f"{source}",
                 )
-            move = found
-        if move.phase in ("CUTTING_OVER", "ROLLING_BACK"):
-            await self._end_dead(move, source)
+            state = source_state
+        if state.phase in ("CUTTING_OVER", "ROLLING_BACK"):
+            await self._end_abandoned_switch(state, source)
             return None
-        self._waiting = None
-        place = source if move.phase == "COPYING" else target
-        engine = self._engine(place)
-        marks = move.phase != "FINALIZED" and engine.capabilities.change_markers
-        return Route(place, engine, marks=marks, term=move.term)
+        self._switch_seen = None
+        active = source if state.phase == "COPYING" else target
+        engine = self._engine_at(active)
+        add_markers = state.phase != "FINALIZED" and engine.capabilities.change_markers
+        return Route(active, engine, add_markers=add_markers, term=state.term)
 
-    async def _move_at(self, place: str | None) -> MigrationState | None:
-        if place is None and None not in self._engines:
+    async def _state_at(self, location: str | None) -> MigrationState | None:
+        if location is None and None not in self._engines:
             return migration_state_in(
-                await self._home().fetch_undeclared(MIGRATION_COLLECTION, MIGRATION_KEY.id)
+                await self._original().fetch_undeclared(MIGRATION_COLLECTION, MIGRATION_KEY.id)
             )
-        return migration_state_in((await self._engine(place).fetch([MIGRATION_KEY]))[0])
+        return migration_state_in((await self._engine_at(location).fetch([MIGRATION_KEY]))[0])
 
-    def _engine(self, place: str | None) -> Engine:
-        if place not in self._engines:
-            engine = self._opening(place)
+    def _engine_at(self, location: str | None) -> Engine:
+        if location not in self._engines:
+            engine = self._open_engine(location)
             if engine is None:
-                raise _not_supported() if place is None else _not_permitted(place)
-            self._engines[place] = engine
-        return self._engines[place]
+                raise _not_supported() if location is None else _not_permitted(location)
+            self._engines[location] = engine
+        return self._engines[location]
 
-    async def _end_dead(self, move: MigrationState, source: str | None) -> None:
-        """End a cut-over that nobody seems to make any more, and stay on the side before it."""
+    async def _end_abandoned_switch(self, state: MigrationState, source: str | None) -> None:
+        """Return to the phase before the switch if the coordinator seems to have terminated."""
         now = time.monotonic()
-        if self._waiting is None or self._waiting[0] != move.version:
-            self._waiting = (move.version, now)
-        elif now - self._waiting[1] > ABANDONED_SWITCH_SECONDS:
-            before: Phase = "COPYING" if move.phase == "CUTTING_OVER" else "SWITCHED"
-            # If another was faster, that is as well.
-            await self._engine(source).write_each([move.put(phase=before)])
+        if self._switch_seen is None or self._switch_seen[0] != state.version:
+            self._switch_seen = (state.version, now)
+        elif now - self._switch_seen[1] > ABANDONED_SWITCH_SECONDS:
+            previous: Phase = "COPYING" if state.phase == "CUTTING_OVER" else "SWITCHED"
+            # A conflict is ignored: then another process has changed the phase.
+            await self._engine_at(source).write_each([state.put(phase=previous)])
 
-    async def confirm(self, side: Route, changes: Sequence[Change]) -> None:
-        """Make sure that a write that is done counts: that its side was not given up meanwhile.
+    async def confirm(self, route: Route, changes: Sequence[Change]) -> None:
+        """Ensure that completed writes are effective: that their store was still the active one.
 
         Raises:
-            StorageError: `outcome_unknown`.
+            StorageError: with `outcome_unknown`.
         """
         try:
-            await self._confirm(side, changes)
+            await self._confirm(route, changes)
         except StorageError as exc:
-            # Whatever stands in the way, it was written already.
+            # Whatever the error is, the changes have been written.
             exc.outcome_unknown = True
             raise
 
-    async def _confirm(self, side: Route, changes: Sequence[Change]) -> None:
-        while not self.relies_on(side):
-            now = await self.current()
-            if now.place != side.place or now.term != side.term:
+    async def _confirm(self, route: Route, changes: Sequence[Change]) -> None:
+        while not self.is_valid(route):
+            current = await self.current_route()
+            if current.location != route.location or current.term != route.term:
                 raise UnavailableError(
-                    "the store moved while this was written: nobody knows whether it came along",
+                    "a live migration of this store switched to another store during this write: it "
+                    "is not known whether the write was copied",
                     retryable=False,
                 )
-            if now.marks and not side.marks:
-                # A move began meanwhile, and this side stays the one that counts: mark it now.
-                await _write_marks(now, changes)
-            side = now
+            if current.add_markers and not route.add_markers:
+                # A migration began during the write, and the store is still active: add the markers.
+                await _write_markers(current, changes)
+            route = current
 
-    def engine_of(self, side: Route) -> Engine:
-        return self._home() if side.engine is None else side.engine
+    def engine_of(self, route: Route) -> Engine:
+        return self._original() if route.engine is None else route.engine
 
     async def in_use(self) -> Engine:
-        """The engine of the authoritative side."""
-        return self.engine_of(await self.current())
+        """The active engine."""
+        return self.engine_of(await self.current_route())
 
-    # -- an engine ---------------------------------------------------------------------------
+    # -- the methods of an engine ------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        if time.monotonic() >= self._until:
-            await self.current()
-        return await self.engine_of(self._side).fetch(keys)
+        if time.monotonic() >= self._begin_until:
+            await self.current_route()
+        return await self.engine_of(self._route).fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        side = await self.current()
-        async with Owned(self.engine_of(side).select(query)) as records:
+        route = await self.current_route()
+        async with Owned(self.engine_of(route).select(query)) as records:
             async for each in records:
                 yield each
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        side = await self.current()
-        async with Owned(iter_batches(self.engine_of(side), query)) as pieces:
-            async for each in pieces:
+        route = await self.current_route()
+        async with Owned(iter_batches(self.engine_of(route), query)) as batches:
+            async for each in batches:
                 yield each
 
     async def count(self, query: Query) -> int:
-        return await self.engine_of(await self.current()).count(query)
+        return await self.engine_of(await self.current_route()).count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        side = await self.current()
-        given = _marked(changes) if side.marks else changes
-        outcomes = await self.engine_of(side).write_each(given)
-        # What was refused needs no confirmation, and its outcome stays known.
+        route = await self.current_route()
+        marked = _with_markers(changes) if route.add_markers else changes
+        outcomes = await self.engine_of(route).write_each(marked)
+        # A refused change needs no confirmation, and its outcome is known.
         written = [
             change
             for change, outcome in zip(changes, outcomes, strict=True)
             if not isinstance(outcome, StorageError) or outcome.outcome_unknown
         ]
-        if written and not self.relies_on(side):
-            await self.confirm(side, written)
+        if written and not self.is_valid(route):
+            await self.confirm(route, written)
         return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
@@ -399,14 +415,14 @@ class MigrationRouter:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        async with self.engine_of(await self.current()).snapshot() as reader:
+        async with self.engine_of(await self.current_route()).snapshot() as reader:
             yield reader
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        return await self._home().fetch_undeclared(collection, entity_id)
+        return await self._original().fetch_undeclared(collection, entity_id)
 
     async def exists(self) -> bool:
-        return await self._home().exists()
+        return await self._original().exists()
 
     async def is_same_store(self, other: Engine) -> bool:
         return await (await self.in_use()).is_same_store(other)
@@ -415,56 +431,57 @@ class MigrationRouter:
         return await (await self.in_use()).undeclared()
 
     async def explain(self, query: Query) -> QueryPlan:
-        return await self.engine_of(await self.current()).explain(query)
+        return await self.engine_of(await self.current_route()).explain(query)
 
     async def probe(self) -> None:
-        await self.engine_of(await self.current()).probe()
+        await self.engine_of(await self.current_route()).probe()
 
     async def health(self) -> Mapping[str, Value]:
-        return await self.engine_of(await self.current()).health()
+        return await self.engine_of(await self.current_route()).health()
 
     def describe(self) -> Mapping[str, Value]:
-        return self._home().describe()
+        return self._original().describe()
 
-    # -- what goes around the engine ----------------------------------------------------------
+    # -- methods that only one engine has ----------------------------------------------------
 
-    async def require_source_active(self, what: str) -> None:
-        """Refuse a verb that only this engine has, and that reads what does not count.
+    async def require_source_active(self, method: str) -> None:
+        """Refuse a read method of this engine if another store is active, as its data would be outdated.
 
         Raises:
-            StoreRelocatedError: another side counts.
+            StoreRelocatedError: another store is active.
         """
-        side = await self.current()
-        if side.place is not None:
-            raise not_followed(what, side.place)
+        route = await self.current_route()
+        if route.location is not None:
+            raise not_followed(method, route.location)
 
     @asynccontextmanager
-    async def guard_untracked_write(self, what: str) -> AsyncGenerator[None, None]:
-        """Write what gets no mark, because it does not say what it writes.
+    async def guard_untracked_write(self, method: str) -> AsyncGenerator[None, None]:
+        """Run a write for which no change markers can be written, because its changes are not known.
 
         Raises:
-            StoreRelocatedError: a move is going on.
-            StorageError: `outcome_unknown`: one began meanwhile, or nobody can tell.
+            StoreRelocatedError: a live migration is running.
+            StorageError: with `outcome_unknown`: a live migration began during the write, or it could
+                not be determined whether one did.
         """
-        side = await self.current()
-        if side.engine is not None:
-            raise not_followed(what, side.place)
+        route = await self.current_route()
+        if route.engine is not None:
+            raise not_followed(method, route.location)
         yield
-        await self.confirm_around(side, what)
+        await self.confirm_untracked_write(route, method)
 
-    async def confirm_around(self, side: Route, what: str) -> None:
-        """Make sure that no move began while something was written around us.
+    async def confirm_untracked_write(self, route: Route, method: str) -> None:
+        """Ensure that no live migration began while `method` wrote without change markers.
 
         Raises:
-            StorageError: `outcome_unknown`.
+            StorageError: with `outcome_unknown`.
         """
         try:
-            while not self.relies_on(side):
-                side = await self.current()
-                if side.engine is not None:
+            while not self.is_valid(route):
+                route = await self.current_route()
+                if route.engine is not None:
                     raise UnavailableError(
-                        f"a move of this store began while {what} ran: nobody knows whether what it "
-                        "wrote came along",
+                        f"a live migration of this store began while {method} ran: it is not known "
+                        "whether its changes are copied to the target",
                         retryable=False,
                     )
         except StorageError as exc:
@@ -472,7 +489,7 @@ class MigrationRouter:
             raise
 
     async def close(self) -> None:
-        """Close the engines that a move needed; not that of the store itself."""
+        """Close the engines opened for a live migration, but not the one the store was opened with."""
         async with AsyncExitStack() as stack:
             for each in self._engines.values():
                 stack.push_async_callback(each.close)
@@ -480,35 +497,35 @@ class MigrationRouter:
 
 
 class _RoutedSession:
-    """A transaction on the side that was authoritative at its first verb.
+    """A transaction on the engine that was active when its first method was called.
 
-    It never waits for a cut-over, for that might wait for what it holds: it loses the race instead,
-    and may run again.
+    After that it never waits for a switch, because the switch may wait for resources that the
+    transaction holds. It raises a retryable conflict instead.
     """
 
-    def __init__(self, moving: MigrationRouter, isolation: Isolation | None) -> None:
-        self._moving = moving
+    def __init__(self, router: MigrationRouter, isolation: Isolation | None) -> None:
+        self._router = router
         self._isolation = isolation
-        self._side: Route | None = None
+        self._route: Route | None = None  # from the first call of a method on
         self._context: AbstractAsyncContextManager[Session] | None = None
         self._session: Session | None = None
-        self._entered = _UNMOVED
+        self._entered_route = _NO_MIGRATION
         self._changes: list[Change] = []
-        self._around: str | None = None  # what wrote around us
+        self._untracked_write: str | None = None  # the method that wrote without change markers
 
     async def __aenter__(self) -> Session:
-        # No I/O without a verb: it begins on the side that is known, to be looked at again.
-        await self._enter(self._moving.last)
+        # No I/O before the first method is called: begins on the last route, which is checked then.
+        await self._enter(self._router.last_route)
         return self
 
-    async def _enter(self, side: Route) -> None:
-        engine = self._moving.engine_of(side)
+    async def _enter(self, route: Route) -> None:
+        engine = self._router.engine_of(route)
         isolation = self._isolation
         if isolation not in engine.capabilities.isolations:
             isolation = None
         self._context = engine.session(isolation)
         self._session = await self._context.__aenter__()
-        self._entered = side
+        self._entered_route = route
 
     async def __aexit__(
         self,
@@ -517,84 +534,85 @@ class _RoutedSession:
         traceback: TracebackType | None,
     ) -> None:
         assert self._context is not None, "entered"
-        late: StorageError | None = None
+        late_error: StorageError | None = None
         if exc is None and self._changes:
             try:
-                await self._still()
-            except StorageError as problem:
-                late = problem
-        if late is not None:
-            await self._context.__aexit__(type(late), late, None)
-            raise late
+                await self._check_route()
+            except StorageError as error:
+                late_error = error
+        if late_error is not None:
+            await self._context.__aexit__(type(late_error), late_error, None)
+            raise late_error
         await self._context.__aexit__(kind, exc, traceback)
-        if exc is None and self._side is not None:
+        if exc is None and self._route is not None:
             if self._changes:
-                await self._moving.confirm(self._side, self._changes)
-            if self._around is not None:
-                await self._moving.confirm_around(self._side, self._around)
+                await self._router.confirm(self._route, self._changes)
+            if self._untracked_write is not None:
+                await self._router.confirm_untracked_write(self._route, self._untracked_write)
 
-    async def _still(self) -> None:
-        """Whether the side of this transaction is the authoritative one still.
+    async def _check_route(self) -> None:
+        """Raise a conflict if the engine of this transaction may no longer be the active one.
 
-        Asked only while a move goes on: it takes a connection beside the one that is held. Without
-        a move the question waits until that is free again.
+        Checked here only during a live migration, because it needs a connection in addition to the one
+        that the transaction holds. Otherwise it is checked after the commit, when that one is free.
         """
-        side = self._side
-        if side is None or side.engine is None or self._moving.relies_on(side):
+        route = self._route
+        if route is None or route.engine is None or self._router.is_valid(route):
             return
-        now: Route | None = None
+        current: Route | None = None
         with suppress(TimeoutError):
             async with asyncio.timeout(_RENEW_TIMEOUT_SECONDS):
-                now = await self._moving.renewed()
-        if now is None or now.term != side.term:
+                current = await self._router.renew()
+        if current is None or current.term != route.term:
             raise ConcurrencyConflictError(
-                "the store is being moved; nothing was written, run the transaction again",
+                "the store is being migrated; nothing was written, run the transaction again",
                 retryable=True,
             )
-        self._side = now
+        self._route = current
 
-    async def _begun(self) -> Session:
-        if self._side is None:
-            side = await self._moving.current()
-            if side is not self._entered:
+    async def _checked_session(self) -> Session:
+        """The session on the active engine; the first call selects that engine."""
+        if self._route is None:
+            route = await self._router.current_route()
+            if route is not self._entered_route:
                 assert self._context is not None, "entered"
                 await self._context.__aexit__(None, None, None)
-                await self._enter(side)
-            self._side = side
+                await self._enter(route)
+            self._route = route
         else:
-            await self._still()
+            await self._check_route()
         assert self._session is not None, "entered"
         return self._session
 
-    async def own(self, what: str) -> Session:
+    async def engine_session(self, method: str) -> Session:
         """See `own_session`."""
-        session = await self._begun()
-        assert self._side is not None, "begun"
-        if self._side.engine is not None:
-            raise not_followed(what, self._side.place)
-        self._around = what
+        session = await self._checked_session()
+        assert self._route is not None, "a method was called"
+        if self._route.engine is not None:
+            raise not_followed(method, self._route.location)
+        self._untracked_write = method
         return session
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await (await self._begun()).fetch(keys)
+        return await (await self._checked_session()).fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        async with Owned((await self._begun()).select(query)) as records:
+        async with Owned((await self._checked_session()).select(query)) as records:
             async for each in records:
                 yield each
 
     async def count(self, query: Query) -> int:
-        return await (await self._begun()).count(query)
+        return await (await self._checked_session()).count(query)
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        session = await self._begun()
-        assert self._side is not None, "begun"
+        session = await self._checked_session()
+        assert self._route is not None, "a method was called"
         self._changes += changes
-        return await session.write(_marked(changes) if self._side.marks else changes)
+        return await session.write(_with_markers(changes) if self._route.add_markers else changes)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
-        outer = await self._begun()
+        outer = await self._checked_session()
         async with outer.savepoint() as inner:
             self._session = inner
             try:
@@ -603,23 +621,27 @@ class _RoutedSession:
                 self._session = outer
 
 
-async def own_session(session: Session, what: str) -> Session:
-    """The session of the engine itself, for a verb that only that engine has.
+async def own_session(session: Session, method: str) -> Session:
+    """The session of the engine itself, for a method that only this engine has.
 
     Raises:
-        StoreRelocatedError: a move is going on, and what goes around us would get no mark.
+        StoreRelocatedError: a live migration is running, and the changes of `method` would get no
+            change markers.
     """
-    return await session.own(what) if isinstance(session, _RoutedSession) else session
+    return await session.engine_session(method) if isinstance(session, _RoutedSession) else session
 
 
-def not_followed(what: str, place: str | None) -> StoreRelocatedError:
-    """The error of a verb that only one engine has, while the store moves; `place` is what counts,
-    None if that is where it was called."""
-    where = "" if place is None else f"; what counts now is {place}"
+def not_followed(method: str, location: str | None) -> StoreRelocatedError:
+    """The error of a method that only one engine has, during a live migration.
+
+    Args:
+        location: of the active store; None if it is the store on which the method was called.
+    """
+    active = "" if location is None else f"; the active store is {location}"
     return StoreRelocatedError(
-        f"{what} belongs to one engine and does not follow a move, so it is refused while there is "
-        f"one{where}",
-        place or "",
+        f"{method} belongs to one engine and does not follow a live migration, so it is refused "
+        f"during one{active}",
+        location or "",
     )
 
 
@@ -632,32 +654,32 @@ def _not_supported() -> StoreRelocatedError:
     )
 
 
-def _not_permitted(place: str) -> StoreRelocatedError:
+def _not_permitted(location: str) -> StoreRelocatedError:
     return StoreRelocatedError(
-        f"this store takes part in a live move with {place}, and which of the two counts is known "
-        "there; this program may not follow it, because `follow_moves` of its storage "
-        "configuration does not name that store: name it, or open that store instead",
-        place,
+        f"this store takes part in a live migration with {location}, which this program may not open, "
+        "because `follow_moves` of its storage configuration does not name that store: add it to "
+        "`follow_moves`, or open that store instead",
+        location,
     )
 
 
-def _marked(changes: Sequence[Change]) -> list[Change]:
+def _with_markers(changes: Sequence[Change]) -> list[Change]:
     return [
         msgspec.structs.replace(each, mark=marker_of(each.key)) if each.mark is None else each
         for each in changes
     ]
 
 
-async def _write_marks(side: Route, changes: Sequence[Change]) -> None:
-    """Marks for what was written without them."""
-    assert side.engine is not None, "a move is going on"
+async def _write_markers(route: Route, changes: Sequence[Change]) -> None:
+    """Write the change markers of changes that were written without them."""
+    assert route.engine is not None, "a live migration is running"
     puts: list[Change] = []
     for key in {each.key for each in changes}:
-        mark = marker_of(key)
-        entity = {name: value for name, value in mark.entity.items() if name != VERSION}
+        marker = marker_of(key)
+        entity = {name: value for name, value in marker.entity.items() if name != VERSION}
         puts.append(
-            Put(mark.key, entity, utc_now(), import_version=cast("int", mark.entity[VERSION]))
+            Put(marker.key, entity, utc_now(), import_version=cast("int", marker.entity[VERSION]))
         )
-    for outcome in await side.engine.write_each(puts):
+    for outcome in await route.engine.write_each(puts):
         if isinstance(outcome, StorageError):
             raise outcome

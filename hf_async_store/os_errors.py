@@ -1,4 +1,4 @@
-"""What an error of the operating system means to a caller of the store: one table."""
+"""The translation of operating-system errors into the errors of the store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 
-_MEANING: Final[dict[int | None, type[StorageError]]] = {
+_ERROR_CLASSES: Final[dict[int | None, type[StorageError]]] = {
     errno.ENOSPC: DiskFullError,
     errno.EDQUOT: DiskFullError,
     errno.EMFILE: DiskFullError,
@@ -24,8 +24,8 @@ _MEANING: Final[dict[int | None, type[StorageError]]] = {
 }
 
 
-# Somebody has to change something first; the same call will not do better by itself.
-_LASTING: Final = frozenset(
+# A retry of the same call cannot succeed until somebody changes the file or the configuration.
+_NOT_RETRYABLE: Final = frozenset(
     {
         errno.EEXIST,
         errno.ENOTDIR,
@@ -43,13 +43,15 @@ _LASTING: Final = frozenset(
 
 
 def translate_os_error(exc: OSError, doing: str) -> StorageError:
-    """The store's error for `exc`; what is not in the table is an `UnavailableError`.
+    """The store's error for `exc`; an `UnavailableError` if the table does not list its number.
 
     Callers chain it: `raise translate_os_error(exc, f"open {path}") from exc`.
 
     Args:
-        doing: what was tried, as it reads after "cannot": "open /data/store.lock".
+        doing: the operation that failed, worded to follow "cannot": "open /data/store.lock".
     """
-    error = _MEANING.get(exc.errno, UnavailableError)(f"cannot {doing}: {exc.strerror or exc}")
-    error.retryable = error.retryable and exc.errno not in _LASTING
+    error = _ERROR_CLASSES.get(exc.errno, UnavailableError)(
+        f"cannot {doing}: {exc.strerror or exc}"
+    )
+    error.retryable = error.retryable and exc.errno not in _NOT_RETRYABLE
     return error

@@ -1,8 +1,8 @@
-"""Owner, group and mode of files that the store makes or replaces.
+"""Owner, group and mode of files that the store creates or replaces.
 
-A file that replaces another keeps what that one had, and what is made beside a data file (journals,
-locks, temporary files) can be used by whoever may use the data file: a command that an operator runs
-as root must not lock the service out.
+A file that replaces another one keeps its owner, group and mode. Files that are created beside a data
+file (journals, locks, temporary files) can be used by every user who may use the data file: a command
+that an operator runs as root must not lock the service out.
 """
 
 from __future__ import annotations
@@ -12,49 +12,52 @@ import os
 import stat
 from typing import Final, NamedTuple
 
-_NEW: Final = 0o600
+_DEFAULT_MODE: Final = 0o600
 _NOT_PERMITTED: Final = frozenset({errno.EPERM, errno.EINVAL})
 
 
 class Ownership(NamedTuple):
-    """Whose a file is, and who may do what with it."""
+    """Owner, group and permission bits of a file."""
 
     uid: int
     gid: int
     mode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Ownership:
-        return cls(found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode))
+    def of(cls, status: os.stat_result) -> Ownership:
+        return cls(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
 
     def beside(self) -> Ownership:
-        """That of a file which is used together with this one: read and written by its owner."""
-        return self._replace(mode=(self.mode & 0o666) | _NEW)
+        """The ownership of a file that is used together with this one.
+
+        Its owner may read and write it.
+        """
+        return self._replace(mode=(self.mode & 0o666) | _DEFAULT_MODE)
 
     def of_folder(self) -> Ownership:
-        """That of a folder for such files: whoever may read them may list it, too."""
+        """The ownership of a folder for such files: users who may read them may also list it."""
         return self._replace(mode=self.mode | 0o100 | (self.mode & 0o044) >> 2)
 
 
 def of_a_new_store(folder: str | os.PathLike[str]) -> Ownership | None:
-    """That of the first file in `folder`; None: what this process gives any file.
+    """The ownership of the first file in `folder`; None: the default of this process.
 
-    What root makes belongs to the owner of the folder, who could not use it otherwise.
+    A file that root creates is given to the owner of the folder, who could not use it otherwise.
     """
     if os.geteuid() != 0:
         return None
     try:
-        found = os.stat(folder)  # noqa: PTH116  # as everywhere in this layer
+        status = os.stat(folder)  # noqa: PTH116  # as everywhere in this layer
     except FileNotFoundError:
         return None
-    return Ownership(found.st_uid, found.st_gid, _NEW)
+    return Ownership(status.st_uid, status.st_gid, _DEFAULT_MODE)
 
 
 def keep(fd: int, wanted: Ownership) -> None:
-    """Give a new file owner, group and mode of the one that it is to replace.
+    """Give a new file the owner, group and mode of the file that it is to replace.
 
     Raises:
-        OSError: this process may not.
+        OSError: this process has no permission to do so.
     """
     try:
         _keep(fd, wanted)
@@ -62,29 +65,29 @@ def keep(fd: int, wanted: Ownership) -> None:
         raise OSError(
             exc.errno,
             f"user {os.geteuid()} cannot keep owner {wanted.uid}, group {wanted.gid} and mode "
-            f"{wanted.mode:04o} of the store's files ({exc.strerror}). Run as their owner or as "
-            "root, or give the files to this user",
+            f"{wanted.mode:04o} of the store's files ({exc.strerror}). Run the program as the owner "
+            "of the files or as root, or change their owner to this user",
         ) from exc
 
 
 def _keep(fd: int, wanted: Ownership) -> None:
-    found = os.fstat(fd)
-    if (found.st_uid, found.st_gid) != (wanted.uid, wanted.gid):
-        # -1 leaves as it is: to name one's own id is refused on some systems, too.
+    status = os.fstat(fd)
+    if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
+        # -1 leaves an id unchanged: some systems refuse even a change to the current id.
         os.fchown(
             fd,
-            -1 if found.st_uid == wanted.uid else wanted.uid,
-            -1 if found.st_gid == wanted.gid else wanted.gid,
+            -1 if status.st_uid == wanted.uid else wanted.uid,
+            -1 if status.st_gid == wanted.gid else wanted.gid,
         )
     if stat.S_IMODE(os.fstat(fd).st_mode) != wanted.mode:
         os.fchmod(fd, wanted.mode)
 
 
 def share(fd: int, wanted: Ownership) -> None:
-    """Have a new file be usable by `wanted`: by owner, or by a group that may write.
+    """Make a new file usable by the owner in `wanted`, or by its group if that may write.
 
     Raises:
-        OSError: this process may not, and the owner would be locked out.
+        OSError: this process has no permission to do so, and the owner would be locked out.
     """
     try:
         keep(fd, wanted)

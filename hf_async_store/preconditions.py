@@ -1,5 +1,5 @@
-"""What a change does to what is stored: the one place where conditions and versions are decided
-for engines that hold the current entity in their hands."""
+"""How a change applies to a stored entity: preconditions, versions and references, for engines that
+have the current entity in memory."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from hf_async_store.values import (
 def check(
     key: Key, expect: Precondition, actual: int | None, current: Entity | None = None
 ) -> None:
-    """Refuse a change whose condition does not hold.
+    """Refuse a change whose precondition is not met.
 
     Args:
-        actual: the stored version, None if there is no such entity.
-        current: the stored entity, for the conflict to carry.
+        actual: the stored version; None if the entity does not exist.
+        current: the stored entity, of which the conflict gets a copy.
 
     Raises:
         AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError.
@@ -60,9 +60,13 @@ def check(
 
 
 def changed(change: Change, current: Entity | None) -> Entity | None:
-    """The entity after `change`, with its new version in it; None if it is gone.
+    """The entity after `change`, including its new version; None if it is deleted.
 
-    The result may share values with both arguments. Conditions are checked.
+    The result may share values with both arguments.
+
+    Raises:
+        AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError: the precondition is not met.
+        UnsupportedValueError: the entity is too large, or its version cannot be increased.
     """
     actual = None if current is None else cast("int", current[VERSION])
     check(change.key, change.expect, actual, current)
@@ -89,7 +93,7 @@ def _replaced(change: Put, current: Entity | None, actual: int | None) -> Entity
 
 
 def patched(current: Entity, fields: Mapping[str, Value | Removed], version: int) -> Entity:
-    """`current` with the named fields changed."""
+    """A copy of `current` with the given fields changed or removed, and this version."""
     entity = {**current, **fields, VERSION: version}
     for name, value in fields.items():
         if value is REMOVE:
@@ -106,7 +110,10 @@ def next_version(key: Key, actual: int | None) -> int:
 def missing_parents(
     schema: Schema, change: Change, exists: Callable[[Key], bool]
 ) -> list[tuple[Field, str]]:
-    """The references in a change that name no entity."""
+    """The references in a change to entities that do not exist, each as (field, id).
+
+    A reference of an entity to itself is never missing.
+    """
     if isinstance(change, Delete):
         return []
     fields = change.entity if isinstance(change, Put) else change.fields
@@ -122,7 +129,7 @@ def missing_parents(
 def check_parents(
     schema: Schema, change: Change, current: Entity | None, exists: Callable[[Key], bool]
 ) -> None:
-    """Refuse a change that names a missing parent, unless that is what is stored already.
+    """Refuse a change that refers to a missing parent, unless the stored entity does so already.
 
     Raises:
         ReferenceViolationError.
@@ -135,21 +142,21 @@ def check_parents(
 def missing_parent(
     collection: str, entity_id: object, field: Field, parent: str
 ) -> ReferenceViolationError:
-    """The error of an entity that names a parent which is not there."""
+    """The error for an entity that refers to a parent that does not exist."""
     return ReferenceViolationError(
-        f"{collection} {entity_id!r}: {field.name} names {parent!r}, which {field.references} "
-        "does not have (if it is kept elsewhere, declare the field with enforced=False, or set "
-        "enforce_references to false)"
+        f"{collection} {entity_id!r}: {field.name} refers to {parent!r}, which does not exist in "
+        f"{field.references} (if it is stored elsewhere, declare the field with enforced=False, or "
+        "set enforce_references to false)"
     )
 
 
 def check_children(
     schema: Schema, key: Key, referrers: Callable[[Collection, Field, str], Iterable[str]]
 ) -> None:
-    """Refuse to delete an entity that others refer to.
+    """Refuse to delete an entity to which other entities refer.
 
     Args:
-        referrers: the ids in a collection whose field holds an id.
+        referrers: returns the ids of the entities of a collection whose field contains an id.
 
     Raises:
         ReferenceViolationError.
@@ -159,5 +166,5 @@ def check_children(
             if (child.name, each) != (key.collection, key.id):
                 raise ReferenceViolationError(
                     f"{key.collection} {key.id!r} cannot be deleted: "
-                    f"{child.name} {each!r} names it in {field.name}"
+                    f"{child.name} {each!r} refers to it in {field.name}"
                 )

@@ -1,9 +1,10 @@
 """Queries and their semantics, the same on every engine.
 
-From the top down: what callers write (operators, `path`, `and_`, `or_`, `not_`, `asc`, `desc`),
-what engines read (`Filter`, `Order`, `Query`), `build_query`, which translates the one into the
-other, and the semantics: `matches` and `sort_key` are the reference implementation for every
-engine. Then cursors, and `ordered` for engines that sort in memory.
+In this order: the functions by which callers specify queries (operators, `path`, `and_`, `or_`,
+`not_`, `asc`, `desc`); the classes that engines evaluate (`Filter`, `Order`, `Query`);
+`build_query`, which converts the former to the latter; the semantics, with `matches` and `sort_key`
+as the reference implementation for every engine; cursors; and `ordered`, for engines that sort in
+memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from hf_async_store.schema import Collection
 
-# -- what callers write ---------------------------------------------------------------------
+# -- how callers specify queries ------------------------------------------------------------
 
 OpName: TypeAlias = Literal[
     "eq",
@@ -143,12 +144,12 @@ class Path(msgspec.Struct, frozen=True):
 def path(*parts: str | int) -> Path:
     """A path to a nested value, as a filter key or an order key: `path("disks", 0, "size")`.
 
-    A string selects a key of a dict, a non-negative integer an element of a list. What the path does
-    not reach is missing. A plain string instead of a path is the name of one top-level field; dots in
-    it have no meaning.
+    A string selects a key of a dict, a non-negative integer an element of a list. If the path does
+    not lead to a value, the value is missing. A plain string instead of a path is the name of one
+    top-level field; dots in it have no special meaning.
 
     Raises:
-        InvalidQueryError: a step that is neither.
+        InvalidQueryError: a step is neither a string nor an integer.
     """
     for each in parts:
         _check_step_type(each)
@@ -156,7 +157,7 @@ def path(*parts: str | int) -> Path:
 
 
 def _check_step_type(part: object) -> None:
-    # Here already: a path is used as the key of a dict, and this step might not be hashable.
+    # Checked before `build_query`, because a path is used as a dict key and must be hashable.
     if not isinstance(part, str | int):
         kind = type(part).__name__
         raise InvalidQueryError(f"a step of a path must be a string or an integer, not {kind}")
@@ -212,7 +213,7 @@ def desc(name: str | Path) -> Order:
     return Order(name.parts if isinstance(name, Path) else (name,), descending=True)
 
 
-# -- what engines read ----------------------------------------------------------------------
+# -- the classes that engines evaluate ------------------------------------------------------
 
 
 class Missing(Enum):
@@ -450,39 +451,39 @@ class _FilterReader:
     def _operand(self, op: Op, steps: tuple[str | int, ...]) -> Value:
         """The portable operand of an operator, as `Comparison` describes it."""
         declared = self._collection.fields.get(cast("str", steps[0])) if len(steps) == 1 else None
-        is_time = (
+        is_timestamp = (
             declared is not None and declared.type == "timestamp" and op.name not in _STRING_OPS
         )
 
-        def portable(given: object) -> Value:
-            if isinstance(given, msgspec.Struct):
-                # A combination, a path or an operator inside another one: not a value.
-                raise _refused(op, steps, f"needs a value, not {type(given).__name__}")
-            value, size = weighed(given, steps)
+        def portable(item: object) -> Value:
+            if isinstance(item, msgspec.Struct):
+                # A combination, a path or an operator, which cannot be an operand.
+                raise _refused(op, steps, f"needs a value, not {type(item).__name__}")
+            value, size = weighed(item, steps)
             self._add_size(size)
-            if is_time and isinstance(value, str):
+            if is_timestamp and isinstance(value, str):
                 return parse_timestamp(value) or value
             return value
 
-        given = op.operand
+        operand = op.operand
         if op.name in _SCALAR_OPS or op.name in _STRING_OPS:
-            value = portable(given)
+            value = portable(operand)
             if op.name == "begins_with" and not isinstance(value, str):
-                raise _refused(op, steps, f"needs a string, not {type(given).__name__}")
+                raise _refused(op, steps, f"needs a string, not {type(operand).__name__}")
             return value
         if op.name in _LIST_OPS:
-            if not isinstance(given, tuple):
-                raise _refused(op, steps, f"needs a list of values, not {type(given).__name__}")
-            distinct = {order_key(value): value for value in map(portable, given)}
+            if not isinstance(operand, tuple):
+                raise _refused(op, steps, f"needs a list of values, not {type(operand).__name__}")
+            distinct = {order_key(value): value for value in map(portable, operand)}
             return [distinct[key] for key in sorted(distinct)]
         if op.name == "between":
-            if not isinstance(given, tuple) or len(given) != 2:
+            if not isinstance(operand, tuple) or len(operand) != 2:
                 raise _refused(op, steps, "needs two bounds")
-            return [portable(each) for each in given]
+            return [portable(each) for each in operand]
         if op.name == "exists":
-            if not isinstance(given, bool):
-                raise _refused(op, steps, f"needs True or False, not {type(given).__name__}")
-            return given
+            if not isinstance(operand, bool):
+                raise _refused(op, steps, f"needs True or False, not {type(operand).__name__}")
+            return operand
         raise _refused(op, steps, "is not an operator")
 
 
@@ -518,21 +519,22 @@ def _step(part: object) -> str | int:
         raise InvalidQueryError(f"invalid field name {part!a}") from exc
 
 
-def _refused(op: Op, steps: tuple[str | int, ...], why: str) -> InvalidQueryError:
-    return InvalidQueryError(f"{join_path(steps)}: {op.name} {why}")
+def _refused(op: Op, steps: tuple[str | int, ...], problem: str) -> InvalidQueryError:
+    return InvalidQueryError(f"{join_path(steps)}: {op.name} {problem}")
 
 
 def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
-    given = [order_by] if isinstance(order_by, str | Path | Order) else order_by
-    if not isinstance(given, list | tuple):
+    entries = [order_by] if isinstance(order_by, str | Path | Order) else order_by
+    if not isinstance(entries, list | tuple):
         raise InvalidQueryError(
-            f"order_by must be a name, a path, asc, desc or a list of these, not {type(given).__name__}"
+            "order_by must be a name, a path, asc, desc or a list of these, not "
+            f"{type(entries).__name__}"
         )
-    if len(given) > MAX_ORDER_FIELDS:
+    if len(entries) > MAX_ORDER_FIELDS:
         raise InvalidQueryError(f"order_by has more than {MAX_ORDER_FIELDS} sort keys")
     by_path: dict[tuple[str | int, ...], Order] = {}
-    for each in map(_one_order, given):
-        # After the id, and after the same path, a sort key has no effect.
+    for each in map(_order_entry, entries):
+        # A sort key after the id, or after another with the same path, has no effect.
         if (key_field,) not in by_path:
             by_path.setdefault(each.path, each)
     if by_path.get((key_field,)) == Order((key_field,)):
@@ -540,14 +542,14 @@ def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
     return tuple(by_path.values())
 
 
-def _one_order(given: object) -> Order:
-    if isinstance(given, str):
-        given = desc(given[1:]) if given.startswith("-") else asc(given)
-    elif isinstance(given, Path):
-        given = asc(given)
-    if not isinstance(given, Order) or not isinstance(given.descending, bool):
-        raise InvalidQueryError(f"{type(given).__name__} is not a sort key")
-    return Order(_steps(given.path), given.descending)
+def _order_entry(entry: object) -> Order:
+    if isinstance(entry, str):
+        entry = desc(entry[1:]) if entry.startswith("-") else asc(entry)
+    elif isinstance(entry, Path):
+        entry = asc(entry)
+    if not isinstance(entry, Order) or not isinstance(entry.descending, bool):
+        raise InvalidQueryError(f"{type(entry).__name__} is not a sort key")
+    return Order(_steps(entry.path), entry.descending)
 
 
 def _limit(limit: object) -> int:
@@ -599,7 +601,7 @@ def sort_key(query: Query, entity_id: str, entity: Entity) -> SortKey:
 def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
     """`sort_key` for one query, compiled for use with many rows."""
     parts = [(_reader(each.path), _part_key(each)) for each in query.order]
-    if len(parts) == 1:  # the usual case, in two thirds of the time
+    if len(parts) == 1:  # the usual case; this takes two thirds of the time of the general code
         [(read, part)] = parts
         return lambda entity_id, entity: (*part(read(entity)), entity_id)
 
@@ -635,7 +637,7 @@ _FLIPPED: Final = bytes(range(255, -1, -1))
 
 
 def _descending(value: Value | Missing) -> SortKey:
-    """`order_key` reversed. Strings and numbers do without `Desc`, which halves the time of a sort."""
+    """`order_key` reversed. Strings and numbers need no `Desc`, which halves the time of a sort."""
     key = order_key(value)
     if isinstance(value, str):
         # UTF-8 sorts like code points. The final byte exceeds all others: the longer string is first.
@@ -657,8 +659,8 @@ def _reader(steps: tuple[str | int, ...]) -> Callable[[Entity], Value | Missing]
             if isinstance(step, str):
                 value = value.get(step, MISSING) if isinstance(value, dict) else MISSING
             else:
-                there = isinstance(value, list) and step < len(value)
-                value = cast("list[Value]", value)[step] if there else MISSING
+                in_range = isinstance(value, list) and step < len(value)
+                value = cast("list[Value]", value)[step] if in_range else MISSING
         return value
 
     return read
@@ -704,21 +706,21 @@ def _test(op: OpName, value: Value) -> _Test:
         return _equal(value)
     if op == "in":
         wanted = frozenset(map(order_key, cast("list[Value]", value)))
-        return lambda found: order_key(found) in wanted
+        return lambda actual: order_key(actual) in wanted
     if op == "ne" or op == "not_in":
         positive = _test("eq" if op == "ne" else "in", value)
-        return lambda found: not positive(found)
+        return lambda actual: not positive(actual)
     if op == "between":
         low, high = cast("list[Value]", value)
-        from_low, to_high = _compared(operator.ge, low), _compared(operator.le, high)
-        return lambda found: from_low(found) and to_high(found)
+        above, below = _compared(operator.ge, low), _compared(operator.le, high)
+        return lambda actual: above(actual) and below(actual)
     if op == "exists":
-        return lambda found: (found is not MISSING) is value
+        return lambda actual: (actual is not MISSING) is value
     if op == "contains":
         return _contains(value)
     if op == "begins_with":
         prefix = cast("str", value)
-        return lambda found: isinstance(found, str) and found.startswith(prefix)
+        return lambda actual: isinstance(actual, str) and actual.startswith(prefix)
     return _compared(_COMPARE[op], value)
 
 
@@ -736,51 +738,52 @@ def _equal(value: Value) -> _Test:
     if value is None or isinstance(value, bool):
         return partial(operator.is_, value)
     if isinstance(value, int | float):
-        return lambda found: found == value and type(found) is not bool
+        return lambda actual: actual == value and type(actual) is not bool
     key = order_key(value)
-    # In Python, [True] == [1]; so `==` can only rule out equality quickly.
-    return lambda found: found == value and order_key(found) == key
+    # In Python, [True] == [1]; so `==` is only a fast check that excludes most values.
+    return lambda actual: actual == value and order_key(actual) == key
 
 
 def _compared(compare: Callable[[Any, Any], bool], value: Value) -> _Test:
     """A comparison within the type of `value`; null never matches."""
-    kinds = (int, float) if type(value) in (int, float) else (type(value),)
+    types = (int, float) if type(value) in (int, float) else (type(value),)
     if value is None:
-        return lambda found: False
+        return lambda actual: False
     if isinstance(value, list | dict):
         key = order_key(value)
-        return lambda found: type(found) in kinds and compare(order_key(found), key)
-    return lambda found: type(found) in kinds and compare(found, value)
+        return lambda actual: type(actual) in types and compare(order_key(actual), key)
+    return lambda actual: type(actual) in types and compare(actual, value)
 
 
 def _contains(value: Value) -> _Test:
     equal = _equal(value)
 
-    def test(found: Value | Missing) -> bool:
-        if isinstance(found, list):
-            return any(map(equal, found))
-        return isinstance(found, str) and isinstance(value, str) and value in found
+    def test(actual: Value | Missing) -> bool:
+        if isinstance(actual, list):
+            return any(map(equal, actual))
+        return isinstance(actual, str) and isinstance(value, str) and value in actual
 
     return test
 
 
-# -- what planners and projections need -----------------------------------------------------
+# -- for planners and projections -----------------------------------------------------------
 
 
 def equality_candidates(where: Filter) -> dict[tuple[str | int, ...], list[Value]]:
-    """By path: values of which every matching row has one (`eq`, `in`), for a lookup in an index.
+    """Values for a lookup in an index: by path, a list of values of which every matching row has one.
 
-    The filter must still be applied to the rows found, as it may require more; and `eq(1)` matches
-    1.0 too. Of two lists for the same path, the shorter one.
+    They are taken from `eq` and `in`; of two lists for the same path, the shorter one. The filter must
+    still be applied to the rows that are read, because it may have other conditions. Also, `eq(1)`
+    matches 1.0.
     """
-    found: dict[tuple[str | int, ...], list[Value]] = {}
+    candidates: dict[tuple[str | int, ...], list[Value]] = {}
     for part in where.parts if isinstance(where, And) else (where,):
         if not isinstance(part, Comparison) or part.op not in ("eq", "in"):
             continue
         values = [part.value] if part.op == "eq" else list(cast("list[Value]", part.value))
-        if part.path not in found or len(values) < len(found[part.path]):
-            found[part.path] = values
-    return found
+        if part.path not in candidates or len(values) < len(candidates[part.path]):
+            candidates[part.path] = values
+    return candidates
 
 
 def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
@@ -792,8 +795,8 @@ def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
 
 # -- cursors --------------------------------------------------------------------------------
 
-# Not a secret: the checksum detects mistakes. A forged cursor is merely another position in a query
-# that the caller may run anyway.
+# The key is not a secret, because the checksum only detects mistakes: a forged cursor is another
+# position in a query that the caller is allowed to run.
 _CURSOR_KEY: Final = b"hf_async_store cursor 1"
 _DIGEST_BYTES: Final = 12
 
@@ -846,8 +849,8 @@ def _decode_cursor(query: Query, cursor: object) -> CursorPosition:
 def _digest(query: Query, body: bytes) -> bytes:
     order = msgspec.json.encode(query.order)
     # JSON contains no NUL, so the concatenation is unambiguous.
-    bound = b"\0".join((query.collection.encode(), _fingerprint(query.where), order, body))
-    return blake2b(bound, digest_size=_DIGEST_BYTES, key=_CURSOR_KEY).digest()
+    content = b"\0".join((query.collection.encode(), _fingerprint(query.where), order, body))
+    return blake2b(content, digest_size=_DIGEST_BYTES, key=_CURSOR_KEY).digest()
 
 
 def _fingerprint(where: Filter) -> bytes:
@@ -863,17 +866,18 @@ def _fingerprint(where: Filter) -> bytes:
 
 # -- sorting in memory ----------------------------------------------------------------------
 
-# The number of rows sorted in one step (at most twice as many), and the number yielded between two
-# iterations of the event loop: a few milliseconds each.
-_RUN: Final = 1_000
-_YIELD_MASK: Final = 500
+# The number of rows sorted in one step (at most twice as many), which takes a few milliseconds.
+_RUN_SIZE: Final = 1_000
 
-# Up to this limit only the first rows in the order are kept.
+# The number of rows yielded between two iterations of the event loop, which takes as long.
+_ROWS_PER_ITERATION: Final = 500
+
+# For a limit up to this, only the first rows in the order are kept in memory.
 _SMALL_LIMIT: Final = 5_000
 
 
 class _SortRow(msgspec.Struct, gc=False):
-    """A row to be sorted. With 100,000 tuples instead, the garbage collector paused for 100 ms."""
+    """A row to be sorted. For 100,000 rows as tuples, the garbage collector paused for 100 ms."""
 
     key: SortKey  # its last part is the id
     entity: Entity
@@ -882,7 +886,7 @@ class _SortRow(msgspec.Struct, gc=False):
 _key_of_row: Final = operator.attrgetter("key")
 
 
-_NOTHING: Final[Entity] = {}
+_EMPTY: Final[Entity] = {}
 
 
 async def ordered(
@@ -890,12 +894,13 @@ async def ordered(
 ) -> AsyncGenerator[tuple[str, Entity], None]:
     """Sort matching rows (id, entity) in the order of a query.
 
-    Starts after its `after` and ends at its `limit`. Keeps all rows in memory, or with a small limit
-    only that many, and never blocks the event loop for long. Closing `batches` is left to the caller.
+    The result starts after the query's `after` and ends at its `limit`. All rows are kept in memory,
+    or with a small limit only that number. The event loop is never blocked for long. The caller must
+    close `batches`.
 
     Args:
-        keep: keep the entities. If false, each id is returned with an empty entity, so that the
-            objects that the garbage collector traverses do not grow with the rows.
+        keep: keep the entities. If false, each id is returned with an empty entity, so that the number
+            of objects that the garbage collector traverses does not grow with the number of rows.
     """
     if query.limit == 0:
         return
@@ -903,9 +908,9 @@ async def ordered(
     rows = islice(heapq.merge(*runs, key=_key_of_row), query.limit)
     for count, row in enumerate(rows, 1):
         yield row.key[-1], row.entity
-        if count % _YIELD_MASK == 0:
+        if count % _ROWS_PER_ITERATION == 0:
             await asyncio.sleep(0)
-    while runs:  # all at once takes 50 ms for 100,000 rows
+    while runs:  # deallocating all runs at once takes 50 ms for 100,000 rows
         runs.pop()
         await asyncio.sleep(0)
 
@@ -913,17 +918,17 @@ async def ordered(
 async def _sorted_runs(
     batches: AsyncIterable[Sequence[tuple[str, Entity]]], query: Query, *, keep: bool
 ) -> list[tuple[_SortRow, ...]]:
-    """The rows after the query's position, in sorted runs; with a small limit, the first ones in one."""
+    """The rows after the query's position in sorted runs; with a small limit, one run of the first rows."""
     key_of = compile_order(query)
     after = None if query.after is None else position_key(query, query.after)
     limit = query.limit if query.limit is not None and query.limit <= _SMALL_LIMIT else None
     runs: list[tuple[_SortRow, ...]] = []
     waiting: list[_SortRow] = []
 
-    def add(part: Sequence[tuple[str, Entity]]) -> None:
+    def add(chunk: Sequence[tuple[str, Entity]]) -> None:
         rows = [
-            _SortRow(key_of(entity_id, entity), entity if keep else _NOTHING)
-            for entity_id, entity in part
+            _SortRow(key_of(entity_id, entity), entity if keep else _EMPTY)
+            for entity_id, entity in chunk
         ]
         if after is not None:
             rows = [row for row in rows if row.key > after]
@@ -933,18 +938,18 @@ async def _sorted_runs(
         rows = waiting.copy()
         waiting.clear()
         if limit is not None and runs:
-            best = list(runs.pop())
-            if len(best) == limit:
-                worst = best[-1].key
-                rows = [row for row in rows if row.key < worst]
-            rows = best + rows
+            first = list(runs.pop())
+            if len(first) == limit:
+                last_key = first[-1].key
+                rows = [row for row in rows if row.key < last_key]
+            rows = first + rows
         rows.sort(key=_key_of_row)
         runs.append(tuple(rows[:limit]))
 
     async for batch in batches:
-        for start in range(0, len(batch), _RUN):
-            add(batch[start : start + _RUN])
-            if len(waiting) >= _RUN:
+        for start in range(0, len(batch), _RUN_SIZE):
+            add(batch[start : start + _RUN_SIZE])
+            if len(waiting) >= _RUN_SIZE:
                 sort_waiting()
                 await asyncio.sleep(0)
     sort_waiting()

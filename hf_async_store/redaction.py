@@ -1,6 +1,7 @@
-"""The one redaction: what of a text may be shown.
+"""Redaction: removes secrets from strings that are shown.
 
-Every error, log, report, `repr` and command line shows URLs and configurations through this module.
+Every URL and configuration in an error, log, report, `repr` or command output passes through this
+module.
 """
 
 from __future__ import annotations
@@ -10,48 +11,49 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 REDACTED: Final = "***"
-"""What stands where a secret was."""
+"""The replacement of a secret."""
 
 SENSITIVE: Final = (
     "(?i)pass|pwd|secret|token|credential|auth|(api|access|private|signing)[_-]?key"
     "|connection[_-]?string"
 )
-"""Names of keys whose values are secrets."""
+"""A pattern that matches the names of keys whose values are secrets."""
 
-# Patterns that most programs never need stay text here; `re` compiles and keeps them at first use.
+# These patterns are strings, because most programs never use them: `re` compiles and caches them at
+# their first use.
 _USERINFO: Final = r"(?is)([a-z][a-z0-9+._-]*://(?:[^:]*:)?|[^:]*:).*@"
 _QUERY_VALUE: Final = r"([?&])([^=&]*)=([^&]*)"
 _PATH_URLS: Final = ("json:", "sqlite:", "memory:")
-_FORM: Final = "//USER:PASSWORD@"  # how such a URL is written, in our own messages
+_FORM: Final = "//USER:PASSWORD@"  # the placeholder in messages of this package, not a secret
 _IN_TEXT: Final = r"(?is)[a-z][a-z0-9+._-]*://.*"
 
 
 def redact_url(url: str) -> str:
     """The URL without its password and without query values whose keys sound secret.
 
-    It hides rather too much than too little: all from the first `:` of the user's part to the last
-    `@`, because a password that was not percent-encoded may hold any character, and a user without
-    a password, because it may be a token.
+    In doubt, more is hidden than necessary. Everything from the first `:` of the user information to
+    the last `@` is hidden, because a password that is not percent-encoded may contain any
+    character. A user without a password is hidden as well, because it may be a token.
     """
     if not url.lower().startswith(_PATH_URLS):
-        found = re.match(_USERINFO, url)
-        if found is not None and not found[0].endswith(_FORM):
-            url = f"{found[1]}{REDACTED}@{url[found.end() :]}"
+        match = re.match(_USERINFO, url)
+        if match is not None and not match[0].endswith(_FORM):
+            url = f"{match[1]}{REDACTED}@{url[match.end() :]}"
     return re.sub(_QUERY_VALUE, _redact_pair, url)
 
 
 def _redact_pair(match: re.Match[str]) -> str:
-    mark, key, value = match.groups()
-    return f"{mark}{key}={REDACTED if is_sensitive(key) else value}"
+    separator, key, value = match.groups()
+    return f"{separator}{key}={REDACTED if is_sensitive(key) else value}"
 
 
 def is_sensitive(key: str) -> bool:
-    """Whether the value of a key of this name is a secret, as far as the name tells."""
+    """Whether the name of a key suggests that its value is a secret."""
     return re.search(SENSITIVE, key) is not None
 
 
 def redact_texts(value: Any) -> Any:
-    """Plain data in which no text shows a password in a URL."""
+    """A copy of plain data without passwords in URLs in its strings; keys are unchanged."""
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, Mapping):
@@ -60,7 +62,7 @@ def redact_texts(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """The text without passwords in URLs. It hides rather too much than too little."""
+    """The string without passwords in URLs. In doubt, more is hidden than necessary."""
     if "://" not in text:
         return text
-    return re.sub(_IN_TEXT, lambda found: redact_url(found[0]), text)
+    return re.sub(_IN_TEXT, lambda match: redact_url(match[0]), text)

@@ -74,14 +74,14 @@ from hf_async_store.values import (
 )
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Converted = TypeVar("Converted")
 Result = TypeVar("Result")
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
 
 _BATCH_CHUNK_SIZE: Final = 512
-"""The number validated in about the same time where they are validated together."""
+"""The number of entities validated together, column by column, in about the same time."""
 
 
 class RepositoryInterface(ABC):
@@ -92,8 +92,8 @@ class RepositoryInterface(ABC):
     the caller's own copy and includes `version`. Arguments are never modified.
 
     Every method may raise a `StorageError`, with its attributes `retryable` and `outcome_unknown`.
-    `timeout` is in seconds; when it expires, `OperationTimeoutError` tells by `outcome_unknown`
-    whether a write may have been applied.
+    `timeout` is in seconds; when it expires, `OperationTimeoutError` is raised, whose
+    `outcome_unknown` is true if a write may have been applied.
 
     In a transaction, a failed change can only be followed by a rollback: later calls and the commit
     raise `TransactionAbortedError`.
@@ -137,7 +137,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         change = self._put(self._schema[collection], entity, ABSENT, utc_now())
-        return cast("int", await self._one(change, timeout))
+        return cast("int", await self._write_one(change, timeout))
 
     async def save_entity(
         self,
@@ -165,7 +165,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, utc_now())
-        return cast("int", await self._one(change, timeout))
+        return cast("int", await self._write_one(change, timeout))
 
     async def update_entity(
         self,
@@ -187,7 +187,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
-        return cast("int", await self._one(change, timeout))
+        return cast("int", await self._write_one(change, timeout))
 
     async def delete_entity(
         self,
@@ -206,7 +206,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = Delete(self._schema[collection].key_of(entity_id), expect)
-        return await self._one(change, timeout) is not None
+        return await self._write_one(change, timeout) is not None
 
     async def get_entity(
         self, collection: str, entity_id: str, *, timeout: float | None = None
@@ -230,12 +230,12 @@ class RepositoryInterface(ABC):
     ) -> list[int]:
         """`create_entity` for each; returns the versions in input order.
 
-        On the store each succeeds or fails alone; in a transaction the first failure aborts it. If
-        one cannot be stored (an invalid key, value or field), the whole batch is rejected before
-        any I/O, and the error names the item.
+        Called on the store, each entity succeeds or fails independently; in a transaction, the first
+        failure aborts the transaction. If an entity cannot be stored (an invalid key, value or
+        field), the whole batch is rejected before any I/O, and the error names the item.
 
         Raises:
-            BatchError: some failed; its `outcomes` are a version or an error each.
+            BatchError: some failed; each element of its `outcomes` is a version or an error.
         """
         declared = self._schema[collection]
         at = utc_now()
@@ -245,7 +245,7 @@ class RepositoryInterface(ABC):
             lambda chunk: _puts(declared, chunk, ABSENT, at),
             collection=declared,
         )
-        return cast("list[int]", await self._many(changes, timeout))
+        return cast("list[int]", await self._write_many(changes, timeout))
 
     async def save_entities(
         self,
@@ -275,7 +275,7 @@ class RepositoryInterface(ABC):
             collection=declared,
         )
         expected.assert_exhausted()
-        return cast("list[int]", await self._many(changes, timeout))
+        return cast("list[int]", await self._write_many(changes, timeout))
 
     async def update_entities(
         self,
@@ -288,14 +288,14 @@ class RepositoryInterface(ABC):
         """`update_entity` for each id in `updates`; see `save_entities`."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
-        _mapped(updates, "updates")
+        _check_mapping(updates, "updates")
         at = utc_now()
         changes = await _in_chunks(
             updates.items(),
             lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
         )
         expected.assert_exhausted()
-        return cast("list[int]", await self._many(changes, timeout))
+        return cast("list[int]", await self._write_many(changes, timeout))
 
     async def delete_entities(
         self,
@@ -312,7 +312,7 @@ class RepositoryInterface(ABC):
             _reject_str(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
         )
         expected.assert_exhausted()
-        return cast("list[bool]", await self._many(changes, timeout))
+        return cast("list[bool]", await self._write_many(changes, timeout))
 
     async def get_entities(
         self, collection: str, ids: Iterable[str], *, timeout: float | None = None
@@ -335,8 +335,8 @@ class RepositoryInterface(ABC):
     ) -> list[int]:
         """Write entities with their versions and timestamps, for migration and restore.
 
-        Existing entities are replaced, of whatever version unless `expected_versions` maps their ids
-        to one. `version` is stored as given (0 if it is missing), and so are the timestamps: null
+        Existing entities are replaced, whatever their version, unless `expected_versions` maps their
+        ids to one. `version` is stored as given (0 if it is missing), and so are the timestamps: null
         stays null, missing stays missing. References are checked. Fails like `create_entities`.
 
         Returns:
@@ -351,7 +351,7 @@ class RepositoryInterface(ABC):
             collection=declared,
         )
         expected.assert_exhausted()
-        return cast("list[int]", await self._many(changes, timeout))
+        return cast("list[int]", await self._write_many(changes, timeout))
 
     async def _import_stored(
         self,
@@ -371,10 +371,10 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
 
-        def change(given: tuple[Entity, int]) -> Put:
-            each, size = given
-            key, entity = declared.stored(each, size)
-            return Put(key, entity, at, expected.pop(key.id), cast("int", each[VERSION]))
+        def change(item: tuple[Entity, int]) -> Put:
+            stored, size = item
+            key, entity = declared.stored(stored, size)
+            return Put(key, entity, at, expected.pop(key.id), cast("int", stored[VERSION]))
 
         if sizes is None:
             entities = list(entities)
@@ -463,13 +463,13 @@ class RepositoryInterface(ABC):
             InvalidQueryError: an argument is malformed; raised before any I/O.
         """
         query = self._query(collection, filters, order_by, limit, fields)
-        found: list[Entity] = []
+        entities: list[Entity] = []
         if query.limit == 0:
-            return found
+            return entities
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for chunk in batches:
-                found += [project(each, query.fields) for each in chunk]
-        return found
+                entities += [project(each, query.fields) for each in chunk]
+        return entities
 
     async def stream_entities(
         self,
@@ -499,8 +499,8 @@ class RepositoryInterface(ABC):
     ) -> Page:
         """One page of entities, and the cursor of the next page; None on the last.
 
-        Reading page by page returns every entity exactly once that is not changed meanwhile, whatever
-        other changes happen.
+        Reading page by page returns every entity that is not changed in the meantime exactly once,
+        whatever other changes happen.
 
         Raises:
             InvalidCursorError: an invalid cursor, or the cursor of another query.
@@ -517,17 +517,19 @@ class RepositoryInterface(ABC):
             cursor=cursor,
             paged=True,
         )
-        # One more than requested shows whether there is a next page.
+        # One entity more than requested is read, to determine whether there is a next page.
         ahead = query.with_limit(limit + 1)
-        found: list[Entity] = []
+        entities: list[Entity] = []
         async with operation_timeout(timeout), Owned(self._select_batches(ahead)) as batches:
             async for each in batches:
-                found += each
-        more = len(found) > limit
-        del found[limit:]
-        last = found[-1] if more else None
+                entities += each
+        more = len(entities) > limit
+        del entities[limit:]
+        last = entities[-1] if more else None
         return Page(
-            found if query.fields is None else [project(each, query.fields) for each in found],
+            entities
+            if query.fields is None
+            else [project(each, query.fields) for each in entities],
             None if last is None else encode_cursor(query, cast("str", last[declared.key]), last),
         )
 
@@ -584,13 +586,15 @@ class RepositoryInterface(ABC):
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, PRESENT if expect is ANY else expect)
 
-    async def _one(self, change: Change, timeout: float | None) -> int | None:
+    async def _write_one(self, change: Change, timeout: float | None) -> int | None:
         outcome = (await self._write((change,), timeout))[0]
         if isinstance(outcome, StorageError):
             raise outcome
         return outcome
 
-    async def _many(self, changes: Sequence[Change], timeout: float | None) -> Sequence[int | bool]:
+    async def _write_many(
+        self, changes: Sequence[Change], timeout: float | None
+    ) -> Sequence[int | bool]:
         """The result of each change: a version, or for a delete whether the entity existed."""
         if not changes:
             return []
@@ -620,7 +624,7 @@ class _Expected:
 
     def __init__(self, versions: Mapping[str, int | Expect] | None, *, absent: bool) -> None:
         if versions is not None:
-            _mapped(versions, "expected_versions")
+            _check_mapping(versions, "expected_versions")
         self._versions = {
             each: check_version(version, absent=absent)
             for each, version in (versions or {}).items()
@@ -628,7 +632,7 @@ class _Expected:
         self._remaining = set(self._versions)
 
     def pop(self, entity_id: str) -> Precondition:
-        """The precondition of this change; of several changes of an id, the first alone has it."""
+        """The precondition for the first change of an id; ANY for further changes of the same id."""
         if entity_id not in self._remaining:
             return ANY
         self._remaining.discard(entity_id)
@@ -649,8 +653,8 @@ def _delete(key: Key, expected: _Expected) -> Delete:
 def _imported(
     collection: Collection, data: Mapping[str, object], expected: _Expected, at: str
 ) -> Put:
-    given = data.get(VERSION, 0) if isinstance(data, Mapping) else 0
-    version = check_version(given, absent=False)
+    stored_version = data.get(VERSION, 0) if isinstance(data, Mapping) else 0
+    version = check_version(stored_version, absent=False)
     if version is ANY:
         raise InvalidVersionError("an imported version must be a non-negative integer")
     key, entity = collection.entity(data)
@@ -658,7 +662,7 @@ def _imported(
 
 
 def _stamp(entity: Entity, at: str) -> None:
-    """Set the timestamps of a whole entity that is written at this time."""
+    """Set `updated_at` of a whole entity, and remove a `created_at` that is null."""
     entity[UPDATED_AT] = at
     # The dump of a model contains null for a field that was not set.
     if CREATED_AT in entity and entity[CREATED_AT] is None:
@@ -679,47 +683,49 @@ def _puts(
 
 async def _in_chunks(
     items: Iterable[Item],
-    make: Callable[[Item], Made],
-    together: Callable[[Sequence[Item]], list[Made] | None] | None = None,
+    convert: Callable[[Item], Converted],
+    convert_chunk: Callable[[Sequence[Item]], list[Converted] | None] | None = None,
     *,
     collection: Collection | None = None,
-) -> list[Made]:
-    """`make` of each item; between chunks of a large batch the event loop runs other tasks.
+) -> list[Converted]:
+    """Convert each item; between the chunks of a large batch the event loop runs other tasks.
 
     Args:
-        together: the same for a whole chunk; returns None if it must be done one by one.
-        collection: of which the items are entities: an error then names the id of its entity.
+        convert_chunk: converts a whole chunk, or returns None if the items must be converted one by
+            one.
+        collection: the items are entities of this collection: an error then names the entity's id.
     """
-    made: list[Made] = []
-    if together is None or not isinstance(items, list | tuple):
+    converted: list[Converted] = []
+    if convert_chunk is None or not isinstance(items, list | tuple):
         # A generator may yield the same dict again and again, changed between the items.
         for index, item in enumerate(items):
             if index and not index % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-            made.append(_with_item_context(make, index, item, collection))
-        return made
+            converted.append(_with_item_context(convert, index, item, collection))
+        return converted
     for start in range(0, len(items), _BATCH_CHUNK_SIZE):
         if start:
             await asyncio.sleep(0)
         chunk = items[start : start + _BATCH_CHUNK_SIZE]
-        made += together(chunk) or [
-            _with_item_context(make, index, item, collection)
+        converted += convert_chunk(chunk) or [
+            _with_item_context(convert, index, item, collection)
             for index, item in enumerate(chunk, start)
         ]
-    return made
+    return converted
 
 
 def _with_item_context(
-    make: Callable[[Item], Made], index: int, item: Item, collection: Collection | None
-) -> Made:
+    convert: Callable[[Item], Converted], index: int, item: Item, collection: Collection | None
+) -> Converted:
+    """Convert an item; an error names the item."""
     try:
-        return make(item)
+        return convert(item)
     except InvalidInputError as exc:
         raise exc.at(_name_of(index, item, collection)) from exc
 
 
 def _name_of(index: int, item: object, collection: Collection | None) -> str:
-    """How an error names an item of a batch: by collection and id, else by its position."""
+    """The name of an item of a batch in errors: its collection and id, else its position."""
     if collection is not None and isinstance(item, Mapping):
         entity_id = item.get(collection.key)
         if isinstance(entity_id, str) and 0 < len(entity_id) <= MAX_KEY_BYTES:
@@ -736,13 +742,13 @@ def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:
     return items
 
 
-def _mapped(items: object, what: str) -> None:
+def _check_mapping(items: object, what: str) -> None:
     if not isinstance(items, Mapping):
         raise InvalidInputError(f"{what} must be a dict by id, not {type(items).__name__}")
 
 
 def check_callable(function: object, what: str) -> None:
-    """Reject what is not callable.
+    """Reject an argument that is not callable.
 
     Raises:
         InvalidInputError.
@@ -752,7 +758,7 @@ def check_callable(function: object, what: str) -> None:
 
 
 def check_seconds(seconds: object, what: str) -> None:
-    """Reject what is not a number of seconds.
+    """Reject an argument that is not a number of seconds.
 
     Raises:
         InvalidInputError.

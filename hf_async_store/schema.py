@@ -42,7 +42,7 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
 _RESERVED: Final = frozenset({"doc", "version"})
 
 
-def _declared_name(name: str, what: str) -> str:
+def _checked_name(name: str, what: str) -> str:
     if not isinstance(name, str) or not _NAME.match(name):
         raise ConfigurationError(f"{what} {name!r} does not match [a-z][a-z0-9_]{{0,47}}")
     if name in _RESERVED:
@@ -71,7 +71,7 @@ class Field(msgspec.Struct, frozen=True):
     enforced: bool = True
 
     def __post_init__(self) -> None:
-        _declared_name(self.name, "field name")
+        _checked_name(self.name, "field name")
         if self.type not in _CHECKS:
             raise ConfigurationError(f"field {self.name!r}: unknown type {self.type!r}")
         if self.references is not None and self.type != "text":
@@ -90,9 +90,9 @@ class Field(msgspec.Struct, frozen=True):
                 raise InvalidFieldError(f"{collection}.{self.name} is required, not null")
             return None
         if self.type == "timestamp" and isinstance(value, str):
-            moment = parse_timestamp(value)
-            if moment is not None:
-                return moment
+            canonical = parse_timestamp(value)
+            if canonical is not None:
+                return canonical
         elif isinstance(value, _CHECKS[self.type]) and (
             type(value) is not bool or self.type in ("boolean", "json")
         ):
@@ -102,7 +102,7 @@ class Field(msgspec.Struct, frozen=True):
         )
 
 
-_USUAL: Final = {"text": str, "integer": int, "boolean": bool}
+_USUAL_TYPES: Final = {"text": str, "integer": int, "boolean": bool}
 
 _CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {
@@ -158,8 +158,8 @@ class Collection:
     """
 
     __slots__ = (
-        "_times",
-        "_usual",
+        "_optional_timestamps",
+        "_usual_types",
         "fields",
         "indexes",
         "key",
@@ -190,11 +190,11 @@ class Collection:
     ) -> None:
         declared = [Field(key, required=True)]
         declared += [Field(each) if isinstance(each, str) else each for each in fields]
-        given = {each.name for each in declared}
+        names = {each.name for each in declared}
         declared += [
-            Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT) if each not in given
+            Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT) if each not in names
         ]
-        self.name = _declared_name(name, "collection name")
+        self.name = _checked_name(name, "collection name")
         self.key = key
         self.fields = MappingProxyType({each.name: each for each in declared})
         self.indexes = tuple(Index(each) if isinstance(each, str) else each for each in indexes)
@@ -206,12 +206,17 @@ class Collection:
             {each.name: each for each in declared[1:] if each.type != "json" or each.required}
         )
         # Most values have the usual type of their field and need no further check.
-        self._usual = tuple(
-            (name, (_USUAL.get(each.type),) if each.required else (_USUAL.get(each.type), NoneType))
+        self._usual_types = tuple(
+            (
+                name,
+                (_USUAL_TYPES.get(each.type),)
+                if each.required
+                else (_USUAL_TYPES.get(each.type), NoneType),
+            )
             for name, each in self.typed.items()
             if each.type != "timestamp" or each.required
         )
-        self._times = tuple(
+        self._optional_timestamps = tuple(
             name
             for name, each in self.typed.items()
             if each.type == "timestamp" and not each.required
@@ -258,16 +263,16 @@ class Collection:
 
     def _id_string(self, entity_id: object) -> str:
         try:
-            text = normalise(entity_id)
+            string = normalise(entity_id)
         except UnsupportedValueError as exc:
             raise InvalidKeyError(
                 f"an id of {self.name} must be a string, not {type_name(entity_id)}"
             ) from exc
-        if type(text) is not str:
+        if type(string) is not str:
             raise InvalidKeyError(
                 f"an id of {self.name} must be a string, not {type_name(entity_id)}"
             )
-        return text
+        return string
 
     def _bad_id(self, entity_id: str) -> InvalidKeyError:
         return InvalidKeyError(
@@ -289,7 +294,7 @@ class Collection:
         return key, self._whole(self._copied(data))
 
     def stored(self, data: Entity, size: int) -> tuple[Key, Entity]:
-        """Like `entity`, for one that was read from a store: its portable values are not copied.
+        """Like `entity`, for an entity that was read from a store: its portable values are not copied.
 
         Args:
             size: the size of its JSON in bytes.
@@ -305,6 +310,7 @@ class Collection:
         return key, self._whole(self._checked(dict(data)))
 
     def _whole(self, entity: Entity) -> Entity:
+        """Check the required fields and remove `version`, in place."""
         entity.pop(VERSION, None)
         for name in self.required:
             if name not in entity:
@@ -344,10 +350,10 @@ class Collection:
 
     def _checked(self, entity: Entity) -> Entity:
         """Convert the declared fields of the entity to their stored form, in place."""
-        for name, kinds in self._usual:
+        for name, kinds in self._usual_types:
             if name in entity and type(entity[name]) not in kinds:
                 entity[name] = self.typed[name].check(entity[name], self.name)
-        for name in self._times:
+        for name in self._optional_timestamps:
             value = entity.get(name)
             if value is not None and (type(value) is not str or not is_canonical_timestamp(value)):
                 entity[name] = self.typed[name].check(value, self.name)
@@ -368,27 +374,27 @@ class Schema(Mapping[str, Collection]):
     """By parent: every (collection, field) that refers to it."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
-        given = list(collections)
-        by_name = {each.name: each for each in given}
-        if len(by_name) != len(given):
+        declared = list(collections)
+        by_name = {each.name: each for each in declared}
+        if len(by_name) != len(declared):
             raise ConfigurationError("a collection is declared twice")
-        for each in given:
+        for each in declared:
             for field in each.references:
                 if field.references not in by_name:
                     raise ConfigurationError(
                         f"{each.name}.{field.name} refers to {field.references!r}, "
                         "which is not declared"
                     )
-        self._by_name = {each.name: each for each in _parents_first(given)}
+        self._by_name = {each.name: each for each in _parents_first(declared)}
         self.children = MappingProxyType(
             {
                 parent.name: tuple(
                     (each, field)
-                    for each in given
+                    for each in declared
                     for field in each.references
                     if field.references == parent.name
                 )
-                for parent in given
+                for parent in declared
             }
         )
 
@@ -410,10 +416,10 @@ class Schema(Mapping[str, Collection]):
         return len(self._by_name)
 
 
-def _parents_first(given: Sequence[Collection]) -> list[Collection]:
+def _parents_first(collections: Sequence[Collection]) -> list[Collection]:
     ordered: list[Collection] = []
     placed: set[str] = set()
-    waiting = list(given)
+    waiting = list(collections)
     while waiting:
         ready = [
             each
@@ -478,6 +484,6 @@ HOST_FACTORY: Final = (
         indexes=[Index("request_id", "created_at"), "return_request_id", "status", "name"],
     ),
 )
-"""The schema of the spec: templates, requests and machines, its columns and references, and the
-indexes that an orchestrator's own queries need. Only the keys are required, because the spec's own
-examples leave out columns that its DDL calls NOT NULL."""
+"""The collections of the spec: templates, requests and machines, with its columns and references, and
+the indexes for the queries of an orchestrator. Only the keys are required, because examples in the spec
+omit columns that are NOT NULL in its DDL."""

@@ -1,7 +1,7 @@
 """The store that applications use: its methods, transactions and lifecycle, on one engine.
 
-Single writes, and reads where a read is a round trip, go through the coalescer. What an engine can
-do is determined by its capabilities, never by its name.
+Single writes, and reads if a read is a round trip, go through the coalescer. The behaviour depends on
+the capabilities of an engine, never on its name.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ Result = TypeVar("Result")
 
 
 _ABANDONED: Final[list[StorageStrategy]] = []
-"""Abandoned stores, referenced until the process ends: no finalizer of an engine warns of them."""
+"""Abandoned stores, referenced until the process ends, so that no finalizer of an engine warns."""
 
 
 class _Forks:
-    """Counts the forks of this process: comparing this is cheaper than asking for the process id."""
+    """Counts the forks that led to this process: comparing this is cheaper than `os.getpid()`."""
 
-    seen: ClassVar[int] = 0
+    count: ClassVar[int] = 0
 
     @classmethod
-    def note(cls) -> None:
-        cls.seen += 1
+    def increment(cls) -> None:
+        cls.count += 1
 
 
-os.register_at_fork(after_in_child=_Forks.note)
+os.register_at_fork(after_in_child=_Forks.increment)
 
 
 class StorageStrategy(RepositoryInterface):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Args:
-        config: its configuration, with absolute paths (`config.anchored`): defines which stores
-            it may follow in a live migration. None: none.
+        config: its configuration, with absolute paths (`config.anchored`): lists the stores to which
+            a live migration of this store may be followed. None: no store.
 
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
     in, and any number of tasks of that loop may use it at once.
@@ -99,33 +99,38 @@ class StorageStrategy(RepositoryInterface):
         self._retry_queue = FairRetryQueue()
         self._streams = OpenStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._forks = _Forks.seen
+        self._forks = _Forks.count
         self._closed = False
-        can = engine.capabilities
+        capabilities = engine.capabilities
         # Only a store that processes can share can be migrated while it is in use.
         self._router = (
-            MigrationRouter(lambda: self._engine, self._engine_at, self._own_place)
-            if can.multi_process and self._obeys_moves
+            MigrationRouter(lambda: self._engine, self._engine_at, self._own_location)
+            if capabilities.multi_process and self._obeys_moves
             else None
         )
         if self._router is not None:
             engine = self._router
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_each,
-            lanes=can.write_concurrency,
-            size=can.write_batch,
+            lanes=capabilities.write_concurrency,
+            size=capabilities.write_batch,
             writes=True,
             key=_key_of,
         )
         self._reads: Coalescer[Key, Record | None] | None = (
-            Coalescer(engine.fetch, lanes=can.read_concurrency, size=can.read_batch, writes=False)
-            if can.read_batch
+            Coalescer(
+                engine.fetch,
+                lanes=capabilities.read_concurrency,
+                size=capabilities.read_batch,
+                writes=False,
+            )
+            if capabilities.read_batch
             else None
         )
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the engine can do."""
+        """The capabilities of the engine."""
         return self._engine.capabilities
 
     # -- lifecycle ---------------------------------------------------------------------------
@@ -165,20 +170,20 @@ class StorageStrategy(RepositoryInterface):
             await self._streams.close()
 
     def abandon(self) -> None:
-        """Give the store up without closing it and without waiting: for a process that is about to end.
+        """Stop using the store without closing it: for a process that is about to end.
 
-        For where `close()` would wait, for example for a lock that another process holds. To the data
-        it is as if the process had been killed: acknowledged writes are kept, of those in progress
-        the outcome is unknown. Connections, files and locks are released when the process ends; until
-        then the store stays in memory, and no ResourceWarning is issued. Later calls raise
-        StoreClosedError.
+        Use this if `close()` would wait, for example for a lock that another process holds. The effect
+        on the data is as if the process had been killed: acknowledged writes are kept, and the outcome
+        of writes in progress is unknown. Connections, files and locks are released when the process
+        ends; until then the store stays in memory, and no ResourceWarning is issued. Later calls
+        raise StoreClosedError.
         """
         self._closed = True
         _ABANDONED.append(self)
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        # The default argument still exists when the interpreter has torn down its modules.
-        if getattr(self, "_loop", None) is None or self._closed or self._forks != _Forks.seen:
+        # The default argument still exists when the interpreter has cleared its modules at exit.
+        if getattr(self, "_loop", None) is None or self._closed or self._forks != _Forks.count:
             return
         _warn(f"unclosed store {self!r}: use `async with`", ResourceWarning, source=self)
 
@@ -200,10 +205,10 @@ class StorageStrategy(RepositoryInterface):
             raise StoreClosedError("this store is not open (use `async with`)")
         self._refuse_other_loop()
         self._transactions.refuse_reentry()
-        return self._engine if self._router is None else self._router.for_reading()
+        return self._engine if self._router is None else self._router.reading_engine()
 
     def _refuse_other_loop(self) -> None:
-        if self._forks != _Forks.seen:
+        if self._forks != _Forks.count:
             # Checked before the running loop, as the child has none.
             raise EventLoopMismatchError(
                 "this store was opened before a fork; open one in the child"
@@ -219,31 +224,38 @@ class StorageStrategy(RepositoryInterface):
     def _reopen_with_collections(self, collections: Iterable[Collection]) -> StorageStrategy | None:
         """Another store on the same data, with other collections.
 
-        None, as a strategy answers that does not override this: it cannot follow a live migration,
-        and operations on a store that takes part in one raise `StoreRelocatedError`.
+        The default, for strategies that do not override this, is None: the store cannot follow a live
+        migration, and operations on a store that takes part in one raise `StoreRelocatedError`.
         """
         del collections
         return None
 
-    def _engine_at(self, place: str | None) -> Engine | None:
-        """An engine that knows the system collections: of this store (None), or of the store at a URL,
-        if the configuration permits it; else None."""
+    def _engine_at(self, location: str | None) -> Engine | None:
+        """Open an engine with the collections of live migrations in addition to the declared ones.
+
+        Args:
+            location: None: the engine is on the data of this store. Else on that of the store at this
+                location, if the configuration permits that.
+
+        Returns:
+            None if it is not supported or not permitted.
+        """
         collections = [*self._schema.values(), *SYSTEM_COLLECTIONS]
-        if place is None:
-            again = self._reopen_with_collections(collections)
-            return None if again is None else again._engine
+        if location is None:
+            reopened = self._reopen_with_collections(collections)
+            return None if reopened is None else reopened._engine
         permitted = () if self._configured is None else self._configured.follow_moves
         # It is opened as configured, including secrets, not by the recorded URL.
-        chosen = next((each for each in permitted if each.place() == place), None)
-        if chosen is None:
+        config = next((each for each in permitted if each.place() == location), None)
+        if config is None:
             return None
         # Imported by name, because the strategies are a layer above.
         other: StorageStrategy = import_module("hf_async_store.strategies").open_store(
-            chosen, collections=collections
+            config, collections=collections
         )
         return other._engine
 
-    def _own_place(self) -> str | None:
+    def _own_location(self) -> str | None:
         if self._configured is None:
             return None
         try:
@@ -252,18 +264,18 @@ class StorageStrategy(RepositoryInterface):
             return None
 
     @asynccontextmanager
-    async def _guard_untracked_write(self, what: str) -> AsyncGenerator[None, None]:
-        """For a write method of one engine: see `MigrationRouter.guard_untracked_write`."""
+    async def _guard_untracked_write(self, method: str) -> AsyncGenerator[None, None]:
+        """For a write method that only one engine has; see `MigrationRouter.guard_untracked_write`."""
         if self._router is None:
             yield
             return
-        async with self._router.guard_untracked_write(what):
+        async with self._router.guard_untracked_write(method):
             yield
 
-    async def _require_source_active(self, what: str) -> None:
-        """For a read method of one engine: see `MigrationRouter.require_source_active`."""
+    async def _require_source_active(self, method: str) -> None:
+        """For a read method that only one engine has; see `MigrationRouter.require_source_active`."""
         if self._router is not None:
-            await self._router.require_source_active(what)
+            await self._router.require_source_active(method)
 
     # -- primitives --------------------------------------------------------------------------
 
@@ -286,10 +298,10 @@ class StorageStrategy(RepositoryInterface):
         return await self._writes.submit(changes, timeout)
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
-        # Not through the coalescer, which would split these batches: while one is written, the
-        # next is prepared.
+        # Not through the coalescer, which would split these batches. The caller prepares the next
+        # batch while this one is written.
         self._usable()
-        # As there, a cancellation waits until the batch is written.
+        # As in the coalescer, a cancellation waits until the batch has been written.
         engine = self._engine if self._router is None else self._router
         return await run_to_completion(engine.write_each(changes))
 
@@ -305,7 +317,7 @@ class StorageStrategy(RepositoryInterface):
     async def _retried(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
-        self._usable()  # before it waits in the queue
+        self._usable()  # raises before waiting in the queue
         return await self._retry_queue.retry(key, attempt, seconds)
 
     # -- transactions ------------------------------------------------------------------------
@@ -379,16 +391,16 @@ class StorageStrategy(RepositoryInterface):
         return await self._usable().exists()
 
     async def is_same_store(self, other: StorageStrategy) -> bool:
-        """Whether `other` reaches the same data, however the two are addressed; see `Engine`."""
+        """Whether `other` has the same data, whatever the URLs of the two; see `Engine.is_same_store`."""
         return await (await self._in_use()).is_same_store(await other._in_use())
 
     async def _in_use(self) -> Engine:
-        """The engine itself; during a live migration, that of the authoritative side."""
+        """The active engine: during a live migration that of the source or of the target."""
         engine = self._usable()
         return await engine.in_use() if isinstance(engine, MigrationRouter) else engine
 
     async def undeclared(self) -> list[str]:
-        """What is stored but not declared: collections, and fields such as `machines.owner`."""
+        """The stored collections, and fields such as `machines.owner`, that are not declared."""
         return await self._usable().undeclared()
 
     async def explain_query(
@@ -427,31 +439,35 @@ class StorageStrategy(RepositoryInterface):
         except StorageError as exc:
             problems.append(str(exc))
         try:
-            found = dict(await engine.health())
+            details = dict(await engine.health())
         except StorageError as exc:
-            found = {"problems": [str(exc)]}
-        more = found.pop("problems", [])
+            details = {"problems": [str(exc)]}
+        reported = details.pop("problems", [])
         problems += (
-            [each for each in more if each not in problems] if isinstance(more, list) else []
+            [each for each in reported if each not in problems]
+            if isinstance(reported, list)
+            else []
         )
         return {
             "ok": not problems,
             **report,
-            **redact_texts(found),
+            **redact_texts(details),
             "problems": redact_texts(problems),
         }
 
     def describe(self) -> dict[str, Value]:
         """Capabilities and limits, the location of the data and the collections; without secrets."""
-        can = self.capabilities
+        capabilities = self.capabilities
         return {
-            "engine": can.engine,
+            "engine": capabilities.engine,
             "capabilities": {
                 name: list(value) if isinstance(value, tuple) else value
-                for name, value in ((each, getattr(can, each)) for each in can.__struct_fields__)
+                for name, value in (
+                    (each, getattr(capabilities, each)) for each in capabilities.__struct_fields__
+                )
                 if name != "engine"
             },
-            "collections": {name: _declared(each) for name, each in self._schema.items()},
+            "collections": {name: _description(each) for name, each in self._schema.items()},
             **redact_texts(self._engine.describe()),
         }
 
@@ -460,7 +476,7 @@ def _key_of(change: Change) -> Key:
     return change.key
 
 
-def _declared(collection: Collection) -> dict[str, Value]:
+def _description(collection: Collection) -> dict[str, Value]:
     return {
         "key": collection.key,
         "fields": {

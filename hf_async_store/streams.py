@@ -1,4 +1,4 @@
-"""The streams of a store that are open: whoever left one, and however, `close()` ends it first."""
+"""The open streams of a store: `close()` ends those that were abandoned before their end."""
 
 from __future__ import annotations
 
@@ -14,56 +14,57 @@ Item = TypeVar("Item")
 
 
 class OpenStreams:
-    """The generators of an engine that have begun and not ended.
+    """The generators of an engine that have started and not ended.
 
-    A task that leaves a loop by `break` leaves its generator to the garbage collector and the event
-    loop, which end it in a task of its own, some turns later. Until then the generator holds a
-    connection, a lock or a snapshot, which must not outlive the store.
+    If a task leaves an `async for` loop by `break`, the generator is closed by the garbage collector
+    and the event loop, in a separate task and some iterations of the event loop later. Until then it
+    holds a connection, a lock or a snapshot, which must be released before the store is closed.
     """
 
     def __init__(self) -> None:
-        self._idle: set[AsyncGenerator[Any, None]] = set()  # between two steps
-        self._ending: dict[AsyncGenerator[Any, None], asyncio.Task[None]] = {}
+        self._suspended: set[AsyncGenerator[Any, None]] = set()  # started, suspended at a yield
+        self._closing: dict[AsyncGenerator[Any, None], asyncio.Task[None]] = {}
 
     async def read(self, source: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-        """What `source` gives.
+        """Yield the items of `source`.
 
         Raises:
-            StoreClosedError: the store was closed before the end.
+            StoreClosedError: the store was closed before the stream ended.
         """
         try:
             async for each in Owned(source):
-                self._idle.add(source)
+                self._suspended.add(source)
                 yield each
-                if source not in self._idle:
+                if source not in self._suspended:
                     raise StoreClosedError("this store was closed while the stream was read")
-                self._idle.discard(source)
+                self._suspended.discard(source)
         finally:
-            if source in self._idle:
-                self._end(source)
-            ending = self._ending.get(source)
-            if ending is not None:
-                await run_to_completion(ending)
-                self._ending.pop(source, None)
+            if source in self._suspended:
+                self._start_closing(source)
+            closing = self._closing.get(source)
+            if closing is not None:
+                await run_to_completion(closing)
+                self._closing.pop(source, None)
 
-    def _end(self, source: AsyncGenerator[Any, None]) -> None:
-        self._idle.discard(source)
-        self._ending[source] = asyncio.ensure_future(_closed(source))
+    def _start_closing(self, source: AsyncGenerator[Any, None]) -> None:
+        self._suspended.discard(source)
+        self._closing[source] = asyncio.ensure_future(_aclose(source))
 
     async def close(self) -> None:
-        """End those that nobody is reading at this moment, and wait for those that are ending.
+        """Close the generators that are not running at this moment, and wait until they have ended.
 
-        What a step that is under way holds is the engine's to release.
+        A generator that is running, because a task awaits its next item, is not closed here: the
+        engine releases its resources.
         """
-        for each in list(self._idle):
-            self._end(each)
-        while self._ending:
-            ending = list(self._ending.items())
-            # What stood in the way of one of them must not keep the store open.
-            await asyncio.gather(*(task for _, task in ending), return_exceptions=True)
-            for source, _ in ending:
-                self._ending.pop(source, None)
+        for each in list(self._suspended):
+            self._start_closing(each)
+        while self._closing:
+            closing = list(self._closing.items())
+            # An error in one of the generators must not prevent the store from closing.
+            await asyncio.gather(*(task for _, task in closing), return_exceptions=True)
+            for source, _ in closing:
+                self._closing.pop(source, None)
 
 
-async def _closed(source: AsyncGenerator[Any, None]) -> None:
+async def _aclose(source: AsyncGenerator[Any, None]) -> None:
     await source.aclose()

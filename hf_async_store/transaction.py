@@ -37,7 +37,7 @@ _KEY: Final = attrgetter("key")
 
 
 class TransactionManager:
-    """Which task is inside which transaction or acquired lock of one store."""
+    """Records which task is inside which transaction, or holds which lock, of one store."""
 
     def __init__(self) -> None:
         self._inside: dict[asyncio.Task[object], str] = {}
@@ -106,7 +106,10 @@ class Transaction(RepositoryInterface):
         self._failure: BaseException | None = None
         self._inner: Transaction | None = None
         self._call_lock: asyncio.Lock = asyncio.Lock() if parent is None else parent._call_lock
-        self._seen: dict[Key, int | None] = {} if parent is None else dict(parent._seen)
+        # By key, the version that was last read or written here; None: there was no entity.
+        self._known_versions: dict[Key, int | None] = (
+            {} if parent is None else dict(parent._known_versions)
+        )
 
     def begin_transaction(self) -> Self:
         """A nested transaction: a savepoint that can be rolled back alone.
@@ -134,12 +137,12 @@ class Transaction(RepositoryInterface):
         """
         declared = self._schema[collection]
         key = declared.key_of(entity_id)
-        seen = self._seen.get(key, ANY)
+        seen = self._known_versions.get(key, ANY)
         if seen is None:
             raise EntityNotFoundError(collection, key.id)
         change = self._patch(declared, key.id, fields, PRESENT if seen is ANY else seen, utc_now())
         try:
-            version = await self._one(change, timeout)
+            version = await self._write_one(change, timeout)
         except ConcurrencyConflictError as exc:
             exc.retryable = True
             raise
@@ -175,28 +178,28 @@ class Transaction(RepositoryInterface):
     ) -> None:
         self._refuse_other_loop()
         self._closed = True
-        own = await self._acquire_last() or (self._aborted() if exc is None else None)
-        ending = own or exc
+        own_error = await self._acquire_last() or (self._abort_error() if exc is None else None)
+        error = own_error or exc
         try:
             await self._context.__aexit__(
-                None if ending is None else type(ending),
-                ending,
-                None if ending is None else ending.__traceback__,
+                None if error is None else type(error),
+                error,
+                None if error is None else error.__traceback__,
             )
         except BaseException as failure:
-            if failure is not ending:
-                self._spread(failure)
+            if failure is not error:
+                self._fail_parent(failure)
                 raise
         finally:
             self._call_lock.release()
             self._end()
-        if own is not None:
-            raise own
+        if own_error is not None:
+            raise own_error
 
     async def _acquire_last(self) -> asyncio.CancelledError | None:
-        """Wait until the calls of other tasks have ended, in any case: the session must be left.
+        """Wait until the calls of other tasks have ended, even if cancelled: the session must be ended.
 
-        Returns a cancellation received meanwhile, which then rolls the transaction back.
+        Returns the cancellation, if any, which then rolls the transaction back.
         """
         cancelled: asyncio.CancelledError | None = None
         while True:
@@ -207,22 +210,22 @@ class Transaction(RepositoryInterface):
             else:
                 return cancelled
 
-    def _aborted(self) -> TransactionAbortedError | None:
+    def _abort_error(self) -> TransactionAbortedError | None:
         if self._inner is not None:
             self._failure = TransactionClosedError("a nested transaction is still open")
         if self._failure is None:
             return None
         unknown = isinstance(self._failure, StorageError) and self._failure.outcome_unknown
-        what = "it is not known what was written" if unknown else "nothing was written"
+        outcome = "it is not known what was written" if unknown else "nothing was written"
         error = TransactionAbortedError(
-            f"{what}, because a change in this transaction failed: {self._failure}",
+            f"{outcome}, because a change in this transaction failed: {self._failure}",
             outcome_unknown=unknown,
         )
         error.__cause__ = self._failure
         return error
 
-    def _spread(self, failure: BaseException) -> None:
-        """If a savepoint could not be ended, the state of its parent is undefined too."""
+    def _fail_parent(self, failure: BaseException) -> None:
+        """After a savepoint could not be ended, abort the parent: its state is undefined, too."""
         if self._parent is not None:
             self._parent._failure = failure
 
@@ -230,7 +233,7 @@ class Transaction(RepositoryInterface):
         if self._parent is not None:
             self._parent._inner = None
             if self._failure is None:
-                self._parent._seen.update(self._seen)
+                self._parent._known_versions.update(self._known_versions)
         if self._leave is not None:
             self._leave()
 
@@ -279,7 +282,7 @@ class Transaction(RepositoryInterface):
         async with self._step(timeout) as session:
             records = await session.fetch(keys)
         for key, record in zip(keys, records, strict=True):
-            self._seen[key] = None if record is None else record.version
+            self._known_versions[key] = None if record is None else record.version
         return records
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
@@ -287,16 +290,16 @@ class Transaction(RepositoryInterface):
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
-        # None of them is an error now; that of a delete is the version before.
+        # None of them is an error here; the outcome of a delete is the version that it deleted.
         versions = cast("list[int | None]", outcomes)
-        self._seen.update(zip(map(_KEY, changes), versions, strict=True))
+        self._known_versions.update(zip(map(_KEY, changes), versions, strict=True))
         for each in changes:
             if type(each) is Delete:
-                self._seen[each.key] = None
+                self._known_versions[each.key] = None
         return outcomes
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
-        # The lock is held for each step and not for the whole iteration, because the caller may write
+        # The lock is held for each item and not for the whole iteration, because the caller may write
         # in the body of its loop.
         async with self._step() as session:
             records = session.select(query)

@@ -44,16 +44,16 @@ MAX_DEPTH: Final = 30
 
 MAX_ENTITY_BYTES: Final = 396 * 1024
 """The maximum size of an entity, as measured by `check_size`. DynamoDB allows items of 400 KiB; the
-rest is for its keys, version, write token and index placeholders (source: DynamoDB service quotas,
+remainder is for its keys, version, write token and index placeholders (source: DynamoDB service quotas,
 item size)."""
 
 MAX_KEY_BYTES: Final = 1024
 INT_MIN: Final = -(2**63)
 INT_MAX: Final = 2**63 - 1
 
-# The size of a value in the encoding of the DynamoDB codec, in its largest form: a 64-bit integer
-# takes at most 12 bytes; a float at most 32, because one that the service cannot store (integral,
-# -0.0, beyond 1e125) is written as a string; containers take 3, and 1 for each element.
+# The maximum size of a value in the encoding of the DynamoDB codec: a 64-bit integer takes at most 12
+# bytes; a float at most 32, because one that the service cannot store (integral, -0.0, beyond 1e125)
+# is written as a string; containers take 3, and 1 for each element.
 _INT_SIZE: Final = 12
 _FLOAT_SIZE: Final = 32
 
@@ -86,15 +86,15 @@ REMOVE: Final = Removed()
 
 def join_path(parts: Sequence[str | int]) -> str:
     """The path of a value as printed in errors: `tags.owner[2]`, unusual names quoted."""
-    text = ""
+    path = ""
     for part in parts:
         if isinstance(part, int):
-            text += f"[{part}]"
+            path += f"[{part}]"
         elif _PLAIN_NAME.match(part):
-            text += f".{part}" if text else part
+            path += f".{part}" if path else part
         else:
-            text += f"[{part!a}]"
-    return text or "(entity)"
+            path += f"[{part!a}]"
+    return path or "(entity)"
 
 
 def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
@@ -118,7 +118,7 @@ def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int
     """`normalise`, and the size of the value."""
     try:
         return _copy(value, 0)
-    except _DomainViolation as exc:
+    except _NotPortableError as exc:
         exc.path.extend(reversed(path))
         raise exc.public() from exc.__cause__
 
@@ -135,15 +135,17 @@ def copy_entity(data: Mapping[str, object]) -> Entity:
 def sized(data: Mapping[str, object]) -> tuple[Entity, int]:
     """A portable copy of an entity, and its size."""
     try:
-        return _copy_map(cast("Mapping[object, object]", data), 0)
-    except _DomainViolation as exc:
+        return _copy_dict(cast("Mapping[object, object]", data), 0)
+    except _NotPortableError as exc:
         raise exc.public() from exc.__cause__
 
 
-class _DomainViolation(Exception):  # noqa: N818  # collects the path while it propagates, and becomes public
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.path: list[str | int] = []
+class _NotPortableError(Exception):
+    """A value that cannot be stored. Collects the path of the value while it propagates."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.path: list[str | int] = []  # innermost step first
 
     def public(self) -> UnsupportedValueError:
         return UnsupportedValueError(f"{join_path(self.path[::-1])}: {self}")
@@ -152,49 +154,49 @@ class _DomainViolation(Exception):  # noqa: N818  # collects the path while it p
 def _copy(value: object, depth: int) -> tuple[Value, int]:
     kind = type(value)
     if kind is str:
-        text = cast("str", value)
-        if text.isascii():
-            if "\x00" in text:
-                raise _DomainViolation("string with U+0000")
-            return text, len(text)
-        if NOT_UTF8.search(text):
-            raise _DomainViolation("string with U+0000 or a lone surrogate")
-        return text, len(text.encode())
+        string = cast("str", value)
+        if string.isascii():
+            if "\x00" in string:
+                raise _NotPortableError("string with U+0000")
+            return string, len(string)
+        if NOT_UTF8.search(string):
+            raise _NotPortableError("string with U+0000 or a lone surrogate")
+        return string, len(string.encode())
     if value is None or kind is bool:
         return cast("bool | None", value), 1
     if kind is int:
         number = cast("int", value)
         if not INT_MIN <= number <= INT_MAX:
-            raise _DomainViolation("an integer of more than 64 bits")
+            raise _NotPortableError("an integer of more than 64 bits")
         return number, _INT_SIZE
     if kind is float:
         if not isfinite(cast("float", value)):
-            raise _DomainViolation(f"{value} (only finite numbers can be stored)")
+            raise _NotPortableError(f"{value} (only finite numbers can be stored)")
         return cast("float", value), _FLOAT_SIZE
     if kind is dict:
-        return _copy_map(cast("dict[object, object]", value), depth + 1)
+        return _copy_dict(cast("dict[object, object]", value), depth + 1)
     if kind is list or kind is tuple:
         return _copy_list(cast("Sequence[object]", value), depth + 1)
     return _copy(_plain(value), depth)
 
 
-def _copy_map(value: Mapping[object, object], depth: int) -> tuple[Entity, int]:
-    # The most frequent loop outside the engines: every entity that is written passes through it.
-    # ASCII strings are copied inline, and a path is built for an error alone.
+def _copy_dict(value: Mapping[object, object], depth: int) -> tuple[Entity, int]:
+    # The most frequent loop outside the engines, because it copies every entity that is written. So
+    # ASCII strings are copied inline, and paths are built only for errors.
     if depth > MAX_DEPTH:
-        raise _DomainViolation(f"nested more than {MAX_DEPTH} deep")
+        raise _NotPortableError(f"nested more than {MAX_DEPTH} deep")
     copied: Entity = {}
     size = 3 + len(value)
     for name, each in value.items():
         try:
-            size += _NAMES.get(name) or _name_size(name)  # type: ignore[call-overload]  # any key
+            size += _NAME_SIZES.get(name) or _name_size(name)  # type: ignore[call-overload]  # any key
             if type(each) is str and each.isascii() and "\x00" not in each:
-                copied[name] = each  # type: ignore[index]  # `_name_size` accepts strings alone
+                copied[name] = each  # type: ignore[index]  # `_name_size` accepts only strings
                 size += len(each)
             else:
-                copied[name], more = _copy(each, depth)  # type: ignore[index]  # as above
-                size += more
-        except _DomainViolation as exc:
+                copied[name], value_size = _copy(each, depth)  # type: ignore[index]  # as above
+                size += value_size
+        except _NotPortableError as exc:
             exc.path.append(name if type(name) is str else f"{name!a}")
             raise
     return copied, size
@@ -202,33 +204,34 @@ def _copy_map(value: Mapping[object, object], depth: int) -> tuple[Entity, int]:
 
 def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
     if depth > MAX_DEPTH:
-        raise _DomainViolation(f"nested more than {MAX_DEPTH} deep")
+        raise _NotPortableError(f"nested more than {MAX_DEPTH} deep")
     copied: list[Value] = []
     size = 3 + len(value)
     for index, each in enumerate(value):
         try:
-            one, more = _copy(each, depth)
-        except _DomainViolation as exc:
+            element, element_size = _copy(each, depth)
+        except _NotPortableError as exc:
             exc.path.append(index)
             raise
-        copied.append(one)
-        size += more
+        copied.append(element)
+        size += element_size
     return copied, size
 
 
-# The sizes of names: a store sees the same few repeatedly. Bounded, as names may also be data.
-_NAMES: Final[dict[str, int]] = {}
+# A cache of the sizes of field names, as a store has few of them. Bounded, because the keys of dicts
+# may also be data.
+_NAME_SIZES: Final[dict[str, int]] = {}
 _MAX_NAMES: Final = 4096
 
 
 def _name_size(name: object) -> int:
     if type(name) is not str:
-        raise _DomainViolation(f"a dict key of type {type_name(name)}, not str")
+        raise _NotPortableError(f"a dict key of type {type_name(name)}, not str")
     if NOT_UTF8.search(name):
-        raise _DomainViolation("a field name with U+0000 or a lone surrogate")
+        raise _NotPortableError("a field name with U+0000 or a lone surrogate")
     size = len(name.encode())
-    if 0 < size <= 64 and len(_NAMES) < _MAX_NAMES:
-        _NAMES[name] = size
+    if 0 < size <= 64 and len(_NAME_SIZES) < _MAX_NAMES:
+        _NAME_SIZES[name] = size
     return size
 
 
@@ -237,7 +240,7 @@ def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, datetime):
-        return _timestamp_text(value)
+        return _format_timestamp(value)
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, UUID):
@@ -250,34 +253,34 @@ def _plain(value: object) -> object:
         return dict(value)
     if type(value).__module__ == "ipaddress":
         return str(value)
-    raise _DomainViolation(
+    raise _NotPortableError(
         f"{type_name(value)} has no portable form (pass a string, a number or a list)"
     )
 
 
-def _timestamp_text(value: datetime) -> str:
+def _format_timestamp(value: datetime) -> str:
     if value.tzinfo is None:
-        raise _DomainViolation("a naive datetime (add a time zone)")
+        raise _NotPortableError("a naive datetime (add a time zone)")
     try:
         return value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
     except OverflowError as exc:
-        raise _DomainViolation("a datetime outside the years 1 to 9999 in UTC") from exc
+        raise _NotPortableError("a datetime outside the years 1 to 9999 in UTC") from exc
 
 
 class _Clock:
-    """The formatted current second: most calls are in the same second as the call before."""
+    """A cache of the formatted current second: most calls are in the same second as the previous one."""
 
     second = -1
-    text = ""
+    prefix = ""
 
 
 def utc_now() -> str:
     """The current time in canonical form: UTC, six digits, `Z`."""
     second, fraction = divmod(time_ns() // 1000, 1_000_000)
     if second != _Clock.second:
-        _Clock.text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
+        _Clock.prefix = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
         _Clock.second = second
-    return f"{_Clock.text}{fraction:06d}Z"
+    return f"{_Clock.prefix}{fraction:06d}Z"
 
 
 is_canonical_timestamp: Final = re.compile(
@@ -290,16 +293,16 @@ is_canonical_timestamp: Final = re.compile(
 def parse_timestamp(text: str) -> str | None:
     """The canonical form of an ISO 8601 string, in UTC if it has no zone; None if it is not one."""
     try:
-        moment = datetime.fromisoformat(text)
+        parsed = datetime.fromisoformat(text)
     except ValueError:
         return None
     if len(text) == 27 and _FIXED_FORM.match(text):
         return text
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
+    if parsed.tzinfo is None:
+        parsed = parsed.replace(tzinfo=UTC)
     try:
-        return _timestamp_text(moment)
-    except _DomainViolation:
+        return _format_timestamp(parsed)
+    except _NotPortableError:
         return None
 
 
@@ -319,7 +322,8 @@ def check_size(entity: Mapping[str, Value]) -> None:
 def refuse_oversize(entity: Entity, size: int) -> None:
     if size <= MAX_ENTITY_BYTES:
         return
-    # An entity that was read can be written again, with the version and timestamps that it got.
+    # The fields that the store sets are not counted, so that an entity that was read can be written
+    # again with them.
     size -= sum(1 + len(name) + _copy(entity[name], 0)[1] for name in STORE_FIELDS & entity.keys())
     if size > MAX_ENTITY_BYTES:
         raise UnsupportedValueError(

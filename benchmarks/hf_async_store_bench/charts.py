@@ -66,9 +66,8 @@ def as_svg(chart: Chart) -> str:
         chart.draw(figure)
         text = StringIO()
         figure.savefig(text, format="svg", metadata=_METADATA, transparent=True)
-    svg = text.getvalue()
     named = f'<svg role="img" aria-label="{chart.title}" '
-    return svg[svg.index("<svg") :].replace("<svg ", named, 1)
+    return named + text.getvalue().partition("<svg ")[2]
 
 
 def as_png(title: str, charts: Sequence[Chart]) -> bytes:

@@ -13,8 +13,7 @@ Result = TypeVar("Result")
 async def side_by_side(
     work: Callable[[Item], Awaitable[Result]], items: Iterable[Item], at_once: int | None = None
 ) -> list[Result]:
-    """What the work gives for each item, in order; at most so many at once. If one fails, the others are
-    cancelled, and its error is raised as it is."""
+    """What the work gives for each item, in order. The first error cancels the others."""
     gate = asyncio.Semaphore(at_once) if at_once else None
 
     async def one(item: Item) -> Result:

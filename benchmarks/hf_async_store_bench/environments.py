@@ -19,8 +19,7 @@ _Server = TypeVar("_Server")
 
 
 class Environments:
-    """To be used with `with`: everything is gone afterwards. In durable ones, acknowledged writes
-    outlive a loss of power."""
+    """To be used with `with`: everything is gone afterwards. Durable ones outlive a loss of power."""
 
     def __init__(self, *, durable: bool = True, folder: str | None = None) -> None:
         self._durable = durable

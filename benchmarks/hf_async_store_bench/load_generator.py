@@ -1,7 +1,6 @@
 """Load: tasks that go as fast as they are answered, or operations at the times set for them.
 
-In the open loop, a latency counts from the moment at which the operation was due, not from the one
-at which it began. So a store that stalls cannot hide what it kept waiting.
+In the open loop, a latency counts from when the operation was due: a stall cannot hide what waited.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         blocking: each call blocks the whole process, so one task can do all that it is able to.
         url: of a strategy, its store, with `{folder}`, `{postgres}` and `{dynamodb}` to be filled in.
         nondurable_query: added to the URL when acknowledged writes need not be durable.
-        copied: its data can be copied as a folder or a database.
         max_entities: more than this number its server cannot hold, for the reason behind it.
         source: a checkout whose product is measured instead of the installed one.
     """
@@ -119,7 +118,6 @@ class RoundStats(msgspec.Struct, kw_only=True):
     Attributes:
         operations: that were acknowledged; `units` is how many entities they were about.
         errors: by the name of the exception; conflicts are counted apart.
-        retries: further tries inside of operations that succeeded.
         unserved: open loop: operations that were due and had not begun when the round was ended. They
             count in the latencies with the time that they had waited by then.
         memory: bytes by which the process has grown since before it opened its system.

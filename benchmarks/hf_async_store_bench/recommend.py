@@ -38,8 +38,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, kw_only=True, frozen=True):
-    """One engine under that load: operations a second, with the slowest and the fastest round; seconds
-    at half of that rate; the memory of all processes for so many entities; and why it does not fit."""
+    """One engine under that load: what it does, seconds at half of that, memory, why it does not fit."""
 
     engine: str
     rate: float

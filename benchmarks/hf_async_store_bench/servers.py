@@ -137,16 +137,40 @@ class _Server:
         self.process.start()
 
 
+@dataclass(eq=False)
 class PostgresServer(_Server):
     """A running PostgreSQL; the URL is that of the database `postgres`, as a superuser."""
 
+    def __post_init__(self) -> None:
+        self._plain: set[str] = set()
+        self._empty: list[str] = []
+
     def database(self, options: str = "") -> str:
-        """The URL of a new, empty database, with these options of CREATE DATABASE."""
-        return self._create(f"template0 {options}")
+        """The URL of an empty database, with these options of CREATE DATABASE."""
+        if self._empty and not options:
+            return self._empty.pop()
+        url = self._create(f"template0 {options}")
+        if not options and self._process is not None:
+            self._plain.add(url)
+        return url
 
     def drop(self, url: str) -> None:
-        """Remove a database that `database` made, whoever is still connected to it."""
-        self.run(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
+        """Remove a database that `database` made, whoever is still connected to it. One without options
+        is emptied and used again, which takes a fifth of the time."""
+        if url in self._plain and self._emptied(url):
+            self._empty.append(url)
+        else:
+            self.run(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
+
+    def _emptied(self, url: str) -> bool:
+        """Empty a database; False if something was changed that this does not undo."""
+        import asyncpg  # type: ignore[import-untyped]  # it has no types
+
+        try:
+            self.run(Path(__file__).with_name("empty_database.sql").read_text(), url)
+        except (asyncpg.PostgresError, OSError):
+            return False
+        return True
 
     def copy(self, url: str) -> str:
         """The URL of a new database with all that another one holds, to which nobody is connected."""
@@ -167,7 +191,7 @@ class PostgresServer(_Server):
 
     async def ask(self, statement: str, url: str | None = None) -> object:
         """Run a statement as `run` does; returns the first value of its first row, if any."""
-        import asyncpg  # type: ignore[import-untyped]  # it has no types
+        import asyncpg
 
         connection = await asyncpg.connect(url or self.url)
         try:

@@ -28,7 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What a run does.
 
     Attributes:
-        rounds: of each system at one visit to a load, if the load's share of the time has room.
+        rounds: of each system at one visit to a load, if there is time.
         steady: seconds of the round at fixed times; 0: none.
         rate: its operations a second; None: half as many as the system can do, 5,000 at most.
         budget: seconds of the whole run; None: as long as it takes.

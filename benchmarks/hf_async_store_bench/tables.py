@@ -166,16 +166,13 @@ def skipped(results: Results, *, asked_for: bool = False) -> Table:
 
 def verdict(results: Results) -> str:
     """The run in one sentence."""
-    failures = len(results.failures)
-    if failures:
-        return f"FAILED: {failures} invariants or workers broke"
+    if results.failures:
+        return f"FAILED: {len(results.failures)} invariants or workers broke"
     missed = sum(each.met is False for each in results.figures)
     met = sum(each.met is True for each in results.figures)
     checked = sum(each.checked for each in results.cells)
-    return (
-        f"Every invariant held ({checked:,} entities compared at the end). "
-        f"Targets: {met} met, {missed} missed."
-    )
+    held = f"Every invariant held ({checked:,} entities compared at the end)."
+    return f"{held} Targets: {met} met, {missed} missed."
 
 
 READING: Final = Path(__file__).with_name("reading.txt").read_text(encoding="utf-8").splitlines()

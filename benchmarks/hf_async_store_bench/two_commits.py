@@ -42,8 +42,7 @@ SMALLEST: Final = 0.03  # a change by less than this part is not told, however s
 
 
 class Change(NamedTuple):
-    """One engine under one load: the head's throughput in parts of the base's, and once more in further
-    visits, if the first ones look like a change."""
+    """One engine under one load: the head's throughput in parts of the base's, at most measured twice."""
 
     engine: str
     load: Load
@@ -87,12 +86,10 @@ def _git(*words: str) -> str:
 
 
 async def measured(
-    systems: Sequence[SystemUnderTest], loads: Sequence[Load], visits: int, duration: float
+    systems: Sequence[SystemUnderTest], loads: tuple[Load, ...], visits: int, duration: float
 ) -> list[Results]:
     """So many visits, each with new processes and stores."""
-    settings = Settings(
-        mode="two commits", loads=tuple(loads), rounds=4, duration=duration, steady=0.0
-    )
+    settings = Settings(mode="two commits", loads=loads, rounds=4, duration=duration, steady=0.0)
     found = []
     with Environments() as environments:
         for number in range(visits):
@@ -123,7 +120,7 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
     """Measure, measure again what looks like a change, and print; returns the exit code."""
     loads = chosen_loads(options.workload or WORKLOADS)
 
-    def measure(engines: Sequence[str], loads: Sequence[Load]) -> Awaitable[list[Results]]:
+    def measure(engines: Sequence[str], loads: tuple[Load, ...]) -> Awaitable[list[Results]]:
         both = [
             msgspec.structs.replace(named(each), name=f"{each}, {side}", source=sources[side])
             for each in engines
@@ -137,7 +134,7 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
         suspects = [each.engine for each in changes if each.is_suspect and each.load == load]
         if suspects:
             tell(f"once more: {load.name}: {', '.join(suspects)}")
-            again = await measure(suspects, [load])
+            again = await measure(suspects, (load,))
             found += again
             second = {(i.engine, i.load): i.first for i in compared(again)}
             changes = [i._replace(second=second.get((i.engine, i.load), i.second)) for i in changes]

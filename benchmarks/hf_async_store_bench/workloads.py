@@ -22,6 +22,8 @@ _SAMPLE: Final = 500  # of a baseline or a competitor, which may read them back 
 _NOTHING: Final = AckedWrites()
 _FIRST_REQUEST: Final = data.request_id(0)
 
+WORKLOADS: Final[dict[str, type[Workload]]] = {}  # by their names
+
 
 class Workload:
     """One kind of work on one system, in the slots of one process. It needs some methods of the adapter;
@@ -36,6 +38,8 @@ class Workload:
     def __init_subclass__(cls, **attributes: Any) -> None:
         for name, value in attributes.items():
             setattr(cls, name, value)
+        if attributes:
+            WORKLOADS[cls.name] = cls
 
     def __init__(self, system: Any, plan: Plan, slots: int) -> None:
         self.system = system
@@ -340,12 +344,3 @@ class Contend(StoreWorkload, name="contend", unit="steps"):
             await self.store.modify_entity("machines", counter, step)
         self.retries += tries - 1
         return 1
-
-
-WORKLOADS: Final[dict[str, type[Workload]]] = {
-    each.name: each
-    for each in (
-        *(Acquire, Save, Poll, Get, Query, Contend, Mixed, OneShot),
-        *(Create, Update, CreateBatch, SaveBatch, ImportBatch),
-    )
-}

@@ -1,7 +1,7 @@
-"""`hf-async-store`: the store from a shell. `hf-async-store --help` is its manual.
+"""The command `hf-async-store`. `hf-async-store --help` shows its manual.
 
-Only what every command needs is imported here, and the rest by the command that was chosen: half of
-what a one-shot process costs is imports.
+Only modules that every command needs are imported here; the chosen command imports the others.
+Imports take half of the run time of a short command.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
-"""What a shell shows for a program that a signal ended: 128 and its number."""
+"""The exit codes that shells use for programs that a signal ended: 128 + the signal number."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Every error is one line on stderr."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    verbose = "--verbose" in given
-    status = _guarded(lambda: _run(given), verbose=verbose)
-    # Also after a failure: what was done by then was written, and must not be lost unseen.
-    return _guarded(output.flush, verbose=verbose) or status
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in words
+    status = _exit_code_of(lambda: _run(words), verbose=verbose)
+    # Also after a failure: an error while writing earlier results must be reported.
+    return _exit_code_of(output.flush, verbose=verbose) or status
 
 
-def _run(given: Sequence[str]) -> int:
-    command, arguments = parse(given)
+def _run(words: Sequence[str]) -> int:
+    command, arguments = parse(words)
     return command.load()(arguments)
 
 
-def _guarded(work: Callable[[], int], *, verbose: bool) -> int:
-    """The exit code of `work`, however it ends."""
+def _exit_code_of(work: Callable[[], int], *, verbose: bool) -> int:
+    """Call `work` and return an exit code; exceptions are reported on stderr."""
     try:
         return work()
     except SystemExit as exc:  # --help and --version
@@ -50,7 +50,7 @@ def _guarded(work: Callable[[], int], *, verbose: bool) -> int:
         return BROKEN_PIPE
     except StorageError as exc:
         return report(exc, verbose=verbose)
-    except OSError as exc:  # of what a command itself does with files
+    except OSError as exc:  # raised by the file operations of a command itself
         return report_os_error(exc, verbose=verbose)
-    except Exception as exc:  # noqa: BLE001  # a defect is reported in one line, too
+    except Exception as exc:  # noqa: BLE001  # an unexpected error is reported in one line, too
         return report_defect(exc, verbose=verbose)

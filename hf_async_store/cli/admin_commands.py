@@ -1,5 +1,4 @@
-"""The commands on the store as a whole: init, health, describe,
-create-tables, checkpoint; and the demo."""
+"""The commands on a whole store: init, health, describe, create-tables, checkpoint."""
 
 from __future__ import annotations
 
@@ -24,9 +23,9 @@ def init(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         files = await make_empty(context)
         if isinstance(context.config.options, JSONConfig):
-            made = f"made {', '.join(files)}" if files else "is there already, nothing to do"
-            where = context.location()
-            output.result(arguments, {"store": where, "made": files}, f"{where}: {made}")
+            action = f"created {', '.join(files)}" if files else "exists already, nothing to do"
+            location = context.location()
+            output.result(arguments, {"store": location, "made": files}, f"{location}: {action}")
         else:
             engine = store.capabilities.engine
             output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
@@ -36,10 +35,10 @@ def init(arguments: Namespace) -> int:
 
 
 async def make_empty(context: Context) -> list[str]:
-    """Make an empty store where there is none; the files of it that were made, of a JSON store."""
+    """Create an empty store, if none exists; returns the files created for a JSON store."""
     if isinstance(context.config.options, JSONConfig):
         return [str(each) for each in await JSONFiles(context).make_empty()]
-    # Tables are made at first use, and this is one.
+    # Tables are created at the first use of a store, which this is.
     await context.store.test_connection()
     return []
 
@@ -65,18 +64,18 @@ def describe(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         show = output.indented if output.for_people(arguments) else output.json_line
         description = store.describe()
-        found: dict[str, Any] = {}
+        tables: dict[str, Any] = {}
         compare = getattr(store, "compare_tables", None)
         if compare is not None:
-            # Tables that are made once may be other than they are declared now.
+            # Tables that were created earlier may differ from the current declarations.
             try:
-                found = await compare()
-                description["tables"] = found
+                tables = await compare()
+                description["tables"] = tables
             except StorageError:
                 show(description)
                 raise
         show(description)
-        for table in found.values():
+        for table in tables.values():
             for each in table["differences"]:
                 output.log_line(f"differs: {each}")
         return 0
@@ -90,13 +89,14 @@ def create_tables(arguments: Namespace) -> int:
     if create is None:
         engine = context.store.capabilities.engine
         raise ConfigurationError(
-            f"this command is for stores whose tables are made once; here is the engine {engine}"
+            f"create-tables is only for stores whose tables are created in advance (DynamoDB); the "
+            f"engine of this store is {engine}"
         )
 
     async def work(store: StorageStrategy) -> int:
-        made: list[str] = await create()
-        told = "\n".join(made) or "everything is there already, nothing to do"
-        output.result(arguments, {"made": made}, told)
+        created: list[str] = await create()
+        message = "\n".join(created) or "all tables and indexes exist already, nothing to do"
+        output.result(arguments, {"made": created}, message)
         return 0
 
     return context.run(work)
@@ -105,7 +105,7 @@ def create_tables(arguments: Namespace) -> int:
 _RECOVERED_FROM: Final = {
     "file": "the data file",
     "journal": "the journal",
-    "salvage": "what could be read of the journal",
+    "salvage": "the readable part of the journal",
 }
 
 
@@ -116,10 +116,10 @@ def checkpoint(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         await json_store.checkpoint(arguments.recover_from)
-        where = context.location()
-        done: dict[str, Any] = {"store": where, "recovered_from": source}
+        location = context.location()
+        done: dict[str, Any] = {"store": location, "recovered_from": source}
         recovered = f", recovered from {_RECOVERED_FROM[source]}" if source else ""
-        output.result(arguments, done, f"{where}: everything is in the data files{recovered}")
+        output.result(arguments, done, f"{location}: all commits are in the data files{recovered}")
         return 0
 
     return context.run(work, needs_store=True)

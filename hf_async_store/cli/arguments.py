@@ -1,7 +1,8 @@
 """The commands, their arguments and their manual.
 
-Two parsers, one after the other: the first finds the command, and only that command's own is made,
-so that no start pays for the others. It also lets options and words of a command come in any order.
+Arguments are parsed in two steps: a first parser finds the command, and then only the parser of that
+command is created, which keeps the start fast. It also allows the options and positional arguments of
+a command in any order.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ STORE_VARIABLE: Final = "HF_ASYNC_STORE"
 _WIDTH: Final = 100
 
 _MANUAL: Final = f"""\
-which store: --store URL, --config FILE, or the environment variable {STORE_VARIABLE}, which holds
-either. Options may stand before or after the command.
+the store: give --store URL or --config FILE, or set the environment variable {STORE_VARIABLE} to a
+URL or to the path of a configuration file. Options may be given before or after the command.
 
   json:data/request_database.json    one JSON file
   json:data                          a folder with a JSON file for each collection
 
-  Passwords are best left to the environment: '...://app:${{DB_PASSWORD}}@host/name', in quotes.
+  Take passwords from environment variables: '...://app:${{DB_PASSWORD}}@host/name', in quotes.
 
-On a terminal, results come as tables and indented JSON; in a pipe, or with --json, as one JSON
-value a line. Messages go to stderr, one line each.
+On a terminal, results are shown as tables and indented JSON; otherwise, or with --json, as one JSON
+value per line. Messages are written to stderr, one line each.
 
 exit codes:
-  0  done          1  not found: the entity, or the store itself
-  2  wrong usage   3  conflict: another version, exists already, references, or stores differ
-  4  the store failed, or `health` found problems      130  Ctrl-C      141  broken pipe
+  0    success
+  1    not found: an entity, a backup, or the store itself
+  2    wrong usage or configuration
+  3    conflict: another version, already exists, references, target not empty, or stores differ
+  4    the store failed, or `health` found problems
+  130  interrupted (Ctrl-C)
+  141  broken pipe
 """
 
-_PURPOSE: Final = "Keep templates, requests, machines and your own collections in one store."
+_PURPOSE: Final = "Store templates, requests, machines and your own collections in one store."
 
 _EXAMPLES: Final = f"""\
 examples:
@@ -49,43 +54,49 @@ examples:
 """
 
 _FILTER_HELP: Final = """\
-  FIELD=VALUE             has this value              FIELD:OPERATOR=VALUE
-  tags/owner=ops          inside a map                disks/0/size:gte=100    inside a list
-  status:in=A,B           one of                      count:between=1,10      both included
-  done_at:exists=false    not there (null is there)   name:=null              any JSON behind :=
-  '["a/b:c"]=x'           a name with / : = in it: the steps as a JSON list
+A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must match all filters.
+
+  status=RUNNING          equal to a value
+  count:between=1,10      between two values, both included
+  status:in=A,B           one of several values
+  tags/owner=ops          a value inside an object
+  disks/0/size:gte=100    a value inside a list, by index
+  done_at:exists=false    the field is missing (a field that is null is not missing)
+  name:=null              any JSON value after :=
+  '["a/b:c"]=x'           a field name that contains / : or =, as a JSON list of path steps
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
 
-A value is read as the field's declared type. In a json field, or one that is not declared, it is
-JSON if it reads as such, else text: zone=7 is the number, zone:='"7"' the text. All must match.
+A value is read as the declared type of its field. If the field is of type json, or not declared,
+the value is read as JSON if it is valid JSON, otherwise as a string: zone=7 compares with the
+number 7, zone:='"7"' with the string "7".
 """
 
 
 class _Manual(argparse.RawDescriptionHelpFormatter):
-    """Help of one width: asking for that of the terminal imports every compressor there is."""
+    """Formats help with a fixed width: determining that of the terminal imports `shutil`, and with
+    it all compression modules."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_WIDTH)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised, to be reported like all others."""
+    """A parser that raises errors, so that they are reported like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise InvalidInputError(f"{message} ({self.prog} --help)")
+        raise InvalidInputError(f"{message} (see {self.prog} --help)")
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
-    """The command that was chosen, and its arguments.
+    """The chosen command and its arguments.
 
     Raises:
-        InvalidInputError: what cannot be understood.
+        InvalidInputError: the arguments are not valid.
         SystemExit: after `--help` or `--version`.
     """
-    top = _top_parser()
-    found = top.parse_args(_glued(argv))
-    name = found.command or ""
+    arguments = _top_parser().parse_args(_join_order(argv))
+    name = arguments.command or ""
     command = COMMANDS.get(name) or _of_another_package(name)
     if command is None:
         raise InvalidInputError(_no_command(name))
@@ -94,14 +105,14 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         usage=None if command.usage is None else f"{PROGRAM} {command.usage}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog=command.manual,
-        # A command of another module may have an option of the same name, and means its own.
+        # A command of another package may replace a common option by its own.
         conflict_handler="resolve",
     )
     _add_common(parser)
     command.add_arguments(parser)
-    words = found.words
-    del found.words
-    return command, parser.parse_intermixed_args(words, found)
+    words = arguments.words
+    del arguments.words
+    return command, parser.parse_intermixed_args(words, arguments)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -122,15 +133,15 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 class _TopParser(_Parser):
-    """Names the commands of other packages when its help is asked for; finding them takes a while."""
+    """Lists the commands of other packages in its help only, because finding them takes a while."""
 
     def format_help(self) -> str:
         from hf_async_store.cli.extensions import summaries
 
-        found = {**dict.fromkeys(ELSEWHERE, ""), **summaries()}
+        known = {**dict.fromkeys(EXTERNAL_COMMANDS, ""), **summaries()}
         lines = [
-            f"  {name:<{_name_width()}}{summary or _install(name)}"
-            for name, summary in sorted(found.items())
+            f"  {name:<{_name_width()}}{summary or _install_hint(name)}"
+            for name, summary in sorted(known.items())
         ]
         self.epilog = "commands of other packages:\n" + "\n".join(lines) + f"\n\n{_MANUAL}"
         return super().format_help()
@@ -144,8 +155,8 @@ def _of_another_package(name: str) -> Command | None:
     return find(name)
 
 
-def _install(name: str) -> str:
-    return f"not installed: pip install {ELSEWHERE[name]}"
+def _install_hint(name: str) -> str:
+    return f"not installed: pip install {EXTERNAL_COMMANDS[name]}"
 
 
 def _name_width() -> int:
@@ -157,7 +168,7 @@ def _new_parser(**options: Any) -> _Parser:
 
 
 class _Version(argparse.Action):
-    """`--version`, which asks the package only when it is wanted."""
+    """`--version`, which imports the package version only when it is needed."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
         super().__init__(option_strings, dest, nargs=0, help=help)
@@ -171,13 +182,13 @@ class _Version(argparse.Action):
     ) -> None:
         from hf_async_store import __version__
 
-        # What was asked for goes to stdout; the parser's own exit would write to stderr.
+        # Written to stdout here, because `exit` with a message would write to stderr.
         line(f"{PROGRAM} {__version__}")
         parser.exit(0)
 
 
 class _Once(argparse.Action):
-    """An option that discards data: the last of several would not be what was meant."""
+    """An option that may be given only once, because it discards data."""
 
     def __call__(
         self,
@@ -187,25 +198,25 @@ class _Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "given twice")
+            raise argparse.ArgumentError(self, "it may be given only once")
         setattr(namespace, self.dest, values)
 
 
 def _no_command(name: str) -> str:
     known = ", ".join(COMMANDS)
     if not name:
-        return f"say what to do: {known} ({PROGRAM} --help)"
-    if name in ELSEWHERE:
-        return f"{name!r} is a command of another package, {_install(name)}"
+        return f"no command is given; the commands are {known} (see {PROGRAM} --help)"
+    if name in EXTERNAL_COMMANDS:
+        return f"{name!r} is a command of another package, which is {_install_hint(name)}"
     from difflib import get_close_matches
 
     close = get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no command {name!r}; there are: {known}{hint}"
+    return f"unknown command {name!r}; the commands are {known}{hint}"
 
 
-def _glued(argv: Sequence[str]) -> list[str]:
-    """`--order -name` as `--order=-name`, which argparse would take for another option."""
+def _join_order(argv: Sequence[str]) -> list[str]:
+    """Replace `--order -name` by `--order=-name`: argparse would take `-name` for another option."""
     words = list(argv)
     for index in range(len(words) - 1, 0, -1):
         if words[index - 1] == "--order" and re.match(r"-\w|-\[", words[index]):
@@ -218,16 +229,19 @@ def _glued(argv: Sequence[str]) -> list[str]:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options of every command")
-    group.add_argument("--store", metavar="URL", help="the store, as a URL")
-    group.add_argument("--config", metavar="FILE", help="the store, as a configuration file")
+    group.add_argument("--store", metavar="URL", help="the URL of the store")
+    group.add_argument("--config", metavar="FILE", help="the configuration file of the store")
     group.add_argument(
         "--collections",
         metavar="MODULE:NAME",
-        help="your own collections: NAME in MODULE, found from the working directory, holds them",
+        help="your own collections: NAME in the Python module MODULE is a Collection, or a list of "
+        "them; MODULE may be in the working directory",
     )
-    group.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="give up after so long")
-    group.add_argument("--json", action="store_true", help="JSON lines also on a terminal")
-    group.add_argument("--verbose", action="store_true", help="show where an error came from")
+    group.add_argument(
+        "--timeout", metavar="SECONDS", type=_seconds, help="fail after this number of seconds"
+    )
+    group.add_argument("--json", action="store_true", help="write JSON lines also to a terminal")
+    group.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
 
 
 def _seconds(text: str) -> float:
@@ -236,26 +250,26 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of seconds > 0, got {text!r}")
     return seconds
 
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
     return int(text)
 
 
 def _at_least_one(text: str) -> int:
     number = _count(text)
     if not number:
-        raise argparse.ArgumentTypeError("expected a number >= 1, got '0'")
+        raise argparse.ArgumentTypeError("expected an integer >= 1, got '0'")
     return number
 
 
 def _version(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a version, a number >= 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a version, an integer >= 0, got {text!r}")
     return int(text)
 
 
@@ -265,40 +279,47 @@ def _version_or_absent(text: str) -> int | str:
 
 def _add_collection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "collection", metavar="COLLECTION", help="templates, requests, machines, or your own"
+        "collection",
+        metavar="COLLECTION",
+        help="templates, requests, machines, or one of your own",
     )
 
 
 def _put(parser: argparse.ArgumentParser) -> None:
     _add_collection(parser)
     parser.add_argument(
-        "source", metavar="JSON | -", nargs="?", help="the JSON itself, or - for stdin"
+        "source", metavar="JSON | -", nargs="?", help="the JSON itself, or - to read stdin"
     )
-    parser.add_argument("--file", metavar="FILE", help="a file with the JSON")
-    parser.add_argument("--create", action="store_true", help="refuse what is there already")
+    parser.add_argument("--file", metavar="FILE", help="read the JSON from a file")
+    parser.add_argument("--create", action="store_true", help="refuse entities that exist already")
     parser.add_argument(
         "--expected-version",
         metavar="N|absent",
         type=_version_or_absent,
-        help="refuse if another version is stored; absent: if anything is",
+        help="write only if the stored entity has version N; absent: only if it does not exist",
     )
 
 
 def _get(parser: argparse.ArgumentParser) -> None:
     _add_collection(parser)
-    parser.add_argument("ids", metavar="ID", nargs="+", help="one id or several")
+    parser.add_argument("ids", metavar="ID", nargs="+", help="one or more ids")
 
 
 def _update(parser: argparse.ArgumentParser) -> None:
     _add_collection(parser)
-    parser.add_argument("id", metavar="ID", help="which entity")
-    parser.add_argument("changes", metavar="FIELD=VALUE | JSON", nargs="*", help="what to set")
+    parser.add_argument("id", metavar="ID", help="the id of the entity")
+    parser.add_argument(
+        "changes",
+        metavar="FIELD=VALUE | JSON",
+        nargs="*",
+        help="the fields to set, or one JSON object with them",
+    )
     parser.add_argument(
         "--remove",
         metavar="FIELD",
         action="append",
         default=[],
-        help="remove a field; repeatable",
+        help="remove a field; may be repeated",
     )
     _add_expected_version(parser)
 
@@ -310,13 +331,18 @@ def _delete(parser: argparse.ArgumentParser) -> None:
 
 def _add_expected_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--expected-version", metavar="N", type=_version, help="refuse if another one is stored"
+        "--expected-version",
+        metavar="N",
+        type=_version,
+        help="write only if the stored entity has version N",
     )
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
     _add_collection(parser)
-    parser.add_argument("filters", metavar="FILTER", nargs="*", help="all must match; see below")
+    parser.add_argument(
+        "filters", metavar="FILTER", nargs="*", help="a condition, see below; all must match"
+    )
 
 
 def _query(parser: argparse.ArgumentParser) -> None:
@@ -326,12 +352,14 @@ def _query(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|-NAME",
         action="append",
         default=[],
-        help="smallest first, or greatest first with -; several with commas",
+        help="sort by a field, ascending, or descending with -; separate several fields by commas",
     )
-    parser.add_argument("--limit", metavar="N", type=_count, help="maximum number of rows")
-    parser.add_argument("--fields", metavar="A,B", help="only these, with the key and version")
+    parser.add_argument("--limit", metavar="N", type=_count, help="maximum number of entities")
     parser.add_argument(
-        "--explain", action="store_true", help="show how it would be answered, and do not"
+        "--fields", metavar="A,B", help="show only these fields, the key and the version"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="show the query plan instead of running the query"
     )
 
 
@@ -341,8 +369,8 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
         action=_Once,
         metavar="file|journal|salvage",
         choices=("file", "journal", "salvage"),
-        help="recover a store whose files do not match, from the data file, from its journal, or "
-        "from what can be read of a damaged journal",
+        help="recover a store whose data file and journal do not match, or whose journal is damaged; "
+        "see below",
     )
 
 
@@ -351,19 +379,24 @@ def _backup(parser: argparse.ArgumentParser) -> None:
         "destination",
         metavar="DESTINATION",
         nargs="?",
-        help="a new file or folder, or a folder for a dated one (default: the configuration's "
-        "migration.backup_location, which is backups/)",
+        help="a new file, or an existing folder or path ending in / for a file with a dated name "
+        "(default: migration.backup_location of the configuration, which is backups/ if not set)",
     )
     parser.add_argument(
-        "--keep", metavar="N", type=_at_least_one, help="keep only the last N dated backups there"
+        "--keep",
+        metavar="N",
+        type=_at_least_one,
+        help="delete all but the newest N dated backups in the folder",
     )
     parser.add_argument(
         "--allow-smaller",
         action="store_true",
-        help="with --keep: remove older backups also where they hold far more than what stays",
+        help="with --keep: delete older backups even if they hold far more than the remaining ones",
     )
     parser.add_argument(
-        "--copy", action="store_true", help="a copy of the data files instead (JSON stores)"
+        "--copy",
+        action="store_true",
+        help="copy the data files to a new file or folder instead (JSON stores)",
     )
     _add_leave_out(parser)
 
@@ -374,8 +407,8 @@ def _add_leave_out(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="a collection (jobs) or field (machines.owner) that is stored, not declared, and may "
-        "stay behind; repeatable. Others are refused",
+        help="exclude a collection (jobs) or field (machines.owner) that is stored but not declared; "
+        "may be repeated. Other undeclared ones are refused",
     )
 
 
@@ -390,15 +423,18 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "--merge",
         metavar="RULE",
         choices=("keep", "replace", "newest"),
-        help="what counts where both have an entity: keep, replace, or newest (by updated_at)",
+        help="if an entity exists already and differs: keep the existing one, replace it, or store "
+        "the newest by updated_at",
     )
 
 
 def _add_pair(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
-        "--from", dest="source", metavar="URL", required=required, help="the source"
+        "--from", dest="source", metavar="URL", required=required, help="the source store"
     )
-    parser.add_argument("--to", dest="target", metavar="URL", required=required, help="the target")
+    parser.add_argument(
+        "--to", dest="target", metavar="URL", required=required, help="the target store"
+    )
 
 
 def _migrate(parser: argparse.ArgumentParser) -> None:
@@ -407,47 +443,72 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _migrate_repository(parser: argparse.ArgumentParser) -> None:
-    types = "json, sql, sqlite, postgresql, dynamodb"
+    types = "json, sql, sqlite, postgresql or dynamodb"
     parser.add_argument("--source-type", metavar="TYPE", required=True, help=types)
     parser.add_argument("--target-type", metavar="TYPE", required=True, help=types)
-    parser.add_argument("--source-config", metavar="FILE", help="the source's own configuration")
-    parser.add_argument("--target-config", metavar="FILE", help="the target's own configuration")
+    parser.add_argument(
+        "--source-config", metavar="FILE", help="the configuration file of the source"
+    )
+    parser.add_argument(
+        "--target-config", metavar="FILE", help="the configuration file of the target"
+    )
     _add_migration(parser)
 
 
 def _add_migration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", metavar="N", type=_at_least_one, help="entities in a batch")
-    parser.add_argument("--workers", metavar="N", type=_at_least_one, help="batches at once")
-    parser.add_argument("--backup-location", metavar="PATH", help="a file, or a folder with a /")
-    parser.add_argument("--no-backup", action="store_true", help="make no backup first")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare afterwards")
     parser.add_argument(
-        "--cleanup-source", action="store_true", help="empty the source once all is verified"
+        "--batch-size", metavar="N", type=_at_least_one, help="number of entities in a batch"
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_at_least_one, help="number of batches written at once"
+    )
+    parser.add_argument(
+        "--backup-location",
+        metavar="PATH",
+        help="the backup file, or, ending in /, the folder for it; checkpoints are stored there, too",
+    )
+    parser.add_argument("--no-backup", action="store_true", help="do not back up the source first")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the stores afterwards"
+    )
+    parser.add_argument(
+        "--cleanup-source", action="store_true", help="empty the source after the verification"
     )
     _add_merge(parser)
     _add_leave_out(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--dry-run", action="store_true", help="write nothing, report what is incompatible"
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--dry-run", action="store_true", help="write nothing; report what the target would refuse"
     )
-    how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    mode.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
 
 
 def _live_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", metavar="ACTION", choices=("start", "status", "rollback", "abort", "finalize")
+        "action",
+        metavar="ACTION",
+        choices=("start", "status", "rollback", "abort", "finalize"),
+        help="start, status, rollback, abort or finalize; see below",
     )
     _add_pair(parser, required=True)
     parser.add_argument(
-        "--rate", metavar="N", type=_at_least_one, default=5000, help="entities a second, at most"
+        "--rate",
+        metavar="N",
+        type=_at_least_one,
+        default=5000,
+        help="maximum number of entities copied per second (default: 5000)",
     )
     parser.add_argument(
-        "--no-cut-over", action="store_true", help="copy and verify only; start again to cut over"
+        "--no-cut-over",
+        action="store_true",
+        help="copy and verify, but do not switch; run `start` again to switch",
     )
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backup", metavar="BACKUP", nargs="?", help="a file that `backup` made")
+    parser.add_argument(
+        "backup", metavar="BACKUP", nargs="?", help="a portable backup file, made by `backup`"
+    )
     _add_pair(parser, required=False)
     _add_leave_out(parser)
 
@@ -456,29 +517,29 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-ELSEWHERE: Final = dict.fromkeys(("bench", "advise", "demo"), "hf-async-store-bench")
-"""Commands that a package of ours adds by an entry point; what to install for each."""
+EXTERNAL_COMMANDS: Final = dict.fromkeys(("bench", "advise", "demo"), "hf-async-store-bench")
+"""Commands that another package of this project adds, and the name of that package."""
 
 _CLI: Final = "hf_async_store.cli"
 
 COMMANDS: Final[Mapping[str, Command]] = {
     "init": Command(
         "init",
-        "make an empty store where there is none",
+        "create an empty store, if none exists",
         f"{_CLI}.admin_commands:init",
         _nothing,
-        "What is there already stays as it is, so it may be called again and again.\n\n"
+        "An existing store is not changed, so the command may be repeated.\n\n"
         f"  {PROGRAM} --store json:data/request_database.json init\n",
     ),
     "put": Command(
         "put COLLECTION [JSON | -] [OPTIONS]",
-        "store entities: insert them, or replace what is there",
+        "insert entities, or replace existing ones",
         f"{_CLI}.entity_commands:put",
         _put,
-        "The JSON is one object, a list of objects, or one object a line. The key field in each\n"
-        "(as machine_id) holds its id. Fields that an object does not name are gone afterwards;\n"
-        "`update` changes single fields. If one cannot be stored as it is, none is; beyond that,\n"
-        "each is stored or refused by itself.\n\n"
+        "The JSON is one object, a list of objects, or one object per line. The key field of each\n"
+        "object (such as machine_id) holds its id. An existing entity is replaced as a whole;\n"
+        "`update` changes single fields. If an object is not valid, nothing is written. Otherwise\n"
+        "each entity is stored or refused independently of the others.\n\n"
         f'  {PROGRAM} put templates \'{{"template_id": "t-1", "name": "Standard"}}\'\n'
         f"  {PROGRAM} put machines --file machines.jsonl --create\n"
         f"  {PROGRAM} query machines | {PROGRAM} put machines - --store json:copy.json\n",
@@ -488,17 +549,18 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "show entities by id",
         f"{_CLI}.entity_commands:get",
         _get,
-        "Exit code 1 if any of them is not there; the others are shown.\n\n"
+        "If an entity does not exist, the exit code is 1; the others are shown.\n\n"
         f"  {PROGRAM} get machines m-1 m-2\n"
         f"  {PROGRAM} get machines -- -id-that-begins-with-a-dash\n",
     ),
     "update": Command(
         "update COLLECTION ID [FIELD=VALUE... | JSON] [OPTIONS]",
-        "change single fields of an entity that is there",
+        "change single fields of an existing entity",
         f"{_CLI}.entity_commands:update",
         _update,
-        "A value is read as the field's declared type, in other fields as JSON if it reads as\n"
-        "such, else as text; FIELD:=JSON takes any JSON value.\n\n"
+        "A value is read as the declared type of its field. If the field is of type json, or not\n"
+        "declared, the value is read as JSON if it is valid JSON, otherwise as a string.\n"
+        "FIELD:=JSON sets any JSON value.\n\n"
         f"  {PROGRAM} update requests req-1 status=COMPLETED completed_at=2025-06-30T12:00:00Z\n"
         f'  {PROGRAM} update requests req-1 \'tags:={{"owner": "ops"}}\' --remove note\n'
         f'  {PROGRAM} update requests req-1 \'{{"status": "FAILED"}}\' --expected-version 3\n',
@@ -508,13 +570,13 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "delete entities",
         f"{_CLI}.entity_commands:delete",
         _delete,
-        "Exit code 1 if any of them was not there.\n\n"
+        "If an entity does not exist, the exit code is 1; the others are deleted.\n\n"
         f"  {PROGRAM} delete machines m-1 m-2\n"
         f"  {PROGRAM} delete machines m-1 --expected-version 3\n",
     ),
     "query": Command(
         "query COLLECTION [FILTER...] [OPTIONS]",
-        "show the entities that match",
+        "show the entities that match all filters",
         f"{_CLI}.entity_commands:query",
         _query,
         f"{_FILTER_HELP}\n"
@@ -524,100 +586,104 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "count": Command(
         "count COLLECTION [FILTER...]",
-        "count the entities that match",
+        "count the entities that match all filters",
         f"{_CLI}.entity_commands:count",
         _add_filters,
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
     ),
     "health": Command(
         "health",
-        "check that the store can be used: write, read, room, files",
+        "check that the store works: writing, reading, free space, files",
         f"{_CLI}.admin_commands:health",
         _nothing,
-        "Exit code 4 if anything is wrong.\n",
+        "If there is a problem, the exit code is 4, and each problem is reported on stderr.\n",
     ),
     "describe": Command(
         "describe",
         "show collections, capabilities and configuration",
         f"{_CLI}.admin_commands:describe",
         _nothing,
-        "Passwords are not shown. Tables that are made once (DynamoDB stores) are shown as they are,\n"
-        "beside what is declared; each difference is reported on stderr.\n",
+        "Passwords are not shown. For DynamoDB stores, the existing tables are shown, too; each\n"
+        "difference between them and the declarations is reported on stderr.\n",
     ),
     "create-tables": Command(
         "create-tables",
-        "make the tables and indexes that are missing (DynamoDB stores)",
+        "create missing tables and indexes (DynamoDB stores)",
         f"{_CLI}.admin_commands:create_tables",
         _nothing,
-        "Waits until they are active, and sets auto scaling and point-in-time recovery as they\n"
-        "are configured. Tables are also made at their first use; an index that is missing on a\n"
-        "table that is there is made by this command alone, because that may take long.\n",
+        "Waits until the tables and indexes are active, and sets auto scaling and point-in-time\n"
+        "recovery as configured. Missing tables are also created at their first use. Missing\n"
+        "indexes of existing tables are created only by this command, because that may take long.\n",
     ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",
-        "bring everything into the data files (JSON stores)",
+        "write all commits from the journal to the data files (JSON stores)",
         f"{_CLI}.admin_commands:checkpoint",
         _checkpoint,
-        "Afterwards the files may be read by other programs: nothing waits in the journal.\n"
-        "A data file that was replaced by hand, while the journal held commits, is refused until one\n"
-        "is chosen. What is discarded is deleted, so make a copy of the folder first.\n\n"
-        "  --recover-from file     the data file as it is; the journal is discarded\n"
-        "  --recover-from journal  the commits in the journal, applied to the data file\n"
-        "  --recover-from salvage  for a damaged journal: every commit before the damage; the\n"
-        "                          journal is kept as NAME.damaged.NUMBER\n",
+        "Afterwards other programs can read the data files, because the journal is empty.\n\n"
+        "If a data file was replaced by hand while the journal held commits, the store cannot be\n"
+        "used until --recover-from selects one of them. The other one is deleted, so make a copy of\n"
+        "the folder first.\n\n"
+        "  --recover-from file     use the data file as it is, and discard the journal\n"
+        "  --recover-from journal  apply the commits in the journal to the data file\n"
+        "  --recover-from salvage  if the journal is damaged: apply every commit before the damage,\n"
+        "                          and keep the journal as NAME.damaged.NUMBER\n",
     ),
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",
-        "write everything to one file while the store is in use",
+        "write the whole content to one file; the store may be in use",
         f"{_CLI}.backups:backup",
         _backup,
-        "The file is the same whatever engine the store has: JSON lines, gzip, with a digest. It\n"
-        "holds one moment of the store, where the engine can show one (`describe`).\n\n"
+        "The format is the same for every engine: gzip-compressed JSON lines with digests. The backup\n"
+        "is a snapshot of the store, if the engine supports snapshots (see `describe`).\n\n"
         f"  {PROGRAM} backup\n"
         f"  {PROGRAM} backup backups/ --keep 7\n"
         f"  {PROGRAM} backup /mnt/backups/before-upgrade.jsonl.gz\n",
     ),
     "restore": Command(
         "restore SOURCE [OPTIONS]",
-        "bring a backup back",
+        "restore a backup",
         f"{_CLI}.backups:restore",
         _restore,
-        "A file that `backup` made goes into an empty store, or with --merge beside what is there;\n"
-        "versions and times are as they were. It is read and proven as a whole first.\n\n"
-        "For JSON stores SOURCE may also be what `backup --copy` made or `backups` lists, or any\n"
-        "file in the store's form. It replaces the content, and what was in the store is kept\n"
-        "beside it as replaced_TIME. A changed entity gets its next version, as by any write. If\n"
-        "the store cannot be opened any more, its files are replaced, and kept in damaged_TIME.\n\n"
+        "A portable backup, made by `backup`, is restored into an empty store, or with --merge into\n"
+        "one that holds entities already, with the original versions and timestamps. The whole file\n"
+        "is verified before anything is written.\n\n"
+        "For JSON stores SOURCE may also be a copy made by `backup --copy`, a file listed by\n"
+        "`backups`, or any file in the format of the store. It replaces the content. The previous\n"
+        "content is kept next to the data as replaced_TIME. Entities that change get their next\n"
+        "version, as with any write. If the store is damaged and cannot be opened, its files are\n"
+        "replaced, and kept in damaged_TIME.\n\n"
         f"  {PROGRAM} restore backups/backup_20250630T120000Z.jsonl.gz\n"
         f"  {PROGRAM} restore monday.jsonl.gz --merge newest\n"
         f"  {PROGRAM} restore data/request_database.json.bak.00000012\n",
     ),
     "backups": Command(
         "backups",
-        "list the older files that the store kept by itself (JSON stores)",
+        "list the previous data files that the store has kept (JSON stores)",
         f"{_CLI}.backups:backups",
         _nothing,
-        f"Newest first; each can be given to `{PROGRAM} restore`.\n",
+        f"The newest is listed first. `{PROGRAM} restore` restores any of them.\n",
     ),
     "migrate": Command(
         "migrate --from URL --to URL [OPTIONS]",
-        "move everything to another store, and verify that nothing changed",
+        "copy everything to another store, and verify that both are equal",
         f"{_CLI}.migrate_commands:migrate",
         _migrate,
-        "Neither store may be written to meanwhile. First a backup of the source is made, then\n"
-        "batches are copied, then both sides are compared. Whatever goes wrong, the source is as\n"
-        "it was. --config FILE gives the `migration` block; options on the command line win.\n\n"
+        "No other program may write to either store meanwhile. First the source is backed up, then\n"
+        "it is copied in batches, then both stores are compared. Whatever error occurs until then,\n"
+        "the source is unchanged. The `migration` block is read from --config FILE, or else from the\n"
+        "configuration of the source; options on the command line take precedence.\n\n"
         f"  {PROGRAM} migrate --from json:data --to json:data.json --dry-run\n"
         f"  {PROGRAM} migrate --from json:data --to json:data.json\n"
         f"  {PROGRAM} migrate --from json:data --to json:data.json --resume\n",
     ),
     "migrateRepository": Command(
         "migrateRepository --source-type TYPE --target-type TYPE [OPTIONS]",
-        "the same, by the types of stores in a configuration file",
+        "like migrate, with store types and configuration files instead of URLs",
         f"{_CLI}.migrate_commands:migrate_repository",
         _migrate_repository,
-        "--config FILE (or the environment) has a block for each type; where both are of one type,\n"
-        "--source-config and --target-config name a file each.\n\n"
+        f"The file given with --config (or {STORE_VARIABLE}) has a block for each of the two types. If\n"
+        "both stores are of the same type, give --source-config and --target-config.\n\n"
         f"  {PROGRAM} migrateRepository --source-type json --target-type sql --batch-size 100 \\\n"
         "      --config config.json\n",
     ),
@@ -626,14 +692,15 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "migrate to another store while applications use it",
         f"{_CLI}.live_migrate_command:live_migrate",
         _live_migrate,
-        "  start     copy everything, follow the changes, verify, and switch to the target\n"
-        "  status    show the phase and the changes that are still to be copied\n"
-        "  rollback  switch back to the source, with everything that was written since\n"
+        "  start     copy everything, apply the changes made meanwhile, verify, and switch to the\n"
+        "            target\n"
+        "  status    show the phase and the number of changes that are still to be copied\n"
+        "  rollback  switch back to the source, with everything that was written since the switch\n"
         "  abort     end the migration before the switch\n"
-        "  finalize  decommission the source: it then refuses to open, and names the target\n\n"
-        "Applications may use either store, before and after, and follow by themselves, if the key\n"
-        "`follow_moves` of their configuration names the other one. What is recorded in the stores\n"
-        "is only their location, without secrets. Run an interrupted action again.\n\n"
+        "  finalize  decommission the source: from then on it refuses to open\n\n"
+        "Applications may use either store before and after the switch. They follow it by themselves\n"
+        "if the key `follow_moves` of their configuration names the other store. The stores record\n"
+        "only each other's location, without secrets. If an action was interrupted, run it again.\n\n"
         f"  {PROGRAM} live-migrate start --from json:data --to json:data.json\n"
         f"  {PROGRAM} live-migrate finalize --from json:data --to json:data.json\n",
     ),
@@ -642,7 +709,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "compare two stores, or verify a backup file",
         f"{_CLI}.migrate_commands:verify",
         _verify,
-        "Exit code 3 if anything differs; what differs is named by id and field.\n\n"
+        "If the stores differ, the exit code is 3, and the first differences are reported by id and\n"
+        "field.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"
         f"  {PROGRAM} verify backups/backup_20250630T120000Z.jsonl.gz\n",
     ),

@@ -1,4 +1,4 @@
-"""Reading a backup of a JSON store: what it is, and whether it is whole and good."""
+"""Reading and checking a backup of a JSON store: a data file, or a folder of data files."""
 
 from __future__ import annotations
 
@@ -28,63 +28,64 @@ _MAX_SHOWN: Final = 5
 
 
 class _BackupStore(JSONStorageStrategy):
-    """A backup, opened as a store. It may have been made while its store was moved, or by anybody:
-    whatever it says of a live move, it is this file that was asked for."""
+    """A backup, opened as a store. A record of a live migration in it is ignored: it may stem from
+    the time of the backup, or from anyone, and this file is the one to be read."""
 
     _obeys_moves = False
 
 
 class Backup(NamedTuple):
-    """A backup that was found good.
+    """A backup that was checked.
 
     Attributes:
-        data: its entities by collection and id; of one collection if it is the file of one.
-        texts: the data files of the store as they would hold the same.
+        data: its entities by collection and id; only one collection for the file of one collection.
+        contents: the contents of the store's data files with the same entities, by file name.
         left_out: its sections that no collection declares.
     """
 
     data: Data
-    texts: dict[str, bytes]
+    contents: dict[str, bytes]
     left_out: list[str]
 
 
-class _Source(NamedTuple):
-    """What a path is taken for.
+class _BackupFiles(NamedTuple):
+    """The files of a backup.
 
     Attributes:
-        links: its files, by the name under which it is opened.
-        names: the file of each collection; None if one file holds all.
-        only: the collection that it holds alone.
+        paths: the path of each file, by the name under which a copy of it is opened.
+        names: the file name of each collection; None if one file holds all collections.
+        only: the only collection in the backup, if it is the file of one collection.
     """
 
-    links: dict[str, Path]
+    paths: dict[str, Path]
     names: dict[str, str] | None
     only: str | None = None
 
 
 async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
-    """A backup, read whole and checked.
+    """Read a whole backup and check it.
 
-    It is opened as a store of its own, by copies in a folder of its own: nothing is written beside
-    it, and a link would lead the store to where the backup is.
+    Copies of its files are opened as a store in a temporary folder, so that nothing is written next
+    to the backup. They are not links, because the store would follow them to the backup's folder.
 
     Raises:
-        CorruptionError: it is damaged.
-        InvalidInputError: it is no backup of this store, or holds what the store does not take.
+        CorruptionError: the backup is damaged.
+        InvalidInputError: it is not a backup of this store, or holds entities that are not valid.
     """
-    taken = _taken_for(source, files, schema)
+    backup_files = _files_of(source, files, schema)
     folder = Path(tempfile.mkdtemp(prefix="hf-async-store-"))
     try:
-        await asyncio.to_thread(_copy, taken.links, folder)
-        data, left_out = await _opened(folder, taken, schema)
+        await asyncio.to_thread(_copy, backup_files.paths, folder)
+        data, left_out = await _read_copies(folder, backup_files, schema)
         _refuse_foreign(source, data, left_out, schema)
         _check(source, data, schema)
-        return Backup(data, await _texts(folder, taken, files, data, left_out), left_out)
+        contents = await _contents(folder, backup_files, files, data, left_out)
+        return Backup(data, contents, left_out)
     except CorruptionError as exc:
-        said = str(exc)
-        for name, path in taken.links.items():
-            said = said.replace(str(folder / name), str(path))
-        raise CorruptionError(f"{source} is not a valid backup: {said}") from exc
+        message = str(exc)
+        for name, path in backup_files.paths.items():
+            message = message.replace(str(folder / name), str(path))
+        raise CorruptionError(f"{source} is not a valid backup: {message}") from exc
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -94,47 +95,54 @@ def _copy(files: Mapping[str, Path], folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def _taken_for(source: Path, files: JSONFiles, schema: Schema) -> _Source:
+def _files_of(source: Path, files: JSONFiles, schema: Schema) -> _BackupFiles:
     options = files.options
     is_split = options.storage_type == "split_files"
     names = (options if is_split else JSONConfig(storage_type="split_files")).files(schema)
     if source.is_dir():
-        forms = [f"{name}{suffix}" for name in names.values() for suffix in ("", ".gz")]
-        links = {each: source / each for each in forms if (source / each).is_file()}
-        if not links:
+        candidates = [f"{name}{suffix}" for name in names.values() for suffix in ("", ".gz")]
+        paths = {each: source / each for each in candidates if (source / each).is_file()}
+        if not paths:
             raise InvalidInputError(
-                f"{source} is no backup of this store: it holds none of {', '.join(names.values())}"
+                f"{source} is not a backup of this store: it holds none of the files "
+                f"{', '.join(names.values())}"
             )
-        return _Source(links, names)
-    # A backup that a fold kept: NAME.bak.00000012.
+        return _BackupFiles(paths, names)
+    # A backup that a compaction kept is named NAME.bak.00000012.
     name = re.sub(r"\.bak\.[0-9]+$", "", source.name)
     plain = name.removesuffix(".gz")
     only = next((each for each, file in names.items() if is_split and file == plain), None)
-    return _Source({name: source}, None if only is None else names, only)
+    return _BackupFiles({name: source}, None if only is None else names, only)
 
 
-async def _opened(folder: Path, taken: _Source, schema: Schema) -> tuple[Data, list[str]]:
-    if taken.names is not None:
+async def _read_copies(
+    folder: Path, source: _BackupFiles, schema: Schema
+) -> tuple[Data, list[str]]:
+    """Open the copies as a store; returns its entities and its undeclared sections."""
+    if source.names is not None:
         options = JSONConfig(
             storage_type="split_files",
             base_path=str(folder),
-            filenames=Filenames(split_files=taken.names),
+            filenames=Filenames(split_files=source.names),
         )
     else:
-        name = next(iter(taken.links)).removesuffix(".gz")
+        name = next(iter(source.paths)).removesuffix(".gz")
         options = JSONConfig(base_path=str(folder), filenames=Filenames(single_file=name))
     async with _BackupStore(options, collections=schema.values()) as store:
         data = await store.read_file()
         left_out = cast("list[str]", (await store.health())["undeclared_sections"])
-    return {taken.only: data[taken.only]} if taken.only else data, left_out
+    return {source.only: data[source.only]} if source.only else data, left_out
 
 
 def _refuse_foreign(source: Path, data: Data, left_out: list[str], schema: Schema) -> None:
-    """Any map is JSON of a store, with sections that nobody declares. It would empty this one."""
+    """Refuse a file without any declared collection.
+
+    Any JSON object can be read as a store with undeclared sections, and would empty this store.
+    """
     if left_out and not any(data.values()):
         raise InvalidInputError(
-            f"{source} is no backup of this store: it holds {listed(left_out)}, and none of "
-            f"{', '.join(schema)}"
+            f"{source} is not a backup of this store: it holds {listed(left_out)}, but none of the "
+            f"collections {', '.join(schema)}"
         )
 
 
@@ -147,32 +155,32 @@ def _check(source: Path, data: Data, schema: Schema) -> None:
                 raise exc.at(f"{source}, {name} {entity_id!r}") from exc
 
 
-async def _texts(
-    folder: Path, taken: _Source, files: JSONFiles, data: Data, left_out: list[str]
+async def _contents(
+    folder: Path, source: _BackupFiles, files: JSONFiles, data: Data, left_out: list[str]
 ) -> dict[str, bytes]:
-    """The store's own data files with the content of the backup."""
+    """The contents of the store's data files with the entities of the backup."""
     names = files.manager.names
-    if taken.only:
-        names = {name: each for name, each in names.items() if each == taken.only}
-    if files.manager.single is not (taken.names is None):
-        return files.texts(data)
-    # Byte for byte, but for what is left out and the records of a live migration.
+    if source.only:
+        names = {name: each for name, each in names.items() if each == source.only}
+    if files.manager.single is not (source.names is None):
+        return files.encode(data)
+    # The same bytes as in the backup, except undeclared sections and records of a live migration.
     omitted = {*left_out, *(each.name for each in SYSTEM_COLLECTIONS)}
-    texts = dict.fromkeys(names, EMPTY)
-    for link in taken.links:
-        found = await read_file(folder / link)
-        name = link.removesuffix(".gz") if taken.names else next(iter(names))
-        if found is None:
-            raise StorageError(f"{taken.links[link]} was there, and is gone")
-        texts[name] = found.text if taken.names else _without(found.text, omitted)
-    return texts
+    contents = dict.fromkeys(names, EMPTY)
+    for copy in source.paths:
+        loaded = await read_file(folder / copy)
+        name = copy.removesuffix(".gz") if source.names else next(iter(names))
+        if loaded is None:
+            raise StorageError(f"{source.paths[copy]} was deleted while it was read")
+        contents[name] = loaded.text if source.names else _without(loaded.text, omitted)
+    return contents
 
 
-def _without(text: bytes, omitted: Set[str]) -> bytes:
-    """The one file of a store without these sections; the same bytes if it has none of them."""
-    sections = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+def _without(content: bytes, omitted: Set[str]) -> bytes:
+    """The content of a single-file store without these sections; unchanged if it has none."""
+    sections = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     if not omitted & sections.keys():
-        return text
+        return content
     return as_object({name: bytes(each) for name, each in sections.items() if name not in omitted})
 
 

@@ -1,8 +1,8 @@
 """The commands on backups: backup, restore, backups.
 
-The portable file is for every store. Beside it stand, for JSON stores, copies of the data files: their
-`restore` replaces the content by one commit, so that others may go on working meanwhile. Only a
-store that cannot be opened has its files replaced, after a copy of everything as it was.
+Portable backups can be made of every store. For JSON stores, copies of the data files are supported,
+too. Restoring one replaces the content of the store in one commit, so that other processes can keep
+using it. Only if a store cannot be opened, its files are replaced, after they were copied.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
 
-_LONG: Final = 4 << 20
-"""From so many bytes on a person begins to wonder."""
+_PROGRESS_BYTES: Final = 4 << 20
+"""A progress bar is shown from this number of bytes on."""
 
 
 # -- backup ---------------------------------------------------------------------------------
@@ -43,56 +43,57 @@ def backup(arguments: Namespace) -> int:
     if arguments.copy:
         return _copy(arguments)
     context = Context(arguments)
-    place = arguments.destination or context.config.migration.backup_location
-    path_of(place)
+    destination = arguments.destination or context.config.migration.backup_location
+    path_of(destination)
 
     async def work(store: StorageStrategy) -> int:
         with output.progress("backup", is_long=True):
-            made = await backup_store(
+            result = await backup_store(
                 store,
-                place,
+                destination,
                 keep=arguments.keep,
                 allow_smaller=arguments.allow_smaller,
                 leave_out=arguments.leave_out,
             )
-        size = _bytes(Path(made.path))
+        size = _bytes(Path(result.path))
         done = {
-            "backup": made.path,
-            "entities": made.counts,
-            "digests": made.digests,
+            "backup": result.path,
+            "entities": result.counts,
+            "digests": result.digests,
             "bytes": size,
-            "removed": made.removed,
-            "spared": made.spared,
-            "left_out": made.left_out,
+            "removed": result.removed,
+            "spared": result.spared,
+            "left_out": result.left_out,
         }
-        shown = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
-        gone = f"; {len(made.removed)} older removed" if made.removed else ""
-        output.result(arguments, done, f"{shown} in {made.path} ({size:,} bytes){gone}")
-        _tell_left_out(made.left_out)
-        if made.spared:
+        shown = ", ".join(f"{count:,} {name}" for name, count in result.counts.items())
+        removed = f"; {len(result.removed)} older backups deleted" if result.removed else ""
+        output.result(arguments, done, f"{shown} in {result.path} ({size:,} bytes){removed}")
+        _log_left_out(result.left_out)
+        if result.spared:
             output.log_line(
-                f"{len(made.spared)} older backups beyond --keep stay, because they hold far more "
-                "than this one; is it the right store? If so, --allow-smaller removes them: "
-                + listed(made.spared)
+                f"{len(result.spared)} older backups were not deleted, because this backup, or each "
+                "remaining one, holds far less than an older one. Check that this is the right "
+                "store; if it is, repeat the command with --allow-smaller to delete them: "
+                + listed(result.spared)
             )
-        return CONFLICT if made.spared else 0
+        return CONFLICT if result.spared else 0
 
     return context.run(work, needs_store=True)
 
 
 def _copy(arguments: Namespace) -> int:
-    """A copy of the data files, which is a JSON store itself."""
+    """Copy the data files; the copy is itself a JSON store."""
     if arguments.keep is not None:
-        raise InvalidInputError("--keep does not go with --copy")
+        raise InvalidInputError("--keep cannot be combined with --copy")
     context = Context(arguments)
     files = JSONFiles(context)
     target = _target(arguments.destination or context.config.migration.backup_location, files)
 
     async def work(store: StorageStrategy) -> int:
-        with output.progress("backup", is_long=files.size() > _LONG):
-            made = await files.copy_out(target)
-        size = sum(each.stat().st_size for each in made)
-        done = {"backup": str(target), "files": [str(each) for each in made], "bytes": size}
+        with output.progress("backup", is_long=files.size() > _PROGRESS_BYTES):
+            created = await files.copy_out(target)
+        size = sum(each.stat().st_size for each in created)
+        done = {"backup": str(target), "files": [str(each) for each in created], "bytes": size}
         output.result(arguments, done, f"{context.location()} copied to {target} ({size:,} bytes)")
         return 0
 
@@ -100,21 +101,21 @@ def _copy(arguments: Namespace) -> int:
 
 
 def _target(destination: str, files: JSONFiles) -> Path:
-    """The new file or folder that a destination stands for.
+    """The path of the new file or folder for a destination.
 
     Raises:
-        InvalidInputError: something is there.
+        InvalidInputError: the path exists already.
     """
     target = path_of(destination)
-    plain = ".json" if files.manager.single else ""
-    # By its name the copy will be known for what it is, plain or gzip.
-    packed = ".gz" if plain and files.options.enable_compression else ""
+    suffix = ".json" if files.manager.single else ""
+    # The name must show whether the copy is compressed, like the names of data files.
+    gzip_suffix = ".gz" if suffix and files.options.enable_compression else ""
     if destination.endswith("/") or target.is_dir():
-        return dated(target, "backup", plain + packed)
-    if plain:
-        target = target.with_name(target.name.removesuffix(".gz") + packed)
+        return dated(target, "backup", suffix + gzip_suffix)
+    if suffix:
+        target = target.with_name(target.name.removesuffix(".gz") + gzip_suffix)
     if target.exists() or target.is_symlink():
-        raise InvalidInputError(f"{target} is there already; a backup needs a new name")
+        raise InvalidInputError(f"{target} exists already; a backup needs a new name")
     return target
 
 
@@ -124,18 +125,18 @@ def _target(destination: str, files: JSONFiles) -> Path:
 def backups(arguments: Namespace) -> int:
     context = Context(arguments)
     files = JSONFiles(context)
-    found = []
+    kept = []
     for path in files.store.backups():
-        with suppress(FileNotFoundError):  # a fold has just dropped the oldest
-            found.append((path, path.stat()))
-    found.sort(key=lambda each: each[1].st_mtime_ns, reverse=True)
+        with suppress(FileNotFoundError):  # a compaction has just deleted the oldest
+            kept.append((path, path.stat()))
+    kept.sort(key=lambda each: each[1].st_mtime_ns, reverse=True)
     rows = [
         {
             "backup": str(path),
             "written": datetime.fromtimestamp(stat.st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "bytes": stat.st_size,
         }
-        for path, stat in found
+        for path, stat in kept
     ]
     if not output.for_people(arguments):
         for row in rows:
@@ -148,7 +149,7 @@ def backups(arguments: Namespace) -> int:
         return 0
 
     async def none_yet(store: StorageStrategy) -> int:
-        output.log_line(f"{context.location()} has kept no backups yet")
+        output.log_line(f"{context.location()} has not kept any backup yet")
         return 0
 
     return context.run(none_yet, needs_store=True)
@@ -164,27 +165,31 @@ def restore(arguments: Namespace) -> int:
         return _restore_portable(arguments, context, source)
     if not source.exists():
         raise BackupNotFoundError(
-            f"there is no backup {source}; `{output.PROGRAM} backups` lists what the store kept"
+            f"the backup {source} does not exist; `{output.PROGRAM} backups` lists the backups that "
+            "a JSON store has kept"
         )
     if not (source.is_file() or source.is_dir()):
-        raise InvalidInputError(f"{source} is neither a file nor a folder, so it is no backup")
+        raise InvalidInputError(f"{source} is neither a file nor a folder, so it is not a backup")
     files = JSONFiles(context)
     if arguments.merge is not None:
-        raise InvalidInputError(f"--merge is for files that `backup` made, and {source} is none")
+        raise InvalidInputError(
+            f"--merge can be used with portable backups only, and {source} is not a portable backup"
+        )
 
     async def work(store: StorageStrategy) -> int:
-        with output.progress("restore", is_long=max(_bytes(source), files.size()) > _LONG):
-            found = await read_backup(source, files, context.schema)
-            _refuse_left_out(source, found, arguments.leave_out)
-            done = await context.watched(_Restoring(files, source, found).run())
+        is_long = max(_bytes(source), files.size()) > _PROGRESS_BYTES
+        with output.progress("restore", is_long=is_long):
+            contents = await read_backup(source, files, context.schema)
+            _refuse_left_out(source, contents, arguments.leave_out)
+            done = await context.with_timeout(_Replacement(files, source, contents).run())
             await _make_empty_if_absent(context)
-        _tell_left_out(found.left_out)
+        _log_left_out(contents.left_out)
         shown = ", ".join(f"{count:,} {name}" for name, count in done["entities"].items())
         output.result(
             arguments,
             done,
-            f"{context.location()} holds what {source} does: {shown}"
-            + (f"; what was there is kept in {done['before']}" if done["before"] else ""),
+            f"{context.location()} was restored from {source}: {shown}"
+            + (f"; the previous content is kept in {done['before']}" if done["before"] else ""),
         )
         return 0
 
@@ -202,62 +207,62 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
         restoring = restore_store(
             store, source, merge=arguments.merge, leave_out=arguments.leave_out, advance=count
         )
-        with output.progress("restore", is_long=_bytes(source) > _LONG // 8):
+        with output.progress("restore", is_long=_bytes(source) > _PROGRESS_BYTES // 8):
             try:
-                found = await context.watched(restoring)
+                result = await context.with_timeout(restoring)
             except asyncio.CancelledError:
                 output.log_line(
                     f"the restore of {source} is incomplete: {restored:,} entities are restored, "
-                    "and perhaps some of the batch after them; run it again with --merge replace"
+                    "and possibly some of the next batch; run it again with --merge replace"
                 )
                 raise
             await _make_empty_if_absent(context)
-        shown = ", ".join(f"{each.written:,} {name}" for name, each in found.merged.items())
-        rest = sum(each.unchanged + each.kept for each in found.merged.values())
-        others = f"; {rest:,} others stayed as they were" if rest else ""
+        shown = ", ".join(f"{each.written:,} {name}" for name, each in result.merged.items())
+        rest = sum(each.unchanged + each.kept for each in result.merged.values())
+        others = f"; {rest:,} entities were not changed" if rest else ""
         output.result(
             arguments,
             {
                 "restored": str(source),
-                "entities": to_builtins(found.merged),
-                "left_out": found.left_out,
+                "entities": to_builtins(result.merged),
+                "left_out": result.left_out,
             },
             f"restored from {source}: {shown}{others}",
         )
-        _tell_left_out(found.left_out)
+        _log_left_out(result.left_out)
         return 0
 
     return context.run(work, writes=True)
 
 
-class _Restoring:
-    """The replacement of a store's content."""
+class _Replacement:
+    """Replaces the content of a JSON store by that of a backup."""
 
-    def __init__(self, files: JSONFiles, source: Path, found: Backup) -> None:
+    def __init__(self, files: JSONFiles, source: Path, backup: Backup) -> None:
         self._files = files
         self._store = files.store
         self._source = source
-        self._found = found
-        self._is_whole = len(found.texts) == len(files.manager.names)
+        self._backup = backup
+        self._is_whole = len(backup.contents) == len(files.manager.names)
 
     async def run(self) -> dict[str, Any]:
-        """What was done, as the command shows it."""
+        """Replace the content; returns the result that the command shows."""
         try:
             before = await self._commit()
         except CorruptionError as exc:
             before = await self._replace_files(exc)
         return {
             "restored": str(self._source),
-            "entities": {name: len(each) for name, each in self._found.data.items()},
+            "entities": {name: len(each) for name, each in self._backup.data.items()},
             "before": None if before is None else str(before),
         }
 
     async def _commit(self) -> Path | None:
-        """Replace the content as one commit; the file or folder that keeps what was there."""
+        """Replace the content in one commit; returns the file or folder with the previous content."""
         before: Path | None = None
         async with self._store.acquire_write_lock():
             current = await self._store.read_file()
-            data = {**current, **self._found.data}
+            data = {**current, **self._backup.data}
             if any(current.values()) and encode(data) != encode(current):
                 before = await self._files.keep(current)
             try:
@@ -270,43 +275,44 @@ class _Restoring:
         return before
 
     async def _replace_files(self, damage: CorruptionError) -> Path:
-        """Replace files that cannot be opened; the folder that keeps them as they were."""
+        """Replace files that cannot be opened; returns the folder with copies of the old files."""
         output.log_line(f"the store cannot be opened, so its files are replaced: {damage}")
         files = self._files
-        aside = dated(files.folder, "damaged")
-        # A fold by a process that still has the store in memory would replace them again.
-        async with files.no_folding():
-            await files.set_aside(aside)
-            await files.place(self._found.texts)
+        folder = dated(files.folder, "damaged")
+        # A compaction by a process that still holds the store in memory would replace them again.
+        async with files.no_compaction():
+            await files.copy_damaged(folder)
+            await files.replace_files(self._backup.contents)
             if self._is_whole:
                 await self._store.checkpoint(recover_from="file")
             else:
-                # The journal may hold what other files lack. If it does, this raises and says so.
+                # The journal may hold commits that are not in the other files. Then this raises an
+                # error that says so.
                 await self._store.read_file()
-        return aside
+        return folder
 
 
 async def _make_empty_if_absent(context: Context) -> None:
-    """A backup without entities writes nothing; also after it, there is a store."""
-    if not context.was_there and not await context.store.exists():
-        await context.watched(make_empty(context))
+    """Create the store, if the backup held no entities, and therefore nothing was written."""
+    if not context.existed and not await context.store.exists():
+        await context.with_timeout(make_empty(context))
 
 
 def _bytes(source: Path) -> int:
-    found = source.iterdir() if source.is_dir() else [source]
-    return sum(each.stat().st_size for each in found)
+    files = source.iterdir() if source.is_dir() else [source]
+    return sum(each.stat().st_size for each in files)
 
 
-def _refuse_left_out(source: Path, found: Backup, leave_out: list[str]) -> None:
-    missing = [each for each in found.left_out if each not in leave_out]
+def _refuse_left_out(source: Path, backup: Backup, leave_out: list[str]) -> None:
+    missing = [each for each in backup.left_out if each not in leave_out]
     if missing:
         raise InvalidInputError(
-            f"{source} holds what no collection declares: {listed(missing)}; nothing was changed. "
-            "Declare it (--collections MODULE:NAME), or say that it is not restored "
+            f"{source} holds undeclared collections: {listed(missing)}; nothing was changed. "
+            "Declare them (--collections MODULE:NAME), or exclude them from the restore "
             "(--leave-out NAME)"
         )
 
 
-def _tell_left_out(names: list[str]) -> None:
+def _log_left_out(names: list[str]) -> None:
     if names:
         output.log_line(f"note: left out, as requested: {listed(names)}")

@@ -1,4 +1,4 @@
-"""A command of the command line."""
+"""The description of one command of the command line."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class Command(NamedTuple):
     """One command.
 
     Attributes:
-        usage: its words; None where argparse makes them of its options.
-        summary: its line in the manual.
-        place: `module:function` of what runs it, imported when it is chosen.
-        add_arguments: makes its parser, imported likewise where it is no function of this module.
-        manual: what its `--help` says below the options.
+        usage: the usage line; None to have argparse generate it from the arguments.
+        summary: the line of the command in `hf-async-store --help`.
+        function: `module:function` that runs the command, imported when the command is chosen.
+        add_arguments: adds the arguments of the command to a parser.
+        manual: the text that the command's `--help` shows below the options.
     """
 
     usage: str | None
     summary: str
-    place: str
+    function: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     manual: str = ""
 
     def load(self) -> Runner:
-        module, _, name = self.place.partition(":")
+        module, _, name = self.function.partition(":")
         runner: Runner = getattr(import_module(module), name)
         return runner

@@ -1,4 +1,4 @@
-"""What a command works with: its arguments, the store that they name, and the loop to use it in."""
+"""The context of a command: its arguments, the store that they name, and the event loop."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ Work = Callable[["StorageStrategy"], Coroutine[Any, Any, int]]
 Result = TypeVar("Result")
 
 _LOG: Final = logging.getLogger("hf_async_store")
-_SOON: Final = 0.001
-_LAST_SECONDS: Final = 0.2
+_MIN_TIMEOUT_SECONDS: Final = 0.001
+_CANCEL_SECONDS: Final = 0.2
+"""How long to wait for work that was cancelled."""
 
 
 class Context:
     """The store of one command.
 
     Attributes:
-        was_there: the store was, before a command that writes.
+        existed: whether the store existed before a command that writes.
 
     Raises:
-        ConfigurationError: no store is named, or it cannot be used as it is written.
+        ConfigurationError: no store is named, or its configuration is not valid.
     """
 
     def __init__(self, arguments: Namespace) -> None:
@@ -55,8 +56,8 @@ class Context:
         self.config = _config_of(arguments)
         self.schema = Schema(collections_of(arguments.collections))
         self.store = open_store(self.config, collections=self.schema.values())
-        self.was_there = True
-        self._ends: float | None = None
+        self.existed = True
+        self._deadline: float | None = None
 
     def collection(self) -> Collection:
         """The declared collection that the arguments name."""
@@ -65,29 +66,28 @@ class Context:
     # -- running -----------------------------------------------------------------------------
 
     def run(self, work: Work, *, writes: bool = False, needs_store: bool = False) -> int:
-        """The exit code of `work` with the open store.
+        """Open the store and run `work` with it; returns its exit code.
 
         Args:
-            writes: `work` watches the time by itself, by `left`, because only the verbs know
-                whether what they were writing may have landed.
-            needs_store: refuse to look for anything in a store that is not there: its name may be
-                mistyped.
+            writes: `work` applies the timeout itself, with `remaining_time`, because only the
+                methods of the store know whether a write may have been committed.
+            needs_store: refuse a store that does not exist, because its name may be mistyped.
 
         Raises:
-            StoreNotFoundError.
+            StoreNotFoundError: the store is needed and does not exist.
         """
         timeout: float | None = self.arguments.timeout
-        self._ends = None if timeout is None else time.monotonic() + timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
 
         async def body() -> int:
             async with _opened(self.store) as store:
                 if writes or needs_store:
                     async with operation_timeout(timeout):
-                        self.was_there = await store.exists()
-                if needs_store and not self.was_there:
+                        self.existed = await store.exists()
+                if needs_store and not self.existed:
                     raise StoreNotFoundError(
                         f"there is no store at {self.location()}; correct --store or --config, or "
-                        f"make an empty one: `{PROGRAM} init`"
+                        f"create an empty store with `{PROGRAM} init`"
                     )
                 async with operation_timeout(None if writes else timeout):
                     return await abandonable(work(store))
@@ -98,33 +98,33 @@ class Context:
             except OperationTimeoutError as exc:
                 if timeout is None:
                     raise
-                # In the words of the command; a verb was given only what was left of the time.
+                # Report the timeout of the command; a method was given only the remaining time.
                 raise OperationTimeoutError(
-                    f"not done within {timeout:g} s", outcome_unknown=exc.outcome_unknown
+                    f"not completed within {timeout:g} s", outcome_unknown=exc.outcome_unknown
                 ) from exc
 
-    def left(self) -> float | None:
-        """The `timeout=` of a verb now.
+    def remaining_time(self) -> float | None:
+        """The value for the `timeout=` argument of a method that is called now.
 
         Raises:
-            OperationTimeoutError: no time is left.
+            OperationTimeoutError: the time has expired.
         """
-        if self._ends is None:
+        if self._deadline is None:
             return None
-        left = self._ends - time.monotonic()
-        if left < _SOON:
-            raise OperationTimeoutError(f"not done within {self.arguments.timeout:g} s")
-        return left
+        remaining = self._deadline - time.monotonic()
+        if remaining < _MIN_TIMEOUT_SECONDS:
+            raise OperationTimeoutError(f"not completed within {self.arguments.timeout:g} s")
+        return remaining
 
-    async def watched(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Bounds work that takes no `timeout=` of its own and may write."""
-        async with operation_timeout(self.left(), outcome_unknown=lambda: True):
+    async def with_timeout(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run work that may write and that has no `timeout=` argument within the remaining time."""
+        async with operation_timeout(self.remaining_time(), outcome_unknown=lambda: True):
             return await abandonable(work)
 
-    # -- is there a store at all -------------------------------------------------------------
+    # -- location ----------------------------------------------------------------------------
 
     def location(self) -> str:
-        """Where the store is, as a person would say it."""
+        """The location of the store for messages."""
         options = self.config.options
         if not isinstance(options, JSONConfig):
             from hf_async_store.migration import location_of
@@ -136,17 +136,18 @@ class Context:
 
 
 async def abandonable(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work` such that a cancellation, by Ctrl-C or a timeout, ends the waiting for it at once.
+    """Run `work` such that a cancellation, by Ctrl-C or a timeout, returns almost at once.
 
-    A write that is cancelled waits until nothing of it can land any more, which may take as long as
-    a lock is waited for. A person does not wait for that: the end of the loop cancels what remains.
+    A cancelled write waits until it certainly cannot be committed any more, which may take as long
+    as the timeout of a lock. A command does not wait for that: closing the event loop cancels the
+    remaining tasks.
     """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         task.cancel()
-        done, _ = await asyncio.wait([task], timeout=_LAST_SECONDS)
+        done, _ = await asyncio.wait([task], timeout=_CANCEL_SECONDS)
         for each in done:
             if not each.cancelled():
                 each.exception()  # marked as retrieved; the reason is reported already
@@ -155,45 +156,48 @@ async def abandonable(work: Coroutine[Any, Any, Result]) -> Result:
 
 @asynccontextmanager
 async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
-    """The open store. Who gives up does not wait for what closing it would wait for, as a lock:
-    the end of the loop cancels that, and to the store it is as if this process had been killed."""
+    """Open the store, and close it at the end.
+
+    After a cancellation or a timeout, do not wait for `close`, which may wait for a lock: closing
+    the event loop cancels it, which to the store is the same as if this process had been killed.
+    """
     await store.open()
-    has_given_up = False
+    is_cancelled = False
     try:
         yield store
     except (asyncio.CancelledError, OperationTimeoutError):
-        has_given_up = True
+        is_cancelled = True
         raise
     finally:
         closing = asyncio.ensure_future(store.close())
-        if has_given_up:
+        if is_cancelled:
             try:
-                await asyncio.wait([closing], timeout=_LAST_SECONDS)
+                await asyncio.wait([closing], timeout=_CANCEL_SECONDS)
             finally:
                 store.abandon()
             with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
-                closing.exception()  # it is seen, and no news beside why this ends
+                closing.exception()  # marked as retrieved; the first error is reported already
         else:
             await closing
 
 
-def path_of(text: str) -> Path:
-    """A path. Not a URL: it may hold a password, which would become the name of a file.
+def path_of(argument: str) -> Path:
+    """Convert an argument to a path. URLs are refused: their password would become part of a name.
 
     Raises:
-        InvalidInputError: it is a URL.
+        InvalidInputError: the argument is a URL.
     """
-    if "://" in text:
-        raise InvalidInputError(f"expected a path, not the URL {text}")
-    return Path(text)
+    if "://" in argument:
+        raise InvalidInputError(f"expected a path, not the URL {argument}")
+    return Path(argument)
 
 
-# -- which store ----------------------------------------------------------------------------
+# -- configuration --------------------------------------------------------------------------
 
 
 def _config_of(arguments: Namespace) -> StorageConfig:
     if arguments.store is not None and arguments.config is not None:
-        raise ConfigurationError("give --store or --config, not both")
+        raise ConfigurationError("give either --store or --config, not both")
     if arguments.config is not None:
         return load_config(Path(arguments.config))
     if arguments.store is not None:
@@ -210,48 +214,50 @@ def _config_of(arguments: Namespace) -> StorageConfig:
 
 
 def collections_of(named: str | None) -> Iterable[Collection]:
-    """The collections that `--collections MODULE:NAME` stands for."""
+    """The collections that `--collections MODULE:NAME` names."""
     if named is None:
         return HOST_FACTORY
     module, colon, name = named.partition(":")
     if not (module and colon and name):
         raise ConfigurationError(f"--collections {named!r}: expected MODULE:NAME")
-    found = _imported(module, name, named)
-    if isinstance(found, Collection):
-        return (found,)
-    given = list(found) if isinstance(found, Iterable) and not isinstance(found, str) else []
-    if not given or not all(isinstance(each, Collection) for each in given):
+    value = _import_attribute(module, name, named)
+    if isinstance(value, Collection):
+        return (value,)
+    items = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    if not items or not all(isinstance(each, Collection) for each in items):
         raise ConfigurationError(
-            f"--collections {named}: {name} is no list of Collection, but {type(found).__name__}"
+            f"--collections {named}: expected {name} to be a Collection or a non-empty list of "
+            f"Collection, got {type(value).__name__}"
         )
-    return given
+    return items
 
 
-def _imported(module: str, name: str, named: str) -> object:
+def _import_attribute(module: str, name: str, named: str) -> object:
     from importlib import import_module
 
-    here = str(Path.cwd())
-    added = here not in sys.path
+    folder = str(Path.cwd())
+    added = folder not in sys.path
     if added:
-        sys.path.insert(0, here)
+        sys.path.insert(0, folder)
     try:
         return cast("object", getattr(import_module(module), name))
     except Exception as exc:
         raise ConfigurationError(
-            f"--collections {named}: cannot be imported from {here}: {type(exc).__name__}: {exc}"
+            f"--collections {named}: cannot be imported from {folder}: {type(exc).__name__}: {exc}"
         ) from exc
     finally:
         if added:
-            # That module was asked for. Other files there must not be imported in place of a driver.
-            sys.path.remove(here)
-            sys.path.append(here)
+            # Only that module is wanted from the working directory. Move the folder to the end, so
+            # that no other file in it is imported instead of a driver of the same name.
+            sys.path.remove(folder)
+            sys.path.append(folder)
 
 
 # -- warnings -------------------------------------------------------------------------------
 
 
 class _LogHandler(logging.Handler):
-    """Warnings of the store, one line each."""
+    """Writes each warning of the store as one line to stderr."""
 
     def __init__(self, *, verbose: bool) -> None:
         super().__init__(logging.WARNING)

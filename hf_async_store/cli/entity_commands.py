@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from hf_async_store.changes import Expect
-    from hf_async_store.cli.filter_syntax import Given
+    from hf_async_store.cli.filter_syntax import EntityInput
     from hf_async_store.schema import Collection
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.values import Entity
 
 _CHUNK_SIZE: Final = 1000
-"""How many entities are put between two steps of the progress bar: about those of one commit."""
+"""Number of entities that are written between two steps of the progress bar, about one commit."""
 
-_READ: Final = 1 << 16
+_READ_BYTES: Final = 1 << 16
 
 
 # -- get ------------------------------------------------------------------------------------
@@ -38,10 +38,10 @@ def get(arguments: Namespace) -> int:
     collection = context.collection()
 
     async def work(store: StorageStrategy) -> int:
-        found = await store.get_entities(collection.name, arguments.ids)
+        entities = await store.get_entities(collection.name, arguments.ids)
         show = output.indented if output.for_people(arguments) else output.json_line
         missing = 0
-        for entity_id, entity in zip(arguments.ids, found, strict=True):
+        for entity_id, entity in zip(arguments.ids, entities, strict=True):
             if entity is None:
                 missing += 1
                 report(EntityNotFoundError(collection.name, entity_id), verbose=False)
@@ -59,31 +59,34 @@ def put(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
     if arguments.create and arguments.expected_version is not None:
-        raise InvalidInputError("give --create or --expected-version, not both")
-    # Before the loop runs: it could not be interrupted at a read from a keyboard.
-    given = _given(arguments)
-    _check(given, collection)
-    if isinstance(arguments.expected_version, int) and len(given) > 1:
-        raise InvalidInputError(f"--expected-version N is for one object; here are {len(given):,}")
-    return _Putting(context, collection, [each.entity for each in given]).run()
+        raise InvalidInputError("give either --create or --expected-version, not both")
+    # Read before the event loop runs, so that Ctrl-C interrupts reading from a keyboard.
+    inputs = _read_inputs(arguments)
+    _check(inputs, collection)
+    if isinstance(arguments.expected_version, int) and len(inputs) > 1:
+        raise InvalidInputError(
+            f"--expected-version N can be given for one object only, not for {len(inputs):,}"
+        )
+    return _Put(context, collection, [each.entity for each in inputs]).run()
 
 
-def _given(arguments: Namespace) -> list[Given]:
+def _read_inputs(arguments: Namespace) -> list[EntityInput]:
     from hf_async_store.cli.filter_syntax import entities_of
 
     source: str | None = arguments.source
     if source is not None and arguments.file is not None:
-        raise InvalidInputError("give the JSON, - or --file, only one of them")
+        raise InvalidInputError("give only one of: the JSON, - for stdin, or --file FILE")
     if arguments.file is not None:
         return entities_of(_read(arguments.file), arguments.file)
     if source == "-" or (source is None and sys.stdin is not None and not sys.stdin.isatty()):
-        # In pieces: a signal that comes between two reads of one long one would go unheard.
+        # Read in chunks: during one long read, a signal that arrives between two of its system
+        # calls would not be handled at once.
         stdin = cast("BufferedReader", sys.stdin.buffer)
-        return entities_of(b"".join(iter(lambda: stdin.read1(_READ), b"")), "stdin")
+        return entities_of(b"".join(iter(lambda: stdin.read1(_READ_BYTES), b"")), "stdin")
     if source is None:
-        raise InvalidInputError("nothing to put: give the JSON, - for stdin, or --file FILE")
+        raise InvalidInputError("there is no input: give the JSON, - for stdin, or --file FILE")
     try:
-        return entities_of(source.encode(errors="surrogateescape"), "the JSON given")
+        return entities_of(source.encode(errors="surrogateescape"), "the JSON argument")
     except InvalidInputError as exc:
         if not source.lstrip().startswith(("{", "[")):
             raise InvalidInputError(f"{exc}; to read a file, give --file {source[:80]}") from exc
@@ -94,21 +97,21 @@ def _read(path: str) -> bytes:
     try:
         return path_of(path).read_bytes()
     except (OSError, ValueError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise InvalidInputError(f"cannot read {path}: {why}") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise InvalidInputError(f"cannot read {path}: {reason}") from exc
 
 
-def _check(given: Sequence[Given], collection: Collection) -> None:
-    """Refuse all before anything is written, naming the place of the one that is wrong."""
-    for place, entity in given:
+def _check(inputs: Sequence[EntityInput], collection: Collection) -> None:
+    """Check all entities before anything is written; an error says where the entity was read."""
+    for position, entity in inputs:
         try:
             collection.entity(entity)
         except InvalidInputError as exc:
-            raise exc.at(place) from exc
+            raise exc.at(position) from exc
 
 
-class _Putting:
-    """The put of all that was given, piece by piece."""
+class _Put:
+    """Writes all entities of a `put` command, chunk by chunk."""
 
     def __init__(
         self, context: Context, collection: Collection, entities: list[dict[str, Any]]
@@ -118,93 +121,97 @@ class _Putting:
         self._entities = entities
         self._expected = context.arguments.expected_version
         self._create = context.arguments.create or self._expected == "absent"
-        self._versions: list[int | bool | StorageError] = []
+        self._outcomes: list[int | bool | StorageError] = []
 
     def run(self) -> int:
         status = self._context.run(self._put, writes=True)
-        stored = [each for each in self._versions if not isinstance(each, StorageError)]
-        if stored and not self._context.was_there:
-            output.log_line(f"note: a new store was made at {self._context.location()}")
+        stored = [each for each in self._outcomes if not isinstance(each, StorageError)]
+        if stored and not self._context.existed:
+            output.log_line(f"note: a new store was created at {self._context.location()}")
         return status
 
     async def _put(self, store: StorageStrategy) -> int:
         from asyncio import CancelledError
 
-        pieces = [
+        chunks = [
             self._entities[start : start + _CHUNK_SIZE]
             for start in range(0, len(self._entities), _CHUNK_SIZE)
         ]
         count = len(self._entities)
         what = f"put {self._collection.name}"
-        with output.progress(what, count, is_long=len(pieces) > 1) as advance:
+        with output.progress(what, count, is_long=len(chunks) > 1) as advance:
             try:
-                for piece in pieces:
-                    await self._put_piece(store, piece)
-                    advance(len(piece))
-                    if self._is_hopeless(len(piece)):
+                for chunk in chunks:
+                    await self._put_chunk(store, chunk)
+                    advance(len(chunk))
+                    if self._all_failed(len(chunk)):
                         break
             except (CancelledError, StorageError):
-                self._tell_progress()
+                self._log_progress()
                 raise
         return self._finish()
 
-    async def _put_piece(self, store: StorageStrategy, piece: list[dict[str, Any]]) -> None:
+    async def _put_chunk(self, store: StorageStrategy, chunk: list[dict[str, Any]]) -> None:
         name = self._collection.name
-        timeout = self._context.left()
+        timeout = self._context.remaining_time()
         try:
             if self._create:
-                done = await store.create_entities(name, piece, timeout=timeout)
+                versions = await store.create_entities(name, chunk, timeout=timeout)
             else:
-                expected = self._expected_versions(piece)
-                done = await store.save_entities(name, piece, expected, timeout=timeout)
+                expected = self._expected_versions(chunk)
+                versions = await store.save_entities(name, chunk, expected, timeout=timeout)
         except BatchError as exc:
-            self._versions += exc.outcomes
+            self._outcomes += exc.outcomes
         else:
-            self._versions += done
+            self._outcomes += versions
 
-    def _expected_versions(self, piece: list[dict[str, Any]]) -> dict[str, int | Expect] | None:
+    def _expected_versions(self, chunk: list[dict[str, Any]]) -> dict[str, int | Expect] | None:
         if self._expected is None:
             return None
-        return {piece[0][self._collection.key]: self._expected}
+        return {chunk[0][self._collection.key]: self._expected}
 
-    def _is_hopeless(self, size: int) -> bool:
-        """Whether the store itself fails, so that the rest would fail, too."""
+    def _all_failed(self, size: int) -> bool:
+        """Whether the last `size` writes failed because of the store, so that others would, too."""
         return all(
             isinstance(each, StorageError) and code_of(each) == STORAGE
-            for each in self._versions[-size:]
+            for each in self._outcomes[-size:]
         )
 
-    def _tell_progress(self) -> None:
-        done = sum(not isinstance(each, StorageError) for each in self._versions)
+    def _log_progress(self) -> None:
+        done = sum(not isinstance(each, StorageError) for each in self._outcomes)
         if len(self._entities) > 1:
-            output.log_line(f"{done:,} of {len(self._entities):,} were stored before it ended")
+            output.log_line(
+                f"{done:,} of {len(self._entities):,} entities were stored before the command ended"
+            )
 
     def _finish(self) -> int:
         key = self._collection.key
-        done = [
+        stored = [
             {key: entity[key], VERSION: outcome}
-            for entity, outcome in zip(self._entities, self._versions, strict=False)
+            for entity, outcome in zip(self._entities, self._outcomes, strict=False)
             if not isinstance(outcome, StorageError)
         ]
-        self._show(done)
-        if len(done) == len(self._entities):
+        self._show(stored)
+        if len(stored) == len(self._entities):
             return 0
-        errors = [each for each in self._versions if isinstance(each, StorageError)]
+        errors = [each for each in self._outcomes if isinstance(each, StorageError)]
         if len(self._entities) == 1:
             raise errors[0]
-        left = len(self._entities) - len(self._versions)
-        if left:
-            output.log_line(f"{left:,} were not tried any more")
-        raise BatchError(f"{len(errors)} failed", self._versions) from errors[0]
+        remaining = len(self._entities) - len(self._outcomes)
+        if remaining:
+            output.log_line(f"{remaining:,} entities were not written")
+        raise BatchError(f"{len(errors)} failed", self._outcomes) from errors[0]
 
-    def _show(self, done: list[dict[str, Any]]) -> None:
+    def _show(self, stored: list[dict[str, Any]]) -> None:
         if not output.for_people(self._context.arguments):
-            for each in done:
+            for each in stored:
                 output.json_line(each)
-        elif len(done) == 1:
-            output.line(f"{_named(self._collection, done[0])} stored, version {done[0][VERSION]}")
-        elif done:
-            output.line(f"{len(done):,} {self._collection.name} stored")
+        elif len(stored) == 1:
+            output.line(
+                f"{_named(self._collection, stored[0])} stored, version {stored[0][VERSION]}"
+            )
+        elif stored:
+            output.line(f"{len(stored):,} {self._collection.name} stored")
 
 
 def _named(collection: Collection, entity: dict[str, Any]) -> str:
@@ -227,7 +234,7 @@ def update(arguments: Namespace) -> int:
             arguments.id,
             changes,
             expected_version=_expected(arguments),
-            timeout=context.left(),
+            timeout=context.remaining_time(),
         )
         done = {collection.key: arguments.id, VERSION: version}
         output.result(arguments, done, f"{_named(collection, done)} updated, version {version}")
@@ -240,30 +247,30 @@ def delete(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
     if arguments.expected_version is not None and len(arguments.ids) > 1:
-        raise InvalidInputError("--expected-version is for one id")
+        raise InvalidInputError("--expected-version can be given for one id only")
 
     async def work(store: StorageStrategy) -> int:
         expected = _expected(arguments)
         try:
-            done: Sequence[Any] = await store.delete_entities(
+            outcomes: Sequence[Any] = await store.delete_entities(
                 collection.name,
                 arguments.ids,
                 None if expected is ANY else {arguments.ids[0]: expected},
-                timeout=context.left(),
+                timeout=context.remaining_time(),
             )
         except BatchError as exc:
             if len(arguments.ids) == 1 and isinstance(exc.outcomes[0], StorageError):
                 raise exc.outcomes[0] from exc
             _show_deleted(arguments, collection, exc.outcomes)
             raise
-        return _show_deleted(arguments, collection, done)
+        return _show_deleted(arguments, collection, outcomes)
 
     return context.run(work, writes=True, needs_store=True)
 
 
-def _show_deleted(arguments: Namespace, collection: Collection, done: Sequence[Any]) -> int:
+def _show_deleted(arguments: Namespace, collection: Collection, outcomes: Sequence[Any]) -> int:
     status = 0
-    for entity_id, outcome in zip(arguments.ids, done, strict=True):
+    for entity_id, outcome in zip(arguments.ids, outcomes, strict=True):
         if outcome is True:
             shown = {collection.key: entity_id, "deleted": True}
             output.result(arguments, shown, f"{_named(collection, shown)} deleted")
@@ -311,7 +318,7 @@ def query(arguments: Namespace) -> int:
 def _field_names(text: str) -> list[str]:
     names = [each.strip() for each in text.split(",")]
     if not all(names):
-        raise InvalidInputError("--fields needs names, as in --fields name,status")
+        raise InvalidInputError("--fields needs field names, for example --fields name,status")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Errors as a person reads them, and as exit codes."""
+"""Error messages and exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ CONFLICT: Final = 3
 STORAGE: Final = 4
 
 _MAX_SHOWN: Final = 10
-"""So many failures of a batch are reported one by one."""
+"""Maximum number of errors of a batch that are reported one by one."""
 
-_IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_WRONG_FILE_TYPE: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 class BackupNotFoundError(StorageError):
-    """The backup that a command was given is not there."""
+    """The backup given to a command does not exist."""
 
 
 _CODES: Final[tuple[tuple[type[StorageError], int], ...]] = (
@@ -57,32 +57,34 @@ _CODES: Final[tuple[tuple[type[StorageError], int], ...]] = (
     (ConfigurationError, USAGE),
     (ConcurrencyConflictError, CONFLICT),
     (AlreadyExistsError, CONFLICT),
-    # What is stored stands in the way, as with the others, and not how the command was written.
+    # Like the other conflicts, these depend on the stored data, not on how the command was written.
     (ReferenceViolationError, CONFLICT),
     (TargetNotEmptyError, CONFLICT),
     (VerificationError, CONFLICT),
 )
 
-# The messages of the store say what happened; where they leave open what to do, this does.
+# Hints that are added to the messages of errors which do not say what to do.
 _HINTS: Final[tuple[tuple[type[StorageError], str], ...]] = (
-    (UnknownCollectionError, "--collections MODULE:NAME declares others"),
+    (UnknownCollectionError, "--collections MODULE:NAME declares other collections"),
     (AlreadyExistsError, "`update` changes it; `put` without --create replaces it"),
-    (RetriesExhaustedError, "others keep changing it: try again later"),
-    (ConcurrencyConflictError, "somebody else changed it: `get` it again, then decide"),
-    (LockTimeoutError, "try again, or find out who holds it"),
+    (RetriesExhaustedError, "it is changed concurrently all the time: try again later"),
+    (ConcurrencyConflictError, "it was changed concurrently: `get` it again before you write"),
+    (LockTimeoutError, "try again, or find the process that holds the lock"),
     (ThrottledError, "try again later"),
-    (OperationTimeoutError, "allow more with --timeout"),
+    (OperationTimeoutError, "allow more time with --timeout"),
     (AuthenticationError, "correct the user name or the password"),
-    (PermissionDeniedError, "look at the owner and mode of the files and of their folder"),
-    (ReadOnlyStoreError, "nothing can be written there"),
-    (DiskFullError, "what was stored before is intact: make room, then do it again"),
+    (PermissionDeniedError, "check the owner and mode of the files and of their folder"),
+    (ReadOnlyStoreError, "the store can only be read"),
+    (DiskFullError, "data stored earlier is intact: free some space, then try again"),
 )
 
-_UNKNOWN: Final = "it may have been written or not: read before you write again"
+_OUTCOME_UNKNOWN: Final = (
+    "it is unknown whether the write was committed: read before you write again"
+)
 
 
 def code_of(exc: StorageError) -> int:
-    """The exit code of an error; of a batch, that of its worst."""
+    """The exit code of an error; for a batch, the greatest code of its errors."""
     if isinstance(exc, BatchError):
         return max(code_of(each) for each in exc.outcomes if isinstance(each, StorageError))
     return code_of_kind(type(exc))
@@ -94,29 +96,34 @@ def code_of_kind(kind: type[StorageError]) -> int:
 
 
 def sentence(exc: StorageError) -> str:
-    """What happened and what to do, as one line."""
-    said = str(exc)
+    """The message of an error as one line, with a hint what to do."""
+    message = str(exc)
     hint = next((hint for kind, hint in _HINTS if isinstance(exc, kind)), None)
     if isinstance(exc, ReferenceViolationError):
-        hint = "delete those first" if "cannot be deleted" in said else "put that first"
-    if isinstance(exc, InvalidKeyError) and "needs its key field" in said:
-        hint = "it holds the id"
-    if type(exc) is PermissionDeniedError and not isinstance(exc.__cause__, OSError):
-        hint = None  # a server said no: its rights are not those of files
-    if isinstance(exc, CorruptionError) and "backup" in said:
-        hint = None
-    elif isinstance(exc, CorruptionError) and PROGRAM not in said:
-        hint = f"`{PROGRAM} backups` lists what can be restored, `{PROGRAM} restore` does it"
-    if isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _IN_THE_WAY:
         hint = (
-            "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+            "delete the children first"
+            if "cannot be deleted" in message
+            else "put the parent first"
         )
-    parts = [said.rstrip("."), _UNKNOWN if exc.outcome_unknown else None, hint]
+    if isinstance(exc, InvalidKeyError) and "needs its key field" in message:
+        hint = "the key field holds the id"
+    if type(exc) is PermissionDeniedError and not isinstance(exc.__cause__, OSError):
+        hint = None  # the error comes from a server, not from the permissions of files
+    if isinstance(exc, CorruptionError) and "backup" in message:
+        hint = None
+    elif isinstance(exc, CorruptionError) and PROGRAM not in message:
+        hint = f"`{PROGRAM} backups` lists the kept backups, `{PROGRAM} restore` restores one"
+    if isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _WRONG_FILE_TYPE:
+        hint = (
+            "there is a file where a folder is needed, or the reverse: correct the path, or move "
+            "the file"
+        )
+    parts = [message.rstrip("."), _OUTCOME_UNKNOWN if exc.outcome_unknown else None, hint]
     return redact_text("; ".join(each for each in parts if each))
 
 
 def report(exc: StorageError, *, verbose: bool) -> int:
-    """Tell an error on stderr; returns its exit code."""
+    """Report an error on stderr; returns its exit code."""
     if isinstance(exc, BatchError):
         _report_batch(exc, verbose=verbose)
     else:
@@ -132,24 +139,27 @@ def _report_batch(exc: BatchError, *, verbose: bool) -> None:
     for each in shown:
         log_line(sentence(each))
     if len(errors) > len(shown):
-        log_line(f"and {len(errors) - len(shown):,} more like these (--verbose shows all)")
+        log_line(f"and {len(errors) - len(shown):,} more errors (--verbose shows all)")
     if len(exc.outcomes) > 1:
-        others = "; the others are done" if len(errors) < len(exc.outcomes) else ""
+        others = "; the others succeeded" if len(errors) < len(exc.outcomes) else ""
         log_line(f"{len(errors):,} of {len(exc.outcomes):,} failed{others}")
 
 
 def report_os_error(exc: OSError, *, verbose: bool) -> int:
-    """Tell an error of the operating system that met the command line itself."""
-    error = translate_os_error(exc, f"use {exc.filename}" if exc.filename else "go on")
+    """Report an error of the operating system that the command line itself caused."""
+    error = translate_os_error(exc, f"use {exc.filename}" if exc.filename else "continue")
     error.__cause__ = exc
     return report(error, verbose=verbose)
 
 
 def report_defect(exc: Exception, *, verbose: bool) -> int:
-    """Tell an error that nobody foresaw."""
-    said = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    """Report an unexpected error."""
+    message = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
     log_line(
-        redact_text(f"a defect of this program, please report it: {said} (--verbose shows where)")
+        redact_text(
+            f"this is a bug in {PROGRAM}, please report it: {message} (--verbose shows the "
+            "traceback)"
+        )
     )
     if verbose:
         _show_traceback(exc)
@@ -157,5 +167,5 @@ def report_defect(exc: Exception, *, verbose: bool) -> int:
 
 
 def _show_traceback(exc: BaseException) -> None:
-    for text in traceback.format_exception(exc):
-        write_error("".join(redact_text(each) for each in text.splitlines(keepends=True)))
+    for part in traceback.format_exception(exc):
+        write_error("".join(redact_text(each) for each in part.splitlines(keepends=True)))

@@ -1,15 +1,15 @@
 """Commands of other packages: modules named by the entry-point group `hf_async_store.commands`.
 
-An entry point's name is the command, its value a module with:
+The name of an entry point is the name of the command. Its value is a module with:
 
     SUMMARY: str                                    the line in `hf-async-store --help`
-    def add_arguments(parser: ArgumentParser)       its options; `--store` and `--json` are there
-    def run(arguments: Namespace) -> int            does it; returns the exit code
-    MANUAL: str                                     optional: what its `--help` says at the end
-    USAGE: str                                      optional: its words, as in `bench [OPTIONS]`
+    def add_arguments(parser: ArgumentParser)       adds options; common ones exist already
+    def run(arguments: Namespace) -> int            runs the command; returns the exit code
+    MANUAL: str                                     optional: the text below the options in `--help`
+    USAGE: str                                      optional: the usage, such as `bench [OPTIONS]`
 
-The module is imported for `--help`, so what is expensive to import belongs into `run`. A command of
-the product cannot be replaced.
+The module is imported for `--help`, so import expensive modules inside `run`. Built-in commands
+cannot be replaced.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ GROUP: Final = "hf_async_store.commands"
 
 
 def find(name: str) -> Command | None:
-    """The command that another package adds under this name, if one does."""
+    """The command with this name of another package, if there is one."""
     for each in entry_points(group=GROUP, name=name):
         return _command(each)
     return None
 
 
 def summaries() -> dict[str, str]:
-    """The commands of other packages, with their lines in the manual."""
+    """The commands of other packages and their summaries."""
     return {each.name: import_module(each.value).SUMMARY for each in entry_points(group=GROUP)}
 
 

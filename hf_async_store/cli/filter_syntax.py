@@ -1,14 +1,14 @@
-"""What is written on the command line about entities: places, values, filters, assignments, JSON.
+"""The command-line syntax of paths, values, filters, assignments and JSON input.
 
     status=RUNNING            the field has this value
     machine_count:gt=3        field, operator, value
-    tags/owner=ops            a place inside the entity; a step of digits is an index of a list
-    ["a/b","0"]=x             any place: the steps as a JSON list, where names hold / : = or digits
-    status:in=PENDING,FAILED  a list is written with commas
-    name:=null                `:=` takes any JSON value: null, "5" as text, commas in `in`
+    tags/owner=ops            a path inside the entity; a step of digits is a list index
+    ["a/b","0"]=x             any path as a JSON list of steps, for names with / : = or digits
+    status:in=PENDING,FAILED  a list, separated by commas
+    name:=null                `:=` takes any JSON value: null, "5" as a string, commas in `in`
 
-A value is read as the declared type of its field. In a field of type json, or in one that is not
-declared, it is JSON if it reads as such, else text.
+A value is read as the declared type of its field. If the field is of type json, or not declared, the
+value is read as JSON if it is valid JSON, otherwise as a string.
 """
 
 from __future__ import annotations
@@ -39,85 +39,88 @@ Steps: TypeAlias = "tuple[str | int, ...]"
 
 OPERATORS: Final[tuple[str, ...]] = get_args(OpName)
 _LISTS: Final = ("in", "not_in", "between")
-_TEXTS: Final = ("contains", "begins_with")
-_LONG: Final = 80
-_LONGEST_INDEX: Final = 18
-"""Digits. No list is that long, and Python refuses to read thousands of them."""
+_STRING_OPERATORS: Final = ("contains", "begins_with")
+_MAX_SHOWN_LENGTH: Final = 80
+_MAX_INDEX_DIGITS: Final = 18
+"""Enough for any list. Python refuses to convert strings of thousands of digits to integers."""
 
 # -- filters --------------------------------------------------------------------------------
 
 
 def filters_of(words: Iterable[str], collection: Collection) -> Combined | None:
-    """The filter that all of the words make together; None without any.
+    """Parse filters and combine them with `and_`; None if there are none.
 
     Raises:
-        InvalidQueryError: naming the word, and how it would be right.
+        InvalidQueryError: an argument is not a valid filter; the error names it, and says what is
+            expected.
     """
-    parts = [_filter(each, collection) for each in words]
-    return and_(*parts) if parts else None
+    filters = [_filter(each, collection) for each in words]
+    return and_(*filters) if filters else None
 
 
 def _filter(word: str, collection: Collection) -> Mapping[Path, object]:
-    written = _split(word)
-    if written.operator not in OPERATORS:
+    parsed = _split(word)
+    if parsed.operator not in OPERATORS:
         raise InvalidQueryError(
-            f"{_shown(word)}: no operator {written.operator!r}; there are: {', '.join(OPERATORS)} "
-            "(a name with a colon is written as a JSON list: '[\"a:b\"]=x')"
+            f"{_shown(word)}: unknown operator {parsed.operator!r}; the operators are: "
+            f"{', '.join(OPERATORS)} (write a field name with a colon as a JSON list: "
+            "'[\"a:b\"]=x')"
         )
-    operator = cast("OpName", written.operator)
-    return {Path(written.steps): Op(operator, _operand(word, operator, written, collection))}
+    operator = cast("OpName", parsed.operator)
+    return {Path(parsed.steps): Op(operator, _operand(word, operator, parsed, collection))}
 
 
-def _operand(word: str, operator: OpName, written: _Written, collection: Collection) -> object:
-    value = written.value
+def _operand(word: str, operator: OpName, parsed: _ParsedWord, collection: Collection) -> object:
+    value = parsed.value
     if operator == "exists":
         if value not in (None, "true", "false"):
-            raise InvalidQueryError(f"{_shown(word)}: exists is written =true or =false")
+            raise InvalidQueryError(f"{_shown(word)}: exists takes =true or =false")
         return value != "false"
     if value is None:
         raise InvalidQueryError(
-            f"{_shown(word)} is no filter; write field=value, or field:gt=value with one of: "
-            + ", ".join(OPERATORS)
+            f"{_shown(word)} is not a filter; write field=value, or field:operator=value with one "
+            f"of the operators: {', '.join(OPERATORS)}"
         )
-    if written.is_json:
+    if parsed.is_json:
         return _json_operand(word, operator, value)
-    kind = _type_of(written.steps, collection)
-    if operator in _TEXTS:
-        return value if operator == "begins_with" or kind in _TEXT_TYPES else _loose(value)
+    field_type = _type_of(parsed.steps, collection)
+    if operator in _STRING_OPERATORS:
+        is_string = operator == "begins_with" or field_type in _STRING_TYPES
+        return value if is_string else _json_or_string(value)
     if operator not in _LISTS:
-        return _typed(value, kind, word)
+        return _typed(value, field_type, word)
     return _checked_list(
-        word, operator, [_typed(each.strip(), kind, word) for each in value.split(",")]
+        word, operator, [_typed(each.strip(), field_type, word) for each in value.split(",")]
     )
 
 
-def _json_operand(word: str, operator: OpName, text: str) -> object:
-    value = _json(text, word)
+def _json_operand(word: str, operator: OpName, encoded: str) -> object:
+    value = _json(encoded, word)
     if operator not in _LISTS:
         return value
     if not isinstance(value, list):
-        raise InvalidQueryError(f"{_shown(word)}: {operator} needs a JSON list behind :=")
+        raise InvalidQueryError(f"{_shown(word)}: {operator} needs a JSON list after :=")
     return _checked_list(word, operator, value)
 
 
 def _checked_list(word: str, operator: OpName, values: list[Value]) -> tuple[Value, ...]:
     if operator == "between" and len(values) != 2:
-        raise InvalidQueryError(f"{_shown(word)}: between takes two values, as in 1,10")
-    # An empty variable of a shell makes one of these, and `not_in` of nothing is everything.
+        raise InvalidQueryError(f"{_shown(word)}: between takes two values, for example 1,10")
+    # These result from an empty shell variable, and `not_in` with no values would match everything.
     if values in ([""], []):
         raise InvalidQueryError(f"{_shown(word)}: {operator} needs at least one value")
     return tuple(values)
 
 
 def order_of(words: Iterable[str]) -> list[Order] | None:
-    """The order of `--order`: names with commas between, `-` in front for descending."""
+    """Parse `--order`: names separated by commas, with a leading `-` for descending order."""
     names = [
         name
         for word in words
         for name in ([word] if word.lstrip("-").startswith("[") else word.split(","))
     ]
     if not all(name.strip("-") for name in names):
-        raise InvalidQueryError("--order needs names, as in --order status,-created_at")
+        raise InvalidQueryError("--order needs names, for example --order status,-created_at")
     return [Order(steps_of(each.removeprefix("-")), each.startswith("-")) for each in names] or None
 
 
@@ -127,10 +130,10 @@ def order_of(words: Iterable[str]) -> list[Order] | None:
 def changes_of(
     words: Sequence[str], removed: Iterable[str], collection: Collection
 ) -> dict[str, Value | Removed]:
-    """The fields of an update: assignments, or one JSON object; and what is to be removed.
+    """Parse the changes of an update: assignments or one JSON object, and the fields to remove.
 
     Raises:
-        InvalidInputError: naming the word, and how it would be right.
+        InvalidInputError: an argument is not valid; the error names it, and says what is expected.
     """
     changes: dict[str, Value | Removed] = {}
     if len(words) == 1 and words[0].lstrip().startswith("{"):
@@ -143,42 +146,42 @@ def changes_of(
             changes[name] = value
     for name in removed:
         if name in changes:
-            raise InvalidInputError(f"--remove {name}: it is given a value, too")
+            raise InvalidInputError(f"--remove {name}: the field is also given a value")
         changes[name] = REMOVE
     if not changes:
         raise InvalidInputError(
-            "nothing to change: give field=value, a JSON object, or --remove FIELD"
+            "no change is given: give field=value, a JSON object, or --remove FIELD"
         )
     return changes
 
 
 def _assignment(word: str, collection: Collection) -> tuple[str, Value]:
-    written = _split(word)
-    if written.value is None or written.operator != "eq":
+    parsed = _split(word)
+    if parsed.value is None or parsed.operator != "eq":
         raise InvalidInputError(
-            f"{_shown(word)} is no assignment; write field=value, or field:=JSON"
+            f"{_shown(word)} is not an assignment; write field=value, or field:=JSON"
         )
-    name = written.steps[0]
-    if len(written.steps) > 1 or not isinstance(name, str):
+    name = parsed.steps[0]
+    if len(parsed.steps) > 1 or not isinstance(name, str):
         raise InvalidInputError(
-            f"{_shown(word)}: an update sets whole fields; give all of it: '{name}:={{...}}' "
-            f"(a field whose name holds a slash: '[\"a/b\"]=x')"
+            f"{_shown(word)}: an update sets whole fields; give the whole value: '{name}:={{...}}' "
+            f"(write a field name with a slash as a JSON list: '[\"a/b\"]=x')"
         )
     if name == VERSION:
         raise InvalidInputError(
-            "the version belongs to the store; to update only what nobody changed, "
-            "use --expected-version"
+            "the version cannot be set; to update only if the stored version is unchanged, use "
+            "--expected-version"
         )
-    if written.is_json:
-        return name, _json(written.value, word)
-    return name, _typed(written.value, _type_of(written.steps, collection), word)
+    if parsed.is_json:
+        return name, _json(parsed.value, word)
+    return name, _typed(parsed.value, _type_of(parsed.steps, collection), word)
 
 
-# -- words ----------------------------------------------------------------------------------
+# -- arguments ------------------------------------------------------------------------------
 
 
-class _Written(NamedTuple):
-    """`steps:operator=value` in its parts; the value None without a `=`."""
+class _ParsedWord(NamedTuple):
+    """The parts of an argument `steps:operator=value`; the value is None if there is no `=`."""
 
     steps: Steps
     operator: str
@@ -186,29 +189,29 @@ class _Written(NamedTuple):
     is_json: bool = False
 
 
-def _split(word: str) -> _Written:
+def _split(word: str) -> _ParsedWord:
     steps, rest = _leading_steps(word)
-    left, equals, value = rest.partition("=")
-    is_json = bool(equals) and left.endswith(":")
-    left = left.removesuffix(":") if is_json else left
+    head, equals, value = rest.partition("=")
+    is_json = bool(equals) and head.endswith(":")
+    head = head.removesuffix(":") if is_json else head
     if steps is None:
-        place, _, operator = left.partition(":")
-        steps = steps_of(place, word)
-    elif left and not left.startswith(":"):
+        path, _, operator = head.partition(":")
+        steps = steps_of(path, word)
+    elif head and not head.startswith(":"):
         raise InvalidInputError(
-            f"{_shown(word)}: behind the JSON list belongs =value or :operator=value"
+            f"{_shown(word)}: expected =value or :operator=value after the JSON list"
         )
     else:
-        operator = left[1:]
-    return _Written(steps, operator or "eq", value if equals else None, is_json)
+        operator = head[1:]
+    return _ParsedWord(steps, operator or "eq", value if equals else None, is_json)
 
 
 def _shown(word: str) -> str:
-    return repr(word if len(word) <= _LONG else f"{word[:_LONG]}...")
+    return repr(word if len(word) <= _MAX_SHOWN_LENGTH else f"{word[:_MAX_SHOWN_LENGTH]}...")
 
 
 def _leading_steps(word: str) -> tuple[Steps | None, str]:
-    """The JSON list that a word begins with, and the rest; None if it does not."""
+    """The steps of the JSON list at the beginning of an argument, or None, and the rest of it."""
     if not word.startswith("["):
         return None, word
     from json import JSONDecoder
@@ -217,119 +220,119 @@ def _leading_steps(word: str) -> tuple[Steps | None, str]:
         steps, end = JSONDecoder().raw_decode(word)
     except (ValueError, RecursionError) as exc:
         raise InvalidInputError(
-            f"{_shown(word)} begins with [ but with no JSON list of steps"
+            f"{_shown(word)} begins with [, but not with a valid JSON list of path steps"
         ) from exc
     if not steps or not all(type(each) in (str, int) for each in steps):
-        raise InvalidInputError(f"{_shown(word)}: the steps of a place are texts and integers")
+        raise InvalidInputError(f"{_shown(word)}: path steps must be strings or integers")
     return tuple(steps), word[end:]
 
 
-def steps_of(place: str, word: str | None = None) -> Steps:
-    """The steps of a place: `tags/owner`, `disks/0/size`, or a JSON list."""
-    listed, rest = _leading_steps(place)
+def steps_of(path: str, word: str | None = None) -> Steps:
+    """The steps of a path: `tags/owner`, `disks/0/size`, or a JSON list."""
+    listed, rest = _leading_steps(path)
     if listed is not None and not rest:
         return listed
-    parts = place.split("/")
+    parts = path.split("/")
     if not all(parts):
-        raise InvalidInputError(f"{_shown(word or place)}: the name of a field is missing")
+        raise InvalidInputError(f"{_shown(word or path)}: a field name is missing")
     return (parts[0], *(int(each) if _is_index(each) else each for each in parts[1:]))
 
 
 def _is_index(step: str) -> bool:
-    return step.isascii() and step.isdecimal() and len(step) <= _LONGEST_INDEX
+    return step.isascii() and step.isdecimal() and len(step) <= _MAX_INDEX_DIGITS
 
 
 # -- values ---------------------------------------------------------------------------------
 
-_TEXT_TYPES: Final = ("text", "timestamp")
+_STRING_TYPES: Final = ("text", "timestamp")
 _NUMBER: Final = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 
 
 def _type_of(steps: Steps, collection: Collection) -> FieldType:
-    """The declared type of the place, json for all others."""
+    """The declared type of a field; json for paths inside a field, and for undeclared fields."""
     field = collection.fields.get(cast("str", steps[0])) if len(steps) == 1 else None
     if field is not None:
         return field.type
     return "integer" if steps == (VERSION,) else "json"
 
 
-def _typed(text: str, kind: FieldType, word: str) -> Value:
-    """The value that a text stands for in a field of this type."""
-    if kind == "text":
-        return text
-    if kind == "json":
-        return _loose(text)
-    if text == "null":
+def _typed(string: str, field_type: FieldType, word: str) -> Value:
+    """Convert a string to a value of the type of its field."""
+    if field_type == "text":
+        return string
+    if field_type == "json":
+        return _json_or_string(string)
+    if string == "null":
         return None
-    if kind == "timestamp":
-        if parse_timestamp(text) is None:
-            raise _mistyped(word, "a timestamp, as in 2025-06-30T12:00:00Z")
-        return text
-    if kind == "boolean":
-        if text.lower() not in ("true", "false"):
-            raise _mistyped(word, "true or false")
-        return text.lower() == "true"
-    if not re.fullmatch(_NUMBER, text):
-        raise _mistyped(word, "an integer" if kind == "integer" else "a number")
-    return _json(text, word)
+    if field_type == "timestamp":
+        if parse_timestamp(string) is None:
+            raise _wrong_type(word, "a timestamp, for example 2025-06-30T12:00:00Z")
+        return string
+    if field_type == "boolean":
+        if string.lower() not in ("true", "false"):
+            raise _wrong_type(word, "true or false")
+        return string.lower() == "true"
+    if not re.fullmatch(_NUMBER, string):
+        raise _wrong_type(word, "an integer" if field_type == "integer" else "a number")
+    return _json(string, word)
 
 
-def _mistyped(word: str, expected: str) -> InvalidFieldError:
+def _wrong_type(word: str, expected: str) -> InvalidFieldError:
     return InvalidFieldError(f"{_shown(word)}: the field takes {expected}")
 
 
-def _loose(text: str) -> Value:
+def _json_or_string(string: str) -> Value:
     try:
-        return cast("Value", msgspec.json.decode(text))
-    except (ValueError, RecursionError):  # what msgspec raises are ValueErrors
-        return text
+        return cast("Value", msgspec.json.decode(string))
+    except (ValueError, RecursionError):  # ValueError is the base class of the errors of msgspec
+        return string
 
 
-def _json(text: str, word: str) -> Value:
+def _json(encoded: str, word: str) -> Value:
     try:
-        return cast("Value", msgspec.json.decode(text))
+        return cast("Value", msgspec.json.decode(encoded))
     except (ValueError, RecursionError) as exc:
         raise InvalidInputError(
-            f"{_shown(word)}: what stands behind the = is no JSON: {exc}"
+            f"{_shown(word)}: the value after = is not valid JSON: {exc}"
         ) from exc
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    [(_, entity)] = entities_of(text.encode(errors="surrogateescape"), "the JSON given")
+def _json_object(encoded: str) -> dict[str, Any]:
+    [(_, entity)] = entities_of(encoded.encode(errors="surrogateescape"), "the JSON argument")
     return entity
 
 
 # -- JSON input -----------------------------------------------------------------------------
 
 
-class Given(NamedTuple):
-    """An entity, and where it stood."""
+class EntityInput(NamedTuple):
+    """An entity, and its position in the input for error messages."""
 
-    place: str
+    position: str
     entity: dict[str, Any]
 
 
-def entities_of(data: bytes, source: str) -> list[Given]:
-    """The entities in a text: one JSON object, a JSON list of them, or one a line.
+def entities_of(data: bytes, source: str) -> list[EntityInput]:
+    """Parse entities: one JSON object, a JSON list of objects, or one object per line.
 
     Raises:
-        InvalidInputError: naming the line and column.
+        InvalidInputError: the input is not valid; the error says where.
     """
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
-        raise InvalidInputError(f"{source}: nothing in it")
+        raise InvalidInputError(f"{source}: the input is empty")
     lines = data.splitlines()
     filled = [each for each in lines if each.strip()]
     if len(filled) > 1 and _is_whole(filled[0]):
         return _from_lines(lines, source)
     whole = _decoded(data, source)
     if isinstance(whole, list):
-        return [_given(each, f"{source}, item {n}") for n, each in enumerate(whole, 1)]
-    return [_given(whole, source)]
+        return [_entity_input(each, f"{source}, item {n}") for n, each in enumerate(whole, 1)]
+    return [_entity_input(whole, source)]
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line is a JSON value by itself, so that the lines are one each."""
+    """Whether a line is a complete JSON value, so that the input is JSON lines."""
     try:
         msgspec.json.decode(line)
     except (ValueError, RecursionError):
@@ -337,39 +340,39 @@ def _is_whole(line: bytes) -> bool:
     return True
 
 
-def _from_lines(lines: Sequence[bytes], source: str) -> list[Given]:
+def _from_lines(lines: Sequence[bytes], source: str) -> list[EntityInput]:
     return [
-        _given(_decoded(each, source, number), f"{source}, line {number}")
+        _entity_input(_decoded(each, source, number), f"{source}, line {number}")
         for number, each in enumerate(lines, 1)
         if each.strip()
     ]
 
 
-def _given(value: object, place: str) -> Given:
+def _entity_input(value: object, position: str) -> EntityInput:
     if not isinstance(value, dict):
-        raise InvalidInputError(f"{place}: expected a JSON object, got {type(value).__name__}")
-    return Given(place, value)
+        raise InvalidInputError(f"{position}: expected a JSON object, got {type(value).__name__}")
+    return EntityInput(position, value)
 
 
 def _decoded(data: bytes, source: str, line: int = 1) -> object:
-    """A JSON text; an error names the place, with `line` as the number of the first line."""
+    """Decode JSON; an error names line and column, where `line` is the number of the first line."""
     try:
         return msgspec.json.decode(data.decode())
     except UnicodeDecodeError as exc:
-        at: int | None = exc.start
+        offset: int | None = exc.start
         problem = "not UTF-8"
     except RecursionError:
-        at, problem = None, "nested too deep"
+        offset, problem = None, "nested too deeply"
     except msgspec.MsgspecError as exc:
-        said = str(exc)
-        found = re.search(r" \(byte (\d+)\)", said)
-        at = int(found[1]) if found else len(data) if "truncated" in said else None
-        problem = re.sub(r" \(byte \d+\)", "", said).replace(
-            "Input data was truncated", "it ends too early"
+        message = str(exc)
+        match = re.search(r" \(byte (\d+)\)", message)
+        offset = int(match[1]) if match else len(data) if "truncated" in message else None
+        problem = re.sub(r" \(byte \d+\)", "", message).replace(
+            "Input data was truncated", "the JSON is incomplete"
         )
-    if at is None:
+    if offset is None:
         raise InvalidInputError(f"{source}: {problem}")
-    start = data.rfind(b"\n", 0, at) + 1
-    line += data.count(b"\n", 0, at)
-    column = len(data[start:at].decode(errors="replace")) + 1
+    start = data.rfind(b"\n", 0, offset) + 1
+    line += data.count(b"\n", 0, offset)
+    column = len(data[start:offset].decode(errors="replace")) + 1
     raise InvalidInputError(f"{source}, line {line}, column {column}: {problem}")

@@ -1,7 +1,7 @@
-"""What the commands do to the files of a JSON store beneath its verbs: make, copy, replace them.
+"""Direct operations on the files of a JSON store: creating, copying and replacing them.
 
-Each under the lock of the store that keeps others from doing the same, and every file whole or not
-there at all.
+Each operation holds the lock of the store that excludes concurrent ones, and every file is created
+atomically.
 """
 
 from __future__ import annotations
@@ -44,22 +44,24 @@ EMPTY: Final = b"{}\n"
 
 
 def as_json(store: StorageStrategy) -> JSONStorageStrategy:
-    """The store, if it is one on JSON files.
+    """Return the store as a JSON store.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: it is not a JSON store.
     """
     engine = store.capabilities.engine
     if engine != "json":
-        raise ConfigurationError(f"this command is for JSON stores; here is the engine {engine}")
+        raise ConfigurationError(
+            f"this command is only for JSON stores; the engine of this store is {engine}"
+        )
     return cast("JSONStorageStrategy", store)
 
 
 class JSONFiles:
-    """The files of the store of a command.
+    """The files of the JSON store of a command.
 
     Raises:
-        ConfigurationError: it is no JSON store.
+        ConfigurationError: the store is not a JSON store.
     """
 
     def __init__(self, context: Context) -> None:
@@ -70,72 +72,76 @@ class JSONFiles:
 
     @property
     def names(self) -> list[str]:
-        """The data files by name; once the store was read, also those that only others declare."""
+        """The names of the data files; after the store was read, also those of collections that
+        only other programs declare."""
         return cast("list[str]", self.store.describe()["files"])
 
     def size(self) -> int:
-        """How much the data files hold."""
-        return sum(each.stat().st_size for each in map(self._at, self.names) if each is not None)
+        """The total size of the data files in bytes."""
+        return sum(each.stat().st_size for each in map(self._path, self.names) if each is not None)
 
     async def make_empty(self) -> list[Path]:
-        """An empty store at rest where there is none; the files that were made."""
+        """Create the data files of an empty store, if none exists; returns the created files."""
         files = self.manager
         async with self.store.acquire_write_lock():
-            # Where there is a journal, a missing file is one that no fold has written yet.
+            # If there is a journal, missing files are those that no compaction has written yet.
             missing = (
-                [] if files.journals() else [each for each in self.names if not self._at(each)]
+                [] if files.journals() else [each for each in self.names if not self._path(each)]
             )
-            await self.place(dict.fromkeys(missing, EMPTY))
+            await self.replace_files(dict.fromkeys(missing, EMPTY))
             return [files.path(each) for each in missing]
 
-    async def place(self, texts: Mapping[str, bytes]) -> None:
-        """Put these texts where the data files belong, over what is there."""
+    async def replace_files(self, contents: Mapping[str, bytes]) -> None:
+        """Write data files, by name, and replace existing ones."""
         files = self.manager
-        for name, text in texts.items():
-            temporary, _, _ = await files.write_temporary(name, _one(text))
+        for name, content in contents.items():
+            temporary, _, _ = await files.write_temporary(name, _single_chunk(content))
             try:
-                await asyncio.to_thread(_replace, temporary, files.path(name), self._forms(name))
+                await asyncio.to_thread(_replace, temporary, files.path(name), self._variants(name))
             except OSError as exc:
-                raise translate_os_error(exc, f"put {files.path(name)} in place") from exc
+                raise translate_os_error(exc, f"replace {files.path(name)}") from exc
 
-    def _forms(self, name: str) -> tuple[Path, Path]:
-        """Where a data file may lie, plain and compressed."""
+    def _variants(self, name: str) -> tuple[Path, Path]:
+        """The paths of a data file, uncompressed and compressed."""
         return self.folder / name, self.folder / f"{name}.gz"
 
-    def _at(self, name: str) -> Path | None:
-        """Where a data file is stored, in the configured form if in both; None if there is none."""
-        forms = sorted(self._forms(name), key=lambda each: each != self.manager.path(name))
-        return next((each for each in forms if each.exists()), None)
+    def _path(self, name: str) -> Path | None:
+        """The path of an existing data file, preferably in the configured form; None if missing."""
+        variants = sorted(self._variants(name), key=lambda each: each != self.manager.path(name))
+        return next((each for each in variants if each.exists()), None)
 
     async def copy_out(self, target: Path) -> list[Path]:
-        """Copy all that was committed before to a new file or folder; the files that were made."""
+        """Copy everything committed before to a new file or folder; returns the created files."""
         for _ in range(_TRIES):
             await self.store.checkpoint()
-            async with self.no_folding(), self.store.acquire_read_lock():
-                # A second journal while nobody folds was left by one who died between two renames:
-                # the files may not belong together until the next checkpoint.
+            async with self.no_compaction(), self.store.acquire_read_lock():
+                # If there is a second journal although no compaction runs, a process has crashed
+                # between two renames, and the files may be inconsistent until the next checkpoint.
                 if len(self.manager.journals()) <= 1:
-                    found = (self._at(each) for each in self.names)
-                    return await self._make(target, {each.name: each for each in found if each})
+                    paths = (self._path(each) for each in self.names)
+                    return await self._create(target, {each.name: each for each in paths if each})
             await asyncio.sleep(_WAIT_SECONDS)
-        raise UnavailableError(f"the journals in {self.folder} do not come to rest; try again")
+        raise UnavailableError(
+            f"cannot copy the files in {self.folder}: there was an unfinished compaction in each of "
+            f"{_TRIES} attempts; try again"
+        )
 
     async def keep(self, data: Data) -> Path:
-        """Write this content to a new file or folder beside the data files, for `restore`."""
+        """Write this content to a new file or folder next to the data files, for `restore`."""
         target = dated(self.folder, "replaced", ".json" if self.manager.single else "")
-        await self._make(target, self.texts(data))
+        await self._create(target, self.encode(data))
         return target
 
-    async def _make(self, target: Path, contents: Mapping[str, Path | bytes]) -> list[Path]:
+    async def _create(self, target: Path, contents: Mapping[str, Path | bytes]) -> list[Path]:
         try:
             return await asyncio.to_thread(
-                _make_new, target, contents, self.manager.single, self._owned()
+                _create_new, target, contents, self.manager.single, self._ownership()
             )
         except OSError as exc:
             raise translate_os_error(exc, f"write {target}") from exc
 
-    def texts(self, data: Data) -> dict[str, bytes]:
-        """The data files, by name, as they would hold this content."""
+    def encode(self, data: Data) -> dict[str, bytes]:
+        """The contents of the data files with these entities, by file name."""
         return {
             name: _section(data[collection])
             if collection is not None
@@ -145,17 +151,17 @@ class JSONFiles:
         }
 
     @asynccontextmanager
-    async def no_folding(self) -> AsyncIterator[None]:
-        """Keep every process from folding the journal into the data files.
+    async def no_compaction(self) -> AsyncIterator[None]:
+        """Prevent all processes from compacting the journal into the data files.
 
         Raises:
-            LockTimeoutError: another fold did not end in time.
+            LockTimeoutError: a running compaction did not end within the lock timeout.
         """
-        turn = FileLock(self.manager.lock(".fold"), self.manager.ownership)
-        ends = monotonic() + self.options.lock_timeout
+        lock = FileLock(self.manager.lock(".fold"), self.manager.ownership)
+        deadline = monotonic() + self.options.lock_timeout
         try:
-            while not turn.try_lock(exclusive=True):
-                if monotonic() >= ends:
+            while not lock.try_lock(exclusive=True):
+                if monotonic() >= deadline:
                     raise LockTimeoutError(
                         f"another process has been writing the files of {self.folder} for "
                         f"{self.options.lock_timeout:g} s"
@@ -163,35 +169,36 @@ class JSONFiles:
                 await asyncio.sleep(_WAIT_SECONDS)
             yield
         finally:
-            turn.close()
+            lock.close()
 
-    async def set_aside(self, folder: Path) -> None:
-        """Copies of the data files and journals, as damaged as they are, in a new folder.
+    async def copy_damaged(self, folder: Path) -> None:
+        """Copy the data files and journals as they are to a new folder.
 
-        Copies and not links: a process that has a journal open knows by its links that it is gone.
+        They are not hard links: a process that has a journal open finds out from its link count
+        that it was deleted.
         """
         files = self.manager
-        found: list[Path] = [form for each in self.names for form in self._forms(each)]
-        found += [files.journal(each) for each in files.journals()]
-        there = [each for each in found if each.is_file()]
-        contents = {each.name: each for each in there}
+        candidates: list[Path] = [path for each in self.names for path in self._variants(each)]
+        candidates += [files.journal(each) for each in files.journals()]
+        existing = [each for each in candidates if each.is_file()]
+        contents = {each.name: each for each in existing}
         try:
-            await asyncio.to_thread(_fill_folder, folder, contents, self._owned())
+            await asyncio.to_thread(_create_folder, folder, contents, self._ownership())
         except OSError as exc:
-            raise translate_os_error(exc, f"set the damaged files aside in {folder}") from exc
+            raise translate_os_error(exc, f"copy the damaged files to {folder}") from exc
 
-    def _owned(self) -> Ownership | None:
-        """Whose the copies are to be: root makes them for those who may use the store. Anybody else
-        can only make files of their own, which nobody else can read."""
+    def _ownership(self) -> Ownership | None:
+        """The owner, group and mode of the copies. Root gives them those of the store; other users
+        create private files of their own."""
         return self.manager.ownership() if os.geteuid() == 0 else None
 
 
-async def _one(text: bytes) -> AsyncIterator[bytes]:
-    yield text
+async def _single_chunk(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 def dated(folder: Path, stem: str, suffix: str = "") -> Path:
-    """A name in the folder that nothing has: the stem and the time."""
+    """An unused path in the folder, named after the stem and the current time."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     names = (f"{stem}_{stamp}{f'_{n}' if n > 1 else ''}{suffix}" for n in count(1))
     return next(path for path in (folder / each for each in names) if not path.exists())
@@ -202,18 +209,18 @@ def _section(entities: Mapping[str, Entity]) -> bytes:
 
 
 def as_object(members: Mapping[str, bytes]) -> bytes:
-    """A JSON object with a line for each member, as the store lays out its files."""
-    lines = (msgspec.json.encode(name) + b":" + text for name, text in members.items())
+    """A JSON object with one line per member, in the format of the data files."""
+    lines = (msgspec.json.encode(name) + b":" + value for name, value in members.items())
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 
 # -- in a worker thread ---------------------------------------------------------------------
 
 
-def _replace(temporary: Path, target: Path, forms: Iterable[Path]) -> None:
+def _replace(temporary: Path, target: Path, variants: Iterable[Path]) -> None:
     try:
         temporary.replace(target)
-        for each in forms:
+        for each in variants:
             if each != target:
                 each.unlink(missing_ok=True)
         sync_folder(target.parent)
@@ -221,61 +228,61 @@ def _replace(temporary: Path, target: Path, forms: Iterable[Path]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _make_new(
-    target: Path, contents: Mapping[str, Path | bytes], single: bool, owned: Ownership | None
+def _create_new(
+    target: Path, contents: Mapping[str, Path | bytes], single: bool, ownership: Ownership | None
 ) -> list[Path]:
-    """Files at a path where nothing is: one, or a folder of them."""
+    """Create one file, or a folder of files, at a path that does not exist."""
     temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if single:
             (content,) = contents.values()
-            _fill(temporary, content, owned)
-            # Unlike a rename, a link does not take the place of what came there meanwhile.
+            _create_file(temporary, content, ownership)
+            # Unlike a rename, a hard link does not replace a file that was created meanwhile.
             target.hardlink_to(temporary)
-            made = [target]
+            created = [target]
         else:
-            _fill_folder(temporary, contents, owned)
+            _create_folder(temporary, contents, ownership)
             temporary.rename(target)
-            made = [target / each for each in contents]
+            created = [target / each for each in contents]
         sync_folder(target.parent)
-        return made
+        return created
     finally:
         remove(temporary)
 
 
-def _fill_folder(
-    folder: Path, contents: Mapping[str, Path | bytes], owned: Ownership | None
+def _create_folder(
+    folder: Path, contents: Mapping[str, Path | bytes], ownership: Ownership | None
 ) -> None:
     folder.mkdir(mode=0o700)
     for name, content in contents.items():
-        _fill(folder / name, content, owned)
-    if owned is not None:
+        _create_file(folder / name, content, ownership)
+    if ownership is not None:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            share(fd, owned.of_folder())
+            share(fd, ownership.of_folder())
         finally:
             os.close(fd)
     sync_folder(folder)
 
 
-def _fill(target: Path, content: Path | bytes, owned: Ownership | None) -> None:
-    """A new file with what a file or a text holds, on the disk."""
+def _create_file(target: Path, content: Path | bytes, ownership: Ownership | None) -> None:
+    """Create a file with the given bytes, or with those of another file, and sync it to disk."""
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as made:
-        if owned is not None:
-            share(fd, owned)
+    with os.fdopen(fd, "wb") as created:
+        if ownership is not None:
+            share(fd, ownership)
         if isinstance(content, bytes):
-            made.write(content)
+            created.write(content)
         else:
             with content.open("rb") as file:
-                shutil.copyfileobj(file, made, _CHUNK_SIZE)
-        made.flush()
-        sync_data(made.fileno())
+                shutil.copyfileobj(file, created, _CHUNK_SIZE)
+        created.flush()
+        sync_data(created.fileno())
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, as far as it can be done."""
+    """Delete a file or a folder, ignoring errors."""
     with suppress(OSError):
         if path.is_dir():
             shutil.rmtree(path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SENTENCES: Final = {
     None: "there is no live migration; {} is active",
-    "COPYING": "the target follows the source; {} is active",
+    "COPYING": "changes of the source are copied to the target; {} is active",
     "CUTTING_OVER": "switching to the target; {} is active",
     "SWITCHED": "{} is active; `rollback` switches back, `finalize` decommissions the source",
     "ROLLING_BACK": "switching back to the source; {} is active",
@@ -46,7 +46,7 @@ def live_migrate(arguments: Namespace) -> int:
     sentence = _SENTENCES[status.phase].format(status.authoritative)
     waiting = sum(status.waiting)
     if waiting:
-        sentence += f" ({waiting:,} changes are not copied yet)"
+        sentence += f" ({waiting:,} changes are still to be copied)"
     output.result(arguments, msgspec.to_builtins(status), sentence)
     return 0
 

@@ -1,4 +1,4 @@
-"""The commands that move stores: migrate, migrateRepository, verify."""
+"""The commands that migrate and compare stores: migrate, migrateRepository, verify."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SQL_TYPES: Final = ("sqlite", "postgresql")
 
 
 def migrate(arguments: Namespace) -> int:
-    """From one URL, or file of a configuration, to another."""
+    """Migrate from one store to another, each given as a URL or a configuration file."""
     source = load_config(arguments.source)
     target = load_config(arguments.target)
     config = load_config(Path(arguments.config)) if arguments.config else source
@@ -44,34 +44,34 @@ def migrate(arguments: Namespace) -> int:
 
 
 def migrate_repository(arguments: Namespace) -> int:
-    """The spec's own command: types, and configurations that have a block for each."""
-    given = arguments.config or os.environ.get(STORE_VARIABLE)
-    source = _of_type(arguments.source_type, arguments.source_config or given, "--source-config")
-    target = _of_type(arguments.target_type, arguments.target_config or given, "--target-config")
+    """Migrate between stores given by their types; configuration files have a block for each."""
+    common = arguments.config or os.environ.get(STORE_VARIABLE)
+    source = _of_type(arguments.source_type, arguments.source_config or common, "--source-config")
+    target = _of_type(arguments.target_type, arguments.target_config or common, "--target-config")
     return _run(arguments, source, target, source.migration)
 
 
-def _of_type(name: str, place: str | None, option: str) -> StorageConfig:
-    """The configuration of one type, out of a file that may have those of others, too."""
-    if place is None:
+def _of_type(name: str, location: str | None, option: str) -> StorageConfig:
+    """The configuration of one store type from a file that may hold those of other types, too."""
+    if location is None:
         raise ConfigurationError(
-            f"where is the {name} store? Give --config FILE with a block for each of the two types, "
-            f"or {option} FILE"
+            f"the {name} store is not configured: give --config FILE with a block for each of the "
+            f"two types, or {option} FILE"
         )
-    found = load_config(place)
-    options = found.block("sql" if name in _SQL_TYPES else name)
+    config = load_config(location)
+    options = config.block("sql" if name in _SQL_TYPES else name)
     if name in _SQL_TYPES and (not isinstance(options, SQLConfig) or options.type != name):
         raise ConfigurationError(
-            f"{redact_url(place)}: its sql_strategy is not of the type {name!r}; where source and "
+            f"{redact_url(location)}: its sql_strategy is not of the type {name!r}; if source and "
             "target are both SQL, give --source-config and --target-config"
         )
     strategy = "sql" if name in _SQL_TYPES else name
-    return StorageConfig(strategy=strategy, options=options, migration=found.migration)
+    return StorageConfig(strategy=strategy, options=options, migration=config.migration)
 
 
 def _configured(arguments: Namespace, config: MigrationConfig) -> MigrationConfig:
-    """The migration block, with what the command line says otherwise."""
-    said = {
+    """The migration block, overridden by the options of the command line."""
+    overrides = {
         "batch_size": arguments.batch_size,
         "parallel_workers": arguments.workers,
         "backup_location": arguments.backup_location,
@@ -80,7 +80,7 @@ def _configured(arguments: Namespace, config: MigrationConfig) -> MigrationConfi
         "cleanup_source": True if arguments.cleanup_source else None,
     }
     return msgspec.structs.replace(
-        config, **{name: value for name, value in said.items() if value is not None}
+        config, **{name: value for name, value in overrides.items() if value is not None}
     )
 
 
@@ -113,7 +113,7 @@ def _run(
 
 
 async def _sizes(store: StorageStrategy, schema: tuple[Collection, ...]) -> dict[str, int]:
-    """How much there is to do, where counting is cheaper than reading."""
+    """The number of entities of each collection, if counting is cheaper than reading."""
     if store.capabilities.query_isolation != "snapshot":
         return {}
     return {each.name: await store.count_entities(each.name) for each in schema}
@@ -135,19 +135,19 @@ def _show_report(arguments: Namespace, report: MigrationReport) -> None:
     for each in report.notices:
         output.log_line(f"note: {each}")
     for each in report.left_out:
-        output.log_line(f"note: left in the source, as requested: {each}")
+        output.log_line(f"note: not migrated, as requested: {each}")
     for each in report.problems:
         output.log_line(f"incompatible: {each}")
     if report.more_problems:
-        output.log_line("and more like these")
+        output.log_line("and more incompatibilities")
 
 
 def _sentence(report: MigrationReport) -> str:
     if report.dry_run:
         return (
-            "a dry run: nothing was written; everything is compatible"
+            "dry run: nothing was written; everything is compatible"
             if report.ok
-            else "a dry run: nothing was written; not everything is compatible"
+            else "dry run: nothing was written; not everything is compatible"
         )
     parts = [f"{report.source} to {report.target} in {report.seconds:,.1f} s"]
     parts.append("verified" if report.verified else "not verified")
@@ -164,7 +164,7 @@ def verify(arguments: Namespace) -> int:
     if arguments.backup is not None:
         return _verify_backup(arguments)
     if arguments.source is None or arguments.target is None:
-        raise ConfigurationError("give --from URL and --to URL, or the file of a backup")
+        raise ConfigurationError("give --from URL and --to URL, or a backup file")
     schema = tuple(collections_of(arguments.collections))
 
     async def work() -> Comparison:
@@ -173,8 +173,8 @@ def verify(arguments: Namespace) -> int:
                 await stack.enter_async_context(open_store(each, collections=schema))
                 for each in (arguments.source, arguments.target)
             ]
-            for store, what in ((source, "the source"), (target, "the target")):
-                await require_store(store, what)
+            for store, label in ((source, "the source"), (target, "the target")):
+                await require_store(store, label)
             sizes = await _sizes(source, schema)
             with Bars({"verify": 2 * sum(sizes.values())} if sizes else {}) as bars:
                 return await compare_stores(
@@ -193,7 +193,7 @@ def verify(arguments: Namespace) -> int:
         for each in exc.differences:
             output.log_line(each)
         if compared.more:
-            output.log_line("and more like these")
+            output.log_line("and more differences")
         return CONFLICT
     return 0
 
@@ -214,7 +214,7 @@ def _show_comparison(arguments: Namespace, compared: Comparison) -> None:
 def _verify_backup(arguments: Namespace) -> int:
     path = Path(arguments.backup)
     if not path.exists():
-        raise BackupNotFoundError(f"there is no backup {path}")
+        raise BackupNotFoundError(f"the backup {path} does not exist")
 
     async def work() -> dict[str, int]:
         async with operation_timeout(arguments.timeout):
@@ -225,6 +225,6 @@ def _verify_backup(arguments: Namespace) -> int:
     output.result(
         arguments,
         {"backup": str(path), "entities": counts, "ok": True},
-        f"{path} is whole and as it was written: {shown}",
+        f"{path} is complete and was not altered: {shown}",
     )
     return 0

@@ -1,7 +1,7 @@
-"""What is written where: results to stdout, everything about them to stderr.
+"""Output of the commands: results on stdout, messages on stderr.
 
-On a terminal a person reads: tables, indented JSON, sentences. Anywhere else a program does, and
-gets one JSON value a line; `--json` says so on a terminal, too.
+On a terminal, results are tables, indented JSON or sentences. Otherwise, or with `--json`, they are
+one JSON value per line.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ PROGRAM: Final = "hf-async-store"
 
 
 class OutputError(StorageError):
-    """What was to be shown could not be written; the store has done what it was asked."""
+    """The output could not be written; the operation on the store is complete."""
 
 
 def for_people(arguments: Namespace) -> bool:
-    """Whether a person reads stdout."""
+    """Whether the output is meant for a person: stdout is a terminal, and --json is not given."""
     return not arguments.json and is_terminal(sys.stdout)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person is at the other end."""
+    """Whether the stream is open and a terminal."""
     return stream is not None and stream.isatty()
 
 
@@ -40,22 +40,22 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def json_line(value: object) -> None:
-    """A value as one line. UTF-8 whatever the locale, because that is what JSON is."""
+    """Write a value as one line of JSON, in UTF-8 regardless of the locale, as JSON requires."""
     _write(msgspec.json.encode(value) + b"\n")
 
 
 def indented(value: object) -> None:
-    """A value as indented JSON."""
+    """Write a value as indented JSON."""
     _write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def line(text: str) -> None:
-    """A sentence for a person."""
+    """Write one line of text."""
     _write(f"{printable(text)}\n".encode(errors="backslashreplace"))
 
 
 def result(arguments: Namespace, values: Mapping[str, Any], sentence: str) -> None:
-    """What a command did: a sentence for a person, a JSON line for a program."""
+    """Write the result of a command: the sentence for a person, the values as JSON for a program."""
     if for_people(arguments):
         line(sentence)
     else:
@@ -63,7 +63,7 @@ def result(arguments: Namespace, values: Mapping[str, Any], sentence: str) -> No
 
 
 def _write(data: bytes) -> None:
-    if sys.stdout is None:  # closed by the caller, who wants none
+    if sys.stdout is None:  # the program was started with stdout closed
         return
     try:
         sys.stdout.buffer.write(data)
@@ -74,7 +74,7 @@ def _write(data: bytes) -> None:
 
 
 def flush() -> int:
-    """Everything out. Not left to the interpreter's end, where an error would pass unseen."""
+    """Flush stdout; returns 0. At the exit of the interpreter, an error would not be reported."""
     if sys.stdout is not None:
         try:
             sys.stdout.flush()
@@ -91,7 +91,7 @@ def _not_written(exc: OSError) -> OutputError:
 
 
 def close_broken_pipe() -> None:
-    """Nobody can be written to any more: the interpreter's own last flush goes nowhere."""
+    """Redirect stdout to the null device, so that the interpreter's flush at exit does not fail."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -102,14 +102,14 @@ def close_broken_pipe() -> None:
 
 
 def log_line(text: str) -> None:
-    """One line about what happens."""
+    """Write one line to stderr."""
     write_error(f"{PROGRAM}: {printable(text)}\n")
 
 
 def write_error(text: str) -> None:
     if sys.stderr is None:
         return
-    with suppress(OSError):  # nobody listens
+    with suppress(OSError):  # stderr is closed, so the error cannot be reported anywhere
         sys.stderr.write(text)
         sys.stderr.flush()
 
@@ -118,11 +118,12 @@ def write_error(text: str) -> None:
 def progress(
     what: str, total: int | None = None, *, is_long: bool
 ) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where a person watches; what is given advances it.
+    """Show a progress bar on stderr, if it is a terminal; the function that is returned advances it.
 
     Args:
-        total: how many steps there are; None if nobody knows.
-        is_long: the work takes longer than the start of the bar.
+        what: the description of the work.
+        total: the number of steps; None if it is unknown.
+        is_long: whether the work takes long enough for a progress bar.
     """
     if not is_long or not is_terminal(sys.stderr):
         yield lambda steps: None
@@ -140,7 +141,7 @@ def progress(
 
 
 def printable(text: str) -> str:
-    """The text on one line, without anything that a terminal would obey."""
+    """Escape everything in a text that is not printable, such as newlines and control sequences."""
     if text.isprintable():
         return text
     return "".join(

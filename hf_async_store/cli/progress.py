@@ -1,4 +1,4 @@
-"""How long work goes on: bars with rate and remaining time on a terminal, plain lines elsewhere."""
+"""Progress of long work: bars with rate and remaining time on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from hf_async_store.cli import output
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_EVERY_SECONDS: Final = 5.0
-_LONG: Final = 20_000
-"""From so many entities on a person begins to wonder."""
+_LINE_SECONDS: Final = 5.0
+_MIN_ENTITIES_FOR_BARS: Final = 20_000
+"""Progress bars are shown from this number of entities on, or if the number is unknown."""
 
 
 class Bars:
-    """The progress of several kinds of work, by name.
+    """Shows the progress of several kinds of work.
 
     Args:
-        totals: how much there is of each, where that is known.
+        totals: the number of entities of each kind of work, if known.
     """
 
     def __init__(self, totals: Mapping[str, int]) -> None:
         self._totals = totals
         self._done: dict[str, int] = {}
         self._began: dict[str, float] = {}
-        self._told = time.monotonic()
+        self._last_line = time.monotonic()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        is_long = sum(self._totals.values()) > _LONG or not self._totals
+        is_long = sum(self._totals.values()) > _MIN_ENTITIES_FOR_BARS or not self._totals
         if is_long and output.is_terminal(sys.stderr):
             self._bars = _bars()
             self._bars.start()
@@ -50,7 +50,7 @@ class Bars:
             self._bars.stop()
 
     def advance(self, what: str, count: int) -> None:
-        """So many more of `what` are done."""
+        """Report that `count` more entities of the work `what` are done."""
         now = time.monotonic()
         self._began.setdefault(what, now)
         self._done[what] = self._done.get(what, 0) + count
@@ -58,16 +58,18 @@ class Bars:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=self._totals.get(what))
             self._bars.advance(self._tasks[what], count)
-        elif now - self._told >= _EVERY_SECONDS:
-            self._told = now
+        elif now - self._last_line >= _LINE_SECONDS:
+            self._last_line = now
             output.log_line(self._line(what, now))
 
     def _line(self, what: str, now: float) -> str:
         done, total = self._done[what], self._totals.get(what)
         rate = done / max(now - self._began[what], 1e-9)
         of = "" if total is None else f" of {total:,}"
-        left = "" if total is None or not rate else f", {max(total - done, 0) / rate:,.0f} s left"
-        return f"{what}: {done:,}{of} ({rate:,.0f}/s{left})"
+        remaining = (
+            "" if total is None or not rate else f", {max(total - done, 0) / rate:,.0f} s remaining"
+        )
+        return f"{what}: {done:,}{of} ({rate:,.0f}/s{remaining})"
 
 
 def _bars() -> Progress:

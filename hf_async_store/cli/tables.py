@@ -1,4 +1,4 @@
-"""Tables for a person at a terminal."""
+"""Tables on a terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hf_async_store.schema import Collection
     from hf_async_store.values import Entity
 
-_WIDEST: Final = 48
-"""A text that is wider is cut."""
+_MAX_WIDTH: Final = 48
+"""Wider texts are truncated."""
 
 _NUMBERS: Final = (VERSION, "bytes")
 
@@ -27,7 +27,7 @@ _PADDING: Final = 2
 
 
 def show_entities(collection: Collection, rows: Sequence[Entity], fields: list[str] | None) -> None:
-    """The rows, with as many columns as the terminal holds, the key first and the version last."""
+    """Print entities, with as many columns as fit, the key first and the version last."""
     names = _columns(collection, rows) if fields is None else list(dict.fromkeys(fields))
     names = [collection.key, *(each for each in names if each not in (collection.key, VERSION))]
     cells = {name: [_cell(row, name) for row in rows] for name in (*names, VERSION)}
@@ -38,7 +38,7 @@ def show_entities(collection: Collection, rows: Sequence[Entity], fields: list[s
 
 
 def show_plain(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows of text."""
+    """Print a table of texts."""
     columns = zip(*rows, strict=True)
     cells = dict(
         zip(headings, ([printable(each) for each in column] for column in columns), strict=True)
@@ -47,34 +47,35 @@ def show_plain(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _columns(collection: Collection, rows: Sequence[Entity]) -> list[str]:
-    """Every field that some row has: the declared ones in their order, then the others."""
-    found: dict[str, None] = {}
+    """The fields that are not null in at least one row: declared ones in their order, then others."""
+    used: dict[str, None] = {}
     for row in rows:
-        found.update(dict.fromkeys(name for name, value in row.items() if value is not None))
-    declared = [name for name in collection.fields if name in found]
-    return declared + [name for name in found if name not in collection.fields]
+        used.update(dict.fromkeys(name for name, value in row.items() if value is not None))
+    declared = [name for name in collection.fields if name in used]
+    return declared + [name for name in used if name not in collection.fields]
 
 
 def _fitting(
     names: Sequence[str], cells: dict[str, list[str]], width: int
 ) -> tuple[list[str], list[str]]:
-    """The columns that there is room for, and the others: squeezed, none could be read."""
+    """The columns that fit, and the others, which are hidden rather than making all columns
+    unreadably narrow."""
     shown: list[str] = []
     hidden: list[str] = []
-    left = width - _width(VERSION, cells)
+    remaining = width - _width(VERSION, cells)
     for name in names:
-        left -= _width(name, cells)
-        if left >= 0 or not shown:
+        remaining -= _width(name, cells)
+        if remaining >= 0 or not shown:
             shown.append(name)
         else:
             hidden.append(name)
-            left += _width(name, cells)
+            remaining += _width(name, cells)
     return shown, hidden
 
 
 def _width(name: str, cells: dict[str, list[str]]) -> int:
     longest = max(cell_len(each) for each in (printable(name), *cells[name]))
-    return min(longest, _WIDEST) + _PADDING
+    return min(longest, _MAX_WIDTH) + _PADDING
 
 
 def _cell(row: Entity, name: str) -> str:
@@ -87,7 +88,7 @@ def _cell(row: Entity, name: str) -> str:
 
 
 def _print(console: Console, names: Iterable[str], cells: dict[str, list[str]]) -> None:
-    """One line a row. Not by rich's own table, which takes seconds for 10,000 of them."""
+    """Print one line per row. The table of rich is not used: it takes seconds for 10,000 rows."""
     columns = [_column(printable(name), cells[name]) for name in names]
     heading, *rows = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     console.print(Text(heading, style="bold"), soft_wrap=True)
@@ -96,15 +97,16 @@ def _print(console: Console, names: Iterable[str], cells: dict[str, list[str]]) 
 
 
 def _column(name: str, texts: Sequence[str]) -> list[str]:
-    """The name and the texts of a column, all of one width: numbers to the right, long ones cut."""
-    given = [name, *texts]
-    width = min(max(map(cell_len, given)), _WIDEST)
+    """The heading and the texts of a column, padded or truncated to one width; numbers are
+    right-aligned."""
+    column = [name, *texts]
+    width = min(max(map(cell_len, column)), _MAX_WIDTH)
     if name in _NUMBERS:
-        return [each.rjust(width) for each in given]
-    return [_cut(each, width) for each in given]
+        return [each.rjust(width) for each in column]
+    return [_fit(each, width) for each in column]
 
 
-def _cut(text: str, width: int) -> str:
+def _fit(text: str, width: int) -> str:
     if cell_len(text) <= width:
         return set_cell_size(text, width)
     return f"{set_cell_size(text, width - 1)}…"
@@ -115,4 +117,4 @@ def _summary(count: int, hidden: Sequence[str]) -> str:
     if not hidden:
         return rows
     names = ", ".join(map(printable, hidden))
-    return f"{rows}; no room for {names} (--fields chooses, --json shows all)"
+    return f"{rows}; not shown for lack of space: {names} (--fields selects, --json shows all)"

@@ -1,4 +1,4 @@
-"""MigrationRouter between engines, backup and restore: everything over the verbs of the stores."""
+"""Migration between engines, backup and restore, built on the public methods of the stores."""
 
 from __future__ import annotations
 

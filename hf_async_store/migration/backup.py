@@ -1,4 +1,4 @@
-"""Backups of any store in the portable form: making them, and keeping the last few."""
+"""Making portable backups of any store, and deleting all but the newest few."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ _DATED: Final = re.compile(r"(?P<stem>.+)_(?P<time>\d{8}T\d{6}Z)(?:-\d+)?" + re.
 
 
 class BackupResult(msgspec.Struct, frozen=True):
-    """A backup that was made.
+    """The result of `backup_store`.
 
     Attributes:
-        path: where it is.
-        counts, digests: by collection.
-        removed: older backups that went, because only so many are kept.
-        spared: older backups that should have gone, and stay because this one holds far less than
-            they do: see `allow_smaller` of `backup_store`.
-        left_out: what the store holds and is not in it, as requested.
+        path: the path of the backup file.
+        counts, digests: the number of entities and the digest of each collection.
+        removed: older backups that were deleted because of `keep`.
+        spared: older backups that `keep` would have deleted, but that were kept because this
+            backup, or each remaining one, holds far less than an older one; see `allow_smaller` of
+            `backup_store`.
+        left_out: collections and fields of the store that are not in the backup, as requested.
     """
 
     path: str
@@ -57,26 +58,31 @@ async def backup_store(
     stem: str = "backup",
     leave_out: Collection[str] = (),
 ) -> BackupResult:
-    """Write everything that a store holds to a portable file: one moment of it, if the engine can.
+    """Write the whole content of a store to a portable backup file.
+
+    The backup is a snapshot of the store, if the engine supports snapshots.
 
     Args:
-        location: a new file; or a folder, by a `/` at its end or because it is one, for a file with
-            a dated name.
-        keep: afterwards only so many dated files of this `stem` stay in the folder, the newest.
-        allow_smaller: remove the others also where this backup is empty, or holds less than half
-            of what the one before did, or those that stay less than half of one that goes.
-        leave_out: what is stored, not declared and not to be in the backup: collections (`jobs`)
-            and fields (`machines.owner`). Whatever else is not declared is refused.
+        location: the path of a new file, or a folder in which a file with a dated name is created.
+            It is a folder if it ends in `/` or if such a folder exists.
+        keep: keep only this number of dated backups of this `stem` in the folder, the newest ones.
+        allow_smaller: with `keep`, delete older backups even if this backup is empty, holds less
+            than half of what the previous one holds, or if each remaining backup holds less than
+            half of what a deleted one holds.
+        leave_out: collections (`jobs`) and fields (`machines.owner`) that are stored, are not
+            declared, and are not included in the backup. All other undeclared ones are refused.
 
     Raises:
-        InvalidInputError: there is such a file; or `keep` without a folder.
-        StoreNotFoundError: there is no store; no file was made.
-        ConfigurationError: the store holds what is not declared.
-        StorageError: of the store, or of the disk.
+        InvalidInputError: the file exists already, or `keep` was given without a folder.
+        StoreNotFoundError: the store does not exist; no file was created.
+        ConfigurationError: the store holds undeclared collections or fields.
+        StorageError: the store could not be read, or the file could not be written.
     """
     path, is_dated = await asyncio.to_thread(_destination, str(location), stem)
     if keep is not None and (keep < 1 or not is_dated):
-        raise InvalidInputError("keep is a number >= 1, and needs a folder of dated backups")
+        raise InvalidInputError(
+            "keep must be >= 1, and the destination must be a folder of dated backups"
+        )
     check_leave_out(leave_out, store.collections)
     await require_store(store)
     left_out = await refuse_undeclared(store, "the store", leave_out)
@@ -87,10 +93,10 @@ async def backup_store(
     removed: list[Path] = []
     spared: list[Path] = []
     if keep is not None:
-        others = await asyncio.to_thread(_others, path, stem)
-        surplus = others[keep - 1 :]
+        older = await asyncio.to_thread(_older_backups, path, stem)
+        surplus = older[keep - 1 :]
         if surplus and not allow_smaller:
-            spared = await _worth_more(sum(counts.values()), others, keep)
+            spared = await _far_larger(sum(counts.values()), older, keep)
         removed = [each for each in surplus if each not in spared]
         await asyncio.to_thread(_remove, removed)
     return BackupResult(
@@ -107,39 +113,40 @@ def _destination(location: str, stem: str) -> tuple[Path, bool]:
     path = Path(location)
     if not (location.endswith("/") or path.is_dir()):
         if path.exists():
-            raise InvalidInputError(f"{path} is there already; a backup needs a new name")
+            raise InvalidInputError(f"{path} exists already; a backup needs a new name")
         return path, False
-    moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    dated = path / f"{stem}_{moment}{SUFFIX}"
+    timestamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    dated = path / f"{stem}_{timestamp}{SUFFIX}"
     number = 1
     while dated.exists():
         number += 1
-        dated = path / f"{stem}_{moment}-{number}{SUFFIX}"
+        dated = path / f"{stem}_{timestamp}-{number}{SUFFIX}"
     return dated, True
 
 
-# -- which stay -----------------------------------------------------------------------------
+# -- deleting older backups -----------------------------------------------------------------
 
 
-def _others(newest: Path, stem: str) -> list[Path]:
-    """The other dated backups of this name, newest first; what is named otherwise is not looked at."""
-    found = []
+def _older_backups(newest: Path, stem: str) -> list[Path]:
+    """The other dated backups with this stem, newest first; other files are ignored."""
+    dated = []
     for each in newest.parent.iterdir():
         match = _DATED.fullmatch(each.name)
         if match is not None and match["stem"] == stem and each != newest:
-            found.append((match["time"], each.stat().st_mtime_ns, each))
-    return [each for _, _, each in sorted(found, reverse=True)]
+            dated.append((match["time"], each.stat().st_mtime_ns, each))
+    return [each for _, _, each in sorted(dated, reverse=True)]
 
 
-async def _worth_more(count: int, others: Sequence[Path], keep: int) -> list[Path]:
-    """Of those that would go, the ones that hold far more than what stays.
+async def _far_larger(count: int, older: Sequence[Path], keep: int) -> list[Path]:
+    """Of the backups that would be deleted, those that hold far more than the remaining ones.
 
-    A store that was mistyped or emptied must not take the good backups with it, one a night.
+    If the name of the store is mistyped, or the store was emptied, nightly backups must not delete
+    the good ones, one each night.
     """
-    counts = [await _count_in(each) for each in others]
-    before = next((each for each in counts if each is not None), 0)
-    surplus = list(zip(others, counts, strict=True))[keep - 1 :]
-    if _is_far_less(count, before) or count == 0:
+    counts = [await _count_in(each) for each in older]
+    previous = next((each for each in counts if each is not None), 0)
+    surplus = list(zip(older, counts, strict=True))[keep - 1 :]
+    if _is_far_less(count, previous) or count == 0:
         return [each for each, held in surplus if held]
     most = max([count, *(each or 0 for each in counts[: keep - 1])])
     return [each for each, held in surplus if _is_far_less(most, held or 0)]
@@ -150,7 +157,7 @@ def _is_far_less(count: int, other: int) -> bool:
 
 
 async def _count_in(path: Path) -> int | None:
-    """How many entities a backup holds, by its header; None if that cannot be read."""
+    """The number of entities in a backup according to its header; None if it cannot be read."""
     try:
         return sum(each.count for each in (await read_header(path)).collections)
     except StorageError:
@@ -159,5 +166,5 @@ async def _count_in(path: Path) -> int | None:
 
 def _remove(backups: Sequence[Path]) -> None:
     for each in backups:
-        with suppress(FileNotFoundError):  # another backup was faster
+        with suppress(FileNotFoundError):  # a concurrent backup has deleted it
             each.unlink()

@@ -1,14 +1,14 @@
-"""The portable backup file: the same bytes for the same entities, whatever engine holds them.
+"""The portable backup file: the same entities give the same bytes, whichever engine stores them.
 
-A gzip file of JSON lines, so that `zcat` shows it. By line:
+The file is gzip-compressed JSON lines, so `zcat` shows its content. The lines are:
 
-    {"format": "hf_async_store backup", "format_version": 1, "collections": [...]}   the schema, counts
-    "templates"                    a text begins a collection, parents before children
-    {"template_id": "t-1", ...}    an entity: by id, the keys of every map sorted
-    ["end", {...}]                 the digest of each collection, and of these and the header
+    {"format": "hf_async_store backup", "format_version": 1, "collections": [...]}   schema, counts
+    "templates"                    a string begins a collection; parents come before children
+    {"template_id": "t-1", ...}    an entity; sorted by id, with the keys of every object sorted
+    ["end", {...}]                 the digest of each collection, and one of these and the header
 
-There is no time and no engine in it. The header is a gzip member of its own, uncompressed and of a
-length that is known before the counts are: it is written last, in its place.
+The file names neither a time nor an engine. The header is a separate gzip member, uncompressed and
+of a length that is known before the counts are known. It is overwritten with the counts at the end.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _GZIP: Final = 31
 _MAGIC: Final = b"\x1f\x8b"
 _LEVEL: Final = 6
 _CHUNK_SIZE: Final = 1 << 19
-"""How much text is compressed, or unpacked, in one go."""
+"""Maximum number of uncompressed bytes that are compressed or decompressed at once."""
 
-_READ: Final = 1 << 18
+_READ_BYTES: Final = 1 << 18
 
-_LONGEST_LINE: Final = 8 << 20
-"""More than any header: a line of more is none of ours."""
+_MAX_LINE_BYTES: Final = 8 << 20
+"""Longer than any header. A file with a longer line is not a portable backup."""
 
-_LONGEST_ENTITY: Final = 8 * MAX_ENTITY_BYTES
-"""In JSON: a byte of a text may take six there."""
+_MAX_ENTITY_JSON_BYTES: Final = 8 * MAX_ENTITY_BYTES
+"""One byte of a string may take six bytes in JSON."""
 
-_WAY_BACK: Final = "Take another backup"
+_HINT: Final = "Use another backup"
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -75,7 +75,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class End(msgspec.Struct, frozen=True):
-    """What the last line holds: digests by collection, and one of these and the header."""
+    """The content of the last line: a digest of each collection, and one of these and the header."""
 
     collections: dict[str, str]
     file: str
@@ -87,38 +87,39 @@ class End(msgspec.Struct, frozen=True):
 async def write_portable(
     path: Path, reader: Reader, schema: Mapping[str, Collection], *, sort: bool
 ) -> dict[str, Digest]:
-    """Write what `reader` shows to a new file, whole or not at all; the digests by collection.
+    """Write the content of `reader` to a new file atomically; returns the digest of each collection.
 
     Args:
-        sort: the reader does not give entities by id of itself.
+        sort: request the order by id, because it is not the reader's default order.
 
     Raises:
-        InvalidInputError: there is such a file.
+        InvalidInputError: the file exists already.
         DiskFullError, PermissionDeniedError, ReadOnlyStoreError, UnavailableError.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
         try:
-            digests = await _Writing(temporary, schema).write(reader, sort=sort)
-            await asyncio.to_thread(_put_in_place, temporary, path)
+            digests = await _PortableWriter(temporary, schema).write(reader, sort=sort)
+            await asyncio.to_thread(_publish, temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink()
     except FileExistsError as exc:
-        raise InvalidInputError(f"{path} is there already; a backup needs a new name") from exc
+        raise InvalidInputError(f"{path} exists already; a backup needs a new name") from exc
     except OSError as exc:
         raise translate_os_error(exc, f"write the backup {path}") from exc
     return digests
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def _publish(temporary: Path, path: Path) -> None:
+    """Give the complete file its final name, without replacing an existing file."""
     try:
         path.hardlink_to(temporary)
     except OSError as exc:
         if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
-        # A file system without links: nothing better than to look first.
+        # The file system has no hard links: all that can be done is to check before the rename.
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from exc
         temporary.rename(path)
@@ -129,8 +130,8 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-class _Writing:
-    """One file being written. Text is compressed in a thread while the next piece is made."""
+class _PortableWriter:
+    """Writes one backup file. A chunk is compressed in a thread while the next one is collected."""
 
     def __init__(self, path: Path, schema: Mapping[str, Collection]) -> None:
         self._path = path
@@ -144,19 +145,19 @@ class _Writing:
         import aiofiles
 
         digests = {name: Digest() for name in self._schema}
-        room = self._header(dict.fromkeys(self._schema, INT_MAX))
+        placeholder = self._header(dict.fromkeys(self._schema, INT_MAX))
         async with aiofiles.open(
             self._path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)
         ) as self._file:
             try:
-                await self._file.write(_stored(room))
+                await self._file.write(_stored_member(placeholder))
                 for name in self._schema:
-                    await self._section(name, reader, digests[name], sort=sort)
+                    await self._write_section(name, reader, digests[name], sort=sort)
                 header = self._header({name: each.count for name, each in digests.items()})
-                header = header[:-1].ljust(len(room) - 1) + b"\n"
-                await self._end(digests, header)
+                header = header[:-1].ljust(len(placeholder) - 1) + b"\n"
+                await self._write_end(digests, header)
                 await self._file.seek(0)
-                await self._file.write(_stored(header))
+                await self._file.write(_stored_member(header))
                 await self._file.flush()
                 await asyncio.to_thread(os.fsync, self._file.fileno())
             finally:
@@ -169,56 +170,60 @@ class _Writing:
         sections = [_section_of(each, counts[name]) for name, each in self._schema.items()]
         return msgspec.json.encode(Header(FORMAT, FORMAT_VERSION, sections)) + b"\n"
 
-    async def _section(self, name: str, reader: Reader, digest: Digest, *, sort: bool) -> None:
+    async def _write_section(
+        self, name: str, reader: Reader, digest: Digest, *, sort: bool
+    ) -> None:
         declared = self._schema[name]
         query = build_query(declared, order_by=declared.key if sort else None)
         self._lines.append(msgspec.json.encode(name))
-        async with aclosing(iter_json(reader, query)) as pieces:
-            async for texts in pieces:
-                digest.add_all(texts)
-                self._lines += texts
-                self._size += sum(map(len, texts))
+        async with aclosing(iter_json(reader, query)) as chunks:
+            async for encoded in chunks:
+                digest.add_all(encoded)
+                self._lines += encoded
+                self._size += sum(map(len, encoded))
                 if self._size >= _CHUNK_SIZE:
                     await self._flush()
 
-    async def _end(self, digests: Mapping[str, Digest], header: bytes) -> None:
+    async def _write_end(self, digests: Mapping[str, Digest], header: bytes) -> None:
         await self._flush()
-        await self._settle()
-        end = End({name: str(each) for name, each in digests.items()}, _sealed(header, digests))
+        await self._wait_pending()
+        end = End(
+            {name: str(each) for name, each in digests.items()}, _file_digest(header, digests)
+        )
         last = self._compressor.compress(msgspec.json.encode(["end", end]) + b"\n")
         await self._file.write(last + self._compressor.flush())
 
     async def _flush(self) -> None:
-        """Hand what was gathered to the compressor, once it is done with the piece before."""
+        """Start the compression of the collected lines, when that of the previous chunk is done."""
         self._lines.append(b"")
-        text = b"\n".join(self._lines)
+        chunk = b"\n".join(self._lines)
         self._lines.clear()
         self._size = 0
-        await self._settle()
-        begun = asyncio.Event()
-        self._pending = asyncio.create_task(self._put(text, begun))
-        # A thread that wants to begin may wait for its turn for as long as this one is busy. So
-        # it is let begin; the compressor then needs no turn.
-        await begun.wait()
+        await self._wait_pending()
+        started = asyncio.Event()
+        self._pending = asyncio.create_task(self._compress_and_write(chunk, started))
+        # The worker thread may have to wait for the GIL as long as this thread is busy. So wait
+        # here until it has started; the compressor itself then runs without the GIL.
+        await started.wait()
 
-    async def _settle(self) -> None:
+    async def _wait_pending(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             await pending
 
-    async def _put(self, text: bytes, begun: asyncio.Event) -> None:
+    async def _compress_and_write(self, chunk: bytes, started: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         try:
-            packed = await asyncio.to_thread(
-                self._compressed, text, lambda: loop.call_soon_threadsafe(begun.set)
+            compressed = await asyncio.to_thread(
+                self._compress, chunk, lambda: loop.call_soon_threadsafe(started.set)
             )
         finally:
-            begun.set()
-        await self._file.write(packed)
+            started.set()
+        await self._file.write(compressed)
 
-    def _compressed(self, text: bytes, begin: Callable[[], object]) -> bytes:
-        begin()
-        return self._compressor.compress(text)
+    def _compress(self, chunk: bytes, notify_started: Callable[[], object]) -> bytes:
+        notify_started()
+        return self._compressor.compress(chunk)
 
 
 def _section_of(collection: Collection, count: int) -> Section:
@@ -231,65 +236,66 @@ def _section_of(collection: Collection, count: int) -> Section:
     )
 
 
-def _stored(line: bytes) -> bytes:
-    """A gzip member whose length depends on that of the line alone."""
+def _stored_member(line: bytes) -> bytes:
+    """An uncompressed gzip member, whose length depends only on the length of the line."""
     compressor = zlib.compressobj(0, zlib.DEFLATED, _GZIP)
     return compressor.compress(line) + compressor.flush()
 
 
-def _sealed(header: bytes, digests: Mapping[str, Digest]) -> str:
-    texts = "".join(f"{name} {each.count} {each}\n" for name, each in digests.items())
-    return "blake2b:" + blake2b(header + texts.encode(), digest_size=32).hexdigest()
+def _file_digest(header: bytes, digests: Mapping[str, Digest]) -> str:
+    """The digest of the header and of the digests of all collections."""
+    lines = "".join(f"{name} {each.count} {each}\n" for name, each in digests.items())
+    return "blake2b:" + blake2b(header + lines.encode(), digest_size=32).hexdigest()
 
 
 # -- reading --------------------------------------------------------------------------------
 
 
 def is_portable(path: Path) -> bool:
-    """Whether a file begins as a portable backup does."""
+    """Whether a file begins like a portable backup."""
     try:
         if not path.is_file():
-            return False  # a pipe would be waited for
+            return False  # reading from a pipe would block
         with path.open("rb") as file:
-            begin = file.read(512)
-        if not begin.startswith(_MAGIC):
+            start = file.read(512)
+        if not start.startswith(_MAGIC):
             return False
-        text = zlib.decompressobj(_GZIP).decompress(begin)
+        data = zlib.decompressobj(_GZIP).decompress(start)
     except (OSError, zlib.error):
         return False
-    return text.startswith(b'{"format":"' + FORMAT.encode() + b'"')
+    return data.startswith(b'{"format":"' + FORMAT.encode() + b'"')
 
 
 async def read_header(path: Path) -> Header:
-    """The header of a backup, which says what is in it; the rest is not looked at.
+    """The header of a backup, which lists its collections; the rest of the file is not read.
 
     Raises:
-        InvalidInputError: it is no portable backup.
-        CorruptionError: it is damaged.
+        InvalidInputError: the file is not a portable backup.
+        CorruptionError: the file is damaged.
     """
-    async with aclosing(_pieces(path)) as pieces:
-        async for lines in pieces:
+    async with aclosing(_line_chunks(path)) as chunks:
+        async for lines in chunks:
             return _header_in(lines[0], path)
     raise damaged(path, "it is empty")
 
 
 async def read_portable(path: Path) -> AsyncGenerator[tuple[str, list[Entity]], None]:
-    """The entities of a backup in pieces of one collection, as they are there.
+    """The entities of a backup, in chunks of one collection each.
 
-    `check_portable` is what proves them; here only what cannot be read is refused.
+    Only unreadable files are refused here; `check_portable` verifies digests and entities.
     """
-    reading = Reading(path)
-    async with aclosing(reading.sections()) as sections:
-        async for name, texts in sections:
-            yield name, reading.entities(name, texts)
+    reader = PortableReader(path)
+    async with aclosing(reader.sections()) as sections:
+        async for name, encoded in sections:
+            yield name, reader.entities(name, encoded)
 
 
-class Reading:
-    """One pass over a backup.
+class PortableReader:
+    """Reads a portable backup once, from its beginning to its end.
 
     Attributes:
-        digests: by collection, of what `add` was told of.
-        header: None before the first line was read.
+        digests: the digest of each collection. The caller adds the entities to it.
+        header: None until the first line was read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -302,63 +308,66 @@ class Reading:
         self.header: Header | None = None
 
     async def sections(self) -> AsyncGenerator[tuple[str, list[bytes]], None]:
-        """The lines of entities, in pieces of one collection."""
+        """The lines that hold entities, in chunks of one collection each."""
         name: str | None = None
-        async with aclosing(_pieces(self._path)) as pieces:
-            async for lines in pieces:
-                begin = 0
+        async with aclosing(_line_chunks(self._path)) as chunks:
+            async for lines in chunks:
+                start = 0
                 if not self._header:
-                    self._take_header(lines[0])
-                    begin = 1
-                for number in range(begin, len(lines)):
+                    self._read_header_line(lines[0])
+                    start = 1
+                for number in range(start, len(lines)):
                     line = lines[number]
                     if line.startswith(b"{"):
                         continue
-                    if number > begin:
-                        yield self._named(name), lines[begin:number]
-                    begin = number + 1
+                    if number > start:
+                        yield self._require_section(name), lines[start:number]
+                    start = number + 1
                     self._refuse_after_end()
                     if line.startswith(b"["):
                         self._end = self._end_in(line)
                     else:
                         name = self._section_in(line)
-                if begin < len(lines):
-                    yield self._named(name), lines[begin:]
+                if start < len(lines):
+                    yield self._require_section(name), lines[start:]
 
-    def entities(self, name: str, texts: Sequence[bytes]) -> list[Entity]:
-        """What these lines hold, which are the next of their collection.
+    def entities(self, name: str, encoded: Sequence[bytes]) -> list[Entity]:
+        """Decode the next lines of a collection.
 
         Raises:
-            CorruptionError: naming the first that cannot be read.
+            CorruptionError: a line cannot be decoded; the error names the first one.
         """
         before = self._read.get(name, 0)
-        self._read[name] = before + len(texts)
-        return [self._entity(name, number, text) for number, text in enumerate(texts, before + 1)]
+        self._read[name] = before + len(encoded)
+        return [self._entity(name, number, line) for number, line in enumerate(encoded, before + 1)]
 
-    def _entity(self, name: str, number: int, text: bytes) -> Entity:
-        if len(text) > _LONGEST_ENTITY:
-            raise damaged(self._path, f"entity {number:,} of {name} is longer than any can be")
+    def _entity(self, name: str, number: int, line: bytes) -> Entity:
+        if len(line) > _MAX_ENTITY_JSON_BYTES:
+            raise damaged(self._path, f"entity {number:,} of {name} exceeds the maximum size")
         try:
-            return cast("Entity", _decode(text))
+            return cast("Entity", _decode(line))
         except RecursionError as exc:
-            raise damaged(self._path, f"entity {number:,} of {name} is nested too deep") from exc
-        except ValueError as exc:  # as what msgspec raises is
-            raise damaged(self._path, f"entity {number:,} of {name} is no JSON: {exc}") from exc
+            raise damaged(self._path, f"entity {number:,} of {name} is nested too deeply") from exc
+        except ValueError as exc:  # the base class of the errors of msgspec
+            raise damaged(
+                self._path, f"entity {number:,} of {name} is not valid JSON: {exc}"
+            ) from exc
 
-    def prove(self) -> None:
-        """Refuse a file that is not as it was written; once all was read, and counted."""
+    def verify_digests(self) -> None:
+        """Refuse a truncated or altered file. Call it when all entities were read and added to
+        `digests`."""
         if self._end is None:
-            raise damaged(self._path, "it is truncated: its end is missing")
-        found = {name: str(each) for name, each in self.digests.items()}
+            raise damaged(self._path, "it is truncated: its last line is missing")
+        actual = {name: str(each) for name, each in self.digests.items()}
         counts = {name: each.count for name, each in self.digests.items()}
         if (
-            self._end.file != _sealed(self._header, self.digests)
-            or self._end.collections != found
+            self._end.file != _file_digest(self._header, self.digests)
+            or self._end.collections != actual
             or counts != self._counts
         ):
-            raise damaged(self._path, "it was altered: its digest is another")
+            raise damaged(self._path, "it was altered: its digests or counts do not match")
 
-    def _take_header(self, line: bytes) -> None:
+    def _read_header_line(self, line: bytes) -> None:
         header = _header_in(line, self._path)
         self.header = header
         self._header = line + b"\n"
@@ -369,12 +378,12 @@ class Reading:
 
     def _refuse_after_end(self) -> None:
         if self._end is not None:
-            raise damaged(self._path, "it was altered: something stands behind its end")
+            raise damaged(self._path, "it was altered: there is data after its last line")
 
-    def _named(self, name: str | None) -> str:
+    def _require_section(self, name: str | None) -> str:
         self._refuse_after_end()
         if name is None:
-            raise damaged(self._path, "it was altered: an entity belongs to no collection")
+            raise damaged(self._path, "it was altered: an entity precedes the first collection")
         return name
 
     def _section_in(self, line: bytes) -> str:
@@ -383,7 +392,7 @@ class Reading:
         except (ValueError, RecursionError) as exc:
             raise damaged(self._path, "a line is neither a collection nor an entity") from exc
         if name not in self._counts:
-            raise damaged(self._path, f"its header does not know the collection {name!r}")
+            raise damaged(self._path, f"its header does not list the collection {name!r}")
         return name
 
     def _end_in(self, line: bytes) -> End:
@@ -397,89 +406,91 @@ def _header_in(line: bytes, path: Path) -> Header:
     try:
         header = msgspec.json.decode(line, type=Header)
     except (ValueError, RecursionError) as exc:
-        raise InvalidInputError(f"{path} is no portable backup") from exc
+        raise InvalidInputError(f"{path} is not a portable backup") from exc
     if header.format != FORMAT:
-        raise InvalidInputError(f"{path} is no portable backup")
+        raise InvalidInputError(f"{path} is not a portable backup")
     if header.format_version != FORMAT_VERSION:
         raise InvalidInputError(
-            f"{path} is a backup of format {header.format_version}, which is not known here"
+            f"{path} is a backup of format version {header.format_version}; this version of "
+            f"hf_async_store reads version {FORMAT_VERSION}"
         )
     return header
 
 
-async def _pieces(path: Path) -> AsyncGenerator[list[bytes], None]:
-    """The lines of a backup, in pieces, without their ends."""
+async def _line_chunks(path: Path) -> AsyncGenerator[list[bytes], None]:
+    """The lines of a backup, in chunks, without their newlines."""
     import aiofiles
 
-    unpacking = _Unpacking(path)
+    decompressor = _Decompressor(path)
     rest = b""
     try:
         if not stat.S_ISREG((await asyncio.to_thread(path.stat)).st_mode):
-            raise InvalidInputError(f"{path} is no file, so it is no portable backup")
+            raise InvalidInputError(f"{path} is not a regular file, so it is not a portable backup")
         async with aiofiles.open(path, "rb") as file:
-            while data := await file.read(_READ):
+            while data := await file.read(_READ_BYTES):
                 while data:
-                    text, data = await asyncio.to_thread(unpacking.step, data)
-                    lines = (rest + text).split(b"\n")
+                    decompressed, data = await asyncio.to_thread(decompressor.step, data)
+                    lines = (rest + decompressed).split(b"\n")
                     rest = lines.pop()
-                    if len(rest) > _LONGEST_LINE:
-                        raise damaged(path, "a line of it does not end")
+                    if len(rest) > _MAX_LINE_BYTES:
+                        raise damaged(path, "a line exceeds the maximum length")
                     if lines:
                         yield lines
     except OSError as exc:
         raise translate_os_error(exc, f"read the backup {path}") from exc
-    unpacking.finish(rest)
+    decompressor.finish(rest)
 
 
 _decode: Final = msgspec.json.Decoder().decode
 
 
-class _Unpacking:
-    """The text of a gzip file of two members."""
+class _Decompressor:
+    """Decompresses a gzip file of two members: the header, and the rest."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._is_second = False
-        self._unpack = zlib.decompressobj(_GZIP)
-        self._began = False
+        self._member = zlib.decompressobj(_GZIP)
+        self._started = False
 
     def step(self, data: bytes) -> tuple[bytes, bytes]:
-        """Some text, and what is left of the data."""
-        if self._unpack.eof:
+        """Decompress one chunk; returns it, and the data that is not decompressed yet."""
+        if self._member.eof:
             if self._is_second:
-                raise damaged(self._path, "it was altered: something stands behind its end")
+                raise damaged(self._path, "it was altered: there is data after its last line")
             self._is_second = True
-            self._unpack = zlib.decompressobj(_GZIP)
+            self._member = zlib.decompressobj(_GZIP)
         try:
-            text = self._unpack.decompress(data, _CHUNK_SIZE)
-            left = self._unpack.unconsumed_tail or self._unpack.unused_data
-            if not left and not self._unpack.eof:
-                # What did not fit into the text, without any data of its own.
-                text += self._unpack.decompress(b"")
+            decompressed = self._member.decompress(data, _CHUNK_SIZE)
+            remaining = self._member.unconsumed_tail or self._member.unused_data
+            if not remaining and not self._member.eof:
+                # All input is consumed, but output beyond the maximum may be buffered.
+                decompressed += self._member.decompress(b"")
         except zlib.error as exc:
-            if not (self._began or data.startswith(_MAGIC)):
-                raise InvalidInputError(f"{self._path} is no portable backup") from exc
-            raise damaged(self._path, f"its bytes are damaged ({exc})") from exc
-        self._began = True
-        return text, left
+            if not (self._started or data.startswith(_MAGIC)):
+                raise InvalidInputError(f"{self._path} is not a portable backup") from exc
+            raise damaged(self._path, f"its compressed data is damaged ({exc})") from exc
+        self._started = True
+        return decompressed, remaining
 
     def finish(self, rest: bytes) -> None:
-        if not self._unpack.eof or not self._is_second or rest:
+        """Refuse a file that ended early; `rest` is what follows the last newline."""
+        if not self._member.eof or not self._is_second or rest:
             raise damaged(self._path, "it is truncated")
 
 
-def damaged(path: Path, why: str) -> CorruptionError:
-    """The error of a backup that is not as it was written, or that nobody can restore."""
-    return CorruptionError(f"{path} is not a valid backup: {why}. {_WAY_BACK}")
+def damaged(path: Path, reason: str) -> CorruptionError:
+    """The error for a backup that was altered or truncated, or that no store can restore."""
+    return CorruptionError(f"{path} is not a valid backup: {reason}. {_HINT}")
 
 
 def refuse_other_schema(
     header: Header, schema: Schema, path: Path, leave_out: Container[str] = ()
 ) -> None:
-    """Refuse a backup with entities of collections that are not declared, or under another key.
+    """Refuse a backup with entities of undeclared collections, or with another key field.
 
     Args:
-        leave_out: collections of it that need not be declared.
+        leave_out: collections of the backup that need not be declared.
 
     Raises:
         InvalidInputError.
@@ -489,11 +500,11 @@ def refuse_other_schema(
             if each.count and each.name not in leave_out:
                 raise InvalidInputError(
                     f"{path} holds {each.count:,} entities of {each.name!r}, which is not declared; "
-                    "declare it (--collections MODULE:NAME on the command line), or say that it is "
-                    "not restored (leave_out, or --leave-out NAME)"
+                    "declare it (--collections MODULE:NAME on the command line), or exclude it "
+                    "from the restore (leave_out, or --leave-out NAME)"
                 )
         elif schema[each.name].key != each.key:
             raise InvalidInputError(
-                f"{path} keeps the id of {each.name} in {each.key!r}, not in "
-                f"{schema[each.name].key!r}"
+                f"the key field of {each.name} is {each.key!r} in {path}, and "
+                f"{schema[each.name].key!r} in the declaration"
             )

@@ -1,7 +1,7 @@
-"""How far a migration has come, in a small file: replaced as a whole after each batch.
+"""The checkpoint file of a migration, which records its progress and is replaced after each batch.
 
-It is never ahead of the target. If it is behind, as after a kill, a few batches are written twice,
-which changes nothing.
+It never records more than the target holds. If it records less, as after a crash, a few batches are
+written twice, which changes nothing.
 """
 
 from __future__ import annotations
@@ -26,35 +26,46 @@ if TYPE_CHECKING:
     from hf_async_store.values import Value
 
 _FORMAT: Final = "hf_async_store checkpoint 1"
-_PLACE: Final = ("type", "name", "host", "port", "schema", "region", "table_prefix", "endpoint_url")
-_MOST_BYTES: Final = 16 << 20
-"""A checkpoint holds a few numbers for each collection."""
+_LOCATION_SETTINGS: Final = (
+    "type",
+    "name",
+    "host",
+    "port",
+    "schema",
+    "region",
+    "table_prefix",
+    "endpoint_url",
+)
+_MAX_BYTES: Final = 16 << 20
+"""Far more than any checkpoint, which holds a few numbers for each collection."""
 
 _Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-_DigestText: TypeAlias = Annotated[str, msgspec.Meta(pattern=PATTERN)]
+_DigestString: TypeAlias = Annotated[str, msgspec.Meta(pattern=PATTERN)]
 
 
 class Progress(msgspec.Struct):
-    """Of one collection: what is certainly in the target.
+    """The progress of one collection: the entities that are certainly in the target.
 
     Attributes:
-        cursor: where the walk over the source goes on; None at its begin, or when it is done.
-        digest: of the `count` entities that were read up to there.
+        cursor: the query cursor from which to continue reading the source; None at the beginning,
+            and when the collection is done.
+        digest: the digest of the `count` entities that were read up to the cursor.
     """
 
     cursor: str | None = None
     count: _Number = 0
-    digest: _DigestText | None = None
+    digest: _DigestString | None = None
     done: bool = False
 
 
 class Checkpoint(msgspec.Struct):
-    """A migration under way.
+    """The recorded state of a migration.
 
     Attributes:
-        pair: tells which source and target it is about.
-        rule: how batches are written (see `MergeRule`); None: over whatever is there.
-        merge: the rule that the operator gave for what was there before; None: nothing was.
+        pair: identifies the source and the target.
+        rule: how batches are written (see `MergeRule`); None: existing entities are overwritten.
+        merge: the rule that the operator gave for entities that the target held before; None: the
+            target was empty, or held only entities that equal the source's.
     """
 
     pair: str
@@ -67,29 +78,32 @@ class Checkpoint(msgspec.Struct):
 
 
 def identity(store: StorageStrategy) -> str:
-    """What a checkpoint is found by: where a store is, as it is spelt, and not how it is opened.
+    """A hash of the location of a store as it is written, by which its checkpoint is found.
 
-    Two spellings are two; whether two stores are one is for `is_same_store` to say.
+    Settings that do not belong to the location are ignored. Two spellings of one location have two
+    identities; `is_same_store` finds out whether two stores are the same.
     """
-    told = {
+    description = {
         name: value
         for name, value in store.describe().items()
         if name not in ("capabilities", "collections", "configuration")
     }
-    configured = store.describe().get("configuration")
-    settings = configured if isinstance(configured, dict) else {}
-    place: dict[str, Value] = {name: settings[name] for name in _PLACE if name in settings}
+    configuration = store.describe().get("configuration")
+    settings = configuration if isinstance(configuration, dict) else {}
+    location: dict[str, Value] = {
+        name: settings[name] for name in _LOCATION_SETTINGS if name in settings
+    }
     if not (store.capabilities.durable or store.capabilities.multi_process):
-        place["object"] = id(store)  # no other process, now or later, has this one
-    text = msgspec.json.encode({**told, **place}, order="deterministic")
-    return blake2b(text, digest_size=8).hexdigest()
+        location["object"] = id(store)  # the store exists only in this process
+    encoded = msgspec.json.encode({**description, **location}, order="deterministic")
+    return blake2b(encoded, digest_size=8).hexdigest()
 
 
 class CheckpointFile:
-    """The file of one pair of stores.
+    """The checkpoint file of one pair of stores.
 
     Args:
-        folder: where it is stored.
+        folder: the folder in which the file is stored.
     """
 
     def __init__(self, folder: Path, source: StorageStrategy, target: StorageStrategy) -> None:
@@ -102,7 +116,7 @@ class CheckpointFile:
         """The checkpoint of this pair; None if there is none.
 
         Raises:
-            CorruptionError: what is there is none.
+            CorruptionError: the file is not a valid checkpoint.
         """
         try:
             data = await asyncio.to_thread(_content, self.path)
@@ -111,21 +125,21 @@ class CheckpointFile:
         except OSError as exc:
             raise translate_os_error(exc, f"read {self.path}") from exc
         try:
-            found = msgspec.json.decode(data, type=Checkpoint)
+            checkpoint = msgspec.json.decode(data, type=Checkpoint)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise self._unreadable() from exc
-        if found.format != _FORMAT or found.pair != self.pair:
+        if checkpoint.format != _FORMAT or checkpoint.pair != self.pair:
             raise self._unreadable()
-        return found
+        return checkpoint
 
     def _unreadable(self) -> CorruptionError:
         return CorruptionError(
-            f"{self.path} cannot be read as a checkpoint. Remove it and migrate again: what is in "
-            "the target already is compared, and not written again"
+            f"{self.path} is not a valid checkpoint. Remove it and migrate again: entities that "
+            "are in the target already are compared, and not written again"
         )
 
     async def save(self, checkpoint: Checkpoint) -> None:
-        """Have the file hold this, or something newer; saves that come together share a write."""
+        """Write this checkpoint, or a newer one, to the file; concurrent calls share one write."""
         self._newest = msgspec.json.encode(checkpoint)
         while self._newest is not None:
             if self._writing is None or self._writing.done():
@@ -133,13 +147,13 @@ class CheckpointFile:
                 self._writing = asyncio.ensure_future(self._write(data))
             await asyncio.shield(self._writing)
 
-    async def settle(self) -> None:
-        """Wait for a write that is under way."""
+    async def wait_written(self) -> None:
+        """Wait for a write that is in progress."""
         if self._writing is not None and not self._writing.done():
             await run_to_completion(self._writing)
 
     async def remove(self) -> None:
-        await self.settle()
+        await self.wait_written()
         with suppress(FileNotFoundError):
             await asyncio.to_thread(self.path.unlink)
 
@@ -151,17 +165,17 @@ class CheckpointFile:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a checkpoint, and no more of what is none."""
+    """The content of the file, limited to the maximum size of a checkpoint."""
     if path.exists() and not path.is_file():
-        return b""  # to read from a pipe or a device might never end
+        return b""  # reading from a pipe or a device might never end
     with path.open("rb") as file:
-        return file.read(_MOST_BYTES)
+        return file.read(_MAX_BYTES)
 
 
 def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # Of a known name: a link there is not followed to another file.
+    # The name is predictable, so O_NOFOLLOW refuses a symbolic link that leads to another file.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(temporary, flags, 0o600)
     try:

@@ -1,8 +1,9 @@
-"""Copying collections: one walk over the source in batches, several workers that write them.
+"""CollectionCopier collections: one task reads the source in batches, and several workers write them.
 
-A batch is a range of keys: the walk is by keyset, so it holds one page at a time and can go on from
-any of them. Workers take batches from a short queue, which holds the walk back when the target is
-slower. Collections follow one another, parents before children.
+A batch is a range of keys. The source is read with keyset pagination, so only one page is held at a
+time, and reading can continue after any page. Workers take batches from a short queue, which slows
+the reader down when the target is slower. Collections are copied one by one, parents before
+children.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class MigrationBatch(msgspec.Struct, frozen=True):
-    """A piece of one collection, as it is read from the source.
+    """Some consecutive entities of one collection, as they are read from the source.
 
     Attributes:
-        cursor: where the walk goes on behind it; None if it is the last of its collection.
-        count, digest: of everything of the collection up to and with this batch.
-        sizes: of the JSON of each entity, in bytes.
+        cursor: the query cursor after this batch; None for the last batch of the collection.
+        count, digest: of all entities of the collection up to and including this batch.
+        sizes: the size of each entity in bytes of JSON.
     """
 
     collection: str
@@ -45,16 +46,16 @@ class MigrationBatch(msgspec.Struct, frozen=True):
 async def batches_of(
     source: StorageStrategy, collection: str, size: int, start: Progress | None = None
 ) -> AsyncGenerator[MigrationBatch, None]:
-    """A collection in batches, from where `start` has come."""
-    begun = start or Progress()
-    digest = Digest(begun.digest, begun.count)
-    cursor = begun.cursor
+    """The batches of a collection, beginning at the progress `start`."""
+    progress = start or Progress()
+    digest = Digest(progress.digest, progress.count)
+    cursor = progress.cursor
     number = 0
     while True:
         page = await source.query_page(collection, limit=size, cursor=cursor)
-        texts = list(map(canonical, page.items))
-        digest.add_all(texts)
-        sizes = list(map(len, texts))
+        encoded = list(map(canonical, page.items))
+        digest.add_all(encoded)
+        sizes = list(map(len, encoded))
         number += 1
         cursor = page.cursor
         if sizes:
@@ -65,13 +66,13 @@ async def batches_of(
             return
 
 
-class Copying:
-    """One collection on its way.
+class CollectionCopier:
+    """Copies one collection.
 
     Args:
-        rule: how to settle with what is there; None writes over it.
-        save: is awaited with the progress after each batch.
-        advance: called with how many entities are done.
+        rule: how to treat entities that the target has already; None overwrites them.
+        save: a coroutine function that saves the progress after each batch.
+        advance: called with the number of entities of each batch that was written.
     """
 
     def __init__(
@@ -107,16 +108,16 @@ class Copying:
         self.digest = Digest(start.digest, start.count)
 
     async def run(self) -> None:
-        """Copy everything.
+        """Copy all entities.
 
         Raises:
-            StorageError: the first that went wrong; what was checkpointed is in the target.
+            StorageError: the first error. Everything up to the last checkpoint is in the target.
         """
-        await together(self._walk(), *(self._work() for _ in range(self._workers)))
+        await run_together(self._read(), *(self._write_batches() for _ in range(self._workers)))
         await self._write_waiting()
         await self._save(Progress(None, self.digest.count, str(self.digest), done=True))
 
-    async def _walk(self) -> None:
+    async def _read(self) -> None:
         batches = batches_of(self._source, self._collection, self._size, self._start)
         async with aclosing(batches):
             async for batch in batches:
@@ -125,14 +126,14 @@ class Copying:
         for _ in range(self._workers):
             await self._queue.put(None)
 
-    async def _work(self) -> None:
+    async def _write_batches(self) -> None:
         while (batch := await self._queue.get()) is not None:
             await self._write(batch.entities, batch.sizes)
             self._advance(len(batch.entities))
             await self._finish(batch)
 
     async def _write(self, entities: Sequence[Entity], sizes: Sequence[int] | None = None) -> None:
-        # Those whose parent, in the same collection, is not there yet.
+        # Collects entities whose parent, in the same collection, is not in the target yet.
         waiting: list[Entity] | None = [] if self._refers_to_itself else None
         self.merged.add(
             await put(
@@ -142,33 +143,34 @@ class Copying:
         self._waiting += [cast("str", each[self._key]) for each in waiting or ()]
 
     async def _finish(self, batch: MigrationBatch) -> None:
-        """Save the progress up to the last batch before which none is missing."""
+        """Save the progress up to the last batch that is written together with all before it."""
         self._finished[batch.number] = batch
         newest: MigrationBatch | None = None
         while (done := self._finished.pop(self._next, None)) is not None:
             newest = done
             self._next += 1
-        # What waits for its parent is not in the target: it must be met again after a kill.
+        # An entity that waits for its parent is not in the target. While there is one, no progress
+        # is saved, so that it is read again after a crash.
         if newest is not None and newest.cursor is not None and not self._waiting:
             await self._save(Progress(newest.cursor, newest.count, newest.digest))
 
     async def _write_waiting(self) -> None:
-        """Write those whose parents are there by now, again and again, until all are."""
+        """Write the waiting entities whose parents are in the target now; repeat for the others."""
         while self._waiting:
             waiting, self._waiting = self._waiting, []
             for start in range(0, len(waiting), self._size):
                 ids = waiting[start : start + self._size]
-                found = await self._source.get_entities(self._collection, ids)
-                await self._write([each for each in found if each is not None])
+                entities = await self._source.get_entities(self._collection, ids)
+                await self._write([each for each in entities if each is not None])
             if len(self._waiting) == len(waiting):
                 raise ReferenceViolationError(
-                    f"{len(waiting)} entities of {self._collection} refer to others of it that "
-                    f"are not there, the first: {waiting[0]!r}"
+                    f"{len(waiting):,} entities of {self._collection} refer to a parent in the same "
+                    f"collection that does not exist; the first: {waiting[0]!r}"
                 )
 
 
-async def together(*work: Coroutine[Any, Any, None]) -> None:
-    """Run all at once; the first that fails ends the others, and its error comes out."""
+async def run_together(*work: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines concurrently; the first error cancels the others and is raised."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         await asyncio.gather(*tasks)
@@ -178,4 +180,4 @@ async def together(*work: Coroutine[Any, Any, None]) -> None:
         await asyncio.wait(tasks)
 
 
-RESUME_HINT: Final = "then go on with `resume` (--resume on the command line)"
+RESUME_HINT: Final = "then continue with `resume` (--resume on the command line)"

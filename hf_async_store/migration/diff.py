@@ -1,4 +1,4 @@
-"""Comparing two stores: counts and digests by collection, then what differs, by id and field."""
+"""Comparing two stores: counts and digests of each collection, then differences by id and field."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Difference(msgspec.Struct, frozen=True):
     """One entity that differs.
 
     Attributes:
-        kind: "missing" in the target, "extra" there, or "changed".
-        fields: what differs in a changed one; `version` is one of them. No values: they may be
-            secrets.
+        kind: "missing" in the target, "extra" in the target, or "changed".
+        fields: the names of the fields that differ in a changed entity, including `version`. Values
+            are not reported, because they may be secrets.
     """
 
     kind: Literal["missing", "extra", "changed"]
@@ -42,16 +42,18 @@ class Difference(msgspec.Struct, frozen=True):
     fields: list[str]
 
     def __str__(self) -> str:
-        where = f"{self.collection} {self.id!r}"
+        name = f"{self.collection} {self.id!r}"
         if self.kind == "changed":
-            return f"{where} differs in {', '.join(self.fields)}"
+            return f"{name} differs in {', '.join(self.fields)}"
         return (
-            f"{where} is missing in the target" if self.kind == "missing" else f"{where} is extra"
+            f"{name} is missing in the target"
+            if self.kind == "missing"
+            else f"{name} is in the target only"
         )
 
 
 class CollectionComparison(msgspec.Struct, frozen=True):
-    """Counts and digests of a collection on both sides."""
+    """Counts and digests of a collection in both stores."""
 
     source_count: int
     target_count: int
@@ -64,11 +66,11 @@ class CollectionComparison(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """Two stores side by side.
+    """The result of comparing two stores.
 
     Attributes:
-        differences: the first of them.
-        more: there are more than are listed.
+        differences: the first differences, up to the limit.
+        more: there are more differences than are listed.
     """
 
     collections: dict[str, CollectionComparison]
@@ -88,17 +90,18 @@ async def compare_stores(
     leave_out: Container[str] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
-    """Read both stores through; where their digests differ, find out what does.
+    """Read both stores completely, and find the differing entities if their digests differ.
 
     Args:
-        limit: how many differences are listed at most.
-        leave_out: what is stored and need not be declared: collections (`jobs`) and fields
-            (`machines.owner`). They are not compared.
-        advance: called with how many entities were read.
+        limit: the maximum number of differences that are listed.
+        leave_out: collections (`jobs`) and fields (`machines.owner`) that may be stored without
+            being declared. They are not compared.
+        advance: called with the number of entities that were read since the last call.
 
     Raises:
-        StoreNotFoundError: one of them is not there.
-        ConfigurationError: one of them holds what is neither declared nor to be left out.
+        StoreNotFoundError: one of the stores does not exist.
+        ConfigurationError: one of the stores holds undeclared collections or fields that are not
+            in `leave_out`.
     """
     for store, what in ((source, "the source"), (target, "the target")):
         await require_store(store, what)
@@ -113,9 +116,11 @@ async def compare_declared(
     limit: int = LIMIT,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
-    """As `compare_stores`, of what the source declares."""
-    async with source.snapshot() as there, target.snapshot() as here:
-        return await compare_readers(there, here, source.collections, limit=limit, advance=advance)
+    """Compare the collections that the source declares; see `compare_stores`."""
+    async with source.snapshot() as source_reader, target.snapshot() as target_reader:
+        return await compare_readers(
+            source_reader, target_reader, source.collections, limit=limit, advance=advance
+        )
 
 
 async def compare_readers(
@@ -126,23 +131,25 @@ async def compare_readers(
     limit: int = LIMIT,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
-    """As `compare_stores`, of what is read already."""
+    """Compare two readers; see `compare_stores`."""
     compared: dict[str, CollectionComparison] = {}
     for name, declared in schema.items():
-        ours, theirs = await asyncio.gather(
+        in_source, in_target = await asyncio.gather(
             digest_of(source, declared, advance), digest_of(target, declared, advance)
         )
-        compared[name] = CollectionComparison(ours.count, theirs.count, str(ours), str(theirs))
-    found: list[Difference] = []
+        compared[name] = CollectionComparison(
+            in_source.count, in_target.count, str(in_source), str(in_target)
+        )
+    listed: list[Difference] = []
     for name, each in compared.items():
-        if not each.equal and len(found) <= limit:
+        if not each.equal and len(listed) <= limit:
             differences = differences_of(source, target, schema[name])
             async with aclosing(differences):
                 async for difference in differences:
-                    found.append(difference)
-                    if len(found) > limit:
+                    listed.append(difference)
+                    if len(listed) > limit:
                         break
-    return Comparison(compared, found[:limit], more=len(found) > limit)
+    return Comparison(compared, listed[:limit], more=len(listed) > limit)
 
 
 async def digest_of(
@@ -150,70 +157,72 @@ async def digest_of(
     declared: Collection,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Digest:
-    """The digest of a collection, read through."""
+    """Read a whole collection; returns its digest."""
     digest = Digest()
-    async with aclosing(iter_json(reader, build_query(declared))) as pieces:
-        async for texts in pieces:
-            digest.add_all(texts)
-            advance(len(texts))
+    async with aclosing(iter_json(reader, build_query(declared))) as chunks:
+        async for encoded in chunks:
+            digest.add_all(encoded)
+            advance(len(encoded))
     return digest
 
 
 async def differences_of(
     source: Reader, target: Reader, declared: Collection
 ) -> AsyncGenerator[Difference, None]:
-    """What differs in a collection: by looking each entity of one side up on the other.
+    """The differences of a collection, found by looking up the entities of each side on the other.
 
-    It needs no common order of the two engines, and holds one piece at a time.
+    The two engines need not return entities in the same order, and only one chunk is held at a
+    time.
     """
-    async with aclosing(_pieces(source, declared)) as pieces:
-        async for piece in pieces:
-            twins = await target.fetch([each.key for each in piece])
-            for record, twin in zip(piece, twins, strict=True):
-                if twin is None:
+    async with aclosing(_chunks(source, declared)) as chunks:
+        async for chunk in chunks:
+            others = await target.fetch([each.key for each in chunk])
+            for record, other in zip(chunk, others, strict=True):
+                if other is None:
                     yield Difference("missing", declared.name, record.key.id, [])
-                elif fields := differing(record.entity, twin.entity):
+                elif fields := differing(record.entity, other.entity):
                     yield Difference("changed", declared.name, record.key.id, fields)
-    async with aclosing(_pieces(target, declared)) as pieces:
-        async for piece in pieces:
-            twins = await source.fetch([each.key for each in piece])
-            for record, twin in zip(piece, twins, strict=True):
-                if twin is None:
+    async with aclosing(_chunks(target, declared)) as chunks:
+        async for chunk in chunks:
+            others = await source.fetch([each.key for each in chunk])
+            for record, other in zip(chunk, others, strict=True):
+                if other is None:
                     yield Difference("extra", declared.name, record.key.id, [])
 
 
-async def _pieces(reader: Reader, declared: Collection) -> AsyncGenerator[list[Record], None]:
-    piece: list[Record] = []
+async def _chunks(reader: Reader, declared: Collection) -> AsyncGenerator[list[Record], None]:
+    chunk: list[Record] = []
     async with aclosing(reader.select(build_query(declared))) as records:
         async for record in records:
-            piece.append(record)
-            if len(piece) == _CHUNK_SIZE:
-                yield piece
-                piece = []
-    if piece:
-        yield piece
+            chunk.append(record)
+            if len(chunk) == _CHUNK_SIZE:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
 
 
 def differing(one: Entity, other: Entity) -> list[str]:
     """The top-level fields in which two entities differ, by type and value."""
     names = sorted(one.keys() | other.keys())
-    return [name for name in names if _text(one, name) != _text(other, name)]
+    return [name for name in names if _encoded(one, name) != _encoded(other, name)]
 
 
-def _text(entity: Entity, name: str) -> bytes | None:
+def _encoded(entity: Entity, name: str) -> bytes | None:
     return canonical({name: entity[name]}) if name in entity else None
 
 
 async def first_unexpected(source: StorageStrategy, target: StorageStrategy) -> Difference | None:
-    """The first entity of the target that the source does not have just so; None if there is none."""
-    async with source.snapshot() as there, target.snapshot() as here:
+    """The first entity of the target that the source lacks or that differs; None if there is none."""
+    async with source.snapshot() as source_reader, target.snapshot() as target_reader:
         for declared in target.collections.values():
-            async with aclosing(_pieces(here, declared)) as pieces:
-                async for piece in pieces:
-                    keys: list[Key] = [each.key for each in piece]
-                    for record, twin in zip(piece, await there.fetch(keys), strict=True):
-                        if twin is None:
+            async with aclosing(_chunks(target_reader, declared)) as chunks:
+                async for chunk in chunks:
+                    keys: list[Key] = [each.key for each in chunk]
+                    originals = await source_reader.fetch(keys)
+                    for record, original in zip(chunk, originals, strict=True):
+                        if original is None:
                             return Difference("extra", declared.name, record.key.id, [])
-                        if fields := differing(twin.entity, record.entity):
+                        if fields := differing(original.entity, record.entity):
                             return Difference("changed", declared.name, record.key.id, fields)
     return None

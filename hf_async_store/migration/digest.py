@@ -1,8 +1,9 @@
-"""What tells two entities apart, and a digest of a collection that knows no order.
+"""The digest of a collection, which does not depend on the order of its entities.
 
-Both begin with the canonical text of an entity: JSON with the keys of every map sorted. In the
-portable domain it is one to one: `1`, `1.0`, `true` and `"1"` have four texts, and the order of
-keys, which is no part of a value, is gone. `version` and the timestamps are part of it.
+It is computed from the canonical encoding of each entity: JSON with the keys of every object sorted.
+For portable values this encoding is one to one: `1`, `1.0`, `true` and `"1"` have four encodings,
+while the order of keys, which is not part of a value, has no influence. `version` and the timestamps
+are included.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ _BYTES: Final = 32
 _MODULUS: Final = 1 << (8 * _BYTES)
 _ALGORITHM: Final = "blake2b-sum"
 PATTERN: Final = f"^{_ALGORITHM}:[0-9a-f]{{{2 * _BYTES}}}$"
-"""What the text of a digest looks like."""
+"""The regular expression that the string form of a digest matches."""
 
 
 class Digest:
-    """Of a set of entities, in whatever order they come: the sum of their hashes.
+    """The digest of a collection: the sum of the hashes of its entities, in any order.
 
-    A sum and not an exclusive or, under which an entity that comes twice would vanish.
+    It is a sum, because with an exclusive or an entity that is counted twice would cancel itself.
     """
 
     __slots__ = ("_sum", "count")
@@ -29,24 +30,24 @@ class Digest:
     def __init__(self, text: str | None = None, count: int = 0) -> None:
         """
         Args:
-            text, count: of a digest to go on from.
+            text, count: the string form and the count of a digest to continue.
         """
         self.count = count
         self._sum = 0 if text is None else int(text.removeprefix(f"{_ALGORITHM}:"), 16)
 
-    def add(self, text: bytes) -> None:
-        """Count in an entity by its canonical text."""
+    def add(self, encoded: bytes) -> None:
+        """Add an entity, given as its canonical encoding."""
         self.count += 1
-        self._sum += int.from_bytes(blake2b(text, digest_size=_BYTES).digest(), "big")
+        self._sum += int.from_bytes(blake2b(encoded, digest_size=_BYTES).digest(), "big")
 
-    def add_all(self, texts: Iterable[bytes]) -> None:
-        """`add` for each."""
-        hashes = [blake2b(each, digest_size=_BYTES).digest() for each in texts]
+    def add_all(self, encoded: Iterable[bytes]) -> None:
+        """Add several entities, given as their canonical encodings."""
+        hashes = [blake2b(each, digest_size=_BYTES).digest() for each in encoded]
         self.count += len(hashes)
         self._sum += sum([int.from_bytes(each, "big") for each in hashes])
 
     def merge(self, other: Digest) -> None:
-        """Count in all that another digest has counted."""
+        """Add all entities of another digest."""
         self.count += other.count
         self._sum += other._sum
 

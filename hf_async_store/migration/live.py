@@ -1,9 +1,9 @@
 """Migrating a store while its applications use it: the coordinator.
 
-The applications follow by themselves (`hf_async_store.migration_routing`). docs/live-migration.md
-describes the protocol; this module is its other half. Everything that is written to the side that is
-not active is written in transactions that read its record first, so that a coordinator that was
-replaced, or woke up too late, can write nothing.
+The applications follow the migration by themselves (`hf_async_store.migration_routing`).
+docs/live-migration.md describes the protocol. Copies are written to the store that is not active in
+transactions that read its migration record first, so a coordinator that was replaced, or was
+suspended for too long, writes nothing.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ if TYPE_CHECKING:
     from hf_async_store.driver import Engine, Session
 
 _MARGIN: Final = 0.25
-"""Seconds beyond a lease, for what a process does between its last reading of the clock and its answer."""
+"""Seconds added to a lease, because a process returns some time after it last read the clock."""
 
 _BATCH: Final = 200
-_FEW: Final = 50
-"""With so few markers in a round, the target keeps up."""
+_FEW_MARKERS: Final = 50
+"""If a round finds at most this number of markers, the target keeps up with the changes."""
 
-_ROUNDS: Final = 200
+_MAX_ROUNDS: Final = 200
 _TRIES: Final = 3
 _CONFLICT_SECONDS: Final = 20.0
 
@@ -70,12 +70,13 @@ Advance = Callable[[str, int], None]
 
 
 class LiveStatus(msgspec.Struct, frozen=True):
-    """How far a live migration is.
+    """The state of a live migration.
 
     Attributes:
-        phase: see `migration_routing.Phase`; None: there is no live migration.
-        authoritative: the active side: its URL without secrets.
-        waiting: change markers that are still to be applied: of the source, and of the target.
+        phase: see `migration_routing.Phase`; None if there is no live migration.
+        authoritative: the location of the active store, without secrets.
+        waiting: the numbers of change markers in the source and in the target that are still to be
+            applied.
     """
 
     phase: Phase | None
@@ -86,20 +87,21 @@ class LiveStatus(msgspec.Struct, frozen=True):
 class LiveMigration:
     """A live migration from one store to another; an async context manager.
 
-    Only one coordinator at a time carries it out: a later one takes over and fences off the earlier.
+    Only one coordinator is effective at a time: a later one takes over and fences off the earlier
+    one.
 
     Args:
-        source, target: whatever `open_store` takes. What is recorded in the stores is only where
-            they are, without secrets and variables; the applications open the other store as
-            their own `follow_moves` says.
-        collections: what the applications declare.
-        rate: maximum number of entities a second that are copied in the background.
+        source, target: anything that `open_store` accepts. The stores record only each other's
+            location, without secrets and variables; the applications open the other store with the
+            configuration in their own `follow_moves`.
+        collections: all collections that the applications declare.
+        rate: the maximum number of entities per second that are copied in the background.
         advance: called with the progress.
 
     Raises:
-        ConfigurationError: a configuration that cannot be used, or a location that no other
-            process could find.
-        MigrationError: an engine that cannot take part.
+        ConfigurationError: a configuration is not valid, or its location cannot be used by other
+            processes.
+        MigrationError: an engine cannot take part in a live migration.
     """
 
     def __init__(
@@ -118,18 +120,19 @@ class LiveMigration:
         self._advance = advance
         declared = [*self._schema.values(), *SYSTEM_COLLECTIONS]
         stores = [open_store(each, collections=declared) for each in sides]
-        # The engines themselves: the stores would follow the migration, and wait for this.
+        # The engines are used directly: the stores would follow the migration, and wait for the
+        # switch that this coordinator makes.
         self._source, self._target = (each._engine for each in stores)
         self._references = {id(each._engine): enforces_references(each) for each in stores}
         self._state: MigrationState | None = None
         self._touched: set[Key] = set()
 
     async def __aenter__(self) -> Self:
-        for engine, what in ((self._source, "source"), (self._target, "target")):
+        for engine, role in ((self._source, "source"), (self._target, "target")):
             if not engine.capabilities.multi_process or not engine.capabilities.durable:
                 raise MigrationError(
-                    f"the engine {engine.capabilities.engine!r} cannot be the {what} of a live "
-                    "migration"
+                    f"the engine {engine.capabilities.engine!r} cannot be the {role} of a live "
+                    "migration, because it is not durable or is limited to one process"
                 )
         if not self._source.capabilities.change_markers:
             raise MigrationError(
@@ -149,11 +152,11 @@ class LiveMigration:
         finally:
             await self._target.close()
 
-    # -- what an operator does ---------------------------------------------------------------
+    # -- actions of the operator -------------------------------------------------------------
 
     async def status(self) -> LiveStatus:
-        """How far the migration is."""
-        state = await self._read(self._source)
+        """The current state of the migration."""
+        state = await self._read_state(self._source)
         waiting = (await self._count_markers(self._source), await self._count_markers(self._target))
         if state is None:
             return LiveStatus(None, self.source_location, waiting)
@@ -163,18 +166,19 @@ class LiveMigration:
         )
 
     async def start(self, *, cut_over: bool = True) -> LiveStatus:
-        """Copy everything to the target, follow the changes, verify, and make the target active.
-        Called again after a failure, it continues.
+        """Copy everything to the target, apply the changes made meanwhile, verify, and make the
+        target active. Call it again to continue after a failure.
 
         Args:
-            cut_over: False ends before the target becomes active.
+            cut_over: if False, return before the target becomes active.
 
         Raises:
-            TargetNotEmptyError: the target holds something that is not of this migration.
+            TargetNotEmptyError: the target holds entities that no live migration between the two
+                stores has copied.
             MigrationError, VerificationError: the switch was not made; the source stays active.
         """
         await self._begin()
-        if self._here().phase == "SWITCHED":
+        if self._current().phase == "SWITCHED":
             return await self.status()
         await self._copy()
         await self._catch_up(self._source, self._target)
@@ -184,19 +188,19 @@ class LiveMigration:
         return await self.status()
 
     async def rollback(self) -> LiveStatus:
-        """Make the source active again, with everything that was written since; the migration has
-        then ended, and the target refuses to open.
+        """Make the source active again, with everything that was written since the switch. This
+        ends the migration; afterwards the target refuses to open.
 
         Raises:
             MigrationError, VerificationError: the switch was not made; the target stays active.
         """
         await self._acquire_epoch()
-        if self._here().phase == "SWITCHED":
+        if self._current().phase == "SWITCHED":
             if not self._target.capabilities.change_markers:
                 raise MigrationError(
-                    f"the engine {self._target.capabilities.engine!r} did not write change "
-                    "markers, so the changes since the switch are unknown; migrate back with the "
-                    "applications stopped"
+                    f"the engine {self._target.capabilities.engine!r} does not support change "
+                    "markers, so the changes since the switch are unknown; stop the applications "
+                    "and migrate back with `migrate`"
                 )
             await self._catch_up(self._target, self._source)
             await self._repair(self._target, self._source)
@@ -205,13 +209,14 @@ class LiveMigration:
         return await self.status()
 
     async def abort(self) -> LiveStatus:
-        """End the migration before the switch; the source stays active.
+        """End the migration before the switch; the source stays active, and the target refuses to
+        open.
 
         Raises:
             MigrationError: the target is already active; `rollback` switches back.
         """
         await self._acquire_epoch()
-        if self._here().phase != "COPYING":
+        if self._current().phase != "COPYING":
             raise MigrationError(
                 "the target is already active; `rollback` switches back, `finalize` decommissions the "
                 "source"
@@ -220,39 +225,40 @@ class LiveMigration:
         return await self.status()
 
     async def finalize(self) -> LiveStatus:
-        """Decommission the source: it refuses to open, and names the target.
+        """Decommission the source: from then on it refuses to open, with an error that names the
+        target.
 
         Raises:
             MigrationError: the target is not active yet.
         """
-        state = await self._read(self._source)
+        state = await self._read_state(self._source)
         if state is not None and state.phase == "FINALIZED" and state.other == self.target_location:
-            self._state = state  # a finalize that was interrupted, perhaps
+            self._state = state  # complete a `finalize` that may have been interrupted
         else:
             await self._acquire_epoch()
-            if self._here().phase != "SWITCHED":
+            if self._current().phase != "SWITCHED":
                 raise MigrationError("the target is not active yet; `start` switches to it")
-            await self._change(phase="FINALIZED")
-        await _leases_over()
+            await self._change_state(phase="FINALIZED")
+        await _wait_for_leases()
         await self._cleanup(self._target)
         return await self.status()
 
     # -- the record --------------------------------------------------------------------------
 
-    def _here(self) -> MigrationState:
+    def _current(self) -> MigrationState:
         assert self._state is not None, "the epoch was acquired"
         return self._state
 
-    async def _read(self, engine: Engine) -> MigrationState | None:
+    async def _read_state(self, engine: Engine) -> MigrationState | None:
         return migration_state_in((await engine.fetch([MIGRATION_KEY]))[0])
 
-    async def _change(self, **changed: object) -> None:
-        """Change the record of the source: nobody else has meanwhile.
+    async def _change_state(self, **changed: object) -> None:
+        """Change the record of the source, if it was not changed concurrently.
 
         Raises:
             MigrationError: another coordinator took over, or an application ended the switch.
         """
-        state = self._here()
+        state = self._current()
         outcome = (await self._source.write_each([state.put(**changed)]))[0]
         if isinstance(outcome, ConcurrencyConflictError):
             raise MigrationError(
@@ -261,16 +267,16 @@ class LiveMigration:
             ) from outcome
         if isinstance(outcome, StorageError):
             raise outcome
-        self._state = await self._read(self._source)
+        self._state = await self._read_state(self._source)
 
     async def _begin(self) -> None:
-        """Have the record of this coordinator in both stores."""
-        state = await self._read(self._source)
+        """Create the records in both stores, if needed, and become the coordinator."""
+        state = await self._read_state(self._source)
         if state is not None:
             await self._acquire_epoch()
             return
-        await self._refuse_foreign()
-        # The target first: who opens it by its URL then follows from the beginning.
+        await self._check_new_migration()
+        # The target first, so that a process that opens it follows from the beginning.
         await self._put_record(
             self._target, MigrationState("target", "COPYING", self.source_location, 1, 0)
         )
@@ -279,32 +285,33 @@ class LiveMigration:
         )
         await self._acquire_epoch()
 
-    async def _refuse_foreign(self) -> None:
+    async def _check_new_migration(self) -> None:
+        """Check that the two stores can begin a live migration."""
         await require_store(self._source, "the source")
         await refuse_same(self._source.is_same_store(self._target))
         await refuse_undeclared(self._source, "the source")
-        there = await self._read(self._target)
-        if there is not None:
-            if there.other == self.source_location:
-                return  # a copy that an earlier migration of the two left
+        target_state = await self._read_state(self._target)
+        if target_state is not None:
+            if target_state.other == self.source_location:
+                return  # a copy that an earlier live migration between the two stores has made
             raise MigrationError(
-                f"the target is part of another live migration, with {there.other}"
+                f"the target is part of another live migration, with {target_state.other}"
             )
         for declared in self._schema.values():
-            async with aclosing(self._target.select(build_query(declared, limit=1))) as found:
-                async for record in found:
+            async with aclosing(self._target.select(build_query(declared, limit=1))) as records:
+                async for record in records:
                     raise TargetNotEmptyError(
                         f"the target is not empty: it holds {declared.name} {record.key.id!r}; a "
-                        "live migration needs an empty one"
+                        "live migration needs an empty target"
                     )
 
     async def _put_record(self, engine: Engine, state: MigrationState) -> None:
         entity = cast("Entity", msgspec.to_builtins(state))
         del entity[VERSION]
         entity["move_id"] = MIGRATION_KEY.id
-        there = await self._read(engine)
-        expect = ABSENT if there is None else there.version
-        version = 1 if there is None else there.version + 1
+        existing = await self._read_state(engine)
+        expect = ABSENT if existing is None else existing.version
+        version = 1 if existing is None else existing.version + 1
         put = Put(MIGRATION_KEY, entity, utc_now(), expect, version)
         outcome = (await engine.write_each([put]))[0]
         if isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
@@ -313,15 +320,16 @@ class LiveMigration:
             raise outcome
 
     async def _acquire_epoch(self) -> None:
-        """Become the coordinator, by a new epoch in both records.
+        """Become the coordinator by writing a new epoch to both records.
 
         Raises:
-            MigrationError: there is no such migration.
+            MigrationError: there is no live migration between the two stores, or it is finalized,
+                or another coordinator takes over.
         """
-        state = await self._read(self._source)
+        state = await self._read_state(self._source)
         if state is None or state.role != "source" or state.other != self.target_location:
             raise MigrationError(
-                "there is no live migration between these two"
+                "there is no live migration between these two stores"
                 + ("" if state is None else f"; the source is part of one with {state.other}")
             )
         if state.phase == "FINALIZED":
@@ -330,15 +338,15 @@ class LiveMigration:
         phase: Phase = state.phase
         if phase in ("CUTTING_OVER", "ROLLING_BACK"):
             phase = "COPYING" if phase == "CUTTING_OVER" else "SWITCHED"
-        await self._change(phase=phase, epoch=state.epoch + 1)
-        there = await self._read(self._target)
-        epoch = self._here().epoch
-        if there is None:
+        await self._change_state(phase=phase, epoch=state.epoch + 1)
+        target_state = await self._read_state(self._target)
+        epoch = self._current().epoch
+        if target_state is None:
             await self._put_record(
                 self._target, MigrationState("target", "COPYING", self.source_location, epoch, 0)
             )
         else:
-            change = there.put(
+            change = target_state.put(
                 role="target", phase="COPYING", other=self.source_location, epoch=epoch
             )
             outcome = (await self._target.write_each([change]))[0]
@@ -346,54 +354,54 @@ class LiveMigration:
                 raise MigrationError(
                     "another coordinator is taking this live migration over"
                 ) from outcome
-        # After that, every process knows of the migration and of this phase.
-        await _leases_over()
+        # Afterwards every process has read a record with this phase.
+        await _wait_for_leases()
 
     async def _end(self) -> None:
         """End the migration while the source is active."""
-        there = await self._read(self._target)
-        assert there is not None, "the epoch was acquired"
-        outcome = (await self._target.write_each([there.put(phase="FINALIZED")]))[0]
+        target_state = await self._read_state(self._target)
+        assert target_state is not None, "the epoch was acquired"
+        outcome = (await self._target.write_each([target_state.put(phase="FINALIZED")]))[0]
         if isinstance(outcome, StorageError):
             raise outcome
         await self._cleanup(self._source)
 
     async def _cleanup(self, engine: Engine) -> None:
         """Delete the record and the change markers from the store that stays active."""
-        state = await self._read(engine)
+        state = await self._read_state(engine)
         if state is not None:
             outcome = (await engine.write_each([Delete(MIGRATION_KEY, state.version)]))[0]
             if isinstance(outcome, StorageError):
                 raise outcome
-        await _leases_over()
+        await _wait_for_leases()
         while markers := await self._markers(engine, None):
             await engine.write_each([Delete(each.key) for each in markers])
 
     # -- copying -----------------------------------------------------------------------
 
     async def _copy(self) -> None:
-        """Everything of the source, collection by collection, changes in between."""
+        """Copy all collections of the source, and apply the change markers after each chunk."""
         for declared in self._schema.values():
             async with aclosing(_key_chunks(self._source, declared, _BATCH)) as chunks:
                 async for keys in chunks:
                     began = time.monotonic()
-                    await self._apply_markers(self._source, self._target, keys)
+                    await self._copy_keys(self._source, self._target, keys)
                     await self._catch_up_once(self._source, self._target)
                     self._advance(declared.name, len(keys))
                     pause = len(keys) / self._rate - (time.monotonic() - began)
                     await asyncio.sleep(max(0.0, pause))
 
     async def _catch_up(self, origin: Engine, copy: Engine) -> None:
-        """Apply change markers until few remain at a time."""
-        for _ in range(_ROUNDS):
-            if await self._catch_up_once(origin, copy) <= _FEW:
+        """Apply change markers until a round finds only few."""
+        for _ in range(_MAX_ROUNDS):
+            if await self._catch_up_once(origin, copy) <= _FEW_MARKERS:
                 return
 
     async def _catch_up_once(self, origin: Engine, copy: Engine) -> int:
-        """Copy what is marked as changed, and delete the markers; how many there were.
+        """Copy the entities that have change markers, and delete the markers; returns their number.
 
-        Markers on the side that is not active are of writes that came too late and were not
-        acknowledged: what they changed is overwritten with the state of the active side.
+        Markers in the store that is not active come from writes that were too late and were not
+        acknowledged. The entities that they changed are overwritten with those of the active store.
         """
         drained = 0
         for marked in (origin, copy):
@@ -404,20 +412,22 @@ class LiveMigration:
                     Key(cast("str", each.entity["collection"]), cast("str", each.entity["id"]))
                     for each in markers
                 ]
-                await self._apply_markers(
-                    origin, copy, [each for each in keys if self._knows(each)]
+                await self._copy_keys(
+                    origin, copy, [each for each in keys if self._require_declared(each)]
                 )
-                # A marker that was written again since has another version, and stays.
+                # A marker that was written again meanwhile has another version, so it is not
+                # deleted.
                 await marked.write_each([Delete(each.key, each.version) for each in markers])
                 drained += len(markers)
         self._advance("changes", drained)
         return drained
 
-    def _knows(self, key: Key) -> bool:
+    def _require_declared(self, key: Key) -> bool:
         if key.collection not in self._schema:
             raise MigrationError(
-                f"an application writes to {key.collection!r}, which is not declared here; name all "
-                "collections that any of them declares"
+                f"an application writes to {key.collection!r}, which is not declared here; declare "
+                "all collections that any application declares (--collections MODULE:NAME on the "
+                "command line)"
             )
         return True
 
@@ -431,8 +441,9 @@ class LiveMigration:
     async def _count_markers(self, engine: Engine) -> int:
         return await engine.count(build_query(MARKER_COLLECTION))
 
-    async def _apply_markers(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
-        """Have `copy` hold of these keys, and of what they need, what `origin` does."""
+    async def _copy_keys(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+        """Copy the entities with these keys, and the relatives that references require, from
+        `origin` to `copy`; entities that `origin` does not hold are deleted."""
         limit = copy.capabilities.max_transaction_changes
         size = _BATCH if limit is None else min(_BATCH, limit // 2 - 1)
         for start in range(0, len(keys), size):
@@ -446,15 +457,15 @@ class LiveMigration:
     async def _copy_chunk(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
         async with copy.session(None) as session:
             record = migration_state_in((await session.fetch([MIGRATION_KEY]))[0])
-            if record is None or record.epoch != self._here().epoch:
+            if record is None or record.epoch != self._current().epoch:
                 raise MigrationError("another coordinator has taken this live migration over")
-            wanted = await self._with_relatives(origin, copy, session, keys)
-            there = dict(zip(wanted, await origin.fetch(wanted), strict=True))
-            here = dict(zip(wanted, await session.fetch(wanted), strict=True))
-            changes = self._changes(wanted, there, here)
+            keys = await self._with_relatives(origin, copy, session, keys)
+            in_origin = dict(zip(keys, await origin.fetch(keys), strict=True))
+            in_copy = dict(zip(keys, await session.fetch(keys), strict=True))
+            changes = self._changes(keys, in_origin, in_copy)
             for outcome in await session.write(changes) if changes else []:
                 if isinstance(outcome, ReferenceViolationError):
-                    # Relatives changed between the two reads: read again.
+                    # Relatives changed between the two reads: the transaction is retried.
                     raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
                 if isinstance(outcome, StorageError):
                     raise outcome
@@ -462,32 +473,33 @@ class LiveMigration:
     def _changes(
         self,
         keys: Sequence[Key],
-        there: dict[Key, Record | None],
-        here: dict[Key, Record | None],
+        in_origin: dict[Key, Record | None],
+        in_copy: dict[Key, Record | None],
     ) -> list[Change]:
-        """What makes the copy equal: parents before children, and the other way round to delete."""
+        """The changes that make the copy equal to the origin: first puts, parents before children,
+        then deletions, children before parents."""
         rank = {name: number for number, name in enumerate(self._schema)}
         at = utc_now()
         puts: list[Change] = []
         deletes: list[Change] = []
         for key in sorted(keys, key=lambda each: (rank[each.collection], each.id)):
-            wanted, found = there[key], here[key]
-            if wanted is None:
-                if found is not None:
+            original, copied = in_origin[key], in_copy[key]
+            if original is None:
+                if copied is not None:
                     deletes.append(Delete(key))
-            elif found is None or canonical(wanted.entity) != canonical(found.entity):
-                entity = {name: value for name, value in wanted.entity.items() if name != VERSION}
-                puts.append(Put(key, entity, at, import_version=wanted.version))
+            elif copied is None or canonical(original.entity) != canonical(copied.entity):
+                entity = {name: value for name, value in original.entity.items() if name != VERSION}
+                puts.append(Put(key, entity, at, import_version=original.version))
         return [*puts, *reversed(deletes)]
 
     async def _with_relatives(
         self, origin: Engine, copy: Engine, session: Session, keys: Sequence[Key]
     ) -> list[Key]:
-        """The keys, with the parents that the copy lacks and the children that it must lose first."""
-        found = dict.fromkeys(keys)
+        """The keys, the parents that the copy lacks, and the children that must be deleted first."""
+        all_keys = dict.fromkeys(keys)
         if not self._references[id(copy)]:
-            return list(found)
-        new = list(found)
+            return list(all_keys)
+        new = list(all_keys)
         while new:
             records = await origin.fetch(new)
             parents = [
@@ -497,116 +509,122 @@ class LiveMigration:
                 for field in self._schema[record.key.collection].references
                 if isinstance(parent := record.entity.get(field.name), str)
             ]
-            gone = [key for key, record in zip(new, records, strict=True) if record is None]
+            deleted = [key for key, record in zip(new, records, strict=True) if record is None]
             relatives = await self._missing(session, parents)
-            for key in gone:
+            for key in deleted:
                 relatives += await self._children(session, key)
-            new = [each for each in dict.fromkeys(relatives) if each not in found]
-            found.update(dict.fromkeys(new))
-        return list(found)
+            new = [each for each in dict.fromkeys(relatives) if each not in all_keys]
+            all_keys.update(dict.fromkeys(new))
+        return list(all_keys)
 
     async def _missing(self, session: Session, keys: list[Key]) -> list[Key]:
         unique = list(dict.fromkeys(keys))
-        there = await session.fetch(unique)
-        return [key for key, record in zip(unique, there, strict=True) if record is None]
+        records = await session.fetch(unique)
+        return [key for key, record in zip(unique, records, strict=True) if record is None]
 
     async def _children(self, session: Session, parent: Key) -> list[Key]:
-        found: list[Key] = []
+        children: list[Key] = []
         for child, field in self._schema.children[parent.collection]:
             query = build_query(child, filters={field.name: eq(parent.id)}, fields=[child.key])
             async with aclosing(session.select(query)) as records:
-                found += [each.key async for each in records]
-        return found
+                children += [each.key async for each in records]
+        return children
 
     async def _repair(self, origin: Engine, copy: Engine) -> None:
-        """Compare everything once; what differs is copied again. From here on, only what is
-        touched can differ."""
+        """Compare all entities once, and copy those that differ again. From then on, only entities
+        in `_touched` can differ."""
         self._touched.clear()
         for declared in self._schema.values():
             for one, other in ((origin, copy), (copy, origin)):
                 async with aclosing(_key_chunks(one, declared, _BATCH)) as chunks:
                     async for keys in chunks:
-                        suspects = await self._differing(one, other, keys)
-                        if suspects:
-                            await self._apply_markers(origin, copy, suspects)
+                        differing = await self._differing(one, other, keys)
+                        if differing:
+                            await self._copy_keys(origin, copy, differing)
                         self._advance("verify", len(keys))
                         await self._catch_up_once(origin, copy)
 
     async def _differing(self, one: Engine, other: Engine, keys: Sequence[Key]) -> list[Key]:
-        ours, theirs = await one.fetch(keys), await other.fetch(keys)
+        in_one, in_other = await one.fetch(keys), await other.fetch(keys)
         return [
             key
-            for key, mine, yours in zip(keys, ours, theirs, strict=True)
-            if (None if mine is None else canonical(mine.entity))
-            != (None if yours is None else canonical(yours.entity))
+            for key, first, second in zip(keys, in_one, in_other, strict=True)
+            if (None if first is None else canonical(first.entity))
+            != (None if second is None else canonical(second.entity))
         ]
 
     # -- the switch ------------------------------------------------------------------------
 
     async def _switch(self, origin: Engine, copy: Engine, during: Phase, after: Phase) -> None:
-        """Make `copy` the active side, in a few seconds, or leave everything as it was."""
+        """Make `copy` the active store within a few seconds, or restore the previous phase."""
         for attempt in range(1, _TRIES + 1):
             await self._catch_up(origin, copy)
-            before = self._here().phase
-            await self._change(phase=during)
+            before = self._current().phase
+            await self._change_state(phase=during)
             try:
                 async with asyncio.timeout(SWITCH_SECONDS):
-                    await _leases_over()
+                    await _wait_for_leases()
                     while await self._catch_up_once(origin, copy):
                         pass
                     await self._verify(origin, copy)
             except TimeoutError as exc:
-                await self._change(phase=before)
+                await self._change_state(phase=before)
                 if attempt == _TRIES:
                     raise MigrationError(
-                        f"the switch was not done within {SWITCH_SECONDS:g} s, {_TRIES} times; "
-                        "nothing was changed. Try again when fewer writes are under way"
+                        f"the switch did not complete within {SWITCH_SECONDS:g} s in {_TRIES} "
+                        "attempts, so the active store is unchanged. Try again when there are fewer "
+                        "writes"
                     ) from exc
             except BaseException:
                 with suppress(StorageError):
-                    await self._change(phase=before)
+                    await self._change_state(phase=before)
                 raise
             else:
-                # This one write is the switch: before it one side is active, after it the other.
-                await self._change(phase=after, term=self._here().term + 1)
+                # This write is the switch: before it one store is active, after it the other.
+                await self._change_state(phase=after, term=self._current().term + 1)
                 return
 
     async def _verify(self, origin: Engine, copy: Engine) -> None:
-        """Nobody writes now: what was touched since all was compared must be equal, and the counts.
+        """Check, while no process writes, that the counts are equal, and all entities that were
+        copied since the full comparison.
 
         Raises:
-            VerificationError.
+            VerificationError: the stores differ.
         """
         touched = sorted(self._touched)
         for start in range(0, len(touched), _BATCH):
-            wrong = await self._differing(origin, copy, touched[start : start + _BATCH])
-            if wrong:
-                named = [f"{each.collection} {each.id!r} differs" for each in wrong[:20]]
-                raise VerificationError(f"the two sides differ: {'; '.join(named[:3])}", named)
+            differing = await self._differing(origin, copy, touched[start : start + _BATCH])
+            if differing:
+                named = [f"{each.collection} {each.id!r} differs" for each in differing[:20]]
+                raise VerificationError(f"the two stores differ: {'; '.join(named[:3])}", named)
         for name, declared in self._schema.items():
             query = build_query(declared)
             counts = await asyncio.gather(origin.count(query), copy.count(query))
             if counts[0] != counts[1]:
-                raise VerificationError(f"{name}: {counts[0]:,} entities and {counts[1]:,}")
+                raise VerificationError(
+                    f"the two stores differ: {name} has {counts[0]:,} entities in the active store "
+                    f"and {counts[1]:,} in the other"
+                )
 
     async def compare(self) -> bool:
-        """Read both sides through and compare their digests; True if they are equal.
+        """Read both stores completely and compare their digests; True if they are equal.
 
-        Meant for a time when nobody writes.
+        The result is meaningful only if no process writes meanwhile.
         """
-        async with self._source.snapshot() as there, self._target.snapshot() as here:
-            return (await compare_readers(there, here, self._schema)).equal
+        async with self._source.snapshot() as source, self._target.snapshot() as target:
+            return (await compare_readers(source, target, self._schema)).equal
 
 
-async def _leases_over() -> None:
-    """Wait until no process relies on a phase from before now."""
+async def _wait_for_leases() -> None:
+    """Wait until every lease on a phase that was read before now has expired."""
     await asyncio.sleep(LEASE_SECONDS + _MARGIN)
 
 
 async def _key_chunks(
     engine: Engine, declared: Collection, size: int
 ) -> AsyncGenerator[list[Key], None]:
-    """The keys of a collection, in chunks, by keyset; concurrent changes do not disturb it."""
+    """The keys of a collection in chunks, read with keyset pagination: despite concurrent changes,
+    an entity that exists throughout is returned exactly once."""
     query = build_query(declared, limit=size, fields=[declared.key])
     while True:
         async with aclosing(engine.select(query)) as records:

@@ -1,4 +1,4 @@
-"""Entities into a store: as they are into an empty one, or by a rule beside what is there."""
+"""Writing whole entities into a store: unconditionally, or merged with its content by a rule."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from hf_async_store.schema import Collection
 from hf_async_store.values import UPDATED_AT, VERSION, Entity, canonical
 
 MergeRule: TypeAlias = Literal["keep", "replace", "newest"]
-"""What becomes of an entity that is there already, and differs:
+"""How an incoming entity is treated if the store holds a different one with the same id:
 
-* keep: it stays.
-* replace: the one that arrives takes its place, with its version.
-* newest: the one with the later `updated_at` stays or comes. Missing and null are the earliest; of
-  equal ones that with the greater version, and of equal versions the one that is there.
+* keep: the stored entity is kept.
+* replace: the incoming entity replaces the stored one, including its version.
+* newest: the entity with the later `updated_at` is stored. Missing and null are the earliest. If
+  `updated_at` is equal, the greater version decides; if that is equal, too, the stored entity is
+  kept.
 """
 
 RULES: Final[tuple[MergeRule, ...]] = ("keep", "replace", "newest")
@@ -36,7 +37,8 @@ _TRIES: Final = 5
 
 
 class Merged(msgspec.Struct):
-    """What became of entities that arrived."""
+    """How many incoming entities were written, equal to the stored ones, or not written because
+    the stored entity was kept."""
 
     written: int = 0
     unchanged: int = 0
@@ -48,16 +50,16 @@ class Merged(msgspec.Struct):
         self.kept += other.kept
 
 
-def resolve(arriving: Entity, there: Entity, rule: MergeRule) -> bool:
-    """Whether `arriving` takes the place of an entity that differs from it."""
+def replaces(incoming: Entity, stored: Entity, rule: MergeRule) -> bool:
+    """Whether `incoming` replaces the stored entity, which differs from it."""
     if rule == "newest":
-        return _age(arriving) > _age(there)
+        return _recency(incoming) > _recency(stored)
     return rule == "replace"
 
 
-def _age(entity: Entity) -> tuple[str, int]:
-    moment = entity.get(UPDATED_AT)
-    return moment if isinstance(moment, str) else "", cast("int", entity[VERSION])
+def _recency(entity: Entity) -> tuple[str, int]:
+    updated_at = entity.get(UPDATED_AT)
+    return updated_at if isinstance(updated_at, str) else "", cast("int", entity[VERSION])
 
 
 async def put(
@@ -73,62 +75,64 @@ async def put(
     """Write a batch.
 
     Args:
-        rule: None writes all of it, over whatever is there.
-        stored: the entities come out of a store, so their values are portable for certain.
-        sizes: of the JSON of each in bytes, where that is known of what comes out of a store.
-        waiting: takes the entities whose parent is not there yet; without it they are errors.
+        rule: None writes all entities and overwrites existing ones.
+        stored: the entities were read from a store, so their values are known to be portable.
+        sizes: the size of each entity in bytes of JSON, if known, for entities read from a store.
+        waiting: a list to which entities are added whose parent does not exist yet; without it
+            such an entity is an error.
 
     Raises:
-        BatchError: some could not be written, the first of them is named; the others were.
-        InvalidInputError: naming the entity; nothing was written.
+        BatchError: some entities could not be written, and the first of them is named; all others
+            were written.
+        InvalidInputError: an entity is not valid; the error names it, and nothing was written.
     """
-    writing = _Writing(store, collection, stored=stored, waiting=waiting)
+    writer = _BatchWriter(store, collection, stored=stored, waiting=waiting)
     if rule is None:
-        return Merged(written=len(entities) - len(await writing.write(entities, sizes=sizes)))
-    done = Merged()
-    left = list(entities)
+        return Merged(written=len(entities) - len(await writer.write(entities, sizes=sizes)))
+    merged = Merged()
+    remaining = list(entities)
     for _ in range(_TRIES):
-        left = await _merge(writing, left, rule, done)
-        if not left:
-            return done
+        remaining = await _merge(writer, remaining, rule, merged)
+        if not remaining:
+            return merged
     raise MigrationError(
-        f"others keep changing {len(left)} entities of {collection} while they are merged; "
-        "merge again when nobody writes to the target"
+        f"{len(remaining):,} entities of {collection} were changed concurrently in each of {_TRIES} "
+        "attempts to merge them; merge again when nothing else writes to the target"
     )
 
 
 async def _merge(
-    writing: _Writing, entities: Sequence[Entity], rule: MergeRule, done: Merged
+    writer: _BatchWriter, entities: Sequence[Entity], rule: MergeRule, merged: Merged
 ) -> list[Entity]:
-    """Merge a batch; returns what others changed meanwhile, to be looked at again."""
-    ids = writing.ids(entities)
-    arriving: list[Entity] = []
+    """Merge a batch; returns the entities that were changed concurrently, which must be retried."""
+    ids = writer.ids(entities)
+    incoming: list[Entity] = []
     expected: dict[str, int | Expect] = {}
-    there_now = await writing.store.get_entities(writing.declared.name, ids)
-    for entity_id, entity, there in zip(ids, entities, there_now, strict=True):
-        if there is None:
+    stored_entities = await writer.store.get_entities(writer.declared.name, ids)
+    for entity_id, entity, stored in zip(ids, entities, stored_entities, strict=True):
+        if stored is None:
             expected[entity_id] = ABSENT
-        elif canonical(there) == canonical(entity):
-            done.unchanged += 1
+        elif canonical(stored) == canonical(entity):
+            merged.unchanged += 1
             continue
-        elif resolve(entity, there, rule):
-            expected[entity_id] = cast("int", there[VERSION])
+        elif replaces(entity, stored, rule):
+            expected[entity_id] = cast("int", stored[VERSION])
         else:
-            done.kept += 1
+            merged.kept += 1
             continue
-        arriving.append(entity)
-    if not arriving:
+        incoming.append(entity)
+    if not incoming:
         return []
-    refused = await writing.write(arriving, expected, _LOST)
-    done.written += len(arriving) - len(refused)
-    return [each for each, error in refused if isinstance(error, _LOST)]
+    refused = await writer.write(incoming, expected, _CONFLICTS)
+    merged.written += len(incoming) - len(refused)
+    return [each for each, error in refused if isinstance(error, _CONFLICTS)]
 
 
-_LOST: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
+_CONFLICTS: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
 
 
-class _Writing:
-    """Batches of whole entities of one collection on their way into a store."""
+class _BatchWriter:
+    """Writes batches of whole entities of one collection into a store."""
 
     def __init__(
         self,
@@ -150,11 +154,12 @@ class _Writing:
         self,
         entities: Sequence[Entity],
         expected: dict[str, int | Expect] | None = None,
-        met: tuple[type[StorageError], ...] = (),
+        tolerated: tuple[type[StorageError], ...] = (),
         *,
         sizes: Sequence[int] | None = None,
     ) -> list[tuple[Entity, StorageError]]:
-        """Write them; returns those that were not, by an error that is `met`, or for their parent.
+        """Write entities; returns those that were refused because their parent is missing, or with
+        one of the `tolerated` errors.
 
         Raises:
             BatchError, InvalidInputError: see `put`.
@@ -166,13 +171,13 @@ class _Writing:
             else:
                 await self.store.import_entities(name, entities, expected)
         except BatchError as exc:
-            return self._refused(entities, exc, met)
+            return self._refused(entities, exc, tolerated)
         except InvalidInputError as exc:
-            raise self._named(entities, exc) from exc
+            raise self._naming_entity(entities, exc) from exc
         return []
 
     def _refused(
-        self, entities: Sequence[Entity], exc: BatchError, met: tuple[type[StorageError], ...]
+        self, entities: Sequence[Entity], exc: BatchError, tolerated: tuple[type[StorageError], ...]
     ) -> list[tuple[Entity, StorageError]]:
         refused = [
             (entity, outcome)
@@ -180,47 +185,50 @@ class _Writing:
             if isinstance(outcome, StorageError)
         ]
         if self._waiting is not None:
-            met = (*met, ReferenceViolationError)
-        errors = [each for each in refused if not isinstance(each[1], met)]
+            tolerated = (*tolerated, ReferenceViolationError)
+        errors = [each for each in refused if not isinstance(each[1], tolerated)]
         if errors:
             entity, first = errors[0]
             raise BatchError(
-                f"{len(errors):,} of {len(entities):,} could not be written; the first: "
-                f"{_at(self.declared, entity, first)}",
+                f"{len(errors):,} of {len(entities):,} entities could not be written; the first "
+                f"error: {_message(self.declared, entity, first)}",
                 exc.outcomes,
             ) from first
         if self._waiting is not None:
             self._waiting += [
-                each for each, why in refused if isinstance(why, ReferenceViolationError)
+                each for each, error in refused if isinstance(error, ReferenceViolationError)
             ]
         return refused
 
-    def _named(self, entities: Sequence[Entity], exc: InvalidInputError) -> InvalidInputError:
-        """The error of a batch as that of the entity that is wrong."""
+    def _naming_entity(
+        self, entities: Sequence[Entity], exc: InvalidInputError
+    ) -> InvalidInputError:
+        """The error of a batch as an error that names the invalid entity."""
         for entity in entities:
             try:
-                check_whole(self.declared, entity)
-            except InvalidInputError as found:
-                return found.at(name_of(self.declared, entity))
+                check_entity(self.declared, entity)
+            except InvalidInputError as error:
+                return error.at(name_of(self.declared, entity))
         return exc.at(self.declared.name)
 
 
-def check_whole(declared: Collection, entity: Entity) -> None:
-    """Look at what every import looks at: key, values, declared types, size, version.
+def check_entity(declared: Collection, entity: Entity) -> None:
+    """Check everything that an import checks: key, values, declared types, size, version.
 
     Raises:
-        InvalidInputError.
+        InvalidInputError: the entity is not valid.
     """
     check_version(entity.get(VERSION, 0), absent=False)
     declared.entity(entity)
 
 
 def name_of(declared: Collection, entity: Entity) -> str:
-    """How an error names an entity."""
+    """The name of an entity in error messages."""
     return f"{declared.name} {entity.get(declared.key)!r}"
 
 
-def _at(declared: Collection, entity: Entity, error: StorageError) -> str:
-    said = str(error)
-    named = declared.name in said and repr(entity.get(declared.key)) in said
-    return said if named else f"{name_of(declared, entity)}: {said}"
+def _message(declared: Collection, entity: Entity, error: StorageError) -> str:
+    """The message of an error, preceded by the name of the entity if the message lacks it."""
+    message = str(error)
+    is_named = declared.name in message and repr(entity.get(declared.key)) in message
+    return message if is_named else f"{name_of(declared, entity)}: {message}"

@@ -1,4 +1,4 @@
-"""What of a source is incompatible with a target, found by reading and without writing anything."""
+"""Finding what a target would refuse by reading the source, without writing anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.errors import InvalidInputError, StorageError
-from hf_async_store.migration.merge import check_whole, name_of
+from hf_async_store.migration.merge import check_entity, name_of
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.query import build_query
 from hf_async_store.values import Entity, Key
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 LIMIT: Final = 20
 _CHUNK_SIZE: Final = 500
-_MOST_PARENTS: Final = 100_000
+_MAX_PARENTS: Final = 100_000
+"""Maximum number of parents known to exist that are remembered."""
 
 
 def enforces_references(store: StorageStrategy) -> bool:
     """Whether a store refuses an entity whose parent is missing."""
-    configured = store.describe().get("configuration")
-    switch = configured.get("enforce_references", True) if isinstance(configured, dict) else True
-    return store.capabilities.references and bool(switch)
+    settings = store.describe().get("configuration")
+    enforce = settings.get("enforce_references", True) if isinstance(settings, dict) else True
+    return store.capabilities.references and bool(enforce)
 
 
 async def find_incompatibilities(
@@ -37,15 +38,15 @@ async def find_incompatibilities(
     limit: int = LIMIT,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, int], list[str], bool]:
-    """Read the source through; returns its counts, what does not fit, and whether there is more.
+    """Read the whole source; returns its counts, the problems, and whether there are more problems.
 
-    Looked at are what every write looks at (keys, values, declared types, sizes, versions), and
-    whether the parents are there, if the target wants them.
+    Checked is what every write checks (keys, values, declared types, sizes, versions), and, if the
+    target enforces references, whether the parents exist.
     """
-    fitting = _Preflight(source, target, limit)
+    preflight = _Preflight(source, target, limit)
     for name in source.collections:
-        await fitting.look_at(name, advance)
-    return fitting.counts, fitting.problems[:limit], len(fitting.problems) > limit
+        await preflight.check_collection(name, advance)
+    return preflight.counts, preflight.problems[:limit], len(preflight.problems) > limit
 
 
 class _Preflight:
@@ -58,62 +59,67 @@ class _Preflight:
         self.counts: dict[str, int] = {}
         self.problems: list[str] = []
 
-    async def look_at(self, name: str, advance: Callable[[int], None]) -> None:
+    async def check_collection(self, name: str, advance: Callable[[int], None]) -> None:
         declared = self._target.collections[name]
         self.counts[name] = 0
         async with self._source.snapshot() as reader:
-            piece: list[Entity] = []
+            chunk: list[Entity] = []
             query = build_query(self._source.collections[name])
             try:
                 async with aclosing(reader.select(query)) as records:
                     async for record in records:
-                        piece.append(record.entity)
-                        if len(piece) == _CHUNK_SIZE:
-                            await self._check(declared, piece, reader)
-                            advance(len(piece))
-                            piece = []
+                        chunk.append(record.entity)
+                        if len(chunk) == _CHUNK_SIZE:
+                            await self._check(declared, chunk, reader)
+                            advance(len(chunk))
+                            chunk = []
             except StorageError as exc:
-                # What the source itself cannot read is the first thing that does not fit.
-                self._note(str(exc))
-            await self._check(declared, piece, reader)
-            advance(len(piece))
+                # An entity that the source itself cannot read is a problem, too.
+                self._add_problem(str(exc))
+            await self._check(declared, chunk, reader)
+            advance(len(chunk))
 
-    def _note(self, problem: str) -> None:
+    def _add_problem(self, problem: str) -> None:
         if len(self.problems) <= self._limit:
             self.problems.append(problem)
 
-    async def _check(self, declared: Collection, piece: list[Entity], reader: Reader) -> None:
-        self.counts[declared.name] += len(piece)
-        for entity in piece:
+    async def _check(self, declared: Collection, chunk: list[Entity], reader: Reader) -> None:
+        self.counts[declared.name] += len(chunk)
+        for entity in chunk:
             try:
-                check_whole(declared, entity)
+                check_entity(declared, entity)
             except InvalidInputError as exc:
-                self._note(f"{name_of(declared, entity)}: {exc}")
+                self._add_problem(f"{name_of(declared, entity)}: {exc}")
         if self._references:
             for field in declared.references:
-                await self._check_parents(declared, field, piece, reader)
+                await self._check_parents(declared, field, chunk, reader)
 
     async def _check_parents(
-        self, declared: Collection, field: Field, piece: list[Entity], reader: Reader
+        self, declared: Collection, field: Field, chunk: list[Entity], reader: Reader
     ) -> None:
         parent = cast("str", field.references)
         wanted = {
             Key(parent, value)
-            for entity in piece
+            for entity in chunk
             if isinstance(value := entity.get(field.name), str)
         } - self._parents
         keys = sorted(wanted)
-        if len(self._parents) > _MOST_PARENTS:
+        if len(self._parents) > _MAX_PARENTS:
             self._parents.clear()
-        for key, found in zip(keys, await reader.fetch(keys), strict=True):
-            if found is not None:
+        for key, record in zip(keys, await reader.fetch(keys), strict=True):
+            if record is not None:
                 self._parents.add(key)
-        missing = [each for each in keys if each not in self._parents]
-        if missing:
-            there = await self._target.get_entities(parent, [each.id for each in missing])
-            gone = {each.id for each, found in zip(missing, there, strict=True) if found is None}
-            for entity in piece:
-                if entity.get(field.name) in gone:
+        not_in_source = [each for each in keys if each not in self._parents]
+        if not_in_source:
+            ids = [each.id for each in not_in_source]
+            in_target = await self._target.get_entities(parent, ids)
+            missing = {
+                parent_id
+                for parent_id, entity in zip(ids, in_target, strict=True)
+                if entity is None
+            }
+            for entity in chunk:
+                if entity.get(field.name) in missing:
                     name = cast("str", entity[field.name])
                     entity_id = entity.get(declared.key)
-                    self._note(str(missing_parent(declared.name, entity_id, field, name)))
+                    self._add_problem(str(missing_parent(declared.name, entity_id, field, name)))

@@ -1,7 +1,7 @@
-"""Proving a backup: that it is as it was written, and that all of it can be restored.
+"""Verifying a backup: that it was not altered, and that all of its entities can be restored.
 
-The digests say that nobody altered the file. They do not say that what was written can be stored, so
-each entity is looked at as an import does: before the first of them is written anywhere.
+The digests show that the file was not altered. They do not show that its entities can be stored, so
+each entity is also checked like an import checks it, before the first one is written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from hf_async_store import batch_validation as columns
+from hf_async_store import batch_validation
 from hf_async_store.changes import check_version
 from hf_async_store.errors import (
     ConfigurationError,
@@ -21,7 +21,7 @@ from hf_async_store.errors import (
     InvalidInputError,
     ReferenceViolationError,
 )
-from hf_async_store.migration.backup_format import Reading, damaged
+from hf_async_store.migration.backup_format import PortableReader, damaged
 from hf_async_store.migration.merge import name_of
 from hf_async_store.schema import Collection
 from hf_async_store.values import VERSION, Entity, Key
@@ -31,58 +31,61 @@ if TYPE_CHECKING:
     from hf_async_store.schema import Field
     from hf_async_store.strategy import StorageStrategy
 
-_MANY: Final = 50_000
-_LOOKED_UP: Final = 500
+_MAX_WANTED: Final = 50_000
+"""So many references are collected before they are looked up among the known parents."""
+
+_FETCH_SIZE: Final = 500
 
 
 async def check_portable(
     path: Path, schema: Mapping[str, Collection] | None = None, parents: Parents | None = None
 ) -> dict[str, Digest]:
-    """Read a backup through and prove that it is whole, as it was written, and can be restored.
+    """Read a whole backup, and verify that it is complete, was not altered, and can be restored.
 
     Args:
-        schema: declarations that its entities must fit, too.
-        parents: is told of all entities.
+        schema: declarations that the entities must fit, too.
+        parents: receives the entities, to check their references.
 
     Returns:
-        Its digests.
+        The digest of each collection.
 
     Raises:
-        CorruptionError: it is truncated or was altered, or an entity of it can be stored nowhere.
+        CorruptionError: the file is truncated or was altered, or an entity cannot be stored in any
+            store.
         InvalidFieldError: an entity does not fit its declaration.
-        InvalidInputError: it is no portable backup.
+        InvalidInputError: the file is not a portable backup.
     """
-    reading = Reading(path)
-    proof = _Proof(reading, path, schema)
-    async with aclosing(reading.sections()) as sections:
-        async for name, texts in sections:
-            reading.digests[name].add_all(texts)
-            entities = reading.entities(name, texts)
-            declared = proof.take(name, entities)
+    reader = PortableReader(path)
+    checker = _EntityChecker(reader, path, schema)
+    async with aclosing(reader.sections()) as sections:
+        async for name, encoded in sections:
+            reader.digests[name].add_all(encoded)
+            entities = reader.entities(name, encoded)
+            declared = checker.check(name, entities)
             if parents is not None and schema is not None and name in schema:
-                parents.take(declared, entities)
-    reading.prove()
-    return reading.digests
+                parents.add(declared, entities)
+    reader.verify_digests()
+    return reader.digests
 
 
-class _Proof:
-    """Looks at entities, in the order in which they are in the file."""
+class _EntityChecker:
+    """Checks entities, in the order in which they are in the file."""
 
     def __init__(
-        self, reading: Reading, path: Path, schema: Mapping[str, Collection] | None
+        self, reader: PortableReader, path: Path, schema: Mapping[str, Collection] | None
     ) -> None:
-        self._reading = reading
+        self._reader = reader
         self._path = path
         self._schema = schema
         self._collections = dict(schema or {})
         self._last: dict[str, str] = {}
 
-    def take(self, name: str, entities: list[Entity]) -> Collection:
-        """Look at the next entities of a collection; returns what they were held against."""
+    def check(self, name: str, entities: list[Entity]) -> Collection:
+        """Check the next entities of a collection; returns the declaration that was applied."""
         declared = self._declared(name)
-        if columns.validate_batch(declared, entities) is None:
+        if batch_validation.validate_batch(declared, entities) is None:
             for each in entities:
-                self._check(declared, each)
+                self._check_entity(declared, each)
         for each in entities:
             self._check_version(declared, each)
             self._check_order(declared, each)
@@ -90,20 +93,20 @@ class _Proof:
 
     def _declared(self, name: str) -> Collection:
         if name not in self._collections:
-            header = self._reading.header
-            assert header is not None, "read before any entity"
+            header = self._reader.header
+            assert header is not None, "the header is read before any entity"
             key = next(each.key for each in header.collections if each.name == name)
             try:
                 self._collections[name] = Collection(name, key=key)
             except ConfigurationError as exc:
-                raise damaged(self._path, f"no store has such a collection: {exc}") from exc
+                raise damaged(self._path, f"it holds an invalid collection: {exc}") from exc
         return self._collections[name]
 
-    def _check(self, declared: Collection, entity: Entity) -> None:
+    def _check_entity(self, declared: Collection, entity: Entity) -> None:
         try:
             declared.entity(entity)
         except InvalidFieldError as exc:
-            if self._schema is not None:  # else nothing is known of types
+            if self._schema is not None:  # without a schema, the declared types are unknown
                 raise exc.at(f"{self._path}, {name_of(declared, entity)}") from exc
         except InvalidInputError as exc:
             raise self._damaged(declared, entity, exc) from exc
@@ -115,46 +118,49 @@ class _Proof:
             raise self._damaged(declared, entity, exc) from exc
 
     def _check_order(self, declared: Collection, entity: Entity) -> None:
-        """By id: so no entity comes twice."""
+        """Entities are sorted by id, so no entity occurs twice."""
         entity_id = cast("str", entity[declared.key])
         if entity_id <= self._last.get(declared.name, ""):
             raise damaged(
-                self._path, f"{name_of(declared, entity)} comes twice, or not in the order of ids"
+                self._path,
+                f"{name_of(declared, entity)} occurs twice, or the entities are not sorted by id",
             )
         self._last[declared.name] = entity_id
 
     def _damaged(self, declared: Collection, entity: Entity, exc: InvalidInputError) -> Exception:
-        return damaged(self._path, f"{name_of(declared, entity)} can be stored nowhere: {exc}")
+        return damaged(
+            self._path, f"{name_of(declared, entity)} cannot be stored in any store: {exc}"
+        )
 
 
 class Parents:
-    """Which parents the entities of a backup name that are not in it.
+    """Finds the parents that entities of a backup refer to and that are not in the backup.
 
-    It remembers eight bytes of each entity that can be a parent. Two that are taken for one would be
-    a missing parent that is found out only when its child is written.
+    It keeps an eight-byte hash of the id of each entity that can be a parent. If two hashes collide,
+    a missing parent is found only when its child is written.
     """
 
     def __init__(self, schema: Mapping[str, Collection]) -> None:
-        referred = {
+        referenced = {
             cast("str", field.references) for each in schema.values() for field in each.references
         }
-        self._there = {name: array("q") for name in referred}
-        self._is_sorted = dict.fromkeys(referred, True)
+        self._hashes = {name: array("q") for name in referenced}
+        self._is_sorted = dict.fromkeys(referenced, True)
         self._wanted: dict[Key, str] = {}
         self._last: str | None = None
 
-    def take(self, declared: Collection, entities: list[Entity]) -> None:
-        """Look at the next entities of the file."""
-        if declared.name != self._last or len(self._wanted) > _MANY:
-            self._settle()  # parents mostly come as a whole before their children
+    def add(self, declared: Collection, entities: list[Entity]) -> None:
+        """Add the next entities of the file."""
+        if declared.name != self._last or len(self._wanted) > _MAX_WANTED:
+            self._drop_known()  # most parents precede all of their children in the file
             self._last = declared.name
-        if declared.name in self._there:
-            self._there[declared.name].extend(hash(each[declared.key]) for each in entities)
+        if declared.name in self._hashes:
+            self._hashes[declared.name].extend(hash(each[declared.key]) for each in entities)
             self._is_sorted[declared.name] = False
         for field in declared.references:
-            self._want(declared, field, entities)
+            self._add_references(declared, field, entities)
 
-    def _want(self, declared: Collection, field: Field, entities: list[Entity]) -> None:
+    def _add_references(self, declared: Collection, field: Field, entities: list[Entity]) -> None:
         parent = cast("str", field.references)
         for entity in entities:
             value = entity.get(field.name)
@@ -163,33 +169,35 @@ class Parents:
                     Key(parent, value), f"{name_of(declared, entity)}: {field.name}"
                 )
 
-    def _settle(self) -> None:
+    def _drop_known(self) -> None:
+        """Drop the references to parents that the file has contained so far."""
         for name in {each.collection for each in self._wanted}:
             if not self._is_sorted[name]:
-                self._there[name] = array("q", sorted(self._there[name]))
+                self._hashes[name] = array("q", sorted(self._hashes[name]))
                 self._is_sorted[name] = True
-        self._wanted = {key: who for key, who in self._wanted.items() if not self._has(key)}
+        self._wanted = {key: child for key, child in self._wanted.items() if not self._has(key)}
 
     def _has(self, key: Key) -> bool:
-        there, wanted = self._there[key.collection], hash(key.id)
-        place = bisect_left(there, wanted)
-        return place < len(there) and there[place] == wanted
+        hashes, wanted = self._hashes[key.collection], hash(key.id)
+        index = bisect_left(hashes, wanted)
+        return index < len(hashes) and hashes[index] == wanted
 
     async def refuse_missing(self, store: StorageStrategy) -> None:
-        """Refuse what names a parent that is neither in the file nor in the store.
+        """Refuse references to parents that are neither in the file nor in the store.
 
         Raises:
-            ReferenceViolationError: naming the first.
+            ReferenceViolationError: a parent is missing; the error names the first reference.
         """
-        self._settle()
+        self._drop_known()
         wanted = list(self._wanted)
-        for start in range(0, len(wanted), _LOOKED_UP):
-            for name in {each.collection for each in wanted[start : start + _LOOKED_UP]}:
-                keys = [k for k in wanted[start : start + _LOOKED_UP] if k.collection == name]
-                found = await store.get_entities(name, [each.id for each in keys])
-                for key, there in zip(keys, found, strict=True):
-                    if there is None:
+        for start in range(0, len(wanted), _FETCH_SIZE):
+            batch = wanted[start : start + _FETCH_SIZE]
+            for name in {each.collection for each in batch}:
+                keys = [each for each in batch if each.collection == name]
+                stored = await store.get_entities(name, [each.id for each in keys])
+                for key, parent in zip(keys, stored, strict=True):
+                    if parent is None:
                         raise ReferenceViolationError(
-                            f"{self._wanted[key]} names {key.id!r}, which {name} has neither in the "
-                            "backup nor in the store"
+                            f"{self._wanted[key]} refers to {name} {key.id!r}, which is neither in "
+                            "the backup nor in the store"
                         )

@@ -1,8 +1,9 @@
-"""What must hold before a store is read, written over or emptied as a whole.
+"""Preconditions of reading, replacing or emptying a whole store.
 
-A backup, a move or a comparison is of everything that is stored. So the store must be there, for a
-mistyped name is no empty store; what is stored must be declared, for a full read leaves out what is
-not; and a move is between two stores, however they are spelt.
+A backup, a migration or a comparison includes everything that is stored. So the store must exist,
+because a mistyped name must not be taken for an empty store. Everything stored must be declared,
+because a full read does not return undeclared collections and fields. And the source and the target
+of a migration must be different stores, even if their locations are spelt differently.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from hf_async_store.values import Value
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
-_WHERE: Final = ("path", "server", "database", "schema", "region", "endpoint_url", "table_prefix")
+_LOCATION_PARTS: Final = (
+    "path",
+    "server",
+    "database",
+    "schema",
+    "region",
+    "endpoint_url",
+    "table_prefix",
+)
 _MAX_SHOWN: Final = 5
 
 
-class Asked(Protocol):
-    """What is asked here of a store, or of its engine."""
+class Inspectable(Protocol):
+    """A store or an engine, as far as it is used here."""
 
     async def exists(self) -> bool: ...
 
@@ -38,52 +47,54 @@ class Asked(Protocol):
     def describe(self) -> Mapping[str, Value]: ...
 
 
-def location_of(store: Asked) -> str:
-    """Where a store is, in its own words, without secrets."""
-    told = store.describe()
-    folder, files = told.get("folder"), told.get("files")
+def location_of(store: Inspectable) -> str:
+    """The location of a store for messages, without secrets."""
+    description = store.describe()
+    folder, files = description.get("folder"), description.get("files")
     if isinstance(folder, str):
         return (
             str(Path(folder, str(files[0])))
             if isinstance(files, list) and files[1:] == []
             else folder
         )
-    settings = told.get("configuration")
-    told = {**(settings if isinstance(settings, dict) else {}), **told}
-    parts = [f"{name} {told[name]}" for name in _WHERE if told.get(name)]
-    return ", ".join(parts) if parts else str(told.get("engine", "the place given"))
+    settings = description.get("configuration")
+    known = {**(settings if isinstance(settings, dict) else {}), **description}
+    parts = [f"{name} {known[name]}" for name in _LOCATION_PARTS if known.get(name)]
+    return ", ".join(parts) if parts else str(known.get("engine", "the given location"))
 
 
-async def require_store(store: Asked, what: str = "") -> None:
-    """Refuse to take for empty what is not there: its name may be mistyped. Nothing is made.
+async def require_store(store: Inspectable, label: str = "") -> None:
+    """Refuse a store that does not exist, because its name may be mistyped; nothing is created.
 
     Args:
-        what: the store, as the error names it, if there are two.
+        label: how the error names the store, if there are two.
 
     Raises:
-        StoreNotFoundError.
-        StorageError: it cannot be reached.
+        StoreNotFoundError: the store does not exist.
+        StorageError: the store cannot be reached.
     """
     if not await store.exists():
         raise StoreNotFoundError(
-            f"there is no store at {what and f'{what}, '}{location_of(store)}; its name may be mistyped"
+            f"there is no store at {label and f'{label}, '}{location_of(store)}; its name may be "
+            "mistyped"
         )
 
 
-async def refuse_same(answer: Awaitable[bool]) -> None:
-    """Refuse to move a store to itself.
+async def refuse_same(is_same: Awaitable[bool]) -> None:
+    """Refuse to migrate a store to itself.
 
     Args:
-        answer: of `is_same_store`.
+        is_same: the call of `is_same_store`, not awaited yet.
 
     Raises:
-        MigrationError: they are one, or nobody can tell; nothing was written.
+        MigrationError: source and target are the same store, or this cannot be determined; nothing
+            was written.
     """
     try:
-        same = await answer
+        same = await is_same
     except StorageError as exc:
         raise MigrationError(
-            "it cannot be found out whether source and target are the same store, so nothing was "
+            "it cannot be determined whether source and target are the same store, so nothing was "
             f"written: {exc}",
             retryable=exc.retryable,
         ) from exc
@@ -91,64 +102,67 @@ async def refuse_same(answer: Awaitable[bool]) -> None:
         raise MigrationError("source and target are the same store; nothing was written")
 
 
-async def refuse_undeclared(store: Asked, what: str, leave_out: Container[str] = ()) -> list[str]:
-    """Refuse a full read that would leave something out, but for what is to be left out.
+async def refuse_undeclared(
+    store: Inspectable, label: str, leave_out: Container[str] = ()
+) -> list[str]:
+    """Refuse a store with undeclared collections or fields, except those in `leave_out`.
 
     Args:
-        what: the store, as an error names it.
+        label: how the error names the store.
         leave_out: collections (`jobs`) and fields (`machines.owner`).
 
     Returns:
-        What is left out.
+        The undeclared collections and fields, all of which are in `leave_out`.
 
     Raises:
-        ConfigurationError: names the declarations that are missing.
+        ConfigurationError: there are others; the error names them.
     """
-    hidden = {each.name for each in SYSTEM_COLLECTIONS}
-    found = [each for each in await store.undeclared() if each.partition(".")[0] not in hidden]
-    missing = [each for each in found if each not in leave_out]
+    system = {each.name for each in SYSTEM_COLLECTIONS}
+    undeclared = [each for each in await store.undeclared() if each.partition(".")[0] not in system]
+    missing = [each for each in undeclared if each not in leave_out]
     if missing:
         raise ConfigurationError(
-            f"{what} holds what is not declared here, and a full read would leave it out: "
-            f"{listed(missing)}. Declare it (--collections MODULE:NAME on the command line), or say "
-            "that it stays behind (leave_out, or --leave-out NAME)"
+            f"{label} holds collections or fields that are not declared here and would not be "
+            f"read: {listed(missing)}. Declare them (--collections MODULE:NAME on the command "
+            "line), or exclude them (leave_out, or --leave-out NAME)"
         )
-    return found
+    return undeclared
 
 
-async def refuse_undeclared_fields(store: StorageStrategy, what: str) -> None:
-    """Refuse to write whole entities into a store that has fields of theirs beyond the declaration.
+async def refuse_undeclared_fields(store: StorageStrategy, label: str) -> None:
+    """Refuse to write whole entities into a store with undeclared fields in declared collections.
 
-    What is stored in such a field would stay in an entity that is replaced.
+    If an entity is replaced there, the values of its undeclared fields would remain.
 
     Raises:
-        ConfigurationError: names the declarations that are missing.
+        ConfigurationError: there are undeclared fields; the error names them.
     """
     fields = [
         each for each in await store.undeclared() if each.partition(".")[0] in store.collections
     ]
     if fields:
         raise ConfigurationError(
-            f"{what} has fields that are not declared here, and whose values would stay beside what "
-            f"is written: {listed(fields)}. Declare them (--collections MODULE:NAME on the command "
+            f"{label} has fields that are not declared here, whose values would remain in replaced "
+            f"entities: {listed(fields)}. Declare them (--collections MODULE:NAME on the command "
             "line)"
         )
 
 
 def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> None:
-    """Refuse to leave out what is declared, and so comes along.
+    """Refuse to leave out a declared collection.
 
     Raises:
-        InvalidInputError.
+        InvalidInputError: a collection is declared and also to be left out.
     """
     declared = [each for each in leave_out if each in schema]
     if declared:
         raise InvalidInputError(
-            f"{declared[0]!r} is declared, so it is not left out: declare less, or leave it in"
+            f"{declared[0]!r} is declared, so it cannot be left out: remove it from the declared "
+            "collections, or from leave_out (--leave-out)"
         )
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of some names, and how many there are more."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - _MAX_SHOWN:,} more" if len(names) > _MAX_SHOWN else ""
     return ", ".join(names[:_MAX_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Bringing a portable backup back into a store: proven first, as a whole, then written."""
+"""Restoring a portable backup into a store: the whole file is verified before it is written."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ from hf_async_store.values import Entity
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
-_BATCH: Final = 1000
+_BATCH_SIZE: Final = 1000
 
 
 class RestoreResult(msgspec.Struct, frozen=True):
-    """A backup that was restored.
+    """The result of `restore_store`.
 
     Attributes:
-        merged: by collection, what became of its entities.
-        left_out: collections of it that were not restored, as requested.
+        path: the path of the backup.
+        merged: the number of entities that were written, unchanged or kept, by collection.
+        left_out: collections of the backup that were not restored, as requested.
     """
 
     path: str
@@ -57,25 +58,30 @@ async def restore_store(
     leave_out: Collection[str] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> RestoreResult:
-    """Bring a portable backup into a store: versions and timestamps as they were.
+    """Restore a portable backup into a store, with the original versions and timestamps.
 
-    The whole file is read and proven before anything is written: its digests, that each entity can
-    be stored here, and that its parents are there. Entities come in batches; a restore that was
-    interrupted is run again, with `merge="replace"`.
+    The whole file is verified before anything is written: its digests, that each entity can be
+    stored in this store, and that the parents of each entity exist. Entities are written in batches.
+    Repeat an interrupted restore with `merge="replace"`.
 
     Args:
-        merge: how to settle with what is there (see `MergeRule`); None needs an empty store.
-        leave_out: collections of the file that are not declared and are not to be restored.
+        merge: how to treat entities that the store holds already (see `MergeRule`); None requires
+            an empty store.
+        leave_out: collections of the file that are not declared and are not restored.
+        advance: called with the number of entities of each batch that is done.
 
     Raises:
-        CorruptionError: the file is truncated or was altered, or holds what can be stored nowhere.
-        InvalidInputError: it is no portable backup, or its entities do not fit what is declared.
+        CorruptionError: the file is truncated or was altered, or an entity cannot be stored in any
+            store.
+        InvalidInputError: the file is not a portable backup, or an entity does not fit its
+            declaration.
         ReferenceViolationError: a parent is missing.
-        TargetNotEmptyError: the store is not empty, and there is no rule.
+        TargetNotEmptyError: the store is not empty, and no merge rule was given.
         ConfigurationError: the store has fields that are not declared.
-        MigrationError: something failed after writing had begun; says how much was written.
+        MigrationError: an error occurred after writing had begun; the message says how many
+            entities were written.
 
-    In all cases but the last nothing was written.
+    After any error but the last, nothing was written.
     """
     path = Path(path)
     check_leave_out(leave_out, store.collections)
@@ -88,37 +94,37 @@ async def restore_store(
         if parents is not None:
             await parents.refuse_missing(store)
     except (CorruptionError, InvalidInputError, ReferenceViolationError) as exc:
-        raise _untouched(exc) from exc
+        raise _nothing_written(exc) from exc
     if merge is None:
-        await _refuse_full(store)
-    restoring = _Restoring(store, path, merge, advance)
-    await restoring.run()
+        await _refuse_not_empty(store)
+    restore = _Restore(store, path, merge, advance)
+    await restore.run()
     left_out = [each.name for each in header.collections if each.count and each.name in leave_out]
-    return RestoreResult(str(path), restoring.merged, left_out)
+    return RestoreResult(str(path), restore.merged, left_out)
 
 
-def _untouched(exc: StorageError) -> StorageError:
-    """The same error, saying what became of the store."""
-    told = exc.copy()
-    told.args = (f"{str(exc).rstrip('.')}; nothing was written",)
-    return told
+def _nothing_written(exc: StorageError) -> StorageError:
+    """A copy of the error, whose message adds that nothing was written."""
+    copy = exc.copy()
+    copy.args = (f"{str(exc).rstrip('.')}; nothing was written",)
+    return copy
 
 
-async def _refuse_full(store: StorageStrategy) -> None:
-    full = [name for name in store.collections if await store.query_entities(name, limit=1)]
-    if full:
-        counts = ", ".join([f"{await store.count_entities(each):,} {each}" for each in full])
+async def _refuse_not_empty(store: StorageStrategy) -> None:
+    not_empty = [name for name in store.collections if await store.query_entities(name, limit=1)]
+    if not_empty:
+        counts = ", ".join([f"{await store.count_entities(each):,} {each}" for each in not_empty])
         raise TargetNotEmptyError(
-            f"the target of the restore is not empty ({counts}), and nothing was written; "
-            "--merge keep, replace or newest says what counts"
+            f"the target of the restore is not empty ({counts}), and nothing was written; restore "
+            "into an empty store, or give a merge rule (--merge keep, replace or newest)"
         )
 
 
-class _Restoring:
-    """The writing of a backup that was proven.
+class _Restore:
+    """Writes a verified backup into a store.
 
     Attributes:
-        merged: by collection, what became of its entities so far.
+        merged: the number of entities that were written, unchanged or kept so far, by collection.
     """
 
     def __init__(
@@ -136,33 +142,35 @@ class _Restoring:
         self.merged = {name: Merged() for name in store.collections}
 
     async def run(self) -> None:
-        """
+        """Write all entities.
+
         Raises:
-            MigrationError.
+            MigrationError: a write failed.
         """
         try:
-            await self._pass(None)
-            # Children that come before their parents in the file, as in a tree of one collection.
+            await self._write_file(None)
+            # Children that precede their parents in the file, as in a tree of one collection.
             while waiting := {name: ids for name, ids in self._waiting.items() if ids}:
                 self._waiting.clear()
-                await self._pass(waiting)
+                await self._write_file(waiting)
                 if self._waiting == waiting:
                     name, ids = next(iter(waiting.items()))
                     raise ReferenceViolationError(
-                        f"{len(ids):,} entities of {name} name a parent that is not there, the "
-                        f"first: {min(ids)!r}"
+                        f"{len(ids):,} entities of {name} refer to a parent that does not exist; "
+                        f"the first: {min(ids)!r}"
                     )
         except StorageError as exc:
-            raise self._ended(exc) from exc
+            raise self._incomplete(exc) from exc
 
-    async def _pass(self, only: dict[str, set[str]] | None) -> None:
-        async with aclosing(read_portable(self._path)) as pieces:
-            async for name, entities in pieces:
+    async def _write_file(self, only: dict[str, set[str]] | None) -> None:
+        """Read the file once and write its entities, or only those with the given ids."""
+        async with aclosing(read_portable(self._path)) as chunks:
+            async for name, entities in chunks:
                 if only is not None:
                     ids, key = only.get(name, set()), self._store.collections[name].key
                     entities = [each for each in entities if each[key] in ids]
-                for start in range(0, len(entities), _BATCH):
-                    await self._write(name, entities[start : start + _BATCH])
+                for start in range(0, len(entities), _BATCH_SIZE):
+                    await self._write(name, entities[start : start + _BATCH_SIZE])
 
     async def _write(self, name: str, batch: list[Entity]) -> None:
         if name not in self._store.collections:
@@ -174,13 +182,13 @@ class _Restoring:
         self._waiting[name] |= {cast("str", each[key]) for each in waiting}
         self._advance(len(batch) - len(waiting))
 
-    def _ended(self, exc: StorageError) -> MigrationError:
+    def _incomplete(self, exc: StorageError) -> MigrationError:
         counts = {name: each.written for name, each in self.merged.items() if each.written}
         written = ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
         return MigrationError(
-            f"the restore of {self._path} ended before its end: {exc}. Entities that were written: "
-            f"{written}, and perhaps some of the batch that failed (of {_BATCH:,} at most). Mend the "
-            "cause, then run it again with --merge replace",
+            f"the restore of {self._path} is incomplete: {exc}. Entities that were written: "
+            f"{written}, and possibly some of the batch that failed (at most {_BATCH_SIZE:,}). Fix the "
+            "cause, then restore again with --merge replace",
             retryable=exc.retryable,
             outcome_unknown=exc.outcome_unknown,
         )

@@ -1,4 +1,4 @@
-"""`MigrationTool`: from one store to another, by the steps of the spec or all of them at once."""
+"""`MigrationTool`: migrates one store to another, step by step or all steps at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from hf_async_store.errors import (
 )
 from hf_async_store.migration.backup import backup_store
 from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
-from hf_async_store.migration.copier import RESUME_HINT, Copying, MigrationBatch, batches_of
+from hf_async_store.migration.copier import (
+    RESUME_HINT,
+    CollectionCopier,
+    MigrationBatch,
+    batches_of,
+)
 from hf_async_store.migration.diff import (
     Comparison,
     compare_declared,
@@ -32,7 +37,7 @@ from hf_async_store.migration.diff import (
     first_unexpected,
 )
 from hf_async_store.migration.digest import Digest
-from hf_async_store.migration.merge import RULES, Merged, MergeRule, name_of, resolve
+from hf_async_store.migration.merge import RULES, Merged, MergeRule, name_of, replaces
 from hf_async_store.migration.preflight import enforces_references, find_incompatibilities
 from hf_async_store.migration.requirements import (
     check_leave_out,
@@ -53,17 +58,19 @@ _CHUNK_SIZE: Final = 500
 _MAX_SHOWN: Final = 3
 
 Advance = Callable[[str, int], None]
-"""Is told what is going on, and how many entities it has done more."""
+"""Called with the name of the current work and the number of entities done since the last call."""
 
 
 class CollectionReport(msgspec.Struct):
-    """What became of one collection.
+    """The result for one collection.
 
     Attributes:
-        read: entities of the source, from its begin.
-        written, unchanged, kept: what this run did with them (see `MergeRule`).
-        digest: of what was read, whatever its order.
-        cleaned: how many were taken out of the source afterwards.
+        read: the number of entities read from the source, including those of earlier runs that
+            this run resumed.
+        written, unchanged, kept: the number of entities that this run wrote to the target, found
+            equal there, or did not write because of the merge rule (see `MergeRule`).
+        digest: the digest of the entities that were read, which does not depend on their order.
+        cleaned: the number of entities deleted from the source afterwards.
     """
 
     read: int = 0
@@ -75,13 +82,13 @@ class CollectionReport(msgspec.Struct):
 
 
 class MigrationReport(msgspec.Struct):
-    """What a migration did, or, as a dry run, would meet.
+    """The result of a migration, or of a dry run.
 
     Attributes:
-        ok: it came to its end, and what was to be verified is.
-        problems: of a dry run: what is incompatible with the target.
-        left_out: what the source holds and nobody declared, left there as requested.
-        notices: what a person should know.
+        ok: the migration is complete; for a dry run, no problems were found.
+        problems: of a dry run: what the target would refuse.
+        left_out: undeclared collections and fields that remain in the source, as requested.
+        notices: messages for the operator.
         verified: source and target were compared, and are equal (or merged by the rule).
     """
 
@@ -105,22 +112,22 @@ class MigrationReport(msgspec.Struct):
 
 
 class MigrationTool:
-    """Moves everything from one store to another; neither may be written to meanwhile.
+    """Migrates all entities from one store to another; no other process may write to either store.
 
-    Use it with `async with`, which opens and closes the stores that it was given as configurations.
+    Use it with `async with`, which opens and closes the stores that are given as configurations.
 
     Args:
-        source, target: whatever `open_store` takes, or an open store.
-        config: the `migration` block, in any form that a configuration has.
-        collections: what is moved, where the stores are not open yet.
-        merge: how to settle with entities that the target has already; None refuses such a target
-            unless all it holds is of this source.
-        leave_out: what the source holds, is not declared and stays there: collections (`jobs`) and
-            fields (`machines.owner`). Whatever else is not declared is refused.
+        source, target: anything that `open_store` accepts, or an open store.
+        config: the `migration` block, in any form that a configuration may have.
+        collections: the collections of the stores that are given as configurations.
+        merge: how to treat entities that the target holds already; None refuses such a target,
+            unless all of its entities equal those of the source.
+        leave_out: collections (`jobs`) and fields (`machines.owner`) of the source that are not
+            declared and are not migrated. All other undeclared ones are refused.
         advance: called with the progress.
 
     Raises:
-        ConfigurationError.
+        ConfigurationError: the configuration or a combination of arguments is not valid.
     """
 
     def __init__(
@@ -134,19 +141,19 @@ class MigrationTool:
         leave_out: Iterable[str] = (),
         advance: Advance = lambda what, count: None,
     ) -> None:
-        given = MigrationConfig() if config is None else load_migration(config)
+        loaded = MigrationConfig() if config is None else load_migration(config)
         self._config = msgspec.structs.replace(
-            given, backup_location=absolute(given.backup_location)
+            loaded, backup_location=absolute(loaded.backup_location)
         )
         if merge is not None and merge not in RULES:
-            raise ConfigurationError(f"merge is one of {', '.join(RULES)}, not {merge!r}")
+            raise ConfigurationError(f"merge must be one of {', '.join(RULES)}, not {merge!r}")
         if self._config.cleanup_source and not self._config.validate_after_migration:
             raise ConfigurationError(
                 "migration.cleanup_source needs validate_after_migration: the source is emptied "
-                "only when it is proven that nothing is lost"
+                "only after the target was verified"
             )
         declared = tuple(collections)
-        self._given = (source, target)
+        self._arguments = (source, target)
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
@@ -154,8 +161,8 @@ class MigrationTool:
         check_leave_out(self._leave_out, self.source.collections)
         if self._config.cleanup_source and any("." in each for each in self._leave_out):
             raise ConfigurationError(
-                "migration.cleanup_source does not go with fields that are left out: with their "
-                "entities they would be gone"
+                "migration.cleanup_source cannot be combined with fields that are left out: their "
+                "values would be lost when the entities are deleted from the source"
             )
         self.advance = advance
         self._stack = AsyncExitStack()
@@ -164,8 +171,8 @@ class MigrationTool:
         self._file = CheckpointFile(folder, self.source, self.target)
 
     async def __aenter__(self) -> Self:
-        for store, given in zip((self.source, self.target), self._given, strict=True):
-            if store is not given:
+        for store, argument in zip((self.source, self.target), self._arguments, strict=True):
+            if store is not argument:
                 await self._stack.enter_async_context(store)
         return self
 
@@ -177,14 +184,14 @@ class MigrationTool:
     ) -> None:
         await self._stack.aclose()
 
-    # -- the steps of the spec ---------------------------------------------------------------
+    # -- single steps ------------------------------------------------------------------------
 
     async def validate_source_connection(self) -> None:
-        """Make sure that the source can be read; nothing is written to it.
+        """Check that the source can be read; nothing is written to it.
 
         Raises:
-            StoreNotFoundError: nothing is there.
-            MigrationError: what stands in the way, as its cause.
+            StoreNotFoundError: the source does not exist.
+            MigrationError: the source cannot be read; `__cause__` is the error.
         """
         try:
             await require_store(self.source, "the source")
@@ -196,10 +203,10 @@ class MigrationTool:
             raise _failed("the source cannot be read", exc) from exc
 
     async def validate_target_connection(self) -> None:
-        """Make sure that the target can be written, by a probe that is no entity.
+        """Check that the target can be written, by a test write that is not an entity.
 
         Raises:
-            MigrationError: what stands in the way, as its cause.
+            MigrationError: the target cannot be written; `__cause__` is the error.
         """
         try:
             await self.target.test_connection()
@@ -207,42 +214,42 @@ class MigrationTool:
             raise _failed("the target cannot be written", exc) from exc
 
     async def validate_schema_compatibility(self) -> list[str]:
-        """Make sure that the source declares all that it holds, and the target what the source does;
-        returns what is worth knowing.
+        """Check that everything in the source is declared, and that the target declares the same
+        collections; returns notices for the operator.
 
         Raises:
-            MigrationError: a collection that the target lacks, or another key field; or the two
-                are one store.
-            ConfigurationError: there is more in the source than is declared.
+            MigrationError: the target does not declare a collection, or declares another key field;
+                or source and target are the same store.
+            ConfigurationError: there are undeclared collections or fields.
         """
-        await self._refuse_one_store()
-        await self._look_for_undeclared()
+        await self._refuse_same_store()
+        await self._refuse_undeclared()
         await refuse_undeclared_fields(self.target, "the target")
-        for name, ours in self.source.collections.items():
+        for name, in_source in self.source.collections.items():
             if name not in self.target.collections:
                 raise MigrationError(
                     f"the target does not declare {name!r}; open it with the same collections"
                 )
-            theirs = self.target.collections[name]
-            if ours.key != theirs.key:
+            in_target = self.target.collections[name]
+            if in_source.key != in_target.key:
                 raise MigrationError(
-                    f"the key of {name} is {ours.key!r} in the source and {theirs.key!r} in the "
-                    "target; open both with the same collections"
+                    f"the key of {name} is {in_source.key!r} in the source and {in_target.key!r} "
+                    "in the target; open both with the same collections"
                 )
         notices = []
         if enforces_references(self.target) and not enforces_references(self.source):
             notices.append(
                 "the target enforces references and the source does not: an entity whose parent "
-                "is missing will be refused (a dry run finds it)"
+                "is missing will be refused (a dry run reports it)"
             )
         if not enforces_references(self.target) and enforces_references(self.source):
-            notices.append("the target does not enforce references, as the source did")
+            notices.append("the source enforces references, and the target does not")
         return notices
 
-    async def _refuse_one_store(self) -> None:
+    async def _refuse_same_store(self) -> None:
         await refuse_same(self.source.is_same_store(self.target))
 
-    async def _look_for_undeclared(self) -> list[str]:
+    async def _refuse_undeclared(self) -> list[str]:
         return await refuse_undeclared(self.source, "the source", self._leave_out)
 
     async def create_backup(
@@ -251,24 +258,27 @@ class MigrationTool:
         """Write a portable backup of the source; returns its path.
 
         Args:
-            source_type: what the caller takes the source for; refused if it is another engine.
-            backup_location: a new file, or a folder; the configured one if left out.
+            source_type: the expected engine of the source, if any.
+            backup_location: a new file, or a folder; by default the configured one.
+
+        Raises:
+            ConfigurationError: the source is of another engine.
         """
         engine = self.source.capabilities.engine
         if source_type is not None and not _is_type(source_type, engine):
-            raise ConfigurationError(f"the source is of the engine {engine!r}, not {source_type!r}")
-        made = await backup_store(
+            raise ConfigurationError(f"the engine of the source is {engine!r}, not {source_type!r}")
+        backup = await backup_store(
             self.source,
             backup_location or self._config.backup_location,
             stem="migration_backup",
             leave_out=self._leave_out,
         )
-        return made.path
+        return backup.path
 
     async def get_migration_batches(
         self, batch_size: int | None = None
     ) -> AsyncGenerator[MigrationBatch, None]:
-        """Everything in the source, in batches of one collection each, parents before children."""
+        """All entities of the source, in batches of one collection each, parents before children."""
         size = batch_size or self._config.batch_size
         for name in self.source.collections:
             async with aclosing(batches_of(self.source, name, size)) as batches:
@@ -276,49 +286,50 @@ class MigrationTool:
                     yield each
 
     async def validate_migration(self) -> dict[str, int]:
-        """Read both stores through and compare them; returns the counts by collection.
+        """Read both stores completely and compare them; returns the counts by collection.
 
         Raises:
-            StoreNotFoundError: one of them is not there.
-            VerificationError: they differ; the first differences are in it, by id and field.
+            StoreNotFoundError: one of the stores does not exist.
+            VerificationError: the stores differ; `differences` lists the first differences by id
+                and field.
         """
         await require_store(self.source, "the source")
         await require_store(self.target, "the target")
-        await self._look_for_undeclared()
+        await self._refuse_undeclared()
         compared = await self.compare()
         refuse_different(compared)
         return {name: each.target_count for name, each in compared.collections.items()}
 
     async def compare(self) -> Comparison:
-        """Both stores side by side: counts, digests, and the first differences in what is declared."""
+        """Compare the declared collections: counts, digests, and the first differences."""
         return await compare_declared(
             self.source, self.target, advance=lambda count: self.advance("verify", count)
         )
 
-    # -- all of them -------------------------------------------------------------------------
+    # -- all steps ---------------------------------------------------------------------------
 
     async def migrate(self, *, dry_run: bool = False) -> MigrationReport:
         """Back up, copy, verify and, if configured, empty the source.
 
-        Running it again changes nothing. Whatever goes wrong, the source is as it was, until it
-        was verified that the target has everything.
+        Running it again changes nothing. Until the target was verified, the source is unchanged,
+        whatever error occurs.
 
         Args:
-            dry_run: write nothing; read the source through and report what is incompatible.
+            dry_run: write nothing; read the whole source and report what the target would refuse.
 
         Raises:
-            TargetNotEmptyError: the target holds something else, and no rule was given.
-            MigrationError: what went wrong, as its cause, and what to do next.
-            VerificationError: source and target differ afterwards.
+            TargetNotEmptyError: the target holds other entities, and no merge rule was given.
+            MigrationError: a step failed; `__cause__` is the error, and the message says what to do.
+            VerificationError: source and target differ after copying.
         """
         report = self._report(dry_run=dry_run)
         started = time.monotonic()
-        await self._look(report)
+        await self._check_stores(report)
         if dry_run:
-            await self._would_meet(report)
+            await self._dry_run(report)
         else:
             await self.validate_target_connection()
-            rule = await self._rule()
+            rule = await self._write_rule()
             await self._back_up(report)
             checkpoint = Checkpoint(
                 self._file.pair,
@@ -328,44 +339,45 @@ class MigrationTool:
                 {name: Progress() for name in self.source.collections},
                 report.backup,
             )
-            # Before the first write, so that whatever follows can be resumed.
+            # Saved before the first write, so that the migration can be resumed from then on.
             await self._file.save(checkpoint)
-            await self._go_on(checkpoint, report)
+            await self._copy_and_verify(checkpoint, report)
         report.seconds = round(time.monotonic() - started, 3)
         return report
 
     async def resume(self) -> MigrationReport:
-        """Go on with a migration that was interrupted, from its checkpoint.
+        """Continue an interrupted migration from its checkpoint.
 
-        What was copied is read on both sides first. If the source changed since, the collection is
-        compared from its begin and what differs is copied again; the report says so.
+        First, the entities that were copied already are read from both stores. If a collection of
+        the source has changed since, it is compared from its beginning, and entities that differ are
+        copied again; a notice in the report says so.
 
         Raises:
-            MigrationError: there is nothing to resume; or the target was changed since by others.
+            MigrationError: there is no checkpoint; or the target was changed since the checkpoint.
         """
         report = self._report(resumed=True)
         started = time.monotonic()
         checkpoint = await self._file.read()
         if checkpoint is None:
             raise MigrationError(
-                f"there is nothing to resume: no checkpoint {self._file.path}. `migrate` begins "
-                "anew, and writes nothing twice"
+                f"there is nothing to resume: the checkpoint {self._file.path} does not exist. Start "
+                "again with `migrate`; entities that are in the target already are not written again"
             )
-        await self._look(report)
+        await self._check_stores(report)
         await self.validate_target_connection()
         report.backup = checkpoint.backup
         for name in self.source.collections:
             progress = checkpoint.collections.setdefault(name, Progress())
             if progress.count or progress.done:
                 await self._check_progress(name, progress, checkpoint, report)
-        await self._go_on(checkpoint, report)
+        await self._copy_and_verify(checkpoint, report)
         report.seconds = round(time.monotonic() - started, 3)
         return report
 
-    async def _look(self, report: MigrationReport) -> None:
+    async def _check_stores(self, report: MigrationReport) -> None:
         await self.validate_source_connection()
         report.notices += await self.validate_schema_compatibility()
-        report.left_out = await self._look_for_undeclared()
+        report.left_out = await self._refuse_undeclared()
 
     def _report(self, *, dry_run: bool = False, resumed: bool = False) -> MigrationReport:
         return MigrationReport(
@@ -376,9 +388,10 @@ class MigrationTool:
             collections={name: CollectionReport() for name in self.source.collections},
         )
 
-    async def _would_meet(self, report: MigrationReport) -> None:
+    async def _dry_run(self, report: MigrationReport) -> None:
+        """Report the problems that a migration would encounter."""
         try:
-            await self._rule()
+            await self._write_rule()
         except TargetNotEmptyError as exc:
             report.problems.append(str(exc))
         except StorageError as exc:
@@ -391,24 +404,24 @@ class MigrationTool:
         report.problems += problems
         report.more_problems = more
 
-    async def _rule(self) -> MergeRule | None:
-        """How to write into this target.
+    async def _write_rule(self) -> MergeRule | None:
+        """The rule by which entities are written to the target; None if it is empty.
 
         Raises:
-            TargetNotEmptyError.
+            TargetNotEmptyError: the target holds other entities, and no merge rule was given.
         """
-        full = [name for name in self.target.collections if await self._holds_any(name)]
-        if self._merge is not None or not full:
-            return self._merge if full else None
-        # Left by an earlier run, perhaps. Then all of it is of this source.
-        stranger = await first_unexpected(self.source, self.target)
-        if stranger is None:
+        not_empty = [name for name in self.target.collections if await self._holds_any(name)]
+        if self._merge is not None or not not_empty:
+            return self._merge if not_empty else None
+        # An earlier run may have written these entities. Then all of them equal the source's.
+        unexpected = await first_unexpected(self.source, self.target)
+        if unexpected is None:
             return "keep"
-        what = "is not in the source" if stranger.kind == "extra" else "differs from the source's"
+        problem = "is not in" if unexpected.kind == "extra" else "differs from that in"
         raise TargetNotEmptyError(
-            f"the target is not empty, and {stranger.collection} {stranger.id!r} in it {what}; "
-            "nothing was written. Take an empty target, or say with merge (--merge on the command "
-            "line) what counts: keep, replace or newest"
+            f"the target is not empty, and {unexpected.collection} {unexpected.id!r} in it "
+            f"{problem} the source; nothing was written. Use an empty target, or give a merge rule "
+            "(merge, or --merge on the command line): keep, replace or newest"
         )
 
     async def _holds_any(self, name: str) -> bool:
@@ -420,9 +433,9 @@ class MigrationTool:
         try:
             report.backup = await self.create_backup()
         except StorageError as exc:
-            raise _failed("no backup could be made, so nothing was moved", exc) from exc
+            raise _failed("the backup failed, so nothing was migrated", exc) from exc
 
-    async def _go_on(self, checkpoint: Checkpoint, report: MigrationReport) -> None:
+    async def _copy_and_verify(self, checkpoint: Checkpoint, report: MigrationReport) -> None:
         for name in self.source.collections:
             await self._copy(name, checkpoint, report)
         if self._config.validate_after_migration:
@@ -433,8 +446,8 @@ class MigrationTool:
 
     async def _copy(self, name: str, checkpoint: Checkpoint, report: MigrationReport) -> None:
         start = checkpoint.collections[name]
-        told = report.collections[name]
-        told.read, told.digest = start.count, start.digest or str(Digest())
+        result = report.collections[name]
+        result.read, result.digest = start.count, start.digest or str(Digest())
         if start.done:
             return
 
@@ -442,7 +455,7 @@ class MigrationTool:
             checkpoint.collections[name] = progress
             await self._file.save(checkpoint)
 
-        copying = Copying(
+        copier = CollectionCopier(
             self.source,
             self.target,
             name,
@@ -455,53 +468,56 @@ class MigrationTool:
         )
         self.advance(name, start.count)
         try:
-            await copying.run()
+            await copier.run()
         except StorageError as exc:
             raise _failed(
-                f"{name} could not be copied; the source is as it was, and what was copied stays "
-                f"in the target. Fix the cause, {RESUME_HINT}",
+                f"{name} could not be copied; the source is unchanged, and the entities copied so "
+                f"far remain in the target. Fix the cause, {RESUME_HINT}",
                 exc,
             ) from exc
         finally:
-            await self._file.settle()
-            _count(told, copying.merged)
-            told.read, told.digest = copying.digest.count, str(copying.digest)
+            await self._file.wait_written()
+            _count(result, copier.merged)
+            result.read, result.digest = copier.digest.count, str(copier.digest)
 
     async def _check_progress(
         self, name: str, progress: Progress, checkpoint: Checkpoint, report: MigrationReport
     ) -> None:
-        """Whether what was copied is still the same on both sides."""
-        ours, theirs = Digest(), Digest()
+        """Check that the entities copied so far are still the same in both stores."""
+        in_source, in_target = Digest(), Digest()
         key = self.source.collections[name].key
         changed: list[str] = []
         async with aclosing(batches_of(self.source, name, checkpoint.batch_size)) as batches:
             async for batch in batches:
-                # All of it, if all was copied: it may have grown since.
-                left = len(batch.entities) if progress.done else progress.count - ours.count
-                if left <= 0:
+                # If the collection was complete, read all of it: the source may have grown since.
+                remaining = (
+                    len(batch.entities) if progress.done else progress.count - in_source.count
+                )
+                if remaining <= 0:
                     break
-                entities = batch.entities[:left]
+                entities = batch.entities[:remaining]
                 ids = [cast("str", each[key]) for each in entities]
-                twins = await self.target.get_entities(name, ids)
-                for entity_id, entity, twin in zip(ids, entities, twins, strict=True):
-                    ours.add(canonical(entity))
-                    if twin is not None:
-                        theirs.add(canonical(twin))
-                    if (twin is None or differing(entity, twin)) and len(changed) < _MAX_SHOWN:
+                copies = await self.target.get_entities(name, ids)
+                for entity_id, entity, copy in zip(ids, entities, copies, strict=True):
+                    in_source.add(canonical(entity))
+                    if copy is not None:
+                        in_target.add(canonical(copy))
+                    if (copy is None or differing(entity, copy)) and len(changed) < _MAX_SHOWN:
                         changed.append(entity_id)
         recorded = Digest(progress.digest, progress.count)
-        if ours != recorded:
+        if in_source != recorded:
             report.notices.append(
                 f"{name} changed in the source since the checkpoint, so it is compared from its "
-                f"begin ({_ids(changed)})"
+                f"beginning ({_ids(changed)})"
             )
             checkpoint.collections[name] = Progress()
             checkpoint.rule = checkpoint.rule or "replace"
-        elif checkpoint.rule is None and theirs != recorded:
+        elif checkpoint.rule is None and in_target != recorded:
             raise MigrationError(
-                f"{name} changed in the target since the checkpoint ({_ids(changed)}): somebody "
-                "else writes to it, or it is another one. Stop that, then empty the target and "
-                f"migrate anew, or migrate with a merge rule; {self._file.path} can be removed"
+                f"{name} changed in the target since the checkpoint ({_ids(changed)}): another "
+                "program writes to it, or the target was replaced. Stop that program, then empty "
+                "the target and migrate again, or migrate with a merge rule; "
+                f"{self._file.path} can be removed"
             )
 
     async def _verify(self, merge: MergeRule | None, report: MigrationReport) -> None:
@@ -514,58 +530,60 @@ class MigrationTool:
             raise
         except StorageError as exc:
             raise _failed(
-                "everything was copied, and could not be verified; the source is as it was. Mend "
+                "everything was copied, but the verification failed; the source is unchanged. Fix "
                 "the cause, then verify again, or resume",
                 exc,
             ) from exc
         report.verified = True
 
     async def _verify_merge(self, rule: MergeRule) -> None:
-        """That every entity of the source is in the target, or lost to another by the rule."""
-        wrong: list[str] = []
+        """Check that the target holds every entity of the source, or another one that the rule
+        prefers."""
+        differences: list[str] = []
         async for batch in self.get_migration_batches(_CHUNK_SIZE):
             key = self.source.collections[batch.collection].key
             ids = [cast("str", each[key]) for each in batch.entities]
-            twins = await self.target.get_entities(batch.collection, ids)
-            for entity_id, entity, twin in zip(ids, batch.entities, twins, strict=True):
-                if twin is None:
-                    wrong.append(f"{batch.collection} {entity_id!r} is missing in the target")
-                elif differing(entity, twin) and resolve(entity, twin, rule):
-                    wrong.append(
+            copies = await self.target.get_entities(batch.collection, ids)
+            for entity_id, entity, copy in zip(ids, batch.entities, copies, strict=True):
+                if copy is None:
+                    differences.append(f"{batch.collection} {entity_id!r} is missing in the target")
+                elif differing(entity, copy) and replaces(entity, copy, rule):
+                    differences.append(
                         f"{batch.collection} {entity_id!r} differs in "
-                        + ", ".join(differing(entity, twin))
+                        + ", ".join(differing(entity, copy))
                     )
             self.advance("verify", len(ids))
-            if len(wrong) > _CHUNK_SIZE:
+            if len(differences) > _CHUNK_SIZE:
                 break
-        if wrong:
-            raise VerificationError(_different(wrong), wrong)
+        if differences:
+            raise VerificationError(_different(differences), differences)
 
     async def _clean(self, merge: MergeRule | None, report: MigrationReport) -> None:
-        """Empty the source, children before parents: of each entity that the target has."""
-        # Once more: a target that was only made by this run could not be asked before.
-        await self._refuse_one_store()
-        await self._look_for_undeclared()
+        """Delete the entities that the target holds from the source, children before parents."""
+        # Checked again, because a target that this run has created could not be checked before.
+        await self._refuse_same_store()
+        await self._refuse_undeclared()
         for name in reversed(list(self.source.collections)):
             while entities := await self.source.query_entities(name, limit=_CHUNK_SIZE):
-                gone = await self._clean_batch(name, entities, merge)
-                report.collections[name].cleaned += gone
-                self.advance("clean", gone)
+                deleted = await self._clean_batch(name, entities, merge)
+                report.collections[name].cleaned += deleted
+                self.advance("clean", deleted)
         report.cleaned = True
 
     async def _clean_batch(self, name: str, entities: list[Entity], merge: MergeRule | None) -> int:
-        """Delete what is certainly in the target, and has not changed since it was read here."""
+        """Delete entities that are in the target and have not changed in the source since they
+        were read; returns the number of deleted entities."""
         key = self.source.collections[name].key
         ids = [cast("str", each[key]) for each in entities]
-        twins = await self.target.get_entities(name, ids)
-        for entity_id, entity, twin in zip(ids, entities, twins, strict=True):
-            if twin is None or (
-                differing(entity, twin) and (merge is None or resolve(entity, twin, merge))
+        copies = await self.target.get_entities(name, ids)
+        for entity_id, entity, copy in zip(ids, entities, copies, strict=True):
+            if copy is None or (
+                differing(entity, copy) and (merge is None or replaces(entity, copy, merge))
             ):
                 raise MigrationError(
-                    f"the source is not emptied any further: {name} {entity_id!r} changed since it "
-                    "was verified, and the target does not have it so; all that is gone from the "
-                    "source is in the target"
+                    f"emptying the source was stopped: {name} {entity_id!r} changed since it was "
+                    "verified, and differs from the target; all entities that were deleted from the "
+                    "source are in the target"
                 )
         versions = {
             entity_id: cast("int", entity[VERSION])
@@ -579,57 +597,59 @@ class MigrationTool:
                 for entity, each in zip(entities, exc.outcomes, strict=True)
                 if isinstance(each, StorageError)
             ]
-            done = len(ids) - len(errors)
-            if done and all(isinstance(each, ReferenceViolationError) for _, each in errors):
-                return done  # parents in their own collection: their children are gone now
+            deleted = len(ids) - len(errors)
+            if deleted and all(isinstance(each, ReferenceViolationError) for _, each in errors):
+                return deleted  # the others are parents, whose children are deleted by now
             first, error = errors[0]
             raise _failed(
-                "the source was verified, and could not be emptied as a whole; all that is gone "
-                f"from it is in the target. {name_of(self.source.collections[name], first)}",
+                "the target was verified, but the source could not be emptied completely; all "
+                "entities that were deleted from the source are in the target. "
+                f"{name_of(self.source.collections[name], first)}",
                 error,
             ) from exc
 
 
-# -- parts ----------------------------------------------------------------------------------
+# -- functions ------------------------------------------------------------------------------
 
 
-def _store(given: object, collections: tuple[Collection, ...]) -> StorageStrategy:
-    if isinstance(given, StorageStrategy):
-        return given
-    return open_store(cast("Mapping[str, object]", given), collections=collections)
+def _store(argument: object, collections: tuple[Collection, ...]) -> StorageStrategy:
+    if isinstance(argument, StorageStrategy):
+        return argument
+    return open_store(cast("Mapping[str, object]", argument), collections=collections)
 
 
 def _is_type(source_type: str, engine: str) -> bool:
     return source_type == engine or (source_type == "sql" and engine in ("sqlite", "postgresql"))
 
 
-def _count(told: CollectionReport, merged: Merged) -> None:
-    told.written += merged.written
-    told.unchanged += merged.unchanged
-    told.kept += merged.kept
+def _count(result: CollectionReport, merged: Merged) -> None:
+    result.written += merged.written
+    result.unchanged += merged.unchanged
+    result.kept += merged.kept
 
 
-def _failed(what: str, cause: StorageError) -> MigrationError:
-    return MigrationError(f"{what}: {cause}", retryable=cause.retryable)
+def _failed(message: str, cause: StorageError) -> MigrationError:
+    return MigrationError(f"{message}: {cause}", retryable=cause.retryable)
 
 
 def _ids(changed: list[str]) -> str:
-    return f"the first: {', '.join(map(repr, changed))}" if changed else "some are gone"
+    return f"the first: {', '.join(map(repr, changed))}" if changed else "some were deleted"
 
 
 def _different(differences: list[str]) -> str:
     more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
     return (
-        f"source and target differ: {'; '.join(differences[:3])}{more}. The source is as it was. "
-        "If nobody writes to it, migrate again with merge replace; what is extra in the target "
-        "must be deleted there"
+        f"source and target differ: {'; '.join(differences[:3])}{more}. The source is unchanged. "
+        "If nothing writes to it any more, migrate again with the merge rule replace; entities that "
+        "are in the target only must be deleted there"
     )
 
 
 def refuse_different(compared: Comparison) -> None:
-    """
+    """Raise an error if the two stores differ.
+
     Raises:
-        VerificationError: the two are not equal.
+        VerificationError: the stores differ.
     """
     if not compared.equal:
         listed = [str(each) for each in compared.differences]

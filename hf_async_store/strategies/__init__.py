@@ -1,4 +1,4 @@
-"""How a configuration becomes a store: strategies by name, imported only when they are opened."""
+"""Opens the store of a configuration. A strategy is imported only when one of its stores is opened."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def open_store(
     collections: Iterable[Collection] = HOST_FACTORY,
     follow_moves: Iterable[ConfigSource] = (),
 ) -> StorageStrategy:
-    """The store that a configuration names, to be used with `async with`.
+    """Create the store of a configuration, for use with `async with`.
 
     Args:
-        config: a map in the spec's shape, the path of a JSON file that holds one, a
+        config: a dict with the structure of the spec, the path of a JSON file that contains one, a
             `StorageConfig`, or a URL: `json:PATH`, `sqlite:PATH`,
-            `postgresql://USER:PASSWORD@HOST:PORT/NAME`, `dynamodb://REGION/PREFIX`, `memory:`. A
-            URL's query sets any key of the strategy's configuration.
-        collections: what may be stored; the spec's schema by default.
-        follow_moves: the stores that a live move of this one may be followed to, in any of the
-            forms of `config`, beside those that `config` itself names.
+            `postgresql://USER:PASSWORD@HOST:PORT/NAME`, `dynamodb://REGION/PREFIX`, `memory:`. The
+            query of a URL sets any key of the strategy's configuration. See `config.load_config`.
+        collections: the declared collections; by default those of the spec.
+        follow_moves: the stores to which this store may be followed during a live migration, in any
+            of the forms of `config`, in addition to those listed in `config`.
 
     Raises:
-        ConfigurationError: what is wrong, by its path, and what would be right.
+        ConfigurationError: names the path of the invalid key and what is expected there.
     """
     from hf_async_store.config import NO_STRATEGY, load_config, permitted_moves
 
@@ -61,7 +61,7 @@ def open_store(
 
 
 class StrategyType(Protocol):
-    """What is registered: a class, or any callable, that makes a store."""
+    """The type of a registered strategy: a class or any other callable that creates a store."""
 
     def __call__(
         self, config: StorageConfig, *, collections: Iterable[Collection]
@@ -69,10 +69,10 @@ class StrategyType(Protocol):
 
 
 def strategy_type(name: str) -> StrategyType:
-    """The class of a strategy, built in or registered under the entry-point group.
+    """The class of a strategy, built in or registered in the entry-point group.
 
     Raises:
-        ConfigurationError: no such strategy, or its package cannot be imported.
+        ConfigurationError: there is no such strategy, or its package cannot be imported.
     """
     if name in _BUILT_IN:
         module, attribute = _BUILT_IN[name]
@@ -83,13 +83,13 @@ def strategy_type(name: str) -> StrategyType:
 def _registered(name: str) -> StrategyType:
     from importlib.metadata import entry_points
 
-    found = {each.name: each for each in entry_points(group=GROUP)}
-    if name not in found:
-        known = ", ".join(sorted({*_BUILT_IN, *found}))
+    registered = {each.name: each for each in entry_points(group=GROUP)}
+    if name not in registered:
+        known = ", ".join(sorted({*_BUILT_IN, *registered}))
         raise ConfigurationError(f"no storage strategy {name!r}; there are: {known}")
     try:
-        return cast("StrategyType", found[name].load())
+        return cast("StrategyType", registered[name].load())
     except (ImportError, AttributeError) as exc:
         raise ConfigurationError(
-            f"the storage strategy {name!r} ({found[name].value}) cannot be imported: {exc}"
+            f"the storage strategy {name!r} ({registered[name].value}) cannot be imported: {exc}"
         ) from exc

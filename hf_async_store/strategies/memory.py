@@ -1,4 +1,4 @@
-"""The memory strategy: the smallest engine that obeys the contract, and the reference of the others."""
+"""The memory strategy: the smallest engine that fulfils the contract; a reference for other engines."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LOCK_TIMEOUT: Final = 30.0
-_CHUNK_SIZE: Final = 256
+_BATCH_SIZE: Final = 256
 
 
 class MemoryStorageStrategy(StorageStrategy):
-    """A store in the memory of one process: for tests, and as the measure of other engines.
+    """A store in the memory of one process: for tests, and as a reference for other engines.
 
     Args:
-        config: `memory:`, a map in the spec's shape, or a `MemoryConfig`.
-        collections: what may be stored.
+        config: `memory:`, a dict with the structure of the spec, or a `MemoryConfig`.
+        collections: the declared collections.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MemoryStorageStrategy(StorageStrategy):
 
 
 class _OverlayView:
-    """What is stored, under layers of changes that are not committed yet."""
+    """The stored entities, with layers of uncommitted changes above them; None deletes an entity."""
 
     def __init__(self, stored: dict[Key, Entity]) -> None:
         self.stored = stored
@@ -65,7 +65,7 @@ class _OverlayView:
                 yield key.id, entity
 
     def commit_overlay(self) -> None:
-        """The top layer becomes part of the one below; the lowest, of what is stored."""
+        """Merge the top layer into the one below it; the lowest one into the stored entities."""
         top = self.overlays.pop()
         if self.overlays:
             self.overlays[-1].update(top)
@@ -88,15 +88,15 @@ class _Reader:
         ]
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        found = list(self._view.entities(query.collection))
+        entities = list(self._view.entities(query.collection))
 
-        async def pieces() -> AsyncGenerator[list[tuple[str, Entity]], None]:
+        async def batches() -> AsyncGenerator[list[tuple[str, Entity]], None]:
             matches = compile_filter(query.where)
-            for start in range(0, len(found), _CHUNK_SIZE):
-                yield [each for each in found[start : start + _CHUNK_SIZE] if matches(each[1])]
+            for start in range(0, len(entities), _BATCH_SIZE):
+                yield [each for each in entities[start : start + _BATCH_SIZE] if matches(each[1])]
                 await asyncio.sleep(0)
 
-        async for entity_id, entity in ordered(pieces(), query):
+        async for entity_id, entity in ordered(batches(), query):
             yield _record(Key(query.collection, entity_id), entity)
 
     async def count(self, query: Query) -> int:
@@ -130,7 +130,7 @@ class _Session(_Reader):
 
 
 class MemoryEngine(_Reader):
-    """One dict, one lock: a session holds it, and single writes wait for it."""
+    """Stores all entities in one dict, with one lock that sessions and single writes acquire."""
 
     capabilities: Final = Capabilities(
         engine="memory", durable=False, multi_process=False, indexes=False
@@ -161,7 +161,7 @@ class MemoryEngine(_Reader):
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # What is stored is replaced as a whole and never changed, so a copy of the dict will do.
+        # Stored entities are replaced and never modified, so a shallow copy of the dict suffices.
         yield _Reader(_OverlayView(self._stored.copy()))
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
@@ -174,10 +174,10 @@ class MemoryEngine(_Reader):
         return other is self
 
     async def undeclared(self) -> list[str]:
-        return []  # the memory is this engine's own: what is in it was declared here
+        return []  # only this engine writes to its memory, and only to declared collections
 
     def apply(self, change: Change, view: _OverlayView) -> Outcome:
-        """Decide one change and put it, with its mark, in the top layer; or return its error."""
+        """Apply one change, with its change marker, to the top layer; or return its error."""
         current = view.get(change.key)
         try:
             entity = changed(change, current)
@@ -201,7 +201,7 @@ class MemoryEngine(_Reader):
         return QueryPlan(access="scan", residual=True, sorted_here=True)
 
     async def probe(self) -> None:
-        pass  # memory that holds the store can be written
+        pass  # memory is always writable
 
     async def health(self) -> Mapping[str, Value]:
         return {"entities": len(self._stored)}

@@ -1,1 +1,1 @@
-"""The contract suite: what every engine must show, for engines of this package and of others."""
+"""The contract suite: the tests that every engine must pass, built-in or third-party."""

@@ -1,4 +1,4 @@
-"""What the cases compare with: type for type, and before any I/O."""
+"""Assertions of the contract suite: type-exact comparison, and refusal before any I/O."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _OWNED: Final = (VERSION, CREATED_AT, UPDATED_AT)
 
 
 def typed(value: object) -> object:
-    """A form of a value whose `==` knows types, the sign of zero and every bit of a float.
+    """A representation of a value whose `==` distinguishes types, signed zeros and all float bits.
 
-    Python's own says that 1, 1.0 and True are one, and 0.0 and -0.0.
+    Python's own `==` treats 1, 1.0 and True as equal, and 0.0 and -0.0.
     """
     if isinstance(value, float):
         return "float", value.hex()
@@ -40,54 +40,55 @@ def typed(value: object) -> object:
 
 
 def payload(entity: Mapping[str, object] | None) -> dict[str, object] | None:
-    """An entity without what the store adds: version and timestamps."""
+    """An entity without the fields that the store adds: version and timestamps."""
     if entity is None:
         return None
     return {name: each for name, each in entity.items() if name not in _OWNED}
 
 
 async def get_existing(store: RepositoryInterface, collection: str, entity_id: str) -> Entity:
-    """The entity, which must be there."""
+    """The entity; asserts that it exists."""
     entity = await store.get_entity(collection, entity_id)
-    assert entity is not None, f"{collection} {entity_id!r} is not there"
+    assert entity is not None, f"{collection} {entity_id!r} does not exist"
     return entity
 
 
 async def payloads(
     store: RepositoryInterface, collection: str, ids: Iterable[str]
 ) -> dict[str, dict[str, object] | None]:
-    """By id, what is there without version and timestamps."""
+    """The entities by id, without version and timestamps; None for a missing entity."""
     listed = list(ids)
     entities = await store.get_entities(collection, listed)
     return {each: payload(entity) for each, entity in zip(listed, entities, strict=True)}
 
 
 async def counted(store: StorageStrategy, collection: str, expected: int) -> int:
-    """How many entities there are; where queries may be behind, the last of several looks."""
+    """The number of entities; on an engine with eventually consistent queries, asked repeatedly until
+    it is the expected one (see `answer_of`)."""
     return await answer_of(store.capabilities, lambda: store.count_entities(collection), expected)
 
 
 def refused_at_once(call: Coroutine[Any, Any, object], error: type[Failure]) -> Failure:
-    """The error by which a verb refuses what it was given: before its first await.
+    """The error that a verb raises for its arguments. It must do so before its first await.
 
-    A verb that has not suspended has not waited for any device, and no other task saw anything.
+    A coroutine that has not suspended has not waited for I/O, and no other task has run meanwhile.
     """
     try:
         call.send(None)
     except error as exc:
         return exc
     except StopIteration as stop:
-        raise AssertionError(f"accepted, with the result {stop.value!r}") from None
+        raise AssertionError(f"the call was accepted and returned {stop.value!r}") from None
     finally:
         call.close()
-    raise AssertionError("it went on to the engine instead of refusing")
+    raise AssertionError("the call suspended instead of refusing its arguments")
 
 
 def all_refused_at_once(error: type[StorageError], *calls: Coroutine[Any, Any, object]) -> None:
-    """Assert that each call is `refused_at_once`; what is wrong names the verb."""
+    """Assert that each call is `refused_at_once`; the failure message names the verbs that are not."""
     wrong: list[str] = []
     for call in calls:
-        verb = getattr(call, "__name__", "a step of a stream")
+        verb = getattr(call, "__name__", "stream step")
         try:
             refused_at_once(call, error)
         except (AssertionError, StorageError) as exc:
@@ -96,46 +97,46 @@ def all_refused_at_once(error: type[StorageError], *calls: Coroutine[Any, Any, o
 
 
 def done_at_once(call: Coroutine[Any, Any, object]) -> None:
-    """Assert that a coroutine ends without ever suspending."""
+    """Assert that a coroutine completes without suspending."""
     try:
         call.send(None)
     except StopIteration:
         return
     finally:
         call.close()
-    raise AssertionError("it suspended")
+    raise AssertionError("the coroutine suspended")
 
 
-class _Complaints(logging.Handler):
-    """Gathers what the event loop reports to nobody in particular."""
+class _LoopErrors(logging.Handler):
+    """Collects the errors that asyncio only logs."""
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)  # that a step was slow is a warning
-        self.told: list[str] = []
+        super().__init__(logging.ERROR)  # a slow callback is logged as a warning
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(self.format(record))
+        self.messages.append(self.format(record))
 
 
 @contextmanager
 def no_complaints() -> Iterator[None]:
-    """Assert that the event loop reports nothing: no task destroyed while it waits, no exception
-    that nobody retrieved, no client session that was not closed."""
-    complaints = _Complaints()
+    """Assert that asyncio logs no errors: no pending task destroyed, no exception that was never
+    retrieved, no client session left unclosed."""
+    errors = _LoopErrors()
     logger = logging.getLogger("asyncio")
-    logger.addHandler(complaints)
+    logger.addHandler(errors)
     try:
         yield
-        gc.collect(1)  # most of it is noticed when the task goes; all generations would take longer
+        gc.collect(1)  # most are logged when a task is freed; all generations would take longer
     finally:
-        logger.removeHandler(complaints)
-    assert complaints.told == []
+        logger.removeHandler(errors)
+    assert errors.messages == []
 
 
 async def nothing_is_left(harness: Harness) -> None:
-    """Assert that stores that were closed hold nothing any more: no task, and no leak."""
+    """Assert that closed stores have released everything: no task is running, and nothing leaked."""
     gc.collect(1)  # all generations would take longer than most cases
-    for _ in range(3):  # an abandoned iterator is closed by the loop, in a task of its own
+    for _ in range(3):  # the loop closes an abandoned iterator in a separate task
         await asyncio.sleep(0)
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     assert not tasks, f"tasks are still running: {tasks}"

@@ -1,4 +1,4 @@
-"""Cases 66 to 69: many changes at once, each of them as if alone."""
+"""Cases 66 to 69: batches and coalesced operations, each change with the outcome that it has alone."""
 
 from __future__ import annotations
 
@@ -31,30 +31,34 @@ if TYPE_CHECKING:
 MANY = 1_000
 
 Answer: TypeAlias = "int | bool | type[StorageError] | None"
-"""What a change is answered: its outcome, or the class of its error."""
+"""The result of a change: its outcome, or the class of its error."""
 
 
 class BulkContract:
-    """What batches and coalescing promise."""
+    """What batches and coalescing guarantee."""
 
     # 66 -------------------------------------------------------------------------------------
 
-    async def test_66_mixed_changes_have_an_outcome_each(self, store: StorageStrategy) -> None:
-        """At the seam itself: what the verbs send is never mixed as much as this."""
+    async def test_66_each_of_many_mixed_changes_has_its_outcome(
+        self, store: StorageStrategy
+    ) -> None:
+        """Calls `Engine.write_each` directly: the public verbs never send such a mixture."""
         await store.import_entities(
             "items",
-            [{"item_id": each.key.id, "version": 3} for each in _mixed() if _is_there(each)],
+            [{"item_id": each.key.id, "version": 3} for each in _mixed() if _exists_before(each)],
         )
         changes = list(_mixed())
         outcomes = await store._engine.write_each(changes)
-        expected = [_alone(each, 3 if _is_there(each) else None) for each in changes]
-        assert [_answer(each) for each in outcomes] == expected
+        expected = [
+            _expected_outcome(each, 3 if _exists_before(each) else None) for each in changes
+        ]
+        assert [_result_or_error_class(each) for each in outcomes] == expected
         records = await store._engine.fetch([each.key for each in changes])
         assert [None if each is None else each.version for each in records] == [
             _version_after(change, answer) for change, answer in zip(changes, expected, strict=True)
         ]
 
-    async def test_66_a_burst_is_one_call(self, store: StorageStrategy) -> None:
+    async def test_66_large_batches_of_each_verb(self, store: StorageStrategy) -> None:
         entities = [{"item_id": f"{each:04}", "count": each} for each in range(MANY)]
         assert await store.create_entities("items", entities) == [1] * MANY
         ids = [str(each["item_id"]) for each in entities]
@@ -69,25 +73,27 @@ class BulkContract:
 
     @pytest.mark.parametrize("verb", ["create", "save", "update", "delete", "import"])
     async def test_66_outcomes_in_input_order(self, store: StorageStrategy, verb: str) -> None:
-        """Every third change fails, or for an import none can."""
+        """Every third change fails, except in an import, in which none can fail."""
         ids = [f"{each:02}" for each in range(30)]
         before = [each for each in ids if (int(each) % 3 == 0) is (verb == "create")]
         await store.create_entities("items", [{"item_id": each} for each in before])
         shuffled = ids[::2] + ids[1::2]
         if verb == "import":
-            assert await _batch(store, verb, shuffled) == [7] * len(ids)
+            assert await _call_batch_verb(store, verb, shuffled) == [7] * len(ids)
             return
         with pytest.raises(BatchError) as caught:
-            await _batch(store, verb, shuffled)
+            await _call_batch_verb(store, verb, shuffled)
         good: dict[str, Answer] = {"create": 1, "save": 2, "update": 2, "delete": True}
         error = AlreadyExistsError if verb == "create" else EntityNotFoundError
-        assert [_answer(each) for each in caught.value.outcomes] == [
+        assert [_result_or_error_class(each) for each in caught.value.outcomes] == [
             good[verb] if int(each) % 3 else error for each in shuffled
         ]
         assert str(caught.value).startswith("10 of 30 ")
         assert caught.value.__cause__ in caught.value.outcomes
 
-    async def test_66_one_conflict_leaves_the_others(self, store: StorageStrategy) -> None:
+    async def test_66_a_conflict_does_not_affect_the_other_changes(
+        self, store: StorageStrategy
+    ) -> None:
         entities = [{"item_id": f"{each:04}"} for each in range(MANY)]
         await store.create_entities("items", entities)
         await store.update_entity("items", "0500", {"label": "other"})
@@ -96,25 +102,27 @@ class BulkContract:
         with pytest.raises(BatchError) as caught:
             await store.save_entities("items", changed, expected)
         errors = [
-            (place, each)
-            for place, each in enumerate(caught.value.outcomes)
+            (index, each)
+            for index, each in enumerate(caught.value.outcomes)
             if isinstance(each, StorageError)
         ]
-        assert [place for place, _ in errors] == [500]
+        assert [index for index, _ in errors] == [500]
         assert isinstance(errors[0][1], ConcurrencyConflictError)
         assert errors[0][1].entity_id == "0500"
         found = await store.get_entities("items", list(expected))
         labels = [each and each["label"] for each in found]
         assert labels == ["new"] * 500 + ["other"] + ["new"] * (MANY - 501)
 
-    async def test_66_one_bad_entity_refuses_the_batch(self, store: StorageStrategy) -> None:
+    async def test_66_an_invalid_entity_refuses_the_whole_batch(
+        self, store: StorageStrategy
+    ) -> None:
         entities: list[dict[str, object]] = [{"item_id": f"{each:04}"} for each in range(MANY)]
         entities[700]["count"] = "seven"
         with pytest.raises(InvalidFieldError, match="items '0700'"):
             await store.create_entities("items", entities)
         assert await counted(store, "items", 0) == 0
 
-    async def test_66_a_source_that_fails_writes_nothing(self, store: StorageStrategy) -> None:
+    async def test_66_a_failing_iterable_writes_nothing(self, store: StorageStrategy) -> None:
         def source() -> Iterator[dict[str, object]]:
             yield {"item_id": "a"}
             raise ZeroDivisionError
@@ -123,7 +131,7 @@ class BulkContract:
             await store.create_entities("items", source())
         assert await store.get_entity("items", "a") is None
 
-    async def test_66_nothing_to_do(self, store: StorageStrategy) -> None:
+    async def test_66_empty_batches(self, store: StorageStrategy) -> None:
         assert await store.create_entities("items", []) == []
         assert await store.save_entities("items", iter(())) == []
         assert await store.update_entities("items", {}) == []
@@ -133,11 +141,11 @@ class BulkContract:
 
     # 67 -------------------------------------------------------------------------------------
 
-    async def test_67_throttled_work_is_finished_or_reported(
+    async def test_67_throttled_operations_are_completed_or_reported(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         if not isinstance(harness, InjectsThrottling):
-            pytest.skip("the harness cannot throttle: its engine never asks for less")
+            pytest.skip("the harness cannot inject throttling")
         ids = [f"{each:03}" for each in range(120)]
         await store.create_entities("items", [{"item_id": each} for each in ids])
         for requests in (1, 3, 1000):
@@ -146,9 +154,13 @@ class BulkContract:
                 found = await store.get_entities("items", ids, timeout=5)
             except StorageError as exc:
                 assert exc.retryable
-                assert requests == 1000, "a few refusals are outlasted"
+                assert requests == 1000, (
+                    "a few throttled requests must be retried until they succeed"
+                )
             else:
-                assert None not in found, "what was not read yet is not missing"
+                assert None not in found, (
+                    "an entity that was not read must not be reported as missing"
+                )
             harness.throttle(0)
         await self._throttled_writes(harness, store, ids)
 
@@ -180,10 +192,14 @@ class BulkContract:
         assert await store.delete_entities("items", ["a", "b", "a"]) == [True, True, False]
         with pytest.raises(BatchError) as caught:
             await store.create_entities("items", [item("a", 1), item("a", 2), item("b", 3)])
-        assert [_answer(each) for each in caught.value.outcomes] == [1, AlreadyExistsError, 1]
+        assert [_result_or_error_class(each) for each in caught.value.outcomes] == [
+            1,
+            AlreadyExistsError,
+            1,
+        ]
         assert (await get_existing(store, "items", "a"))["count"] == 1
 
-    async def test_68_an_expected_version_is_for_the_first_of_them(
+    async def test_68_an_expected_version_applies_to_the_first_occurrence(
         self, store: StorageStrategy
     ) -> None:
         batch = [{"item_id": "a", "count": each} for each in range(3)]
@@ -191,32 +207,34 @@ class BulkContract:
         assert await store.save_entities("items", batch, {"a": 3}) == [4, 5, 6]
         with pytest.raises(BatchError) as caught:
             await store.save_entities("items", batch, {"a": 1})
-        assert [_answer(each) for each in caught.value.outcomes] == [
+        assert [_result_or_error_class(each) for each in caught.value.outcomes] == [
             ConcurrencyConflictError,
             7,
             8,
         ]
 
-    async def test_68_the_last_import_stays(self, store: StorageStrategy) -> None:
+    async def test_68_the_last_import_of_a_repeated_id_is_stored(
+        self, store: StorageStrategy
+    ) -> None:
         batch = [{"item_id": "a", "version": each, "count": each} for each in (9, 4, 5)]
         assert await store.import_entities("items", batch) == [9, 4, 5]
         entity = await get_existing(store, "items", "a")
         assert (entity["version"], entity["count"]) == (5, 5)
 
-    async def test_68_also_in_a_transaction(self, store: StorageStrategy) -> None:
-        batch = [{"item_id": each, "count": place} for place, each in enumerate("abaab")]
+    async def test_68_repeated_ids_in_a_transaction(self, store: StorageStrategy) -> None:
+        batch = [{"item_id": each, "count": index} for index, each in enumerate("abaab")]
         async with store.begin_transaction() as tx:
             assert await tx.save_entities("items", batch) == [1, 1, 2, 3, 2]
             assert await tx.delete_entities("items", ["a", "a"]) == [True, False]
         found = await payloads(store, "items", ["a", "b"])
         assert found == {"a": None, "b": {"item_id": "b", "count": 4}}
 
-    async def test_68_a_repeated_read_is_answered_twice(self, store: StorageStrategy) -> None:
+    async def test_68_a_repeated_id_is_read_twice(self, store: StorageStrategy) -> None:
         await store.create_entity("items", {"item_id": "a"})
         found = await store.get_entities("items", ["a", "b", "a", "b"])
         assert [each is not None for each in found] == [True, False, True, False]
 
-    async def test_68_with_a_thousand_of_them(self, store: StorageStrategy) -> None:
+    async def test_68_repeated_ids_in_a_large_batch(self, store: StorageStrategy) -> None:
         batch = [{"item_id": str(each % 7), "count": each} for each in range(MANY)]
         expected = [1 + each // 7 for each in range(MANY)]
         assert await store.save_entities("items", batch) == expected
@@ -230,14 +248,18 @@ class BulkContract:
     async def test_69_errors_reach_their_own_caller_only(self, store: StorageStrategy) -> None:
         changes = [each for each in _mixed() if int(each.key.id) < 200]
         await store.import_entities(
-            "items", [{"item_id": each.key.id, "version": 3} for each in changes if _is_there(each)]
+            "items",
+            [{"item_id": each.key.id, "version": 3} for each in changes if _exists_before(each)],
         )
-        answers = await asyncio.gather(*(_single(store, each) for each in changes))
+        answers = await asyncio.gather(*(_call_verb(store, each) for each in changes))
         assert answers == [
-            _seen_by_verb(each, _alone(each, 3 if _is_there(each) else None)) for each in changes
+            _as_verb_result(each, _expected_outcome(each, 3 if _exists_before(each) else None))
+            for each in changes
         ]
 
-    async def test_69_every_caller_has_an_error_of_its_own(self, store: StorageStrategy) -> None:
+    async def test_69_each_caller_gets_a_separate_error_object(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", {"item_id": "a"})
         results = await asyncio.gather(
             *(store.update_entity("items", "a", {}, expected_version=9) for _ in range(20)),
@@ -253,16 +275,16 @@ class BulkContract:
     async def test_69_order_per_key_is_kept(self, store: StorageStrategy) -> None:
         keys = [f"key {each}" for each in range(10)]
         writes = [
-            asyncio.create_task(store.save_entity("items", {"item_id": key, "count": turn}))
-            for turn in range(20)
+            asyncio.create_task(store.save_entity("items", {"item_id": key, "count": number}))
+            for number in range(20)
             for key in keys
         ]
         versions = await asyncio.gather(*writes)
-        assert versions == [turn + 1 for turn in range(20) for _ in keys]
+        assert versions == [number + 1 for number in range(20) for _ in keys]
         found = await store.get_entities("items", keys)
         assert [each and each["count"] for each in found] == [19] * len(keys)
 
-    async def test_69_also_of_different_verbs(self, store: StorageStrategy) -> None:
+    async def test_69_order_per_key_is_kept_across_verbs(self, store: StorageStrategy) -> None:
         steps: list[tuple[Callable[[], Awaitable[object]], Answer]] = [
             (lambda: store.create_entity("items", {"item_id": "a"}), 1),
             (lambda: store.update_entity("items", "a", {"count": 1}, expected_version=1), 2),
@@ -279,33 +301,35 @@ class BulkContract:
             (lambda: store.update_entity("items", "a", {"label": "last"}), 3),
         ]
         results = await asyncio.gather(*(step() for step, _ in steps), return_exceptions=True)
-        assert [_answer(each) for each in results] == [answer for _, answer in steps]
+        assert [_result_or_error_class(each) for each in results] == [answer for _, answer in steps]
         assert payload(await store.get_entity("items", "a")) == {"item_id": "a", "label": "last"}
 
-    async def test_69_everybody_reads_what_it_wrote(self, store: StorageStrategy) -> None:
+    async def test_69_each_caller_reads_its_own_writes(self, store: StorageStrategy) -> None:
         async def write_and_read(number: int) -> None:
             entity_id = f"item {number}"
-            for turn in range(5):
-                version = await store.save_entity("items", {"item_id": entity_id, "count": turn})
+            for count in range(5):
+                version = await store.save_entity("items", {"item_id": entity_id, "count": count})
                 entity = await get_existing(store, "items", entity_id)
-                assert (entity["version"], entity["count"]) == (version, turn)
+                assert (entity["version"], entity["count"]) == (version, count)
             await store.delete_entity("items", entity_id)
             assert await store.get_entity("items", entity_id) is None
 
         await asyncio.gather(*(write_and_read(each) for each in range(50)))
 
-    async def test_69_random_work_is_answered_as_if_alone(self, store: StorageStrategy) -> None:
-        """Each task works on a key of its own, so that it knows what it must be answered."""
+    async def test_69_random_operations_return_what_they_return_alone(
+        self, store: StorageStrategy
+    ) -> None:
+        """Each task changes only its own key, so that the expected results are known."""
         with seeded() as random:
             seeds = [random.randrange(2**32) for _ in range(40)]
-            await asyncio.gather(*(_random_life(store, f"task {each}", each) for each in seeds))
+            await asyncio.gather(*(_random_changes(store, f"task {each}", each) for each in seeds))
 
 
-# -- mixed changes, and what they are answered ----------------------------------------------
+# -- mixed changes and their expected outcomes ----------------------------------------------
 
 
 def _mixed() -> Iterator[Change]:
-    """1,000 changes of each kind and condition; `_is_there` tells on what they meet."""
+    """1,000 changes of all kinds and preconditions; `_exists_before` tells whether the entity exists."""
     at = utc_now()
     for number in range(MANY):
         key = Key("items", f"{number:04}")
@@ -333,13 +357,13 @@ def _mixed() -> Iterator[Change]:
             yield Delete(key, 0)
 
 
-def _is_there(change: Change) -> bool:
-    """Whether the case stores an entity of version 3 before this change."""
+def _exists_before(change: Change) -> bool:
+    """Whether the test stores an entity of version 3 under the key before the change."""
     return int(change.key.id) // 10 % 2 == 0
 
 
-def _alone(change: Change, version: int | None) -> Answer:
-    """The outcome of a change that meets this version, by the words of the contract."""
+def _expected_outcome(change: Change, version: int | None) -> Answer:
+    """The outcome that the contract requires if the entity has this version, or None if it is missing."""
     expect = change.expect
     if expect is ABSENT:
         return AlreadyExistsError if version is not None else 1
@@ -354,18 +378,18 @@ def _alone(change: Change, version: int | None) -> Answer:
 
 def _version_after(change: Change, answer: Answer) -> int | None:
     if isinstance(answer, type):
-        return 3 if _is_there(change) else None
+        return 3 if _exists_before(change) else None
     return None if isinstance(change, Delete) else answer
 
 
-def _seen_by_verb(change: Change, answer: Answer) -> Answer:
-    """A verb answers a delete by whether it was there."""
+def _as_verb_result(change: Change, answer: Answer) -> Answer:
+    """The same result as the public verb returns it: for a delete, whether the entity existed."""
     if isinstance(change, Delete) and not isinstance(answer, type):
         return answer is not None
     return answer
 
 
-def _answer(result: object) -> Answer:
+def _result_or_error_class(result: object) -> Answer:
     if isinstance(result, StorageError):
         return type(result)
     if isinstance(result, BaseException):
@@ -374,8 +398,8 @@ def _answer(result: object) -> Answer:
     return result
 
 
-async def _single(store: StorageStrategy, change: Change) -> Answer:
-    """The same change by the verb for one entity."""
+async def _call_verb(store: StorageStrategy, change: Change) -> Answer:
+    """Make the change with the public verb for one entity; the result, or the class of the error."""
     expected: Any = (
         {} if isinstance(change.expect, type(ANY)) else {"expected_version": change.expect}
     )
@@ -392,7 +416,7 @@ async def _single(store: StorageStrategy, change: Change) -> Answer:
         return type(exc)
 
 
-async def _batch(store: StorageStrategy, verb: str, ids: list[str]) -> list[Any]:
+async def _call_batch_verb(store: StorageStrategy, verb: str, ids: list[str]) -> list[Any]:
     entities = [{"item_id": each, "label": "new"} for each in ids]
     versions = dict.fromkeys(ids, 1)
     if verb == "create":
@@ -407,25 +431,25 @@ async def _batch(store: StorageStrategy, verb: str, ids: list[str]) -> list[Any]
     return await store.import_entities("items", [{**each, "version": 7} for each in entities])
 
 
-# -- a random life of one key ---------------------------------------------------------------
+# -- random changes of one key --------------------------------------------------------------
 
 
-async def _random_life(store: StorageStrategy, entity_id: str, seed: int) -> None:
+async def _random_changes(store: StorageStrategy, entity_id: str, seed: int) -> None:
     from random import Random
 
     random = Random(seed)
     state: dict[str, Any] | None = None
     for _ in range(15):
-        state = await _random_step(store, entity_id, random, state)
+        state = await _random_change(store, entity_id, random, state)
         found = await store.get_entity("items", entity_id)
         kept = None if found is None else {"count": found["count"], "version": found["version"]}
         assert kept == state
 
 
-async def _random_step(
+async def _random_change(
     store: StorageStrategy, entity_id: str, random: Random, state: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Do something to the key; returns what must be stored afterwards."""
+    """Make a random change of the key; returns the state that must be stored afterwards."""
     version = None if state is None else state["version"]
     condition = random.choice([ANY, 0 if version is None else version, 77])
     change: Change
@@ -440,8 +464,8 @@ async def _random_step(
         change = Patch(key, {"label": "new"}, at, PRESENT if condition is ANY else condition)
     else:
         change = Delete(key, condition)
-    answer = _alone(change, version)
-    assert await _single(store, change) == _seen_by_verb(change, answer)
+    answer = _expected_outcome(change, version)
+    assert await _call_verb(store, change) == _as_verb_result(change, answer)
     if isinstance(answer, type):
         return state
     if isinstance(change, Delete):

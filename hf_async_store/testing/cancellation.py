@@ -1,4 +1,4 @@
-"""Cases 72, 73 and 126: a cancellation is a normal path, at whatever moment it comes."""
+"""Cases 72, 73 and 126: the cancellation of every operation, at every moment."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class _Verb(msgspec.Struct, frozen=True):
     """A verb on the items and the counter of `reset`.
 
     Attributes:
-        atomic: all of it lands or nothing does; otherwise that holds for each entity.
-        reads: it writes nothing, so that one look at the end is enough.
+        atomic: it takes effect completely or not at all; otherwise that holds for each entity.
+        reads: it writes nothing, so that the stored state is compared only once, at the end.
     """
 
     work: Verb
@@ -178,7 +178,7 @@ VERBS: Final[Mapping[str, _Verb]] = {
 }
 
 
-_WAITING: Final[Mapping[str, Verb]] = {
+_VERBS_THAT_WAIT: Final[Mapping[str, Verb]] = {
     "update": lambda store: store.update_entity("items", "a", {"label": "after"}),
     "transaction": lambda store: store.run_transaction(
         lambda tx: tx.update_entity("items", "a", {"label": "after"})
@@ -189,7 +189,7 @@ _WAITING: Final[Mapping[str, Verb]] = {
 }
 
 
-_LATE: Final = 12
+_CANCELLED_TASKS: Final = 12
 _ROUNDS: Final = 12
 
 
@@ -202,7 +202,7 @@ async def _transact_one(store: StorageStrategy, entity_id: str) -> None:
         await tx.update_entity("items", entity_id, {"label": "after"})
 
 
-_ON_ONE: Final[Mapping[str, VerbOnOne]] = {
+_VERBS_ON_ONE: Final[Mapping[str, VerbOnOne]] = {
     "update": lambda store, each: store.update_entity("items", each, {"label": "after"}),
     "save": lambda store, each: store.save_entity("items", {"item_id": each, "label": "after"}),
     "delete": lambda store, each: store.delete_entity("items", each),
@@ -219,7 +219,7 @@ _ON_ONE: Final[Mapping[str, VerbOnOne]] = {
 
 
 class CancellationContract:
-    """What a cancellation leaves."""
+    """What holds after an operation was cancelled."""
 
     # 72 -------------------------------------------------------------------------------------
 
@@ -230,18 +230,19 @@ class CancellationContract:
         await _cancel_everywhere(harness, store, VERBS[name])
 
     @pytest.mark.parametrize("name", [name for name, each in VERBS.items() if not each.reads])
-    async def test_72_and_again_while_it_cleans_up(
+    async def test_72_cancel_repeatedly_during_cleanup(
         self, harness: Harness, store: StorageStrategy, name: str
     ) -> None:
         await _cancel_everywhere(harness, store, VERBS[name], and_on=True)
 
     async def test_72_cancel_at_every_await_of_the_first_use(self, harness: Harness) -> None:
-        """Of a new store each time, until one gets through: what it began, the next one ends."""
+        """Each attempt opens a new store on the same data, until an attempt is no longer cancelled: a
+        store must complete the initialisation that a cancelled one began."""
         for turn in turns():
             entity = {"item_id": "first", "data": {"turn": turn}}
             async with harness.store() as store:
                 cancelled = await cancelled_at(turn, store.create_entity("items", entity))
-                await _settled(store)
+                await _wait_for_earlier_writes(store)
                 found = payload(await store.get_entity("items", "first"))
                 assert found in ((None, entity) if cancelled else (entity,))
                 await store.delete_entity("items", "first")
@@ -272,15 +273,15 @@ class CancellationContract:
                 break
 
     @pytest.mark.parametrize("where", ["this store", "another store"])
-    @pytest.mark.parametrize("name", _WAITING)
+    @pytest.mark.parametrize("name", _VERBS_THAT_WAIT)
     async def test_72_cancel_while_it_waits_for_a_transaction(
         self, harness: Harness, store: StorageStrategy, name: str, where: str
     ) -> None:
         if where == "this store":
-            await self._cancel_while_waiting(store, store, _WAITING[name])
+            await self._cancel_while_waiting(store, store, _VERBS_THAT_WAIT[name])
         else:
             async with second_store(harness, store) as other:
-                await self._cancel_while_waiting(other, store, _WAITING[name])
+                await self._cancel_while_waiting(other, store, _VERBS_THAT_WAIT[name])
 
     async def _cancel_while_waiting(
         self, holding: StorageStrategy, store: StorageStrategy, work: Verb
@@ -290,34 +291,36 @@ class CancellationContract:
             entered, leave = asyncio.Event(), asyncio.Event()
             holder = asyncio.create_task(hold(holding, entered, leave))
             await entered.wait()
-            task = asyncio.create_task(_do(store, work))
+            task = asyncio.create_task(_run(store, work))
             asked: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             with at_turn(
                 turn,
-                lambda: asked.set_result(task.cancel()),  # noqa: B023 - called before the next
+                lambda: asked.set_result(task.cancel()),  # noqa: B023 - called within this iteration
                 or_at_rest=True,
             ) as rest:
-                # Not until it has ended: what was cancelled may still have to wait for what it
-                # began, so the transaction must go on at once.
-                first: set[asyncio.Future[Any]] = {task, asked}
-                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+                # Do not wait for the end of the task: a cancelled write may have to wait until the
+                # batch that it is part of is done, so the open transaction must end first.
+                first_event: set[asyncio.Future[Any]] = {task, asked}
+                await asyncio.wait(first_event, return_when=asyncio.FIRST_COMPLETED)
             leave.set()
             [held] = await asyncio.gather(holder, return_exceptions=True)
             await asyncio.wait({task}, timeout=HANG_SECONDS)
             cancelled = was_cancelled(task, [asked.done() and asked.result()])
-            await _settled(store)
+            await _wait_for_earlier_writes(store)
             entity = await get_existing(store, "items", "a")
             if isinstance(held, BaseException):
                 assert isinstance(held, ConcurrencyConflictError)
             else:
-                assert entity["count"] == 99, "what was committed is there"
+                assert entity["count"] == 99, "a committed write is lost"
             assert entity["label"] in ("before", "after")
             if rest.reached or not cancelled:
                 break
         await usable(store)
 
-    async def test_72_a_cancelled_neighbour_disturbs_nobody(self, store: StorageStrategy) -> None:
-        """Single writes that share one commit: one of them goes away, at each turn."""
+    async def test_72_a_cancelled_write_does_not_affect_its_batch(
+        self, store: StorageStrategy
+    ) -> None:
+        """Of several writes that share one commit, one is cancelled, at each event-loop iteration."""
         ids = [f"neighbour {each}" for each in range(8)]
         await store.create_entities("items", [{"item_id": each} for each in ids])
         for count, turn in enumerate(turns(), 2):
@@ -331,17 +334,17 @@ class CancellationContract:
             versions = [each.result() for each in tasks if each is not tasks[3]]
             assert versions == [count] * 7
             cancelled = was_cancelled(tasks[3], asked)
-            await _settled(store, [("items", each) for each in ids])
+            await _wait_for_earlier_writes(store, [("items", each) for each in ids])
             entity = await get_existing(store, "items", ids[3])
             if not cancelled:
                 assert entity["count"] == count
                 break
-            # Undone or done, but never half; and the next round begins with equal versions.
+            # It was applied or not, never in part; and the next round needs equal versions.
             if entity.get("count") != count:
                 await store.update_entity("items", ids[3], {"count": count})
 
-    async def test_72_cancelled_before_it_began(self, store: StorageStrategy) -> None:
-        """What no batch has taken yet is taken back."""
+    async def test_72_cancel_before_the_task_starts(self, store: StorageStrategy) -> None:
+        """A write that is not part of a batch yet is removed from the queue."""
         task = asyncio.create_task(store.create_entity("items", {"item_id": "a"}))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -350,43 +353,45 @@ class CancellationContract:
 
     # 126 ------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("name", _ON_ONE)
-    async def test_126_nothing_of_a_cancelled_write_lands_later(
+    @pytest.mark.parametrize("name", _VERBS_ON_ONE)
+    async def test_126_a_cancelled_write_is_not_applied_later(
         self, harness: Harness, store: StorageStrategy, name: str
     ) -> None:
-        """Many at once, cancelled at random moments; whoever looks then sees what stays."""
-        ids = [f"late {each}" for each in range(_LATE)]
-        work = _ON_ONE[name]
+        """Many writes are cancelled at random moments; a read right afterwards returns the final state."""
+        ids = [f"late {each}" for each in range(_CANCELLED_TASKS)]
+        work = _VERBS_ON_ONE[name]
         async with second_store(harness, store) as other:
             with seeded() as random:
                 for number in range(_ROUNDS):
                     await store.import_entities(
                         "items", [{"item_id": each, "label": "before"} for each in ids]
                     )
-                    tasks = [asyncio.create_task(_do_on(store, work, each)) for each in ids]
+                    tasks = [asyncio.create_task(_run_on(store, work, each)) for each in ids]
                     for _ in range(random.randrange(4)):
                         await asyncio.sleep(0)
                     await asyncio.sleep(random.choice((0, 0, 0.001, 0.005)))
-                    chosen = random.sample(tasks, random.randrange(1, _LATE + 1))
+                    chosen = random.sample(tasks, random.randrange(1, _CANCELLED_TASKS + 1))
                     for each in chosen:
                         each.cancel()
                     await asyncio.wait(chosen, timeout=HANG_SECONDS)
-                    assert all(each.done() for each in chosen), "it hangs"
-                    gone = [each for each, task in zip(ids, tasks, strict=True) if task.cancelled()]
-                    at_once = await payloads(store, "items", gone)
+                    assert all(each.done() for each in chosen), "a cancelled task does not end"
+                    cancelled_ids = [
+                        each for each, task in zip(ids, tasks, strict=True) if task.cancelled()
+                    ]
+                    at_once = await payloads(store, "items", cancelled_ids)
                     await asyncio.wait(tasks, timeout=HANG_SECONDS)
                     for each in tasks:
-                        _judge_ending(each)
+                        _check_end_of_racing_task(each)
                     if number % 4 == 0:
                         await asyncio.sleep(0.05)
-                    await _settled(store, [("items", each) for each in ids])
-                    assert await payloads(store, "items", gone) == at_once
-                    assert await payloads(other, "items", gone) == at_once
+                    await _wait_for_earlier_writes(store, [("items", each) for each in ids])
+                    assert await payloads(store, "items", cancelled_ids) == at_once
+                    assert await payloads(other, "items", cancelled_ids) == at_once
 
-    async def test_126_a_timeout_around_a_write_waits_for_its_end(
+    async def test_126_after_a_timeout_of_the_caller_the_state_is_final(
         self, store: StorageStrategy
     ) -> None:
-        """A bound of the caller's own is a cancellation; a verb's `timeout` is none."""
+        """`asyncio.timeout` of the caller cancels the write, unlike the `timeout` of a verb."""
         await store.save_entity("items", {"item_id": "a", "count": -1})
         for number in range(40):
             try:
@@ -394,7 +399,7 @@ class CancellationContract:
                     await store.update_entity("items", "a", {"count": number})
             except TimeoutError:
                 at_once = (await get_existing(store, "items", "a"))["count"]
-                await _settled(store, [("items", "a")])
+                await _wait_for_earlier_writes(store, [("items", "a")])
                 assert (await get_existing(store, "items", "a"))["count"] == at_once
             else:
                 assert (await get_existing(store, "items", "a"))["count"] == number
@@ -408,56 +413,57 @@ class CancellationContract:
         works = [each.work for each in VERBS.values()]
         with seeded() as random:
             for _ in range(50):
-                tasks = [asyncio.create_task(_do(store, random.choice(works))) for _ in range(10)]
+                tasks = [asyncio.create_task(_run(store, random.choice(works))) for _ in range(10)]
                 with at_turn(random.randrange(12), lambda: [each.cancel() for each in tasks]):  # noqa: B023
                     await asyncio.wait(tasks, timeout=HANG_SECONDS)
                 for each in tasks:
-                    assert each.done(), "it hangs"
-                    _judge_ending(each)
-        await _settled(store)
+                    assert each.done(), "a cancelled task does not end"
+                    _check_end_of_racing_task(each)
+        await _wait_for_earlier_writes(store)
         await usable(store, at_once=40)
 
 
-# -- what they leave ------------------------------------------------------------------------
+# -- the state afterwards -------------------------------------------------------------------
 
 
-async def _do(store: StorageStrategy, work: Verb) -> None:
+async def _run(store: StorageStrategy, work: Verb) -> None:
     await work(store)
 
 
-async def _do_on(store: StorageStrategy, work: VerbOnOne, entity_id: str) -> None:
+async def _run_on(store: StorageStrategy, work: VerbOnOne, entity_id: str) -> None:
     await work(store, entity_id)
 
 
 async def _cancel_everywhere(
     harness: Harness, store: StorageStrategy, verb: _Verb, *, and_on: bool = False
 ) -> None:
-    """Cancel a verb at each turn of the loop, until it ends first; judge what each try left."""
+    """Cancel a verb at each event-loop iteration, until it ends before that; check the state after each
+    attempt."""
     await reset(store)
     before = await _state(store)
-    await _do(store, verb.work)
+    await _run(store, verb.work)
     after = await _state(store)
     assert verb.reads is False or before == after
     async with second_store(harness, store) as other:
         for turn in turns():
             if not verb.reads:
                 await reset(store)
-            cancelled = await cancelled_at(turn, _do(store, verb.work), and_on=and_on)
+            cancelled = await cancelled_at(turn, _run(store, verb.work), and_on=and_on)
             if not (verb.reads and cancelled):
                 at_once = await _state(store)
-                await _settled(store)
+                await _wait_for_earlier_writes(store)
                 for each in (store, other):
                     found = await _state(each)
-                    _judge_state(verb, before, found, after, cancelled=cancelled)
-                    # 126: what is seen right after the cancellation is the end of it.
-                    assert found == at_once, "it landed after its cancellation had come out"
+                    _check_state(verb, before, found, after, cancelled=cancelled)
+                    # Case 126: the state right after the cancellation is final.
+                    assert found == at_once, "a write took effect after CancelledError was raised"
             if not cancelled:
                 break
     await usable(store)
 
 
 async def reset(store: StorageStrategy) -> None:
-    """Items a and b and the counter n at version 1, and neither c nor d."""
+    """Store the items a and b and the counter n at version 1; delete the items c and d."""
     await asyncio.gather(
         store.import_entities("items", [{**_A, "version": 1}, {**_B, "version": 1}]),
         store.import_entities("counters", [{**_N, "version": 1}]),
@@ -465,10 +471,12 @@ async def reset(store: StorageStrategy) -> None:
     )
 
 
-async def _settled(store: StorageStrategy, keys: Sequence[tuple[str, str]] = _KEYS) -> None:
-    """Wait until what was cancelled has ended: a write comes behind the earlier ones of its key.
+async def _wait_for_earlier_writes(
+    store: StorageStrategy, keys: Sequence[tuple[str, str]] = _KEYS
+) -> None:
+    """Wait until cancelled writes have ended: writes of one key are applied in order.
 
-    These fail, because nothing has that version, and change nothing.
+    The writes that this function makes fail, because no entity has that version.
     """
     writes = (
         store.update_entity(collection, entity_id, {}, expected_version=INT_MAX)
@@ -479,34 +487,34 @@ async def _settled(store: StorageStrategy, keys: Sequence[tuple[str, str]] = _KE
 
 
 async def _state(store: StorageStrategy) -> State:
-    """What is stored of the keys, versions in it."""
+    """The stored entities of `_KEYS`, with their versions."""
     items = [entity_id for collection, entity_id in _KEYS if collection == "items"]
     entities = [*await store.get_entities("items", items), await store.get_entity("counters", "n")]
-    return dict(zip(_KEYS, map(_kept, entities), strict=True))
+    return dict(zip(_KEYS, map(_with_version, entities), strict=True))
 
 
-def _kept(entity: Entity | None) -> dict[str, object] | None:
+def _with_version(entity: Entity | None) -> dict[str, object] | None:
     return None if entity is None else {**(payload(entity) or {}), "version": entity["version"]}
 
 
-def _judge_state(
+def _check_state(
     verb: _Verb, before: State, found: State, after: State, *, cancelled: bool
 ) -> None:
     if not cancelled:
-        assert typed(_named(found)) == typed(_named(after))
+        assert typed(_by_name(found)) == typed(_by_name(after))
     elif verb.atomic:
-        assert found in (before, after), "half of it landed"
+        assert found in (before, after), "the operation took effect in part"
     else:
         for key, each in found.items():
             assert each in (before[key], after[key])
 
 
-def _named(state: State) -> dict[str, object]:
+def _by_name(state: State) -> dict[str, object]:
     return {f"{collection} {entity_id}": each for (collection, entity_id), each in state.items()}
 
 
-def _judge_ending(task: asyncio.Task[Any]) -> None:
-    """Verbs that race with one another may lose, but in no other way."""
+def _check_end_of_racing_task(task: asyncio.Task[Any]) -> None:
+    """Assert that a verb, racing with others, succeeded, was cancelled or failed by the race."""
     error = None if task.cancelled() else task.exception()
     lost = (ConcurrencyConflictError, EntityNotFoundError, AlreadyExistsError, BatchError)
     if error is not None and not isinstance(error, (*lost, AssertionError)):
@@ -514,7 +522,7 @@ def _judge_ending(task: asyncio.Task[Any]) -> None:
 
 
 async def usable(store: StorageStrategy, *, at_once: int = 3) -> None:
-    """Assert that every kind of work goes through, at once."""
+    """Assert that reads, writes, queries and transactions succeed, several at the same time."""
     await reset(store)
 
     async def work(number: int) -> None:
@@ -533,7 +541,7 @@ async def usable(store: StorageStrategy, *, at_once: int = 3) -> None:
 
 
 async def hold(store: StorageStrategy, entered: asyncio.Event, leave: asyncio.Event) -> None:
-    """A transaction that has written, and stays open."""
+    """A transaction that has written and stays open until `leave` is set."""
     async with store.begin_transaction() as tx:
         await tx.update_entity("items", "a", {"count": 99})
         entered.set()

@@ -1,10 +1,11 @@
-"""Cancellation at every turn of the event loop, one after another.
+"""Cancellation of a task at every event-loop iteration, one after another.
 
-A turn of the loop begins where it looks for events. Whatever a verb awaits, be it a lock, a thread
-or a socket, it goes on only in some later turn; so to cancel before the first turn, the second and
-so on, until the verb ends first, is to cancel it at every await, and also at the moments at which
-what it waited for was granted but it has not run yet. Turns come at their natural pace: the loop
-sleeps between them, so that a write that waits 5 ms for a disk has 10 of them and not 10,000.
+An iteration (a "turn" in the names below) begins when the loop polls its selector for events.
+Whatever a verb awaits, be it a lock, a thread or a socket, it resumes only in a later iteration. So
+cancelling it before the first iteration, then before the second and so on, until it ends before
+that, cancels it at every await, and also between the moment at which the awaited event happens and
+the moment at which the task resumes. The loop still sleeps between iterations, so that a write that
+waits 5 ms for a disk has about 10 iterations and not 10,000.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from hf_async_store.testing.concurrency import HANG_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-_AT_REST: Final = 0.2
-"""When nothing comes for so long, nothing will: a task waits for somebody else."""
+_IDLE_SECONDS: Final = 0.2
+"""After so many seconds without an event, the task is assumed to wait for another one."""
 
-
-_BRIEFLY: Final = 0.001
+_POLL_SECONDS: Final = 0.001
 
 
 class Rest:
-    """Whether the loop came to rest before a turn."""
+    """Whether the loop became idle before the iteration was reached."""
 
     reached = False
 
@@ -37,16 +37,16 @@ class Rest:
 def at_turn(
     number: int, act: Callable[[], object], *, or_at_rest: bool = False, and_on: bool = False
 ) -> Iterator[Rest]:
-    """Call `act` before the loop's turn of this number, 0 being the next.
+    """Call `act` before the event-loop iteration of this number; 0 is the next one.
 
     Args:
-        or_at_rest: or when the loop has nothing to do before that turn comes.
-        and_on: and before every later turn.
+        or_at_rest: also call it if the loop becomes idle before that iteration.
+        and_on: also call it before every later iteration.
     """
     selector = getattr(asyncio.get_running_loop(), "_selector", None)
     if selector is None:
-        pytest.skip("this event loop does not show its turns")
-    look = selector.select
+        pytest.skip("this event loop has no selector, so that its iterations cannot be counted")
+    poll = selector.select
     rest = Rest()
     turn = 0
 
@@ -54,20 +54,20 @@ def at_turn(
         nonlocal turn
         turn += 1
         if turn <= number:
-            if not or_at_rest or (timeout is not None and timeout <= _AT_REST):
-                return look(timeout)
-            events = look(_AT_REST)
+            if not or_at_rest or (timeout is not None and timeout <= _IDLE_SECONDS):
+                return poll(timeout)
+            events = poll(_IDLE_SECONDS)
             if events:
                 return events
             rest.reached = True
             turn = number + 1
         if turn == number + 1:
             act()
-            return look(0)
+            return poll(0)
         if and_on:
             act()
-            return look(0 if timeout == 0 else _BRIEFLY)
-        return look(timeout)
+            return poll(0 if timeout == 0 else _POLL_SECONDS)
+        return poll(timeout)
 
     selector.select = select
     try:
@@ -77,14 +77,17 @@ def at_turn(
 
 
 async def cancelled_at(turn: int, work: Coroutine[Any, Any, Any], *, and_on: bool = False) -> bool:
-    """Do `work` in a task that is cancelled at this turn; whether it was, before it ended.
+    """Run `work` in a task and cancel it at this event-loop iteration.
 
     Args:
-        and_on: cancel it again at every later turn, while it still cleans up.
+        and_on: cancel it again at every later iteration, during its cleanup.
+
+    Returns:
+        Whether it was cancelled; False if it ended before the iteration.
 
     Raises:
-        AssertionError: the task ended otherwise than by its cancellation.
-        Exception: it failed before.
+        AssertionError: the task was cancelled but did not end with CancelledError.
+        Exception: `work` failed before it was cancelled.
     """
     task = asyncio.create_task(work)
     asked: list[bool] = []
@@ -94,10 +97,16 @@ async def cancelled_at(turn: int, work: Coroutine[Any, Any, Any], *, and_on: boo
 
 
 def was_cancelled(task: asyncio.Task[Any], asked: list[bool]) -> bool:
-    """Whether a task ended by a cancellation; one that took it must not end in another way."""
-    assert task.done(), "it hangs"
+    """Whether a task was cancelled; if so, asserts that it ended with CancelledError.
+
+    Args:
+        asked: the results of the calls of `task.cancel`.
+    """
+    assert task.done(), "the task does not end"
     if any(asked):
-        assert task.cancelled(), f"it swallowed its cancellation, and ended by {_ending(task)}"
+        assert task.cancelled(), (
+            f"the task suppressed its cancellation and ended with {_ending(task)}"
+        )
         return True
     task.result()
     return False
@@ -109,9 +118,9 @@ def _ending(task: asyncio.Task[Any]) -> str:
 
 
 def turns() -> Iterator[int]:
-    """The turns to cancel at: each of the first 40, later ones more sparsely."""
+    """The event-loop iterations to cancel at: each of the first 40, later ones more sparsely."""
     turn = 0
     while turn < 10_000:
         yield turn
         turn += 1 + turn // 40
-    raise AssertionError("it never ends")
+    raise AssertionError("the work does not end within 10,000 event-loop iterations")

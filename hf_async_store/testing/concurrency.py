@@ -1,7 +1,7 @@
-"""What the suite drives a store with: rivals in other tasks, seeds, and a bound on hanging.
+"""Helpers for concurrent tests: competing tasks, random seeds, time limits.
 
-No case looks at a clock to decide what is right. Time comes in twice: as the bound that tells a
-hang from slowness, and as the patience with a rival that may or may not be able to go on.
+No case uses a clock to decide whether a result is correct. Time limits have two purposes: to tell
+that a task hangs, and to tell whether a competing task ("rival") is blocked by what the test holds.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 HANG_SECONDS: Final = 60.0
-"""What is not done by then never will be."""
+"""A task that is not done after this time is considered to hang."""
 
 PATIENCE: Final = 0.3
-"""How long a rival gets before it counts as blocked by what the test holds. Too short on a slow
-machine only makes a case look at one order of events less; it never makes it fail."""
+"""How long to wait for a rival before it is considered to be blocked by what the test holds. If this
+is too short on a slow machine, a case covers one order of events less, but does not fail."""
 
 SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
 
-_LOOKS: Final = 100
-_PAUSE: Final = 0.1
+_ATTEMPTS: Final = 100
+_PAUSE_SECONDS: Final = 0.1
 
 
 @contextmanager
 def seeded() -> Iterator[Random]:
-    """A random generator; a failure tells its seed, and how to run with it again."""
+    """A random generator; its seed is added to the exception of a failing test."""
     seed = int(os.environ.get(SEED_VARIABLE) or SystemRandom().randrange(2**32))
     try:
         yield Random(seed)
@@ -46,21 +46,21 @@ def seeded() -> Iterator[Random]:
 
 
 async def elsewhere(work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work` in a task of its own: one inside a transaction may not use the store."""
+    """The result of `work` in a new task: a task with an open transaction must not use the store."""
     return await asyncio.create_task(work)
 
 
 async def has_ended(*rivals: asyncio.Task[Any]) -> bool:
-    """Whether rivals get to their end, though they may have to wait for what the caller holds."""
+    """Whether the rivals end within `PATIENCE`; if not, they are blocked by what the caller holds."""
     _, waiting = await asyncio.wait(rivals, timeout=PATIENCE)
     return not waiting
 
 
 async def failure_of(work: Awaitable[object]) -> Exception | None:
-    """The exception that `work` ends by, or None."""
+    """The exception that `work` raises, or None."""
     try:
         await work
-    except Exception as exc:  # noqa: BLE001 - the caller judges every kind
+    except Exception as exc:  # noqa: BLE001 - the caller checks its class
         return exc
     return None
 
@@ -68,13 +68,14 @@ async def failure_of(work: Awaitable[object]) -> Exception | None:
 async def answer_of(
     capabilities: Capabilities, ask: Callable[[], Awaitable[Result]], expected: object
 ) -> Result:
-    """The answer to a query; where queries may be behind, the last of several looks."""
+    """The result of a query; if queries are eventually consistent, asked repeatedly until it is the
+    expected one, or for about 10 seconds."""
     answer = await ask()
     if capabilities.query_isolation == "eventual":
-        for _ in range(_LOOKS):
+        for _ in range(_ATTEMPTS):
             if answer == expected:
                 break
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(_PAUSE_SECONDS)
             answer = await ask()
     return answer
 
@@ -88,7 +89,7 @@ def is_shared(capabilities: Capabilities) -> bool:
 async def second_store(
     harness: Harness, store: StorageStrategy
 ) -> AsyncGenerator[StorageStrategy, None]:
-    """Another store on the same data; `store` itself where there can be no other."""
+    """Another store on the same data; `store` itself if the engine does not share its data."""
     if not is_shared(harness.capabilities):
         yield store
         return

@@ -1,6 +1,6 @@
-"""Loads that several callers put on one store, as tasks of a process or as processes.
+"""Concurrent workloads for one store, run by several tasks of a process or by several processes.
 
-Each is a function of a store and a random generator; the cases judge what they leave behind.
+Each is a function of a store and a random generator; the cases check the state that it produces.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ TOTAL: Final = BALANCE * len(ACCOUNTS)
 
 
 async def open_accounts(store: StorageStrategy) -> None:
-    """The accounts as they are before any transfer."""
+    """Create the accounts, each with `BALANCE`."""
     await store.create_entities(
         "accounts", [{"account_id": each, "balance": BALANCE} for each in ACCOUNTS]
     )
 
 
 async def transfer(store: StorageStrategy, random: Random, times: int) -> int:
-    """Move amounts between two or three accounts at a time; returns how many tries that took."""
-    tries = 0
+    """Move amounts between two or three accounts at a time; returns the number of attempts."""
+    attempts = 0
 
     async def move(tx: Transaction) -> None:
-        nonlocal tries
-        tries += 1
+        nonlocal attempts
+        attempts += 1
         source, *targets = random.sample(ACCOUNTS, random.choice((2, 2, 3)))
         amount = random.randint(1, 20)
         for account, more in (
@@ -56,7 +56,7 @@ async def transfer(store: StorageStrategy, random: Random, times: int) -> int:
     for _ in range(times):
         await store.run_transaction(move)
         await _pause(random)
-    return tries
+    return attempts
 
 
 async def total(repository: RepositoryInterface, *, one_by_one: bool = False) -> int:
@@ -69,12 +69,12 @@ async def total(repository: RepositoryInterface, *, one_by_one: bool = False) ->
 
 
 def _balance(account: Entity | None) -> int:
-    assert account is not None, "an account has vanished"
+    assert account is not None, "an account is missing"
     return cast("int", account["balance"])
 
 
 async def _pause(random: Random) -> None:
-    """Mostly only a turn of the loop; sometimes time for others to come between."""
+    """Let other tasks run: mostly for one event-loop iteration, sometimes for 1 ms."""
     await asyncio.sleep(random.choice((0, 0, 0, 0.001)))
 
 
@@ -82,15 +82,17 @@ async def _pause(random: Random) -> None:
 
 
 async def count_up(store: StorageStrategy, random: Random, counter: str, times: int) -> None:
-    """Add one so many times, each time in another of the ways in which no update may be lost."""
+    """Add one `times` times, each time in a random one of the ways in which no update may be lost."""
     for _ in range(times):
-        way = random.choice((_by_modify, _by_version, _by_transaction, _by_conditional_update))
-        await way(store, counter)
+        increment = random.choice(
+            (_by_modify, _by_version, _by_transaction, _by_conditional_update)
+        )
+        await increment(store, counter)
         await _pause(random)
 
 
 def _one_more(entity: Entity | None) -> Entity:
-    assert entity is not None, "the counter has vanished"
+    assert entity is not None, "the counter is missing"
     return {**entity, "value": cast("int", entity["value"]) + 1}
 
 

@@ -1,8 +1,8 @@
-"""Judges of recorded histories: is there an order of the operations that explains every answer?
+"""Checkers of recorded histories: is there an order of the operations that explains every result?
 
-`unlinearizable` judges operations on single keys: the order must also respect real time.
-`unserializable` judges transactions over several keys. Both return what they found wrong, in words,
-and nothing for a history that a correct store could have produced.
+`unlinearizable` checks operations on single keys: the order must also respect real time.
+`unserializable` checks transactions over several keys. Both return descriptions of the violations,
+and an empty list for a history that a correct store could have produced.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 # -- single keys ----------------------------------------------------------------------------
 
 State: TypeAlias = "tuple[int, str] | None"
-"""What one key holds: a version and a value, or nothing."""
+"""The state of one key: a version and a value, or None if there is no entity."""
 
 Answer: TypeAlias = "tuple[int, str] | int | bool | str | None"
-"""What an operation answered: a get the state, a write its version, a delete whether the entity was
-there; each of them the name of an error instead."""
+"""The result of an operation: the state for a get, the new version for a write, whether the entity
+existed for a delete; or the class name of the error that it raised."""
 
 
 class Act(msgspec.Struct, frozen=True, kw_only=True):
     """One operation on one key, as its caller saw it.
 
     Attributes:
-        value: what is written; no two acts write the same.
-        expect: "any", "absent" or an exact version.
-        invoked, responded: on one clock for all callers. `responded` is None where it is not known
-            whether the operation took effect; then it may have done so at any time, or never.
+        value: the value that is written; it differs for all operations.
+        expect: the precondition: "any", "absent" or an exact version.
+        invoked, responded: times on one clock for all callers. `responded` is None if the outcome
+            is unknown; then the operation may have taken effect at any later time, or never.
     """
 
     caller: str
@@ -47,20 +47,21 @@ class Act(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def unlinearizable(acts: Iterable[Act]) -> list[str]:
-    """For each key without an order that explains its answers: how far an order can be found.
+    """For each key whose results no order explains: the longest order that could be found.
 
-    The search is Wing and Gong's with Lowe's memory of what was tried. Keys are judged apart,
-    because a history is linearizable exactly if it is so on each key.
+    The algorithm is that of Wing and Gong, with Lowe's cache of the configurations that were
+    visited. Keys are checked separately, because a history is linearizable if and only if it is
+    linearizable for each key.
     """
     by_key: dict[str, list[Act]] = defaultdict(list)
     for act in acts:
         by_key[act.key].append(act)
-    found = ((key, _Search(each).furthest()) for key, each in sorted(by_key.items()))
-    return [f"{key!r} is not linearizable: {stuck}" for key, stuck in found if stuck]
+    failures = ((key, _Search(each).failure()) for key, each in sorted(by_key.items()))
+    return [f"{key!r} is not linearizable: {failure}" for key, failure in failures if failure]
 
 
 def outcome(state: State, act: Act) -> tuple[State, Answer]:
-    """The state after an act and its answer, as a store with nobody else on it would have it."""
+    """The state after an operation, and its result, on a store without concurrent operations."""
     if act.verb == "get":
         return state, state
     refusal = _refusal(state, act)
@@ -94,8 +95,8 @@ class _Search:
             1 << n for n, each in enumerate(self._acts) if each.responded is not None
         )
 
-    def furthest(self) -> str | None:
-        """None if there is an order; else the point beyond which there is none."""
+    def failure(self) -> str | None:
+        """None if there is an order; else a description of the longest order that was found."""
         start: tuple[int, State] = (0, None)
         seen = {start}
         waiting = [start]
@@ -110,10 +111,10 @@ class _Search:
                 if step not in seen:
                     seen.add(step)
                     waiting.append(step)
-        return self._told(*best)
+        return self._description(*best)
 
     def _steps(self, done: int, state: State) -> Iterator[tuple[int, State]]:
-        """Where one more act can lead."""
+        """The configurations that one more operation can lead to."""
         changing: list[tuple[int, State]] = []
         for n in self._next(done):
             act = self._acts[n]
@@ -122,15 +123,16 @@ class _Search:
                 if act.responded is None or _same(answer, act.answer):
                     changing.append((done | 1 << n, after))
             elif act.responded is not None and _same(answer, act.answer):
-                # What changes nothing stands in nobody's way: now is as good as any time.
+                # An operation that changes nothing cannot prevent another one, so no alternatives
+                # have to be tried.
                 yield done | 1 << n, state
                 return
         yield from changing
 
     def _next(self, done: int) -> Iterator[int]:
-        """The acts that may come next: none still to come had ended before they began."""
+        """The operations that may come next: those that began before any remaining one had ended."""
         first_end = _NEVER
-        # The lowest act that is not done; all before it are.
+        # The first operation that is not done; all before it are.
         n = (~done & (done + 1)).bit_length() - 1
         while n < len(self._acts):
             if not done >> n & 1:
@@ -140,11 +142,11 @@ class _Search:
                 first_end = min(first_end, self._ends[n])
             n += 1
 
-    def _told(self, done: int, state: State) -> str:
+    def _description(self, done: int, state: State) -> str:
         blocked = "\n  ".join(str(self._acts[n]) for n in self._next(done))
         return (
-            f"after {done.bit_count()} of {len(self._acts)} operations it holds {state}, "
-            f"and none of these can come next:\n  {blocked}"
+            f"after {done.bit_count()} of {len(self._acts)} operations the state is {state}, "
+            f"and none of these operations can come next:\n  {blocked}"
         )
 
 
@@ -155,19 +157,19 @@ def _same(answer: Answer, recorded: Answer) -> bool:
 # -- transactions ---------------------------------------------------------------------------
 
 Installed: TypeAlias = tuple[int, str]
-"""A version of a key and the value that came with it; (0, "") stands for no entity."""
+"""A version of a key and its value; (0, "") stands for no entity."""
 
 NOTHING: Final[Installed] = (0, "")
 
 
 class Txn(msgspec.Struct, frozen=True, kw_only=True):
-    """One transaction, or single operation, as its caller saw it. There are no deletes in it.
+    """One transaction, or a single operation, as its caller saw it. It contains no deletes.
 
     Attributes:
-        reads: each key and what it saw there before it wrote there itself.
-        writes: by key: what it installed, in order; only the last is for others to see.
-        committed: None where it is not known.
-        began, ended: on one clock for all callers.
+        reads: the keys, with the version and value that it read before its own first write there.
+        writes: by key, the versions that it wrote, in order; others may only see the last one.
+        committed: None if the outcome is unknown.
+        began, ended: times on one clock for all callers.
     """
 
     caller: str
@@ -182,27 +184,28 @@ _Edges: TypeAlias = "dict[int, dict[int, str]]"
 
 
 def unserializable(history: Sequence[Txn], initial: Mapping[str, Installed]) -> list[str]:
-    """What no serial order of the transactions explains.
+    """The observations that no serial order of the transactions explains.
 
-    The versions give the order of the writes of each key, so the graph of who must come before whom
-    is known in full, and a serial order exists exactly if it has no cycle (Adya). A transaction
-    must also see what was committed before it began.
+    The versions give the order of the writes of each key, so the complete dependency graph is known,
+    and a serial order exists if and only if the graph has no cycle (Adya). A transaction must also
+    see everything that was committed before it began.
 
     Args:
-        initial: what each key held at first; `NOTHING` where it is left out.
+        initial: the initial version and value of each key; `NOTHING` for a key without an entry.
     """
     txns = _effective(history)
     problems, writers = _writers(txns, initial)
-    problems += _strange_reads(txns, writers, initial)
+    problems += _unexplained_reads(txns, writers, initial)
     problems += _stale_reads(txns)
     if problems:
         return problems
     cycle = _cycle(_edges(txns, writers))
-    return [] if cycle is None else [_told(txns, *cycle)]
+    return [] if cycle is None else [_cycle_description(txns, *cycle)]
 
 
 def _effective(history: Sequence[Txn]) -> list[Txn]:
-    """The transactions that took effect; of those nobody knows about, the ones others have seen."""
+    """The transactions that took effect: the committed ones, and those with an unknown outcome whose
+    writes a committed transaction has read."""
     seen = {item for txn in history if txn.committed for item in txn.reads}
     return [
         txn
@@ -210,7 +213,7 @@ def _effective(history: Sequence[Txn]) -> list[Txn]:
         if txn.committed
         or (
             txn.committed is None
-            and any((key, made[-1]) in seen for key, made in txn.writes.items())
+            and any((key, versions[-1]) in seen for key, versions in txn.writes.items())
         )
     ]
 
@@ -218,48 +221,50 @@ def _effective(history: Sequence[Txn]) -> list[Txn]:
 def _writers(
     txns: Sequence[Txn], initial: Mapping[str, Installed]
 ) -> tuple[list[str], dict[str, dict[int, int]]]:
-    """By key and version: which transaction left it behind. And what is wrong with the versions."""
+    """Violations of the version order; and by key and version, the transaction that committed it."""
     problems: list[str] = []
-    made_by: dict[tuple[str, int], int] = {}
+    first_writers: dict[tuple[str, int], int] = {}
     writers: dict[str, dict[int, int]] = defaultdict(dict)
     for n, txn in enumerate(txns):
-        for key, made in txn.writes.items():
-            writers[key][made[-1][0]] = n
-            if made[-1][0] - made[0][0] != len(made) - 1:
-                problems.append(f"{_short(txn)} was interrupted in its writes to {key!r}")
-            for version, _ in made:
-                first = made_by.setdefault((key, version), n)
+        for key, versions in txn.writes.items():
+            writers[key][versions[-1][0]] = n
+            if versions[-1][0] - versions[0][0] != len(versions) - 1:
+                problems.append(
+                    f"the writes of {_short(txn)} to {key!r} were interrupted by another transaction"
+                )
+            for version, _ in versions:
+                first = first_writers.setdefault((key, version), n)
                 if first != n or version <= initial.get(key, NOTHING)[0]:
                     problems.append(
-                        f"an update was lost: version {version} of {key!r} was made twice: "
+                        f"an update was lost: version {version} of {key!r} was written twice: "
                         f"{_short(txns[first])} and {_short(txn)}"
                     )
     return problems, writers
 
 
-def _strange_reads(
+def _unexplained_reads(
     txns: Sequence[Txn], writers: Mapping[str, Mapping[int, int]], initial: Mapping[str, Installed]
 ) -> list[str]:
-    """Reads of what no transaction left behind: dirty, half done, or made up."""
+    """Reads of values that no transaction committed: dirty, intermediate or invented ones."""
     problems: list[str] = []
     for txn in txns:
         for key, seen in txn.reads:
             writer = writers.get(key, {}).get(seen[0])
-            left = initial.get(key, NOTHING) if writer is None else txns[writer].writes[key][-1]
-            if seen != left:
+            expected = initial.get(key, NOTHING) if writer is None else txns[writer].writes[key][-1]
+            if seen != expected:
                 problems.append(
-                    f"{_short(txn)} saw {seen} in {key!r}, which no transaction left there"
+                    f"{_short(txn)} read {seen} from {key!r}, which no transaction committed"
                 )
     return problems
 
 
 def _stale_reads(txns: Sequence[Txn]) -> list[str]:
-    """Reads that miss what was committed before their transaction began."""
+    """Reads of a version older than one that was committed before the reading transaction began."""
     problems: list[str] = []
     for txn in txns:
         for key, (version, _) in txn.reads:
             problems += [
-                f"{_short(txn)} saw version {version} of {key!r}, though version "
+                f"{_short(txn)} read version {version} of {key!r}, though version "
                 f"{other.writes[key][-1][0]} was committed before it began, by {_short(other)}"
                 for other in txns
                 if key in other.writes
@@ -271,12 +276,12 @@ def _stale_reads(txns: Sequence[Txn]) -> list[str]:
 
 
 def _edges(txns: Sequence[Txn], writers: Mapping[str, Mapping[int, int]]) -> _Edges:
-    """Who must come before whom, and why."""
+    """The dependency graph: which transaction must precede which, and why."""
     edges: _Edges = defaultdict(dict)
 
-    def edge(before: int, behind: int, why: str) -> None:
-        if before != behind:
-            edges[before].setdefault(behind, why)
+    def edge(before: int, after: int, why: str) -> None:
+        if before != after:
+            edges[before].setdefault(after, why)
 
     for key, by_version in writers.items():
         for low, high in pairwise(sorted(by_version)):
@@ -293,28 +298,31 @@ def _edges(txns: Sequence[Txn], writers: Mapping[str, Mapping[int, int]]) -> _Ed
 
 
 def _cycle(edges: _Edges) -> tuple[list[int], list[str]] | None:
-    """A walk that comes back to where it began, with the reason for each step."""
+    """A cycle in the graph, with the reason for each edge."""
     finished: set[int] = set()
     for root in list(edges):
         path = [root]
-        ways = [iter(edges[root].items())]
+        branches = [iter(edges[root].items())]
         while path:
-            step = next(ways[-1], None)
+            step = next(branches[-1], None)
             if step is None:
                 finished.add(path.pop())
-                ways.pop()
+                branches.pop()
             elif step[0] in path:
                 walk = path[path.index(step[0]) :]
                 return walk, [edges[a][b] for a, b in pairwise([*walk, walk[0]])]
             elif step[0] not in finished:
                 path.append(step[0])
-                ways.append(iter(edges.get(step[0], {}).items()))
+                branches.append(iter(edges.get(step[0], {}).items()))
     return None
 
 
-def _told(txns: Sequence[Txn], walk: Sequence[int], reasons: Sequence[str]) -> str:
+def _cycle_description(txns: Sequence[Txn], walk: Sequence[int], reasons: Sequence[str]) -> str:
     steps = "\n  ".join(f"{_short(txns[n])} {why}" for n, why in zip(walk, reasons, strict=True))
-    return f"no serial order, for these go round in a circle:\n  {steps}\n  the first of them"
+    return (
+        "there is no serial order, because these transactions form a cycle:\n"
+        f"  {steps}\n  the first of them"
+    )
 
 
 def _short(txn: Txn) -> str:

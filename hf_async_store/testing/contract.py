@@ -1,12 +1,12 @@
-"""The contract suite: subclass `StrategyContract`, give it the fixture `harness`, and run pytest.
+"""The contract suite: subclass `StrategyContract`, define the fixture `harness`, and run pytest.
 
     class TestMyEngine(StrategyContract):
         @pytest.fixture
         def harness(self, tmp_path: Path) -> Harness:
             return MyHarness(tmp_path)
 
-The names of the cases carry the numbers of the contract. The suite asks an engine's capabilities
-and never its name; what an engine declares absent must be absent.
+The names of the tests contain the numbers of the cases in the contract. The suite depends on an
+engine's declared capabilities, never on its name; a feature that is declared absent must be absent.
 """
 
 from __future__ import annotations
@@ -56,16 +56,18 @@ class StrategyContract(
     ReferenceContract,
     TrustContract,
 ):
-    """What every engine must show."""
+    """All cases of the contract."""
 
     @pytest.fixture
     def harness(self) -> Harness:
-        raise NotImplementedError("a subclass of StrategyContract gives the fixture `harness`")
+        raise NotImplementedError(
+            "a subclass of StrategyContract must define the fixture `harness`"
+        )
 
     @pytest_asyncio.fixture(autouse=True)
     async def _nothing_is_left(self, harness: Harness) -> AsyncGenerator[None, None]:
-        """Every case ends by this: no task, nothing that the harness would call a leak, and nothing
-        that the event loop complains of."""
+        """After every case: no task is running, the harness reports no leak, and asyncio has logged no
+        error."""
         with no_complaints():
             yield
             await nothing_is_left(harness)
@@ -74,6 +76,6 @@ class StrategyContract(
     async def store(
         self, harness: Harness, _nothing_is_left: None
     ) -> AsyncGenerator[StorageStrategy, None]:
-        """A store that is open, on the data of this case."""
+        """An open store on the data of this case."""
         async with harness.store() as store:
             yield store

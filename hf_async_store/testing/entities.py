@@ -1,4 +1,4 @@
-"""Cases 1 to 15: one entity, its identity, and copies of it."""
+"""Cases 1 to 15: single entities, ids, and copies of entities."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FULL: Final[dict[str, Any]] = {
     "undeclared": [{"a": 1}, "text"],
     "nothing": None,
 }
-"""An entity with a value in every declared field of `items`, and more."""
+"""An entity with a value in every declared field of `items`, and undeclared fields."""
 
 STRANGE_IDS: Final = (
     " ",
@@ -182,7 +182,7 @@ INJECTIONS: Final = (
 
 
 class EntityContract:
-    """What the verbs on one entity do."""
+    """The verbs for one entity."""
 
     # 1 --------------------------------------------------------------------------------------
 
@@ -195,7 +195,9 @@ class EntityContract:
         assert await store.get_entities("items", []) == []
         assert await store.query_entities("items", {"item_id": "nobody"}) == []
 
-    async def test_01_a_verb_that_needs_it_says_so(self, store: StorageStrategy) -> None:
+    async def test_01_verbs_that_require_the_entity_raise_not_found(
+        self, store: StorageStrategy
+    ) -> None:
         calls: tuple[Callable[[], Awaitable[object]], ...] = (
             lambda: store.update_entity("items", "nobody", {"label": "x"}),
             lambda: store.save_entity("items", {"item_id": "nobody"}, expected_version=1),
@@ -221,7 +223,7 @@ class EntityContract:
         assert typed(entity["version"]) == typed(1)
         assert {"created_at", "updated_at"} < entity.keys()
 
-    async def test_02_the_smallest_entity(self, store: StorageStrategy) -> None:
+    async def test_02_an_entity_with_only_its_key(self, store: StorageStrategy) -> None:
         assert await store.create_entity("counters", {"counter_id": "c"}) == 1
         entity = await get_existing(store, "counters", "c")
         assert entity.keys() == {"counter_id", "version", "created_at", "updated_at"}
@@ -263,7 +265,9 @@ class EntityContract:
         assert entity["version"] == 2
         assert entity["created_at"] == first["created_at"]
 
-    async def test_05_save_may_leave_nothing_but_the_key(self, store: StorageStrategy) -> None:
+    async def test_05_save_of_only_the_key_removes_all_other_fields(
+        self, store: StorageStrategy
+    ) -> None:
         await store.save_entity("items", FULL)
         await store.save_entity("items", {"item_id": "full"})
         assert payload(await store.get_entity("items", "full")) == {"item_id": "full"}
@@ -278,7 +282,9 @@ class EntityContract:
         assert typed(payload(entity)) == typed({**FULL, **named})
         assert entity["version"] == 2
 
-    async def test_06_a_named_map_is_replaced_and_not_merged(self, store: StorageStrategy) -> None:
+    async def test_06_a_dict_in_an_update_is_replaced_and_not_merged(
+        self, store: StorageStrategy
+    ) -> None:
         maps = {"data": {"a": 1, "b": 2}, "other": {"a": 1, "b": {"c": 3}}}
         await store.create_entity("items", {"item_id": "m", **maps})
         await store.update_entity("items", "m", {"data": {"a": 9}, "other": {"b": {}}})
@@ -286,14 +292,18 @@ class EntityContract:
             {"item_id": "m", "data": {"a": 9}, "other": {"b": {}}}
         )
 
-    async def test_06_an_update_of_no_field_is_a_write(self, store: StorageStrategy) -> None:
+    async def test_06_an_update_without_fields_increments_the_version(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", FULL)
         assert await store.update_entity("items", "full", {}) == 2
         entity = await get_existing(store, "items", "full")
         assert typed(payload(entity)) == typed(FULL)
         assert entity["version"] == 2
 
-    async def test_06_the_key_may_be_named_but_not_changed(self, store: StorageStrategy) -> None:
+    async def test_06_an_update_may_contain_the_key_but_not_change_it(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", FULL)
         await store.update_entity("items", "full", {"item_id": "full", "label": "x"})
         for change in ({"item_id": "other"}, {"item_id": None}, {"item_id": REMOVE}):
@@ -301,8 +311,8 @@ class EntityContract:
         entity = await store.get_entity("items", "full")
         assert typed(payload(entity)) == typed({**FULL, "label": "x"})
 
-    async def test_06_nor_by_modify_entity(self, store: StorageStrategy) -> None:
-        """Else it would replace another entity that happens to be of the same version."""
+    async def test_06_modify_entity_cannot_change_the_key(self, store: StorageStrategy) -> None:
+        """Otherwise it would replace another entity that happens to have the same version."""
         both = [{"item_id": "a", "label": "a"}, {"item_id": "b", "label": "b"}]
         await store.create_entities("items", both)
         with pytest.raises(InvalidFieldError):
@@ -326,11 +336,11 @@ class EntityContract:
         await store.update_entity("items", "full", {field: REMOVE})
         without = {name: each for name, each in before.items() if name != field}
         assert typed(payload(await store.get_entity("items", "full"))) == typed(without)
-        # What is not there can be taken away: the wish is fulfilled.
+        # Removing a missing field is no error.
         assert await store.update_entity("items", "full", {field: REMOVE}) == 4
         assert typed(payload(await store.get_entity("items", "full"))) == typed(without)
 
-    async def test_07_queries_tell_null_from_removed(self, store: StorageStrategy) -> None:
+    async def test_07_queries_distinguish_null_from_missing(self, store: StorageStrategy) -> None:
         await store.create_entities(
             "items", [{"item_id": "null", "label": None}, {"item_id": "missing"}]
         )
@@ -340,12 +350,12 @@ class EntityContract:
         ):
             found = await answer_of(
                 store.capabilities,
-                lambda wanted=filters: _ids(store, wanted),  # type: ignore[misc]
+                lambda filters=filters: _ids(store, filters),  # type: ignore[misc]
                 expected,
             )
             assert found == expected
 
-    async def test_07_removed_is_no_value(self, store: StorageStrategy) -> None:
+    async def test_07_remove_is_not_a_storable_value(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         all_refused_at_once(
             UnsupportedValueError,
@@ -365,7 +375,7 @@ class EntityContract:
         assert await store.delete_entity("items", "never") is False
         assert payload(await store.get_entity("items", "other")) == {"item_id": "other"}
 
-    async def test_08_a_deleted_id_can_be_used_again(self, store: StorageStrategy) -> None:
+    async def test_08_a_deleted_id_can_be_created_again(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         await store.update_entity("items", "full", {"label": "x"})
         await store.delete_entity("items", "full")
@@ -394,29 +404,33 @@ class EntityContract:
 
     # 10 -------------------------------------------------------------------------------------
 
-    async def test_10_what_is_returned_is_the_callers_own(self, store: StorageStrategy) -> None:
+    async def test_10_every_read_returns_a_copy(self, store: StorageStrategy) -> None:
         await store.create_entity("items", FULL)
         before = deepcopy(await get_existing(store, "items", "full"))
         async for each in _every_way_to_read(store, "full"):
             assert typed(each) == typed(before)
-            _spoil(each)
+            _modify_in_place(each)
         assert typed(await get_existing(store, "items", "full")) == typed(before)
 
-    async def test_10_two_answers_share_nothing(self, store: StorageStrategy) -> None:
+    async def test_10_two_copies_of_one_entity_are_independent(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", FULL)
         first, second = await store.get_entities("items", ["full", "full"])
         assert first is not None
         assert second is not None
-        _spoil(first)
+        _modify_in_place(first)
         assert typed(payload(second)) == typed(FULL)
 
-    async def test_10_also_in_a_transaction(self, store: StorageStrategy) -> None:
+    async def test_10_entities_read_in_a_transaction_are_copies(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", FULL)
         async with store.begin_transaction() as tx:
-            _spoil(await get_existing(tx, "items", "full"))
+            _modify_in_place(await get_existing(tx, "items", "full"))
             assert typed(payload(await get_existing(tx, "items", "full"))) == typed(FULL)
             await tx.save_entity("items", {"item_id": "new", "data": {"list": [1]}})
-            _spoil(await get_existing(tx, "items", "new"))
+            _modify_in_place(await get_existing(tx, "items", "new"))
         assert typed(payload(await get_existing(store, "items", "full"))) == typed(FULL)
         assert payload(await get_existing(store, "items", "new")) == {
             "item_id": "new",
@@ -428,12 +442,12 @@ class EntityContract:
         with pytest.raises(ConcurrencyConflictError) as caught:
             await store.update_entity("items", "full", {}, expected_version=9)
         if caught.value.current is not None:
-            _spoil(caught.value.current)
+            _modify_in_place(caught.value.current)
         assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
 
     # 11 -------------------------------------------------------------------------------------
 
-    async def test_11_a_write_leaves_the_callers_object_as_it_was(
+    async def test_11_a_write_leaves_the_callers_object_unchanged(
         self, store: StorageStrategy
     ) -> None:
         given = {**deepcopy(FULL), "version": 77, "created_at": "2001-01-01", "zone": (1, [2])}
@@ -452,7 +466,9 @@ class EntityContract:
         assert given == before
         assert fields == named
 
-    async def test_11_so_does_a_write_that_fails(self, store: StorageStrategy) -> None:
+    async def test_11_a_failed_write_leaves_the_callers_object_unchanged(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", FULL)
         given = {**deepcopy(FULL), "version": 77, "due_at": "2024-01-01T00:00:00+02:00"}
         bad = {**deepcopy(given), "undeclared": {"deep": [float("nan")]}}
@@ -470,15 +486,15 @@ class EntityContract:
         assert given == before
         assert repr(bad) == before_bad
 
-    async def test_11_what_the_caller_does_to_it_afterwards_is_not_stored(
+    async def test_11_modifying_an_object_after_its_write_has_no_effect(
         self, store: StorageStrategy
     ) -> None:
         given = deepcopy(FULL)
         await store.save_entity("items", given)
-        _spoil(given)
+        _modify_in_place(given)
         assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
 
-    async def test_11_nor_what_it_does_while_the_write_is_under_way(
+    async def test_11_modifying_an_object_during_its_write_has_no_effect(
         self, store: StorageStrategy
     ) -> None:
         given, batch = deepcopy(FULL), [{**deepcopy(FULL), "item_id": "in a batch"}]
@@ -487,8 +503,8 @@ class EntityContract:
             asyncio.create_task(store.save_entities("items", batch)),
         ]
         await asyncio.sleep(0)
-        _spoil(given)
-        _spoil(batch[0])
+        _modify_in_place(given)
+        _modify_in_place(batch[0])
         batch.clear()
         await asyncio.gather(*writes)
         assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
@@ -498,7 +514,7 @@ class EntityContract:
 
     # 12 -------------------------------------------------------------------------------------
 
-    async def test_12_strange_ids_are_ids(self, store: StorageStrategy) -> None:
+    async def test_12_unusual_ids_are_accepted(self, store: StorageStrategy) -> None:
         for each in STRANGE_IDS:
             assert await store.create_entity("items", {"item_id": each, "label": each}) == 1, each
         expected = {each: {"item_id": each, "label": each} for each in STRANGE_IDS}
@@ -508,17 +524,17 @@ class EntityContract:
             assert payload(await store.get_entity("items", each)) == {**expected[each], "count": 1}
         for each in STRANGE_IDS[::2]:
             assert await store.delete_entity("items", each) is True, each
-        left = sorted(STRANGE_IDS[1::2])
-        assert sorted(await _settled_ids(store, left)) == left
+        remaining = sorted(STRANGE_IDS[1::2])
+        assert sorted(await _ids_when_consistent(store, remaining)) == remaining
 
-    async def test_12_strange_ids_in_queries_and_pages(self, store: StorageStrategy) -> None:
+    async def test_12_unusual_ids_in_queries_and_pages(self, store: StorageStrategy) -> None:
         await store.create_entities("items", [{"item_id": each} for each in STRANGE_IDS])
-        assert sorted(await _settled_ids(store, sorted(STRANGE_IDS))) == sorted(STRANGE_IDS)
+        assert sorted(await _ids_when_consistent(store, sorted(STRANGE_IDS))) == sorted(STRANGE_IDS)
         for each in STRANGE_IDS:
             assert await _ids(store, {"item_id": each}) == [each]
-        assert await _walk(store, 7) == sorted(STRANGE_IDS)
+        assert await _ids_page_by_page(store, 7) == sorted(STRANGE_IDS)
 
-    async def test_12_strange_ids_outlive_the_store(self, harness: Harness) -> None:
+    async def test_12_unusual_ids_are_durable(self, harness: Harness) -> None:
         if not harness.capabilities.durable:
             return
         entities = [{"item_id": each, "label": each} for each in STRANGE_IDS]
@@ -531,7 +547,7 @@ class EntityContract:
     # 13 -------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: ascii(bad)[:12])
-    async def test_13_a_bad_id_is_refused_at_once(
+    async def test_13_an_invalid_id_is_refused_before_io(
         self, harness: Harness, store: StorageStrategy, bad: Any
     ) -> None:
         all_refused_at_once(
@@ -551,7 +567,7 @@ class EntityContract:
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
-    async def test_13_an_entity_needs_its_key(
+    async def test_13_an_entity_without_its_key_is_refused(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         for entity in ({}, {"label": "x"}, {"id": "x"}, {"request_id": "x"}):
@@ -560,7 +576,7 @@ class EntityContract:
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
-    async def test_13_the_place_in_a_batch_is_named(self, store: StorageStrategy) -> None:
+    async def test_13_the_error_names_the_position_in_a_batch(self, store: StorageStrategy) -> None:
         batch = [{"item_id": "good"}, {"item_id": "fine"}, {"item_id": ""}]
         error = refused_at_once(store.create_entities("items", batch), InvalidKeyError)
         assert "item 2" in str(error)
@@ -569,13 +585,13 @@ class EntityContract:
     # 14 -------------------------------------------------------------------------------------
 
     async def test_14_lookalikes_are_different_ids(self, store: StorageStrategy) -> None:
-        for place, each in enumerate(LOOKALIKES):
-            assert await store.create_entity("items", {"item_id": each, "count": place}) == 1
+        for index, each in enumerate(LOOKALIKES):
+            assert await store.create_entity("items", {"item_id": each, "count": index}) == 1
         expected: dict[str, dict[str, object] | None] = {
-            each: {"item_id": each, "count": place} for place, each in enumerate(LOOKALIKES)
+            each: {"item_id": each, "count": index} for index, each in enumerate(LOOKALIKES)
         }
         assert await payloads(store, "items", LOOKALIKES) == expected
-        assert await _settled_ids(store, sorted(LOOKALIKES)) == sorted(LOOKALIKES)
+        assert await _ids_when_consistent(store, sorted(LOOKALIKES)) == sorted(LOOKALIKES)
         for each in LOOKALIKES:
             assert await _ids(store, {"item_id": each}) == [each]
         for each in LOOKALIKES[::2]:
@@ -604,7 +620,7 @@ class EntityContract:
         entities = [{"item_id": each, each: each, "label": each} for each in INJECTIONS]
         await store.create_entities("items", [FULL, *entities])
         everyone = sorted(["full", *INJECTIONS])
-        assert await _settled_ids(store, everyone) == everyone
+        assert await _ids_when_consistent(store, everyone) == everyone
         for each in INJECTIONS:
             assert await _ids(store, {each: each}) == [each]
             assert await _ids(store, {"label": eq(each)}) == [each]
@@ -632,7 +648,7 @@ class EntityContract:
                 store.count_entities(name),
             )
         error = refused_at_once(store.get_entity("Items", "x"), UnknownCollectionError)
-        assert "items" in str(error), "the error names the collections that there are"
+        assert "items" in str(error), "the error does not list the declared collections"
         assert typed(payload(await store.get_entity("items", "full"))) == typed(FULL)
 
 
@@ -641,11 +657,11 @@ async def _ids(store: StorageStrategy, filters: Any = None) -> list[str]:
     return [str(each["item_id"]) for each in rows]
 
 
-async def _settled_ids(store: StorageStrategy, expected: list[str]) -> list[str]:
+async def _ids_when_consistent(store: StorageStrategy, expected: list[str]) -> list[str]:
     return await answer_of(store.capabilities, lambda: _ids(store), expected)
 
 
-async def _walk(store: StorageStrategy, limit: int) -> list[str]:
+async def _ids_page_by_page(store: StorageStrategy, limit: int) -> list[str]:
     ids: list[str] = []
     cursor = None
     while True:
@@ -660,7 +676,7 @@ async def _every_way_to_read(store: StorageStrategy, entity_id: str) -> Any:
     yield await get_existing(store, "items", entity_id)
     for found in await store.get_entities("items", [entity_id]):
         yield found
-    await _settled_ids(store, [entity_id])
+    await _ids_when_consistent(store, [entity_id])
     for row in await store.query_entities("items"):
         yield row
     async for row in store.stream_entities("items"):
@@ -676,10 +692,10 @@ def _containers(value: object) -> Iterator[Any]:
         yield value
 
 
-def _spoil(entity: dict[str, Any]) -> None:
-    """Change every container in an entity, the innermost first."""
+def _modify_in_place(entity: dict[str, Any]) -> None:
+    """Modify every dict and list in an entity, the innermost first."""
     for each in list(_containers(entity)):
         if isinstance(each, dict):
-            each["spoilt"] = "spoilt"
+            each["modified"] = "modified"
         else:
-            each.append("spoilt")
+            each.append("modified")

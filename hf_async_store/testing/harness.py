@@ -1,4 +1,4 @@
-"""How the contract suite reaches an engine: stores on one set of data, made as often as wanted."""
+"""The interface between the contract suite and an engine: it creates stores on the data of a test."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ CONTRACT_COLLECTIONS: Final = (
     Collection("accounts", key="account_id", fields=[Field("balance", "integer", required=True)]),
     Collection("counters", key="counter_id"),
 )
-"""What the suite declares: the spec's schema, a collection of every field type, one with a required
-field, and one with no fields at all."""
+"""The collections of the suite: `HOST_FACTORY`, a collection with a field of every type, one with a
+required field, and one without declared fields."""
 
 
 class Harness(Protocol):
-    """One engine, with data of its own for one test.
+    """One engine, with separate data for one test.
 
-    A subclass of `StrategyContract` gives it as the fixture `harness`. What else a harness can do
-    with its engine it shows by the protocols below; a case that needs more is skipped.
+    A subclass of `StrategyContract` returns it from the fixture `harness`. A harness may also
+    implement the protocols below; a case that needs one that is not implemented is skipped.
     """
 
     @property
@@ -48,76 +48,76 @@ class Harness(Protocol):
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        """A store on the data of this test, not opened yet. Several may be open at once, unless
-        the engine is of one process and forgets (then each call gives an empty store).
+        """A new store on the data of this test, not opened yet. Several may be open at once. If the
+        engine is neither durable nor shared by processes, each call returns an empty store.
 
         Args:
             settings: keys of the strategy's configuration. The suite uses `enforce_references`,
-                and only where `capabilities.references` is true.
+                and only if `capabilities.references` is true.
         """
         ...
 
     def url(self) -> str | None:
-        """What `open_store` takes in another process to reach the same data; None where
-        `capabilities.processes` is false."""
+        """The URL with which `open_store` in another process opens the same data; None if
+        `capabilities.multi_process` is false."""
         ...
 
     def leaks(self) -> list[str]:
-        """What is left over though every store was closed: temporary files, connections, locks."""
+        """Resources that remain after every store was closed: temporary files, connections, locks."""
         ...
 
 
 @runtime_checkable
 class ObservesIO(Protocol):
-    """A harness that can tell whether a store did anything yet."""
+    """A harness that can tell whether a store has done any I/O."""
 
     def touched(self) -> bool:
-        """Whether there is any trace of a store: a file, a table, a connection."""
+        """Whether there is a file, a table or a connection of a store."""
         ...
 
 
 @runtime_checkable
 class DropsResponses(Protocol):
-    """A harness of an engine behind a network."""
+    """A harness that can lose the response of a request to its engine."""
 
     def lose_next_answer(self) -> None:
-        """Let the next request that writes be carried out, and its answer be lost."""
+        """Let the engine execute the next write request, and lose its response."""
         ...
 
 
 @runtime_checkable
 class InjectsThrottling(Protocol):
-    """A harness of an engine that may ask for less."""
+    """A harness that can let its engine throttle requests."""
 
     def throttle(self, requests: int) -> None:
-        """Let so many of the next requests be refused as too many, or left undone in part."""
+        """Let the next `requests` requests be throttled, or be executed only in part."""
         ...
 
 
 @runtime_checkable
 class InjectsRowLocks(Protocol):
-    """A harness of an engine where somebody else can hold one entity, and the others are free."""
+    """A harness that can lock a single entity from outside of the stores."""
 
     def hold(self, collection: str, entity_id: str) -> AbstractAsyncContextManager[None]:
-        """Hold an entity that is there, as a transaction of another program does: until the end, a
-        change of it must wait."""
+        """Lock an existing entity, as a transaction of another program does: until the context is
+        left, a change of this entity must wait."""
         ...
 
 
 @runtime_checkable
 class RefusesLabels(Protocol):
-    """A harness of an engine with rules of its own, beside those of the store."""
+    """A harness that can add a constraint to the database of its engine."""
 
     def refuse_label(self, label: str) -> None:
-        """Let the engine refuse every item with this label, as a constraint of its administrator
-        would. The tables are there."""
+        """Let the engine refuse every item with this label, like a constraint that an administrator
+        has added. The tables exist already."""
         ...
 
 
 def skip_engine(engine: str, reason: str) -> NoReturn:
-    """For a fixture `harness` whose engine cannot be had here: skip, and be named at the end.
+    """Skip the test because its engine is not available; the summary of the run names the engine.
 
-    With `HF_ASYNC_STORE_REQUIRE_ENGINES=all` the run then fails.
+    Called by the fixture `harness`. With `HF_ASYNC_STORE_REQUIRE_ENGINES=all` the run then fails.
     """
     import pytest
 

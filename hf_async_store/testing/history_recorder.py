@@ -1,7 +1,7 @@
-"""Recording what many callers of a store see, for the checkers to judge.
+"""Records the operations and results of many callers of a store, for `consistency_checkers`.
 
-The same callers run as tasks of one process and as processes of one machine: `monotonic_ns` is one
-clock for all of them on Linux and macOS.
+The callers run as tasks of one process or in several processes of one machine. On Linux and macOS
+`monotonic_ns` is the same clock for all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hf_async_store.transaction import Transaction
 
 COLLECTION: Final = "counters"
-"""Without declared fields, so that the value alone tells the entities apart."""
+"""A collection without declared fields: an entity has only an id and a value."""
 
 _REFUSALS: Final = (AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError)
 _Verb: TypeAlias = 'Literal["get", "save", "update", "delete"]'
@@ -44,14 +44,14 @@ def _entity(key: str, value: str) -> Entity:
 
 
 def installed(entity: Entity | None) -> Installed:
-    """What a reader sees of an entity of the histories."""
+    """The version and value of an entity, as they are recorded."""
     if entity is None:
         return NOTHING
     return cast("int", entity["version"]), cast("str", entity["value"])
 
 
-async def _breathe(random: Random) -> None:
-    """A pause of a random length, mostly none, so that the callers do not go in step."""
+async def _random_pause(random: Random) -> None:
+    """A pause of random length, mostly none, so that the callers do not run in lockstep."""
     await asyncio.sleep(random.choice((0, 0, 0, random.random() * _MAX_PAUSE_SECONDS)))
 
 
@@ -59,10 +59,10 @@ async def _breathe(random: Random) -> None:
 
 
 class ActRecorder:
-    """One caller of single operations and of batches, which are many single operations.
+    """One caller of single operations and of batches, which are recorded as single operations.
 
     Args:
-        caller: must be different for each; the values that it writes carry it.
+        caller: a unique name; the values that it writes contain it.
     """
 
     def __init__(self, store: StorageStrategy, random: Random, caller: str) -> None:
@@ -74,32 +74,32 @@ class ActRecorder:
         self.acts: list[Act] = []
 
     async def run(self, keys: Sequence[str], steps: int) -> list[Act]:
-        """The history of so many calls."""
+        """Make `steps` random calls; returns their history."""
         for _ in range(steps):
-            make = self._random.choice(
+            verb = self._random.choice(
                 (self._get, self._get, self._save, self._save, self._update, self._delete)
             )
             if self._random.random() < 0.25:
-                await make(self._random.sample(keys, self._random.randint(1, len(keys))), True)
+                await verb(self._random.sample(keys, self._random.randint(1, len(keys))), True)
             else:
-                await make([self._random.choice(keys)], False)
-            await _breathe(self._random)
+                await verb([self._random.choice(keys)], False)
+            await _random_pause(self._random)
         return self.acts
 
     async def _get(self, keys: list[str], many: bool) -> None:
-        found = (
+        read = (
             self._store.get_entities(COLLECTION, keys)
             if many
             else _one(self._store.get_entity(COLLECTION, keys[0]))
         )
         invoked = monotonic_ns()
         try:
-            entities = await found
+            entities = await read
         except StorageError:
-            return  # it saw nothing, so there is nothing to judge
+            return  # a failed read has no result to record
         for key, entity in zip(keys, entities, strict=True):
             seen = None if entity is None else installed(entity)
-            self._note("get", key, invoked, seen)
+            self._record("get", key, invoked, seen)
 
     async def _save(self, keys: list[str], many: bool) -> None:
         expected = {key: self._expected(key, absent=True) for key in keys}
@@ -109,7 +109,7 @@ class ActRecorder:
             "save",
             expected,
             values,
-            self._store.save_entities(COLLECTION, entities, _named(expected))
+            self._store.save_entities(COLLECTION, entities, _expected_versions(expected))
             if many
             else _one(
                 self._store.save_entity(COLLECTION, entities[0], expected_version=expected[keys[0]])
@@ -124,7 +124,7 @@ class ActRecorder:
             "update",
             expected,
             values,
-            self._store.update_entities(COLLECTION, fields, _named(expected))
+            self._store.update_entities(COLLECTION, fields, _expected_versions(expected))
             if many
             else _one(
                 self._store.update_entity(
@@ -139,7 +139,7 @@ class ActRecorder:
             "delete",
             expected,
             dict.fromkeys(keys, ""),
-            self._store.delete_entities(COLLECTION, keys, _named(expected))
+            self._store.delete_entities(COLLECTION, keys, _expected_versions(expected))
             if many
             else _one(
                 self._store.delete_entity(COLLECTION, keys[0], expected_version=expected[keys[0]])
@@ -162,9 +162,9 @@ class ActRecorder:
         except StorageError as exc:
             outcomes = [exc] * len(values)
         for (key, value), answer in zip(values.items(), outcomes, strict=True):
-            self._judge(verb, key, value, expected[key], invoked, answer)
+            self._record_write(verb, key, value, expected[key], invoked, answer)
 
-    def _judge(
+    def _record_write(
         self,
         verb: _Verb,
         key: str,
@@ -174,14 +174,14 @@ class ActRecorder:
         answer: int | bool | StorageError,
     ) -> None:
         if isinstance(answer, _REFUSALS):
-            self._note(verb, key, invoked, type(answer).__name__, value, expect)
+            self._record(verb, key, invoked, type(answer).__name__, value, expect)
         elif isinstance(answer, StorageError):
             if answer.outcome_unknown:
-                self._note(verb, key, invoked, None, value, expect, known=False)
+                self._record(verb, key, invoked, None, value, expect, known=False)
         else:
-            self._note(verb, key, invoked, answer, value, expect)
+            self._record(verb, key, invoked, answer, value, expect)
 
-    def _note(
+    def _record(
         self,
         verb: _Verb,
         key: str,
@@ -214,7 +214,7 @@ class ActRecorder:
         )
 
     def _expected(self, key: str, *, absent: bool) -> int | Expect:
-        """A condition: mostly none, else the version seen last, or another one nearby."""
+        """A precondition: often none, otherwise the version seen last or a similar one."""
         choice = self._random.random()
         if choice < 0.4:
             return ANY
@@ -232,25 +232,25 @@ async def _one(work: Awaitable[Result]) -> list[Result]:
     return [await work]
 
 
-def _named(expected: dict[str, int | Expect]) -> dict[str, int | Expect]:
-    """`expected_versions` of a batch, where "any" is said by leaving the id out."""
+def _expected_versions(expected: dict[str, int | Expect]) -> dict[str, int | Expect]:
+    """`expected_versions` of a batch, which contains no entry for "any"."""
     return {key: expect for key, expect in expected.items() if expect is not ANY}
 
 
 # -- transactions ---------------------------------------------------------------------------
 
 
-class _ChangedMindError(Exception):
-    """Leaves a transaction that was to be rolled back."""
+class _RollbackError(Exception):
+    """Raised to roll a transaction back."""
 
 
 class TxnRecorder:
     """One caller of transactions over several keys, with single operations between them.
 
-    Nothing is ever deleted, so that the versions of a key tell the order of its writes.
+    It never deletes, so that the versions of a key define the order of its writes.
 
     Args:
-        caller: must be different for each; the values that it writes carry it.
+        caller: a unique name; the values that it writes contain it.
     """
 
     def __init__(self, store: StorageStrategy, random: Random, caller: str) -> None:
@@ -263,7 +263,7 @@ class TxnRecorder:
         self.txns: list[Txn] = []
 
     async def run(self, keys: Sequence[str], steps: int) -> list[Txn]:
-        """The history of so many transactions and single operations."""
+        """Make `steps` random transactions and single operations; returns their history."""
         for _ in range(steps):
             work = self._random.choice((self._transaction, self._transaction, self._single))
             self._reads, self._writes = [], {}
@@ -279,60 +279,60 @@ class TxnRecorder:
                     ended=monotonic_ns(),
                 )
             )
-            await _breathe(self._random)
+            await _random_pause(self._random)
         return self.txns
 
     async def _committed(self, work: Awaitable[None]) -> bool | None:
         try:
             await work
-        except _ChangedMindError:
+        except _RollbackError:
             return False
         except StorageError as exc:
             return None if exc.outcome_unknown else False
         return True
 
     async def _transaction(self, keys: Sequence[str]) -> None:
-        work = self._random.choice((self._decide, self._mix))
+        work = self._random.choice((self._read_then_write, self._random_accesses))
         async with self._store.begin_transaction() as tx:
             await work(tx, keys)
             if self._random.random() < 0.1:
-                raise _ChangedMindError
+                raise _RollbackError
 
-    async def _decide(self, tx: Transaction, keys: Sequence[str]) -> None:
-        """Read a few, then write one of them: what goes wrong where only writes are compared."""
+    async def _read_then_write(self, tx: Transaction, keys: Sequence[str]) -> None:
+        """Read two keys, then write one of them: not serializable if only write conflicts are detected."""
         chosen = self._random.sample(keys, 2)
         if self._random.random() < 0.5:
             await self._get_all(tx, chosen)
         else:
             for key in chosen:
                 await self._get(tx, key)
-                await _breathe(self._random)
-        await _breathe(self._random)
+                await _random_pause(self._random)
+        await _random_pause(self._random)
         await self._put(tx, chosen[0])
 
-    async def _mix(self, tx: Transaction, keys: Sequence[str]) -> None:
+    async def _random_accesses(self, tx: Transaction, keys: Sequence[str]) -> None:
         for key in self._random.sample(keys, self._random.randint(1, 3)):
-            await self._step(tx, key)
-            await _breathe(self._random)
+            await self._access(tx, key)
+            await _random_pause(self._random)
 
-    async def _step(self, tx: Transaction, key: str) -> None:
+    async def _access(self, tx: Transaction, key: str) -> None:
         if self._random.random() < 0.6:
             await self._get(tx, key)
         if self._random.random() < 0.6:
             await self._put(tx, key)
         if self._random.random() < 0.2 and self._store.capabilities.savepoints:
-            await self._taken_back(tx, key)
+            await self._rolled_back_savepoint(tx, key)
         if self._random.random() < 0.2:
             await self._get(tx, key)
 
-    async def _taken_back(self, tx: Transaction, key: str) -> None:
-        before = {each: list(made) for each, made in self._writes.items()}
+    async def _rolled_back_savepoint(self, tx: Transaction, key: str) -> None:
+        before = {each: list(versions) for each, versions in self._writes.items()}
         try:
             async with tx.begin_transaction() as inner:
                 await self._put(inner, key)
                 await self._get(inner, key)
-                raise _ChangedMindError
-        except _ChangedMindError:
+                raise _RollbackError
+        except _RollbackError:
             self._writes = before
 
     async def _single(self, keys: Sequence[str]) -> None:
@@ -356,17 +356,17 @@ class TxnRecorder:
         self._writes[key] = [(version, value)]
 
     async def _get(self, repository: RepositoryInterface, key: str) -> None:
-        self._saw(key, await repository.get_entity(COLLECTION, key))
+        self._record_read(key, await repository.get_entity(COLLECTION, key))
 
     async def _get_all(self, repository: RepositoryInterface, keys: list[str]) -> None:
         for key, entity in zip(keys, await repository.get_entities(COLLECTION, keys), strict=True):
-            self._saw(key, entity)
+            self._record_read(key, entity)
 
-    def _saw(self, key: str, entity: Entity | None) -> None:
+    def _record_read(self, key: str, entity: Entity | None) -> None:
         seen = installed(entity)
         if key in self._writes:
             own = self._writes[key][-1]
-            assert seen == own, f"{self._caller} wrote {own} to {key!r} and then saw {seen}"
+            assert seen == own, f"{self._caller} wrote {own} to {key!r} and then read {seen}"
         else:
             self._reads.append((key, seen))
 

@@ -1,6 +1,6 @@
-"""What Hypothesis draws for the suite: portable values, entities, filters and orders.
+"""Hypothesis strategies of the suite: portable values, entities, filters and orders.
 
-Values and operands come from the same pool, for a filter that never matches tests little.
+Values and operands are drawn from the same pool, because a filter that never matches tests little.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ NUMBERS: Final = (0, 1, -1, 2, 0.0, -0.0, 1.0, 0.5, -1.5, 0.1, 1e-7, 5e-324, 1.7
 LARGE_NUMBERS: Final = (2**53 - 1, 2**53, 2**53 + 1, float(2**53), -(2**53) - 1, 10**15)
 EDGES: Final = (INT_MAX, INT_MIN, float(2**63), -float(2**63), INT_MAX - 1, 1e18, 10**18)
 
-# Behind one another in the order of code points, but not in that of UTF-16, of a locale, or
-# without regard to case; and all that a pattern or a path could take for its own.
+# WORDS are in the order of code points, which differs from the order of UTF-16, of a locale, or of a
+# case-insensitive comparison. SIGNS contain the special characters of patterns and paths.
 WORDS: Final = (
     "",
     "a",
@@ -90,8 +90,8 @@ CONTAINERS: Final[tuple[object, ...]] = (
     {"a.b": 1, "0": "a", "": 2},
 )
 
-# Hypothesis checks each strategy that it meets anew, and writes down what it is made of. So the
-# ones below are made once; what depends on more is a function that takes `draw`.
+# Hypothesis validates every new strategy object and computes its representation. So the strategies
+# below are created once; those that need arguments are functions that take `draw`.
 
 _characters: Final = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 _text: Final = st.text(_characters, max_size=8)
@@ -103,7 +103,7 @@ _below: Final = {many: st.integers(0, many - 1) for many in range(1, 21)}
 
 
 def chance(draw: st.DrawFn, many: int) -> bool:
-    """Once in so many times. (Not at an end of the range: Hypothesis is fond of those.)"""
+    """True with probability 1/many. (Not at an end of the range, which Hypothesis prefers.)"""
     return draw(_below[many]) == many // 2
 
 
@@ -112,8 +112,8 @@ def pick(draw: st.DrawFn, options: Sequence[Option]) -> Option:
     return options[draw(_below[len(options)])]
 
 
-def _deep(depth: int) -> object:
-    """A value with so many lists and maps inside one another."""
+def _nested_value(depth: int) -> object:
+    """A value of `depth` nested lists and dicts."""
     value: object = None
     for n in range(depth):
         value = [value] if n % 2 else {"a": value}
@@ -121,7 +121,7 @@ def _deep(depth: int) -> object:
 
 
 pooled: Final[Strategy] = st.sampled_from((*SMALL, *CONTAINERS))
-"""A value of the pool: cheap to draw, and likely to be drawn again."""
+"""A value from the pool: cheap to draw, and likely to be drawn repeatedly."""
 
 
 @st.composite
@@ -152,12 +152,12 @@ integers: Final = _integers()
 _inner: Final[Strategy] = st.deferred(lambda: values)
 _lists: Final = st.lists(_inner, max_size=3)
 _maps: Final = st.dictionaries(texts, _inner, max_size=3)
-_nested: Final = st.sampled_from([_deep(3), _deep(MAX_DEPTH // 2)])
+_nested: Final = st.sampled_from([_nested_value(3), _nested_value(MAX_DEPTH // 2)])
 values: Final[Strategy] = _values()
 """A value from the whole portable domain."""
 
-DEEPEST: Final = _deep(MAX_DEPTH)
-"""A value of a field at the limit; inside another it is beyond."""
+DEEPEST: Final = _nested_value(MAX_DEPTH)
+"""A value with the maximum depth for a field; nested in another value it is too deep."""
 
 STRANGERS: Final = (
     INT_MAX + 1,
@@ -167,14 +167,14 @@ STRANGERS: Final = (
     "\ud800",
     b"a",
     {1: 2},
-    _deep(MAX_DEPTH + 1),
+    _nested_value(MAX_DEPTH + 1),
     datetime(2001, 1, 1),
 )
-"""A value from outside the portable domain."""
+"""Values outside the portable domain."""
 
 _ZONES: Final = (UTC, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-8)))
 
-# Far from the clock, so that a given time can be told from the store's own.
+# In the past, so that a given timestamp can be distinguished from one that the store has set.
 _moments: Final = st.datetimes(datetime(1971, 1, 1), datetime(2009, 12, 31))
 _FORMS: Final = ("2001-02-03T04:05:06.000007Z", "2001-02-03", "2001-02-03T04:05:06+02:00")
 
@@ -188,9 +188,9 @@ def _timestamps(draw: st.DrawFn) -> str | datetime:
 
 
 timestamps: Final[Strategy] = _timestamps()
-"""A time in one of the forms that are accepted."""
+"""A timestamp in one of the accepted forms."""
 
-_OF_TYPE: Final[Mapping[str, Strategy]] = {
+_BY_FIELD_TYPE: Final[Mapping[str, Strategy]] = {
     "text": texts,
     "integer": integers,
     "number": numbers,
@@ -215,8 +215,8 @@ def draw_fields(
     """Some fields of an entity, without its key.
 
     Args:
-        references: the ids that a reference may name, by collection.
-        whole: with all required fields, as a whole entity needs them.
+        references: the ids that a reference may contain, by collection.
+        whole: include all required fields, as for a whole entity.
     """
     names = [*(collection.required if whole else ()), *draw(_names(collection))]
     return {
@@ -238,7 +238,7 @@ def _draw_field(draw: st.DrawFn, field: Field, references: Mapping[str, Sequence
         return None
     if field.references is not None:
         return pick(draw, references[field.references])
-    return draw(_OF_TYPE[field.type])
+    return draw(_BY_FIELD_TYPE[field.type])
 
 
 # -- filters and orders ---------------------------------------------------------------------
@@ -246,7 +246,7 @@ def _draw_field(draw: st.DrawFn, field: Field, references: Mapping[str, Sequence
 Places: TypeAlias = "tuple[str | Path, ...]"
 OperandsAt: TypeAlias = "Callable[[str | Path], Strategy]"
 
-_OF_ONE: Final = (eq, ne, lt, lte, gt, gte, contains)
+_ONE_OPERAND_OPERATORS: Final = (eq, ne, lt, lte, gt, gte, contains)
 _place = cache(st.sampled_from)
 
 
@@ -254,7 +254,8 @@ def draw_filters(draw: st.DrawFn, places: Places, operands: OperandsAt, depth: i
     """Filters of a few comparisons, in any combination.
 
     Args:
-        operands: what a place is compared with.
+        places: the fields and paths that the filters may use.
+        operands: returns the strategy of the values that a field or path is compared with.
     """
     kind = draw(_below[7]) if depth < 2 else 0
     if kind < 4:
@@ -267,10 +268,10 @@ def draw_filters(draw: st.DrawFn, places: Places, operands: OperandsAt, depth: i
 
 
 def _draw_test(draw: st.DrawFn, operands: Strategy) -> object:
-    """Any operator; or an operand for itself, which means equality."""
+    """A random operator, or an operand without one, which means equality."""
     kind = draw(_below[14])
-    if kind < len(_OF_ONE):
-        return _OF_ONE[kind](draw(operands))
+    if kind < len(_ONE_OPERAND_OPERATORS):
+        return _ONE_OPERAND_OPERATORS[kind](draw(operands))
     if kind < 9:
         return between(draw(operands), draw(operands))
     if kind < 11:
@@ -284,12 +285,12 @@ def _draw_test(draw: st.DrawFn, operands: Strategy) -> object:
 
 
 def draw_order(draw: st.DrawFn, places: Places) -> list[Order]:
-    """Some keys of an order; of none, the order is by id."""
+    """Up to three keys of an order; without any, the order is by id."""
     return [pick(draw, (asc, desc))(draw(_place(places))) for _ in range(draw(_below[4]))]
 
 
 def paths_in(*names: str) -> list[Path]:
-    """Places inside the maps and lists of the pool, below these fields."""
+    """Paths into the dicts and lists of the pool, for these fields."""
     inner: tuple[tuple[str | int, ...], ...] = (
         ("a",),
         ("a.b",),

@@ -1,4 +1,4 @@
-"""Cases 47 to 53: what callers at the same time see of one another."""
+"""Cases 47 to 53: isolation of concurrent callers."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ KEYS: Final = ("k0", "k1", "k2", "k3", "k4")
 
 
 ROWS: Final = 700
-"""More than any engine hands out at once."""
+"""More than any engine reads in one chunk."""
 
 
-class _MineError(Exception):
-    """Leaves a transaction that is to be rolled back."""
+class _RollbackError(Exception):
+    """Raised to roll a transaction back."""
 
 
 async def beside(
     work: Sequence[Coroutine[Any, Any, object]],
     *watchers: Callable[[], Awaitable[object]],
 ) -> None:
-    """Run `work` to its end, and each watcher again and again until then, once at least."""
+    """Run `work`, and meanwhile each watcher in a loop, at least once."""
     done = asyncio.Event()
 
     async def watch(watcher: Callable[[], Awaitable[object]]) -> None:
@@ -71,7 +71,7 @@ async def beside(
             await watcher()
             if done.is_set():
                 return
-            await asyncio.sleep(0)  # a read of memory does not suspend
+            await asyncio.sleep(0)  # a read of the memory engine does not suspend
 
     async with asyncio.timeout(HANG_SECONDS), asyncio.TaskGroup() as group:
         for watcher in watchers:
@@ -81,7 +81,7 @@ async def beside(
 
 
 def _queried_sums(store: StorageStrategy) -> list[Callable[[], Awaitable[None]]]:
-    """Looks at the sum by queries, as far as the engine declares that it holds there."""
+    """Checks of the total by queries, if the engine declares that their results are consistent."""
 
     async def outside() -> None:
         found = await store.query_entities("accounts")
@@ -93,41 +93,41 @@ def _queried_sums(store: StorageStrategy) -> list[Callable[[], Awaitable[None]]]
 
         assert await store.run_transaction(work) == TOTAL
 
-    looks: list[Callable[[], Awaitable[None]]] = []
+    checks: list[Callable[[], Awaitable[None]]] = []
     if store.capabilities.query_isolation == "snapshot":
-        looks.append(outside)
+        checks.append(outside)
     if store.capabilities.queries_in_transaction == "serializable":
-        looks.append(inside)
-    return looks
+        checks.append(inside)
+    return checks
 
 
-async def _look_by_key(store: StorageStrategy, key: str) -> None:
-    _is_clean([await store.get_entity("items", key)])
-    _is_clean(await store.get_entities("items", [*KEYS, "new"]))
+async def _check_by_key(store: StorageStrategy, key: str) -> None:
+    _check_clean([await store.get_entity("items", key)])
+    _check_clean(await store.get_entities("items", [*KEYS, "new"]))
     with suppress(ConcurrencyConflictError):
         async with store.begin_transaction() as tx:
-            _is_clean(await tx.get_entities("items", [key, "new"]))
+            _check_clean(await tx.get_entities("items", [key, "new"]))
 
 
-async def _look_by_query(store: StorageStrategy, key: str) -> None:
+async def _check_by_query(store: StorageStrategy, key: str) -> None:
     dirty = {"label": begins_with("dirty")}
     assert await store.query_entities("items", dirty) == []
     assert await store.count_entities("items", dirty) == 0
-    _is_clean([each async for each in store.stream_entities("items")])
-    _is_clean((await store.query_page("items", limit=10)).items)
+    _check_clean([each async for each in store.stream_entities("items")])
+    _check_clean((await store.query_page("items", limit=10)).items)
 
 
-def _is_clean(seen: Sequence[Entity | None]) -> None:
+def _check_clean(seen: Sequence[Entity | None]) -> None:
     assert {each["label"] for each in seen if each is not None} <= {"clean"}
 
 
-async def _generation_of_all(rows: AsyncGenerator[Entity, None]) -> set[int]:
+async def _stream_generations(rows: AsyncGenerator[Entity, None]) -> set[int]:
     async with aclosing(rows):
         return {int(str(each["count"])) async for each in rows}
 
 
-async def _generation(store: StorageStrategy, generation: int) -> None:
-    """Bring every row to a generation; in one transaction as far as its limits allow it."""
+async def _write_generation(store: StorageStrategy, generation: int) -> None:
+    """Write a generation to the rows in one transaction, to as many rows as its limit allows."""
     limit = store.capabilities.max_transaction_changes or ROWS
     async with store.begin_transaction() as tx:
         await tx.save_entities(
@@ -139,14 +139,14 @@ async def _generation(store: StorageStrategy, generation: int) -> None:
         )
 
 
-async def _start_keys(store: StorageStrategy) -> None:
-    """All keys but the last are there at first."""
+async def _create_keys(store: StorageStrategy) -> None:
+    """Create entities for all keys except the last."""
     await store.create_entities(
         "counters", [{"counter_id": each, "value": "start"} for each in KEYS[:-1]]
     )
 
 
-async def _judge(store: StorageStrategy, txns: list[Txn]) -> None:
+async def _check_serializable(store: StorageStrategy, txns: list[Txn]) -> None:
     found = await store.get_entities("counters", KEYS)
     last = Txn(
         caller="at the end",
@@ -158,7 +158,9 @@ async def _judge(store: StorageStrategy, txns: list[Txn]) -> None:
     )
     initial = {**dict.fromkeys(KEYS, (1, "start")), KEYS[-1]: NOTHING}
     assert unserializable([*txns, last], initial) == []
-    assert sum(bool(each.committed and each.writes) for each in txns) > 10, "hardly a commit"
+    assert sum(bool(each.committed and each.writes) for each in txns) > 10, (
+        "too few transactions committed"
+    )
 
 
 async def _add_one(tx: Transaction, item_id: str) -> None:
@@ -205,10 +207,11 @@ READING: Final[Mapping[str, Callable[[StorageStrategy], AbstractAsyncContextMana
 _HANDOVER_SECONDS: Final = 0.1
 
 
-class _Relay:
-    """Readers without a gap: each goes on until the next one is in.
+class _OverlappingReaders:
+    """Overlapping readers: each one reads until the next one has started.
 
-    Where a reader has to wait for a writer that came before it, the one before it gives up.
+    If the next reader has not started after `_HANDOVER_SECONDS`, because it waits for a writer, the
+    current reader ends nevertheless.
     """
 
     def __init__(self, store: StorageStrategy, reading: str) -> None:
@@ -281,28 +284,28 @@ class IsolationContract:
 
     # -- 48: dirty reads and lost updates ----------------------------------------------------
 
-    async def test_48_nobody_sees_what_is_rolled_back(
+    async def test_48_no_reader_sees_rolled_back_changes(
         self, store: StorageStrategy, harness: Harness
     ) -> None:
         await store.create_entities("items", [{"item_id": each, "label": "clean"} for each in KEYS])
 
-        async def soil(times: int) -> None:
+        async def write_and_roll_back(times: int) -> None:
             for n in range(times):
-                with suppress(_MineError, ConcurrencyConflictError):
+                with suppress(_RollbackError, ConcurrencyConflictError):
                     async with store.begin_transaction() as tx:
                         await tx.update_entity("items", KEYS[n % 5], {"label": f"dirty {n}"})
                         await tx.save_entity("items", {"item_id": "new", "label": "dirty"})
                         await asyncio.sleep(0.002)
-                        raise _MineError
+                        raise _RollbackError
 
         with seeded() as random:
             async with second_store(harness, store) as other:
-                looks = [
-                    lambda each=each, look=look: look(each, random.choice(KEYS))
+                checks = [
+                    lambda each=each, check=check: check(each, random.choice(KEYS))
                     for each in (store, other)
-                    for look in (_look_by_key, _look_by_query)
+                    for check in (_check_by_key, _check_by_query)
                 ]
-                await beside([soil(25)], *looks)
+                await beside([write_and_roll_back(25)], *checks)
 
     async def test_48_no_update_is_lost_at_any_mix_of_verbs(
         self, store: StorageStrategy, harness: Harness
@@ -320,7 +323,9 @@ class IsolationContract:
                     assert counter is not None
                     assert (counter["value"], counter["version"]) == (60, 61)
 
-    async def test_48_updates_of_different_fields_add_up(self, store: StorageStrategy) -> None:
+    async def test_48_concurrent_updates_of_different_fields_are_all_kept(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("counters", {"counter_id": "c"})
 
         async def count(field: str) -> None:
@@ -335,41 +340,43 @@ class IsolationContract:
 
     # -- 49: streams -------------------------------------------------------------------------
 
-    async def test_49_a_stream_shows_no_half_of_a_transaction(self, store: StorageStrategy) -> None:
-        await _generation(store, 0)
+    async def test_49_a_stream_does_not_show_part_of_a_transaction(
+        self, store: StorageStrategy
+    ) -> None:
+        await _write_generation(store, 0)
         for order in (None, "item_id", "-count"):
-            first = await _generation_of_all(store.stream_entities("items", None, order))
+            first = await _stream_generations(store.stream_entities("items", None, order))
             stream = store.stream_entities("items", None, order)
             async with aclosing(stream), asyncio.timeout(HANG_SECONDS):
                 seen = [(await anext(stream))["count"] for _ in range(3)]
-                # In this very task: a stream that is being read keeps nobody from writing.
-                await _generation(store, 1 + int(str(seen[0])))
+                # In the same task: an open stream does not block writers.
+                await _write_generation(store, 1 + int(str(seen[0])))
                 seen += [each["count"] async for each in stream]
             if store.capabilities.query_isolation == "snapshot":
                 assert set(seen) == first
             else:
                 assert set(seen) <= {each + more for each in first for more in (0, 1)}
 
-    async def test_49_streams_under_load_show_no_half_of_a_transaction(
+    async def test_49_streams_under_load_do_not_show_part_of_a_transaction(
         self, store: StorageStrategy, harness: Harness
     ) -> None:
-        await _generation(store, 0)
+        await _write_generation(store, 0)
 
         async def renew() -> None:
             for generation in range(1, 6):
-                await _generation(store, generation)
+                await _write_generation(store, generation)
                 await asyncio.sleep(0)
 
         async with second_store(harness, store) as other:
 
-            async def look(at: StorageStrategy) -> None:
-                seen = await _generation_of_all(at.stream_entities("items"))
+            async def check_stream(at: StorageStrategy) -> None:
+                seen = await _stream_generations(at.stream_entities("items"))
                 if at.capabilities.query_isolation == "snapshot":
                     assert len(seen) == 1, f"one stream showed the generations {seen}"
                 else:
                     assert seen <= set(range(6))
 
-            await beside([renew()], lambda: look(store), lambda: look(other))
+            await beside([renew()], lambda: check_stream(store), lambda: check_stream(other))
 
     # -- 50: histories -----------------------------------------------------------------------
 
@@ -385,24 +392,26 @@ class IsolationContract:
                 await beside([each.run(KEYS[:3], 50) for each in callers])
             acts = [act for each in callers for act in each.acts]
             assert unlinearizable(acts) == []
-            assert sum(isinstance(each.answer, int) for each in acts) > 50, "hardly a write landed"
+            assert sum(isinstance(each.answer, int) for each in acts) > 50, (
+                "too few writes succeeded"
+            )
 
     async def test_50_transactions_are_serializable(
         self, store: StorageStrategy, harness: Harness
     ) -> None:
         with seeded() as random:
-            await _start_keys(store)
+            await _create_keys(store)
             async with second_store(harness, store) as other:
                 callers = [
                     TxnRecorder(each, Random(random.random()), f"caller {n}")
                     for n, each in enumerate((store, other, store, store, other, store))
                 ]
                 await beside([each.run(KEYS, 15) for each in callers])
-            await _judge(store, [txn for each in callers for txn in each.txns])
+            await _check_serializable(store, [txn for each in callers for txn in each.txns])
 
     # -- 51: processes -----------------------------------------------------------------------
 
-    async def test_51_one_store_is_for_the_processes_that_are_declared(
+    async def test_51_the_url_agrees_with_the_declared_multi_process(
         self, harness: Harness
     ) -> None:
         assert (harness.url() is not None) is harness.capabilities.multi_process
@@ -444,10 +453,10 @@ class IsolationContract:
                 ("transfers", {"seed": random.randrange(2**32), "times": 20}) for _ in range(2)
             ]
 
-            async def look() -> None:
+            async def check_total() -> None:
                 assert await store.run_transaction(total) == TOTAL
 
-            await beside([run_workers(url, *works)], look, *_queried_sums(store))
+            await beside([run_workers(url, *works)], check_total, *_queried_sums(store))
             assert await total(store) == TOTAL
 
     async def test_51_single_keys_are_linearizable_between_processes(
@@ -467,7 +476,7 @@ class IsolationContract:
         self, store: StorageStrategy, url: str
     ) -> None:
         with seeded() as random:
-            await _start_keys(store)
+            await _create_keys(store)
             here = [TxnRecorder(store, Random(random.random()), f"here {n}") for n in range(2)]
             found, *_ = await asyncio.gather(
                 run_workers(url, *_history_works("transactions", random, KEYS, 15)),
@@ -475,13 +484,13 @@ class IsolationContract:
             )
             txns = [txn for each in here for txn in each.txns]
             txns += chain.from_iterable(convert(found, list[list[Txn]]))
-            await _judge(store, txns)
+            await _check_serializable(store, txns)
 
     @pytest.fixture
     def url(self, harness: Harness) -> str:
         url = harness.url()
         if url is None:
-            pytest.skip("the engine is declared to be of one process")
+            pytest.skip("the engine does not declare multi_process")
         return url
 
     # -- 52: opposed orders ------------------------------------------------------------------
@@ -532,7 +541,7 @@ class IsolationContract:
             await beside([work(store, "xy"), work(other, "yx"), work(store, "yx")])
         assert await _counts(store) == [15, 15]
 
-    async def test_52_batches_in_opposed_orders_just_succeed(
+    async def test_52_batches_in_opposed_orders_succeed_without_a_retry(
         self, store: StorageStrategy, harness: Harness
     ) -> None:
         entities = [{"item_id": f"i{n}", "count": 0} for n in range(30)]
@@ -556,11 +565,11 @@ class IsolationContract:
 
     @pytest.mark.parametrize("how", ["update", "batch", "transaction"])
     @pytest.mark.parametrize("reading", READING)
-    async def test_53_a_writer_gets_its_turn_among_readers(
+    async def test_53_a_writer_is_not_starved_by_readers(
         self, store: StorageStrategy, harness: Harness, reading: str, how: str
     ) -> None:
         if reading == "locks" and not hasattr(store, "acquire_read_lock"):
-            pytest.skip("the engine does not hand out its lock")
+            pytest.skip("the engine has no acquire_read_lock")
         await store.create_entities("items", [{"item_id": f"i{n}"} for n in range(50)])
 
         async def write(repository: RepositoryInterface) -> None:
@@ -576,14 +585,14 @@ class IsolationContract:
                     await store.run_transaction(write)
 
         async with second_store(harness, store) as other:
-            relays = [_Relay(each, reading) for each in (store, other)]
+            readers = [_OverlappingReaders(each, reading) for each in (store, other)]
             async with asyncio.timeout(HANG_SECONDS), asyncio.TaskGroup() as group:
-                for each in relays:
+                for each in readers:
                     group.create_task(each.run())
                     await each.is_running.wait()
-                # The readers go on until the writer is done, so that only it can end this.
+                # The readers run until the writer is done.
                 await writer()
-                for each in relays:
+                for each in readers:
                     each.stop.set()
         entity = await store.get_entity("items", "i0")
         assert entity is not None

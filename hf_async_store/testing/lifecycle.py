@@ -1,7 +1,7 @@
-"""Cases 70, 74 to 76 and 134: what errors say, opening and closing, what a store is known by.
+"""Cases 70, 74 to 76 and 134: errors, opening and closing, and the identity of a store.
 
-Case 71, which failure beneath becomes which error, is for the tests of each engine: only they can
-make its disk full or its server refuse.
+Case 71, the error class for each failure of a disk or server, is covered by the tests of each
+engine, because only they can cause such failures.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
 
-SECRET: Final = "s3cr3t-0f-the-caller"  # noqa: S105 - what must never be shown
+SECRET: Final = "s3cr3t-0f-the-caller"  # noqa: S105 - must never appear in errors or logs
 _DRIVERS: Final = (
     "sqlalchemy",
     "aiosqlite",
@@ -85,27 +85,27 @@ _DRIVERS: Final = (
 
 
 class LifecycleContract:
-    """What errors say, and how a store begins and ends."""
+    """Errors, and opening and closing of a store."""
 
     # 70 -------------------------------------------------------------------------------------
 
-    async def test_70_every_error_answers_what_a_caller_asks(self, store: StorageStrategy) -> None:
+    async def test_70_the_properties_of_every_error(self, store: StorageStrategy) -> None:
         await store.create_entity("templates", {"template_id": "t", "name": SECRET})
         await store.create_entity("requests", {"request_id": "r", "template_id": "t"})
         await store.create_entity("items", {"item_id": "a", "label": SECRET, "x": [SECRET]})
-        for kind, cause in _CAUSES.items():
+        for kind, cause in _CALLS_BY_ERROR.items():
             if kind is ReferenceViolationError and not store.capabilities.references:
                 continue
             if kind is TransactionTooLargeError and not store.capabilities.max_transaction_changes:
                 continue
-            _judge(await _raised(kind, cause(store)))
+            _check_error(await _error_of(kind, cause(store)))
 
     async def test_70_errors_of_a_store_that_is_closed(self, harness: Harness) -> None:
         async with harness.store() as store:
             pass
-        _judge(await _raised(StoreClosedError, store.get_entity("items", "a")))
+        _check_error(await _error_of(StoreClosedError, store.get_entity("items", "a")))
 
-    async def test_70_a_timeout_says_what_it_left(
+    async def test_70_a_timeout_reports_whether_the_write_was_applied(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", {"item_id": "a", "count": 0})
@@ -114,7 +114,7 @@ class LifecycleContract:
             with suppress(ConcurrencyConflictError):
                 async with store.begin_transaction() as tx:
                     await tx.update_entity("items", "a", {"count": 1})
-                    # Where it need not wait for the transaction, it is in time.
+                    # If it does not have to wait for the transaction, it does not time out.
                     rival = asyncio.create_task(
                         other.update_entity("items", "a", {"label": "rival"}, timeout=0.05)
                     )
@@ -129,16 +129,16 @@ class LifecycleContract:
         else:
             assert timed_out.retryable is not timed_out.outcome_unknown
             assert timed_out.outcome_unknown or "label" not in entity
-            _judge(timed_out)
+            _check_error(timed_out)
 
-    async def test_70_no_error_where_the_time_was_enough(self, store: StorageStrategy) -> None:
+    async def test_70_a_sufficient_timeout_raises_no_error(self, store: StorageStrategy) -> None:
         await store.create_entity("items", {"item_id": "a"}, timeout=60)
         assert await store.get_entity("items", "a", timeout=60) is not None
         assert len(await store.query_entities("items", {"item_id": "a"}, timeout=60)) == 1
         async with store.begin_transaction() as tx:
             assert await tx.update_entity("items", "a", {}, timeout=60) == 2
 
-    async def test_70_logs_and_descriptions_hold_no_secret(
+    async def test_70_logs_and_descriptions_contain_no_secret(
         self, harness: Harness, store: StorageStrategy, caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level(logging.DEBUG, logger="hf_async_store"):
@@ -170,7 +170,7 @@ class LifecycleContract:
         ]
         await asyncio.sleep(0)
         await asyncio.gather(store.close(), store.close())
-        assert await asyncio.gather(*writes) == [1] * 10, "what was submitted is finished"
+        assert await asyncio.gather(*writes) == [1] * 10, "a submitted write was not completed"
         await nothing_is_left(harness)
 
     async def test_74_close_of_a_store_that_was_never_open(self, harness: Harness) -> None:
@@ -184,7 +184,7 @@ class LifecycleContract:
             await store.save_entity("items", {"item_id": "a"})
             tx = store.begin_transaction()
             rows = store.stream_entities("items")
-        _refuses_everything(store)
+        _check_all_verbs_refuse(store)
         refused_at_once(tx.__aenter__(), StoreClosedError)
         refused_at_once(anext(rows), StoreClosedError)
         with pytest.raises(StoreClosedError):
@@ -192,7 +192,7 @@ class LifecycleContract:
 
     async def test_74_use_before_open(self, harness: Harness) -> None:
         store = harness.store()
-        _refuses_everything(store)
+        _check_all_verbs_refuse(store)
         async with store:
             assert await store.get_entity("items", "a") is None
             with pytest.raises(StoreClosedError):
@@ -214,7 +214,7 @@ class LifecycleContract:
         assert await store.save_entity("items", {"item_id": "a"}) == 2
 
     async def test_74_close_in_another_loop(self, store: StorageStrategy) -> None:
-        """A fixture's loop that is not the test's, mostly: refused, and the store goes on."""
+        """It is refused, and the store stays usable. (Typically, a fixture has another loop.)"""
         await store.save_entity("items", {"item_id": "a"})
 
         async def close() -> None:
@@ -243,7 +243,7 @@ class LifecycleContract:
             await asyncio.to_thread(asyncio.run, use())
         assert (await get_existing(store, "items", "a"))["label"] == "ours"
 
-    async def test_70_reads_that_are_late_leave_nothing_unknown(
+    async def test_70_reads_that_time_out_have_no_unknown_outcome(
         self, store: StorageStrategy
     ) -> None:
         await reset(store)
@@ -255,13 +255,13 @@ class LifecycleContract:
                 lambda at: store.query_page("items", timeout=at),
                 lambda at: store.count_entities("items", timeout=at),
             ):
-                await _is_late_or_in_time(read(seconds))
+                await _succeeds_or_times_out(read(seconds))
             with suppress(TransactionAbortedError):
                 async with store.begin_transaction() as tx:
-                    await _is_late_or_in_time(tx.get_entity("items", "a", timeout=seconds))
+                    await _succeeds_or_times_out(tx.get_entity("items", "a", timeout=seconds))
         await usable(store)
 
-    async def test_70_a_write_that_is_late_in_the_queue_was_not_applied(
+    async def test_70_a_write_that_times_out_in_the_queue_is_not_applied(
         self, store: StorageStrategy
     ) -> None:
         await store.save_entity("items", {"item_id": "a", "count": -1})
@@ -272,9 +272,11 @@ class LifecycleContract:
             try:
                 await store.update_entity("items", "a", {"count": number}, timeout=number / 8000)
             except OperationTimeoutError as exc:
-                _judge(exc)
+                _check_error(exc)
                 await first
-                await store.update_entity("items", "a", {})  # behind whatever was sent
+                await store.update_entity(
+                    "items", "a", {}
+                )  # applied after the update, if that was sent
                 if not exc.outcome_unknown:
                     assert (await get_existing(store, "items", "a"))["count"] == before
             else:
@@ -288,29 +290,31 @@ class LifecycleContract:
         [result] = await run_workers(url, ("fork", {"name": "parent"}))
         assert result == {"not refused in the child": None, "version in the parent": 2}
 
-    async def test_74_an_abandoned_stream_releases_what_it_held(
+    async def test_74_an_abandoned_stream_releases_its_resources(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entities("items", [{"item_id": f"{each:03}"} for each in range(300)])
-        for _ in range(30):  # more than any pool has
+        for _ in range(30):  # more than any pool has connections
             async for _row in store.stream_entities("items"):
                 break
         gc.collect(1)
-        await _tasks_end()
+        await _wait_for_other_tasks()
         await usable(store)
         assert await store.save_entity("items", {"item_id": "000"}) == 2
 
-    async def test_74_so_does_one_in_a_transaction(self, store: StorageStrategy) -> None:
+    async def test_74_an_abandoned_stream_in_a_transaction_releases_its_resources(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entities("items", [{"item_id": f"{each:03}"} for each in range(300)])
         async with store.begin_transaction() as tx:
             async for _row in tx.stream_entities("items"):
                 break
             gc.collect(1)
             await tx.save_entity("items", {"item_id": "000"})
-        await _tasks_end()
+        await _wait_for_other_tasks()
         await usable(store)
 
-    async def test_74_close_with_a_stream_half_read(self, harness: Harness) -> None:
+    async def test_74_close_with_an_open_stream(self, harness: Harness) -> None:
         store = await harness.store().open()
         await store.create_entities("items", [{"item_id": f"{each:03}"} for each in range(300)])
         async with aclosing(store.stream_entities("items")) as rows:
@@ -322,7 +326,7 @@ class LifecycleContract:
         await nothing_is_left(harness)
 
     async def test_74_close_with_a_transaction_open(self, harness: Harness) -> None:
-        """It may end either way, but not by a commit that is acknowledged and lost."""
+        """The transaction may commit or fail, but an acknowledged commit must not be lost."""
         store = await harness.store().open()
         entered, leave = asyncio.Event(), asyncio.Event()
         await reset(store)
@@ -332,7 +336,7 @@ class LifecycleContract:
         await has_ended(closing)
         leave.set()
         await asyncio.wait({closing, holder}, timeout=HANG_SECONDS)
-        assert closing.done(), "it hangs"
+        assert closing.done(), "close does not end"
         closing.result()
         error = holder.exception()
         assert error is None or isinstance(error, StorageError)
@@ -359,7 +363,7 @@ class LifecycleContract:
         async with harness.store() as store:
             assert list((await payloads(store, "items", names)).values()) == expected
 
-    async def test_75_three_stores_of_one_process(self, harness: Harness) -> None:
+    async def test_75_three_stores_of_one_process_open_at_once(self, harness: Harness) -> None:
         if not is_shared(harness.capabilities):
             return
         stores = [await harness.store().open() for _ in range(3)]
@@ -379,12 +383,12 @@ class LifecycleContract:
 
     # 76 -------------------------------------------------------------------------------------
 
-    async def test_76_opening_touches_nothing(self, harness: Harness) -> None:
+    async def test_76_opening_does_no_io(self, harness: Harness) -> None:
         store = harness.store()
         done_at_once(store.open())
         described = store.describe()
         assert described["engine"] == harness.capabilities.engine
-        assert normalise(described) == described, "it can be written as JSON"
+        assert normalise(described) == described, "the description cannot be written as JSON"
         store.begin_transaction()
         store.stream_entities("items")
         if isinstance(harness, ObservesIO):
@@ -393,7 +397,7 @@ class LifecycleContract:
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
-    async def test_76_an_empty_transaction_touches_nothing(self, harness: Harness) -> None:
+    async def test_76_an_empty_transaction_does_no_io(self, harness: Harness) -> None:
         async with harness.store() as store:
             async with store.begin_transaction():
                 pass
@@ -417,10 +421,10 @@ class LifecycleContract:
 
     # 134 ------------------------------------------------------------------------------------
 
-    async def test_134_a_store_is_recognised(
+    async def test_134_two_stores_on_the_same_data_are_the_same_store(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
-        """By what its place says, from either side; an empty store of another kind is not it."""
+        """`is_same_store` is symmetric; an empty store of another engine is a different store."""
         await store.save_entity("items", {"item_id": "a"})
         async with second_store(harness, store) as other, open_store("memory:") as foreign:
             for one, two in ((store, other), (other, store), (store, store)):
@@ -428,7 +432,7 @@ class LifecycleContract:
             for one, two in ((store, foreign), (foreign, store)):
                 assert not await one._engine.is_same_store(two._engine)
 
-    async def test_134_to_look_for_a_store_makes_none(self, harness: Harness) -> None:
+    async def test_134_exists_does_not_create_the_store(self, harness: Harness) -> None:
         if not harness.capabilities.durable:
             return
         async with harness.store() as store:
@@ -440,7 +444,7 @@ class LifecycleContract:
         async with harness.store() as store:
             assert await store.exists()
 
-    async def test_134_what_no_declaration_covers_is_told(
+    async def test_134_undeclared_collections_are_reported(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         await store.save_entity("items", {"item_id": "a"})
@@ -452,32 +456,32 @@ class LifecycleContract:
                 assert "counters" in await other._engine.undeclared()
 
 
-# -- 70: what raises which error ------------------------------------------------------------
+# -- 70: one call for each error ------------------------------------------------------------
 
 
-async def _raised(kind: type[StorageError], work: Awaitable[object]) -> StorageError:
+async def _error_of(kind: type[StorageError], work: Awaitable[object]) -> StorageError:
     with pytest.raises(kind) as caught:
         await work
     assert type(caught.value) is kind
     return caught.value
 
 
-def _judge(error: StorageError) -> None:
-    """Assert what holds of every error."""
+def _check_error(error: StorageError) -> None:
+    """Assert the properties that every error has."""
     assert str(error)
     assert type(error.retryable) is bool
     assert type(error.outcome_unknown) is bool
     shown = "".join(traceback.format_exception(error)) + repr(error)
-    assert SECRET not in shown, "an error must not show what is stored"
-    for twin in (error.copy(), pickle.loads(pickle.dumps(error))):  # noqa: S301 - our own
+    assert SECRET not in shown, "an error must not contain stored data"
+    for twin in (error.copy(), pickle.loads(pickle.dumps(error))):  # noqa: S301 - pickled here
         assert type(twin) is type(error)
         assert str(twin) == str(error)
         assert (twin.retryable, twin.outcome_unknown) == (error.retryable, error.outcome_unknown)
     if isinstance(error, BatchError | TransactionAbortedError | RetriesExhaustedError):
-        assert isinstance(error.__cause__, StorageError), "it is chained to what caused it"
+        assert isinstance(error.__cause__, StorageError), "the error has no cause"
 
 
-async def _is_late_or_in_time(read: Awaitable[object]) -> None:
+async def _succeeds_or_times_out(read: Awaitable[object]) -> None:
     try:
         await read
     except OperationTimeoutError as exc:
@@ -495,7 +499,7 @@ async def _abort(store: StorageStrategy) -> None:
         await tx.save_entity("items", {"item_id": "b", "label": SECRET})
 
 
-async def _swallow(store: StorageStrategy) -> None:
+async def _suppress_failure(store: StorageStrategy) -> None:
     async with store.begin_transaction() as tx:
         with suppress(EntityNotFoundError):
             await tx.update_entity("items", "nobody", {"label": SECRET})
@@ -520,15 +524,15 @@ async def _overfill(store: StorageStrategy) -> None:
             await tx.save_entity("items", {"item_id": f"many {number}", "label": SECRET})
 
 
-async def _always_late(store: StorageStrategy) -> None:
+async def _always_conflict(store: StorageStrategy) -> None:
     async def change(entity: Any) -> Any:
-        await store.update_entity("items", "a", {})  # somebody is always faster
+        await store.update_entity("items", "a", {})  # another write always comes first
         return entity
 
     await store.modify_entity("items", "a", change, retry_seconds=0)
 
 
-_CAUSES: Final[Mapping[type[StorageError], Verb]] = {
+_CALLS_BY_ERROR: Final[Mapping[type[StorageError], Verb]] = {
     UnknownCollectionError: lambda store: store.save_entity("nothing", {"x": SECRET}),
     InvalidKeyError: lambda store: store.save_entity("items", {"item_id": "", "label": SECRET}),
     UnsupportedValueError: lambda store: store.save_entity(
@@ -553,13 +557,13 @@ _CAUSES: Final[Mapping[type[StorageError], Verb]] = {
     TransactionClosedError: _use_after_end,
     TransactionReentryError: _reenter,
     TransactionTooLargeError: _overfill,
-    RetriesExhaustedError: _always_late,
+    RetriesExhaustedError: _always_conflict,
 }
 
 # -- 74: open and closed --------------------------------------------------------------------
 
 
-def _refuses_everything(store: StorageStrategy) -> None:
+def _check_all_verbs_refuse(store: StorageStrategy) -> None:
     all_refused_at_once(
         StoreClosedError,
         store.get_entity("items", "a"),
@@ -586,8 +590,8 @@ def _refuses_everything(store: StorageStrategy) -> None:
     )
 
 
-async def _tasks_end() -> None:
-    """Wait for the tasks in which the loop closes abandoned iterators."""
+async def _wait_for_other_tasks() -> None:
+    """Wait for the tasks in which the event loop closes abandoned iterators."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         await asyncio.wait(others, timeout=HANG_SECONDS)

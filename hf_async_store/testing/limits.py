@@ -1,6 +1,7 @@
-"""Cases 65 and 127: queries at their limits and beyond, and arguments of the wrong kind.
+"""Cases 65 and 127: queries at and beyond their limits, and arguments of the wrong type.
 
-Below the limits every engine answers right; beyond them all refuse in the same way, before any I/O.
+Within the limits every engine returns the correct result; beyond them all refuse with the same
+error, before any I/O.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
     from hf_async_store.values import Entity
 
 _ITEMS: Final = next(each for each in CONTRACT_COLLECTIONS if each.name == "items")
-_FULL: Final = MAX_FILTER_TERMS
-_DEEP: Final = 25
+_MAX_TERMS: Final = MAX_FILTER_TERMS
+_LIST_DEPTH: Final = 25
 
 
 def _nested_lists(value: object, depth: int) -> object:
@@ -67,49 +68,51 @@ def _entity(number: int) -> dict[str, object]:
     if number % 3:
         entity |= {"label": f"n{number}", "count": number, "ratio": number / 7}
     if number % 4 == 1:
-        entity["deep"] = _nested_lists({"x": number}, _DEEP)
+        entity["deep"] = _nested_lists({"x": number}, _LIST_DEPTH)
     if number % 4 == 2:
-        entity["data"] = _nested_lists(number, _DEEP)
+        entity["data"] = _nested_lists(number, _LIST_DEPTH)
     if number % 5 == 0:
         entity |= {f"f{each}": number % (each + 2) for each in range(MAX_ORDER_FIELDS)}
     return entity
 
 
-def _layers(depth: int, terms: int) -> Filters:
-    """`and_`, `or_` and `not_` inside one another, so many deep, of so many comparisons."""
-    # The innermost map is no combination, and `not_` has no comparison of its own.
-    places = [each for each in range(depth) if each % 3 != 2]
-    each_has, rest = divmod(terms - 1, len(places))
+def _nested_combinations(depth: int, terms: int) -> Filters:
+    """Nested `and_`, `or_` and `not_`, with this depth and number of comparisons."""
+    # The innermost dict is no combination, and `not_` has no comparison of its own.
+    levels = [each for each in range(depth) if each % 3 != 2]
+    per_level, rest = divmod(terms - 1, len(levels))
     inner: Any = {"extra": gte(5)}
     for level in range(depth):
         if level % 3 == 2:
             inner = not_(inner)
             continue
-        count = each_has + (rest if level == 0 else 0)
-        word = and_ if level % 3 == 0 else or_
-        wide: Callable[[int], Any] = ne if word is and_ else lambda value: value
-        others = [{"extra": wide(10_000 + place)} for place in range(count)]
-        inner = word(*others[: count // 2], inner, *others[count // 2 :])
+        count = per_level + (rest if level == 0 else 0)
+        combine = and_ if level % 3 == 0 else or_
+        neutral: Callable[[int], Any] = ne if combine is and_ else lambda value: value
+        others = [{"extra": neutral(10_000 + number)} for number in range(count)]
+        inner = combine(*others[: count // 2], inner, *others[count // 2 :])
     return cast("Filters", inner)
 
 
 AT_THE_LIMIT: Final[Mapping[str, Callable[[], Filters]]] = {
-    "or of an undeclared field": lambda: or_(*({"extra": each} for each in range(20, 20 + _FULL))),
-    "or of a declared one": lambda: or_(*({"count": each} for each in range(20, 20 + _FULL))),
-    "or of texts": lambda: or_(*({"label": f"n{each}"} for each in range(20, 20 + _FULL))),
-    "and": lambda: and_(*({"label": ne(f"n{each}")} for each in range(20, 20 + _FULL))),
+    "or of an undeclared field": lambda: or_(
+        *({"extra": each} for each in range(20, 20 + _MAX_TERMS))
+    ),
+    "or of a declared one": lambda: or_(*({"count": each} for each in range(20, 20 + _MAX_TERMS))),
+    "or of texts": lambda: or_(*({"label": f"n{each}"} for each in range(20, 20 + _MAX_TERMS))),
+    "and": lambda: and_(*({"label": ne(f"n{each}")} for each in range(20, 20 + _MAX_TERMS))),
     "and of paths": lambda: and_(
-        *({path("deep", *([0] * (MAX_PATH_STEPS - 1))): ne(each)} for each in range(_FULL))
+        *({path("deep", *([0] * (MAX_PATH_STEPS - 1))): ne(each)} for each in range(_MAX_TERMS))
     ),
     "and of long paths of names": lambda: and_(
-        *({path("deep", *"x" * (MAX_PATH_STEPS - 1)): exists(False)} for _ in range(_FULL))
+        *({path("deep", *"x" * (MAX_PATH_STEPS - 1)): exists(False)} for _ in range(_MAX_TERMS))
     ),
     "or of ranges": lambda: or_(
-        *({"ratio": between(each, each + 0.5)} for each in range(3, 3 + _FULL))
+        *({"ratio": between(each, each + 0.5)} for each in range(3, 3 + _MAX_TERMS))
     ),
-    "deep": lambda: _layers(MAX_FILTER_DEPTH, MAX_FILTER_DEPTH),
-    "deep and full": lambda: _layers(MAX_FILTER_DEPTH, _FULL),
-    "not not": lambda: _nots(MAX_FILTER_DEPTH),
+    "deep": lambda: _nested_combinations(MAX_FILTER_DEPTH, MAX_FILTER_DEPTH),
+    "deep and full": lambda: _nested_combinations(MAX_FILTER_DEPTH, _MAX_TERMS),
+    "not not": lambda: _nested_nots(MAX_FILTER_DEPTH),
     "in of texts": lambda: {"label": in_(f"n{each}" for each in range(20, 20_020))},
     "in of undeclared texts": lambda: {"text": in_(f"t{each}" for each in range(20, 20_020))},
     "in of ids": lambda: {"item_id": in_(f"{each:03}" for each in range(20, 20_020))},
@@ -121,15 +124,15 @@ AT_THE_LIMIT: Final[Mapping[str, Callable[[], Filters]]] = {
     },
     "not in": lambda: {"text": not_in(f"t{each}" for each in range(20, 20_020))},
     "as many values as there may be": lambda: {"extra": in_(range(20, 20 + MAX_FILTER_VALUES))},
-    "a path of lists": lambda: {path("data", *([0] * _DEEP)): in_([2, 6, 10])},
-    "a range at one": lambda: {path("data", *([0] * _DEEP)): lt(20)},
-    "membership at one": lambda: {path("data", *([0] * (_DEEP - 1))): contains(6)},
-    "lists and then a name": lambda: {path("deep", *([0] * _DEEP), "x"): gte(9)},
-    "no such element": lambda: {path("deep", *([0] * _DEEP), "x", 0): exists()},
+    "a path of lists": lambda: {path("data", *([0] * _LIST_DEPTH)): in_([2, 6, 10])},
+    "a range at one": lambda: {path("data", *([0] * _LIST_DEPTH)): lt(20)},
+    "membership at one": lambda: {path("data", *([0] * (_LIST_DEPTH - 1))): contains(6)},
+    "lists and then a name": lambda: {path("deep", *([0] * _LIST_DEPTH), "x"): gte(9)},
+    "no such element": lambda: {path("deep", *([0] * _LIST_DEPTH), "x", 0): exists()},
 }
 
 
-def _nots(depth: int) -> Filters:
+def _nested_nots(depth: int) -> Filters:
     inner: Any = {"extra": gte(20)}
     for _ in range(depth):
         inner = not_(inner)
@@ -137,12 +140,12 @@ def _nots(depth: int) -> Filters:
 
 
 BEYOND: Final[Mapping[str, Callable[[], Filters]]] = {
-    "comparisons of an or": lambda: or_(*({"extra": each} for each in range(_FULL + 1))),
+    "comparisons of an or": lambda: or_(*({"extra": each} for each in range(_MAX_TERMS + 1))),
     "comparisons of an and": lambda: and_(*({"extra": ne(each)} for each in range(40_000))),
-    "comparisons of a map": lambda: {f"x{each}": 1 for each in range(_FULL + 1)},
-    "empty ones": lambda: or_(*({} for _ in range(_FULL + 1))),
-    "depth": lambda: _nots(MAX_FILTER_DEPTH + 1),
-    "endless depth": lambda: _nots(100_000),
+    "comparisons of a map": lambda: {f"x{each}": 1 for each in range(_MAX_TERMS + 1)},
+    "empty ones": lambda: or_(*({} for _ in range(_MAX_TERMS + 1))),
+    "depth": lambda: _nested_nots(MAX_FILTER_DEPTH + 1),
+    "endless depth": lambda: _nested_nots(100_000),
     "values of one in": lambda: {"extra": in_(range(MAX_FILTER_VALUES + 1))},
     "values of several": lambda: and_(
         *({"extra": not_in(range(MAX_FILTER_VALUES // 4))} for _ in range(5))
@@ -154,12 +157,12 @@ BEYOND: Final[Mapping[str, Callable[[], Filters]]] = {
 
 
 class LimitContract:
-    """Large and deep queries."""
+    """Large and deeply nested queries."""
 
     # 65 -------------------------------------------------------------------------------------
 
-    async def test_65_at_the_limits_every_answer_is_right(self, store: StorageStrategy) -> None:
-        """One test for all, because storing takes longer than asking."""
+    async def test_65_filters_at_the_limits(self, store: StorageStrategy) -> None:
+        """One test for all queries, because storing the entities takes longer than a query."""
         entities = [_entity(number) for number in range(40)]
         await store.save_entities("items", entities)
         wrong: list[str] = []
@@ -178,7 +181,7 @@ class LimitContract:
                 wrong.append(f"{name}: {count}, {ids}, not {expected}")
         assert wrong == []
 
-    async def test_65_so_are_they_in_a_transaction(self, store: StorageStrategy) -> None:
+    async def test_65_filters_at_the_limits_in_a_transaction(self, store: StorageStrategy) -> None:
         await store.save_entities("items", [_entity(number) for number in range(40)])
         if store.capabilities.queries_in_transaction == "outside":
             return
@@ -187,14 +190,14 @@ class LimitContract:
         async with store.begin_transaction() as tx:
             assert await _ids(tx, filters) == expected
 
-    @pytest.mark.parametrize("way", [asc, desc])
-    async def test_65_an_order_of_as_many_keys_as_there_may_be(
-        self, store: StorageStrategy, way: Callable[[str], Any]
+    @pytest.mark.parametrize("direction", [asc, desc])
+    async def test_65_an_order_of_the_maximum_number_of_keys(
+        self, store: StorageStrategy, direction: Callable[[str], Any]
     ) -> None:
         entities = [_entity(number) for number in range(40)]
         await store.save_entities("items", entities)
         names = ["ratio", "label", *(f"f{each}" for each in range(MAX_ORDER_FIELDS - 2))]
-        order = [way(each) if place % 2 else asc(each) for place, each in enumerate(names)]
+        order = [direction(each) if index % 2 else asc(each) for index, each in enumerate(names)]
         query = build_query(_ITEMS, order_by=order)
         by_key = sorted(
             entities, key=lambda each: sort_key(query, str(each["item_id"]), cast("Entity", each))
@@ -212,11 +215,13 @@ class LimitContract:
         assert found == expected
 
     @pytest.mark.parametrize("name", BEYOND)
-    async def test_65_beyond_them_all_refuse(self, store: StorageStrategy, name: str) -> None:
+    async def test_65_filters_beyond_the_limits_are_refused(
+        self, store: StorageStrategy, name: str
+    ) -> None:
         filters = BEYOND[name]()
         all_refused_at_once(InvalidQueryError, *_queries(store, filters, None))
 
-    async def test_65_so_for_orders(self, store: StorageStrategy) -> None:
+    async def test_65_orders_beyond_the_limits_are_refused(self, store: StorageStrategy) -> None:
         order = [f"f{each}" for each in range(MAX_ORDER_FIELDS + 1)]
         all_refused_at_once(
             InvalidQueryError,
@@ -246,77 +251,86 @@ class LimitContract:
             store.count_entities("items", timeout=timeout),
         )
 
-    async def test_127_whatever_is_handed_in_ends_in_an_error_of_ours(
+    async def test_127_invalid_arguments_raise_a_storage_error(
         self, store: StorageStrategy
     ) -> None:
-        for odd in _ODD:
-            for call in _calls(store, odd):
-                name = getattr(call, "__name__", "a step of a stream")
+        for invalid in _INVALID_ARGUMENTS:
+            for call in _calls(store, invalid):
+                name = getattr(call, "__name__", "stream step")
                 try:
                     refused_at_once(call, StorageError)
                 except AssertionError as exc:
-                    raise AssertionError(f"{name} of {odd!r}: {exc}") from exc
+                    raise AssertionError(f"{name} of {invalid!r}: {exc}") from exc
 
 
 class _Unhashable:
-    __hash__ = None  # type: ignore[assignment]  # what it is here for
+    __hash__ = None  # type: ignore[assignment]  # the purpose of the class
 
     def __repr__(self) -> str:
         return "an object without a hash"
 
 
-_ODD: Final[tuple[Any, ...]] = (5, 1.5, True, b"x", object(), _Unhashable(), [[]], {1: 2})
-"""Neither a name, nor an id, nor a filter, nor a list of any of these."""
+_INVALID_ARGUMENTS: Final[tuple[Any, ...]] = (
+    5,
+    1.5,
+    True,
+    b"x",
+    object(),
+    _Unhashable(),
+    [[]],
+    {1: 2},
+)
+"""Values that are neither a name, an id or a filter, nor a list of these."""
 
 
-def _calls(store: StorageStrategy, odd: Any) -> list[Coroutine[Any, Any, object]]:
-    """Public calls with one argument that is wrong."""
+def _calls(store: StorageStrategy, invalid: Any) -> list[Coroutine[Any, Any, object]]:
+    """Public calls with one invalid argument."""
     item = {"item_id": "a"}
-    other: Any = "1" if odd == 5 else odd  # 5 is a version, and a limit
+    other: Any = "1" if invalid == 5 else invalid  # 5 is a version, and a limit
     return [
-        store.get_entity(odd, "a"),
-        store.get_entity("items", odd),
-        store.get_entities("items", odd),
-        store.get_entities("items", [odd]),
-        store.create_entity(odd, item),
-        store.create_entity("items", odd),
-        store.create_entities("items", odd),
-        store.create_entities("items", [odd]),
-        store.save_entity("items", odd),
+        store.get_entity(invalid, "a"),
+        store.get_entity("items", invalid),
+        store.get_entities("items", invalid),
+        store.get_entities("items", [invalid]),
+        store.create_entity(invalid, item),
+        store.create_entity("items", invalid),
+        store.create_entities("items", invalid),
+        store.create_entities("items", [invalid]),
+        store.save_entity("items", invalid),
         store.save_entity("items", item, expected_version=other),
-        store.save_entities("items", odd),
-        store.save_entities("items", [item], odd),
+        store.save_entities("items", invalid),
+        store.save_entities("items", [item], invalid),
         store.save_entities("items", [item], {"a": other}),
-        store.update_entity("items", odd, {}),
-        store.update_entity("items", "a", odd),
-        store.update_entities("items", odd),
-        store.update_entities("items", {"a": odd}),
-        store.delete_entity("items", odd),
-        store.delete_entities("items", odd),
-        store.delete_entities("items", [odd]),
-        store.import_entities("items", odd),
-        store.import_entities("items", [odd]),
+        store.update_entity("items", invalid, {}),
+        store.update_entity("items", "a", invalid),
+        store.update_entities("items", invalid),
+        store.update_entities("items", {"a": invalid}),
+        store.delete_entity("items", invalid),
+        store.delete_entities("items", invalid),
+        store.delete_entities("items", [invalid]),
+        store.import_entities("items", invalid),
+        store.import_entities("items", [invalid]),
         store.import_entities("items", [{**item, "version": other}]),
-        store.modify_entity("items", odd, lambda entity: entity),
-        store.query_entities(odd),
-        store.query_entities("items", odd),
-        store.query_entities("items", {"extra": Op(odd, 1)}),
-        store.query_entities("items", Combined(odd, ())),
-        store.query_entities("items", Combined("and", odd)),
-        store.query_entities("items", Combined("and", (odd,))),
-        store.query_entities("items", order_by=odd),
-        store.query_entities("items", order_by=[odd]),
-        store.query_entities("items", order_by=Path(odd)),
-        store.query_entities("items", order_by=Path((odd,))),
+        store.modify_entity("items", invalid, lambda entity: entity),
+        store.query_entities(invalid),
+        store.query_entities("items", invalid),
+        store.query_entities("items", {"extra": Op(invalid, 1)}),
+        store.query_entities("items", Combined(invalid, ())),
+        store.query_entities("items", Combined("and", invalid)),
+        store.query_entities("items", Combined("and", (invalid,))),
+        store.query_entities("items", order_by=invalid),
+        store.query_entities("items", order_by=[invalid]),
+        store.query_entities("items", order_by=Path(invalid)),
+        store.query_entities("items", order_by=Path((invalid,))),
         store.query_entities("items", limit=other),
-        store.query_entities("items", fields=odd),
-        store.query_entities("items", fields=[odd]),
-        store.query_page("items", cursor=odd),
+        store.query_entities("items", fields=invalid),
+        store.query_entities("items", fields=[invalid]),
+        store.query_page("items", cursor=invalid),
         store.query_page("items", limit=other),
-        store.count_entities("items", odd),
-        store.explain_query("items", odd),
-        anext(store.stream_entities("items", odd)),
-        store.run_transaction(odd),
+        store.count_entities("items", invalid),
+        store.explain_query("items", invalid),
+        anext(store.stream_entities("items", invalid)),
+        store.run_transaction(invalid),
     ]
 
 

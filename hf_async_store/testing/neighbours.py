@@ -1,7 +1,7 @@
-"""Case 135: one change that is blocked or refused leaves its neighbours alone, in time and in outcome.
+"""Case 135: a change that is blocked or refused neither delays nor affects its neighbours.
 
-Neighbours are changes that wait at the same moment, of other callers or of one batch: they share
-commits and round trips, and must not share more than that.
+Neighbours are changes that are queued at the same time, by other callers or by one batch. They share
+commits and round trips, but must not share delays or errors.
 """
 
 from __future__ import annotations
@@ -67,34 +67,34 @@ REFUSED: Final[Mapping[type[StorageError] | str, tuple[type[StorageError], Verb]
         lambda store: store.delete_entity("templates", "parent"),
     ),
 }
-"""What the store refuses only when it is about to be written."""
+"""Changes that the store can refuse only when it applies them, with the expected errors."""
 
 
 class NeighbourContract:
-    """What changes do to those beside them."""
+    """Effects of a change on its neighbours."""
 
     @pytest.mark.parametrize("name", REFUSED)
-    async def test_135_a_refused_change_leaves_its_neighbours_alone(
+    async def test_135_a_refused_change_does_not_affect_its_neighbours(
         self, store: StorageStrategy, name: str
     ) -> None:
         error, verb = REFUSED[str(name)]
         if error is ReferenceViolationError and not store.capabilities.references:
             return
         await _prepare(store)
-        for place in (0, 4, 8):  # before, among and behind the others
+        for position in (0, 4, 8):  # before, among and after its neighbours
             work: list[Awaitable[object]] = [
-                store.save_entity("items", {"item_id": each, "count": place}) for each in _IDS
+                store.save_entity("items", {"item_id": each, "count": position}) for each in _IDS
             ]
-            work.insert(place, verb(store))
+            work.insert(position, verb(store))
             outcomes = await asyncio.gather(*work, return_exceptions=True)
-            refused = outcomes.pop(place)
+            refused = outcomes.pop(position)
             assert isinstance(refused, error), repr(refused)
             assert [each for each in outcomes if not isinstance(each, int)] == []
             found = await payloads(store, "items", _IDS)
-            assert [each and each["count"] for each in found.values()] == [place] * len(_IDS)
+            assert [each and each["count"] for each in found.values()] == [position] * len(_IDS)
 
-    async def test_135_neither_do_many_of_them(self, store: StorageStrategy) -> None:
-        """In one batch of one caller, each with its own outcome."""
+    async def test_135_many_refused_changes_in_one_batch(self, store: StorageStrategy) -> None:
+        """Several refused changes in one batch of one caller: each change has its own outcome."""
         await _prepare(store)
         ids = [f"many {each:03}" for each in range(200)]
         await store.create_entities("items", [{"item_id": each} for each in ids])
@@ -110,7 +110,7 @@ class NeighbourContract:
         found = await payloads(store, "items", ids)
         assert {each for each, entity in found.items() if entity == {"item_id": each}} == wrong
 
-    async def test_135_a_change_that_the_engine_itself_refuses(
+    async def test_135_a_change_refused_by_the_database_does_not_affect_its_neighbours(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         if not isinstance(harness, RefusesLabels):
@@ -137,7 +137,7 @@ class NeighbourContract:
         ]
         assert (await payloads(store, "items", ["batch a", "batch poison"]))["batch poison"] is None
 
-    async def test_135_a_change_that_must_wait_holds_up_no_other(
+    async def test_135_a_blocked_change_does_not_delay_its_neighbours(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         if not isinstance(harness, InjectsRowLocks):
@@ -152,20 +152,20 @@ class NeighbourContract:
             ]
             try:
                 _, waiting = await asyncio.wait(free, timeout=10 * PATIENCE)
-                assert not waiting, "those of the same moment wait for it"
+                assert not waiting, "writes of the same batch wait for the blocked one"
                 free = [
                     asyncio.create_task(store.update_entity("items", each, {"count": 1}))
                     for each in _IDS[4:]
                 ]
                 _, waiting = await asyncio.wait(free, timeout=10 * PATIENCE)
-                assert not waiting, "those that come later wait for it"
+                assert not waiting, "later writes wait for the blocked one"
                 assert not blocked.done()
             finally:
                 tasks = [blocked, *free]
                 for each in tasks:
                     each.cancel()
-                gone = asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.wait_for(gone, HANG_SECONDS)
+                cancelled = asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(cancelled, HANG_SECONDS)
         assert await store.update_entity("items", "there", {"count": 2}) > 1
 
 

@@ -1,9 +1,9 @@
 """Processes that use one store at the same time.
 
 `run_workers` starts them as `python -m hf_async_store.testing.process_workers ROLE URL ARGUMENTS`, where
-ARGUMENTS is a JSON map. A worker opens the store, writes `ready`, waits for a line so that all
-begin together, does its role, and writes the result as one line of JSON. Each role is one function
-below.
+ARGUMENTS is a JSON object. A worker opens the store, prints `ready`, reads a line from stdin so that
+all workers begin together, runs its role, and prints the result as one line of JSON. Each role is
+one function below.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Work: TypeAlias = "tuple[str, Mapping[str, object]]"
 """The name of a role, and its arguments."""
 
 HANG_SECONDS: Final = 120.0
-"""What is not done by then never will be."""
+"""A worker that is not done after this time is considered to hang."""
 
 # -- roles ----------------------------------------------------------------------------------
 
 
 async def save_many(store: StorageStrategy, *, prefix: str, times: int) -> list[int]:
-    """Save so many new items, one after another; returns their versions."""
+    """Save `times` new items, one after another; returns their versions."""
     return [
         await store.save_entity("items", {"item_id": f"{prefix}-{number}", "count": number})
         for number in range(times)
@@ -52,7 +52,7 @@ async def save_many(store: StorageStrategy, *, prefix: str, times: int) -> list[
 
 
 async def create_race(store: StorageStrategy, *, name: str, ids: Sequence[str]) -> list[str]:
-    """Try to create every item; returns the ids that this worker won."""
+    """Try to create every item; returns the ids that this worker created."""
     won = []
     for each in ids:
         try:
@@ -64,7 +64,7 @@ async def create_race(store: StorageStrategy, *, name: str, ids: Sequence[str]) 
 
 
 async def cas_counter(store: StorageStrategy, *, counter_id: str, times: int) -> list[int]:
-    """Add 1 to `n` of a counter so many times; returns the versions that this made."""
+    """Add 1 to `n` of a counter `times` times; returns the versions that this produced."""
 
     def increment(entity: Entity) -> Entity:
         n = entity["n"]
@@ -77,9 +77,9 @@ async def cas_counter(store: StorageStrategy, *, counter_id: str, times: int) ->
 async def version_race(
     store: StorageStrategy, *, counter_id: str, rounds: int, writers: int
 ) -> list[int]:
-    """Write from the stored version with several tasks at once, until it is beyond `rounds`.
+    """Update from the stored version with several concurrent tasks, until it exceeds `rounds`.
 
-    Returns the versions that this worker's tasks made.
+    Returns the versions that the tasks of this worker produced.
     """
     won: list[int] = []
     while True:
@@ -93,15 +93,15 @@ async def version_race(
 
 
 async def first_use(store: StorageStrategy, *, name: str) -> object:
-    """Be the first who uses the store; returns what was written."""
+    """Use a new store at the same time as other workers; returns the written entity."""
     await store.create_entity("items", {"item_id": name, "data": {"by": name}})
-    # Retried: three that begin on empty tables may well lose a race against one another.
+    # `run_transaction` retries: concurrent first uses may conflict with one another.
     await store.run_transaction(lambda tx: tx.update_entity("items", name, {"label": "twice"}))
     return await store.get_entity("items", name)
 
 
 async def transfers(store: StorageStrategy, *, seed: int, times: int) -> None:
-    """Move amounts between the accounts, and see now and then that none is lost on the way."""
+    """Move amounts between the accounts, and check the total after each transfer."""
     random = Random(seed)
     for _ in range(times):
         await transfer(store, random, 1)
@@ -109,47 +109,48 @@ async def transfers(store: StorageStrategy, *, seed: int, times: int) -> None:
 
 
 async def increments(store: StorageStrategy, *, seed: int, counter_id: str, times: int) -> None:
-    """Add 1 to a counter so many times, in all the ways there are."""
+    """Add 1 to a counter `times` times, in all the ways of `count_up`."""
     await count_up(store, Random(seed), counter_id, times)
 
 
 async def single_keys(
     store: StorageStrategy, *, seed: int, caller: str, keys: Sequence[str], steps: int, tasks: int
 ) -> object:
-    """Several callers of single operations; returns what they saw, as `checkers.Act`s."""
+    """Run several callers of single operations; returns their history, as `consistency_checkers.Act`s."""
     callers = [ActRecorder(store, Random(seed + n), f"{caller}.{n}") for n in range(tasks)]
-    seen = await asyncio.gather(*(each.run(keys, steps) for each in callers))
-    return to_builtins([each for of_one in seen for each in of_one])
+    histories = await asyncio.gather(*(each.run(keys, steps) for each in callers))
+    return to_builtins([each for history in histories for each in history])
 
 
 async def transactions(
     store: StorageStrategy, *, seed: int, caller: str, keys: Sequence[str], steps: int, tasks: int
 ) -> object:
-    """Several callers of transactions; returns what they saw, as `checkers.Txn`s."""
+    """Run several callers of transactions; returns their history, as `consistency_checkers.Txn`s."""
     callers = [TxnRecorder(store, Random(seed + n), f"{caller}.{n}") for n in range(tasks)]
-    seen = await asyncio.gather(*(each.run(keys, steps) for each in callers))
-    return to_builtins([each for of_one in seen for each in of_one])
+    histories = await asyncio.gather(*(each.run(keys, steps) for each in callers))
+    return to_builtins([each for history in histories for each in history])
 
 
 async def fork(store: StorageStrategy, *, name: str) -> dict[str, object]:
-    """Use the store before a fork, in the child in two ways, and in the parent after it."""
+    """Use the store before a fork, in two ways in the child, and in the parent after the fork."""
     await store.save_entity("items", {"item_id": name})
     child = os.fork()
     if not child:
-        _leave_child(store, name)
+        _run_child(store, name)
     _, status = await asyncio.to_thread(os.waitpid, child, 0)
     version = await store.save_entity("items", {"item_id": name})
     failed = _FORK_STEPS[os.waitstatus_to_exitcode(status)]
     return {"not refused in the child": failed, "version in the parent": version}
 
 
-_FORK_STEPS: Final = (None, "the verb that follows the fork", "a verb in a loop of its own")
+_FORK_STEPS: Final = (None, "the verb that follows the fork", "a verb in a new event loop")
 
 
-def _leave_child(store: StorageStrategy, entity_id: str) -> NoReturn:
-    """End the child, by the back door: what the parent has open is not the child's to close.
+def _run_child(store: StorageStrategy, entity_id: str) -> NoReturn:
+    """Check that the child cannot use the store, and end it with `os._exit`.
 
-    The exit code is the place in `_FORK_STEPS` of what was not refused.
+    `os._exit` runs no cleanup: the child must not close connections and files of the parent. The exit
+    code is the index in `_FORK_STEPS` of the step that was not refused.
     """
     step = 1
     try:
@@ -183,7 +184,7 @@ ROLES: Final[Mapping[str, Role]] = {
 
 
 async def winners(store: StorageStrategy, counter_id: str, version: int, writers: int) -> list[int]:
-    """The new versions of those of several writers at once that did not meet a conflict."""
+    """Update a counter with several concurrent writers; returns the versions of those that succeeded."""
     writes = (
         store.update_entity("counters", counter_id, {"by": number}, expected_version=version)
         for number in range(writers)
@@ -200,43 +201,43 @@ async def winners(store: StorageStrategy, counter_id: str, version: int, writers
 # -- the process ----------------------------------------------------------------------------
 
 
-async def _work(role: str, url: str, arguments: str) -> None:
+async def _run_role(role: str, url: str, arguments: str) -> None:
     async with open_store(url, collections=CONTRACT_COLLECTIONS) as store:
-        _say("ready")
-        sys.stdin.readline()  # nothing else runs here yet that this could hold up
+        _print("ready")
+        sys.stdin.readline()  # blocks the event loop, in which nothing else runs yet
         result = await ROLES[role](store, **json.loads(arguments))
-    # After the store was closed: what a worker reports is acknowledged in every sense.
-    _say(json.dumps(result))
+    # Printed after the store was closed: the reported writes are acknowledged.
+    _print(json.dumps(result))
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
-# -- the test's side ------------------------------------------------------------------------
+# -- in the process of the test -------------------------------------------------------------
 
 
 async def run_workers(url: str, *works: Work) -> list[Any]:
-    """The results of these works, each done by a process of its own; all begin together.
+    """Run each item of `works` in a separate process, all beginning together; returns the results.
 
     Raises:
-        AssertionError: a worker failed; with what it wrote to stderr.
+        AssertionError: a worker failed; the message contains its stderr.
     """
     workers: list[asyncio.subprocess.Process] = []
     try:
         async with asyncio.timeout(HANG_SECONDS):
             for role, arguments in works:
-                workers.append(await _started(role, url, arguments))
+                workers.append(await _start(role, url, arguments))
             for each in workers:
-                assert await _line_of(each) == "ready", await _failure(each)
+                assert await _read_line(each) == "ready", await _failure(each)
             return await asyncio.gather(*map(_result, workers))
     finally:
         for each in workers:
             await _stop(each)
 
 
-async def _started(
+async def _start(
     role: str, url: str, arguments: Mapping[str, object]
 ) -> asyncio.subprocess.Process:
     pipe = asyncio.subprocess.PIPE
@@ -244,7 +245,7 @@ async def _started(
     return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-async def _line_of(worker: asyncio.subprocess.Process) -> str:
+async def _read_line(worker: asyncio.subprocess.Process) -> str:
     assert worker.stdout is not None
     return (await worker.stdout.readline()).decode().strip()
 
@@ -267,4 +268,4 @@ async def _stop(worker: asyncio.subprocess.Process) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_work(*sys.argv[1:]))
+    asyncio.run(_run_role(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Cases 54 to 65: filters, orders, limits, pages, counts, plans."""
+"""Cases 54 to 65: filters, orders, limits, pages, counts, query plans."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.concurrency import answer_of, elsewhere
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -62,10 +63,10 @@ PLACES: Final[tuple[str | Path, ...]] = (
     *hypothesis_strategies.paths_in("data", "extra"),
 )
 
-# The suite runs a property in one method that many test classes inherit, on fixtures that it
-# leaves as it found them.
+# The property test is a method that several test classes inherit, and its function-scoped fixtures
+# are shared by all examples. Both are safe, because each example first deletes the items.
 PROPERTY: Final = settings(
-    max_examples=40,
+    max_examples=repetitions(40),
     deadline=None,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
@@ -78,10 +79,10 @@ PROPERTY: Final = settings(
 
 
 class Load(NamedTuple):
-    """What one example of the property stores and asks."""
+    """The entities and the queries of one example of the property test."""
 
     entities: list[dict[str, object]]
-    questions: list[tuple[Filters, list[Order]]]
+    queries: list[tuple[Filters, list[Order]]]
 
 
 _COLUMNS: Final[Mapping[str, st.SearchStrategy[Any]]] = {
@@ -100,28 +101,28 @@ _COLUMNS: Final[Mapping[str, st.SearchStrategy[Any]]] = {
 
 @st.composite
 def loads(draw: st.DrawFn) -> Load:
-    """Entities of the pool, and filters whose operands are mostly values that some of them have."""
+    """Entities with values of the pool, and filters whose operands mostly occur in the entities."""
     number = draw(st.integers(5, 30))
     entities: list[dict[str, object]] = [{"item_id": f"i{n}"} for n in range(number)]
     operands: dict[str | Path, st.SearchStrategy[Any]] = {}
     for name, column in _COLUMNS.items():
         values = draw(st.lists(column, min_size=1, max_size=5))
         operands[name] = st.sampled_from(values) | column
-        for each, which in zip(entities, _spread(draw, number, len(values)), strict=True):
+        for each, which in zip(entities, _random_indexes(draw, number, len(values)), strict=True):
             if which < len(values):
                 each[name] = values[which]
 
-    def question() -> tuple[Filters, list[Order]]:
+    def random_query() -> tuple[Filters, list[Order]]:
         filters = hypothesis_strategies.draw_filters(
             draw, PLACES, lambda at: operands.get(at, hypothesis_strategies.pooled)
         )
         return filters, hypothesis_strategies.draw_order(draw, PLACES)
 
-    return Load(entities, [question() for _ in range(draw(st.integers(3, 12)))])
+    return Load(entities, [random_query() for _ in range(draw(st.integers(3, 12)))])
 
 
-def _spread(draw: st.DrawFn, number: int, values: int) -> list[int]:
-    """Which of some values each row has; the last, one beyond them, stands for none."""
+def _random_indexes(draw: st.DrawFn, number: int, values: int) -> list[int]:
+    """For each row, the index of its value; an index beyond the last value stands for no value."""
     seed = draw(st.integers(0, 2**32 - 1))
     return Random(seed).choices(range(values + 1), k=number)
 
@@ -132,13 +133,13 @@ async def ids_of(
     order_by: OrderBy = None,
     limit: int | None = None,
 ) -> list[object]:
-    """The ids of the items that a query finds, in its order."""
+    """The ids of the items that a query returns, in its order."""
     found = await repository.query_entities("items", filters, order_by, limit)
     return [each["item_id"] for each in found]
 
 
 async def finds(store: StorageStrategy, filters: Filters, expected: Iterable[object]) -> None:
-    """Assert that a filter finds these ids, by whatever way one asks."""
+    """Assert that a query and a count with this filter match exactly these ids."""
     wanted = sorted(map(str, expected))
     can = store.capabilities
     assert await answer_of(can, lambda: ids_of(store, filters, "item_id"), wanted) == wanted, (
@@ -168,7 +169,7 @@ async def walk(
 async def comes_as(
     store: StorageStrategy, order: OrderBy, expected: Sequence[object], *, page: int
 ) -> None:
-    """Assert that all items come in this order, at once and page by page."""
+    """Assert the order of all items, in one query and page by page."""
     wanted = list(expected)
     can = store.capabilities
     assert await answer_of(can, lambda: ids_of(store, None, order), wanted) == wanted, order
@@ -179,10 +180,10 @@ def ids_in(pages: Iterable[Page]) -> list[object]:
     return [each["item_id"] for page in pages for each in page.items]
 
 
-async def _agrees(
+async def _check_against_reference(
     store: StorageStrategy, rows: Mapping[str, Entity], filters: Filters, order_by: list[Order]
 ) -> None:
-    """Assert that a query, its count and its pages answer as the reference does on these rows."""
+    """Assert that a query, its count and its pages agree with the reference implementation."""
     query = build_query(ITEMS, filters=filters, order_by=order_by)
     found = sorted(
         (each for each, row in rows.items() if matches(query.where, row)),
@@ -193,11 +194,11 @@ async def _agrees(
     expected = [typed(rows[each]) for each in (found if in_order else sorted(found))]
 
     async def at_once() -> list[object]:
-        return _exactly(await store.query_entities("items", filters, order_by), in_order)
+        return _typed_rows(await store.query_entities("items", filters, order_by), in_order)
 
     async def by_pages() -> list[object]:
         pages = await walk(store, filters, order_by, 1 + len(found) // 3)
-        return _exactly([each for page in pages for each in page.items], in_order)
+        return _typed_rows([each for page in pages for each in page.items], in_order)
 
     async def counted() -> int:
         return await store.count_entities("items", filters)
@@ -207,14 +208,14 @@ async def _agrees(
     assert await answer_of(can, counted, len(expected)) == len(expected)
 
 
-def _exactly(entities: list[Entity], in_order: bool) -> list[object]:
+def _typed_rows(entities: list[Entity], in_order: bool) -> list[object]:
     if not in_order:
         entities = sorted(entities, key=lambda each: str(each["item_id"]))
     return [typed(each) for each in entities]
 
 
-def _null_missing_and_value(place: str | Path) -> dict[str, dict[str, object]]:
-    """Rows that hold null and "x" at a place, and rows that have no such place."""
+def _rows_for_null_tests(place: str | Path) -> dict[str, dict[str, object]]:
+    """Rows with null and "x" in a field or at a path, and rows in which it is missing."""
     if isinstance(place, str):
         return {"null": {place: None}, "value": {place: "x"}, "missing": {}}
     name, step = place.parts
@@ -236,7 +237,7 @@ def _null_missing_and_value(place: str | Path) -> dict[str, dict[str, object]]:
     }
 
 
-async def _refused(store: StorageStrategy, cursor: object) -> None:
+async def _check_cursor_refused(store: StorageStrategy, cursor: object) -> None:
     with pytest.raises(InvalidCursorError):
         await store.query_page("items", {"label": "x"}, "count", 2, cursor=cast("str", cursor))
 
@@ -376,8 +377,8 @@ class QueryContract:
             for each in await store.get_entities("items", ids[: len(load.entities)])
             if each is not None
         }
-        for filters, order_by in load.questions:
-            await _agrees(store, rows, filters, order_by)
+        for filters, order_by in load.queries:
+            await _check_against_reference(store, rows, filters, order_by)
 
     # -- 55: null, missing, absent in a map --------------------------------------------------
 
@@ -389,7 +390,7 @@ class QueryContract:
     async def test_55_null_and_missing_under_each_operator(
         self, store: StorageStrategy, place: str | Path
     ) -> None:
-        rows = _null_missing_and_value(place)
+        rows = _rows_for_null_tests(place)
         await store.save_entities("items", [{"item_id": each, **row} for each, row in rows.items()])
         null, value = ["null"], ["value"]
         missing = [each for each in rows if each not in ("null", "value")]
@@ -424,7 +425,7 @@ class QueryContract:
     # -- 56: across types --------------------------------------------------------------------
 
     @pytest.mark.parametrize("field", ["data", "extra"])
-    async def test_56_comparisons_stay_within_a_type(
+    async def test_56_comparisons_do_not_match_across_types(
         self, store: StorageStrategy, field: str
     ) -> None:
         rows = [{"item_id": each, field: value} for each, value in ONE_OF_EACH.items()]
@@ -476,7 +477,7 @@ class QueryContract:
             await finds(store, {field: ne(value)}, unequal)
             await finds(store, {field: not_in([value])}, unequal)
 
-    async def test_56_operands_of_another_type_than_the_declared(
+    async def test_56_operands_that_differ_from_the_declared_type(
         self, store: StorageStrategy
     ) -> None:
         due = "2001-02-03T04:05:06.000007Z"
@@ -514,7 +515,7 @@ class QueryContract:
         ):
             await finds(store, cast("Filters", filters), expected)
 
-    async def test_56_great_numbers_compare_exactly(self, store: StorageStrategy) -> None:
+    async def test_56_large_numbers_compare_exactly(self, store: StorageStrategy) -> None:
         numbers: dict[str, int | float] = {
             "2^53-1": 2**53 - 1,
             "2^53": 2**53,
@@ -537,7 +538,7 @@ class QueryContract:
     # -- 57: in ------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("field", ["label", "extra", "item_id"])
-    async def test_57_in_of_nothing_and_of_a_thousand(
+    async def test_57_in_with_no_values_and_with_1000(
         self, store: StorageStrategy, field: str
     ) -> None:
         ids = [f"i{n:04}" for n in range(0, 1200, 50)]
@@ -555,7 +556,9 @@ class QueryContract:
             store, and_({field: in_(thousand)}, {"item_id": in_(thousand[:100])}), found[:2]
         )
 
-    async def test_57_in_repeats_nothing(self, store: StorageStrategy) -> None:
+    async def test_57_repeated_values_of_in_do_not_repeat_rows(
+        self, store: StorageStrategy
+    ) -> None:
         await store.save_entities(
             "items", [{"item_id": each, "label": "x", "count": 1} for each in "abc"]
         )
@@ -567,7 +570,9 @@ class QueryContract:
     # -- 58: strings -------------------------------------------------------------------------
 
     @pytest.mark.parametrize("field", ["label", "data", "extra"])
-    async def test_58_texts_compare_by_code_point(self, store: StorageStrategy, field: str) -> None:
+    async def test_58_strings_compare_by_code_point(
+        self, store: StorageStrategy, field: str
+    ) -> None:
         texts = sorted(
             {
                 *hypothesis_strategies.WORDS,
@@ -597,7 +602,9 @@ class QueryContract:
         assert await ids_of(store, None, f"-{field}") == sorted(rows, reverse=True)
 
     @pytest.mark.parametrize("field", ["label", "extra"])
-    async def test_58_no_character_is_special(self, store: StorageStrategy, field: str) -> None:
+    async def test_58_pattern_characters_are_literal(
+        self, store: StorageStrategy, field: str
+    ) -> None:
         texts = (
             "100%",
             "100x",
@@ -631,8 +638,8 @@ class QueryContract:
         ):
             await finds(store, {field: make(operand)}, expected)
 
-    async def test_58_long_texts_are_told_apart(self, store: StorageStrategy) -> None:
-        # Beyond what an index holds of them.
+    async def test_58_long_strings_are_distinguished(self, store: StorageStrategy) -> None:
+        # Longer than the prefix that an index stores.
         long = "x" * 3000
         rows = {"a": long + "a", "b": long + "b", "c": long}
         await store.save_entities(
@@ -649,7 +656,7 @@ class QueryContract:
 
     # -- 59: paths and lists -----------------------------------------------------------------
 
-    async def test_59_paths_step_into_maps_and_lists(self, store: StorageStrategy) -> None:
+    async def test_59_paths_into_dicts_and_lists(self, store: StorageStrategy) -> None:
         for field in ("data", "extra"):
             await store.save_entities(
                 "items",
@@ -808,7 +815,7 @@ class QueryContract:
         await store.save_entities("items", [{"item_id": each} for each in reversed(ids)])
         await comes_as(store, "item_id", ids, page=5)
         await comes_as(store, "-item_id", ids[::-1], page=5)
-        await comes_as(store, "label", ids, page=5)  # nobody has one: all are tied
+        await comes_as(store, "label", ids, page=5)  # no item has a label, so that all are tied
         if store.capabilities.default_order == "id":
             await comes_as(store, None, ids, page=5)
             assert await ids_of(store, limit=3) == ids[:3]
@@ -831,7 +838,7 @@ class QueryContract:
             page = await store.query_page("items", filters, "item_id", 4)
             assert ids_in([page]) == few[:4]
 
-    async def test_61_limits_at_the_edge(self, store: StorageStrategy) -> None:
+    async def test_61_zero_none_and_invalid_limits(self, store: StorageStrategy) -> None:
         await store.save_entities("items", [{"item_id": each} for each in "abc"])
         assert await ids_of(store, None, "item_id", None) == ["a", "b", "c"]
         assert await ids_of(store, None, "item_id", 0) == []
@@ -869,7 +876,7 @@ class QueryContract:
         ],
         ids=str,
     )
-    async def test_62_a_walk_shows_every_untouched_row_once(
+    async def test_62_pages_show_every_unchanged_row_once(
         self, store: StorageStrategy, order: OrderBy
     ) -> None:
         def row(item_id: str, n: int) -> dict[str, object]:
@@ -900,13 +907,11 @@ class QueryContract:
             )
             await store.delete_entity("items", f"{step % 20:02} deleted")
             await store.save_entity("items", row(f"{step * 3 % 20:02} moved", step * 13 % 29))
-        assert cursor is None, "the walk never ended"
+        assert cursor is None, "there is no last page after 100 pages"
         ids = [each["item_id"] for each in untouched]
         assert sorted(str(each) for each in seen if each in ids) == sorted(map(str, ids))
 
-    async def test_62_an_exact_multiple_of_the_page_ends_cleanly(
-        self, store: StorageStrategy
-    ) -> None:
+    async def test_62_a_full_last_page_has_no_cursor(self, store: StorageStrategy) -> None:
         await store.save_entities(
             "items", [{"item_id": f"i{n}", "label": "x"} for n in range(6)] + [{"item_id": "other"}]
         )
@@ -940,7 +945,9 @@ class QueryContract:
         assert ids_in([first, rest]) == [f"i{n}" for n in reversed(range(9))]
         assert rest.cursor is None
 
-    async def test_62_a_cursor_outlives_the_row_it_stands_on(self, store: StorageStrategy) -> None:
+    async def test_62_a_cursor_is_valid_after_its_row_is_deleted(
+        self, store: StorageStrategy
+    ) -> None:
         await store.save_entities("items", [{"item_id": each, "label": each} for each in "abcd"])
         for order in ("item_id", "label", "-label"):
             page = await store.query_page("items", None, order, 2)
@@ -950,7 +957,7 @@ class QueryContract:
             assert ids_in([page, rest]) == sorted("abcd", reverse=order == "-label")
             await store.create_entity("items", {"item_id": last, "label": last})
 
-    async def test_62_a_walk_inside_a_transaction(self, store: StorageStrategy) -> None:
+    async def test_62_pages_inside_a_transaction(self, store: StorageStrategy) -> None:
         await store.save_entities("items", [{"item_id": f"i{n}"} for n in range(5)])
         inside = store.capabilities.queries_in_transaction != "outside"
         async with store.begin_transaction() as tx:
@@ -968,7 +975,7 @@ class QueryContract:
         assert cursor is not None
         for n in range(len(cursor)):
             other = "A" if cursor[n] != "A" else "B"
-            await _refused(store, cursor[:n] + other + cursor[n + 1 :])
+            await _check_cursor_refused(store, cursor[:n] + other + cursor[n + 1 :])
         for altered in (
             cursor[:-1],
             cursor + "A",
@@ -980,7 +987,7 @@ class QueryContract:
             5,
             b"x",
         ):
-            await _refused(store, altered)
+            await _check_cursor_refused(store, altered)
         for verb in (
             store.query_page("items", {"label": "y"}, "count", 2, cursor=cursor),
             store.query_page("items", None, "count", 2, cursor=cursor),
@@ -1027,9 +1034,9 @@ class QueryContract:
         assert await store.count_entities("counters") == 7
         assert await store.count_entities("accounts") == 0
 
-    # -- 64: plans ---------------------------------------------------------------------------
+    # -- 64: query plans ---------------------------------------------------------------------------
 
-    async def test_64_a_pinned_index_is_used_and_named(self, store: StorageStrategy) -> None:
+    async def test_64_a_declared_index_is_used_and_named(self, store: StorageStrategy) -> None:
         for collection, filters, index in INDEXED:
             plan = await store.explain_query(collection, cast("Filters", filters))
             if store.capabilities.indexes:
@@ -1039,7 +1046,7 @@ class QueryContract:
             if store.capabilities.query_isolation == "snapshot":
                 assert plan.consistent
 
-    async def test_64_what_an_index_does_not_decide_is_residual(
+    async def test_64_conditions_outside_the_index_are_residual(
         self, store: StorageStrategy
     ) -> None:
         plan = await store.explain_query("requests", {"status": "x", "extra": contains("y")})
@@ -1060,18 +1067,20 @@ class QueryContract:
         ],
         ids=str,
     )
-    async def test_64_a_scan_says_so(self, store: StorageStrategy, filters: Filters) -> None:
+    async def test_64_a_scan_is_reported_as_one(
+        self, store: StorageStrategy, filters: Filters
+    ) -> None:
         plan = await store.explain_query("items", filters)
         assert (plan.access, plan.index) == ("scan", None), plan
 
-    async def test_64_a_key_is_no_index(self, store: StorageStrategy) -> None:
+    async def test_64_a_query_by_key_uses_no_index(self, store: StorageStrategy) -> None:
         plan = await store.explain_query("items", {"item_id": "x"})
         assert plan.access in ("key", "scan")
         assert plan.index is None
         if store.capabilities.indexes:
             assert plan.access == "key"
 
-    async def test_64_explain_asks_what_the_query_would(self, store: StorageStrategy) -> None:
+    async def test_64_explain_validates_like_a_query(self, store: StorageStrategy) -> None:
         with pytest.raises(InvalidQueryError):
             await store.explain_query("items", cast("Filters", 5))
         with pytest.raises(UnknownCollectionError):
@@ -1079,7 +1088,9 @@ class QueryContract:
         await store.explain_query("items", {"label": "x"}, "-count", 5)
         assert await store.count_entities("items") == 0
 
-    async def test_64_the_index_gives_the_same_answer(self, store: StorageStrategy) -> None:
+    async def test_64_queries_by_index_return_the_correct_rows(
+        self, store: StorageStrategy
+    ) -> None:
         await store.save_entities(
             "items",
             [
@@ -1100,7 +1111,7 @@ class QueryContract:
             ]
         )
 
-    # -- 65: what is malformed ---------------------------------------------------------------
+    # -- 65: malformed queries ---------------------------------------------------------------
 
     @pytest.mark.parametrize("name", MALFORMED_FILTERS)
     async def test_65_a_malformed_filter_is_refused(
@@ -1112,7 +1123,7 @@ class QueryContract:
         async with store.begin_transaction() as tx:
             with pytest.raises(InvalidQueryError):
                 await tx.query_entities("items", filters)
-            await tx.create_entity("items", {"item_id": "b"})  # it does no harm
+            await tx.create_entity("items", {"item_id": "b"})  # the transaction is still usable
         with pytest.raises(InvalidQueryError):
             await elsewhere(store.count_entities("items", filters))
 

@@ -1,4 +1,4 @@
-"""Cases 86 to 90: references, time, declared types, lives of an id, one's own transaction."""
+"""Cases 86 to 90: references, timestamps, field types, recreated entities, transaction reentry."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _TEMPLATE: Final = {"template_id": "t", "name": "small"}
 _REQUEST: Final = {"request_id": "r", "template_id": "t", "status": "PENDING"}
 _ORPHAN: Final = {"request_id": "orphan", "template_id": "nobody"}
 
-_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
+_STORED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
 
 _PEOPLE: Final = Collection(
     "people", key="name", fields=[Field("boss", references="people")], indexes=["boss"]
 )
 
-_KEPT_ELSEWHERE: Final = Collection(
+_EXTERNAL_PARENT: Final = Collection(
     "jobs",
     key="job_id",
     fields=[Field("template_id", references="nowhere", enforced=False)],
@@ -76,9 +76,9 @@ _MOMENTS: Final = (
     ),
     ("9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59.999999Z"),
 )
-"""Timestamps as callers write them, in the order of time, and the form in which they are stored."""
+"""Timestamps as callers write them, in chronological order, and the form in which they are stored."""
 
-_NO_TIMES: Final = (
+_INVALID_TIMESTAMPS: Final = (
     "",
     "soon",
     "2024-13-01",
@@ -90,12 +90,12 @@ _NO_TIMES: Final = (
     "9999-12-31T23:59:59-01:00",
 )
 
-_WRONG: Final[dict[str, tuple[object, ...]]] = {
+_WRONG_TYPES: Final[dict[str, tuple[object, ...]]] = {
     "label": (1, 1.5, True, ["a"], {"a": 1}),
     "count": ("1", 1.0, 1.5, True, [1], {}),
     "ratio": ("1.5", False, [1.5], {}),
     "active": (1, 0, "true", "", 1.0, []),
-    "due_at": (1, 1.5, True, [], {}, *_NO_TIMES),
+    "due_at": (1, 1.5, True, [], {}, *_INVALID_TIMESTAMPS),
 }
 _TYPES: Final = {
     "label": "text",
@@ -107,7 +107,7 @@ _TYPES: Final = {
 
 
 class ReferenceContract:
-    """What declarations promise: references, timestamps and types; and the lives of an id."""
+    """References, timestamps and declared types; recreated entities; reentry of a transaction."""
 
     # 86 -------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class ReferenceContract:
         assert await store.get_entity("machines", "m") is None
         assert typed(await store.get_entity("requests", "r")) == typed(before)
 
-    async def test_86_the_error_names_the_way_out(self, store: StorageStrategy) -> None:
+    async def test_86_the_error_names_the_settings_to_change(self, store: StorageStrategy) -> None:
         if not store.capabilities.references:
             return
         with pytest.raises(ReferenceViolationError, match=r"enforced=False.* enforce_references"):
@@ -142,8 +142,8 @@ class ReferenceContract:
             async with store.begin_transaction() as tx:
                 await tx.create_entity("requests", _ORPHAN)
 
-    async def test_86_a_parent_that_is_kept_elsewhere(self, harness: Harness) -> None:
-        async with harness.store([_KEPT_ELSEWHERE]) as store:
+    async def test_86_an_unenforced_reference(self, harness: Harness) -> None:
+        async with harness.store([_EXTERNAL_PARENT]) as store:
             long = {"job_id": "long", "template_id": "t" * 3000}
             assert await store.create_entity("jobs", {"job_id": "j", "template_id": "t"}) == 1
             assert await store.create_entity("jobs", long) == 1
@@ -152,7 +152,7 @@ class ReferenceContract:
             assert await store.count_entities("jobs", {"template_id": "other"}) == 1
 
     async def test_86_deleting_a_parent_with_children(self, store: StorageStrategy) -> None:
-        await _family(store)
+        await _create_family(store)
         if not store.capabilities.references:
             assert await store.delete_entity("templates", "t") is True
             return
@@ -165,7 +165,7 @@ class ReferenceContract:
         for write in writes:
             assert isinstance(await _failure(write), ReferenceViolationError)
         assert (await get_existing(store, "templates", "t"))["version"] == version
-        # Once the child is gone, or names another parent, or none, nothing is in the way.
+        # A parent can be deleted once no child refers to it.
         await store.create_entity("templates", {"template_id": "other"})
         await store.update_entity("requests", "r", {"template_id": "other"})
         assert await store.delete_entity("templates", "t") is True
@@ -173,13 +173,13 @@ class ReferenceContract:
         assert await store.delete_entity("templates", "other") is True
 
     async def test_86_a_parent_may_change(self, store: StorageStrategy) -> None:
-        await _family(store)
+        await _create_family(store)
         assert await store.save_entity("templates", {"template_id": "t"}) == 2
         assert await store.update_entity("templates", "t", {"name": "x"}) == 3
         assert await store.import_entities("templates", [{**_TEMPLATE, "version": 9}]) == [9]
         assert payload(await store.get_entity("requests", "r")) == _REQUEST
 
-    async def test_86_no_parent_is_no_broken_reference(self, store: StorageStrategy) -> None:
+    async def test_86_a_null_or_missing_reference_is_allowed(self, store: StorageStrategy) -> None:
         assert await store.create_entity("requests", {"request_id": "missing"}) == 1
         assert await store.create_entity("requests", {"request_id": "r", "template_id": None}) == 1
         assert await store.update_entity("requests", "missing", {"template_id": None}) == 2
@@ -187,14 +187,14 @@ class ReferenceContract:
 
     async def test_86_parents_and_children_in_one_transaction(self, store: StorageStrategy) -> None:
         async with store.begin_transaction() as tx:
-            await _family(tx)
+            await _create_family(tx)
             await tx.create_entity("machines", {"machine_id": "m", "request_id": "r"})
-        assert await _family_there(store) == [True, True, True]
+        assert await _family_exists(store) == [True, True, True]
         async with store.begin_transaction() as tx:
             await tx.delete_entity("machines", "m")
             await tx.delete_entity("requests", "r")
             await tx.delete_entity("templates", "t")
-        assert await _family_there(store) == [False, False, False]
+        assert await _family_exists(store) == [False, False, False]
 
     async def test_86_a_broken_reference_aborts_a_transaction(self, store: StorageStrategy) -> None:
         async def write() -> None:
@@ -225,10 +225,10 @@ class ReferenceContract:
             return
         with pytest.raises(ReferenceViolationError):
             await write()
-        assert await _family_there(store) == [True, False, False]
+        assert await _family_exists(store) == [True, False, False]
 
     async def test_86_parents_and_children_in_one_batch(self, store: StorageStrategy) -> None:
-        """What coalescing puts together: changes of several collections, parents first."""
+        """A batch with changes of several collections, parents first, as coalescing produces them."""
         at = utc_now()
         outcomes = await store._engine.write_each(
             [
@@ -247,7 +247,7 @@ class ReferenceContract:
         assert good == (1, 1, 1)
         broken = [isinstance(each, ReferenceViolationError) for each in (outcomes[2], outcomes[3])]
         assert broken == [store.capabilities.references] * 2
-        assert await _family_there(store) == [True, True, True]
+        assert await _family_exists(store) == [True, True, True]
 
     async def test_86_orphans_in_a_large_batch(self, store: StorageStrategy) -> None:
         await store.create_entity("templates", _TEMPLATE)
@@ -267,7 +267,7 @@ class ReferenceContract:
         assert await counted(store, "requests", 180) == 180
 
     async def test_86_parents_in_a_batch_of_deletes(self, store: StorageStrategy) -> None:
-        await _family(store)
+        await _create_family(store)
         await store.create_entity("templates", {"template_id": "free"})
         ids = ["t", "free", "nobody"]
         if not store.capabilities.references:
@@ -277,7 +277,7 @@ class ReferenceContract:
             await store.delete_entities("templates", ids)
         assert isinstance(caught.value.outcomes[0], ReferenceViolationError)
         assert caught.value.outcomes[1:] == [True, False]
-        assert await _family_there(store) == [True, True, False]
+        assert await _family_exists(store) == [True, True, False]
 
     async def test_86_a_collection_that_refers_to_itself(self, harness: Harness) -> None:
         async with harness.store([_PEOPLE]) as store:
@@ -297,7 +297,7 @@ class ReferenceContract:
             assert await store.delete_entities("people", ["cid", "bob"]) == [True, True]
             assert await store.delete_entity("people", "ann") is True
 
-    async def test_86_a_race_leaves_no_orphan(
+    async def test_86_a_concurrent_delete_leaves_no_orphan(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         if not store.capabilities.references:
@@ -320,25 +320,23 @@ class ReferenceContract:
                 child = await store.get_entity("requests", f"r{number}")
                 assert (parent is None) is (deletion is True)
                 assert (child is None) is (creation != 1)
-                assert child is None or parent is not None, "an orphan"
+                assert child is None or parent is not None, "the child refers to a deleted parent"
 
-    async def test_86_the_off_switch(self, harness: Harness) -> None:
+    async def test_86_enforcement_turned_off(self, harness: Harness) -> None:
         if not harness.capabilities.references:
             return
         async with harness.store(enforce_references=False) as store:
             await store.create_entity("requests", _ORPHAN)
-            await _family(store)
+            await _create_family(store)
             await store.update_entity("requests", "r", {"template_id": "other"})
             await store.update_entity("requests", "r", {"template_id": "t"})
             assert await store.delete_entity("templates", "t") is True
             async with store.begin_transaction() as tx:
                 await tx.create_entity("machines", {"machine_id": "m", "request_id": "nobody"})
-            assert await _family_there(store) == [False, True, True]
+            assert await _family_exists(store) == [False, True, True]
 
-    async def test_86_what_was_broken_before_does_not_stand_in_the_way(
-        self, harness: Harness
-    ) -> None:
-        """Data of a time without references: a write that leaves the reference alone is fine."""
+    async def test_86_existing_orphans_can_be_updated(self, harness: Harness) -> None:
+        """A write that does not change a dangling reference, stored while enforcement was off, succeeds."""
         if not harness.capabilities.references or not is_shared(harness.capabilities):
             return
         async with harness.store(enforce_references=False) as store:
@@ -352,7 +350,7 @@ class ReferenceContract:
 
     # 87 -------------------------------------------------------------------------------------
 
-    async def test_87_the_stores_own_timestamps(self, store: StorageStrategy) -> None:
+    async def test_87_timestamps_set_by_the_store(self, store: StorageStrategy) -> None:
         writes: tuple[Callable[[], Awaitable[object]], ...] = (
             lambda: store.create_entity("items", {"item_id": "a"}),
             lambda: store.update_entity("items", "a", {"label": "x"}),
@@ -367,12 +365,12 @@ class ReferenceContract:
             after = utc_now()
             entity = await get_existing(store, "items", "a")
             assert before <= str(entity["updated_at"]) <= after
-            assert _FORM.match(str(entity["updated_at"]))
+            assert _STORED_FORM.match(str(entity["updated_at"]))
             created = created or entity["created_at"]
             assert entity["created_at"] == created
 
-    async def test_87_given_ones(self, store: StorageStrategy) -> None:
-        """`created_at` is the caller's where it is given; `updated_at` never is."""
+    async def test_87_given_timestamps(self, store: StorageStrategy) -> None:
+        """A given `created_at` is stored; a given `updated_at` is replaced."""
         given = {"created_at": "2001-02-03T04:05:06+01:00", "updated_at": "2001-01-01T00:00:00Z"}
         started = utc_now()
         await store.create_entity("items", {"item_id": "a", **given})
@@ -391,10 +389,10 @@ class ReferenceContract:
         ] == "2003-01-01T00:00:00.000000Z"
 
     @pytest.mark.parametrize("verb", ["create", "save", "create many", "save many", "transaction"])
-    async def test_87_a_null_from_the_dump_of_a_model_was_not_given(
+    async def test_87_a_null_timestamp_is_set_by_the_store(
         self, store: StorageStrategy, verb: str
     ) -> None:
-        ids = [str(each) for each in range(10)]  # enough to be checked together
+        ids = [str(each) for each in range(10)]  # enough for the validation of a whole batch
         dumps = [{"item_id": each, "created_at": None, "updated_at": None} for each in ids]
         if verb == "create":
             for each in dumps:
@@ -415,12 +413,12 @@ class ReferenceContract:
         for entity in first:
             assert entity is not None
             assert isinstance(entity["created_at"], str)
-        # What is stored is kept, as where it is not given.
+        # The stored value is kept, as if none were given.
         await store.save_entity("items", dumps[0])
         again = await get_existing(store, "items", "0")
         assert (again["version"], again["created_at"]) == (2, first[0] and first[0]["created_at"])
 
-    async def test_87_every_form_becomes_the_one(self, store: StorageStrategy) -> None:
+    async def test_87_every_accepted_form_is_normalised(self, store: StorageStrategy) -> None:
         for given, form in _MOMENTS:
             await store.save_entity("items", {"item_id": "a", "due_at": given, "created_at": given})
             entity = await get_existing(store, "items", "a")
@@ -435,7 +433,7 @@ class ReferenceContract:
         await store.save_entity("items", entity)
         assert payload(await store.get_entity("items", "a")) == entity
 
-    async def test_87_imported_ones_stay_as_they_are(self, store: StorageStrategy) -> None:
+    async def test_87_imported_timestamps_are_kept(self, store: StorageStrategy) -> None:
         old = "2020-01-01T00:00:00.000000Z"
         given: dict[str, dict[str, Any]] = {
             "both": {"created_at": old, "updated_at": old},
@@ -449,7 +447,9 @@ class ReferenceContract:
         assert await store.get_entities("items", given) == expected
 
     @pytest.mark.parametrize("verb", ["save", "update", "transaction"])
-    async def test_87_until_the_next_write(self, store: StorageStrategy, verb: str) -> None:
+    async def test_87_a_write_replaces_an_imported_updated_at(
+        self, store: StorageStrategy, verb: str
+    ) -> None:
         old = "2020-01-01T00:00:00.000000Z"
         given: dict[str, dict[str, Any]] = {
             "both": {"created_at": old, "updated_at": old},
@@ -473,10 +473,10 @@ class ReferenceContract:
             assert str(entity["updated_at"]) >= started, name
             assert entity.get("created_at", "missing") == each.get("created_at", "missing"), name
 
-    async def test_87_their_order_is_the_order_of_time(self, store: StorageStrategy) -> None:
+    async def test_87_timestamps_are_ordered_chronologically(self, store: StorageStrategy) -> None:
         items = [
-            {"item_id": f"{place:02}", "due_at": given, "created_at": given}
-            for place, (given, _) in enumerate(_MOMENTS)
+            {"item_id": f"{index:02}", "due_at": given, "created_at": given}
+            for index, (given, _) in enumerate(_MOMENTS)
         ]
         await store.create_entities("items", items[::2] + items[1::2])
         ids = [str(each["item_id"]) for each in items]
@@ -488,18 +488,18 @@ class ReferenceContract:
         ):
             assert await _ids(store, expected, order_by=order) == expected, order
 
-    async def test_87_filters_take_every_form_too(self, store: StorageStrategy) -> None:
+    async def test_87_filters_accept_every_form(self, store: StorageStrategy) -> None:
         await store.create_entities(
             "items",
             [
-                {"item_id": f"{place:02}", "due_at": given}
-                for place, (given, _) in enumerate(_MOMENTS)
+                {"item_id": f"{index:02}", "due_at": given}
+                for index, (given, _) in enumerate(_MOMENTS)
             ],
         )
-        for place, (given, form) in enumerate(_MOMENTS):
+        for index, (given, form) in enumerate(_MOMENTS):
             for value in (given, form):
-                one = [f"{place:02}"]
-                later = [f"{each:02}" for each in range(place, len(_MOMENTS))]
+                one = [f"{index:02}"]
+                later = [f"{each:02}" for each in range(index, len(_MOMENTS))]
                 assert await _ids(store, one, {"due_at": value}) == one
                 assert await _ids(store, later, {"due_at": gte(value)}) == later
         assert await _ids(store, ["00", "01"], {"due_at": lt("2000-01-01")}) == ["00", "01"]
@@ -509,11 +509,11 @@ class ReferenceContract:
 
     # 88 -------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("field", _WRONG)
+    @pytest.mark.parametrize("field", _WRONG_TYPES)
     async def test_88_a_wrong_type_is_refused_at_once(
         self, harness: Harness, store: StorageStrategy, field: str
     ) -> None:
-        for value in _WRONG[field]:
+        for value in _WRONG_TYPES[field]:
             entity = {"item_id": "a", field: value}
             for call in (
                 store.create_entity("items", entity),
@@ -530,7 +530,7 @@ class ReferenceContract:
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
-    async def test_88_the_stores_own_fields_are_declared_too(self, store: StorageStrategy) -> None:
+    async def test_88_the_types_of_created_at_and_updated_at(self, store: StorageStrategy) -> None:
         for name in ("created_at", "updated_at"):
             for value in (1, True, "soon", [1]):
                 all_refused_at_once(
@@ -541,11 +541,11 @@ class ReferenceContract:
                 )
 
     async def test_88_null_is_allowed(self, store: StorageStrategy) -> None:
-        entity: dict[str, object] = {"item_id": "a", **dict.fromkeys((*_WRONG, "data"))}
+        entity: dict[str, object] = {"item_id": "a", **dict.fromkeys((*_WRONG_TYPES, "data"))}
         await store.save_entity("items", entity)
         assert payload(await store.get_entity("items", "a")) == entity
 
-    async def test_88_unless_the_field_is_required(self, store: StorageStrategy) -> None:
+    async def test_88_null_in_a_required_field_is_refused(self, store: StorageStrategy) -> None:
         all_refused_at_once(
             InvalidFieldError,
             store.create_entity("accounts", {"account_id": "a"}),
@@ -563,7 +563,9 @@ class ReferenceContract:
             "owner": "x",
         }
 
-    async def test_88_also_in_a_transaction(self, store: StorageStrategy) -> None:
+    async def test_88_a_wrong_type_is_refused_in_a_transaction(
+        self, store: StorageStrategy
+    ) -> None:
         async with store.begin_transaction() as tx:
             refused_at_once(
                 tx.create_entity("items", {"item_id": "a", "count": "1"}), InvalidFieldError
@@ -577,52 +579,52 @@ class ReferenceContract:
 
     # 89 -------------------------------------------------------------------------------------
 
-    async def test_89_a_second_life_inside_anothers_transaction(
+    async def test_89_a_recreation_during_a_transaction_is_a_conflict(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
-        """Either the rival has to wait for the transaction, or the transaction must notice."""
-        await store.create_entity("items", {"item_id": "a", "label": "first life"})
+        """Either the other writer has to wait for the transaction, or the transaction must fail."""
+        await store.create_entity("items", {"item_id": "a", "label": "first incarnation"})
 
-        async def second_life(rival: StorageStrategy) -> None:
+        async def recreate(rival: StorageStrategy) -> None:
             await rival.delete_entity("items", "a")
-            await rival.create_entity("items", {"item_id": "a", "label": "second life"})
+            await rival.create_entity("items", {"item_id": "a", "label": "second incarnation"})
 
         async with second_store(harness, store) as other:
-            conflict, came_between = None, False
+            conflict, interleaved = None, False
             try:
                 async with store.begin_transaction() as tx:
-                    assert (await get_existing(tx, "items", "a"))["label"] == "first life"
-                    rival = asyncio.create_task(second_life(other))
-                    came_between = await has_ended(rival)
+                    assert (await get_existing(tx, "items", "a"))["label"] == "first incarnation"
+                    rival = asyncio.create_task(recreate(other))
+                    interleaved = await has_ended(rival)
                     await tx.update_entity("items", "a", {"count": 1})
             except ConcurrencyConflictError as exc:
                 conflict = exc
             await asyncio.wait_for(rival, HANG_SECONDS)
         if conflict is not None:
             assert conflict.retryable
-        assert (conflict is not None) or not came_between
+        assert (conflict is not None) or not interleaved
         assert payload(await store.get_entity("items", "a")) == {
             "item_id": "a",
-            "label": "second life",
+            "label": "second incarnation",
         }
 
-    async def test_89_a_stale_writer_of_the_first_life(self, store: StorageStrategy) -> None:
-        first = await store.create_entity("items", {"item_id": "a", "label": "first life"})
+    async def test_89_a_stale_writer_after_a_recreation(self, store: StorageStrategy) -> None:
+        first = await store.create_entity("items", {"item_id": "a", "label": "first incarnation"})
         await store.delete_entity("items", "a")
-        await store.create_entity("items", {"item_id": "a", "label": "second life"})
+        await store.create_entity("items", {"item_id": "a", "label": "second incarnation"})
         stale = store.update_entity("items", "a", {"label": "stale"}, expected_version=first)
         if store.capabilities.detects_recreation:
             with pytest.raises(ConcurrencyConflictError):
                 await stale
-            assert (await get_existing(store, "items", "a"))["label"] == "second life"
+            assert (await get_existing(store, "items", "a"))["label"] == "second incarnation"
         else:
-            # A version is unique within one life only: that is documented, and the price of
-            # versions that are plain numbers.
+            # A version is unique only from the creation to the deletion of an entity. This is
+            # documented, and a consequence of versions that are plain numbers.
             assert await stale == 2
 
     # 90 -------------------------------------------------------------------------------------
 
-    async def test_90_a_store_verb_inside_ones_own_transaction_is_refused_at_once(
+    async def test_90_a_store_verb_inside_the_own_transaction_is_refused(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", {"item_id": "a"})
@@ -651,7 +653,7 @@ class ReferenceContract:
                 store.begin_transaction().__aenter__(),
                 anext(store.stream_entities("items")),
             )
-            # The refusals were no part of the transaction.
+            # The refused calls do not affect the transaction.
             await tx.update_entity("items", "a", {"count": 1})
         assert payload(await store.get_entity("items", "a")) == {
             "item_id": "a",
@@ -660,7 +662,9 @@ class ReferenceContract:
         }
         assert await store.get_entity("items", "b") is None
 
-    async def test_90_it_ends_with_the_transaction(self, store: StorageStrategy) -> None:
+    async def test_90_a_store_verb_after_the_transaction_is_accepted(
+        self, store: StorageStrategy
+    ) -> None:
         with pytest.raises(ZeroDivisionError):
             async with store.begin_transaction() as tx:
                 await tx.save_entity("items", {"item_id": "a"})
@@ -670,13 +674,13 @@ class ReferenceContract:
             await tx.save_entity("items", {"item_id": "a"})
         assert await store.save_entity("items", {"item_id": "a"}) == 3
 
-    async def test_90_a_transaction_that_never_began_refuses_nothing(
+    async def test_90_a_transaction_that_was_not_entered_does_not_refuse_verbs(
         self, store: StorageStrategy
     ) -> None:
         store.begin_transaction()
         assert await store.save_entity("items", {"item_id": "a"}) == 1
 
-    async def test_90_from_another_task_it_waits_or_conflicts_and_ends(
+    async def test_90_a_store_verb_from_another_task_waits_or_conflicts(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", {"item_id": "a", "count": 0})
@@ -693,7 +697,7 @@ class ReferenceContract:
                 ]
                 await has_ended(*others)
         except ConcurrencyConflictError as exc:
-            assert exc.retryable, "where nobody waits, the one that comes last must run again"
+            assert exc.retryable, "without locks, the later transaction must be retried"
         results = await asyncio.wait_for(
             asyncio.gather(*others, return_exceptions=True), HANG_SECONDS
         )
@@ -705,18 +709,18 @@ class ReferenceContract:
         assert await store.get_entity("items", "b") is not None
 
 
-async def _family(repository: Any) -> None:
+async def _create_family(repository: Any) -> None:
     await repository.create_entity("templates", _TEMPLATE)
     await repository.create_entity("requests", _REQUEST)
 
 
-async def _family_there(store: StorageStrategy) -> list[bool]:
+async def _family_exists(store: StorageStrategy) -> list[bool]:
     members = (("templates", "t"), ("requests", "r"), ("machines", "m"))
     return [await store.get_entity(*each) is not None for each in members]
 
 
 async def _failure(write: Callable[[], Awaitable[object]]) -> StorageError:
-    """The error of a write; of a batch of one, the error of that one."""
+    """The error of a write; for a batch of one change, the error of that change."""
     with pytest.raises(StorageError) as caught:
         await write()
     error = caught.value

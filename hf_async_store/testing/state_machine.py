@@ -1,4 +1,4 @@
-"""A state machine that drives an engine beside the memory engine and compares every answer.
+"""A state machine that runs the same operations on an engine and the memory engine.
 
     def test_my_engine_beside_memory(tmp_path_factory):
         @contextmanager
@@ -8,8 +8,9 @@
 
         run_machine(make)
 
-Values come from the whole portable domain. Answers are compared type for type; errors by their
-class; times that the store set itself only as such, for two stores have two looks at the clock.
+Every result is compared. Values are drawn from the whole portable domain. Results are compared
+including their types, and errors by their class. Of a timestamp that the store has set itself, only
+its presence is compared, because the two stores read the clock at different times.
 """
 
 from __future__ import annotations
@@ -53,22 +54,22 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 Stores: TypeAlias = Callable[[], "StorageStrategy"]
-"""Gives a store of `HOST_FACTORY` on the data of one run, not opened yet; again and again."""
+"""Returns a new store of `HOST_FACTORY` on the data of one run, not opened yet, at each call."""
 
 MakeStores: TypeAlias = "Callable[[], AbstractContextManager[Stores]]"
-"""Makes empty data for one run, and takes it away at the end."""
+"""Creates empty data for one run, and deletes it at the end."""
 
 
 def run_machine(make: MakeStores, *, long: bool = False) -> None:
-    """Drive an engine through many random runs.
+    """Test an engine with many random runs.
 
     Args:
-        make: gives the engine's stores, on empty data for each run.
-        long: thousands of steps, for a sweep; else some hundreds, for every test run.
+        make: creates the engine's stores, on empty data for each run.
+        long: thousands of steps, for occasional runs; otherwise some hundreds, for every test run.
 
     Raises:
-        AssertionError: an answer differs from that of the memory engine. Hypothesis prints the
-            shortest run that it finds for it, and how to have it again.
+        AssertionError: a result differs from that of the memory engine. Hypothesis prints the
+            shortest failing run that it finds, and how to reproduce it.
     """
 
     class Machine(EngineMachine):
@@ -82,10 +83,10 @@ _COMMON: Final = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-SHORT: Final = settings(_COMMON, max_examples=25, stateful_step_count=25)
+SHORT: Final = settings(_COMMON, max_examples=10, stateful_step_count=25)
 LONG: Final = settings(_COMMON, max_examples=200, stateful_step_count=60)
 
-# -- what is done ---------------------------------------------------------------------------
+# -- operations -----------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
@@ -101,14 +102,14 @@ class Call(NamedTuple):
 
 
 class Script(NamedTuple):
-    """A transaction, or a savepoint in one: what is done in it, and how it ends."""
+    """A transaction, or a savepoint in one: its steps, and how it ends."""
 
     steps: list[Call | Script]
     rolled_back: bool
 
 
 class _RolledBackError(Exception):
-    """Ends a transaction that was to be rolled back."""
+    """Raised to roll a transaction back."""
 
 
 async def _stream(repository: RepositoryInterface, *args: Any, **more: Any) -> object:
@@ -144,8 +145,8 @@ _MORE_VERBS: Final[Mapping[str, Callable[..., Coroutine[Any, Any, object]]]] = {
 }
 
 
-async def _answer(repository: RepositoryInterface, call: Call) -> object:
-    """What a call answers, or the class of its error; a batch, what each of its changes does."""
+async def _result_of(repository: RepositoryInterface, call: Call) -> object:
+    """The result of a call, or the class of its error; for a failed batch, those of its changes."""
     try:
         if call.verb in _MORE_VERBS:
             return await _MORE_VERBS[call.verb](repository, *call.args, **call.more)
@@ -156,16 +157,16 @@ async def _answer(repository: RepositoryInterface, call: Call) -> object:
         return type(exc)
 
 
-async def _play(begin: Callable[[], Transaction], script: Script) -> list[object]:
-    """The answers of a transaction, savepoints and end included."""
+async def _run_script(begin: Callable[[], Transaction], script: Script) -> list[object]:
+    """The results of the steps of a transaction, including those of its savepoints, and its end."""
     answers: list[object] = []
     try:
         async with begin() as tx:
             for step in script.steps:
                 if isinstance(step, Script):
-                    answers.append(await _play(tx.begin_transaction, step))
+                    answers.append(await _run_script(tx.begin_transaction, step))
                 else:
-                    answers.append(await _answer(tx, step))
+                    answers.append(await _result_of(tx, step))
             if script.rolled_back:
                 raise _RolledBackError
     except _RolledBackError:
@@ -177,19 +178,19 @@ async def _play(begin: Callable[[], Transaction], script: Script) -> list[object
     return answers
 
 
-# -- what may differ ------------------------------------------------------------------------
+# -- permitted differences ------------------------------------------------------------------
 
 _TIME: Final = re.compile(r"(\d{4})-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
 
 
 def _is_clock(value: object) -> bool:
-    """Whether a store took this time from the clock. `hypothesis_strategies.timestamps` are long ago."""
+    """Whether the store has set this timestamp: `hypothesis_strategies.timestamps` are in the past."""
     found = _TIME.match(value) if isinstance(value, str) else None
     return found is not None and abs(int(found[1]) - datetime.now(UTC).year) <= 1
 
 
 def comparable(answer: object) -> object:
-    """An answer as two engines must agree on it."""
+    """The part of a result that must be equal on two engines."""
     if isinstance(answer, list):
         return [comparable(each) for each in answer]
     if isinstance(answer, dict) and "version" in answer:
@@ -200,19 +201,24 @@ def comparable(answer: object) -> object:
     return typed(answer)
 
 
-# -- what is drawn --------------------------------------------------------------------------
+# -- random operations ----------------------------------------------------------------------
 
 IDS: Final[Mapping[str, Sequence[str]]] = {
     "templates": ("t", "T", "t ", "é"),
     "requests": ("r", "../r", "r%", "\U0001f600"),
     "machines": ("m", "m'\"", "e\u0301", "x" * 1024),
 }
-"""Few of each, so that calls meet; and such as a file name, pattern or collation may confuse."""
+"""Few ids, so that operations use the same ones; chosen to be difficult as file names, in patterns and
+for collations."""
 
 _BAD_IDS: Final = ("", "a\0", "x" * 1025)
 _STRANGE_VERSIONS: Final = (None, -1, True, "", 1.0)
-_HEAVY: Final = tuple("x" * (MAX_ENTITY_BYTES // part) for part in (1, 2, 3))
-_ODD: Final = (*hypothesis_strategies.STRANGERS, hypothesis_strategies.DEEPEST, *_HEAVY)
+_LARGE_STRINGS: Final = tuple("x" * (MAX_ENTITY_BYTES // part) for part in (1, 2, 3))
+_INVALID_OR_LARGE: Final = (
+    *hypothesis_strategies.STRANGERS,
+    hypothesis_strategies.DEEPEST,
+    *_LARGE_STRINGS,
+)
 
 _VERSIONS: Final = (1, 1, 2, 2, 3, 4, 0, INT_MAX)
 _RARE: Final = 20
@@ -223,17 +229,19 @@ def _draw_id(draw: st.DrawFn, collection: Collection) -> str:
 
 
 def _draw_ids(draw: st.DrawFn, collection: Collection) -> list[str]:
-    return [pick(draw, IDS[collection.name]) for _ in range(draw(_few))]
+    return [pick(draw, IDS[collection.name]) for _ in range(draw(_up_to_4))]
 
 
 def _draw_fields(draw: st.DrawFn, collection: Collection, *, whole: bool) -> dict[str, Any]:
-    """Fields of an entity; now and then one that cannot be stored there, or a heavy one."""
+    """Fields of an entity; occasionally with an invalid or very large value."""
     fields = hypothesis_strategies.draw_fields(draw, collection, IDS, whole=whole)
     if chance(draw, _RARE):
         name = draw(
             st.sampled_from((*collection.fields, *hypothesis_strategies.UNDECLARED, "version"))
         )
-        fields[name] = pick(draw, _ODD) if chance(draw, 2) else draw(hypothesis_strategies.values)
+        fields[name] = (
+            pick(draw, _INVALID_OR_LARGE) if chance(draw, 2) else draw(hypothesis_strategies.values)
+        )
     return fields
 
 
@@ -251,7 +259,7 @@ def _draw_update(draw: st.DrawFn, collection: Collection) -> dict[str, Any]:
 
 
 def _draw_expected(draw: st.DrawFn, *, absent: bool) -> dict[str, Any]:
-    """`expected_version`, often left out."""
+    """The argument `expected_version`, or often none."""
     if chance(draw, 2):
         return {}
     if chance(draw, _RARE):
@@ -283,7 +291,7 @@ def _writes(draw: st.DrawFn) -> Call:
 
 @st.composite
 def _batches(draw: st.DrawFn) -> Call:
-    """Many changes; ids may repeat."""
+    """A batch; ids may repeat."""
     collection = pick(draw, HOST_FACTORY)
     name = collection.name
     verb = pick(draw, ("create", "save", "update", "delete", "import"))
@@ -294,7 +302,7 @@ def _batches(draw: st.DrawFn) -> Call:
             return Call("delete_entities", (name, ids, expected), {})
         updates = {each: _draw_update(draw, collection) for each in ids}
         return Call("update_entities", (name, updates, expected), {})
-    entities = [_draw_entity(draw, collection) for _ in range(draw(_few))]
+    entities = [_draw_entity(draw, collection) for _ in range(draw(_up_to_4))]
     if verb == "create":
         return Call("create_entities", (name, entities), {})
     if verb == "save":
@@ -332,10 +340,10 @@ def _reads(draw: st.DrawFn) -> Call:
 
 @st.composite
 def _queries(draw: st.DrawFn) -> Call:
-    """A query; always with an order, for without one engines may differ."""
+    """A query; always with an order, because without one the order may differ between engines."""
     collection = pick(draw, HOST_FACTORY)
     name = collection.name
-    places: Places = (*collection.fields, *hypothesis_strategies.UNDECLARED[:3], *_BELOW_EXTRA)
+    places: Places = (*collection.fields, *hypothesis_strategies.UNDECLARED[:3], *_PATHS_IN_EXTRA)
     filters = (
         None if chance(draw, 4) else hypothesis_strategies.draw_filters(draw, places, _operands_at)
     )
@@ -344,14 +352,14 @@ def _queries(draw: st.DrawFn) -> Call:
         return Call(verb, (name, filters), {})
     order = [*hypothesis_strategies.draw_order(draw, places), collection.key]
     if verb == "walk":
-        return Call(verb, (name, filters, order, 1 + draw(_few)), {})
-    limit = None if chance(draw, 2) else draw(_few)
+        return Call(verb, (name, filters, order, 1 + draw(_up_to_4)), {})
+    limit = None if chance(draw, 2) else draw(_up_to_4)
     fields = None if chance(draw, 2) else [pick(draw, tuple(collection.fields))]
     return Call(verb, (name, filters, order, limit), {"fields": fields})
 
 
-_few: Final = st.integers(0, 4)
-_BELOW_EXTRA: Final = tuple(hypothesis_strategies.paths_in("extra"))
+_up_to_4: Final = st.integers(0, 4)
+_PATHS_IN_EXTRA: Final = tuple(hypothesis_strategies.paths_in("extra"))
 _id_operands: Final = st.sampled_from([each for ids in IDS.values() for each in ids])
 _operands: Final = st.one_of(
     hypothesis_strategies.pooled, hypothesis_strategies.timestamps, hypothesis_strategies.values
@@ -359,7 +367,7 @@ _operands: Final = st.one_of(
 
 
 def _operands_at(place: str | Path) -> st.SearchStrategy[Any]:
-    """What a place is compared with: mostly what may stand there."""
+    """Operands for a field or path: mostly values that it may contain."""
     if not isinstance(place, str):
         return hypothesis_strategies.pooled
     return _id_operands if place.endswith("_id") else _operands
@@ -378,13 +386,13 @@ _IN_TRANSACTION: Final[Sequence[st.SearchStrategy[Call]]] = (
 
 @st.composite
 def _scripts(draw: st.DrawFn) -> Script:
-    """A transaction, with savepoints in it and in them."""
+    """A transaction with nested savepoints."""
     return _draw_script(draw, 0)
 
 
 def _draw_script(draw: st.DrawFn, depth: int) -> Script:
     steps: list[Call | Script] = []
-    for _ in range(draw(_few)):
+    for _ in range(draw(_up_to_4)):
         if depth < 2 and chance(draw, 4):
             steps.append(_draw_script(draw, depth + 1))
         else:
@@ -392,13 +400,13 @@ def _draw_script(draw: st.DrawFn, depth: int) -> Script:
     return Script(steps, chance(draw, 4))
 
 
-def _fitting(script: Script, capabilities: Capabilities) -> Script:
-    """What of a script the engine declares that it can do as the memory engine does."""
+def _supported_steps(script: Script, capabilities: Capabilities) -> Script:
+    """The steps of a script for which the engine declares the same behaviour as the memory engine."""
     steps: list[Call | Script] = []
     for step in script.steps:
         if isinstance(step, Script):
             if capabilities.savepoints:
-                steps.append(_fitting(step, capabilities))
+                steps.append(_supported_steps(step, capabilities))
         elif not step.is_query or capabilities.queries_in_transaction != "outside":
             steps.append(step)
     return Script(steps, script.rolled_back)
@@ -406,14 +414,14 @@ def _fitting(script: Script, capabilities: Capabilities) -> Script:
 
 # -- the machine ----------------------------------------------------------------------------
 
-_LOOKS: Final = 50
-_PAUSE: Final = 0.1
+_ATTEMPTS: Final = 50
+_PAUSE_SECONDS: Final = 0.1
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """An engine and the memory engine, with the same done to both.
+    """Runs the same operations on an engine and on the memory engine.
 
-    A loop of its own for each run: a store belongs to one, and Hypothesis has none.
+    Each run has its own event loop, because a store belongs to one and Hypothesis provides none.
     """
 
     make_stores: ClassVar[MakeStores]
@@ -440,7 +448,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         with self._stack:
             try:
-                self._same_contents()
+                self._compare_contents()
             finally:
                 self._runner.run(self._engine.close())
                 self._runner.run(self._memory.close())
@@ -449,7 +457,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize()
     def entities(self) -> None:
-        """Some to begin with, so that references find parents, and updates what to update."""
+        """Initial entities, so that references have parents, and updates have targets."""
         for collection in HOST_FACTORY:
             parents = {
                 field.name: IDS[field.references][0]
@@ -457,71 +465,71 @@ class EngineMachine(RuleBasedStateMachine):
                 if field.references is not None
             }
             entities = [{collection.key: each, **parents} for each in IDS[collection.name][:2]]
-            self._same(Call("create_entities", (collection.name, entities), {}))
+            self._compare_call(Call("create_entities", (collection.name, entities), {}))
 
     @rule(call=_WRITES)
     def write(self, call: Call) -> None:
-        self._same(call)
+        self._compare_call(call)
 
     @rule(call=_BATCHES)
     def write_many(self, call: Call) -> None:
-        self._same(call)
+        self._compare_call(call)
 
     @rule(call=_READS)
     def read(self, call: Call) -> None:
-        self._same(call)
+        self._compare_call(call)
 
     @rule(call=_QUERIES)
     def query(self, call: Call) -> None:
-        self._same(call)
+        self._compare_call(call)
 
     @rule(script=_scripts())
     def transaction(self, script: Script) -> None:
-        fitting = _fitting(script, self._capabilities)
-        self._compare(fitting, lambda store: _play(store.begin_transaction, fitting))
+        fitting = _supported_steps(script, self._capabilities)
+        self._compare(fitting, lambda store: _run_script(store.begin_transaction, fitting))
 
     @rule(call=_MODIFICATIONS)
     def modify(self, call: Call) -> None:
-        self._same(call)
+        self._compare_call(call)
 
     @precondition(lambda self: self._capabilities.durable)
     @rule()
     def reopen(self) -> None:
-        """What was acknowledged is there for the next who opens the store."""
+        """Acknowledged changes are found by the next store that is opened on the data."""
         self._runner.run(self._engine.close())
         self._engine = self._stores()
         self._runner.run(self._engine.open())
-        self._same_contents()
+        self._compare_contents()
 
     @precondition(lambda self: hasattr(self._engine, "checkpoint"))
     @rule()
     def checkpoint(self) -> None:
-        """An engine that can tidy up its files does so, and nothing changes."""
+        """A checkpoint does not change the stored data."""
         self._runner.run(self._engine.checkpoint())  # type: ignore[attr-defined]
 
     # -- comparing ---------------------------------------------------------------------------
 
-    def _same(self, call: Call) -> None:
-        self._compare(call, lambda store: _answer(store, call), may_be_behind=call.is_query)
+    def _compare_call(self, call: Call) -> None:
+        self._compare(call, lambda store: _result_of(store, call), may_be_stale=call.is_query)
 
     def _compare(
         self,
         what: object,
         ask: Callable[[StorageStrategy], Coroutine[Any, Any, object]],
         *,
-        may_be_behind: bool = False,
+        may_be_stale: bool = False,
     ) -> None:
-        wanted = comparable(self._runner.run(ask(self._memory)))
+        expected = comparable(self._runner.run(ask(self._memory)))
         found = comparable(self._runner.run(ask(self._engine)))
-        if may_be_behind and self._capabilities.query_isolation == "eventual":
-            for _ in range(_LOOKS):
-                if found == wanted:
+        if may_be_stale and self._capabilities.query_isolation == "eventual":
+            for _ in range(_ATTEMPTS):
+                if found == expected:
                     break
-                self._runner.run(asyncio.sleep(_PAUSE))
+                self._runner.run(asyncio.sleep(_PAUSE_SECONDS))
                 found = comparable(self._runner.run(ask(self._engine)))
-        assert found == wanted, f"{what}\nanswers {found}\nand not  {wanted}"
+        assert found == expected, f"{what}\nreturned {found}\nexpected {expected}"
 
-    def _same_contents(self) -> None:
+    def _compare_contents(self) -> None:
         for collection in HOST_FACTORY:
-            self._same(Call("query_entities", (collection.name, None, collection.key), {}))
-            self._same(Call("get_entities", (collection.name, IDS[collection.name]), {}))
+            self._compare_call(Call("query_entities", (collection.name, None, collection.key), {}))
+            self._compare_call(Call("get_entities", (collection.name, IDS[collection.name]), {}))

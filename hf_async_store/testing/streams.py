@@ -1,4 +1,4 @@
-"""Cases 121 and 136: how streams are left, and how a process ends that forgot to close its store."""
+"""Cases 121 and 136: streams that are not read to the end, and stores that are never closed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 _ROWS: Final = 300
 _READERS: Final = 12
 _NESTED: Final = 24
-"""More tasks than any pool has connections by default, fewer than there may be streams."""
+"""More tasks than a pool has connections by default, but fewer than the maximum of open streams."""
 
 _SLOW_SECONDS: Final = 3 * HANG_SECONDS
-"""For what takes many round trips: what is not done by then never will be."""
+"""The time limit for tests with many round trips; a test that exceeds it is considered to hang."""
 
 _KEPT: list[object] = []
-"""Streams that somebody still refers to when the store closes."""
+"""Streams that are still referenced when the store closes."""
 
 
 async def _break(store: StorageStrategy) -> None:
     async for _row in store.stream_entities("items"):
-        break  # as anybody writes it
+        break  # without aclosing
 
 
 async def _raise(store: StorageStrategy) -> None:
@@ -102,7 +102,7 @@ LEAVING: Final[Mapping[str, Callable[[StorageStrategy], Awaitable[None]]]] = {
 
 
 class StreamContract:
-    """How streams and stores are left."""
+    """Abandoned streams and unclosed stores."""
 
     # 121 ------------------------------------------------------------------------------------
 
@@ -113,11 +113,11 @@ class StreamContract:
         url = harness.url()
         if url is None:
             return
-        code, told = await _child(_FORGETFUL, url, how)
-        assert code == {"ends": 0, "fails": 1, "exits": 3, "streams": 0}[how], told
-        assert "ResourceWarning: unclosed store" in told
-        for each in _COMPLAINTS:
-            assert each not in told, told
+        code, stderr = await _child(_UNCLOSED_STORE_PROGRAM, url, how)
+        assert code == {"ends": 0, "fails": 1, "exits": 3, "streams": 0}[how], stderr
+        assert "ResourceWarning: unclosed store" in stderr
+        for each in _ERROR_MESSAGES:
+            assert each not in stderr, stderr
         if is_shared(harness.capabilities):
             async with harness.store() as store:
                 assert payload(await store.get_entity("items", "acknowledged")) == {
@@ -128,12 +128,12 @@ class StreamContract:
     # 136 ------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("way", LEAVING)
-    async def test_136_streams_are_left_in_every_way_before_close(
+    async def test_136_streams_abandoned_in_every_way_before_close(
         self, harness: Harness, way: str
     ) -> None:
         store = await harness.store().open()
         await _fill(store)
-        tasks = [asyncio.create_task(_left(store, way)) for _ in range(_READERS)]
+        tasks = [asyncio.create_task(_leave_stream(store, way)) for _ in range(_READERS)]
         await asyncio.wait(tasks, timeout=HANG_SECONDS)
         await asyncio.wait_for(store.close(), HANG_SECONDS)
         for each in tasks:
@@ -142,8 +142,8 @@ class StreamContract:
         _KEPT.clear()
         await nothing_is_left(harness)
 
-    async def test_136_close_beside_tasks_that_were_just_cancelled(self, harness: Harness) -> None:
-        """A usual shutdown: cancel the tasks, and leave the store."""
+    async def test_136_close_right_after_cancelling_tasks(self, harness: Harness) -> None:
+        """A typical shutdown: cancel the tasks and close the store."""
         store = await harness.store().open()
         await _fill(store)
 
@@ -163,10 +163,8 @@ class StreamContract:
             assert each.cancelled() or isinstance(each.exception(), StoreClosedError)
         await nothing_is_left(harness)
 
-    async def test_136_a_stream_does_not_end_quietly_when_its_store_closes(
-        self, harness: Harness
-    ) -> None:
-        """What was read so far must not be taken for all there is."""
+    async def test_136_a_stream_fails_when_its_store_closes(self, harness: Harness) -> None:
+        """Otherwise the rows read so far would be taken for the complete result."""
         store = await harness.store().open()
         await _fill(store)
         async with aclosing(store.stream_entities("items")) as rows:
@@ -181,19 +179,21 @@ class StreamContract:
         await _fill(store)
         await answer_of(store.capabilities, lambda: store.count_entities("items"), _ROWS)
         counts = await asyncio.wait_for(
-            asyncio.gather(*(_nested(store, 5) for _ in range(_NESTED))), HANG_SECONDS
+            asyncio.gather(*(_query_in_stream(store, 5) for _ in range(_NESTED))), HANG_SECONDS
         )
         assert counts == [5] * _NESTED
         await usable(store)
 
-    async def test_136_more_streams_than_there_may_be_are_refused_at_once(
+    async def test_136_excess_streams_are_refused_without_waiting(
         self, store: StorageStrategy
     ) -> None:
-        """Or all are served; but nobody waits for a stream that waits for others."""
+        """Or all are served; but no stream waits for others, which could be a deadlock."""
         await _fill(store)
         await answer_of(store.capabilities, lambda: store.count_entities("items"), _ROWS)
         outcomes = await asyncio.wait_for(
-            asyncio.gather(*(_nested(store, 2) for _ in range(60)), return_exceptions=True),
+            asyncio.gather(
+                *(_query_in_stream(store, 2) for _ in range(60)), return_exceptions=True
+            ),
             _SLOW_SECONDS,
         )
         served = [each for each in outcomes if each == 2]
@@ -202,13 +202,13 @@ class StreamContract:
         assert len(served) + len(refused) == len(outcomes), set(map(repr, outcomes))
         await usable(store)
 
-    async def test_136_nothing_is_printed_afterwards(self, harness: Harness) -> None:
-        """All of it in a process with the checks of the interpreter switched on."""
+    async def test_136_abandoned_streams_print_nothing_to_stderr(self, harness: Harness) -> None:
+        """All ways of leaving a stream, in a process with `-X dev`, print nothing to stderr."""
         url = harness.url()
         if url is None:
             return
-        code, told = await _child(_LEAVER, url, "")
-        assert (code, told) == (0, "")
+        code, stderr = await _child(_ABANDONED_STREAMS_PROGRAM, url, "")
+        assert (code, stderr) == (0, "")
 
 
 async def _fill(store: StorageStrategy) -> None:
@@ -219,14 +219,14 @@ async def _fill(store: StorageStrategy) -> None:
     )
 
 
-async def _left(store: StorageStrategy, way: str) -> None:
+async def _leave_stream(store: StorageStrategy, way: str) -> None:
     await LEAVING[way](store)
 
 
-async def _nested(store: StorageStrategy, rows: int) -> int:
-    """Ask once more for each of the first rows of a stream; how many of them were found."""
+async def _query_in_stream(store: StorageStrategy, rows: int) -> int:
+    """Query each of the first rows of a stream inside its body; returns the number of rows found."""
     found = 0
-    # Without a limit: what is not all read at once stays open.
+    # Without a limit, so that the rows are not all read at once and the stream stays open.
     async with aclosing(store.stream_entities("items", order_by="-item_id")) as outer:
         async for row in outer:
             found += len(await store.query_entities("items", {"item_id": row["item_id"]}))
@@ -238,9 +238,14 @@ async def _nested(store: StorageStrategy, rows: int) -> int:
 
 # -- other processes ------------------------------------------------------------------------
 
-_COMPLAINTS: Final = ("Task was destroyed", "never retrieved", "never awaited", "Exception ignored")
+_ERROR_MESSAGES: Final = (
+    "Task was destroyed",
+    "never retrieved",
+    "never awaited",
+    "Exception ignored",
+)
 
-_FORGETFUL: Final = """
+_UNCLOSED_STORE_PROGRAM: Final = """
 import asyncio, sys
 from hf_async_store import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
@@ -261,7 +266,7 @@ async def main():
 asyncio.run(main())
 """
 
-_LEAVER: Final = """
+_ABANDONED_STREAMS_PROGRAM: Final = """
 import asyncio, sys
 from hf_async_store import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
@@ -269,7 +274,7 @@ from hf_async_store.testing.streams import LEAVING, _KEPT, _fill
 url = sys.argv[1]
 
 async def main():
-    asyncio.get_running_loop().slow_callback_duration = 60  # how busy a machine is says nothing
+    asyncio.get_running_loop().slow_callback_duration = 60  # do not report slow callbacks of a busy machine
     async with open_store(url, collections=CONTRACT_COLLECTIONS) as store:
         await _fill(store)
     for way, leave in LEAVING.items():
@@ -283,15 +288,15 @@ asyncio.run(main())
 
 
 async def _child(code: str, *arguments: str) -> tuple[int | None, str]:
-    """Run a program with all of the interpreter's checks; its exit code, and what it complained of."""
+    """Run a program with `-X dev`; returns its exit code and stderr."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-X", "dev", "-c", code, *arguments),
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        _, told = await asyncio.wait_for(process.communicate(), _SLOW_SECONDS)
+        _, stderr = await asyncio.wait_for(process.communicate(), _SLOW_SECONDS)
     except TimeoutError:
         process.kill()
-        _, told = await process.communicate()
-        raise AssertionError(f"it does not end: {told.decode()}") from None
-    return process.returncode, told.decode()
+        _, stderr = await process.communicate()
+        raise AssertionError(f"the process does not end: {stderr.decode()}") from None
+    return process.returncode, stderr.decode()

@@ -1,4 +1,4 @@
-"""Cases 35 to 46: transactions and savepoints, and `run_transaction`."""
+"""Cases 35 to 46: transactions, savepoints and `run_transaction`."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 _Verb = Callable[["RepositoryInterface"], Awaitable[object]]
 
 
-class _MineError(Exception):
-    """A caller's own."""
+class _CallerError(Exception):
+    """An exception of the caller."""
 
 
 class _Stop(BaseException):
-    """What `except Exception` lets pass, as a cancellation or an interrupt."""
+    """An exception that `except Exception` does not catch, like a cancellation or an interrupt."""
 
 
 def item(item_id: str, **fields: object) -> dict[str, object]:
@@ -63,7 +63,7 @@ def item(item_id: str, **fields: object) -> dict[str, object]:
 
 
 async def labels(repository: RepositoryInterface, *ids: str) -> list[object]:
-    """What stands in `label`, by id; None where there is no entity."""
+    """The field `label` of each entity; None for a missing entity."""
     found = await repository.get_entities("items", ids)
     return [None if each is None else each.get("label") for each in found]
 
@@ -73,8 +73,8 @@ async def version_of(repository: RepositoryInterface, item_id: str) -> object:
     return None if entity is None else entity["version"]
 
 
-class _Outage:
-    """An engine whose sessions fail as they commit; everything else is the engine's own."""
+class _FailingCommit:
+    """Wraps an engine and lets its sessions fail at commit."""
 
     def __init__(self, engine: Engine, failure: Exception) -> None:
         self._engine = engine
@@ -91,7 +91,7 @@ class _Outage:
 
 
 _STALE: Final = 7
-"""A version that nothing in these cases has."""
+"""A version that no entity has in these cases."""
 
 FAILING_CHANGES: Final[dict[str, tuple[_Verb, type[StorageError], str]]] = {
     "create of what is there": (
@@ -144,7 +144,7 @@ FAILING_CHANGES: Final[dict[str, tuple[_Verb, type[StorageError], str]]] = {
 }
 
 
-async def _everything(store: StorageStrategy) -> tuple[object, ...]:
+async def _all_entities(store: StorageStrategy) -> tuple[object, ...]:
     template = await store.get_entity("templates", "t")
     request = await store.get_entity("requests", "r")
     machines = await store.get_entities("machines", [f"m{n}" for n in range(5)])
@@ -159,36 +159,41 @@ async def _everything(store: StorageStrategy) -> tuple[object, ...]:
     )
 
 
-async def _counted(repository: RepositoryInterface, asked: Any) -> list[object]:
-    found = await repository.query_entities("items", asked, "item_id")
+async def _query_ids(repository: RepositoryInterface, filters: Any) -> list[object]:
+    found = await repository.query_entities("items", filters, "item_id")
     return [each["item_id"] for each in found]
 
 
-async def _overtaken(
+async def _run_with_rival(
     work: Callable[[Callable[[], Awaitable[bool]]], Awaitable[bool]],
     rival: Callable[[], Coroutine[Any, Any, None]],
     *,
     before: bool = False,
 ) -> Exception | None:
-    """Let a rival act in the middle of a transaction that depends on what it changes.
+    """Run a rival in the run_rival of a transaction that depends on what the rival changes.
 
-    Either it gets through, and the transaction must end by a conflict; or it has to wait until
-    the transaction is over. Returns how the transaction ended.
+    Either the rival completes, and the transaction must end with a conflict; or the rival has to
+    wait until the transaction is over.
 
     Args:
-        before: the transaction may commit all the same, because it can be put before the rival.
+        work: runs the transaction, and awaits its argument to run the rival; returns the result of
+            that, which is whether the rival has completed.
+        before: the transaction may also commit, because it can be ordered before the rival.
+
+    Returns:
+        The error of the transaction, or None if it committed.
     """
     started: list[asyncio.Task[None]] = []
 
-    async def middle() -> bool:
+    async def run_rival() -> bool:
         started.append(asyncio.create_task(rival()))
         return await has_ended(*started)
 
-    overtaken = False
+    rival_completed = False
 
     async def whole() -> None:
-        nonlocal overtaken
-        overtaken = await work(middle)
+        nonlocal rival_completed
+        rival_completed = await work(run_rival)
 
     async with asyncio.timeout(HANG_SECONDS):
         failure = await failure_of(whole())
@@ -197,30 +202,35 @@ async def _overtaken(
         assert isinstance(failure, ConcurrencyConflictError), failure
         assert failure.retryable
     else:
-        assert before or not overtaken, "it committed although what it relied on had been changed"
+        assert before or not rival_completed, (
+            "the transaction committed although an entity that it depends on was changed"
+        )
     return failure
 
 
-def _ordered(store: StorageStrategy) -> bool:
-    """Whether who only read what another changed may still be put before that other."""
+def _may_be_ordered_before(store: StorageStrategy) -> bool:
+    """Whether a transaction may commit if it can be ordered before the one that changed what it read."""
     return store.capabilities.read_conflict_policy == "ordered"
 
 
-async def _both_sign_off(
+async def _check_write_skew(
     store: StorageStrategy,
     on_call: Callable[[Transaction], Awaitable[list[str]]],
     sign_off: Callable[[Transaction, str], Awaitable[object]],
 ) -> None:
-    """Two on call: each signs off if the other is there, once both have looked, if they can."""
-    looked = {name: asyncio.Event() for name in ("ann", "bob")}
+    """Write skew: of two people on call, each signs off if the other one is still on call.
+
+    If the engine allows it, both have read who is on call before either signs off.
+    """
+    has_read = {name: asyncio.Event() for name in ("ann", "bob")}
 
     async def one(name: str, other: str) -> None:
         async with store.begin_transaction() as tx:
             there = await on_call(tx)
-            looked[name].set()
+            has_read[name].set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE):
-                    await looked[other].wait()
+                    await has_read[other].wait()
             if other in there:
                 await sign_off(tx, name)
 
@@ -232,12 +242,12 @@ async def _both_sign_off(
         if failure is not None:
             assert isinstance(failure, ConcurrencyConflictError)
             assert failure.retryable
-    # `failures` may hold two: nobody signed off, and both may try again.
+    # If both failed, nobody has signed off, and both can retry.
     async with store.begin_transaction() as tx:
         assert len(await on_call(tx)) == 1 + (None not in failures)
 
 
-async def _refuses_everything(tx: Transaction) -> None:
+async def _check_all_verbs_refuse(tx: Transaction) -> None:
     for verb in (
         tx.create_entity("items", item("b")),
         tx.save_entity("items", item("a")),
@@ -276,17 +286,15 @@ class TransactionContract:
             )
             await tx.update_entity("accounts", "a", {"balance": 2}, expected_version=1)
             assert await tx.delete_entity("counters", "gone")
-            assert await elsewhere(_everything(store)) == (None, None, [None] * 5, 1, True)
+            assert await elsewhere(_all_entities(store)) == (None, None, [None] * 5, 1, True)
         shown = ("t", "r", [f"m{n}" for n in range(5)], 2, False)
-        assert await _everything(store) == shown
+        assert await _all_entities(store) == shown
         async with second_store(harness, store) as other:
-            assert await _everything(other) == shown
+            assert await _all_entities(other) == shown
 
-    async def test_35_commit_outlives_its_store(
-        self, store: StorageStrategy, harness: Harness
-    ) -> None:
+    async def test_35_commit_is_durable(self, store: StorageStrategy, harness: Harness) -> None:
         if not harness.capabilities.durable:
-            pytest.skip("the engine forgets at close")
+            pytest.skip("the engine is not durable")
         async with store.begin_transaction() as tx:
             await tx.create_entity("items", item("a", label="x"))
             await tx.create_entity("counters", {"counter_id": "c"})
@@ -301,9 +309,7 @@ class TransactionContract:
                 await tx.create_entity("items", item(isolation))
             assert await version_of(store, isolation) == 1, n
 
-    async def test_35_an_isolation_that_is_not_declared_is_refused(
-        self, store: StorageStrategy
-    ) -> None:
+    async def test_35_an_undeclared_isolation_is_refused(self, store: StorageStrategy) -> None:
         known: tuple[Isolation, ...] = ("serializable", "repeatable_read", "read_committed")
         for isolation in (*known, "chaos"):
             if isolation not in store.capabilities.isolations:
@@ -321,7 +327,7 @@ class TransactionContract:
     @pytest.mark.parametrize(
         "failure",
         [
-            _MineError("x"),
+            _CallerError("x"),
             asyncio.CancelledError("x"),
             _Stop("x"),
             EntityNotFoundError("items", "x"),
@@ -329,7 +335,7 @@ class TransactionContract:
         ],
         ids=lambda failure: type(failure).__name__,
     )
-    async def test_36_an_exception_leaves_nothing_and_comes_out(
+    async def test_36_an_exception_rolls_back_and_propagates(
         self, store: StorageStrategy, failure: BaseException
     ) -> None:
         await store.create_entities("items", [item("kept", label="old"), item("gone", label="old")])
@@ -346,26 +352,26 @@ class TransactionContract:
         assert await store.get_entity("counters", "c") is None
         assert await store.count_entities("items") == 2
 
-    async def test_36_the_store_goes_on_after_a_rollback(self, store: StorageStrategy) -> None:
+    async def test_36_the_store_is_usable_after_a_rollback(self, store: StorageStrategy) -> None:
         for n in range(20):
-            with suppress(_MineError):
+            with suppress(_CallerError):
                 async with store.begin_transaction() as tx:
                     await tx.save_entity("items", item("a", label=str(n)))
-                    raise _MineError
+                    raise _CallerError
             assert await version_of(store, "a") is None
         async with store.begin_transaction() as tx:
             assert await tx.create_entity("items", item("a")) == 1
 
-    async def test_36_a_rolled_back_write_is_unseen_by_another_store(
+    async def test_36_another_store_never_sees_a_rolled_back_write(
         self, store: StorageStrategy, harness: Harness
     ) -> None:
         await store.create_entity("items", item("a", label="old"))
         async with second_store(harness, store) as other:
-            with suppress(_MineError):
+            with suppress(_CallerError):
                 async with store.begin_transaction() as tx:
                     await tx.update_entity("items", "a", {"label": "new"})
                     assert await elsewhere(labels(other, "a")) == ["old"]
-                    raise _MineError
+                    raise _CallerError
             assert await labels(other, "a") == ["old"]
 
     # -- 37: its own writes ------------------------------------------------------------------
@@ -385,14 +391,12 @@ class TransactionContract:
             assert await tx.conditional_update("items", "kept", {"count": 2}) == 3
             assert await version_of(tx, "kept") == 3
 
-    async def test_37_queries_see_its_writes_or_are_declared_not_to(
-        self, store: StorageStrategy
-    ) -> None:
+    async def test_37_queries_see_its_own_writes_as_declared(self, store: StorageStrategy) -> None:
         before = [item("gone", count=1), item("moved", count=0), item("same", count=5)]
         await store.create_entities("items", before)
-        asked = {"count": gte(1)}
+        filters = {"count": gte(1)}
         outside = await answer_of(
-            store.capabilities, lambda: _counted(store, asked), ["gone", "same"]
+            store.capabilities, lambda: _query_ids(store, filters), ["gone", "same"]
         )
         assert outside == ["gone", "same"]
         inside = store.capabilities.queries_in_transaction != "outside"
@@ -401,16 +405,16 @@ class TransactionContract:
             await tx.update_entity("items", "moved", {"count": 3})
             await tx.delete_entity("items", "gone")
             expected = ["moved", "new", "same"] if inside else ["gone", "same"]
-            assert await _counted(tx, asked) == expected
-            assert await tx.count_entities("items", asked) == len(expected)
-            streamed = [each["item_id"] async for each in tx.stream_entities("items", asked)]
+            assert await _query_ids(tx, filters) == expected
+            assert await tx.count_entities("items", filters) == len(expected)
+            streamed = [each["item_id"] async for each in tx.stream_entities("items", filters)]
             assert sorted(map(str, streamed)) == expected
-            page = await tx.query_page("items", asked, "item_id", limit=1)
+            page = await tx.query_page("items", filters, "item_id", limit=1)
             assert [each["item_id"] for each in page.items] == expected[:1]
-            rest = await tx.query_page("items", asked, "item_id", limit=9, cursor=page.cursor)
+            rest = await tx.query_page("items", filters, "item_id", limit=9, cursor=page.cursor)
             assert [each["item_id"] for each in rest.items] == expected[1:]
 
-    async def test_37_what_is_read_is_the_callers_own_copy(self, store: StorageStrategy) -> None:
+    async def test_37_reads_return_copies(self, store: StorageStrategy) -> None:
         async with store.begin_transaction() as tx:
             await tx.create_entity("items", item("a", data={"list": [1]}))
             for _ in range(2):
@@ -431,7 +435,7 @@ class TransactionContract:
         assert await store.get_entity("items", "a") is None
         assert await store.create_entity("items", item("a")) == 1
 
-    async def test_38_delete_and_create_is_a_new_life(self, store: StorageStrategy) -> None:
+    async def test_38_delete_and_create_restart_the_version(self, store: StorageStrategy) -> None:
         await store.create_entity("items", item("a", label="old", count=1))
         await store.update_entity("items", "a", {"count": 2})
         async with store.begin_transaction() as tx:
@@ -445,7 +449,7 @@ class TransactionContract:
         assert (entity["version"], entity["label"]) == (1, "new")
         assert "count" not in entity
 
-    async def test_38_each_write_verb_counts_one_version(self, store: StorageStrategy) -> None:
+    async def test_38_each_write_increments_the_version(self, store: StorageStrategy) -> None:
         await store.create_entity("items", item("a", label="0"))
         async with store.begin_transaction() as tx:
             assert await tx.update_entity("items", "a", {"label": "1"}) == 2
@@ -475,22 +479,22 @@ class TransactionContract:
         async def write_twice(rival: Callable[[], Awaitable[bool]]) -> bool:
             async with store.begin_transaction() as tx:
                 await tx.update_entity("items", "a", {"label": "1"}, expected_version=1)
-                overtaken = await rival()
+                rival_completed = await rival()
                 await tx.update_entity("items", "a", {"label": "2"})
-                return overtaken
+                return rival_completed
 
-        failure = await _overtaken(write_twice, overtake)
+        failure = await _run_with_rival(write_twice, overtake)
         expected = (3, "2") if failure is None else (1, "0")
         entity = await store.get_entity("items", "a")
         assert entity is not None
-        # The rival's write came on top, or instead.
+        # The write of the rival was applied after the transaction, or the transaction failed.
         assert (entity["version"], entity["label"]) == (expected[0] + 1, expected[1])
         assert entity["count"] == 1
 
     # -- 39: a change that fails -------------------------------------------------------------
 
     @pytest.mark.parametrize("change", FAILING_CHANGES)
-    async def test_39_a_change_that_fails_aborts_everything(
+    async def test_39_a_failed_change_aborts_the_transaction(
         self, store: StorageStrategy, change: str
     ) -> None:
         verb, kind, entity_id = FAILING_CHANGES[change]
@@ -512,7 +516,7 @@ class TransactionContract:
         assert (caught.value.expected, caught.value.actual) == (_STALE, 1)
         assert not caught.value.retryable
 
-    async def test_39_the_first_of_several_failures_is_told(self, store: StorageStrategy) -> None:
+    async def test_39_the_first_of_several_failures_is_raised(self, store: StorageStrategy) -> None:
         await store.create_entities("items", [item("a"), item("b")])
         for order in (("a", "b", "none"), ("a", "none", "b"), ("b", "a", "none")):
             with pytest.raises((ConcurrencyConflictError, EntityNotFoundError)) as caught:
@@ -523,7 +527,7 @@ class TransactionContract:
             assert getattr(caught.value, "entity_id", None) == failed, order
         assert await labels(store, "a", "b") == [None, None]
 
-    async def test_39_what_is_refused_before_any_change_aborts_nothing(
+    async def test_39_an_invalid_argument_does_not_abort_the_transaction(
         self, store: StorageStrategy
     ) -> None:
         async with store.begin_transaction() as tx:
@@ -542,7 +546,7 @@ class TransactionContract:
     # -- 40: an entity that another changes --------------------------------------------------
 
     @pytest.mark.parametrize("rival", ["updates", "deletes", "recreates"])
-    async def test_40_what_was_read_and_is_changed_by_another(
+    async def test_40_an_entity_was_read_and_is_changed_concurrently(
         self, store: StorageStrategy, rival: str
     ) -> None:
         await store.create_entities("items", [item("read", label="old"), item("written")])
@@ -555,35 +559,35 @@ class TransactionContract:
             if rival == "recreates":
                 await store.create_entity("items", item("read", label="new"))
 
-        async def depend(middle: Callable[[], Awaitable[bool]]) -> bool:
+        async def depend(run_rival: Callable[[], Awaitable[bool]]) -> bool:
             async with store.begin_transaction() as tx:
                 [seen] = await labels(tx, "read")
-                overtaken = await middle()
+                rival_completed = await run_rival()
                 await tx.update_entity("items", "written", {"label": seen})
-                return overtaken
+                return rival_completed
 
-        failure = await _overtaken(depend, change, before=_ordered(store))
+        failure = await _run_with_rival(depend, change, before=_may_be_ordered_before(store))
         after = {"updates": "new", "deletes": None, "recreates": "new"}[rival]
         assert await labels(store, "read", "written") == [after, None if failure else "old"]
 
-    async def test_40_an_absence_that_was_read_and_is_filled_by_another(
+    async def test_40_a_missing_entity_was_read_and_is_created_concurrently(
         self, store: StorageStrategy
     ) -> None:
         async def change() -> None:
             await store.create_entity("items", item("read", label="new"))
 
-        async def depend(middle: Callable[[], Awaitable[bool]]) -> bool:
+        async def depend(run_rival: Callable[[], Awaitable[bool]]) -> bool:
             async with store.begin_transaction() as tx:
                 assert await labels(tx, "read") == [None]
-                overtaken = await middle()
+                rival_completed = await run_rival()
                 await tx.create_entity("items", item("written", label="there was none"))
-                return overtaken
+                return rival_completed
 
-        failure = await _overtaken(depend, change, before=_ordered(store))
+        failure = await _run_with_rival(depend, change, before=_may_be_ordered_before(store))
         written = None if failure else "there was none"
         assert await labels(store, "read", "written") == ["new", written]
 
-    async def test_40_conditional_update_relies_on_what_was_read(
+    async def test_40_conditional_update_checks_the_version_that_was_read(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", item("a", label="old", count=1))
@@ -591,18 +595,18 @@ class TransactionContract:
         async def change() -> None:
             await store.update_entity("items", "a", {"count": 2})
 
-        async def depend(middle: Callable[[], Awaitable[bool]]) -> bool:
+        async def depend(run_rival: Callable[[], Awaitable[bool]]) -> bool:
             async with store.begin_transaction() as tx:
                 assert await version_of(tx, "a") == 1
-                overtaken = await middle()
+                rival_completed = await run_rival()
                 await tx.conditional_update("items", "a", {"label": "new"})
-                return overtaken
+                return rival_completed
 
-        failure = await _overtaken(depend, change)
+        failure = await _run_with_rival(depend, change)
         assert await labels(store, "a") == ["old" if failure else "new"]
         assert await version_of(store, "a") == (2 if failure else 3)
 
-    async def test_40_conditional_update_needs_the_entity(self, store: StorageStrategy) -> None:
+    async def test_40_conditional_update_of_a_missing_entity(self, store: StorageStrategy) -> None:
         with pytest.raises(EntityNotFoundError):
             async with store.begin_transaction() as tx:
                 await tx.conditional_update("items", "none", {"label": "x"})
@@ -611,7 +615,7 @@ class TransactionContract:
             assert await tx.conditional_update("items", "a", {"label": "x"}) == 2
         assert await labels(store, "a") == ["x"]
 
-    async def test_40_a_transaction_that_only_reads_sees_one_state(
+    async def test_40_a_read_only_transaction_reads_a_consistent_state(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entities("items", [item("a", label="old"), item("b", label="old")])
@@ -649,40 +653,40 @@ class TransactionContract:
             both = await tx.get_entities("items", ["ann", "bob"])
             return [str(each["item_id"]) for each in both if each and each["active"]]
 
-        await _both_sign_off(
+        await _check_write_skew(
             store, on_call, lambda tx, name: tx.update_entity("items", name, {"active": False})
         )
 
-    async def test_41_write_skew_through_absence_is_prevented(self, store: StorageStrategy) -> None:
-        # To sign off is to leave a note; who finds no note of the other believes it is there.
+    async def test_41_write_skew_by_missing_entities_is_prevented(
+        self, store: StorageStrategy
+    ) -> None:
+        # To sign off is to create an entity; a missing entity means that the person is on call.
         async def on_call(tx: Transaction) -> list[str]:
             both = await tx.get_entities("counters", ["ann", "bob"])
             return [name for name, note in zip(("ann", "bob"), both, strict=True) if note is None]
 
-        await _both_sign_off(
+        await _check_write_skew(
             store, on_call, lambda tx, name: tx.create_entity("counters", {"counter_id": name})
         )
 
-    async def test_41_write_skew_through_queries_is_prevented_where_declared(
+    async def test_41_write_skew_by_queries_is_prevented_if_declared(
         self, store: StorageStrategy
     ) -> None:
         if store.capabilities.queries_in_transaction != "serializable":
-            pytest.skip("queries are declared to be no part of a transaction")
+            pytest.skip("the engine does not declare serializable queries")
         await store.create_entities("items", [item("ann", active=True), item("bob", active=True)])
 
         async def on_call(tx: Transaction) -> list[str]:
             there = await tx.query_entities("items", {"active": True})
             return [str(each["item_id"]) for each in there]
 
-        await _both_sign_off(
+        await _check_write_skew(
             store, on_call, lambda tx, name: tx.update_entity("items", name, {"active": False})
         )
 
     # -- 42: limits --------------------------------------------------------------------------
 
-    async def test_42_the_declared_number_of_changes_and_one_more(
-        self, store: StorageStrategy
-    ) -> None:
+    async def test_42_the_declared_limit_of_changes(self, store: StorageStrategy) -> None:
         limit = store.capabilities.max_transaction_changes
         if limit is None:
             async with store.begin_transaction() as tx:
@@ -699,7 +703,7 @@ class TransactionContract:
             await tx.save_entities("items", [item(f"i{n}") for n in range(limit)])
         assert None not in await store.get_entities("items", [f"i{n}" for n in range(limit)])
 
-    async def test_42_the_declared_bytes_and_more(self, store: StorageStrategy) -> None:
+    async def test_42_the_declared_size_limit(self, store: StorageStrategy) -> None:
         limit = store.capabilities.max_transaction_bytes
         entity_bytes = MAX_ENTITY_BYTES * 3 // 4
         fitting = 20 if limit is None else (limit - limit // 20) // entity_bytes
@@ -721,23 +725,23 @@ class TransactionContract:
         async with harness.store() as store:
             async with store.begin_transaction():
                 pass
-            with suppress(_MineError):
+            with suppress(_CallerError):
                 async with store.begin_transaction():
-                    raise _MineError
+                    raise _CallerError
             if isinstance(harness, ObservesIO):
                 assert not harness.touched()
 
     async def test_43_use_after_the_end_is_refused(self, store: StorageStrategy) -> None:
         async with store.begin_transaction() as committed:
             await committed.create_entity("items", item("a"))
-        with suppress(_MineError):
+        with suppress(_CallerError):
             async with store.begin_transaction() as rolled_back:
-                raise _MineError
+                raise _CallerError
         for tx in (committed, rolled_back, store.begin_transaction()):
-            await _refuses_everything(tx)
+            await _check_all_verbs_refuse(tx)
         assert await version_of(store, "a") == 1
 
-    async def test_43_a_transaction_is_entered_once(self, store: StorageStrategy) -> None:
+    async def test_43_a_transaction_can_be_entered_only_once(self, store: StorageStrategy) -> None:
         tx = store.begin_transaction()
         async with tx:
             await tx.create_entity("items", item("a"))
@@ -748,9 +752,9 @@ class TransactionContract:
 
     # -- 44: savepoints ----------------------------------------------------------------------
 
-    async def test_44_without_savepoints_there_are_none(self, store: StorageStrategy) -> None:
+    async def test_44_undeclared_savepoints_are_refused(self, store: StorageStrategy) -> None:
         if store.capabilities.savepoints:
-            pytest.skip("the engine has savepoints")
+            pytest.skip("the engine declares savepoints")
         with pytest.raises(StorageError):
             async with store.begin_transaction() as tx, tx.begin_transaction() as inner:
                 await inner.create_entity("items", item("a"))
@@ -764,7 +768,7 @@ class TransactionContract:
         async with store.begin_transaction() as tx:
             await tx.create_entity("items", item("outer", label="1"))
             await tx.update_entity("items", "kept", {"label": "1"})
-            with pytest.raises(_MineError):
+            with pytest.raises(_CallerError):
                 async with tx.begin_transaction() as inner:
                     assert await inner.create_entity("items", item("inner", label="2")) == 1
                     assert await inner.update_entity("items", "kept", {"label": "2"}) == 3
@@ -772,17 +776,17 @@ class TransactionContract:
                     assert await inner.delete_entity("items", "outer")
                     seen = await labels(inner, "outer", "inner", "kept", "gone")
                     assert seen == [None, "2", "2", None]
-                    raise _MineError
+                    raise _CallerError
             assert await labels(tx, "outer", "inner", "kept", "gone") == ["1", None, "1", "0"]
             assert await tx.update_entity("items", "kept", {"count": 1}, expected_version=2) == 3
         assert await labels(store, "outer", "inner", "kept", "gone") == ["1", None, "1", "0"]
 
-    async def test_44_an_inner_end_keeps_everything_until_the_outer_one(
+    async def test_44_inner_changes_are_committed_by_the_outer_transaction(
         self, store_with_savepoints: StorageStrategy
     ) -> None:
         store = store_with_savepoints
-        for end in (None, _MineError()):
-            with suppress(_MineError):
+        for end in (None, _CallerError()):
+            with suppress(_CallerError):
                 async with store.begin_transaction() as tx:
                     async with tx.begin_transaction() as inner:
                         await inner.create_entity("items", item("a", label="x"))
@@ -793,13 +797,11 @@ class TransactionContract:
             assert await labels(store, "a") == ["x" if end is None else None]
             await store.delete_entity("items", "a")
 
-    async def test_44_savepoints_in_savepoints(
-        self, store_with_savepoints: StorageStrategy
-    ) -> None:
+    async def test_44_nested_savepoints(self, store_with_savepoints: StorageStrategy) -> None:
         store = store_with_savepoints
         async with store.begin_transaction() as tx:
             await tx.create_entity("items", item("0"))
-            with suppress(_MineError):
+            with suppress(_CallerError):
                 async with tx.begin_transaction() as one:
                     await one.create_entity("items", item("1"))
                     async with one.begin_transaction() as two:
@@ -807,16 +809,16 @@ class TransactionContract:
                         async with two.begin_transaction() as three:
                             await three.create_entity("items", item("3"))
                     assert await version_of(one, "3") == 1
-                    raise _MineError
+                    raise _CallerError
             async with tx.begin_transaction() as again:
                 await again.create_entity("items", item("1"))
-                with suppress(_MineError):
+                with suppress(_CallerError):
                     async with again.begin_transaction() as two:
                         await two.save_entity("items", item("1"))
-                        raise _MineError
+                        raise _CallerError
         assert [await version_of(store, each) for each in "0123"] == [1, 1, None, None]
 
-    async def test_44_a_change_that_fails_dooms_only_its_savepoint(
+    async def test_44_a_failed_change_aborts_only_its_savepoint(
         self, store_with_savepoints: StorageStrategy
     ) -> None:
         store = store_with_savepoints
@@ -835,7 +837,7 @@ class TransactionContract:
         assert await labels(store, "old") == ["old"]
         assert [await version_of(store, each) for each in "ab"] == [1, 1]
 
-    async def test_44_the_outer_transaction_waits_for_the_inner_one(
+    async def test_44_the_outer_transaction_is_unusable_inside_a_savepoint(
         self, store_with_savepoints: StorageStrategy
     ) -> None:
         store = store_with_savepoints
@@ -858,18 +860,18 @@ class TransactionContract:
         async def change() -> None:
             await store.update_entity("items", "read", {"label": "new"})
 
-        async def depend(middle: Callable[[], Awaitable[bool]]) -> bool:
+        async def depend(run_rival: Callable[[], Awaitable[bool]]) -> bool:
             async with store.begin_transaction() as tx:
                 seen: list[object] = []
-                with suppress(_MineError):
+                with suppress(_CallerError):
                     async with tx.begin_transaction() as inner:
                         seen = await labels(inner, "read")
-                        raise _MineError
-                overtaken = await middle()
+                        raise _CallerError
+                rival_completed = await run_rival()
                 await tx.update_entity("items", "written", {"label": seen[0]})
-                return overtaken
+                return rival_completed
 
-        failure = await _overtaken(depend, change, before=_ordered(store))
+        failure = await _run_with_rival(depend, change, before=_may_be_ordered_before(store))
         assert await labels(store, "read", "written") == ["new", None if failure else "old"]
 
     @pytest.fixture
@@ -883,9 +885,9 @@ class TransactionContract:
     async def test_45_a_failure_at_commit_is_raised(
         self, store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        failure = UnavailableError("the link broke at commit", outcome_unknown=True)
+        failure = UnavailableError("the connection was lost at commit", outcome_unknown=True)
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_engine", _Outage(store._engine, failure))
+            patch.setattr(store, "_engine", _FailingCommit(store._engine, failure))
             with pytest.raises(UnavailableError) as caught:
                 async with store.begin_transaction() as tx:
                     await tx.create_entity("items", item("a"))
@@ -896,7 +898,7 @@ class TransactionContract:
         async with store.begin_transaction() as tx:
             assert await tx.create_entity("items", item("a")) == 1
 
-    async def test_45_a_swallowed_failure_is_raised_at_the_end(
+    async def test_45_a_suppressed_failure_is_raised_at_the_end(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", item("old", label="old"))
@@ -916,7 +918,7 @@ class TransactionContract:
         assert at_end.value.__cause__ is first.value
         assert await labels(store, "old", "new") == ["old", None]
 
-    async def test_45_nothing_is_retried_inside_a_transaction_that_failed(
+    async def test_45_modify_entity_is_not_retried_in_an_aborted_transaction(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", item("old", label="old"))
@@ -957,41 +959,41 @@ class TransactionContract:
 
     async def test_46_run_transaction_retries_a_conflict(self, store: StorageStrategy) -> None:
         await store.create_entity("items", item("a", label="0"))
-        tries: list[int] = []
+        attempts: list[int] = []
 
         async def work(tx: Transaction) -> None:
-            tries.append(len(tries))
-            await tx.create_entity("items", item(f"try {len(tries)}"))
-            # A version that was current some time ago, until the third try.
+            attempts.append(len(attempts))
+            await tx.create_entity("items", item(f"try {len(attempts)}"))
+            # The expected version is wrong until the third attempt.
             await tx.update_entity(
-                "items", "a", {"label": "1"}, expected_version=3 - len(tries) + 1
+                "items", "a", {"label": "1"}, expected_version=3 - len(attempts) + 1
             )
 
         await store.run_transaction(work)
-        assert len(tries) == 3
+        assert len(attempts) == 3
         assert [await version_of(store, f"try {n}") for n in (1, 2, 3)] == [None, None, 1]
         assert await version_of(store, "a") == 2
 
-    async def test_46_run_transaction_retries_a_swallowed_conflict(
+    async def test_46_run_transaction_retries_a_suppressed_conflict(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", item("a"))
-        tries: list[int] = []
+        attempts: list[int] = []
 
         async def work(tx: Transaction) -> None:
-            tries.append(len(tries))
+            attempts.append(len(attempts))
             with suppress(ConcurrencyConflictError):
-                expected = _STALE if len(tries) == 1 else 1
+                expected = _STALE if len(attempts) == 1 else 1
                 await tx.update_entity("items", "a", {"label": "x"}, expected_version=expected)
 
         await store.run_transaction(work)
-        assert len(tries) == 2
+        assert len(attempts) == 2
         assert await version_of(store, "a") == 2
 
     @pytest.mark.parametrize(
         "failure",
         [
-            _MineError("x"),
+            _CallerError("x"),
             EntityNotFoundError("items", "x"),
             UnavailableError("x"),
             InvalidQueryError("x"),
@@ -1002,25 +1004,25 @@ class TransactionContract:
     async def test_46_run_transaction_retries_nothing_else(
         self, store: StorageStrategy, failure: Exception
     ) -> None:
-        tries: list[int] = []
+        attempts: list[int] = []
 
         async def work(tx: Transaction) -> None:
-            tries.append(len(tries))
+            attempts.append(len(attempts))
             await tx.create_entity("items", item("a"))
             raise failure
 
         with pytest.raises(type(failure)) as caught:
             await store.run_transaction(work)
         assert caught.value is failure
-        assert len(tries) == 1
+        assert len(attempts) == 1
         assert await version_of(store, "a") is None
 
-    async def test_46_run_transaction_stops_at_its_bound(self, store: StorageStrategy) -> None:
+    async def test_46_run_transaction_stops_at_its_time_limit(self, store: StorageStrategy) -> None:
         await store.create_entity("items", item("a", label="0"))
-        tries: list[int] = []
+        attempts: list[int] = []
 
         async def work(tx: Transaction) -> None:
-            tries.append(len(tries))
+            attempts.append(len(attempts))
             await tx.create_entity("items", item("b"))
             await tx.update_entity("items", "a", {"label": "1"}, expected_version=_STALE)
 
@@ -1031,22 +1033,22 @@ class TransactionContract:
         assert (last.collection, last.entity_id, last.expected) == ("items", "a", _STALE)
         assert (caught.value.collection, caught.value.entity_id) == ("items", "a")
         assert caught.value.retryable
-        assert len(tries) >= 1
+        assert len(attempts) >= 1
         assert await labels(store, "a", "b") == ["0", None]
 
-    async def test_46_modify_entity_retries_a_conflict_and_stops_at_its_bound(
+    async def test_46_modify_entity_retries_a_conflict_until_its_time_limit(
         self, store: StorageStrategy
     ) -> None:
         await store.create_entity("items", item("a", count=0))
         calls: list[int] = []
 
-        async def overtaken(entity: Entity) -> Entity:
+        async def rival_completed(entity: Entity) -> Entity:
             calls.append(len(calls))
             if len(calls) < 3:
                 await store.update_entity("items", "a", {"count": len(calls)})
             return {**entity, "label": "mine"}
 
-        assert await store.modify_entity("items", "a", overtaken) == 4
+        assert await store.modify_entity("items", "a", rival_completed) == 4
         entity = await store.get_entity("items", "a")
         assert entity is not None
         assert (len(calls), entity["count"], entity["label"]) == (3, 2, "mine")

@@ -1,4 +1,4 @@
-"""Case 118: what is read is data. It names no code to run, no place to open, no variable to expand."""
+"""Case 118: stored data never causes code to run, a URL to be opened or a variable to be expanded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLACES: Final = (
     "dynamodb://us-east-1/planted?endpoint_url=http://127.0.0.1:1",
     f"{_MODULE}:{{folder}}",
 )
-"""What whoever can write to a store could write into the record of a move."""
+"""Targets that an attacker with write access to a store could put into its migration record."""
 
 NONSENSE: Final[dict[str, dict[str, object]]] = {
     "phase": {"phase": "nonsense"},
@@ -47,11 +47,11 @@ NONSENSE: Final[dict[str, dict[str, object]]] = {
     "memory": {"other": "memory:"},
     "long": {"other": "json:" + "x" * 5000},
 }
-"""What makes a record one that no move wrote."""
+"""Fields that make a migration record invalid."""
 
 
 async def plant(harness: Harness, record: dict[str, object]) -> None:
-    """Put a record into the store as anybody may who can write to it."""
+    """Write a migration record into the store, as an attacker with write access can."""
     declared = [*CONTRACT_COLLECTIONS, *SYSTEM_COLLECTIONS]
     async with harness.store(declared) as store:
         await store.save_entity("counters", {"counter_id": "c", "n": 1})
@@ -85,29 +85,29 @@ def verbs(store: StorageStrategy) -> list[Callable[[], Awaitable[Any]]]:
     ]
 
 
-async def _refused(store: StorageStrategy, kind: type[StorageError]) -> list[str]:
-    """What each verb says; none goes on."""
-    said = []
+async def _refusal_messages(store: StorageStrategy, kind: type[StorageError]) -> list[str]:
+    """The error messages of all verbs; asserts that each verb is refused."""
+    messages = []
     for verb in verbs(store):
         with pytest.raises(StorageError) as caught:
             await verb()
         error = caught.value
         for each in error.outcomes if isinstance(error, BatchError) else [error]:
             assert isinstance(each, kind), repr(each)
-            said.append(str(each))
-    return said
+            messages.append(str(each))
+    return messages
 
 
 class TrustContract:
-    """Whoever can write to a store cannot make its readers do anything beside it."""
+    """Write access to a store must not affect its readers beyond the stored data."""
 
     @pytest.fixture
     def planted(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: Harness
     ) -> Iterator[Path]:
-        """A folder where everything that could be obeyed would leave a trace."""
+        """A folder for planted targets; asserts that none was opened and that no planted code was run."""
         if not harness.capabilities.multi_process:
-            pytest.skip("there is no other process that could plant anything")
+            pytest.skip("no other process can write to the store")
         code = tmp_path / "code"
         code.mkdir()
         ran = tmp_path / "ran"
@@ -131,18 +131,18 @@ class TrustContract:
 
     @pytest.mark.parametrize("role", ["source", "target"])
     @pytest.mark.parametrize("place", PLACES)
-    async def test_118_a_planted_move_is_not_obeyed(
+    async def test_118_a_planted_migration_record_is_not_followed(
         self, harness: Harness, planted: Path, place: str, role: str
     ) -> None:
         other = place.replace("{folder}", str(planted))
         await plant(harness, {"role": role, "other": other})
         async with harness.store() as store:
-            for said in await _refused(store, StoreRelocatedError):
-                assert "follow_moves" in said
-                assert "expanded" not in said
+            for message in await _refusal_messages(store, StoreRelocatedError):
+                assert "follow_moves" in message
+                assert "expanded" not in message
             assert (await store.health())["ok"] is False
 
-    async def test_118_while_the_source_counts_it_goes_on(
+    async def test_118_a_source_that_is_still_active_stays_usable(
         self, harness: Harness, planted: Path
     ) -> None:
         other = f"sqlite:{planted}/planted.db"
@@ -156,15 +156,15 @@ class TrustContract:
             assert (await store.health())["ok"] is True
 
     @pytest.mark.parametrize("record", NONSENSE.values(), ids=NONSENSE)
-    async def test_118_a_record_that_no_move_wrote_is_named(
+    async def test_118_an_invalid_migration_record_is_reported(
         self, harness: Harness, planted: Path, record: dict[str, object]
     ) -> None:
         await plant(harness, {"role": "source", "other": f"json:{planted}/x", **record})
         async with harness.store() as store:
-            for said in await _refused(store, CorruptionError):
-                assert "'move' of hf_move" in said
+            for message in await _refusal_messages(store, CorruptionError):
+                assert "'move' of hf_move" in message
 
-    async def test_118_a_permitted_place_is_followed_as_it_is_configured(
+    async def test_118_a_permitted_target_is_followed_with_its_configured_settings(
         self, harness: Harness, planted: Path, tmp_path: Path
     ) -> None:
         target = f"json:{tmp_path}/permitted.json"
@@ -173,7 +173,7 @@ class TrustContract:
         await plant(harness, {"role": "source", "other": target})
         url = harness.url()
         assert url is not None
-        # Another spelling of the place, and other settings, are those of whoever permits it.
+        # The permitted URL may have another spelling and other settings; its settings are used.
         permitted = f"json:{tmp_path}/folder/../permitted.json?cache_size=7"
         async with open_store(
             url, collections=CONTRACT_COLLECTIONS, follow_moves=[f"json:{planted}", permitted]

@@ -1,4 +1,4 @@
-"""Cases 16 to 25: what goes in comes out, type for type, or is refused before any I/O."""
+"""Cases 16 to 25: a value is read as it was written, including its type, or refused before any I/O."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ RESERVED: Final = (
     "default",
     "end",
 )
-"""Words that one engine or another keeps for itself, all of them fair names of declared fields.
-`xmin` and `xmax` are the columns that a bounding box would have."""
+"""Words that are reserved by some engine, and must be usable as names of declared fields.
+`xmin` and `xmax` are plausible field names, for a bounding box."""
 
 
 class Colour(Enum):
@@ -229,22 +229,26 @@ class Wrong(Enum):
 
 
 class ValueContract:
-    """What a value is after it was stored."""
+    """Values after they were stored and read."""
 
     # 16 -------------------------------------------------------------------------------------
 
-    async def test_16_true_one_float_and_text_stay_four_things(
+    async def test_16_true_1_float_1_and_text_1_remain_different(
         self, store: StorageStrategy
     ) -> None:
-        await _kept(store, (True, 1, 1.0, "1", False, 0, 0.0, "0", None, "", "true", "null"))
+        await _check_round_trips(
+            store, (True, 1, 1.0, "1", False, 0, 0.0, "0", None, "", "true", "null")
+        )
 
-    async def test_16_in_declared_fields(self, store: StorageStrategy) -> None:
+    async def test_16_types_are_kept_in_declared_fields(self, store: StorageStrategy) -> None:
         for ratio in (1, 1.0, 0, 0.0):
             for active in (True, False, None):
                 fields = {"ratio": ratio, "active": active, "count": int(ratio), "label": "1"}
-                await _kept_fields(store, fields)
+                await _check_fields_round_trip(store, fields)
 
-    async def test_16_a_type_can_change(self, store: StorageStrategy) -> None:
+    async def test_16_an_update_can_change_the_type_of_a_value(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", {"item_id": "a"})
         for value in (True, 1, 1.0, "1", [1], {"1": 1}, None, False, 0, -0.0, ""):
             fields = {"x": value, "data": value}
@@ -255,13 +259,13 @@ class ValueContract:
     # 17 -------------------------------------------------------------------------------------
 
     async def test_17_integer_edges_exact(self, store: StorageStrategy) -> None:
-        await _kept(store, INTEGERS)
+        await _check_round_trips(store, INTEGERS)
 
     async def test_17_integer_edges_in_declared_fields(self, store: StorageStrategy) -> None:
         for each in INTEGERS:
-            await _kept_fields(store, {"count": each, "ratio": each})
+            await _check_fields_round_trip(store, {"count": each, "ratio": each})
 
-    async def test_17_neighbours_are_told_apart_by_queries(self, store: StorageStrategy) -> None:
+    async def test_17_queries_distinguish_adjacent_integers(self, store: StorageStrategy) -> None:
         edges = (_53, _53 + 1, _63 - 2, _63 - 1, -_63, -_63 + 1)
         await store.create_entities(
             "items",
@@ -277,19 +281,19 @@ class ValueContract:
         TOO_LARGE,
         ids=lambda value: f"{value:.3e}"[:12] if abs(value) < 10**300 else "huge",
     )
-    async def test_17_beyond_the_domain(
+    async def test_17_integers_beyond_64_bits_are_refused(
         self, harness: Harness, store: StorageStrategy, value: int
     ) -> None:
-        _refused_everywhere(harness, store, value)
+        _check_all_verbs_refuse(harness, store, value)
 
     # 18 -------------------------------------------------------------------------------------
 
     async def test_18_floats_bit_exact(self, store: StorageStrategy) -> None:
-        await _kept(store, FLOATS)
+        await _check_round_trips(store, FLOATS)
 
     async def test_18_floats_bit_exact_in_declared_fields(self, store: StorageStrategy) -> None:
         for each in FLOATS:
-            await _kept_fields(store, {"ratio": each, "data": [each]})
+            await _check_fields_round_trip(store, {"ratio": each, "data": [each]})
 
     # 19 -------------------------------------------------------------------------------------
 
@@ -297,15 +301,15 @@ class ValueContract:
     async def test_19_nan_and_infinities_are_refused(
         self, harness: Harness, store: StorageStrategy, value: float
     ) -> None:
-        _refused_everywhere(harness, store, value)
+        _check_all_verbs_refuse(harness, store, value)
         all_refused_at_once(
             UnsupportedValueError, store.save_entity("items", {"item_id": "a", "ratio": value})
         )
 
     async def test_19_negative_zero_keeps_its_sign(self, store: StorageStrategy) -> None:
-        await _kept(store, (-0.0, 0.0, 0))
-        await _kept_fields(store, {"ratio": -0.0})
-        await _kept_fields(store, {"ratio": 0.0})
+        await _check_round_trips(store, (-0.0, 0.0, 0))
+        await _check_fields_round_trip(store, {"ratio": -0.0})
+        await _check_fields_round_trip(store, {"ratio": 0.0})
 
     # 20 -------------------------------------------------------------------------------------
 
@@ -332,11 +336,11 @@ class ValueContract:
         ],
         ids=lambda value: type(value).__name__,
     )
-    async def test_20_without_one_obvious_form_refused(
+    async def test_20_other_types_are_refused(
         self, harness: Harness, store: StorageStrategy, value: object
     ) -> None:
         # In an update REMOVE has its own meaning, but nowhere else.
-        _refused_everywhere(harness, store, value, top_level=value is not REMOVE)
+        _check_all_verbs_refuse(harness, store, value, top_level=value is not REMOVE)
 
     @pytest.mark.parametrize(
         ("value", "form"),
@@ -355,15 +359,15 @@ class ValueContract:
         ],
         ids=lambda value: type(value).__name__,
     )
-    async def test_20_with_one_obvious_form_stored_in_it(
+    async def test_20_convertible_types_are_converted(
         self, store: StorageStrategy, value: object, form: object
     ) -> None:
         given = {"x": value, "data": {"deep": [value]}}
         expected = {"x": form, "data": {"deep": [form]}}
-        await _kept_fields(store, given, expected)
+        await _check_fields_round_trip(store, given, expected)
 
-    async def test_20_declared_fields_take_the_same_forms(self, store: StorageStrategy) -> None:
-        await _kept_fields(
+    async def test_20_declared_fields_convert_in_the_same_way(self, store: StorageStrategy) -> None:
+        await _check_fields_round_trip(
             store,
             {"label": UUID(int=5), "count": Level.HIGH, "due_at": date(2024, 5, 6)},
             {
@@ -373,7 +377,7 @@ class ValueContract:
             },
         )
 
-    async def test_20_an_id_takes_them_too(self, store: StorageStrategy) -> None:
+    async def test_20_an_id_is_converted_in_the_same_way(self, store: StorageStrategy) -> None:
         await store.create_entity("items", {"item_id": UUID(int=5), "label": Word.YES})
         text = "00000000-0000-0000-0000-000000000005"
         for given in (UUID(int=5), text):
@@ -408,27 +412,29 @@ class ValueContract:
         self, store: StorageStrategy, moment: datetime, text: str
     ) -> None:
         given = {"due_at": moment, "x": moment, "data": [moment]}
-        await _kept_fields(store, given, {"due_at": text, "x": text, "data": [text]})
+        await _check_fields_round_trip(store, given, {"due_at": text, "x": text, "data": [text]})
 
     async def test_21_naive_datetimes_are_refused(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         naive = datetime(2024, 1, 2)
-        _refused_everywhere(harness, store, naive)
+        _check_all_verbs_refuse(harness, store, naive)
         error = refused_at_once(
             store.save_entity("items", {"item_id": "a", "due_at": naive}), UnsupportedValueError
         )
         assert "due_at" in str(error)
 
-    async def test_21_a_datetime_that_utc_has_not(
+    async def test_21_a_datetime_outside_the_range_of_utc_is_refused(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
-        _refused_everywhere(harness, store, datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1))))
+        _check_all_verbs_refuse(
+            harness, store, datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1)))
+        )
 
     # 22 -------------------------------------------------------------------------------------
 
     async def test_22_empty_and_null_values(self, store: StorageStrategy) -> None:
-        await _kept(
+        await _check_round_trips(
             store,
             (
                 "",
@@ -444,26 +450,28 @@ class ValueContract:
             ),
         )
 
-    async def test_22_in_declared_fields(self, store: StorageStrategy) -> None:
+    async def test_22_empty_and_null_values_in_declared_fields(
+        self, store: StorageStrategy
+    ) -> None:
         names = ("label", "count", "ratio", "active", "due_at", "data")
-        await _kept_fields(store, dict.fromkeys(names))
-        await _kept_fields(store, {"label": "", "data": {}})
-        await _kept_fields(store, {"label": "", "data": []})
+        await _check_fields_round_trip(store, dict.fromkeys(names))
+        await _check_fields_round_trip(store, {"label": "", "data": {}})
+        await _check_fields_round_trip(store, {"label": "", "data": []})
 
     # 23 -------------------------------------------------------------------------------------
 
-    async def test_23_texts_come_back_as_they_were(self, store: StorageStrategy) -> None:
-        await _kept(store, TEXTS)
+    async def test_23_strings_are_read_as_written(self, store: StorageStrategy) -> None:
+        await _check_round_trips(store, TEXTS)
         for each in TEXTS:
-            await _kept_fields(store, {"label": each})
+            await _check_fields_round_trip(store, {"label": each})
 
     @pytest.mark.parametrize(
         "name", [1, 1.5, None, True, b"a", ("a",), Colour.RED], ids=lambda name: type(name).__name__
     )
-    async def test_23_map_keys_are_text(
+    async def test_23_dict_keys_must_be_strings(
         self, harness: Harness, store: StorageStrategy, name: Any
     ) -> None:
-        _refused_everywhere(harness, store, {name: 1})
+        _check_all_verbs_refuse(harness, store, {name: 1})
         all_refused_at_once(
             UnsupportedValueError,
             store.save_entity("items", {"item_id": "a", name: 1}),
@@ -474,7 +482,7 @@ class ValueContract:
     async def test_23_nul_and_lone_surrogates_are_refused(
         self, harness: Harness, store: StorageStrategy, text: str
     ) -> None:
-        _refused_everywhere(harness, store, text)
+        _check_all_verbs_refuse(harness, store, text)
         all_refused_at_once(
             UnsupportedValueError,
             store.save_entity("items", {"item_id": "a", "label": text}),
@@ -486,21 +494,21 @@ class ValueContract:
 
     # 24 -------------------------------------------------------------------------------------
 
-    async def test_24_strange_field_names(self, store: StorageStrategy) -> None:
-        fields = {name: place for place, name in enumerate(NAMES)}
-        await _kept_fields(store, fields)
-        await _kept_fields(store, {"data": fields, "x": [{"y": fields}]})
+    async def test_24_unusual_field_names(self, store: StorageStrategy) -> None:
+        fields = {name: index for index, name in enumerate(NAMES)}
+        await _check_fields_round_trip(store, fields)
+        await _check_fields_round_trip(store, {"data": fields, "x": [{"y": fields}]})
 
     async def test_24_an_empty_field_name(self, store: StorageStrategy) -> None:
-        await _kept_fields(store, {"": 1, "data": {"": {"": None}}})
+        await _check_fields_round_trip(store, {"": 1, "data": {"": {"": None}}})
 
-    async def test_24_each_can_be_updated_removed_and_asked_for(
+    async def test_24_unusual_field_names_in_updates_and_queries(
         self, store: StorageStrategy
     ) -> None:
-        entity: dict[str, Any] = {name: place for place, name in enumerate(NAMES)}
+        entity: dict[str, Any] = {name: index for index, name in enumerate(NAMES)}
         await store.create_entities("items", [{"item_id": "a", **entity}, {"item_id": "other"}])
-        for place, name in enumerate(NAMES):
-            assert await _ids_by(store, {name: place}, ["a"]) == ["a"], name
+        for index, name in enumerate(NAMES):
+            assert await _ids_by(store, {name: index}, ["a"]) == ["a"], name
             await store.update_entity("items", "a", {name: REMOVE})
             entity.pop(name)
             await store.update_entity("items", "a", {name: [name]})
@@ -508,7 +516,7 @@ class ValueContract:
         found = await store.get_entity("items", "a")
         assert typed(payload(found)) == typed({"item_id": "a", **entity})
 
-    async def test_24_a_dotted_name_is_no_path(self, store: StorageStrategy) -> None:
+    async def test_24_a_dotted_name_is_not_a_path(self, store: StorageStrategy) -> None:
         await store.create_entities(
             "items",
             [
@@ -542,13 +550,13 @@ class ValueContract:
     @pytest.mark.parametrize(
         "name", ["order", "table", "sqlite_things", "pg_things", "con", "store", "c" * 48]
     )
-    async def test_24_any_declared_name_of_a_collection(self, harness: Harness, name: str) -> None:
+    async def test_24_unusual_collection_names(self, harness: Harness, name: str) -> None:
         async with harness.store([Collection(name, key="k", fields=["f"], indexes=["f"])]) as store:
             await store.create_entity(name, {"k": "a", "f": "x"})
             assert payload(await store.get_entity(name, "a")) == {"k": "a", "f": "x"}
 
     async def test_24_the_longest_declared_names(self, harness: Harness) -> None:
-        """They are alike in 47 characters, and the names of their indexes are longer still."""
+        """The field names have the same first 47 characters, and the names of their indexes are longer."""
         name, first, second = "c" * 48, "f" * 47 + "1", "f" * 47 + "2"
         declared = Collection(
             name,
@@ -573,35 +581,37 @@ class ValueContract:
     # 25 -------------------------------------------------------------------------------------
 
     async def test_25_depth_at_the_limit(self, store: StorageStrategy) -> None:
-        deepest = (
+        deepest_values = (
             _nested(MAX_DEPTH, list),
             _nested(MAX_DEPTH, dict),
             _nested(MAX_DEPTH, dict, key=""),
             _nested(MAX_DEPTH, None),
         )
-        for number, each in enumerate(deepest):
-            await _kept_fields(store, {"x": each, "data": each})
-            made = {"item_id": f"made-{number}", "": each, "data": each}
-            assert await store.create_entity("items", made) == 1
-            found = await store.get_entity("items", f"made-{number}")
-            assert typed(payload(found)) == typed(made)
+        for number, each in enumerate(deepest_values):
+            await _check_fields_round_trip(store, {"x": each, "data": each})
+            created = {"item_id": f"created-{number}", "": each, "data": each}
+            assert await store.create_entity("items", created) == 1
+            found = await store.get_entity("items", f"created-{number}")
+            assert typed(payload(found)) == typed(created)
 
-    async def test_25_one_deeper_is_refused(self, harness: Harness, store: StorageStrategy) -> None:
+    async def test_25_one_level_too_deep_is_refused(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
         for form in (list, dict, None):
-            deeper = _nested(MAX_DEPTH + 1, form)
+            too_deep = _nested(MAX_DEPTH + 1, form)
             for name in ("x", "data"):
                 for call in (
-                    store.save_entity("items", {"item_id": "a", name: deeper}),
-                    store.update_entity("items", "a", {name: deeper}),
+                    store.save_entity("items", {"item_id": "a", name: too_deep}),
+                    store.update_entity("items", "a", {name: too_deep}),
                 ):
                     error = refused_at_once(call, UnsupportedValueError)
                     assert name in str(error)
-        endless: list[Any] = []
-        endless.append(endless)
+        cyclic: list[Any] = []
+        cyclic.append(cyclic)
         refused_at_once(
-            store.save_entity("items", {"item_id": "a", "x": endless}), UnsupportedValueError
+            store.save_entity("items", {"item_id": "a", "x": cyclic}), UnsupportedValueError
         )
-        _untouched(harness)
+        _check_no_io(harness)
 
     @pytest.mark.parametrize("kind", ["ascii", "wide", "integers", "floats", "empties", "names"])
     async def test_25_size_at_the_limit(self, store: StorageStrategy, kind: str) -> None:
@@ -617,7 +627,7 @@ class ValueContract:
         assert await store.save_entity("items", largest) == 2
 
     async def test_25_what_was_stored_can_be_written_again(self, store: StorageStrategy) -> None:
-        """The store's own fields must not push an entity over the limit that it let in."""
+        """The fields that the store adds must not make an accepted entity exceed the size limit."""
         largest, _ = _around_the_limit("ascii")
         await store.create_entity("items", largest)
         entity = await get_existing(store, "items", "full")
@@ -627,7 +637,7 @@ class ValueContract:
         assert await store.import_entities("items", [entity]) == [1]
         assert typed(payload(await store.get_entity("items", "full"))) == typed(largest)
 
-    async def test_25_an_update_cannot_outgrow_the_limit(self, store: StorageStrategy) -> None:
+    async def test_25_an_update_cannot_exceed_the_size_limit(self, store: StorageStrategy) -> None:
         half = {"item_id": "full", "one": "x" * (MAX_ENTITY_BYTES * 6 // 10)}
         await store.create_entity("items", half)
         before = await store.get_entity("items", "full")
@@ -636,23 +646,23 @@ class ValueContract:
         assert typed(await store.get_entity("items", "full")) == typed(before)
 
 
-# -- what is kept ---------------------------------------------------------------------------
+# -- accepted values ------------------------------------------------------------------------
 
 
-async def _kept(store: StorageStrategy, values: Sequence[object]) -> None:
-    """Each value comes back as it was: as a field, in the declared json field, and deep in both."""
-    named = {f"x{place}": each for place, each in enumerate(values)}
-    await _kept_fields(store, {**named, "data": list(values)})
-    await _kept_fields(store, {"x": {"y": [list(values)]}, "data": {"y": named}})
+async def _check_round_trips(store: StorageStrategy, values: Sequence[object]) -> None:
+    """Assert that each value is read as written: as a field, in the json field, and nested in both."""
+    named = {f"x{index}": each for index, each in enumerate(values)}
+    await _check_fields_round_trip(store, {**named, "data": list(values)})
+    await _check_fields_round_trip(store, {"x": {"y": [list(values)]}, "data": {"y": named}})
 
 
-async def _kept_fields(
+async def _check_fields_round_trip(
     store: StorageStrategy,
     given: Mapping[str, object],
     expected: Mapping[str, object] | None = None,
 ) -> None:
-    """The fields come back as they were, or in the expected form, however written and read."""
-    kept = typed({"item_id": "kept", **(given if expected is None else expected)})
+    """Assert that the fields are read as written, or in the expected form, with all verbs."""
+    wanted = typed({"item_id": "kept", **(given if expected is None else expected)})
     writes: tuple[Callable[[], Any], ...] = (
         lambda: store.save_entity("items", {"item_id": "kept", **given}),
         lambda: store.update_entity("items", "kept", given),
@@ -663,11 +673,11 @@ async def _kept_fields(
             await store.save_entity("items", {"item_id": "kept"})
         await write()
         entity = await get_existing(store, "items", "kept")
-        assert typed(payload(entity)) == kept
+        assert typed(payload(entity)) == wanted
     rows = await answer_of(
         store.capabilities, lambda: store.query_entities("items", {"item_id": "kept"}), [entity]
     )
-    assert [typed(payload(each)) for each in rows] == [kept]
+    assert [typed(payload(each)) for each in rows] == [wanted]
 
 
 async def _ids_by(store: StorageStrategy, filters: Any, expected: list[str]) -> list[str]:
@@ -677,20 +687,20 @@ async def _ids_by(store: StorageStrategy, filters: Any, expected: list[str]) -> 
     return await answer_of(store.capabilities, ask, expected)
 
 
-# -- what is refused ------------------------------------------------------------------------
+# -- refused values -------------------------------------------------------------------------
 
 
-def _refused_everywhere(
+def _check_all_verbs_refuse(
     harness: Harness, store: StorageStrategy, value: object, *, top_level: bool = True
 ) -> None:
-    """No verb takes the value, at any depth, and the error names its path."""
-    places: list[tuple[dict[str, object], str]] = [
+    """Assert that all verbs refuse the value, at any depth, and that the error names its path."""
+    cases: list[tuple[dict[str, object], str]] = [
         ({"data": {"deep": [0, value]}}, "data.deep[1]"),
         ({"x": ({"odd name": value},)}, "x[0]['odd name']"),
     ]
     if top_level:
-        places.append(({"x": value}, "x"))
-    for fields, place in places:
+        cases.append(({"x": value}, "x"))
+    for fields, value_path in cases:
         entity = {"item_id": "refused", **fields}
         for call in (
             store.create_entity("items", entity),
@@ -702,11 +712,11 @@ def _refused_everywhere(
             store.import_entities("items", [entity]),
         ):
             error = refused_at_once(call, UnsupportedValueError)
-            assert place in str(error), "the error names the path of the value"
-    _untouched(harness)
+            assert value_path in str(error), "the error does not name the path of the value"
+    _check_no_io(harness)
 
 
-def _untouched(harness: Harness) -> None:
+def _check_no_io(harness: Harness) -> None:
     if isinstance(harness, ObservesIO):
         assert not harness.touched()
 
@@ -715,7 +725,7 @@ def _untouched(harness: Harness) -> None:
 
 
 def _nested(depth: int, form: type | None, *, key: str = "k") -> object:
-    """A value with `depth` containers around a number: lists, maps, or both by turns."""
+    """A number in `depth` nested containers: lists, dicts, or (form None) both alternately."""
     value: object = 1
     for level in range(depth):
         in_list = form is list or (form is None and level % 2)
@@ -729,16 +739,16 @@ _FILLINGS: Final[Mapping[str, tuple[Callable[[int], object], int]]] = {
     "integers": (lambda size: [-(2**63)] * size, 13),
     "floats": (lambda size: [-0.0, 1e300, 5e-324, 123.0] * size, 132),
     "empties": (lambda size: [[], {}, "", None] * size, 11),
-    "names": (lambda size: {f"{place:05}": True for place in range(size)}, 7),
+    "names": (lambda size: {f"{index:05}": True for index in range(size)}, 7),
 }
-"""Values whose size grows with a number, and about by how many bytes: where the search begins."""
+"""Values of a variable size, and the approximate number of bytes by which each step grows."""
 
 
 @cache
 def _around_the_limit(kind: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The largest entity that is accepted, and the one that is one too large.
+    """The largest entity that is accepted, and one that is one byte larger.
 
-    A label of plain text fills what is left behind the last whole unit of the filling.
+    A label of ASCII characters fills the space that remains after the last whole unit of the filling.
     """
     collection = Schema(CONTRACT_COLLECTIONS)["items"]
     filling, unit = _FILLINGS[kind]
@@ -753,13 +763,16 @@ def _around_the_limit(kind: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
             return False
         return True
 
-    size = _last(lambda each: fits(each, 0), MAX_ENTITY_BYTES // unit)
-    rest = _last(lambda each: fits(size, each), unit // 2)
+    size = _largest(lambda each: fits(each, 0), MAX_ENTITY_BYTES // unit)
+    rest = _largest(lambda each: fits(size, each), unit // 2)
     return entity(size, rest), entity(size, rest + 1)
 
 
-def _last(holds: Callable[[int], bool], guess: int) -> int:
-    """The greatest number for which a falling condition holds, as it does for 0; near the guess."""
+def _largest(holds: Callable[[int], bool], guess: int) -> int:
+    """The largest number for which `holds` is true, found by a search that begins at `guess`.
+
+    `holds` must be true for 0 and monotonic: true up to some number, and false beyond it.
+    """
     step = 1
     if holds(guess):
         while holds(guess + step):

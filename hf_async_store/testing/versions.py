@@ -1,4 +1,4 @@
-"""Cases 26 to 34: the version decides, in the same step as the write."""
+"""Cases 26 to 34: expected versions, checked atomically with the write."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from hf_async_store.testing.assertions import (
 from hf_async_store.testing.concurrency import is_shared
 from hf_async_store.testing.harness import DropsResponses, Harness, ObservesIO
 from hf_async_store.testing.process_workers import run_workers, winners
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import Key, utc_now
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from hf_async_store.strategy import StorageStrategy
 
-ROUNDS: Final = 100
+ROUNDS: Final = repetitions(100)
 WRITERS: Final = 50
 
 _ENTITY: Final[dict[str, Any]] = {"item_id": "a", "label": "first", "data": {"n": [1]}}
@@ -59,11 +60,11 @@ _WRITES: Final[dict[str, Callable[[StorageStrategy, Any], Awaitable[object]]]] =
 
 
 class VersionContract:
-    """What a version promises."""
+    """Versions and expected versions."""
 
     # 26 -------------------------------------------------------------------------------------
 
-    async def test_26_every_write_raises_the_version_by_one(self, store: StorageStrategy) -> None:
+    async def test_26_every_write_increments_the_version(self, store: StorageStrategy) -> None:
         assert await store.create_entity("items", _ENTITY) == 1
         assert await store.save_entity("items", _ENTITY, expected_version=1) == 2
         assert await store.update_entity("items", "a", {"count": 1}, expected_version=2) == 3
@@ -80,14 +81,14 @@ class VersionContract:
 
     @pytest.mark.parametrize("verb", _WRITES)
     @pytest.mark.parametrize("stale", [0, 1, 2, 4, 2**63 - 1])
-    async def test_26_a_stale_version_is_a_conflict_that_says_all(
+    async def test_26_a_stale_version_is_a_conflict_with_all_details(
         self, store: StorageStrategy, verb: str, stale: int
     ) -> None:
         await store.import_entities("items", [{**_ENTITY, "version": 3}])
         before = await get_existing(store, "items", "a")
         with pytest.raises(ConcurrencyConflictError) as caught:
             await _WRITES[verb](store, stale)
-        _judge_conflict(store, caught.value, before, expected=stale)
+        _check_conflict(store, caught.value, before, expected=stale)
         assert typed(await store.get_entity("items", "a")) == typed(before)
 
     async def test_26_a_stale_version_in_a_batch(self, store: StorageStrategy) -> None:
@@ -99,7 +100,7 @@ class VersionContract:
         won, conflict = caught.value.outcomes
         assert won == 2
         assert isinstance(conflict, ConcurrencyConflictError)
-        _judge_conflict(store, conflict, before, expected=7)
+        _check_conflict(store, conflict, before, expected=7)
         assert typed(await store.get_entity("items", "a")) == typed(before)
 
     # 27 -------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ class VersionContract:
         assert (caught.value.collection, caught.value.entity_id) == ("items", "a")
         assert await store.get_entity("items", "a") is None
 
-    async def test_27_absent_on_an_existing_one(self, store: StorageStrategy) -> None:
+    async def test_27_absent_on_an_existing_entity(self, store: StorageStrategy) -> None:
         new = {"item_id": "a", "label": "new"}
         assert await store.save_entity("items", _ENTITY, expected_version=ABSENT) == 1
         before = await get_existing(store, "items", "a")
@@ -147,7 +148,7 @@ class VersionContract:
         [None, "", "1", True, False, -1, -(2**63), 1.0, 2**63, [1], b"1", object()],
         ids=lambda version: f"{type(version).__name__} {str(version)[:8]}",
     )
-    async def test_29_what_is_no_version_is_refused_at_once(
+    async def test_29_an_invalid_version_is_refused_before_io(
         self, harness: Harness, store: StorageStrategy, version: Any
     ) -> None:
         all_refused_at_once(
@@ -162,15 +163,17 @@ class VersionContract:
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
 
-    async def test_29_nor_can_it_be_imported(self, store: StorageStrategy) -> None:
-        no_versions: tuple[object, ...] = (None, "", "1", True, -1, 1.0, [1], {})
-        for version in no_versions:
+    async def test_29_an_invalid_version_is_refused_by_imports(
+        self, store: StorageStrategy
+    ) -> None:
+        invalid_versions: tuple[object, ...] = (None, "", "1", True, -1, 1.0, [1], {})
+        for version in invalid_versions:
             refused_at_once(
                 store.import_entities("items", [{**_ENTITY, "version": version}]),
                 InvalidVersionError,
             )
 
-    async def test_29_absent_is_for_saves_alone(self, store: StorageStrategy) -> None:
+    async def test_29_absent_is_accepted_by_saves_only(self, store: StorageStrategy) -> None:
         all_refused_at_once(
             InvalidVersionError,
             store.update_entity("items", "a", {"label": "x"}, expected_version=ABSENT),
@@ -179,7 +182,9 @@ class VersionContract:
             store.delete_entities("items", ["a"], {"a": ABSENT}),
         )
 
-    async def test_29_a_version_of_an_id_that_the_batch_lacks(self, store: StorageStrategy) -> None:
+    async def test_29_a_version_for_an_id_outside_the_batch_is_refused(
+        self, store: StorageStrategy
+    ) -> None:
         all_refused_at_once(
             InvalidVersionError,
             store.save_entities("items", [_ENTITY], {"b": 1}),
@@ -193,7 +198,7 @@ class VersionContract:
         assert (await get_existing(store, "items", "a"))["version"] == 0
         with pytest.raises(ConcurrencyConflictError):
             await _WRITES[verb](store, 1)
-        assert await _WRITES[verb](store, 0) == 1  # or True, which a delete answers
+        assert await _WRITES[verb](store, 0) == 1  # or True, the result of a delete
 
     # 30 -------------------------------------------------------------------------------------
 
@@ -208,7 +213,9 @@ class VersionContract:
         entity = await get_existing(store, "items", "a")
         assert typed(entity["version"]) == typed(15)
 
-    async def test_30_nor_the_check(self, store: StorageStrategy) -> None:
+    async def test_30_user_data_cannot_bypass_the_version_check(
+        self, store: StorageStrategy
+    ) -> None:
         await store.create_entity("items", _ENTITY)
         stale = {**_ENTITY, "version": 1}
         for expected in (0, 2, 7):
@@ -218,7 +225,7 @@ class VersionContract:
                 await store.update_entity("items", "a", stale, expected_version=expected)
         assert (await get_existing(store, "items", "a"))["version"] == 1
 
-    async def test_30_a_version_deeper_down_is_data(self, store: StorageStrategy) -> None:
+    async def test_30_a_nested_field_named_version_is_data(self, store: StorageStrategy) -> None:
         entity = {"item_id": "a", "data": {"version": "mine"}, "x": [{"version": 7}]}
         await store.save_entity("items", entity)
         assert typed(payload(await store.get_entity("items", "a"))) == typed(entity)
@@ -231,7 +238,7 @@ class VersionContract:
             assert await winners(store, "race", version, WRITERS) == [version + 1]
         assert (await get_existing(store, "counters", "race"))["version"] == ROUNDS + 1
 
-    async def test_31_whatever_the_verb(self, store: StorageStrategy) -> None:
+    async def test_31_one_winner_among_different_verbs(self, store: StorageStrategy) -> None:
         writes = [*_WRITES.values(), _in_transaction]
         for _ in range(ROUNDS // 4):
             version = await store.save_entity("items", _ENTITY)
@@ -241,24 +248,26 @@ class VersionContract:
             )
             errors = [each for each in results if isinstance(each, BaseException)]
             assert len(results) - len(errors) == 1
-            # After a delete that won, there is nothing that could have the version.
+            # After a successful delete the entity is missing.
             kinds = (ConcurrencyConflictError, EntityNotFoundError)
             assert [each for each in errors if not isinstance(each, kinds)] == []
 
-    async def test_31_at_the_seam(self, store: StorageStrategy) -> None:
-        """Batches of an engine that has several lanes, without the queue that orders each key."""
-        lanes = min(store.capabilities.write_concurrency, 8)
+    async def test_31_concurrent_write_each_calls(self, store: StorageStrategy) -> None:
+        """Concurrent `Engine.write_each` calls, without the queue that orders the writes of each key."""
+        concurrency = min(store.capabilities.write_concurrency, 8)
         await store.create_entity("counters", {"counter_id": "race"})
         for version in range(1, ROUNDS // 4 + 1):
             change = Patch(Key("counters", "race"), {"x": version}, utc_now(), version)
             outcomes = await asyncio.gather(
-                *(store._engine.write_each([change]) for _ in range(lanes))
+                *(store._engine.write_each([change]) for _ in range(concurrency))
             )
             won = [each for [each] in outcomes if each == version + 1]
             lost = [each for [each] in outcomes if isinstance(each, ConcurrencyConflictError)]
-            assert (len(won), len(lost)) == (1, lanes - 1)
+            assert (len(won), len(lost)) == (1, concurrency - 1)
 
-    async def test_31_over_two_stores(self, harness: Harness, store: StorageStrategy) -> None:
+    async def test_31_one_winner_among_two_stores(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
         if not is_shared(harness.capabilities):
             return
         await store.create_entity("counters", {"counter_id": "race"})
@@ -269,7 +278,9 @@ class VersionContract:
                 )
                 assert won[0] + won[1] == [version + 1]
 
-    async def test_31_between_processes(self, harness: Harness, store: StorageStrategy) -> None:
+    async def test_31_one_winner_among_processes(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
         url = _shared_url(harness)
         if url is None:
             return
@@ -277,7 +288,9 @@ class VersionContract:
         work = {"counter_id": "race", "rounds": ROUNDS, "writers": 12}
         results = await run_workers(url, *[("version-race", work)] * 4)
         won = sorted(each for result in results for each in result)
-        assert won == list(range(2, ROUNDS + 2)), "each version was made by one writer"
+        assert won == list(range(2, ROUNDS + 2)), (
+            "a version was produced by no writer or by several"
+        )
         assert (await get_existing(store, "counters", "race"))["version"] == ROUNDS + 1
 
     # 32 -------------------------------------------------------------------------------------
@@ -285,15 +298,15 @@ class VersionContract:
     async def test_32_a_compare_and_set_counter_keeps_every_increment(
         self, store: StorageStrategy
     ) -> None:
-        tasks, times = 8, 200
+        tasks, times = 8, repetitions(200)
         await store.create_entity("counters", {"counter_id": "sum", "n": 0})
-        await asyncio.gather(*(_count(store, times) for _ in range(tasks)))
+        await asyncio.gather(*(_increment_by_compare_and_set(store, times) for _ in range(tasks)))
         counter = await get_existing(store, "counters", "sum")
         assert (counter["n"], counter["version"]) == (tasks * times, tasks * times + 1)
 
     async def test_32_modify_entity_keeps_every_increment(self, store: StorageStrategy) -> None:
         async def increment(entity: dict[str, Any]) -> dict[str, Any]:
-            await asyncio.sleep(0)  # others get their chance between the read and the write
+            await asyncio.sleep(0)  # let other tasks run between the read and the write
             return {**entity, "n": entity["n"] + 1}
 
         await store.create_entity("counters", {"counter_id": "sum", "n": 0})
@@ -303,7 +316,9 @@ class VersionContract:
         counter = await get_existing(store, "counters", "sum")
         assert (counter["n"], counter["version"]) == (20, 21)
 
-    async def test_32_between_processes(self, harness: Harness, store: StorageStrategy) -> None:
+    async def test_32_no_increment_of_several_processes_is_lost(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
         url = _shared_url(harness)
         if url is None:
             return
@@ -346,7 +361,9 @@ class VersionContract:
             found = payload(await store.get_entity("items", entity_id))
             assert found == {"item_id": entity_id, "count": won[0]}
 
-    async def test_33_in_transactions(self, store: StorageStrategy) -> None:
+    async def test_33_concurrent_create_in_transactions_has_one_winner(
+        self, store: StorageStrategy
+    ) -> None:
         async def create(number: int) -> int:
             async with store.begin_transaction() as tx:
                 return await tx.create_entity("items", {"item_id": "one", "count": number})
@@ -361,7 +378,9 @@ class VersionContract:
             "count": won[0],
         }
 
-    async def test_33_between_processes(self, harness: Harness, store: StorageStrategy) -> None:
+    async def test_33_concurrent_create_in_processes_has_one_winner(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
         url = _shared_url(harness)
         if url is None:
             return
@@ -379,18 +398,20 @@ class VersionContract:
     # 34 -------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("verb", ["create", "save", "update", "delete", "transaction"])
-    async def test_34_a_write_is_no_conflict_with_itself(
+    async def test_34_a_lost_response_is_not_a_conflict(
         self, harness: Harness, store: StorageStrategy, verb: str
     ) -> None:
         if not isinstance(harness, DropsResponses):
-            pytest.skip("the harness cannot lose an answer: there is no network to lose it in")
+            pytest.skip("the harness cannot lose a response")
         before = {} if verb == "create" else {"a": await store.create_entity("items", _ENTITY)}
-        await store.get_entity("items", "a")  # connected, so that the write is the next request
+        await store.get_entity("items", "a")  # connects, so that the write is the next request
         harness.lose_next_answer()
         try:
             await _write_once(store, verb)
         except StorageError as exc:
-            assert exc.outcome_unknown, f"the write was carried out, and this denies it: {exc!r}"
+            assert exc.outcome_unknown, (
+                f"the write was applied, but the error reports that it was not: {exc!r}"
+            )
         found = await store.get_entity("items", "a")
         if verb == "delete":
             assert found is None
@@ -400,7 +421,7 @@ class VersionContract:
             assert found["version"] == before.get("a", 0) + 1
 
 
-def _judge_conflict(
+def _check_conflict(
     store: StorageStrategy,
     conflict: ConcurrencyConflictError,
     before: dict[str, Any],
@@ -418,14 +439,14 @@ def _judge_conflict(
 
 
 def _shared_url(harness: Harness) -> str | None:
-    """Where other processes find the data; None where the engine declares that they cannot."""
+    """The URL of the data for other processes; None if the engine does not declare multi_process."""
     url = harness.url()
     assert (url is not None) is harness.capabilities.multi_process
     return url
 
 
-async def _count(store: StorageStrategy, times: int) -> None:
-    """Add 1 so many times, by hand: read, and write only if nobody else did meanwhile."""
+async def _increment_by_compare_and_set(store: StorageStrategy, times: int) -> None:
+    """Add 1 `times` times: read, update with the version that was read, retry after a conflict."""
     while times:
         counter = await get_existing(store, "counters", "sum")
         n, version = counter["n"], counter["version"]

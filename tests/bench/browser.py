@@ -1,4 +1,4 @@
-"""A real browser without a window."""
+"""A headless browser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open a page; with no network, so that what it lacks is seen."""
+    """Open a page without a network, so that missing resources are noticed."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         if os.environ.get("HF_ASYNC_STORE_REQUIRE_ENGINES") == "all":

@@ -1,4 +1,4 @@
-"""What the tests of the harness share."""
+"""Fixtures of the tests of the benchmark harness."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def planted_engines_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Measure:
-    """A small run of some systems under some loads."""
+    """Runs a small benchmark of the given systems and workloads."""
 
     async def run(systems: list[SystemUnderTest], *loads: Load, **changed: Any) -> Results:
         settings = {"rounds": 3, "duration": 0.3, "steady": 1.0, **changed}

@@ -1,4 +1,4 @@
-"""Engines with a planted fault. Worker processes import this module by name."""
+"""Engines with an injected fault. Worker processes import this module by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def system(fault: str, role: Role = "strategy") -> SystemUnderTest:
 
 
 class Good(StoreAdapter):
-    """The memory engine as it is."""
+    """The unmodified memory engine."""
 
     kind: type[MemoryStorageStrategy] = MemoryStorageStrategy
 
@@ -49,7 +49,7 @@ class Slow(Good):
 
 
 class Stalling(Good):
-    """As fast as ever, but for a fifth of a second in each second nothing is answered."""
+    """Blocks for a fifth of each second, and is otherwise as fast as the memory engine."""
 
     async def save(self, machine: Entity) -> None:
         part = time.monotonic() % 0.5
@@ -59,7 +59,7 @@ class Stalling(Good):
 
 
 class Burning(Good):
-    """Computes for a millisecond at each save."""
+    """Uses a millisecond of processor time in each save."""
 
     async def save(self, machine: Entity) -> None:
         until = time.thread_time() + 0.001
@@ -69,7 +69,7 @@ class Burning(Good):
 
 
 class Hoarding(Good):
-    """Keeps a hundred kilobytes of each save."""
+    """Leaks a hundred kilobytes in each save."""
 
     async def save(self, machine: Entity) -> None:
         self.kept = [*getattr(self, "kept", []), bytearray(os.urandom(1) * 100_000)]
@@ -77,7 +77,7 @@ class Hoarding(Good):
 
 
 class _Losing(MemoryStorageStrategy):
-    """Acknowledges one save in a hundred without doing it."""
+    """Acknowledges one in a hundred saves without applying it."""
 
     seen = 0
 
@@ -94,7 +94,7 @@ class Losing(Good):
 
 
 class Lying(Good):
-    """Answers a get with another machine, now and then."""
+    """Occasionally returns another machine from a get."""
 
     asked = 0
 
@@ -106,7 +106,7 @@ class Lying(Good):
 
 
 class Refusing(Good):
-    """Refuses one save in a thousand."""
+    """Fails one in a thousand saves."""
 
     asked = 0
 
@@ -118,7 +118,7 @@ class Refusing(Good):
 
 
 class Dying(Good):
-    """Ends its process in the middle."""
+    """Ends its process during the run."""
 
     async def save(self, machine: Entity) -> None:
         raise SystemExit(3)

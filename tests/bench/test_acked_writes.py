@@ -1,4 +1,4 @@
-"""The oracle: what it forgives, and what it does not."""
+"""The check of acknowledged writes: accepted and reported deviations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noted(*ends: BaseException | None) -> AckedWrites:
         (RuntimeError("of a driver"), (0, 1)),
     ],
 )
-def test_how_a_write_ends_decides_what_it_counts_as(
+def test_the_outcome_of_a_write_determines_its_class(
     end: BaseException | None, counted: tuple[int, int]
 ) -> None:
     entry = noted(end)
@@ -46,7 +46,7 @@ def test_how_a_write_ends_decides_what_it_counts_as(
 @pytest.mark.parametrize(
     ("stored", "holds"), [(4, False), (5, True), (6, True), (7, False), (None, False), (5.0, False)]
 )
-def test_a_counter_lies_between_what_was_acknowledged_and_what_was_tried(
+def test_a_counter_is_between_acknowledged_and_attempted_increments(
     stored: object, holds: bool
 ) -> None:
     entry = noted(None, None, UNKNOWN, REFUSED)
@@ -55,7 +55,7 @@ def test_a_counter_lies_between_what_was_acknowledged_and_what_was_tried(
         assert (entry.wrong_version(stored, first=3) is None) is holds
 
 
-def test_what_is_lost_is_named() -> None:
+def test_lost_writes_are_named() -> None:
     acked = {"a": noted(None), "b": noted(None, None), "c": noted(REFUSED), "d": noted(UNKNOWN)}
     stored = {"a": None, "b": {"n": 1, "version": 1}, "c": {"n": 1, "version": 1}, "d": None}
     failures = lost_writes(acked, stored.items(), counter="n", first_version={})
@@ -66,7 +66,7 @@ def test_what_is_lost_is_named() -> None:
     assert lost_writes(acked, whole.items(), first_version={}) == []
 
 
-def test_what_several_processes_wrote_is_one_claim() -> None:
+def test_the_writes_of_several_processes_are_merged() -> None:
     entry = noted(None, UNKNOWN)
     entry.add(noted(None, None))
     assert (entry.acknowledged, entry.unknown, entry.tried) == (3, 1, 4)

@@ -1,4 +1,4 @@
-"""Baselines and competitors do the work that a store is compared with, and lose none of it."""
+"""Baselines and competitors do the same work as a store, and lose no write."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_async_store_bench.worker_group import SkippedError
 COUNT = 40
 
 
-# Competitors warn of themselves.
+# Competitors emit warnings of their own.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [each.name for each in (*BASELINES, *COMPETITORS)])
-async def test_it_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
+async def test_a_baseline_stores_its_writes(tmp_path: Path, name: str) -> None:
     system = named(name)
     if why := missing(system):
         pytest.skip(why)
@@ -43,7 +43,7 @@ async def test_it_keeps_what_it_is_given(tmp_path: Path, name: str) -> None:
 
 
 async def _worked(one: Any) -> dict[int, int]:
-    """Everything that it can do, several tasks at once; the counts that are then stored."""
+    """Run all operations with several concurrent tasks; returns the expected counts."""
     expected: dict[int, int] = {}
     if hasattr(one, "get"):
         for found in await asyncio.gather(*(one.get(machine_id(each)) for each in range(COUNT))):
@@ -85,11 +85,10 @@ async def _worked(one: Any) -> dict[int, int]:
     return expected
 
 
-def test_every_baseline_says_how_it_is_made() -> None:
+def test_every_baseline_has_a_description() -> None:
     for each in BASELINES:
         made = each.load().__dict__["__doc__"]
         assert made, each.name
         assert made.endswith("."), each.name
-    assert (
-        named("SQLAlchemy Core on aiosqlite each").load().__doc__.startswith("create_async_engine")
-    )
+    core = named("SQLAlchemy Core on aiosqlite each").load()
+    assert core.__doc__.startswith("create_async_engine")

@@ -1,4 +1,4 @@
-"""`hf-async-store bench` and `advise`, as a user calls them."""
+"""The commands `hf-async-store bench` and `advise`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_run_writes_its_report_and_two_can_be_compared(tmp_path: Path) -> None
     assert {json.loads(each)["system"] for each in lines} == {"json split", "group commit by hand"}
 
 
-def test_a_store_of_a_url_is_measured_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_a_store_given_by_url_is_measured_in_a_separate_folder(tmp_path: Path) -> None:
     done = called(
         "bench", *SMALL, "--only", "memory", "--workload", "get", "--json",
         "--store", "json:{folder}/mine.json?cache_size=0", "--output", str(tmp_path / "report"),
@@ -74,7 +74,7 @@ def test_a_store_of_a_url_is_measured_in_a_folder_of_its_own(tmp_path: Path) -> 
         (["--short", "--full"], "not allowed with"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(
+def test_errors_are_reported_in_one_line(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *words]) == 2
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_told_in_one_line(
     assert len(told.splitlines()) == 1
 
 
-def test_a_file_that_is_no_result_is_refused(
+def test_a_file_that_is_not_a_result_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.json"
@@ -114,7 +114,7 @@ def advice(*candidates: recommend.Candidate, entities: int = 10) -> recommend.Ad
     return found
 
 
-def test_what_needs_less_wins_if_it_is_nearly_as_fast() -> None:
+def test_the_simpler_engine_wins_if_it_is_nearly_as_fast() -> None:
     close = advice(candidate("json", 80), candidate("sqlite", 90), candidate("postgresql", 100))
     assert close.engine == "json"
     far = advice(candidate("json", 10), candidate("sqlite", 90), candidate("postgresql", 100))
@@ -124,14 +124,14 @@ def test_what_needs_less_wins_if_it_is_nearly_as_fast() -> None:
     assert "5 times" in " ".join(best.reasons)
 
 
-def test_what_does_not_fit_is_not_recommended() -> None:
+def test_unsuitable_engines_are_not_recommended() -> None:
     found = advice(candidate("json", 100, "would take 900 GB of memory"), candidate("sqlite", 10))
     assert found.engine == "sqlite"
     assert advice(candidate("json", 100, "no")).engine is None
     assert "no engine" in recommend.as_text(advice(candidate("json", 100, "no")))
 
 
-def test_figures_stand_behind_the_advice() -> None:
+def test_the_advice_contains_its_figures() -> None:
     told = recommend.as_text(
         advice(candidate("json", 1234), candidate("dynamodb", 200), entities=10**6)
     )
@@ -158,7 +158,7 @@ def test_advise_measures_and_recommends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_short_run_has_the_sides_that_it_names() -> None:
+def test_the_short_run_uses_known_systems() -> None:
     from hf_async_store_bench.systems import _ONLY_FULL, ALL, SHORT_SYSTEMS
 
     assert set(_ONLY_FULL) <= {each.name for each in ALL}
@@ -168,7 +168,7 @@ def test_the_short_run_has_the_sides_that_it_names() -> None:
 
 
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_end_in_the_middle_stops_what_it_started(
+def test_an_interrupted_run_stops_its_processes(
     tmp_path: Path, ending: signal.Signals, code: int
 ) -> None:
     command = [
@@ -196,7 +196,7 @@ def test_an_end_in_the_middle_stops_what_it_started(
 
 
 def _child_of(pid: int, name: str, seconds: float = 30) -> int | None:
-    """A process of that name below another, as soon as there is one."""
+    """Wait for a child process with this name in its command line; returns its id."""
     until = time.monotonic() + seconds
     while True:
         table = subprocess.run(

@@ -1,4 +1,4 @@
-"""Stores are filled once; what writes gets a copy; servers are left as they were."""
+"""Stores are filled once; writing workloads use a copy; servers are restored."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ async def test_engines_on_servers_are_read_and_written(measure: Measure, name: s
     assert results.skipped == []
     saves = results.cell(name, SAVE.name)
     assert saves is not None
-    # Each machine has gone to a disk, a log or a server, whole or in what changed.
+    # Each machine was written to a disk, a log or a server, completely or as a change.
     assert saves.written is not None
     assert saves.written > 100
 
 
-def test_what_a_connection_sent_is_counted() -> None:
+def test_bytes_sent_by_a_connection_are_counted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         with socket.create_connection(server.getsockname()) as one:
             other, _ = server.accept()
@@ -65,7 +65,7 @@ def test_what_a_connection_sent_is_counted() -> None:
             other.close()
 
 
-def test_ends_come_first_then_the_middle() -> None:
+def test_sweeps_begin_with_both_ends() -> None:
     assert ends_first([100, 1000, 10_000, 100_000, 1_000_000]) == [
         100,
         1_000_000,
@@ -77,7 +77,7 @@ def test_ends_come_first_then_the_middle() -> None:
     assert ends_first([1]) == [1]
 
 
-async def test_every_load_has_a_round_before_one_has_many(measure: Measure) -> None:
+async def test_every_workload_has_one_round_before_any_has_many(measure: Measure) -> None:
     loads = [Load(workload=each, tasks=2, entities=300) for each in ("save", "get", "mixed")]
     results = await measure(
         [system("Good")], *loads, rounds=1000, duration=0.05, steady=0.0, budget=6.0
@@ -89,7 +89,7 @@ async def test_every_load_has_a_round_before_one_has_many(measure: Measure) -> N
     assert results.seconds < 20
 
 
-async def test_time_that_is_left_goes_to_what_is_unsure(measure: Measure) -> None:
+async def test_remaining_time_is_used_for_uncertain_results(measure: Measure) -> None:
     results = await measure(
         [system("Good")], SAVE, GET, rounds=2, duration=0.05, steady=0.0, budget=60.0, again=True
     )
@@ -97,7 +97,7 @@ async def test_time_that_is_left_goes_to_what_is_unsure(measure: Measure) -> Non
     assert max(len(cell.rounds) for cell in results.cells) <= 8
 
 
-async def test_a_competitor_that_loses_writes_is_skipped_and_told(measure: Measure) -> None:
+async def test_a_competitor_that_loses_writes_is_skipped_and_reported(measure: Measure) -> None:
     losing = system("Losing", role="competitor")
     results = await measure([system("Good"), losing], SAVE, rounds=2, steady=0.0)
     assert results.failures == []
@@ -105,7 +105,7 @@ async def test_a_competitor_that_loses_writes_is_skipped_and_told(measure: Measu
     assert "acknowledged" in next(each.why for each in results.skipped)
 
 
-def test_what_need_not_be_durable_is_told_to_the_engines(tmp_path: Path) -> None:
+def test_workloads_without_durability_configure_the_engines(tmp_path: Path) -> None:
     for durable, said in ((False, "synchronous=NORMAL"), (True, "store.sqlite")):
         with Environments(durable=durable, folder=str(tmp_path)) as environments:
             (sqlite,) = [each for each in chosen(["sqlite"]) if each.name == "sqlite"]

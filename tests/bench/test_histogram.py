@@ -1,4 +1,4 @@
-"""What the report relies on: at most 1 in 128 above what was recorded, and never below."""
+"""Recorded values are reported at most 1/128 too high, and never too low."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recorded(values: list[int]) -> Histogram:
 def test_percentiles_are_those_of_the_values(values: list[int], share: float) -> None:
     histogram = recorded(values)
     found = histogram.percentile(share) * 1e9
-    # Which of two neighbours a share between them stands for is the library's own choice.
+    # Which of two adjacent values a percentile between them returns is up to the library.
     rank = share * len(values)
     low, high = (
         sorted(values)[max(0, min(len(values), each) - 1)]
@@ -35,16 +35,16 @@ def test_percentiles_are_those_of_the_values(values: list[int], share: float) ->
 
 
 @given(st.lists(VALUES), st.lists(VALUES))
-def test_two_together_are_one_of_both(ones: list[int], others: list[int]) -> None:
+def test_histograms_are_merged(ones: list[int], others: list[int]) -> None:
     first = recorded(ones)
-    first.add(Histogram(recorded(others).encoded()))  # by way of another process
+    first.add(Histogram(recorded(others).encoded()))  # sent through another process
     both = recorded([*ones, *others])
     assert first.count == both.count
     for share in (0.5, 0.99, 1.0):
         assert first.percentile(share) == both.percentile(share)
 
 
-def test_what_lies_outside_is_counted_at_the_end() -> None:
+def test_values_outside_the_range_are_counted() -> None:
     assert recorded([-5, 10**18]).count == 2
 
 

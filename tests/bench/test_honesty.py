@@ -1,4 +1,4 @@
-"""The harness sees what is wrong with an engine: each fault is planted and has to be found."""
+"""The harness detects faulty engines: each injected fault must be reported."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from hf_async_store_bench.systems import chosen
 SAVE = Load(workload="save", tasks=8, entities=1000)
 
 
-async def test_a_slow_engine_is_seen_in_throughput_and_in_latency(measure: Measure) -> None:
+async def test_a_slow_engine_has_lower_throughput_and_higher_latency(measure: Measure) -> None:
     results = await measure([system("Good"), system("Slow")], SAVE)
     good, slow = (results.cell(each, SAVE.name) for each in ("Good", "Slow"))
     assert good is not None
     assert slow is not None
     assert results.failures == []
-    # Eight tasks that wait a millisecond each: 8,000 a second at the very most.
+    # Eight tasks that wait a millisecond each do at most 8,000 operations per second.
     assert slow.rate < 8000
     assert good.rate > 1.5 * slow.rate
     assert slow.calm.percentile(0.5) > 0.001
 
 
-async def test_a_stall_is_seen_in_the_tail_with_everything_that_it_kept_waiting(
+async def test_a_stall_affects_the_latency_of_all_waiting_operations(
     measure: Measure,
 ) -> None:
     results = await measure([system("Good"), system("Stalling")], SAVE, rate=500.0)
@@ -31,15 +31,15 @@ async def test_a_stall_is_seen_in_the_tail_with_everything_that_it_kept_waiting(
     assert good is not None
     assert stalling is not None
     assert results.failures == []
-    # Two fifths of what was due fell into a stall of a fifth of a second. In a closed loop only
-    # those eight that were under way would have shown it.
+    # Two fifths of the scheduled operations fell into a stall of a fifth of a second. In a closed loop
+    # only the eight running operations would have been affected.
     assert stalling.calm.percentile(0.9) > 0.1
     assert stalling.calm.percentile(0.99) > 0.17
     assert good.calm.percentile(0.9) < 0.1
     assert stalling.rate < 0.9 * good.rate
 
 
-async def test_what_an_engine_computes_and_keeps_is_seen(measure: Measure) -> None:
+async def test_processor_time_and_memory_are_measured(measure: Measure) -> None:
     systems = [system(each) for each in ("Good", "Burning", "Hoarding")]
     results = await measure(systems, SAVE, steady=0.0, duration=0.2)
     good, burning, hoarding = (results.cell(each.name, SAVE.name) for each in systems)
@@ -50,7 +50,7 @@ async def test_what_an_engine_computes_and_keeps_is_seen(measure: Measure) -> No
     assert burning.processor > 0.001
     assert good.processor < 0.5 * burning.processor
     saved = [sum(each.units for each in hoarding.rounds[: n + 1]) for n in range(3)]
-    # The median of three rounds is what the process held after the second.
+    # The median of three rounds is the memory of the process after the second one.
     assert hoarding.memory > 0.9 * 100_000 * saved[1]
     assert hoarding.memory > good.memory + 5e6
 
@@ -74,7 +74,7 @@ async def test_a_run_against_a_broken_engine_fails(
     assert not [each for each in results.failures if each.startswith("Good")]
 
 
-async def test_every_workload_holds_on_an_engine_and_is_really_done(measure: Measure) -> None:
+async def test_every_workload_passes_and_does_its_work(measure: Measure) -> None:
     from hf_async_store_bench.workloads import WORKLOADS
 
     loads = [
@@ -109,7 +109,7 @@ async def test_several_processes_write_and_all_of_it_is_verified(measure: Measur
     assert counted.rounds[0].operations > 3
 
 
-async def test_what_cannot_be_measured_is_left_out_by_name(measure: Measure) -> None:
+async def test_unmeasurable_systems_are_skipped_by_name(measure: Measure) -> None:
     load = Load(workload="save", tasks=2, processes=2, entities=100)
     missing = system("Good")
     absent = type(missing)(

@@ -1,4 +1,4 @@
-"""The open loop counts from when an operation was due; the closed loop goes as fast as it can."""
+"""The open loop measures from the scheduled time of an operation; the closed loop runs at full speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_async_store_bench.load_generator import closed_loop, open_loop
 
 
 class Work:
-    """Takes so long each time; once, everything stands still."""
+    """An operation with a fixed duration, and a single stall of the event loop."""
 
     def __init__(self, seconds: float = 0.0, stall: float = 0.0) -> None:
         self.seconds = seconds
@@ -22,13 +22,13 @@ class Work:
         self.slots.add(slot)
         self.done += 1
         if self.stall and self.done == 50:
-            time.sleep(self.stall)  # holds the loop, as a blocking engine does
+            time.sleep(self.stall)  # blocks the event loop, like a blocking engine
         await asyncio.sleep(self.seconds)
         self.slots.remove(slot)
         return 3
 
 
-async def test_the_open_loop_does_all_that_is_due() -> None:
+async def test_the_open_loop_runs_all_scheduled_operations() -> None:
     work = Work(0.001)
     stats = await open_loop(work.one, slots=16, seconds=0.5, rate=200)
     assert work.done == stats.operations == stats.latencies.count == 100
@@ -38,7 +38,7 @@ async def test_the_open_loop_does_all_that_is_due() -> None:
     assert stats.latencies.percentile(0.5) < 0.1
 
 
-async def test_what_a_stall_kept_waiting_shows_in_the_open_loop() -> None:
+async def test_the_open_loop_measures_operations_delayed_by_a_stall() -> None:
     work = Work(stall=0.3)
     stats = await open_loop(work.one, slots=16, seconds=1.0, rate=200)
     assert stats.operations == 200
@@ -47,15 +47,15 @@ async def test_what_a_stall_kept_waiting_shows_in_the_open_loop() -> None:
     assert stats.latencies.highest > 0.28
 
 
-async def test_a_store_that_falls_behind_cannot_hide_it() -> None:
+async def test_a_store_that_cannot_keep_up_is_reported() -> None:
     stats = await open_loop(Work(0.05).one, slots=1, seconds=0.5, rate=100)
-    # 20 a second are done of 100: the round is broken off, and what waits is counted.
+    # 20 of 100 operations per second are done: the round is aborted, and waiting operations are counted.
     assert stats.unserved > 5
     assert stats.operations + stats.unserved == stats.latencies.count == 50
     assert stats.latencies.percentile(0.9) > 0.5
 
 
-async def test_the_closed_loop_counts_what_failed_apart() -> None:
+async def test_the_closed_loop_counts_failures_separately() -> None:
     class Failing(Work):
         async def one(self, slot: int) -> int:
             await super().one(slot)

@@ -1,4 +1,4 @@
-"""The report, from a real run: the page in a real browser, Markdown, JSON, PNG."""
+"""The report of a real run: the page in a real browser, Markdown, JSON, PNG."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_all_files_are_there(written: dict[str, Path], results: Results) -> None
     assert Results.read(written["report.json"]) == results
 
 
-def test_the_page_needs_nothing_from_outside(written: dict[str, Path]) -> None:
+def test_the_page_loads_no_external_resources(written: dict[str, Path]) -> None:
     page = written["report.html"].read_text()
     assert not re.search(r"<(script|link|img|iframe)|@import|src=", page)
-    # What a drawing refers to is in itself; names of XML are no addresses.
+    # References inside a drawing are local; XML namespaces are not addresses.
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
     assert set(re.findall(r"https?://([^\"'/<\s]+)", page)) == {"www.w3.org"}
     assert "<b>&" not in page
@@ -89,20 +89,20 @@ class _Balanced(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: object) -> None:
-        """It is closed at once."""
+        """The tag is self-closing."""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
-def test_the_users_question_comes_first_and_our_targets_last(written: dict[str, Path]) -> None:
+def test_the_recommendation_comes_first_and_the_targets_last(written: dict[str, Path]) -> None:
     page = written["report.html"].read_text()
     heads = re.findall(r"<h2>(.*?)</h2>", page)
     assert heads[0] == "Which engine is fast enough?"
     assert heads[-1] == "Our own targets"
     first = page[page.index(heads[0]) : page.index(heads[1])]
     assert first.count("<svg") == len(SETTINGS.loads)
-    # What this small run has not measured is one list, and folded.
+    # Figures that this small run has not measured are in one collapsed list.
     assert page.count("not in this run") == page[page.index("What was not measured") :].count(
         "not in this run"
     )
@@ -133,7 +133,7 @@ def test_a_browser_shows_the_page(written: dict[str, Path], tmp_path: Path, widt
     with Image.open(picture) as image:
         assert image.size == (width, 2400)
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**24) or []}
-    # The dots of two engines, and the green of a verdict, are really painted.
+    # The dots of two engines and the green of a verdict are visible.
     assert {(95, 99, 104), (86, 180, 233), (232, 245, 236)} <= colours
 
 
@@ -154,7 +154,7 @@ def test_names_and_numbers_are_in_the_drawings(results: Results) -> None:
                 assert shown(cell.rate) in svg
 
 
-def test_growth_has_an_exponent_and_says_what_it_left_out(results: Results) -> None:
+def test_growth_has_an_exponent(results: Results) -> None:
     saves = next(each for each in results.sweeps if each.workload == "save")
     assert {each.system for each in saves.curves} == {"memory", "json split"}
     for curve in saves.curves:

@@ -1,4 +1,4 @@
-"""Scenarios give figures with their bounds, each from processes of its own."""
+"""Scenarios return figures with confidence bounds, measured in separate processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["event loop", "opening", "memory", "migration memory"])
-async def test_a_scenario_of_json_gives_figures(measure: Measure, name: str) -> None:
+async def test_a_json_scenario_returns_figures(measure: Measure, name: str) -> None:
     results = await measure([named("json")], scenarios=(name,))
     assert results.failures == []
     assert results.skipped == []
@@ -36,7 +36,7 @@ async def test_a_scenario_of_json_gives_figures(measure: Measure, name: str) -> 
     assert any(each.target for each in results.figures)
 
 
-async def test_a_backup_is_held_against_compressing_the_same(measure: Measure) -> None:
+async def test_a_backup_is_compared_with_plain_compression(measure: Measure) -> None:
     results = await measure(
         [named("json"), named("sqlite")], scenarios=("backup", "backup of sqlite")
     )
@@ -44,7 +44,7 @@ async def test_a_backup_is_held_against_compressing_the_same(measure: Measure) -
     assert {each.engine for each in results.figures} == {"json", "sqlite"}
 
 
-def test_of_two_sizes_the_larger_counts_in_parts_of_the_smaller() -> None:
+def test_the_larger_of_two_sizes_is_scaled_to_the_smaller() -> None:
     one = Measurement(what="peak", samples=[10.0], unit="MB", at_most=1.2)
     more = msgspec.structs.replace(one, samples=[15.0])
     (figure,) = targets.scenario_figures(
@@ -54,20 +54,20 @@ def test_of_two_sizes_the_larger_counts_in_parts_of_the_smaller() -> None:
     assert "200 against 100 machines" in figure.what
 
 
-async def test_a_scenario_that_breaks_is_a_failure(
+async def test_a_scenario_that_raises_is_a_failure(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SCENARIOS, "gone", SCENARIOS["opening"])  # the worker does not know it
+    monkeypatch.setitem(SCENARIOS, "gone", SCENARIOS["opening"])  # the worker does not have it
     results = await measure([named("json")], scenarios=("gone",))
     assert any("KeyError" in each for each in results.failures)
 
 
-async def test_what_there_is_no_time_for_is_skipped(measure: Measure) -> None:
+async def test_scenarios_beyond_the_time_budget_are_skipped(measure: Measure) -> None:
     results = await measure([named("json")], scenarios=("memory",), budget=1.0)
     assert [each.what for each in results.skipped] == ["scenario memory"]
 
 
-def test_every_scenario_is_of_a_system_that_there_is(tmp_path: Path) -> None:
+def test_every_scenario_has_a_known_system(tmp_path: Path) -> None:
     for each in SCENARIOS.values():
         assert named(each.system).role == "strategy"
     assert scenarios.SCENARIOS is executor.SCENARIOS

@@ -1,4 +1,4 @@
-"""The intervals hold what they say, and a comparison tells noise from a change."""
+"""Confidence intervals contain the true value, and a comparison distinguishes changes from noise."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def rounds(rate: float, noise: float, count: int = 5) -> list[float]:
     return [rate * math.exp(CHANCE.gauss(0, noise)) for _ in range(count)]
 
 
-def test_an_interval_of_five_rounds_holds_the_truth_nearly_always() -> None:
+def test_an_interval_of_five_rounds_nearly_always_contains_the_true_value() -> None:
     held = 0
     for _ in range(150):
-        slow = [CHANCE.gauss(0, 0.2) for _ in range(5)]  # of the machine: it hits both sides
+        slow = [
+            CHANCE.gauss(0, 0.2) for _ in range(5)
+        ]  # noise of the machine, which affects both sides
         ones = [
             2 * rate * math.exp(each) for rate, each in zip(rounds(100, 0.05), slow, strict=True)
         ]
@@ -31,17 +33,17 @@ def test_an_interval_of_five_rounds_holds_the_truth_nearly_always() -> None:
         assert found is not None
         held += found.low <= 2 <= found.high
         assert found.high / found.low < 1.6
-    assert held >= 133  # 95 % of 150, less what chance takes
+    assert held >= 133  # 95 % of 150, minus random variation
 
 
-def test_the_same_code_is_hardly_ever_called_changed() -> None:
+def test_the_same_code_is_rarely_reported_as_changed() -> None:
     old, new = (run({f"s{each}": rounds(100, 0.04) for each in range(60)}) for _ in range(2))
     changed = [each for each in differences(old, new) if each.word != "same within the noise"]
     assert len(changed) <= 6
 
 
 @pytest.mark.parametrize(("factor", "word"), [(0.8, "slower"), (1.25, "faster")])
-def test_a_change_beyond_the_noise_is_told(factor: float, word: str) -> None:
+def test_a_change_beyond_the_noise_is_reported(factor: float, word: str) -> None:
     old = run({f"s{each}": rounds(100, 0.02) for each in range(20)})
     new = run({f"s{each}": rounds(100 * factor, 0.02) for each in range(20)})
     found = differences(old, new)
@@ -49,7 +51,7 @@ def test_a_change_beyond_the_noise_is_told(factor: float, word: str) -> None:
     assert as_table(found).rows[0][-1] == word
 
 
-def test_a_small_change_is_not_told_however_sure_it_is() -> None:
+def test_a_small_significant_change_is_not_reported() -> None:
     old, new = run({"s": [100.0] * 5}), run({"s": [102.0] * 5})
     assert differences(old, new)[0].word == "same within the noise"
 
@@ -61,13 +63,13 @@ def test_one_round_proves_nothing() -> None:
     assert ratio_of_pairs([], []) is None
 
 
-def test_the_drift_of_the_machine_is_what_the_baselines_did() -> None:
+def test_the_drift_of_the_machine_is_measured_by_the_baselines() -> None:
     old = run({"baseline": [100.0] * 3}, role="baseline")
     new = run({"baseline": [50.0] * 3}, role="baseline")
     assert drift(differences(old, new)) == pytest.approx(0.5)
 
 
-def test_other_knobs_are_not_compared() -> None:
+def test_runs_with_different_settings_are_not_compared() -> None:
     old, new = run({"s": [1.0] * 3}), run({"s": [1.0] * 3}, entities=5)
     assert differences(old, new) == []
 

@@ -1,4 +1,4 @@
-"""Two commits: a planted slowdown is found, noise is not told, and git is left as it was."""
+"""Comparison of two commits: a slowdown is detected, noise is not reported, and git is not changed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def git(repository: Path, *words: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The product in a repository of its own; its second commit saves more slowly."""
+    """The product in a separate repository, whose second commit has slower saves."""
     folder = tmp_path / "repository"
     product = Path(str(hf_async_store.__file__)).parent
     shutil.copytree(
@@ -56,7 +56,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(280)
-def test_a_slowdown_is_found_and_the_repository_left_as_it_was(repository: Path) -> None:
+def test_a_slowdown_is_found_and_the_repository_is_not_changed(repository: Path) -> None:
     command = [
         sys.executable, "-m", "hf_async_store_bench.two_commits", "HEAD~1", "--only", "json",
         "--workload", "save", "--visits", "3", "--duration", "0.4",
@@ -71,7 +71,7 @@ def test_a_slowdown_is_found_and_the_repository_left_as_it_was(repository: Path)
     assert git(repository, "status", "--short") == ""
 
 
-def test_a_commit_that_is_none_is_told_by_git(repository: Path) -> None:
+def test_an_unknown_commit_is_reported_by_git(repository: Path) -> None:
     command = [sys.executable, "-m", "hf_async_store_bench.two_commits", "no-such-commit"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -97,16 +97,18 @@ def change(first: float, second: float | None, half: float = 0.05) -> Change:
         (0.8, None, "same within the noise"),
     ],
 )
-def test_a_change_has_to_show_twice(first: float, second: float | None, verdict: str) -> None:
+def test_a_change_must_be_confirmed_by_a_second_measurement(
+    first: float, second: float | None, verdict: str
+) -> None:
     assert change(first, second).verdict == verdict
 
 
-def test_what_is_measured_again_looks_like_a_change() -> None:
+def test_only_apparent_changes_are_measured_again() -> None:
     assert change(0.8, None).is_suspect
     assert not change(0.98, None).is_suspect  # inside of the interval
-    assert not change(0.98, None, half=0.001).is_suspect  # sure, and too little
+    assert not change(0.98, None, half=0.001).is_suspect  # significant, but too small
 
 
-def test_what_changed_comes_first() -> None:
+def test_changes_are_listed_first() -> None:
     table = as_table([change(1.0, None), change(1.2, 1.2), change(0.8, 0.8)])
     assert [each[-1] for each in table.rows] == ["SLOWER", "faster", "same within the noise"]

@@ -1,4 +1,4 @@
-"""How tests run a command as a process of its own, and what they look at."""
+"""Runs a command in a separate process, and collects its results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PROGRAM = [sys.executable, "-m", "hf_async_store"]
 
 
 def absolute(path: str) -> str:
-    """A path as the store names it: whoever reads a message may be in another folder."""
+    """The absolute path, as messages contain it: the reader may have another working directory."""
     return str(Path(path).absolute())
 
 
 class Ran(NamedTuple):
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -32,7 +32,7 @@ class Ran(NamedTuple):
 
     @property
     def message(self) -> str:
-        """The one line that it said on stderr."""
+        """The single line that it printed on stderr."""
         [line] = self.err.splitlines()
         assert line.startswith("hf-async-store: ")
         return line.removeprefix("hf-async-store: ")
@@ -47,7 +47,7 @@ def shell(
     environment: Mapping[str, str] | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> Ran:
-    """Run a command as a process of its own."""
+    """Run a command in a separate process."""
     done = subprocess.run(
         [*program, *words],
         input=stdin,

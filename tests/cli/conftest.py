@@ -1,4 +1,4 @@
-"""The command line as tests drive it: mostly in this process."""
+"""Fixtures to run the command line, mostly in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Stdin(io.TextIOWrapper):
-    """What is typed or piped in."""
+    """Standard input with the given text."""
 
     def __init__(self, data: bytes | None) -> None:
         super().__init__(io.BytesIO(data or b""))
@@ -39,7 +39,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process; `stdin=None` is a terminal at which nobody types."""
+    """Run a command in this process; `stdin=None` is a terminal without input."""
 
     def run(*words: str, stdin: bytes | None = None) -> Ran:
         with _Stdin(stdin) as typed:
@@ -81,6 +81,6 @@ def full_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def filled(cli: Cli, full_folder: Path) -> Cli:
-    """Commands on a store with something in it."""
+    """Runs commands on a store with some entities."""
     shutil.copytree(full_folder, "data")
     return cli

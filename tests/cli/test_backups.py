@@ -1,4 +1,4 @@
-"""backup, restore, backups: what is kept, and what comes back, also to a damaged store."""
+"""backup, restore, backups: which data are kept and restored, also into a damaged store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def content(path: str | Path) -> Any:
 
 
 def state(cli: Cli, *words: str) -> dict[str, dict[str, Any]]:
-    """The store by collection and id, without what the store itself sets."""
+    """The entities by collection and id, without the fields that the store sets."""
     own = ("version", "updated_at")
     return {
         name: {
@@ -47,8 +47,8 @@ def test_backup_to_a_new_file(filled: Cli) -> None:
     assert [each.name for each in Path("kept").iterdir()] == ["before.json"]
 
 
-def test_backup_holds_what_the_journal_holds(filled: Cli) -> None:
-    # A store with another process in it is not folded at close.
+def test_backup_contains_the_commits_of_the_journal(filled: Cli) -> None:
+    # A store that another process has open is not compacted at close.
     code = (
         "import asyncio\nfrom hf_async_store import open_store\n"
         "async def main():\n"
@@ -93,7 +93,7 @@ def test_backup_never_overwrites(filled: Cli) -> None:
     filled("backup", "--copy", "b.json")
     ran = filled("backup", "--copy", "b.json")
     assert ran.code == 2
-    assert ran.message == "b.json is there already; a backup needs a new name"
+    assert ran.message == "b.json exists already; a backup needs a new name"
 
 
 def test_backup_of_split_files(cli: Cli) -> None:
@@ -116,17 +116,17 @@ def test_backup_of_compressed_files_is_named_so(cli: Cli) -> None:
     assert cli("count", "templates", "--store", url).out == "1\n"
 
 
-def test_a_destination_that_cannot_be(filled: Cli) -> None:
+def test_an_invalid_destination(filled: Cli) -> None:
     ran = filled("backup", "--copy", "data/db.json/b.json")
     assert ran.code == 4
     assert "cannot write data/db.json/b.json: " in ran.message
     assert ran.message.endswith(
-        "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+        "there is a file where a folder is needed, or the reverse: correct the path, or move the file"
     )
 
 
-def test_backups_under_load_are_whole(workplace: Path) -> None:
-    """Transactions over two files go on, and the journal is folded all the time."""
+def test_backups_under_load_are_consistent(workplace: Path) -> None:
+    """Backups are consistent during transactions over two files and continuous compactions."""
     code = (
         "import asyncio, itertools\nfrom hf_async_store import open_store\n"
         "async def main():\n"
@@ -175,7 +175,7 @@ def test_restore(filled: Cli) -> None:
     assert state(filled) == before
     versions = {row["machine_id"]: row["version"] for row in filled("query", "machines").rows}
     assert versions == {"m-1": 3, "m-2": 1, "m-3": 1}
-    # What was there before can be had again.
+    # The previous contents can be restored, too.
     assert done["before"].startswith(absolute("data/replaced_2"))
     assert filled("restore", done["before"]).code == 0
     assert filled("get", "machines", "m-1").rows[0]["status"] == "GONE"
@@ -198,13 +198,13 @@ def test_restore_split_files_and_back(cli: Cli) -> None:
     assert cli("get", "machines", "m-1", *SPLIT).rows[0]["n"] == 2
 
 
-def test_restore_what_is_there_already(filled: Cli) -> None:
+def test_restore_of_the_current_contents(filled: Cli) -> None:
     filled("backup", "--copy", "b.json")
     assert filled("restore", "b.json").rows[0]["before"] is None
     assert filled("get", "machines", "m-1").rows[0]["version"] == 1
 
 
-def test_restore_where_nothing_is_left(filled: Cli) -> None:
+def test_restore_into_an_empty_folder(filled: Cli) -> None:
     before = state(filled)
     filled("backup", "--copy", "b.json")
     for each in Path("data").iterdir():
@@ -239,7 +239,7 @@ def test_restore_one_file_of_several(filled: Cli) -> None:
     assert filled("get", "requests", "r-1", *SPLIT).rows[0]["status"] == "LATER"
 
 
-def test_nothing_is_written_beside_a_backup(filled: Cli) -> None:
+def test_a_restore_writes_nothing_beside_the_backup(filled: Cli) -> None:
     filled("backup", "--copy", "kept/b.json")
     filled("restore", "kept/b.json")
     assert [each.name for each in Path("kept").iterdir()] == ["b.json"]
@@ -247,7 +247,7 @@ def test_nothing_is_written_beside_a_backup(filled: Cli) -> None:
 
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("role", ["source", "target"])
-def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
+def test_a_migration_record_in_a_backup_is_not_followed(
     filled: Cli, role: str, damaged: bool
 ) -> None:
     other = f"sqlite:{Path('planted.db').absolute()}"
@@ -275,13 +275,17 @@ def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
         (
             b'{"machines": {"m-1":',
             4,
-            "b.json is not a valid backup: b.json is not what it should be",
+            "b.json is not a valid backup: b.json is not a valid JSON object",
         ),
         (b'{"machines": {"m-1": 5}}', 4, "b.json is not a valid backup: machines 'm-1' "),
         (b'{"machines": {"m-1": {"a": "\xff"}}}', 4, "b.json is not a valid backup: "),
-        (b"[]", 4, "b.json is not a valid backup: b.json is not what it should be, a JSON object"),
+        (b"[]", 4, "b.json is not a valid backup: b.json is not a valid JSON object"),
         (b"", 4, "b.json is not a valid backup: "),
-        (b'{"storage": {}}', 2, "it holds 'storage', and none of templates, requests, machines"),
+        (
+            b'{"storage": {}}',
+            2,
+            "it holds 'storage', but none of the collections templates, requests, machines",
+        ),
         (
             b'{"machines": {"m-1": {"status": 5}}}',
             2,
@@ -290,13 +294,11 @@ def test_what_a_backup_says_of_a_live_move_is_not_obeyed(
         (
             b'{"machines": {"m-1": {"request_id": "r-9"}}}',
             3,
-            "request_id names 'r-9', which requests does not have",
+            "request_id refers to 'r-9', which does not exist in requests",
         ),
     ],
 )
-def test_a_backup_that_is_no_good_changes_nothing(
-    filled: Cli, text: bytes, code: int, told: str
-) -> None:
+def test_an_invalid_backup_changes_nothing(filled: Cli, text: bytes, code: int, told: str) -> None:
     before = filled("query", "machines").rows
     Path("b.json").write_bytes(text)
     ran = filled("restore", "b.json")
@@ -310,20 +312,21 @@ def test_a_backup_that_is_not_there(filled: Cli) -> None:
     ran = filled("restore", "nope.json")
     assert ran.code == 1
     assert ran.message == (
-        "there is no backup nope.json; `hf-async-store backups` lists what the store kept"
+        "the backup nope.json does not exist; `hf-async-store backups` lists the backups that a "
+        "JSON store has kept"
     )
     Path("empty").mkdir()
     ran = filled("restore", "empty")
     assert ran.code == 2
-    assert "it holds none of templates.json, requests.json, machines.json" in ran.message
+    assert "it holds none of the files templates.json, requests.json, machines.json" in ran.message
 
 
-def test_what_nobody_declares_is_not_left_out_without_a_word(filled: Cli) -> None:
+def test_undeclared_collections_are_not_left_out_silently(filled: Cli) -> None:
     Path("b.json").write_text('{"machines": {"m-1": {}}, "orders": {"o-1": {}}}')
     before = state(filled)
     ran = filled("restore", "b.json")
     assert ran.code == 2
-    assert "b.json holds what no collection declares: 'orders'; nothing was changed" in ran.message
+    assert "b.json holds undeclared collections: 'orders'; nothing was changed" in ran.message
     assert "--leave-out NAME" in ran.message
     assert state(filled) == before
     ran = filled("restore", "b.json", "--leave-out", "orders")
@@ -347,7 +350,7 @@ def damaged_journal(cli: Cli) -> None:
 
 
 def commit_and_die(url: str, collection: str, entity_id: str) -> None:
-    """A commit that is in the journal alone."""
+    """Make a commit that is only in the journal."""
     code = (
         "import asyncio, os, sys\nfrom hf_async_store import open_store\n"
         "async def main(url, collection, entity_id):\n"
@@ -362,7 +365,7 @@ def commit_and_die(url: str, collection: str, entity_id: str) -> None:
 
 
 def replaced_file(cli: Cli) -> None:
-    """A file from elsewhere while commits wait in the journal."""
+    """Replace a data file while the journal contains commits."""
     commit_and_die("json:data/db.json", "templates", "t-9")
     Path("data/db.json").write_text('{"templates": {"t-3": {"template_id": "t-3"}}}')
 
@@ -381,7 +384,7 @@ def test_restore_a_store_that_cannot_be_opened(filled: Cli, damage: Any) -> None
     assert "hf-async-store: the store cannot be opened, so its files are replaced: " in ran.err
     aside = ran.rows[0]["before"]
     assert aside.startswith(absolute("data/damaged_2"))
-    if damage is not damaged_entity:  # that one is kept by folds, laid out anew
+    if damage is not damaged_entity:  # compactions keep that section, in a new layout
         assert (Path(aside) / "db.json").read_bytes() == damaged
     assert len(list(Path(aside).glob("*.journal.*"))) == 1
     assert state(filled) == before
@@ -398,7 +401,7 @@ def test_restore_damaged_split_files(filled: Cli) -> None:
     Path("split/requests.json").write_bytes(b"[")
     assert filled("restore", "b", *SPLIT).code == 0
     assert state(filled, *SPLIT) == before
-    # Into files of another layout, too.
+    # Also into files of another layout.
     Path("split/machines.json").write_bytes(b"{")
     assert filled("restore", "b.json", *SPLIT).code == 0
     assert state(filled, *SPLIT) == before
@@ -420,10 +423,10 @@ def test_restore_one_damaged_file_when_commits_wait(filled: Cli) -> None:
     filled("backup", "--copy", "b", *SPLIT)
     commit_and_die("json:split", "templates", "t-9")
     Path("split/templates.json").write_bytes(b"{")
-    # The very file that the journal goes on from: nothing is to be settled.
+    # The file on which the journal is based: there is no conflict.
     assert filled("restore", "b/templates.json", *SPLIT).code == 0
     assert filled("count", "templates", *SPLIT).out == "2\n"
-    # Another one: which of the two counts is not for the command to say.
+    # Another file: the command cannot decide which of the two is valid.
     commit_and_die("json:split", "templates", "t-10")
     Path("split/templates.json").write_bytes(b"{")
     Path("b/templates.json").write_text('{"t-1": {"template_id": "t-1"}}')
@@ -440,7 +443,7 @@ def test_restore_one_damaged_file_when_commits_wait(filled: Cli) -> None:
 
 
 @pytest.mark.parametrize("url", ["json:new/db.json", "json:new", "sqlite:new.db"])
-def test_an_empty_backup_makes_an_empty_store(cli: Cli, url: str) -> None:
+def test_an_empty_backup_restores_an_empty_store(cli: Cli, url: str) -> None:
     assert cli("init").code == 0
     assert cli("backup", "empty.jsonl.gz").code == 0
     assert cli("restore", "empty.jsonl.gz", "--store", url).code == 0
@@ -448,7 +451,7 @@ def test_an_empty_backup_makes_an_empty_store(cli: Cli, url: str) -> None:
     assert (ran.code, ran.out) == (0, "0\n")
 
 
-def test_an_empty_copy_makes_an_empty_store(cli: Cli) -> None:
+def test_an_empty_copy_restores_an_empty_store(cli: Cli) -> None:
     cli("init")
     assert cli("backup", "--copy", "empty.json").code == 0
     assert cli("restore", "empty.json", "--store", "json:new/db.json").code == 0
@@ -482,4 +485,4 @@ def test_no_backups_yet(cli: Cli) -> None:
     cli("init")
     ran = cli("backups")
     assert (ran.code, ran.out) == (0, "")
-    assert ran.message == "data/db.json has kept no backups yet"
+    assert ran.message == "data/db.json has not kept any backup yet"

@@ -1,4 +1,4 @@
-"""How a process ends: exit codes, streams, signals, one line for each error, and no secrets."""
+"""How a command ends: exit codes, streams, signals, one line per error, and no secrets."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("hf-async-store: say what to do: init, put, get, ")
+    assert capsys.readouterr().err.startswith(
+        "hf-async-store: no command is given; the commands are init, put, get, "
+    )
     assert main(["gte"]) == 2
     assert "did you mean 'get'?" in capsys.readouterr().err
 
@@ -87,26 +89,27 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["get", "machines"],
-            "the following arguments are required: ID (hf-async-store get --help)",
+            "the following arguments are required: ID (see hf-async-store get --help)",
         ),
-        (["query", "machines", "--limit", "-1"], "argument --limit: expected a number >= 0"),
+        (["query", "machines", "--limit", "-1"], "argument --limit: expected an integer >= 0"),
         (["query", "machines", "--limit"], "argument --limit: expected one argument"),
         (["query", "machines", "--lim", "5"], "unrecognized arguments: --lim"),
-        (["get", "machines", "x", "--timeout", "0"], "expected seconds above 0, got '0'"),
-        (["get", "machines", "x", "--timeout", "nan"], "expected seconds above 0, got 'nan'"),
+        (["get", "machines", "x", "--timeout", "0"], "expected a number of seconds > 0, got '0'"),
+        (
+            ["get", "machines", "x", "--timeout", "nan"],
+            "expected a number of seconds > 0, got 'nan'",
+        ),
         (
             ["checkpoint", "--recover-from", "disk"],
             "argument --recover-from: invalid choice: 'disk'",
         ),
         (
             ["checkpoint", "--recover-from", "file", "--recover-from", "journal"],
-            "argument --recover-from: given twice",
+            "argument --recover-from: it may be given only once",
         ),
     ],
 )
-def test_words_that_are_not_understood(
-    capsys: pytest.CaptureFixture[str], words: list[str], told: str
-) -> None:
+def test_invalid_arguments(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
     assert main(words) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert told in line
@@ -115,7 +118,7 @@ def test_words_that_are_not_understood(
 # -- the streams end ------------------------------------------------------------------------
 
 
-def test_a_reader_that_goes_away(filled: Cli) -> None:
+def test_a_closed_output_pipe(filled: Cli) -> None:
     filled("put", "machines", stdin=MANY)
     with subprocess.Popen(
         [*PROGRAM, "query", "machines"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -161,7 +164,7 @@ def test_text_is_utf8_whatever_the_locale(filled: Cli) -> None:
     assert ran.message.startswith("machines has no entity 'm-")
 
 
-def test_words_that_are_not_utf8() -> None:
+def test_arguments_that_are_not_utf8() -> None:
     ran = subprocess.run(
         [*PROGRAM, "put", "machines", b'{"machine_id": "m-\xff"}'],
         capture_output=True,
@@ -177,7 +180,7 @@ def test_words_that_are_not_utf8() -> None:
 
 @contextmanager
 def locked_store() -> Iterator[FileLock]:
-    """The store as another process holds it, writing."""
+    """A store whose write lock is held by another process."""
     lock = FileLock(Path("data/.db.json.lock"))
     assert lock.try_lock(exclusive=True)
     try:
@@ -187,7 +190,7 @@ def locked_store() -> Iterator[FileLock]:
 
 
 def wait_for_the_line() -> None:
-    """Until somebody stands in line for the lock of the store."""
+    """Wait until a process waits for the lock of the store."""
     turn = FileLock(Path("data/.db.json.lock.turn"))
     ends = time.monotonic() + 30
     while turn.try_lock(exclusive=True):
@@ -207,7 +210,7 @@ def test_interrupted_while_it_waits_for_the_lock(filled: Cli) -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert time.monotonic() - began < 20  # the lock is waited for 30 s
+        assert time.monotonic() - began < 20  # the lock timeout is 30 s
     assert process.returncode == 130
     assert err == b"hf-async-store: interrupted\n"
     assert filled("get", "machines", "m-9").code == 1
@@ -226,7 +229,7 @@ def test_an_interrupted_restore_says_that_it_is_incomplete(filled: Cli) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     incomplete, interrupted = err.decode().splitlines()
-    # What is unchanged needs no lock; the machine does.
+    # Unchanged entities need no lock; the changed machine does.
     assert "the restore of b.jsonl.gz is incomplete: 3 entities are restored, " in incomplete
     assert incomplete.endswith("; run it again with --merge replace")
     assert interrupted == "hf-async-store: interrupted"
@@ -240,12 +243,12 @@ def test_interrupted_while_it_reads() -> None:
         [*PROGRAM, "put", "machines", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdin is not None
-        # More than a pipe holds: once it is written, somebody is reading.
+        # More than the buffer of a pipe: once it is written, the command is reading.
         process.stdin.write(MANY * 2)
         process.stdin.flush()
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        # Its end is no end of the input: that stays open.
+        # Standard input stays open after it.
         assert process.wait(60) == 130
         assert process.stderr is not None
         assert process.stderr.read() == b"hf-async-store: interrupted\n"
@@ -262,39 +265,39 @@ def test_interrupted_while_it_reads() -> None:
         (["backup", "--copy", "b.json"], False),
     ],
 )
-def test_no_time_left(filled: Cli, words: list[str], unknown: bool) -> None:
+def test_a_timeout(filled: Cli, words: list[str], unknown: bool) -> None:
     with locked_store():
         began = time.monotonic()
-        # Long enough that it waits for the lock by then, also on a busy machine.
+        # Long enough that the command waits for the lock by then, also on a busy machine.
         ran = filled(*words, "--timeout", "2")
-        assert time.monotonic() - began < 20  # the lock is waited for 30 s
+        assert time.monotonic() - began < 20  # the lock timeout is 30 s
     assert ran.code == 4
-    assert ran.message.startswith("not done within 2 s; ")
+    assert ran.message.startswith("not completed within 2 s; ")
     assert ("read before you write again" in ran.message) is unknown
-    assert ran.message.endswith("allow more with --timeout")
+    assert ran.message.endswith("allow more time with --timeout")
     assert filled("get", "machines", "m-1", "--timeout", "30").code == 0
 
 
-def test_no_time_left_among_many(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_between_batches(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter([30.0])
 
-    def left(context: Context) -> float:
+    def remaining_time(context: Context) -> float:
         try:
             return next(calls)
         except StopIteration:
             raise OperationTimeoutError("late") from None
 
-    monkeypatch.setattr(Context, "left", left)
+    monkeypatch.setattr(Context, "remaining_time", remaining_time)
     ran = filled("put", "machines", "--timeout", "30", stdin=MANY)
     assert ran.code == 4
     assert ran.err.splitlines() == [
-        "hf-async-store: 1,000 of 5,000 were stored before it ended",
-        "hf-async-store: not done within 30 s; allow more with --timeout",
+        "hf-async-store: 1,000 of 5,000 entities were stored before the command ended",
+        "hf-async-store: not completed within 30 s; allow more time with --timeout",
     ]
 
 
 @pytest.mark.usefixtures("filled")
-def test_a_lock_that_somebody_holds() -> None:
+def test_a_lock_held_by_another_process() -> None:
     with locked_store():
         ran = shell(
             "put",
@@ -329,16 +332,17 @@ def test_a_damaged_journal(filled: Cli) -> None:
     assert "`hf-async-store restore`" in ran.message
 
 
-def test_a_file_in_the_place_of_the_folder(cli: Cli) -> None:
+def test_a_file_with_the_name_of_the_folder(cli: Cli) -> None:
     Path("data").write_text("")
     for words in (["put", "machines", '{"machine_id": "m-1"}'], ["init"]):
         ran = cli(*words)
         assert ran.code == 4
         assert absolute("data") in ran.message
         assert ran.message.endswith(
-            "a file stands where a folder is needed, or the reverse: correct the path, or move it"
+            "there is a file where a folder is needed, or the reverse: correct the path, or move the "
+            "file"
         )
-    # Whether a store is there cannot be found out: that is not "not found".
+    # It cannot be determined whether the store exists: this is not "not found".
     ran = cli("get", "machines", "m-1")
     assert ran.code == 4
     assert absolute("data") in ran.message
@@ -354,12 +358,12 @@ def test_a_folder_that_cannot_be_written(filled: Cli) -> None:
         assert filled("get", "machines", "m-1").code == 0
         ran = filled("put", "machines", '{"machine_id": "m-9"}')
         assert ran.code == 4
-        assert "look at the owner and mode of the files and of their folder" in ran.message
+        assert "check the owner and mode of the files and of their folder" in ran.message
     finally:
         Path("data").chmod(0o700)
 
 
-def test_a_path_that_no_system_takes(cli: Cli) -> None:
+def test_an_invalid_path(cli: Cli) -> None:
     ran = cli("count", "machines", "--store", f"json:{'x' * 300}.json")
     assert ran.code == 4
     assert "File name too long" in ran.message
@@ -374,7 +378,7 @@ def test_a_message_is_one_printable_line(cli: Cli) -> None:
 # -- defects, traces and secrets ------------------------------------------------------------
 
 
-def test_a_defect(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("what nobody foresaw")
 
@@ -382,14 +386,14 @@ def test_a_defect(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = cli("count", "machines")
     assert ran.code == 4
     assert ran.message == (
-        "a defect of this program, please report it: KeyError: 'what nobody foresaw' "
-        "(--verbose shows where)"
+        "this is a bug in hf-async-store, please report it: KeyError: 'what nobody foresaw' "
+        "(--verbose shows the traceback)"
     )
     assert "in broken" in cli("count", "machines", "--verbose").err
 
 
 @pytest.mark.usefixtures("filled")
-def test_verbose_shows_where() -> None:
+def test_verbose_shows_the_traceback() -> None:
     ran = shell("--verbose", "get", "nope", "x")
     assert ran.code == 2
     first, *rest = ran.err.splitlines()

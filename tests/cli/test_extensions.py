@@ -1,4 +1,4 @@
-"""Commands of other packages, by entry points."""
+"""Commands that other packages register by entry points."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(arguments):
 
 @pytest.fixture
 def purge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that adds the commands `purge` and, in vain, `get`."""
+    """A package that registers the commands `purge` and `get`; the latter is ignored."""
     folder = tmp_path / "site"
     information = folder / "acme_purge-1.0.dist-info"
     information.mkdir(parents=True)
@@ -53,7 +53,7 @@ def test_a_command_of_another_package_is_run(cli: Cli, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("purge")
-def test_help_names_it_and_has_its_manual(cli: Cli) -> None:
+def test_help_lists_the_command_and_shows_its_manual(cli: Cli) -> None:
     shown = cli("--help").out
     assert "purge              remove what is old" in shown
     assert "as often as you like" in cli("purge", "--help").out
@@ -64,9 +64,7 @@ def test_a_command_of_the_product_stays(cli: Cli) -> None:
     assert "purged" not in cli("get", "machines", "m-1").out
 
 
-def test_what_is_not_installed_says_what_to_install(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named_in_the_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_async_store.cli import extensions
 
     monkeypatch.setattr(extensions, "GROUP", "hf_async_store.nothing")

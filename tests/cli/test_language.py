@@ -1,4 +1,4 @@
-"""What words on the command line mean: filters, orders, assignments, and JSON that is put."""
+"""The syntax of command-line arguments: filters, orders, assignments, and JSON for `put`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ THINGS = Collection(
 
 
 def comparison(word: str) -> Comparison:
-    """What a word comes out as, checked as any query is."""
+    """The comparison that an argument is parsed into, validated like a query."""
     where = build_query(THINGS, filters=filters_of([word], THINGS)).where
     assert isinstance(where, Comparison)
     return where
@@ -74,7 +74,7 @@ def comparison(word: str) -> Comparison:
         ('["tags","0"]:exists', ("tags", "0"), "exists", True),
         ('["note"]:begins_with=x', ("note",), "begins_with", "x"),
         ('["tags","n"]:ne:=null', ("tags", "n"), "ne", None),
-        # A step below a declared field is not that field, and has no declared type.
+        # A path below a declared field has no declared type.
         ("note/count=5", ("note", "count"), "eq", 5),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_filter(word: str, path: tuple[object, ...], op: str, value: Any) -> N
     assert repr(found.value) == repr(value)
 
 
-def test_filters_are_all_meant() -> None:
+def test_several_filters_are_combined_with_and() -> None:
     where = build_query(
         THINGS, filters=filters_of(["count:gt=1", "count:lt=5", "note=x"], THINGS)
     ).where
@@ -95,28 +95,28 @@ def test_filters_are_all_meant() -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("note", "'note' is no filter; write field=value"),
-        ("note:gt", "'note:gt' is no filter; write field=value"),
-        ("note:eqq=x", "no operator 'eqq'; there are: eq, ne, lt"),
-        ("a:b:eq=x", "a name with a colon is written as a JSON list"),
-        ("=x", "the name of a field is missing"),
-        ("tags//x=1", "the name of a field is missing"),
+        ("note", "'note' is not a filter; write field=value"),
+        ("note:gt", "'note:gt' is not a filter; write field=value"),
+        ("note:eqq=x", "unknown operator 'eqq'; the operators are: eq, ne, lt"),
+        ("a:b:eq=x", "write a field name with a colon as a JSON list"),
+        ("=x", "a field name is missing"),
+        ("tags//x=1", "a field name is missing"),
         ("count=x", "'count=x': the field takes an integer"),
         ("count=", "the field takes an integer"),
         ("count=1_0", "the field takes an integer"),
         ("total=0x1", "the field takes a number"),
         ("paid=yes", "the field takes true or false"),
-        ("done_at=yesterday", "takes a timestamp, as in 2025-06-30T12:00:00Z"),
-        ("done_at:exists=1", "exists is written =true or =false"),
+        ("done_at=yesterday", "takes a timestamp, for example 2025-06-30T12:00:00Z"),
+        ("done_at:exists=1", "exists takes =true or =false"),
         ("note:in=", "in needs at least one value"),
         ("note:not_in:=[]", "not_in needs at least one value"),
-        ("note:in:=5", "in needs a JSON list behind :="),
-        ("count:between=1", "between takes two values, as in 1,10"),
-        ("note:={", "what stands behind the = is no JSON"),
-        ('["a"=x', "begins with [ but with no JSON list of steps"),
-        ("[]=x", "the steps of a place are texts and integers"),
-        ("[true]=x", "the steps of a place are texts and integers"),
-        ('["a"]x=1', "behind the JSON list belongs =value or :operator=value"),
+        ("note:in:=5", "in needs a JSON list after :="),
+        ("count:between=1", "between takes two values, for example 1,10"),
+        ("note:={", "the value after = is not valid JSON"),
+        ('["a"=x', "begins with [, but not with a valid JSON list of path steps"),
+        ("[]=x", "path steps must be strings or integers"),
+        ("[true]=x", "path steps must be strings or integers"),
+        ('["a"]x=1', "expected =value or :operator=value after the JSON list"),
         ("note=" + "x" * 500 + "\n:", None),
     ],
 )
@@ -168,15 +168,15 @@ def test_assignments() -> None:
 @pytest.mark.parametrize(
     ("words", "removed", "told"),
     [
-        ([], [], "nothing to change: give field=value, a JSON object, or --remove FIELD"),
-        (["note"], [], "is no assignment; write field=value"),
-        (["count:gt=1"], [], "is no assignment"),
+        ([], [], "no change is given: give field=value, a JSON object, or --remove FIELD"),
+        (["note"], [], "is not an assignment; write field=value"),
+        (["count:gt=1"], [], "is not an assignment"),
         (["note=a", "note=b"], [], "note is given twice"),
-        (["note=a"], ["note"], "--remove note: it is given a value, too"),
-        (["tags/owner=x"], [], "an update sets whole fields; give all of it: 'tags:={...}'"),
+        (["note=a"], ["note"], "--remove note: the field is also given a value"),
+        (["tags/owner=x"], [], "an update sets whole fields; give the whole value: 'tags:={...}'"),
         (["version=3"], [], "use --expected-version"),
         (["count=x"], [], "the field takes an integer"),
-        (['{"note": }'], [], "the JSON given, line 1, column 10"),
+        (['{"note": }'], [], "the JSON argument, line 1, column 10"),
     ],
 )
 def test_assignments_that_are_refused(words: list[str], removed: list[str], told: str) -> None:
@@ -198,24 +198,24 @@ def test_assignments_that_are_refused(words: list[str], removed: list[str], told
 )
 def test_json_that_is_put(text: bytes, places: list[str]) -> None:
     given = entities_of(text, "x")
-    assert [each.place for each in given] == places
+    assert [each.position for each in given] == places
     assert [each.entity for each in given] == [{"a": n} for n, _ in enumerate(given, 1)]
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (b"", "x: nothing in it"),
-        (b" \n", "x: nothing in it"),
+        (b"", "x: the input is empty"),
+        (b" \n", "x: the input is empty"),
         (b"5", "x: expected a JSON object, got int"),
         (b'["a"]', "x, item 1: expected a JSON object, got str"),
         (b'{"a": 1}\n[]', "x, line 2: expected a JSON object, got list"),
-        (b'{"a": 1}\n{"b"', "x, line 2, column 5: it ends too early"),
+        (b'{"a": 1}\n{"b"', "x, line 2, column 5: the JSON is incomplete"),
         (b'{"a":\n 1,\n}', "x, line 3, column 1"),
         (b'{"a": "\xff"}', "x, line 1, column 8: not UTF-8"),
         ('{"ä": x}'.encode(), "x, line 1, column 7"),
         (b'{"a": NaN}', "x, line 1, column 7"),
-        (b"[" * 100_000, "x: nested too deep"),
+        (b"[" * 100_000, "x: nested too deeply"),
     ],
 )
 def test_json_that_is_refused(text: bytes, told: str) -> None:

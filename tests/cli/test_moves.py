@@ -54,7 +54,7 @@ def test_options_win_over_the_block(filled: Cli) -> None:
     ran = _migrate(filled, "--config", "config.json", "--no-verify")
     assert ran.rows[0]["backup"] is None
     assert not ran.rows[0]["verified"]
-    assert Path("elsewhere").exists()  # the checkpoint lay there
+    assert Path("elsewhere").exists()  # the checkpoint was stored there
     assert not list(Path("elsewhere").iterdir())
     assert not Path("backups").exists()
 
@@ -76,7 +76,7 @@ def test_a_target_with_something_else_needs_a_rule(filled: Cli) -> None:
     assert filled("count", "templates", "--store", TARGET).out == "2\n"
 
 
-def test_a_source_that_is_not_there_is_not_taken_for_an_empty_one(cli: Cli) -> None:
+def test_a_missing_source_is_not_taken_for_an_empty_one(cli: Cli) -> None:
     ran = _migrate(cli)
     assert ran.code == 1
     assert "there is no store at the source" in ran.message
@@ -115,7 +115,7 @@ def test_the_command_of_the_spec(filled: Cli) -> None:
         (["--target-config", "gone.json"], "gone.json"),
     ],
 )
-def test_the_command_of_the_spec_says_what_it_lacks(
+def test_the_command_of_the_spec_reports_missing_arguments(
     words: Sequence[str], said: str, filled: Cli
 ) -> None:
     Path("c.json").write_text(
@@ -126,7 +126,7 @@ def test_the_command_of_the_spec_says_what_it_lacks(
     assert said in ran.message
 
 
-def test_the_two_sql_types_are_told_apart(filled: Cli) -> None:
+def test_the_two_sql_types_are_distinguished(filled: Cli) -> None:
     Path("c.json").write_text(
         json.dumps({"storage": {"strategy": "json", "json_strategy": {}, "sql_strategy": {}}})
     )
@@ -136,7 +136,7 @@ def test_the_two_sql_types_are_told_apart(filled: Cli) -> None:
     assert "not of the type 'postgresql'" in ran.message
 
 
-def test_verify_names_what_differs(filled: Cli) -> None:
+def test_verify_names_the_differences(filled: Cli) -> None:
     _migrate(filled)
     ran = filled("verify", "--from", STORE, "--to", TARGET)
     assert ran.code == 0
@@ -173,7 +173,7 @@ def test_backup_verify_restore(filled: Cli) -> None:
     assert not Path("x").exists()
 
 
-def test_backups_are_retired(filled: Cli) -> None:
+def test_old_backups_are_removed(filled: Cli) -> None:
     for _ in range(3):
         ran = filled("backup", "b/", "--keep", "2")
     assert len(ran.rows[0]["removed"]) == 1
@@ -201,12 +201,12 @@ def test_live_migrate_from_start_to_finalize(filled: Cli) -> None:
     assert filled("live-migrate", "finalize", *pair).rows[0]["phase"] == "FINALIZED"
     ran = filled("count", "machines")
     assert ran.code == 4
-    assert f"this store was moved to json:{Path('moved').absolute()}" in ran.message
+    assert f"this store was migrated to json:{Path('moved').absolute()}" in ran.message
     assert filled("count", "machines", "--store", TARGET).out == "4\n"
     assert filled("health", "--store", TARGET).rows[0]["undeclared_sections"] == []
 
 
-def test_a_secret_is_neither_recorded_nor_told(filled: Cli) -> None:
+def test_a_secret_is_neither_recorded_nor_shown(filled: Cli) -> None:
     to = "postgresql://a:hunter2@127.0.0.1:1/x?timeout=1"
     ran = filled("live-migrate", "start", "--from", STORE, "--to", to)
     assert ran.code == 4
@@ -214,14 +214,14 @@ def test_a_secret_is_neither_recorded_nor_told(filled: Cli) -> None:
     assert not [each for each in Path("data").rglob("*") if b"hunter2" in each.read_bytes()]
 
 
-def test_through_the_module() -> None:
+def test_the_command_run_as_a_module() -> None:
     ran = shell("put", "templates", '{"template_id": "t-1"}')
     assert ran.code == 0
     ran = shell("migrate", "--from", STORE, "--to", TARGET)
     assert (ran.code, ran.err) == (0, "")
 
 
-def test_plain_lines_where_nobody_watches(
+def test_plain_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -231,12 +231,12 @@ def test_plain_lines_where_nobody_watches(
             bars.advance("machines", 10_000)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "hf-async-store: machines: 30,000 of 100,000 (6,000/s, 12 s left)",
-        "hf-async-store: machines: 50,000 of 100,000 (4,545/s, 11 s left)",
+        "hf-async-store: machines: 30,000 of 100,000 (6,000/s, 12 s remaining)",
+        "hf-async-store: machines: 50,000 of 100,000 (4,545/s, 11 s remaining)",
     ]
 
 
-def test_bars_with_rate_and_remaining_time_where_somebody_does(
+def test_progress_bars_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

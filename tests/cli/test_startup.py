@@ -1,4 +1,4 @@
-"""What a one-shot command costs before it does anything."""
+"""The startup costs of a command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_NEEDED = {
 
 @pytest.mark.usefixtures("filled")
 @pytest.mark.parametrize("words", [["get", "machines", "m-1"], ["query", "machines", "status=x"]])
-def test_what_is_imported(words: list[str]) -> None:
+def test_the_modules_that_are_imported(words: list[str]) -> None:
     code = (
         "import sys\nfrom hf_async_store.cli import main\n"
         "assert main(sys.argv[1:]) == 0\n"
@@ -61,14 +61,14 @@ RATIO = 2.5
 ROUNDS = 6
 
 
-def test_get_costs_little_more_than_the_loop_itself(cli: Cli, workplace: Path) -> None:
-    """On a store of 3 MB, 10,000 machines: processor time, for other work may hold up the clock."""
+def test_get_costs_little_more_than_an_event_loop(cli: Cli, workplace: Path) -> None:
+    """The processor time on a store of 3 MB with 10,000 machines; elapsed time depends on other load."""
     machine = '{"machine_id": "m-%05d", "status": "RUNNING", "name": "host-%05d", "%s": "%s"}\n'
     lines = "".join(machine % (each, each, "x" * 20, "y" * 130) for each in range(10_000))
     cli("put", "machines", "-", stdin=lines.encode())
     cli("checkpoint")
     assert Path("data/db.json").stat().st_size > 3_000_000
-    # As installed: with the bytecode that the first run leaves.
+    # As installed: with compiled bytecode from the first run.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(workplace / "bytecode")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
 

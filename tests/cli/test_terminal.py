@@ -1,5 +1,5 @@
-"""What a person sees on a terminal: tables, sentences, progress bars, and never what stored text
-would make a terminal do."""
+"""Output on a terminal: tables, sentences, progress bars; and stored text cannot contain control
+sequences for the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_a_terminal(*words: str, columns: int = 100, stdin: bytes | None = None) -> tuple[int, str]:
-    """The exit code of a command, and all that a terminal of this width gets to see of it."""
+    """Run a command on a terminal of this width; returns its exit code and output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     with subprocess.Popen(
@@ -46,7 +46,7 @@ def on_a_terminal(*words: str, columns: int = 100, stdin: bytes | None = None) -
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 1 << 16)
-    except OSError:  # how Linux tells that the other side is closed
+    except OSError:  # how Linux reports that the other side is closed
         return b""
 
 
@@ -69,15 +69,15 @@ def test_a_table() -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_a_narrow_terminal_gets_what_fits() -> None:
+def test_a_narrow_terminal() -> None:
     _, seen = on_a_terminal("query", "requests", columns=60)
     heading, first, _, *last = plain(seen)
     assert heading.split() == ["request_id", "machine_count", "status", "zone", "version"]
     assert first.split() == ["r-1", "3", "PENDING", "1"]
-    assert " ".join(last).startswith("2 rows; no room for completed_at, tags, ")
+    assert " ".join(last).startswith("2 rows; not shown for lack of space: completed_at, tags, ")
 
 
-def test_a_long_text_is_cut_and_a_wide_one_is_aligned(cli: Cli) -> None:
+def test_long_strings_are_truncated_and_wide_ones_aligned(cli: Cli) -> None:
     cli("put", "machines", '[{"machine_id": "日本", "name": "x"}, {"machine_id": "m-1"}]')
     cli("update", "machines", "m-1", f"name={'y' * 60}")
     _, seen = on_a_terminal("query", "machines", "--order", "-machine_id", "--fields", "name")
@@ -87,7 +87,7 @@ def test_a_long_text_is_cut_and_a_wide_one_is_aligned(cli: Cli) -> None:
     ]
 
 
-def test_stored_text_cannot_drive_the_terminal(cli: Cli) -> None:
+def test_stored_strings_cannot_contain_control_sequences(cli: Cli) -> None:
     cli(
         "put", "machines", '{"machine_id": "m\\u001b[31m", "name": "a\\n\\u0007b", "[b]": "[red]x"}'
     )
@@ -117,10 +117,14 @@ def test_json_lines_also_on_a_terminal() -> None:
         (["update", "machines", "m-1", "name=x"], 0, "machines m-1 updated, version 2\n"),
         (["delete", "machines", "m-1"], 0, "machines m-1 deleted\n"),
         (["count", "machines"], 0, "3\n"),
-        (["init"], 0, "data/db.json: is there already, nothing to do\n"),
-        (["checkpoint"], 0, "data/db.json: everything is in the data files\n"),
+        (["init"], 0, "data/db.json: exists already, nothing to do\n"),
+        (["checkpoint"], 0, "data/db.json: all commits are in the data files\n"),
         (["backup", "--copy", "b.json"], 0, "data/db.json copied to b.json ("),
-        (["restore", "data/db.json"], 0, "data/db.json holds what data/db.json does: 1 templates,"),
+        (
+            ["restore", "data/db.json"],
+            0,
+            "data/db.json was restored from data/db.json: 1 templates,",
+        ),
         (["describe"], 0, '{\n  "engine": "json",'),
     ],
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # -- init -----------------------------------------------------------------------------------
 
 
-def test_init_makes_a_store_at_rest_once(cli: Cli) -> None:
+def test_init_creates_an_empty_store_once(cli: Cli) -> None:
     ran = cli("init")
     made = [absolute("data/db.json")]
     assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "made": made}])
@@ -30,16 +30,16 @@ def test_init_makes_a_store_at_rest_once(cli: Cli) -> None:
     assert (again.code, again.rows) == (0, [{"store": "data/db.json", "made": []}])
 
 
-def test_init_leaves_what_is_there(filled: Cli) -> None:
+def test_init_keeps_an_existing_store(filled: Cli) -> None:
     assert filled("init").rows[0]["made"] == []
     assert filled("count", "machines").out == "3\n"
 
 
-def test_init_leaves_commits_that_no_file_holds_yet(cli: Cli) -> None:
+def test_init_keeps_commits_in_the_journal(cli: Cli) -> None:
     async def commit_and_die() -> None:
         store = await open_store("json:data/db.json").open()
         await store.save_entity("templates", {"template_id": "t-1"})
-        # Killed here, as far as the files can tell.
+        # The files are as if the process had been killed here.
         journal = next(Path("data").glob("*.journal.*"))
         Path("kept").write_bytes(journal.read_bytes())
         await store.close()
@@ -100,7 +100,7 @@ def test_checkpoint(filled: Cli) -> None:
 
 
 def replaced_by_hand(cli: Cli) -> None:
-    """A data file from elsewhere, while the journal holds a commit."""
+    """Replace a data file while the journal contains a commit."""
 
     async def make() -> None:
         store = await open_store("json:data/db.json").open()
@@ -119,14 +119,14 @@ def replaced_by_hand(cli: Cli) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("which", "there"), [("file", ["t-3"]), ("journal", ["t-2", "t-3"])])
-def test_checkpoint_settles_a_replaced_file(cli: Cli, which: str, there: list[str]) -> None:
+def test_checkpoint_resolves_a_replaced_file(cli: Cli, which: str, there: list[str]) -> None:
     replaced_by_hand(cli)
     ran = cli("checkpoint", "--recover-from", which)
     assert (ran.code, ran.rows[0]["recovered_from"]) == (0, which)
     assert [each["template_id"] for each in cli("query", "templates").rows] == there
 
 
-def test_checkpoint_keeps_the_readable_part(cli: Cli) -> None:
+def test_checkpoint_recovers_the_readable_part(cli: Cli) -> None:
     async def make() -> None:
         store = await open_store("json:data/db.json").open()
         await store.save_entity("templates", {"template_id": "t-1"})
@@ -149,7 +149,9 @@ def test_checkpoint_of_another_engine(cli: Cli) -> None:
     for command in (["checkpoint"], ["backup", "--copy"], ["backups"], ["restore", "x"]):
         ran = cli(*command, "--store", "memory:")
         assert ran.code == 2
-        assert ran.message == "this command is for JSON stores; here is the engine memory"
+        assert ran.message == (
+            "this command is only for JSON stores; the engine of this store is memory"
+        )
 
 
 # -- which store ----------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_the_store_may_be_named_before_or_after(
         assert filled(*words).out == "3\n"
 
 
-def test_the_option_goes_before_the_environment(filled: Cli) -> None:
+def test_the_option_overrides_the_environment(filled: Cli) -> None:
     assert filled("init", "--store", "json:other.json").code == 0
     assert filled("count", "machines", "--store", "json:other.json").out == "0\n"
 
@@ -204,7 +206,7 @@ def test_no_store_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
             '{"storage": {"strategy": "json", "json_strategy": {"cache_size": "x"}}}',
             "config.json: storage.json_strategy.cache_size: expected int, got str",
         ),
-        ('{"templates": {}}', "config.json: not a configuration, which has a key 'storage'"),
+        ('{"templates": {}}', "config.json: not a configuration: it has no key 'storage'"),
     ],
 )
 def test_a_configuration_that_is_wrong(cli: Cli, text: str, told: str) -> None:
@@ -216,7 +218,7 @@ def test_a_configuration_that_is_wrong(cli: Cli, text: str, told: str) -> None:
 
 def test_other_ways_to_name_a_store_wrongly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     both = cli("count", "machines", "--store", "json:x.json", "--config", "c.json")
-    assert (both.code, both.message) == (2, "give --store or --config, not both")
+    assert (both.code, both.message) == (2, "give either --store or --config, not both")
     missing = cli("count", "machines", "--config", "c.json")
     assert (missing.code, missing.message[:37]) == (2, "no such configuration file 'c.json'; ")
     typo = cli("count", "machines", "--store", "jsn:x.json")
@@ -263,11 +265,11 @@ def test_collections_of_ones_own(cli: Cli) -> None:
         ("mine", "--collections 'mine': expected MODULE:NAME"),
         ("nope:ALL", "ModuleNotFoundError: No module named 'nope'"),
         ("mine:NOPE", "AttributeError: module 'mine' has no attribute 'NOPE'"),
-        ("mine:TEXT", "TEXT is no list of Collection, but str"),
-        ("mine:EMPTY", "EMPTY is no list of Collection, but list"),
+        ("mine:TEXT", "TEXT to be a Collection or a non-empty list of Collection, got str"),
+        ("mine:EMPTY", "EMPTY to be a Collection or a non-empty list of Collection, got list"),
     ],
 )
-def test_collections_that_cannot_be_had(cli: Cli, named: str, told: str) -> None:
+def test_collections_that_cannot_be_loaded(cli: Cli, named: str, told: str) -> None:
     ran = cli("count", "orders", "--collections", named)
     assert ran.code == 2
     assert told in ran.message

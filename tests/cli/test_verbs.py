@@ -27,7 +27,7 @@ def machines(count: int) -> bytes:
 def test_put_one_object(cli: Cli) -> None:
     ran = cli("put", "templates", '{"template_id": "t-1", "name": "Standard"}')
     assert (ran.code, ran.rows) == (0, [{"template_id": "t-1", "version": 1}])
-    assert ran.message == "note: a new store was made at data/db.json"
+    assert ran.message == "note: a new store was created at data/db.json"
     again = cli("put", "templates", '{"template_id": "t-1"}')
     assert (again.code, again.rows, again.err) == (0, [{"template_id": "t-1", "version": 2}], "")
     [entity] = cli("get", "templates", "t-1").rows
@@ -42,7 +42,7 @@ def test_put_from_a_file_and_from_stdin(cli: Cli, workplace: Path) -> None:
     assert cli("count", "machines").out == "5\n"
 
 
-def test_what_a_query_prints_can_be_put(filled: Cli) -> None:
+def test_the_output_of_a_query_can_be_put(filled: Cli) -> None:
     printed = filled("query", "requests").out
     filled("put", "templates", '{"template_id": "t-1"}', "--store", "json:copy.json")
     copied = filled("put", "requests", "-", "--store", "json:copy.json", stdin=printed.encode())
@@ -52,7 +52,7 @@ def test_what_a_query_prints_can_be_put(filled: Cli) -> None:
         assert {**copy, "updated_at": 0, "version": 0} == {**row, "updated_at": 0, "version": 0}
 
 
-def test_create_refuses_what_is_there(filled: Cli) -> None:
+def test_create_refuses_an_existing_entity(filled: Cli) -> None:
     for words in (["--create"], ["--expected-version", "absent"]):
         ran = filled("put", "templates", '{"template_id": "t-1"}', *words)
         assert ran.code == 3
@@ -67,7 +67,9 @@ def test_put_with_an_expected_version(filled: Cli) -> None:
     body = '{"template_id": "t-1"}'
     stale = filled("put", "templates", body, "--expected-version", "7")
     assert stale.code == 3
-    assert "'t-1' is at version 1, not 7; somebody else changed it: `get` it again" in stale.message
+    assert (
+        "'t-1' is at version 1, not 7; it was changed concurrently: `get` it again" in stale.message
+    )
     assert filled("put", "templates", body, "--expected-version", "1").rows[0]["version"] == 2
     missing = filled("put", "templates", '{"template_id": "x"}', "--expected-version", "1")
     assert (missing.code, missing.message) == (1, "templates has no entity 'x'")
@@ -79,31 +81,31 @@ def test_some_of_many_are_refused(filled: Cli) -> None:
     assert [each["machine_id"] for each in ran.rows] == ["m-00000", "m-00001", "m-00002"]
     first, last = ran.err.splitlines()
     assert "machines already has an entity 'm-1'" in first
-    assert last == "hf-async-store: 1 of 4 failed; the others are done"
+    assert last == "hf-async-store: 1 of 4 failed; the others succeeded"
 
 
 def test_a_missing_parent(filled: Cli) -> None:
     ran = filled("put", "machines", '{"machine_id": "m-9", "request_id": "r-9"}')
     assert ran.code == 3
     assert ran.message == (
-        "machines 'm-9': request_id names 'r-9', which requests does not have (if it is kept "
-        "elsewhere, declare the field with enforced=False, or set enforce_references to false); "
-        "put that first"
+        "machines 'm-9': request_id refers to 'r-9', which does not exist in requests (if it is "
+        "stored elsewhere, declare the field with enforced=False, or set enforce_references to false); "
+        "put the parent first"
     )
 
 
-def test_many_failures_are_not_all_told(filled: Cli) -> None:
+def test_not_all_of_many_failures_are_listed(filled: Cli) -> None:
     filled("put", "machines", stdin=machines(30))
     ran = filled("put", "machines", "--create", stdin=machines(30))
     lines = ran.err.splitlines()
     assert (ran.code, len(lines)) == (3, 12)
     assert lines[10:] == [
-        "hf-async-store: and 20 more like these (--verbose shows all)",
+        "hf-async-store: and 20 more errors (--verbose shows all)",
         "hf-async-store: 30 of 30 failed",
     ]
 
 
-def test_nothing_is_put_if_one_cannot_be_stored(cli: Cli) -> None:
+def test_nothing_is_put_if_one_entity_is_invalid(cli: Cli) -> None:
     wrong = machines(2500) + b'{"machine_id": "bad", "status": 5}\n'
     ran = cli("put", "machines", stdin=wrong)
     assert ran.code == 2
@@ -111,7 +113,7 @@ def test_nothing_is_put_if_one_cannot_be_stored(cli: Cli) -> None:
     assert not Path("data").exists()
 
 
-def test_many_are_put_in_pieces(cli: Cli) -> None:
+def test_many_entities_are_put_in_batches(cli: Cli) -> None:
     ran = cli("put", "machines", stdin=machines(2500))
     assert (ran.code, len(ran.rows)) == (0, 2500)
     assert cli("count", "machines", "status=RUNNING").out == "2500\n"
@@ -120,32 +122,38 @@ def test_many_are_put_in_pieces(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["put", "machines"], "nothing to put: give the JSON, - for stdin, or --file FILE"),
-        (["put", "machines", "-", "--file", "x"], "give the JSON, - or --file, only one of them"),
+        (["put", "machines"], "there is no input: give the JSON, - for stdin, or --file FILE"),
+        (
+            ["put", "machines", "-", "--file", "x"],
+            "give only one of: the JSON, - for stdin, or --file FILE",
+        ),
         (["put", "machines", "--file", "x"], "cannot read x: No such file or directory"),
         (["put", "machines", "in.json"], "to read a file, give --file in.json"),
-        (["put", "machines", '{"status": "x"}'], "needs its key field 'machine_id'; it holds the"),
+        (
+            ["put", "machines", '{"status": "x"}'],
+            "needs its key field 'machine_id'; the key field holds the id",
+        ),
         (["put", "machines", '{"machine_id": 5}'], "an id of machines must be a string, not int"),
         (
             ["put", "nope", "{}"],
             "no collection 'nope'; declared are: templates, requests, machines",
         ),
-        (["put", "nope", "{}"], "--collections MODULE:NAME declares others"),
+        (["put", "nope", "{}"], "--collections MODULE:NAME declares other collections"),
         (
             ["put", "machines", "{}", "--create", "--expected-version", "1"],
-            "give --create or --expected-version, not both",
+            "give either --create or --expected-version, not both",
         ),
         (
             ["put", "machines", '[{"machine_id":"a"},{"machine_id":"b"}]', "--expected-version=1"],
-            "--expected-version N is for one object; here are 2",
+            "--expected-version N can be given for one object only, not for 2",
         ),
         (
             ["put", "machines", "{}", "--expected-version", "-1"],
-            "expected a version, a number >= 0",
+            "expected a version, an integer >= 0",
         ),
     ],
 )
-def test_a_put_that_cannot_be_understood(cli: Cli, words: list[str], told: str) -> None:
+def test_invalid_input_of_put(cli: Cli, words: list[str], told: str) -> None:
     ran = cli(*words)
     assert (ran.code, ran.out) == (2, "")
     assert told in ran.message
@@ -189,7 +197,7 @@ def test_update_with_an_expected_version(filled: Cli) -> None:
     assert filled("update", "requests", "r-1", "status=X", "--expected-version", "1").code == 0
 
 
-def test_update_of_what_is_not_there(filled: Cli) -> None:
+def test_update_of_a_missing_entity(filled: Cli) -> None:
     ran = filled("update", "requests", "r-9", "status=X")
     assert (ran.code, ran.message) == (1, "requests has no entity 'r-9'")
 
@@ -217,15 +225,15 @@ def test_delete(filled: Cli) -> None:
     assert filled("count", "machines").out == "1\n"
 
 
-def test_delete_what_others_refer_to(filled: Cli) -> None:
+def test_delete_of_a_referenced_entity(filled: Cli) -> None:
     ran = filled("delete", "requests", "r-1", "r-2")
     assert ran.code == 3
     first, second, last = ran.err.splitlines()
     assert "requests 'r-1' cannot be deleted: machines 'm-" in first
-    assert first.endswith("names it in request_id; delete those first")
-    assert "requests 'r-2' cannot be deleted: machines 'm-3' names it" in second
+    assert first.endswith("refers to it in request_id; delete the children first")
+    assert "requests 'r-2' cannot be deleted: machines 'm-3' refers to it" in second
     assert last == "hf-async-store: 2 of 2 failed"
-    assert filled("delete", "requests", "r-1").message.endswith("delete those first")
+    assert filled("delete", "requests", "r-1").message.endswith("delete the children first")
 
 
 def test_delete_with_an_expected_version(filled: Cli) -> None:
@@ -282,7 +290,7 @@ def test_options_and_filters_in_any_order(filled: Cli) -> None:
 def test_fields(filled: Cli) -> None:
     ran = filled("query", "machines", "--fields", "status, nope", "--limit", "1")
     assert ran.rows == [{"machine_id": "m-1", "status": "RUNNING", "version": 1}]
-    assert "--fields needs names" in filled("query", "machines", "--fields", ",").message
+    assert "--fields needs field names" in filled("query", "machines", "--fields", ",").message
 
 
 def test_explain(filled: Cli) -> None:
@@ -300,7 +308,7 @@ def test_count(filled: Cli) -> None:
 def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
     ran = filled(command, "machines", "statu:equals=x")
     assert ran.code == 2
-    assert "no operator 'equals'; there are: eq, ne, lt" in ran.message
+    assert "unknown operator 'equals'; the operators are: eq, ne, lt" in ran.message
 
 
 # -- where there is no store ----------------------------------------------------------------
@@ -324,8 +332,8 @@ def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) 
     ran = cli(*words)
     assert (ran.code, ran.out) == (1, "")
     assert ran.message == (
-        "there is no store at data/db.json; correct --store or --config, or make an empty one: "
-        "`hf-async-store init`"
+        "there is no store at data/db.json; correct --store or --config, or create an empty "
+        "store with `hf-async-store init`"
     )
     assert list(workplace.iterdir()) == []
 
@@ -333,17 +341,17 @@ def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) 
 def test_a_store_that_is_only_a_journal_yet(cli: Cli) -> None:
     cli("init")
     Path("data/db.json").rename("data/db.json.journal.00000001")
-    # Whatever is in it: something is there, and what is wrong with it is the store's to say.
+    # The store exists, whatever the journal contains; problems are reported by the store.
     assert cli("count", "machines").code == 4
 
 
-def test_what_lies_in_the_working_directory_does_not_stand_for_a_driver() -> None:
+def test_modules_in_the_working_directory_do_not_shadow_a_driver() -> None:
     Path("declared.py").write_text(
         "from hf_async_store import Collection\nTHINGS = [Collection('things', key='id')]\n"
     )
     Path("aiosqlite.py").write_text("open('ran', 'a').close()\n")
     words = ["put", "things", '{"id": "t-1"}', "--collections", "declared:THINGS"]
-    # As the installed command begins: without the working directory on the path.
+    # As the installed command starts: without the working directory in sys.path.
     program = [sys.executable, "-P", "-m", "hf_async_store"]
     ran = shell(*words, "--store", "sqlite:things.db", program=program)
     assert ran.code == 0, ran.err

@@ -1,4 +1,4 @@
-"""Commands that need a store, or all of it: a mistyped name, what nobody declares, backups that shrink."""
+"""Commands that need an existing store: mistyped names, undeclared collections, shrinking backups."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ Url = Callable[[str], str]
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> Url:
-    """The URL of a place where nothing is yet."""
+    """Returns the URL of a store that does not exist yet."""
 
     def make(engine: str) -> str:
         if engine == "postgresql":
-            found: str = request.getfixturevalue("postgres_server").database()
+            server = request.getfixturevalue("postgres_server")
+            found: str = server.database()
+            request.addfinalizer(lambda: server.drop(found))
             return found
         if engine == "dynamodb":
             endpoint = request.getfixturevalue("dynamodb_server").endpoint_url
@@ -44,7 +46,7 @@ def _exists(url: str) -> bool:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_mistyped_store_is_told_and_not_made(engine: str, url: Url, cli: Cli) -> None:
+def test_a_mistyped_store_is_reported_and_not_created(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)
     for words in (
         ["get", "machines", "m-1"],
@@ -75,11 +77,11 @@ def test_a_mistyped_store_is_told_and_not_made(engine: str, url: Url, cli: Cli) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_first_put_says_that_it_made_a_store(engine: str, url: Url, cli: Cli) -> None:
+def test_the_first_put_reports_that_it_created_a_store(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)
     ran = cli("put", "templates", '{"template_id": "t-1"}', "--store", place)
     assert ran.code == 0
-    assert ran.message.startswith("note: a new store was made at ")
+    assert ran.message.startswith("note: a new store was created at ")
     assert cli("put", "templates", '{"template_id": "t-2"}', "--store", place).err == ""
     assert cli("count", "templates", "--store", place).out == "2\n"
 
@@ -89,10 +91,10 @@ def test_a_backup_that_is_not_there(cli: Cli) -> None:
     for words in (["verify", "gone.jsonl.gz"], ["restore", "gone.jsonl.gz"]):
         ran = cli(*words)
         assert ran.code == 1
-        assert "there is no backup gone.jsonl.gz" in ran.message
+        assert "the backup gone.jsonl.gz does not exist" in ran.message
 
 
-def test_a_pipe_is_no_backup(filled: Cli) -> None:
+def test_a_pipe_is_refused_as_a_backup(filled: Cli) -> None:
     os.mkfifo("pipe")
     for words in (["verify", "pipe"], ["restore", "pipe"]):
         ran = filled(*words)
@@ -115,7 +117,7 @@ async def _application(place: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_not_declared_needs_a_word(engine: str, url: Url, cli: Cli) -> None:
+def test_undeclared_collections_need_an_option(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)
     asyncio.run(_application(place))
     to = ["--to", "json:target.json"]
@@ -147,7 +149,7 @@ def test_what_is_not_declared_needs_a_word(engine: str, url: Url, cli: Cli) -> N
     assert cli("verify", "--from", place, *to, *leave_out).code == 0
 
 
-def test_a_backup_of_more_than_is_declared_needs_a_word(cli: Cli) -> None:
+def test_a_backup_of_undeclared_collections_needs_an_option(cli: Cli) -> None:
     asyncio.run(_application("json:a.json"))
     Path("own.py").write_text(
         "from hf_async_store import Collection\n"
@@ -178,7 +180,7 @@ def _kept() -> list[str]:
 
 
 @pytest.mark.parametrize("left", [0, 4])
-def test_a_backup_that_shrank_takes_no_good_one_away(left: int, cli: Cli) -> None:
+def test_a_much_smaller_backup_removes_no_older_one(left: int, cli: Cli) -> None:
     _put(cli, 10)
     for _ in range(2):
         assert cli("backup", "b/", "--keep", "2").code == 0
@@ -188,9 +190,9 @@ def test_a_backup_that_shrank_takes_no_good_one_away(left: int, cli: Cli) -> Non
     assert ran.code == 3
     assert ran.rows[0]["removed"] == []
     assert len(ran.rows[0]["spared"]) == 1
-    assert "hold far more than this one" in ran.message
+    assert "holds far less than an older one" in ran.message
     assert "--allow-smaller" in ran.message
-    # Night after night, the last good one stays.
+    # After many backups, the last good one is still kept.
     for _ in range(3):
         cli("backup", "b/", "--keep", "2")
         assert set(_kept()) & set(good)
@@ -218,7 +220,7 @@ def test_an_empty_store_may_keep_its_backups(cli: Cli) -> None:
     assert len(_kept()) == 2
 
 
-def test_a_move_to_itself_is_refused_and_empties_nothing(filled: Cli) -> None:
+def test_a_migration_to_itself_is_refused_and_deletes_nothing(filled: Cli) -> None:
     Path("link").symlink_to("data")
     for other in (STORE, "json:./data/db.json", "json:link/db.json", "json:data/../data/db.json"):
         for pair in ((STORE, other), (other, STORE)):

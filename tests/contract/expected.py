@@ -1,4 +1,4 @@
-"""What engines of this package do not show yet."""
+"""Contract cases that engines of this package do not fulfil yet."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class OneStatementForAll(StrategyContract):
-    """An engine that writes what waits by one statement, which takes all its locks."""
+    """An engine that writes all queued changes in one statement, which waits for the locks of all rows."""
 
-    @pytest.mark.xfail(strict=True, reason="a row that somebody holds stops the whole statement")
-    async def test_135_a_change_that_must_wait_holds_up_no_other(
+    @pytest.mark.xfail(strict=True, reason="a locked row blocks the whole statement")
+    async def test_135_a_blocked_change_does_not_delay_its_neighbours(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
-        await super().test_135_a_change_that_must_wait_holds_up_no_other(harness, store)
+        await super().test_135_a_blocked_change_does_not_delay_its_neighbours(harness, store)

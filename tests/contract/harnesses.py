@@ -1,4 +1,4 @@
-"""The engines of this package, as the contract suite reaches them."""
+"""Harnesses with which the contract suite tests the engines of this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from hf_async_store import Capabilities, Collection, StorageStrategy
+    from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
 
 class MemoryHarness:
-    """Every store is empty at first, and forgets."""
+    """Every store is empty at first, and loses its data when it is closed."""
 
     def __init__(self) -> None:
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -45,16 +46,16 @@ class MemoryHarness:
 
 
 class JSONHarness:
-    """A store in a folder of its own.
+    """A store in a separate folder.
 
     Args:
-        name: of the one file, or of the folder of split files.
+        name: the name of the single file, or of the folder of split files.
     """
 
     def __init__(self, tmp_path: Path, name: str) -> None:
         self._path = tmp_path / "data" / name
         self._folder = self._path.parent if name.endswith(".json") else self._path
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -75,7 +76,7 @@ class JSONHarness:
 
 
 def open_files(folder: Path) -> list[str]:
-    """What this process still has open in a folder, where the system tells."""
+    """Files in a folder that this process has open; empty on systems without /proc."""
     found = []
     for each in Path("/proc/self/fd").glob("*"):
         try:
@@ -88,11 +89,11 @@ def open_files(folder: Path) -> list[str]:
 
 
 class SQLiteHarness:
-    """A file in a folder of its own."""
+    """A database file in a separate folder."""
 
     def __init__(self, tmp_path: Path) -> None:
         self._path = tmp_path / "data" / "store.db"
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -117,16 +118,16 @@ class SQLiteHarness:
 
 
 class PostgreSQLHarness:
-    """A database of its own for each test.
+    """A separate database for each test.
 
     Args:
-        server: where it is made, and dropped.
+        server: the server on which it is created and dropped.
     """
 
     def __init__(self, server: PostgresServer, *, options: str = "") -> None:
         self._server = server
         self._url = server.database(options)
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
 
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
@@ -159,7 +160,7 @@ class PostgreSQLHarness:
         return bool(self._connections() or ask(self._url, tables))
 
     def leaks(self) -> list[str]:
-        for _ in range(40):  # the server may take a moment to see that a client has gone
+        for _ in range(40):  # the server may need a moment to notice that a client has disconnected
             found = self._connections()
             if not found:
                 return []
@@ -176,7 +177,7 @@ class PostgreSQLHarness:
 
 
 class PgbouncerHarness(PostgreSQLHarness):
-    """A database behind a pgbouncer, which keeps connections of its own to it.
+    """A database behind a pgbouncer, which keeps its own connections to the server open.
 
     Args:
         address: host and port of the pgbouncer.
@@ -197,7 +198,7 @@ class PgbouncerHarness(PostgreSQLHarness):
         return urlunsplit(there)
 
     def leaks(self) -> list[str]:
-        # Nothing may stay in the middle of a transaction; that it stays connected is its purpose.
+        # pgbouncer stays connected by design, but no connection may be in a transaction.
         for _ in range(40):
             found = [each for each in self._connections() if "transaction" in each]
             if not found:
@@ -207,7 +208,7 @@ class PgbouncerHarness(PostgreSQLHarness):
 
 
 def ask(url: str, query: str) -> list[str]:
-    """The first column of the answer of a PostgreSQL, by a connection of its own."""
+    """The first column of the result of a query on PostgreSQL, over a separate connection."""
 
     async def asked(connection: Any) -> list[str]:
         return [str(each[0]) for each in await connection.fetch(query)]
@@ -216,7 +217,7 @@ def ask(url: str, query: str) -> list[str]:
 
 
 def execute(url: str, statements: str) -> None:
-    """Run statements on a PostgreSQL, by a connection of its own."""
+    """Run statements on PostgreSQL over a separate connection."""
     _elsewhere(url, lambda connection: connection.execute(statements))
 
 
@@ -233,12 +234,12 @@ def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
 
 
 class DynamoDBHarness:
-    """Tables with a prefix of their own, reached through a proxy that can do harm."""
+    """Tables with a separate prefix, accessed through a proxy that can inject faults."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._prefix = f"t{secrets.token_hex(6)}"
-        self.capabilities: Capabilities = self.store().capabilities
+        self.capabilities = _capabilities_of(self)
         proxy.requests.clear()
         proxy.looks.clear()
 
@@ -287,3 +288,14 @@ def _opened(
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_CAPABILITIES: Final[dict[type, Capabilities]] = {}
+
+
+def _capabilities_of(harness: Harness) -> Capabilities:
+    """The capabilities of an engine; a store is made for them once, because that takes 10 to 20 ms."""
+    kind = type(harness)
+    if kind not in _CAPABILITIES:
+        _CAPABILITIES[kind] = harness.store().capabilities
+    return _CAPABILITIES[kind]

@@ -71,7 +71,7 @@ def expect_failure(request: pytest.FixtureRequest, engine: str, **reasons: str) 
         request.node.add_marker(marker)
 
 
-async def test_it_is_filtered_by_its_stored_values(
+async def test_a_later_declared_field_is_filtered_by_its_stored_values(
     url: str, engine: str, request: pytest.FixtureRequest
 ) -> None:
     expect_failure(request, engine, sqlite=_SQL, postgresql=_SQL, dynamodb=_DYNAMODB)
@@ -83,7 +83,7 @@ async def test_it_is_filtered_by_its_stored_values(
         assert await store.count_entities("jobs", {"due_at": exists()}) == COUNT + 1
 
 
-async def test_it_is_ordered_by_its_stored_values(
+async def test_a_later_declared_field_is_ordered_by_its_stored_values(
     url: str, engine: str, request: pytest.FixtureRequest
 ) -> None:
     expect_failure(request, engine, sqlite=_SQL, postgresql=_SQL)
@@ -98,7 +98,7 @@ async def test_it_is_ordered_by_its_stored_values(
         assert [each["job_id"] for each in found] == [each["job_id"] for each in wanted[:8]]
 
 
-async def test_what_is_updated_is_read(
+async def test_a_later_declared_field_can_be_updated(
     url: str, engine: str, request: pytest.FixtureRequest
 ) -> None:
     expect_failure(request, engine, sqlite=_SQL, postgresql=_SQL)
@@ -110,7 +110,7 @@ async def test_what_is_updated_is_read(
         assert (found["size"], found["due_at"]) == (77, job(1)["due_at"])
 
 
-async def test_a_field_that_is_no_longer_declared_stays(
+async def test_a_field_that_is_no_longer_declared_is_kept(
     url: str, engine: str, request: pytest.FixtureRequest
 ) -> None:
     expect_failure(request, engine, sqlite=_SQL, postgresql=_SQL)

@@ -1,4 +1,4 @@
-"""Engines beside the memory engine, step by step."""
+"""The state machine: every engine is compared with the memory engine."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def json_at(name: str) -> Callable[[], AbstractContextManager[Stores]]:
 
 @contextmanager
 def memory() -> Iterator[Stores]:
-    """The memory engine beside itself: that the machine finds no difference where there is none."""
+    """The memory engine compared with itself: the state machine must find no difference."""
     yield lambda: open_store("memory:", collections=HOST_FACTORY)
 
 
 def postgresql(server: PostgresServer, collation: str) -> Callable[[], Any]:
-    """Databases on one server; each example empties the one of the run."""
+    """A database on the server, which is emptied before each example."""
     url = server.database(COLLATIONS[collation])
 
     @contextmanager
@@ -63,7 +63,7 @@ ENGINES = {
 }
 
 COLLATIONS = {"C": "", "ICU": "LOCALE_PROVIDER icu ICU_LOCALE 'sv-SE'"}
-"""C hides faults of order; in Swedish V comes with W, and Z before what follows it elsewhere."""
+"""The collation C hides errors in the order; in Swedish V sorts with W, and Å, Ä and Ö after Z."""
 
 
 def dynamodb_at(server: DynamoDBServer) -> Callable[[], AbstractContextManager[Stores]]:

@@ -1,4 +1,4 @@
-"""The contract on PostgreSQL behind a pgbouncer that pools by transaction, where one is to be had."""
+"""The contract on PostgreSQL behind a pgbouncer with transaction pooling, if one is installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def address(postgres_server: PostgresServer) -> Iterator[str]:
         with pgbouncer(postgres_server) as found:
             yield found
     except ServerUnavailable as exc:
-        # No engine of its own, so no run is incomplete without it.
+        # Not a separate engine, so that a run without it is complete.
         pytest.skip(str(exc))
 
 

@@ -1,4 +1,4 @@
-"""The pytest plugin that comes with the suite, as a run of somebody else sees it."""
+"""The pytest plugin of the contract suite, in a pytest run of another project."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def drawn(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [each for each in result.stdout.splitlines() if "drew" in each]
 
 
-def test_an_engine_left_out_is_named_or_fails_the_run(tmp_path: Path) -> None:
+def test_a_skipped_engine_is_reported_or_fails_the_run(tmp_path: Path) -> None:
     line = "engine left out: wonderdb (there is no server here)"
     lenient = run(tmp_path, "-s", "--hf-seed=7", HF_ASYNC_STORE_REQUIRE_ENGINES="")
     assert lenient.returncode == pytest.ExitCode.OK, lenient.stdout
@@ -67,10 +67,10 @@ def test_an_engine_left_out_is_named_or_fails_the_run(tmp_path: Path) -> None:
     strict = run(tmp_path, "-s", "--hf-seed=7", HF_ASYNC_STORE_REQUIRE_ENGINES="all")
     assert strict.returncode == pytest.ExitCode.TESTS_FAILED, strict.stdout
     assert strict.stdout.splitlines().count(f"FAILED {line}") == 1
-    assert drawn(lenient) == drawn(strict) != [], "one seed, the same choices"
+    assert drawn(lenient) == drawn(strict) != [], "the same seed makes the same choices"
 
 
-def test_nothing_is_said_where_nothing_was_left_out(tmp_path: Path) -> None:
+def test_nothing_is_reported_if_no_engine_was_skipped(tmp_path: Path) -> None:
     result = run(tmp_path, "-k", "passes or seed", HF_ASYNC_STORE_REQUIRE_ENGINES="all")
     assert result.returncode == pytest.ExitCode.OK, result.stdout
     assert "left out" not in result.stdout

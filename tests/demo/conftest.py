@@ -1,4 +1,4 @@
-"""Data for the demo to start from: what was found in the field, or made in the same shapes."""
+"""Initial data for the demo: real data, or generated data in the same layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUTS = ("single_file", "split_files_flat", "split_files_wrapped")
 
 @pytest.fixture(params=LAYOUTS)
 def field_data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder of data in one of the layouts found in the field; real where there is some."""
+    """A folder with data in one of the existing layouts; real data if they are available."""
     return _data(request.param, tmp_path)
 
 
@@ -26,14 +26,14 @@ def single_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test names its data itself, and its temporary files can be counted."""
+    """Clear the environment variables for data, and use a separate folder for temporary files."""
     monkeypatch.delenv("HF_ASYNC_STORE_REAL_DATA", raising=False)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
 
 
-# Read before `no_environment` takes it away.
+# Read before `no_environment` removes it.
 _REAL = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
 
 
@@ -58,7 +58,7 @@ def _write(layout: str, folder: Path) -> None:
 
 
 def _made_up() -> dict[str, dict[str, Any]]:
-    """As real data is: no version or one from 0 on, no time zone, null, text that is not ASCII."""
+    """Data like real ones: no version or versions from 0, no time zone, null, non-ASCII text."""
     templates = {
         name: {
             "template_id": name,

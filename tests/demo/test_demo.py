@@ -1,4 +1,4 @@
-"""The demo runs, tells the truth, and cleans up."""
+"""The demo runs, reports correctly, and cleans up."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in folder.iterdir()}
 
 
-def test_size_draws_repeat_and_hold_a_burst() -> None:
+def test_random_sizes_are_reproducible_and_contain_a_burst() -> None:
     sizes = draw_sizes(1, 0, 60)
     assert sizes == draw_sizes(1, 0, 60) != draw_sizes(2, 0, 60)
     assert max(sizes) == 1000
@@ -74,7 +74,7 @@ async def test_memory_is_one_process(capsys: pytest.CaptureFixture[str]) -> None
     assert "Killed" not in out
 
 
-async def test_a_store_of_ones_own_is_left_with_what_was_written(
+async def test_an_existing_store_keeps_the_written_data(
     single_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"json:{tmp_path}/mine"
@@ -104,7 +104,7 @@ def test_arguments_config_and_keep(tmp_path: Path, capsys: pytest.CaptureFixture
     assert ProcessLog.of(kept / "process-1.notes").operations
 
 
-async def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
+async def test_invalid_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no JSON store there"):
         await run_demo(short(data=str(tmp_path / "nowhere")))
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -120,14 +120,14 @@ def test_options_are_positive(value: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 class Small(MemoryStorageStrategy):
-    """Takes only small transactions, as some services do."""
+    """An engine that accepts only small transactions, like some services."""
 
     @property
     def capabilities(self):  # type: ignore[no-untyped-def]
         return msgspec.structs.replace(super().capabilities, max_transaction_changes=25)
 
 
-async def test_bursts_beyond_a_transaction_come_piecemeal(tmp_path: Path) -> None:
+async def test_bursts_beyond_the_transaction_limit_are_split(tmp_path: Path) -> None:
     settings = short(store="memory:", requests=8, keep=True)
     assert await run_demo(settings, lambda plan: Small()) == PASSED
     (kept,) = (tmp_path / "tmp").iterdir()
@@ -139,8 +139,10 @@ async def test_bursts_beyond_a_transaction_come_piecemeal(tmp_path: Path) -> Non
     assert any(op.intent.work == "create batch" for op in operations)
 
 
-async def test_eventual_queries_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """An index that is behind is no lost write where the engine says that it may be."""
+async def test_eventually_consistent_queries_are_repeated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A stale index is not a lost write if the engine declares eventual consistency."""
 
     class Behind(MemoryStorageStrategy):
         @property
@@ -190,7 +192,7 @@ def wait_for(condition, seconds: float = 15) -> None:  # type: ignore[no-untyped
 
 @contextmanager
 def running_demo() -> Iterator[subprocess.Popen[str]]:
-    """The demo in a process of its own; gone afterwards."""
+    """The demo in a separate process, which is killed afterwards."""
     command = [
         sys.executable,
         "-m",
@@ -215,7 +217,7 @@ def running_demo() -> Iterator[subprocess.Popen[str]]:
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
     ids=["ctrl-c", "sigterm", "sigkill"],
 )
-def test_an_end_in_the_middle_leaves_nothing(tmp_path: Path, ending: int, code: int) -> None:
+def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, ending: int, code: int) -> None:
     with running_demo() as demo:
         wait_for(lambda: len(children_of(demo.pid)) == 2)
         workers = children_of(demo.pid)
@@ -227,14 +229,14 @@ def test_an_end_in_the_middle_leaves_nothing(tmp_path: Path, ending: int, code: 
         assert demo.returncode == code, out
         assert "Traceback" not in out
     wait_for(lambda: not any(map(is_alive, workers)))
-    # Nobody can clean up after a SIGKILL of his own; but no process stays.
+    # After SIGKILL nothing can be cleaned up, but no process may remain.
     assert ending == signal.SIGKILL or not folder.exists()
 
 
-async def test_a_worker_that_dies_by_itself_fails_the_run(
+async def test_a_worker_that_fails_fails_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only this process knows how to open the store: the workers cannot."""
+    """Only this process can open the store; the workers fail."""
     good = f"json:{tmp_path}/db.json"
 
     def opening(plan: Plan) -> StorageStrategy:
@@ -247,10 +249,10 @@ async def test_a_worker_that_dies_by_itself_fails_the_run(
     assert "FAILED: broken: finished" in out
 
 
-# -- what people see -------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------
 
 
-def test_a_terminal_gets_colours_and_a_bar() -> None:
+def test_output_on_a_terminal_has_colours_and_a_bar() -> None:
     shown = io.StringIO()
     terminal = report.Screen(Console(file=shown, force_terminal=True, width=100))
     with terminal.progress(3) as progress:

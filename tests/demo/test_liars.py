@@ -1,4 +1,4 @@
-"""Stores that lie: whatever they do to an acknowledged write, the demo sees it and names it."""
+"""Faulty stores: the demo detects and reports every violation of an acknowledged write."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ NOW = "2026-01-01T00:00:00.000000Z"
 Chosen = Callable[[Change], bool]
 
 
-class Once:
-    """True for the first change of a kind, after some others."""
+class OnceAfter:
+    """Is true once, for a change of the given kind, after some others were skipped."""
 
     def __init__(self, chosen: Chosen, after: int = 3) -> None:
         self._chosen = chosen
@@ -54,9 +54,9 @@ def is_machine(kind: type, **fields: object) -> Chosen:
 
 
 class _Drops(StorageStrategy):
-    """Acknowledges one write that it does not do."""
+    """Acknowledges one write without applying it."""
 
-    lost: Once
+    lost: OnceAfter
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         done = [each for each in changes if not self.lost(each)]
@@ -70,19 +70,19 @@ def _claimed(change: Change) -> Outcome:
 
 
 class Dropping(_Drops, MemoryStorageStrategy):
-    def __init__(self, lost: Once) -> None:
+    def __init__(self, lost: OnceAfter) -> None:
         super().__init__()
         self.lost = lost
 
 
 class DroppingOnDisk(_Drops, JSONStorageStrategy):
-    def __init__(self, lost: Once, path: Path) -> None:
+    def __init__(self, lost: OnceAfter, path: Path) -> None:
         super().__init__(f"json:{path}/db.json")
         self.lost = lost
 
 
 class _Torn(Transaction):
-    lost: Once
+    lost: OnceAfter
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         done = [each for each in changes if not type(self).lost(each)]
@@ -94,13 +94,13 @@ class _Torn(Transaction):
 class Tearing(MemoryStorageStrategy):
     """Commits a transaction without one of its changes."""
 
-    def __init__(self, lost: Once) -> None:
+    def __init__(self, lost: OnceAfter) -> None:
         super().__init__()
         self.transaction_type = type("Torn", (_Torn,), {"lost": lost})  # type: ignore[misc]
 
 
 class Unconditional(MemoryStorageStrategy):
-    """Forgets the conditions of writes: the last writer wins."""
+    """Ignores the preconditions of writes: the last writer wins."""
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         free = [
@@ -110,11 +110,11 @@ class Unconditional(MemoryStorageStrategy):
         return await super()._write(free, timeout)
 
 
-class Spilling(MemoryStorageStrategy):
-    """Does one update, and one write more that nobody asked for.
+class WritingTooMuch(MemoryStorageStrategy):
+    """Applies one update, and an additional write that was not requested.
 
     Args:
-        extra: makes it of the one that was asked for.
+        extra: creates the additional write from the requested one.
     """
 
     def __init__(self, extra: Callable[[Change], Change]) -> None:
@@ -129,8 +129,8 @@ class Spilling(MemoryStorageStrategy):
         return outcomes
 
 
-class Hiding(MemoryStorageStrategy):
-    """Its queries leave out one machine, once; all of it is stored."""
+class IncompleteQuery(MemoryStorageStrategy):
+    """One query omits one machine, which is stored."""
 
     hidden = 3  # counts down to the query that hides
 
@@ -157,7 +157,7 @@ def _without_price(change: Change) -> Change:
 
 
 class Truncating(MemoryStorageStrategy):
-    """Keeps version and all, but loses the value of a field."""
+    """Loses the value of a field, with a correct version."""
 
     def __init__(self, lost: Chosen) -> None:
         super().__init__()
@@ -175,14 +175,17 @@ def ghost(of: Change) -> Put:
 
 
 LIARS: dict[str, tuple[Callable[[], StorageStrategy], set[str]]] = {
-    "a lost status write": (lambda: Dropping(Once(RUNNING)), {"versions"}),
-    "a lost create": (lambda: Dropping(Once(CREATED)), {"acknowledged", "counts"}),
-    "a torn burst": (lambda: Tearing(Once(CREATED)), {"acknowledged", "transactions", "counts"}),
-    "a delete that was none": (lambda: Tearing(Once(GONE)), {"acknowledged", "transactions"}),
+    "a lost status write": (lambda: Dropping(OnceAfter(RUNNING)), {"versions"}),
+    "a lost create": (lambda: Dropping(OnceAfter(CREATED)), {"acknowledged", "counts"}),
+    "a torn burst": (
+        lambda: Tearing(OnceAfter(CREATED)),
+        {"acknowledged", "transactions", "counts"},
+    ),
+    "a delete that was none": (lambda: Tearing(OnceAfter(GONE)), {"acknowledged", "transactions"}),
     "no conditions": (Unconditional, {"counters"}),
     "a lost value": (lambda: Truncating(CREATED), {"contents"}),
-    "a query that hides": (Hiding, {"pollers"}),
-    "an entity from nowhere": (lambda: Spilling(ghost), {"acknowledged"}),
+    "a query that hides": (IncompleteQuery, {"pollers"}),
+    "an entity from nowhere": (lambda: WritingTooMuch(ghost), {"acknowledged"}),
 }
 
 
@@ -198,7 +201,7 @@ def settings(**more: object) -> Settings:
 
 
 @pytest.mark.parametrize("liar", LIARS)
-async def test_a_lie_is_seen(liar: str, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_fault_is_detected(liar: str, capsys: pytest.CaptureFixture[str]) -> None:
     opening, broken = LIARS[liar]
     assert await run_demo(settings(), lambda plan: opening()) == FAILED
     out = capsys.readouterr().out
@@ -209,12 +212,12 @@ async def test_a_lie_is_seen(liar: str, capsys: pytest.CaptureFixture[str]) -> N
         assert re.search(rf"^  {each}: (machines|requests|templates)/demo-[0-9a-f]+-", out, re.M)
 
 
-async def test_a_changed_entity_that_nobody_wrote_is_seen(
+async def test_a_change_that_no_process_made_is_detected(
     single_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = Source(single_file).plain({"requests": None, "machines": None})
     assert held is not None
-    # The run goes on with open requests only.
+    # The run continues with open requests only.
     name = next(
         each
         for each, one in held["machines"].items()
@@ -222,14 +225,14 @@ async def test_a_changed_entity_that_nobody_wrote_is_seen(
     )
     extra = Patch(Key("machines", name), {"name": "another"}, NOW)
     asked = settings(data=str(single_file))
-    assert await run_demo(asked, lambda plan: Spilling(lambda of: extra)) == FAILED
+    assert await run_demo(asked, lambda plan: WritingTooMuch(lambda of: extra)) == FAILED
     assert f"loaded: machines/{name}: had version" in capsys.readouterr().out
 
 
-async def test_a_lie_on_disk_is_seen_among_three_processes(
+async def test_a_fault_on_disk_is_detected_with_three_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lost = Once(RUNNING)
+    lost = OnceAfter(RUNNING)
     asked = settings(store=f"json:{tmp_path}/db.json", processes=3, requests=12)
     assert await run_demo(asked, lambda plan: DroppingOnDisk(lost, tmp_path)) == FAILED
     out = capsys.readouterr().out
@@ -238,8 +241,8 @@ async def test_a_lie_on_disk_is_seen_among_three_processes(
     assert f"(kept in {kept})" in out
 
 
-class Silent(MemoryStorageStrategy):
-    """Never answers one call."""
+class Hanging(MemoryStorageStrategy):
+    """Never returns from one call."""
 
     answers = 5
 
@@ -250,11 +253,11 @@ class Silent(MemoryStorageStrategy):
         return await super().update_entities(*args, **more)
 
 
-async def test_a_silence_is_seen(
+async def test_a_hanging_call_is_detected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(orchestrator, "_DRAIN_SECONDS", 0.5)
     monkeypatch.setattr(orchestrator, "_STUCK_SECONDS", 0.5)
-    assert await run_demo(settings(seconds=2.0), lambda plan: Silent()) == FAILED
+    assert await run_demo(settings(seconds=2.0), lambda plan: Hanging()) == FAILED
     out = capsys.readouterr().out
     assert re.search(r"^  finished: machines/demo-\S+: status write was never answered", out, re.M)

@@ -1,4 +1,4 @@
-"""The examination, on notes and stores made by hand: what it forgives, and what it does not."""
+"""The verification of the demo, on constructed logs and stores: accepted and reported deviations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Script = Callable[[WriteLog], None]
 
 
 def examined(path: Path, stored: dict[str, Any], base: dict[str, Any], *scripts: Script):  # type: ignore[no-untyped-def]
-    """The examination of what processes noted, one script each."""
+    """The verification of process logs, one script per process."""
     notes = []
     for number, script in enumerate(scripts):
         file = path / f"{number}.notes"
@@ -43,13 +43,13 @@ def examined(path: Path, stored: dict[str, Any], base: dict[str, Any], *scripts:
 
 
 def broken(path: Path, stored: dict[str, Any], *scripts: Script, **base: Any) -> dict[str, str]:
-    """The first failure of each broken invariant."""
+    """The first failure of each violated invariant."""
     invariants = examined(path, stored, base, *scripts).invariants()
     return {each.name: each.failures[0] for each in invariants if each.failures}
 
 
 def noted(work: str, *writes: tuple[Write, list[Answer] | None], whole: bool = False) -> Script:
-    """ProcessLog one operation; without answers it was under way at the end."""
+    """Log one operation; without results it was still running at the end."""
 
     def script(write_log: WriteLog) -> None:
         number = write_log.intent(work, [each for each, _ in writes], whole=whole)
@@ -96,26 +96,26 @@ def sequence(*scripts: Script) -> Script:
     return script
 
 
-# -- what was under way at a kill may have landed, or not ------------------------------------
+# -- operations that were running at a kill may have been applied, or not --------------------
 
 
-def test_an_unanswered_burst_may_be_there_whole(tmp_path: Path) -> None:
+def test_an_unfinished_burst_may_exist_completely(tmp_path: Path) -> None:
     assert "transactions" not in broken(tmp_path, stored_burst(), burst(answers=False))
 
 
-def test_an_unanswered_burst_may_be_missing(tmp_path: Path) -> None:
+def test_an_unfinished_burst_may_be_missing(tmp_path: Path) -> None:
     assert broken(tmp_path, {}, burst(answers=False)) == {}
 
 
 @pytest.mark.parametrize("there", [[], MACHINES[:2]])
-def test_an_unanswered_burst_may_not_be_there_in_part(tmp_path: Path, there: list[str]) -> None:
+def test_an_unfinished_burst_must_not_exist_in_part(tmp_path: Path, there: list[str]) -> None:
     seen = broken(tmp_path, stored_burst(there), burst(answers=False))
     assert seen["transactions"].startswith("machines/demo-1-machine-0-")
     assert "is not there, and other parts of its acquire are" in seen["transactions"]
     assert seen["counts"].startswith(f"requests/{REQUEST}: 3 machines, 0 went back")
 
 
-def test_an_acknowledged_burst_must_be_there(tmp_path: Path) -> None:
+def test_an_acknowledged_burst_must_exist(tmp_path: Path) -> None:
     seen = broken(tmp_path, {}, burst())
     assert seen.keys() == {"acknowledged", "transactions"}
     assert "is gone; version 1 was acknowledged" in seen["acknowledged"]
@@ -127,7 +127,7 @@ STEP = Write("templates", "add", ["t"], {"uses": 1})
 @pytest.mark.parametrize(
     ("uses", "version", "holds"), [(4, 3, True), (5, 4, True), (6, 5, False), (3, 2, False)]
 )
-def test_a_counter_may_be_one_ahead_per_unanswered_step(
+def test_a_counter_may_be_one_ahead_per_unfinished_increment(
     tmp_path: Path, uses: int, version: int, holds: bool
 ) -> None:
     base = {"t": {"template_id": "t", "uses": 2, "version": 1}}
@@ -138,7 +138,7 @@ def test_a_counter_may_be_one_ahead_per_unanswered_step(
     assert holds or seen["counters"] == f"templates/t: counts {uses}, 4 were acknowledged"
 
 
-def test_what_landed_unanswered_is_counted(tmp_path: Path) -> None:
+def test_applied_unfinished_operations_are_counted(tmp_path: Path) -> None:
     base = {"templates": {"t": {"template_id": "t", "uses": 0, "version": 1}}}
     stored = {"templates": {"t": {"template_id": "t", "uses": 2, "version": 3}}, **stored_burst()}
     lost = noted("count", (STEP, None))
@@ -146,7 +146,7 @@ def test_what_landed_unanswered_is_counted(tmp_path: Path) -> None:
     assert seen.landed(ProcessLog.of(tmp_path / "0.notes").unanswered) == 3
 
 
-def test_a_return_that_never_landed_is_no_part_of_anothers(tmp_path: Path) -> None:
+def test_an_unapplied_return_is_not_confused_with_that_of_another_process(tmp_path: Path) -> None:
     """The killed process wanted a machine that another returned, and that is gone since."""
     mark = Write("machines", "update", MACHINES[:1], {"return_request_id": RETURN})
     killed = noted(
@@ -158,7 +158,7 @@ def test_a_return_that_never_landed_is_no_part_of_anothers(tmp_path: Path) -> No
     assert seen == {}
 
 
-def test_a_termination_that_another_did_again_is_no_part(tmp_path: Path) -> None:
+def test_an_unapplied_termination_is_not_confused_with_a_later_one(tmp_path: Path) -> None:
     """The sweep terminates what the killed process was about to: with another time in it."""
 
     def end(at: str, answered: bool) -> Script:
@@ -180,7 +180,7 @@ def test_a_termination_that_another_did_again_is_no_part(tmp_path: Path) -> None
     assert seen == {}
 
 
-def test_what_the_killed_process_was_creating_may_stay(tmp_path: Path) -> None:
+def test_entities_created_by_the_killed_process_may_exist(tmp_path: Path) -> None:
     create = noted("create", (Write("requests", "create", [REQUEST]), [1]))
     batch = noted("create batch", (Write("machines", "create", MACHINES), None))
     stored = {"requests": {REQUEST: a_request(status="creating")}}
@@ -189,12 +189,12 @@ def test_what_the_killed_process_was_creating_may_stay(tmp_path: Path) -> None:
     assert broken(tmp_path, stored, nobody, create).keys() == {"finished"}
 
 
-def test_a_living_process_has_no_unanswered_writes(tmp_path: Path) -> None:
+def test_a_running_process_must_not_have_unfinished_writes(tmp_path: Path) -> None:
     seen = broken(tmp_path, {}, sequence(), burst(answers=False))
     assert seen == {"finished": f"requests/{REQUEST}: acquire was never answered"}
 
 
-# -- what is never forgiven ------------------------------------------------------------------
+# -- violations that are always reported -----------------------------------------------------
 
 
 def test_one_version_for_two_writers(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_one_version_for_two_writers(tmp_path: Path) -> None:
     assert seen["versions"] == "templates/t: version 2 was acknowledged to two writers"
 
 
-def test_a_delete_that_came_back(tmp_path: Path) -> None:
+def test_a_deleted_entity_that_exists_again(tmp_path: Path) -> None:
     name = MACHINES[0]
     gone = noted("terminate", (Write("machines", "delete", [name]), ["deleted"]))
     stored = {"machines": {name: a_machine(name, request_id=None)}}
@@ -240,16 +240,16 @@ def test_a_loaded_value_of_another_type(
     assert seen == {"loaded": f"templates/t: {field} was {was!r}, is {now!r}"}
 
 
-def test_one_moment_in_several_forms_is_the_same(tmp_path: Path) -> None:
+def test_one_timestamp_in_several_forms_is_equal(tmp_path: Path) -> None:
     base = {"templates": {"t": {"template_id": "t", "created_at": "2026-06-01T10:00:00+02:00"}}}
     fixed = {"template_id": "t", "created_at": "2026-06-01T08:00:00.000000Z", "version": 0}
     assert broken(tmp_path, {"templates": {"t": fixed}}, **base) == {}
 
 
-# -- the notes themselves --------------------------------------------------------------------
+# -- the logs --------------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_is_the_kill(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_caused_by_the_kill(tmp_path: Path) -> None:
     file = tmp_path / "torn.notes"
     with WriteLog(file) as write_log:
         burst()(write_log)
@@ -263,7 +263,7 @@ def test_a_torn_last_line_is_the_kill(tmp_path: Path) -> None:
     ] == [2, 1]
 
 
-def test_a_refused_write_leaves_nothing_open(tmp_path: Path) -> None:
+def test_a_refused_write_is_not_unfinished(tmp_path: Path) -> None:
     file = tmp_path / "refused.notes"
     with WriteLog(file) as write_log:
         write_log.done(write_log.intent("acquire", [STEP]), None, 0, 4)

@@ -1,4 +1,4 @@
-"""docs/contract.md and the tests agree: each numbered case has a test, and each number has its case."""
+"""docs/contract.md and the tests agree: each case has a test, and each numbered test has a case."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ROOT: Final = Path(__file__).parents[2]
 
 
 def listed() -> list[int]:
-    """The numbers in the tables of the page, in its order."""
+    """The numbers of the cases in the tables of the page, in order."""
     page = (ROOT / "docs/contract.md").read_text(encoding="utf-8")
     return [int(each) for each in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
 
 
 @cache
 def files_by_number() -> dict[int, list[str]]:
-    """The files with tests whose names carry a number, by number."""
+    """By case number, the files with tests whose names contain it."""
     found: dict[int, list[str]] = {}
     for folder in ("hf_async_store/testing", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -30,7 +30,7 @@ def files_by_number() -> dict[int, list[str]]:
     return found
 
 
-def test_the_numbers_rise() -> None:
+def test_the_case_numbers_are_ascending() -> None:
     assert listed() == sorted(set(listed()))
 
 

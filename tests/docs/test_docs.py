@@ -1,8 +1,8 @@
-"""The documentation is true: its examples run, its links lead somewhere, its tables are complete.
+"""The documentation is correct: its examples run, its links resolve, its tables are complete.
 
-Blocks of one page share a folder and a namespace, in their order. `# -> x` behind an expression,
-or on the line below it, is what it gives. A block that cannot run has a comment above it that says
-why: `<!-- not run: reason -->`; it is then reported as skipped, with that reason.
+The blocks of a page run in order, in the same folder and namespace. `# -> x` after an expression, or
+on the line below it, is its expected value. A block that cannot run has a comment above it with the
+reason: `<!-- not run: reason -->`; it is then reported as skipped, with that reason.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _MAX_SHOWN: Final = re.compile(r"#\s*->\s*(.+?)\s*$")
 
 
 class _Shows(ast.NodeTransformer):
-    """Turns an expression with `# -> x` behind it, or below it, into a check of what it gives."""
+    """Replaces an expression that is followed by `# -> x` by a check of its value."""
 
     def __init__(self, source: str) -> None:
         self._lines = source.splitlines()
@@ -107,12 +107,12 @@ def shows(value: object, expected: str) -> None:
 
 
 def run_python(block: Block, namespace: dict[str, Any], runner: asyncio.Runner) -> None:
-    # Blank lines in front, so that a traceback has the line of the page.
+    # Preceded by blank lines, so that a traceback has the line number of the page.
     tree = ast.parse("\n" * (block.line - 1) + block.text)
     transformer = _Shows("\n" * (block.line - 1) + block.text)
     tree = transformer.visit(tree)
     assert transformer.checks == len(re.findall(r"#\s*->", block.text)), (
-        "a `# -> x` belongs to none"
+        "a `# -> x` follows no expression"
     )
     code = compile(tree, name_of(block.page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if code.co_flags & CO_COROUTINE:
@@ -127,7 +127,7 @@ def run_python(block: Block, namespace: dict[str, Any], runner: asyncio.Runner) 
 
 
 class Shell:
-    """Runs shell blocks one after another; what one exports, the next has."""
+    """Runs shell blocks one after another; exported variables are kept for the next block."""
 
     def __init__(self, folder: Path) -> None:
         self._exports = folder.with_name(f"{folder.name}.exports")
@@ -172,7 +172,7 @@ def test_examples_run(
     folder.mkdir()
     monkeypatch.chdir(folder)
     environment = dict(os.environ)
-    # What annotations of a block refer to is looked up in its module.
+    # Annotations of a block are resolved in its module.
     namespace: dict[str, Any] = {"__name__": "__docs__", "__shows__": shows}
     shell = Shell(folder)
     with asyncio.Runner() as runner:
@@ -196,7 +196,7 @@ def test_examples_run(
 )
 def test_blocks_that_are_not_run_say_why(block: Block) -> None:
     assert block.language in RUNNABLE
-    assert "hf-async-store" not in block.text, "commands of the product are run"
+    assert "hf-async-store" not in block.text, "a block with commands of the product must be run"
     pytest.skip(f"{name_of(block.page)}, line {block.line}: {block.not_run}")
 
 
@@ -206,7 +206,7 @@ def test_few_blocks_are_not_run() -> None:
     assert sum(block.not_run is not None for block in blocks) <= 3
 
 
-def test_every_fence_is_a_block() -> None:
+def test_every_code_fence_is_parsed_as_a_block() -> None:
     known = {*RUNNABLE, "json", "toml", "mermaid"}
     for page in PAGES:
         found = list(blocks_of(page))
@@ -308,7 +308,7 @@ def test_urls_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def code_in(page: Path) -> str:
-    """All that is written as code on a page, in blocks and in lines."""
+    """All code on a page, in blocks and inline."""
     text = text_of(page)
     return "\n".join(
         [
@@ -377,7 +377,7 @@ HOSTS: Final = {"keepachangelog.com", "semver.org"}
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors of the headings, as forges make them."""
+    """The anchors of the headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
 
@@ -406,7 +406,7 @@ def test_every_page_can_be_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_foreign_hosts_and_no_paths_of_a_machine(page: Path) -> None:
+def test_pages_contain_no_foreign_hosts_or_machine_paths(page: Path) -> None:
     text = text_of(page)
     assert set(re.findall(r"https?://([^/\s:)]+)", text)) <= HOSTS
     assert not re.search(r"(?<![\w.])/(work|tmp|root|home|Users|opt|mnt)\b", text)

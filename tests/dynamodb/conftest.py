@@ -1,4 +1,4 @@
-"""What the tests of the DynamoDB strategy run on."""
+"""Fixtures of the tests of the DynamoDB strategy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def proxy(dynamodb_proxy: Proxy) -> Iterator[Proxy]:
-    """The proxy of the run, without rules and requests of the test before."""
+    """The proxy of the run, without rules and recorded requests of earlier tests."""
     dynamodb_proxy.rule = None
     dynamodb_proxy.requests.clear()
     dynamodb_proxy.looks.clear()

@@ -1,6 +1,7 @@
-"""A proxy before the DynamoDB server: it counts requests, and does to them what networks do.
+"""A proxy in front of the DynamoDB server that counts requests and injects network faults.
 
-It runs in a thread with a loop of its own, so that it answers whatever the test's loop is at.
+It runs in a thread with its own event loop, so that it responds even if the event loop of the test is
+blocked.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ WRITES = (*_WRITES, "DeleteItem")
 
 
 class Request(NamedTuple):
-    """A request as it came."""
+    """A request as it was received."""
 
     operation: str
     params: dict[str, Any]
 
     @property
     def is_migration_check(self) -> bool:
-        """Whether a store finds out by it, from time to time, that it is not being migrated."""
+        """Whether it is the periodic request by which a store checks that it is not being migrated."""
         return str(self.params.get("TableName")).endswith("_hf_move")
 
 
 class Answer(NamedTuple):
-    """An answer that the server did not give."""
+    """A response of the proxy, without forwarding the request."""
 
     status: int
     body: dict[str, Any]
 
 
 class Cut(NamedTuple):
-    """Cut the connection, after `stall` seconds; before or after the server saw the request.
+    """Close the connection after `stall` seconds, before or after the server has got the request.
 
     Attributes:
-        reset: by a reset, as a server does that breaks down.
+        reset: close it by a TCP reset, like a server that crashes.
     """
 
     applied: bool
@@ -55,30 +56,30 @@ class Cut(NamedTuple):
 
 
 class Late(NamedTuple):
-    """Pass the request on after so many seconds."""
+    """Forward the request after a delay in seconds."""
 
     seconds: float
 
 
 class Failed(NamedTuple):
-    """The server did it, and answers 500."""
+    """Forward the request, and return status 500."""
 
 
 class Partly(NamedTuple):
-    """Do a part of the request, and say so."""
+    """Execute a part of the request, and report the rest as unprocessed."""
 
 
 class Changed(NamedTuple):
-    """The server's answer, changed on its way."""
+    """The modified response of the server."""
 
     change: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Raw(NamedTuple):
-    """An answer that nobody's DynamoDB gives.
+    """A response that DynamoDB never gives.
 
     Attributes:
-        applied: the server does what was asked for before.
+        applied: the request is forwarded to the server first.
     """
 
     status: int
@@ -88,17 +89,17 @@ class Raw(NamedTuple):
 
 
 class Dripped(NamedTuple):
-    """The server's answer, byte by byte, with so many seconds between."""
+    """The response of the server, byte by byte, with a delay in seconds between them."""
 
     seconds: float
 
 
 class Endless(NamedTuple):
-    """A body that does not end."""
+    """A response with an endless body."""
 
 
 class Torn(NamedTuple):
-    """The server's answer, cut in its middle."""
+    """The first half of the response of the server."""
 
 
 Fault = Raw | Dripped | Endless | Torn | Changed | Answer | Cut | Late | Failed | Partly
@@ -118,9 +119,9 @@ class Proxy:
 
     Attributes:
         url: its address.
-        rule: what to do to a request; None passes it on.
-        requests: all that came, but for `looks`.
-        looks: those by which a store finds out, every now and then, whether it is being moved.
+        rule: returns the fault for a request; None: the request is forwarded.
+        requests: all requests except `looks`.
+        looks: the periodic requests by which a store checks whether it is being migrated.
     """
 
     def __init__(self, server_url: str) -> None:
@@ -137,7 +138,7 @@ class Proxy:
         )
 
     def counted(self) -> Counter[str]:
-        """How many requests of each operation came."""
+        """The number of requests of each operation."""
         return Counter(each.operation for each in self.requests)
 
     def start(self) -> None:
@@ -252,7 +253,7 @@ class Proxy:
         return web.Response()
 
     async def _partly(self, incoming: web.BaseRequest, request: Request) -> web.StreamResponse:
-        """Every second part is done, the others are handed back."""
+        """Every second item is processed, the others are returned as unprocessed."""
         params = request.params
         if request.operation == "BatchExecuteStatement":
             statements = params["Statements"]

@@ -1,4 +1,4 @@
-"""What the tests of the DynamoDB strategy share."""
+"""Helpers of the tests of the DynamoDB strategy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def store_at(
     collections: Iterable[Collection] = CONTRACT_COLLECTIONS,
     **settings: Any,
 ) -> DynamoDBStorageStrategy:
-    """A store behind a server's address, not open yet."""
+    """A store on the server at this address, not opened yet."""
     block = {
         "region": "us-east-1",
         "table_prefix": prefix or new_prefix(),

@@ -1,7 +1,7 @@
-"""Answers that are none: of proxies, of other servers, damaged ones. Contract case 122.
+"""Invalid responses: of proxies, of other servers, and damaged ones. Contract case 122.
 
-Whatever comes back, a verb ends by a `StorageError` or by the truth, in time; after a write the error
-says `outcome_unknown`.
+Whatever the response, a verb raises a `StorageError` or returns a correct result, in time; for a write
+the error says `outcome_unknown`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hf_async_store import errors as public_errors
 from hf_async_store.strategies.dynamodb import answers, backoff
 from hf_async_store.strategies.dynamodb.answers import read_answer
 from hf_async_store.testing.concurrency import seeded
+from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb import verbs
 from tests.dynamodb.proxy import (
     WRITES,
@@ -106,7 +107,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _is_public(exc: StorageError) -> bool:
-    """Whether callers can know this class."""
+    """Whether the error class is public."""
     return getattr(public_errors, type(exc).__name__, None) is type(exc)
 
 
@@ -117,7 +118,7 @@ def _outcomes(exc: StorageError) -> list[StorageError]:
 
 
 @pytest.mark.parametrize("name", NO_ANSWERS)
-async def test_no_answer_is_an_error(proxy: Proxy, name: str) -> None:
+async def test_an_invalid_response_is_an_error(proxy: Proxy, name: str) -> None:
     answer = NO_ANSWERS[name]
     async with store_at(proxy.url, retry_timeout=0.3) as store:
         await verbs.make(store)
@@ -148,8 +149,10 @@ async def test_no_answer_is_an_error(proxy: Proxy, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["a page of a portal", "nothing", "a wrong checksum", "502 of a proxy"]
 )
-async def test_a_write_that_was_done_before_it_is_recognised(proxy: Proxy, name: str) -> None:
-    """One bad answer is an accident: the store looks, and finds its own write."""
+async def test_a_write_applied_before_an_invalid_response_is_recognised(
+    proxy: Proxy, name: str
+) -> None:
+    """After one invalid response the store reads the entity, and recognises its own write."""
     answer = NO_ANSWERS[name]._replace(applied=True)
     async with store_at(proxy.url) as store:
         for verb in (
@@ -176,7 +179,7 @@ async def test_a_write_that_was_done_before_it_is_recognised(proxy: Proxy, name:
             assert entity["version"] == version, f"{verb} landed twice"
 
 
-async def test_answers_that_belong_to_other_requests(proxy: Proxy) -> None:
+async def test_responses_of_other_requests(proxy: Proxy) -> None:
     item = {"item_id": {"S": "b"}, "label": {"S": "x"}}
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "get": lambda body: {"Item": item},
@@ -228,7 +231,7 @@ async def test_a_transaction_that_was_cancelled_without_reasons(proxy: Proxy) ->
             proxy.rule = None
 
 
-async def test_the_time_of_an_answer_is_bounded_however_it_drips(proxy: Proxy) -> None:
+async def test_the_time_of_a_slow_response_is_bounded(proxy: Proxy) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix) as store:
         await verbs.make(store)
@@ -241,15 +244,17 @@ async def test_the_time_of_an_answer_is_bounded_however_it_drips(proxy: Proxy) -
             )
             started = time.monotonic()
             try:
-                assert await ({**verbs.READS, **verbs.WRITES})[verb](store), "it was recognised"
-                assert is_write, "no read was answered in time"
+                assert await ({**verbs.READS, **verbs.WRITES})[verb](store), (
+                    "the write was recognised by a read"
+                )
+                assert is_write, "a read of the slow response completed"
             except UnavailableError as exc:
                 assert exc.outcome_unknown is is_write
             assert time.monotonic() - started < 30, "the whole response takes minutes"
             proxy.rule = None
 
 
-async def test_a_body_without_end_is_cut(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endless_body_is_aborted(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_async_store.strategies.dynamodb import transport
 
     monkeypatch.setattr(transport, "MAX_BYTES", 4 * 2**20)
@@ -262,7 +267,7 @@ async def test_a_body_without_end_is_cut(proxy: Proxy, monkeypatch: pytest.Monke
         assert await store.get_entity("items", "a")
 
 
-async def test_a_torn_body_is_no_answer(proxy: Proxy) -> None:
+async def test_a_truncated_body_is_an_error(proxy: Proxy) -> None:
     async with store_at(proxy.url, retry_timeout=0.3) as store:
         await verbs.make(store)
         proxy.rule = lambda request: Torn()
@@ -277,7 +282,7 @@ async def test_a_torn_body_is_no_answer(proxy: Proxy) -> None:
 
 # -- fuzzing ---------------------------------------------------------------------------------
 
-# By operation, bodies that were trouble once, or might be.
+# By operation, response bodies that once caused a bug, or might.
 CORPUS: Final[tuple[tuple[str, bytes], ...]] = (
     ("GetItem", b'{"Item":{"item_id":{}}}'),
     ("GetItem", b'{"Item":{"item_id":{"S":"a","N":"1"}}}'),
@@ -315,7 +320,7 @@ CORPUS: Final[tuple[tuple[str, bytes], ...]] = (
 
 @pytest.mark.parametrize(("operation", "body"), CORPUS)
 async def test_a_body_of_the_corpus(proxy: Proxy, operation: str, body: bytes) -> None:
-    """Whatever verb meets it."""
+    """Each body is returned to all verbs."""
     async with store_at(proxy.url, retry_timeout=0.1) as store:
         await verbs.make(store)
         proxy.rule = lambda request: (
@@ -375,7 +380,7 @@ def _value(random: Random, depth: int = 0) -> Any:
 
 
 def _mutated(random: Random, body: bytes) -> bytes:
-    """An answer with a few bytes, or a few places in its structure, changed."""
+    """A response with a few bytes, or a few values in its structure, changed."""
     if random.random() < 0.7:
         try:
             whole = [json.loads(body)]
@@ -392,7 +397,7 @@ def _mutated(random: Random, body: bytes) -> bytes:
 
 
 def _change(random: Random, whole: list[Any]) -> None:
-    """Change one place in it."""
+    """Change one value in the structure."""
     place: Any = whole
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))
@@ -415,7 +420,7 @@ def _change(random: Random, whole: list[Any]) -> None:
 
 
 class _Fuzz:
-    """A store whose answers are mutated after the server gave them."""
+    """A store for which the responses of the server are mutated."""
 
     def __init__(self, url: str) -> None:
         self.store: DynamoDBStorageStrategy = store_at(url, new_prefix(), retry_timeout=0.1)
@@ -469,13 +474,13 @@ ALL_VERBS: Final = (*verbs.READS, *verbs.WRITES)
 
 
 @pytest.mark.parametrize("verb", ALL_VERBS)
-def test_mutated_answers(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str) -> None:
+def test_mutated_responses(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str) -> None:
     _search(fuzz, verb, 25)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("verb", ALL_VERBS)
-def test_many_mutated_answers(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str) -> None:
+def test_many_mutated_responses(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str) -> None:
     _search(fuzz, verb, 2_000)
 
 
@@ -490,7 +495,7 @@ def _search(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str, examples: int) -> Non
                 raise AssertionError(f"input {number}, seed {seed} of {verb}: {exc!r}") from exc
 
 
-@settings(max_examples=300)
+@settings(max_examples=repetitions(300))
 @given(
     operation=st.sampled_from(sorted(answers._SHAPES)),
     status=st.sampled_from((200, 200, 200, 400, 403, 500, 307)),

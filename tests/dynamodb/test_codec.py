@@ -1,4 +1,4 @@
-"""The codec: beside Amazon's own, over everything that can be stored, and in items with indexes."""
+"""The codec: compared with Amazon's serializer, for all storable values, and for items with indexes."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def things(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def through_json(attribute: Any) -> Any:
-    """As the wire brings it."""
+    """The value after encoding to JSON and decoding, as it is sent and received."""
     return json.loads(json.dumps(attribute))
 
 
 def as_amazon_reads(attribute: Any) -> Any:
-    """A value by Amazon's own deserializer, with its decimals as numbers."""
+    """A value decoded by Amazon's deserializer, with decimals converted to numbers."""
     return _plain(TypeDeserializer().deserialize(attribute))
 
 
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 @given(hypothesis_strategies.values)
-def test_every_value_comes_back_type_for_type(value: Value) -> None:
+def test_every_value_round_trips_with_its_type(value: Value) -> None:
     assert typed(decode(through_json(encode(value)))) == typed(value)
 
 
@@ -114,17 +114,17 @@ def _has_side_form(value: Any) -> bool:
 
 
 @given(hypothesis_strategies.values)
-def test_amazon_reads_the_same_where_there_is_no_side_form(value: Value) -> None:
+def test_amazon_decodes_the_same_values(value: Value) -> None:
     if not _has_side_form(value):
         assert as_amazon_reads(encode(value)) == value
 
 
 @given(hypothesis_strategies.values)
-def test_amazon_writes_the_same_where_it_can(value: Value) -> None:
+def test_amazon_encodes_the_same_values(value: Value) -> None:
     try:
         theirs = TypeSerializer().serialize(value)
     except TypeError:
-        return  # it takes no floats at all
+        return  # Amazon's serializer accepts no floats
     if not _has_side_form(value):
         assert encode(value) == theirs
 
@@ -160,7 +160,7 @@ def test_numbers_as_the_service_writes_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 70_000, "\U0001f600" * 20_000])
-def test_names_that_dynamodb_refuses(name: str) -> None:
+def test_attribute_names_that_dynamodb_refuses(name: str) -> None:
     value: dict[str, Value] = {name: {"": 1}, "plain": [name]}
     encoded = encode_map(value)
     assert all(0 < len(each.encode()) <= 65_535 for each in encoded)
@@ -168,18 +168,18 @@ def test_names_that_dynamodb_refuses(name: str) -> None:
 
 
 @given(things())
-def test_every_entity_comes_back(entity: dict[str, Any]) -> None:
+def test_every_entity_round_trips(entity: dict[str, Any]) -> None:
     item = FORM.item("t", entity, 3, "token")
     assert typed(FORM.entity(through_json(item))) == typed({**entity, "version": 3})
 
 
 @given(things())
-def test_the_keys_of_indexes_are_what_dynamodb_takes(entity: dict[str, Any]) -> None:
+def test_index_keys_are_valid_in_dynamodb(entity: dict[str, Any]) -> None:
     item = FORM.item("t", entity, 3, "token")
     for field in FORM.indexed.values():
         key = item.get(field.attribute)
         if field.is_sort:
-            assert key is not None, "an item without it drops out of the index"
+            assert key is not None, "an item without the key attribute is not in the index"
         if key is not None:
             [(kind, held)] = key.items()
             assert kind == ("N" if field.type in ("integer", "number") else "S")
@@ -192,7 +192,7 @@ def test_the_keys_of_indexes_are_what_dynamodb_takes(entity: dict[str, Any]) -> 
 def test_an_update_of_every_field_is_the_same_as_a_save(
     before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """Whatever form each field had and gets."""
+    """For all stored forms of a field before and after the update."""
     item = FORM.item("t", before, 1, "token")
     names = {*before, *after} - {"thing_id"}
     put, removed = FORM.changes({name: after.get(name, REMOVE) for name in names})
@@ -201,12 +201,12 @@ def test_an_update_of_every_field_is_the_same_as_a_save(
     for path in removed:
         (item if len(path) == 1 else item["doc"]["M"]).pop(path[-1], None)
     if "" in names:
-        return  # it goes another way, as `test_writes` shows
+        return  # such an update is made differently; see `test_writes`
     assert typed(FORM.entity(through_json(item))) == typed({**after, "version": 1})
 
 
 @given(things(), things())
-def test_a_save_leaves_no_old_field_behind(before: dict[str, Any], after: dict[str, Any]) -> None:
+def test_a_save_removes_all_old_fields(before: dict[str, Any], after: dict[str, Any]) -> None:
     item = FORM.item("t", before, 1, "token")
     attributes, removed = FORM.parts(after, keep_created=True)
     for name in removed:
@@ -217,13 +217,13 @@ def test_a_save_leaves_no_old_field_behind(before: dict[str, Any], after: dict[s
 
 
 @given(things())
-def test_the_weight_is_never_too_small(entity: dict[str, Any]) -> None:
+def test_the_estimated_size_is_never_too_small(entity: dict[str, Any]) -> None:
     filler = MAX_ENTITY_BYTES - size_of(entity) - 20
     if filler > 0:
-        check_size({**entity, "filler": "x" * filler})  # it does not raise
+        check_size({**entity, "filler": "x" * filler})  # must not raise
 
 
-def test_a_missing_sort_key_is_told_from_null() -> None:
+def test_a_missing_sort_key_is_distinguished_from_null() -> None:
     missing = FORM.item("t", {"thing_id": "t"}, 1, "token")
     null = FORM.item("t", {"thing_id": "t", "label": None, "created_at": None}, 1, "token")
     assert missing["label"] == null["label"] == {"S": "\x01"}
@@ -232,7 +232,7 @@ def test_a_missing_sort_key_is_told_from_null() -> None:
     assert FORM.entity(null) == {"thing_id": "t", "version": 1, "label": None, "created_at": None}
 
 
-def test_shortened_ends_with_a_whole_character() -> None:
+def test_shortened_strings_end_with_a_whole_character() -> None:
     for text in ("x" * 2000, "é" * 2000, "\U0001f600" * 2000, "x" + "\U0001f600" * 2000):
         short = shortened(text)
         assert text.startswith(short)
@@ -240,6 +240,6 @@ def test_shortened_ends_with_a_whole_character() -> None:
     assert shortened("short") == "short"
 
 
-def test_a_probe_is_no_id() -> None:
+def test_a_probe_id_is_not_a_valid_entity_id() -> None:
     assert 1024 < len(probe_id()) <= 2048
     assert probe_id() != probe_id()

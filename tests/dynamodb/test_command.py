@@ -1,4 +1,4 @@
-"""The command line on DynamoDB, as real processes; and the demo, which starts the server itself."""
+"""The command line on DynamoDB, in real processes; and the demo, which starts the server itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_life_of_a_store(dynamodb_server: DynamoDBServer) -> None:
+def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> None:
     prefix = new_prefix()
     url = f"dynamodb://us-east-1/{prefix}?endpoint_url={dynamodb_server.endpoint_url}"
 
@@ -69,7 +69,10 @@ def test_the_life_of_a_store(dynamodb_server: DynamoDBServer) -> None:
     assert requests["there"]["billing_mode"] == "PAY_PER_REQUEST"
     status, said = run("--store", f"{url}&billing_mode=PROVISIONED", "describe")
     assert status == 0, said
-    assert f"differs: {prefix}_requests: billing_mode is PAY_PER_REQUEST, declared is PROV" in said
+    assert (
+        f"differs: {prefix}_requests: billing_mode is PAY_PER_REQUEST, but the declared value is PROV"
+        in said
+    )
     assert command("delete", "requests", "r")[0] == 0
     status, said = command("checkpoint")
     assert status == 2
@@ -82,7 +85,7 @@ def test_create_tables_is_for_stores_with_tables(tmp_path: Path) -> None:
     assert "the engine json" in said
 
 
-def test_a_secret_is_not_told() -> None:
+def test_a_secret_is_not_shown() -> None:
     secret = "s3cr3t-0f-aws"
     status, said = run(
         "--store",
@@ -98,6 +101,7 @@ def test_a_secret_is_not_told() -> None:
     assert secret not in said
 
 
+@pytest.mark.long
 def test_the_demo_starts_the_server_itself() -> None:
     if os.environ.get(DYNAMODB_VARIABLE):
         pytest.skip("a server is given")
@@ -120,8 +124,8 @@ def test_the_demo_starts_the_server_itself() -> None:
     assert "PASSED: all" in said
 
 
-async def test_a_server_that_is_killed_and_comes_back() -> None:
-    """It forgets everything. The store says so, and does not take that for emptiness."""
+async def test_a_server_that_is_killed_and_restarted_without_data() -> None:
+    """The server loses all data. The store reports that instead of returning empty results."""
     if os.environ.get(DYNAMODB_VARIABLE):
         pytest.skip("the server is not ours to kill")
     try:

@@ -1,7 +1,6 @@
-"""DAX, as far as it can be tested without a cluster: what goes there, and what is refused.
+"""DAX, as far as it can be tested without a cluster: which reads use it, and what is refused.
 
-The client in these tests is a stand-in of ours. No test talks to a cluster, and the documentation
-says so.
+These tests use a fake client. No test connects to a cluster, and the documentation says so.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Cluster:
-    """Answers what it is given, and notes what it was asked."""
+    """A fake client that returns the given responses, and records the calls."""
 
     def __init__(
         self, answers: dict[str, Any] | None = None, error: Exception | None = None
@@ -44,20 +43,20 @@ class Cluster:
         self.closed = True
 
 
-def test_an_endpoint_is_needed() -> None:
+def test_dax_requires_an_endpoint() -> None:
     with pytest.raises(ConfigurationError, match="dax_endpoint"):
         dax.cache_of(DynamoDBConfig(enable_dax=True))
     assert dax.cache_of(DynamoDBConfig(dax_endpoint="dax://x:8111")) is None
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dax, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"hf_async_store\[dax\]"):
         dax.cache_of(DynamoDBConfig(enable_dax=True, dax_endpoint="dax://x:8111"))
 
 
 @pytest.mark.skipif(find_spec("amazondax") is None, reason="Amazon's client is not installed")
-async def test_a_cluster_that_is_not_there() -> None:
+async def test_a_cluster_that_cannot_be_reached() -> None:
     config = DynamoDBConfig(
         region="us-east-1", enable_dax=True, dax_endpoint="dax://127.0.0.1:1", retry_timeout=0.1
     )
@@ -68,7 +67,7 @@ async def test_a_cluster_that_is_not_there() -> None:
     await cache.close()
 
 
-async def test_only_reads_that_need_not_be_consistent_go_there(
+async def test_only_eventually_consistent_reads_use_dax(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item = {"item_id": {"S": "cached"}, "version": {"N": "3"}, "doc": {"M": {}}, "_w": {"S": "x"}}
@@ -87,7 +86,7 @@ async def test_only_reads_that_need_not_be_consistent_go_there(
         await store.create_entity("items", {"item_id": "a", "label": "x"})
         assert await store.get_entity("items", "cached") is None
         found = await store.query_entities("items", {"label": "x"})
-        assert [each["item_id"] for each in found] == []  # it is filtered here, too
+        assert [each["item_id"] for each in found] == []  # the store filters, too
         assert [name for name, _ in cluster.asked] == ["query"]
     assert cluster.closed
     cluster.asked.clear()
@@ -105,7 +104,7 @@ async def test_only_reads_that_need_not_be_consistent_go_there(
         async with store.begin_transaction() as tx:
             assert await tx.get_entity("items", "cached") is None
             await tx.update_entity("items", "a", {"count": 1})
-        assert cluster.asked == [], "what is written is read as it is"
+        assert cluster.asked == [], "a write or a read in a transaction used DAX"
 
 
 async def test_failures_of_the_cluster_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:

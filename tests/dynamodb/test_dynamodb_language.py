@@ -1,4 +1,4 @@
-"""`query_by_gsi` and `condition_expression`: DynamoDB's language, on fields as callers know them."""
+"""`query_by_gsi` and `condition_expression`: expressions of DynamoDB, with the field names of callers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hf_async_store.strategies.dynamodb.condition_parser import condition, key_c
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import ItemMapping
 from hf_async_store.testing.assertions import refused_at_once
+from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb.support import store_at
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ async def test_a_condition_that_does_not_hold(store: DynamoDBStorageStrategy) ->
         await store.update_entity(
             "requests", "nobody", {}, condition_expression="attribute_not_exists(status)"
         )
-    assert await store.get_entity("requests", "nobody") is None, "nothing is inserted"
+    assert await store.get_entity("requests", "nobody") is None, "an entity was inserted"
 
 
 @pytest.mark.parametrize(
@@ -238,13 +239,13 @@ async def test_values_without_a_condition(store: DynamoDBStorageStrategy) -> Non
     )
 
 
-async def test_what_only_dynamodb_can_refuse(store: DynamoDBStorageStrategy) -> None:
+async def test_conditions_that_only_dynamodb_can_refuse(store: DynamoDBStorageStrategy) -> None:
     await store.create_entity("requests", ENTITY)
     with pytest.raises(InvalidQueryError):
         await store.update_entity("requests", "r", {}, condition_expression="status AND AND")
 
 
-# -- whatever is written ---------------------------------------------------------------------
+# -- generated expressions -------------------------------------------------------------------
 
 _WORDS: Final = (
     *(
@@ -316,7 +317,7 @@ _VALUES: Final = st.dictionaries(
 _GIVEN: Final = st.just({":t": "t", ":a": "2024-01-01T00:00:00Z", ":b": "2024-01-02T00:00:00Z"})
 
 
-@settings(max_examples=1_000)
+@settings(max_examples=repetitions(1_000))
 @example(text="template_id = :t AND", values={":t": "t"})
 @example(text="begins_with", values={})
 @example(text="AND", values={})

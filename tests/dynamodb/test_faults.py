@@ -1,7 +1,7 @@
-"""Faults on the network and in the service: nothing lost, nothing doubled, nothing "missing".
+"""Faults of the network and the service: no write is lost or applied twice, no entity is "missing".
 
-Each task works on entities of its own, and so knows what must be there: the versions are as many as the
-writes that were acknowledged, or those and some whose outcome was declared unknown.
+Each task uses its own entities, so the expected state is known: the version is the number of
+acknowledged writes, possibly plus writes whose outcome was reported as unknown.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _STALL_SECONDS: Final = 20.0
 
 @pytest.fixture
 def proxy(dynamodb_server: DynamoDBServer) -> Iterator[Proxy]:
-    """One of its own: what a fault leaves under way must not meet another test."""
+    """A separate proxy: requests that a fault leaves pending must not affect another test."""
     with proxy_before(dynamodb_server.endpoint_url) as proxy:
         yield proxy
 
@@ -95,12 +95,12 @@ FAULTS: Final[dict[str, Callable[[Request], Fault | None]]] = {
 
 
 class Known:
-    """What must be stored of one entity."""
+    """The expected state of one entity."""
 
     def __init__(self, entity_id: str) -> None:
         self.id = entity_id
         self.versions: set[int] = {0}
-        """Those it may have; 0 for not being there."""
+        """The versions that it may have; 0 if it may be missing."""
         self.values: set[object] = {None}
 
     def judge(self, entity: dict[str, Any] | None) -> None:
@@ -124,14 +124,14 @@ async def _life(store: DynamoDBStorageStrategy, entity_id: str, random: Random) 
         try:
             await _step(store, known, random, step)
         except ConcurrencyConflictError as exc:
-            assert exc.retryable, "nobody else is here to be in conflict with"
+            assert exc.retryable, "a conflict without another writer must be retryable"
             assert not exc.outcome_unknown
         except StorageError as exc:
             assert isinstance(exc, UnavailableError), repr(exc)
         entity = await store.get_entity("items", entity_id)
         known.judge(entity)
         if len(known.versions) > 1:
-            # It may land later still, but a fresh life has nothing of it.
+            # The write may still be applied later, but it cannot affect another id.
             known = Known(f"{known.id}'")
             entity_id = known.id
     return known
@@ -214,7 +214,7 @@ async def test_work_under_faults(proxy: Proxy, name: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 async def test_batches_under_faults(proxy: Proxy, name: str) -> None:
-    """Every one of many is done once, or reported."""
+    """Each write of a batch is applied once, or reported."""
     ids = [f"{n:03}" for n in range(200)]
     async with store_at(proxy.url, read_timeout=0.4, retry_timeout=20) as store:
         await store.create_entity("items", {"item_id": "first"})
@@ -242,7 +242,7 @@ async def test_batches_under_faults(proxy: Proxy, name: str) -> None:
                     versions[each], unknown[each] = outcome, 0
         left = 5
         found = await store.get_entities("items", ids)
-        assert None not in found, "what was not read yet is not missing"
+        assert None not in found, "an entity that was not read must not be reported as missing"
         for each, entity in zip(ids, found, strict=True):
             assert entity is not None
             assert versions[each] <= entity["version"] <= versions[each] + unknown[each]
@@ -307,7 +307,7 @@ async def test_71_throttling_that_does_not_end_is_reported(proxy: Proxy) -> None
         assert await store.get_entity("items", "b") is None
 
 
-async def test_a_write_whose_answer_was_lost_knows_itself(proxy: Proxy) -> None:
+async def test_a_write_whose_response_was_lost_is_recognised(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "first"})
         await store.create_entity("counters", {"counter_id": "first"})
@@ -323,7 +323,7 @@ async def test_a_write_whose_answer_was_lost_knows_itself(proxy: Proxy) -> None:
             try:
                 return await work
             finally:
-                assert proxy.rule is None, "there was no write to lose the answer of"
+                assert proxy.rule is None, "no response was lost"
 
         item = {"item_id": "a", "label": "new"}
         assert await losing(store.create_entity("items", item)) == 1
@@ -352,7 +352,7 @@ async def test_a_write_whose_answer_was_lost_knows_itself(proxy: Proxy) -> None:
         assert await losing(transaction()) == 7
         with pytest.raises(UnavailableError) as caught:
             await losing(store.delete_entity("items", "a"))
-        assert caught.value.outcome_unknown, "nobody can tell whose delete it was"
+        assert caught.value.outcome_unknown, "it cannot be determined whose delete was applied"
         assert await store.get_entity("items", "a") is None
 
 
@@ -363,7 +363,7 @@ async def test_71_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
 
         def rule(request: Request) -> Fault | None:
             nonlocal stalled
-            if request.is_migration_check:  # sent by the clock, in between
+            if request.is_migration_check:  # the periodic check, sent in between
                 return None
             stalled += 1
             return Cut(applied=False, stall=_STALL_SECONDS) if stalled == 1 else None
@@ -383,8 +383,8 @@ async def test_71_a_stall_ends_with_the_read_timeout(proxy: Proxy) -> None:
         stalled = 0
         with pytest.raises(UnavailableError) as caught:
             await store.save_entity("items", {"item_id": "a"})
-        assert caught.value.outcome_unknown, "it may be under way still"
-        # Having met that, the store reads first, and can then send again.
+        assert caught.value.outcome_unknown, "the write may still be pending"
+        # After such an outcome the store reads first, and can then write again.
         stalled = 0
         assert await store.save_entity("items", {"item_id": "a"}) == 4
 
@@ -405,10 +405,10 @@ async def test_71_a_server_that_cannot_be_reached(proxy: Proxy) -> None:
         assert "cannot be reached" in str(report["problems"])
 
 
-async def test_84_a_server_that_goes_and_comes_back_under_load(
+async def test_84_a_server_that_is_unavailable_under_load(
     dynamodb_server: DynamoDBServer,
 ) -> None:
-    """The proxy is what goes: the server would forget everything."""
+    """The proxy is stopped instead of the server, which would lose all data."""
     prefix = new_prefix()
     with proxy_before(dynamodb_server.endpoint_url) as proxy:
         async with store_at(proxy.url, prefix, retry_timeout=10) as store:

@@ -50,12 +50,12 @@ async def _in_transaction(store: DynamoDBStorageStrategy, verb: str) -> None:
     [{"S": "v1"}, {"NULL": True}, {"N": "1.5"}, {"N": "-1"}, {"N": "9" * 30}, {"L": []}],
     ids=str,
 )
-async def test_a_version_that_is_none(proxy: Proxy, version: dict[str, Any]) -> None:
+async def test_an_invalid_version(proxy: Proxy, version: dict[str, Any]) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix, THINGS) as store:
         await store.create_entities("things", [{"id": each} for each in "ab"])
         await _put(store, "theirs", version=version, n={"N": "1"})
-        assert await store.get_entity("things", "theirs"), "what is stored can be read"
+        assert await store.get_entity("things", "theirs"), "the item cannot be read"
         assert len(await store.query_entities("things")) == 3
         works = {
             "a": store.update_entity("things", "a", {"n": 2}),
@@ -89,13 +89,13 @@ async def test_a_version_that_is_none(proxy: Proxy, version: dict[str, Any]) -> 
         for verb in ("save", "update"):
             with pytest.raises(CorruptionError):
                 await _in_transaction(store, verb)
-        assert (await _item(store, "theirs"))["version"] == version, "nothing was changed"
+        assert (await _item(store, "theirs"))["version"] == version, "the item was changed"
         assert await store.delete_entity("things", "theirs")
         assert await store.create_entity("things", {"id": "theirs"}) == 1
 
 
-async def test_attributes_whose_names_begin_like_ours(proxy: Proxy) -> None:
-    """They were left out of the entity, and lost when it was written."""
+async def test_attributes_named_like_internal_ones(proxy: Proxy) -> None:
+    """Such attributes used to be missing in the entity, and were lost when it was written."""
     async with store_at(proxy.url, collections=THINGS) as store:
         await store.create_entity("things", {"id": "a"})
         await _put(store, "theirs", _owner={"S": "ann"}, _type={"S": "thing"})
@@ -109,7 +109,9 @@ async def test_attributes_whose_names_begin_like_ours(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("text", ["42", "nan", "inf", "1e5", " 1.0"])
-async def test_a_text_set_of_one_that_is_no_float_of_ours(proxy: Proxy, text: str) -> None:
+async def test_a_string_set_of_one_string_is_not_decoded_as_a_float(
+    proxy: Proxy, text: str
+) -> None:
     async with store_at(proxy.url, collections=THINGS) as store:
         await store.create_entity("things", {"id": "a"})
         await _put(store, "theirs", tags={"SS": [text]})
@@ -119,9 +121,12 @@ async def test_a_text_set_of_one_that_is_no_float_of_ours(proxy: Proxy, text: st
         assert await store.update_entity("things", "theirs", {"n": 1}) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="an update writes an item of others whole, in our own forms")
+@pytest.mark.xfail(
+    strict=True,
+    reason="an update rewrites the whole item of another program in the encoding of the store",
+)
 @pytest.mark.parametrize("name", THEIRS)
-async def test_an_update_of_another_field_keeps_what_others_wrote(proxy: Proxy, name: str) -> None:
+async def test_an_update_keeps_attributes_of_another_program(proxy: Proxy, name: str) -> None:
     async with store_at(proxy.url, collections=THINGS) as store:
         await store.create_entity("things", {"id": "a"})
         await _put(store, "theirs", **THEIRS)
@@ -132,7 +137,7 @@ async def test_an_update_of_another_field_keeps_what_others_wrote(proxy: Proxy, 
 
 
 @pytest.mark.xfail(strict=True, reason="an attribute of theirs that is called doc is not read")
-async def test_an_attribute_of_others_that_is_called_as_our_map(proxy: Proxy) -> None:
+async def test_an_attribute_of_another_program_named_doc(proxy: Proxy) -> None:
     async with store_at(proxy.url, collections=THINGS) as store:
         await store.create_entity("things", {"id": "a"})
         await _put(store, "theirs", doc={"S": "their text"})

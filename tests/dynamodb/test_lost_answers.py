@@ -1,7 +1,8 @@
-"""One write through every kind of answer, late ones among them: what it says is what it did.
+"""A write with every kind of response, including late ones: its result is always correct.
 
-A write that succeeds landed once. One that ends by an error without `outcome_unknown` never landed,
-and never will, whatever is under way still and whatever becomes of the entity. None lands twice.
+A write that succeeds was applied once. A write that fails without `outcome_unknown` was not applied,
+and will never be, whatever requests are still pending and whatever happens to the entity. No write is
+applied twice.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ RIVALS: Final = ("none", "none", "none", "update", "delete", "new life")
 
 
 class _Between:
-    """Stands between a store's client and the server, and gives the answers that were drawn."""
+    """Wraps the client of a store, and returns randomly chosen responses."""
 
     def __init__(self, call: Callable[..., Awaitable[dict[str, Any]]], rival: _Rival) -> None:
         self._call = call
@@ -93,8 +94,8 @@ class _Between:
         try:
             return await self._answer(answer, operation, params)
         finally:
-            # An insert that a server answered by 500 is looked for, and made again if it is not
-            # there: whoever deleted it meanwhile would not be seen. Decision 033 takes that.
+            # After status 500 for an insert, the store reads the entity, and inserts it again if it
+            # is missing. A delete in between would not be noticed. Decision 033 accepts that.
             if not (self.inserts and answer == "500 after" and rival != "update"):
                 async with self._one_at_a_time:
                     await self._rival.act(rival)
@@ -124,7 +125,7 @@ class _Between:
         return await self.pass_on(operation, params)
 
     async def _applied(self, operation: str, params: Any) -> None:
-        with suppress(StorageError):  # it is lost, too
+        with suppress(StorageError):  # its response is lost, too
             await self.pass_on(operation, params)
 
     async def pass_on(self, operation: str, params: Any) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class _Between:
 
 
 class _Rival:
-    """Another who writes the same entity, and whom nothing hinders."""
+    """Another writer of the same entity, without injected faults."""
 
     def __init__(self, store: DynamoDBStorageStrategy) -> None:
         self._store = store
@@ -164,7 +165,7 @@ class _Rival:
             await self.be_at(2)
 
     async def be_at(self, version: int) -> None:
-        """A new life, at this version."""
+        """Delete the entity and create it again, up to this version."""
         await self._store.create_entity("items", {"item_id": self.id, "label": "theirs"})
         for _ in range(version - 1):
             await self._store.update_entity("items", self.id, {"count": 2})
@@ -201,20 +202,20 @@ class _Bench:
         rival.id = f"life {self.number}"
         if there == "theirs":
             await rival.be_at(2)
-        elif there == "ours":  # which the store remembers
+        elif there == "ours":  # the store caches the written token
             await self.store.create_entity("items", {"item_id": rival.id})
             await self.store.update_entity("items", rival.id, {"label": "before"})
         between = _Between(self.call, rival)
         between.answers = answers
         between.inserts = verb in ("create", "save")
         engine = self.store._dynamodb
-        engine.writes._recent._wrong_until = 0.0
+        engine.writes._write_cache._disabled_until = 0.0
         engine.writes._read_first_until = float("inf") if careful else 0.0
         engine.client.call = between.call  # type: ignore[method-assign]  # for this example
         work = VERBS[verb](self.store, rival.id)
         beside = [_save(self.store, f"beside {self.number}")] if among else []
         [outcome, *_] = await asyncio.gather(work, *beside, return_exceptions=True)
-        # The end of this life, and another in which the late ones arrive.
+        # Delete and recreate the entity; then late requests arrive.
         between.is_down = False
         if later:
             await rival.act("delete")
@@ -223,10 +224,14 @@ class _Bench:
             await between._applied(operation, params)
         engine.client.call = self.call  # type: ignore[method-assign]
         if not isinstance(outcome, BaseException):
-            assert between.landed == (outcome is not False), "it succeeded"
+            assert between.landed == (outcome is not False), (
+                "the write succeeded, but was not applied once"
+            )
         elif isinstance(outcome, StorageError):
-            assert between.landed <= 1, f"it landed {between.landed} times"
-            assert outcome.outcome_unknown or not between.landed, f"it landed: {outcome!r}"
+            assert between.landed <= 1, f"the write was applied {between.landed} times"
+            assert outcome.outcome_unknown or not between.landed, (
+                f"the write was applied, but failed with {outcome!r}"
+            )
         else:
             raise outcome
 
@@ -257,7 +262,7 @@ def short_pauses() -> Iterator[None]:
     there=st.sampled_from(("not", "ours", "theirs")),
     later=st.sampled_from((0, 1, 2, 3)),
 )
-def test_what_a_write_says_is_what_it_did(
+def test_the_result_of_a_write_is_correct(
     bench: tuple[asyncio.Runner, _Bench],
     verb: str,
     answers: list[tuple[str, str]],
@@ -271,7 +276,7 @@ def test_what_a_write_says_is_what_it_did(
 
 
 async def test_a_connection_reset_after_the_request_was_sent(proxy: Proxy) -> None:
-    """aiobotocore says of it what it says of a server that cannot be reached."""
+    """aiobotocore raises the same error as for a server that cannot be reached."""
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "a"})
         reset = 0

@@ -1,4 +1,4 @@
-"""What one change does to those beside it, what is left when a caller goes, and at the end."""
+"""Effects of a change on its neighbours, of cancelled callers, and of unclosed stores."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 AT: Final = "2026-01-01T00:00:00.000000Z"
 
 
-# -- one that is refused ---------------------------------------------------------------------
+# -- refused changes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", ["ValidationException", "AccessDeniedException"])
-async def test_a_statement_for_which_the_whole_batch_is_refused(proxy: Proxy, code: str) -> None:
-    """Each has its own outcome: the others go through, in few requests."""
+async def test_a_statement_that_makes_the_service_refuse_the_batch(proxy: Proxy, code: str) -> None:
+    """Each change has its own outcome: the others are applied, with few requests."""
 
     def rule(request: Request) -> Fault | None:
         if "poison" in str(request.params) and request.operation in WRITES:
@@ -67,14 +67,16 @@ async def test_a_statement_for_which_the_whole_batch_is_refused(proxy: Proxy, co
             assert isinstance(refused, ProtocolError | PermissionDeniedError)
             assert not refused.outcome_unknown
             assert set(outcomes.values()) == {1}
-            assert len(proxy.requests) < 25, "half by half, not one by one"
+            assert len(proxy.requests) < 25, (
+                "the batch is split into halves, not into single statements"
+            )
         proxy.rule = None
         found = await store.query_entities("items")
         assert len(found) == 49
 
 
 async def test_an_item_that_is_too_large_for_the_service(proxy: Proxy) -> None:
-    """What a caller hands in is measured before; what comes here all the same fails alone."""
+    """The size is checked before; an item that the service still refuses fails alone."""
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "first"})
         large: Any = {"item_id": "large", "text": "x" * 420_000}
@@ -89,10 +91,10 @@ async def test_an_item_that_is_too_large_for_the_service(proxy: Proxy) -> None:
         assert await store.get_entity("items", "large") is None
 
 
-# -- one whose caller goes -------------------------------------------------------------------
+# -- cancelled callers -----------------------------------------------------------------------
 
 
-async def test_a_write_of_a_cancelled_caller_ends_before_the_cancellation_comes_out(
+async def test_a_cancelled_write_ends_before_the_cancellation_is_raised(
     proxy: Proxy,
 ) -> None:
     """Contract case 126, for the writes that do not go through the coalescer."""
@@ -125,10 +127,12 @@ async def test_a_write_of_a_cancelled_caller_ends_before_the_cancellation_comes_
             proxy.rule = None
             before = await store.get_entity("items", entity_id)
             await asyncio.sleep(0.8)
-            assert await store.get_entity("items", entity_id) == before, "it landed later"
+            assert await store.get_entity("items", entity_id) == before, (
+                "the write was applied after the cancellation"
+            )
 
 
-async def test_a_time_limit_is_kept_though_the_write_goes_on(proxy: Proxy) -> None:
+async def test_a_timeout_does_not_wait_for_the_write(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "a"})
         proxy.rule = lambda request: Late(2) if request.operation in WRITES else None
@@ -146,7 +150,7 @@ async def test_a_time_limit_is_kept_though_the_write_goes_on(proxy: Proxy) -> No
     proxy.rule = None
 
 
-async def test_a_read_that_fails_stops_those_beside_it(proxy: Proxy) -> None:
+async def test_a_failed_read_stops_concurrent_reads_of_the_same_call(proxy: Proxy) -> None:
     async with store_at(proxy.url, retry_timeout=30) as store:
         await store.create_entity("items", {"item_id": "a"})
 
@@ -160,17 +164,17 @@ async def test_a_read_that_fails_stops_those_beside_it(proxy: Proxy) -> None:
         proxy.rule = rule
         with pytest.raises(StorageError):
             await store.query_entities("items")
-        await asyncio.sleep(0.3)  # what was on its way
+        await asyncio.sleep(0.3)  # for requests that were already sent
         proxy.requests.clear()
         await asyncio.sleep(1)
-        assert not proxy.requests, "it went on in the background"
+        assert not proxy.requests, "other reads continued in the background"
 
 
 # -- large filters ---------------------------------------------------------------------------
 
 
-async def test_filters_beyond_what_a_request_takes(proxy: Proxy) -> None:
-    """What cannot be said is looked at here: never an error of the service."""
+async def test_filters_that_exceed_the_limits_of_a_request(proxy: Proxy) -> None:
+    """Conditions that a request cannot contain are evaluated by the store, without an error."""
     deep: Any = {"label": "x"}
     for _ in range(MAX_FILTER_DEPTH // 2):
         deep = not_(not_(deep))
@@ -191,7 +195,7 @@ async def test_filters_beyond_what_a_request_takes(proxy: Proxy) -> None:
             assert len(await store.query_entities("items", each, fields=fields)) == 1, name
 
 
-# -- the end ---------------------------------------------------------------------------------
+# -- the end of a process --------------------------------------------------------------------
 
 
 def _run(server: DynamoDBServer, body: str) -> subprocess.CompletedProcess[str]:
@@ -208,7 +212,7 @@ def _run(server: DynamoDBServer, body: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_store_that_nobody_closes_lets_the_process_end(dynamodb_server: DynamoDBServer) -> None:
+def test_an_unclosed_store_lets_the_process_end(dynamodb_server: DynamoDBServer) -> None:
     """Contract case 121."""
     done = _run(
         dynamodb_server,
@@ -231,7 +235,7 @@ def test_a_store_that_nobody_closes_lets_the_process_end(dynamodb_server: Dynamo
         assert noise not in done.stderr, done.stderr
 
 
-def test_nothing_is_printed_after_streams_that_were_left(dynamodb_server: DynamoDBServer) -> None:
+def test_abandoned_streams_cause_no_output(dynamodb_server: DynamoDBServer) -> None:
     done = _run(
         dynamodb_server,
         """
@@ -269,6 +273,6 @@ def test_nothing_is_printed_after_streams_that_were_left(dynamodb_server: Dynamo
         """,
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    # A busy machine is slow, and debug mode tells of every step that is.
+    # On a busy machine, debug mode reports slow callbacks.
     said = [each for each in done.stderr.splitlines() if not each.startswith("Executing <")]
     assert said == []

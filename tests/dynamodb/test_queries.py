@@ -1,4 +1,4 @@
-"""Queries by indexes of every type, beside the memory engine: what, in which order, page by page."""
+"""Queries by indexes of every type, compared with the memory engine: rows, order and pages."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from hf_async_store import (
     or_,
 )
 from hf_async_store.testing.assertions import typed
+from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb.support import store_at
 from tests.dynamodb.test_codec import THINGS
 
@@ -121,13 +122,13 @@ async def _answers(store: StorageStrategy, filters: Any, order: Any, limit: int 
 
 
 @settings(
-    max_examples=25,
+    max_examples=repetitions(50),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(load=loads(), asked=st.lists(questions(), min_size=4, max_size=10))
 @pytest.mark.asyncio
-async def test_indexes_of_every_type_beside_memory(
+async def test_indexes_of_every_type_agree_with_the_memory_engine(
     proxy: Proxy, load: list[dict[str, Any]], asked: list[tuple[Any, Any, int | None]]
 ) -> None:
     collections = [THINGS]
@@ -145,7 +146,7 @@ async def test_indexes_of_every_type_beside_memory(
 
 
 @pytest.mark.parametrize("consistent", [True, False])
-async def test_consistent_reads_govern_keys_and_scans(proxy: Proxy, consistent: bool) -> None:
+async def test_consistent_reads_applies_to_keys_and_scans(proxy: Proxy, consistent: bool) -> None:
     async with store_at(proxy.url, consistent_reads=consistent) as store:
         await store.create_entity("items", {"item_id": "a", "label": "x"})
         proxy.requests.clear()
@@ -168,7 +169,7 @@ async def test_consistent_reads_govern_keys_and_scans(proxy: Proxy, consistent: 
         assert not (await store.explain_query("items", {"label": "x"})).consistent
 
 
-async def test_a_disjunction_of_nothing_matches_nothing_and_reads_nothing(proxy: Proxy) -> None:
+async def test_an_empty_or_matches_nothing_and_sends_no_request(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "a", "label": "x"})
         proxy.requests.clear()
@@ -192,7 +193,7 @@ async def test_a_disjunction_of_nothing_matches_nothing_and_reads_nothing(proxy:
         (and_({"label": "x"}, or_({"extra": 1}, or_())), 1),
     ],
 )
-async def test_groups_of_nothing_within_others(proxy: Proxy, filters: Any, expected: int) -> None:
+async def test_nested_empty_combinations(proxy: Proxy, filters: Any, expected: int) -> None:
     async with store_at(proxy.url) as store:
         await store.create_entities(
             "items", [{"item_id": f"{n}", "label": "x", "extra": n} for n in (1, 2)]

@@ -1,4 +1,4 @@
-"""Real data goes in, and comes back as it was."""
+"""Real data are read as they were written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TIMES = {
 }
 
 
-async def test_the_real_stores_come_back(proxy: Proxy, data: dict[str, dict[str, Any]]) -> None:
+async def test_real_data_round_trip(proxy: Proxy, data: dict[str, dict[str, Any]]) -> None:
     async with store_at(proxy.url, None, HOST_FACTORY) as store:
         for name in store.collections:
             entities = list(data[name].values())
@@ -62,7 +62,7 @@ async def test_the_real_stores_come_back(proxy: Proxy, data: dict[str, dict[str,
             assert [each[declared.key] for each in queried] == sorted(data[name])
 
 
-async def test_its_queries_answer_as_the_memory_engine_does(
+async def test_queries_of_real_data_agree_with_the_memory_engine(
     proxy: Proxy, data: dict[str, dict[str, Any]]
 ) -> None:
     async with store_at(proxy.url, None, HOST_FACTORY) as store, open_store("memory:") as memory:

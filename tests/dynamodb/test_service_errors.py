@@ -1,4 +1,4 @@
-"""What DynamoDB, its driver and its configuration can say, row by row, as the store's errors."""
+"""Each error of DynamoDB, its driver and its configuration, and the error that the store raises."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_a_code_of_the_service(proxy: Proxy, code: str) -> None:
             assert code in str(error)
             if not row.kind("")._retryable:
                 assert not error.retryable
-                assert len(proxy.requests) <= 2, "trying again helps nothing"
+                assert len(proxy.requests) <= 2, "the error is reported as retryable"
             proxy.rule = None
 
 
@@ -80,7 +80,7 @@ async def test_a_signature_that_is_not_accepted(proxy: Proxy, message: str, said
             await store.get_entity("items", "a")
 
 
-async def test_what_may_not_be_done_to_what_is_named(proxy: Proxy) -> None:
+async def test_permission_errors_name_the_action_and_the_resource(proxy: Proxy) -> None:
     arn = "arn:aws:dynamodb:us-east-1:123456789012:table/hostfactory_items"
     message = (
         "User: arn:aws:iam::1:user/app is not authorized to perform: dynamodb:PutItem on "
@@ -110,14 +110,14 @@ def test_a_failure_of_the_driver_before_anything_was_sent(name: str) -> None:
     assert not error.outcome_unknown
 
 
-def test_whatever_fails_before_anything_was_sent_left_nothing() -> None:
+def test_a_failure_before_sending_has_no_unknown_outcome() -> None:
     for exc in (ValueError("?"), KeyError("?"), OSError("?"), RuntimeError("?")):
         error = before_sending(exc)
         assert not error.outcome_unknown
         assert type(error) is getattr(public_errors, type(error).__name__)
 
 
-def test_whatever_fails_when_it_was_sent_leaves_the_outcome_unknown() -> None:
+def test_a_failure_after_sending_has_an_unknown_outcome() -> None:
     for name in ("ReadTimeoutError", "ConnectionClosedError", "HTTPClientError"):
         exc = getattr(botocore.exceptions, name)(endpoint_url="http://x", error=Exception("?"))
         error = public(of_client(exc, "example.org"))
@@ -131,7 +131,7 @@ def test_whatever_fails_when_it_was_sent_leaves_the_outcome_unknown() -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A configuration file of AWS, and nothing of it in the environment."""
+    """An AWS configuration file, and no AWS variables in the environment."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     config = tmp_path / "config"
@@ -162,7 +162,7 @@ async def _refused(store: DynamoDBStorageStrategy, match: str, kind: type[Storag
             assert not caught.value.outcome_unknown
         report = await store.health()
         assert not report["ok"]
-    assert time.monotonic() - started < 30, "it was retried"
+    assert time.monotonic() - started < 30, "the request was retried"
 
 
 @pytest.mark.parametrize(
@@ -208,12 +208,12 @@ async def test_certificates_that_cannot_be_read(
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "//host", "ftp://host", "http://", "http://host:port", "http://[::"]
 )
-def test_an_endpoint_that_is_none_is_refused_when_the_store_is_made(url: str) -> None:
+def test_an_invalid_endpoint_is_refused_at_the_creation_of_the_store(url: str) -> None:
     with pytest.raises(ConfigurationError, match="endpoint_url"):
         store_at(url)
 
 
-async def test_an_endpoint_of_the_environment_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_invalid_endpoint_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_DYNAMODB", "user:hunter2@localhost:8000")
     store = DynamoDBStorageStrategy(f"dynamodb://us-east-1/{new_prefix()}")
     async with store:
@@ -245,7 +245,7 @@ def test_a_store_is_closed_in_its_own_loop(proxy: Proxy) -> None:
 
 
 class _Server:
-    """Answers every request alike, and keeps what came."""
+    """An HTTP server that returns the same response to every request, and records the requests."""
 
     def __init__(self, answer: web.Response) -> None:
         self._answer = answer

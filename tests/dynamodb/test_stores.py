@@ -1,4 +1,4 @@
-"""Which store it is, whether it is there, and whether its tables are what is declared."""
+"""Identity of stores, whether they exist, and whether their tables match the declaration."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ THINGS = [Collection("things", key="id", fields=["owner", "status"], indexes=["o
 
 
 async def _make_table(store: DynamoDBStorageStrategy, **parts: Any) -> None:
-    """The table of `things`, made by another program."""
+    """The table of `things`, created by another program."""
     request = {**store._dynamodb.tables.request("things"), **parts}
     await store._dynamodb.client.call("CreateTable", request)
 
 
-# -- whether it is there ---------------------------------------------------------------------
+# -- existence -------------------------------------------------------------------------------
 
 
-async def test_reads_of_an_absent_store_answer_as_an_empty_one_and_make_nothing(
+async def test_reads_of_an_absent_store_return_nothing_and_create_nothing(
     proxy: Proxy,
 ) -> None:
     async with store_at(proxy.url) as store:
@@ -65,17 +65,17 @@ async def test_reads_of_an_absent_store_answer_as_an_empty_one_and_make_nothing(
         assert await store._engine.undeclared() == []
         assert not await store.exists()
         assert proxy.counted()["CreateTable"] == 0
-        # The first write makes it.
+        # The first write creates it.
         assert await store.create_entity("items", {"item_id": "a"}) == 1
         assert await store.exists()
         assert await store.get_entity("items", "a")
         assert proxy.counted()["CreateTable"] == 1
 
 
-async def test_a_transaction_keeps_what_it_did_not_find_in_a_table_that_was_not_there(
+async def test_a_transaction_checks_reads_of_a_table_that_did_not_exist(
     proxy: Proxy,
 ) -> None:
-    """What it read is a condition of its commit, be it nothing."""
+    """Everything that it read is a condition of its commit, also a missing entity."""
     prefix = new_prefix()
     async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
 
@@ -91,7 +91,7 @@ async def test_a_transaction_keeps_what_it_did_not_find_in_a_table_that_was_not_
         assert await store.get_entity("items", "a") is None
 
 
-async def test_whether_it_is_there_without_the_right_to_look(proxy: Proxy) -> None:
+async def test_exists_without_permission_for_describe_table(proxy: Proxy) -> None:
     prefix = new_prefix()
     denied = Answer(400, {"__type": "AccessDeniedException", "message": "no"})
     proxy.rule = lambda request: denied if request.operation == "DescribeTable" else None
@@ -107,10 +107,10 @@ async def test_whether_it_is_there_without_the_right_to_look(proxy: Proxy) -> No
         assert await store.get_entity("items", "a")
 
 
-# -- which one it is -------------------------------------------------------------------------
+# -- identity --------------------------------------------------------------------------------
 
 
-async def test_two_ways_to_one_store(proxy: Proxy, tmp_path: Any) -> None:
+async def test_two_urls_of_one_store(proxy: Proxy, tmp_path: Any) -> None:
     prefix, elsewhere = new_prefix(), new_prefix()
     other_url = proxy.url.replace("127.0.0.1", "localhost")
     async with (
@@ -133,7 +133,7 @@ async def test_two_ways_to_one_store(proxy: Proxy, tmp_path: Any) -> None:
 
 
 async def test_replicas_of_a_global_table_are_one_store(proxy: Proxy) -> None:
-    """Their tables have ids of their own, and what is deleted in one is deleted in all."""
+    """Their tables have different ids, but a delete in one replica applies to all."""
     prefix = new_prefix()
 
     def described(region: str, table_id: str) -> Changed:
@@ -165,7 +165,7 @@ async def test_replicas_of_a_global_table_are_one_store(proxy: Proxy) -> None:
         assert await one._engine.is_same_store(two._engine)
 
 
-async def test_a_server_that_does_not_say_which_table_it_is(proxy: Proxy) -> None:
+async def test_a_server_that_returns_no_table_id(proxy: Proxy) -> None:
     def without_id(body: dict[str, Any]) -> dict[str, Any]:
         body.get("Table", {}).pop("TableId", None)
         return body
@@ -208,7 +208,7 @@ async def test_tables_that_no_collection_declares(proxy: Proxy) -> None:
             await store._engine.undeclared()
 
 
-async def test_the_tables_of_a_migration_are_declared_nowhere_and_are_not_undeclared(
+async def test_migration_tables_are_not_reported_as_undeclared(
     proxy: Proxy,
 ) -> None:
     prefix = new_prefix()
@@ -223,7 +223,7 @@ async def test_the_tables_of_a_migration_are_declared_nowhere_and_are_not_undecl
         assert await other._engine.undeclared() == []
 
 
-# -- whether it is what is declared ----------------------------------------------------------
+# -- differences from the declaration --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ async def test_a_table_with_another_key(proxy: Proxy, key: str, kind: str, more:
     [("owner", "S", "KEYS_ONLY"), ("status", "S", "ALL"), ("owner", "N", "ALL")],
     ids=["projection", "key", "type"],
 )
-async def test_an_index_that_is_another_one_is_not_used(
+async def test_an_index_with_another_definition_is_not_used(
     proxy: Proxy, key: str, kind: str, projection: str
 ) -> None:
     prefix = new_prefix()
@@ -298,7 +298,7 @@ async def test_an_index_that_is_another_one_is_not_used(
             await store.query_by_gsi("things", "owner-index", "owner = :o", {":o": "ann"})
 
 
-async def test_an_index_that_was_made_meanwhile(proxy: Proxy) -> None:
+async def test_an_index_that_was_created_meanwhile(proxy: Proxy) -> None:
     prefix = new_prefix()
     bare = [Collection("things", key="id", fields=[Field("owner", "text")])]
     async with store_at(proxy.url, prefix, bare) as store:

@@ -1,4 +1,4 @@
-"""Tables: how they are made, by whom, and what is told of them."""
+"""Tables: how they are created, by whom, and how they are described."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_capacity_and_recovery_as_configured(proxy: Proxy) -> None:
         "point_in_time_recovery": True,
     }
     async with store_at(proxy.url, prefix, HOST_FACTORY, **settings) as store:
-        await store.create_entity("requests", {"request_id": "r"})  # made at the first use
+        await store.create_entity("requests", {"request_id": "r"})  # created at the first use
         table = await described(store, f"{prefix}_requests")
         for each in (table, *table["GlobalSecondaryIndexes"]):
             capacity = each["ProvisionedThroughput"]
@@ -81,10 +81,13 @@ async def test_capacity_and_recovery_as_configured(proxy: Proxy) -> None:
         assert tables["requests"]["billing_mode"] == "PROVISIONED"
     async with store_at(proxy.url, prefix, HOST_FACTORY) as store:
         problems = (await store.health())["problems"]
-        assert f"{prefix}_requests is billed PROVISIONED, configured is PAY_PER_REQUEST" in problems  # type: ignore[operator]
+        assert (
+            f"the billing mode of {prefix}_requests is PROVISIONED, but PAY_PER_REQUEST is configured"
+            in problems  # type: ignore[operator]
+        )
 
 
-async def test_what_is_there_beside_what_is_declared(proxy: Proxy) -> None:
+async def test_existing_and_declared_tables_are_compared(proxy: Proxy) -> None:
     prefix = new_prefix()
     before = [
         Collection("items", key="item_id", fields=["label", "kind"], indexes=[Index("label")]),
@@ -106,17 +109,22 @@ async def test_what_is_there_beside_what_is_declared(proxy: Proxy) -> None:
     async with store_at(proxy.url, prefix, after, **settings) as store:
         found: Any = await store.compare_tables()
     assert found["items"]["differences"] == [
-        f"{prefix}_items: read_capacity is 7, declared is 8",
-        f"{prefix}_items has no index kind-index; `create-tables` makes it",
+        f"{prefix}_items: read_capacity is 7, but the declared value is 8",
+        f"{prefix}_items has no index kind-index; run `create-tables` to create it",
         f"{prefix}_items has an index label-index that is not declared",
-        f"{prefix}_items: point_in_time_recovery is off, declared is on",
+        f"{prefix}_items: point_in_time_recovery is off, but the declared value is on",
     ]
-    assert f"{prefix}_odd: key is odd_id, declared is other_id" in found["odd"]["differences"]
+    assert (
+        f"{prefix}_odd: key is odd_id, but the declared value is other_id"
+        in found["odd"]["differences"]
+    )
     assert found["new"]["there"] is None
-    assert found["new"]["differences"] == [f"{prefix}_new is missing; `create-tables` makes it"]
+    assert found["new"]["differences"] == [
+        f"{prefix}_new is missing; run `create-tables` to create it"
+    ]
 
 
-async def test_recovery_that_may_not_be_looked_at(proxy: Proxy) -> None:
+async def test_point_in_time_recovery_without_permission_to_read_it(proxy: Proxy) -> None:
     proxy.rule = lambda request: (
         Answer(400, {"__type": "AccessDeniedException", "message": "no"})
         if request.operation == "DescribeContinuousBackups"
@@ -127,10 +135,12 @@ async def test_recovery_that_may_not_be_looked_at(proxy: Proxy) -> None:
         found: Any = await store.compare_tables()
         assert found["items"]["there"]["point_in_time_recovery"] is None
         [told] = found["items"]["differences"]
-        assert told.endswith("point_in_time_recovery may not be looked at, declared is off")
+        assert told.endswith(
+            "the policy does not allow reading point_in_time_recovery; the declared value is off"
+        )
 
 
-async def test_many_make_them_at_once(proxy: Proxy) -> None:
+async def test_concurrent_creation_of_tables(proxy: Proxy) -> None:
     prefix = new_prefix()
     stores = [await store_at(proxy.url, prefix, HOST_FACTORY).open() for _ in range(6)]
     try:
@@ -163,7 +173,9 @@ async def test_a_table_is_waited_for(proxy: Proxy) -> None:
     assert proxy.counted()["CreateTable"] == 1
 
 
-async def test_without_the_right_to_look_tables_are_taken_to_be_there(proxy: Proxy) -> None:
+async def test_without_permission_to_describe_tables_they_are_assumed_to_exist(
+    proxy: Proxy,
+) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix) as store:
         await store.create_tables()
@@ -177,10 +189,10 @@ async def test_without_the_right_to_look_tables_are_taken_to_be_there(proxy: Pro
     async with store_at(proxy.url, prefix) as store:
         assert await store.create_entity("items", {"item_id": "a", "label": "x"}) == 1
         assert len(await store.query_entities("items", {"label": "x"})) == 1
-        assert "refuses access" in str((await store.health())["problems"])
+        assert "denies access" in str((await store.health())["problems"])
 
 
-async def test_a_table_that_vanishes_is_not_made_anew(proxy: Proxy) -> None:
+async def test_a_table_that_was_deleted_is_not_created_again(proxy: Proxy) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix) as store:
         await store.create_entity("items", {"item_id": "a"})
@@ -231,7 +243,7 @@ def test_no_region_no_credentials_no_profile(
 
 @pytest.fixture
 def moto(tmp_path: Path) -> Iterator[str]:
-    """A server that has the auto scaling API, which the other one lacks."""
+    """A server with the auto scaling API, which the usual test server does not have."""
     beside = Path(sys.prefix) / "servers" / "bin" / "moto_server"
     program = shutil.which("moto_server") or (str(beside) if beside.exists() else None)
     if program is None:
@@ -274,7 +286,7 @@ def moto(tmp_path: Path) -> Iterator[str]:
 async def test_auto_scaling(
     moto: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, given: Any
 ) -> None:
-    """Its API checks that the tables are there: so here the tables are on its server, too."""
+    """The API checks that the tables exist, so this test creates the tables on the same server."""
     prefix = new_prefix()
     async with store_at(moto, prefix, HOST_FACTORY, auto_scaling=given, read_timeout=60) as store:
         await store.create_tables()

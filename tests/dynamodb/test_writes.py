@@ -1,4 +1,4 @@
-"""Ways of writing that the contract cannot tell apart: other servers, old items, odd names, limits."""
+"""Write requests in special cases: other servers, old items, unusual names, limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 async def _everything(store: DynamoDBStorageStrategy) -> None:
-    """Each verb on one and on many, with what it must answer."""
+    """Each verb for one and for many entities, with the expected results."""
     ids = [f"i{n:02}" for n in range(30)]
     entities = [{"item_id": each, "label": "x", "extra": 1.0} for each in ids]
     assert await store.create_entity("items", {"item_id": "a"}) == 1
@@ -53,7 +53,7 @@ async def _everything(store: DynamoDBStorageStrategy) -> None:
     assert await store.count_entities("items") == 0
 
 
-async def test_a_server_whose_statements_bring_nothing_back(proxy: Proxy) -> None:
+async def test_a_server_that_does_not_return_values_of_statements(proxy: Proxy) -> None:
     def strip(answer: dict[str, Any]) -> dict[str, Any]:
         responses = [
             {name: each for name, each in response.items() if name != "Item"}
@@ -83,7 +83,7 @@ def _refuses(what: str) -> Any:
 
 
 @pytest.mark.parametrize("what", ["VALUE ?", "RETURNING", "UPDATE", "PARTIQL", '"'])
-async def test_a_server_that_does_not_know_a_form(proxy: Proxy, what: str) -> None:
+async def test_a_server_that_does_not_support_a_form_of_statements(proxy: Proxy, what: str) -> None:
     proxy.rule = _refuses(what)
     async with store_at(proxy.url) as store:
         await _everything(store)
@@ -95,11 +95,13 @@ async def test_inserts_in_the_long_form(proxy: Proxy) -> None:
         await store.create_entity("items", {"item_id": "a"})
         proxy.requests.clear()
         await store.create_entities("items", [{"item_id": f"{n}"} for n in range(30)])
-        assert proxy.counted() == {"BatchExecuteStatement": 2}, "it is asked once"
+        assert proxy.counted() == {"BatchExecuteStatement": 2}, (
+            "the supported form is determined once"
+        )
 
 
-async def test_a_delete_that_was_faster_is_not_taken_for_ones_own(proxy: Proxy) -> None:
-    """A statement that deletes nothing succeeds as well."""
+async def test_a_concurrent_delete_is_not_taken_for_the_own_one(proxy: Proxy) -> None:
+    """A statement that deletes nothing also succeeds."""
     async with store_at(proxy.url) as store:
         for verb in ("single", "many"):
             for round_number in range(5):
@@ -119,7 +121,7 @@ async def test_a_delete_that_was_faster_is_not_taken_for_ones_own(proxy: Proxy) 
 
 
 async def test_an_item_of_another_program(proxy: Proxy) -> None:
-    """It has neither version nor token."""
+    """The item has neither a version nor a token."""
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "first"})
         table = store.describe()["tables"]["items"]  # type: ignore[index,call-overload]
@@ -152,7 +154,7 @@ SAVES: dict[str, Callable[[DynamoDBStorageStrategy, dict[str, Any]], Awaitable[o
 
 
 @pytest.mark.parametrize("how", SAVES)
-async def test_a_save_leaves_no_field_that_is_declared_no_more(proxy: Proxy, how: str) -> None:
+async def test_a_save_removes_fields_that_are_no_longer_declared(proxy: Proxy, how: str) -> None:
     prefix = new_prefix()
     before = [Collection("items", key="item_id", fields=["old", "kept"])]
     after = [Collection("items", key="item_id", fields=["kept", "new"])]
@@ -210,7 +212,7 @@ def _statements(proxy: Proxy) -> list[str]:
     ]
 
 
-async def test_an_update_says_what_its_store_wrote_last(proxy: Proxy) -> None:
+async def test_an_update_uses_the_token_that_its_store_wrote_last(proxy: Proxy) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
         await store.create_entity("items", {"item_id": "a"})
@@ -227,7 +229,7 @@ async def test_an_update_says_what_its_store_wrote_last(proxy: Proxy) -> None:
             assert await write == version
         for each in _statements(proxy):
             assert "RETURNING" not in each
-        # Another writes, too: then nothing is taken as known for a while.
+        # After a write of another store, the cached state is not used for a while.
         assert await other.update_entity("items", "a", {"label": "theirs"}) == 7
         proxy.requests.clear()
         assert await store.update_entity("items", "a", {"count": 4}) == 8
@@ -247,7 +249,7 @@ async def _in_transaction(store: DynamoDBStorageStrategy, entity_id: str) -> int
 @pytest.mark.parametrize(
     "name", ["a.b", "a'b", 'a"b', "", "x" * 9000, "\U0001f600", "[0]", "_w", "SET", "doc", "?"]
 )
-async def test_odd_names_in_updates(proxy: Proxy, name: str) -> None:
+async def test_unusual_field_names_in_updates(proxy: Proxy, name: str) -> None:
     async with store_at(proxy.url) as store:
         await store.create_entity("items", {"item_id": "a", "kept": 1})
         assert await store.update_entity("items", "a", {name: {"deep": [1.0]}, "label": "x"}) == 2
@@ -261,11 +263,11 @@ async def test_odd_names_in_updates(proxy: Proxy, name: str) -> None:
         assert found == {"item_id": "a", "kept": 1, "label": "x"}
 
 
-async def test_updates_near_the_limit_are_looked_at_exactly(proxy: Proxy) -> None:
+async def test_the_size_of_updates_near_the_limit_is_exact(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         filler = "x" * (MAX_ENTITY_BYTES - 400)
         await store.create_entity("items", {"item_id": "a", "filler": filler, "n": 0})
-        for n in range(20):  # by the rough measure the first ones would not fit
+        for n in range(20):  # by the estimated size the first ones would not fit
             assert await store.update_entity("items", "a", {"n": n, "label": "y" * 50}) == n + 2
         with pytest.raises(UnsupportedValueError):
             await store.update_entity("items", "a", {"more": "z" * 500})
@@ -283,7 +285,7 @@ async def test_updates_near_the_limit_are_looked_at_exactly(proxy: Proxy) -> Non
         )
 
 
-async def test_there_is_no_version_after_the_last(proxy: Proxy) -> None:
+async def test_the_maximum_version_cannot_be_incremented(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         await store.import_entities("items", [{"item_id": "a", "version": INT_MAX - 1}])
         assert await store.update_entity("items", "a", {"count": 1}) == INT_MAX
@@ -303,7 +305,7 @@ async def test_there_is_no_version_after_the_last(proxy: Proxy) -> None:
         assert await store.delete_entity("items", "a")
 
 
-async def test_created_at_that_was_imported_as_null_or_missing_stays_so(proxy: Proxy) -> None:
+async def test_an_imported_null_or_missing_created_at_is_kept(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         imported: list[dict[str, object]] = [
             {"item_id": "null", "created_at": None},
@@ -324,7 +326,7 @@ async def test_created_at_that_was_imported_as_null_or_missing_stays_so(proxy: P
         assert len(await store.query_entities("items", order_by="created_at")) == 2
 
 
-async def test_a_mark_lands_with_its_change(proxy: Proxy) -> None:
+async def test_a_mark_is_committed_with_its_change(proxy: Proxy) -> None:
     collections = (*CONTRACT_COLLECTIONS, Collection("marks", key="mark_id"))
     async with store_at(proxy.url, None, collections) as store:
         at = "2026-01-01T00:00:00.000000Z"
@@ -347,7 +349,7 @@ async def test_a_mark_lands_with_its_change(proxy: Proxy) -> None:
         assert found[0] == mark("1").entity
 
 
-async def test_reads_of_a_transaction_count(proxy: Proxy) -> None:
+async def test_reads_of_a_transaction_count_towards_its_limit(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         ids = [f"{n:03}" for n in range(101)]
         await store.create_entities("items", [{"item_id": each} for each in ids])
@@ -367,13 +369,15 @@ async def test_reads_of_a_transaction_count(proxy: Proxy) -> None:
         assert entity["version"] == 1
 
 
-async def test_what_a_transaction_sends(proxy: Proxy) -> None:
+async def test_the_requests_of_a_transaction(proxy: Proxy) -> None:
     async with store_at(proxy.url) as store:
         await store.create_entities("items", [{"item_id": each} for each in "abc"])
         proxy.requests.clear()
         async with store.begin_transaction() as tx:
             await tx.get_entities("items", ["a", "b", "nobody"])
-        assert proxy.counted() == {"TransactGetItems": 1}, "one snapshot needs no check"
+        assert proxy.counted() == {"TransactGetItems": 1}, (
+            "a single snapshot read needs no check at commit"
+        )
         proxy.requests.clear()
         async with store.begin_transaction() as tx:
             await tx.get_entity("items", "a")
@@ -391,8 +395,8 @@ async def test_what_a_transaction_sends(proxy: Proxy) -> None:
         assert commit.params["ClientRequestToken"]
 
 
-async def test_a_replacement_of_what_must_be_there(proxy: Proxy) -> None:
-    """No verb asks for it; the seam may."""
+async def test_a_replacement_that_requires_the_entity(proxy: Proxy) -> None:
+    """No verb sends this change, but `Engine.write_each` accepts it."""
     async with store_at(proxy.url) as store:
         at = "2026-01-01T00:00:00.000000Z"
 

@@ -1,4 +1,4 @@
-"""Every verb of a store on DynamoDB, on entities that are there: `items` "a", "b" and "c"."""
+"""Every verb of a store on DynamoDB, for the existing `items` "a", "b" and "c"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT: Final = "2024-01-01T00:00:00.000000Z"
 
 
 async def make(store: DynamoDBStorageStrategy) -> None:
-    """What the verbs work on, each entity at version 1."""
+    """Create the entities that the verbs use, each at version 1."""
     entities: list[Any] = [
         {"item_id": each, "label": "x", "tags": {"n": [1]}, "created_at": AT, "updated_at": AT}
         for each in "abc"

@@ -1,11 +1,11 @@
-"""Kills a process at every file call of a workload, and looks at what it left behind.
+"""Kills a process at every file call of a workload, and checks the files that remain.
 
     python -m tests.json.crash_driver '{"folder": ..., "workload": ..., "layout": ...}'
 
-A program of its own because it forks: it has one thread, has imported everything, and every workload
-and every look at the remains runs in a child of it. How many calls there are is counted first, by a
-run to the end that has the store for itself. Prints a line of JSON: that number, which calls were
-killed, and what was found wrong.
+It is a separate program because it forks: it has one thread, has imported all modules, and runs every
+workload and every check in a child process. First, an undisturbed run to the end counts the file
+calls. The program prints a line of JSON: that number, the calls at which a process was killed, and the
+errors that were found.
 """
 
 from __future__ import annotations
@@ -51,15 +51,17 @@ class Spec(msgspec.Struct, frozen=True):
     """One sweep.
 
     Attributes:
-        folder: below it, each kill has a store of its own.
+        folder: each kill uses a separate store below this folder.
         workload: a name in `WORKLOADS`, or "crowd".
-        settings: of the store.
-        adopt: "file" or "journal": the workload is to settle a file that was replaced by hand.
-            "salvage": a journal that ends with a record whose content was never written.
-        lane, lanes: this process takes every kill whose number is `lane` modulo `lanes`.
-        readers: a reader watches every so manyeth store while it is written; 0: none. A process
-            that closes the store beside one has less to do, for it does not fold; a call that did
-            not come for this reason is killed once more without a reader.
+        settings: the settings of the store.
+        adopt: "file" or "journal": the workload resolves the conflict with a file that was replaced
+            manually. "salvage": it recovers a journal that ends with a record whose content was
+            never written.
+        lane, lanes: this process runs every kill whose number is `lane` modulo `lanes`.
+        readers: every `readers`-th store is read by another process while it is written; 0: none. A
+            process that closes the store while another one reads does not compact it, and so makes
+            fewer calls; a kill at a call that is missing for this reason is repeated without a
+            reader.
     """
 
     folder: str
@@ -85,7 +87,7 @@ class Fault:
 
 
 async def checkpoint(store: StorageStrategy) -> None:
-    if isinstance(store, JSONStorageStrategy):  # the model has nothing to fold
+    if isinstance(store, JSONStorageStrategy):  # the memory engine has no compaction
         await store.checkpoint()
 
 
@@ -132,7 +134,7 @@ async def _many(store: StorageStrategy) -> None:
     await store.save_entities("machines", rows)
 
 
-async def _again(store: StorageStrategy) -> None:
+async def _save_again(store: StorageStrategy) -> None:
     await store.save_entity("templates", {"template_id": "t2"})
 
 
@@ -158,7 +160,7 @@ _SCRIPT: Final[list[Step]] = [
     checkpoint,
     _many,
     checkpoint,
-    _again,
+    _save_again,
 ]
 WORKLOADS: Final[dict[str, list[Step]]] = {
     "script": _SCRIPT,
@@ -172,8 +174,8 @@ _TASKS: Final = 3
 _ROUNDS: Final = 5
 
 
-async def _crowd(store: JSONStorageStrategy, acks: int) -> None:
-    """Tasks that share commits, with folds among them."""
+async def _concurrent_tasks(store: JSONStorageStrategy, acks: int) -> None:
+    """Concurrent tasks whose commits are batched, with compactions in between."""
 
     async def one(task: int) -> None:
         for number in range(1, _ROUNDS + 1):
@@ -193,7 +195,7 @@ async def _crowd(store: JSONStorageStrategy, acks: int) -> None:
 
 
 def crowd_problems(found: Stored, acks: bytes) -> list[str]:
-    """What is not as it was acknowledged, or half there."""
+    """Acknowledged changes that are missing, and changes that are only partly visible."""
     problems = []
     for task in range(_TASKS):
         pair = [found[name].get(f"x{task}", {}) for name in ("templates", "machines", "requests")]
@@ -210,7 +212,7 @@ def crowd_problems(found: Stored, acks: bytes) -> list[str]:
 
 
 async def model(steps: list[Step], start: Stored) -> list[Stored]:
-    """What must be there after each number of steps, by the memory engine."""
+    """The expected contents after each number of steps, computed with the memory engine."""
     async with open_store("memory:") as store:
         for name, entities in start.items():
             await store.import_entities(name, entities.values())
@@ -228,11 +230,11 @@ async def _shown(store: StorageStrategy) -> Stored:
     }
 
 
-# -- what is there before ---------------------------------------------------------------------
+# -- the store before the workload ------------------------------------------------------------
 
 
 async def prepare(spec: Spec, folder: Path) -> None:
-    """The store before the workload, where it does not begin from nothing."""
+    """Create the initial store, if the workload needs one."""
     if spec.workload not in ("take over", "adopt"):
         return
     settings = {name: each for name, each in spec.settings.items() if name != "enable_compression"}
@@ -244,7 +246,7 @@ async def prepare(spec: Spec, folder: Path) -> None:
     if spec.workload == "adopt":
         store = await open_json(folder, spec.layout, **spec.settings).open()
         await _update(store)
-        await _again(store)
+        await _save_again(store)
         await abandon(store)
         if spec.adopt == "salvage":
             [journal] = journals(folder)
@@ -260,12 +262,12 @@ async def prepare(spec: Spec, folder: Path) -> None:
 
 
 def run_child(spec: Spec, folder: Path, kill_at: int, *, part: bool, acks: int) -> int:
-    """Run the workload and die at a call: before it, or in the middle of what it writes.
+    """Run the workload and kill this process at a call: before it, or in the middle of its write.
 
     Returns:
-        How many calls there were, if it came to its end.
+        The number of calls, if the workload completed.
     """
-    # On a slow machine a fold at rest would come between, and all calls after it be others.
+    # On a slow machine a compaction of the idle store would change the numbers of all later calls.
     folding._IDLE_SECONDS = sys.maxsize
 
     def hook(call: Call, size: int) -> int:
@@ -282,7 +284,7 @@ def run_child(spec: Spec, folder: Path, kill_at: int, *, part: bool, acks: int) 
                 await store.checkpoint(recover_from=spec.adopt)
                 os.write(acks, b".")
             if spec.workload == "crowd":
-                await _crowd(store, acks)
+                await _concurrent_tasks(store, acks)
             for step in WORKLOADS[spec.workload]:
                 await step(store)
                 os.write(acks, b".")
@@ -292,37 +294,38 @@ def run_child(spec: Spec, folder: Path, kill_at: int, *, part: bool, acks: int) 
     return calls.count
 
 
-# -- what is left behind ----------------------------------------------------------------------
+# -- checks after the kill --------------------------------------------------------------------
 
 
-async def look(spec: Spec, folder: Path, states: list[Stored], acks: bytes) -> None:
-    """Everything acknowledged is there, the rest whole or not at all, and work can go on."""
+async def check_after_kill(spec: Spec, folder: Path, states: list[Stored], acks: bytes) -> None:
+    """Check that all acknowledged changes exist, that no other is visible in part, and that the store is
+    usable."""
     acked = len(acks)
     for each in data_files(folder):
         parsed(each)
     if spec.adopt:
-        await _settle(spec, folder, acked)
+        await _resolve_conflict(spec, folder, acked)
     first = await reopened(folder, spec.layout, **spec.settings)
     if spec.workload == "crowd":
         assert not crowd_problems(first, acks), crowd_problems(first, acks)
     elif without_times(first) not in (allowed := states[acked : acked + 2]):
         raise AssertionError(f"after {acked} steps there is {first}, not one of {allowed}")
     second = await reopened(folder, spec.layout, **spec.settings)
-    assert second == first, f"a second look shows {second}, the first {first}"
-    await _go_on(spec, folder, first)
+    assert second == first, f"a second read returned {second}, the first {first}"
+    await _check_usable(spec, folder, first)
 
 
-async def _settle(spec: Spec, folder: Path, acked: int) -> None:
-    """An adoption that was killed is done, or the question is still open."""
+async def _resolve_conflict(spec: Spec, folder: Path, acked: int) -> None:
+    """Check that a killed adoption is complete, or that the conflict is still reported."""
     try:
         await reopened(folder, spec.layout, **spec.settings)
     except (DataFileConflictError, CorruptionError):
-        assert not acked, "the adoption was acknowledged"
+        assert not acked, "the adoption was acknowledged, but the conflict is still reported"
         async with open_json(folder, spec.layout, **spec.settings) as store:
             await store.checkpoint(recover_from=spec.adopt)
 
 
-async def _go_on(spec: Spec, folder: Path, before: Stored) -> None:
+async def _check_usable(spec: Spec, folder: Path, before: Stored) -> None:
     async with open_json(folder, spec.layout, **spec.settings) as store:
         await store.save_entity("templates", {"template_id": "after"})
         async with store.begin_transaction() as tx:
@@ -347,33 +350,33 @@ async def _go_on(spec: Spec, folder: Path, before: Stored) -> None:
     }
 
 
-# -- a reader beside them ---------------------------------------------------------------------
+# -- a concurrent reader ----------------------------------------------------------------------
 
 
-async def read_along(spec: Spec, folder: Path, states: list[Stored], stop: int) -> None:
-    """Everything at once, over and over: always one of the states, and never an earlier one."""
-    keys = [Key(name, each) for name in states[-1] for each in _ever(states, name)]
+async def read_concurrently(spec: Spec, folder: Path, states: list[Stored], stop: int) -> None:
+    """Read the whole store repeatedly: each time one of the valid states, and never an older one."""
+    keys = [Key(name, each) for name in states[-1] for each in _values_of(states, name)]
     os.set_blocking(stop, False)
     store = await open_json(folder, spec.layout, **spec.settings).open()
     at = 0
     try:
-        while _goes_on(stop):
+        while _is_running(stop):
             records = await store._fetch(keys, None)
             shown: Stored = {name: {} for name in states[0]}
             for record in records:
                 if record is not None:
                     shown[record.key.collection][record.key.id] = record.entity
-            at = _place(without_times(shown), states, at)
+            at = _index_of_state(without_times(shown), states, at)
             await asyncio.sleep(0)
     finally:
         await abandon(store)
 
 
-def _ever(states: list[Stored], name: str) -> list[str]:
+def _values_of(states: list[Stored], name: str) -> list[str]:
     return sorted({each for state in states for each in state[name]})
 
 
-def _place(shown: Stored, states: list[Stored], at: int) -> int:
+def _index_of_state(shown: Stored, states: list[Stored], at: int) -> int:
     for number in range(at, len(states)):
         if states[number] == shown:
             return number
@@ -381,7 +384,7 @@ def _place(shown: Stored, states: list[Stored], at: int) -> int:
     raise AssertionError(f"a reader at {at} saw {past or shown}")
 
 
-def _goes_on(stop: int) -> bool:
+def _is_running(stop: int) -> bool:
     try:
         return os.read(stop, 1) != b""
     except BlockingIOError:
@@ -392,7 +395,7 @@ def _goes_on(stop: int) -> bool:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a child; its process id. What goes wrong it says on stdout's place, a pipe."""
+    """Run `work` in a child process that reports errors through a pipe; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -405,8 +408,8 @@ def in_child(work: Callable[[], object]) -> int:
     os._exit(code)
 
 
-class Told:
-    """A pipe for the errors of a child."""
+class ErrorPipe:
+    """A pipe for the errors of a child process."""
 
     def __init__(self) -> None:
         self.out, self.into = os.pipe()
@@ -427,22 +430,22 @@ class Told:
             return pipe.read().decode(errors="replace").strip()
 
 
-def one_kill(
+def kill_once(
     spec: Spec, folder: Path, states: list[Stored], kill_at: int, *, part: bool, reader: bool
 ) -> tuple[bool, list[str]]:
-    """Whether the workload was killed before its end, and what was found wrong."""
+    """Whether the workload was killed before its end, and the errors that were found."""
     problems: list[str] = []
     stop_out, stop_in = os.pipe()
-    watching = Told()
+    watching = ErrorPipe()
     watcher = -1
     if reader:
         watcher = watching.run(
-            lambda: asyncio.run(read_along(spec, folder, states, stop_out)), stop_in
+            lambda: asyncio.run(read_concurrently(spec, folder, states, stop_out)), stop_in
         )
     else:
         os.close(watching.into)
     out, into = os.pipe()
-    running = Told()
+    running = ErrorPipe()
     pid = running.run(
         lambda: run_child(spec, folder, kill_at, part=part, acks=into), out, stop_in, stop_out
     )
@@ -454,8 +457,10 @@ def one_kill(
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if not killed and status:
         problems.append(f"the workload failed: {said}")
-    looking = Told()
-    pid = looking.run(lambda: asyncio.run(look(spec, folder, states, acks)), stop_in, stop_out)
+    looking = ErrorPipe()
+    pid = looking.run(
+        lambda: asyncio.run(check_after_kill(spec, folder, states, acks)), stop_in, stop_out
+    )
     said = looking.text()
     if os.waitpid(pid, 0)[1]:
         problems.append(f"after {len(acks)} steps: {said}")
@@ -486,7 +491,7 @@ def sweep(spec: Spec) -> dict[str, object]:
         folder = base / f"{kill_at}{'p' if part else ''}{'r' if reader else ''}"
         if start:
             shutil.copytree(begun, folder)
-        killed, found = one_kill(spec, folder, states, kill_at, part=part, reader=reader)
+        killed, found = kill_once(spec, folder, states, kill_at, part=part, reader=reader)
         problems.extend(f"{folder.name}: {each}" for each in found)
         if not found:
             shutil.rmtree(folder, ignore_errors=True)
@@ -508,12 +513,12 @@ def sweep(spec: Spec) -> dict[str, object]:
 
 
 def _steps(spec: Spec, folder: Path, begun: Path) -> int:
-    """How many calls the workload makes that has the store for itself."""
+    """The number of calls of the workload if no other process uses the store."""
     shutil.copytree(begun, folder)
     out, into = os.pipe()
 
     def run() -> None:
-        with open(os.devnull, "wb") as acks:  # only its descriptor is wanted
+        with open(os.devnull, "wb") as acks:  # only its descriptor is needed
             steps = run_child(spec, folder, sys.maxsize, part=False, acks=acks.fileno())
         os.write(into, str(steps).encode())
 
@@ -527,12 +532,12 @@ def _steps(spec: Spec, folder: Path, begun: Path) -> int:
 
 
 def _start(spec: Spec, folder: Path) -> Stored:
-    """What the prepared store holds, as any JSON parser reads it, by the model of its adoption."""
+    """The contents of the prepared store, read with a plain JSON parser, after the chosen adoption."""
     text = {each.name.partition(".")[0]: parsed(each) for each in data_files(folder)}
     text = text["request_database"] if spec.layout == "single_file" else text
     stored: Stored = {name: text[name] for name in ("templates", "requests", "machines")}
     if spec.adopt in ("journal", "salvage"):
-        # The journal counts: its two commits lie on top of the file.
+        # The journal is adopted: its two commits are applied to the file.
         stored["requests"]["r1"] |= {"status": "DONE", "tags": {"x": [1, 1.0]}, "version": 2}
         stored["templates"]["t2"] = {"template_id": "t2", "version": 1}
     return stored

@@ -2,8 +2,8 @@
 
     python -m tests.json.crew ROLE '{"folder": ..., "layout": ..., "settings": {}, ...}'
 
-Each opens the store, says "ready", waits for a line, does its role, and prints the result as one
-line of JSON. The roles are the functions below.
+Each process opens the store, prints "ready", waits for a line, runs its role, and prints the result
+as one line of JSON. The roles are the functions below.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PATIENCE: Final = 240.0
 
 
 class Member:
-    """One process of a crew, started and not let go yet."""
+    """One worker process, which has started and waits for its start signal."""
 
     def __init__(self, role: str, folder: Path, layout: str, **arguments: Any) -> None:
         self._command = [
@@ -67,7 +67,7 @@ class Member:
         self.process.stdin.write(word.encode() + b"\n")
 
     async def result(self) -> Any:
-        """What it prints at its end; everything it started is over then."""
+        """The result that the process prints when it has ended."""
         found = await self.line()
         await self.process.wait()
         assert self.process.returncode == 0
@@ -75,7 +75,7 @@ class Member:
 
 
 async def together(*members: Member) -> list[Any]:
-    """Let all go at the same moment; their results."""
+    """Start all workers at the same moment; returns their results."""
     async with AsyncExitStack() as stack:
         started = await asyncio.gather(*map(stack.enter_async_context, members))
         for each in started:
@@ -92,7 +92,7 @@ async def saver(store: JSONStorageStrategy, *, name: str, times: int) -> list[in
 
 
 async def counter(store: JSONStorageStrategy, *, times: int) -> int:
-    """Count up by compare and set; how often it lost."""
+    """Increment by compare and set; returns the number of conflicts."""
     lost = 0
     for _ in range(times):
         while True:
@@ -120,7 +120,7 @@ async def pairs(store: JSONStorageStrategy, *, name: str, times: int) -> int:
 
 
 async def teller(store: JSONStorageStrategy, *, name: str) -> None:
-    """`pairs` without an end, saying after each commit that it is acknowledged; folds now and then."""
+    """`pairs` in an endless loop that reports each acknowledged commit, with occasional compactions."""
     entity = await store.get_entity("templates", name) or {"version": 0}
     number = int(str(entity["version"]))
     while True:
@@ -134,7 +134,7 @@ async def teller(store: JSONStorageStrategy, *, name: str) -> None:
 
 
 async def folder(store: JSONStorageStrategy) -> int:
-    """Fold until told to stop."""
+    """Compact repeatedly until told to stop."""
     stop = _stopped()
     folds = 0
     while not stop.done():
@@ -145,7 +145,7 @@ async def folder(store: JSONStorageStrategy) -> int:
 
 
 async def watcher(store: JSONStorageStrategy, *, names: list[str], pause: float) -> dict[str, int]:
-    """Read pairs until told to stop: both halves agree, and no version goes back."""
+    """Read pairs until told to stop: both entities agree, and no version decreases."""
     stop = _stopped()
     keys = [Key(collection, name) for name in names for collection in ("templates", "machines")]
     highest = dict.fromkeys(names, 0)
@@ -154,7 +154,7 @@ async def watcher(store: JSONStorageStrategy, *, names: list[str], pause: float)
         records = await store._fetch(keys, None)
         for number, name in enumerate(names):
             halves = [each and each.version for each in records[2 * number : 2 * number + 2]]
-            assert halves[0] == halves[1], f"half a transaction: {name} {halves}"
+            assert halves[0] == halves[1], f"a transaction is visible in part: {name} {halves}"
             assert (halves[0] or 0) >= highest[name], f"{name} went back to {halves[0]}"
             highest[name] = halves[0] or 0
         looks += 1
@@ -163,7 +163,7 @@ async def watcher(store: JSONStorageStrategy, *, names: list[str], pause: float)
 
 
 async def holder(store: JSONStorageStrategy) -> str:
-    """Stop, as if suspended, while holding the write lock."""
+    """Suspend this process while it holds the write lock."""
     async with store.begin_transaction() as tx:
         await tx.save_entity("templates", {"template_id": "held"})
         print(json.dumps("holding"), flush=True)
@@ -172,7 +172,7 @@ async def holder(store: JSONStorageStrategy) -> str:
 
 
 async def sleeper_in_a_fold(store: JSONStorageStrategy) -> str:
-    """Stop, as if suspended, in the middle of a fold."""
+    """Suspend this process during a compaction."""
 
     def hook(call: Call, size: int) -> int:
         if call.name == "fdatasync" and call.path.endswith(".tmp"):
@@ -187,7 +187,7 @@ async def sleeper_in_a_fold(store: JSONStorageStrategy) -> str:
 
 
 async def unsynced(store: JSONStorageStrategy) -> bool:
-    """A commit whose sync fails, and nothing after it."""
+    """Make one commit whose sync fails, and nothing else."""
 
     def hook(call: Call, size: int) -> int:
         if call.name == "fdatasync" and ".journal." in call.path:
@@ -222,7 +222,7 @@ ROLES: Final[dict[str, Callable[..., Awaitable[object]]]] = {
 
 
 def _stopped() -> asyncio.Future[str]:
-    """Done when another line comes in."""
+    """Completes when another line is read from stdin."""
     return asyncio.ensure_future(asyncio.to_thread(sys.stdin.readline))
 
 

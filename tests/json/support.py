@@ -1,4 +1,4 @@
-"""What the suites of the JSON engine share: stores on disk, and a hand on every file call."""
+"""Helpers for the tests of the JSON engine: stores on disk, and interception of every file call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_json(
 
 
 async def whole(store: JSONStorageStrategy) -> Stored:
-    """Everything that the store shows, by its queries."""
+    """All entities of the store, read by queries."""
     return {
         name: {str(each[declared.key]): each for each in await store.query_entities(name)}
         for name, declared in store.collections.items()
@@ -48,7 +48,7 @@ async def whole(store: JSONStorageStrategy) -> Stored:
 
 
 async def reopened(folder: Path, layout: str = "single_file", **settings: Any) -> Stored:
-    """Everything that a new store on the folder shows; the folder is not written."""
+    """All entities that a new store on the folder returns; nothing is written."""
     store = await open_json(folder, layout, **settings).open()
     try:
         return await whole(store)
@@ -57,8 +57,8 @@ async def reopened(folder: Path, layout: str = "single_file", **settings: Any) -
 
 
 async def abandon(store: JSONStorageStrategy) -> None:
-    """Close without the fold of the last one out: as a process that dies would leave the files."""
-    store._json.folding.at_close = _nothing  # type: ignore[method-assign]
+    """Close without the final compaction, so that the files remain as if the process had died."""
+    store._json.compactor.at_close = _nothing  # type: ignore[method-assign]
     await store.close()
 
 
@@ -67,12 +67,12 @@ async def _nothing() -> None:
 
 
 def never_folds(store: JSONStorageStrategy) -> None:
-    """No fold begins by itself, however long the machine takes: for tests of what the journal holds."""
-    store._json.folding.consider = lambda: None  # type: ignore[method-assign]
+    """Disable automatic compactions, for tests of the contents of the journal."""
+    store._json.compactor.consider = lambda: None  # type: ignore[method-assign]
 
 
 def without_times(stored: Stored) -> Stored:
-    """The same without what the clock set."""
+    """The same entities without timestamps set by the store."""
     return {
         name: {
             each: {key: value for key, value in entity.items() if key not in _TIMES}
@@ -105,7 +105,7 @@ def parsed(path: Path) -> Any:
 
 
 def open_files(folder: Path) -> list[str]:
-    """What this process has open below `folder`, where the system tells."""
+    """Files below `folder` that this process has open; empty on systems without /proc."""
     return sorted(path for _, path in _open_now() if path.startswith(str(folder)))
 
 
@@ -121,7 +121,7 @@ def _open_now() -> Iterator[tuple[int, str]]:
 
 
 class Call(NamedTuple):
-    """One call that is about to be made."""
+    """One file call, before it is made."""
 
     number: int
     name: str
@@ -132,11 +132,11 @@ class Call(NamedTuple):
 
 
 WHOLE: Final = -1
-"""The answer of a hook: make the call as it is. Another number: write that many bytes."""
+"""The result of a hook: make the call unchanged. Another number: write only that many bytes."""
 
 Hook = Callable[[Call, int], int]
-"""Asked before each call with the bytes that it would write (0 if none). It may raise, or kill. If it
-answers with a number of bytes, so many are written, and it is asked again about the rest."""
+"""Called before each file call, with the number of bytes to write (0 if none). It may raise, or kill the
+process. If it returns a number of bytes, only these are written, and it is called again for the rest."""
 
 CHANGES: Final = frozenset(
     {
@@ -153,16 +153,16 @@ CHANGES: Final = frozenset(
         "mkdir",
     }
 )
-"""The calls that change the files, or bring them to the disk."""
+"""The calls that modify or sync files."""
 
 
 class FileCalls:
-    """Stands in front of the file calls of this process that touch one folder.
+    """Intercepts the file calls of this process that access one folder.
 
     Args:
-        folder: whose calls count; others pass.
-        hook: is asked before each.
-        only: the names of the calls that count; None: all.
+        folder: the folder; calls outside of it are not intercepted.
+        hook: is called before each call.
+        only: the names of the calls to intercept; None: all.
     """
 
     def __init__(self, folder: Path, hook: Hook, only: Iterable[str] | None = CHANGES) -> None:
@@ -176,7 +176,7 @@ class FileCalls:
 
     @property
     def count(self) -> int:
-        """How many calls there were."""
+        """The number of intercepted calls."""
         return self._count
 
     def __enter__(self) -> FileCalls:
@@ -249,7 +249,7 @@ class FileCalls:
 
         def call(path: Any, *rest: Any, **named: Any) -> Any:
             where = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
-            # Most calls of mkdir find the folder, and those of unlink a file that was renamed.
+            # mkdir mostly fails because the folder exists, and unlink because the file was renamed.
             changes = name not in ("mkdir", "unlink") or (name == "unlink") == _there(where)
             self._ask(name if changes else f"{name} in vain", where)
             return real(path, *rest, **named)
@@ -279,7 +279,7 @@ def _there(path: str) -> bool:
 
 
 class _Watched(io.BufferedReader):
-    """A file whose reading is asked about, too."""
+    """A file whose reads are intercepted, too."""
 
     def __init__(self, file: Any, ask: Callable[[], int]) -> None:
         super().__init__(file.detach())
@@ -292,7 +292,7 @@ class _Watched(io.BufferedReader):
 
 @contextmanager
 def watched(folder: Path, only: Iterable[str] | None = CHANGES) -> Iterator[list[Call]]:
-    """The calls that are made meanwhile."""
+    """The file calls made within the context."""
     calls: list[Call] = []
 
     def hook(call: Call, size: int) -> int:

@@ -1,7 +1,8 @@
-"""Files that somebody replaces, edits or removes by hand (contract 91).
+"""Files that are replaced, edited or removed manually (contract 91).
 
-With an empty journal a changed file is taken over. With commits waiting it is an error with two ways
-out. Whatever is done, and by whomever the store is open: never a silent mixture.
+With an empty journal the changed file is adopted. With commits in the journal it is an error that
+offers two choices. In no case the two states are silently mixed, whichever processes have the store
+open.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from tests.json.support import (
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 both_ways = pytest.mark.parametrize("way", ["file", "journal"])
 _PATIENCE: Final = 60.0
-"""Seconds until a test gives up; a replaced file is noticed in a fraction of one."""
+"""The time limit of a test, in seconds; a replaced file is noticed in a fraction of a second."""
 
 Way = Literal["file", "journal"]
 
 
 async def _generations(folder: Path, layout: str) -> list[Stored]:
-    """A store at rest after three folds; what each of them wrote, the oldest first."""
+    """A store with an empty journal after three compactions; the contents after each, oldest first."""
     states = []
     async with open_json(folder, layout) as store:
         for number in range(3):
@@ -61,8 +62,8 @@ async def _generations(folder: Path, layout: str) -> list[Stored]:
     return states
 
 
-def _put_back(folder: Path, age: int, *, by_rename: bool = False) -> None:
-    """Copy the backups of one fold over the data files; `age` 1 is the newest."""
+def _restore_backup(folder: Path, age: int, *, by_rename: bool = False) -> None:
+    """Copy the backups of one compaction over the data files; `age` 1 is the newest."""
     for name in ("request_database.json", "templates.json", "machines.json"):
         backups = sorted(folder.glob(f"{name}.bak.*"))
         if backups:
@@ -79,22 +80,22 @@ def _replace(file: Path, text: bytes, *, by_rename: bool) -> None:
 
 
 def _edit(folder: Path, *, by_rename: bool) -> None:
-    """As an editor does: another name in every data file that has one."""
+    """Change the name in every data file, like a text editor."""
     for file in data_files(folder):
         text = file.read_bytes().replace(b'"name":"2"', b'"name": "edited"')
         _replace(file, text, by_rename=by_rename)
 
 
-async def _until(check: Callable[[], Awaitable[bool]]) -> None:
+async def _wait_until(check: Callable[[], Awaitable[bool]]) -> None:
     deadline = time.monotonic() + _PATIENCE
     while not await check():
-        assert time.monotonic() < deadline, "it was never noticed"
+        assert time.monotonic() < deadline, "the change was not noticed"
         await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
-async def _others(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
-    """A store that has it open, with everything in memory; it folds when a test says so alone."""
+async def _another_store(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
+    """Another open store with all data in memory; it compacts only if a test asks for it."""
     store = await open_json(folder, layout).open()
     never_folds(store)
     await whole(store)
@@ -123,11 +124,11 @@ async def test_91_a_backup_is_copied_over_a_closed_store(
     tmp_path: Path, layout: str, age: int
 ) -> None:
     states = await _generations(tmp_path, layout)
-    _put_back(tmp_path, age)
+    _restore_backup(tmp_path, age)
     wanted = states[-1 - age]
     assert await reopened(tmp_path, layout) == wanted
     async with open_json(tmp_path, layout) as store:
-        assert "replaced by hand" in str((await store.health())["problems"])
+        assert "replaced manually" in str((await store.health())["problems"])
         assert await store.save_entity("templates", {"template_id": "new"}) == 1
         await store.checkpoint()
         assert (await store.health())["problems"] == []
@@ -139,21 +140,21 @@ async def test_91_a_backup_is_copied_over_a_closed_store(
 @both_layouts
 @pytest.mark.parametrize("by_rename", [False, True])
 @pytest.mark.parametrize("age", [1, 2])
-async def test_91_a_backup_is_copied_over_an_open_store_at_rest(
+async def test_91_a_backup_is_copied_over_an_open_store_with_an_empty_journal(
     tmp_path: Path, layout: str, age: int, by_rename: bool
 ) -> None:
-    """Those who only read and those who write follow, whoever folded last."""
+    """Readers and writers see the replaced file, whichever of them compacted last."""
     states = await _generations(tmp_path, layout)
     async with (
-        _others(tmp_path, layout) as reader,
-        _others(tmp_path, layout) as folder,
-        _others(tmp_path, layout) as writer,
+        _another_store(tmp_path, layout) as reader,
+        _another_store(tmp_path, layout) as folder,
+        _another_store(tmp_path, layout) as writer,
     ):
         await folder.save_entity("requests", {"request_id": "r"})
         await folder.checkpoint()
         for each in (reader, writer):
             assert (await each.get_entity("templates", "t") or {})["version"] == 3
-        _put_back(tmp_path, age, by_rename=by_rename)
+        _restore_backup(tmp_path, age, by_rename=by_rename)
         wanted = states[-1 - age] if layout == "split_files" else (states[-age])
         await writer.save_entity("templates", {"template_id": "new"})
         for each in (writer, folder, reader):
@@ -166,11 +167,9 @@ async def test_91_a_backup_is_copied_over_an_open_store_at_rest(
 
 @both_layouts
 @pytest.mark.parametrize("by_rename", [False, True])
-async def test_91_an_edit_is_seen_by_those_who_only_read(
-    tmp_path: Path, layout: str, by_rename: bool
-) -> None:
+async def test_91_an_edit_is_seen_by_readers(tmp_path: Path, layout: str, by_rename: bool) -> None:
     states = await _generations(tmp_path, layout)
-    async with _others(tmp_path, layout) as reader:
+    async with _another_store(tmp_path, layout) as reader:
         _edit(tmp_path, by_rename=by_rename)
 
         async def edited() -> bool:
@@ -178,7 +177,7 @@ async def test_91_an_edit_is_seen_by_those_who_only_read(
             assert entity in (states[-1]["templates"]["t"], {**(entity or {}), "name": "edited"})
             return (entity or {})["name"] == "edited"
 
-        await _until(edited)
+        await _wait_until(edited)
         assert await reader.get_entity("machines", "m2")
 
 
@@ -196,8 +195,8 @@ async def _pending(folder: Path, layout: str) -> tuple[list[Stored], Stored]:
     return states, now
 
 
-def _on_top(base: Stored, pending: Stored) -> Stored:
-    """The journal's two commits on top of a file."""
+def _with_pending_commits(base: Stored, pending: Stored) -> Stored:
+    """The contents of a file with the two commits of the journal applied."""
     return {
         "templates": {**base["templates"], "t": pending["templates"]["t"]},
         "requests": base["requests"],
@@ -212,9 +211,9 @@ async def test_91_a_backup_over_a_closed_store_with_commits(
     tmp_path: Path, layout: str, way: Way, age: int
 ) -> None:
     states, pending = await _pending(tmp_path, layout)
-    _put_back(tmp_path, age)
+    _restore_backup(tmp_path, age)
     before = {each.name: each.read_bytes() for each in [*data_files(tmp_path), *journals(tmp_path)]}
-    async with _others_in_doubt(tmp_path, layout) as store:
+    async with _another_store_with_commits(tmp_path, layout) as store:
         for verb in (
             lambda: store.get_entity("templates", "t"),
             lambda: store.query_entities("machines"),
@@ -227,7 +226,7 @@ async def test_91_a_backup_over_a_closed_store_with_commits(
         assert before == {each.name: each.read_bytes() for each in after}
         await store.checkpoint(recover_from=way)
         base = states[-1 - age]
-        wanted = base if way == "file" else _on_top(base, pending)
+        wanted = base if way == "file" else _with_pending_commits(base, pending)
         assert await whole(store) == wanted
         assert await reopened(tmp_path, layout) == wanted
         assert await store.save_entity("templates", {"template_id": "t"}) > 1
@@ -235,7 +234,9 @@ async def test_91_a_backup_over_a_closed_store_with_commits(
 
 
 @asynccontextmanager
-async def _others_in_doubt(folder: Path, layout: str) -> AsyncIterator[JSONStorageStrategy]:
+async def _another_store_with_commits(
+    folder: Path, layout: str
+) -> AsyncIterator[JSONStorageStrategy]:
     store = await open_json(folder, layout).open()
     never_folds(store)
     try:
@@ -250,19 +251,22 @@ async def _others_in_doubt(folder: Path, layout: str) -> AsyncIterator[JSONStora
 async def test_91_a_backup_over_an_open_store_with_commits(
     tmp_path: Path, layout: str, way: Way, by_rename: bool
 ) -> None:
-    """The one that has the commits in memory, and one that only reads, and one that comes later."""
+    """A store with the commits in memory, a store that only reads, and a store that is opened later."""
     states, pending = await _pending(tmp_path, layout)
-    async with _others(tmp_path, layout) as writer, _others(tmp_path, layout) as reader:
+    async with (
+        _another_store(tmp_path, layout) as writer,
+        _another_store(tmp_path, layout) as reader,
+    ):
         assert await whole(writer) == pending
-        _put_back(tmp_path, 1, by_rename=by_rename)
+        _restore_backup(tmp_path, 1, by_rename=by_rename)
         with pytest.raises(DataFileConflictError):
             await writer.save_entity("templates", {"template_id": "t"})
-        await _until(lambda: _replaced(reader))
-        await _until(lambda: _replaced(writer))
-        async with _others_in_doubt(tmp_path, layout) as later:
+        await _wait_until(lambda: _replaced(reader))
+        await _wait_until(lambda: _replaced(writer))
+        async with _another_store_with_commits(tmp_path, layout) as later:
             assert await _replaced(later)
             await later.checkpoint(recover_from=way)
-        wanted = states[-2] if way == "file" else _on_top(states[-2], pending)
+        wanted = states[-2] if way == "file" else _with_pending_commits(states[-2], pending)
         for each in (reader, writer):
             assert await whole(each) == wanted
         version = wanted["templates"]["t"]["version"]
@@ -272,28 +276,30 @@ async def test_91_a_backup_over_an_open_store_with_commits(
 
 @both_ways
 async def test_91_one_of_the_split_files_with_commits(tmp_path: Path, way: Way) -> None:
-    """A transaction waits for two files, and one of them is put back."""
+    """The journal contains a transaction for two files, and one of them is replaced by its backup."""
     states, pending = await _pending(tmp_path, "split_files")
     backup = sorted(tmp_path.glob("templates.json.bak.*"))[-1]
     shutil.copy(backup, tmp_path / "templates.json")
-    async with _others_in_doubt(tmp_path, "split_files") as store:
+    async with _another_store_with_commits(tmp_path, "split_files") as store:
         with pytest.raises(DataFileConflictError, match=r"templates\.json"):
             await store.get_entity("machines", "pending")
         await store.checkpoint(recover_from=way)
         now = await whole(store)
     if way == "journal":
-        assert now == pending  # its images are whole entities: nothing of the old one is left
+        assert (
+            now == pending
+        )  # the journal contains whole entities: no field of the old one remains
     else:
         assert now == {**states[-1], "templates": states[-2]["templates"]}
 
 
-async def test_91_what_was_replaced_is_put_right(tmp_path: Path) -> None:
-    """The right file comes back, and with it everything, without a word to the store."""
+async def test_91_a_replaced_file_is_restored(tmp_path: Path) -> None:
+    """When the correct file is restored, all data are available again, without a choice by the user."""
     _, pending = await _pending(tmp_path, "single_file")
     right = (tmp_path / SINGLE).read_bytes()
-    async with _others(tmp_path, "single_file") as store:
+    async with _another_store(tmp_path, "single_file") as store:
         (tmp_path / SINGLE).write_bytes(b"{}\n")
-        await _until(lambda: _replaced(store))
+        await _wait_until(lambda: _replaced(store))
         (tmp_path / SINGLE).write_bytes(right)
         assert await whole(store) == pending
         assert await store.save_entity("templates", {"template_id": "t"}) == 5
@@ -328,7 +334,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 @asynccontextmanager
 async def _watcher(folder: Path, layout: str) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
-    """A process that has the store open, and tells what it sees when that changes."""
+    """A process that has the store open and reports its contents when they change."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -356,7 +362,7 @@ async def test_91_another_process_follows_a_replacement(tmp_path: Path, layout: 
     await _generations(tmp_path, layout)
     async with _watcher(tmp_path, layout) as told:
         assert await told() == "2"
-        _put_back(tmp_path, 1, by_rename=True)
+        _restore_backup(tmp_path, 1, by_rename=True)
         assert await told() == "1"
         async with open_json(tmp_path, layout) as store:
             await store.save_entity("templates", {"template_id": "t", "name": "new"})
@@ -371,9 +377,9 @@ async def test_91_another_process_recovers_from_a_replacement(
     await _pending(tmp_path, layout)
     async with _watcher(tmp_path, layout) as told:
         assert await told() == "pending"
-        _put_back(tmp_path, 1, by_rename=True)
+        _restore_backup(tmp_path, 1, by_rename=True)
         assert await told() == "DataFileConflictError"
-        async with _others_in_doubt(tmp_path, layout) as store:
+        async with _another_store_with_commits(tmp_path, layout) as store:
             await store.checkpoint(recover_from=way)
             assert await told() == ("1" if way == "file" else "pending")
             await store.save_entity("templates", {"template_id": "t", "name": "new"})
@@ -385,10 +391,10 @@ async def test_91_another_process_recovers_from_a_replacement(
 
 @both_layouts
 async def test_91_a_data_file_is_removed(tmp_path: Path, layout: str) -> None:
-    """Never an empty store: an error, until the file is back or the operator says so."""
+    """This is an error and never an empty store, until the file is restored or the operator confirms it."""
     states = await _generations(tmp_path, layout)
     kept = {each: each.read_bytes() for each in data_files(tmp_path)}
-    async with _others(tmp_path, layout) as opened:
+    async with _another_store(tmp_path, layout) as opened:
         for each in kept:
             each.unlink()
         with pytest.raises(CorruptionError, match="missing"):
@@ -410,7 +416,7 @@ async def test_91_a_data_file_is_removed(tmp_path: Path, layout: str) -> None:
 
 @both_layouts
 async def test_91_the_journal_of_a_closed_store_is_removed(tmp_path: Path, layout: str) -> None:
-    """At rest the files hold everything."""
+    """If the journal is empty, the data files contain everything."""
     states = await _generations(tmp_path, layout)
     for each in journals(tmp_path):
         each.unlink()
@@ -420,10 +426,10 @@ async def test_91_the_journal_of_a_closed_store_is_removed(tmp_path: Path, layou
 
 
 @both_layouts
-async def test_91_the_journal_is_removed_at_rest(tmp_path: Path, layout: str) -> None:
-    """With the store open, but no commit waiting: nothing is missing."""
+async def test_91_an_empty_journal_is_removed(tmp_path: Path, layout: str) -> None:
+    """The store is open, but the journal is empty: nothing is lost."""
     states = await _generations(tmp_path, layout)
-    async with _others(tmp_path, layout) as store, _others(tmp_path, layout) as other:
+    async with _another_store(tmp_path, layout) as store, _another_store(tmp_path, layout) as other:
         for each in journals(tmp_path):
             each.unlink()
         assert await whole(store) == states[-1]
@@ -434,9 +440,9 @@ async def test_91_the_journal_is_removed_at_rest(tmp_path: Path, layout: str) ->
 
 @both_layouts
 async def test_91_the_journal_is_removed_with_commits(tmp_path: Path, layout: str) -> None:
-    """Who had the store open knows that something is missing."""
+    """A store that was open reports that commits are missing."""
     states, pending = await _pending(tmp_path, layout)
-    async with _others(tmp_path, layout) as store:
+    async with _another_store(tmp_path, layout) as store:
         assert await whole(store) == pending
         for each in journals(tmp_path):
             each.unlink()
@@ -454,7 +460,7 @@ async def test_91_the_journal_is_removed_with_commits(tmp_path: Path, layout: st
 
 async def test_91_the_journal_is_moved_away_from_a_reader(tmp_path: Path) -> None:
     _, pending = await _pending(tmp_path, "single_file")
-    async with _others(tmp_path, "single_file") as store:
+    async with _another_store(tmp_path, "single_file") as store:
         (journal,) = journals(tmp_path)
         journal.rename(tmp_path / "away")
 
@@ -465,13 +471,13 @@ async def test_91_the_journal_is_moved_away_from_a_reader(tmp_path: Path) -> Non
                 return True
             return False
 
-        await _until(noticed)
+        await _wait_until(noticed)
 
 
 async def test_91_the_journal_is_moved_away(tmp_path: Path) -> None:
-    """A file that is open stays what it was; commits must not go where nobody will read them."""
+    """Commits must not be written to the open file of a journal that was moved away."""
     await _pending(tmp_path, "single_file")
-    async with _others(tmp_path, "single_file") as store:
+    async with _another_store(tmp_path, "single_file") as store:
         await store.save_entity("templates", {"template_id": "t", "name": "more"})
         expected = await whole(store)
         (journal,) = journals(tmp_path)
@@ -487,9 +493,9 @@ async def test_91_the_journal_is_moved_away(tmp_path: Path) -> None:
 
 @both_layouts
 async def test_91_lock_files_are_removed(tmp_path: Path, layout: str) -> None:
-    """Removed while nobody holds them: writers exclude one another as before."""
+    """They are removed while no process holds them: writers still exclude one another."""
     await _generations(tmp_path, layout)
-    async with _others(tmp_path, layout) as one, _others(tmp_path, layout) as other:
+    async with _another_store(tmp_path, layout) as one, _another_store(tmp_path, layout) as other:
         for round_ in range(5):
             for each in tmp_path.glob(".*.lock*"):
                 each.unlink()
@@ -513,10 +519,10 @@ async def test_91_lock_files_are_removed(tmp_path: Path, layout: str) -> None:
 async def test_91_the_folder_is_removed_while_open(
     tmp_path: Path, layout: str, waiting: bool
 ) -> None:
-    """Not an empty store, until the operator says that it is one."""
+    """This is an error and not an empty store, until the operator confirms it."""
     folder = tmp_path / "data"
     await (_pending if waiting else _generations)(folder, layout)
-    async with _others(folder, layout) as store:
+    async with _another_store(folder, layout) as store:
         shutil.rmtree(folder)
         for verb in (
             lambda: store.get_entity("templates", "t"),
@@ -532,14 +538,12 @@ async def test_91_the_folder_is_removed_while_open(
 
 
 @both_layouts
-async def test_91_the_folder_is_moved_away_and_another_put_there(
-    tmp_path: Path, layout: str
-) -> None:
+async def test_91_the_folder_is_replaced_by_another_one(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "data"
     states = await _generations(folder, layout)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    async with _others(folder, layout) as store, _others(folder, layout) as reader:
+    async with _another_store(folder, layout) as store, _another_store(folder, layout) as reader:
         for each in (store, reader):
             await each.save_entity("templates", {"template_id": "t", "name": "later"})
         folder.rename(tmp_path / "away")
@@ -549,7 +553,7 @@ async def test_91_the_folder_is_moved_away_and_another_put_there(
         async def here() -> bool:
             return (await reader.get_entity("templates", "t") or {})["name"] == "here"
 
-        await _until(here)
+        await _wait_until(here)
         found = await reopened(folder, layout)
         assert found["machines"] == states[-1]["machines"]
         assert found["templates"]["t"]["version"] == 4
@@ -561,8 +565,8 @@ async def test_91_the_folder_is_moved_away_and_another_put_there(
 
 
 @both_layouts
-async def test_copies_of_ones_own_are_nobodys_business(tmp_path: Path, layout: str) -> None:
-    """Names that look like the store's: never read, never removed."""
+async def test_files_with_similar_names_are_ignored(tmp_path: Path, layout: str) -> None:
+    """Files with names similar to those of the store are never read and never removed."""
     name = SINGLE if layout == "single_file" else "machines.json"
     stem = SINGLE if layout == "single_file" else "store"
     own = [
@@ -589,8 +593,8 @@ async def test_copies_of_ones_own_are_nobodys_business(tmp_path: Path, layout: s
 
 
 @both_layouts
-async def test_backups_go_on_where_the_journal_was_removed(tmp_path: Path, layout: str) -> None:
-    """Generations begin anew then; the newest backups are those of the last folds all the same."""
+async def test_backups_continue_after_the_journal_was_removed(tmp_path: Path, layout: str) -> None:
+    """Generation numbers start again; the newest backups are still those of the last compactions."""
     name = SINGLE if layout == "single_file" else "machines.json"
     async with open_json(tmp_path, layout, backup_count=2) as store:
         for number in range(6):
@@ -608,7 +612,7 @@ async def test_backups_go_on_where_the_journal_was_removed(tmp_path: Path, layou
             assert len(store.backups()) == 2
 
 
-async def test_backups_stay_where_no_more_are_made(tmp_path: Path) -> None:
+async def test_backups_are_kept_if_backups_are_turned_off(tmp_path: Path) -> None:
     await _generations(tmp_path, "single_file")
     before = sorted(tmp_path.glob("*.bak.*"))
     assert before
@@ -619,7 +623,7 @@ async def test_backups_stay_where_no_more_are_made(tmp_path: Path) -> None:
 
 
 async def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative folder is below the working directory of the moment in which the store was made."""
+    """A relative folder is resolved with the working directory at the creation of the store."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     async with open_json(Path("data")) as store:
@@ -634,10 +638,10 @@ async def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
 @both_layouts
 @pytest.mark.parametrize("which", [0, 1, 2])
 async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, which: int) -> None:
-    """Generations that no fold has covered are a chain; without one of its links there is an error
-    and a way out."""
+    """Journals that were not compacted form a chain; if one is missing, there is an error that offers
+    choices."""
     await _generations(tmp_path, layout)
-    async with _others(tmp_path, layout) as store:
+    async with _another_store(tmp_path, layout) as store:
         engine = store._json
         for number in range(2):
             await store.save_entity("templates", {"template_id": "t", "name": f"chain {number}"})
@@ -647,8 +651,8 @@ async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, w
     chain = journals(tmp_path)
     assert len(chain) == 3
     chain[which].unlink()
-    async with _others_in_doubt(tmp_path, layout) as store:
-        if which == 2:  # the newest: nobody can know of it
+    async with _another_store_with_commits(tmp_path, layout) as store:
+        if which == 2:  # the newest: its removal cannot be detected
             assert (await store.get_entity("templates", "t") or {})["name"] == "chain 1"
             return
         for verb in (
@@ -668,13 +672,13 @@ async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, w
 
 
 @both_layouts
-async def test_91_replaced_between_the_halves_of_a_fold(
+async def test_91_a_file_is_replaced_during_a_compaction(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fold has written its files and not put them in place yet: it must not go over the hand."""
+    """A compaction has written its files but not renamed them: it must not overwrite the replaced file."""
     await _pending(tmp_path, layout)
-    async with _others(tmp_path, layout) as store:
-        folding = store._json.folding
+    async with _another_store(tmp_path, layout) as store:
+        folding = store._json.compactor
         real = folding._write
         fired: list[bool] = []
 
@@ -699,11 +703,11 @@ async def test_91_replaced_between_the_halves_of_a_fold(
         assert not temporary(tmp_path)
 
 
-async def test_91_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
-    """`cp` is no atomic replacement: half of a file is an error or the whole, later."""
+async def test_91_a_file_that_is_copied_while_it_is_read(tmp_path: Path) -> None:
+    """`cp` does not replace a file atomically: an incomplete file is an error, or read again later."""
     await _generations(tmp_path, "single_file")
     text = (tmp_path / SINGLE).read_bytes().replace(b'"name":"2"', b'"name":"3"')
-    async with _others(tmp_path, "single_file") as store:
+    async with _another_store(tmp_path, "single_file") as store:
         fd = os.open(tmp_path / SINGLE, os.O_WRONLY | os.O_TRUNC)
         seen = set()
         for place in range(len(text)):
@@ -720,6 +724,6 @@ async def test_91_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
             seen.add((entity or {}).get("name"))
             return (entity or {}).get("name") == "3"
 
-        await _until(all_there)
+        await _wait_until(all_there)
     assert seen <= {"2", "3", "error"}
     assert parsed(tmp_path / SINGLE)

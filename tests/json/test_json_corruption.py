@@ -1,4 +1,4 @@
-"""Damaged, hostile and strange files: detected or harmless, never silently wrong (contract 85)."""
+"""Damaged, malicious and unusual files: detected or harmless, never a wrong result (contract 85)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def _at_rest(folder: Path, layout: str) -> None:
 
 
 async def _pending(folder: Path, layout: str) -> list[Stored]:
-    """Two commits in a journal that begins with them; what is there after each."""
+    """A journal with two commits; returns the contents after each of them."""
     await _at_rest(folder, layout)
     for each in journals(folder):
         each.unlink()
@@ -89,8 +89,8 @@ async def _shown(folder: Path, layout: str) -> Stored | CorruptionError:
         return exc
 
 
-def _is_told(error: CorruptionError, folder: Path) -> bool:
-    """Whether it names a file or an entity, and the way back."""
+def _names_cause_and_recovery(error: CorruptionError, folder: Path) -> bool:
+    """Whether the error names a file or an entity, and how to recover."""
     text = str(error)
     return str(folder) in text or " 't1'" in text or " 'r1'" in text
 
@@ -117,7 +117,7 @@ async def test_85_every_byte_of_the_journal(layout: str) -> None:
             journal.write_bytes(data)
             found = await _shown(folder, layout)
             if isinstance(found, CorruptionError):
-                assert _is_told(found, folder), f"{what}: {found}"
+                assert _names_cause_and_recovery(found, folder), f"{what}: {found}"
                 assert "restore" in str(found), f"{what}: {found}"
             else:
                 assert found == states[-1], f"{what}: {found}"
@@ -127,7 +127,7 @@ async def test_85_every_byte_of_the_journal(layout: str) -> None:
 
 @both_layouts
 async def test_85_every_length_of_the_journal(layout: str) -> None:
-    """A shorter journal is damaged, or ends before a commit that was never whole."""
+    """A truncated journal is damaged, or ends before an incomplete commit."""
     with quick_folder() as folder:
         states = await _pending(folder, layout)
         (journal,) = journals(folder)
@@ -156,7 +156,7 @@ async def test_85_every_byte_of_a_data_file_with_commits_waiting(layout: str) ->
                 file.write_bytes(data)
                 found = await _shown(folder, layout)
                 assert isinstance(found, CorruptionError), f"{file.name} {what}: {found}"
-                assert _is_told(found, folder), f"{what}: {found}"
+                assert _names_cause_and_recovery(found, folder), f"{what}: {found}"
             for length in range(len(text)):
                 file.write_bytes(text[:length])
                 found = await _shown(folder, layout)
@@ -166,7 +166,7 @@ async def test_85_every_byte_of_a_data_file_with_commits_waiting(layout: str) ->
 
 
 def _as_parsed(folder: Path, layout: str) -> Stored | None:
-    """What any JSON parser reads in the data files, by the rules of taking over; None: nothing."""
+    """The contents of the data files by a plain JSON parser and the adoption rules; None if unreadable."""
     stored: Stored = {}
     for declared in HOST_FACTORY:
         file = folder / (SINGLE if layout == "single_file" else f"{declared.name}.json")
@@ -190,8 +190,8 @@ def _taken_over(entity_id: str, found: dict[str, Any], declared: Any) -> Entity:
 
 
 @both_layouts
-async def test_85_every_byte_of_a_data_file_at_rest(layout: str) -> None:
-    """With an empty journal a changed file is taken over: as it reads, and said so; or refused."""
+async def test_85_every_byte_of_a_data_file_with_an_empty_journal(layout: str) -> None:
+    """With an empty journal a changed file is adopted with a report, or refused."""
     with quick_folder() as folder:
         await _at_rest(folder, layout)
         for file in data_files(folder):
@@ -209,11 +209,13 @@ async def _refused_or_taken_over(folder: Path, layout: str, what: str) -> None:
     try:
         found = await whole(store)
     except CorruptionError as exc:
-        assert _is_told(exc, folder) or "names itself" in str(exc), f"{what}: {exc}"
+        assert _names_cause_and_recovery(exc, folder) or "has another id" in str(exc), (
+            f"{what}: {exc}"
+        )
     else:
         assert found == _as_parsed(folder, layout), f"{what}: {found}"
         problems = (await store.health())["problems"]
-        assert "replaced by hand" in str(problems), f"{what}: {problems}"
+        assert "replaced manually" in str(problems), f"{what}: {problems}"
     finally:
         await abandon(store)
 
@@ -231,7 +233,7 @@ async def test_85_every_byte_of_a_packed_file(tmp_path: Path) -> None:
                 found = await reopened(folder, enable_compression=True)
             except CorruptionError:
                 continue
-            # Only the header of gzip has bytes that nobody reads.
+            # Only the gzip header contains bytes without effect.
             assert found == before, what
             assert gzip.decompress(data), what
         for length in range(len(packed)):
@@ -336,7 +338,7 @@ HOSTILE: Final[dict[str, bytes]] = {
 
 
 def _strict(text: bytes) -> Any:
-    """As a strict parser reads it; a ValueError or RecursionError if it does not."""
+    """Parse the file strictly; raises ValueError or RecursionError."""
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({name for name, _ in found}) < len(found):
@@ -352,18 +354,18 @@ def _strict(text: bytes) -> Any:
 @pytest.mark.parametrize("backups", [True, False])
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_85_hostile_files(tmp_path: Path, name: str, backups: bool) -> None:
-    """A typed error, or the content as it stands; the next write and fold lose nothing of it."""
+    """A typed error, or the exact content; the next write and compaction lose nothing of it."""
     file = tmp_path / SINGLE
     file.write_bytes(HOSTILE[name])
     store = await open_json(tmp_path, backup_enabled=backups).open()
     try:
         found = await _each_verb(store)
-        wrote = await _tried(lambda: store.save_entity("templates", {"template_id": "new"}))
-        folded = await _tried(store.checkpoint)
+        wrote = await _succeeds(lambda: store.save_entity("templates", {"template_id": "new"}))
+        folded = await _succeeds(store.checkpoint)
         if wrote:
-            assert folded, "a commit was taken that cannot be folded"
+            assert folded, "a commit was accepted that cannot be compacted"
             assert await store.get_entity("templates", "new")
-            assert await _tried(lambda: store.get_entity("templates", "t0")) == found
+            assert await _succeeds(lambda: store.get_entity("templates", "t0")) == found
     finally:
         await store.close()
     if not wrote:
@@ -376,7 +378,7 @@ async def test_85_hostile_files(tmp_path: Path, name: str, backups: bool) -> Non
 
 
 async def _each_verb(store: JSONStorageStrategy) -> bool:
-    """Every way to read; whether the good entity can be read."""
+    """Call every read verb; returns whether the undamaged entity can be read."""
     for verb in (
         lambda: store.query_entities("templates"),
         lambda: store.query_entities("requests", {"status": "x"}),
@@ -386,12 +388,12 @@ async def _each_verb(store: JSONStorageStrategy) -> bool:
         store.read_file,
         store.health,
     ):
-        await _tried(verb)
-    return await _tried(lambda: store.get_entity("templates", "t0"))
+        await _succeeds(verb)
+    return await _succeeds(lambda: store.get_entity("templates", "t0"))
 
 
-async def _tried(verb: Callable[[], Any]) -> bool:
-    """Whether it worked; a typed error is as good as an answer, any other is a failure."""
+async def _succeeds(verb: Callable[[], Any]) -> bool:
+    """Whether the call succeeded; a `StorageError` is accepted, any other exception fails the test."""
     try:
         return await verb() is not False
     except StorageError:
@@ -411,10 +413,10 @@ def _readable(file: Path) -> bool:
 
 
 def _nothing_is_lost(file: Path, text: bytes, backups: bool) -> None:
-    """The old text is a backup; and what a strict parser reads in it is in the new file, too."""
+    """Check that the old file is a backup, and that all entities a strict parser reads in it are kept."""
     if backups:
         kept = [each.read_bytes() for each in file.parent.glob("*.bak.*")]
-        assert text in kept, "the file as it was is not among the backups"
+        assert text in kept, "the original file is not among the backups"
     try:
         old = _strict(text)
     except (ValueError, RecursionError):
@@ -429,8 +431,8 @@ def _nothing_is_lost(file: Path, text: bytes, backups: bool) -> None:
             assert now == entity
 
 
-async def test_85_an_id_twice_is_refused(tmp_path: Path) -> None:
-    """No rule says which of the two counts."""
+async def test_85_a_duplicate_id_is_refused(tmp_path: Path) -> None:
+    """There is no rule for which of the two is valid."""
     for text in (HOSTILE["an id twice"], HOSTILE["a section twice"]):
         (tmp_path / SINGLE).write_bytes(text)
         with pytest.raises(CorruptionError):
@@ -441,16 +443,16 @@ async def test_85_an_id_twice_is_refused(tmp_path: Path) -> None:
         await reopened(tmp_path)
 
 
-async def test_85_an_id_twice_where_lines_hold_several(tmp_path: Path) -> None:
-    """As many lines as ids do not say that no id comes twice."""
+async def test_85_a_duplicate_id_with_several_ids_per_line(tmp_path: Path) -> None:
+    """An equal number of lines and ids does not prove that the ids are unique."""
     text = b'{\n"templates":{\n"t1":{"name":"a"},"t2":{},\n"t1":{"name":"b"}\n}\n}\n'
     (tmp_path / SINGLE).write_bytes(text)
     with pytest.raises(CorruptionError):
         await reopened(tmp_path)
 
 
-async def test_85_an_id_twice_far_apart(tmp_path: Path) -> None:
-    """The pieces in which a large file is cut do not hide it."""
+async def test_85_a_duplicate_id_in_a_large_file(tmp_path: Path) -> None:
+    """It is detected although the two ids are in different chunks of a large file."""
     rows = [b'"m%d":{"name":"%b"}' % (n, b"x" * 2000) for n in range(2000)]
     rows.append(b'"m0":{"name":"again"}')
     text = b'{\n"machines":{\n' + b",\n".join(rows) + b"\n}\n}\n"
@@ -462,7 +464,7 @@ async def test_85_an_id_twice_far_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["two files in one", "something after the end", "a byte between sections"]
 )
-async def test_85_what_is_no_json_is_refused(tmp_path: Path, name: str) -> None:
+async def test_85_invalid_json_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / SINGLE).write_bytes(HOSTILE[name])
     with pytest.raises(CorruptionError):
         await reopened(tmp_path)
@@ -476,7 +478,7 @@ async def test_85_two_split_files_in_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_85_hostile_split_files(tmp_path: Path, name: str) -> None:
-    """One bad file: the others' data are untouched, and nothing of another type is raised."""
+    """With one bad file the data of the other files are unchanged, and only a `StorageError` is raised."""
     async with open_json(tmp_path, "split_files") as store:
         await store.save_entity("machines", {"machine_id": "m"})
     machines = parsed(tmp_path / "machines.json")
@@ -484,8 +486,8 @@ async def test_85_hostile_split_files(tmp_path: Path, name: str) -> None:
     store = await open_json(tmp_path, "split_files").open()
     try:
         await _each_verb(store)
-        wrote = await _tried(lambda: store.save_entity("templates", {"template_id": "new"}))
-        assert await _tried(store.checkpoint) or not wrote
+        wrote = await _succeeds(lambda: store.save_entity("templates", {"template_id": "new"}))
+        assert await _succeeds(store.checkpoint) or not wrote
     finally:
         await store.close()
     assert parsed(tmp_path / "machines.json") == machines
@@ -516,10 +518,10 @@ def _record(kind: int, payload: bytes, sequence: int) -> bytes:
         (1, b"{}"),
     ],
 )
-async def test_85_records_that_nobody_of_ours_wrote(
+async def test_85_forged_records_with_correct_checksums(
     tmp_path: Path, record: tuple[int, bytes]
 ) -> None:
-    """Checksums that are right around a content that is not: a typed error all the same."""
+    """Records with invalid content but correct checksums also raise a typed error."""
     await _pending(tmp_path, "single_file")
     (journal,) = journals(tmp_path)
     with journal.open("ab") as file:
@@ -532,13 +534,13 @@ async def test_85_records_that_nobody_of_ours_wrote(
             lambda: store.save_entity("templates", {"template_id": "t1"}),
             store.checkpoint,
         ):
-            await _tried(verb)
+            await _succeeds(verb)
     finally:
         await abandon(store)
 
 
 @pytest.mark.parametrize("first", [b"", b"HFJ", b"HFJ1" + b"\0" * 40, _record(2, b"{}", 0)])
-async def test_85_a_journal_without_its_head(tmp_path: Path, first: bytes) -> None:
+async def test_85_a_journal_without_its_head_record(tmp_path: Path, first: bytes) -> None:
     await _pending(tmp_path, "single_file")
     (journal,) = journals(tmp_path)
     journal.write_bytes(first)
@@ -546,8 +548,10 @@ async def test_85_a_journal_without_its_head(tmp_path: Path, first: bytes) -> No
         await reopened(tmp_path)
 
 
-async def test_85_a_damaged_record_in_the_middle_drops_nothing_behind_it(tmp_path: Path) -> None:
-    """Damage is no end: a writer must not go on from there."""
+async def test_85_a_damaged_record_in_the_middle_is_not_the_end_of_the_journal(
+    tmp_path: Path,
+) -> None:
+    """A damaged record is not the end of the journal: a writer must not append after it."""
     await _pending(tmp_path, "single_file")
     (journal,) = journals(tmp_path)
     data = bytearray(journal.read_bytes())
@@ -562,8 +566,8 @@ async def test_85_a_damaged_record_in_the_middle_drops_nothing_behind_it(tmp_pat
     assert journal.read_bytes() == bytes(data)
 
 
-async def test_85_the_way_back_from_a_damaged_journal(tmp_path: Path) -> None:
-    """`recover_from="file"`: the data file alone, as the error says."""
+async def test_85_recovery_from_a_damaged_journal(tmp_path: Path) -> None:
+    """`recover_from="file"` uses only the data file, as the error message says."""
     states = await _pending(tmp_path, "single_file")
     (journal,) = journals(tmp_path)
     data = bytearray(journal.read_bytes())
@@ -604,10 +608,10 @@ def _forge(folder: Path, image: bytes) -> None:
 @both_layouts
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("image", FORGED.values(), ids=FORGED)
-async def test_an_entity_that_no_store_writes_is_refused(
+async def test_a_forged_entity_is_refused(
     tmp_path: Path, layout: str, folded: bool, image: bytes
 ) -> None:
-    """Rule 14: the error names collection, id and file; all else can be read; and there is a way out."""
+    """Rule 14: the error names collection, id and file; other entities can be read; it can be repaired."""
     await _at_rest(tmp_path, layout)
     _forge(tmp_path, image)
     if folded:
@@ -656,7 +660,7 @@ async def _fetched_in_a_snapshot(store: JSONStorageStrategy) -> list[Record | No
 
 
 async def test_an_index_survives_a_forged_entity(tmp_path: Path) -> None:
-    """It could not be brought up to date; once the entity is gone, nothing of it is left in there."""
+    """The index cannot index the entity; once the entity is deleted, the index contains nothing of it."""
     await _at_rest(tmp_path, "single_file")
     async with open_json(tmp_path) as store:
         assert len(await store.query_entities("requests", {"template_id": "t1"})) == 1
@@ -676,7 +680,7 @@ async def test_an_index_survives_a_forged_entity(tmp_path: Path) -> None:
 
 @both_layouts
 async def test_a_damaged_entity_can_be_deleted(tmp_path: Path, layout: str) -> None:
-    """Without a version, for nobody can say which it has."""
+    """It is deleted without an expected version, because its version is unknown."""
     await _at_rest(tmp_path, layout)
     (file,) = [each for each in data_files(tmp_path) if each.name in (SINGLE, "requests.json")]
     file.write_bytes(file.read_bytes().replace(b'"template_id":"t1","', b'"status":NaN,"'))
@@ -701,11 +705,11 @@ async def test_a_damaged_entity_can_be_deleted(tmp_path: Path, layout: str) -> N
 @pytest.mark.parametrize("kind", ["head", "fold"])
 @pytest.mark.parametrize("collection", [None, "templates", "strangers"])
 @pytest.mark.parametrize("name", ["victim.json", "victim", SINGLE + ".journal.00000001", "a.gz"])
-async def test_a_journal_names_no_file_of_others(
+async def test_a_journal_that_names_an_unrelated_file_is_refused(
     tmp_path: Path, layout: str, kind: str, collection: str | None, name: str
 ) -> None:
-    """What it names is read, and replaced. Of split files it may name those of collections that only
-    other processes declare, under any name that a data file can have."""
+    """The files that a journal names are read and replaced. With split files it may name those of
+    collections that only other processes declare, with any valid name of a data file."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / name).write_text('{"x":{"y":1}}')

@@ -1,7 +1,8 @@
-"""A process is killed at every file call of a commit, a fold, a close, an adoption (contract 82).
+"""A process is killed at every file call of a commit, compaction, close and adoption (contract 82).
 
-Swept, not sampled: before each call that changes a file, and in the middle of each that writes. The
-work is done by `crash_driver.py`, a program that forks, in as many lanes as there are processors here.
+The process is killed before each call that changes a file, and in the middle of each write; a plain
+run covers every third of these steps, the long tests all. The work is done by `crash_driver.py`, a
+program that forks, in one process per processor.
 """
 
 from __future__ import annotations
@@ -23,27 +24,30 @@ _ROOT = Path(__file__).parents[2]
 _LANES = 2
 
 
-async def _swept(workload: str, layout: str, *, at_least: int, **more: Any) -> None:
-    """Every kill of a workload, and nothing wrong after any of them.
+async def _swept(workload: str, layout: str, *, at_least: int, every: int = 1, **more: Any) -> None:
+    """Kill the workload at one step after another, and assert that no check fails.
 
     Args:
-        at_least: so many calls there are to be killed at; fewer would be another workload.
+        at_least: the minimum number of steps; with fewer, the workload does not do what it should.
+        every: 1 for every step, 3 for every third.
     """
+    lanes = _LANES * every
+    chosen = range(0, lanes, every)
     memory = Path("/dev/shm")
     where = str(memory) if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="hf-crash-", dir=where) as folder:
         specs = [
-            Spec(f"{folder}/{lane}", workload, layout, lane=lane, lanes=_LANES, **more)
-            for lane in range(_LANES)
+            Spec(f"{folder}/{lane}", workload, layout, lane=lane, lanes=lanes, **more)
+            for lane in chosen
         ]
         reports = await asyncio.gather(*map(_lane, specs))
     problems = [each for report in reports for each in report["problems"]]
     assert not problems, "\n".join(problems)
     killed = sorted(each for report in reports for each in report["killed"])
-    assert len(killed) >= at_least
+    assert len(killed) >= at_least // every
     if workload != "crowd":  # in which no run makes the calls of another
         [steps] = {report["steps"] for report in reports}
-        assert killed == [*range(steps)]
+        assert killed == [each for each in range(steps) if each % lanes in chosen]
 
 
 async def _lane(spec: Spec) -> dict[str, Any]:
@@ -57,33 +61,43 @@ async def _lane(spec: Spec) -> dict[str, Any]:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert process.returncode == 0, "the driver itself failed; see its words above"
+    assert process.returncode == 0, "the driver itself failed; see its output above"
     report: dict[str, Any] = json.loads(out)
     return report
 
 
-async def test_82_killed_at_every_step_of_one_file() -> None:
-    await _swept("script", "single_file", at_least=120, readers=4)
+_EVERY = [pytest.param(3, id="every third"), pytest.param(1, id="every", marks=pytest.mark.long)]
 
 
-async def test_82_killed_at_every_step_of_split_files() -> None:
-    await _swept("script", "split_files", at_least=110, readers=4)
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_at_a_step_of_one_file(every: int) -> None:
+    await _swept("script", "single_file", at_least=120, every=every, readers=4)
 
 
-async def test_82_killed_at_every_step_after_a_failed_sync() -> None:
-    await _swept("failed sync", "split_files", at_least=90)
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_at_a_step_of_split_files(every: int) -> None:
+    await _swept("script", "split_files", at_least=110, every=every, readers=4)
 
 
-async def test_82_killed_while_compression_is_taken_up() -> None:
-    await _swept("take over", "single_file", at_least=35, settings={"enable_compression": True})
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_at_a_step_after_a_failed_sync(every: int) -> None:
+    await _swept("failed sync", "split_files", at_least=90, every=every)
 
 
-async def test_82_killed_while_a_file_is_adopted() -> None:
-    await _swept("adopt", "split_files", at_least=35, adopt="journal")
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_while_compression_is_switched_on(every: int) -> None:
+    packed = {"enable_compression": True}
+    await _swept("take over", "single_file", at_least=35, every=every, settings=packed)
 
 
-async def test_82_killed_while_the_readable_part_is_adopted() -> None:
-    await _swept("adopt", "split_files", at_least=35, adopt="salvage")
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_during_recovery_from_the_journal(every: int) -> None:
+    await _swept("adopt", "split_files", at_least=35, every=every, adopt="journal")
+
+
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_during_salvage(every: int) -> None:
+    await _swept("adopt", "split_files", at_least=35, every=every, adopt="salvage")
 
 
 @pytest.mark.long
@@ -95,8 +109,8 @@ async def test_82_killed_at_every_step_with_compression(layout: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
-async def test_82_killed_in_a_crowd(layout: str) -> None:
-    """Tasks that share commits, beside folds, some of them begun by the size of the journal."""
+async def test_82_killed_with_concurrent_tasks(layout: str) -> None:
+    """Tasks whose commits are batched, with concurrent compactions, some triggered by the journal size."""
     await _swept("crowd", layout, at_least=90, settings={"write_buffer_size": 300})
 
 
@@ -109,7 +123,7 @@ async def test_82_killed_without_backups(layout: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("adopt", ["file", "journal", "salvage"])
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
-async def test_82_killed_while_either_is_adopted(layout: str, adopt: str) -> None:
+async def test_82_killed_while_the_file_or_the_journal_is_adopted(layout: str, adopt: str) -> None:
     await _swept("adopt", layout, at_least=30, adopt=adopt)
 
 

@@ -1,4 +1,4 @@
-"""How a store ends that nobody ends: abandoned streams, stores that are not closed, cancellations."""
+"""Abandoned streams, stores that are never closed, and cancellations."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def main():
             asyncio.create_task(store.save_entity("templates", {"template_id": f"w-{n}"}))
         await asyncio.sleep(0)
     if how == "folding":
-        store._json.folding._start()
+        store._json.compactor._start()
         await asyncio.sleep(0)
     if how == "transaction":
         tx = store.begin_transaction()
@@ -66,8 +66,10 @@ asyncio.run(main())
     "how", ["nothing", "break", "running", "closed", "writing", "folding", "transaction"]
 )
 @both_layouts
-async def test_a_process_ends_that_closes_nothing(tmp_path: Path, layout: str, how: str) -> None:
-    """With a ResourceWarning and no other word, and with all that was acknowledged."""
+async def test_a_process_ends_without_closing_its_store(
+    tmp_path: Path, layout: str, how: str
+) -> None:
+    """It prints only a ResourceWarning, and keeps all acknowledged changes."""
     folder = tmp_path / "data"
     place = folder / "request_database.json" if layout == "single_file" else folder
     ran = await asyncio.to_thread(
@@ -98,13 +100,13 @@ async def test_a_process_ends_that_closes_nothing(tmp_path: Path, layout: str, h
 
 
 @both_layouts
-async def test_a_store_that_is_let_go_warns_and_frees_its_files(
+async def test_an_unreferenced_store_warns_and_closes_its_files(
     tmp_path: Path, layout: str
 ) -> None:
     store = await open_json(tmp_path, layout).open()
     await store.save_entity(T, {"template_id": "t"})
     await store.checkpoint()
-    await store._json.folding.close()  # its timer would hold the store until it is due
+    await store._json.compactor.close()  # a pending timer would reference the store
     del store
     with pytest.warns(ResourceWarning, match="unclosed store"):
         gc.collect()
@@ -117,8 +119,10 @@ async def test_a_store_that_is_let_go_warns_and_frees_its_files(
 
 
 @both_layouts
-async def test_a_cancelled_write_has_ended_when_its_task_has(tmp_path: Path, layout: str) -> None:
-    """What the engine was given is in the journal, or is not, by then: never later."""
+async def test_a_cancelled_write_is_not_applied_after_its_task_ended(
+    tmp_path: Path, layout: str
+) -> None:
+    """By then the write is either in the journal or will never be."""
     async with open_json(tmp_path, layout) as store, open_json(tmp_path, layout) as other:
         await store.save_entity(T, {"template_id": "t", "name": "0"})
         for number in range(60):
@@ -183,7 +187,7 @@ async def test_health_while_a_suspended_process_holds_the_write_lock(
             health = await store.health()
             assert not health["ok"]
             assert "no write could begin" in str(health["problems"])
-            assert await store.get_entity(T, "t") is not None  # reads go on
+            assert await store.get_entity(T, "t") is not None  # reads still succeed
             with pytest.raises(StorageError):
                 await store.save_entity(T, {"template_id": "u"})
         assert (await store.health())["ok"]

@@ -1,4 +1,4 @@
-"""Folds, and those who follow them: what a generation leaves behind, and to whom."""
+"""Compactions, and other processes that follow the resulting generations of files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 @asynccontextmanager
 async def abandoned(store: JSONStorageStrategy) -> AsyncIterator[JSONStorageStrategy]:
-    """A store whose process ends without its last fold."""
+    """A store whose process ends without the final compaction."""
     await store.open()
     try:
         yield store
@@ -55,7 +55,7 @@ async def abandoned(store: JSONStorageStrategy) -> AsyncIterator[JSONStorageStra
 
 
 def failing(name: str, number: int = errno.EIO) -> Any:
-    """A hook: every call of this name fails."""
+    """A hook that lets every call of this name fail."""
 
     def hook(call: Call, size: int) -> int:
         if call.name == name:
@@ -66,7 +66,7 @@ def failing(name: str, number: int = errno.EIO) -> Any:
 
 
 @both_layouts
-async def test_folds_leave_one_journal(tmp_path: Path, layout: str) -> None:
+async def test_compactions_leave_one_journal(tmp_path: Path, layout: str) -> None:
     async with open_json(tmp_path, layout) as store:
         await store.save_entity("templates", {"template_id": "t1"})
         await store.checkpoint()
@@ -82,7 +82,7 @@ async def _a_look(folder: Path, layout: str) -> list[str]:
 
 
 @both_layouts
-async def test_a_fold_that_died_before_its_renames_is_not_taken_for_done(
+async def test_a_compaction_killed_before_its_renames_is_not_complete(
     tmp_path: Path, layout: str
 ) -> None:
     async with abandoned(open_json(tmp_path, layout)) as follower:
@@ -91,15 +91,15 @@ async def test_a_fold_that_died_before_its_renames_is_not_taken_for_done(
             assert await follower.get_entity("templates", "t1")
             with FileCalls(tmp_path, failing("replace")), pytest.raises(UnavailableError):
                 await writer.checkpoint()
-        # The journal names files that never came to their place.
+        # The journal names files that were never renamed.
         assert await follower.get_entity("templates", "t1")
         await follower.checkpoint()
         assert not temporary(tmp_path)
     assert list((await reopened(tmp_path, layout))["templates"]) == ["t1"]
 
 
-async def test_some_of_the_renames_were_made(tmp_path: Path) -> None:
-    """Split files: a fold died between two of them, and another process goes on from there."""
+async def test_a_compaction_killed_between_its_renames_is_continued(tmp_path: Path) -> None:
+    """Split files: a compaction was killed between two renames, and another process continues."""
     renamed: list[str] = []
 
     def hook(call: Call, size: int) -> int:
@@ -132,7 +132,7 @@ async def test_some_of_the_renames_were_made(tmp_path: Path) -> None:
 async def test_a_cancelled_checkpoint_leaves_one_journal_to_write_to(
     tmp_path: Path, layout: str
 ) -> None:
-    """Cancelled at every one of its awaits: what is sealed is known to be sealed."""
+    """It is cancelled at each of its awaits; a sealed journal is never written to."""
     async with open_json(tmp_path, layout) as one, open_json(tmp_path, layout) as other:
         for turns in range(60):
             await one.save_entity("templates", {"template_id": "t", "name": "n"})
@@ -149,7 +149,7 @@ async def test_a_cancelled_checkpoint_leaves_one_journal_to_write_to(
 
 
 class Gate:
-    """Stops a call in a worker thread until it is let go; a hook."""
+    """A hook that blocks a call in a worker thread until it is released."""
 
     def __init__(self, name: str, part: str = "") -> None:
         self._name = name
@@ -180,7 +180,7 @@ class Gate:
 async def test_a_checkpoint_cancelled_while_a_thread_works(
     tmp_path: Path, layout: str, moment: tuple[str, str]
 ) -> None:
-    """The thread ends its call before anything is closed or given back."""
+    """The call of the thread ends before files are closed and locks are released."""
     gate = Gate(*moment)
     async with open_json(tmp_path, layout) as one, open_json(tmp_path, layout) as other:
         await one.save_entity("templates", {"template_id": "t"})
@@ -204,16 +204,16 @@ async def test_a_checkpoint_cancelled_while_a_thread_works(
     assert len(journals(tmp_path)) == 1
 
 
-async def test_files_of_two_moments_are_no_store(tmp_path: Path) -> None:
-    """Split files: a whole transaction and its fold go by while a reader is between two of them."""
+async def test_split_files_of_different_generations_are_not_mixed(tmp_path: Path) -> None:
+    """Split files: a transaction is committed and compacted while a reader is between two files."""
     async with open_json(tmp_path, "split_files") as writer:
         await _pair(writer, 1)
         await writer.checkpoint()
         await _read_between(tmp_path, writer)
 
 
-async def test_files_of_two_moments_without_a_journal(tmp_path: Path) -> None:
-    """The same where the files came from elsewhere and no journal names them."""
+async def test_split_files_that_change_during_a_read_without_a_journal(tmp_path: Path) -> None:
+    """The same with files from another program that no journal names."""
     async with open_json(tmp_path, "split_files") as writer:
         await _pair(writer, 1)
     for each in journals(tmp_path):
@@ -223,7 +223,7 @@ async def test_files_of_two_moments_without_a_journal(tmp_path: Path) -> None:
 
 
 async def _read_between(folder: Path, writer: JSONStorageStrategy) -> None:
-    """A reader loads the files; before the last of them, the others are folded anew."""
+    """A reader loads the files; before it reads the last one, the others are compacted again."""
     done: list[str] = []
     async with open_json(folder, "split_files") as reader:
         files = reader._json.files
@@ -253,9 +253,9 @@ async def _pair(store: JSONStorageStrategy, number: int) -> None:
         await tx.save_entity("machines", {"machine_id": "x", "name": str(number)})
 
 
-async def test_sections_that_only_others_declare_come_through_a_fold(tmp_path: Path) -> None:
-    """A fold writes while another process commits to a collection that the folding one does not
-    declare, and the folding one follows."""
+async def test_sections_declared_by_other_processes_survive_a_compaction(tmp_path: Path) -> None:
+    """During a compaction another process commits to a collection that the compacting process does
+    not declare, and the compacting process follows."""
     known = [Collection("known", key="id")]
     extra = [*known, Collection("extra", key="id")]
     async with open_json(tmp_path, collections=extra) as other:
@@ -284,8 +284,10 @@ async def test_sections_that_only_others_declare_come_through_a_fold(tmp_path: P
 
 
 @both_layouts
-async def test_a_collection_that_the_journal_does_not_know(tmp_path: Path, layout: str) -> None:
-    """One process declares more than the one that began the journal."""
+async def test_a_collection_declared_after_the_journal_was_created(
+    tmp_path: Path, layout: str
+) -> None:
+    """A process declares more collections than the process that created the journal."""
     few = [Collection("few", key="id")]
     more = [*few, Collection("more", key="id")]
     async with open_json(tmp_path, layout, collections=few) as one:
@@ -305,8 +307,8 @@ async def test_a_collection_that_the_journal_does_not_know(tmp_path: Path, layou
         assert (await store.get_entity("few", "f") or {})["version"] == 4
 
 
-async def test_a_torn_tail_is_not_taken_for_the_commit_in_its_place(tmp_path: Path) -> None:
-    """A process died in the middle of a long append; a short one follows, and fails."""
+async def test_an_incomplete_record_is_not_taken_for_a_later_commit(tmp_path: Path) -> None:
+    """A process was killed during a long append; a shorter append follows, and fails."""
     header = struct.pack(">4sB3xIIQ", b"HFJ1", 2, 1 << 20, 7, 2)
     torn = header + struct.pack(">I", zlib.crc32(header)) + b"x" * 5000
     async with open_json(tmp_path) as store:
@@ -318,7 +320,7 @@ async def test_a_torn_tail_is_not_taken_for_the_commit_in_its_place(tmp_path: Pa
         gate.fails = errno.ENOSPC
 
         def hook(call: Call, size: int) -> int:
-            # The first call in a thread: should the tail be cut off there, readers come before.
+            # The first call in a thread: if the tail is truncated there, readers run before it.
             in_thread = threading.current_thread() is not threading.main_thread()
             return gate(call._replace(name="pwrite"), size) if in_thread else WHOLE
 
@@ -334,8 +336,8 @@ async def test_a_torn_tail_is_not_taken_for_the_commit_in_its_place(tmp_path: Pa
         assert await reopened(tmp_path) == await whole(store)
 
 
-async def test_another_form_is_taken_over_after_a_crash(tmp_path: Path) -> None:
-    """Compression was switched on, and the first fold died between its rename and its unlink."""
+async def test_a_switch_to_compression_is_completed_after_a_crash(tmp_path: Path) -> None:
+    """Compression was enabled, and the first compaction was killed between its rename and its unlink."""
     async with open_json(tmp_path) as store:
         await store.save_entity("templates", {"template_id": "t1"})
     async with abandoned(open_json(tmp_path, enable_compression=True)) as store:
@@ -359,8 +361,8 @@ async def test_another_form_is_taken_over_after_a_crash(tmp_path: Path) -> None:
         assert list(parsed(left)["templates"]) == ["t1", "t2"]
 
 
-async def test_both_forms_of_a_file_where_one_is_strange(tmp_path: Path) -> None:
-    """Somebody unpacked the file and changed it: nobody can say which one counts."""
+async def test_a_packed_and_a_changed_unpacked_file_are_refused(tmp_path: Path) -> None:
+    """The file was unpacked and changed: it cannot be determined which one is valid."""
     async with open_json(tmp_path, enable_compression=True) as store:
         await store.save_entity("templates", {"template_id": "t1"})
     (tmp_path / "request_database.json").write_bytes(b"{}\n")
@@ -368,7 +370,7 @@ async def test_both_forms_of_a_file_where_one_is_strange(tmp_path: Path) -> None
         await reopened(tmp_path, enable_compression=True)
 
 
-async def test_what_is_known_of_old_files_does_not_pile_up(tmp_path: Path) -> None:
+async def test_the_memory_of_old_files_is_bounded(tmp_path: Path) -> None:
     async with open_json(tmp_path) as store, open_json(tmp_path) as follower:
         for number in range(20):
             await store.save_entity("templates", {"template_id": "t", "name": str(number)})
@@ -380,7 +382,7 @@ async def test_what_is_known_of_old_files_does_not_pile_up(tmp_path: Path) -> No
             assert max(map(len, state.known.values())) <= 4
 
 
-async def test_a_look_at_nothing_is_silent(
+async def test_a_read_of_an_absent_store_logs_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_json(tmp_path / "nowhere") as store:
@@ -390,8 +392,10 @@ async def test_a_look_at_nothing_is_silent(
 
 
 @both_layouts
-async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout: str) -> None:
-    """Each try begins a generation. While the disk is full, commits go on, and journals are few."""
+async def test_failing_compactions_are_retried_with_growing_pauses(
+    tmp_path: Path, layout: str
+) -> None:
+    """Each attempt starts a generation. While the disk is full, commits succeed, and journals stay few."""
 
     def full(call: Call, size: int) -> int:
         if call.name == "fdatasync" and call.path.endswith(".tmp"):
@@ -411,7 +415,7 @@ async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout:
                     await store.save_entity("templates", {"template_id": "t", "name": str(number)})
                     await asyncio.sleep(0.001)
             assert tries
-            # One for each doubling, then one a pause: a slow disk has more of these.
+            # One for each doubling of the pause, then one per pause: a slow disk causes more of these.
             assert len(journals(tmp_path)) < 12 + (time.monotonic() - begun) / longest_pause
             await store.checkpoint()
             assert len(journals(tmp_path)) == 1
@@ -421,7 +425,7 @@ async def test_folds_that_fail_are_not_tried_without_end(tmp_path: Path, layout:
 @both_layouts
 @pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])
 async def test_cancelled_at_every_await(tmp_path: Path, layout: str, verb: str) -> None:
-    """Nothing stays open, nothing is lost, and whoever comes next can work."""
+    """No file stays open, nothing is lost, and the next store is usable."""
     for turns in range(0, 60, 3):
         folder = tmp_path / str(turns)
         async with abandoned(open_json(folder, layout)) as store:

@@ -1,7 +1,7 @@
-"""Files of a store with bytes, tokens and records changed: a `StorageError`, or the truth.
+"""Files of a store with changed bytes, tokens and records give a `StorageError` or a correct result.
 
-The recorded files are made by the store itself and by other programs. What a journal with a changed
-byte shows must be the state after one of its commits: nobody may take damage for absence.
+The recorded files were written by the store itself and by other programs. A journal with a changed
+byte must give the state after one of its commits: damage must not be taken for missing entities.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_async_store import HOST_FACTORY
 from hf_async_store.errors import StorageError
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.journal import scan
-from hf_async_store.strategies.json.serializer import JSONSerializer, cut_object
+from hf_async_store.strategies.json.serializer import JSONSerializer, parse_object
 from hf_async_store.values import Entity
 from tests.json.support import abandon, never_folds, open_json, whole, without_times
 
@@ -97,7 +97,7 @@ def _recorded(folder: Path) -> Files:
 
 
 async def _made(folder: Path, layout: str, **more: Any) -> list[Stored]:
-    """A store with a folded file, a sealed journal and an open one; its states, commit by commit."""
+    """A store with a data file, a sealed journal and an open one; returns the state after each commit."""
     states: list[Stored] = []
     async with open_json(folder, layout, **more) as store:
         never_folds(store)
@@ -181,7 +181,7 @@ class Tried:
 
 
 async def _look(folder: Path, recorded: Recorded, wants_state: bool) -> None:
-    """Every verb, each of which answers or raises a `StorageError`."""
+    """Call every verb; each must return or raise a `StorageError`."""
     found: Stored = {}
     async with open_json(folder, recorded.layout, enforce_references=False) as store:
         for name, ids in IDS.items():
@@ -236,7 +236,7 @@ _QUIET: Final = [
 
 
 def _fuzz_files(corpus: list[Recorded], examples: int, seconds: float) -> None:
-    """So many examples, again and again until the time is over."""
+    """Run examples until the time is over."""
     ends = time.monotonic() + seconds
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=_QUIET)
@@ -284,7 +284,7 @@ def _written(records: list[tuple[int, bytes]]) -> bytes:
 
 
 def _fuzz_records(corpus: list[Recorded], examples: int, seconds: float) -> None:
-    """Records with right checksums and wrong contents: somebody wrote them so."""
+    """Records with correct checksums and invalid contents, as an attacker could write them."""
     ends = time.monotonic() + seconds
     made = [each for each in corpus if each.states]
 
@@ -336,7 +336,7 @@ def _fuzz_texts(examples: int) -> None:
         Tried.inputs += 1
         data = changed(text, changes)
         try:
-            members = cut_object(data, "it", once=True)
+            members = parse_object(data, "it", unique=True)
         except StorageError:
             return
         for name, raw in members.items():

@@ -1,4 +1,4 @@
-"""Commits that replace a section: made in pieces, seen at once."""
+"""Commits that replace a section: built in chunks, visible atomically."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.json.support import (
 )
 
 COUNT: Final = 6000
-"""More than is ever applied one by one."""
+"""More entities than are ever applied one by one."""
 
 Whole = dict[str, dict[str, dict[str, Any]]]
 
@@ -88,7 +88,7 @@ async def seen(reader: Reader, schema: Schema, **query: Any) -> list[dict[str, A
 
 
 async def check_snapshot(reader: Reader, store: JSONStorageStrategy, wanted: Whole) -> None:
-    """Everything that a snapshot can be asked says what was there."""
+    """Check that all reads of a snapshot return the expected contents."""
     schema = store.collections
     machines = wanted["machines"]
     ids = [f"m{each:05}" for each in range(0, COUNT + 10, 5)]
@@ -136,7 +136,7 @@ async def test_a_snapshot_shows_the_old_state_through_write_file(
         assert plain(await whole(store)) == OLD
 
 
-async def test_a_snapshot_that_is_read_while_write_file_goes_on(tmp_path: Path) -> None:
+async def test_a_snapshot_that_is_read_during_write_file(tmp_path: Path) -> None:
     async with used(tmp_path) as store, store.snapshot() as reader:
         writing = asyncio.create_task(store.write_file(NEW))
         looks = 0
@@ -148,17 +148,17 @@ async def test_a_snapshot_that_is_read_while_write_file_goes_on(tmp_path: Path) 
         await check_snapshot(reader, store, OLD)
 
 
-async def test_what_a_closed_snapshot_kept_is_given_up(tmp_path: Path) -> None:
+async def test_a_closed_snapshot_releases_its_data(tmp_path: Path) -> None:
     async with used(tmp_path) as store:
         section = (await store._json.current()).sections["machines"]
         async with store.snapshot():
             await store.write_file(NEW)
-        assert not section._past
+        assert not section._deltas
         assert not section._garbage
 
 
-async def test_queries_see_all_of_it_or_nothing(tmp_path: Path) -> None:
-    """By a scan, by an index that is built meanwhile, and by two of them at once."""
+async def test_queries_see_a_large_commit_atomically(tmp_path: Path) -> None:
+    """Queries by a scan, by an index that is built meanwhile, and by two indexes at once."""
     async with used(tmp_path) as store:
 
         async def look() -> int:
@@ -188,7 +188,7 @@ async def test_queries_see_all_of_it_or_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_others_follow_it(layout: str, tmp_path: Path) -> None:
+async def test_other_processes_follow_a_large_commit(layout: str, tmp_path: Path) -> None:
     store = await made(tmp_path, layout)
     other = await open_json(tmp_path, layout).open()
     assert plain(await whole(other)) == OLD
@@ -200,10 +200,10 @@ async def test_others_follow_it(layout: str, tmp_path: Path) -> None:
     assert plain(await reopened(tmp_path, layout)) == NEW
 
 
-async def test_large_journals_are_read_in_blocks_and_off_the_loop(
+async def test_large_journals_are_read_in_chunks_in_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the head of each, by which a follower knows whether it may go on."""
+    """Except for the head of each journal, by which a follower knows whether it may continue."""
     large = {each: {**entity, "name": "n" * 1000} for each, entity in NEW["machines"].items()}
     reads: list[tuple[str, int]] = []
     real = os.pread
@@ -230,25 +230,27 @@ async def test_large_journals_are_read_in_blocks_and_off_the_loop(
     await abandon(store)
 
 
-async def test_a_record_on_one_line_is_followed_too(
+async def test_a_record_on_one_line_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an earlier version wrote it."""
+    """A record in the format of an earlier version."""
 
     def on_one_line(images: journal.Images) -> list[bytes]:
-        return [b"".join(journal.commit_text(images)).replace(b"\n", b"")]
+        return [b"".join(journal.commit_payload(images)).replace(b"\n", b"")]
 
     store = await open_json(tmp_path).open()
-    never_folds(store)  # what a fold leaves has headers, in which a byte can be a newline
+    never_folds(
+        store
+    )  # after a compaction the journal has headers, in which a byte can be a newline
     await store.write_file(OLD)
-    monkeypatch.setattr(json_engine, "commit_text", on_one_line)
+    monkeypatch.setattr(json_engine, "commit_payload", on_one_line)
     await store.write_file(NEW)
     await abandon(store)
     assert b"\n" not in sorted(tmp_path.glob("*.journal.*"))[-1].read_bytes()[-100_000:]
     assert plain(await reopened(tmp_path)) == NEW
 
 
-async def test_nothing_of_it_is_seen_when_the_disk_is_full(
+async def test_a_large_commit_that_fails_is_not_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces = 0
@@ -276,7 +278,9 @@ async def test_nothing_of_it_is_seen_when_the_disk_is_full(
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99])
-async def test_cancelled_it_is_all_there_or_not_at_all(share: float, tmp_path: Path) -> None:
+async def test_a_cancelled_large_commit_is_applied_completely_or_not(
+    share: float, tmp_path: Path
+) -> None:
     store = await made(tmp_path)
     turns = 0
     for number in range(2):

@@ -1,7 +1,7 @@
-"""The three layouts found in the field: one file, split files that wrap their collection, flat ones.
+"""The three existing layouts: a single file, split files that wrap their collection, and flat ones.
 
-On the data that `HF_ASYNC_STORE_REAL_DATA` names; where it is not set, on generated data of the same
-shapes. The names of the tests say which.
+The tests use the data that `HF_ASYNC_STORE_REAL_DATA` names; if it is not set, generated data in the
+same layouts. The test ids contain which of them is used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Found = dict[str, dict[str, dict[str, Any]]]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder with the three shapes, to be changed at will."""
+    """A folder with data in the three layouts, which the tests may modify."""
     folder = tmp_path / "field"
     if REAL:
         for shape in SHAPES:
@@ -60,7 +60,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def _generate(folder: Path) -> None:
-    """As real data is: version 0, null and missing timestamps, zones or none, text of all sorts."""
+    """Data like real ones: version 0, null and missing timestamps, with or without zone, any text."""
     templates = {
         f"t-{n}": {
             "template_id": f"t-{n}",
@@ -112,7 +112,7 @@ def _write(file: Path, content: object) -> None:
 
 
 def _read(folder: Path) -> Found:
-    """The entities of a folder by any JSON parser."""
+    """The entities of a folder, read with a plain JSON parser."""
     single = folder / SINGLE
     if single.exists():
         return {name: parsed(single)[name] for name in KEYS}
@@ -121,7 +121,7 @@ def _read(folder: Path) -> Found:
 
 
 def _differences(found: Mapping[str, Mapping[str, Any]], wanted: Found) -> list[str]:
-    """What is not equal in value and type; timestamps count as instants."""
+    """Differences in value or type; timestamps are compared as instants."""
     problems = []
     for name, entities in wanted.items():
         if found[name].keys() != entities.keys():
@@ -176,7 +176,7 @@ async def test_every_entity_is_read_as_it_is(data: Path, shape: str) -> None:
 
 
 @shapes
-async def test_write_fold_and_open_again(data: Path, shape: str) -> None:
+async def test_write_compact_and_reopen(data: Path, shape: str) -> None:
     folder = data / shape
     wanted = _read(folder)
     machine = next(iter(wanted["machines"].values()))
@@ -203,7 +203,7 @@ async def test_write_fold_and_open_again(data: Path, shape: str) -> None:
         "version": at,
     }
     assert _differences(found, wanted) == []
-    # At rest it is plain JSON, one entity a line, with everything in it.
+    # After the compaction the file is plain JSON, one entity per line, with all data.
     at_rest = _read(folder)
     assert at_rest["machines"][machine["machine_id"]]["version"] == at + 1
     for file in data_files(folder):
@@ -213,8 +213,8 @@ async def test_write_fold_and_open_again(data: Path, shape: str) -> None:
 
 
 @shapes
-async def test_a_fold_in_the_other_configuration(data: Path, shape: str) -> None:
-    """The backup of the first fold is the file from the field, byte for byte."""
+async def test_a_compaction_into_the_other_layout(data: Path, shape: str) -> None:
+    """The backup of the first compaction is the original file, byte for byte."""
     folder = data / shape
     before = {each.name: each.read_bytes() for each in data_files(folder)}
     async with open_json(folder, SHAPES[shape], enable_compression=True) as store:
@@ -241,7 +241,7 @@ KEPT: Final = {
 
 
 def _with_more(text: bytes) -> bytes:
-    """Sections of nobody, before and behind those of the file."""
+    """Undeclared sections before and after those of the file."""
     (first, one), *rest = KEPT.items()
     head = json.dumps(first).encode() + b" : " + one + b","
     tail = b"".join(b",\n" + json.dumps(name).encode() + b":" + raw for name, raw in rest)
@@ -250,7 +250,7 @@ def _with_more(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("shape", ["single_file", "split_files_wrapped"])
-async def test_sections_of_nobody_are_kept_byte_for_byte(data: Path, shape: str) -> None:
+async def test_undeclared_sections_are_kept_byte_for_byte(data: Path, shape: str) -> None:
     folder = data / shape
     file = folder / (SINGLE if shape == "single_file" else "machines.json")
     wanted = _read(folder)
@@ -275,7 +275,7 @@ async def test_sections_of_nobody_are_kept_byte_for_byte(data: Path, shape: str)
         assert _read(folder)["machines"]["new"]["version"] == 2 * (round_ + 1)
 
 
-async def test_a_section_of_nobody_is_kept_when_it_is_declared_later(tmp_path: Path) -> None:
+async def test_an_undeclared_section_is_kept_when_it_is_declared_later(tmp_path: Path) -> None:
     known = [Collection("known", key="id")]
     more = [*known, Collection("odd", key="id")]
     (tmp_path / SINGLE).write_bytes(b'{"known":{},"odd":{"x":{"n":1.0}}}')
@@ -297,7 +297,7 @@ async def test_a_section_of_nobody_is_kept_when_it_is_declared_later(tmp_path: P
 
 @contextmanager
 def _read_only(source: Path, folder: Path) -> Iterator[Path]:
-    """A copy that cannot be written: by permission, or for root by a mount."""
+    """A read-only copy: by permissions, or for root by a read-only mount."""
     if os.geteuid():
         shutil.copytree(source, folder)
         folder.chmod(0o555)
@@ -321,14 +321,14 @@ def _read_only(source: Path, folder: Path) -> Iterator[Path]:
 async def test_a_read_only_folder(
     data: Path, tmp_path: Path, shape: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Everything can be read, nothing is made, and nobody complains."""
+    """Everything can be read, no file is created, and no problem is reported."""
     wanted = _read(data / shape)
     with _read_only(data / shape, tmp_path / "locked") as folder:
         before = _bytes_of(folder)
         async with open_json(folder, SHAPES[shape]) as store:
             found = await whole(store)
             report = await store.health()
-            assert not report["ok"], "that nothing can be written is a problem"
+            assert not report["ok"], "a read-only folder is reported as a problem"
         assert _differences(found, wanted) == []
         assert _bytes_of(folder) == before
         assert open_files(folder) == []
@@ -337,7 +337,7 @@ async def test_a_read_only_folder(
 
 @shapes
 async def test_a_read_only_folder_with_a_journal(data: Path, tmp_path: Path, shape: str) -> None:
-    """A store whose commits wait in the journal, as a one-shot process leaves it."""
+    """A store with commits in its journal, as a short-lived process leaves it."""
     store = await open_json(data / shape, SHAPES[shape]).open()
     await store.save_entity("templates", {"template_id": "waiting"})
     expected = await whole(store)
@@ -359,7 +359,7 @@ async def test_a_read_only_folder_with_a_journal(data: Path, tmp_path: Path, sha
 
 @shapes
 async def test_a_large_file_in_a_foreign_layout(data: Path, tmp_path: Path, shape: str) -> None:
-    """Over 4 MB it is brought into lines by a child process first; the same must come out."""
+    """Over 4 MB a child process reformats the file into lines first; the result must be the same."""
     source = _read(data / shape)
     copies = 1 + 5_000_000 // len(json.dumps(source["machines"]))
     machines = {
@@ -389,10 +389,10 @@ async def test_a_large_file_in_a_foreign_layout(data: Path, tmp_path: Path, shap
 
 
 @pytest.mark.parametrize("lack", ["folder", "program"])
-async def test_a_large_file_where_no_child_can_be_had(
+async def test_a_large_file_without_a_child_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: str
 ) -> None:
-    """No room for temporary files, or no program to start: it is read all the same."""
+    """Without space for temporary files, or without a child process, it is read nevertheless."""
     if lack == "folder":
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     else:
@@ -405,7 +405,7 @@ async def test_a_large_file_where_no_child_can_be_had(
 
 
 async def test_by_url(data: Path) -> None:
-    """As users name them."""
+    """Stores are opened by URL."""
     for url in (
         f"json:{data / 'single_file' / SINGLE}",
         f"json:{data / 'split_files_flat'}",
@@ -430,7 +430,7 @@ async def test_by_url(data: Path) -> None:
         (b'{"machines":{"machine_id":{"machine_id":"machine_id"}}}', ["machine_id"]),
     ],
 )
-async def test_an_entity_named_as_its_collection(
+async def test_an_entity_named_like_its_collection(
     tmp_path: Path, text: bytes, ids: list[str]
 ) -> None:
     (tmp_path / "machines.json").write_bytes(text)
@@ -443,7 +443,7 @@ async def test_an_entity_named_as_its_collection(
     assert sorted(parsed(tmp_path / "machines.json")) == ids or not ids
 
 
-async def test_an_entity_named_as_its_collection_of_ours(tmp_path: Path) -> None:
+async def test_an_entity_named_like_its_collection_written_by_the_store(tmp_path: Path) -> None:
     async with open_json(tmp_path, "split_files") as store:
         await store.save_entity("machines", {"machine_id": "machines", "name": "x"})
         await store.save_entity("machines", {"machine_id": "other"})

@@ -1,4 +1,4 @@
-"""The parts of the JSON engine alone: the framing of the journal, the texts, the indexes."""
+"""Components of the JSON engine in isolation: journal framing, serialization, indexes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hf_async_store.strategies.json.journal import (
     Head,
     Kind,
     Seal,
-    commit_text,
+    commit_payload,
     control,
     read_commit,
     read_fold,
@@ -39,19 +39,19 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.recovery import cut_commit
+from hf_async_store.strategies.json.recovery import parse_commit
 from hf_async_store.strategies.json.serializer import (
-    Held,
-    NotOurs,
+    OtherLayout,
+    StoredEntity,
     compact,
-    cut_lines,
-    cut_object,
+    parse_lines,
+    parse_object,
     section_lines,
 )
 from hf_async_store.values import Entity, Value
 from tests.json.support import SINGLE, open_json
 
-# A loaded machine generates slowly, and that is no finding.
+# Slow generation on a loaded machine is no failure.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # -- what may be stored -----------------------------------------------------------------------
@@ -85,7 +85,7 @@ SERIALIZER: Final = JSONSerializer(Schema([THINGS]))
 
 
 def same(one: object, other: object) -> bool:
-    """Equal in value and type, to the bit."""
+    """Equal in value and type, bit for bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
@@ -107,7 +107,7 @@ journals = st.lists(st.tuples(kinds, payloads), min_size=1, max_size=5)
 
 
 def _journal(entries: Iterable[tuple[Kind, bytes]]) -> tuple[bytes, list[int]]:
-    """The bytes of a journal, and where each record ends."""
+    """The bytes of a journal, and the end offset of each record."""
     data = b""
     ends = []
     for number, (kind, payload) in enumerate(entries):
@@ -121,7 +121,7 @@ def _blocks(data: bytes, size: int) -> list[bytes]:
 
 
 def _scanned(data: bytes) -> tuple[list[tuple[Entry, int]], CorruptionError | None]:
-    """What is read is the same in whatever blocks it comes."""
+    """Check that the records are the same for all sizes of the chunks that are read."""
     whole, *others = [_scanned_in(_blocks(data, size)) for size in (len(data) or 1, 1, 7, 40)]
     for other in others:
         assert _plain(other) == _plain(whole)
@@ -137,7 +137,7 @@ def _scanned_in(blocks: list[bytes]) -> tuple[list[tuple[Entry, int]], Corruptio
     found = []
     try:
         for each in scan(blocks, "journal", 0, 0):
-            found.append(each)  # noqa: PERF402  # what came before the error counts
+            found.append(each)  # noqa: PERF402  # keeps the records before the error
     except CorruptionError as exc:
         return found, exc
     return found, None
@@ -145,7 +145,7 @@ def _scanned_in(blocks: list[bytes]) -> tuple[list[tuple[Entry, int]], Corruptio
 
 @given(journals)
 @relaxed
-def test_records_come_back(entries: list[tuple[Kind, bytes]]) -> None:
+def test_records_round_trip(entries: list[tuple[Kind, bytes]]) -> None:
     data, ends = _journal(entries)
     found, error = _scanned(data)
     assert error is None
@@ -155,7 +155,7 @@ def test_records_come_back(entries: list[tuple[Kind, bytes]]) -> None:
 
 @given(journals, st.data())
 @relaxed
-def test_reading_goes_on_from_any_record(entries: list[tuple[Kind, bytes]], data: Any) -> None:
+def test_reading_can_start_at_any_record(entries: list[tuple[Kind, bytes]], data: Any) -> None:
     text, ends = _journal(entries)
     start = data.draw(st.integers(0, len(ends)))
     offset = ends[start - 1] if start else 0
@@ -165,7 +165,7 @@ def test_reading_goes_on_from_any_record(entries: list[tuple[Kind, bytes]], data
 
 @given(journals)
 @settings(relaxed, max_examples=30)
-def test_every_cut_is_a_torn_tail(entries: list[tuple[Kind, bytes]]) -> None:
+def test_every_truncation_is_an_incomplete_record(entries: list[tuple[Kind, bytes]]) -> None:
     data, ends = _journal(entries)
     for length in range(len(data)):
         found, error = _scanned(data[:length])
@@ -175,7 +175,7 @@ def test_every_cut_is_a_torn_tail(entries: list[tuple[Kind, bytes]]) -> None:
 
 @given(journals, st.integers(0, 7))
 @settings(relaxed, max_examples=30)
-def test_every_flip_is_damage(entries: list[tuple[Kind, bytes]], bit: int) -> None:
+def test_every_bit_flip_is_detected(entries: list[tuple[Kind, bytes]], bit: int) -> None:
     data, ends = _journal(entries)
     for place in range(len(data)):
         changed = bytearray(data)
@@ -189,7 +189,7 @@ def test_every_flip_is_damage(entries: list[tuple[Kind, bytes]], bit: int) -> No
 
 @given(journals, st.data())
 @relaxed
-def test_a_flip_in_a_torn_journal_yields_nothing_wrong(
+def test_a_bit_flip_in_a_truncated_journal_gives_no_wrong_result(
     entries: list[tuple[Kind, bytes]], data: Any
 ) -> None:
     text, _ = _journal(entries)
@@ -203,7 +203,9 @@ def test_a_flip_in_a_torn_journal_yields_nothing_wrong(
 
 @given(journals, st.data())
 @relaxed
-def test_a_record_too_few_or_twice_is_damage(entries: list[tuple[Kind, bytes]], data: Any) -> None:
+def test_a_missing_or_repeated_record_is_damage(
+    entries: list[tuple[Kind, bytes]], data: Any
+) -> None:
     records = [record(kind, payload, n) for n, (kind, payload) in enumerate(entries)]
     place = data.draw(st.integers(0, len(records) - 1))
     assert _scanned(b"".join([*records[: place + 1], *records[place:]]))[1] is not None
@@ -213,7 +215,7 @@ def test_a_record_too_few_or_twice_is_damage(entries: list[tuple[Kind, bytes]], 
 
 @given(journals, st.binary(min_size=1, max_size=60))
 @relaxed
-def test_what_follows_the_last_record_is_a_beginning_or_damage(
+def test_bytes_after_the_last_record_are_incomplete_or_damaged(
     entries: list[tuple[Kind, bytes]], more: bytes
 ) -> None:
     data, ends = _journal(entries)
@@ -230,7 +232,7 @@ sections = st.dictionaries(ids, st.none() | small, max_size=3)
 
 @given(st.dictionaries(ids, sections, min_size=1, max_size=3))
 @relaxed
-def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
+def test_images_round_trip(images: dict[str, dict[str, Entity | None]]) -> None:
     iter_json = {
         name: {
             each: None if entity is None else SERIALIZER.encode({**entity, "id": each}, 3)
@@ -238,21 +240,21 @@ def test_images_come_back(images: dict[str, dict[str, Entity | None]]) -> None:
         }
         for name, section in images.items()
     }
-    text = b"".join(commit_text(iter_json))
+    text = b"".join(commit_payload(iter_json))
     assert read_commit(text) == iter_json
     for size in (1, 7, 40, len(text)):
         try:
-            assert asyncio.run(cut_commit(_blocks(text, size))) == iter_json
-        except NotOurs:
-            assert not all(iter_json.values()), "only an empty section lies otherwise"
+            assert asyncio.run(parse_commit(_blocks(text, size))) == iter_json
+        except OtherLayout:
+            assert not all(iter_json.values()), "only an empty section has another format"
 
 
 @pytest.mark.parametrize("missing", [b"{", b"},"])
-def test_a_commit_whose_brace_is_missing_is_not_cut(missing: bytes) -> None:
+def test_a_commit_with_a_missing_brace_is_not_split(missing: bytes) -> None:
     entity = SERIALIZER.encode({"id": "x"}, 3)
-    payload = b"".join(commit_text({"one": {"x": entity}, "two": {"x": entity}}))
-    with pytest.raises(NotOurs):
-        asyncio.run(cut_commit([payload.replace(missing, b"", 1)]))
+    payload = b"".join(commit_payload({"one": {"x": entity}, "two": {"x": entity}}))
+    with pytest.raises(OtherLayout):
+        asyncio.run(parse_commit([payload.replace(missing, b"", 1)]))
 
 
 @given(
@@ -260,27 +262,27 @@ def test_a_commit_whose_brace_is_missing_is_not_cut(missing: bytes) -> None:
     st.data(),
 )
 @relaxed
-def test_a_commit_that_lies_otherwise_is_not_cut(
+def test_a_commit_in_another_format_is_not_split(
     images: dict[str, dict[str, Entity]], data: Any
 ) -> None:
-    """What is cut line by line is what a decoder makes of it, or it is left to the decoder."""
+    """Splitting by lines gives the same result as the decoder, or is refused."""
     iter_json = {
         name: {each: SERIALIZER.encode({**entity, "id": each}, 3) for each, entity in some.items()}
         for name, some in images.items()
     }
-    text = bytearray(b"".join(commit_text(iter_json)))
+    text = bytearray(b"".join(commit_payload(iter_json)))
     place = data.draw(st.integers(0, len(text) - 1))
     text[place : place + data.draw(st.integers(0, 2))] = data.draw(
         st.sampled_from([b"", b"\n", b",", b"}", b"{", b"},", b"\n}", b' "'])
     )
     try:
-        found = asyncio.run(cut_commit(_blocks(bytes(text), 64)))
-    except (NotOurs, CorruptionError):
+        found = asyncio.run(parse_commit(_blocks(bytes(text), 64)))
+    except (OtherLayout, CorruptionError):
         return
     assert read_commit(bytes(text)) == found
 
 
-def test_control_records_come_back() -> None:
+def test_control_records_round_trip() -> None:
     state = FileState("ab" * 32, 7, ours=True, collection="things", size=5, mtime_ns=6, inode=7)
     none = FileState(None, 1, ours=False)
     for body, read in (
@@ -298,7 +300,7 @@ def test_control_records_come_back() -> None:
 
 @given(entities, ids, versions)
 @relaxed
-def test_an_entity_comes_back(entity: Entity, entity_id: str, version: int) -> None:
+def test_entities_round_trip(entity: Entity, entity_id: str, version: int) -> None:
     given_entity = {**entity, "id": entity_id, "created_at": None}
     text = SERIALIZER.encode(given_entity, version)
     assert SERIALIZER.version(THINGS, entity_id, text) == version
@@ -310,7 +312,7 @@ def test_an_entity_comes_back(entity: Entity, entity_id: str, version: int) -> N
 
 @given(entities, ids, versions, st.booleans(), st.sampled_from([None, 0, 2, "\t"]))
 @relaxed
-def test_a_foreign_text_is_adopted_as_it_reads(
+def test_foreign_json_is_adopted_as_it_parses(
     entity: Entity, entity_id: str, version: int, escaped: bool, indent: int | str | None
 ) -> None:
     found = {**entity, "id": entity_id, "version": version}
@@ -325,7 +327,7 @@ def _adopted(text: str, entity_id: str = "x") -> Entity:
     return SERIALIZER.decode(SERIALIZER.normalize(THINGS, entity_id, msgspec.Raw(text.encode())))
 
 
-def test_what_is_missing_is_filled_in() -> None:
+def test_missing_fields_are_added() -> None:
     assert _adopted("{}") == {"version": 0, "id": "x"}
     assert _adopted('{"version":7}') == {"version": 7, "id": "x"}
     assert _adopted('{"version":-0}') == {"version": 0, "id": "x"}
@@ -342,14 +344,14 @@ def test_what_is_missing_is_filled_in() -> None:
         ("", ""),
     ],
 )
-def test_declared_timestamps_take_the_fixed_form(given_text: str, kept: str) -> None:
+def test_declared_timestamps_are_normalised(given_text: str, kept: str) -> None:
     found = _adopted(json.dumps({"due_at": given_text, "other": given_text}))
     assert found["due_at"] == kept
     assert found["other"] == given_text
 
 
 @pytest.mark.parametrize("value", ["null", "5", "true", "[]", "{}"])
-def test_a_timestamp_that_is_none_stays(value: str) -> None:
+def test_an_invalid_timestamp_is_kept(value: str) -> None:
     assert _adopted(f'{{"due_at":{value}}}')["due_at"] == json.loads(value)
 
 
@@ -380,12 +382,12 @@ def test_a_timestamp_that_is_none_stays(value: str) -> None:
         '{"data":%s}' % ("[" * 5000 + "]" * 5000),
     ],
 )
-def test_what_cannot_be_stored_is_not_adopted(text: str) -> None:
+def test_invalid_values_are_not_adopted(text: str) -> None:
     with pytest.raises(CorruptionError, match="things 'x'"):
         _adopted(text)
 
 
-def test_bytes_that_are_no_text_are_not_adopted() -> None:
+def test_bytes_that_are_not_utf8_are_not_adopted() -> None:
     for raw in (b'{"s":"\xff"}', b'{"\xff":1}', b"\xef\xbb\xbf{}", b""):
         with pytest.raises(CorruptionError, match="things 'x'"):
             SERIALIZER.normalize(THINGS, "x", msgspec.Raw(raw))
@@ -393,7 +395,7 @@ def test_bytes_that_are_no_text_are_not_adopted() -> None:
 
 @given(entities, versions, st.sampled_from([None, 2]))
 @relaxed
-def test_what_is_kept_as_it_is_never_passes_for_canonical(
+def test_foreign_json_is_never_taken_for_canonical(
     entity: Entity, version: int, indent: int | None
 ) -> None:
     for found in ({"version": version, **entity}, entity):
@@ -406,10 +408,10 @@ def test_what_is_kept_as_it_is_never_passes_for_canonical(
 # -- files of lines ---------------------------------------------------------------------------
 
 
-def _cut(text: bytes, *, ours: bool) -> tuple[dict[str, Held], int]:
-    found: dict[str, Held] = {}
+def _parse(text: bytes, *, trusted: bool) -> tuple[dict[str, StoredEntity], int]:
+    found: dict[str, StoredEntity] = {}
     end = 0
-    for piece in cut_lines(text, 2, ours=ours):
+    for piece in parse_lines(text, 2, trusted=trusted):
         if isinstance(piece, int):
             end = piece
         else:
@@ -419,14 +421,14 @@ def _cut(text: bytes, *, ours: bool) -> tuple[dict[str, Held], int]:
 
 @given(st.dictionaries(ids, small, max_size=8), st.booleans(), st.integers(1, 200))
 @relaxed
-def test_lines_are_cut_as_they_were_written(
+def test_lines_are_split_as_they_were_written(
     section: dict[str, Entity], ours: bool, piece: int
 ) -> None:
     images = {each: SERIALIZER.encode({**one, "id": each}, 1) for each, one in section.items()}
     text = b"{\n" + section_lines(images) + (b"\n" if images else b"") + b"}\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_async_store.strategies.json.serializer.CHUNK_BYTES", piece)
-        found, end = _cut(text, ours=ours)
+        found, end = _parse(text, trusted=ours)
     assert end == len(text) - 2
     assert {each: bytes(raw) for each, raw in found.items()} == images
     assert {type(raw) for raw in found.values()} <= {bytes if ours else msgspec.Raw}
@@ -445,41 +447,43 @@ def test_lines_are_cut_as_they_were_written(
         b'{\n"a":{}',
     ],
 )
-def test_what_lies_otherwise_is_not_cut_by_lines(text: bytes) -> None:
-    with pytest.raises(NotOurs):
-        _cut(text, ours=False)
+def test_other_formats_are_not_split_by_lines(text: bytes) -> None:
+    with pytest.raises(OtherLayout):
+        _parse(text, trusted=False)
 
 
 @given(st.dictionaries(ids, values, max_size=6), st.sampled_from([None, 1]), st.data())
 @relaxed
-def test_a_member_twice_is_found(members: dict[str, Value], indent: int | None, data: Any) -> None:
+def test_a_duplicate_member_is_found(
+    members: dict[str, Value], indent: int | None, data: Any
+) -> None:
     text = json.dumps(members, indent=indent).encode()
-    assert cut_object(text, "it", once=True).keys() == members.keys()
+    assert parse_object(text, "it", unique=True).keys() == members.keys()
     if not members:
         return
     name = data.draw(st.sampled_from(sorted(members)))
     again = json.dumps({name: data.draw(values)}, indent=indent).encode()
     twice = text.rstrip()[:-1] + b"," + again.lstrip()[1:]
     with pytest.raises(CorruptionError, match="twice"):
-        cut_object(twice, "it", once=True)
+        parse_object(twice, "it", unique=True)
     first = again.rstrip()[:-1] + b"," + text.lstrip()[1:]
     with pytest.raises(CorruptionError, match="twice"):
-        cut_object(first, "it", once=True)
+        parse_object(first, "it", unique=True)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("odd", ["", "\u00e9", '"'])
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 513, 514, 515, 1999])
-def test_a_member_twice_is_found_among_many(place: int, odd: str, indent: int | None) -> None:
-    """They are looked through in pieces, and most of these at once."""
+def test_a_duplicate_member_is_found_among_many(place: int, odd: str, indent: int | None) -> None:
+    """The members are checked in chunks."""
     members = {f"m{each}{odd if each == 700 else ''}": {"n": each} for each in range(2000)}
     text = json.dumps(members, indent=indent).encode()
-    assert cut_object(text, "it", once=True).keys() == members.keys()
+    assert parse_object(text, "it", unique=True).keys() == members.keys()
     begin = text.index(b'"m%d"' % place)
     for name in ("m0", "m1", "m2", "m1000", "m1999"):
         again = json.dumps({name: {"n": place}}, indent=indent).encode()[1:-1].strip()
         with pytest.raises(CorruptionError, match="twice"):
-            cut_object(text[:begin] + again + b"," + text[begin:], "it", once=True)
+            parse_object(text[:begin] + again + b"," + text[begin:], "it", unique=True)
 
 
 @given(st.binary(max_size=30) | st.text('{}[]":,\\ tfn0e-.\n', max_size=30).map(str.encode))
@@ -492,7 +496,7 @@ def test_an_object_or_an_error(text: bytes) -> None:
     if not isinstance(expected, dict):
         return  # what is more lenient here is checked when an entity is first looked at
     try:
-        found = cut_object(text, "it")
+        found = parse_object(text, "it")
     except CorruptionError:
         assert any(
             isinstance(each, float) and not math.isfinite(each) for each in expected.values()
@@ -518,7 +522,7 @@ starts = st.dictionaries(few_ids, st.tuples(indexed, indexed), max_size=6)
 
 
 class _Model:
-    """A section, and beside it what it must say."""
+    """A section, and a model with the expected contents."""
 
     def __init__(self, foreign: Mapping[str, tuple[Any, Any]]) -> None:
         self.section = CollectionTable(THINGS, SERIALIZER, 2)
@@ -526,7 +530,7 @@ class _Model:
         for entity_id, (status, number) in foreign.items():
             entity = _entity(entity_id, status, number)
             self.entities[entity_id] = entity
-            self.section.held[entity_id] = msgspec.Raw(json.dumps(entity, indent=1).encode())
+            self.section.entities[entity_id] = msgspec.Raw(json.dumps(entity, indent=1).encode())
 
     def change(self, step: Step) -> None:
         kind, entity_id, status, number = step
@@ -537,7 +541,7 @@ class _Model:
         entity = _entity(entity_id, status, number)
         self.entities[entity_id] = entity
         images = {entity_id: SERIALIZER.encode(entity, 1)}
-        merged = {**self.section.held, **images} if kind == "swap" else None
+        merged = {**self.section.entities, **images} if kind == "swap" else None
         self.section.apply(images, merged)
 
     async def look(self, step: Step) -> None:
@@ -555,7 +559,7 @@ class _Model:
         }
 
     def check(self) -> None:
-        assert self.section.held.keys() == self.entities.keys()
+        assert self.section.entities.keys() == self.entities.keys()
         for entity_id, entity in self.entities.items():
             raw = self.section.canonical(entity_id)
             assert raw is not None
@@ -573,7 +577,7 @@ def _entity(entity_id: str, status: Any, number: Any) -> Entity:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Equality of the query language; to an index all lists and maps are alike."""
+    """Equality of the query language, except that for an index all lists and dicts are equal."""
     if isinstance(one, list | dict) or isinstance(other, list | dict):
         return isinstance(one, list | dict) and isinstance(other, list | dict)
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
@@ -582,10 +586,10 @@ def _alike(one: Any, other: Any) -> bool:
 @example({"i0": ([1], _MISSING), "i1": ({"a": 1}, _MISSING)}, [1], "status")
 @given(starts, indexed, st.sampled_from(["status", "n"]))
 @settings(relaxed, max_examples=60)
-def test_queries_over_strange_values_agree_with_the_reference(
+def test_queries_over_invalid_values_agree_with_the_reference(
     start: dict[str, tuple[Any, Any]], value: Any, field: str
 ) -> None:
-    """Files from elsewhere may hold anything in a declared field, also what no verb takes."""
+    """Files of other programs may contain any value in a declared field, also invalid ones."""
     rows = {each: _entity(each, *fields) for each, fields in start.items()}
     wanted = None if value is _MISSING else value
     query = build_query(THINGS, filters={field: eq(wanted)})
@@ -605,9 +609,7 @@ def test_queries_over_strange_values_agree_with_the_reference(
 
 @given(starts, steps)
 @settings(relaxed, max_examples=80)
-def test_indexes_say_what_a_walk_over_all_says(
-    start: dict[str, tuple[Any, Any]], taken: list[Step]
-) -> None:
+def test_indexes_agree_with_a_scan(start: dict[str, tuple[Any, Any]], taken: list[Step]) -> None:
     async def run() -> None:
         model = _Model(start)
         for step in taken:
@@ -625,10 +627,10 @@ def test_indexes_say_what_a_walk_over_all_says(
 
 @given(starts, steps, steps, st.lists(st.integers(0, 3), max_size=30))
 @settings(relaxed, max_examples=80)
-def test_indexes_are_right_while_changes_come(
+def test_indexes_are_correct_during_concurrent_changes(
     start: dict[str, tuple[Any, Any]], taken: list[Step], meanwhile: list[Step], turns: list[int]
 ) -> None:
-    """Changes and other looks come at every turn that an index gives to the loop."""
+    """Changes and queries happen whenever the build of an index yields to the event loop."""
 
     async def run() -> None:
         model = _Model(start)
@@ -656,8 +658,13 @@ def test_indexes_are_right_while_changes_come(
 
 
 def _in_small_pieces(run: Any) -> None:
-    """Pieces of two, so that few entities are enough to give the loop many turns."""
+    """Chunks of two, so that with few entities the event loop runs often."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("_CHUNK_SIZE", 2), ("_SORT_CHUNK", 2), ("_MUCH", 5), ("_FEW", 1)):
+        for name, size in (
+            ("_CHUNK_SIZE", 2),
+            ("_SORT_CHUNK", 2),
+            ("_MIN_BULK_CHANGES", 5),
+            ("_MAX_INSERTIONS", 1),
+        ):
             patch.setattr(section_module, name, size)
         asyncio.run(run())

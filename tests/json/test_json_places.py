@@ -1,9 +1,9 @@
-"""Where a store is, and whose its files are: links, mounts, special files, names, owners."""
+"""Locations and files of a store: links, mounts, special files, names, owners."""
 
 from __future__ import annotations
 
 import asyncio
-import json  # imported before a test gives up its rights
+import json  # imported before a test drops its privileges
 import logging
 import os
 import shutil
@@ -66,7 +66,7 @@ def listing(folder: Path) -> list[str]:
 
 
 async def _both_ways(one: JSONStorageStrategy, other: JSONStorageStrategy) -> None:
-    """Two stores that are one: no save is lost, and no version comes twice."""
+    """Check that two stores are the same: no save is lost, and no version occurs twice."""
     async with one, other:
         versions = [
             await store.save_entity(T, {"template_id": "x"})
@@ -129,7 +129,7 @@ async def test_119_other_spellings(
     assert listing(tmp_path / "else") == []
 
 
-async def test_119_links_of_split_files_to_one_folder(tmp_path: Path) -> None:
+async def test_119_symbolic_links_of_split_files_to_one_folder(tmp_path: Path) -> None:
     await seed(tmp_path / "big", "split_files")
     app = tmp_path / "app"
     app.mkdir()
@@ -201,8 +201,8 @@ async def test_119_a_data_file_that_becomes_a_link_while_open(tmp_path: Path) ->
     assert parsed(other / SINGLE)[T].keys() == {"t"}
 
 
-async def test_119_a_second_name_of_the_file(tmp_path: Path) -> None:
-    """A rename would leave one of the two names with what was there before."""
+async def test_119_a_hard_link_to_the_file(tmp_path: Path) -> None:
+    """A rename would replace the file under one of its names only."""
     await seed(tmp_path / "a")
     (tmp_path / "b").mkdir()
     os.link(tmp_path / "a" / SINGLE, tmp_path / "b" / SINGLE)
@@ -217,7 +217,7 @@ async def test_119_a_second_name_of_the_file(tmp_path: Path) -> None:
         async with open_json(tmp_path / "a") as first:  # whose journal knows the file
             assert await store._engine.is_same_store(first._engine)
             await first.save_entity(T, {"template_id": "u"})
-    # A backup that is put in its place by a link is no second store.
+    # A backup that was linked into place is not a second store.
     async with open_json(tmp_path / "a") as first:
         await first.save_entity(T, {"template_id": "v"})
         await first.checkpoint()
@@ -264,7 +264,7 @@ async def test_a_copy_is_another_store(tmp_path: Path, layout: str) -> None:
 
 
 @both_layouts
-async def test_stores_that_are_not_there_yet(tmp_path: Path, layout: str) -> None:
+async def test_identity_of_stores_that_do_not_exist_yet(tmp_path: Path, layout: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     one = open_json(tmp_path / "x" / "y", layout)._engine
     assert await same(one, open_json(tmp_path / "link" / "x" / "y", layout)._engine)
@@ -287,7 +287,7 @@ async def test_two_stores_in_one_folder_are_two(tmp_path: Path) -> None:
 
 @both_layouts
 @pytest.mark.parametrize("folder", [False, True])
-async def test_reads_of_an_absent_store_make_nothing(
+async def test_reads_of_an_absent_store_create_nothing(
     tmp_path: Path, layout: str, folder: bool
 ) -> None:
     where = tmp_path / "data" / "deep"
@@ -336,7 +336,7 @@ async def test_undeclared_files(tmp_path: Path) -> None:
         await store.save_entity(T, {"template_id": "t"})
         await store.checkpoint()
         assert await store._engine.undeclared() == []
-    await seed(tmp_path)  # a store of its own beside it
+    await seed(tmp_path)  # a separate store beside it
     (tmp_path / "notes.json").write_text('["no entities"]')
     (tmp_path / "found.json").write_text('{"a": {"id": "a"}}')
     os.mkfifo(tmp_path / "pipe.json")
@@ -344,7 +344,7 @@ async def test_undeclared_files(tmp_path: Path) -> None:
         async with open_json(tmp_path, "split_files") as store:
             assert await store._engine.undeclared() == ["found", "jobs"]
         for each in tmp_path.glob("store.journal.*"):
-            each.unlink()  # by which the files of others are known
+            each.unlink()  # which identifies the files of other stores
 
 
 # -- what can be no data file -----------------------------------------------------------------
@@ -364,10 +364,10 @@ def _make(kind: str, path: Path) -> None:
 
 @both_layouts
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device"])
-async def test_what_is_no_file_is_refused_at_once(
+async def test_special_files_are_refused(
     layout: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tempfile.TemporaryDirectory() as name:  # a socket wants a short path
+    with tempfile.TemporaryDirectory() as name:  # a socket needs a short path
         folder = Path(name)
         _make(kind, folder / (SINGLE if layout == "single_file" else "machines.json"))
         with pytest.raises(StorageError) as caught:
@@ -409,7 +409,7 @@ RESERVED = [
 
 
 @pytest.mark.parametrize("name", RESERVED)
-def test_names_of_our_own_files_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_of_internal_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError):
         named(tmp_path, name)
     if name != "store":
@@ -418,12 +418,12 @@ def test_names_of_our_own_files_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.journal", "a.bak", "store.json", "journal.1.json", ".a"])
-def test_names_that_only_look_like_them_are_not(tmp_path: Path, name: str) -> None:
+def test_names_similar_to_internal_files_are_accepted(tmp_path: Path, name: str) -> None:
     named(tmp_path, name)
 
 
 async def test_stores_whose_names_begin_alike(tmp_path: Path) -> None:
-    """Neither takes anything of the other for its own."""
+    """Neither uses a file of the other."""
     names = ["a", "a.json", "a.json.bak", "a.journal", "a.json.x"]
     for name in names:
         async with named(tmp_path, name) as store:
@@ -514,7 +514,7 @@ async def test_a_data_file_that_becomes_a_mount_while_open(tmp_path: Path) -> No
 
 @as_root
 @both_layouts
-async def test_a_mounted_folder_is_a_place_like_any(tmp_path: Path, layout: str) -> None:
+async def test_a_mounted_folder_is_accepted(tmp_path: Path, layout: str) -> None:
     await seed(tmp_path / "host", layout)
     (tmp_path / "app").mkdir()
     with mounted(tmp_path / "host", tmp_path / "app"):
@@ -536,7 +536,7 @@ def _immutable(path: Path) -> Iterator[None]:
 def _refused_by_the_system(
     path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> Iterator[None]:
-    """Renames over the file fail: it is busy, on another device, or nobody may."""
+    """Renames over the file fail: it is busy, on another device, or not permitted."""
     real = os.replace
 
     def replace(source: Any, target: Any, **rest: Any) -> None:
@@ -552,7 +552,7 @@ def _refused_by_the_system(
 @both_layouts
 @pytest.mark.parametrize("number", ["EBUSY", "EXDEV", "EPERM", "EIO"])
 @pytest.mark.parametrize("linking", [True, False])
-async def test_folds_that_fail_for_good_leave_nothing_behind(
+async def test_permanently_failing_compactions_leave_no_files_behind(
     tmp_path: Path,
     layout: str,
     number: str,
@@ -560,7 +560,7 @@ async def test_folds_that_fail_for_good_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of whatever kind the reason is: journals and backups stay few, and `health` tells."""
+    """For each kind of error, journals and backups stay few, and `health` reports it."""
     import errno
 
     caplog.set_level(logging.CRITICAL)
@@ -582,7 +582,7 @@ async def test_folds_that_fail_for_good_leave_nothing_behind(
                 if count:
                     health = await store.health()
                     assert not health["ok"]
-                    assert "fold" in str(health["problems"])
+                    assert "compact" in str(health["problems"])
                 if count == 7:
                     with pytest.raises(StorageError) as caught:
                         await store.checkpoint()
@@ -623,7 +623,7 @@ NOBODY, STAFF = 65534, 4242
 
 @pytest.fixture
 def srv() -> Iterator[Path]:
-    """A folder of the user that a service runs as; that user could not reach `tmp_path`."""
+    """A folder of the user of a service, because that user cannot access `tmp_path`."""
     folder = Path(tempfile.mkdtemp(prefix="hf-owners-"))
     os.chown(folder, NOBODY, NOBODY)
     folder.chmod(0o755)
@@ -657,10 +657,10 @@ def owners(folder: Path) -> dict[str, tuple[int, int, str]]:
 @both_layouts
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("linking", [True, False])
-async def test_120_root_takes_nothing(
+async def test_120_commands_of_root_keep_owner_and_mode(
     srv: Path, layout: str, packed: bool, linking: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever root does, the service goes on, and files keep owner, group and mode."""
+    """After any command of root the service still works, and files keep owner, group and mode."""
     folder = srv / "data"
     settings: dict[str, Any] = {"enable_compression": packed, "backup_count": 2}
     if not linking:
@@ -675,7 +675,7 @@ async def test_120_root_takes_nothing(
     for each in files:
         os.chown(each, NOBODY, STAFF)
         each.chmod(0o640)
-    for each in folder.glob(".*"):  # as on a restored folder: locks are made anew
+    for each in folder.glob(".*"):  # as in a restored folder: lock files are created again
         each.unlink()
     async with open_json(folder, layout, **settings) as store:
         for number in range(3):
@@ -718,8 +718,8 @@ async def test_120_root_while_the_service_runs(srv: Path, layout: str) -> None:
 
 @as_root
 @both_layouts
-async def test_120_root_makes_the_store(srv: Path, layout: str) -> None:
-    """In a folder of the service it belongs to the service."""
+async def test_120_root_creates_the_store(srv: Path, layout: str) -> None:
+    """A store that root creates in a folder of the service belongs to the service."""
     folder = srv / "deep" / "data"
     async with open_json(folder, layout) as store:
         await store.save_entity(T, {"template_id": "t-1"})
@@ -735,8 +735,8 @@ async def test_120_root_makes_the_store(srv: Path, layout: str) -> None:
 
 @as_root
 @both_layouts
-async def test_120_what_cannot_be_kept_is_refused(srv: Path, layout: str) -> None:
-    """The service may replace root's file, since the folder is its own, and not keep the owner."""
+async def test_120_an_owner_that_cannot_be_kept_is_refused(srv: Path, layout: str) -> None:
+    """The service owns the folder, so it may replace a file of root, but could not keep its owner."""
     async with open_json(srv, layout) as store:
         await store.save_entity(T, {"template_id": "t"})
     for each in srv.iterdir():
@@ -755,7 +755,7 @@ async def test_120_what_cannot_be_kept_is_refused(srv: Path, layout: str) -> Non
 
 @as_root
 async def test_120_a_group_shares_a_store(srv: Path) -> None:
-    """Two users of one group: what one makes, the other can use; the file keeps its owner."""
+    """Two users of one group can use the files of each other; a file keeps its owner."""
     os.chown(srv, NOBODY, STAFF)
     srv.chmod(0o2775)
     with user(NOBODY, STAFF):
@@ -782,7 +782,7 @@ async def test_120_a_group_shares_a_store(srv: Path) -> None:
 async def test_a_folder_that_may_not_be_written_to(
     srv: Path, layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The journal may: commits go on in it, though no fold can begin another."""
+    """The journal can be written: commits succeed, but no compaction can start a new one."""
     caplog.set_level(logging.CRITICAL)
     with user(NOBODY, NOBODY):
         await seed(srv, layout)
@@ -801,8 +801,8 @@ async def test_a_folder_that_may_not_be_written_to(
 
 @as_root
 @both_layouts
-def test_120_copies_that_root_makes_are_the_services(srv: Path, layout: str) -> None:
-    """A backup, and what `restore` keeps of a damaged store: the service can read them."""
+def test_120_copies_made_by_root_belong_to_the_service(srv: Path, layout: str) -> None:
+    """Backups, and the files of a damaged store that `restore` keeps, can be read by the service."""
     folder = srv / "data"
     url = f"json:{folder / SINGLE if layout == 'single_file' else folder}"
     with user(NOBODY, NOBODY):

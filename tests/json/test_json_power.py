@@ -1,8 +1,8 @@
-"""A loss of power: what was not synced may be gone. A model, for no test can pull the plug.
+"""A power failure: data that were not synced may be lost. This is simulated with a model of the disk.
 
-At every file call of a workload the disk is taken down as it may come up again: file contents as they
-were last synced or as they are, and the names in the folder likewise. What was acknowledged must be
-there, in each of these.
+At every file call of a workload, the possible states of the disk after a power failure are generated:
+the contents of files and the names in the folder as last synced, or as they are now. All acknowledged
+changes must exist in each of these states.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _open, _fstat, _pread, _close, _stat = os.open, os.fstat, os.pread, os.close, os
 
 
 class Moment(NamedTuple):
-    """The disk at one call, and how many steps were acknowledged before it."""
+    """The state of the disk at one call, and the number of steps acknowledged before it."""
 
     call: Call
     acked: int
@@ -57,9 +57,9 @@ class Moment(NamedTuple):
 
 
 class Disk:
-    """Follows one folder: what is there, and what would be there after a loss of power.
+    """Tracks one folder: its current state, and the possible states after a power failure.
 
-    Its files stay open, so that no inode number comes twice.
+    It keeps the files open, so that no inode number is used twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class Disk:
         self.moments: list[Moment] = []
 
     def __call__(self, call: Call, size: int) -> int:
-        """Before a call: the one before it is done."""
+        """Called before each file call, when the previous one is done."""
         self._follow()
         self.moments.append(Moment(call, self.acked, self._disks()))
         self._last = call
@@ -106,7 +106,7 @@ class Disk:
         return _pread(fd, _fstat(fd).st_size, 0)
 
     def _disks(self) -> list[dict[str, bytes]]:
-        """As it may come up: old names or new ones, old contents, new ones or something between."""
+        """The possible states: old or new names, with old, new or partly written contents."""
         now = self._now()
         disks = []
         for names, part in itertools.product((self._names, now), (0.0, 0.5, 1.0)):
@@ -177,22 +177,22 @@ async def _sweep(layout: str, settings: dict[str, Any], *, loses: bool = False) 
                     what = f"{moment.call}, disk {number}, after {moment.acked} steps"
                     problems.append(f"{what}: {type(exc).__name__}: {str(exc)[:300]}")
     assert not problems, f"{len(problems)} of {len(seen)}:\n" + "\n".join(problems[:12])
-    assert len(seen) > 100, "too few to mean anything"
+    assert len(seen) > 100, "too few states for a meaningful test"
 
 
 @pytest.mark.parametrize("settings", _SETTINGS, ids=["plain", "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_82_the_power_goes(layout: str, settings: dict[str, Any]) -> None:
+async def test_82_power_failure(layout: str, settings: dict[str, Any]) -> None:
     await _sweep(layout, settings)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_82_the_power_goes_without_syncs(layout: str) -> None:
-    """`sync_writes` off: the last commits may be gone, and nothing else is wrong."""
+async def test_82_power_failure_without_syncs(layout: str) -> None:
+    """With `sync_writes` off, only the last commits may be lost."""
     await _sweep(layout, {"sync_writes": False}, loses=True)
 
 
-# -- what a loss of power leaves of an append ---------------------------------------------------
+# -- an append after a power failure --------------------------------------------------------------
 
 _TORN: Final[dict[str, Callable[[bytes], bytes]]] = {
     "zeros behind a part": lambda whole: whole[: HEADER_SIZE + 4] + b"\0" * (len(whole) - 32),
@@ -215,7 +215,7 @@ async def test_85_the_readable_part_of_a_journal_is_adopted(
     async with open_json(tmp_path, layout) as store:
         with pytest.raises(CorruptionError, match="--recover-from salvage"):
             await store.get_entity("templates", "t0")
-        assert journal.read_bytes() == damaged, "finding the damage changed something"
+        assert journal.read_bytes() == damaged, "detecting the damage changed the journal"
         await store.checkpoint(recover_from="salvage")
         assert await whole(store) == before
         assert await store.save_entity("templates", {"template_id": "t2"}) == 2
@@ -230,7 +230,8 @@ async def test_85_the_readable_part_of_a_journal_is_adopted(
 
 
 async def _torn(folder: Path, layout: str, tear: Callable[[bytes], bytes]) -> tuple[Stored, bytes]:
-    """A store with a file, three commits in its journal, and a torn fourth; what counts of it."""
+    """A store with a data file, three commits and an incomplete fourth one in its journal; returns the
+    contents without the fourth commit, and the bytes of the journal."""
     async with open_json(folder, layout) as store:
         await store.save_entity("templates", {"template_id": "t0", "name": "filed"})
         await store.checkpoint()
@@ -250,8 +251,9 @@ async def _torn(folder: Path, layout: str, tear: Callable[[bytes], bytes]) -> tu
     return before, damaged
 
 
-async def test_85_what_leans_on_the_damage_is_left_out_and_kept(tmp_path: Path) -> None:
-    """Two journals, the older one damaged: the newer one counts only if the files hold the older."""
+async def test_85_a_journal_after_a_damaged_one_is_excluded_and_kept(tmp_path: Path) -> None:
+    """Of two journals the older one is damaged: the newer one is valid only if the data files contain
+    the older one."""
     before, damaged = await _torn(tmp_path, "single_file", lambda torn: b"\0" * 99)
     [old] = journals(tmp_path)
     generation = int(old.name.rpartition(".")[2])
@@ -273,7 +275,7 @@ async def test_85_what_leans_on_the_damage_is_left_out_and_kept(tmp_path: Path) 
 
 @pytest.mark.parametrize("torn", _TORN)
 async def test_85_an_open_store_follows_the_adoption(tmp_path: Path, torn: str) -> None:
-    """It had read what the disk lost since: memory must not be of another opinion than the files."""
+    """The store had read a commit that the disk has lost: its memory must follow the files."""
     async with open_json(tmp_path) as other:
         never_folds(other)
         before, damaged = await _torn(tmp_path, "single_file", lambda torn: torn)
@@ -319,10 +321,8 @@ async def test_82_the_folders_above_a_new_store_are_synced(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_82_a_failed_sync_is_known_to_the_other_processes(
-    tmp_path: Path, layout: str
-) -> None:
-    """Nobody leans on that journal: the next one to write first puts everything into new files."""
+async def test_82_a_failed_sync_is_detected_by_other_processes(tmp_path: Path, layout: str) -> None:
+    """No process appends to that journal: the next writer first writes all data into new files."""
     async with open_json(tmp_path, layout) as store:
         await store.save_entity("templates", {"template_id": "ours"})
         async with Member("unsynced", tmp_path, layout) as failing:
@@ -330,11 +330,11 @@ async def test_82_a_failed_sync_is_known_to_the_other_processes(
             assert await failing.line() == {"unknown": True}
             [journal] = journals(tmp_path)
             health = await store.health()
-            assert any("could not be brought" in str(each) for each in health["problems"])
+            assert any("a sync of" in str(each) for each in health["problems"])
             failing.say()
             await failing.process.wait()
         await store.save_entity("templates", {"template_id": "next"})
-        assert not journal.exists(), "somebody goes on with a journal whose sync failed"
+        assert not journal.exists(), "a journal whose sync failed is still in use"
         text = "".join(each.read_text() for each in data_files(tmp_path))
         assert '"unsynced"' in text
         assert '"ours"' in text
@@ -345,7 +345,9 @@ async def test_82_a_failed_sync_is_known_to_the_other_processes(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_82_a_store_opened_after_a_failed_sync_knows_it(tmp_path: Path, layout: str) -> None:
+async def test_82_a_store_opened_after_a_failed_sync_detects_it(
+    tmp_path: Path, layout: str
+) -> None:
     async with Member("unsynced", tmp_path, layout) as failing:
         failing.say()
         assert await failing.line() == {"unknown": True}

@@ -30,7 +30,7 @@ both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 @both_layouts
 async def test_51_eight_processes_save_fifty_each(tmp_path: Path, layout: str) -> None:
-    """400 of 400; the reference kept 50."""
+    """All 400 saves are kept; the reference implementation kept 50."""
     results = await together(
         *(Member("saver", tmp_path, layout, name=f"p{n}", times=50) for n in range(8))
     )
@@ -39,7 +39,7 @@ async def test_51_eight_processes_save_fifty_each(tmp_path: Path, layout: str) -
     assert len(machines) == 400
     assert not temporary(tmp_path)
     assert len(journals(tmp_path)) == 1
-    # The last one out has folded.
+    # The last process that closed the store has compacted it.
     at_rest = parsed(data_files(tmp_path)[0])
     assert len(at_rest.get("machines", at_rest)) == 400
 
@@ -58,10 +58,10 @@ async def test_51_four_processes_count_fifty_each(tmp_path: Path, layout: str) -
     ("layout", "packed"),
     [("single_file", False), ("split_files", False), ("split_files", True)],
 )
-async def test_51_folds_beside_writers_and_readers(
+async def test_51_compactions_beside_writers_and_readers(
     tmp_path: Path, layout: str, packed: bool
 ) -> None:
-    """Two processes fold without a pause; nobody sees half a transaction, or an older state."""
+    """Two processes compact continuously; no reader sees a partial transaction or an older state."""
     settings = {"enable_compression": packed, "write_buffer_size": 1000}
     names = ["a", "b"]
     writers = [
@@ -105,7 +105,7 @@ async def test_75_three_processes_open_a_new_store_at_once(tmp_path: Path, layou
 
 
 @both_layouts
-async def test_one_shot_processes_one_after_another(tmp_path: Path, layout: str) -> None:
+async def test_short_lived_processes_one_after_another(tmp_path: Path, layout: str) -> None:
     for number in range(5):
         assert await together(Member("saver", tmp_path, layout, name=f"p{number}", times=1)) == [
             [1]
@@ -116,7 +116,7 @@ async def test_one_shot_processes_one_after_another(tmp_path: Path, layout: str)
 
 @both_layouts
 @pytest.mark.parametrize("wakes", ["reads", "writes", "folds"])
-async def test_one_that_slept_through_many_generations(
+async def test_a_process_that_missed_many_generations(
     tmp_path: Path, layout: str, wakes: str
 ) -> None:
     async with open_json(tmp_path, layout) as store:
@@ -139,7 +139,7 @@ async def test_one_that_slept_through_many_generations(
 
 @both_layouts
 async def test_a_reader_that_was_suspended(tmp_path: Path, layout: str) -> None:
-    """SIGSTOP wherever it happens to be, folds meanwhile, SIGCONT: never an older state."""
+    """SIGSTOP at any point, compactions meanwhile, SIGCONT: the reader never sees an older state."""
     async with open_json(tmp_path, layout) as store:
         await _pair(layout, tmp_path, 1)
         watcher = Member("watcher", tmp_path, layout, names=["a"], pause=0)
@@ -164,8 +164,8 @@ async def _pair(layout: str, folder: Path, times: int) -> None:
 
 
 @both_layouts
-async def test_one_that_was_suspended_with_the_write_lock(tmp_path: Path, layout: str) -> None:
-    """Readers go on; writers get a typed error that says to try again; afterwards all is well."""
+async def test_a_process_suspended_with_the_write_lock(tmp_path: Path, layout: str) -> None:
+    """Readers succeed; writers get a retryable error; after SIGCONT all succeed."""
     async with open_json(tmp_path, layout, lock_timeout=0.3) as store:
         await store.save_entity("templates", {"template_id": "t"})
         async with Member("holder", tmp_path, layout) as holder:
@@ -185,8 +185,8 @@ async def test_one_that_was_suspended_with_the_write_lock(tmp_path: Path, layout
 
 
 @both_layouts
-async def test_one_that_was_suspended_in_a_fold(tmp_path: Path, layout: str) -> None:
-    """Commits go on; nobody folds meanwhile; what it wrote is still right when it wakes."""
+async def test_a_process_suspended_during_a_compaction(tmp_path: Path, layout: str) -> None:
+    """Commits succeed, without compactions; the suspended one completes correctly after SIGCONT."""
     async with open_json(tmp_path, layout, lock_timeout=0.5) as store:
         async with Member("sleeper_in_a_fold", tmp_path, layout) as sleeper:
             sleeper.say()
@@ -206,8 +206,8 @@ async def test_one_that_was_suspended_in_a_fold(tmp_path: Path, layout: str) -> 
 
 
 @both_layouts
-async def test_one_that_was_killed_in_a_fold(tmp_path: Path, layout: str) -> None:
-    """Its lock to fold is free at once, and its files are cleared away."""
+async def test_a_process_killed_during_a_compaction(tmp_path: Path, layout: str) -> None:
+    """Its compaction lock is released immediately, and its temporary files are removed."""
     async with open_json(tmp_path, layout) as store:
         async with Member("sleeper_in_a_fold", tmp_path, layout) as sleeper:
             sleeper.say()
@@ -223,7 +223,7 @@ async def test_one_that_was_killed_in_a_fold(tmp_path: Path, layout: str) -> Non
 
 
 async def _killed(name: str, folder: Path, layout: str, chance: random.Random) -> int:
-    """A process that commits until it is killed; the last commit that it acknowledged."""
+    """A process that commits until it is killed; returns the version of its last acknowledged commit."""
     settings = {"write_buffer_size": 500}
     async with Member("teller", folder, layout, name=name, settings=settings) as member:
         member.say()
@@ -263,23 +263,25 @@ async def _kills(folder: Path, layout: str, rounds: int, seed: int) -> None:
 
 
 @both_layouts
-async def test_82_killed_wherever_it_is_beside_others(tmp_path: Path, layout: str) -> None:
+async def test_82_killed_at_random_beside_other_processes(tmp_path: Path, layout: str) -> None:
     await _kills(tmp_path, layout, rounds=2, seed=82)
 
 
 @pytest.mark.long
 @both_layouts
 @pytest.mark.parametrize("seed", range(5))
-async def test_82_killed_often_wherever_it_is(tmp_path: Path, layout: str, seed: int) -> None:
+async def test_82_killed_at_random_many_times(tmp_path: Path, layout: str, seed: int) -> None:
     await _kills(tmp_path, layout, rounds=12, seed=seed)
 
 
 async def _until_stopped(member: Member) -> None:
-    """Until the system says that the process is suspended."""
+    """Wait until the system reports that the process is suspended."""
     deadline = time.monotonic() + 60
     state = Path(f"/proc/{member.process.pid}/stat")
     if not state.exists():
-        await asyncio.sleep(1.0)  # no /proc here: it stops itself right after it spoke
+        await asyncio.sleep(
+            1.0
+        )  # without /proc: the process suspends itself right after its output
         return
     while state.read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < deadline

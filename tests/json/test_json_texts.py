@@ -1,4 +1,4 @@
-"""What files of others hold: damaged and repeated values, layouts, sizes, and formats to come."""
+"""Files written by other programs: invalid and repeated values, layouts, sizes, newer formats."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def put(folder: Path, layout: str, text: str) -> Path:
 @pytest.mark.parametrize("shape", ["flat", "wrapped", "lines"])
 @pytest.mark.parametrize("kind", BAD)
 @both_layouts
-async def test_a_bad_value_costs_its_entity_alone(
+async def test_an_invalid_value_affects_only_its_entity(
     tmp_path: Path, layout: str, kind: str, shape: str
 ) -> None:
     between = ",\n" if shape == "lines" else ", "
@@ -94,15 +94,15 @@ async def test_a_bad_value_costs_its_entity_alone(
             health = await store.health()
             assert not health["ok"]
             assert "'bad'" in str(health["problems"])
-            # It is kept through every fold, as it is.
+            # Every compaction keeps it unchanged.
             assert await store.save_entity(T, {"template_id": "t-1"}) == turn + 1
             await store.checkpoint()
     kept = path.read_bytes()
     assert BAD[kind].encode(errors="surrogateescape").replace(b" ", b"") in kept.replace(b" ", b"")
 
 
-async def test_a_bare_newline_is_escaped_by_a_fold(tmp_path: Path) -> None:
-    """It cannot stay, for an entity takes one line; until then it is told."""
+async def test_a_bare_newline_is_escaped_by_a_compaction(tmp_path: Path) -> None:
+    """An entity must be stored on one line; until the compaction the newline is reported."""
     put(tmp_path, "single_file", file_of("single_file", '{"t": {"name": "a\nb"}, "u":\n{"x":\n1}}'))
     async with open_json(tmp_path) as store:
         with pytest.raises(CorruptionError, match="control character"):
@@ -113,7 +113,7 @@ async def test_a_bare_newline_is_escaped_by_a_fold(tmp_path: Path) -> None:
 
 
 @both_layouts
-async def test_its_neighbours_in_a_batch_are_written(tmp_path: Path, layout: str) -> None:
+async def test_the_neighbours_of_an_invalid_entity_are_written(tmp_path: Path, layout: str) -> None:
     entities = '{"t-1": {"template_id": "t-1"}, "bad": {"template_id": "bad", "name": "\\ud800"}}'
     put(tmp_path, layout, file_of(layout, entities))
     async with open_json(tmp_path, layout) as store:
@@ -145,10 +145,10 @@ async def test_its_neighbours_in_a_batch_are_written(tmp_path: Path, layout: str
         ('{"templates": {"a": {"name": "\\ud800"}}', "JSON object"),
     ],
 )
-async def test_what_is_more_than_a_bad_value_is_refused_whole(
+async def test_a_file_with_invalid_structure_is_refused_completely(
     tmp_path: Path, text: str, match: str
 ) -> None:
-    """Nobody may take the neighbours of what is damaged for absent."""
+    """The entities beside a damaged one must not be taken for missing."""
     path = put(tmp_path, "single_file", text)
     async with open_json(tmp_path) as store:
         for verb in (
@@ -160,7 +160,7 @@ async def test_what_is_more_than_a_bad_value_is_refused_whole(
     assert path.read_text() == text
 
 
-# -- what comes twice -------------------------------------------------------------------------
+# -- duplicates -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ async def test_what_is_more_than_a_bad_value_is_refused_whole(
     ],
 )
 @both_layouts
-async def test_a_field_that_comes_twice_is_told(tmp_path: Path, layout: str, inner: str) -> None:
+async def test_a_duplicate_field_is_reported(tmp_path: Path, layout: str, inner: str) -> None:
     put(tmp_path, layout, file_of(layout, f'{{"t": {inner}, "u": {{"template_id": "u"}}}}'))
     for _ in range(2):
         async with open_json(tmp_path, layout) as store:
@@ -197,15 +197,15 @@ async def test_a_field_that_comes_twice_is_told(tmp_path: Path, layout: str, inn
         '{\n"templates":{\n"t":{"a":1}\n},\n"templates":{\n"t":{"a":2}\n}\n}\n',
     ],
 )
-async def test_ids_and_sections_that_come_twice_are_refused(tmp_path: Path, text: str) -> None:
+async def test_duplicate_ids_and_sections_are_refused(tmp_path: Path, text: str) -> None:
     put(tmp_path, "single_file", text)
     async with open_json(tmp_path) as store:
         with pytest.raises(CorruptionError, match="twice"):
             await store.get_entity(T, "t")
 
 
-async def test_texts_that_only_look_alike_are_taken(tmp_path: Path) -> None:
-    """Escapes, spaces and numbers in other forms cost a second look, and nothing else."""
+async def test_unusual_forms_of_json_are_accepted(tmp_path: Path) -> None:
+    """Other forms of escapes, spaces and numbers are accepted, after a second check."""
     inner = (
         '{"template_id": "t", "a": 1e2, "b": "\\u0061\\/", "c": [1.50, {"a": 1, "b": 2}], "d": -0}'
     )
@@ -228,21 +228,21 @@ async def test_a_small_file_that_unpacks_to_a_huge_one(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         async with open_json(tmp_path, enable_compression=True) as store:
-            with pytest.raises(CorruptionError, match="unpacks to more than"):
+            with pytest.raises(CorruptionError, match="decompresses to more than"):
                 await store.get_entity(T, "t")
-            with pytest.raises(CorruptionError, match="unpacks to more than"):
+            with pytest.raises(CorruptionError, match="decompresses to more than"):
                 await store.save_entity(T, {"template_id": "t"})
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
     finally:
         tracemalloc.stop()
 
 
-async def test_what_the_store_wrote_itself_may_unpack_to_any_size(
+async def test_a_file_of_the_store_may_unpack_to_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_async_store.strategies.json import files
 
-    monkeypatch.setattr(files, "_UNPACKED_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "_MIN_DECOMPRESS_LIMIT", 1 << 10)
     entities = [{"template_id": f"t-{each}", "name": "a" * 300_000} for each in range(3)]
     async with open_json(tmp_path, enable_compression=True) as store:
         await store.save_entities(T, entities)
@@ -251,8 +251,8 @@ async def test_what_the_store_wrote_itself_may_unpack_to_any_size(
     assert path.stat().st_size * 100 < 900_000
     assert len((await reopened(tmp_path, enable_compression=True))[T]) == 3
     for each in journals(tmp_path):
-        each.unlink()  # now it is a file like any other
-    with pytest.raises(CorruptionError, match="unpacks to more than"):
+        each.unlink()  # without the journal it is treated like a file of another program
+    with pytest.raises(CorruptionError, match="decompresses to more than"):
         await reopened(tmp_path, enable_compression=True)
 
 
@@ -267,7 +267,7 @@ async def test_a_packed_file_of_several_members(tmp_path: Path) -> None:
             await reopened(tmp_path, enable_compression=True)
 
 
-# -- formats to come --------------------------------------------------------------------------
+# -- newer formats ----------------------------------------------------------------------------
 
 
 def _record(magic: bytes, kind: int, payload: bytes, sequence: int) -> bytes:
@@ -277,7 +277,7 @@ def _record(magic: bytes, kind: int, payload: bytes, sequence: int) -> bytes:
 
 @pytest.mark.parametrize("what", ["kind", "magic", "whole"])
 @both_layouts
-async def test_a_journal_of_a_newer_release_is_no_damage(
+async def test_a_journal_of_a_newer_release_is_not_reported_as_damaged(
     tmp_path: Path, layout: str, what: str
 ) -> None:
     async with open_json(tmp_path, layout) as store:
@@ -317,7 +317,7 @@ def _relaxed(folder: Path, layout: str = "split_files", **settings: Any) -> Any:
 
 @pytest.mark.xfail(strict=True, reason="a fold writes every split file flat")
 async def test_split_files_stay_wrapped(tmp_path: Path) -> None:
-    """The program that wrapped them sees its machines after a fold."""
+    """The program that wrote the wrapped file can read it after a compaction."""
     path = _wrapped(tmp_path)
     async with _relaxed(tmp_path) as store:
         await store.update_entity("machines", "m-0", {"status": "x"})
@@ -345,8 +345,8 @@ async def test_a_file_that_mixes_two_layouts_is_refused(tmp_path: Path, order: s
 @pytest.mark.xfail(
     strict=True, reason="timestamps take the fixed form when an entity is first read"
 )
-async def test_entities_that_nobody_wrote_stay_as_they_are(tmp_path: Path, layout: str) -> None:
-    """`+00:00` is what other programs can parse."""
+async def test_unchanged_entities_keep_their_form(tmp_path: Path, layout: str) -> None:
+    """Other programs can parse `+00:00`."""
     at = "2026-01-02T03:04:05.123456+00:00"
     texts = ", ".join(
         f'"{each}": {{"template_id": "{each}", "created_at": "{at}"}}' for each in ("t", "u")
@@ -363,10 +363,10 @@ async def test_entities_that_nobody_wrote_stay_as_they_are(tmp_path: Path, layou
 @pytest.mark.xfail(strict=True, reason="no key says when the files are brought up to date")
 @both_layouts
 @pytest.mark.parametrize("when", ["at close", "after each commit"])
-async def test_a_key_says_when_files_are_brought_up_to_date(
+async def test_update_files_determines_when_data_files_are_updated(
     tmp_path: Path, layout: str, when: str
 ) -> None:
-    """Also where they are large: other programs read them when the store is at rest."""
+    """Also if they are large, so that other programs can read them while the journal is empty."""
     entities = {
         f"t-{each}": {"template_id": f"t-{each}", "name": "a" * 999} for each in range(2000)
     }
@@ -380,6 +380,6 @@ async def test_a_key_says_when_files_are_brought_up_to_date(
     assert found["t-7"]["name"] == "x"
 
 
-def test_errors_derive_from_one() -> None:
+def test_errors_derive_from_storage_error() -> None:
     assert issubclass(NewerFormatError, StorageError)
     assert not issubclass(NewerFormatError, CorruptionError)

@@ -1,4 +1,4 @@
-"""The longest hold of the event loop does not grow with the store."""
+"""The longest blocking of the event loop does not grow with the size of the store."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ BATCH: Final = 10_000
 NEVER: Final = 1 << 40
 
 ROOM: Final = 10
-"""How many times the hold at 1,000 machines that at 100,000 may be: what takes a step over all of
-them takes 100 times as long."""
+"""The maximum ratio of the blocking times with 100,000 and 1,000 machines; an operation that blocks
+while it processes all machines has a ratio of 100."""
 
 SHORT: Final = 0.020
-"""Seconds that are nobody's complaint, however short the hold at 1,000 machines is."""
+"""Seconds that are always accepted, however short the blocking with 1,000 machines is."""
 
 ATTEMPTS: Final = 10
 FEW_ATTEMPTS: Final = 3
-"""A busy machine only ever adds to a hold, so the shortest of several attempts is the true one."""
+"""A busy machine only prolongs the blocking, so the shortest of several attempts is used."""
 
 Work = Callable[[JSONStorageStrategy], Awaitable[object]]
 
@@ -58,7 +58,7 @@ async def make(folder: Path, size: int) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A folder with a store of so many machines, by their number; to be copied."""
+    """By number of machines, a folder with a store, to be copied."""
     folders = {size: tmp_path_factory.mktemp(f"machines-{size}") for size in (SMALL, LARGE)}
     for size, folder in folders.items():
         asyncio.run(make(folder, size))
@@ -67,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(autouse=True)
 def _frozen() -> Iterator[None]:
-    """What the tests before left in memory is none of the collector's business here."""
+    """Exclude objects of earlier tests from garbage collections."""
     gc.collect()
     gc.freeze()
     yield
@@ -75,7 +75,7 @@ def _frozen() -> Iterator[None]:
 
 
 async def longest_hold(work: Awaitable[object]) -> float:
-    """The longest time between two turns of the loop while `work` runs."""
+    """The longest time between two event-loop iterations while `work` runs."""
     longest = 0.0
 
     async def tick() -> None:
@@ -148,11 +148,11 @@ async def stream_in_order(store: JSONStorageStrategy) -> None:
 
 
 WRITTEN: Final[dict[JSONStorageStrategy, dict[str, dict[str, Any]]]] = {}
-"""What is to be written: reading it belongs to the preparations."""
+"""The entities to write, which are read before the measurement."""
 
 
 async def hold_of(before: Work, work: Work, folder: Path, copy: Path) -> float:
-    """The longest hold of `work` on a copy of a store."""
+    """The longest blocking by `work` on a copy of a store."""
     shutil.copytree(folder, copy)
     store = open_json(copy, write_buffer_size=NEVER)
     try:
@@ -176,7 +176,7 @@ async def hold_of(before: Work, work: Work, folder: Path, copy: Path) -> float:
         pytest.param(open_it, stream_in_order, id="stream"),
     ],
 )
-async def test_the_longest_hold_does_not_grow_with_the_store(
+async def test_the_longest_blocking_does_not_grow_with_the_store(
     before: Work, work: Work, made: dict[int, Path], tmp_path: Path
 ) -> None:
     async def hold(size: int) -> float:

@@ -1,4 +1,4 @@
-"""Places for stores of every kind."""
+"""URLs for stores of every engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support import json_url
 from hf_async_store import strategies
 from hf_async_store.testing.harness import skip_engine
 
-# The test server takes any; without some, the client would ask the network for them.
+# The test server accepts any credentials; without them, the client would request some over the network.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
@@ -25,7 +25,7 @@ _STRATEGIES = {"sqlite": "sql", "postgresql": "sql", "dynamodb": "dynamodb"}
 
 @pytest.fixture
 def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
-    """The URL of a new store: of a kind, by a name."""
+    """Returns the URL of a new store, for an engine and a name."""
 
     def make(kind: str, name: str) -> str:
         if kind in _STRATEGIES and _STRATEGIES[kind] not in strategies._BUILT_IN:
@@ -33,7 +33,9 @@ def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
         if kind == "sqlite":
             return f"sqlite:{tmp_path / name}.db"
         if kind == "postgresql":
-            url: str = request.getfixturevalue("postgres_server").database()
+            server = request.getfixturevalue("postgres_server")
+            url: str = server.database()
+            request.addfinalizer(lambda: server.drop(url))
             return url
         if kind == "dynamodb":
             endpoint = request.getfixturevalue("dynamodb_server").endpoint_url

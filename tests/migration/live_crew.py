@@ -1,9 +1,9 @@
-"""What runs beside a live move in processes of its own: applications, and movers that get killed.
+"""Processes that run during a live migration: applications, and migration processes that get killed.
 
     python live_crew.py work URL NOTES SEED [OTHER]  until its stdin is closed; may move to OTHER
     python live_crew.py move ACTION SOURCE TARGET [KILL_AT]
 
-An application writes down what was acknowledged, one JSON line each, before it goes on. A mover
+An application records each acknowledged write as a JSON line before it continues. A migration process
 kills itself (SIGKILL) at the named step.
 """
 
@@ -46,7 +46,7 @@ BALANCE: Final = 100
 
 
 def hurry() -> None:
-    """Short leases, the same in every process of a test."""
+    """Use short leases, the same ones in all processes of a test."""
     lease = float(os.environ.get("HF_TEST_LEASE", "0.6"))
     migration_routing.LEASE_SECONDS = live.LEASE_SECONDS = lease  # type: ignore[misc]
     migration_routing.ABANDONED_SWITCH_SECONDS = 12.0 if lease > 1 else 3.0  # type: ignore[misc]
@@ -71,7 +71,7 @@ async def fill(store: StorageStrategy, machines: int = 400) -> None:
 
 
 class Application:
-    """One process of an application: four tasks that write, each in its own way."""
+    """One process of an application, with four tasks that read and write in different ways."""
 
     def __init__(self, store: StorageStrategy, notes: Path, seed: int) -> None:
         self._store = store
@@ -90,7 +90,7 @@ class Application:
         self._notes.flush()
 
     async def _try(self, what: str, work: Callable[[], Awaitable[Any]], **more: Any) -> bool:
-        """Whether it was acknowledged. What may have landed is noted as such."""
+        """Whether the write was acknowledged. An unknown outcome is recorded as such."""
         began = time.monotonic()
         try:
             await work()
@@ -137,7 +137,7 @@ class Application:
             await asyncio.sleep(0.006)
 
     async def _living(self) -> None:
-        """Machines that are created, changed by compare-and-set, and deleted now and then."""
+        """Create machines, change them by compare-and-set, and delete some."""
         number = 0
         token = f"{self._seed}-{self._rng.randrange(10**9)}"
         while not self.over:
@@ -171,7 +171,7 @@ class Application:
             await asyncio.sleep(0.004)
 
     async def _reading(self) -> None:
-        """The sum over all accounts, in one transaction, is always the same."""
+        """Check that the sum of all accounts, read in one transaction, is constant."""
         while not self.over:
             total = 0
 
@@ -198,9 +198,9 @@ async def work(url: str, notes: str, seed: str, *follow_moves: str) -> None:
 
 
 STEPS: Final = ("begun", "copying", "copied", "repaired", "cut", "drained", "flipped")
-"""Of the way there. Beside these: `record-N`, when the Nth change of a record of the move is written;
-`amid`, with a transaction written and not committed; `marked`, when changes are brought over and
-their marks not taken away; `forgetting`, amid the marks that are taken away at the end."""
+"""The steps of a migration from the source to the target. Further steps: `record-N`, when the Nth change
+of a migration record is written; `amid`, with a transaction written and not committed; `marked`, when
+changes are copied and their marks not deleted; `forgetting`, while marks are deleted at the end."""
 
 
 def _kill() -> None:
@@ -208,9 +208,9 @@ def _kill() -> None:
 
 
 def kill_at(step: str) -> None:
-    """Have this process die at a step of the move, to the write."""
-    begin, bring, repair = LiveMigration._begin, LiveMigration._apply_markers, LiveMigration._repair
-    change, verify, copy = LiveMigration._change, LiveMigration._verify, LiveMigration._copy
+    """Let this process kill itself at a step of the migration, exactly at a write."""
+    begin, bring, repair = LiveMigration._begin, LiveMigration._copy_keys, LiveMigration._repair
+    change, verify, copy = LiveMigration._change_state, LiveMigration._verify, LiveMigration._copy
     enter, forget = LiveMigration.__aenter__, LiveMigration._cleanup
     brought = records = 0
     forgetting = False
@@ -290,10 +290,10 @@ def kill_at(step: str) -> None:
     LiveMigration.__aenter__ = entered  # type: ignore[assignment,method-assign]
     LiveMigration._cleanup = forgot  # type: ignore[method-assign]
     LiveMigration._begin = begun  # type: ignore[method-assign]
-    LiveMigration._apply_markers = bringing  # type: ignore[method-assign]
+    LiveMigration._copy_keys = bringing  # type: ignore[method-assign]
     LiveMigration._copy = copied  # type: ignore[method-assign]
     LiveMigration._repair = repaired  # type: ignore[method-assign]
-    LiveMigration._change = changed  # type: ignore[method-assign]
+    LiveMigration._change_state = changed  # type: ignore[method-assign]
     LiveMigration._verify = verified  # type: ignore[method-assign]
 
 

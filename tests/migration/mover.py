@@ -1,9 +1,9 @@
-"""A migration in a process of its own, which a test kills.
+"""A migration in a separate process, which a test kills.
 
     python mover.py SOURCE TARGET FOLDER migrate|resume [KILL_AT [BEFORE]]
 
-Kills itself (SIGKILL) when so many batches are written; with BEFORE, in the middle of writing the
-next: half of it is in the target, and nobody knows.
+It kills itself (SIGKILL) when KILL_AT batches are written; with BEFORE, while it writes the next one,
+half of which is then in the target without being in the checkpoint.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ async def main(source: str, target: str, folder: str, what: str, *kill: str) -> 
         written += 1
         return done
 
-    async def checkpointed(copy: copier.Copying, batch: copier.MigrationBatch) -> None:
+    async def checkpointed(copy: copier.CollectionCopier, batch: copier.MigrationBatch) -> None:
         await finish(copy, batch)
         if written >= at >= 0 and not in_the_middle:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    finish = copier.Copying._finish
+    finish = copier.CollectionCopier._finish
     copier.put = counted  # type: ignore[attr-defined]
-    copier.Copying._finish = checkpointed  # type: ignore[method-assign]
+    copier.CollectionCopier._finish = checkpointed  # type: ignore[method-assign]
     config = settings(folder, batch_size=BATCH, create_backup=False, parallel_workers=2)  # type: ignore[arg-type]
     async with opened(source) as one, opened(target) as other:
         tool = MigrationTool(one, other, config)

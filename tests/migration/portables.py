@@ -1,4 +1,4 @@
-"""Portable backups made by hand: with right digests, whatever is in them."""
+"""Portable backups with arbitrary contents and correct digests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from pathlib import Path
 
 import msgspec
 
-from hf_async_store.migration.backup_format import FORMAT, End, Header, Section, _sealed, _stored
+from hf_async_store.migration.backup_format import (
+    FORMAT,
+    End,
+    Header,
+    Section,
+    _file_digest,
+    _stored_member,
+)
 from hf_async_store.migration.digest import Digest
 
 
 def write_by_hand(path: Path, sections: Mapping[str, Sequence[bytes]], *, level: int = 6) -> Path:
-    """A backup whose collections hold these lines, and whose digests say so."""
+    """Write a backup whose collections contain these lines, with matching digests."""
     digests = {name: Digest() for name in sections}
     for name, lines in sections.items():
         digests[name].add_all(lines)
@@ -27,9 +34,9 @@ def write_by_hand(path: Path, sections: Mapping[str, Sequence[bytes]], *, level:
     for name, lines in sections.items():
         body.append(pack.compress(msgspec.json.encode(name) + b"\n"))
         body += [pack.compress(each + b"\n") for each in lines]
-    end = End({name: str(each) for name, each in digests.items()}, _sealed(head, digests))
+    end = End({name: str(each) for name, each in digests.items()}, _file_digest(head, digests))
     body.append(pack.compress(msgspec.json.encode(["end", end]) + b"\n"))
-    path.write_bytes(_stored(head) + b"".join(body) + pack.flush())
+    path.write_bytes(_stored_member(head) + b"".join(body) + pack.flush())
     return path
 
 

@@ -1,4 +1,4 @@
-"""Stores of every kind, side by side, and what is put into them."""
+"""Stores of every engine, and the test data for them."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def opened(url: str, collections: Iterable[Collection] = CONTRACT_COLLECTIONS) -
 
 
 def place_of(url: str) -> str:
-    """How a live move names a store."""
+    """The location by which a live migration identifies a store."""
     return load_config(url).place()
 
 
 def settings(folder: Path, **more: object) -> Mapping[str, object]:
-    """A `migration` block whose backups and checkpoints lie in `folder`."""
+    """A `migration` block whose backups and checkpoints are stored in `folder`."""
     return {"backup_location": f"{folder}/backups/", **more}
 
 
 async def fill(store: StorageStrategy, machines: int = 60) -> None:
-    """Parents, children and every odd value, with versions as they come in the field."""
+    """Store parents, children and unusual values, with realistic versions."""
     await store.import_entities(
         "templates",
         [{"template_id": f"t-{n}", "name": f"Template {n}", "version": n} for n in range(3)],
@@ -70,7 +70,7 @@ async def fill(store: StorageStrategy, machines: int = 60) -> None:
 
 
 def odd_items() -> list[Entity]:
-    """Every kind of value that a codec could get wrong."""
+    """Entities with all kinds of values that a codec could convert incorrectly."""
     odd: list[Any] = [
         None, True, False, 0, 1, 1.0, -0.0, 0.1, 5e-324, 1.7e308, 2**53, float(2**53), 2**63 - 1,
         -(2**63), "1", "", "é", "e\u0301", "\U00010000", "\uffff", [], {}, [None], {"a": None},
@@ -111,7 +111,7 @@ def generated_items(draw: st.DrawFn) -> list[dict[str, object]]:
 
 
 def real_data() -> dict[str, dict[str, Entity]]:
-    """The store found in the field; empty without it."""
+    """The real data named by the environment; empty without them."""
     place = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
     if not place:
         return {}

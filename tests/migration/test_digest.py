@@ -1,4 +1,4 @@
-"""The digest of a collection: exact in type, blind to order."""
+"""The digest of a collection depends on types, but not on order."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def digest_of(*entities: dict[str, object]) -> str:
     return str(digest)
 
 
-def test_what_looks_alike_is_told_apart() -> None:
+def test_similar_values_have_different_digests() -> None:
     alike = [1, 1.0, True, "1", -1, 0, -0.0, 0.0, False, None, "", [], {}, [1], [1.0], {"a": 1}]
     assert len({digest_of({"x": each}) for each in alike}) == len(alike)
     assert digest_of({"x": 1}) != digest_of({"y": 1}) != digest_of({"x": 1, "y": None})
 
 
 @given(values)
-def test_the_order_of_keys_is_no_part_of_a_value(value: object) -> None:
+def test_the_order_of_keys_does_not_affect_the_digest(value: object) -> None:
     turned = {"b": _turned(value), "a": 1}
     assert digest_of({"a": 1, "b": value}) == digest_of(turned)
 
@@ -36,17 +36,17 @@ def _turned(value: object) -> object:
     return [_turned(each) for each in value] if isinstance(value, list) else value
 
 
-def test_the_order_of_entities_does_not_count_and_their_number_does() -> None:
+def test_the_number_but_not_the_order_of_entities_affects_the_digest() -> None:
     entities: list[dict[str, object]] = [{"id": n, "x": n % 3} for n in range(50)]
     shuffled = random.Random(7).sample(entities, len(entities))
     assert digest_of(*entities) == digest_of(*shuffled)
     assert digest_of(*entities) != digest_of(*entities, entities[0])
-    # An exclusive or would lose a pair of equal ones.
+    # With an exclusive or, two equal digests would cancel out.
     assert digest_of(*entities) != digest_of(*entities, entities[0], entities[0])
     assert digest_of() != digest_of(*entities)
 
 
-def test_it_goes_on_from_where_it_was() -> None:
+def test_a_digest_can_be_continued() -> None:
     entities: list[dict[str, object]] = [{"id": n} for n in range(10)]
     first = Digest()
     for each in entities[:4]:

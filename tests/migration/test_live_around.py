@@ -1,4 +1,4 @@
-"""What goes around the verbs, and so is not followed: refused while a move is on, or told apart."""
+"""Access that bypasses the verbs and does not follow a migration: refused during a migration."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def balance(store: StorageStrategy) -> object:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_sql_is_refused_while_a_move_is_on(kind: str, place: Place) -> None:
+async def test_sql_is_refused_during_a_migration(kind: str, place: Place) -> None:
     source, target = place(kind, "a"), place("json-single", "b")
     await prepared(source)
     async with opened(source, target) as store:
@@ -67,7 +67,7 @@ async def test_sql_is_refused_while_a_move_is_on(kind: str, place: Place) -> Non
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_sql_that_a_move_overtakes_is_not_acknowledged(
+async def test_sql_is_not_acknowledged_if_a_migration_starts_meanwhile(
     kind: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = place(kind, "a"), place("json-single", "b")
@@ -80,13 +80,13 @@ async def test_sql_that_a_move_overtakes_is_not_acknowledged(
             return await execute(*arguments)
 
         monkeypatch.setattr(store._sql, "execute_with_lock", slow)
-        with pytest.raises(StorageError, match="a move of this store began") as caught:
+        with pytest.raises(StorageError, match="a live migration of this store began") as caught:
             await store.execute_with_lock(UPDATE)
         assert caught.value.outcome_unknown
         assert not caught.value.retryable
 
 
-async def test_sql_in_a_transaction_that_a_move_overtakes_is_not_acknowledged(
+async def test_sql_in_a_transaction_is_not_acknowledged_if_a_migration_starts(
     place: Place,
 ) -> None:
     source, target = place("postgresql", "a"), place("json-single", "b")
@@ -98,12 +98,12 @@ async def test_sql_in_a_transaction_that_a_move_overtakes_is_not_acknowledged(
                 await tx.execute_with_lock(UPDATE)
                 await begun(source, target)
 
-        with pytest.raises(StorageError, match="a move of this store began") as caught:
+        with pytest.raises(StorageError, match="a live migration of this store began") as caught:
             await late()
         assert caught.value.outcome_unknown
 
 
-async def test_sql_goes_on_while_nothing_moves(place: Place) -> None:
+async def test_sql_is_accepted_without_a_migration(place: Place) -> None:
     source, target = place("sqlite", "a"), place("json-single", "b")
     await prepared(source)
     async with opened(source, target) as store:
@@ -117,7 +117,7 @@ async def test_sql_goes_on_while_nothing_moves(place: Place) -> None:
         assert await balance(store) == 8
 
 
-async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place) -> None:
+async def test_dynamodb_verbs_are_refused_on_an_inactive_side(place: Place) -> None:
     source, target = place("dynamodb", "a"), place("json-single", "b")
     await prepared(source)
     async with opened(source, target) as store:
@@ -141,7 +141,7 @@ async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place
         assert await ask()
         assert await update() == 2
         await begun(source, target)
-        assert await ask()  # it counts still
+        assert await ask()  # the source is still active
         with pytest.raises(StoreRelocatedError, match="condition_expression"):
             await update()
         await begun(source, target, cut_over=True)
@@ -153,7 +153,7 @@ async def test_verbs_of_dynamodb_act_on_no_side_that_does_not_count(place: Place
         assert await balance(store) == 7
 
 
-async def test_a_conditional_update_that_a_move_overtakes_is_not_acknowledged(
+async def test_a_conditional_update_is_not_acknowledged_if_a_migration_starts(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = place("dynamodb", "a"), place("json-single", "b")
@@ -166,7 +166,7 @@ async def test_a_conditional_update_that_a_move_overtakes_is_not_acknowledged(
             return await update_where(*arguments)
 
         monkeypatch.setattr(store._dynamodb.writes, "update_where", slow)
-        with pytest.raises(StorageError, match="a move of this store began") as caught:
+        with pytest.raises(StorageError, match="a live migration of this store began") as caught:
             await store.update_entity(
                 "accounts",
                 "a-0",
@@ -177,16 +177,16 @@ async def test_a_conditional_update_that_a_move_overtakes_is_not_acknowledged(
         assert caught.value.outcome_unknown
 
 
-async def test_files_are_not_written_by_who_has_not_heard_of_the_move(place: Place) -> None:
-    """Its lease goes on, and it looks at the record once it holds the lock."""
+async def test_files_are_not_written_by_a_store_unaware_of_the_migration(place: Place) -> None:
+    """Its lease is still valid, but it reads the migration record once it holds the lock."""
     source, target = place("json-single", "a"), place("json-split", "b")
     await prepared(source)
     async with opened(source, target) as store:
         assert await balance(store) == 100
-        # The move begins within the lease: nobody waits for it to be over yet.
+        # The migration starts during the lease, and does not wait for its end yet.
         async with LiveMigration(source, target, collections=COLLECTIONS) as move:
             beginning = asyncio.create_task(move.start(cut_over=False))
-            while await move._read(move._source) is None:
+            while await move._read_state(move._source) is None:
                 await asyncio.sleep(0.01)
             with pytest.raises(StoreRelocatedError, match="write lock"):
                 await store.write_file({})

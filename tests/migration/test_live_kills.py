@@ -1,7 +1,7 @@
-"""SIGKILL of the mover at each of its steps, and of applications in each phase, between engines.
+"""SIGKILL of the migration process at each step, and of applications in each phase, between engines.
 
-Each test is one long life of a store: the applications write on all the time, while a mover dies at
-one step after another. After each death exactly one side counts, by whatever URL one asks.
+Each test uses one store all the time: the applications write continuously, while a migration process
+is killed at one step after another. After each kill exactly one side is active, whichever URL is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SQLITE_TO_DYNAMODB = ("sqlite", "dynamodb")
 
 _START_STEPS = [
     "record-1",  # of the target
-    "record-2",  # of the source: from here on there is a move, and the next mover takes it over
+    "record-2",  # of the source: from here on the migration exists, and the next process continues it
     "taken-1",
     "taken-2",
     "amid",
@@ -51,11 +51,11 @@ _ROLLBACK_STEPS = [
     "cut",
     "drained",
     "flipped",
-    "record-3",  # of the target, which is given up
-    "record-4",  # of the source: the move is over
+    "record-3",  # of the target, which is abandoned
+    "record-4",  # of the source: the migration has ended
 ]
 _FINALIZE_STEPS = ["taken-1", "taken-2", "record-3", "record-1", "forgetting"]
-"""The third record gives the source up; from there on, the first is that of the target, which goes."""
+"""The third record deactivates the source; then the first one is that of the target, which is deleted."""
 
 _ALL_PHASES = ("COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK", "FINALIZED")
 
@@ -65,8 +65,8 @@ def _short(steps: list[str], chosen: tuple[str, ...]) -> list[str]:
 
 
 async def one_side_counts(source: str, target: str, name: str) -> str:
-    """Write by both URLs, with no mover alive: all that is acknowledged lies on one side, and the
-    record says which; returns its URL."""
+    """Write with both URLs, without a migration process: all acknowledged writes are on one side, which
+    is the one in the record; returns its URL."""
     refused = []
     for url, other in ((source, target), (target, source)):
         try:
@@ -90,12 +90,12 @@ async def one_side_counts(source: str, target: str, name: str) -> str:
 
 async def phase_of(source: str, target: str) -> str | None:
     async with LiveMigration(source, target, collections=COLLECTIONS) as move:
-        record = await move._read(move._source)
+        record = await move._read_state(move._source)
         return None if record is None else record.phase
 
 
 class Life:
-    """A store that moves, its applications, and movers that die."""
+    """A store that is migrated, its applications, and migration processes that are killed."""
 
     def __init__(self, source: str, target: str, crew: Crew) -> None:
         self.source, self.target = source, target
@@ -114,7 +114,7 @@ class Life:
         self._seed += 1
 
     async def die(self, action: str, step: str) -> str:
-        """A mover dies at a step; which side counts then."""
+        """Kill a migration process at a step; returns the URL of the side that is then active."""
         written = step.replace("taken-", "record-")
         done = mover(action, self.source, self.target, written)
         assert done.returncode == -signal.SIGKILL, f"{action}, {step}: {done.stderr}"
@@ -125,7 +125,7 @@ class Life:
         return await one_side_counts(self.source, self.target, f"probe-{self._probes}")
 
     async def end(self) -> StorageStrategy:
-        """The store that the source has become, once everything is finished."""
+        """End the applications and check their records; returns the store, which is closed."""
         self.crew.end()
         store = await open_store(
             self.target, collections=COLLECTIONS, follow_moves=[self.source]
@@ -155,6 +155,7 @@ class Life:
             [],
             [],
             id="sqlite-dynamodb-short",
+            marks=pytest.mark.long,
         ),
         *(
             pytest.param(
@@ -169,7 +170,7 @@ class Life:
         ),
     ],
 )
-async def test_a_mover_that_dies_at_one_step_after_another(
+async def test_a_migration_process_killed_at_one_step_after_another(
     kinds: tuple[str, str],
     start_steps: list[str],
     rollback_steps: list[str],
@@ -206,7 +207,9 @@ async def test_a_mover_that_dies_at_one_step_after_another(
     ("kinds", "phases"),
     [
         pytest.param(JSON_TO_POSTGRESQL, ("FINALIZED",), id="json-postgresql-short"),
-        pytest.param(SQLITE_TO_DYNAMODB, ("COPYING",), id="sqlite-dynamodb-short"),
+        pytest.param(
+            SQLITE_TO_DYNAMODB, ("COPYING",), id="sqlite-dynamodb-short", marks=pytest.mark.long
+        ),
         *(
             pytest.param(
                 kinds,
@@ -218,7 +221,7 @@ async def test_a_mover_that_dies_at_one_step_after_another(
         ),
     ],
 )
-async def test_applications_that_die_in_each_phase(
+async def test_applications_killed_in_each_phase(
     kinds: tuple[str, str], phases: tuple[str, ...], place: Place, crew: Crew
 ) -> None:
     source, target = place(kinds[0], "a"), place(kinds[1], "b")

@@ -1,4 +1,4 @@
-"""Cases 77 to 80: moving, resuming, verifying, failing."""
+"""Cases 77 to 80: migration, resumption, verification, failures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SHORT = {
 SOME_PAIRS = [
     each if each in _SHORT else pytest.param(*each, marks=pytest.mark.long) for each in PAIRS
 ]
-"""All of them, for what takes many processes; without the long sweeps, each engine on each side."""
+"""The pairs for tests with many processes: each engine on each side; all pairs in `make test-long`."""
 
 MOVER = [sys.executable, str(Path(__file__).with_name("mover.py"))]
 
@@ -76,7 +76,7 @@ async def test_77_values_versions_and_timestamps_are_kept(
         compared = await compare_stores(source, target)
         assert compared.equal
         assert compared.collections["machines"].source_count == 60
-        # The backup that was made first is that of the source, and the target gives the same.
+        # The backup that was made first is one of the source; a backup of the target is equal.
         assert report.backup is not None
         again = await backup_store(target, tmp_path / "again.jsonl.gz")
         assert Path(again.path).read_bytes() == Path(report.backup).read_bytes()
@@ -108,9 +108,7 @@ async def test_77_real_data(
 
 @pytest.mark.parametrize("layout", ["single_file/request_database.json", "split_files_flat",
                                     "split_files_wrapped"])  # fmt: skip
-async def test_layouts_of_the_field_are_sources_as_they_lie(
-    layout: str, tmp_path: Path, place: Place
-) -> None:
+async def test_real_layouts_can_be_sources(layout: str, tmp_path: Path, place: Place) -> None:
     import os
     import shutil
 
@@ -135,7 +133,7 @@ async def test_layouts_of_the_field_are_sources_as_they_lie(
     assert {each: each.read_bytes() for each in copy.parent.rglob("*.json")} == before
 
 
-async def test_77_there_and_back_is_byte_for_byte_the_same(place: Place, tmp_path: Path) -> None:
+async def test_77_a_migration_there_and_back_is_identical(place: Place, tmp_path: Path) -> None:
     urls = [place(kind, f"s{n}") for n, kind in enumerate((*KINDS, KINDS[0]))]
     async with opened(urls[0]) as store:
         await fill(store)
@@ -159,7 +157,7 @@ async def test_running_it_twice_changes_nothing(place: Place, tmp_path: Path) ->
         assert await everything(target) == before
 
 
-async def test_parents_in_their_own_collection_come_first(tmp_path: Path) -> None:
+async def test_parents_in_the_same_collection_are_written_first(tmp_path: Path) -> None:
     tree = Collection("nodes", key="node_id", fields=[Field("parent", references="nodes")])
     async with (
         open_store("memory:?enforce_references=no", collections=[tree]) as source,
@@ -250,7 +248,7 @@ async def test_78_a_changed_target_is_noticed(tmp_path: Path, place: Place) -> N
             await tool.resume()
 
 
-async def test_78_nothing_to_resume_is_said(tmp_path: Path) -> None:
+async def test_78_nothing_to_resume_is_reported(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened(f"json:{tmp_path}/b.json") as target:
         with pytest.raises(MigrationError, match="nothing to resume"):
             await MigrationTool(source, target, settings(tmp_path)).resume()
@@ -268,10 +266,10 @@ async def test_78_nothing_to_resume_is_said(tmp_path: Path) -> None:
         ({"data": 1, "version": 5}, ["items 'odd-4' differs in version"]),
         ({"data": 1, "more": None}, ["items 'odd-4' differs in more"]),
         (None, ["items 'odd-4' is missing in the target"]),
-        ({"item_id": "stranger"}, ["items 'stranger' is extra"]),
+        ({"item_id": "stranger"}, ["items 'stranger' is in the target only"]),
     ],
 )
-async def test_79_what_was_planted_is_found_and_named(
+async def test_79_differences_are_found_and_named(
     plant: dict[str, object] | None, named: list[str], kind: str, place: Place, tmp_path: Path
 ) -> None:
     async with opened("memory:") as source, opened(place(kind, "b")) as target:
@@ -301,7 +299,7 @@ async def test_79_many_differences_are_listed_up_to_a_limit(tmp_path: Path) -> N
 # -- case 80: failing -----------------------------------------------------------------------
 
 
-async def test_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_path: Path) -> None:
+async def test_80_an_invalid_value_leaves_the_source_unchanged(tmp_path: Path) -> None:
     loose = Collection("things", key="thing_id", fields=[Field("size", "json")])
     strict = Collection("things", key="thing_id", fields=[Field("size", "integer")])
     async with (
@@ -319,10 +317,10 @@ async def test_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_path: Pa
         assert "'x-17'" in report.problems[0]
         assert "things.size is declared integer" in report.problems[0]
         assert await target.count_entities("things") == 0
-        with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
+        with pytest.raises(MigrationError, match=r"source is unchanged.*resume") as caught:
             await tool.migrate()
         assert isinstance(caught.value.__cause__, InvalidFieldError)
-        # Named as the dry run names it, and not by its place in a batch.
+        # It is named as in the dry run, and not by its position in a batch.
         assert report.problems[0] in str(caught.value)
         assert "item " not in str(caught.value)
         assert await everything(source) == before
@@ -331,7 +329,7 @@ async def test_80_a_bad_value_leaves_the_source_and_says_what_to_do(tmp_path: Pa
 
 
 @pytest.mark.parametrize("rule", [None, "keep", "replace", "newest"])
-async def test_80_whatever_is_refused_is_named(rule: str | None, tmp_path: Path) -> None:
+async def test_80_a_refused_entity_is_named(rule: str | None, tmp_path: Path) -> None:
     loose = Collection("things", key="thing_id", fields=[Field("size", "json")])
     strict = Collection("things", key="thing_id", fields=[Field("size", "integer")])
     async with (
@@ -349,7 +347,9 @@ async def test_80_whatever_is_refused_is_named(rule: str | None, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_80_what_the_server_refuses_is_named(kind: str, place: Place, tmp_path: Path) -> None:
+async def test_80_an_entity_refused_by_the_server_is_named(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
     async with (
         open_store("memory:?enforce_references=no") as source,
         open_store(place(kind, "b")) as target,
@@ -373,8 +373,8 @@ async def test_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) -> None
         tool = MigrationTool(source, target, settings(tmp_path))
         report = await tool.migrate(dry_run=True)
         assert report.problems == [
-            "requests 'r-0': template_id names 'gone', which templates does not have (if it is kept "
-            "elsewhere, declare the field with enforced=False, or set enforce_references to false)"
+            "requests 'r-0': template_id refers to 'gone', which does not exist in templates (if it is "
+            "stored elsewhere, declare the field with enforced=False, or set enforce_references to false)"
         ]
         assert any("enforces references" in each for each in report.notices)
         with pytest.raises(MigrationError, match="'gone'"):
@@ -385,7 +385,7 @@ async def test_80_a_missing_parent_is_found_by_a_dry_run(tmp_path: Path) -> None
 async def test_80_a_target_that_fails_midway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk of the target is full for a while."""
+    """The disk of the target is full for some time."""
     import errno
     import os
 
@@ -449,7 +449,7 @@ async def test_80_a_target_whose_server_dies_midway(
 
             with monkeypatch.context() as patch:
                 patch.setattr(copier, "put", dying)
-                with pytest.raises(MigrationError, match=r"source is as it was.*resume") as caught:
+                with pytest.raises(MigrationError, match=r"source is unchanged.*resume") as caught:
                     await tool.migrate()
             assert all(isinstance(each, StorageError) for each in _chain(caught.value)[:2])
             assert await everything(source) == before
@@ -490,12 +490,12 @@ async def test_80_the_source_is_emptied_only_after_verification(tmp_path: Path) 
         assert report.cleaned
         assert not any((await everything(source)).values())
         assert await everything(target) == before
-        # Nothing is there any more to be copied, and the target keeps what it has.
+        # There is nothing left to copy, and the target keeps its entities.
         with pytest.raises(TargetNotEmptyError):
             await tool.migrate()
 
 
-async def test_80_what_changes_after_verification_is_not_deleted(tmp_path: Path) -> None:
+async def test_80_entities_changed_after_verification_are_not_deleted(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await fill(source)
         tool = MigrationTool(source, target, settings(tmp_path, cleanup_source=True))
@@ -516,7 +516,7 @@ async def test_80_what_changes_after_verification_is_not_deleted(tmp_path: Path)
 # -- a target that is not empty -------------------------------------------------------------
 
 
-async def test_a_target_with_something_else_is_refused(tmp_path: Path) -> None:
+async def test_a_target_with_other_entities_is_refused(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await fill(source)
         await target.create_entity("templates", {"template_id": "own"})
@@ -534,9 +534,7 @@ async def test_a_target_with_something_else_is_refused(tmp_path: Path) -> None:
     ("rule", "name", "written"),
     [("keep", "theirs", 2), ("replace", "Template 1", 3), ("newest", "theirs", 2)],
 )
-async def test_merging_settles_by_the_rule(
-    rule: str, name: str, written: int, tmp_path: Path
-) -> None:
+async def test_merging_follows_the_rule(rule: str, name: str, written: int, tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await fill(source, 10)
         await target.save_entity("templates", {"template_id": "t-1", "name": "theirs"})
@@ -551,7 +549,7 @@ async def test_merging_settles_by_the_rule(
         assert await target.get_entity("templates", "own") is not None
 
 
-async def test_newest_goes_by_the_time_of_the_last_write(tmp_path: Path) -> None:
+async def test_newest_compares_the_time_of_the_last_write(tmp_path: Path) -> None:
     def item(name: str, moment: str | None, version: int = 1) -> dict[str, object]:
         return {"item_id": name, "updated_at": moment, "version": version, "label": "arriving"}
 
@@ -643,8 +641,8 @@ async def test_the_report_is_plain_data(tmp_path: Path) -> None:
         )
 
 
-async def test_workers_are_held_back_by_a_slow_target(tmp_path: Path) -> None:
-    """The walk is never more than a few batches ahead of what is written."""
+async def test_a_slow_target_causes_backpressure(tmp_path: Path) -> None:
+    """The reader is never more than a few batches ahead of the writers."""
     async with opened("memory:") as source, opened("memory:") as target:
         await source.create_entities("items", [{"item_id": f"i-{n:04d}"} for n in range(400)])
         read = written = furthest = 0
@@ -669,5 +667,5 @@ async def test_workers_are_held_back_by_a_slow_target(tmp_path: Path) -> None:
         source.query_page = reading  # type: ignore[method-assign, assignment]
         target._import_stored = writing  # type: ignore[method-assign, assignment]
         await _migrate(source, target, tmp_path, batch_size=10, parallel_workers=3)
-        # In the workers' hands, in the queue, and in the hand of the walk.
+        # Batches held by the workers, in the queue, and held by the reader.
         assert 10 < furthest <= 10 * (3 + 3 + 2)

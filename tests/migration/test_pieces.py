@@ -1,4 +1,4 @@
-"""Entities in pieces, and as canonical texts, are what `select` gives, on every engine."""
+"""Reading entities in chunks, and as canonical JSON, gives the same as `select`, on every engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("json-single", "sqlite", "postgresql", "dynamodb")
 
 
 async def refuse_other(reader: Reader, query: Query) -> list[Entity]:
-    """What `select` gives, made sure that the others give the same."""
+    """The result of `select`; asserts that the other methods return the same."""
     expected = [each.entity async for each in reader.select(query)]
     pieces = [piece async for piece in iter_batches(reader, query)]
     assert all(pieces)
@@ -36,7 +36,7 @@ async def refuse_other(reader: Reader, query: Query) -> list[Entity]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_whatever_is_asked(kind: str, place: Place) -> None:
+async def test_chunks_agree_with_select_for_any_query(kind: str, place: Place) -> None:
     async with opened(place(kind, "a")) as store:
         await fill(store, 700)
         machines = store.collections["machines"]
@@ -66,7 +66,9 @@ async def test_whatever_is_asked(kind: str, place: Place) -> None:
 @hypothesis_settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-async def test_whatever_is_stored(kind: str, place: Place, items: list[dict[str, object]]) -> None:
+async def test_chunks_agree_with_select_for_any_entities(
+    kind: str, place: Place, items: list[dict[str, object]]
+) -> None:
     async with opened(_once(place, kind)) as store:
         there = await store.query_entities("items")
         await store.delete_entities("items", [str(each["item_id"]) for each in there])
@@ -80,14 +82,14 @@ _MADE: dict[tuple[int, str], str] = {}
 
 
 def _once(place: Place, kind: str) -> str:
-    """One store for all examples of a test."""
+    """A store that is shared by all examples of a test."""
     key = (id(place), kind)
     if key not in _MADE:
         _MADE[key] = place(kind, "a")
     return _MADE[key]
 
 
-async def test_more_ways_to_hold_nulls_than_are_remembered(place: Place) -> None:
+async def test_more_combinations_of_nulls_than_are_cached(place: Place) -> None:
     names = ("label", "count", "ratio", "active", "due_at", "data")
     entities: list[Entity] = []
     for bits in range(1 << len(names)):

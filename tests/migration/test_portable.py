@@ -35,7 +35,7 @@ URLS = ("memory:", "json:{}/one.json", "json:{}/split")
 
 
 @pytest.mark.parametrize("url", URLS)
-async def test_81_backup_and_restore_give_back_an_equal_store(url: str, tmp_path: Path) -> None:
+async def test_81_backup_and_restore_give_an_equal_store(url: str, tmp_path: Path) -> None:
     async with opened(url.format(tmp_path)) as store:
         await fill(store)
         before = await everything(store)
@@ -61,7 +61,7 @@ def _sorted(value: object) -> object:
 
 @given(generated_items())
 @hypothesis_settings(max_examples=25)
-async def test_generated_stores_come_back(items: list[dict[str, object]]) -> None:
+async def test_generated_stores_round_trip(items: list[dict[str, object]]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,7 @@ async def test_generated_stores_come_back(items: list[dict[str, object]]) -> Non
             first = await backup_store(one, f"{folder}/1.jsonl.gz")
             await restore_store(other, first.path)
             if not items:
-                return  # a store without files is none, and is not backed up
+                return  # a store without files does not exist, and is not backed up
             second = await backup_store(other, f"{folder}/2.jsonl.gz")
             assert Path(first.path).read_bytes() == Path(second.path).read_bytes()
             assert repr(_sorted(await everything(one))) == repr(_sorted(await everything(other)))
@@ -110,7 +110,7 @@ async def test_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Path) ->
             found = await check_portable(altered)
         except StorageError:
             continue
-        assert found == digests  # a byte of gzip that means nothing, as that of its time
+        assert found == digests  # a byte of gzip without effect, like the timestamp
         harmless += 1
     assert harmless < 20
 
@@ -148,7 +148,7 @@ async def test_81_an_alteration_that_is_good_gzip_is_refused(alter: object, tmp_
         assert not any((await everything(store)).values())
 
 
-async def test_it_says_no_time_and_no_engine_and_is_plain_json_lines(tmp_path: Path) -> None:
+async def test_a_backup_is_json_lines_without_time_and_engine(tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     header = lines[0]
@@ -161,7 +161,7 @@ async def test_it_says_no_time_and_no_engine_and_is_plain_json_lines(tmp_path: P
     assert names.index("templates") < names.index("requests") < names.index("machines")
 
 
-async def test_what_is_no_backup_is_said_to_be_none(tmp_path: Path) -> None:
+async def test_files_that_are_no_backup_are_refused(tmp_path: Path) -> None:
     for content in (b"", b"{}", gzip.compress(b"{}\n"), gzip.compress(b""), os.urandom(100)):
         path = tmp_path / "x"
         path.write_bytes(content)
@@ -171,10 +171,10 @@ async def test_what_is_no_backup_is_said_to_be_none(tmp_path: Path) -> None:
                 await restore_store(store, path)
 
 
-async def test_a_new_name_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+async def test_an_existing_backup_is_not_overwritten(tmp_path: Path) -> None:
     path = await _backup(tmp_path)
     async with opened("memory:") as store:
-        with pytest.raises(InvalidInputError, match="is there already"):
+        with pytest.raises(InvalidInputError, match="exists already"):
             await backup_store(store, path)
     assert [each.name for each in tmp_path.iterdir()] == ["b.jsonl.gz"]
 
@@ -201,7 +201,7 @@ async def test_a_store_that_is_not_empty_needs_a_rule(tmp_path: Path) -> None:
         kept = await restore_store(store, path, merge="keep")
         assert (kept.merged["templates"].written, kept.merged["templates"].kept) == (2, 1)
         newest = await restore_store(store, path, merge="newest")
-        assert newest.merged["templates"].kept == 1  # that of the backup has no updated_at
+        assert newest.merged["templates"].kept == 1  # the one in the backup has no updated_at
         replaced = await restore_store(store, path, merge="replace")
         assert (replaced.merged["templates"].written, replaced.merged["templates"].unchanged) == (
             1,
@@ -220,10 +220,10 @@ async def test_collections_that_are_not_declared_are_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql"])
-async def test_a_backup_holds_one_moment_while_others_write(
+async def test_a_backup_is_a_consistent_snapshot_during_writes(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
-    """Money moves between two collections; the sum in the backup is right."""
+    """During transfers between two collections, the sum in the backup is correct."""
     import asyncio
 
     async with opened(place(kind, "db")) as store:
@@ -268,5 +268,5 @@ async def test_a_backup_holds_one_moment_while_others_write(
         await asyncio.wait([moving])
 
 
-def test_the_odd_values_are_odd() -> None:
+def test_there_are_enough_unusual_values() -> None:
     assert len(odd_items()) > 30

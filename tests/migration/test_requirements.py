@@ -1,5 +1,5 @@
-"""Case 134 and what goes with it: a store is itself however it is spelt, a mistyped name is no empty
-store, and what is stored is declared or named."""
+"""Case 134 and related requirements: the identity of a store does not depend on the spelling of its URL,
+a mistyped name is not an empty store, and undeclared collections are reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FILES = ("json-single", "json-split", "sqlite")
 
 
 def other_spellings(kind: str, url: str, tmp_path: Path) -> list[str]:
-    """The same place by other names."""
+    """Other spellings of the same location."""
     if kind in FILES:
         scheme, _, name = url.partition(":")
         path = Path(name)
@@ -68,7 +68,7 @@ def other_spellings(kind: str, url: str, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("cleanup", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_134_a_store_is_not_moved_to_itself_however_it_is_spelt(
+async def test_134_a_migration_to_the_same_store_is_refused_whatever_its_spelling(
     kind: str, cleanup: bool, place: Place, tmp_path: Path
 ) -> None:
     url = place(kind, "a")
@@ -85,7 +85,7 @@ async def test_134_a_store_is_not_moved_to_itself_however_it_is_spelt(
             )
             async with tool:
                 for dry_run in (True, False):
-                    with pytest.raises(MigrationError, match="the same store|cannot be found out"):
+                    with pytest.raises(MigrationError, match="the same store|cannot be determined"):
                         await tool.migrate(dry_run=dry_run)
     async with opened(url) as store:
         assert await everything(store) == before
@@ -93,7 +93,9 @@ async def test_134_a_store_is_not_moved_to_itself_however_it_is_spelt(
 
 
 @pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql"])
-async def test_134_nor_while_it_is_in_use(kind: str, place: Place, tmp_path: Path) -> None:
+async def test_134_a_live_migration_to_the_same_store_is_refused(
+    kind: str, place: Place, tmp_path: Path
+) -> None:
     url = place(kind, "a")
     async with opened(url) as store:
         await fill(store, 5)
@@ -101,7 +103,7 @@ async def test_134_nor_while_it_is_in_use(kind: str, place: Place, tmp_path: Pat
         try:
             live = LiveMigration(url, other, collections=CONTRACT_COLLECTIONS)
         except ConfigurationError:
-            continue  # its form alone says so
+            continue  # refused because of its form
         async with live:
             with pytest.raises(MigrationError):
                 await live.start()
@@ -125,7 +127,7 @@ async def test_134_a_copy_is_another_store(kind: str, place: Place, tmp_path: Pa
         assert report.verified
 
 
-async def test_when_in_doubt_a_move_is_refused(tmp_path: Path) -> None:
+async def test_a_migration_is_refused_if_the_identity_cannot_be_determined(tmp_path: Path) -> None:
     async with opened(f"json:{tmp_path}/a.json") as source, opened("memory:") as target:
         await fill(source, 5)
 
@@ -133,14 +135,14 @@ async def test_when_in_doubt_a_move_is_refused(tmp_path: Path) -> None:
             raise UnavailableError("nobody answers")
 
         source.is_same_store = unknown  # type: ignore[method-assign]
-        with pytest.raises(MigrationError, match="cannot be found out") as caught:
+        with pytest.raises(MigrationError, match="cannot be determined") as caught:
             await MigrationTool(source, target, settings(tmp_path)).migrate()
         assert caught.value.retryable
         assert not any((await everything(target)).values())
 
 
-def test_what_a_checkpoint_is_found_by_does_not_depend_on_durability(tmp_path: Path) -> None:
-    """A shared store that may lose its last commits is the same store in the next process."""
+def test_a_checkpoint_is_found_without_durability(tmp_path: Path) -> None:
+    """A store without durability is still the same store in the next process."""
     urls = [f"json:{tmp_path}/a.json", f"json:{tmp_path}/a.json?sync_writes=no"]
     assert len({identity(open_store(each)) for each in urls}) == 1
     shared = [open_store(urls[0]) for _ in range(2)]
@@ -156,7 +158,7 @@ def test_what_a_checkpoint_is_found_by_does_not_depend_on_durability(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_source_that_is_not_there_is_not_taken_for_an_empty_one(
+async def test_a_missing_source_is_not_taken_for_an_empty_one(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
     url = place(kind, "absent")
@@ -176,7 +178,7 @@ async def test_a_source_that_is_not_there_is_not_taken_for_an_empty_one(
                 await compare_stores(*pair)
         with pytest.raises(StoreNotFoundError):
             await MigrationTool(store, other, settings(tmp_path)).validate_migration()
-        # Nothing was made by all that, and reads of a program answer as of an empty store.
+        # Nothing was created by that, and reads return empty results.
         assert not await store.exists()
         assert not await other.exists()
         assert await store.get_entity("templates", "t-1") is None
@@ -213,10 +215,10 @@ async def _application(url: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_others_declared_comes_along_or_is_named(
+async def test_undeclared_collections_are_migrated_or_reported(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
-    """A command that declares less than the application loses nothing without a word."""
+    """A command that declares fewer collections than the application loses nothing silently."""
     url = place(kind, "a")
     await _application(url)
     async with (
@@ -244,7 +246,7 @@ async def test_what_others_declared_comes_along_or_is_named(
         some = [each for each in lost if each != "orders"]
         with pytest.raises(ConfigurationError, match="orders"):
             await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=some)
-        # With a word it goes, and the word is in what is reported.
+        # With an explicit option they are left out, and the report says so.
         made = await backup_store(store, tmp_path / "b.jsonl.gz", leave_out=lost)
         assert made.left_out == lost
         report = await MigrationTool(store, target, settings(tmp_path), leave_out=lost).migrate()
@@ -254,7 +256,7 @@ async def test_what_others_declared_comes_along_or_is_named(
         assert compared.equal
         with pytest.raises(InvalidInputError, match="'templates' is declared"):
             await backup_store(store, tmp_path / "c.jsonl.gz", leave_out=["templates"])
-    # Declared, it all comes.
+    # If they are declared, all are migrated.
     async with open_store(url, collections=_OWN) as store:
         assert await store.undeclared() == []
         made = await backup_store(store, tmp_path / "whole.jsonl.gz")
@@ -267,7 +269,7 @@ async def test_what_others_declared_comes_along_or_is_named(
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_fields_that_are_left_out_are_not_lost_with_their_entities(
+async def test_excluding_fields_with_cleanup_source_is_refused(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
     url = place(kind, "a")
@@ -276,7 +278,7 @@ async def test_fields_that_are_left_out_are_not_lost_with_their_entities(
         open_store(url, collections=HOST_FACTORY) as store,
         open_store("memory:", collections=HOST_FACTORY) as target,
     ):
-        with pytest.raises(ConfigurationError, match="would be gone"):
+        with pytest.raises(ConfigurationError, match="would be lost"):
             MigrationTool(
                 store,
                 target,
@@ -286,10 +288,10 @@ async def test_fields_that_are_left_out_are_not_lost_with_their_entities(
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_a_target_with_fields_of_others_is_not_written_over(
+async def test_a_target_with_excluded_fields_is_not_overwritten(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
-    """The old value of the field would stay in an entity that is replaced."""
+    """The old value of the field would remain in a replaced entity."""
     url = place(kind, "a")
     await _application(url)
     async with open_store("memory:", collections=HOST_FACTORY) as source:
@@ -308,7 +310,7 @@ async def test_a_target_with_fields_of_others_is_not_written_over(
 
 
 @pytest.mark.parametrize("kind", ["json-single", "sqlite", "postgresql", "dynamodb"])
-async def test_a_live_move_leaves_nothing_behind_either(
+async def test_a_live_migration_reports_undeclared_collections(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
     url = place(kind, "a")
@@ -322,10 +324,10 @@ async def test_a_live_move_leaves_nothing_behind_either(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_reading_makes_no_tables_in_the_source(
+async def test_reading_creates_no_tables_in_the_source(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
-    """It holds one of the three collections; the others are not made by looking for them."""
+    """The source has tables for one of three collections; reading does not create the others."""
     url = place(kind, "a")
     only = [Collection("templates", key="template_id")]
     async with open_store(url, collections=only) as store:

@@ -1,8 +1,8 @@
-"""Case 122, of what is read here: whatever bytes a backup or a checkpoint has, and whatever words the
-command line is given, only a `StorageError` comes out, in bounded memory.
+"""Case 122 for backups, checkpoints and the command line: corrupted input raises only a `StorageError`,
+and memory usage is bounded.
 
-The inputs are recorded good ones, with bytes, lines and structures changed. HF_ASYNC_STORE_FUZZ_SECONDS
-bounds the long run.
+The inputs are recorded valid ones with changed bytes, lines and structures. HF_ASYNC_STORE_FUZZ_SECONDS
+limits the long run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _TEXTS = [
 
 
 def spoilt_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bytes changed, left out, put in, doubled or cut off."""
+    """Bytes changed, removed, inserted, duplicated or truncated."""
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         at = rng.randrange(len(found) + 1)
@@ -83,7 +83,7 @@ def spoilt_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def spoilt_value(value: Any, rng: random.Random) -> Any:
-    """A JSON value with a part of it replaced, renamed or left out."""
+    """A JSON value with a part of it replaced, renamed or removed."""
     if rng.randrange(4) == 0 or not isinstance(value, dict | list) or not value:
         return rng.choice(_ODD)
     if isinstance(value, list):
@@ -114,7 +114,7 @@ async def recorded(tmp_path: Path) -> Path:
 
 
 def spoilt_backups(good: Path, into: Path, rng: random.Random) -> Iterator[Path]:
-    """Backups of every kind of fault: in the bytes of gzip, in the text, in a value with right digests."""
+    """Corrupted backups: in the gzip bytes, in the JSON text, or in a value with correct digests."""
     packed = good.read_bytes()
     lines = gzip.decompress(packed).splitlines()
     sections: dict[str, list[bytes]] = {}
@@ -153,7 +153,7 @@ def spoilt_backups(good: Path, into: Path, rng: random.Random) -> Iterator[Path]
 
 
 async def looked_at(path: Path) -> None:
-    """Every way of reading a backup. What is refused was not written in part."""
+    """Read a backup in every way. A refused backup must not be restored in part."""
     is_portable(path)
 
     async def walk() -> None:
@@ -177,7 +177,7 @@ async def refused_well(work: Callable[[], Awaitable[object]]) -> bool:
     return False
 
 
-async def test_122_spoilt_backups(tmp_path: Path) -> None:
+async def test_122_corrupted_backups(tmp_path: Path) -> None:
     good = await recorded(tmp_path)
     spoilt = spoilt_backups(good, tmp_path / "bad.jsonl.gz", random.Random(7))
     for _ in range(SHORT):
@@ -186,7 +186,7 @@ async def test_122_spoilt_backups(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS + 300)
-async def test_122_spoilt_backups_for_long(tmp_path: Path) -> None:
+async def test_122_corrupted_backups_for_long(tmp_path: Path) -> None:
     good = await recorded(tmp_path)
     seed = random.randrange(1 << 32)
     spoilt = spoilt_backups(good, tmp_path / "bad.jsonl.gz", random.Random(seed))
@@ -245,7 +245,7 @@ async def resumed_from_spoilt(
     return count
 
 
-async def test_122_spoilt_checkpoints(tmp_path: Path) -> None:
+async def test_122_corrupted_checkpoints(tmp_path: Path) -> None:
     left = iter(range(SHORT))
     count = await resumed_from_spoilt(
         tmp_path, random.Random(3), lambda: next(left, None) is not None
@@ -255,7 +255,7 @@ async def test_122_spoilt_checkpoints(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS + 300)
-async def test_122_spoilt_checkpoints_for_long(tmp_path: Path) -> None:
+async def test_122_corrupted_checkpoints_for_long(tmp_path: Path) -> None:
     ends = time.monotonic() + SECONDS / 2
     seed = random.randrange(1 << 32)
     print(f"\nseed {seed}")
@@ -282,7 +282,7 @@ REQUESTS = next(each for each in HOST_FACTORY if each.name == "requests")
 @example(["[" * 5000], False)
 @example(["tags/" + "9" * 5000 + "=1"], False)
 @example(["status:in:=" + "[" * 5000], True)
-async def test_122_words_of_the_command_line(words: list[str], as_order: bool) -> None:
+async def test_122_arguments_of_the_command_line(words: list[str], as_order: bool) -> None:
     async with open_store("memory:") as store:
         await store.save_entity("requests", {"request_id": "r", "tags": {"a": [1, {"b": 2}]}})
 

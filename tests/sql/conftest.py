@@ -1,4 +1,4 @@
-"""The two engines, each with a place of its own for one test."""
+"""SQLite and PostgreSQL, each with a separate database for one test."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ TYPES = b"DDCCZZTTtE12n"
 
 
 class Damage:
-    """What becomes of one message, decided by a seed.
+    """How one message is damaged, determined by a seed.
 
     Attributes:
         kind: one of KINDS.
         type: only a message of this type is damaged; None: any.
-        skip: so many of those are let pass first.
+        skip: the number of such messages that are passed on unchanged first.
     """
 
     def __init__(self, seed: int, kind: str | None = None) -> None:
@@ -43,7 +43,7 @@ class Damage:
         return self.skip < 0
 
     def of(self, message: bytes) -> bytes | None:
-        """The message as it is sent on; None: nothing more is sent, and the link stays open."""
+        """The damaged message; None: nothing more is sent, and the connection stays open."""
         chance, body = self.random, bytearray(message)
         match self.kind:
             case "flip" | "flip_many":
@@ -55,7 +55,7 @@ class Damage:
             case "length":
                 length = struct.unpack(">i", body[1:5])[0] + chance.choice([-2, -1, 1, 2, 7])
                 body[1:5] = struct.pack(">i", length)
-            case "negative":  # of no seed: see `test_a_length_below_zero`
+            case "negative":  # not used with a seed: see `test_a_negative_length`
                 body[1:5] = struct.pack(">i", -chance.randrange(1, 2**31))
             case "huge":
                 body[1:5] = struct.pack(">i", chance.randrange(2**20, 2**31))
@@ -78,12 +78,12 @@ class Damage:
 
 
 class DamagingLink:
-    """All connections through one port.
+    """A proxy for all connections to one port.
 
     Attributes:
-        port: where it listens.
-        damage: of the next message from the server that it applies to, and then of none.
-        done: how many messages were damaged.
+        port: the port on which it listens.
+        damage: applied to the next matching message from the server, and then removed.
+        done: the number of damaged messages.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -126,7 +126,7 @@ class DamagingLink:
                 self.damage = None
                 self.done += 1
                 if not await _damaged(damage, message, writer):
-                    await asyncio.Event().wait()  # silence
+                    await asyncio.Event().wait()  # sends nothing more
         writer.close()
 
     async def close(self) -> None:
@@ -136,7 +136,7 @@ class DamagingLink:
 
 
 async def _damaged(damage: Damage, message: bytes, writer: asyncio.StreamWriter) -> bool:
-    """Send a message on with its damage; whether anything comes after it."""
+    """Pass a message on with its damage; returns whether anything is sent after it."""
     sent = damage.of(message)
     if sent is None:
         return False

@@ -1,4 +1,4 @@
-"""A link that can break: a small proxy before a server."""
+"""A small proxy in front of a server, whose connections can be broken."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 
 class Link:
-    """All connections through one port.
+    """A proxy for all connections to one port.
 
     Attributes:
-        port: where it listens.
-        to: host and port of the server that new connections lead to.
-        cut_after: once a client sends this, it is passed on, and nothing comes back: the link breaks.
-        passed: what was passed on since then.
+        port: the port on which it listens.
+        to: host and port of the server to which new connections are forwarded.
+        cut_after: when a client sends this, it is passed on, and the connection breaks before the
+            response.
+        passed: the bytes that were passed on since then.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -42,7 +43,7 @@ class Link:
                 back.write(data)
                 await back.drain()
                 if cut:
-                    await asyncio.sleep(0.2)  # the server has done it by then
+                    await asyncio.sleep(0.2)  # by then the server has executed it
                     break
         finally:
             answers.cancel()

@@ -1,4 +1,4 @@
-"""A hot standby of a test server, made by pg_basebackup as an administrator makes it."""
+"""A hot standby of a test server, created with pg_basebackup."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Standby:
         self._data = folder / "data"
 
     def promote(self) -> None:
-        """Make it a primary."""
+        """Promote it to a primary."""
         command = [self._programs / "pg_ctl", "promote", "-w", "-D", self._data]
         _run_as_server(command, self._data.parent)
 
     def follow(self, server: PostgresServer) -> None:
-        """Wait until it has all that its primary has by now."""
+        """Wait until it has replayed everything that its primary has written so far."""
         [there] = ask(server.url, "SELECT pg_current_wal_lsn()::text")
         own = server.url.replace(f":{urlsplit(server.url).port}/", f":{self.port}/")
         for _ in range(400):
@@ -106,7 +106,7 @@ def _run_as_server(command: Sequence[str | Path], folder: Path) -> None:
 
 
 def _as_server(folder: Path) -> dict[str, object]:
-    """How a program of the server is started: it refuses to run as root."""
+    """Arguments of `subprocess.run` for a program of the server, which refuses to run as root."""
     if os.geteuid() != 0:
         return {"cwd": folder}
     return {"cwd": folder, "user": _unprivileged(), "extra_groups": []}

@@ -1,4 +1,4 @@
-"""What a caller hears of each error of PostgreSQL and of its driver: who is wrong, and what to do."""
+"""The error class and message for each error of PostgreSQL and of its driver."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ CLASSES = [
     "XX",
 ]
 
-# SQLSTATE: the error of a statement of ours, whether it may be tried again, whether a write may
-# have landed; and the error where the caller's own statement met it, if that is another one.
+# SQLSTATE: the error for a statement of the store, whether it is retryable, whether a write may have
+# been applied; and the error for a statement of the caller, if that differs.
 MEANT: dict[str, tuple[type[StorageError], bool, bool, type[StorageError] | None]] = {
     "00000": (ProtocolError, False, True, None),
     "01000": (ProtocolError, False, True, None),
@@ -198,13 +198,13 @@ def test_the_table_knows_every_class_and_every_state_of_the_driver() -> None:
 
 
 @pytest.mark.parametrize("state", MEANT)
-def test_each_class_is_told_as_what_it_is(state: str) -> None:
+def test_each_sqlstate_has_its_error_class(state: str) -> None:
     kind, retryable, unknown, callers = MEANT[state]
     error = postgres_error(state, "what it said", doing="write", writes=True)
     assert type(error) is kind
     assert (error.retryable, error.outcome_unknown) == (retryable, unknown)
     assert "what it said" in str(error)
-    # Where nothing is written, nothing can have landed.
+    # A read has no unknown outcome.
     assert not postgres_error(state, "it", doing="read", writes=False).outcome_unknown
     own = postgres_error(state, "it", doing="execute", writes=False, callers=True)
     assert type(own) is (callers or kind)
@@ -213,7 +213,7 @@ def test_each_class_is_told_as_what_it_is(state: str) -> None:
         assert not own.retryable
 
 
-def test_a_state_that_is_none_says_nothing_of_a_write() -> None:
+def test_an_invalid_sqlstate_leaves_the_outcome_of_a_write_unknown() -> None:
     for state in ("", "ZZ000", "\x00", "99999"):
         error = postgres_error(state, "?", doing="write", writes=True)
         assert type(error) is ProtocolError
@@ -221,8 +221,8 @@ def test_a_state_that_is_none_says_nothing_of_a_write() -> None:
         assert not postgres_error(state, "?", doing="read", writes=False).outcome_unknown
 
 
-async def test_each_class_comes_so_from_the_server(database: str) -> None:
-    """By a trigger that raises it. Those that end the connection are in the table alone."""
+async def test_each_sqlstate_raised_by_the_server(database: str) -> None:
+    """A trigger raises each state. States that end the connection are tested only with the table."""
     async with open_store(f"{database}?timeout=0.3") as store:
         await store.save_entity("templates", template("t"))
         execute(
@@ -233,12 +233,12 @@ async def test_each_class_comes_so_from_the_server(database: str) -> None:
         )
         for state, (kind, retryable, unknown, _) in MEANT.items():
             if state == "00000":
-                continue  # no exception can have it
+                continue  # no exception can have this state
             with pytest.raises(StorageError, match="refused here") as caught:
                 await store.save_entity("templates", template("u", name=state))
             error = caught.value
             if state == "25006":
-                assert isinstance(error, ReadOnlyStoreError)  # the flags are the connection's
+                assert isinstance(error, ReadOnlyStoreError)  # the flags depend on the connection
             elif state[:2] in ("40", "72") and state not in ("40002", "40003"):
                 assert isinstance(error, ConcurrencyConflictError)
             else:
@@ -268,7 +268,7 @@ async def test_each_class_comes_so_from_the_server(database: str) -> None:
         ("INSERT INTO templates (template_id) VALUES ('t')", ()),  # it has a version
     ],
 )
-async def test_a_callers_own_bad_sql_is_the_callers(url: str, sql: str, params: Any) -> None:
+async def test_invalid_sql_of_the_caller_is_an_input_error(url: str, sql: str, params: Any) -> None:
     async with open_store(url) as store:
         await store.save_entity("templates", template("t"))
         with pytest.raises(InvalidInputError, match="execute_with_lock") as caught:
@@ -289,13 +289,13 @@ async def test_an_argument_is_not_shown(database: str) -> None:
         assert "hunter2" not in str(caught.value)
 
 
-async def test_a_column_of_another_release_does_not_stop_a_statement(database: str) -> None:
-    """Its statement was prepared when the table had one column less."""
+async def test_an_added_column_does_not_break_a_prepared_statement(database: str) -> None:
+    """The statement was prepared when the table had one column less."""
     async with open_store(f"{database}?pool_size=3&max_overflow=0") as store:
         await store.save_entity("templates", template("t"))
         sql = "SELECT * FROM templates WHERE template_id = 't'"
         for column in ("owner", "zone", "tier"):
-            # Prepared on every connection that there is.
+            # Prepared on every connection of the pool.
             calls = [store.execute_with_lock(sql) for _ in range(12)]  # type: ignore[attr-defined]
             await asyncio.gather(*calls)
             execute(database, f"ALTER TABLE templates ADD COLUMN {column} text")
@@ -310,7 +310,7 @@ async def test_a_column_of_another_release_does_not_stop_a_statement(database: s
         assert "more" in row
 
 
-# -- what others did to the database --------------------------------------------------------
+# -- changes of the database by others ------------------------------------------------------
 
 
 async def test_a_table_that_was_dropped_is_named(url: str, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ async def test_a_column_that_was_dropped_or_changed_is_named(database: str) -> N
             await store.get_entity("templates", "t")
 
 
-async def test_an_administrators_constraint_is_told_as_theirs(database: str) -> None:
+async def test_a_violated_constraint_of_an_administrator_is_named(database: str) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", template("t", name="x"))
         execute(
@@ -400,7 +400,7 @@ async def test_sessions_that_an_administrator_ended_while_idle(database: str) ->
 # -- roles, names, endpoints ----------------------------------------------------------------
 
 
-async def test_who_and_where_is_wrong_is_named(
+async def test_connection_errors_name_the_wrong_setting(
     database: str, postgres_server: PostgresServer, tmp_path: Path
 ) -> None:
     parts = urlsplit(database)
@@ -424,7 +424,7 @@ async def test_who_and_where_is_wrong_is_named(
         (f"{cert}{missing}", ConfigurationError, f"sslcert: .*{missing}", False),
         (f"{cert}{broken}&sslkey={missing}", ConfigurationError, f"sslkey: .*{missing}", False),
         (f"{cert}{broken}&sslkey={broken}", ConfigurationError, "sslcert, sslkey: ", False),
-        (f"{database}?sslkey={broken}", ConfigurationError, "sslkey: of no use", False),
+        (f"{database}?sslkey={broken}", ConfigurationError, "sslkey: sslcert is required", False),
         (f"{database}?sslrootcert={broken}", ConfigurationError, "sslrootcert: .*no PEM", False),
         (f"{database}?sslcrl={missing}", ConfigurationError, f"sslcrl: .*{missing}", False),
     ]  # fmt: skip
@@ -443,7 +443,7 @@ async def test_who_and_where_is_wrong_is_named(
         execute(database, f"DROP ROLE {role}")
 
 
-async def test_a_role_without_a_privilege_is_told_so(database: str) -> None:
+async def test_a_missing_privilege_is_reported(database: str) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", template("t"))
     role = f"reader_{random.randrange(10**9)}"
@@ -462,7 +462,7 @@ async def test_a_role_without_a_privilege_is_told_so(database: str) -> None:
         execute(database, f"DROP ROLE {role}")
 
 
-async def test_what_listens_is_no_postgresql() -> None:
+async def test_a_server_that_is_not_postgresql() -> None:
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(8)
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")

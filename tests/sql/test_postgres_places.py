@@ -1,5 +1,5 @@
-"""Where a store is on a server: whether two are one, names that need quotes, and other people's
-objects in its schema."""
+"""Stores on a server: their identity, names that need quotes, and objects of other users in the
+schema."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 async def same(one: str, other: str) -> bool:
-    """What the dialect says of two stores, asked both ways."""
+    """Whether the dialect identifies two stores as the same, in both directions."""
     async with open_store(one) as mine, open_store(other) as theirs:
         sql: Any = mine._sql  # type: ignore[attr-defined]
         others: Any = theirs._sql  # type: ignore[attr-defined]
@@ -64,7 +64,9 @@ async def test_one_store_by_several_names(database: str) -> None:
         execute(database, "DROP ROLE other_name")
 
 
-async def test_other_stores_of_the_server(database: str, postgres_server: PostgresServer) -> None:
+async def test_different_stores_of_one_server(
+    database: str, postgres_server: PostgresServer
+) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", {"template_id": "t"})
     copied = await asyncio.to_thread(postgres_server.copy, database)
@@ -77,7 +79,7 @@ async def test_other_stores_of_the_server(database: str, postgres_server: Postgr
         postgres_server.drop(copied)
 
 
-async def test_a_standby_is_its_primary_and_a_promoted_copy_is_not(
+async def test_a_standby_is_the_same_store_and_a_promoted_copy_is_not(
     database: str, postgres_server: PostgresServer
 ) -> None:
     with standby_of(postgres_server) as standby:
@@ -139,7 +141,7 @@ async def test_a_schema_whose_name_needs_quotes(database: str) -> None:
     name = ODD.replace('"', '""')
     execute(database, f'CREATE SCHEMA "{name}"')
     await every_verb(f"{database}?schema={quote(ODD, safe='')}")
-    # By the role's own search_path, too.
+    # Also with the search_path of the role.
     database_name = urlsplit(database).path[1:]
     execute(
         database, f'CREATE SCHEMA "Own-2"; ALTER DATABASE {database_name} SET search_path = "Own-2"'
@@ -199,10 +201,10 @@ _OPERATORS = ["=", "<>", "<", "<=", ">", ">=", "||", "-", "?", "->", "->>", "#>>
 
 
 def _impostors(types: list[str]) -> str:
-    """Functions and operators of the names that statements use, for every type of argument.
+    """Functions and operators with the names that statements use, for every argument type.
 
-    Those of the same name and types in pg_catalog come before them; of all others, each might be
-    the better match.
+    Those in pg_catalog with the same name and types have precedence; each other one might be the
+    better match.
     """
     body = "LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the code of another role ran'; END $$"
     made = []
@@ -222,7 +224,7 @@ def _impostors(types: list[str]) -> str:
 
 
 async def test_no_function_or_operator_of_another_role_is_run(database: str) -> None:
-    """A role that may create objects in the schema, and nothing else, makes impostors there."""
+    """A role that may only create objects in the schema creates functions with the same names."""
     execute(database, "CREATE ROLE low LOGIN; GRANT CREATE ON SCHEMA public TO PUBLIC")
     try:
         async with open_store(database) as store:

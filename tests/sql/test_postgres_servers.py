@@ -1,4 +1,4 @@
-"""Standbys, failovers, read-only databases, and what a URL says of servers as libpq has it."""
+"""Standbys, failovers, read-only databases, and URLs with several servers, as in libpq."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def template(name: str, **fields: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[PostgresServer, Standby]]:
-    """A primary of this module's own, and a hot standby that is never promoted."""
+    """A primary for this module, and a hot standby that is never promoted."""
     try:
         with postgres() as server, standby_of(server) as standby:
             yield server, standby
@@ -46,7 +46,7 @@ def pair() -> Iterator[tuple[PostgresServer, Standby]]:
 
 @pytest.fixture
 def replicated(pair: tuple[PostgresServer, Standby]) -> Iterator[Replicated]:
-    """A database with one entity, and its address on both."""
+    """A database with one entity, and its URLs on both servers."""
     server, standby = pair
     url = server.database()
     asyncio.run(_one_template(url))
@@ -74,7 +74,7 @@ async def _one_template(url: str) -> None:
 
 
 async def port_of(store: Any) -> int:
-    """Which server a store is connected to."""
+    """The port of the server to which a store is connected."""
     async with store._sql._main.lease() as lease:
         [[port]] = await lease.rows("SELECT inet_server_port()")
     return int(port)
@@ -106,7 +106,9 @@ async def test_every_read_works_on_a_standby(replicated: Replicated, isolation: 
         assert "standby" in str(report["problems"])
 
 
-async def test_every_write_to_a_standby_says_that_it_takes_none(replicated: Replicated) -> None:
+async def test_every_write_to_a_standby_reports_that_it_is_read_only(
+    replicated: Replicated,
+) -> None:
     async with open_store(replicated.url(replicated.standby)) as store:
 
         async def in_transaction() -> None:
@@ -132,8 +134,8 @@ async def test_every_write_to_a_standby_says_that_it_takes_none(replicated: Repl
         assert await store.get_entity("templates", "t") is not None
 
 
-async def test_an_endpoint_that_led_to_the_standby_for_a_moment(replicated: Replicated) -> None:
-    """As when a failover's DNS is late: connections of that moment must not stay."""
+async def test_an_endpoint_that_briefly_pointed_to_the_standby(replicated: Replicated) -> None:
+    """Like a delayed DNS update after a failover: connections opened then must not be kept."""
     async with link_to("127.0.0.1", replicated.standby) as link:
         async with open_store(replicated.url(link.port)) as store:
             reads = [store.get_entity("templates", "t") for _ in range(5)]
@@ -143,7 +145,7 @@ async def test_an_endpoint_that_led_to_the_standby_for_a_moment(replicated: Repl
                 await store.update_entity("templates", "t", {"n": 1})
             link.to = "127.0.0.1", replicated.primary
             await asyncio.sleep(0.3)
-            # The first one that is tried, with nothing failing in between.
+            # The first attempt succeeds, without a failure in between.
             assert await store.update_entity("templates", "t", {"n": 1}) == 2
             changes = [store.save_entity("templates", template(f"x{n}")) for n in range(20)]
             assert await asyncio.gather(*changes) == [1] * 20
@@ -152,7 +154,7 @@ async def test_an_endpoint_that_led_to_the_standby_for_a_moment(replicated: Repl
             assert (await store.health())["ok"] is True
 
 
-async def test_a_transaction_that_met_a_server_that_takes_no_writes_may_run_again(
+async def test_a_transaction_refused_by_a_read_only_server_is_retryable(
     replicated: Replicated,
 ) -> None:
     async with link_to("127.0.0.1", replicated.standby) as link:
@@ -169,7 +171,7 @@ async def test_a_transaction_that_met_a_server_that_takes_no_writes_may_run_agai
                 await tx.update_entity("templates", "t", {"n": 1})
 
 
-async def test_which_server_is_taken(replicated: Replicated) -> None:
+async def test_which_server_is_chosen(replicated: Replicated) -> None:
     primary, standby = replicated.primary, replicated.standby
     for wanted, order, taken in (
         ("any", (standby, primary), standby),
@@ -192,11 +194,11 @@ async def test_which_server_is_taken(replicated: Replicated) -> None:
     assert taken_at_random == {primary, standby}
 
 
-async def test_no_server_of_the_kind_that_is_wanted(replicated: Replicated) -> None:
+async def test_no_server_of_the_requested_kind(replicated: Replicated) -> None:
     for wanted, port, said in (
         ("primary", replicated.standby, "is a standby"),
         ("standby", replicated.primary, "is a primary"),
-        ("read-only", replicated.primary, "takes writes"),
+        ("read-only", replicated.primary, "accepts writes"),
     ):
         async with open_store(replicated.url(port, target_session_attrs=wanted)) as store:
             with pytest.raises(UnavailableError, match=f"{said}.*{wanted}") as caught:
@@ -210,8 +212,8 @@ async def test_no_server_of_the_kind_that_is_wanted(replicated: Replicated) -> N
     assert f"127.0.0.1:{replicated.standby} is a standby" in str(both.value)
 
 
-async def test_the_standby_takes_over() -> None:
-    """The primary dies and the standby is promoted: the store, open all the while, goes on there."""
+async def test_failover_to_the_standby() -> None:
+    """The primary is stopped and the standby promoted: the open store continues on the new primary."""
     try:
         with postgres(durable=True) as server, standby_of(server) as standby:
             url = server.database()
@@ -231,7 +233,7 @@ async def test_the_standby_takes_over() -> None:
                 await asyncio.to_thread(standby.promote)
                 version = await _written(store)
                 assert await port_of(store) == standby.port
-                # A store that was connected to the standby writes there by now, as it ought to.
+                # By then, a store that was connected to the standby writes there, as expected.
                 assert await reader.update_entity("templates", "t", {"n": 2}) == version + 1
                 sql = "SELECT current_setting('transaction_isolation') AS isolation"
                 [row] = await reader.execute_with_lock(sql)  # type: ignore[attr-defined]
@@ -253,7 +255,7 @@ async def _written(store: Any) -> int:
 
 
 @pytest.mark.parametrize("whose", ["DATABASE", "ROLE"])
-async def test_a_database_that_was_set_to_read_only_stays_so(
+async def test_a_database_that_was_set_to_read_only_is_not_written(
     database: str, whose: str, postgres_server: PostgresServer
 ) -> None:
     await _one_template(database)
@@ -283,7 +285,7 @@ async def test_a_database_that_was_set_to_read_only_stays_so(
         execute(elsewhere, f"DROP ROLE {role}")
 
 
-async def test_no_table_is_made_in_a_read_only_database(database: str) -> None:
+async def test_no_table_is_created_in_a_read_only_database(database: str) -> None:
     name = urlsplit(database).path[1:]
     execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     async with open_store(database) as store:
@@ -294,7 +296,7 @@ async def test_no_table_is_made_in_a_read_only_database(database: str) -> None:
 # -- what a URL says ------------------------------------------------------------------------
 
 
-async def test_settings_of_a_url_are_those_of_the_session(database: str) -> None:
+async def test_settings_of_a_url_are_set_in_the_session(database: str) -> None:
     execute(database, 'CREATE SCHEMA "Own"')
     url = (
         f"{database}?application_name=factory&schema=Own&connect_timeout=3"
@@ -317,7 +319,7 @@ async def test_a_schema_that_is_not_there_is_named(database: str) -> None:
             await store.save_entity("templates", template("t"))
 
 
-async def test_connect_timeout_holds_for_each_server(database: str) -> None:
+async def test_connect_timeout_applies_to_each_server(database: str) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -353,7 +355,7 @@ async def test_connect_timeout_holds_for_each_server(database: str) -> None:
         ("h/db?schema=own&pgbouncer=yes", "schema: not supported with pgbouncer"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(url: str, said: str) -> None:
+def test_unsupported_settings_are_refused_by_name(url: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         load_config(f"postgresql://me@{url}")
 
@@ -378,7 +380,7 @@ def test_several_servers_in_a_url_and_in_a_map() -> None:
 
 
 @pytest.mark.parametrize("host", ["no..host", "x" * 70, "nowhere.invalid"])
-async def test_a_host_that_cannot_be_is_named(host: str) -> None:
+async def test_an_invalid_host_is_named(host: str) -> None:
     async with open_store(f"postgresql://me@{host}/db?timeout=5") as store:
         with pytest.raises(StorageError, match="host|resolve|known|name") as caught:
             await store.get_entity("templates", "t")

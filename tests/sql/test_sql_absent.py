@@ -1,4 +1,4 @@
-"""A store that is not there, is there in part, or holds what nobody declared."""
+"""Stores that do not exist, that exist in part, or that contain undeclared collections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASKS = Collection("tasks", key="task_id")
 
 
 def tables(url: str) -> list[str]:
-    """What is there, by a connection of its own; of an absent file nothing."""
+    """The tables of the database, over a separate connection; none for a missing file."""
     if not url.startswith("sqlite"):
         return ask(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
     path = Path(url.removeprefix("sqlite:"))
@@ -52,7 +52,7 @@ async def read_nothing(store: Any, collection: str = "templates") -> None:
     assert await store.count_entities(collection) == 0
 
 
-async def test_reads_of_an_absent_store_make_nothing(url: str) -> None:
+async def test_reads_of_an_absent_store_create_nothing(url: str) -> None:
     async with open_store(url) as store:
         assert not await store.exists()
         await read_nothing(store)
@@ -81,7 +81,7 @@ async def test_reads_of_an_absent_store_make_nothing(url: str) -> None:
         assert "jobs" not in tables(url)
 
 
-async def test_a_store_that_somebody_else_makes_meanwhile(url: str) -> None:
+async def test_a_store_that_is_created_by_another_process_meanwhile(url: str) -> None:
     async with open_store(url) as reader, open_store(url) as writer:
         await read_nothing(reader)
         await writer.save_entity("templates", {"template_id": "t"})
@@ -116,7 +116,7 @@ async def test_a_transaction_that_read_an_absent_store(url: str, used: bool) -> 
             assert await tx.create_entity("templates", {"template_id": "t"}) == 1
 
 
-async def test_reads_bring_what_has_no_column_yet_and_add_none(url: str) -> None:
+async def test_reads_return_fields_without_a_column_and_add_none(url: str) -> None:
     before = Collection("jobs", key="job_id", fields=["owner"])
     after = Collection(
         "jobs",
@@ -162,7 +162,7 @@ async def test_reads_bring_what_has_no_column_yet_and_add_none(url: str) -> None
         assert "tasks" in tables(url)
 
 
-async def test_what_is_stored_and_not_declared(url: str) -> None:
+async def test_undeclared_collections_are_reported(url: str) -> None:
     wide = Collection("jobs", key="job_id", fields=["owner", Field("size", "integer"), "unused"])
     narrow = Collection("jobs", key="job_id", fields=["owner"])
 
@@ -186,7 +186,7 @@ async def test_what_is_stored_and_not_declared(url: str) -> None:
     assert await undeclared([narrow, TASKS]) == ['jobs.odd "name"', "jobs.size"]
 
 
-async def test_another_programs_database_is_left_as_it_is(tmp_path: Path) -> None:
+async def test_a_database_of_another_program_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     connection = sqlite3.connect(path)
     connection.executescript(

@@ -1,4 +1,4 @@
-"""Many whole entities in one transaction: with nothing in the way, and with one thing in it."""
+"""Many whole entities in one transaction: without a conflict, and with one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = (2, 9, 260, 1000, 1300)
 
 
 def machines(count: int) -> list[dict[str, Any]]:
-    """With empty columns, nulls and fields that are not declared; not in the order of their ids."""
+    """Entities with empty columns, nulls and undeclared fields, not in the order of their ids."""
     return [
         {
             "machine_id": f"i-{n * 7919 % count:05d}",
@@ -33,7 +33,7 @@ def machines(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("count", SIZES)
-async def test_all_land_and_come_back(url: str, count: int) -> None:
+async def test_all_entities_are_written_and_read_back(url: str, count: int) -> None:
     given = machines(count)
     async with open_store(url) as store:
         await store.create_entity("requests", {"request_id": "r"})
@@ -51,7 +51,7 @@ async def test_all_land_and_come_back(url: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("what", ["there already", "no parent"])
-async def test_one_in_the_way_is_named_and_nothing_stays(url: str, count: int, what: str) -> None:
+async def test_a_conflict_is_named_and_nothing_is_written(url: str, count: int, what: str) -> None:
     given = machines(count)
     place = count - 1
     kind: type[Exception] = (

@@ -1,4 +1,4 @@
-"""A write whose task was cancelled has ended when the cancellation comes out."""
+"""When a cancelled task raises CancelledError, its write has ended."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ VERBS = [_transaction, _nested, _run, _import, _import_many, _sql, _direct]
 
 
 @pytest.mark.parametrize("verb", VERBS)
-async def test_126_nothing_lands_after_the_cancellation(
+async def test_126_nothing_is_applied_after_the_cancellation(
     url: str, verb: Callable[[Any, int], Awaitable[None]]
 ) -> None:
-    # A second store looks, so that nothing of the first one's own queues stands in the way.
+    # A second store reads, so that its reads do not wait in the queues of the first one.
     async with open_store(url) as store, open_store(url) as other:
         await store.save_entity("templates", template("t"))
         await verb(store, 1)
@@ -83,4 +83,4 @@ async def test_126_nothing_lands_after_the_cancellation(
             assert later == at_once, f"after {n}"
             assert at_once is not None
             landed += n in (at_once.get("n"), at_once["version"])
-        assert landed < ROUNDS, "those that had not begun do not land"
+        assert landed < ROUNDS, "a write that had not begun was applied"

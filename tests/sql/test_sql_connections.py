@@ -1,4 +1,4 @@
-"""TLS, passwords, providers of passwords, and a pool between us and the server."""
+"""TLS, passwords, password providers, and pgbouncer between the store and the server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SECRET = "p@ss:w/o?r%d #&+'\"\\ é${x}"
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[PostgresServer]:
-    """A server with TLS that asks some users for a password."""
+    """A server with TLS that requires a password of some users."""
     try:
         with _certificate() as folder, postgres() as server:
             if os.environ.get("HF_ASYNC_STORE_TEST_POSTGRES_URL"):
@@ -61,7 +61,7 @@ def guarded() -> Iterator[PostgresServer]:
         pytest.skip(str(exc))
 
 
-# Signed by the server's own, whose key is the authority here; once with an encrypted key.
+# Signed with the server's key, which is the authority here; once with an encrypted key.
 _CLIENT_CERTIFICATE = (
     "openssl req -new -nodes -newkey rsa:2048 -subj /CN=certified -keyout client.key -out client.csr",
     "openssl x509 -req -days 2 -in client.csr -CA server.crt -CAkey server.key -set_serial 2 "
@@ -72,7 +72,7 @@ _CLIENT_CERTIFICATE = (
 
 @contextmanager
 def _certificate() -> Iterator[Path]:
-    """A folder with a certificate for localhost that signs itself."""
+    """A folder with a self-signed certificate for localhost."""
     folder = Path(tempfile.mkdtemp(prefix="hf-async-store-tls-"))
     try:
         command = "openssl req -new -x509 -days 2 -nodes -newkey rsa:2048 -subj /CN=localhost"
@@ -118,7 +118,7 @@ async def encrypted(store: Any) -> bool:
     return bool(row["ssl"])
 
 
-async def test_tls_is_checked_as_the_mode_says(guarded: PostgresServer) -> None:
+async def test_tls_is_checked_according_to_the_mode(guarded: PostgresServer) -> None:
     [certificate] = ask(guarded.url, "SHOW ssl_cert_file")
     for more in (
         {"sslmode": "prefer"},
@@ -164,7 +164,7 @@ async def test_a_certificate_of_the_client(guarded: PostgresServer) -> None:
             await store.test_connection()
 
 
-async def test_a_password_may_hold_any_character(
+async def test_a_password_may_contain_any_character(
     guarded: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DB_PASSWORD", SECRET)
@@ -181,7 +181,7 @@ async def test_a_password_may_hold_any_character(
             assert quote(SECRET, safe="") not in shown
 
 
-async def test_a_wrong_password_is_told_without_it(guarded: PostgresServer) -> None:
+async def test_a_wrong_password_is_reported_without_showing_it(guarded: PostgresServer) -> None:
     async with open_store(config(guarded, password="not-the-password")) as store:
         with pytest.raises(AuthenticationError) as caught:
             await store.save_entity("templates", {"template_id": "t"})
@@ -203,7 +203,9 @@ async def test_a_new_connection_that_the_server_closes_is_unavailable(
         driver = await original(self, *args, **options)
         driver.terminate()
         if step == "after the handshake":  # a server before version 14 does not report this
-            monkeypatch.setattr("hf_async_store.strategies.sql.postgresql._setting", lambda *_: None)
+            monkeypatch.setattr(
+                "hf_async_store.strategies.sql.postgresql._setting", lambda *_: None
+            )
         return driver
 
     monkeypatch.setattr(PostgreSQL, made, connect)
@@ -267,7 +269,7 @@ async def _as_many(store: Any, number: int) -> None:
             await each.aclose()
 
 
-async def test_behind_pgbouncer_nothing_stays_in_a_session(database: str) -> None:
+async def test_behind_pgbouncer_no_session_state_is_left(database: str) -> None:
     async with open_store(f"{database}?pgbouncer=yes&pool_size=1&max_overflow=0") as store:
         await store.save_entities("templates", [{"template_id": f"t{n}"} for n in range(40)])
         await store.update_entity("templates", "t1", {"name": "x"}, expected_version=1)
@@ -297,7 +299,7 @@ async def test_a_lower_isolation_is_the_default_of_all(database: str) -> None:
 async def test_a_cancelled_task_leaves_no_connection_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither when it waits for a statement nor when the pool opens a new one for it."""
+    """Neither when it waits for a statement nor while the pool opens a new connection for it."""
     is_open: set[int] = set()
 
     class Counted(sqlite3.Connection):
@@ -308,7 +310,7 @@ async def test_a_cancelled_task_leaves_no_connection_open(
     def connect(*arguments: Any, **named: Any) -> sqlite3.Connection:
         connection = open_really(*arguments, factory=Counted, **named)
         is_open.add(id(connection))
-        kept.append(connection)  # so that no other gets its id
+        kept.append(connection)  # so that no other object gets the same id
         return connection
 
     kept: list[sqlite3.Connection] = []

@@ -1,6 +1,6 @@
-"""Rows and tables that another program changed: the truth, or an error that names the row.
+"""Rows and tables that another program changed: a correct result, or an error that names the row.
 
-The inputs are generated; `HF_ASYNC_STORE_FUZZ` is how many are tried.
+The inputs are generated; `HF_ASYNC_STORE_FUZZ` is their number.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ odd_texts = st.sampled_from(
 
 
 def mutated(text: str) -> st.SearchStrategy[str]:
-    """A text with one character changed, taken out or put in."""
+    """A string with one character changed, removed or inserted."""
     places = st.integers(0, max(len(text) - 1, 0))
     return st.tuples(places, st.sampled_from(["", '"', "{", "\\", "0", "\0", "é"])).map(
         lambda change: text[: change[0]] + change[1] + text[change[0] + 1 :]
@@ -96,7 +96,7 @@ def mutated(text: str) -> st.SearchStrategy[str]:
 
 
 texts = json_texts | odd_texts | mutated('{"more":{"deep":[1,{"z":2.5}]}}') | st.text(max_size=8)
-# What is text and no UTF-8, and what is no text.
+# Text that is not UTF-8, and blobs.
 values = (
     st.none()
     | st.integers(-(2**63), 2**63 - 1)
@@ -176,7 +176,7 @@ WRITES: dict[str, Callable[[Any], Awaitable[object]]] = {
 
 
 def plain(value: object) -> bool:
-    """Whether a value is one that an entity may hold, whatever its size."""
+    """Whether an entity may contain the value, apart from its size."""
     if isinstance(value, dict):
         return all(isinstance(each, str) for each in value) and all(map(plain, value.values()))
     if isinstance(value, list | tuple):
@@ -238,7 +238,7 @@ def test_122_damaged_rows(tmp_path: Path) -> None:
         damaged()
         runner.run(store.close())
     assert tried > EXAMPLES // 3
-    assert refused > tried // 10, "the damage is not seen"
+    assert refused > tried // 10, "the damage was not detected"
     print(f"{tried} damaged rows, {refused} of them refused")
 
 
@@ -265,7 +265,7 @@ def test_122_damaged_rows(tmp_path: Path) -> None:
         ("created_at", b"x"),
     ],
 )
-async def test_122_the_row_is_named(tmp_path: Path, column: str, value: Any) -> None:
+async def test_122_the_error_names_the_damaged_row(tmp_path: Path, column: str, value: Any) -> None:
     file = tmp_path / "store.db"
     async with open_store(f"sqlite:{file}", collections=CONTRACT_COLLECTIONS) as store:
         await store.save_entities(
@@ -280,7 +280,7 @@ async def test_122_the_row_is_named(tmp_path: Path, column: str, value: Any) -> 
         assert len(await store.query_entities("items", {"item_id": "i0003"})) == 1
 
 
-async def test_122_an_id_that_is_none(tmp_path: Path) -> None:
+async def test_122_an_invalid_id(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
     for value in (None, b"victim"):
         async with open_store(f"sqlite:{file}", collections=CONTRACT_COLLECTIONS) as store:

@@ -1,4 +1,4 @@
-"""Faults of real engines: servers that die, links that break, disks that are full."""
+"""Faults of real engines: killed servers, broken connections, full disks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def template(name: str, **fields: object) -> dict[str, object]:
 
 
 async def until_it_works(work: Any, seconds: float = 20) -> None:
-    """Do the same again until it succeeds; nothing is opened anew."""
+    """Retry until it succeeds, without reopening the store."""
     async with asyncio.timeout(seconds):
         while True:
             with suppress(UnavailableError):
@@ -49,7 +49,7 @@ async def until_it_works(work: Any, seconds: float = 20) -> None:
 # -- PostgreSQL -----------------------------------------------------------------------------
 
 
-async def test_84_the_server_is_killed_under_load_and_comes_back() -> None:
+async def test_84_the_server_is_killed_under_load_and_restarted() -> None:
     try:
         context = postgres(durable=True)
         server = context.__enter__()
@@ -99,7 +99,7 @@ async def _killed_under_load(server: Any) -> None:
                 name = next(iter(acknowledged), None)
                 if name is not None:
                     found = await store.get_entity("templates", name)
-                    assert found is not None, "absence is never how an error shows"
+                    assert found is not None, "an error was reported as a missing entity"
             except StorageError as exc:
                 failures.append(exc)
             await asyncio.sleep(0.005)
@@ -116,19 +116,21 @@ async def _killed_under_load(server: Any) -> None:
                 await asyncio.to_thread(server.start)
                 await _acknowledge(acknowledged, 50)
             stop.set()
-        assert failures, "the server was away"
+        assert failures, "no write failed while the server was down"
         for each in failures:
             assert isinstance(each, UnavailableError | ConcurrencyConflictError), repr(each)
             assert each.__cause__ is not None
         found = await store.get_entities("templates", tried)
         stored = zip(tried, found, strict=True)
-        assert lost_writes(tried, stored, first_version={}) == [], "lost, or refused and there"
+        assert lost_writes(tried, stored, first_version={}) == [], (
+            "an acknowledged write is lost, or a refused one is stored"
+        )
         assert {
             each["template_id"] for each in await store.query_entities("templates")
         } <= tried.keys()
 
 
-async def test_73_cancellations_leave_the_pool_whole(database: str) -> None:
+async def test_73_cancellations_leave_all_connections_usable(database: str) -> None:
     async with open_store(f"{database}?pool_size=4&max_overflow=4") as store:
         await store.save_entities("templates", [template(f"t{n}", n=n) for n in range(300)])
 
@@ -210,7 +212,7 @@ async def test_71_an_exhausted_pool_names_its_settings(url: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["transaction", "save", "batch"])
-async def test_71_an_answer_that_is_lost_is_unknown(database: str, verb: str) -> None:
+async def test_71_a_lost_response_is_an_unknown_outcome(database: str, verb: str) -> None:
     parts = urlsplit(database)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -241,13 +243,13 @@ async def test_71_an_answer_that_is_lost_is_unknown(database: str, verb: str) ->
                 assert all(isinstance(each, UnavailableError) for each in error.outcomes)
             else:
                 assert error.__cause__ is not None
-            # It did land; and the store goes on by itself.
+            # It was applied; and the store is usable without reopening.
             found = await store.get_entity("templates", "t")
             assert found is not None
             assert (found["n"], found["version"]) == (1, 2)
 
 
-async def test_71_a_link_that_breaks_in_a_read_is_taken_up_again(database: str) -> None:
+async def test_71_a_read_is_retried_after_a_broken_connection(database: str) -> None:
     parts = urlsplit(database)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -260,7 +262,7 @@ async def test_71_a_link_that_breaks_in_a_read_is_taken_up_again(database: str) 
             assert link.cuts == 1
 
 
-async def test_71_nobody_listens() -> None:
+async def test_71_no_server_listens() -> None:
     async with open_store("postgresql://me@127.0.0.1:1/db?timeout=2") as store:
         with pytest.raises(UnavailableError) as caught:
             await store.save_entity("templates", template("t"))
@@ -270,7 +272,7 @@ async def test_71_nobody_listens() -> None:
         assert report["ok"] is False
 
 
-async def test_71_a_role_that_may_not(database: str) -> None:
+async def test_71_a_missing_privilege(database: str) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", template("t"))
     role = f"reader_{random.randrange(10**9)}"
@@ -280,7 +282,7 @@ async def test_71_a_role_that_may_not(database: str) -> None:
     )
     try:
         async with open_store(database.replace("postgres@", f"{role}@")) as store:
-            # The tables are there, so nothing is made; what is granted works.
+            # The tables exist, so none is created; the granted operations work.
             assert await store.get_entity("templates", "t") is not None
             assert await store.count_entities("templates") == 1
             with pytest.raises(PermissionDeniedError):
@@ -289,7 +291,7 @@ async def test_71_a_role_that_may_not(database: str) -> None:
         execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-async def test_71_a_statement_that_takes_too_long(database: str) -> None:
+async def test_71_a_statement_timeout(database: str) -> None:
     async with open_store(f"{database}?timeout=0.3") as store:
         with pytest.raises(StorageError) as caught:
             await store.execute_with_lock("SELECT pg_sleep(5)")  # type: ignore[attr-defined]
@@ -315,7 +317,7 @@ async def test_71_a_full_disk(tmp_path: Path) -> None:
         await store.save_entity("templates", template("more", note="y" * 5000))
 
 
-async def test_71_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
+async def test_71_a_read_only_database(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?pool_size=1&max_overflow=0") as store:
         await store.save_entity("templates", template("t"))
         await _set(store, "PRAGMA query_only = ON")
@@ -326,7 +328,7 @@ async def test_71_an_engine_that_takes_no_writes(tmp_path: Path) -> None:
         await store.save_entity("templates", template("u"))
 
 
-async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     path.write_bytes(b"this is no database" * 1000)
     async with open_store(f"sqlite:{path}") as store:
@@ -351,7 +353,7 @@ async def test_71_another_process_holds_the_lock(tmp_path: Path) -> None:
                 await asyncio.create_task(other.save_entity("templates", template("t")))
             assert type(caught.value).__name__ == "LockTimeoutError"
             assert caught.value.retryable
-            # Who only reads waits for nobody.
+            # Readers do not wait.
             found = await asyncio.create_task(other.get_entity("templates", "t"))
             assert found is not None
             assert "name" not in found
@@ -372,7 +374,7 @@ async def _fill(store: Any) -> None:
 
 
 async def _set(store: Any, sql: str) -> None:
-    """Change the one connection of a store, which its users cannot."""
+    """Change a setting of the store's connection, which users cannot access."""
     async with store._sql._main.lease() as lease:
         await lease.rows(sql)
 

@@ -1,4 +1,4 @@
-"""Imports: whole entities as they are, many rows in a statement."""
+"""Imports: whole entities, many rows in one statement."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def sorted_by_id(entities: list[Entity]) -> list[Entity]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 249, 250, 251, 313, 1000])
-async def test_any_number_of_rows_lands_as_it_is(tmp_path: Path, count: int) -> None:
+async def test_any_number_of_rows_is_imported_unchanged(tmp_path: Path, count: int) -> None:
     store = await store_with_parents(tmp_path)
     try:
         given = machines(count)
         assert await store.import_entities("machines", given) == list(range(count))
         assert sorted_by_id(await store.query_entities("machines")) == given
-        # Again, over what is there, with less in it.
+        # Again, over the existing entities, with fewer fields.
         fewer: list[Entity] = [{"machine_id": each["machine_id"], "version": 7} for each in given]
         assert await store._import_stored("machines", fewer) == [7] * count
         assert sorted_by_id(await store.query_entities("machines")) == fewer
@@ -51,7 +51,7 @@ async def test_any_number_of_rows_lands_as_it_is(tmp_path: Path, count: int) -> 
 
 
 @pytest.mark.parametrize("place", [0, 137, 299])
-async def test_one_without_a_parent_fails_alone(tmp_path: Path, place: int) -> None:
+async def test_an_import_without_its_parent_fails_alone(tmp_path: Path, place: int) -> None:
     store = await store_with_parents(tmp_path)
     try:
         given = machines(300)
@@ -67,7 +67,7 @@ async def test_one_without_a_parent_fails_alone(tmp_path: Path, place: int) -> N
         await store.close()
 
 
-async def test_the_last_of_a_repeated_id_counts(tmp_path: Path) -> None:
+async def test_the_last_import_of_a_repeated_id_is_stored(tmp_path: Path) -> None:
     store = await store_with_parents(tmp_path)
     try:
         twice = [*machines(20), {**machines(1)[0], "name": "last", "version": 9}]
@@ -79,7 +79,7 @@ async def test_the_last_of_a_repeated_id_counts(tmp_path: Path) -> None:
         await store.close()
 
 
-def test_few_texts_do_for_all_numbers_of_rows() -> None:
+def test_few_sql_statements_serve_all_numbers_of_rows() -> None:
     assert SQLite.bulk is not None
     sizes = set()
     for count in range(1, 1200):
@@ -100,7 +100,7 @@ async def test_a_collection_of_very_many_fields(tmp_path: Path) -> None:
         assert await store.query_entities("wide") == given
 
 
-async def test_the_log_is_brought_over_as_usual_afterwards(tmp_path: Path) -> None:
+async def test_wal_autocheckpoint_is_restored_after_an_import(tmp_path: Path) -> None:
     store = await store_with_parents(tmp_path)
     try:
         await store._import_stored("machines", machines(300))

@@ -1,4 +1,4 @@
-"""Marks: they land in the commit of their change, in batches, beside changes that fail."""
+"""Marks are written in the commit of their change, also in batches and beside failing changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def put(collection: str, entity: dict[str, object], mark: str) -> Put:
     return Put(key, entity, AT, import_version=7, mark=noted)  # type: ignore[arg-type]  # portable values
 
 
-async def test_marks_land_with_their_changes(url: str) -> None:
+async def test_marks_are_committed_with_their_changes(url: str) -> None:
     changes: list[Change] = [put("templates", {"template_id": "t"}, "m-0")]
     for n in range(300):
         parent = "nobody" if n % 50 == 7 else "t"
@@ -31,7 +31,7 @@ async def test_marks_land_with_their_changes(url: str) -> None:
         marks = await store.get_entities("marks", [f"m-{n}" for n in range(301)])
         assert [n for n, each in enumerate(marks) if each is None] == broken
         assert all(each["version"] == 3 for each in marks if each is not None)
-        # The same mark again and again: the last one stands.
+        # The same mark several times: the last one is stored.
         again = [put("templates", {"template_id": f"t{n}"}, "m-0") for n in range(5)]
         assert await store._engine.write_each(again) == [7] * 5
         last = await store.get_entity("marks", "m-0")

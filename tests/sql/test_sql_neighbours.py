@@ -1,4 +1,4 @@
-"""Changes that share a statement: one that cannot go through does nothing to the others."""
+"""Changes that share a statement: one that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def template(key: str, **fields: object) -> dict[str, object]:
 
 
 async def outcomes_of(store: Any, names: Sequence[str]) -> list[Any]:
-    """What becomes of writes that are waiting at the same moment, one for each name."""
+    """The outcomes of writes that are queued at the same time, one for each name."""
     saves = [
         store.save_entity("templates", template(f"t-{n}", name=name))
         for n, name in enumerate(names)
@@ -43,7 +43,9 @@ def latin(postgres_server: PostgresServer) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("options", ["", "?pgbouncer=yes"])
-async def test_a_text_that_the_encoding_lacks(latin: str, options: str) -> None:
+async def test_a_string_that_the_database_encoding_cannot_represent(
+    latin: str, options: str
+) -> None:
     async with open_store(latin + options) as store:
         names = ["plain", "caf\u00e9", "\u65e5\u672c", *map(str, range(60)), "\u0416"]
         found = await outcomes_of(store, names)
@@ -65,7 +67,7 @@ async def test_a_text_that_the_encoding_lacks(latin: str, options: str) -> None:
 
 @pytest.mark.parametrize("rule", ["unique", "check", "trigger"])
 @pytest.mark.parametrize("options", ["", "pgbouncer=yes"])
-async def test_an_administrators_own_rule(url: str, rule: str, options: str) -> None:
+async def test_a_constraint_of_an_administrator(url: str, rule: str, options: str) -> None:
     sqlite = url.startswith("sqlite")
     if sqlite and (options or rule == "check"):
         pytest.skip("SQLite adds no constraint to a table that is there, and has no pgbouncer")
@@ -92,7 +94,7 @@ async def test_an_administrators_own_rule(url: str, rule: str, options: str) -> 
         refused, updated, deleted = await asyncio.gather(*updates, return_exceptions=True)
         assert isinstance(refused, InvalidInputError)
         assert (updated, deleted) == (2, True)
-        # In one transaction it is all or nothing, as ever.
+        # In a transaction one failure aborts all.
         with pytest.raises(StorageError):
             await _together(store)
         assert await store.get_entity("templates", "y") is None
@@ -132,7 +134,7 @@ async def _together(store: Any) -> None:
     raises=TimeoutError,
     reason="changes that wait at the same moment share one statement, and its locks",
 )
-async def test_a_row_that_is_held_stops_only_its_own_change(database: str, verb: str) -> None:
+async def test_a_locked_row_blocks_only_its_own_change(database: str, verb: str) -> None:
     async with open_store(database) as other, open_store(f"{database}?timeout=10") as store:
         await other.save_entities("templates", [template(each) for each in "abcx"])
 
@@ -161,7 +163,7 @@ async def test_a_row_that_is_held_stops_only_its_own_change(database: str, verb:
         assert not isinstance(ended, BaseException), ended
 
 
-async def test_who_meets_a_held_row_alone_waits_for_it_and_no_longer_than_timeout(
+async def test_a_single_change_of_a_locked_row_waits_until_its_timeout(
     database: str,
 ) -> None:
     async with open_store(database) as other, open_store(f"{database}?timeout=0.5") as store:

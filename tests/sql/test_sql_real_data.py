@@ -1,4 +1,4 @@
-"""The stores found in the field, imported and read back: equal in value, type and version."""
+"""Real stores, imported and read back: equal in value, type and version."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS: Final = ("single_file", "split_files_flat", "split_files_wrapped")
 
 
 def found_in_the_field(layout: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """What is in the files, by collection and id, read without any code of ours."""
+    """The entities in the files, by collection and id, read with a plain JSON parser."""
     if REAL:
         return {
             name: {each[collection.key]: each for each in _entities(Path(REAL) / layout, name)}
@@ -48,7 +48,7 @@ def _entities(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def stored_form(collection: str, entity: dict[str, Any]) -> object:
-    """As it must come back: times of declared fields in the fixed form, which is the same instant."""
+    """The entity as it must be read: timestamps of declared fields in the normalised form."""
     times = TIMES[collection]
     return typed(
         {
@@ -62,13 +62,13 @@ def stored_form(collection: str, entity: dict[str, Any]) -> object:
 
 
 @pytest.mark.skipif(not REAL, reason="HF_ASYNC_STORE_REAL_DATA is not set; generated data is used")
-def test_there_is_real_data() -> None:
+def test_real_data_are_available() -> None:
     for layout in LAYOUTS:
         assert sum(map(len, found_in_the_field(layout).values())) > 10
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_what_goes_in_comes_out(url: str, layout: str) -> None:
+async def test_real_data_are_read_as_imported(url: str, layout: str) -> None:
     data = found_in_the_field(layout)
     async with open_store(f"{url}?enforce_references=no") as store:
         for name in store.collections:
@@ -87,7 +87,7 @@ async def test_what_goes_in_comes_out(url: str, layout: str) -> None:
 
 @pytest.mark.skipif(not REAL, reason="HF_ASYNC_STORE_REAL_DATA is not set")
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_a_json_store_as_found_is_moved_here(url: str, layout: str, tmp_path: Path) -> None:
+async def test_a_real_json_store_is_migrated(url: str, layout: str, tmp_path: Path) -> None:
     data = found_in_the_field(layout)
     shutil.copytree(Path(str(REAL)) / layout, tmp_path / layout)
     found = tmp_path / layout / ("request_database.json" if layout == "single_file" else "")

@@ -1,4 +1,4 @@
-"""Tables that are there already: as declared, with something lacking, or different."""
+"""Existing tables: as declared, incomplete, or different."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AFTER = Collection(
 
 
 def run(url: str, statement: str) -> None:
-    """Change the database behind the store's back."""
+    """Change the database over a separate connection."""
     if url.startswith("sqlite:"):
         connection = sqlite3.connect(url.removeprefix("sqlite:"))
         connection.executescript(statement)
@@ -42,11 +42,11 @@ def run(url: str, statement: str) -> None:
         execute(url, statement)
 
 
-async def test_what_is_declared_later_is_added(url: str) -> None:
+async def test_later_declared_fields_and_indexes_are_added(url: str) -> None:
     async with open_store(url, collections=[BEFORE]) as store:
         await store.save_entity("jobs", {"job_id": "old", "owner": "ann", "size": 3, "more": [1]})
     async with open_store(url, collections=[AFTER]) as store:
-        # A field that was not declared then lies in the document still, and shows.
+        # A field that was not declared at first is still stored in the document, and is returned.
         old = await store.get_entity("jobs", "old")
         assert old is not None
         assert (old["size"], old["more"]) == (3, [1])
@@ -73,11 +73,11 @@ async def test_what_is_declared_later_is_added(url: str) -> None:
         ("CREATE TABLE jobs (id TEXT PRIMARY KEY)", r"no column for its key job_id"),
         (
             "CREATE TABLE jobs (job_id TEXT {c} PRIMARY KEY, owner INTEGER)",
-            r"jobs\.owner is (INTEGER|integer), and declared as text",
+            r"jobs\.owner is (INTEGER|integer), but declared as text",
         ),
         (
             "CREATE TABLE jobs (job_id TEXT {c} PRIMARY KEY, other TEXT {c} NOT NULL)",
-            r"jobs\.other is not declared, and needed there",
+            r"jobs\.other is required in the database, but not declared",
         ),
         ("CREATE TABLE jobs (job_id TEXT {c})", r"jobs\.job_id is declared as the key"),
         (
@@ -88,7 +88,7 @@ async def test_what_is_declared_later_is_added(url: str) -> None:
     ],
     ids=range(7),
 )
-async def test_what_differs_is_named(url: str, table: str, said: str) -> None:
+async def test_differences_from_the_declaration_are_named(url: str, table: str, said: str) -> None:
     run(url, table.format(c="" if url.startswith("sqlite") else 'COLLATE "C"'))
     async with open_store(url, collections=[AFTER]) as store:
         for _ in range(2):
@@ -103,7 +103,7 @@ async def test_a_column_of_another_collation_differs(database: str) -> None:
             await store.get_entity("jobs", "a")
 
 
-async def test_more_than_is_declared_is_left_alone(url: str) -> None:
+async def test_undeclared_columns_are_kept(url: str) -> None:
     collation = "" if url.startswith("sqlite") else 'COLLATE "C"'
     run(url, f"CREATE TABLE jobs (job_id TEXT {collation} PRIMARY KEY, note TEXT, other INTEGER)")
     async with open_store(url, collections=[BEFORE]) as store:
@@ -113,7 +113,7 @@ async def test_more_than_is_declared_is_left_alone(url: str) -> None:
         assert found["note"] == "in the document"
 
 
-async def test_once_made_nothing_is_made_again(database: str) -> None:
+async def test_existing_tables_are_not_created_again(database: str) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", {"template_id": "t"})
     role = f"writer_{random.randrange(10**9)}"
@@ -131,7 +131,7 @@ async def test_once_made_nothing_is_made_again(database: str) -> None:
         execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-async def test_the_switch_of_references_drops_and_adds_the_keys(database: str) -> None:
+async def test_the_setting_of_references_drops_and_adds_foreign_keys(database: str) -> None:
     keys = "SELECT conname FROM pg_constraint WHERE contype = 'f'"
     orphan = {"request_id": "r", "template_id": "nobody"}
     for number in range(2):
@@ -144,7 +144,7 @@ async def test_the_switch_of_references_drops_and_adds_the_keys(database: str) -
             assert await asyncio.to_thread(ask, database, keys) == []
 
 
-async def test_names_that_engines_keep_for_themselves(url: str) -> None:
+async def test_reserved_names(url: str) -> None:
     odd = Collection(
         "sqlite_things",
         key="ctid",
@@ -171,7 +171,7 @@ async def test_long_names_do_not_collide(url: str) -> None:
             assert plan.index == f"{fields[1]}-index"
 
 
-async def test_there_must_be_a_file() -> None:
+async def test_a_missing_file_name_is_refused() -> None:
     for wrong in ("sqlite::memory:", {"strategy": "sql"}):
         with pytest.raises(ConfigurationError, match="path of a file"):
             open_store(wrong)

@@ -1,4 +1,4 @@
-"""What a caller's own SQL does to a session does not reach the next verb."""
+"""Session settings changed by a caller's SQL do not affect the next verb."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def _verbs_work(store: Any) -> None:
 
 
 @pytest.mark.parametrize("statement", POSTGRESQL)
-async def test_123_postgresql_forgets_it(database: str, statement: str) -> None:
+async def test_123_postgresql_session_state_is_reset(database: str, statement: str) -> None:
     async with open_store(f"{database}?{ONE}") as store:
         await store.save_entity("templates", template("t"))
         await store.execute_with_lock(statement)  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ async def test_123_postgresql_forgets_it(database: str, statement: str) -> None:
         }
 
 
-async def test_123_postgresql_keeps_its_connection_where_it_can(database: str) -> None:
+async def test_123_postgresql_keeps_its_connection_if_possible(database: str) -> None:
     async with open_store(f"{database}?{ONE}") as store:
         pids = {
             each["pid"]
@@ -103,7 +103,7 @@ async def test_123_postgresql_keeps_its_connection_where_it_can(database: str) -
 
 
 @pytest.mark.parametrize("statement", SQLITE)
-async def test_123_sqlite_forgets_it(tmp_path: Path, statement: str) -> None:
+async def test_123_sqlite_session_state_is_reset(tmp_path: Path, statement: str) -> None:
     async with open_store(f"sqlite:{tmp_path}/store.db?{ONE}") as store:
         await store.save_entity("templates", template("t"))
         await store.execute_with_lock(statement)  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ async def test_123_sqlite_forgets_it(tmp_path: Path, statement: str) -> None:
 
 
 async def half(store: Any, sql: Any, params: Any = (), *, swallow: bool = False) -> None:
-    """A transaction that writes, and then runs a statement that should fail."""
+    """A transaction that writes, and then executes a statement that must fail."""
     async with store.begin_transaction() as tx:
         await tx.save_entity("templates", template("half"))
         try:
@@ -153,10 +153,10 @@ async def test_123_a_statement_cannot_end_a_transaction(url: str, statement: str
 
 
 @pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK"])
-async def test_123_a_transaction_that_was_ended_says_so(
+async def test_123_a_transaction_ended_by_a_statement_is_reported(
     url: str, statement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should a statement end it in a way that is not seen before."""
+    """A statement that ends the transaction without being refused beforehand."""
     async with open_store(url) as store:
         await store.save_entity("templates", template("t"))
         monkeypatch.setattr(parameters, "_CONTROL", parameters.re.compile("never"))
@@ -227,7 +227,7 @@ async def test_123_a_cancelled_statement_of_a_caller(url: str) -> None:
             await _verbs_work(store)
 
 
-async def test_a_table_that_was_dropped_is_no_health(url: str) -> None:
+async def test_health_reports_a_dropped_table(url: str) -> None:
     async with open_store(url) as store:
         await store.save_entity("templates", template("t"))
         assert (await store.health())["ok"] is True

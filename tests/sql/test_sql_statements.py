@@ -1,4 +1,4 @@
-"""SQL of the caller's own, plans on real numbers of rows, and streams that hold little."""
+"""SQL of the caller, query plans on realistic numbers of rows, and memory usage of streams."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_both_forms_of_parameters(
     ("sql", "params"),
     [("SELECT ?", []), ("SELECT ?", [1, 2]), ("SELECT :a", {}), ("SELECT :a", {"a": 1, "b": 2})],
 )
-def test_what_does_not_fit_is_refused(
+def test_mismatched_parameters_are_refused(
     sql: str, params: Sequence[object] | Mapping[str, object]
 ) -> None:
     with pytest.raises(InvalidInputError):
@@ -74,7 +74,7 @@ async def test_execute_with_lock(url: str) -> None:
 
 @pytest.fixture
 async def filled(url: str) -> Any:
-    """10,000 requests of 100 statuses, and the statistics that a server gathers by itself."""
+    """10,000 requests with 100 different statuses, and up-to-date statistics of the server."""
     async with open_store(url) as store:
         for start in range(0, 10_000, 1000):
             await store.create_entities(
@@ -95,7 +95,7 @@ async def test_plans_on_many_rows(filled: Any) -> None:
     assert (plan.access, plan.index) == ("index", "status-index"), plan
     plan = await store.explain_query("requests", {"request_id": "r00005"})
     assert plan.access == "key", plan
-    # A page by id begins at its cursor, and is not sorted.
+    # A page ordered by id starts at its cursor, and needs no sort.
     page = await store.query_page("requests", limit=10)
     rest = await store.query_page("requests", limit=10, cursor=page.cursor)
     assert rest.items[0]["request_id"] == "r00010"
@@ -105,7 +105,7 @@ async def test_plans_on_many_rows(filled: Any) -> None:
     assert plan.access == "scan"
 
 
-async def test_a_stream_holds_little(filled: Any) -> None:
+async def test_a_stream_uses_little_memory(filled: Any) -> None:
     store = filled
     tracemalloc.start()
     try:
@@ -122,10 +122,10 @@ async def test_a_stream_holds_little(filled: Any) -> None:
     assert peak - before < 2_000_000, "all rows at once take more than 10 MB"
 
 
-async def test_an_update_that_others_overtake_twice_lands(
+async def test_an_update_overtaken_twice_succeeds(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It finds nothing; somebody creates it before the look, and changes it right after the look."""
+    """The update finds no row; the entity is created before the store reads it, and changed right after."""
     async with open_store(url) as store, open_store(url) as other:
         await other.create_entity("machines", {"machine_id": "other"})
         look = BulkWriter.fetch

@@ -1,8 +1,8 @@
-"""A role that may only create things in the schema cannot have the service run its code.
+"""A role that may only create objects in the schema cannot make the service run its code.
 
 PostgreSQL resolves functions and operators along the search path, and prefers an exact match in a
-later schema to an inexact one in `pg_catalog`. So whoever may create in the schema of the tables lays
-traps: every function and operator that our statements name, for every other combination of types.
+later schema to an inexact one in `pg_catalog`. So the tests create, in the schema of the tables, every
+function and operator that the statements of the store use, for every other combination of types.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ END $do$
 
 
 def functions() -> list[str]:
-    """What our source names like a function."""
+    """The names in the source code that look like calls of SQL functions."""
     folder = Path(str(sql.__file__)).parent
     text = "".join(each.read_text() for each in folder.glob("*.py"))
     return sorted(set(re.findall(r"\b([a-z][a-z0-9_]*)\(", text)))
@@ -91,7 +91,7 @@ def array(texts: list[str]) -> str:
 
 
 async def lay_traps(server: PostgresServer, url: str) -> None:
-    """By a role that may do nothing else than create in the schema."""
+    """Create the functions and operators with a role that may only create objects in the schema."""
     await server.ask("GRANT CREATE ON SCHEMA public TO PUBLIC", url)
     if not await server.ask("SELECT count(*) FROM pg_roles WHERE rolname = 'low'", url):
         await server.ask("CREATE ROLE low LOGIN", url)
@@ -108,7 +108,7 @@ async def lay_traps(server: PostgresServer, url: str) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_functions_and_operators_of_a_low_role_are_not_run(
+async def test_functions_and_operators_of_an_untrusted_role_are_not_run(
     postgres_server: PostgresServer,
 ) -> None:
     url = postgres_server.database()
@@ -170,10 +170,10 @@ async def as_role(server: PostgresServer, url: str, name: str) -> str:
     return url.replace("postgres@", f"{name}@")
 
 
-async def test_a_table_of_a_move_that_a_low_role_made_is_not_read(
+async def test_a_migration_table_of_an_untrusted_role_is_not_read(
     postgres_server: PostgresServer,
 ) -> None:
-    """A policy of its owner would run as whoever reads it."""
+    """A row security policy of its owner would run with the privileges of the reader."""
     url = postgres_server.database()
     await postgres_server.ask("GRANT CREATE ON SCHEMA public TO PUBLIC", url)
     app, low = [await as_role(postgres_server, url, each) for each in ("app", "low")]
@@ -188,7 +188,7 @@ async def test_a_table_of_a_move_that_a_low_role_made_is_not_read(
     with pytest.raises(PermissionDeniedError, match="hf_move belongs to the role 'low'"):
         async with live:
             await live.status()
-    # An owner of the other tables is trusted, and so is whose member this role is.
+    # The owner of the other tables is trusted, and so are roles of which this role is a member.
     await postgres_server.ask("DROP POLICY trap ON hf_move", url)
     await postgres_server.ask("GRANT low TO app", url)
     async with open_store(app) as store:

@@ -1,4 +1,4 @@
-"""Forms of values that the engines and we must read alike."""
+"""Encodings of values that the database engines and the store must interpret in the same way."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hf_async_store.strategies.sql.row_mapping import decode_json, encode_json
 from hf_async_store.strategies.sql.sqlite_functions import at, merged, order_bytes
 from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
@@ -25,8 +26,8 @@ ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "Ã
 
 
 @given(hypothesis_strategies.values, hypothesis_strategies.values)
-@settings(max_examples=2000)
-def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
+@settings(max_examples=repetitions(2000))
+def test_order_bytes_sort_like_order_keys(one: Any, other: Any) -> None:
     keys, texts = (order_key(one), order_key(other)), (order_bytes(one), order_bytes(other))
     assert (keys[0] < keys[1]) == (texts[0] < texts[1])
     assert (keys[0] == keys[1]) == (texts[0] == texts[1])
@@ -35,7 +36,7 @@ def test_bytes_sort_as_the_order_does(one: Any, other: Any) -> None:
 @given(
     st.dictionaries(TEXTS, hypothesis_strategies.values, max_size=4), hypothesis_strategies.values
 )
-def test_maps_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
+def test_dicts_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
     text = encode_json(map_).decode()
     names = list(map_)
     found = merged(text, encode_json({"new": value}).decode(), encode_json(names).decode())
@@ -48,18 +49,18 @@ def test_maps_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
         assert typed(decode_json(inner)) == typed(map_[name])
 
 
-def test_postgresql_reads_what_we_write(postgres_server: PostgresServer) -> None:
-    """A thousand values through JSONB, and lists of texts through arrays."""
+def test_postgresql_reads_the_written_values(postgres_server: PostgresServer) -> None:
+    """A thousand values are read through JSONB, and lists of strings through arrays."""
     values: list[Any] = []
     texts: list[list[str | None]] = [list(ODD), [None, *ODD], []]
 
     @given(hypothesis_strategies.values)
-    @settings(max_examples=1000, database=None)
+    @settings(max_examples=repetitions(1000), database=None)
     def gather(value: Any) -> None:
         values.append(value)
 
     @given(st.lists(st.none() | TEXTS | st.sampled_from(ODD), max_size=5))
-    @settings(max_examples=300, database=None)
+    @settings(max_examples=repetitions(300), database=None)
     def gather_texts(found: list[str | None]) -> None:
         texts.append(found)
 

@@ -1,4 +1,4 @@
-"""The file of a SQLite store: replaced, removed, reached by several names, owned by somebody, full."""
+"""The file of a SQLite store: replaced, removed, with several names, with other owners, disk full."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def template(name: str, **fields: object) -> dict[str, object]:
 
 
 def copied(path: Path, to: Path) -> None:
-    """A whole copy, as a backup is."""
+    """A complete copy, like a backup."""
     source, target = sqlite3.connect(path), sqlite3.connect(to)
     source.backup(target)
     source.close()
@@ -90,7 +90,7 @@ WAYS = [
 
 
 async def refused(verb: Callable[[], Awaitable[object]]) -> StorageError:
-    """How a verb fails; of a batch, how its first change does."""
+    """The error of a verb; for a batch, the error of its first change."""
     with pytest.raises(StorageError) as caught:
         await verb()
     if isinstance(caught.value, BatchError):
@@ -153,12 +153,12 @@ async def test_119_a_file_that_is_replaced_in_use_is_noticed(
         assert health["ok"] is False
         assert str(path) in str(health["problems"])
     if way in (_log_removed, _index_removed):
-        # The file is the same, so its last connection brings over what the log held.
+        # The file is the same, so that its last connection checkpoints the log into it.
         async with open_store(f"sqlite:{path}") as store:
             assert await store.count_entities("templates") == 2
 
 
-async def test_119_a_link_that_is_turned_is_noticed(tmp_path: Path) -> None:
+async def test_119_a_changed_symbolic_link_is_noticed(tmp_path: Path) -> None:
     real, path = tmp_path / "real.db", tmp_path / "store.db"
     async with open_store(f"sqlite:{real}") as store:
         await store.save_entity("templates", template("t"))
@@ -171,7 +171,7 @@ async def test_119_a_link_that_is_turned_is_noticed(tmp_path: Path) -> None:
             await store.save_entity("templates", template("lost"))
 
 
-async def test_119_a_transaction_does_not_commit_into_a_file_that_is_gone(tmp_path: Path) -> None:
+async def test_119_a_transaction_does_not_commit_to_a_removed_file(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("templates", template("t"))
@@ -191,7 +191,7 @@ async def test_119_a_transaction_does_not_commit_into_a_file_that_is_gone(tmp_pa
         assert [each["template_id"] for each in found] == ["t"]
 
 
-async def test_119_replaced_during_the_commit_is_no_acknowledgement(
+async def test_119_a_commit_to_a_replaced_file_is_not_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "store.db"
@@ -223,12 +223,12 @@ async def test_119_replaced_during_the_commit_is_no_acknowledgement(
                     await verb()
                 assert caught.value.outcome_unknown
             (tmp_path / "away.db").rename(path)
-            # What was put back is the same file.
+            # The restored file is the original one.
             assert await store.get_entity("templates", "unknown") is not None
 
 
 async def test_119_a_replaced_store_leaves_the_files_of_its_successor_alone(tmp_path: Path) -> None:
-    """Whoever closes a file last removes the log, by its name: not that of the new file."""
+    """The last connection removes the log by its name; it must not remove that of the new file."""
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("templates", template("t"))
@@ -277,7 +277,7 @@ async def test_119_one_file_by_several_paths_is_one_store(tmp_path: Path) -> Non
     assert (tmp_path / "link.db").is_symlink()
 
 
-async def test_119_two_names_that_are_no_links_are_refused(tmp_path: Path) -> None:
+async def test_119_hard_links_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("templates", template("t"))
@@ -309,7 +309,7 @@ async def test_a_copy_is_another_store(tmp_path: Path) -> None:
         assert not (tmp_path / "none.db").exists()
 
 
-async def test_a_relative_path_stays_where_it_was(
+async def test_a_relative_path_is_resolved_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for each in ("one", "two"):
@@ -351,7 +351,7 @@ asyncio.run(main(path, name))
 
 @as_root
 def test_120_a_command_of_root_leaves_owner_and_mode(tmp_path: Path) -> None:
-    folder = Path("/tmp") / f"hf-async-store-{os.getpid()}"  # that others may reach
+    folder = Path("/tmp") / f"hf-async-store-{os.getpid()}"  # that other users may access
     folder.mkdir(mode=0o755)
     path = folder / "store.db"
     try:
@@ -382,7 +382,7 @@ def test_120_a_command_of_root_leaves_owner_and_mode(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, which may be made read-only."""
+    """A separate file system, which can be remounted read-only."""
     folder = tmp_path / "mounted"
     folder.mkdir()
     if (
@@ -411,7 +411,7 @@ async def test_a_file_system_that_is_read_only(mounted: Path) -> None:
                 assert isinstance(error, ReadOnlyStoreError), (name, error)
                 assert not error.retryable, name
         assert (await store.health())["ok"] is False
-        # It is written again: what was read is not kept.
+        # Writable again: data that another store writes must be read, not cached data.
         subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
         async with open_store(f"sqlite:{path}") as other:
             await other.save_entity("templates", template("new"))
@@ -451,7 +451,7 @@ asyncio.run(main())
 """
 
 
-def test_no_descriptors_are_left(tmp_path: Path) -> None:
+def test_no_file_descriptors_available(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
 
     async def made() -> None:

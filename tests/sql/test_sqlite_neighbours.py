@@ -1,4 +1,4 @@
-"""One change that a database refuses, for reasons of its own, and those that share its statement."""
+"""A change that the database refuses, and the changes that share its statement."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def _as_batch(store: Any) -> list[object]:
 
 @pytest.mark.parametrize("way", [_at_once, _as_batch])
 @pytest.mark.parametrize("statement", REFUSING)
-async def test_135_a_change_that_is_refused_is_refused_with_an_error_of_ours(
+async def test_135_a_refused_change_raises_a_storage_error(
     tmp_path: Path, statement: str, way: Any
 ) -> None:
     path = tmp_path / "store.db"
@@ -60,7 +60,7 @@ async def test_135_a_change_that_is_refused_is_refused_with_an_error_of_ours(
         change(path, statement)
         for each in await way(store):
             assert type(each) is int or isinstance(each, StorageError), repr(each)
-        # And what was told is true.
+        # And the reported outcomes are correct.
         found = await store.query_entities("templates")
         outcomes = await way(store)
         assert len(outcomes) == 20
@@ -69,7 +69,9 @@ async def test_135_a_change_that_is_refused_is_refused_with_an_error_of_ours(
 
 @pytest.mark.parametrize("way", [_at_once, _as_batch])
 @pytest.mark.parametrize("statement", REFUSING)
-async def test_135_its_neighbours_land(tmp_path: Path, statement: str, way: Any) -> None:
+async def test_135_the_neighbours_of_a_refused_change_are_written(
+    tmp_path: Path, statement: str, way: Any
+) -> None:
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("machines", {"machine_id": "m"})
@@ -83,7 +85,9 @@ async def test_135_its_neighbours_land(tmp_path: Path, statement: str, way: Any)
 
 
 @pytest.mark.parametrize("statement", REFUSING[:2])
-async def test_135_the_neighbours_of_a_refused_import_land(tmp_path: Path, statement: str) -> None:
+async def test_135_the_neighbours_of_a_refused_import_are_written(
+    tmp_path: Path, statement: str
+) -> None:
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("machines", {"machine_id": "m"})
@@ -108,7 +112,7 @@ async def _goes_on_after_a_refusal(store: Any) -> None:
 
 
 @pytest.mark.parametrize("statement", REFUSING[:2])
-async def test_135_a_transaction_with_a_refused_change_leaves_nothing(
+async def test_135_a_transaction_with_a_refused_change_writes_nothing(
     tmp_path: Path, statement: str
 ) -> None:
     path = tmp_path / "store.db"
@@ -121,7 +125,7 @@ async def test_135_a_transaction_with_a_refused_change_leaves_nothing(
         assert [each["machine_id"] for each in await store.query_entities("machines")] == ["m"]
 
 
-async def test_135_who_reads_waits_for_no_blocked_writer(tmp_path: Path) -> None:
+async def test_135_readers_do_not_wait_for_a_blocked_writer(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}?timeout=1") as store:
         await store.save_entity("templates", template(1))

@@ -1,4 +1,4 @@
-"""Many entities column by column: whatever that says, one by one says the same."""
+"""Validation of a batch by columns gives the check_same results as validation of each entity."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, batch_validation
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import MAX_ENTITY_BYTES
 
 MACHINES = HOST_FACTORY[2]
@@ -45,34 +46,34 @@ class Text(str):
     pass
 
 
-def told(collection: Collection, items: Any) -> Any:
-    """What one by one says: keys and entities with the types of all values, or None for an error."""
+def validated_one_by_one(collection: Collection, items: Any) -> Any:
+    """The result of validating each entity, with the types of all values; None for an error."""
     try:
-        return exactly([collection.entity(each) for each in items])
+        return with_types([collection.entity(each) for each in items])
     except StorageError:
         return None
 
 
-def exactly(value: Any) -> Any:
+def with_types(value: Any) -> Any:
     if isinstance(value, dict):
-        return ("dict", [(exactly(k), exactly(v)) for k, v in value.items()])
+        return ("dict", [(with_types(k), with_types(v)) for k, v in value.items()])
     if isinstance(value, list | tuple):
-        return (type(value).__name__, [exactly(each) for each in value])
+        return (type(value).__name__, [with_types(each) for each in value])
     return (type(value).__name__, repr(value))
 
 
-def same(collection: Collection, items: list[Any]) -> bool:
-    """Both ways agree; whether the quick one had an answer."""
-    before = exactly(items)
+def check_same(collection: Collection, items: list[Any]) -> bool:
+    """Assert that both validations agree; returns whether the batch validation had a result."""
+    before = with_types(items)
     found = batch_validation.validate_batch(collection, items)
-    assert exactly(items) == before, "what a caller hands in is never changed"
+    assert with_types(items) == before, "the batch validation modified its input"
     if found is None:
         return False
-    assert exactly(found) == told(collection, items)
+    assert with_types(found) == validated_one_by_one(collection, items)
     return True
 
 
-ODD: list[Any] = [
+UNUSUAL: list[Any] = [
     math.nan,
     -math.inf,
     -0.0,
@@ -115,38 +116,40 @@ def entity(number: int, **fields: Any) -> dict[str, Any]:
     return {"id": f"e-{number}", "needed": "x", "must": [number], **fields}
 
 
-@pytest.mark.parametrize("value", ODD, ids=lambda each: repr(each)[:30])
+@pytest.mark.parametrize("value", UNUSUAL, ids=lambda each: repr(each)[:30])
 @pytest.mark.parametrize("name", NAMES, ids=repr)
-def test_one_odd_value_among_plain_ones(name: Any, value: Any) -> None:
+def test_an_unusual_value_among_plain_ones(name: Any, value: Any) -> None:
     items = [entity(n, text="a", whole=n, other=None) for n in range(20)]
     for each in items:
         each[name] = each.get(name, "plain")
-    same(EVERY, items)
+    check_same(EVERY, items)
     items[7][name] = value
-    same(EVERY, items)
+    check_same(EVERY, items)
     for each in items:
         each[name] = value
-    same(EVERY, items)
+    check_same(EVERY, items)
 
 
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD)
+PLAIN = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(UNUSUAL)
+)
 VALUES = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
 )
 ENTITIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=6)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=repetitions(400), deadline=None)
 @given(st.data())
-def test_batches_of_few_forms_are_told_as_one_by_one(data: st.DataObject) -> None:
+def test_batches_of_few_forms_are_validated_like_single_entities(data: st.DataObject) -> None:
     forms = data.draw(st.lists(ENTITIES, min_size=1, max_size=3))
     items = [entity(n) | forms[n % len(forms)] for n in range(8 * len(forms))]
     place = data.draw(st.integers(0, len(items) - 1))
     items[place] = items[place] | data.draw(ENTITIES)
-    same(EVERY, items)
+    check_same(EVERY, items)
 
 
-def test_plain_batches_do_go_the_quick_way() -> None:
+def test_plain_batches_are_validated_by_columns() -> None:
     times = ["2026-06-01T08:00:00.414002Z", "2026-06-01T08:00:00", None]
     items = [
         {
@@ -160,13 +163,15 @@ def test_plain_batches_do_go_the_quick_way() -> None:
         }
         for n in range(64)
     ]
-    assert same(MACHINES, items)
-    assert same(MACHINES, [each if n % 4 else {**each, "more": n} for n, each in enumerate(items)])
-    assert not same(MACHINES, [{**each, f"field-{n}": n} for n, each in enumerate(items)])
-    assert not same(MACHINES, items[:7])
+    assert check_same(MACHINES, items)
+    assert check_same(
+        MACHINES, [each if n % 4 else {**each, "more": n} for n, each in enumerate(items)]
+    )
+    assert not check_same(MACHINES, [{**each, f"field-{n}": n} for n, each in enumerate(items)])
+    assert not check_same(MACHINES, items[:7])
 
 
-def test_what_is_handed_in_shares_nothing_with_the_copy() -> None:
+def test_the_result_shares_nothing_with_the_input() -> None:
     items = [entity(n, any=[n]) for n in range(8)]
     found = batch_validation.validate_batch(EVERY, items)
     assert found is not None

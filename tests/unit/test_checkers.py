@@ -1,4 +1,4 @@
-"""The judges of histories, on histories of which it is known what is wrong with them."""
+"""The consistency checkers, on histories with known violations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hf_async_store.testing.consistency_checkers import (
     unlinearizable,
     unserializable,
 )
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -152,7 +153,7 @@ def test_a_history_that_is_not_linearizable_is_found(name: str) -> None:
     assert "'k' is not linearizable" in told
 
 
-def test_each_bad_key_is_told() -> None:
+def test_each_key_with_a_violation_is_reported() -> None:
     acts = [
         Act(caller="c", key=key, verb="get", answer=(1, "x"), invoked=0, responded=1)
         for key in ("b", "a")
@@ -176,7 +177,7 @@ ANSWERS: list[Any] = [
 
 @st.composite
 def acts_of_a_store(draw: st.DrawFn) -> list[Act]:
-    """What callers of a correct store see: each act takes effect at one moment of its interval."""
+    """A history of a correct store: each operation takes effect at one moment of its interval."""
     state: State = None
     acts: list[Act] = []
     for n in range(draw(st.integers(1, 25))):
@@ -200,12 +201,12 @@ def changed(made: Act, **more: Any) -> Act:
 
 
 @given(acts=acts_of_a_store())
-def test_what_a_correct_store_answers_passes(acts: list[Act]) -> None:
+def test_a_history_of_a_correct_store_is_linearizable(acts: list[Act]) -> None:
     assert unlinearizable(acts) == []
 
 
 @given(acts=acts_of_a_store(), unknown=st.sets(st.integers(0, 24)))
-def test_not_to_know_some_answers_changes_nothing(acts: list[Act], unknown: set[int]) -> None:
+def test_unknown_outcomes_do_not_cause_violations(acts: list[Act], unknown: set[int]) -> None:
     lost = [
         changed(each, responded=None, answer=None) if n in unknown else each
         for n, each in enumerate(acts)
@@ -215,7 +216,7 @@ def test_not_to_know_some_answers_changes_nothing(acts: list[Act], unknown: set[
 
 @st.composite
 def any_acts(draw: st.DrawFn) -> list[Act]:
-    """A few acts with any answers at all."""
+    """A few operations with arbitrary results."""
     acts: list[Act] = []
     for n in range(draw(st.integers(1, 5))):
         invoked = draw(st.integers(0, 12))
@@ -232,14 +233,14 @@ def any_acts(draw: st.DrawFn) -> list[Act]:
     return acts
 
 
-@settings(max_examples=400)
+@settings(max_examples=repetitions(400))
 @given(acts=any_acts() | acts_of_a_store().map(lambda acts: acts[:5]))
-def test_the_search_agrees_with_trying_every_order(acts: list[Act]) -> None:
+def test_the_search_agrees_with_an_exhaustive_search(acts: list[Act]) -> None:
     assert (unlinearizable(acts) == []) == any(map(explains, orders_of(acts)))
 
 
 def orders_of(acts: Sequence[Act]) -> Iterator[tuple[Act, ...]]:
-    """Every order of all acts, and of all without some whose outcome is unknown."""
+    """Every order of all operations, also without some of those whose outcome is unknown."""
     unknown = [each for each in acts if each.responded is None]
     for chosen in range(2 ** len(unknown)):
         left_out = [id(each) for n, each in enumerate(unknown) if chosen >> n & 1]
@@ -247,7 +248,7 @@ def orders_of(acts: Sequence[Act]) -> Iterator[tuple[Act, ...]]:
 
 
 def explains(order: Sequence[Act]) -> bool:
-    """Whether this order respects real time and gives every answer."""
+    """Whether this order respects real time and explains every result."""
     for n, later in enumerate(order):
         if any(
             later.responded is not None and later.responded < earlier.invoked
@@ -273,7 +274,7 @@ def txn(
     began: int = 0,
     ended: int = 9,
 ) -> Txn:
-    """A transaction; `writes` by key: what it installed, or a list of it."""
+    """A transaction; `writes` maps a key to the version and value that it wrote, or a list of them."""
     return Txn(
         caller="c",
         reads=list(reads.items()) if isinstance(reads, dict) else reads,
@@ -315,7 +316,7 @@ GOOD_TXNS: dict[str, list[Txn]] = {
         txn({}, {"x": (1, "a")}, began=0, ended=5),
         txn({"x": NOTHING}, {}, began=4, ended=6),
     ],
-    # Serializable, though not in real time: the writer of y is in order before that of x.
+    # Serializable, but not in real-time order: the writer of y is ordered before that of x.
     "an old read that began before": [
         txn({}, {"x": (1, "a")}, began=0, ended=1),
         txn({"x": (1, "a"), "y": NOTHING}, {}, began=2, ended=9),
@@ -325,45 +326,48 @@ GOOD_TXNS: dict[str, list[Txn]] = {
 
 BAD_TXNS: dict[str, tuple[str, list[Txn]]] = {
     "a lost update": (
-        "made twice",
+        "written twice",
         [txn({"x": NOTHING}, {"x": (1, "a")}), txn({"x": NOTHING}, {"x": (1, "b")})],
     ),
-    "an update that went back": ("made twice", [txn({}, {"z": (3, "a")})]),
+    "an update that went back": ("written twice", [txn({}, {"z": (3, "a")})]),
     "a dirty read": (
-        "no transaction left",
+        "no transaction committed",
         [txn({}, {"x": (1, "a")}, committed=False), txn({"x": (1, "a")}, {})],
     ),
     "a read of half a transaction": (
-        "no transaction left",
+        "no transaction committed",
         [txn({}, {"x": [(1, "a"), (2, "b")]}), txn({"x": (1, "a")}, {})],
     ),
     "a version with another value": (
-        "no transaction left",
+        "no transaction committed",
         [txn({}, {"x": (1, "a")}), txn({"x": (1, "b")}, {})],
     ),
-    "a value out of nowhere": ("no transaction left", [txn({"x": (7, "a")}, {})]),
-    "what there was at first, changed": ("no transaction left", [txn({"z": (3, "other")}, {})]),
+    "a value out of nowhere": ("no transaction committed", [txn({"x": (7, "a")}, {})]),
+    "what there was at first, changed": (
+        "no transaction committed",
+        [txn({"z": (3, "other")}, {})],
+    ),
     "a write between two of another": (
         "interrupted",
         [txn({}, {"x": [(1, "a"), (3, "c")]}), txn({}, {"x": (2, "b")})],
     ),
     "write skew": (
-        "circle",
+        "cycle",
         [
             txn({"x": NOTHING, "y": NOTHING}, {"x": (1, "a")}),
             txn({"x": NOTHING, "y": NOTHING}, {"y": (1, "b")}),
         ],
     ),
     "half of a commit": (
-        "circle",
+        "cycle",
         [txn({}, {"x": (1, "a"), "y": (1, "a")}), txn({"x": (1, "a"), "y": NOTHING}, {})],
     ),
     "two reads that differ": (
-        "circle",
+        "cycle",
         [txn([("x", NOTHING), ("x", (1, "a"))], {}), txn({}, {"x": (1, "a")})],
     ),
     "readers that disagree on the order": (
-        "circle",
+        "cycle",
         [
             txn({}, {"x": (1, "a")}),
             txn({}, {"y": (1, "b")}),
@@ -372,11 +376,11 @@ BAD_TXNS: dict[str, tuple[str, list[Txn]]] = {
         ],
     ),
     "what each got from the other": (
-        "circle",
+        "cycle",
         [txn({"y": (1, "b")}, {"x": (1, "a")}), txn({"x": (1, "a")}, {"y": (1, "b")})],
     ),
     "writes in opposed orders": (
-        "circle",
+        "cycle",
         [
             txn({}, {"x": (1, "a"), "y": (2, "a")}),
             txn({}, {"x": (2, "b"), "y": (1, "b")}),
@@ -387,7 +391,7 @@ BAD_TXNS: dict[str, tuple[str, list[Txn]]] = {
         [txn({}, {"x": (1, "a")}, began=0, ended=1), txn({"x": NOTHING}, {}, began=2, ended=3)],
     ),
     "an unknown end that was seen by half": (
-        "circle",
+        "cycle",
         [
             txn({}, {"x": (1, "a"), "y": (1, "a")}, committed=None),
             txn({"x": (1, "a"), "y": NOTHING}, {}),
@@ -410,7 +414,7 @@ def test_a_history_that_is_not_serializable_is_found(name: str) -> None:
     assert any(reason in each for each in problems), problems
 
 
-def test_a_long_circle_is_told_step_by_step() -> None:
+def test_a_long_cycle_is_described_step_by_step() -> None:
     keys = [f"k{n}" for n in range(6)]
     txns = [txn({here: NOTHING}, {there: (1, "x")}) for here, there in pairwise([*keys, keys[0]])]
     [told] = unserializable(txns, {})
@@ -422,8 +426,8 @@ def interleaved(draw: st.DrawFn, *, careful: bool) -> list[Txn]:
     """Transactions on three keys.
 
     Args:
-        careful: one runs after another, as a correct store makes it seem; else their steps are
-            mixed, and each sees what the others have done so far.
+        careful: the transactions run serially; otherwise their steps are interleaved, and each
+            sees the uncommitted writes of the others.
     """
     versions = count(1)
     stored: dict[str, Installed] = {}
@@ -444,19 +448,19 @@ def interleaved(draw: st.DrawFn, *, careful: bool) -> list[Txn]:
 
 
 @given(txns=interleaved(careful=True), order=st.randoms(use_true_random=False))
-def test_what_a_serial_store_does_passes(txns: list[Txn], order: Any) -> None:
+def test_a_serial_history_is_serializable(txns: list[Txn], order: Any) -> None:
     order.shuffle(txns)
     assert unserializable(txns, {}) == []
 
 
-@settings(max_examples=400)
+@settings(max_examples=repetitions(400))
 @given(txns=interleaved(careful=False))
-def test_the_graph_agrees_with_trying_every_order(txns: list[Txn]) -> None:
+def test_the_graph_agrees_with_an_exhaustive_search(txns: list[Txn]) -> None:
     assert (unserializable(txns, {}) == []) == any(map(is_serial, permutations(txns)))
 
 
 def is_serial(order: Sequence[Txn]) -> bool:
-    """Whether the transactions, one after another in this order, see and make what they did."""
+    """Whether running the transactions serially in this order gives the recorded reads and versions."""
     stored: dict[str, Installed] = {}
     for one in order:
         if any(stored.get(key, NOTHING) != seen for key, seen in one.reads):

@@ -1,4 +1,4 @@
-"""What the suites fail on beside their own assertions."""
+"""Checks that apply to all tests: errors that the event loop logs, and unclosed stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_async_store.testing.assertions import no_complaints
 
 @pytest.fixture
 def _no_complaints() -> None:
-    """In place of the one of all suites: here something is complained of."""
+    """Overrides the fixture of all tests: these tests cause errors of the event loop on purpose."""
 
 
 def _never_retrieved() -> None:
@@ -44,7 +44,7 @@ def _destroyed() -> None:
 @pytest.mark.parametrize(
     ("cause", "words"), [(_never_retrieved, "never retrieved"), (_destroyed, "was destroyed")]
 )
-def test_what_the_loop_complains_of_is_noticed(cause: Callable[[], None], words: str) -> None:
+def test_errors_logged_by_the_event_loop_fail_a_test(cause: Callable[[], None], words: str) -> None:
     def checked() -> None:
         with no_complaints():
             cause()
@@ -53,7 +53,7 @@ def test_what_the_loop_complains_of_is_noticed(cause: Callable[[], None], words:
         checked()
 
 
-def test_that_a_step_was_slow_is_no_complaint() -> None:
+def test_a_slow_callback_does_not_fail_a_test() -> None:
     with no_complaints():
         logging.getLogger("asyncio").warning("Executing took 1.2 seconds")
 
@@ -68,7 +68,7 @@ async def test_an_unclosed_store_is_noticed() -> None:
         await _forget()
 
 
-async def test_a_store_that_was_closed_or_never_open_is_not(
+async def test_a_closed_or_never_opened_store_causes_no_warning(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     async with open_store("memory:"):

@@ -1,4 +1,4 @@
-"""Coalescing: waiting operations share a batch, and are otherwise as if alone."""
+"""Coalescing: queued operations share a batch, and otherwise behave as if each were alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_async_store.values import Key
 
 
 class Recorder:
-    """Stands for an engine: answers each item by itself, and remembers the batches."""
+    """A fake engine that returns the id of each item, and records the batches."""
 
     def __init__(self, *, turns: int = 1) -> None:
         self.batches: list[list[Key]] = []
@@ -29,7 +29,9 @@ class Recorder:
         self.fail: StorageError | None = None
 
     async def run(self, items: Sequence[Key]) -> list[str]:
-        assert not set(self.under_way) & set(items), "a key is under way twice"
+        assert not set(self.under_way) & set(items), (
+            "two batches with the same key run at the same time"
+        )
         self.batches.append(list(items))
         self.under_way += items
         for _ in range(self.turns):
@@ -49,7 +51,7 @@ def identity(key: Key) -> Key:
     return key
 
 
-async def test_tasks_of_one_turn_share_a_batch() -> None:
+async def test_tasks_of_one_iteration_share_a_batch() -> None:
     recorder = Recorder()
     calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
     results = await asyncio.gather(*(calls.submit(keys(str(each)), None) for each in range(64)))
@@ -57,7 +59,7 @@ async def test_tasks_of_one_turn_share_a_batch() -> None:
     assert len(recorder.batches) == 1
 
 
-async def test_who_comes_while_a_batch_is_under_way_shares_the_next() -> None:
+async def test_items_submitted_during_a_batch_share_the_next_one() -> None:
     recorder = Recorder(turns=5)
     calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
     first = asyncio.create_task(calls.submit(keys("a"), None))
@@ -87,7 +89,7 @@ async def test_a_large_call_is_split_and_comes_back_in_order() -> None:
     assert [len(each) for each in recorder.batches] == [10, 10, 10, 5]
 
 
-async def test_a_failed_batch_gives_each_item_an_error_of_its_own() -> None:
+async def test_a_failed_batch_gives_each_item_a_separate_error() -> None:
     recorder = Recorder()
     recorder.fail = UnavailableError("gone")
     calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
@@ -100,7 +102,7 @@ async def test_a_failed_batch_gives_each_item_an_error_of_its_own() -> None:
     assert len({id(one), id(other), id(third)}) == 3
 
 
-async def test_a_defect_reaches_every_caller() -> None:
+async def test_an_unexpected_exception_reaches_every_caller() -> None:
     async def broken(items: Sequence[Key]) -> list[str]:
         raise ZeroDivisionError
 
@@ -109,12 +111,12 @@ async def test_a_defect_reaches_every_caller() -> None:
         *(calls.submit(keys(each), None) for each in "ab"), return_exceptions=True
     )
     assert [type(each) for each in results] == [ZeroDivisionError] * 2
-    # The lane goes on, and the loop has nothing to report: whoever waited was told.
+    # The lane stays usable, and the event loop has logged no error: every caller got the exception.
     results = await asyncio.gather(calls.submit(keys("c"), None), return_exceptions=True)
     assert [type(each) for each in results] == [ZeroDivisionError]
 
 
-async def test_what_no_batch_took_is_taken_back_by_a_cancellation() -> None:
+async def test_a_cancelled_item_outside_a_batch_is_removed() -> None:
     recorder = Recorder(turns=5)
     calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
     first = asyncio.create_task(calls.submit(keys("a"), None))
@@ -128,7 +130,7 @@ async def test_what_no_batch_took_is_taken_back_by_a_cancellation() -> None:
     assert recorder.batches == [keys("a")]
 
 
-async def test_a_timeout_knows_whether_the_item_was_taken() -> None:
+async def test_a_timeout_reports_whether_the_item_was_in_a_batch() -> None:
     started = asyncio.Event()
     release = asyncio.Event()
 
@@ -186,8 +188,8 @@ async def test_several_lanes_keep_the_order_of_each_key(seed: int) -> None:
     assert all(task.cancelled() for number, task in enumerate(waiting) if number not in kept)
 
 
-async def test_a_lane_that_just_ended_is_not_relied_on() -> None:
-    """A submit in the very turn in which a lane ends must start another one."""
+async def test_a_submit_after_the_end_of_a_lane_starts_another_lane() -> None:
+    """A submit in the same event-loop iteration in which a lane ends must start another lane."""
     recorder = Recorder(turns=0)
     calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
     for turns in range(12):
@@ -199,7 +201,7 @@ async def test_a_lane_that_just_ended_is_not_relied_on() -> None:
 
 
 class Gate:
-    """Stands for an engine whose batch is under way until it is let through."""
+    """A fake engine whose batch does not end until it is released."""
 
     def __init__(self) -> None:
         self.taken = asyncio.Event()
@@ -214,7 +216,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("cancellations", [1, 2, 5])
-async def test_a_cancelled_write_that_a_batch_took_waits_for_its_end(cancellations: int) -> None:
+async def test_a_cancelled_write_in_a_batch_waits_for_the_batch(cancellations: int) -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
     task = asyncio.create_task(calls.submit(keys("a"), None))
@@ -222,14 +224,14 @@ async def test_a_cancelled_write_that_a_batch_took_waits_for_its_end(cancellatio
     for _ in range(cancellations):
         task.cancel()
         await asyncio.sleep(0)
-    assert not task.done(), "nobody meets a write of a task that is gone"
+    assert not task.done(), "a write of a cancelled task took effect later"
     gate.let_through.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert gate.landed == ["a"]
 
 
-async def test_of_a_large_call_only_what_a_batch_took_is_waited_for() -> None:
+async def test_a_cancelled_large_call_waits_only_for_items_in_batches() -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=2, writes=True)
     task = asyncio.create_task(calls.submit(keys("a", "b", "c", "d"), None))
@@ -239,10 +241,10 @@ async def test_of_a_large_call_only_what_a_batch_took_is_waited_for() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await calls.drain()
-    assert gate.landed == ["a", "b"], "what no batch had taken is withdrawn"
+    assert gate.landed == ["a", "b"], "an item that was not in a batch yet was written"
 
 
-async def test_a_cancelled_write_waits_for_a_batch_that_fails_too() -> None:
+async def test_a_cancelled_write_waits_for_a_failing_batch() -> None:
     started, fail = asyncio.Event(), asyncio.Event()
 
     async def run(items: Sequence[Key]) -> list[str]:
@@ -261,7 +263,7 @@ async def test_a_cancelled_write_waits_for_a_batch_that_fails_too() -> None:
         await task
 
 
-async def test_a_cancelled_read_waits_for_nothing() -> None:
+async def test_a_cancelled_read_does_not_wait() -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=False)
     task = asyncio.create_task(calls.submit(keys("a"), None))
@@ -273,7 +275,7 @@ async def test_a_cancelled_read_waits_for_nothing() -> None:
     await calls.drain()
 
 
-async def test_a_timeout_of_reads_leaves_nothing_unknown() -> None:
+async def test_a_timeout_of_reads_has_no_unknown_outcome() -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=False)
     with pytest.raises(OperationTimeoutError) as late:
@@ -284,7 +286,7 @@ async def test_a_timeout_of_reads_leaves_nothing_unknown() -> None:
 
 
 @pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1]])
-async def test_a_timeout_that_is_no_number_of_seconds(timeout: Any) -> None:
+async def test_an_invalid_timeout_is_refused(timeout: Any) -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
     with pytest.raises(InvalidInputError, match="timeout"):

@@ -32,6 +32,7 @@ from hf_async_store.config import (
 )
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.redaction import redact_url
+from hf_async_store.testing.repetitions import repetitions
 
 # -- the spec's blocks, word for word -------------------------------------------------------
 
@@ -170,7 +171,7 @@ SPEC_MIGRATION = """
 
 
 def holds(loaded: object, given: object) -> bool:
-    """Whether everything that was given is in what was loaded, as it was given."""
+    """Whether the loaded configuration contains all given keys with the given values."""
     if isinstance(given, Mapping):
         return all(holds(loaded[name], each) for name, each in given.items())  # type: ignore[index]
     return loaded == given
@@ -211,7 +212,7 @@ def test_a_file_loads_from_a_path_object_too(tmp_path: Path) -> None:
 # -- shapes ---------------------------------------------------------------------------------
 
 
-def test_what_is_loaded_already_is_returned_as_it_is() -> None:
+def test_a_loaded_configuration_is_returned_unchanged() -> None:
     config = load_config("memory:")
     assert load_config(config) is config
     options = JSONConfig(base_path="here")
@@ -232,7 +233,7 @@ def test_fragments(source: dict[str, object]) -> None:
     assert load_config(source) == load_config(JSONConfig(base_path="x"))
 
 
-def test_a_block_may_be_left_out_where_its_defaults_will_do() -> None:
+def test_a_block_is_optional_if_its_defaults_suffice() -> None:
     assert load_config({"storage": {"strategy": "json"}}).options == JSONConfig()
     assert load_config({"strategy": "memory"}).options == MemoryConfig()
 
@@ -288,7 +289,7 @@ def test_files_of_collections() -> None:
         clash.files(["a", "b"])
 
 
-def test_a_caller_who_changes_what_he_gave_changes_nothing() -> None:
+def test_a_configuration_is_independent_of_its_source() -> None:
     names = {"requests": "r.json"}
     config = strategy_config({"json_strategy": {"filenames": {"split_files": names}}}, JSONConfig)
     names["machines"] = "r.json"
@@ -340,7 +341,7 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         ({"json_strategy": {}, "sql_strategy": {}}, "strategy: required, because there are blocks"),
         ({"storage": None}, "storage: expected mapping, got NoneType"),
         ({"json_strategy": {5: 1}}, "json_strategy.5: unknown key"),
-        # The block of a strategy that is not the chosen one.
+        # Errors in the block of a strategy that is not selected.
         ({"strategy": "json", "sql_strategy": {"port": "x"}}, "sql_strategy.port: expected int"),
         # Types and ranges.
         (in_json(cache_size="5"), "storage.json_strategy.cache_size: expected int, got str"),
@@ -386,7 +387,7 @@ def test_refusals_name_the_path(source: Any, start: str) -> None:
     assert not caught.value.retryable
 
 
-def test_an_unknown_key_comes_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_key_lists_the_known_ones() -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_config(in_json(enable_compresion=True))
     assert str(caught.value) == (
@@ -421,7 +422,7 @@ def test_models_are_checked_in_python_too() -> None:
         JSONConfig().cache_size = 5  # type: ignore[misc]
 
 
-def test_what_is_no_configuration_at_all() -> None:
+def test_objects_that_are_no_configuration() -> None:
     with pytest.raises(ConfigurationError, match="a mapping, a path or a URL, not int"):
         load_config(5)  # type: ignore[arg-type]
 
@@ -443,7 +444,7 @@ def test_what_is_no_configuration_at_all() -> None:
         (b'{"requests": {}, "machines": {}}', ": not a configuration.* did you mean 'json:"),
     ],
 )
-def test_malformed_files_are_named_with_the_place(
+def test_the_error_for_a_malformed_file_names_the_position(
     content: bytes, problem: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.json"
@@ -469,7 +470,7 @@ def test_a_missing_file_names_both_possibilities() -> None:
         ("memory", "did you mean 'memory:'?"),
     ],
 )
-def test_a_mistyped_scheme_is_put_right(source: str, hint: str) -> None:
+def test_a_mistyped_scheme_gets_a_suggestion(source: str, hint: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_config(source)
     assert str(caught.value).startswith("no such configuration file ")
@@ -527,7 +528,7 @@ def test_expansion(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) ->
     assert config.password == Secret(expected)
 
 
-def test_expansion_reaches_every_text_and_takes_the_type_of_the_key(
+def test_expansion_applies_to_all_strings_and_converts_to_the_type_of_the_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in {"KIND": "json", "SIZE": "7", "FLAG": "No", "FILE": "r.json"}.items():
@@ -559,14 +560,14 @@ def test_expansion_reaches_every_text_and_takes_the_type_of_the_key(
     ("text", "problem"),
     [
         ("${GONE}", "the environment variable GONE is not set"),
-        ("${}", "a '${' that is neither"),
-        ("${GONE", "a '${' that is neither"),
-        ("${1A}", "a '${' that is neither"),
-        ("${A B}", "a '${' that is neither"),
+        ("${}", "'${' must begin ${NAME} or"),
+        ("${GONE", "'${' must begin ${NAME} or"),
+        ("${1A}", "'${' must begin ${NAME} or"),
+        ("${A B}", "'${' must begin ${NAME} or"),
         ("${BYTES}", "the environment variable BYTES is not UTF-8"),
     ],
 )
-def test_what_cannot_be_expanded(
+def test_invalid_variable_references(
     text: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("GONE", raising=False)
@@ -686,8 +687,8 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("sqlite:///a.db", "expected sqlite:PATH"),
         ("postgresql:name", "expected postgresql://USER:PASSWORD@HOST:PORT/NAME"),
         ("postgresql://h:port/db", "port: expected int, got str"),
-        ("postgresql://h/db?username=a@b", "in user, password and name, @ : / ? and % must be"),
-        ("postgresql://h/db/more", "in user, password and name, @ : / ? and % must be"),
+        ("postgresql://h/db?username=a@b", "@ : / ? and % in the user, password and name must be"),
+        ("postgresql://h/db/more", "@ : / ? and % in the user, password and name must be"),
         ("dynamodb:us-east-1", "expected dynamodb://REGION/PREFIX"),
         ("dynamodb://key:value@us-east-1/p", "dynamodb://REGION/PREFIX takes no user"),
         ("memory:name", "only a query may follow memory:"),
@@ -719,7 +720,7 @@ def test_bad_urls(url: str, problem: str) -> None:
     password=st.text(min_size=1),
     name=st.text(min_size=1).filter(lambda text: "\0" not in text),
 )
-def test_any_text_comes_through_a_url_percent_encoded(
+def test_any_string_can_be_percent_encoded_in_a_url(
     username: str, password: str, name: str
 ) -> None:
     user, secret, database = (quote(each, safe="") for each in (username, password, name))
@@ -787,7 +788,7 @@ def test_a_url_of_a_registered_strategy() -> None:
     }
 
 
-def test_a_strategy_that_nobody_registered() -> None:
+def test_an_unregistered_strategy() -> None:
     with pytest.raises(ConfigurationError, match="not a URL of a known scheme"):
         load_config("acme:x")
     with pytest.raises(ConfigurationError, match="strategy: unknown strategy"):
@@ -802,7 +803,7 @@ SECRET = f"{MARK}{MARK}"
 
 
 def told(error: BaseException | None) -> Iterator[str]:
-    """Everything that an error and all that it is chained to may show."""
+    """The text of an error and of its chained exceptions, including their attributes."""
     if error is not None:
         yield str(error)
         yield repr(error)
@@ -813,7 +814,7 @@ def told(error: BaseException | None) -> Iterator[str]:
 
 
 def refusal(source: Any) -> ConfigurationError | None:
-    """The error of loading `source`, which shows nothing of what holds MARK; None if it loads."""
+    """The error of loading `source`, which must not show any value that contains MARK; None if it loads."""
     error = None
     try:
         load_config(source)
@@ -824,13 +825,13 @@ def refusal(source: Any) -> ConfigurationError | None:
 
 
 def assert_silent(source: Any) -> None:
-    """Loading `source` shows nothing of a password that holds MARK, neither well nor badly."""
+    """Assert that neither a successful nor a failed loading of `source` shows a password with MARK."""
     if refusal(source) is None:
         config = load_config(source)
         assert MARK not in repr(config) + str(config) + repr(redacted(config))
 
 
-def test_a_secret_shows_itself_only_when_asked() -> None:
+def test_a_secret_is_shown_only_on_request() -> None:
     secret = Secret(SECRET)
     assert secret.reveal() == SECRET
     assert str(secret) == f"{secret}" == "***"
@@ -844,7 +845,7 @@ def test_a_secret_shows_itself_only_when_asked() -> None:
         msgspec.json.encode(SQLConfig(password=secret))
 
 
-def test_a_password_is_in_no_picture_of_a_configuration() -> None:
+def test_a_password_is_in_no_representation_of_a_configuration() -> None:
     config = load_config(f"postgresql://me:{SECRET}@host/db")
     options = config.options
     assert isinstance(options, SQLConfig)
@@ -857,7 +858,7 @@ def test_a_password_is_in_no_picture_of_a_configuration() -> None:
     assert not [each for each in pictures if MARK in each]
 
 
-def test_redaction_hides_what_sounds_secret_and_nothing_else() -> None:
+def test_redaction_hides_only_values_with_secret_names() -> None:
     assert redacted(
         {
             "api_key": SECRET,
@@ -916,7 +917,7 @@ MODELS = {
 def test_no_error_shows_a_value(
     strategy: str, wrap: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Any value may be a password in the wrong place: as such, from the environment, in a file."""
+    """Any value may be a misplaced password: a literal, from the environment, or in a file."""
     monkeypatch.setenv("MISPLACED", SECRET)
     path = tmp_path / "config.json"
     errors = []
@@ -928,7 +929,7 @@ def test_no_error_shows_a_value(
     assert any(errors)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=repetitions(300), deadline=None)
 @given(
     password=st.lists(
         st.sampled_from(
@@ -956,7 +957,7 @@ def test_no_error_shows_a_password_that_was_put_raw_into_a_url(password: str, pl
     assert_silent(place.format(password))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=repetitions(200), deadline=None)
 @given(
     password=st.text(max_size=8).map(lambda text: MARK + text + MARK),
     broken=st.sampled_from(
@@ -990,15 +991,15 @@ def test_a_malformed_file_does_not_show_its_passwords(tmp_path: Path) -> None:
             path.write_bytes(content)
             with pytest.raises(ConfigurationError) as caught:
                 load_config(path)
-            # A key may be torn; what it is torn into is named.
+            # A key may be split by the corruption; its parts are named in the error.
             assert not [text for text in told(caught.value) if MARK in text]
 
 
 # -- cost -----------------------------------------------------------------------------------
 
 
-def test_importing_and_loading_is_light() -> None:
-    """Beside msgspec, only what costs nothing; the package itself is left out by a stand-in."""
+def test_importing_and_loading_imports_few_modules() -> None:
+    """Apart from msgspec, only cheap modules are imported; a stub replaces the package itself."""
     folder = Path(hf_async_store.config.__file__).parent
     script = f"""
 import sys, types, msgspec

@@ -1,4 +1,4 @@
-"""Lost races: tries until one wins, and turns for the tasks of one process."""
+"""Retries after conflicts, and the fair queue for the tasks of one process that retry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS = 30.0
 
 
 class Counter:
-    """A value under compare-and-set, whose reads and writes take some turns of the loop."""
+    """A compare-and-set value; reading and writing it takes several event-loop iterations."""
 
     def __init__(self, turns: int = 2) -> None:
         self.value = 0
@@ -52,11 +52,11 @@ async def settled(*tasks: asyncio.Task[int]) -> None:
         await asyncio.wait(tasks)
 
 
-# -- tries ------------------------------------------------------------------------------------
+# -- retries ----------------------------------------------------------------------------------
 
 
 async def held(turns: FairRetryQueue) -> tuple[asyncio.Event, asyncio.Task[int]]:
-    """A turn that a task has until the event is set."""
+    """A task that is at the head of the queue until the event is set."""
     gate = asyncio.Event()
 
     async def gated() -> int:
@@ -68,14 +68,14 @@ async def held(turns: FairRetryQueue) -> tuple[asyncio.Event, asyncio.Task[int]]
     return gate, holder
 
 
-async def test_what_meets_no_conflict_runs_once() -> None:
+async def test_work_without_a_conflict_runs_once() -> None:
     counter = Counter()
     assert await retry_conflicts(counter.increment, SECONDS) == 1
     assert counter.attempts == 1
 
 
-async def test_pauses_follow_what_an_attempt_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short where the engine is quick, whatever it is; never longer than the bound."""
+async def test_pauses_are_proportional_to_the_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses are proportional to the duration of an attempt, and at most one second."""
     now = 0.0
     pauses: list[float] = []
 
@@ -111,7 +111,7 @@ async def test_pauses_follow_what_an_attempt_takes(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
-async def test_conflicts_end_at_the_bound(seconds: float) -> None:
+async def test_retries_end_at_the_time_limit(seconds: float) -> None:
     tries = 0
 
     async def attempt() -> int:
@@ -131,10 +131,10 @@ def taking(attempt: Callable[[], Awaitable[int]], seconds: float) -> Awaitable[i
     return FairRetryQueue().retry(KEY, attempt, seconds)
 
 
-# -- turns ------------------------------------------------------------------------------------
+# -- the queue --------------------------------------------------------------------------------
 
 
-async def test_without_a_conflict_nobody_waits() -> None:
+async def test_tasks_without_a_conflict_do_not_wait() -> None:
     turns = FairRetryQueue()
     inside = 0
 
@@ -142,14 +142,14 @@ async def test_without_a_conflict_nobody_waits() -> None:
         nonlocal inside
         inside += 1
         await asyncio.sleep(0.01)
-        assert inside == 8, "they are all under way at once"
+        assert inside == 8, "all attempts run at the same time"
         assert not turns.contended
         return 1
 
     await asyncio.gather(*(turns.retry(KEY, attempt, SECONDS) for _ in range(8)))
 
 
-async def test_tasks_of_one_process_lose_one_race_each() -> None:
+async def test_tasks_of_one_process_have_one_conflict_each() -> None:
     turns, counter = FairRetryQueue(), Counter()
 
     async def steps() -> None:
@@ -162,7 +162,7 @@ async def test_tasks_of_one_process_lose_one_race_each() -> None:
     assert not turns.contended
 
 
-async def test_turns_come_in_the_order_of_the_losses() -> None:
+async def test_tasks_retry_in_the_order_of_their_conflicts() -> None:
     turns, counter = FairRetryQueue(), Counter()
     done: list[int] = []
 
@@ -173,7 +173,9 @@ async def test_turns_come_in_the_order_of_the_losses() -> None:
 
     await asyncio.gather(*(steps(each) for each in range(8)))
     for start in range(16, 8 * 19, 8):
-        assert sorted(done[start : start + 8]) == [*range(8)], "each once before any twice"
+        assert sorted(done[start : start + 8]) == [*range(8)], (
+            "every task succeeds once before any succeeds twice"
+        )
 
 
 async def test_keys_do_not_wait_for_one_another() -> None:
@@ -207,7 +209,7 @@ def once_lost(then: Callable[[], Awaitable[int]]) -> Callable[[], Awaitable[int]
     return attempt
 
 
-async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
+async def test_a_task_cancelled_in_the_queue_does_not_block_others() -> None:
     turns = FairRetryQueue()
     gate, holder = await held(turns)
     counter = Counter()
@@ -222,7 +224,7 @@ async def test_who_is_cancelled_while_waiting_blocks_nobody() -> None:
     assert not turns.contended
 
 
-async def test_who_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
+async def test_a_task_cancelled_at_the_head_of_the_queue_wakes_the_next() -> None:
     turns = FairRetryQueue()
     gate, holder = await held(turns)
     counter = Counter()
@@ -230,7 +232,7 @@ async def test_who_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
         asyncio.create_task(turns.retry(KEY, counter.increment, SECONDS)) for _ in range(2)
     ]
     await asyncio.sleep(0)
-    holder.add_done_callback(lambda _: second.cancel())  # before the one that was woken runs
+    holder.add_done_callback(lambda _: second.cancel())  # before the task that was woken runs
     gate.set()
     await settled(holder, second, third)
     assert second.cancelled()
@@ -261,7 +263,7 @@ async def test_cancellations_at_any_moment() -> None:
     assert counter.value == won
 
 
-async def test_a_failure_passes_the_turn_on() -> None:
+async def test_a_failed_task_wakes_the_next() -> None:
     turns = FairRetryQueue()
 
     async def fails() -> int:
@@ -277,8 +279,10 @@ async def test_a_failure_passes_the_turn_on() -> None:
     assert second.result() == 1
 
 
-async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for something that a later one must do first does not hold it up for ever."""
+async def test_a_slow_task_does_not_hold_its_queue_position_forever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task that waits for a later task must not block it forever."""
     monkeypatch.setattr(conflict_retry, "_MAX_TICKET_SECONDS", 0.02)
     turns = FairRetryQueue()
     done = asyncio.Event()
@@ -298,12 +302,12 @@ async def test_a_turn_that_takes_too_long_is_over(monkeypatch: pytest.MonkeyPatc
     assert not turns.contended
 
 
-async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
+async def test_waiting_in_the_queue_ends_at_the_time_limit() -> None:
     turns = FairRetryQueue()
     gate, holder = await held(turns)
     began = time.monotonic()
     counter = Counter()
-    assert await turns.retry(KEY, counter.increment, 0.02) == 1, "it tries once all the same"
+    assert await turns.retry(KEY, counter.increment, 0.02) == 1, "it makes one attempt nevertheless"
     assert await turns.retry(KEY, counter.increment, 0) == 2
 
     async def always() -> int:
@@ -311,7 +315,7 @@ async def test_waiting_for_a_turn_ends_at_the_bound() -> None:
 
     with pytest.raises(RetriesExhaustedError):
         await turns.retry(KEY, always, 0.02)
-    assert time.monotonic() - began < 0.9, "a turn lasts a second"
+    assert time.monotonic() - began < 0.9, "a task may hold its position in the queue for a second"
     gate.set()
     await holder
 
@@ -338,8 +342,8 @@ async def test_a_change_may_modify_the_same_entity(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("tasks", [2, 16])
-async def test_each_task_gets_its_share(tasks: int) -> None:
-    """Of many that modify one entity in a closed loop, none is far behind the others."""
+async def test_concurrent_modifications_are_fair(tasks: int) -> None:
+    """If many tasks modify one entity in a closed loop, all of them make similar progress."""
     async with open_store("memory:") as store:
         await store.save_entity("templates", {"template_id": "t", "count": 0})
         counts = [0] * tasks

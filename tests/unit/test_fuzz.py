@@ -1,7 +1,7 @@
-"""Whatever callers hand in, they get the truth or an error of ours: arbitrary objects, and cursors
-that are almost right.
+"""Fuzzing of arguments: arbitrary objects and nearly valid cursors give a correct result or a
+`StorageError`.
 
-A short run is part of every test run; `make test-long` tries more. A failure prints the input.
+A short run is part of every test run; `make test-long` tries more inputs. A failure prints the input.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Number(int):
 
 
 class Odd:
-    """Equal to nothing, without a hash, and with a name that says so."""
+    """An object that is equal to nothing and has no hash."""
 
-    __hash__ = None  # type: ignore[assignment]  # what it is here for
+    __hash__ = None  # type: ignore[assignment]  # the purpose of the class
 
     def __eq__(self, other: object) -> bool:
         return False
@@ -208,7 +208,7 @@ _ENTITIES: Final[list[Entity]] = [
 
 @given(st.data())
 def _queries(data: st.DataObject) -> None:
-    """A query is refused by an error of ours, or means something for every entity."""
+    """A query is refused with a `StorageError`, or can be evaluated for every entity."""
     try:
         query = build_query(
             THINGS,
@@ -236,7 +236,7 @@ def _continues(query: Query) -> None:
 
 
 def _asked(query: Query) -> dict[str, Any]:
-    # The checked form, said as a caller says it.
+    # The compiled query, converted back to the arguments of a caller.
     return {"filters": _said(query.where), "order_by": list(query.order)}
 
 
@@ -256,7 +256,7 @@ _ORDERS: Final[list[Any]] = [None, "label", ["-data", "count"], ["thing_id"], ["
 
 @st.composite
 def cursors(draw: st.DrawFn) -> tuple[Any, object]:
-    """A cursor of one query, altered in some way, for perhaps another."""
+    """A modified cursor of a query, used for the same or another query."""
     order = draw(st.sampled_from(_ORDERS))
     query = build_query(THINGS, order_by=order)
     entity = draw(st.sampled_from(_ENTITIES))
@@ -287,7 +287,7 @@ def cursors(draw: st.DrawFn) -> tuple[Any, object]:
 
 @given(cursors())
 def _cursors(case: tuple[Any, object]) -> None:
-    """A cursor continues its own query, or is refused: it never leads anywhere else."""
+    """A cursor continues its own query, or is refused; it is never accepted for another query."""
     order, cursor = case
     try:
         query = build_query(THINGS, order_by=order, cursor=cursor)  # type: ignore[arg-type]
@@ -306,7 +306,7 @@ def _cursors(case: tuple[Any, object]) -> None:
 
 @given(objects)
 def _values(value: object) -> None:
-    """A value is refused, or becomes a portable one that stays as it is."""
+    """A value is refused, or normalised to a portable one; normalising that again changes nothing."""
     try:
         portable = normalise(value)
     except InvalidInputError as exc:
@@ -333,7 +333,7 @@ _entities: Final = st.fixed_dictionaries(
 
 @given(st.lists(_entities | objects, min_size=8, max_size=10) | st.lists(_entities, min_size=8))
 def _batches(items: list[Any]) -> None:
-    """Entities are refused or stored in the same way, one by one and column by column."""
+    """Validation of a batch by columns and of each entity accept and refuse the same entities."""
     one_by_one: list[Any] = []
     refused: InvalidInputError | None = None
     for each in items:
@@ -344,7 +344,7 @@ def _batches(items: list[Any]) -> None:
             break
     together = validate_batch(THINGS, items)
     if together is None:
-        return  # one by one tells
+        return  # then each entity is validated
     assert refused is None, f"column by column it was accepted: {refused}"
     assert [(key, typed(entity)) for key, entity in together] == [
         (key, typed(entity)) for key, entity in one_by_one

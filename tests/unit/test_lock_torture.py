@@ -1,4 +1,4 @@
-"""The locks under cancellation at every moment: storms, step by step, and beside a model."""
+"""The locks under cancellation at every moment: random, at each step, and compared with a model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hf_async_store import locks
 from hf_async_store.errors import LockTimeoutError
 from hf_async_store.locks import LockManager, Mode, ReaderWriterLock
+from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,15 +39,15 @@ def section_of_manager(manager: LockManager) -> Enter:
 
 
 @pytest.fixture
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Polls at each turn of the loop, so that a number of turns reaches every await."""
+def no_poll_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls at each event-loop iteration, so that a few iterations reach every await."""
     for name in ("_FIRST_PAUSE", "_MAX_PAUSE_SECONDS", "_NEXT_IN_LINE_PAUSE"):
         monkeypatch.setattr(locks, name, 0)
 
 
 @pytest.fixture
-def managers(tmp_path: Path, no_pauses: None) -> Iterator[list[LockManager]]:
-    """Three managers of one path, which exclude one another as processes do."""
+def managers(tmp_path: Path, no_poll_delay: None) -> Iterator[list[LockManager]]:
+    """Three lock managers of one path, which exclude one another like processes."""
     made = [LockManager(tmp_path / "store.lock") for _ in range(3)]
     yield made
     for each in made:
@@ -56,24 +57,24 @@ def managers(tmp_path: Path, no_pauses: None) -> Iterator[list[LockManager]]:
 def assert_manager_free(manager: LockManager) -> None:
     assert_free(manager._tasks)
     assert_free(manager._gate)
-    assert (manager._main.held, manager._turn.held, manager._sharers) == (None, None, 0)
+    assert (manager._main.held, manager._turnstile.held, manager._sharers) == (None, None, 0)
 
 
-# -- storms ---------------------------------------------------------------------------------
+# -- random tasks ---------------------------------------------------------------------------
 
 
-class Storm:
-    """Visitors that come at random to a few doors of one lock, and are cancelled at random."""
+class RandomTasks:
+    """Tasks that acquire the sections of one lock at random, and are cancelled at random."""
 
-    def __init__(self, seed: int, doors: list[Enter]) -> None:
+    def __init__(self, seed: int, sections: list[Enter]) -> None:
         self._random = Random(seed)
-        self._doors = doors
+        self._sections = sections
         self._readers = 0
         self._writers = 0
         self.cancelled = 0
         self.visits = 0
 
-    async def rage(self, visitors: int) -> None:
+    async def run_tasks(self, visitors: int) -> None:
         tasks: set[asyncio.Task[None]] = set()
         finished: list[asyncio.Task[None]] = []
         while visitors or tasks:
@@ -96,18 +97,18 @@ class Storm:
     async def _visit(self) -> None:
         rng = self._random
         mode: Mode = "read" if rng.random() < 0.6 else "write"
-        section = rng.choice(self._doors)(mode, rng.choice((None, None, None, 0, 0.0005)))
+        section = rng.choice(self._sections)(mode, rng.choice((None, None, None, 0, 0.0005)))
         around = asyncio.timeout(rng.choice((None, None, 0, 0.0003)))
         with suppress(LockTimeoutError, TimeoutError):
             async with around, section:
-                self._come(mode)
+                self._acquired(mode)
                 try:
                     for _ in range(rng.randrange(4)):
                         await asyncio.sleep(0)
                 finally:
-                    self._go(mode)
+                    self._released(mode)
 
-    def _come(self, mode: Mode) -> None:
+    def _acquired(self, mode: Mode) -> None:
         self.visits += 1
         assert not self._writers
         if mode == "read":
@@ -116,20 +117,20 @@ class Storm:
             assert not self._readers
             self._writers += 1
 
-    def _go(self, mode: Mode) -> None:
+    def _released(self, mode: Mode) -> None:
         if mode == "read":
             self._readers -= 1
         else:
             self._writers -= 1
 
 
-async def test_a_storm_on_a_lock() -> None:
+async def test_random_tasks_on_a_lock() -> None:
     cancelled = visits = 0
     for seed in range(60):
         lock = ReaderWriterLock()
-        storm = Storm(seed, [section_of(lock)])
+        storm = RandomTasks(seed, [section_of(lock)])
         async with asyncio.timeout(60):
-            await storm.rage(visitors=200)
+            await storm.run_tasks(visitors=200)
         assert_free(lock)
         async with lock.writing(timeout=0):
             pass
@@ -139,12 +140,12 @@ async def test_a_storm_on_a_lock() -> None:
     assert visits > 1000
 
 
-async def test_a_storm_on_managers(managers: list[LockManager]) -> None:
+async def test_random_tasks_on_lock_managers(managers: list[LockManager]) -> None:
     cancelled = visits = 0
     for seed in range(20):
-        storm = Storm(seed, [section_of_manager(each) for each in managers])
+        storm = RandomTasks(seed, [section_of_manager(each) for each in managers])
         async with asyncio.timeout(60):
-            await storm.rage(visitors=150)
+            await storm.run_tasks(visitors=150)
         for each in managers:
             assert_manager_free(each)
             async with each.exclusive(timeout=0):
@@ -172,9 +173,10 @@ async def turn(number: int) -> None:
 async def cancelled_after(
     turns: int, before: list[Section], victim: Section, after: list[Section]
 ) -> bool:
-    """Cancel `victim` after that many turns of the loop; whether it was still alive then.
+    """Cancel `victim` after that many event-loop iterations; returns whether it had not ended yet.
 
-    The others come in the order given, each some turns after the one before it, and must all end.
+    The other tasks start in the given order, each some iterations after the previous one, and must
+    all end.
     """
     others = []
     for each in before:
@@ -197,7 +199,7 @@ MODES: list[Mode] = ["read", "write"]
 @pytest.mark.parametrize("before", MODES)
 @pytest.mark.parametrize("victim", MODES)
 @pytest.mark.parametrize("after", MODES)
-async def test_a_visitor_of_a_lock_cancelled_at_every_turn(
+async def test_a_task_using_a_lock_cancelled_at_every_iteration(
     before: Mode, victim: Mode, after: Mode
 ) -> None:
     turns, alive = 0, True
@@ -220,7 +222,7 @@ async def test_a_visitor_of_a_lock_cancelled_at_every_turn(
 @pytest.mark.parametrize("before", MODES)
 @pytest.mark.parametrize("victim", MODES)
 @pytest.mark.parametrize("after", MODES)
-async def test_a_visitor_of_a_manager_cancelled_at_every_turn(
+async def test_a_task_using_a_manager_cancelled_at_every_iteration(
     before: Mode, victim: Mode, after: Mode, managers: list[LockManager]
 ) -> None:
     here, there, third = map(section_of_manager, managers)
@@ -240,11 +242,11 @@ async def test_a_visitor_of_a_manager_cancelled_at_every_turn(
     assert turns > 8
 
 
-# -- beside a model -------------------------------------------------------------------------
+# -- with a model ---------------------------------------------------------------------------
 
 
 class SteppedLoop(asyncio.SelectorEventLoop):
-    """A loop that runs, and whose time passes, when it is told to."""
+    """An event loop that is run, and whose clock is advanced, by explicit calls."""
 
     now = 0.0
 
@@ -275,7 +277,7 @@ class Visitor:
 
 
 class Queue:
-    """What the lock promises, in the fewest words: a list, and who is in."""
+    """A minimal model of the lock: the waiting tasks and the holders."""
 
     def __init__(self) -> None:
         self.waiting: list[Visitor] = []
@@ -286,7 +288,7 @@ class Queue:
         self._admit()
 
     def go(self, visitor: Visitor) -> None:
-        """It leaves, be it from inside or from the queue."""
+        """Remove a task from the holders or from the queue."""
         (self.inside if visitor in self.inside else self.waiting).remove(visitor)
         self._admit()
 
@@ -302,14 +304,14 @@ class Queue:
         return not self.inside or {each.mode for each in (*self.inside, visitor)} == {"read"}
 
 
-SETTLED = 20
-TURNS = st.sampled_from([SETTLED, 0, 1, 2])
-"""How far the loop runs after a step. Not always until nothing is left to run: so visitors are
-cancelled, and locks released, between a hand-over and the moment when the new holder runs."""
+ENOUGH_ITERATIONS = 20
+ITERATIONS = st.sampled_from([ENOUGH_ITERATIONS, 0, 1, 2])
+"""The number of event-loop iterations after a step. Often not all pending callbacks have run then: so
+tasks are cancelled, and locks released, between a hand-over and the moment when the new holder runs."""
 
 
-class LockBesideModel(RuleBasedStateMachine):
-    """Visitors come, leave, are cancelled, or run out of time; lock and model must agree."""
+class LockComparedWithModel(RuleBasedStateMachine):
+    """Tasks acquire, release, are cancelled or time out; the lock and the model must agree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,7 +319,7 @@ class LockBesideModel(RuleBasedStateMachine):
         self.lock = ReaderWriterLock()
         self.model = Queue()
         self.all: list[Visitor] = []
-        self.turns = SETTLED
+        self.turns = ENOUGH_ITERATIONS
 
     def run(self, turns: int) -> None:
         self.turns = turns
@@ -329,11 +331,11 @@ class LockBesideModel(RuleBasedStateMachine):
             min_size=1,
             max_size=4,
         ),
-        turns=TURNS,
+        turns=ITERATIONS,
     )
     def come(self, visitors: list[tuple[Mode, int | None]], turns: int) -> None:
         for mode, timeout in visitors:
-            # No two deadlines are the same: the loop may fire such timers in any order.
+            # All deadlines differ, because the loop may fire timers with equal deadlines in any order.
             exact = None if timeout is None else timeout + len(self.all) * 1e-6
             deadline = None if exact is None else self.loop.now + exact
             visitor = Visitor(mode, deadline, asyncio.Event())
@@ -343,7 +345,7 @@ class LockBesideModel(RuleBasedStateMachine):
         self.run(turns)
 
     @precondition(lambda self: self.model.inside)
-    @rule(data=st.data(), turns=TURNS)
+    @rule(data=st.data(), turns=ITERATIONS)
     def leave(self, data: st.DataObject, turns: int) -> None:
         visitor = data.draw(st.sampled_from(self.model.inside))
         visitor.leave.set()
@@ -351,7 +353,7 @@ class LockBesideModel(RuleBasedStateMachine):
         self.run(turns)
 
     @precondition(lambda self: self.model.inside or self.model.waiting)
-    @rule(data=st.data(), turns=TURNS)
+    @rule(data=st.data(), turns=ITERATIONS)
     def cancel(self, data: st.DataObject, turns: int) -> None:
         visitor = data.draw(st.sampled_from([*self.model.inside, *self.model.waiting]))
         visitor.task.cancel()
@@ -360,10 +362,10 @@ class LockBesideModel(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(1, 3))
     def pass_time(self, seconds: int) -> None:
-        self.run(SETTLED)
+        self.run(ENOUGH_ITERATIONS)
         self.loop.now += seconds
         self.model.pass_time(self.loop.now)
-        self.run(SETTLED)
+        self.run(ENOUGH_ITERATIONS)
 
     @invariant()
     def it_is_as_the_model_says(self) -> None:
@@ -371,7 +373,7 @@ class LockBesideModel(RuleBasedStateMachine):
         assert not (lock.readers and lock.has_writer)
         if not lock.readers and not lock.has_writer:
             assert all(each.done() for each in lock._queue)
-        if self.turns == SETTLED:
+        if self.turns == ENOUGH_ITERATIONS:
             inside = self.model.inside
             assert [each for each in self.all if each.inside] == [
                 each for each in self.all if each in inside
@@ -385,7 +387,7 @@ class LockBesideModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         for each in self.all:
             each.task.cancel()
-        self.run(SETTLED)
+        self.run(ENOUGH_ITERATIONS)
         self.loop.close()
         for each in self.all:
             assert each.task.done()
@@ -394,5 +396,7 @@ class LockBesideModel(RuleBasedStateMachine):
         assert_free(self.lock)
 
 
-TestLockBesideModel = LockBesideModel.TestCase
-TestLockBesideModel.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestLockComparedWithModel = LockComparedWithModel.TestCase
+TestLockComparedWithModel.settings = settings(
+    max_examples=repetitions(200), stateful_step_count=40, deadline=None
+)

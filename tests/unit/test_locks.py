@@ -1,4 +1,4 @@
-"""The promises of the locks, one by one, and between real processes."""
+"""The guarantees of the locks, within a process and between real processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Section = AbstractAsyncContextManager[None]
 
 
 class Visit:
-    """A task that enters a section, stays until it is told to leave, and notes when it got in."""
+    """A task that acquires a lock, records that, and holds it until it is told to release it."""
 
     def __init__(self, section: Section, name: str = "", log: list[str] | None = None) -> None:
         self._section = section
@@ -62,7 +62,7 @@ class Visit:
 
 
 async def settle() -> None:
-    """Let everything run that can run without the passing of time."""
+    """Run all callbacks that are ready, without waiting for timers."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -104,7 +104,7 @@ async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
     await held.leave()
 
     async def step(*names: str) -> None:
-        """Exactly these come in, and leave again."""
+        """Assert that exactly these tasks acquire the lock; let them release it."""
         log.clear()
         await settle()
         assert [name for name, visit in queue.items() if visit.inside.is_set()] == list(names)
@@ -159,7 +159,7 @@ async def test_a_stream_of_writers_does_not_starve_a_reader() -> None:
     assert log == ["w0", "r", "w1", "w2", "w3"]
 
 
-async def test_a_writer_that_releases_and_comes_again_queues_behind_the_others() -> None:
+async def test_a_writer_that_reacquires_queues_behind_the_others() -> None:
     lock = ReaderWriterLock()
     log: list[str] = []
 
@@ -206,8 +206,8 @@ async def test_re_entry_upgrade_and_downgrade_are_refused_at_once(
             async with sections[wanted]():
                 pass
         assert str(caught.value) == (
-            f"this task already holds the lock of the store to {held}; "
-            f"to {wanted} as well, it would wait for itself"
+            f"this task already holds the lock of the store to {held}: "
+            f"acquiring it to {wanted} would wait for itself"
         )
         assert lock.holds() == held
     if other:
@@ -224,7 +224,7 @@ async def test_a_child_task_is_not_its_parent() -> None:
     assert_free(lock)
 
 
-async def test_holds_tells_each_task_apart() -> None:
+async def test_holds_is_per_task() -> None:
     lock = ReaderWriterLock()
     reader = Visit(lock.reading())
     await settle()
@@ -267,7 +267,7 @@ async def test_an_async_generator_that_another_task_closes_releases_its_lock() -
     assert_free(lock)
 
 
-def test_a_lock_belongs_to_no_loop_until_it_is_used() -> None:
+def test_a_lock_is_bound_to_an_event_loop_at_its_first_use() -> None:
     lock = ReaderWriterLock()
 
     async def contend() -> None:
@@ -297,7 +297,7 @@ def test_outside_a_task_a_lock_is_refused() -> None:
         await settle()
 
     asyncio.run(main())
-    assert refused == ["locks are held by asyncio tasks, and this is not one"]
+    assert refused == ["a lock can be acquired and released only inside an asyncio task"]
     assert_free(lock)
 
 
@@ -305,7 +305,7 @@ def test_outside_a_task_a_lock_is_refused() -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 0.01])
-async def test_a_timeout_says_what_was_waited_for(timeout: float) -> None:
+async def test_a_timeout_names_the_lock_and_its_holders(timeout: float) -> None:
     lock = ReaderWriterLock("the lock of the store")
     readers = [Visit(lock.reading()) for _ in range(2)]
     await settle()
@@ -327,7 +327,7 @@ async def test_a_timeout_says_what_was_waited_for(timeout: float) -> None:
     assert_free(lock)
 
 
-async def test_readers_behind_a_writer_whose_time_is_up_come_in() -> None:
+async def test_readers_behind_a_writer_that_times_out_acquire_the_lock() -> None:
     lock = ReaderWriterLock()
     reader = Visit(lock.reading())
     await settle()
@@ -345,7 +345,7 @@ async def test_readers_behind_a_writer_whose_time_is_up_come_in() -> None:
     assert_free(lock)
 
 
-async def test_readers_behind_a_cancelled_writer_come_in() -> None:
+async def test_readers_behind_a_cancelled_writer_acquire_the_lock() -> None:
     lock = ReaderWriterLock()
     reader = Visit(lock.reading())
     await settle()
@@ -383,7 +383,7 @@ async def test_a_waiter_cancelled_after_the_hand_over_passes_the_lock_on(
     assert_free(lock)
 
 
-async def test_a_waiter_cancelled_just_before_the_release_is_passed_over() -> None:
+async def test_a_waiter_cancelled_just_before_the_release_is_skipped() -> None:
     lock = ReaderWriterLock()
     await lock.acquire_write()
     victim, heir = Visit(lock.writing()), Visit(lock.writing())
@@ -408,8 +408,8 @@ async def test_the_last_waiter_cancelled_after_the_hand_over_leaves_the_lock_fre
 
 
 @pytest.mark.parametrize("granted_first", [True, False])
-async def test_time_up_and_hand_over_in_the_same_moment(granted_first: bool) -> None:
-    """Whichever comes first decides; the other changes nothing."""
+async def test_a_timeout_and_a_hand_over_at_the_same_moment(granted_first: bool) -> None:
+    """The first event decides; the other one has no effect."""
     lock = ReaderWriterLock()
     await lock.acquire_write()
     victim, heir = Visit(lock.writing(timeout=60)), Visit(lock.writing())
@@ -417,9 +417,9 @@ async def test_time_up_and_hand_over_in_the_same_moment(granted_first: bool) -> 
     promised = next(iter(lock._queue))
     if granted_first:
         lock.release_write()
-        lock._give_up(promised)
+        lock._expire(promised)
     else:
-        lock._give_up(promised)
+        lock._expire(promised)
         lock.release_write()
     await settle()
     assert victim.inside.is_set() is granted_first
@@ -434,12 +434,12 @@ async def test_time_up_and_hand_over_in_the_same_moment(granted_first: bool) -> 
     assert_free(lock)
 
 
-async def test_cancelled_in_the_moment_when_its_time_is_up() -> None:
+async def test_a_cancellation_at_the_moment_of_the_timeout() -> None:
     lock = ReaderWriterLock()
     await lock.acquire_write()
     victim = Visit(lock.writing(timeout=60))
     await settle()
-    lock._give_up(next(iter(lock._queue)))
+    lock._expire(next(iter(lock._queue)))
     await victim.cancelled()
     assert victim.task.cancelled()
     lock.release_write()
@@ -503,7 +503,7 @@ async def test_many_waiters_in_the_middle_of_the_queue_may_leave() -> None:
         (errno.ENOENT, UnavailableError),
     ],
 )
-def test_os_errors_have_one_table(number: int, kind: type[StorageError]) -> None:
+def test_os_errors_are_translated_by_one_table(number: int, kind: type[StorageError]) -> None:
     error = translate_os_error(OSError(number, os.strerror(number), "/secret"), "open /data")
     assert type(error) is kind
     assert str(error) == f"cannot open /data: {os.strerror(number)}"
@@ -517,7 +517,7 @@ def test_an_os_error_without_a_number_is_translated_too() -> None:
 
 @pytest.fixture
 def file_lock(tmp_path: Path) -> Iterator[Callable[[], FileLock]]:
-    """Makes locks on one file, as many as there would be processes."""
+    """Creates locks on one file, one for each simulated process."""
     made: list[FileLock] = []
 
     def make() -> FileLock:
@@ -564,7 +564,7 @@ def test_a_file_lock_is_lazy_private_and_not_inherited(
     assert lock.try_lock(exclusive=True)
 
 
-def test_a_file_lock_is_not_taken_twice(file_lock: Callable[[], FileLock]) -> None:
+def test_a_file_lock_cannot_be_acquired_twice(file_lock: Callable[[], FileLock]) -> None:
     lock = file_lock()
     assert lock.try_lock(exclusive=False)
     with pytest.raises(RuntimeError, match="already locked \\(shared\\) by this object"):
@@ -662,7 +662,7 @@ def test_unlock_cannot_fail(
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[Callable[..., LockManager]]:
-    """Makes managers of one path. Two of them exclude one another as two processes do."""
+    """Creates lock managers of one path. Two of them exclude one another like two processes."""
     made: list[LockManager] = []
 
     def make(**options: Any) -> LockManager:
@@ -672,7 +672,7 @@ def manager(tmp_path: Path) -> Iterator[Callable[..., LockManager]]:
     yield make
     for each in made:
         assert not each._main.held
-        assert not each._turn.held
+        assert not each._turnstile.held
         assert_free(each._tasks)
         assert_free(each._gate)
         each.close()
@@ -716,7 +716,7 @@ async def test_managers_exclude_one_another(manager: Make, tmp_path: Path) -> No
                     pass
             assert str(caught.value) == (
                 f"the lock {path} was not free to {mode} within 0.01 s: "
-                "another process, or another store of this one, holds it"
+                "another process, or another store object of this process, holds it"
             )
     async with here.shared(), there.shared():
         with pytest.raises(LockTimeoutError):
@@ -742,7 +742,7 @@ async def test_a_timeout_within_the_process_names_the_file_too(
 async def test_the_timeout_covers_both_stages(
     manager: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait for the file is left with what the wait for the tasks did not use."""
+    """The wait for the file lock gets only the time that the wait for other tasks did not use."""
     now = 100.0
     monkeypatch.setattr(locks, "monotonic", lambda: now)
     here, there = manager(), manager()
@@ -772,7 +772,7 @@ async def test_a_manager_refuses_re_entry(held: str, wanted: str, manager: Make)
 
 
 async def test_a_wait_in_the_name_of_a_holder_may_be_cancelled(manager: Make) -> None:
-    """Two tasks wait in the name of a third; the end of one wait is not the end of its hold."""
+    """Two tasks wait on behalf of a third; cancelling one wait does not release the lock."""
     locker = manager()
     me = asyncio.current_task()
     before = Visit(locker.exclusive())
@@ -788,7 +788,7 @@ async def test_a_wait_in_the_name_of_a_holder_may_be_cancelled(manager: Make) ->
     assert locker.holds(me) is None
 
 
-async def test_the_first_reader_takes_the_file_and_the_last_gives_it_back(manager: Make) -> None:
+async def test_the_first_reader_locks_the_file_and_the_last_unlocks_it(manager: Make) -> None:
     here, there = manager(), manager()
     first, second = Visit(here.shared()), Visit(here.shared())
     await settle()
@@ -802,7 +802,7 @@ async def test_the_first_reader_takes_the_file_and_the_last_gives_it_back(manage
     assert here._main.held is None
 
 
-async def test_the_next_in_line_comes_before_one_that_takes_the_lock_again(manager: Make) -> None:
+async def test_the_next_in_the_queue_precedes_one_that_reacquires(manager: Make) -> None:
     here, there = manager(), manager()
     log: list[str] = []
     first = Visit(here.exclusive(), "here", log)
@@ -819,7 +819,7 @@ async def test_the_next_in_line_comes_before_one_that_takes_the_lock_again(manag
     assert log == ["here", "there", "here again"]
 
 
-async def test_readers_that_overlap_do_not_keep_a_writer_of_another_process_out(
+async def test_overlapping_readers_do_not_starve_a_writer_of_another_process(
     manager: Make,
 ) -> None:
     here, there = manager(), manager()
@@ -842,7 +842,7 @@ async def test_readers_that_overlap_do_not_keep_a_writer_of_another_process_out(
         await each.leave()
 
 
-async def test_readers_that_waited_together_go_in_together(manager: Make) -> None:
+async def test_readers_that_waited_together_acquire_together(manager: Make) -> None:
     here, there = manager(), manager()
     holder = Visit(there.exclusive())
     await settle()
@@ -860,7 +860,7 @@ async def test_readers_that_waited_together_go_in_together(manager: Make) -> Non
     await rival.leave()
 
 
-async def test_a_reader_does_not_count_on_a_file_that_was_given_back_before_it_ran(
+async def test_a_reader_notices_that_the_file_was_unlocked_before_it_ran(
     manager: Make,
 ) -> None:
     here, there = manager(), manager()
@@ -882,7 +882,7 @@ async def test_a_reader_does_not_count_on_a_file_that_was_given_back_before_it_r
     await reader.leave()
 
 
-async def test_a_reader_that_polls_for_others_may_be_cancelled(manager: Make) -> None:
+async def test_a_reader_that_polls_on_behalf_of_others_can_be_cancelled(manager: Make) -> None:
     here, there = manager(), manager()
     holder = Visit(there.exclusive())
     await settle()
@@ -897,7 +897,7 @@ async def test_a_reader_that_polls_for_others_may_be_cancelled(manager: Make) ->
         await each.leave()
 
 
-async def test_readers_behind_the_one_that_polls_time_out_with_their_own_words(
+async def test_readers_behind_the_polling_one_time_out_with_their_own_message(
     manager: Make,
 ) -> None:
     here, there = manager(), manager()
@@ -942,7 +942,7 @@ async def test_lock_files_that_cannot_be_created(
             async with getattr(locker, mode)():
                 pass
         assert isinstance(caught.value.__cause__, OSError)
-        assert not locker._turn.held
+        assert not locker._turnstile.held
         assert_free(locker._tasks)
     async with getattr(locker, mode)():
         pass
@@ -964,7 +964,7 @@ async def test_lock_files_replaced_while_they_were_free(manager: Make, tmp_path:
                 pass
 
 
-async def test_close_gives_the_file_back_and_ends_waiting(manager: Make) -> None:
+async def test_close_unlocks_the_file_and_ends_waiting(manager: Make) -> None:
     here, there = manager(), manager()
     holder = Visit(here.exclusive())
     await settle()
@@ -1060,7 +1060,7 @@ asyncio.run(main())
 STAND_NEXT_IN_LINE = """
 async def main():
     waiting = asyncio.create_task(manager.exclusive().__aenter__())
-    while manager._turn.held is None:
+    while manager._turnstile.held is None:
         await asyncio.sleep(0.001)
     say("next")
     await waiting
@@ -1103,7 +1103,7 @@ asyncio.run(main())
 
 
 class Processes:
-    """Python programs that run beside the test."""
+    """Python programs that run concurrently with the test."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -1133,7 +1133,7 @@ class Processes:
         process.stdin.flush()
 
     async def run_together(self, *programs: str) -> None:
-        """They start at the same moment, and all end well."""
+        """Start the processes at the same moment, and assert that all succeed."""
         processes = [self.start(each) for each in programs]
         for each in processes:
             assert await self.says(each) == "ready"
@@ -1163,9 +1163,7 @@ async def test_four_processes_lose_no_increment(processes: Processes, tmp_path: 
     assert (tmp_path / "counter").read_text() == "400"
 
 
-async def test_readers_never_see_half_of_what_a_writer_does(
-    processes: Processes, tmp_path: Path
-) -> None:
+async def test_readers_never_see_a_partial_write(processes: Processes, tmp_path: Path) -> None:
     await processes.run_together(WRITE_PAIRS, READ_PAIRS, WRITE_PAIRS, READ_PAIRS)
     assert (tmp_path / "a").read_text() == "120"
 
@@ -1199,7 +1197,7 @@ async def test_a_killed_holder_loses_the_lock(
         pass
 
 
-async def test_a_process_killed_when_it_was_next_in_line_holds_nobody_up(
+async def test_a_process_killed_in_the_queue_does_not_block_others(
     processes: Processes, manager: Make
 ) -> None:
     here = manager()
@@ -1216,11 +1214,11 @@ async def test_a_process_killed_when_it_was_next_in_line_holds_nobody_up(
 async def test_a_greedy_process_does_not_starve_another(
     greedy: str, processes: Processes, manager: Make, tmp_path: Path
 ) -> None:
-    """Counted in what the greedy process does meanwhile, not in seconds.
+    """Measured by the acquisitions of the greedy process, not in seconds.
 
-    It holds the lock all the time but for a few microseconds in each millisecond. With polling
-    alone we get it when that process is done, after 6,000 acquisitions; with the turnstile after
-    one or two.
+    That process releases the lock only for a few microseconds in each millisecond. With polling alone
+    this process would get the lock only when the other one is done, after 6,000 acquisitions; with
+    the turnstile it gets it after one or two.
     """
     here = manager(timeout=60)
     counter = tmp_path / "counter"
@@ -1238,5 +1236,5 @@ async def test_a_greedy_process_does_not_starve_another(
         before = count()
         async with here.exclusive():
             meanwhile += count() - before
-        await asyncio.sleep(0.01)  # until it is at work again
+        await asyncio.sleep(0.01)  # until the other process acquires the lock again
     assert meanwhile < 400

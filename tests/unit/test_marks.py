@@ -1,4 +1,4 @@
-"""A mark lands in the commit of its change, or not at all."""
+"""The mark of a change is written in the same commit as the change, or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLLECTIONS = (*HOST_FACTORY, Collection("marks", key="mark_id"))
 @pytest.mark.parametrize(
     "url", ["memory:", "json:{}/db.json", "json:{}/split", "sqlite:{}/store.db"]
 )
-async def test_a_mark_lands_with_its_change(url: str, tmp_path: Path) -> None:
+async def test_a_mark_is_committed_with_its_change(url: str, tmp_path: Path) -> None:
     async with open_store(url.format(tmp_path), collections=COLLECTIONS) as store:
         at = "2026-01-01T00:00:00.000000Z"
         mark = ChangeMarker(Key("marks", "k-1"), {"mark_id": "k-1", "of": "t-1", "version": 1})

@@ -1,7 +1,7 @@
-"""What queries mean: every operator, the total order, cursors, and what is refused.
+"""The semantics of queries: every operator, the total order, cursors, and invalid queries.
 
-The properties compare with `compare` below, which follows the written rules case by case and shares
-no code with the product.
+The property tests use `compare` below as the reference; it implements the documented rules case by
+case and shares no code with the product.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ OTHERS = Collection("others", key="id", fields=["status"])
 
 
 def build(**given: Any) -> Query:
-    """`build_query` without the help of types, as a careless caller has it."""
+    """`build_query` without static types, so that invalid arguments can be passed."""
     return build_query(THINGS, **given)
 
 
@@ -98,7 +98,7 @@ def shows(operator: Any, value: Value | Missing) -> bool:
     return keeps({"f": operator}, entity)
 
 
-# -- the oracle -----------------------------------------------------------------------------
+# -- the reference -----------------------------------------------------------------------------
 
 
 def rank(value: Value | Missing) -> int:
@@ -117,7 +117,7 @@ def rank(value: Value | Missing) -> int:
 
 
 def compare(left: Any, right: Any) -> int:
-    """-1, 0 or 1 as the rules of the total order have it."""
+    """-1, 0 or 1 by the rules of the total order."""
     if rank(left) != rank(right):
         return -1 if rank(left) < rank(right) else 1
     if rank(left) < 2:
@@ -151,7 +151,7 @@ def in_order(rows: Iterable[Entity], order: Sequence[Order]) -> list[Entity]:
     return sorted(rows, key=cmp_to_key(compared))
 
 
-# -- what is generated ----------------------------------------------------------------------
+# -- generated values ----------------------------------------------------------------------
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=3)
 CLOSE: list[Any] = [
@@ -160,7 +160,7 @@ CLOSE: list[Any] = [
     *["\uffff", "\U0001f600", "é", "e\u0301"],
     *[[], {}, [1], [True], [[1.0]], {"a": 1}],
 ]
-"""Values among which equals and neighbours are frequent."""
+"""Values that are often equal or adjacent to one another."""
 
 SCALARS = (
     st.sampled_from(CLOSE)
@@ -241,7 +241,7 @@ ANYTHING: list[Value | Missing] = [
         ({"b": 1}, []),
     ],
 )
-def test_equality_tells_types_apart_but_not_integers_from_floats(
+def test_equality_distinguishes_types_but_not_integers_from_floats(
     operand: Value, equal: list[Value]
 ) -> None:
     expected = [order_key(each) for each in equal]
@@ -312,7 +312,7 @@ def test_comparisons_never_match_across_types(make: Callable[[Value], Op]) -> No
         ("A", "a"),
         ("a", "ab"),
         ("e\u0301", "é"),
-        ("\uffff", "\U0001f600"),  # by code point; UTF-16 has it the other way
+        ("\uffff", "\U0001f600"),  # by code point; the order of UTF-16 is the opposite
         ([], [None]),
         ([1], [1, None]),
         ([True], [0]),
@@ -368,13 +368,13 @@ def test_contains_and_begins_with() -> None:
         assert not shows(begins_with(""), value)
 
 
-def test_in_of_nothing_is_nothing_and_not_in_of_nothing_is_all() -> None:
+def test_empty_in_matches_nothing_and_empty_not_in_everything() -> None:
     for value in ANYTHING:
         assert not shows(in_([]), value)
         assert shows(not_in([]), value)
 
 
-def test_in_takes_collections_and_a_thousand_values() -> None:
+def test_in_accepts_iterables_and_a_thousand_values() -> None:
     for values in (["a", "b"], ("a", "b"), {"a", "b"}, {"a": 1, "b": 2}.keys(), iter("ab")):
         operator = in_(values)
         for _ in "twice":  # also where an iterator was given
@@ -402,7 +402,7 @@ def test_combinations() -> None:
         assert not keeps(nothing, entity)
 
 
-def test_a_text_key_is_one_name_and_a_path_walks() -> None:
+def test_a_string_key_is_one_field_and_a_path_is_nested() -> None:
     entity: Entity = {"a.b": 1, "a": {"b": 2, "c": [{"d": 3}], "": 4}, "$[0]": 5}
     assert keeps({"a.b": 1, path("a", "b"): 2, path("a", "c", 0, "d"): 3}, entity)
     assert keeps({path("a", ""): 4, "$[0]": 5}, entity)
@@ -455,8 +455,8 @@ def test_operands_of_declared_timestamps_take_the_fixed_form() -> None:
     assert keeps({"seen_at": begins_with("2025-01-01")}, entity)
     assert keeps({"seen_at": contains("10:00")}, entity)
     assert not keeps({"seen_at": "soon"}, entity)
-    assert keeps({"seen_at": ne("0001-01-01T00:00:00+14:00")}, entity)  # not in UTC's years
-    # Elsewhere a text is a text.
+    assert keeps({"seen_at": ne("0001-01-01T00:00:00+14:00")}, entity)  # outside the years of UTC
+    # In other fields a string is not converted.
     assert not keeps({"status": "2025-01-01"}, {"status": "2025-01-01T00:00:00.000000Z"})
     assert not keeps(
         {path("seen_at", "x"): "2025-01-01"}, {"seen_at": {"x": "2025-01-01T00:00:00Z"}}
@@ -495,9 +495,7 @@ def _contained(value: Value, one: Value) -> bool:
 
 
 @given(FILTERS, FILTERS, ENTITIES)
-def test_filters_never_raise_and_combine_as_logic_has_it(
-    one: Any, other: Any, entity: Entity
-) -> None:
+def test_filters_never_raise_and_combine_logically(one: Any, other: Any, entity: Entity) -> None:
     first, second = keeps(one, entity), keeps(other, entity)
     assert type(first) is bool
     assert keeps(not_(one), entity) is not first
@@ -555,13 +553,13 @@ def test_sort_key_agrees_with_the_rules(rows: list[Entity], order: list[Order]) 
 
 
 @given(VALUES, VALUES)
-def test_descending_is_ascending_turned_round(one: Value, other: Value) -> None:
+def test_descending_is_ascending_reversed(one: Value, other: Value) -> None:
     up, down = build(order_by="a"), build(order_by="-a")
     rising = sort_key(up, "x", {"a": one}) < sort_key(up, "x", {"a": other})
     assert (sort_key(down, "x", {"a": other}) < sort_key(down, "x", {"a": one})) is rising
 
 
-def test_orders_walk_paths() -> None:
+def test_orders_by_paths() -> None:
     query = build(order_by=[path("a", "b"), desc(path("a", "c", 0))])
     assert len(query.order) == 2
     rows: list[Entity] = [
@@ -595,7 +593,7 @@ def test_orders_as_callers_write_them() -> None:
     )
 
 
-def test_what_decides_nothing_is_left_out_of_an_order() -> None:
+def test_redundant_keys_are_removed_from_an_order() -> None:
     assert build(order_by="id").order == ()
     assert build(order_by=["status", "id", "count"]).order == (Order(("status",)),)
     assert build(order_by=["status", "-status"]).order == (Order(("status",)),)
@@ -646,7 +644,7 @@ def test_equality_candidates() -> None:
 
 
 @given(FILTERS, ENTITIES)
-def test_equality_candidates_lose_no_row(filters: Any, entity: Entity) -> None:
+def test_equality_candidates_contain_every_match(filters: Any, entity: Entity) -> None:
     where = build(filters=filters).where
     if matches(where, entity):
         for steps, values in equality_candidates(where).items():
@@ -751,8 +749,8 @@ def test_malformed_filters(filters: Any) -> None:
 @pytest.mark.parametrize(
     "step", [1.5, b"x", None, [], {}, object()], ids=lambda step: type(step).__name__
 )
-def test_a_step_of_another_kind_is_refused_at_once(step: Any) -> None:
-    """As the key of a map it might not even be hashable."""
+def test_a_path_step_of_an_invalid_type_is_refused(step: Any) -> None:
+    """It might not be hashable."""
     with pytest.raises(InvalidQueryError):
         path("a", step)
 
@@ -844,7 +842,7 @@ def after(query: Query, cursor: object, **given: Any) -> CursorPosition:
 
 
 def exact(value: object) -> str:
-    """A text that tells 1, 1.0, True, -0.0 and "1" apart, nested too."""
+    """A string that distinguishes 1, 1.0, True, -0.0 and "1", also in nested values."""
     return repr(value)
 
 
@@ -922,7 +920,7 @@ def test_every_altered_character_is_refused() -> None:
 
 
 @given(st.text() | st.binary() | st.integers() | st.booleans() | st.lists(st.text()))
-def test_garbage_is_no_cursor(garbage: Any) -> None:
+def test_invalid_cursors_are_refused(garbage: Any) -> None:
     with pytest.raises(InvalidCursorError):
         build(cursor=garbage)
 
@@ -967,7 +965,7 @@ def run_ordered(rows: Sequence[Entity], query: Query, size: int = 4) -> list[Ent
     async def run() -> list[Entity]:
         return [entity async for _, entity in ordered(_cut(rows, size), query)]
 
-    with patch.object(query_module, "_RUN", 3), patch.object(query_module, "_SMALL_LIMIT", 4):
+    with patch.object(query_module, "_RUN_SIZE", 3), patch.object(query_module, "_SMALL_LIMIT", 4):
         return asyncio.run(run())
 
 
@@ -997,7 +995,7 @@ def test_a_walk_over_pages_is_the_whole(rows: list[Entity], order: list[Order], 
 
 @settings(deadline=None, max_examples=50)
 @given(ROWS, ORDERS, st.integers(1, 4), st.data())
-def test_a_walk_shows_untouched_rows_once_whatever_others_do(
+def test_pages_show_unchanged_rows_once_during_other_changes(
     rows: list[Entity], order: list[Order], limit: int, data: st.DataObject
 ) -> None:
     stored = {cast("str", row["id"]): row for row in rows}
@@ -1035,7 +1033,7 @@ def test_a_limit_of_nothing_reads_nothing() -> None:
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 35), (10, 10), (6_000, 30)])
-def test_sorting_leaves_turns_to_others(limit: int | None, expected: int) -> None:
+def test_sorting_yields_to_the_event_loop(limit: int | None, expected: int) -> None:
     rows: list[Entity] = [{"id": f"{n:05}", "n": -n} for n in range(10_000)]
 
     async def run() -> int:

@@ -1,6 +1,6 @@
-"""A secret in any key of any strategy's configuration is in no output.
+"""No output contains a secret that is given in any key of the configuration of any strategy.
 
-The keys are those of the models themselves: a new one is looked at without a change here.
+The keys are read from the models, so that new ones are tested without a change here.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def keys_of(model: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     for each in msgspec.structs.fields(model):
         at = (*path, each.name)
         yield at, each.type
-        if each.name in model._parts:
-            yield from keys_of(model._parts[each.name], at)
+        if each.name in model._nested_models:
+            yield from keys_of(model._nested_models[each.name], at)
 
 
 CASES = [
     (strategy, path, kind)
     for strategy, name in STRATEGIES.items()
     for path, kind in keys_of(config._MODELS[name])
-    if path != ("type",)  # another type is another strategy here
+    if path != ("type",)  # another type would select another strategy
 ]
 
 
 def base(strategy: str, folder: Path) -> dict[str, Any]:
-    """A configuration that is quick to fail where it needs a server."""
+    """A configuration that fails quickly if it needs a server."""
     if strategy == "json":
         return {"base_path": f"{folder}/data"}
     if strategy == "sqlite":
@@ -78,7 +78,7 @@ def planted(strategy: str, folder: Path, path: tuple[str, ...], kind: Any) -> di
 
 
 def told(error: BaseException | None) -> Iterator[str]:
-    """All that an error shows, and what it is chained to."""
+    """The text, attributes and traceback of an error, with its chained exceptions."""
     if error is not None:
         yield str(error)
         yield repr(error)
@@ -87,7 +87,7 @@ def told(error: BaseException | None) -> Iterator[str]:
 
 
 async def outputs(source: Any) -> list[str]:
-    """What is shown of a store by that configuration, from loading to the errors of its verbs."""
+    """All output about a store with that configuration, from loading to the errors of its verbs."""
     shown: list[str] = []
     try:
         loaded = load_config(source)

@@ -1,4 +1,4 @@
-"""The servers that the tests run on: real ones, that come back after a kill and leave nothing."""
+"""The servers for the tests: they can be killed and restarted, and leave no processes or files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ROOT: Final = Path(__file__).parents[2]
 
 @pytest.fixture
 def folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where servers put their folders. Not in pytest's own: each start of pytest closes that to
-    other users, and the server may run as one."""
+    """A temporary folder for servers. It is not in pytest's folder, which each start of pytest makes
+    inaccessible to other users, because the server may run as another user."""
     with tempfile.TemporaryDirectory(prefix="hf-test-servers-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -68,8 +68,42 @@ async def test_a_postgres_keeps_its_data_through_a_kill(postgres: servers.Postgr
     assert await rows_of(url) == 1
     connection.terminate()
     postgres.drop(url)
-    with pytest.raises(asyncpg.InvalidCatalogNameError):
+    with pytest.raises(asyncpg.UndefinedTableError):
         await rows_of(url)
+
+
+async def test_a_dropped_database_is_used_again_as_a_new_one_is(
+    postgres: servers.PostgresServer,
+) -> None:
+    url = postgres.database()
+    name = url.rpartition("/")[2]
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        "CREATE SCHEMA other; CREATE TABLE other.kept (id int); CREATE TABLE kept (id int);"
+        f"ALTER DATABASE {name} SET work_mem = '1MB'"
+    )
+    postgres.drop(url)
+    assert connection.is_closed() or await is_lost(connection)
+    assert postgres.database() == url
+    connection = await asyncpg.connect(url)
+    await connection.execute("CREATE TABLE kept (id int)")
+    others = "SELECT count(*) FROM pg_namespace WHERE nspname = 'other'"
+    assert await connection.fetchval(others) == 0
+    assert await connection.fetchval("SHOW work_mem") != "1MB"
+    await connection.execute(f"REVOKE CONNECT ON DATABASE {name} FROM public")
+    await connection.close()
+    postgres.drop(url)
+    assert postgres.database() != url
+    with pytest.raises(asyncpg.InvalidCatalogNameError):
+        await asyncpg.connect(url)
+
+
+async def is_lost(connection: asyncpg.Connection) -> bool:
+    try:
+        await connection.fetchval("SELECT 1")
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        return True
+    return False
 
 
 def test_a_dynamodb_answers_on_loopback_alone_and_leaves_nothing(folders: Path) -> None:
@@ -141,7 +175,7 @@ async def test_in_a_loop(postgres_server):
 def test_a_run_that_is_ended_leaves_no_server(
     test: str, options: list[str], how: signal.Signals, folders: Path
 ) -> None:
-    """The controller of workers may be killed; a run without workers cannot act after a kill."""
+    """The controller of xdist workers may be killed; a run without workers cannot clean up after a kill."""
     try:
         servers._postgres_programs()
     except servers.ServerUnavailable as exc:
@@ -151,7 +185,7 @@ def test_a_run_that_is_ended_leaves_no_server(
     report = folders / "report"
     environment = {**os.environ, "REPORT": str(report), "TMPDIR": str(folders)}
     for name in [each for each in environment if each.startswith("PYTEST_")]:
-        del environment[name]  # this run may be one of a worker
+        del environment[name]  # this run may be in a worker
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", f"--rootdir={folders}"]
     command += ["-o", "asyncio_mode=auto"]
     command += ["-o", "asyncio_default_fixture_loop_scope=function", *options, f"{suite}::{test}"]

@@ -27,7 +27,7 @@ class ToyStorageStrategy(MemoryStorageStrategy):
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package that registers the strategy `toy`, and `torn`, which cannot be imported."""
+    """An installed package that registers the strategies `toy`, and `torn`, which cannot be imported."""
     (tmp_path / "toy_strategy.py").write_text(TOY)
     info = tmp_path / "toy_strategy-1.0.dist-info"
     info.mkdir()
@@ -50,7 +50,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=["url", "mapping", "config"],
 )
 async def test_another_package_registers_a_strategy(config: object) -> None:
-    async with open_store(config) as store:  # type: ignore[arg-type]  # all that it takes
+    async with open_store(config) as store:  # type: ignore[arg-type]  # the toy takes any configuration
         assert type(store).__name__ == "ToyStorageStrategy"
         assert store.options["colour"] == "red"  # type: ignore[attr-defined]  # of the toy
         assert await store.save_entity("templates", {"template_id": "t-1"}) == 1
@@ -64,7 +64,7 @@ def test_a_registered_strategy_that_cannot_be_imported() -> None:
 
 
 @pytest.mark.usefixtures("toy")
-def test_an_unknown_strategy_names_those_that_there_are() -> None:
+def test_an_unknown_strategy_lists_the_known_ones() -> None:
     with pytest.raises(
         ConfigurationError,
         match="no storage strategy 'nope'; there are: dynamodb, json, memory, sql",

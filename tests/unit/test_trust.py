@@ -1,4 +1,4 @@
-"""What a configuration may say, where a store is by it, and that what is read stays data."""
+"""Untrusted input: configurations, locations of stores, and stored data that is never executed."""
 
 from __future__ import annotations
 
@@ -46,15 +46,18 @@ from hf_async_store.strategies.json.journal import FileState, Fold, Head, contro
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.testing.trust import verbs
 
-FEW = settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
+FEW = settings(
+    max_examples=repetitions(200), suppress_health_check=list(HealthCheck), deadline=None
+)
 MANY = settings(max_examples=20_000, suppress_health_check=list(HealthCheck), deadline=None)
 
 # -- an application's own file --------------------------------------------------------------
 
 
-def test_what_an_application_keeps_beside_storage_is_its_own(tmp_path: Path) -> None:
+def test_other_settings_of_an_application_are_ignored(tmp_path: Path) -> None:
     app = {
         "scheduler": {"type": "hostfactory"},
         "strategy": "of something else",
@@ -119,11 +122,11 @@ def test_a_migration_block_alone_is_for_a_migration(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_place_holds_no_secret_and_no_setting(source: str, place: str) -> None:
+def test_a_location_contains_no_secret_and_no_setting(source: str, place: str) -> None:
     assert load_config(source).place() == place
 
 
-def test_one_file_is_one_place_by_whatever_path(
+def test_one_file_has_one_location_whatever_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -137,7 +140,7 @@ def test_one_file_is_one_place_by_whatever_path(
     assert load_config("json:link").place() == f"json:{folder}"
 
 
-def test_a_place_that_nobody_could_find_is_refused() -> None:
+def test_a_dynamodb_location_without_a_region_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="region"):
         load_config("dynamodb:///app").place()
     with pytest.raises(ConfigurationError, match=r"follow_moves\[0\]: region"):
@@ -196,7 +199,7 @@ def test_follow_moves_that_cannot_be_used(given: object, problem: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["json:data/db.json", "json:data", "sqlite:db.sqlite"])
-async def test_another_working_directory_changes_nothing(
+async def test_a_later_change_of_the_working_directory_has_no_effect(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "other"):
@@ -206,7 +209,7 @@ async def test_another_working_directory_changes_nothing(
     monkeypatch.chdir(tmp_path / "other")
     async with store:
         await store.save_entity("templates", {"template_id": "t"})
-        # A move opens the store once more, at whatever time.
+        # A migration opens the store again, possibly much later.
         assert store._configured is not None
         again = store._reopen_with_collections(store.collections.values())
         async with again:
@@ -229,7 +232,7 @@ def test_paths_of_a_server_are_made_absolute_too(
     assert told["name"] == "db"
 
 
-async def test_a_migration_keeps_its_folder(
+async def test_a_migration_resolves_its_folder_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "other"):
@@ -246,7 +249,7 @@ async def test_a_migration_keeps_its_folder(
     assert len(list((tmp_path / "one" / "backups").glob("*.gz"))) == 1
 
 
-async def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
+async def test_a_checkpoint_is_not_written_through_a_symbolic_link(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     source, target = open_store(f"json:{tmp_path}/a.json"), open_store(f"json:{tmp_path}/b.json")
@@ -259,8 +262,10 @@ async def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["../victim.json", "/etc/hostname", "a/b.json", "..", "a\0b"])
 @pytest.mark.parametrize("kind", ["head", "fold"])
-async def test_a_journal_names_no_file_elsewhere(name: str, kind: str, tmp_path: Path) -> None:
-    """What it names is read, and replaced."""
+async def test_a_journal_that_names_a_file_outside_its_folder_is_refused(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """The files that a journal names are read and replaced."""
     folder = tmp_path / "data"
     victim = tmp_path / "victim.json"
     victim.write_text("{}")
@@ -357,7 +362,7 @@ def _file_is_refused_or_loads(folder: Path, data: bytes) -> None:
 
 
 class Fuzz:
-    """Each twice: short here, and for longer in `make test-long`."""
+    """Each fuzz test exists twice: a short one here, and a longer one in `make test-long`."""
 
     @staticmethod
     def mapping(source: Any) -> None:
@@ -459,14 +464,14 @@ def test_any_file_for_long(data: bytes, mapping: Any, at: int) -> None:
 @example({"\ud800": 1})
 @example({"other": "json:\ud800", "role": "source", "phase": "COPYING", "epoch": 1, "term": 1})
 @example({"other": "json:x", "role": "source", "phase": "COPYING", "epoch": 2**64, "term": 1})
-def test_any_record_of_a_move(record: Any) -> None:
+def test_any_migration_record(record: Any) -> None:
     a_move_or_corruption(record)
 
 
 @pytest.mark.long
 @MANY
 @given(RECORDS | MAPPINGS)
-def test_any_record_of_a_move_for_long(record: Any) -> None:
+def test_any_migration_record_for_long(record: Any) -> None:
     a_move_or_corruption(record)
 
 
@@ -487,13 +492,13 @@ def test_any_checkpoint_for_long(record: Any, data: bytes, at: int) -> None:
 
 
 class _SharedEngine(MemoryEngine):
-    """The engine of a third-party strategy: shared by processes, as far as the router knows."""
+    """The engine of a third-party strategy, which declares that it is shared by processes."""
 
     capabilities = msgspec.structs.replace(MemoryEngine.capabilities, multi_process=True)
 
 
 class _ThirdPartyStrategy(StorageStrategy):
-    """Implements what a strategy must, and no more."""
+    """Implements only the required methods of a strategy."""
 
     def __init__(self) -> None:
         schema = schema_of([*CONTRACT_COLLECTIONS, *SYSTEM_COLLECTIONS])
@@ -501,7 +506,7 @@ class _ThirdPartyStrategy(StorageStrategy):
 
 
 @pytest.mark.parametrize("role", ["source", "target"])
-async def test_a_planted_move_in_a_store_that_cannot_follow_one(role: str) -> None:
+async def test_a_planted_migration_record_in_a_store_that_cannot_follow_it(role: str) -> None:
     record = {"role": role, "phase": "COPYING", "other": "json:/x", "epoch": 1, "term": 0}
     async with _ThirdPartyStrategy() as store:
         planted = Put(

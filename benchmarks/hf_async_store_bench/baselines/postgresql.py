@@ -70,9 +70,7 @@ class _Baseline:
 class _Each(_Baseline):
     """A connection is taken and given back for each operation."""
 
-    def taken(self) -> Any:
-        """A context with a connection."""
-        raise NotImplementedError
+    taken: Any
 
     async def save(self, machine: Entity) -> None:
         row = tables.row_of(machine, tables.utc_now())

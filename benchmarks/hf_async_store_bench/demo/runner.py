@@ -262,24 +262,22 @@ def _sizes(entities: data.Entities) -> str:
 def served(settings: Settings) -> Iterator[Settings]:
     """The settings, for a DynamoDB URL without `endpoint_url` with the address of the test server, if it
     is installed: then the run costs nothing and touches no account."""
-    if settings.store is None or not _needs_dynamodb(settings.store):
+    store = settings.store or ""
+    options = load_config(store).options if store else None
+    elsewhere = any(map(os.environ.get, _ENDPOINTS))
+    if (
+        elsewhere
+        or not isinstance(options, DynamoDBConfig)
+        or options.endpoint_url
+        or options.profile
+    ):
         yield settings
         return
     try:
         with dynamodb() as server:
             any_credentials()
-            mark = "&" if "?" in settings.store else "?"
-            url = f"{settings.store}{mark}endpoint_url={server.endpoint_url}"
+            mark = "&" if "?" in store else "?"
+            url = f"{store}{mark}endpoint_url={server.endpoint_url}"
             yield msgspec.structs.replace(settings, store=url)
     except ServerUnavailable:
         yield settings
-
-
-def _needs_dynamodb(url: str) -> bool:
-    options = load_config(url).options
-    return (
-        isinstance(options, DynamoDBConfig)
-        and options.endpoint_url is None
-        and options.profile is None
-        and not any(map(os.environ.get, _ENDPOINTS))
-    )

@@ -39,7 +39,7 @@ class Invariant:
 @dataclass(slots=True)
 class EntityHistory:
     """What the notes know of one entity: the acknowledged writes by the version that each made, the
-    versions that two writers got, whether it was deleted, the writes of which nobody knows."""
+    versions that two writers got, and the writes of which nobody knows."""
 
     versions: dict[int, Write] = field(default_factory=dict)
     twice: list[int] = field(default_factory=list)
@@ -98,8 +98,7 @@ async def compare_indexes(store: StorageStrategy, stored: Entities, prefix: str)
 
 @dataclass
 class Verifier:
-    """The invariants of a run: the logs of each process, what was there before the first noted write,
-    by the files themselves where possible, and what is stored now."""
+    """The invariants of a run: of the logs of all processes, what was there before, and what is now."""
 
     logs: Sequence[ProcessLog]
     base: Entities

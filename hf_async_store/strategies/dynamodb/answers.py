@@ -1,7 +1,8 @@
-"""HTTP responses, validated in one place for every operation.
+"""Decoding and validation of HTTP responses, for all operations.
 
-A response has the shape that its operation documents, and matches its request. Anything else (a
-proxy's page, damaged bytes, another server) is an error here, not a `KeyError` elsewhere.
+A valid response has the structure documented for its operation and matches its request. Any other
+response (an HTML page of a proxy, damaged bytes, a response of another server) raises an error
+here, so that the callers need not validate it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class AttributeValue(TypedDict, total=False):
-    """Exactly one of these; `codec.decode` sees to that."""
+    """An attribute value; it has exactly one of these members, which `codec.decode` checks."""
 
     S: str
     N: str
@@ -44,8 +45,8 @@ class AttributeValue(TypedDict, total=False):
 Item = dict[str, AttributeValue]
 
 
-class _Any(TypedDict):
-    """Nothing of it is read."""
+class _Ignored(TypedDict):
+    """A response of which no member is used."""
 
 
 class _Get(TypedDict, total=False):
@@ -62,13 +63,13 @@ class _BatchGet(TypedDict, total=False):
     UnprocessedKeys: dict[str, _Keys] | None
 
 
-class _Rows(TypedDict, total=False):
+class _Page(TypedDict, total=False):
     Count: Required[int]
     Items: list[Item]
     LastEvaluatedKey: Item | None
 
 
-class _Updated(TypedDict, total=False):
+class _UpdateItem(TypedDict, total=False):
     Attributes: Item
 
 
@@ -76,12 +77,12 @@ class _PutRequest(TypedDict):
     Item: Item
 
 
-class _PutOf(TypedDict):
+class _WriteRequest(TypedDict):
     PutRequest: _PutRequest
 
 
 class _BatchWrite(TypedDict):
-    UnprocessedItems: dict[str, list[_PutOf]] | None
+    UnprocessedItems: dict[str, list[_WriteRequest]] | None
 
 
 class _StatementError(TypedDict, total=False):
@@ -90,13 +91,13 @@ class _StatementError(TypedDict, total=False):
     Item: Item | None
 
 
-class _OfStatement(TypedDict, total=False):
+class _StatementResponse(TypedDict, total=False):
     Error: _StatementError | None
     Item: Item | None
 
 
 class _Statements(TypedDict):
-    Responses: list[_OfStatement]
+    Responses: list[_StatementResponse]
 
 
 class _TransactGet(TypedDict):
@@ -154,7 +155,7 @@ class _Table(TypedDict, total=False):
     Replicas: list[_Replica]
 
 
-class _Described(TypedDict):
+class _DescribeTable(TypedDict):
     Table: _Table
 
 
@@ -196,29 +197,30 @@ _Failure = TypedDict(
 _SHAPES: Final[dict[str, Any]] = {
     "GetItem": _Get,
     "BatchGetItem": _BatchGet,
-    "Query": _Rows,
-    "Scan": _Rows,
+    "Query": _Page,
+    "Scan": _Page,
     "PutItem": dict[str, Any],
-    "UpdateItem": _Updated,
+    "UpdateItem": _UpdateItem,
     "DeleteItem": dict[str, Any],
     "BatchWriteItem": _BatchWrite,
     "BatchExecuteStatement": _Statements,
     "TransactGetItems": _TransactGet,
     "TransactWriteItems": dict[str, Any],
-    "DescribeTable": _Described,
+    "DescribeTable": _DescribeTable,
     "ListTables": _TableNames,
-    "CreateTable": _Any,
-    "UpdateTable": _Any,
-    "DeleteTable": _Any,
+    "CreateTable": _Ignored,
+    "UpdateTable": _Ignored,
+    "DeleteTable": _Ignored,
     "DescribeContinuousBackups": _ContinuousBackups,
-    "UpdateContinuousBackups": _Any,
+    "UpdateContinuousBackups": _Ignored,
 }
 _DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
     operation: msgspec.json.Decoder(shape).decode for operation, shape in _SHAPES.items()
 }
 _DECODE_FAILURE: Final = msgspec.json.Decoder(_Failure).decode
 
-# What decoding raises for bytes that are no JSON, no UTF-8, of another shape, or nested for ever.
+# Raised by decoding for bytes that are not JSON, not UTF-8, of another structure or nested too
+# deeply.
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -229,121 +231,125 @@ def read_answer(
     headers: Mapping[str, str],
     body: bytes,
 ) -> dict[str, Any]:
-    """The decoded response to a request.
+    """Decode and validate the response to a request.
 
     Raises:
-        BadAnswer: it is not a valid one; `outcome_unknown`.
-        StorageError: by `errors.translate`.
+        BadAnswer: the response is invalid; has `outcome_unknown`.
+        StorageError: the response is an error; see `errors.translate`.
     """
-    if not _is_whole(headers.get("x-amz-crc32"), body):
+    if not _checksum_matches(headers.get("x-amz-crc32"), body):
         raise AnswerLost(
-            "the response of DynamoDB does not match its checksum", outcome_unknown=True
+            "the response of DynamoDB does not match its checksum (x-amz-crc32)",
+            outcome_unknown=True,
         )
     if status != 200:
         raise _failure(status, headers, body, params)
-    kind = headers.get("content-type", "json")
-    if "json" not in kind.lower():
-        raise _bad(f"its content type is {kind[:80]!r}")
+    content_type = headers.get("content-type", "json")
+    if "json" not in content_type.lower():
+        raise _invalid(f"its content type is {content_type[:80]!r}")
     try:
         if not body.isascii():
-            body.decode()  # also where nothing of it is read
-        answer: dict[str, Any] = _DECODE[operation](body)
+            body.decode()  # checks the members that are not decoded, too
+        response: dict[str, Any] = _DECODE[operation](body)
     except _UNREADABLE as exc:
-        raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
-    check(operation, params, answer)
-    return answer
+        raise _invalid(f"it is not a response to {operation}: {type(exc).__name__}") from exc
+    check(operation, params, response)
+    return response
 
 
-def convert(operation: str, params: Mapping[str, Any], answer: object) -> dict[str, Any]:
-    """The same for a response that another driver has decoded.
+def convert(operation: str, params: Mapping[str, Any], response: object) -> dict[str, Any]:
+    """Validate a response that the DAX client has decoded.
 
     Raises:
-        BadAnswer.
+        BadAnswer: the response is invalid.
     """
     try:
-        converted: dict[str, Any] = msgspec.convert(answer, _SHAPES[operation])
+        converted: dict[str, Any] = msgspec.convert(response, _SHAPES[operation])
     except _UNREADABLE as exc:
-        raise _bad(f"it is not a response to {operation}: {type(exc).__name__}") from exc
+        raise _invalid(f"it is not a response to {operation}: {type(exc).__name__}") from exc
     check(operation, params, converted)
     return converted
 
 
-def _is_whole(checksum: str | None, body: bytes) -> bool:
+def _checksum_matches(checksum: str | None, body: bytes) -> bool:
     return checksum is None or checksum == str(zlib.crc32(body))
 
 
-def _bad(why: str) -> BadAnswer:
+def _invalid(why: str) -> BadAnswer:
     return BadAnswer(
-        f"the response is not from DynamoDB, or a proxy changed it: {why}",
+        f"the response is not from DynamoDB or was changed by a proxy: {why}",
         outcome_unknown=True,
     )
 
 
-# -- whether it matches its request ----------------------------------------------------
+# -- checks of a response against its request ------------------------------------------------
 
 
-def check(operation: str, params: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+def check(operation: str, params: Mapping[str, Any], response: Mapping[str, Any]) -> None:
     """Check that a response matches its request.
 
     Raises:
-        BadAnswer.
+        BadAnswer: it does not.
     """
-    test = _CHECKS.get(operation)
-    if test is not None and not test(params, answer):
-        raise _bad(f"it does not match its {operation} request")
+    is_match = _CHECKS.get(operation)
+    if is_match is not None and not is_match(params, response):
+        raise _invalid(f"it does not match its {operation} request")
 
 
-def _check_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    item = answer.get("Item")
+def _check_get(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    item = response.get("Item")
     return item is None or all(item.get(name) == each for name, each in params["Key"].items())
 
 
-def _check_batch_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    asked = {table: _ids(each["Keys"]) for table, each in params["RequestItems"].items()}
+def _check_batch_get(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    requested = {table: _ids(each["Keys"]) for table, each in params["RequestItems"].items()}
     return all(
-        table in asked and _ids_of(items, asked[table]) <= asked[table].keys()
-        for table, items in answer["Responses"].items()
+        table in requested and _ids_of(items, requested[table]) <= requested[table].keys()
+        for table, items in response["Responses"].items()
     ) and all(
-        table in asked and _ids_of(left["Keys"], asked[table]) <= asked[table].keys()
-        for table, left in (answer.get("UnprocessedKeys") or {}).items()
+        table in requested
+        and _ids_of(unprocessed["Keys"], requested[table]) <= requested[table].keys()
+        for table, unprocessed in (response.get("UnprocessedKeys") or {}).items()
     )
 
 
 def _ids(keys: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The ids of keys, and the one attribute that holds them."""
-    return {held["S"]: name for key in keys for name, held in key.items()}
+    """The ids in these keys, each with the name of its key attribute."""
+    return {value["S"]: name for key in keys for name, value in key.items()}
 
 
-def _ids_of(items: Sequence[Mapping[str, Any]], asked: Mapping[str, str]) -> set[str]:
-    """The ids of items; "" for one that has none, which nobody asks for."""
-    name = next(iter(asked.values()))
+def _ids_of(items: Sequence[Mapping[str, Any]], requested: Mapping[str, str]) -> set[str]:
+    """The ids of items; "" for an item without an id, because no request contains this id."""
+    name = next(iter(requested.values()))
     return {cast("str", each.get(name, {}).get("S", "")) for each in items}
 
 
-def _check_rows(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    last = answer.get("LastEvaluatedKey")
+def _check_rows(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    last = response.get("LastEvaluatedKey")
     if last and last == params.get("ExclusiveStartKey"):
-        return False  # it would go on for ever
-    return answer["Count"] >= 0 and (params.get("Select") == "COUNT" or "Items" in answer)
+        return False  # requesting the next page would never end
+    return response["Count"] >= 0 and (params.get("Select") == "COUNT" or "Items" in response)
 
 
-def _check_written(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    # All that says that a write was done is an empty map, and not every empty page says that.
-    return answer.keys() <= {"Attributes", "ConsumedCapacity", "ItemCollectionMetrics"}
+def _check_written(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    # A successful write returns an empty object or these members. Other members show that the
+    # response is not from DynamoDB.
+    return response.keys() <= {"Attributes", "ConsumedCapacity", "ItemCollectionMetrics"}
 
 
-def _check_update(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    return "ReturnValues" not in params or "Attributes" in answer
+def _check_update(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    return "ReturnValues" not in params or "Attributes" in response
 
 
-def _check_statements(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    return len(answer["Responses"]) == len(params["Statements"])
+def _check_statements(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    return len(response["Responses"]) == len(params["Statements"])
 
 
-def _check_transact_get(params: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    asked, responses = params["TransactItems"], answer["Responses"]
-    return len(responses) == len(asked) and all(
-        _check_get(each["Get"], response) for each, response in zip(asked, responses, strict=True)
+def _check_transact_get(params: Mapping[str, Any], response: Mapping[str, Any]) -> bool:
+    requested, responses = params["TransactItems"], response["Responses"]
+    return len(responses) == len(requested) and all(
+        _check_get(each["Get"], item_response)
+        for each, item_response in zip(requested, responses, strict=True)
     )
 
 
@@ -371,57 +377,60 @@ def _failure(
     try:
         failure = _DECODE_FAILURE(body)
     except _UNREADABLE:
-        return _of_others(status, headers)
+        return _intermediary_error(status, headers)
     if not 400 <= status < 600:
-        return _of_others(status, headers)
+        return _intermediary_error(status, headers)
     code = str(failure["__type"])
     reasons = failure.get("CancellationReasons")
     if code.endswith("TransactionCanceledException") and len(reasons or ()) != len(
         params.get("TransactItems", ())
     ):
-        # Nothing was written, and the reason is not given.
-        return BadAnswer("DynamoDB cancelled a transaction and gave no reasons")
+        # Nothing was written.
+        return BadAnswer(
+            "DynamoDB cancelled a transaction without a cancellation reason for each action"
+        )
     message = failure.get("message") or failure.get("Message") or ""
     return translate(code, message, status, failure)
 
 
-def _of_others(status: int, headers: Mapping[str, str]) -> StorageError:
-    """The error of a response that is not from DynamoDB but from a proxy or another server.
+def _intermediary_error(status: int, headers: Mapping[str, str]) -> StorageError:
+    """The error for a response that is not from DynamoDB but from a proxy or another server.
 
-    Whether a write was applied before it is unknown.
+    It is unknown whether a write was applied before.
     """
-    who = f"HTTP {status}, and not from DynamoDB"
+    source = f"HTTP {status}, not from DynamoDB"
     if 300 <= status < 400:
         return ProtocolError(
-            f"a redirect{_target(headers)} ({who}); it is not followed, as credentials belong to one host: "
-            "look at dynamodb_strategy.endpoint_url and at proxies",
+            f"the response is a redirect{_target(headers)} ({source}), which is not followed because "
+            "the signed credentials are for one host only; check dynamodb_strategy.endpoint_url "
+            "and the proxy settings",
             outcome_unknown=True,
         )
     if status == 407:
         return AuthenticationError(
-            f"the proxy asks for credentials ({who}): look at HTTPS_PROXY and HTTP_PROXY",
+            f"the proxy requires credentials ({source}); check HTTPS_PROXY and HTTP_PROXY",
             outcome_unknown=True,
         )
     if status in (401, 403):
         return PermissionDeniedError(
-            f"access was refused ({who}): a proxy, a firewall or another server responds at the "
+            f"access was denied ({source}); a proxy, a firewall or another server responds at the "
             "endpoint",
             outcome_unknown=True,
         )
     if status == 413:
         return ProtocolError(
-            f"the request was too large for a proxy in front of DynamoDB ({who})",
+            f"a proxy rejected the request as too large ({source})",
             outcome_unknown=True,
         )
     if status == 429:
-        return ThrottledError(f"throttled ({who})", outcome_unknown=True)
+        return ThrottledError(f"the request was throttled ({source})", outcome_unknown=True)
     if status == 408 or status >= 500:
-        return UnavailableError(f"no response from DynamoDB ({who})", outcome_unknown=True)
-    return _bad(who)
+        return UnavailableError(f"no response from DynamoDB ({source})", outcome_unknown=True)
+    return _invalid(source)
 
 
 def _target(headers: Mapping[str, str]) -> str:
-    """The host that a redirect names, without all that may be secret in its URL."""
+    """The host of a redirect; the rest of the URL may contain secrets."""
     try:
         host = urlsplit(headers.get("location", "")).hostname
     except ValueError:

@@ -1,4 +1,4 @@
-"""Retries with exponential backoff and full jitter, until success or the time limit."""
+"""Retries with exponential backoff and full jitter until success or the time limit."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.02
 _MAX_PAUSE_SECONDS: Final = 2.0
-_MAX_BAD_ANSWERS: Final = 3
-"""After this many invalid responses the cause is not transient: another server, or a proxy."""
+_MAX_BAD_RESPONSES: Final = 3
+"""After this many invalid responses the cause is assumed to be permanent: a proxy or another server."""
 
 
 class Backoff:
     """The pauses between the attempts of one operation.
 
     Args:
-        seconds: after which no further attempt begins.
+        seconds: no attempt begins later than this after the first one.
     """
 
     def __init__(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
         self._pause = _FIRST_PAUSE
-        self._bad_answers = 0
+        self._bad_responses = 0
 
     async def pause(self, after: StorageError | None = None) -> bool:
-        """Wait; False, at once, if the time would be up, or another attempt cannot succeed.
+        """Wait before the next attempt.
+
+        Returns False without waiting if the time limit would be exceeded or another attempt cannot
+        succeed.
 
         Args:
             after: the error of the last attempt.
         """
         if isinstance(after, BadAnswer):
-            self._bad_answers += 1
-            if self._bad_answers == _MAX_BAD_ANSWERS:
+            self._bad_responses += 1
+            if self._bad_responses == _MAX_BAD_RESPONSES:
                 return False
         elif after is not None and not after.retryable:
             return False
@@ -52,21 +55,22 @@ class Backoff:
 
 
 def is_safe_to_retry(exc: Exception) -> bool:
-    """Whether a request certainly changed nothing, and may succeed later."""
+    """Whether a failed request certainly changed nothing and may succeed later."""
     return isinstance(exc, UnavailableError) and not exc.outcome_unknown
 
 
 async def retry(
     attempt: Callable[[], Awaitable[Result]], seconds: float, *, idempotent: bool
 ) -> Result:
-    """`attempt` until it succeeds.
+    """Call `attempt` until it succeeds, and return its result.
 
     Args:
-        idempotent: it may be done twice, so that it is retried after a lost response, too.
+        idempotent: the request may be applied twice; it is therefore also retried after a lost
+            response.
 
     Raises:
-        UnavailableError: the last one, when the time is up.
-        StorageError: one that no retry can help.
+        UnavailableError: the last one, when the time limit is reached.
+        StorageError: an error that a retry cannot resolve.
     """
     backoff = Backoff(seconds)
     while True:
@@ -83,5 +87,5 @@ async def retry(
 
 def throttled(what: str) -> ThrottledError:
     return ThrottledError(
-        f"DynamoDB throttled requests until retry_timeout was over; not done: {what}"
+        f"DynamoDB throttled the requests until retry_timeout had passed; not done: {what}"
     )

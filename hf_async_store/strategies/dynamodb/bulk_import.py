@@ -1,6 +1,6 @@
-"""Imports: whole items that replace whatever is stored, by `BatchWriteItem`.
+"""Imports: whole items that unconditionally replace the stored ones, by `BatchWriteItem`.
 
-It has no conditions and is idempotent; unprocessed items are sent again.
+The operation is idempotent; unprocessed items are sent again.
 """
 
 from __future__ import annotations
@@ -34,79 +34,83 @@ def is_import(change: Change) -> bool:
 
 
 class Imports:
-    """The imports among independent changes."""
+    """Writes the imports among independent changes."""
 
     def __init__(self, client: Client, tables: Tables) -> None:
         self._client = client
         self._tables = tables
-        self._seconds = client.config.retry_timeout
+        self._retry_seconds = client.config.retry_timeout
 
     async def write(self, ops: list[WriteOp]) -> None:
-        """Replace what is there, whatever it is, by `BatchWriteItem`."""
-        sent = [self._some(each) for each in chunks(ops, MAX_PUTS)]
+        """Replace the stored items unconditionally, by `BatchWriteItem`."""
+        sent = [self._write_batch(each) for each in chunks(ops, MAX_PUTS)]
         await asyncio.gather(*sent)
 
-    async def _some(self, ops: Sequence[WriteOp]) -> None:
-        left = {(each.table, each.change.key.id): each for each in ops}
-        backoff = Backoff(self._seconds)
+    async def _write_batch(self, ops: Sequence[WriteOp]) -> None:
+        remaining = {(each.table, each.change.key.id): each for each in ops}
+        backoff = Backoff(self._retry_seconds)
         last: StorageError = throttled("an import")
-        while left:
+        while remaining:
             requests: dict[str, list[dict[str, Any]]] = {}
-            for op in left.values():
+            for op in remaining.values():
                 put = cast("Put", op.change)
-                item = op.form.item(
+                item = op.mapping.item(
                     put.key.id, put.entity, cast("int", put.import_version), op.token
                 )
                 requests.setdefault(op.table, []).append({"PutRequest": {"Item": item}})
             try:
-                answer = await self._client.call("BatchWriteItem", {"RequestItems": requests})
-                left = self._imported(left, answer.get("UnprocessedItems") or {})
+                response = await self._client.call("BatchWriteItem", {"RequestItems": requests})
+                remaining = self._complete_processed(
+                    remaining, response.get("UnprocessedItems") or {}
+                )
                 last = throttled("an import")
             except UnavailableError as exc:
                 last = exc
                 if not is_safe_to_retry(exc):
-                    for op in left.values():
+                    for op in remaining.values():
                         op.ambiguous = True
             except StorageError as exc:
-                if len(left) == 1:
-                    [op] = left.values()
+                if len(remaining) == 1:
+                    [op] = remaining.values()
                     op.done(deleted_meanwhile(op) if isinstance(exc, TableMissing) else exc)
                     return
-                # One rejected item fails the whole batch: the half without it succeeds.
-                rest = list(left.values())
-                middle = len(rest) // 2
-                await asyncio.gather(self._some(rest[:middle]), self._some(rest[middle:]))
+                # One rejected item fails the whole batch. Split it, so that the others succeed.
+                batch = list(remaining.values())
+                middle = len(batch) // 2
+                await asyncio.gather(
+                    self._write_batch(batch[:middle]), self._write_batch(batch[middle:])
+                )
                 return
-            if left and not await backoff.pause(last):
-                for op in left.values():
+            if remaining and not await backoff.pause(last):
+                for op in remaining.values():
                     error = last.copy()
                     error.outcome_unknown = op.ambiguous
                     op.done(error)
                 return
 
-    def _imported(
+    def _complete_processed(
         self,
         sent: dict[tuple[str, str], WriteOp],
-        undone: Mapping[str, Sequence[Mapping[str, Any]]],
+        unprocessed: Mapping[str, Sequence[Mapping[str, Any]]],
     ) -> dict[tuple[str, str], WriteOp]:
-        """The operations that remain."""
-        left = {}
-        for table, requests in undone.items():
+        """Complete the processed operations; return the unprocessed ones."""
+        remaining = {}
+        for table, requests in unprocessed.items():
             for each in requests:
                 item = each["PutRequest"]["Item"]
-                place = (table, self._id_of(table, item))
-                if place not in sent:
+                item_key = (table, self._id_of(table, item))
+                if item_key not in sent:
                     raise BadAnswer(
                         "DynamoDB returned an unprocessed item that was not sent",
                         outcome_unknown=True,
                     )
-                left[place] = sent[place]
-        for place, op in sent.items():
-            if place not in left:
+                remaining[item_key] = sent[item_key]
+        for item_key, op in sent.items():
+            if item_key not in remaining:
                 op.done(cast("Put", op.change).import_version)
-        return left
+        return remaining
 
     def _id_of(self, table: str, item: Attributes) -> str:
-        """The id of an item that was sent; "" for one that was not."""
-        named = [name for name in self._tables.schema if self._tables.name(name) == table]
-        return self._tables.forms[named[0]].id_of(item) if named else ""
+        """The id of an item; "" if the table is not one of this store."""
+        collections = [name for name in self._tables.schema if self._tables.name(name) == table]
+        return self._tables.mappings[collections[0]].id_of(item) if collections else ""

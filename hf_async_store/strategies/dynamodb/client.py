@@ -1,16 +1,17 @@
-"""The connection of a store: one client of aiobotocore, made at the first use.
+"""The connection of a store: one aiobotocore client, created at the first use.
 
-Calls of the data plane do not go through the client's methods, whose way of building, signing,
-checking and parsing a request costs 500 to 700 microseconds of CPU whatever it carries: the body is
-written and read by msgspec, signed by botocore's own signer with the client's credentials, and sent
-through the client's own pool of connections, with its proxies, certificates and timeouts.
-`docs/decisions` tells what was measured.
+Requests to the data plane do not use the methods of the client, because these take 500 to 700
+microseconds of CPU time for each request, whatever its size, to build, validate, sign and parse
+it. Instead, msgspec encodes and decodes the bodies, botocore's signer signs them with the client's
+credentials, and the client's connection pool sends them with its proxies, certificates and
+timeouts. The measurements are in `docs/decisions`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -33,7 +34,7 @@ _LARGE_BODY: Final = 2**20
 
 
 class Client:
-    """Requests to DynamoDB, each tried once; its failures come out as the store's errors."""
+    """Sends requests to DynamoDB; raises failures as errors of the store."""
 
     def __init__(self, config: DynamoDBConfig) -> None:
         check_endpoint(config.endpoint_url)
@@ -43,7 +44,7 @@ class Client:
         self._closed = False
 
     async def connection(self) -> _Connection:
-        """The connection, made now if there is none yet; by one task for all that wait for it."""
+        """The connection, opened at the first call; concurrent callers wait for the same task."""
         if self._closed:
             raise StoreClosedError("this store was closed")
         if self._connection is not None:
@@ -61,16 +62,16 @@ class Client:
         return self._connection
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request.
+        """Send a request once and return its response.
 
         Raises:
-            StorageError: by `answers.read_answer`.
+            StorageError: see `answers.read_answer`.
         """
         connection = self._connection or await self.connection()
         return await connection.call(operation, params)
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request that may be sent any number of times; failures are outlasted."""
+        """Send an idempotent request and return its response; transient failures are retried."""
         return await retry(
             lambda: self.call(operation, params), self.config.retry_timeout, idempotent=True
         )
@@ -89,7 +90,7 @@ class Client:
 
 
 class _Connection:
-    """An open client of aiobotocore, and what of it the hot path uses."""
+    """An open aiobotocore client and the parts of it that every request uses."""
 
     def __init__(self, client: Any, credentials: Any, stack: AsyncExitStack, session: Any) -> None:
         from botocore.auth import SigV4Auth  # type: ignore[import-untyped]  # it has no types
@@ -101,7 +102,7 @@ class _Connection:
         self._credentials = credentials
         self._send = client._endpoint.http_session.send
         self._url = client.meta.endpoint_url.rstrip("/") + "/"
-        self._place = urlsplit(self._url).netloc.rpartition("@")[2]
+        self._host = urlsplit(self._url).netloc.rpartition("@")[2]
         self._region = client.meta.region_name
         self._request = AWSRequest
         self._signer = SigV4Auth
@@ -116,7 +117,7 @@ class _Connection:
             response = await self._send(request)
             body = await response.content
         except Exception as exc:
-            raise of_client(exc, self._place) from exc
+            raise of_client(exc, self._host) from exc
         return read_answer(operation, params, response.status_code, response.headers, body)
 
     async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:
@@ -133,7 +134,7 @@ class _Connection:
         self._signer(credentials, _SERVICE, self._region).add_auth(request)
         prepared = request.prepare()
         if len(prepared.body) > _LARGE_BODY:
-            prepared.body = BytesIO(prepared.body)  # sent in pieces, as aiohttp wants it
+            prepared.body = BytesIO(prepared.body)  # aiohttp sends it in chunks
         return prepared
 
     async def close(self) -> None:
@@ -141,27 +142,27 @@ class _Connection:
 
 
 def check_endpoint(url: str | None) -> None:
-    """That an endpoint is one.
+    """Check that an endpoint is a valid URL.
 
     Raises:
-        ConfigurationError: it does not show the URL, in which a password may stand.
+        ConfigurationError: it is not. The message omits the URL, which may contain a password.
     """
     try:
-        place = urlsplit(url or "http://region")
-        usable = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+        parts = urlsplit(url or "http://region")
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
     if not usable:
         raise ConfigurationError(
-            "dynamodb_strategy.endpoint_url: not a URL with http:// or https:// and a host"
+            "dynamodb_strategy.endpoint_url: must be a URL with http:// or https:// and a host"
         )
 
 
 async def _connect(config: DynamoDBConfig) -> _Connection:
-    """A new client. What botocore reads and imports for it is read in a thread."""
+    """Open a client. botocore's imports and file reads run in a thread."""
     async with AsyncExitStack() as stack:
         try:
-            session = await asyncio.to_thread(_prepare, config)
+            session = await asyncio.to_thread(_create_session, config)
             client = await stack.enter_async_context(
                 session.create_client(
                     _SERVICE, region_name=config.region, endpoint_url=config.endpoint
@@ -177,10 +178,21 @@ async def _connect(config: DynamoDBConfig) -> _Connection:
         return _Connection(client, credentials, stack.pop_all(), session)
 
 
-def _prepare(config: DynamoDBConfig) -> Any:
-    """A session with the service model in its cache: the slow part, which blocks.
+@lru_cache
+def _loader(data_path: str | None) -> Any:
+    """Botocore's loader of service models, shared by all stores of the process.
 
-    All clients that it makes, those that ask for credentials among them, use our transport.
+    Loading the models takes about 0.1 s, and the loader caches them.
+    """
+    from botocore.loaders import create_loader  # type: ignore[import-untyped]
+
+    return create_loader(data_path)
+
+
+def _create_session(config: DynamoDBConfig) -> Any:
+    """Create a session and load the service model into its cache, which is slow and blocks.
+
+    All clients of the session, including those that request credentials, use `Transport`.
     """
     from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
     from aiobotocore.session import AioSession  # type: ignore[import-untyped]
@@ -198,7 +210,8 @@ def _prepare(config: DynamoDBConfig) -> Any:
             retries={"total_max_attempts": 1},
         )
     )
-    loader = session.get_component("data_loader")
+    loader = _loader(session.get_config_variable("data_path"))
+    session.register_component("data_loader", loader)
     loader.load_service_model(_SERVICE, "service-2")
     loader.load_service_model(_SERVICE, "endpoint-rule-set-1")
     for name in ("endpoints", "partitions", "sdk-default-configuration"):

@@ -1,13 +1,13 @@
-"""Portable values as DynamoDB's attribute values, and back: the hot path of every item.
+"""Conversion between portable values and DynamoDB attribute values, used for every item.
 
-Most values have a native form. What DynamoDB cannot hold exactly takes a side form, in types that
-no portable value has:
+Most values have a native encoding. Values that DynamoDB cannot store exactly have a substitute
+encoding, with types and names that no portable value uses:
 
-* a float that is integral, -0.0 or out of DynamoDB's range is a text set of its one `repr`: a
-  number would come back as an integer, or not at all;
-* of a map key that is empty or longer than 64 KiB, the name and the value stand under two keys that
-  begin with U+0000, which no portable text has. (In a list under one, they would be nested a level
-  deeper, and what is as deep as it may be would not fit.)
+* A float that is integral, -0.0 or outside of DynamoDB's range is stored as a string set that
+  contains only its `repr`. Stored as a number, it would be read as an integer or be rejected.
+* A map key that is empty or longer than 64 KiB is stored as two entries, one with the value and one
+  with the key, whose names begin with U+0000, which no portable string contains. (A list with both
+  would add a nesting level, and exceed DynamoDB's limit for values nested to the maximum depth.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias, cast
 from hf_async_store.values import Value
 
 Attribute: TypeAlias = dict[str, Any]
-"""An attribute value as the wire has it: one type letter, and what it holds."""
+"""An attribute value as in requests and responses: a dict of one type descriptor to its value."""
 
 Attributes: TypeAlias = dict[str, Attribute]
 
@@ -29,8 +29,8 @@ NULL: Final[Attribute] = {"NULL": True}
 # Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130.
 _SMALLEST: Final = 1e-130
 _LONGEST_NAME: Final = 65_535
-_SIDE: Final = "\0"
-_NAME: Final = "n"
+_SUBSTITUTE_PREFIX: Final = "\0"
+_NAME_SUFFIX: Final = "n"
 
 
 def encode(value: Value) -> Attribute:
@@ -52,31 +52,31 @@ def encode(value: Value) -> Attribute:
 
 
 def encode_map(value: dict[str, Value]) -> Attributes:
-    """What a map attribute of these values holds."""
+    """The content of a map attribute with these values."""
     encoded = {name: encode(each) for name, each in value.items()}
     if "" in encoded or any(len(name) > _LONGEST_NAME // 4 for name in encoded):
-        return _with_side_names(encoded)
+        return _substitute_names(encoded)
     return encoded
 
 
-def _with_side_names(encoded: Attributes) -> Attributes:
-    moved: Attributes = {}
-    for place, (name, each) in enumerate(encoded.items()):
+def _substitute_names(encoded: Attributes) -> Attributes:
+    substituted: Attributes = {}
+    for position, (name, each) in enumerate(encoded.items()):
         if is_plain_name(name):
-            moved[name] = each
+            substituted[name] = each
         else:
-            moved[f"{_SIDE}{place}"] = each
-            moved[f"{_SIDE}{place}{_NAME}"] = {"S": name}
-    return moved
+            substituted[f"{_SUBSTITUTE_PREFIX}{position}"] = each
+            substituted[f"{_SUBSTITUTE_PREFIX}{position}{_NAME_SUFFIX}"] = {"S": name}
+    return substituted
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether DynamoDB takes this name of an attribute or map key as it is."""
+    """Whether DynamoDB accepts this name for an attribute or map key."""
     return bool(name) and (len(name) <= _LONGEST_NAME // 4 or len(name.encode()) <= _LONGEST_NAME)
 
 
 def encode_float(value: float) -> Attribute:
-    """A number where that is exact and comes back as a float; else the side form."""
+    """A number if it is exact and decoded as a float; otherwise the substitute encoding."""
     if is_native(value):
         return {"N": repr(value)}
     return {"SS": [repr(value)]}
@@ -87,72 +87,77 @@ def is_native(value: float) -> bool:
 
 
 def decode(attribute: Attribute) -> Value:
-    """The portable value of an attribute value; sets and binary of others come as lists and text.
+    """The portable value of an attribute value.
+
+    Sets and binary values, which only other programs write, become lists and base64 strings.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the attribute is not a valid attribute value.
     """
-    [(kind, held)] = attribute.items()
+    [(kind, content)] = attribute.items()
     if kind == "S":
-        return cast("str", held)
+        return cast("str", content)
     if kind == "N":
-        return decode_number(held)
+        return decode_number(content)
     if kind == "BOOL":
-        return cast("bool", held)
+        return cast("bool", content)
     if kind == "NULL":
         return None
     if kind == "M":
-        return decode_map(held)
+        return decode_map(content)
     if kind == "L":
-        return [decode(each) for each in held]
-    if kind == "SS" and len(held) == 1:
-        return _side_form(held[0])
+        return [decode(each) for each in content]
+    if kind == "SS" and len(content) == 1:
+        return _decode_single_string(content[0])
     if kind == "NS":
-        return [decode_number(each) for each in held]
+        return [decode_number(each) for each in content]
     if kind == "B":
-        return b64encode(held).decode()
+        return b64encode(content).decode()
     if kind == "BS":
-        return [b64encode(each).decode() for each in held]
-    return cast("Value", held)
+        return [b64encode(each).decode() for each in content]
+    return cast("Value", content)
 
 
-def _side_form(text: str) -> Value:
-    """The float that a text set of one is; a text that is none of ours is a set of another program's."""
-    try:
-        value = float(text)
-    except ValueError:
-        return [text]
-    return value if repr(value) == text and isfinite(value) else [text]
+def _decode_single_string(string: str) -> Value:
+    """The float that a string set with one element encodes.
 
-
-def decode_number(text: str) -> int | float:
-    """An integer, unless the text has a fraction or an exponent.
-
-    Raises:
-        ValueError: DynamoDB has no such number.
+    If the string is not the `repr` of a finite float, another program wrote the set: it is a list.
     """
     try:
-        return int(text)
+        value = float(string)
     except ValueError:
-        value = float(text)
+        return [string]
+    return value if repr(value) == string and isfinite(value) else [string]
+
+
+def decode_number(string: str) -> int | float:
+    """An integer, or a float if the string has a fraction or an exponent.
+
+    Raises:
+        ValueError: the string is not a finite number.
+    """
+    try:
+        return int(string)
+    except ValueError:
+        value = float(string)
     if not isfinite(value):
-        raise ValueError(f"no number: {text[:50]!r}")
+        raise ValueError(f"not a finite number: {string[:50]!r}")
     return value
 
 
-def decode_map(held: Attributes) -> dict[str, Value]:
-    decoded = {name: decode(each) for name, each in held.items()}
-    if any(name.startswith(_SIDE) for name in decoded):
-        return dict(_with_plain_names(decoded))
+def decode_map(content: Attributes) -> dict[str, Value]:
+    decoded = {name: decode(each) for name, each in content.items()}
+    if any(name.startswith(_SUBSTITUTE_PREFIX) for name in decoded):
+        return dict(_restore_names(decoded))
     return decoded
 
 
-def _with_plain_names(decoded: dict[str, Value]) -> Iterator[tuple[str, Value]]:
+def _restore_names(decoded: dict[str, Value]) -> Iterator[tuple[str, Value]]:
     for name, each in decoded.items():
-        if not name.startswith(_SIDE):
+        if not name.startswith(_SUBSTITUTE_PREFIX):
             yield name, each
-        elif not name.endswith(_NAME):
-            plain = decoded.get(f"{name}{_NAME}")
+        elif not name.endswith(_NAME_SUFFIX):
+            plain = decoded.get(f"{name}{_NAME_SUFFIX}")
             if not isinstance(plain, str):
-                raise ValueError("a map key that is beside its name")
+                raise ValueError("the entry with the name of a map key is missing")
             yield plain, each

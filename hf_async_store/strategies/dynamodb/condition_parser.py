@@ -1,8 +1,9 @@
-"""What callers write in DynamoDB's own expression language, on fields as they know them.
+"""Parser of conditions that callers write in DynamoDB's expression language.
 
-Names are fields, whatever words DynamoDB reserves and wherever a field lies in the item: `status`,
-`doc` and `size` work as they stand, `tags.owner[0]` steps into a value, and a name that is no word
-stands in double quotes. Values are `:name`, given beside.
+Names in an expression are fields of the entity, even if they are reserved words of DynamoDB (such as
+`status` and `size`), and wherever the field is stored in the item. `tags.owner[0]` refers to a nested
+value. A name that is not an identifier is written in double quotes. A value is written as `:name` and
+passed separately.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hf_async_store.strategies.dynamodb.items import DOC, ItemMapping
 from hf_async_store.strategies.dynamodb.tables import attribute_of
 from hf_async_store.values import VERSION, Value, normalise
 
-_TOKEN: Final = re.compile(
+_TOKEN_PATTERN: Final = re.compile(
     r"\s*(?:(?P<value>:\w+)|(?P<quoted>\"(?:[^\"]|\"\")+\")|(?P<word>[^\W\d]\w*)"
     r"|(?P<number>\d+)|(?P<sign><=|>=|<>|[=<>().,\[\]]))"
 )
@@ -35,131 +36,137 @@ _FUNCTIONS: Final = frozenset(
     }
 )
 # Source: DynamoDB service quotas, "Expression parameters".
-_MAX_TEXT: Final = 4096
+_MAX_LENGTH: Final = 4096
 _COMPARED: Final = frozenset({"=", "<", "<=", ">", ">="})
 
 
-class _Part(NamedTuple):
+class _Token(NamedTuple):
     kind: str
     text: str
 
 
-def _parts(text: object, what: str) -> list[_Part]:
-    if not isinstance(text, str) or not text.strip():
-        raise InvalidQueryError(f"{what} is a string in DynamoDB's expression language")
-    if len(text) > _MAX_TEXT:
-        raise InvalidQueryError(f"{what} is longer than the 4 KB that DynamoDB takes")
-    parts: list[_Part] = []
-    place = 0
-    end = len(text.rstrip())
-    while place < end:
-        found = _TOKEN.match(text, place)
-        if found is None:
-            raise InvalidQueryError(f"{what}: cannot be read from character {place + 1} on")
-        kind = str(found.lastgroup)
-        inner = found[kind]
+def _tokenize(expression: object, argument: str) -> list[_Token]:
+    if not isinstance(expression, str) or not expression.strip():
+        raise InvalidQueryError(
+            f"{argument} must be a non-empty string in DynamoDB's expression language"
+        )
+    if len(expression) > _MAX_LENGTH:
+        raise InvalidQueryError(f"{argument} is longer than DynamoDB's limit of 4 KB")
+    tokens: list[_Token] = []
+    position = 0
+    end = len(expression.rstrip())
+    while position < end:
+        match = _TOKEN_PATTERN.match(expression, position)
+        if match is None:
+            raise InvalidQueryError(f"{argument}: syntax error at character {position + 1}")
+        kind = str(match.lastgroup)
+        token_text = match[kind]
         if kind == "quoted":
-            kind, inner = "name", inner[1:-1].replace('""', '"')
-            if not is_plain_name(inner) or "\0" in inner:
-                raise InvalidQueryError(f"{what}: no field has the name {inner[:50]!r}")
-        parts.append(_Part(kind, inner))
-        place = found.end()
-    return parts
+            kind, token_text = "name", token_text[1:-1].replace('""', '"')
+            if not is_plain_name(token_text) or "\0" in token_text:
+                raise InvalidQueryError(
+                    f"{argument}: {token_text[:50]!r} is not a valid field name"
+                )
+        tokens.append(_Token(kind, token_text))
+        position = match.end()
+    return tokens
 
 
-def _given(values: Mapping[str, object] | None, what: str) -> dict[str, Value]:
+def _normalised(values: Mapping[str, object] | None, argument: str) -> dict[str, Value]:
     if values is not None and not isinstance(values, Mapping):
-        raise InvalidQueryError(f"{what}: expression_values is a map")
-    given: dict[str, Value] = {}
+        raise InvalidQueryError(f"{argument}: expression_values must be a mapping")
+    operands: dict[str, Value] = {}
     for name, value in (values or {}).items():
         if not isinstance(name, str):
-            raise InvalidQueryError(f"{what}: the names of expression_values are strings")
-        given[name if name.startswith(":") else f":{name}"] = normalise(value, (name,))
-    return given
+            raise InvalidQueryError(f"{argument}: the keys of expression_values must be strings")
+        operands[name if name.startswith(":") else f":{name}"] = normalise(value, (name,))
+    return operands
 
 
 class _Values:
-    """The values of an expression; each must be used."""
+    """The values of an expression, each of which must be used."""
 
-    def __init__(self, values: Mapping[str, object] | None, what: str) -> None:
-        self._what = what
-        self._values = _given(values, what)
-        self._left = set(self._values)
+    def __init__(self, values: Mapping[str, object] | None, argument: str) -> None:
+        self._argument = argument
+        self._values = _normalised(values, argument)
+        self._unused = set(self._values)
 
     def pop(self, name: str) -> Value:
         if name not in self._values:
-            raise InvalidQueryError(f"{self._what}: no value is given for {name}")
-        self._left.discard(name)
+            raise InvalidQueryError(f"{self._argument}: expression_values has no value for {name}")
+        self._unused.discard(name)
         return self._values[name]
 
     def assert_exhausted(self) -> None:
-        if self._left:
-            raise InvalidQueryError(f"{self._what} does not use {', '.join(sorted(self._left))}")
+        if self._unused:
+            raise InvalidQueryError(
+                f"{self._argument} does not use these values: {', '.join(sorted(self._unused))}"
+            )
 
 
 # -- conditions -----------------------------------------------------------------------------
 
 
 def condition(
-    text: object, values: Mapping[str, object] | None, form: ItemMapping, names: Names
+    expression: object, values: Mapping[str, object] | None, mapping: ItemMapping, names: Names
 ) -> str:
-    """A condition expression with placeholders of `names`.
+    """Translate a condition to a ConditionExpression with placeholders from `names`.
 
     Raises:
-        InvalidQueryError.
+        InvalidQueryError: the condition or its values are invalid.
     """
-    what = "condition_expression"
-    parts = _parts(text, what)
-    given = _Values(values, what)
-    written: list[str] = []
-    place = 0
-    while place < len(parts):
-        part = parts[place]
-        following = parts[place + 1].text if place + 1 < len(parts) else ""
-        place += 1
-        if part.kind == "value":
-            written.append(names.value(_operand(given.pop(part.text))))
-        elif part.kind in ("sign", "number"):
-            written.append(part.text)
-        elif part.kind == "word" and part.text.upper() in _WORDS:
-            written.append(part.text.upper())
-        elif part.kind == "word" and following == "(":
-            if part.text not in _FUNCTIONS:
-                raise InvalidQueryError(f"{what}: there is no function {part.text}")
-            written.append(part.text)
+    argument = "condition_expression"
+    tokens = _tokenize(expression, argument)
+    operands = _Values(values, argument)
+    output: list[str] = []
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        next_text = tokens[position + 1].text if position + 1 < len(tokens) else ""
+        position += 1
+        if token.kind == "value":
+            output.append(names.value(_operand(operands.pop(token.text))))
+        elif token.kind in ("sign", "number"):
+            output.append(token.text)
+        elif token.kind == "word" and token.text.upper() in _WORDS:
+            output.append(token.text.upper())
+        elif token.kind == "word" and next_text == "(":
+            if token.text not in _FUNCTIONS:
+                raise InvalidQueryError(f"{argument}: unknown function {token.text}")
+            output.append(token.text)
         else:
-            steps: list[str | int] = [part.text]
-            place = _steps(parts, place, steps)
-            if steps[0] != VERSION and steps[0] not in form.collection.fields:
+            steps: list[str | int] = [token.text]
+            position = _parse_steps(tokens, position, steps)
+            if steps[0] != VERSION and steps[0] not in mapping.collection.fields:
                 steps.insert(0, DOC)
-            written.append(names.path(steps))
-    given.assert_exhausted()
-    return " ".join(written)
+            output.append(names.path(steps))
+    operands.assert_exhausted()
+    return " ".join(output)
 
 
-def _steps(parts: list[_Part], place: int, steps: list[str | int]) -> int:
-    """The rest of a path; returns the place behind it."""
-    while place + 1 < len(parts):
-        sign, step = parts[place].text, parts[place + 1]
-        if parts[place].kind != "sign":
+def _parse_steps(tokens: list[_Token], position: int, steps: list[str | int]) -> int:
+    """Append the rest of a path to `steps`; return the position after it."""
+    while position + 1 < len(tokens):
+        operator, step = tokens[position].text, tokens[position + 1]
+        if tokens[position].kind != "sign":
             break
-        if sign == "." and step.kind in ("word", "name"):
+        if operator == "." and step.kind in ("word", "name"):
             steps.append(step.text)
-            place += 2
+            position += 2
         elif (
-            sign == "["
+            operator == "["
             and step.kind == "number"
-            and parts[place + 2 : place + 3] == [_Part("sign", "]")]
+            and tokens[position + 2 : position + 3] == [_Token("sign", "]")]
         ):
             steps.append(int(step.text))
-            place += 3
+            position += 3
         else:
             break
-    return place
+    return position
 
 
 def _operand(value: Value) -> Attribute:
-    # A number is compared as a number, be it an integral float, too.
+    # Integral floats are compared as numbers, too.
     if type(value) in (int, float):
         return {"N": repr(value)}
     return encode(value)
@@ -169,94 +176,104 @@ def _operand(value: Value) -> Attribute:
 
 
 def key_condition(
-    text: object,
+    expression: object,
     values: Mapping[str, object] | None,
-    form: ItemMapping,
+    mapping: ItemMapping,
     index: Index,
     names: Names,
 ) -> str:
-    """A key condition expression on an index: `field = :value`, and at most one on its sort field.
+    """Translate a condition on the key of an index to a KeyConditionExpression.
+
+    It consists of `field = :value` and at most one comparison of the sort field.
 
     Raises:
-        InvalidQueryError.
+        InvalidQueryError: the condition or its values are invalid.
     """
-    what = "key_condition"
-    given = _Values(values, what)
-    written: list[str] = []
-    parts = _parts(text, what)
+    argument = "key_condition"
+    operands = _Values(values, argument)
+    output: list[str] = []
+    tokens = _tokenize(expression, argument)
     fields: list[str] = []
-    while not written or parts:
-        if written:
-            _expect(parts, "AND", what)
-        written.append(_term(parts, given, form, index, names, what, fields))
-    given.assert_exhausted()
+    while not output or tokens:
+        if output:
+            _expect(tokens, "AND", argument)
+        output.append(_parse_comparison(tokens, operands, mapping, index, names, argument, fields))
+    operands.assert_exhausted()
     if index.field not in fields or len(fields) != len({*fields}):
         raise InvalidQueryError(
-            f"{what}: it needs {index.field} = :value, and has each field once at most"
+            f"{argument}: must contain {index.field} = :value, and each field at most once"
         )
-    return " AND ".join(written)
+    return " AND ".join(output)
 
 
-def _term(
-    parts: list[_Part],
-    given: _Values,
-    form: ItemMapping,
+def _parse_comparison(
+    tokens: list[_Token],
+    operands: _Values,
+    mapping: ItemMapping,
     index: Index,
     names: Names,
-    what: str,
+    argument: str,
     fields: list[str],
 ) -> str:
-    """The next comparison, taken from `parts`; its field is added to `fields`."""
+    """Remove the next comparison from `tokens`, translate it, and append its field to `fields`."""
 
     def attribute() -> str:
-        part = _next(parts, what)
-        if part.kind not in ("word", "name") or part.text not in (index.field, index.sort):
+        token = _pop_token(tokens, argument)
+        if token.kind not in ("word", "name") or token.text not in (index.field, index.sort):
             known = " and ".join(filter(None, (index.field, index.sort)))
-            raise InvalidQueryError(f"{what}: the fields of {index.name} are {known}")
-        fields.append(part.text)
-        return names.name(attribute_of(form, part.text))
+            raise InvalidQueryError(
+                f"{argument}: only the fields of the index {index.name} can be compared: {known}"
+            )
+        fields.append(token.text)
+        return names.name(attribute_of(mapping, token.text))
 
     def value() -> str:
-        part = _next(parts, what)
-        if part.kind != "value":
-            raise InvalidQueryError(f"{what}: a field is compared with a :value")
-        operand = given.pop(part.text)
-        indexed = form.indexed.get(fields[-1])
+        token = _pop_token(tokens, argument)
+        if token.kind != "value":
+            raise InvalidQueryError(f"{argument}: a field must be compared with a :value")
+        operand = operands.pop(token.text)
+        indexed = mapping.indexed.get(fields[-1])
         key = encode(operand) if indexed is None else indexed.key_of(operand)
         if key is None:
-            raise InvalidQueryError(f"{what}: {index.name} does not hold the value {part.text}")
+            raise InvalidQueryError(
+                f"{argument}: the index {index.name} cannot contain the value of {token.text}"
+            )
         return names.value(key)
 
-    if parts and parts[0] == _Part("word", "begins_with") and parts[1:2] == [_Part("sign", "(")]:
-        del parts[:2]
+    if (
+        tokens
+        and tokens[0] == _Token("word", "begins_with")
+        and tokens[1:2] == [_Token("sign", "(")]
+    ):
+        del tokens[:2]
         name = attribute()
-        _expect(parts, ",", what)
-        start = value()
-        _expect(parts, ")", what)
-        text = f"begins_with({name}, {start})"
-        sign = "begins_with"
+        _expect(tokens, ",", argument)
+        prefix = value()
+        _expect(tokens, ")", argument)
+        comparison = f"begins_with({name}, {prefix})"
+        operator = "begins_with"
     else:
         name = attribute()
-        sign = _next(parts, what).text
-        if sign.upper() == "BETWEEN":
+        operator = _pop_token(tokens, argument).text
+        if operator.upper() == "BETWEEN":
             low = value()
-            _expect(parts, "AND", what)
-            text = f"{name} BETWEEN {low} AND {value()}"
-        elif sign in _COMPARED:
-            text = f"{name} {sign} {value()}"
+            _expect(tokens, "AND", argument)
+            comparison = f"{name} BETWEEN {low} AND {value()}"
+        elif operator in _COMPARED:
+            comparison = f"{name} {operator} {value()}"
         else:
-            raise InvalidQueryError(f"{what}: a key cannot be compared by {sign}")
-    if fields[-1] == index.field and sign != "=":
-        raise InvalidQueryError(f"{what}: {index.field} is compared by = alone")
-    return text
+            raise InvalidQueryError(f"{argument}: a key cannot be compared with {operator}")
+    if fields[-1] == index.field and operator != "=":
+        raise InvalidQueryError(f"{argument}: {index.field} can only be compared with =")
+    return comparison
 
 
-def _next(parts: list[_Part], what: str) -> _Part:
-    if not parts:
-        raise InvalidQueryError(f"{what}: it ends too early")
-    return parts.pop(0)
+def _pop_token(tokens: list[_Token], argument: str) -> _Token:
+    if not tokens:
+        raise InvalidQueryError(f"{argument}: the expression is incomplete")
+    return tokens.pop(0)
 
 
-def _expect(parts: list[_Part], text: str, what: str) -> None:
-    if _next(parts, what).text.upper() != text:
-        raise InvalidQueryError(f"{what}: {text} is missing")
+def _expect(tokens: list[_Token], expected: str, argument: str) -> None:
+    if _pop_token(tokens, argument).text.upper() != expected:
+        raise InvalidQueryError(f"{argument}: expected {expected}")

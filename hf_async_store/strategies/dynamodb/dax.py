@@ -1,6 +1,6 @@
-"""DAX: reads that need not be consistent, through a cache cluster.
+"""Eventually consistent reads through a DAX cache cluster.
 
-Amazon's own client is the only one there is, and it blocks: it works in threads of its own.
+Amazon's client, the only one available, is blocking; it is called in separate threads.
 """
 
 from __future__ import annotations
@@ -35,41 +35,43 @@ class Cache:
     """A DAX cluster.
 
     Args:
-        make_client: makes Amazon's client; called once, in a thread, at the first read.
+        make_client: creates Amazon's client; called once, in a thread, at the first read.
     """
 
     def __init__(self, make_client: Callable[[], Any], retry_seconds: float) -> None:
         self._make_client = make_client
-        self._seconds = retry_seconds
+        self._retry_seconds = retry_seconds
         self._client: Any = None
         self._opening = asyncio.Lock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dax")
 
-    def takes(self, operation: str, params: Mapping[str, Any]) -> bool:
-        """Whether this is a read that the cache may answer: one that need not be consistent."""
+    def can_serve(self, operation: str, params: Mapping[str, Any]) -> bool:
+        """Whether the cache may serve this read: only if it need not be strongly consistent."""
         if operation == "BatchGetItem":
             return not any(each.get("ConsistentRead") for each in params["RequestItems"].values())
         return operation in _METHODS and not params.get("ConsistentRead")
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a read; failures are outlasted as those of DynamoDB are.
+        """The response to a read; transient failures are retried as those of DynamoDB are.
 
         Raises:
             StorageError.
         """
-        return await retry(lambda: self._once(operation, params), self._seconds, idempotent=True)
+        return await retry(
+            lambda: self._read_once(operation, params), self._retry_seconds, idempotent=True
+        )
 
-    async def _once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    async def _read_once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         try:
             async with self._opening:
                 if self._client is None:
                     self._client = await loop.run_in_executor(self._threads, self._make_client)
             method = getattr(self._client, _METHODS[operation])
-            answer = await loop.run_in_executor(self._threads, lambda: method(**params))
+            response = await loop.run_in_executor(self._threads, lambda: method(**params))
         except Exception as exc:
-            raise _error(exc) from exc
-        return convert(operation, params, answer)
+            raise _store_error(exc) from exc
+        return convert(operation, params, response)
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -78,11 +80,11 @@ class Cache:
         self._threads.shutdown(wait=False)
 
 
-def _error(exc: Exception) -> StorageError:
+def _store_error(exc: Exception) -> StorageError:
     response = getattr(exc, "response", None)
     if isinstance(response, dict) and response.get("Error"):
         error = response["Error"]
-        if type(exc).__name__ == "DaxClientError":  # it got no answer to translate
+        if type(exc).__name__ == "DaxClientError":  # no response was received
             return UnavailableError(f"the DAX cluster cannot be used: {error.get('Code')}")
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
         return translate(
@@ -92,17 +94,17 @@ def _error(exc: Exception) -> StorageError:
 
 
 def cache_of(config: DynamoDBConfig) -> Cache | None:
-    """The cluster that a configuration names; None if it names none.
+    """The DAX cluster of a configuration; None if DAX is not enabled.
 
     Raises:
-        ConfigurationError: DAX is to be used, and an endpoint or Amazon's client is missing.
+        ConfigurationError: DAX is enabled, but its endpoint or Amazon's client is missing.
     """
     if not config.enable_dax:
         return None
     if not config.dax_endpoint:
         raise ConfigurationError(
-            "dynamodb_strategy.dax_endpoint: enable_dax needs the endpoint of the cluster "
-            "(dax://... or daxs://...)"
+            "dynamodb_strategy.dax_endpoint: required by enable_dax; set it to the endpoint of "
+            "the cluster (dax://... or daxs://...)"
         )
     if find_spec(_MODULE) is None:
         raise ConfigurationError(

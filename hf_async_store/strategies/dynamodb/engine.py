@@ -1,4 +1,4 @@
-"""The DynamoDB engine: the driver interface, implemented by the modules of this package."""
+"""The DynamoDB engine: implements the driver interface with the modules of this package."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 from hf_async_store.strategies.dynamodb.writes import MAX_STATEMENTS, Writes
 from hf_async_store.values import Key, Value
 
-_LANES: Final = 8
+_CONCURRENCY: Final = 8
 
 
 class DynamoDBEngine:
-    """Tables, a client, reads and writes."""
+    """The engine of one store: its client, tables, reads and writes."""
 
     capabilities: Final = Capabilities(
         engine="dynamodb",
@@ -57,10 +57,10 @@ class DynamoDBEngine:
         default_order="none",
         max_transaction_changes=MAX_ACTIONS,
         max_transaction_bytes=MAX_BYTES,
-        write_concurrency=_LANES,
+        write_concurrency=_CONCURRENCY,
         write_batch=MAX_STATEMENTS,
         read_batch=MAX_KEYS,
-        read_concurrency=_LANES,
+        read_concurrency=_CONCURRENCY,
     )
 
     def __init__(self, config: DynamoDBConfig, schema: Schema) -> None:
@@ -70,8 +70,8 @@ class DynamoDBEngine:
         self.tables = Tables(self.client, schema)
         self._cache = cache_of(config)
         self.reading = Reading(self.client, self.tables, self._cache)
-        self._recent = WriteCache()
-        self.writes = Writes(self.client, self.tables, self.reading, self._recent)
+        self._write_cache = WriteCache()
+        self.writes = Writes(self.client, self.tables, self.reading, self._write_cache)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         with public_errors():
@@ -88,28 +88,28 @@ class DynamoDBEngine:
             return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        # Until its response is received a request may be applied at any time: it is not cancelled.
+        # A request is not cancelled, because it may be applied at any time before its response.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
-        session = DynamoDBSession(self.client, self.tables, self.reading, self._recent)
+        session = DynamoDBSession(self.client, self.tables, self.reading, self._write_cache)
         with public_errors():
             yield session
             await session.commit()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # DynamoDB has no snapshots: each read shows the state at its own time.
+        # DynamoDB has no snapshots: each read returns the state at its own time.
         yield self
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        form = ItemMapping(collection)
+        mapping = ItemMapping(collection)
         params = {
             "TableName": f"{self.config.table_prefix}_{collection.name}",
-            "Key": {form.key: {"S": entity_id}},
+            "Key": {mapping.key: {"S": entity_id}},
             "ConsistentRead": True,
         }
         try:
@@ -118,10 +118,10 @@ class DynamoDBEngine:
         except TableMissing:
             return None
         except ActionDenied:
-            # A minimal policy names the declared tables. Then no live migration of this store is
-            # under way, for that needs access to this table, too.
+            # A minimal policy covers the declared tables only. In this case no live migration of
+            # this store is in progress, because that requires access to this table, too.
             return None
-        return None if item is None else form.record(item)
+        return None if item is None else mapping.record(item)
 
     async def exists(self) -> bool:
         with public_errors():
@@ -132,14 +132,14 @@ class DynamoDBEngine:
             return False
         collections = {*self.schema, *other.schema}
         with public_errors():
-            ours = await self.tables.identities(collections)
-            theirs = await other.tables.identities(collections)
-        if not ours and not theirs:
+            own_ids = await self.tables.identities(collections)
+            other_ids = await other.tables.identities(collections)
+        if not own_ids and not other_ids:
             raise StoreNotFoundError(
-                "stores are identified by their tables, and neither of the two has any: "
+                "DynamoDB stores are compared by their tables, but neither of the two has any: "
                 f"{self.config.table_prefix}_... and {other.config.table_prefix}_..."
             )
-        return bool(ours & theirs)
+        return bool(own_ids & other_ids)
 
     async def undeclared(self) -> list[str]:
         with public_errors():
@@ -155,12 +155,12 @@ class DynamoDBEngine:
                 if await self.tables.find(collection) is not None:
                     await run_to_completion(self._probe(collection))
                     return
-        # A store that does not exist yet is created by its first write. That DescribeTable succeeded
-        # shows that the service responds.
+        # The store does not exist yet; its first write creates it. DescribeTable has succeeded, so
+        # the service is available.
 
     async def _probe(self, collection: str) -> None:
         table = self.tables.name(collection)
-        key = {self.tables.forms[collection].key: {"S": probe_id()}}
+        key = {self.tables.mappings[collection].key: {"S": probe_id()}}
         await self.client.read("PutItem", {"TableName": table, "Item": key})
         try:
             params = {"TableName": table, "Key": key, "ConsistentRead": True}
@@ -171,8 +171,8 @@ class DynamoDBEngine:
 
     async def health(self) -> Mapping[str, Value]:
         with public_errors():
-            found, problems = await self.tables.compare()
-        return {"tables": found, "problems": list[Value](problems)}
+            summaries, problems = await self.tables.compare()
+        return {"tables": summaries, "problems": list[Value](problems)}
 
     def describe(self) -> Mapping[str, Value]:
         config = self.config
@@ -185,7 +185,7 @@ class DynamoDBEngine:
                 "reads by key": "current" if config.consistent_reads else "eventual",
                 "scans": "current" if config.consistent_reads else "eventual",
                 "index queries": "eventual",
-                "transactions": "serializable in what they read by key",
+                "transactions": "serializable for reads by key",
             },
             "configuration": {
                 "profile": config.profile,

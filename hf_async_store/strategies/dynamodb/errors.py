@@ -1,4 +1,4 @@
-"""Errors of DynamoDB and of its driver, translated into the errors of the store."""
+"""Translation of the errors of DynamoDB and of its driver into errors of the store."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hf_async_store.errors import (
 )
 from hf_async_store.strategies.dynamodb.codec import Attributes
 
-# -- responses that their callers turn into errors; none of them leaves the engine: see `public` --
+# -- internal errors, which the callers handle or convert with `public` ------------------------
 
 
-class ConditionFailed(StorageError):  # noqa: N818  # a response, which its caller turns into an error
+class ConditionFailed(StorageError):  # noqa: N818  # an internal error, which callers handle
     """The condition of a write did not hold; nothing was written.
 
     Attributes:
-        item: what is stored instead; None if nothing is.
+        item: the stored item; None if there is none.
     """
 
     def __init__(self, item: Attributes | None) -> None:
-        super().__init__("the condition did not hold")
+        super().__init__("the condition of the write did not hold")
         self.item = item
 
 
@@ -44,32 +44,33 @@ class Cancelled(StorageError):  # noqa: N818  # as above
     """A transaction was cancelled; nothing was written.
 
     Attributes:
-        reasons: one per action: its code, "None" for those that were not the cause, and the item.
+        reasons: one for each action: its code, "None" for an action that was not the cause, and
+            the item.
     """
 
     def __init__(self, reasons: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__("the transaction was cancelled")
+        super().__init__("DynamoDB cancelled the transaction")
         self.reasons = reasons
 
 
 class TableMissing(StorageError):  # noqa: N818  # as above
-    """There is no such table, or index."""
+    """The table or index does not exist."""
 
 
 class ActionDenied(PermissionDeniedError):  # noqa: N818  # as above
-    """The policy does not allow an action, as a minimal one for what is optional."""
+    """The IAM policy does not allow the action. A minimal policy omits the optional actions."""
 
 
 class AnswerLost(UnavailableError):  # noqa: N818  # as above
-    """No response was received: the request may have been applied, or may be applied later."""
+    """No valid response was received: the request may have been applied, or may be applied later."""
 
 
 class BadAnswer(AnswerLost):
-    """The response is not one to the request; a retry helps only if the cause is transient."""
+    """The response is invalid for its request; a retry helps only if the cause is transient."""
 
 
 class StatementRefused(StorageError):  # noqa: N818  # as above
-    """A statement that the server rejects as invalid."""
+    """The server rejected a statement or request as invalid."""
 
 
 def public(exc: StorageError) -> StorageError:
@@ -83,78 +84,83 @@ def public(exc: StorageError) -> StorageError:
         kind = PermissionDeniedError
     else:
         return exc
-    known = kind(
+    converted = kind(
         str(exc),
         retryable=exc.retryable and not isinstance(exc, BadAnswer),
         outcome_unknown=exc.outcome_unknown,
     )
-    known.__cause__ = exc
-    return known
+    converted.__cause__ = exc
+    return converted
 
 
 @contextmanager
-def public_errors(*kept: type[StorageError]) -> Iterator[None]:
-    """Errors that are internal to this engine are raised as public ones.
+def public_errors(*passed_through: type[StorageError]) -> Iterator[None]:
+    """Convert internal errors of this engine that are raised in the block to public ones.
 
     Args:
-        kept: are raised as they are.
+        passed_through: errors that are not converted.
     """
     try:
         yield
-    except kept:
+    except passed_through:
         raise
     except StorageError as exc:
-        known = public(exc)
-        if known is exc:
+        converted = public(exc)
+        if converted is exc:
             raise
-        raise known from exc
+        raise converted from exc
 
 
 # -- responses of DynamoDB ---------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
-    """What a code of DynamoDB means."""
+class _ErrorSpec(NamedTuple):
+    """The error for an error code of DynamoDB."""
 
     kind: type[StorageError]
-    means: str
+    message: str
     retryable: bool | None = None
     outcome_unknown: bool = False
 
 
-_THROTTLED: Final = _Row(ThrottledError, "DynamoDB throttles requests")
-_DENIED: Final = _Row(
-    ActionDenied, "DynamoDB refuses access; the policy of the role or user does not allow it"
+_THROTTLED: Final = _ErrorSpec(ThrottledError, "DynamoDB throttles requests")
+_DENIED: Final = _ErrorSpec(
+    ActionDenied, "DynamoDB denies access; the policy of the role or user does not allow the action"
 )
-_ACCOUNT: Final = _Row(
+_ACCOUNT: Final = _ErrorSpec(
     PermissionDeniedError,
-    "DynamoDB refuses the account; it is not active for this service or region",
+    "DynamoDB denies access to the account; it is not active for this service or region",
 )
-_WRONG_KEY: Final = _Row(
-    AuthenticationError, "DynamoDB does not accept the AWS credentials; look at the access key"
+_WRONG_KEY: Final = _ErrorSpec(
+    AuthenticationError, "DynamoDB does not accept the AWS credentials; check the access key"
 )
-_WRONG_SECRET: Final = _Row(
+_WRONG_SECRET: Final = _ErrorSpec(
     AuthenticationError,
-    "DynamoDB does not accept the signature; look at the secret access key, at the region, and at "
-    "proxies that change requests",
+    "DynamoDB does not accept the signature; check the secret access key, the region, and proxies "
+    "that change requests",
 )
-_EXPIRED: Final = _Row(AuthenticationError, "the AWS credentials have expired; get new ones")
-_CLOCK: Final = _Row(
+_EXPIRED: Final = _ErrorSpec(AuthenticationError, "the AWS credentials have expired; get new ones")
+_CLOCK: Final = _ErrorSpec(
     AuthenticationError,
-    "DynamoDB does not accept the time of the request; set the clock of this machine",
+    "DynamoDB does not accept the time of the request; correct the clock of this machine",
 )
-_ENCRYPTION: Final = _Row(
-    PermissionDeniedError, "DynamoDB cannot use the KMS key that encrypts the table"
+_ENCRYPTION: Final = _ErrorSpec(
+    PermissionDeniedError,
+    "DynamoDB cannot use the KMS key that encrypts the table; check its state and its policy",
 )
-_UNDER_WAY: Final = _Row(
+_IN_PROGRESS: Final = _ErrorSpec(
     UnavailableError, "DynamoDB is already processing another operation on the same resource"
 )
-_FAILED: Final = _Row(UnavailableError, "DynamoDB failed", outcome_unknown=True)
-_NOT_UNDERSTOOD: Final = _Row(ProtocolError, "the server does not speak DynamoDB's protocol")
+_FAILED: Final = _ErrorSpec(
+    UnavailableError, "DynamoDB failed to process the request", outcome_unknown=True
+)
+_NOT_UNDERSTOOD: Final = _ErrorSpec(
+    ProtocolError, "the server does not implement DynamoDB's protocol; check endpoint_url"
+)
 
 # Source: DynamoDB Developer Guide, "Error handling with DynamoDB"; DynamoDB API Reference, "Common
 # Errors" and the errors of each action; BatchStatementError.
-CODES: Final[Mapping[str, _Row]] = {
+CODES: Final[Mapping[str, _ErrorSpec]] = {
     # throttling
     "LimitExceeded": _THROTTLED,
     "ProvisionedThroughputExceeded": _THROTTLED,
@@ -181,7 +187,7 @@ CODES: Final[Mapping[str, _Row]] = {
     "ExpiredToken": _EXPIRED,
     "RequestExpired": _CLOCK,
     "RequestTimeTooSkewed": _CLOCK,
-    # the key of the table
+    # the KMS key of the table
     "KMSAccessDenied": _ENCRYPTION,
     "KMSDisabled": _ENCRYPTION,
     "KMSInvalidState": _ENCRYPTION,
@@ -189,26 +195,26 @@ CODES: Final[Mapping[str, _Row]] = {
     "KMSNotFound": _ENCRYPTION,
     "InaccessibleEncryptionCredentials": _ENCRYPTION,
     # concurrent operations
-    "TransactionInProgress": _UNDER_WAY,
-    "ResourceInUse": _UNDER_WAY,
-    "TableInUse": _UNDER_WAY,
-    "ReplicatedWriteConflict": _UNDER_WAY,
-    # it failed
+    "TransactionInProgress": _IN_PROGRESS,
+    "ResourceInUse": _IN_PROGRESS,
+    "TableInUse": _IN_PROGRESS,
+    "ReplicatedWriteConflict": _IN_PROGRESS,
+    # server failures
     "InternalServer": _FAILED,
     "InternalServerError": _FAILED,
     "InternalFailure": _FAILED,
     "ServiceUnavailable": _FAILED,
     "RequestTimeout": _FAILED,
     "RequestAbandoned": _FAILED,
-    "ItemCollectionSizeLimitExceeded": _Row(
+    "ItemCollectionSizeLimitExceeded": _ErrorSpec(
         DiskFullError, "an item collection has reached its size limit in DynamoDB"
     ),
-    # the request is not understood
+    # the server does not understand the request
     "Serialization": _NOT_UNDERSTOOD,
     "UnknownOperation": _NOT_UNDERSTOOD,
     "InvalidAction": _NOT_UNDERSTOOD,
     "MissingAction": _NOT_UNDERSTOOD,
-    "IdempotentParameterMismatch": _Row(
+    "IdempotentParameterMismatch": _ErrorSpec(
         ProtocolError, "another transaction has used the same client request token"
     ),
 }
@@ -219,15 +225,15 @@ _REFUSED_ACTION: Final = re.compile(
 
 
 def short(code: str) -> str:
-    """A code without its namespace and `Exception`."""
+    """An error code without its namespace and its suffix `Exception`."""
     return code.rpartition("#")[2].partition(":")[0].removesuffix("Exception")
 
 
 def translate(code: str, message: str, status: int, body: Mapping[str, Any]) -> StorageError:
-    """The error of an error response.
+    """The error for an error response.
 
     Args:
-        status: of HTTP; for 500 and above the request may have been applied.
+        status: the HTTP status; for 500 and above the request may have been applied.
     """
     code = short(code)
     if code == "ConditionalCheckFailed":
@@ -237,55 +243,57 @@ def translate(code: str, message: str, status: int, body: Mapping[str, Any]) -> 
     if code == "TransactionConflict":
         return conflict()
     if code in ("ResourceNotFound", "TableNotFound", "IndexNotFound"):
-        return TableMissing(f"there is no such table or index: {message[:300]}")
-    row = CODES.get(code)
-    if row is None and status >= 500:
-        row = _FAILED
-    if row is None:
+        return TableMissing(f"the table or index does not exist: {message[:300]}")
+    spec = CODES.get(code)
+    if spec is None and status >= 500:
+        spec = _FAILED
+    if spec is None:
         return _invalid(code, message)
-    if row is _WRONG_SECRET and _is_of_the_clock(message):
-        row = _CLOCK
-    return row.kind(
-        f"{row.means}: {code or status}{_action(message)}",
-        retryable=row.retryable,
-        outcome_unknown=row.outcome_unknown or status >= 500,
+    if spec is _WRONG_SECRET and _is_clock_error(message):
+        spec = _CLOCK
+    return spec.kind(
+        f"{spec.message}: {code or status}{_action(message)}",
+        retryable=spec.retryable,
+        outcome_unknown=spec.outcome_unknown or status >= 500,
     )
 
 
-def _is_of_the_clock(message: str) -> bool:
-    """Whether a signature is right, and its time is not.
+def _is_clock_error(message: str) -> bool:
+    """Whether a signature was rejected because of its time.
 
-    "Signature expired: 20150830T123600Z is now earlier than ...", "Signature not yet current: ...".
+    Examples: "Signature expired: 20150830T123600Z is now earlier than ...", "Signature not yet
+    current: ...".
     """
     return "expired" in message or "not yet current" in message
 
 
 def _action(message: str) -> str:
-    """The denied action and its resource, where a message names them."""
-    found = _REFUSED_ACTION.search(message)
-    return f" ({found[1]} on {found[2]})" if found else ""
+    """The denied action and its resource, if the message names them."""
+    match = _REFUSED_ACTION.search(message)
+    return f" ({match[1]} on {match[2]})" if match else ""
 
 
 def _invalid(code: str, message: str) -> StorageError:
-    # The message of a refused value may show the value, so only known messages are passed on.
+    # A message about a rejected value may contain the value.
     lower = message.lower()
     if "size" in lower and "exceeded" in lower:
-        return UnsupportedValueError("(entity): larger than the item size limit of DynamoDB")
+        return UnsupportedValueError("(entity): exceeds the item size limit of DynamoDB")
     if "nesting" in lower:
-        # Whatever is portable fits into an item; a statement that holds the item is one level deeper.
-        return StatementRefused("DynamoDB refuses the request: nested too deeply")
+        # Any portable value fits into an item, but an item that is a parameter of a statement is
+        # nested one level deeper.
+        return StatementRefused("DynamoDB rejected the request: values are nested too deeply")
     if "security token" in lower or "signature" in lower:
-        row = _CLOCK if _is_of_the_clock(lower) else _WRONG_SECRET
-        return row.kind(f"{row.means}: {code}")
+        spec = _CLOCK if _is_clock_error(lower) else _WRONG_SECRET
+        return spec.kind(f"{spec.message}: {code}")
     if "specified index" in lower:
-        return TableMissing("the table has no such index")
-    return StatementRefused(f"DynamoDB refuses the request: {code}: {message[:300]}")
+        return TableMissing("the table does not have the index of the query")
+    return StatementRefused(f"DynamoDB rejected the request: {code}: {message[:300]}")
 
 
 def conflict(collection: str | None = None, entity_id: str | None = None) -> StorageError:
-    """Another transaction was writing the same item concurrently."""
+    """The error for an item that another transaction was writing at the same time."""
     return ConcurrencyConflictError(
-        "another transaction was writing the same entity",
+        "another transaction was writing the same entity at the same time",
         collection=collection,
         entity_id=entity_id,
         retryable=True,
@@ -293,10 +301,10 @@ def conflict(collection: str | None = None, entity_id: str | None = None) -> Sto
 
 
 def unreadable(table: str, entity_id: str, why: str) -> CorruptionError:
-    """An item that another program wrote, and that cannot be read as an entity."""
+    """The error for an item, written by another program, that is not a valid entity."""
     return CorruptionError(
-        f"the item {entity_id!r} of the table {table}: {why}; another program wrote it, and must "
-        "correct or delete it"
+        f"the item {entity_id!r} of the table {table} is invalid: {why}; it was written by another "
+        "program: correct the item or delete it"
     )
 
 
@@ -346,44 +354,45 @@ _NO_CREDENTIALS: Final = frozenset(
         "UnknownTokenProviderError",
     }
 )
-_UNREACHED: Final = frozenset({"ConnectTimeoutError", "ProxyConnectionError"})
+_NOT_CONNECTED: Final = frozenset({"ConnectTimeoutError", "ProxyConnectionError"})
 
 
 def before_sending(exc: Exception) -> StorageError:
-    """The error of what failed before a request was sent: configuration, credentials, signing.
+    """The error for a failure before a request was sent: configuration, credentials, signing.
 
-    Whatever it is, nothing was written.
+    Nothing was written.
     """
     name = type(exc).__name__
     if isinstance(exc, StorageError):
         return exc
     if name in _CONFIGURATION:
-        return ConfigurationError(f"dynamodb_strategy: {_text(exc)}")
+        return ConfigurationError(f"dynamodb_strategy: {_message_of(exc)}")
     if name in _NO_CREDENTIALS:
         return AuthenticationError(
-            f"no usable AWS credentials: {name}; set dynamodb_strategy.profile, or the AWS environment"
+            f"no usable AWS credentials: {name}; set dynamodb_strategy.profile or the AWS "
+            "environment variables"
         )
     if name == "ClientError":
-        return _of_credentials_service(exc)
+        return _credentials_service_error(exc)
     cause = _cause(exc)
     if isinstance(
         cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     ):
-        return _of_file(cause)
+        return _file_error(cause)
     if isinstance(exc, ValueError) and "endpoint" in str(exc).lower():
-        # Its message is the endpoint as it was given, and there may be a password in it.
+        # The message of `exc` contains the configured endpoint, which may contain a password.
         return ConfigurationError(
-            "dynamodb_strategy.endpoint_url (or AWS_ENDPOINT_URL, or AWS_ENDPOINT_URL_DYNAMODB): "
-            "not a URL with http:// or https:// and a host"
+            "dynamodb_strategy.endpoint_url (or AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_DYNAMODB): "
+            "must be a URL with http:// or https:// and a host"
         )
-    if isinstance(exc, OSError) or name in _UNREACHED or _is_of_the_network(name):
-        return UnavailableError(f"AWS credentials cannot be obtained at this moment: {name}")
+    if isinstance(exc, OSError) or name in _NOT_CONNECTED or _is_network_error(name):
+        return UnavailableError(f"AWS credentials are temporarily unavailable: {name}")
     return ConfigurationError(
-        f"dynamodb_strategy: AWS configuration or credentials that cannot be used: {name}"
+        f"dynamodb_strategy: the AWS configuration or credentials cannot be used: {name}"
     )
 
 
-def _is_of_the_network(name: str) -> bool:
+def _is_network_error(name: str) -> bool:
     return name in (
         "ConnectionClosedError",
         "EndpointConnectionError",
@@ -394,104 +403,107 @@ def _is_of_the_network(name: str) -> bool:
     )
 
 
-def _of_credentials_service(exc: Exception) -> StorageError:
-    """The error of a response of STS or SSO, from which credentials were requested."""
+def _credentials_service_error(exc: Exception) -> StorageError:
+    """The error for an error response of STS or SSO to a request for credentials."""
     response: Mapping[str, Any] = getattr(exc, "response", {})
     error = response.get("Error") or {}
     code, message = short(str(error.get("Code", ""))), str(error.get("Message", ""))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
-    row = CODES.get(code) or CODES.get(code.removesuffix("Error"))
-    asked = f"{getattr(exc, 'operation_name', 'a request')} for AWS credentials"
-    if row is not None and issubclass(row.kind, UnavailableError):
-        return row.kind(f"{asked} failed: {code}")
+    spec = CODES.get(code) or CODES.get(code.removesuffix("Error"))
+    request = f"{getattr(exc, 'operation_name', 'a request')} for AWS credentials"
+    if spec is not None and issubclass(spec.kind, UnavailableError):
+        return spec.kind(f"{request} failed: {code}")
     if status >= 500:
-        return UnavailableError(f"{asked} failed: {code or status}")
-    if row is _WRONG_SECRET and _is_of_the_clock(message):
-        row = _CLOCK
-    if row is None or row is _DENIED:
+        return UnavailableError(f"{request} failed: {code or status}")
+    if spec is _WRONG_SECRET and _is_clock_error(message):
+        spec = _CLOCK
+    if spec is None or spec is _DENIED:
         return PermissionDeniedError(
-            f"{asked} was refused: {code}{_action(message)}; look at role_arn and source_profile of "
-            "the profile, and at the trust policy of the role"
+            f"{request} was denied: {code}{_action(message)}; check role_arn and source_profile of "
+            "the profile, and the trust policy of the role"
         )
-    return row.kind(f"{asked} was refused: {code}; look at the credentials that it is made with")
+    return spec.kind(f"{request} was denied: {code}; check the credentials that sign it")
 
 
-def of_scaling(exc: Exception, place: str) -> StorageError:
-    """The error of a request to Application Auto Scaling, which goes through a client of botocore."""
+def scaling_error(exc: Exception, host: str) -> StorageError:
+    """The error for a failed request to Application Auto Scaling, sent through a botocore client."""
     if isinstance(exc, StorageError):
         return exc
     if type(exc).__name__ != "ClientError":
-        return of_client(exc, place)
+        return of_client(exc, host)
     response: Mapping[str, Any] = getattr(exc, "response", {})
     code = short(str((response.get("Error") or {}).get("Code", "")))
-    row = CODES.get(code, _Row(UnavailableError, "", retryable=False))
-    return row.kind(f"auto scaling was refused: {code}", retryable=row.retryable)
+    spec = CODES.get(code, _ErrorSpec(UnavailableError, "", retryable=False))
+    return spec.kind(
+        f"Application Auto Scaling rejected the request: {code}", retryable=spec.retryable
+    )
 
 
-def _of_file(exc: OSError) -> ConfigurationError:
+def _file_error(exc: OSError) -> ConfigurationError:
     named = f" {exc.filename}" if exc.filename else ""
     return ConfigurationError(
-        f"a file or program that the AWS configuration names cannot be used:{named}: {exc.strerror} "
-        "(AWS_CA_BUNDLE, ca_bundle, credential_process, web_identity_token_file)"
+        f"a file or program of the AWS configuration cannot be used:{named}: {exc.strerror} "
+        "(check AWS_CA_BUNDLE, ca_bundle, credential_process and web_identity_token_file)"
     )
 
 
 def _cause(exc: Exception) -> object:
-    """The error that botocore wrapped."""
+    """The error that botocore wrapped, or `exc` itself."""
     return getattr(exc, "kwargs", {}).get("error", exc)
 
 
-def _text(exc: Exception) -> str:
+def _message_of(exc: Exception) -> str:
     return str(exc)[:500]
 
 
-def of_client(exc: Exception, place: str) -> StorageError:
-    """The error of a request without a response, by what botocore raises.
+def of_client(exc: Exception, host: str) -> StorageError:
+    """The error for an exception of botocore that was raised while a request was sent.
 
     Args:
-        place: the host that the request was sent to.
+        host: the host that the request was sent to.
     """
     name = type(exc).__name__
     cause = _cause(exc)
     if isinstance(
         cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     ):
-        return _of_file(cause)
+        return _file_error(cause)
     if name == "HTTPClientError" and isinstance(cause, ssl.SSLError):
-        # Raised before there is a connection, whose own failures are an `SSLError` of botocore.
+        # Raised before a connection is opened. botocore raises failures of a connection as its
+        # own `SSLError`.
         return ConfigurationError(
-            f"the certificates that the AWS configuration names cannot be used: {cause.reason} "
-            "(AWS_CA_BUNDLE, ca_bundle)"
+            f"the certificates of the AWS configuration cannot be used: {cause.reason} "
+            "(check AWS_CA_BUNDLE and ca_bundle)"
         )
     if name in _CONFIGURATION:
-        return ConfigurationError(f"dynamodb_strategy: {_text(exc)}")
+        return ConfigurationError(f"dynamodb_strategy: {_message_of(exc)}")
     if name == "SSLError":
-        return _of_tls(exc, place)
-    if name in _UNREACHED or (name == "EndpointConnectionError" and _never_connected(exc)):
-        return UnavailableError(f"DynamoDB cannot be reached at {place}: {name}{_reason(cause)}")
-    return AnswerLost(f"no response from DynamoDB at {place}: {name}", outcome_unknown=True)
+        return _tls_error(exc, host)
+    if name in _NOT_CONNECTED or (name == "EndpointConnectionError" and _never_connected(exc)):
+        return UnavailableError(f"DynamoDB cannot be reached at {host}: {name}{_reason(cause)}")
+    return AnswerLost(f"no response from DynamoDB at {host}: {name}", outcome_unknown=True)
 
 
-def _of_tls(exc: Exception, place: str) -> StorageError:
+def _tls_error(exc: Exception, host: str) -> StorageError:
     cause = getattr(_cause(exc), "certificate_error", None)
     inner = cause or getattr(_cause(exc), "os_error", None)
     if isinstance(inner, ssl.SSLCertVerificationError):
         return ConfigurationError(
-            f"the certificate of {place} is not trusted: {inner.verify_message}; look at "
-            "dynamodb_strategy.endpoint_url, and at AWS_CA_BUNDLE"
+            f"the certificate of {host} is not trusted: {inner.verify_message}; check "
+            "dynamodb_strategy.endpoint_url and AWS_CA_BUNDLE"
         )
-    return UnavailableError(f"DynamoDB cannot be reached at {place}: SSLError{_reason(inner)}")
+    return UnavailableError(f"DynamoDB cannot be reached at {host}: SSLError{_reason(inner)}")
 
 
 def _reason(cause: object) -> str:
-    said = getattr(cause, "strerror", None) or getattr(cause, "reason", None)
-    return f" ({str(said)[:200]})" if said else ""
+    reason = getattr(cause, "strerror", None) or getattr(cause, "reason", None)
+    return f" ({str(reason)[:200]})" if reason else ""
 
 
 def _never_connected(exc: Exception) -> bool:
-    """Whether there was no connection, so that nothing was sent.
+    """Whether no connection was established, so that nothing was sent.
 
-    aiobotocore raises the same error where a connection is reset while waiting for the response.
+    aiobotocore raises the same error if a connection is reset while waiting for the response.
     """
     from aiohttp import ClientConnectorError
 
@@ -499,5 +511,5 @@ def _never_connected(exc: Exception) -> bool:
 
 
 def refused_query(exc: StatementRefused) -> InvalidQueryError:
-    """For what a caller wrote in DynamoDB's own language."""
+    """The error for an expression of the caller that DynamoDB rejected."""
     return InvalidQueryError(str(exc))

@@ -1,10 +1,12 @@
-"""Filters in DynamoDB's language, as far as it can say them.
+"""Translation of filters to FilterExpressions of DynamoDB, as far as these can express them.
 
-What is sent must hold for every row that matches; it may hold for others, too, because every row
-that comes is looked at again here. `is_exact` tells where it says the whole filter.
+An expression must hold for every row that matches the filter. It may also hold for other rows,
+because the filter is applied again to every row received. `is_exact` is true if the expression is
+equivalent to the filter.
 
-It is not translated where the two disagree: a number in a list, a list or map as a whole, an index's key
-(its attribute may be a stand-in), more than a request takes.
+A filter is not translated where DynamoDB's semantics differ: numbers in lists, comparisons with a
+whole list or map, and the key of an index (its attribute may be a placeholder). A filter that would
+exceed the limits of a request is not translated either.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from hf_async_store.query import And, Comparison, Filter, Not, Or
 from hf_async_store.strategies.dynamodb.codec import is_native, is_plain_name
 from hf_async_store.strategies.dynamodb.items import (
-    CREATED_SIDE,
+    CREATED_SUBSTITUTE,
     DOC,
-    SURE_SORT_BYTES,
+    MIN_SHORTENED_BYTES,
     IndexedField,
     ItemMapping,
     shortened,
@@ -29,31 +31,31 @@ if TYPE_CHECKING:
 
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
-# Source: DynamoDB service quotas, "Expression parameters": 4 KB of text, 300 operators, 2 MB of
-# values; and nothing is won by a filter that is longer than the rows it keeps away.
-_MAX_TEXT: Final = 3_500
+# Source: DynamoDB service quotas, "Expression parameters": an expression of 4 KB, 300 operators, 2 MB
+# of values. The limits here are lower, because a filter larger than the rows it excludes saves nothing.
+_MAX_LENGTH: Final = 3_500
 _MAX_OPERATORS: Final = 200
 _MAX_VALUES: Final = 64_000
 _MAX_CHOICES: Final = 40
 _MAX_DEPTH: Final = 30
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
-_RANGE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+_RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 
-class _TooMuch(Exception):  # noqa: N818  # it is no error: what is left unsaid is looked at here
-    """More than a request takes."""
+class _LimitExceeded(Exception):  # noqa: N818  # not an error: the rest of the filter is applied here
+    """The expression would exceed a limit."""
 
 
 class Translation(NamedTuple):
-    """A part of a filter in DynamoDB's language; exact where it says neither more nor less."""
+    """A translated part of a filter; exact if it is equivalent to that part."""
 
-    text: str
+    expression: str
     is_exact: bool
 
 
 class Names:
-    """The placeholders of one request."""
+    """The placeholders for names and values in the expressions of one request."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
@@ -61,11 +63,11 @@ class Names:
         self._by_name: dict[str, str] = {}
 
     def copy(self) -> Names:
-        """Another with the same so far."""
-        twin = Names()
-        twin.names, twin.values = dict(self.names), dict(self.values)
-        twin._by_name = dict(self._by_name)
-        return twin
+        """A copy with the same placeholders."""
+        duplicate = Names()
+        duplicate.names, duplicate.values = dict(self.names), dict(self.values)
+        duplicate._by_name = dict(self._by_name)
+        return duplicate
 
     def name(self, name: str) -> str:
         if name not in self._by_name:
@@ -74,25 +76,29 @@ class Names:
         return self._by_name[name]
 
     def value(self, attribute: Attribute) -> str:
-        holder = f":v{len(self.values)}"
-        self.values[holder] = attribute
-        return holder
+        placeholder = f":v{len(self.values)}"
+        self.values[placeholder] = attribute
+        return placeholder
 
     def path(self, steps: Sequence[str | int]) -> str:
-        text = ""
+        expression = ""
         for step in steps:
             if isinstance(step, int):
-                text += f"[{step}]"
+                expression += f"[{step}]"
             else:
-                text += ("." if text else "") + self.name(step)
-        return text
+                expression += ("." if expression else "") + self.name(step)
+        return expression
 
-    def request(self, **texts: str) -> dict[str, Any]:
-        """The part of a request with these expressions: they, and the placeholders in them."""
-        used = set(_PLACEHOLDER.findall(" ".join(texts.values())))
-        names = {holder: name for holder, name in self.names.items() if holder in used}
-        values = {holder: value for holder, value in self.values.items() if holder in used}
-        request: dict[str, Any] = dict(texts)
+    def request(self, **expressions: str) -> dict[str, Any]:
+        """Request parameters with these expressions and the placeholders that they use."""
+        used = set(_PLACEHOLDER.findall(" ".join(expressions.values())))
+        names = {
+            placeholder: name for placeholder, name in self.names.items() if placeholder in used
+        }
+        values = {
+            placeholder: value for placeholder, value in self.values.items() if placeholder in used
+        }
+        request: dict[str, Any] = dict(expressions)
         if names:
             request["ExpressionAttributeNames"] = names
         if values:
@@ -101,46 +107,46 @@ class Names:
 
 
 class FilterTranslator:
-    """Says filters on the items of a collection.
+    """Translates filters on the items of a collection.
 
     Args:
-        hidden: attributes that a filter of this request may not name: the keys of what is queried.
+        excluded: the key attributes of the queried index, which a FilterExpression must not contain.
     """
 
-    def __init__(self, form: ItemMapping, names: Names, hidden: frozenset[str]) -> None:
-        self._form = form
+    def __init__(self, mapping: ItemMapping, names: Names, excluded: frozenset[str]) -> None:
+        self._mapping = mapping
         self._names = names
-        self._hidden = hidden
+        self._excluded = excluded
         self._operators = 0
-        self._text = 0
-        self._size = 0
+        self._length = 0
+        self._values_size = 0
 
     def translate(self, where: Filter) -> Translation | None:
-        """The filter, or what of it can be translated; None if nothing can.
+        """Translate the filter, or the parts of a conjunction that can be translated.
 
-        What is translated costs time and space in its length: it ends where a request takes no more.
+        Returns None if nothing can. The translation stops at the limits of a request.
         """
         if not isinstance(where, And):
-            return self._if_it_fits(where)
-        parts = [self._if_it_fits(each) for each in where.parts]
+            return self._translate_within_limits(where)
+        parts = [self._translate_within_limits(each) for each in where.parts]
         translated = [each for each in parts if each is not None]
         if not translated:
             return None
-        whole = len(translated) == len(parts) and all(each.is_exact for each in translated)
-        return Translation(_joined(" AND ", translated), whole)
+        is_exact = len(translated) == len(parts) and all(each.is_exact for each in translated)
+        return Translation(_joined(" AND ", translated), is_exact)
 
-    def _if_it_fits(self, where: Filter) -> Translation | None:
-        """A part that must hold, if there is room for it beside those before it."""
-        spent = self._operators, self._text, self._size
+    def _translate_within_limits(self, where: Filter) -> Translation | None:
+        """Translate a part that must hold; None if it would exceed the limits of the expression."""
+        saved = self._operators, self._length, self._values_size
         try:
             translated = self._translate(where)
             if translated is not None:
-                self._text += len(translated.text) + len(" AND ")
-                self._refuse_too_much()
-        except _TooMuch:
+                self._length += len(translated.expression) + len(" AND ")
+                self._check_limits()
+        except _LimitExceeded:
             translated = None
         if translated is None:
-            self._operators, self._text, self._size = spent
+            self._operators, self._length, self._values_size = saved
         return translated
 
     def _translate(self, where: Filter) -> Translation | None:
@@ -149,8 +155,8 @@ class FilterTranslator:
             translated = [each for each in parts if each is not None]
             if not translated:
                 return None
-            whole = len(translated) == len(parts) and all(each.is_exact for each in translated)
-            return Translation(_joined(" AND ", translated), whole)
+            is_exact = len(translated) == len(parts) and all(each.is_exact for each in translated)
+            return Translation(_joined(" AND ", translated), is_exact)
         if isinstance(where, Or):
             translated = []
             for each in where.parts:
@@ -168,13 +174,17 @@ class FilterTranslator:
             return _negated(inner)
         self._operators += 1
         if where.value is not None:
-            self._size += len(str(where.value))
-        self._refuse_too_much()
+            self._values_size += len(str(where.value))
+        self._check_limits()
         return self._comparison(where)
 
-    def _refuse_too_much(self) -> None:
-        if self._operators > _MAX_OPERATORS or self._size > _MAX_VALUES or self._text > _MAX_TEXT:
-            raise _TooMuch
+    def _check_limits(self) -> None:
+        if (
+            self._operators > _MAX_OPERATORS
+            or self._values_size > _MAX_VALUES
+            or self._length > _MAX_LENGTH
+        ):
+            raise _LimitExceeded
 
     def _comparison(self, where: Comparison) -> Translation | None:
         steps = where.path
@@ -183,20 +193,20 @@ class FilterTranslator:
             isinstance(each, int) or is_plain_name(each) for each in steps
         ):
             return None
-        field = self._form.indexed.get(name)
-        if name in self._hidden or (field is not None and field.attribute in self._hidden):
+        field = self._mapping.indexed.get(name)
+        if name in self._excluded or (field is not None and field.attribute in self._excluded):
             return None
         if field is not None:
             if len(steps) > 1:
-                return None  # it holds no map or list, so nothing can be there
-            return self._on_indexed(where, field)
-        if name == VERSION or name in self._form.plain:
-            return self._on(where, self._names.path(steps))
-        return self._on(where, self._names.path((DOC, *steps)))
+                return None  # the field contains no map or list, so the path matches nothing
+            return self._indexed_comparison(where, field)
+        if name == VERSION or name in self._mapping.plain:
+            return self._plain_comparison(where, self._names.path(steps))
+        return self._plain_comparison(where, self._names.path((DOC, *steps)))
 
-    # -- on what is stored as it is ----------------------------------------------------------
+    # -- fields that are not the key of an index ---------------------------------------------
 
-    def _on(self, where: Comparison, path: str) -> Translation | None:
+    def _plain_comparison(self, where: Comparison, path: str) -> Translation | None:
         op, value = where.op, where.value
         if op == "eq":
             return self._equal(path, value)
@@ -209,27 +219,33 @@ class FilterTranslator:
             return Translation(f"attribute_{'' if value else 'not_'}exists({path})", is_exact=True)
         if op == "between":
             low, high = cast("list[Value]", value)
-            one, two = self._ranged(path, "gte", low), self._ranged(path, "lte", high)
-            if one is None or two is None:
-                half = one or two
-                return None if half is None else Translation(half.text, is_exact=False)
-            return Translation(f"({one.text} AND {two.text})", one.is_exact and two.is_exact)
+            lower, upper = self._range(path, "gte", low), self._range(path, "lte", high)
+            if lower is None or upper is None:
+                bound = lower or upper
+                return None if bound is None else Translation(bound.expression, is_exact=False)
+            return Translation(
+                f"({lower.expression} AND {upper.expression})", lower.is_exact and upper.is_exact
+            )
         if op in ("contains", "begins_with"):
             if not isinstance(value, str) or not value:
                 return None
             if op == "begins_with":
-                return Translation(self._begins(path, value), is_exact=True)
-            # A side form is a set, and sets are looked into as well.
+                return Translation(self._begins_with(path, value), is_exact=True)
+            # The substitute encoding of a float is a set, in which `contains` searches, too.
             return Translation(
                 f"contains({path}, {self._names.value({'S': value})})", is_exact=False
             )
-        return self._ranged(path, op, value)
+        return self._range(path, op, value)
 
-    def _begins(self, path: str, prefix: str) -> str:
-        """That a text begins so, as a range: no function has to meet values that are no text."""
-        text = f"{path} >= {self._names.value({'S': prefix})}"
-        end = _after(prefix)
-        return text if not end else f"({text} AND {path} < {self._names.value({'S': end})})"
+    def _begins_with(self, path: str, prefix: str) -> str:
+        """A prefix match as a range, which, unlike a function, accepts values of all types."""
+        expression = f"{path} >= {self._names.value({'S': prefix})}"
+        end = _end_of_prefix(prefix)
+        return (
+            expression
+            if not end
+            else f"({expression} AND {path} < {self._names.value({'S': end})})"
+        )
 
     def _one_of(self, path: str, values: list[Value]) -> Translation | None:
         if not 0 < len(values) <= _MAX_CHOICES:
@@ -250,33 +266,35 @@ class FilterTranslator:
         if isinstance(value, str):
             return Translation(f"{path} = {self._names.value({'S': value})}", is_exact=True)
         if isinstance(value, int | float):
-            forms = _forms_of_number(value)
-            tests = [f"{path} = {self._names.value(each)}" for each in forms]
-            self._operators += len(tests)
-            return Translation(f"({' OR '.join(tests)})", is_exact=True)
+            encodings = _encodings_of_number(value)
+            comparisons = [f"{path} = {self._names.value(each)}" for each in encodings]
+            self._operators += len(comparisons)
+            return Translation(f"({' OR '.join(comparisons)})", is_exact=True)
         return None
 
-    def _ranged(self, path: str, op: str, value: Value) -> Translation | None:
+    def _range(self, path: str, op: str, value: Value) -> Translation | None:
         if isinstance(value, str):
             return Translation(
-                f"{path} {_RANGE[op]} {self._names.value({'S': value})}", is_exact=True
+                f"{path} {_RANGE_OPERATORS[op]} {self._names.value({'S': value})}", is_exact=True
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         if type(value) is float and not is_native(value) and not INT_MIN <= value <= INT_MAX:
             return None
         number = {"N": repr(value) if is_float_key(value) else str(int(value))}
-        side = self._names.value({"S": "SS"})
-        test = f"{path} {_RANGE[op]} {self._names.value(number)}"
+        substitute = self._names.value({"S": "SS"})
+        comparison = f"{path} {_RANGE_OPERATORS[op]} {self._names.value(number)}"
         self._operators += 2
-        return Translation(f"({test} OR attribute_type({path}, {side}))", is_exact=False)
+        return Translation(
+            f"({comparison} OR attribute_type({path}, {substitute}))", is_exact=False
+        )
 
-    # -- on the key of an index --------------------------------------------------------------
+    # -- fields that are the key of an index -------------------------------------------------
 
-    def _on_indexed(self, where: Comparison, field: IndexedField) -> Translation | None:
-        """On its attribute, which may be a stand-in, and its side form."""
+    def _indexed_comparison(self, where: Comparison, field: IndexedField) -> Translation | None:
+        """Compare the attribute, which may be a placeholder, and the substitute encoding."""
         if field.type == "boolean":
-            return self._on(where, self._names.name(field.name))
+            return self._plain_comparison(where, self._names.name(field.name))
         if where.op == "eq":
             return self._equal_indexed(field, where.value)
         if where.op == "ne":
@@ -290,62 +308,62 @@ class FilterTranslator:
             translated = [each for each in parts if each is not None]
             if len(translated) != len(parts):
                 return None
-            whole = Translation(
+            translation = Translation(
                 _joined(" OR ", translated), all(each.is_exact for each in translated)
             )
-            return whole if where.op == "in" else _negated(whole)
+            return translation if where.op == "in" else _negated(translation)
         if where.op == "begins_with" and isinstance(where.value, str) and where.value:
-            start = shortened(where.value, SURE_SORT_BYTES)
-            tests = [
-                self._begins(each, start)
-                for each in (self._names.name(field.name), self._side(field))
+            prefix = shortened(where.value, MIN_SHORTENED_BYTES)
+            comparisons = [
+                self._begins_with(each, prefix)
+                for each in (self._names.name(field.name), self._substitute_path(field))
             ]
-            return Translation(f"({' OR '.join(tests)})", is_exact=False)
+            return Translation(f"({' OR '.join(comparisons)})", is_exact=False)
         return None
 
     def _equal_indexed(self, field: IndexedField, value: Value) -> Translation | None:
-        side = self._side(field)
+        substitute = self._substitute_path(field)
         if value is None:
             kind = self._names.value({"S": "NULL"})
-            return Translation(f"attribute_type({side}, {kind})", is_exact=True)
+            return Translation(f"attribute_type({substitute}, {kind})", is_exact=True)
         key = field.key_of(value)
         if key is not None:
             exact = not field.is_sort or (
                 isinstance(value, str)
-                and len(value.encode()) < SURE_SORT_BYTES
+                and len(value.encode()) < MIN_SHORTENED_BYTES
                 and value > "\x01"
                 and field.type == "text"
             )
             return Translation(f"{self._names.name(field.name)} = {self._names.value(key)}", exact)
         if isinstance(value, str) and field.type == "text":
-            return Translation(f"{side} = {self._names.value({'S': value})}", is_exact=True)
+            return Translation(f"{substitute} = {self._names.value({'S': value})}", is_exact=True)
         return None
 
-    def _side(self, field: IndexedField) -> str:
+    def _substitute_path(self, field: IndexedField) -> str:
         if field.name == CREATED_AT:
-            return self._names.name(CREATED_SIDE)
+            return self._names.name(CREATED_SUBSTITUTE)
         return self._names.path((DOC, field.name))
 
 
 def _joined(word: str, parts: Sequence[Translation]) -> str:
     if len(parts) == 1:
-        return parts[0].text
-    return f"({word.join(each.text for each in parts)})"
+        return parts[0].expression
+    return f"({word.join(each.expression for each in parts)})"
 
 
 def _negated(translated: Translation | None) -> Translation | None:
     if translated is None or not translated.is_exact:
         return None
-    return Translation(f"(NOT {translated.text})", is_exact=True)
+    return Translation(f"(NOT {translated.expression})", is_exact=True)
 
 
-def _after(prefix: str) -> str:
-    """The first text behind all that begin so; "" if there is none."""
+def _end_of_prefix(prefix: str) -> str:
+    """The smallest string that is greater than all strings with this prefix; "" if there is none."""
     kept = prefix.rstrip("\U0010ffff")
     if not kept:
         return ""
     code = ord(kept[-1]) + 1
-    # There are no texts with surrogates.
+    # Strings with surrogates are not valid; skip this range.
     return kept[:-1] + chr(0xE000 if 0xD800 <= code <= 0xDFFF else code)
 
 
@@ -353,19 +371,19 @@ def is_float_key(value: float) -> bool:
     return type(value) is float and is_native(value)
 
 
-def _forms_of_number(value: float) -> list[Attribute]:
-    """Every form in which a number that is equal to this one may be stored."""
+def _encodings_of_number(value: float) -> list[Attribute]:
+    """All encodings of numbers that are equal to this one."""
     if is_float_key(value):
         return [{"N": repr(value)}]
-    forms: list[Attribute] = []
+    encodings: list[Attribute] = []
     if value == int(value) and INT_MIN <= value <= INT_MAX:
-        forms.append({"N": str(int(value))})
+        encodings.append({"N": str(int(value))})
     try:
         as_float = float(value)
     except OverflowError:
-        return forms
+        return encodings
     if as_float == value:
-        forms.append({"SS": [repr(as_float)]})
+        encodings.append({"SS": [repr(as_float)]})
         if value == 0:
-            forms = [{"N": "0"}, {"SS": ["0.0"]}, {"SS": ["-0.0"]}]
-    return forms
+            encodings = [{"N": "0"}, {"SS": ["0.0"]}, {"SS": ["-0.0"]}]
+    return encodings

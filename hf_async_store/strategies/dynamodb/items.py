@@ -1,20 +1,26 @@
-"""How an entity lies in a table.
+"""The mapping between entities and items of a table.
 
-A declared field is an attribute of its own; all other fields lie in the map `doc`. Beside them
-stand `version`, the write token `_w` (random, new at each write: it tells lives and writers apart)
-and `_s`, what the entity weighs at most, so that an update can be refused in the engine. `_f` tells by
-which declaration an item was written: where another one is in force, it is written whole, once, for
-an attribute of a field that is declared no more would stay, and hide what is saved.
+A declared field is an attribute of its own; all other fields are stored in the map `doc`. Further
+attributes are:
 
-**Fields that are keys of an index** need more, because DynamoDB refuses an item whose index key is
-null, empty or of another type, and leaves it out of the index where the key is missing:
+* `version`;
+* the write token `_w`, unique to each write, which identifies the write that produced the item, also
+  after the entity was deleted and created again;
+* `_s`, an upper bound of the size of the entity, so that a condition of an update can check the limit;
+* `_f`, a digest of the declaration that the item was written with. If the current declaration is
+  different, the item is once written as a whole. Otherwise, the attribute of a field that is no longer
+  declared would remain and hide the saved value.
 
-* a value that the index cannot hold lies in `doc`, which wins over the attribute when read;
-* the sort key of an index always has an attribute: for null and missing a stand-in that sorts
-  first, for long text its beginning;
-* a boolean has a text attribute `_b_NAME` beside its own, for DynamoDB has no boolean keys;
-* `created_at` is treated so in every collection, and its side form lies in `_c` and not in `doc`: a
-  save that does not name it keeps it, and replaces `doc`.
+**Fields that are keys of an index** need additional rules, because DynamoDB rejects an item whose
+index key is null, empty or of another type, and omits an item without the key from the index:
+
+* A value that the index cannot contain is stored in `doc`, which takes precedence over the attribute
+  when the item is read.
+* The sort key of an index always has an attribute: for a null or missing value it is a placeholder
+  that sorts first, for a long string its beginning.
+* A boolean field has an additional string attribute `_b_NAME`, because DynamoDB has no boolean keys.
+* `created_at` is stored by these rules in every collection, but its substitute is in `_c` instead of
+  `doc`, because a save that does not name `created_at` keeps it and replaces `doc`.
 """
 
 from __future__ import annotations
@@ -57,23 +63,23 @@ if TYPE_CHECKING:
 DOC: Final = "doc"
 TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
 SIZE: Final = "_s"
-CREATED_SIDE: Final = "_c"
+CREATED_SUBSTITUTE: Final = "_c"
 DECLARATION_DIGEST: Final = "_f"
-_OWN: Final = frozenset({TOKEN, SIZE, CREATED_SIDE, DECLARATION_DIGEST})
+_INTERNAL_ATTRIBUTES: Final = frozenset({TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST})
 _BOOLEAN_KEY: Final = "_b_"
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
 MAX_HASH_BYTES: Final = 2048
 MAX_SORT_BYTES: Final = 1024
-SURE_SORT_BYTES: Final = MAX_SORT_BYTES - 4
-"""What the beginning of a long text keeps at least, wherever its characters end."""
+MIN_SHORTENED_BYTES: Final = MAX_SORT_BYTES - 4
+"""The minimum length of a shortened string, which ends at a character boundary."""
 
-_MAX_FIXED_SIZE: Final = 32
-"""Of a number, by `entities.check_size`."""
+_MAX_SCALAR_SIZE: Final = 32
+"""The maximum size of a number, boolean or null in `check_size`."""
 
-_KEPT_CREATED_AT: Final = 64
-LAST_VERSIONS: Final = INT_MAX - 2**40
+_CREATED_AT_SIZE: Final = 64
+NEAR_MAX_VERSION: Final = INT_MAX - 2**40
 
 _MAX_DIGITS: Final = 10.0**38
 
@@ -84,12 +90,12 @@ INDEX_PLACEHOLDERS: Final[Mapping[FieldType, Attribute]] = {
     "integer": {"N": str(-(2**63) - 1)},
     "number": {"N": "-9.9E+125"},
 }
-"""They sort before every value; a text that is equal to one still comes right, for rows with equal
-attributes are put in order by their true values."""
+"""Sort keys for null and missing values, which sort before every value. A string that is equal to its
+placeholder is sorted correctly, too, because rows with equal attributes are sorted by their values."""
 
 
 class _Tokens:
-    """Write tokens: unique without asking the system for randomness each time."""
+    """Write tokens: a random prefix for the process and a counter, which avoids a system call each."""
 
     start = secrets.token_urlsafe(9)
     number = count()
@@ -100,45 +106,45 @@ def new_token() -> str:
 
 
 def probe_id() -> str:
-    """A key that is no entity's: it is longer than any id."""
+    """A new key for a probe item, longer than the id of any entity."""
     return f"probe-{new_token()}-".ljust(MAX_KEY_BYTES + 64, "-")
 
 
 def size_of(value: Value | Removed) -> int:
-    """At least what `entities.check_size` makes of a value, at a fraction of its cost."""
+    """An upper bound of the size that `check_size` computes for a value, at a fraction of its cost."""
     kind = type(value)
     if kind is str:
-        text = cast("str", value)
-        return len(text) if text.isascii() else 4 * len(text)
+        string = cast("str", value)
+        return len(string) if string.isascii() else 4 * len(string)
     if kind is dict:
         pairs = cast("dict[str, Value]", value)
         return sum([3 + len(pairs), *[size_of(each) for each in (*pairs, *pairs.values())]])
     if kind is list:
         items = cast("list[Value]", value)
         return sum([3 + len(items), *map(size_of, items)])
-    return _MAX_FIXED_SIZE
+    return _MAX_SCALAR_SIZE
 
 
 def stored_size(entity: Entity, version: int) -> Attribute:
-    """What an item tells of its weight: at least what it has, with a `created_at` that is kept.
+    """The attribute with the upper bound of the size, including a `created_at` that is kept.
 
-    Near the last version an item counts as too heavy for every update: it then goes the way on which
-    both are looked at exactly.
+    Near the maximum version the bound exceeds the limit for every update, so that the item is
+    read and written as a whole, which checks version and size exactly.
     """
-    weight = size_of(entity) + _KEPT_CREATED_AT
-    return {"N": str(weight if version < LAST_VERSIONS else MAX_ENTITY_BYTES * 2)}
+    size = size_of(entity) + _CREATED_AT_SIZE
+    return {"N": str(size if version < NEAR_MAX_VERSION else MAX_ENTITY_BYTES * 2)}
 
 
-def shortened(text: str, most: int = MAX_SORT_BYTES) -> str:
-    """The text, or its beginning of at most so many bytes."""
-    if len(text) <= most // 4:
-        return text
-    raw = text.encode()
-    return text if len(raw) <= most else raw[:most].decode(errors="ignore")
+def shortened(string: str, max_bytes: int = MAX_SORT_BYTES) -> str:
+    """The string, or its beginning of at most `max_bytes` bytes in UTF-8."""
+    if len(string) <= max_bytes // 4:
+        return string
+    encoded = string.encode()
+    return string if len(encoded) <= max_bytes else encoded[:max_bytes].decode(errors="ignore")
 
 
 def number_key(value: float) -> str | None:
-    """A number as an index holds it, integral floats as integers; None if it cannot be exact."""
+    """A number as the key of an index, integral floats as integers; None if it is not exact."""
     if type(value) is int:
         return str(value)
     if value.is_integer():
@@ -149,7 +155,15 @@ def number_key(value: float) -> str | None:
 class IndexedField:
     """A declared field that is a key of an index."""
 
-    __slots__ = ("attribute", "is_hash", "is_sort", "name", "side", "stand_in", "type")
+    __slots__ = (
+        "attribute",
+        "is_hash",
+        "is_sort",
+        "name",
+        "placeholder",
+        "substitute_attribute",
+        "type",
+    )
 
     def __init__(self, field: Field, *, is_hash: bool, is_sort: bool) -> None:
         self.name = field.name
@@ -157,32 +171,32 @@ class IndexedField:
         self.is_hash = is_hash
         self.is_sort = is_sort
         self.attribute = f"{_BOOLEAN_KEY}{field.name}" if field.type == "boolean" else field.name
-        self.stand_in = INDEX_PLACEHOLDERS[field.type] if is_sort else None
-        self.side = CREATED_SIDE if field.name == CREATED_AT else None
+        self.placeholder = INDEX_PLACEHOLDERS[field.type] if is_sort else None
+        self.substitute_attribute = CREATED_SUBSTITUTE if field.name == CREATED_AT else None
 
-    def forms(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
-        """The index's attribute, and the side form; None where there is none."""
+    def encode(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
+        """The attribute for the index and the substitute encoding; None for those not needed."""
         if value is REMOVE:
-            return self.stand_in, MISSING_SENTINEL if self.is_sort else None
+            return self.placeholder, MISSING_SENTINEL if self.is_sort else None
         if value is None:
-            return self.stand_in, encode(None)
+            return self.placeholder, encode(None)
         if self.type == "boolean":
             return self.key_of(value), None
         key = self.key_of(value)
         if key is not None and (type(value) is not float or is_native(value)):
             return key, None
-        if key is None and self.stand_in is not None:
-            text = shortened(value) if isinstance(value, str) else ""
-            key = {"S": text} if text else self.stand_in
+        if key is None and self.placeholder is not None:
+            string = shortened(value) if isinstance(value, str) else ""
+            key = {"S": string} if string else self.placeholder
         return key, encode(cast("Value", value))
 
     def key_of(self, value: object) -> Attribute | None:
-        """The attribute by which an index finds exactly this value; None if it cannot."""
+        """The key by which the index finds exactly this value; None if the index cannot contain it."""
         if type(value) is bool:
             return {"S": "2" if value else "1"} if self.type == "boolean" else None
         if isinstance(value, str) and self.type in ("text", "timestamp"):
-            most = MAX_SORT_BYTES if self.is_sort else MAX_HASH_BYTES
-            return {"S": value} if value and shortened(value, most) is value else None
+            max_bytes = MAX_SORT_BYTES if self.is_sort else MAX_HASH_BYTES
+            return {"S": value} if value and shortened(value, max_bytes) is value else None
         if type(value) in (int, float) and self.type in ("integer", "number"):
             number = number_key(cast("float", value))
             return None if number is None else {"N": number}
@@ -190,14 +204,14 @@ class IndexedField:
 
 
 class ItemMapping:
-    """The items of one collection."""
+    """The mapping between the entities and the items of one collection."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self.key = collection.key
         hashes = {each.field for each in collection.indexes}
         sorts = {each.sort for each in collection.indexes if each.sort is not None}
-        # As if it were the key of an index: every item has it, so that a save can keep or set it.
+        # Stored like a sort key, so that every item has the attribute and a save can keep or set it.
         sorts.add(CREATED_AT)
         self.indexed: dict[str, IndexedField] = {
             name: IndexedField(field, is_hash=name in hashes, is_sort=name in sorts)
@@ -205,15 +219,17 @@ class ItemMapping:
             if (name in hashes or name in sorts) and name != collection.key
         }
         self.plain = frozenset(collection.fields) - set(self.indexed)
-        self.mark: Attribute = {"S": self._digest()}
+        self.digest: Attribute = {"S": self._digest()}
 
     def _digest(self) -> str:
-        """Of all that decides which attributes an item has."""
-        told = [self.key, *sorted(self.plain)]
-        told += sorted(
+        """A digest of the parts of the declaration that determine the attributes of an item."""
+        declared_parts = [self.key, *sorted(self.plain)]
+        declared_parts += sorted(
             f"{each.attribute} {each.type} {each.is_sort}" for each in self.indexed.values()
         )
-        return urlsafe_b64encode(blake2b("\n".join(told).encode(), digest_size=6).digest()).decode()
+        return urlsafe_b64encode(
+            blake2b("\n".join(declared_parts).encode(), digest_size=6).digest()
+        ).decode()
 
     def item(self, entity_id: str, entity: Entity, version: int, token: str) -> Attributes:
         """The whole item of an entity."""
@@ -225,35 +241,35 @@ class ItemMapping:
         return attributes
 
     def parts(self, entity: Entity, *, keep_created: bool = False) -> tuple[Attributes, list[str]]:
-        """The attributes of the fields of a whole entity, and those that it must not have.
+        """The attributes for the fields of a whole entity, and the names of attributes to remove.
 
         Args:
-            keep_created: leave `created_at` as it is stored if the entity does not name it.
+            keep_created: keep the stored `created_at` if the entity does not contain the field.
         """
         attributes: Attributes = {}
         document: Attributes = {}
         removed: list[str] = []
-        other: Entity = {}
+        undeclared: Entity = {}
         plain = self.plain
         indexed = self.indexed
         for name, value in entity.items():
             if name in plain:
                 attributes[name] = encode(value)
             elif name not in indexed and name != VERSION:
-                other[name] = value
-        if other:
-            document = encode_map(other)
+                undeclared[name] = value
+        if undeclared:
+            document = encode_map(undeclared)
         removed += [name for name in plain if name not in attributes]
         for name, field in indexed.items():
             if keep_created and name == CREATED_AT and name not in entity:
                 continue
-            given: Value | Removed = entity.get(name, REMOVE)
-            self._put(field, given, attributes, document, removed)
+            field_value: Value | Removed = entity.get(name, REMOVE)
+            self._encode_field(field, field_value, attributes, document, removed)
         attributes[DOC] = {"M": document}
-        attributes[DECLARATION_DIGEST] = self.mark
+        attributes[DECLARATION_DIGEST] = self.digest
         return attributes, removed
 
-    def _put(
+    def _encode_field(
         self,
         field: IndexedField,
         value: Value | Removed,
@@ -261,7 +277,7 @@ class ItemMapping:
         document: Attributes,
         removed: list[str],
     ) -> None:
-        key, side = field.forms(value)
+        key, substitute = field.encode(value)
         if key is not None:
             attributes[field.attribute] = key
         else:
@@ -271,73 +287,73 @@ class ItemMapping:
                 removed.append(field.name)
             else:
                 attributes[field.name] = encode(value)
-        elif field.side is not None:
-            if side is None:
-                removed.append(field.side)
+        elif field.substitute_attribute is not None:
+            if substitute is None:
+                removed.append(field.substitute_attribute)
             else:
-                attributes[field.side] = side
-        elif side is not None:
-            document[field.name] = side
+                attributes[field.substitute_attribute] = substitute
+        elif substitute is not None:
+            document[field.name] = substitute
 
     def changes(
         self, fields: Mapping[str, Value | Removed]
     ) -> tuple[dict[tuple[str, ...], Attribute], list[tuple[str, ...]]]:
-        """What an update of these fields sets and removes, by path."""
-        put: dict[tuple[str, ...], Attribute] = {}
+        """The attributes that an update of these fields sets, by path, and the paths it removes."""
+        assigned: dict[tuple[str, ...], Attribute] = {}
         removed: list[tuple[str, ...]] = []
         for name, value in fields.items():
             field = self.indexed.get(name)
             if field is not None:
-                self._change(field, value, put, removed)
+                self._update_field(field, value, assigned, removed)
                 continue
             path = (name,) if name in self.plain else (DOC, name)
             if isinstance(value, Removed):
                 removed.append(path)
             else:
-                put[path] = encode(value)
-        return put, removed
+                assigned[path] = encode(value)
+        return assigned, removed
 
-    def _change(
+    def _update_field(
         self,
         field: IndexedField,
         value: Value | Removed,
-        put: dict[tuple[str, ...], Attribute],
+        assigned: dict[tuple[str, ...], Attribute],
         removed: list[tuple[str, ...]],
     ) -> None:
         attributes: Attributes = {}
         document: Attributes = {}
-        gone: list[str] = []
-        self._put(field, value, attributes, document, gone)
-        put.update({(name,): each for name, each in attributes.items()})
-        removed += [(name,) for name in gone]
-        if field.type != "boolean" and field.side is None:
+        removed_names: list[str] = []
+        self._encode_field(field, value, attributes, document, removed_names)
+        assigned.update({(name,): each for name, each in attributes.items()})
+        removed += [(name,) for name in removed_names]
+        if field.type != "boolean" and field.substitute_attribute is None:
             if field.name in document:
-                put[(DOC, field.name)] = document[field.name]
+                assigned[(DOC, field.name)] = document[field.name]
             else:
                 removed.append((DOC, field.name))
 
-    # -- back --------------------------------------------------------------------------------
+    # -- from items to entities --------------------------------------------------------------
 
     def is_entity(self, item: Attributes) -> bool:
-        """Whether it is no probe, whose key is longer than any id."""
+        """Whether the item is an entity and not a probe, whose key is longer than any id."""
         return len(self.id_of(item)) <= MAX_KEY_BYTES
 
     def id_of(self, item: Attributes) -> str:
         """The id of an item.
 
         Raises:
-            BadAnswer: it has none, which no table would take.
+            BadAnswer: it has none, although no table accepts such an item.
         """
-        held = item.get(self.key, {}).get("S")
-        if held is None:
-            raise BadAnswer(f"DynamoDB gives an item of {self.collection.name} without its key")
-        return cast("str", held)
+        content = item.get(self.key, {}).get("S")
+        if content is None:
+            raise BadAnswer(f"DynamoDB returned an item of {self.collection.name} without its key")
+        return cast("str", content)
 
     def entity(self, item: Attributes) -> Entity:
-        """The entity of an item, `version` in it.
+        """The entity of an item, including `version`.
 
         Raises:
-            CorruptionError: it holds what is no value of DynamoDB's.
+            CorruptionError: the item contains an invalid value.
         """
         try:
             return self._entity(item)
@@ -350,10 +366,10 @@ class ItemMapping:
         for name, attribute in item.items():
             if name == DOC:
                 document = attribute.get("M", {})
-            elif name not in _OWN and not name.startswith(_BOOLEAN_KEY):
+            elif name not in _INTERNAL_ATTRIBUTES and not name.startswith(_BOOLEAN_KEY):
                 entity[name] = decode(attribute)
-        if CREATED_SIDE in item:
-            document = {**document, CREATED_AT: item[CREATED_SIDE]}
+        if CREATED_SUBSTITUTE in item:
+            document = {**document, CREATED_AT: item[CREATED_SUBSTITUTE]}
         if document:
             entity.update(decode_map(document))
             for name in self.indexed:
@@ -368,32 +384,34 @@ class ItemMapping:
 
 
 def token_of(item: Attributes) -> str | None:
-    """The write token of an item; None for one that another program wrote."""
+    """The write token of an item; None if another program wrote the item."""
     attribute = item.get(TOKEN)
     return None if attribute is None else cast("str", attribute.get("S"))
 
 
 def version_of(item: Attributes, table: str, entity_id: str) -> int:
-    """The version of an item; 0 where there is none.
+    """The version of an item; 0 if it has none.
 
     Raises:
-        CorruptionError: another program set it to what is no version; names table and id.
+        CorruptionError: another program set an invalid version; the message names table and id.
     """
     attribute = item.get(VERSION)
     if attribute is None:
         return 0
-    number = _number_in(attribute)
+    number = _integer_in(attribute)
     if number is None or not 0 <= number <= INT_MAX:
-        why = f"its version is {str(attribute)[:100]}, and not an integer of 64 bits from 0 on"
+        why = f"its version is {str(attribute)[:100]}, not a non-negative 64-bit integer"
         raise unreadable(table, entity_id, why)
     return number
 
 
-def weight_in(item: Attributes) -> int | None:
-    """What an item says of its weight; None where it says nothing that can be relied on."""
-    return _number_in(item.get(SIZE, {}))
+def size_bound_of(item: Attributes) -> int | None:
+    """The stored upper bound of the size of an item; None if it is missing or invalid."""
+    return _integer_in(item.get(SIZE, {}))
 
 
-def _number_in(attribute: Attribute) -> int | None:
-    text = attribute.get("N", "")
-    return int(text) if isinstance(text, str) and text.isdecimal() and text.isascii() else None
+def _integer_in(attribute: Attribute) -> int | None:
+    string = attribute.get("N", "")
+    return (
+        int(string) if isinstance(string, str) and string.isdecimal() and string.isascii() else None
+    )

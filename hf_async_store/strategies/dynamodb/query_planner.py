@@ -10,7 +10,7 @@ from hf_async_store.query import And, Comparison, Filter, Or, Query, equality_ca
 from hf_async_store.schema import Index
 from hf_async_store.strategies.dynamodb.items import (
     MAX_SORT_BYTES,
-    SURE_SORT_BYTES,
+    MIN_SHORTENED_BYTES,
     IndexedField,
     ItemMapping,
     number_key,
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
 _MAX_PARTITIONS: Final = 100
-"""Up to this many partitions are queried one by one; for more a scan is cheaper."""
+"""Up to this many partitions are queried one after the other; for more, a scan is cheaper."""
 
-_SORTS_ALIKE: Final = ("text", "timestamp", "integer")
-"""Types whose attributes sort as their values do. A number may be outside of DynamoDB's range."""
+_TYPES_SORTED_BY_VALUE: Final = ("text", "timestamp", "integer")
+"""Types whose attributes sort like their values. A `number` may be outside of DynamoDB's range."""
 
 
 class SortRange(msgspec.Struct, frozen=True):
     """A range of sort keys within a partition: from `low` to `high`, both included, or a prefix.
 
-    It may hold a few more rows than match, never fewer.
+    It may contain more rows than those that match, never fewer.
     """
 
     low: str | None = None
@@ -51,20 +51,20 @@ class SortRange(msgspec.Struct, frozen=True):
             return float(self.low) > float(self.high)
         return self.low > self.high
 
-    def attribute(self, text: str) -> Attribute:
-        return {self.kind: text}
+    def attribute(self, value: str) -> Attribute:
+        return {self.kind: value}
 
 
 class Access(msgspec.Struct, frozen=True):
-    """Where the rows of a query come from.
+    """The access path of a query.
 
     Attributes:
-        ids: read these by key.
-        index: query this one ...
-        partitions: ... for each of these values of its field ...
-        sort: ... within this range.
-        is_ordered: the index gives them in the order of the query.
-        exact: the partitions hold exactly the rows that match the filter on the index's field.
+        ids: the ids to read by key; None for an index query or a scan.
+        index: the index to query.
+        partitions: the partition keys to query in the index.
+        sort: the range of sort keys within each partition.
+        is_ordered: the index returns the rows in the order of the query.
+        exact: the partitions contain exactly the rows that match the filter on the index's field.
     """
 
     ids: tuple[str, ...] | None = None
@@ -79,63 +79,65 @@ class Access(msgspec.Struct, frozen=True):
         return self.ids is None and self.index is None
 
 
-def plan_access(query: Query, form: ItemMapping, active: AbstractSet[str]) -> Access:
+def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) -> Access:
     """The best access path of a query.
 
     Args:
         active: the indexes that can be used.
     """
     if query.where == Or(()):
-        return Access(ids=())  # it matches nothing
+        return Access(ids=())  # matches nothing
     candidates = equality_candidates(query.where)
-    ids = candidates.get((form.key,))
+    ids = candidates.get((mapping.key,))
     if ids is not None:
         # Ids are non-empty strings; no other value can match.
-        texts = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
-        return Access(ids=tuple(texts))
-    ways = [
-        way
-        for index in form.collection.indexes
+        strings = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
+        return Access(ids=tuple(strings))
+    paths = [
+        path
+        for index in mapping.collection.indexes
         if index.name in active
         and (values := candidates.get((index.field,))) is not None
-        and (way := _by_index(query, form, index, values)) is not None
+        and (path := _by_index(query, mapping, index, values)) is not None
     ]
-    return max(ways, key=_rank, default=Access())
+    return max(paths, key=_rank, default=Access())
 
 
-def _rank(way: Access) -> tuple[bool, bool, int]:
-    narrow = way.sort.low is not None or way.sort.high is not None or way.sort.prefix is not None
-    return way.is_ordered, narrow, -len(way.partitions)
+def _rank(path: Access) -> tuple[bool, bool, int]:
+    has_range = (
+        path.sort.low is not None or path.sort.high is not None or path.sort.prefix is not None
+    )
+    return path.is_ordered, has_range, -len(path.partitions)
 
 
 def _by_index(
-    query: Query, form: ItemMapping, index: Index, values: Sequence[Value]
+    query: Query, mapping: ItemMapping, index: Index, values: Sequence[Value]
 ) -> Access | None:
-    if index.field == form.key:
+    if index.field == mapping.key:
         return None  # reading by key is cheaper
-    field = form.indexed[index.field]
+    field = mapping.indexed[index.field]
     partitions: list[Attribute] = []
     for value in values:
         key = field.key_of(value)
         if key is not None:
             partitions.append(key)
-        elif _may_hold(field, value):
-            return None  # entities with this value are not in the index
+        elif _may_contain(field, value):
+            return None  # the index does not contain entities with this value
     if len(partitions) > _MAX_PARTITIONS:
         return None
     sort = SortRange()
     ordered = False
-    if index.sort is not None and index.sort != form.key:
-        by = form.indexed[index.sort]
-        sort = _range(query.where, by)
+    if index.sort is not None and index.sort != mapping.key:
+        sort_field = mapping.indexed[index.sort]
+        sort = _range(query.where, sort_field)
         ordered = (
             len(partitions) == 1
-            and by.type in _SORTS_ALIKE
+            and sort_field.type in _TYPES_SORTED_BY_VALUE
             and bool(query.order)
             and query.order[0].path == (index.sort,)
         )
         if ordered and query.after is not None:
-            sort = _continued(sort, by, query.after.values[0], query.order[0].descending)
+            sort = _after_cursor(sort, sort_field, query.after.values[0], query.order[0].descending)
     return Access(
         index=index,
         partitions=tuple(partitions),
@@ -145,8 +147,8 @@ def _by_index(
     )
 
 
-def _may_hold(field: IndexedField, value: Value) -> bool:
-    """Whether a field of this type may hold a value that is `eq` to this one."""
+def _may_contain(field: IndexedField, value: Value) -> bool:
+    """Whether a field of this type may have a value that is equal to this one."""
     if value is None:
         return True
     if field.type in ("text", "timestamp"):
@@ -156,12 +158,12 @@ def _may_hold(field: IndexedField, value: Value) -> bool:
     return isinstance(value, int | float) and type(value) is not bool
 
 
-# -- within a partition ---------------------------------------------------------------------
+# -- ranges within a partition ---------------------------------------------------------------
 
 
 def _range(where: Filter, field: IndexedField) -> SortRange:
     """The range of an index's sort key that a filter implies."""
-    if field.type not in _SORTS_ALIKE:
+    if field.type not in _TYPES_SORTED_BY_VALUE:
         return SortRange()
     lows: list[str] = []
     highs: list[str] = []
@@ -170,22 +172,24 @@ def _range(where: Filter, field: IndexedField) -> SortRange:
         if not isinstance(part, Comparison) or part.path != (field.name,):
             continue
         if part.op == "begins_with" and field.type != "integer":
-            prefix = shortened(cast("str", part.value), SURE_SORT_BYTES) or None
+            prefix = shortened(cast("str", part.value), MIN_SHORTENED_BYTES) or None
             continue
         low, high = _bounds(part)
-        lows += _low(field, low)
-        highs += _high(field, high)
+        lows += _lower_bound(field, low)
+        highs += _upper_bound(field, high)
     kind = "N" if field.type == "integer" else "S"
-    by = float if kind == "N" else str
+    convert = float if kind == "N" else str
     if prefix is not None and not lows and not highs:
         return SortRange(prefix=prefix, kind=kind)
     return SortRange(
-        low=max(lows, key=by, default=None), high=min(highs, key=by, default=None), kind=kind
+        low=max(lows, key=convert, default=None),
+        high=min(highs, key=convert, default=None),
+        kind=kind,
     )
 
 
 def _bounds(part: Comparison) -> tuple[Value, Value]:
-    """The lowest and the highest value that satisfy a comparison; None for no bound."""
+    """The lower and upper bound of the values that satisfy a comparison; None for no bound."""
     value = part.value
     if part.op == "eq":
         return value, value
@@ -199,49 +203,50 @@ def _bounds(part: Comparison) -> tuple[Value, Value]:
     return None, None
 
 
-def _low(field: IndexedField, value: Value) -> list[str]:
+def _lower_bound(field: IndexedField, value: Value) -> list[str]:
     if field.type == "integer":
-        return _number(value)
+        return _number_bound(value)
     if isinstance(value, str) and value:
-        return [shortened(value, SURE_SORT_BYTES)]
+        return [shortened(value, MIN_SHORTENED_BYTES)]
     return []
 
 
-def _high(field: IndexedField, value: Value) -> list[str]:
+def _upper_bound(field: IndexedField, value: Value) -> list[str]:
     if field.type == "integer":
-        return _number(value)
+        return _number_bound(value)
     if isinstance(value, str) and value:
         return [shortened(value, MAX_SORT_BYTES)]
     return []
 
 
-def _number(value: Value) -> list[str]:
+def _number_bound(value: Value) -> list[str]:
     if type(value) not in (int, float):
         return []
     number = cast("float", value)
-    # Beyond 64 bits a bound matches everything or nothing: the filter is applied here in any case.
+    # A bound beyond 64 bits matches everything or nothing; it is omitted, because the filter is
+    # applied to the rows in any case.
     key = number_key(number) if abs(number) < 2**64 else None
     return [] if key is None else [key]
 
 
-def _continued(
+def _after_cursor(
     sort: SortRange, field: IndexedField, after: Value | Missing, descending: bool
 ) -> SortRange:
     """The part of a range after a cursor position."""
     kind = "N" if field.type == "integer" else "S"
-    by = float if kind == "N" else str
+    convert = float if kind == "N" else str
     if isinstance(after, int | str) and type(after) is not bool and after != "":
-        bound = _high(field, after) if descending else _low(field, after)
+        bound = _upper_bound(field, after) if descending else _lower_bound(field, after)
     elif descending:
-        assert field.stand_in is not None
-        bound = list(field.stand_in.values())  # missing and null come last
+        assert field.placeholder is not None
+        bound = list(field.placeholder.values())  # missing and null values sort last
     else:
         bound = []
     if not bound:
         return sort
     low, high = sort.low, sort.high
     if descending:
-        high = min([*bound, *([] if high is None else [high])], key=by)
+        high = min([*bound, *([] if high is None else [high])], key=convert)
     else:
-        low = max([*bound, *([] if low is None else [low])], key=by)
+        low = max([*bound, *([] if low is None else [low])], key=convert)
     return SortRange(low=low, high=high, kind=kind)

@@ -1,4 +1,4 @@
-"""Reads: by key in batches, and queries by the way that `planning` chose."""
+"""Reads: by key in batches, and queries by the access path that `query_planner` chose."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_async_store.strategies.dynamodb.codec import is_plain_name
 from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing
 from hf_async_store.strategies.dynamodb.expressions import FilterTranslator, Names
 from hf_async_store.strategies.dynamodb.items import (
-    CREATED_SIDE,
+    CREATED_SUBSTITUTE,
     DOC,
     ItemMapping,
 )
@@ -52,12 +52,12 @@ MAX_EXPRESSION: Final = 4_000
 """Source: DynamoDB service quotas, "Expression parameters": 4 KB."""
 
 _SEGMENTS: Final = 4
-_SEEN_PER_MATCH: Final = 4
-_DECODED_AT_ONCE: Final = 250
+_ROWS_PER_MATCH: Final = 4
+_DECODE_BATCH: Final = 250
 
 
 class Reading:
-    """What an engine reads."""
+    """The reads of an engine."""
 
     def __init__(self, client: Client, tables: Tables, cache: Cache | None) -> None:
         self._client = client
@@ -73,7 +73,7 @@ class Reading:
         """As `Engine.fetch`."""
         items = await self.items(keys, consistent=consistent)
         return [
-            None if item is None else self._tables.forms[key.collection].record(item)
+            None if item is None else self._tables.mappings[key.collection].record(item)
             for key, item in zip(keys, items, strict=True)
         ]
 
@@ -86,111 +86,114 @@ class Reading:
         """The items of these keys, in their order.
 
         Args:
-            consistent: other than configured.
+            consistent: overrides the configured consistency.
         """
-        there = await self._there(keys)
+        existing = await self._existing(keys)
         if consistent is None:
             consistent = self._consistent
         if len(keys) == 1:
-            return [await self._get(keys[0], consistent) if there else None]
+            return [await self._get(keys[0], consistent) if existing else None]
         found: dict[tuple[str, str], Attributes] = {}
-        places = list(
+        table_keys = list(
             dict.fromkeys(
                 (self._tables.name(each.collection), each)
                 for each in keys
-                if each.collection in there
+                if each.collection in existing
             )
         )
-        batches = [places[each : each + MAX_KEYS] for each in range(0, len(places), MAX_KEYS)]
-        work = [self._get_batch(each, consistent, found) for each in batches]
-        if len(work) == 1:
-            await work[0]
+        batches = [
+            table_keys[each : each + MAX_KEYS] for each in range(0, len(table_keys), MAX_KEYS)
+        ]
+        reads = [self._get_batch(each, consistent, found) for each in batches]
+        if len(reads) == 1:
+            await reads[0]
         else:
-            await _together(work)
+            await _gather(reads)
         return [found.get((self._tables.name(each.collection), each.id)) for each in keys]
 
     async def item(self, key: Key) -> Attributes | None:
-        """The whole item as it is now."""
+        """The current item, read consistently."""
         [item] = await self.items((key,), consistent=True)
         return item
 
-    async def _there(self, keys: Iterable[Key]) -> set[str]:
-        """The collections of these keys that have a table. All others are empty."""
-        there = {each.collection for each in keys}
-        for collection in list(there):
+    async def _existing(self, keys: Iterable[Key]) -> set[str]:
+        """The collections of these keys whose table exists; the others are empty."""
+        existing = {each.collection for each in keys}
+        for collection in list(existing):
             if (
                 not self._tables.is_ready(collection)
                 and await self._tables.find(collection) is None
             ):
-                there.discard(collection)
-        return there
+                existing.discard(collection)
+        return existing
 
     async def _get(self, key: Key, consistent: bool) -> Attributes | None:
-        form = self._tables.forms[key.collection]
+        mapping = self._tables.mappings[key.collection]
         params = {
             "TableName": self._tables.name(key.collection),
-            "Key": {form.key: {"S": key.id}},
+            "Key": {mapping.key: {"S": key.id}},
             "ConsistentRead": consistent,
         }
-        answer = await self._read("GetItem", params)
-        return cast("Attributes | None", answer.get("Item"))
+        response = await self._read("GetItem", params)
+        return cast("Attributes | None", response.get("Item"))
 
     async def _get_batch(
         self,
-        places: Sequence[tuple[str, Key]],
+        table_keys: Sequence[tuple[str, Key]],
         consistent: bool,
         found: dict[tuple[str, str], Attributes],
     ) -> None:
         requests: dict[str, dict[str, Any]] = {}
-        for table, key in places:
-            form = self._tables.forms[key.collection]
+        for table, key in table_keys:
+            mapping = self._tables.mappings[key.collection]
             request = requests.get(table)
             if request is None:
                 request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
-            request["Keys"].append({form.key: {"S": key.id}})
+            request["Keys"].append({mapping.key: {"S": key.id}})
         keys = {table: self._key_of(table) for table in requests}
         backoff = Backoff(self._client.config.retry_timeout)
         while True:
-            answer = await self._read("BatchGetItem", {"RequestItems": requests})
-            for table, items in answer["Responses"].items():
+            response = await self._read("BatchGetItem", {"RequestItems": requests})
+            for table, items in response["Responses"].items():
                 name = keys[table]
                 for item in items:
                     found[table, item[name]["S"]] = item
-            requests = answer.get("UnprocessedKeys") or {}
+            requests = response.get("UnprocessedKeys") or {}
             if not requests:
                 return
             if not await backoff.pause():
-                left = sum(len(each["Keys"]) for each in requests.values())
-                raise throttled(f"the read of {left} keys")
+                remaining = sum(len(each["Keys"]) for each in requests.values())
+                raise throttled(f"the read of {remaining} keys")
 
     def _key_of(self, table: str) -> str:
-        return self._tables.forms[self._tables.collection_of(table)].key
+        return self._tables.mappings[self._tables.collection_of(table)].key
 
     async def _read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            if self._cache is not None and self._cache.takes(operation, params):
+            if self._cache is not None and self._cache.can_serve(operation, params):
                 return await self._cache.read(operation, params)
             return await self._client.read(operation, params)
         except TableMissing as exc:
             raise UnavailableError(
-                f"a table or an index was deleted: {exc}", retryable=False
+                f"a table or an index was deleted while the store was open: {exc}", retryable=False
             ) from exc
 
     # -- queries -----------------------------------------------------------------------------
 
     async def access(self, query: Query) -> Access | None:
-        """The way that a query goes; None where there is no table, and so nothing.
+        """The access path of a query; None if the table does not exist, so that no row matches.
 
         Raises:
-            InvalidQueryError: it needs a scan, and `allow_scan` is off.
+            InvalidQueryError: the query requires a scan, and `allow_scan` is off.
         """
         active = await self._tables.find(query.collection)
         if active is None:
             return None
-        access = plan_access(query, self._tables.forms[query.collection], active)
+        access = plan_access(query, self._tables.mappings[query.collection], active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
-                f"no key or index of {query.collection} answers this query, and allow_scan is off"
+                f"no key or index of {query.collection} can serve this query, and allow_scan is "
+                "off; declare an index for a field that the query compares"
             )
         return access
 
@@ -201,24 +204,24 @@ class Reading:
         access = await self.access(query)
         if access is None:
             return
-        form = self._tables.forms[query.collection]
-        rows = _Rows(self, query, access, form)
+        mapping = self._tables.mappings[query.collection]
+        rows = _Rows(self, query, access, mapping)
         async with Owned(rows.in_order()) as found:
             async for entity in found:
-                yield Record(Key(query.collection, cast("str", entity[form.key])), entity)
+                yield Record(Key(query.collection, cast("str", entity[mapping.key])), entity)
 
     async def count(self, query: Query) -> int:
         """As `Engine.count`."""
         access = await self.access(query)
         if access is None:
             return 0
-        rows = _Rows(self, query, access, self._tables.forms[query.collection])
+        rows = _Rows(self, query, access, self._tables.mappings[query.collection])
         if access.ids is None and rows.is_exact:
-            return await rows.counted()
+            return await rows.count_matches()
         number = 0
-        async with Owned(rows.matching()) as pieces:
-            async for piece in pieces:
-                number += len(piece)
+        async with Owned(rows.matching()) as batches:
+            async for batch in batches:
+                number += len(batch)
         return number
 
     async def by_index(
@@ -229,13 +232,13 @@ class Reading:
         limit: int | None,
         descending: bool,
     ) -> list[Entity]:
-        """The entities of a part of an index, in its own order."""
+        """The entities that satisfy a key condition on an index, in the order of the index."""
         active = await self._tables.find(collection)
         if active is None:
             return []
         if index.name not in active:
             await self._tables.require_index(collection, index)
-        form = self._tables.forms[collection]
+        mapping = self._tables.mappings[collection]
         params = {
             "TableName": self._tables.name(collection),
             "IndexName": index.name,
@@ -249,9 +252,11 @@ class Reading:
             async with Owned(self.pages("Query", params, limit)) as pages:
                 async for page in pages:
                     items = page["Items"]
-                    for start in range(0, len(items), _DECODED_AT_ONCE):
-                        piece = items[start : start + _DECODED_AT_ONCE]
-                        entities += [form.entity(each) for each in piece if form.is_entity(each)]
+                    for start in range(0, len(items), _DECODE_BATCH):
+                        batch = items[start : start + _DECODE_BATCH]
+                        entities += [
+                            mapping.entity(each) for each in batch if mapping.is_entity(each)
+                        ]
                         await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
@@ -261,25 +266,25 @@ class Reading:
 
     async def explain(self, query: Query) -> QueryPlan:
         """As `Engine.explain`."""
-        form = self._tables.forms[query.collection]
+        mapping = self._tables.mappings[query.collection]
         active = await self._tables.find(query.collection)
-        if active is None:  # the first write creates the table with all its indexes
-            active = frozenset(each.name for each in form.collection.indexes)
-        access = plan_access(query, form, active)
-        rows = _Rows(self, query, access, form)
+        if active is None:  # the first write creates the table with all indexes
+            active = frozenset(each.name for each in mapping.collection.indexes)
+        access = plan_access(query, mapping, active)
+        rows = _Rows(self, query, access, mapping)
         table = self._tables.name(query.collection)
         sorted_here = bool(query.order or query.by_id) and not access.is_ordered
         if access.ids is not None:
             return QueryPlan(
                 access="key",
-                residual=not _only(query.where, form.key),
+                residual=not _is_on_field(query.where, mapping.key),
                 sorted_here=sorted_here,
                 consistent=self._consistent,
                 detail=f"BatchGetItem of {len(access.ids)} keys of {table}",
             )
-        filtered = ", filtered there in part" if rows.filter_text else ""
+        filtered = ", filtered by DynamoDB" if rows.filter_expression else ""
         if access.index is None:
-            allowed = "" if self._client.config.allow_scan else "; refused, as allow_scan is off"
+            allowed = "" if self._client.config.allow_scan else "; rejected: allow_scan is off"
             return QueryPlan(
                 access="scan",
                 residual=not rows.is_exact,
@@ -294,23 +299,24 @@ class Reading:
             sorted_here=sorted_here,
             consistent=False,
             detail=f"Query of {len(access.partitions)} partitions of {access.index.name} "
-            f"of {table}{filtered}; an index is always a little behind",
+            f"of {table}{filtered}; an index is eventually consistent",
         )
 
     async def pages(
         self, operation: str, params: Mapping[str, Any], hint: int | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The pages of a Query or Scan; those that come empty are followed.
+        """The pages of a Query or Scan, including empty ones, up to the last.
 
         Args:
-            hint: about how many rows to look at first; each page then looks at twice as many.
+            hint: the number of rows to examine for the first page; doubled for each further page,
+                and unlimited once it has exceeded 1000. None for no limit.
         """
         start: Mapping[str, Any] = {}
         while True:
             limit = {} if hint is None else {"Limit": hint}
-            answer = await self._read(operation, {**params, **start, **limit})
-            yield answer
-            last = answer.get("LastEvaluatedKey")
+            response = await self._read(operation, {**params, **start, **limit})
+            yield response
+            last = response.get("LastEvaluatedKey")
             if not last:
                 return
             start = {"ExclusiveStartKey": last}
@@ -327,41 +333,43 @@ class Reading:
 class _Rows:
     """The rows of one query."""
 
-    def __init__(self, reading: Reading, query: Query, access: Access, form: ItemMapping) -> None:
+    def __init__(
+        self, reading: Reading, query: Query, access: Access, mapping: ItemMapping
+    ) -> None:
         self._reading = reading
         self._query = query
         self._access = access
-        self._form = form
+        self._mapping = mapping
         self._names = Names()
         self._matches = compile_filter(query.where)
-        self.filter_text = ""
+        self.filter_expression = ""
         self.is_exact = False
         if access.ids is None:
             self._translate_filter()
 
     def _translate_filter(self) -> None:
-        access, form = self._access, self._form
+        access, mapping = self._access, self._mapping
         where: Filter = self._query.where
-        hidden: set[str] = set()
+        excluded: set[str] = set()
         if access.index is not None:
-            where = _without(where, access.index.field) if access.exact else where
-            hidden.add(attribute_of(form, access.index.field))
+            where = _without_equality_on(where, access.index.field) if access.exact else where
+            excluded.add(attribute_of(mapping, access.index.field))
             if access.index.sort is not None:
-                hidden.add(attribute_of(form, access.index.sort))
+                excluded.add(attribute_of(mapping, access.index.sort))
             if (
-                access.index.field in form.indexed
-                and form.indexed[access.index.field].type == "boolean"
+                access.index.field in mapping.indexed
+                and mapping.indexed[access.index.field].type == "boolean"
             ):
-                hidden.add(access.index.field)
+                excluded.add(access.index.field)
         if where == And(()):
             self.is_exact = True
             return
-        translated = FilterTranslator(form, self._names, frozenset(hidden)).translate(where)
+        translated = FilterTranslator(mapping, self._names, frozenset(excluded)).translate(where)
         if translated is not None:
-            self.filter_text = translated.text
+            self.filter_expression = translated.expression
             self.is_exact = translated.is_exact
 
-    # -- in order ----------------------------------------------------------------------------
+    # -- order of the rows -------------------------------------------------------------------
 
     async def in_order(self) -> AsyncGenerator[Entity, None]:
         """The entities of the query, in its order."""
@@ -371,7 +379,7 @@ class _Rows:
         elif query.order or query.by_id or (query.paged and not self._access.is_scan):
             source = self._sorted()
         else:
-            source = self._as_they_come()
+            source = self._unsorted()
         number = 0
         async with Owned(source) as rows:
             async for entity in rows:
@@ -381,60 +389,60 @@ class _Rows:
                     return
 
     async def _sorted(self) -> AsyncGenerator[Entity, None]:
-        key = self._form.key
+        key = self._mapping.key
 
-        async def pieces() -> AsyncGenerator[list[tuple[str, Entity]], None]:
+        async def with_ids() -> AsyncGenerator[list[tuple[str, Entity]], None]:
             async with Owned(self.matching()) as found:
-                async for piece in found:
-                    yield [(cast("str", each[key]), each) for each in piece]
+                async for batch in found:
+                    yield [(cast("str", each[key]), each) for each in batch]
 
-        async with Owned(pieces()) as found, Owned(ordered(found, self._query)) as rows:
+        async with Owned(with_ids()) as found, Owned(ordered(found, self._query)) as rows:
             async for _, entity in rows:
                 yield entity
 
-    async def _as_they_come(self) -> AsyncGenerator[Entity, None]:
-        async with Owned(self.matching(first=True)) as pieces:
-            async for piece in pieces:
-                for entity in piece:
+    async def _unsorted(self) -> AsyncGenerator[Entity, None]:
+        async with Owned(self.matching(limited=True)) as batches:
+            async for batch in batches:
+                for entity in batch:
                     yield entity
 
     async def _by_index_order(self) -> AsyncGenerator[Entity, None]:
-        """Row by row as the index gives them; those with equal keys put in order here."""
+        """The rows in the order of the index; rows with equal sort keys are sorted here."""
         query = self._query
-        key_of = compile_order(query)
+        sort_key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
         assert self._access.index is not None
         assert self._access.index.sort is not None
-        attribute = attribute_of(self._form, self._access.index.sort)
-        key = self._form.key
+        attribute = attribute_of(self._mapping, self._access.index.sort)
+        key = self._mapping.key
         group: list[tuple[Any, Entity]] = []
-        of_group: Attribute | None = None
-        async with Owned(self._items(first=True)) as pages:
+        group_key: Attribute | None = None
+        async with Owned(self._items(limited=True)) as pages:
             async for items in pages:
-                for place_in_page, item in enumerate(items):
-                    if not place_in_page % _DECODED_AT_ONCE:
+                for position, item in enumerate(items):
+                    if not position % _DECODE_BATCH:
                         await asyncio.sleep(0)
-                    if item.get(attribute) != of_group:
-                        for _, entity in sorted(group, key=_first):
+                    if item.get(attribute) != group_key:
+                        for _, entity in sorted(group, key=_sort_key_of):
                             yield entity
                         group = []
-                        of_group = item.get(attribute)
-                    entity = self._form.entity(item)
+                        group_key = item.get(attribute)
+                    entity = self._mapping.entity(item)
                     if not self._matches(entity):
                         continue
-                    place = key_of(cast("str", entity[key]), entity)
-                    if after is None or place > after:
-                        group.append((place, entity))
-        for _, entity in sorted(group, key=_first):
+                    sort_key = sort_key_of(cast("str", entity[key]), entity)
+                    if after is None or sort_key > after:
+                        group.append((sort_key, entity))
+        for _, entity in sorted(group, key=_sort_key_of):
             yield entity
 
-    # -- what matches ------------------------------------------------------------------------
+    # -- matching rows -----------------------------------------------------------------------
 
-    async def matching(self, *, first: bool = False) -> AsyncGenerator[list[Entity], None]:
-        """The entities that match, piece by piece, in no order.
+    async def matching(self, *, limited: bool = False) -> AsyncGenerator[list[Entity], None]:
+        """The matching entities in batches, in no defined order.
 
         Args:
-            first: only the first ones are wanted, as many as the limit says.
+            limited: read about as many rows as the limit of the query requires.
         """
         if self._access.ids is not None:
             keys = [Key(self._query.collection, each) for each in self._access.ids]
@@ -446,42 +454,42 @@ class _Rows:
                     if each is not None and self._matches(each.entity)
                 ]
             return
-        async with Owned(self._items(first=first)) as pages:
+        async with Owned(self._items(limited=limited)) as pages:
             async for items in pages:
-                for start in range(0, len(items), _DECODED_AT_ONCE):
-                    piece = [
+                for start in range(0, len(items), _DECODE_BATCH):
+                    batch = [
                         entity
-                        for item in items[start : start + _DECODED_AT_ONCE]
-                        if self._form.is_entity(item)
-                        and self._matches(entity := self._form.entity(item))
+                        for item in items[start : start + _DECODE_BATCH]
+                        if self._mapping.is_entity(item)
+                        and self._matches(entity := self._mapping.entity(item))
                     ]
-                    yield piece
+                    yield batch
                     await asyncio.sleep(0)
 
-    def _items(self, *, first: bool) -> AsyncGenerator[list[Attributes], None]:
-        return self._scanned(first) if self._access.is_scan else self._queried(first)
+    def _items(self, *, limited: bool) -> AsyncGenerator[list[Attributes], None]:
+        return self._scanned(limited) if self._access.is_scan else self._queried(limited)
 
-    async def _queried(self, first: bool) -> AsyncGenerator[list[Attributes], None]:
+    async def _queried(self, limited: bool) -> AsyncGenerator[list[Attributes], None]:
         if self._access.sort.is_empty:
             return
         for value in self._access.partitions:
             params = self._query_params(value)
-            pages = self._reading.pages("Query", params, self._hint() if first else None)
-            async with Owned(pages) as answers:
-                async for answer in answers:
-                    yield answer["Items"]
+            hint = self._hint() if limited else None
+            async with Owned(self._reading.pages("Query", params, hint)) as pages:
+                async for page in pages:
+                    yield page["Items"]
 
-    async def _scanned(self, first: bool) -> AsyncGenerator[list[Attributes], None]:
+    async def _scanned(self, limited: bool) -> AsyncGenerator[list[Attributes], None]:
         params = self._scan_params()
-        if first and (self._query.limit is not None or self._query.after is not None):
-            # One after the other, in the table's own order: a page goes on where one ended.
+        if limited and (self._query.limit is not None or self._query.after is not None):
+            # Sequentially, in the order of the table, so that a query can continue after a cursor.
             if self._query.after is not None:
-                params["ExclusiveStartKey"] = {self._form.key: {"S": self._query.after.id}}
+                params["ExclusiveStartKey"] = {self._mapping.key: {"S": self._query.after.id}}
             async with Owned(self._reading.pages("Scan", params, self._hint())) as pages:
                 async for page in pages:
                     yield page["Items"]
             return
-        async with Owned(_side_by_side(self._reading, params)) as rounds:
+        async with Owned(_parallel_scan(self._reading, params)) as rounds:
             async for round_of_pages in rounds:
                 for page in round_of_pages:
                     yield page["Items"]
@@ -490,15 +498,15 @@ class _Rows:
         limit = self._query.limit
         if limit is None:
             return None
-        exact = self.is_exact and not self.filter_text
-        return min(limit + 1 if exact else 32 + limit * _SEEN_PER_MATCH, 5_000)
+        exact = self.is_exact and not self.filter_expression
+        return min(limit + 1 if exact else 32 + limit * _ROWS_PER_MATCH, 5_000)
 
-    async def counted(self) -> int:
-        """How many match, counted by DynamoDB."""
+    async def count_matches(self) -> int:
+        """The number of matching rows, counted by DynamoDB."""
         number = 0
         if self._access.is_scan:
             params = self._scan_params(counting=True)
-            async with Owned(_side_by_side(self._reading, params)) as rounds:
+            async with Owned(_parallel_scan(self._reading, params)) as rounds:
                 async for round_of_pages in rounds:
                     number += sum(each["Count"] for each in round_of_pages)
             return number
@@ -506,9 +514,9 @@ class _Rows:
             return 0
         for value in self._access.partitions:
             params = self._query_params(value, counting=True)
-            async with Owned(self._reading.pages("Query", params)) as answers:
-                async for answer in answers:
-                    number += answer["Count"]
+            async with Owned(self._reading.pages("Query", params)) as pages:
+                async for page in pages:
+                    number += page["Count"]
         return number
 
     # -- requests ----------------------------------------------------------------------------
@@ -517,16 +525,18 @@ class _Rows:
         index = self._access.index
         assert index is not None
         names = self._names.copy()
-        condition = f"{names.name(attribute_of(self._form, index.field))} = {names.value(value)}"
+        condition = f"{names.name(attribute_of(self._mapping, index.field))} = {names.value(value)}"
         if index.sort is not None:
-            condition += _sort_condition(self._access, names, attribute_of(self._form, index.sort))
+            condition += _sort_condition(
+                self._access, names, attribute_of(self._mapping, index.sort)
+            )
         params: dict[str, Any] = {
             "TableName": self._reading.table(self._query.collection),
             "IndexName": index.name,
         }
         if self._access.is_ordered and self._query.order[0].descending:
             params["ScanIndexForward"] = False
-        return self._finished(params, names, counting, KeyConditionExpression=condition)
+        return self._with_expressions(params, names, counting, KeyConditionExpression=condition)
 
     def _scan_params(self, *, counting: bool = False) -> dict[str, Any]:
         names = self._names.copy()
@@ -534,32 +544,35 @@ class _Rows:
             "TableName": self._reading.table(self._query.collection),
             "ConsistentRead": self._reading.is_consistent,
         }
-        return self._finished(params, names, counting)
+        return self._with_expressions(params, names, counting)
 
-    def _finished(
+    def _with_expressions(
         self, params: dict[str, Any], names: Names, counting: bool, **expressions: str
     ) -> dict[str, Any]:
-        texts = [self.filter_text] if self.filter_text else []
+        filters = [self.filter_expression] if self.filter_expression else []
         if counting:
             params["Select"] = "COUNT"
             if self._access.is_scan:
-                # A probe of another store may be there at this moment.
+                # Exclude probe items, which another process may have written.
                 longest = names.value({"N": str(MAX_KEY_BYTES)})
-                texts.append(f"size({names.name(self._form.key)}) <= {longest}")
+                filters.append(f"size({names.name(self._mapping.key)}) <= {longest}")
         else:
             projection = self._projection(names)
             if projection is not None:
                 expressions["ProjectionExpression"] = projection
-        if texts:
-            expressions["FilterExpression"] = " AND ".join(texts)
+        if filters:
+            expressions["FilterExpression"] = " AND ".join(filters)
         params.update(names.request(**expressions))
         return params
 
     def _projection(self, names: Names) -> str | None:
-        """What must be read for the fields that are wanted, the filter and the order."""
+        """The attributes needed for the requested fields, the filter and the order.
+
+        Returns None if the whole item must be read.
+        """
         if self._query.fields is None:
             return None
-        wanted = {*self._query.fields, self._form.key, VERSION, *_named(self._query.where)}
+        wanted = {*self._query.fields, self._mapping.key, VERSION, *_fields_in(self._query.where)}
         wanted |= {str(each.path[0]) for each in self._query.order}
         if self._access.index is not None and self._access.index.sort is not None:
             wanted.add(self._access.index.sort)
@@ -567,17 +580,17 @@ class _Rows:
             return None
         paths: dict[tuple[str, ...], None] = {}
         for name in sorted(wanted):
-            field = self._form.indexed.get(name)
-            if name == VERSION or name in self._form.plain or field is not None:
+            field = self._mapping.indexed.get(name)
+            if name == VERSION or name in self._mapping.plain or field is not None:
                 paths[(name,)] = None
             if field is not None:
                 paths[(field.attribute,)] = None
             if name == CREATED_AT:
-                paths[(CREATED_SIDE,)] = None
-            elif name != VERSION and name not in self._form.plain:
+                paths[(CREATED_SUBSTITUTE,)] = None
+            elif name != VERSION and name not in self._mapping.plain:
                 paths[(DOC, name)] = None
-        text = ", ".join(names.path(each) for each in paths)
-        return text if len(text) <= MAX_EXPRESSION else None
+        projection = ", ".join(names.path(each) for each in paths)
+        return projection if len(projection) <= MAX_EXPRESSION else None
 
 
 def _sort_condition(access: Access, names: Names, attribute: str) -> str:
@@ -594,8 +607,8 @@ def _sort_condition(access: Access, names: Names, attribute: str) -> str:
     return f" AND {name} BETWEEN {low} AND {high}"
 
 
-async def _together(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of reads that run at once; where one fails, no other goes on behind it."""
+async def _gather(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Run reads concurrently and return their results; if one fails, the others are cancelled."""
     tasks = [asyncio.create_task(each) for each in reads]
     try:
         return await asyncio.gather(*tasks)
@@ -606,51 +619,51 @@ async def _together(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result
         raise
 
 
-async def _side_by_side(
+async def _parallel_scan(
     reading: Reading, params: Mapping[str, Any]
 ) -> AsyncGenerator[list[dict[str, Any]], None]:
-    """The pages of a parallel scan, one of each segment at a time."""
+    """The pages of a parallel scan, in rounds of one page for each segment."""
     starts: list[Mapping[str, Any]] = [
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
     while starts:
-        answers = await _together([reading._read("Scan", {**params, **each}) for each in starts])
-        yield answers
+        pages = await _gather([reading._read("Scan", {**params, **each}) for each in starts])
+        yield pages
         starts = [
-            {**start, "ExclusiveStartKey": answer["LastEvaluatedKey"]}
-            for start, answer in zip(starts, answers, strict=True)
-            if answer.get("LastEvaluatedKey")
+            {**start, "ExclusiveStartKey": page["LastEvaluatedKey"]}
+            for start, page in zip(starts, pages, strict=True)
+            if page.get("LastEvaluatedKey")
         ]
 
 
-def _first(pair: tuple[Any, Entity]) -> Any:
+def _sort_key_of(pair: tuple[Any, Entity]) -> Any:
     return pair[0]
 
 
-def _without(where: Filter, field: str) -> Filter:
-    """A filter without the one comparison that an index answers."""
+def _without_equality_on(where: Filter, field: str) -> Filter:
+    """The filter without the comparison of the partition key, if it has exactly one."""
     parts = where.parts if isinstance(where, And) else (where,)
-    here = [
+    comparisons = [
         each
         for each in parts
         if isinstance(each, Comparison) and each.path == (field,) and each.op in ("eq", "in")
     ]
-    if len(here) != 1:
+    if len(comparisons) != 1:
         return where
-    rest = tuple(each for each in parts if each is not here[0])
+    rest = tuple(each for each in parts if each is not comparisons[0])
     return rest[0] if len(rest) == 1 else And(rest)
 
 
-def _only(where: Filter, field: str) -> bool:
+def _is_on_field(where: Filter, field: str) -> bool:
     return isinstance(where, Comparison) and where.path == (field,)
 
 
-def _named(where: Filter) -> Iterator[str]:
-    """The top-level fields that a filter reads."""
+def _fields_in(where: Filter) -> Iterator[str]:
+    """The top-level fields that a filter refers to."""
     if isinstance(where, Comparison):
         yield str(where.path[0])
     elif isinstance(where, Not):
-        yield from _named(where.part)
+        yield from _fields_in(where.part)
     else:
         for each in where.parts:
-            yield from _named(each)
+            yield from _fields_in(each)

@@ -1,4 +1,4 @@
-"""Tables as they are, beside what is declared and configured."""
+"""Comparison of the existing tables with the declared schema and the configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 async def compared(tables: Tables) -> dict[str, Value]:
-    """By collection: what is there, what is declared, and in words where they differ.
+    """For each collection the existing table, the declared one, and the differences as messages.
 
-    `there` is None for a table that is missing, and has None for what may not be looked at.
+    `there` is None for a missing table, and contains None for properties that the IAM policy does
+    not allow to read.
     """
     return {collection: await _compared(tables, collection) for collection in tables.schema}
 
@@ -26,90 +27,100 @@ async def _compared(tables: Tables, collection: str) -> dict[str, Value]:
     declared = _declared(tables, collection)
     table = await tables.described(collection)
     if table is None:
-        differences = [f"{name} is missing; `create-tables` makes it"]
-        told: dict[str, Any] = {"table": name, "status": "missing", "there": None}
+        differences = [f"{name} is missing; run `create-tables` to create it"]
+        properties: dict[str, Any] = {"table": name, "status": "missing", "there": None}
     else:
-        there = _shape(table, billing_mode(table))
-        there["point_in_time_recovery"] = await tables.recovers(name)
+        existing = _shape(table, billing_mode(table))
+        existing["point_in_time_recovery"] = await tables.has_recovery(name)
         if tables.scaling is not None:
-            there["auto_scaling"] = await tables.scaled(collection)
-        differences = list(_differences(declared, there, name))
-        told = {"table": name, "status": table["TableStatus"], "there": there}
-    return cast("dict[str, Value]", {**told, "declared": declared, "differences": differences})
+            existing["auto_scaling"] = await tables.scaling_bounds(collection)
+        differences = list(_differences(declared, existing, name))
+        properties = {"table": name, "status": table["TableStatus"], "there": existing}
+    return cast(
+        "dict[str, Value]", {**properties, "declared": declared, "differences": differences}
+    )
 
 
 def _declared(tables: Tables, collection: str) -> dict[str, Any]:
-    """What `create-tables` makes."""
+    """The table that `create-tables` creates."""
     request = tables.request(collection)
-    told = _shape(request, request["BillingMode"])
-    told["point_in_time_recovery"] = tables.recovery
+    properties = _shape(request, request["BillingMode"])
+    properties["point_in_time_recovery"] = tables.recovery
     scaling = tables.scaling
     if scaling is not None:
         bounds = {
             "read_capacity": [scaling.min_read_capacity, scaling.max_read_capacity],
             "write_capacity": [scaling.min_write_capacity, scaling.max_write_capacity],
         }
-        for part in (told, *told["indexes"].values()):  # it follows its use
-            del part["read_capacity"], part["write_capacity"]
-        told["auto_scaling"] = dict.fromkeys(tables.scalable(collection), bounds)
-    return told
+        for element in (
+            properties,
+            *properties["indexes"].values(),
+        ):  # the capacity varies within the bounds
+            del element["read_capacity"], element["write_capacity"]
+        properties["auto_scaling"] = dict.fromkeys(tables.scaling_resources(collection), bounds)
+    return properties
 
 
 def _shape(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
-    """What the description of a table and the request that makes it have in common."""
+    """The properties common to the description of a table and the request that creates it."""
     indexes = table.get("GlobalSecondaryIndexes", ())
     return {
         "billing_mode": mode,
-        **_part(table, mode),
-        "indexes": {each["IndexName"]: _part(each, mode) for each in indexes},
+        **_properties(table, mode),
+        "indexes": {each["IndexName"]: _properties(each, mode) for each in indexes},
     }
 
 
-def _part(part: Mapping[str, Any], mode: str) -> dict[str, Any]:
-    keys = sorted(part["KeySchema"], key=lambda each: str(each["KeyType"]))
-    told: dict[str, Any] = {"key": [each["AttributeName"] for each in keys]}
-    if "IndexName" in part:
-        told["projection"] = part.get("Projection", {}).get("ProjectionType", "ALL")
-    if "IndexStatus" in part and part["IndexStatus"] != "ACTIVE":
-        told["status"] = part["IndexStatus"]
+def _properties(element: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    keys = sorted(element["KeySchema"], key=lambda each: str(each["KeyType"]))
+    properties: dict[str, Any] = {"key": [each["AttributeName"] for each in keys]}
+    if "IndexName" in element:
+        properties["projection"] = element.get("Projection", {}).get("ProjectionType", "ALL")
+    if "IndexStatus" in element and element["IndexStatus"] != "ACTIVE":
+        properties["status"] = element["IndexStatus"]
     if mode == "PROVISIONED":
-        throughput = part.get("ProvisionedThroughput", {})
-        told["read_capacity"] = throughput.get("ReadCapacityUnits", 0)
-        told["write_capacity"] = throughput.get("WriteCapacityUnits", 0)
-    return told
+        throughput = element.get("ProvisionedThroughput", {})
+        properties["read_capacity"] = throughput.get("ReadCapacityUnits", 0)
+        properties["write_capacity"] = throughput.get("WriteCapacityUnits", 0)
+    return properties
 
 
 def _differences(
-    declared: Mapping[str, Any], there: Mapping[str, Any], where: str
+    declared: Mapping[str, Any], existing: Mapping[str, Any], location: str
 ) -> Iterator[str]:
     for name, value in declared.items():
-        actual = there.get(name)
+        actual = existing.get(name)
         if name == "indexes":
-            yield from _of_indexes(value, actual or {}, where)
+            yield from _index_differences(value, actual or {}, location)
         elif isinstance(value, dict) and isinstance(actual, dict):
-            yield from _differences(value, actual, f"{where}, {name}")
-        elif name not in there:
-            yield f"{where} has no {name}, declared is {_word(value)}"
+            yield from _differences(value, actual, f"{location}, {name}")
+        elif name not in existing:
+            yield f"{location} has no {name}, but the declared value is {_format(value)}"
         elif actual is None:
-            yield f"{where}: {name} may not be looked at, declared is {_word(value)}"
+            yield (
+                f"{location}: the policy does not allow reading {name}; the declared value is "
+                f"{_format(value)}"
+            )
         elif actual != value:
-            yield f"{where}: {name} is {_word(actual)}, declared is {_word(value)}"
-    if "status" in there:
-        yield f"{where} is {there['status']}"
+            yield f"{location}: {name} is {_format(actual)}, but the declared value is {_format(value)}"
+    if "status" in existing:
+        yield f"{location} is {existing['status']}"
 
 
-def _of_indexes(declared: Mapping[str, Any], there: Mapping[str, Any], where: str) -> Iterable[str]:
+def _index_differences(
+    declared: Mapping[str, Any], existing: Mapping[str, Any], location: str
+) -> Iterable[str]:
     for name, value in declared.items():
-        if name in there:
-            yield from _differences(value, there[name], f"{where}, {name}")
+        if name in existing:
+            yield from _differences(value, existing[name], f"{location}, {name}")
         else:
-            yield f"{where} has no index {name}; `create-tables` makes it"
-    for name in there:
+            yield f"{location} has no index {name}; run `create-tables` to create it"
+    for name in existing:
         if name not in declared:
-            yield f"{where} has an index {name} that is not declared"
+            yield f"{location} has an index {name} that is not declared"
 
 
-def _word(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):

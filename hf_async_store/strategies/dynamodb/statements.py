@@ -1,6 +1,7 @@
 """Independent writes as PartiQL statements, each with its own condition.
 
-What varies goes in as parameters; the text of a statement depends on its shape alone, and is kept.
+All values are parameters. The text of a statement therefore depends only on the names in it, and is
+cached.
 """
 
 from __future__ import annotations
@@ -22,151 +23,152 @@ Path: TypeAlias = "tuple[str, ...]"
 
 # Source: DynamoDB API Reference, BatchStatementRequest.
 MAX_STATEMENT: Final = 8192
-_SHAPES: Final = 512
+_CACHED_STATEMENTS: Final = 512
 
 
 def insert(table: str, item: Attributes, *, whole: bool) -> Statement:
-    """Insert an item whose key must be free.
+    """Insert an item whose key must not exist.
 
     Args:
-        whole: as one parameter, which is read faster; a server may not know that form.
+        whole: pass the item as one parameter, which the server parses faster but may not support.
     """
     if whole:
         return {"Statement": f'INSERT INTO "{table}" VALUE ?', "Parameters": [{"M": item}]}
     return {"Statement": _insert(table, tuple(item)), "Parameters": list(item.values())}
 
 
-@lru_cache(_SHAPES)
+@lru_cache(_CACHED_STATEMENTS)
 def _insert(table: str, names: Sequence[str]) -> str:
     values = ", ".join(f"'{each}': ?" for each in names)
     return f'INSERT INTO "{table}" VALUE {{{values}}}'
 
 
 class ConditionBuilder:
-    """On what an update or delete insists, beside its key.
+    """The condition of an update or delete, in addition to its key.
 
     Attributes:
-        text: a condition with `?` for its values, or "".
-        values: of the condition.
+        expression: the condition, with `?` for its values; "" if there is none.
+        values: the parameters of the condition.
     """
 
-    __slots__ = ("text", "values")
+    __slots__ = ("expression", "values")
 
-    def __init__(self, text: str = "", values: Sequence[Attribute] = ()) -> None:
-        self.text = text
+    def __init__(self, expression: str = "", values: Sequence[Attribute] = ()) -> None:
+        self.expression = expression
         self.values = list(values)
 
     @classmethod
-    def version(cls, version: int, began: str) -> ConditionBuilder:
-        """That it has this version, and had it when the write was asked for.
+    def version(cls, version: int, requested_at: str) -> ConditionBuilder:
+        """The item has this version, and was last updated before the write was requested.
 
-        Else a try that is late could land in another life of the entity, at the same version.
+        Otherwise, a delayed attempt could be applied after the entity was deleted and created
+        again, when it has the same version.
         """
-        text = f'"{VERSION}" = ? AND "{UPDATED_AT}" < ?'
-        return cls(text, [{"N": str(version)}, {"S": began}])
+        expression = f'"{VERSION}" = ? AND "{UPDATED_AT}" < ?'
+        return cls(expression, [{"N": str(version)}, {"S": requested_at}])
 
     @classmethod
     def token(cls, token: str) -> ConditionBuilder:
         return cls(f'"{TOKEN}" = ?', [{"S": token}])
 
-    def and_declaration(self, mark: Attribute) -> ConditionBuilder:
-        """And it was written by this declaration."""
-        text = (
-            f'{self.text} AND "{DECLARATION_DIGEST}" = ?'
-            if self.text
+    def and_declaration(self, digest: Attribute) -> ConditionBuilder:
+        """Add the condition that the item was written with this declaration."""
+        expression = (
+            f'{self.expression} AND "{DECLARATION_DIGEST}" = ?'
+            if self.expression
             else f'"{DECLARATION_DIGEST}" = ?'
         )
-        return ConditionBuilder(text, [*self.values, mark])
+        return ConditionBuilder(expression, [*self.values, digest])
 
-    def and_size_below(self, most: int) -> ConditionBuilder:
-        """And it weighs at most so much."""
-        text = f'{self.text} AND "{SIZE}" <= ?' if self.text else f'"{SIZE}" <= ?'
-        return ConditionBuilder(text, [*self.values, {"N": str(most)}])
+    def and_size_at_most(self, max_size: int) -> ConditionBuilder:
+        """Add the condition that the stored size is at most `max_size`."""
+        expression = f'{self.expression} AND "{SIZE}" <= ?' if self.expression else f'"{SIZE}" <= ?'
+        return ConditionBuilder(expression, [*self.values, {"N": str(max_size)}])
 
 
 def update(
     table: str,
     key: tuple[str, str],
-    put: dict[Path, Attribute],
+    assignments: dict[Path, Attribute],
     removed: Sequence[Path],
-    guard: ConditionBuilder,
+    condition: ConditionBuilder,
     *,
     version: int | None,
-    weight: int | None,
+    added_size: int | None,
     returning: bool,
 ) -> Statement | None:
-    """Change an item that must be there; None if this cannot be said in one statement.
+    """Update an existing item; None if one statement cannot express the update.
 
     Args:
-        version: the new one; None adds 1 to the stored one.
-        weight: what the change adds to the weight; None if `put` has the new one.
-        returning: the answer is to bring what changed.
+        version: the new version; None adds 1 to the stored version.
+        added_size: the size that the change adds; None if `assignments` contains the new size.
+        returning: request the changed attributes in the response.
     """
-    paths = tuple(put)
-    text = _update(
+    paths = tuple(assignments)
+    statement = _update(
         table,
         key[0],
         paths,
         tuple(removed),
-        guard.text,
+        condition.expression,
         version is None,
-        weight is not None,
+        added_size is not None,
         returning,
     )
-    if len(text) > MAX_STATEMENT or not all(
+    if len(statement) > MAX_STATEMENT or not all(
         is_plain_name(each) for path in (*paths, *removed) for each in path
     ):
         return None
-    values = list(put.values())
+    values = list(assignments.values())
     if version is not None:
         values.append({"N": str(version)})
-    if weight is not None:
-        values.append({"N": str(weight)})
+    if added_size is not None:
+        values.append({"N": str(added_size)})
     values.append({"S": key[1]})
     return {
-        "Statement": text,
-        "Parameters": values + guard.values,
+        "Statement": statement,
+        "Parameters": values + condition.values,
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
     }
 
 
-@lru_cache(_SHAPES)
+@lru_cache(_CACHED_STATEMENTS)
 def _update(
     table: str,
     key: str,
-    put: Sequence[Path],
+    assignments: Sequence[Path],
     removed: Sequence[Path],
-    guard: str,
+    condition: str,
     adds_version: bool,
-    adds_weight: bool,
+    adds_size: bool,
     returning: bool,
 ) -> str:
-    text = [f'UPDATE "{table}"']
-    text += [f"SET {_quoted(each)} = ?" for each in put]
-    text.append(f'SET "{VERSION}" = "{VERSION}" + 1' if adds_version else f'SET "{VERSION}" = ?')
-    if adds_weight:
-        text.append(f'SET "{SIZE}" = "{SIZE}" + ?')
-    text += [f"REMOVE {_quoted(each)}" for each in removed]
-    text.append(f'WHERE "{key}" = ?')
-    if guard:
-        text.append(f"AND {guard}")
+    clauses = [f'UPDATE "{table}"']
+    clauses += [f"SET {_quoted(each)} = ?" for each in assignments]
+    clauses.append(f'SET "{VERSION}" = "{VERSION}" + 1' if adds_version else f'SET "{VERSION}" = ?')
+    if adds_size:
+        clauses.append(f'SET "{SIZE}" = "{SIZE}" + ?')
+    clauses += [f"REMOVE {_quoted(each)}" for each in removed]
+    clauses.append(f'WHERE "{key}" = ?')
+    if condition:
+        clauses.append(f"AND {condition}")
     if returning:
-        text.append("RETURNING MODIFIED NEW *")
-    return " ".join(text)
+        clauses.append("RETURNING MODIFIED NEW *")
+    return " ".join(clauses)
 
 
 def _quoted(path: Path) -> str:
     return ".".join('"' + each.replace('"', '""') + '"' for each in path)
 
 
-def delete(table: str, key: tuple[str, str], guard: ConditionBuilder) -> Statement:
-    """Delete an item, if it is there and the guard holds; the answer brings what was there."""
-    # Names of tables and keys are checked where they are declared; all else is a parameter.
-    text = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608
-    if guard.text:
-        text += f" AND {guard.text}"
+def delete(table: str, key: tuple[str, str], condition: ConditionBuilder) -> Statement:
+    """Delete an item if it exists and satisfies `condition`; the response returns the deleted item."""
+    # The names of tables and keys are validated where they are declared; all else is a parameter.
+    statement = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608
+    if condition.expression:
+        statement += f" AND {condition.expression}"
     return {
-        "Statement": f"{text} RETURNING ALL OLD *",
-        "Parameters": [{"S": key[1]}, *guard.values],
+        "Statement": f"{statement} RETURNING ALL OLD *",
+        "Parameters": [{"S": key[1]}, *condition.values],
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
     }

@@ -1,4 +1,4 @@
-"""`DynamoDBStorageStrategy`: the store on DynamoDB, and the verbs that only it has."""
+"""`DynamoDBStorageStrategy`: the store on DynamoDB, with the methods specific to it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class DynamoDBStorageStrategy(StorageStrategy):
     """A store on DynamoDB.
 
     Args:
-        config: `dynamodb://REGION/PREFIX`, a map in the spec's shape, a `StorageConfig` or a
-            `DynamoDBConfig`.
-        collections: what may be stored.
+        config: a URL `dynamodb://REGION/PREFIX`, the path of a JSON configuration file, a mapping
+            with its content, a `StorageConfig` or a `DynamoDBConfig`.
+        collections: the collections of the store.
 
     Raises:
-        ConfigurationError.
+        ConfigurationError: the configuration is invalid.
     """
 
     def __init__(
@@ -61,21 +61,22 @@ class DynamoDBStorageStrategy(StorageStrategy):
         return DynamoDBStorageStrategy(self._dynamodb.config, collections=collections)
 
     async def create_tables(self) -> list[str]:
-        """Make the tables and indexes that are declared and missing, and wait until they are there.
+        """Create the missing declared tables and indexes, and wait until they are active.
 
-        Sets auto scaling and point-in-time recovery as configured. Safe when several processes do
-        it at once; returns what this one made, in words.
+        Sets auto scaling and point-in-time recovery as configured. Several processes may call it
+        at the same time. Returns a message for each table and index that this call created.
         """
         self._usable()
         with public_errors():
             return await self._dynamodb.tables.create()
 
     async def compare_tables(self) -> dict[str, Value]:
-        """The tables as they are, beside what is declared and configured: by collection a map.
+        """Compare the existing tables with the declared schema and the configuration.
 
-        `there` and `declared` hold billing mode, keys, indexes, capacity or the bounds in which it
-        is scaled, and point-in-time recovery; `differences` says in words where they differ. A
-        table that is missing has None as `there`; so has what may not be looked at within it.
+        Returns a dict for each collection. Its `there` and `declared` contain the billing mode,
+        keys, indexes, capacity or the bounds of its scaling, and point-in-time recovery of the
+        existing and the declared table; `differences` is a list of messages. `there` is None for
+        a missing table. Within it, a property that the IAM policy does not allow to read is None.
         """
         self._usable()
         with public_errors():
@@ -92,10 +93,10 @@ class DynamoDBStorageStrategy(StorageStrategy):
         descending: bool = False,
         timeout: float | None = None,
     ) -> list[Entity]:
-        """The entities in a part of an index, in the order of its sort field.
+        """The entities that satisfy a condition on the key of an index, in the order of its sort field.
 
-        An index is always a little behind. What it cannot hold is not found: null, "", text of
-        more than 2,048 bytes.
+        An index is eventually consistent. Entities that it cannot contain are not found: those
+        whose field is null, "" or longer than 2,048 bytes.
 
         Args:
             key_condition: `template_id = :template_id`, and at most one comparison (`=`, `<`,
@@ -104,29 +105,34 @@ class DynamoDBStorageStrategy(StorageStrategy):
             expression_values: the value of each `:name`.
 
         Raises:
-            InvalidQueryError: no such index, or a malformed condition, before any I/O.
+            InvalidQueryError: the index is not declared, or the condition is malformed; raised
+                before any I/O.
         """
         self._usable()
         declared = self._schema[collection]
-        found = [each for each in declared.indexes if each.name == index_name]
-        if not found:
+        matching = [each for each in declared.indexes if each.name == index_name]
+        if not matching:
             known = ", ".join(each.name for each in declared.indexes) or "none"
-            raise InvalidQueryError(f"{collection} has no index {index_name!r}; there are: {known}")
+            raise InvalidQueryError(
+                f"{collection} has no index {index_name!r}; its indexes are: {known}"
+            )
         if limit is not None and (type(limit) is not int or limit < 0):
-            raise InvalidQueryError("limit is an integer >= 0, or None")
+            raise InvalidQueryError("limit must be an integer >= 0 or None")
         _check_timeout(timeout)
         if not isinstance(descending, bool):
-            raise InvalidQueryError("descending is True or False")
+            raise InvalidQueryError("descending must be True or False")
         names = Names()
-        form = self._dynamodb.tables.forms[collection]
-        text = read_key_condition(key_condition, expression_values, form, found[0], names)
+        mapping = self._dynamodb.tables.mappings[collection]
+        expression = read_key_condition(
+            key_condition, expression_values, mapping, matching[0], names
+        )
         async with operation_timeout(timeout):
             await self._require_source_active("query_by_gsi")
             with public_errors():
                 return await self._dynamodb.reading.by_index(
                     collection,
-                    found[0],
-                    names.request(KeyConditionExpression=text),
+                    matching[0],
+                    names.request(KeyConditionExpression=expression),
                     limit,
                     descending,
                 )
@@ -142,21 +148,22 @@ class DynamoDBStorageStrategy(StorageStrategy):
         condition_expression: str | None = None,
         expression_values: Mapping[str, object] | None = None,
     ) -> int:
-        """As `RepositoryInterface.update_entity`, also under a condition in DynamoDB's language.
+        """As `RepositoryInterface.update_entity`, with an optional DynamoDB condition expression.
 
         Args:
-            condition_expression: what must hold of the stored entity, decided in the same step as
-                the write: `attribute_exists(request_id) AND version = :expected_version`. Names
-                are fields, reserved words or not; a name that is no word stands in double quotes.
+            condition_expression: a condition on the stored entity, evaluated atomically with the
+                write, such as `attribute_exists(request_id) AND version = :expected_version`.
+                Names are fields, also those that are reserved words of DynamoDB; a name that is
+                not an identifier is written in double quotes.
             expression_values: the value of each `:name`.
 
         Raises:
-            ConcurrencyConflictError: the condition does not hold; it carries the stored entity.
-            InvalidQueryError: a malformed condition, before any I/O.
+            ConcurrencyConflictError: the condition does not hold; contains the stored entity.
+            InvalidQueryError: the condition is malformed; raised before any I/O.
         """
         if condition_expression is None:
             if expression_values is not None:
-                raise InvalidQueryError("expression_values belong to a condition_expression")
+                raise InvalidQueryError("expression_values requires a condition_expression")
             return await super().update_entity(
                 collection, entity_id, fields, expected_version=expected_version, timeout=timeout
             )
@@ -165,24 +172,25 @@ class DynamoDBStorageStrategy(StorageStrategy):
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
         names = Names()
-        form = self._dynamodb.tables.forms[collection]
-        text = condition(condition_expression, expression_values, form, names)
-        return await self._to_its_end(self._update_where(change, text, names), timeout)
+        mapping = self._dynamodb.tables.mappings[collection]
+        expression = condition(condition_expression, expression_values, mapping, names)
+        return await self._await_write(self._update_where(change, expression, names), timeout)
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
         async with self._guard_untracked_write("condition_expression"):
             with public_errors():
                 return await self._dynamodb.writes.update_where(change, condition, names)
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
-        """Await a write that nothing interrupts: what was sent may land until its answer is here.
+    async def _await_write(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
+        """Await a write that must not be interrupted, because it may be applied until its response.
 
-        Who is cancelled waits for that; who set a time limit learns in time that the outcome is not
-        known, and it ends at the latest when the store is closed.
+        If the caller is cancelled, it still waits for the response. If the time limit is reached,
+        an error with `outcome_unknown` is raised and the write continues; closing the store waits
+        for it.
         """
         task = asyncio.create_task(work)
         self._under_way.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._write_ended)
         try:
             await asyncio.wait((task,), timeout=timeout)
         except asyncio.CancelledError:
@@ -190,14 +198,16 @@ class DynamoDBStorageStrategy(StorageStrategy):
             raise
         if not task.done():
             raise OperationTimeoutError(
-                f"not done within {timeout:g} s", retryable=False, outcome_unknown=True
+                f"not done within {timeout:g} s; the write may still be applied",
+                retryable=False,
+                outcome_unknown=True,
             )
         return task.result()
 
-    def _ended(self, task: asyncio.Task[int]) -> None:
+    def _write_ended(self, task: asyncio.Task[int]) -> None:
         self._under_way.discard(task)
         if not task.cancelled():
-            task.exception()  # seen here: nobody else may be there to see it
+            task.exception()  # retrieved, so that asyncio does not log it
 
     async def _release(self) -> None:
         if self._under_way:
@@ -209,4 +219,4 @@ def _check_timeout(timeout: object) -> None:
     if timeout is not None and (
         isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0
     ):
-        raise InvalidInputError("timeout is a number of seconds >= 0, or None")
+        raise InvalidInputError("timeout must be a number of seconds >= 0 or None")

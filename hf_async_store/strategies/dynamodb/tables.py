@@ -1,4 +1,4 @@
-"""The tables of a store and their indexes: declared, made, waited for, compared with what is there."""
+"""The tables and indexes of a store: requests to create them, their status and their differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     StatementRefused,
     TableMissing,
-    of_scaling,
+    scaling_error,
 )
 from hf_async_store.strategies.dynamodb.items import IndexedField, ItemMapping, probe_id
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from hf_async_store.values import Value
 
 _WAIT_SECONDS: Final = 600.0
-_FIRST_LOOK: Final = 0.01
-_LONGEST_LOOK: Final = 2.0
+_FIRST_PAUSE: Final = 0.01
+_MAX_PAUSE: Final = 2.0
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
@@ -52,7 +52,7 @@ class Tables:
         self._client = client
         self._config = client.config
         self.schema = schema
-        self.forms: Mapping[str, ItemMapping] = {
+        self.mappings: Mapping[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
         self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
@@ -75,69 +75,69 @@ class Tables:
         return collection in self._ready
 
     async def ensure(self, collection: str) -> frozenset[str]:
-        """Have the table there and active, made now if it is missing; returns its usable indexes.
+        """Create the table if it is missing, wait until it is active, and return its usable indexes.
 
-        Looks once in the life of a store. An index that the table lacks is not made here, because
-        that may take hours; `create` does it.
+        The result is cached. A missing index of an existing table is not created here, because that
+        may take hours; `create` does it.
 
         Raises:
-            SchemaMismatchError: a table of this name has another key.
+            SchemaMismatchError: a table of this name has a different key.
         """
-        ready = await self._opened(collection, make=True)
-        assert ready is not None, "it was made"
+        ready = await self._open_once(collection, create=True)
+        assert ready is not None, "the table exists or was created"
         return ready
 
     async def find(self, collection: str) -> frozenset[str] | None:
-        """As `ensure`, for reading: makes nothing, and returns None where there is no table."""
-        return await self._opened(collection, make=False)
+        """As `ensure`, but does not create the table: returns None if it is missing."""
+        return await self._open_once(collection, create=False)
 
-    async def _opened(self, collection: str, *, make: bool) -> frozenset[str] | None:
+    async def _open_once(self, collection: str, *, create: bool) -> frozenset[str] | None:
         ready = self._ready.get(collection)
         if ready is not None:
             return ready
-        place = collection, make
-        task = self._opening.get(place)
+        task_key = collection, create
+        task = self._opening.get(task_key)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._open(collection, make=make))
-            self._opening[place] = task
+            task = asyncio.get_running_loop().create_task(self._open(collection, create=create))
+            self._opening[task_key] = task
         try:
             found = await asyncio.shield(task)
         finally:
             if task.done():
-                self._opening.pop(place, None)
+                self._opening.pop(task_key, None)
         if found is not None:
             self._ready[collection] = found
         return found
 
     async def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the running tasks."""
         while self._opening:
             _, task = self._opening.popitem()
             await asyncio.wait((task,))
             if not task.cancelled():
                 task.exception()
 
-    async def _open(self, collection: str, *, make: bool) -> frozenset[str] | None:
+    async def _open(self, collection: str, *, create: bool) -> frozenset[str] | None:
         try:
             table = await self.described(collection)
-            if table is None and not make:
+            if table is None and not create:
                 return None
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
-                    await self._active(collection)
+                    await self._wait_until_active(collection)
                     await self._configure(collection)
-                table = await self._active(collection)
+                table = await self._wait_until_active(collection)
         except ActionDenied:
-            # The least rights do not cover the description of tables: then they are as declared.
-            if not make and not await self._answers(collection):
+            # A minimal policy does not allow DescribeTable: assume that the table is as declared.
+            if not create and not await self._table_exists(collection):
                 return None
             return frozenset(each.name for each in self.schema[collection].indexes)
-        self._refuse_other_key(collection, table)
+        self._check_key(collection, table)
         return self._usable(collection, table)
 
-    async def _answers(self, collection: str) -> bool:
-        """Whether there is a table, found out by a read, of a key that no entity has."""
-        key = {self.forms[collection].key: {"S": probe_id()}}
+    async def _table_exists(self, collection: str) -> bool:
+        """Whether the table exists, determined by a read of a key that no entity has."""
+        key = {self.mappings[collection].key: {"S": probe_id()}}
         try:
             await self._client.read("GetItem", {"TableName": self.name(collection), "Key": key})
         except TableMissing:
@@ -145,36 +145,36 @@ class Tables:
         return True
 
     async def exists(self) -> bool:
-        """Whether any of the tables is there."""
+        """Whether any of the tables exists."""
         for collection in self.schema:
             try:
                 if await self.described(collection) is not None:
                     return True
             except ActionDenied:
-                if await self._answers(collection):
+                if await self._table_exists(collection):
                     return True
         return False
 
     async def undeclared(self) -> list[str]:
-        """The collections of tables with this prefix that are neither declared nor the system's."""
-        start = f"{self._config.table_prefix}_"
+        """The collections of tables with this prefix that are neither declared nor system collections."""
+        prefix = f"{self._config.table_prefix}_"
         found: list[str] = []
         params: dict[str, str] = {}
         while True:
-            answer = await self._client.read("ListTables", params)
-            found += [each for each in answer["TableNames"] if each.startswith(start)]
-            last = answer.get("LastEvaluatedTableName")
+            response = await self._client.read("ListTables", params)
+            found += [each for each in response["TableNames"] if each.startswith(prefix)]
+            last = response.get("LastEvaluatedTableName")
             if not last or last == params.get("ExclusiveStartTableName"):
                 break
             params = {"ExclusiveStartTableName": last}
         known = {*self.schema, *(each.name for each in SYSTEM_COLLECTIONS)}
-        return sorted({each.removeprefix(start) for each in found} - known)
+        return sorted({each.removeprefix(prefix) for each in found} - known)
 
     async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
-        """By what the tables of these collections are told apart from all others, where they are there.
+        """Identifiers of the existing tables of these collections, which are unique among all tables.
 
         Raises:
-            StorageError: a table has nothing of the kind.
+            StorageError: the server does not return an identifier for a table.
         """
         found: set[tuple[str, ...]] = set()
         for collection in collections:
@@ -183,103 +183,108 @@ class Tables:
                 found |= _identities(table)
         return frozenset(found)
 
-    def _refuse_other_key(self, collection: str, table: Mapping[str, Any]) -> None:
-        wanted = f"{self.schema[collection].key} (S)"
+    def _check_key(self, collection: str, table: Mapping[str, Any]) -> None:
+        declared_key = f"{self.schema[collection].key} (S)"
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
         keys = ", ".join(
             f"{each['AttributeName']} ({types.get(each['AttributeName'], 'S')})"
             for each in table["KeySchema"]
         )
-        if keys != wanted:
+        if keys != declared_key:
             raise SchemaMismatchError(
-                f"the key of the table {self.name(collection)} is {keys}, declared is {wanted}: "
-                f"declare {collection} with that key, or set another table_prefix"
+                f"the key of the table {self.name(collection)} is {keys}, but {declared_key} is declared; "
+                f"declare {collection} with the key of the table or set another table_prefix"
             )
 
     def _usable(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
-        """The declared indexes that are there as they are declared, and active."""
+        """The declared indexes that are active and match their declaration."""
         active = _active_indexes(table)
         return frozenset(
             each.name
             for each in self.schema[collection].indexes
-            if each.name in active and not self._unlike(collection, each, table)
+            if each.name in active and not self._mismatch(collection, each, table)
         )
 
-    def _unlike(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
-        """In words, how an index that is there differs from its declaration; "" if it does not."""
-        there = next(each for each in _indexes(table) if each["IndexName"] == index.name)
-        wanted = self._index(collection, index)
+    def _mismatch(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
+        """How an existing index differs from its declaration, as a message; "" if it does not."""
+        existing = next(each for each in _indexes(table) if each["IndexName"] == index.name)
+        definition = self._index(collection, index)
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
-        ours = self._attributes(self.schema[collection], (index,))
-        declared = {each["AttributeName"]: each["AttributeType"] for each in ours}
-        keys, wanted_keys = _keys(there, types, declared), _keys(wanted, declared, declared)
-        if keys != wanted_keys:
-            return f"its key is {', '.join(keys)}, declared is {', '.join(wanted_keys)}"
-        projects = there.get("Projection", {}).get("ProjectionType", "ALL")
-        return "" if projects == "ALL" else f"it projects {projects}, needed is ALL"
+        attributes = self._attributes(self.schema[collection], (index,))
+        declared = {each["AttributeName"]: each["AttributeType"] for each in attributes}
+        keys, declared_keys = (
+            _keys(existing, types, declared),
+            _keys(definition, declared, declared),
+        )
+        if keys != declared_keys:
+            return f"its key is {', '.join(keys)} instead of {', '.join(declared_keys)}"
+        projection = existing.get("Projection", {}).get("ProjectionType", "ALL")
+        return "" if projection == "ALL" else f"its projection is {projection} instead of ALL"
 
     async def require_index(self, collection: str, index: Index) -> None:
-        """Look again whether an index can be used, which it could not be at first.
+        """Check again whether an index can be used that was not usable before.
 
         Raises:
-            SchemaMismatchError: it is missing, or another one.
-            UnavailableError: it is being made.
+            SchemaMismatchError: the index is missing or does not match its declaration.
+            UnavailableError: the index is being created.
         """
         name = self.name(collection)
         table = await self.described(collection)
         if table is None:
             raise UnavailableError(f"the table {name} was deleted", retryable=False)
         if index in self._missing(collection, table):
-            raise SchemaMismatchError(f"{name} has no index {index.name}; `create-tables` makes it")
-        unlike = self._unlike(collection, index, table)
-        if unlike:
-            raise SchemaMismatchError(_unlike_index(name, index, unlike))
+            raise SchemaMismatchError(
+                f"{name} has no index {index.name}; run `create-tables` to create it"
+            )
+        mismatch = self._mismatch(collection, index, table)
+        if mismatch:
+            raise SchemaMismatchError(_mismatch_message(name, index, mismatch))
         self._ready[collection] = usable = self._usable(collection, table)
         if index.name not in usable:
-            raise UnavailableError(f"the index {index.name} of {name} is being made")
+            raise UnavailableError(f"the index {index.name} of {name} is being created")
 
     async def create(self) -> list[str]:
-        """Have everything there that is declared; returns what was done, in words.
+        """Create the missing declared tables and indexes; return a message for each.
 
-        Waits until tables and indexes are active. Nothing that is there is taken away or changed,
-        but for auto scaling and point-in-time recovery, which are set as configured.
+        Waits until tables and indexes are active. Existing tables and indexes are not deleted or
+        changed, except that auto scaling and point-in-time recovery are set as configured.
         """
-        done: list[str] = []
+        messages: list[str] = []
         for collection in self.schema:
-            done += await self._make_whole(collection)
-        return done
+            messages += await self._create_missing(collection)
+        return messages
 
-    async def _make_whole(self, collection: str) -> list[str]:
-        done: list[str] = []
+    async def _create_missing(self, collection: str) -> list[str]:
+        messages: list[str] = []
         name = self.name(collection)
         if await self.described(collection) is None and await self._create(collection):
-            done.append(f"made {name}")
-        table = await self._active(collection)
+            messages.append(f"made {name}")
+        table = await self._wait_until_active(collection)
         for index in self._missing(collection, table):
             await self._add_index(collection, index)
-            done.append(f"made {index.name} of {name}")
-        await self._active(collection)
+            messages.append(f"made {index.name} of {name}")
+        await self._wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
-        return done
+        return messages
 
-    # -- looking -----------------------------------------------------------------------------
+    # -- inspecting --------------------------------------------------------------------------
 
     async def described(self, collection: str) -> dict[str, Any] | None:
         return await self._described(self.name(collection))
 
     async def _described(self, name: str) -> dict[str, Any] | None:
         try:
-            answer = await self._client.read("DescribeTable", {"TableName": name})
+            response = await self._client.read("DescribeTable", {"TableName": name})
         except TableMissing:
             return None
-        table: dict[str, Any] = answer["Table"]
+        table: dict[str, Any] = response["Table"]
         return table
 
-    async def _active(self, collection: str) -> dict[str, Any]:
-        """The table once it and all its indexes are active."""
+    async def _wait_until_active(self, collection: str) -> dict[str, Any]:
+        """Wait until the table and all its indexes are active; return its description."""
         deadline = time.monotonic() + _WAIT_SECONDS
-        pause = _FIRST_LOOK
+        pause = _FIRST_PAUSE
         while True:
             table = await self.described(collection)
             if table is not None and _is_active(table):
@@ -289,14 +294,14 @@ class Tables:
                     f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s"
                 )
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_LOOK)
+            pause = min(pause * 2, _MAX_PAUSE)
 
     def _missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
-        there = {each["IndexName"] for each in _indexes(table)}
-        return [each for each in self.schema[collection].indexes if each.name not in there]
+        existing = {each["IndexName"] for each in _indexes(table)}
+        return [each for each in self.schema[collection].indexes if each.name not in existing]
 
     async def compare(self) -> tuple[dict[str, Value], list[str]]:
-        """By collection what is there; and what differs from what is declared."""
+        """A summary of the table of each collection, and messages about all differences."""
         found: dict[str, Value] = {}
         problems: list[str] = []
         for collection in self.schema:
@@ -311,7 +316,7 @@ class Tables:
 
     async def _summary(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
         throughput = table.get("ProvisionedThroughput", {})
-        told: dict[str, Value] = {
+        summary: dict[str, Value] = {
             "table": name,
             "status": table["TableStatus"],
             "items": table.get("ItemCount", 0),
@@ -324,13 +329,13 @@ class Tables:
                 for each in table.get("GlobalSecondaryIndexes", ())
             },
         }
-        recovers = await self.recovers(name)
-        if recovers is not None:
-            told["point_in_time_recovery"] = recovers
-        return told
+        has_recovery = await self.has_recovery(name)
+        if has_recovery is not None:
+            summary["point_in_time_recovery"] = has_recovery
+        return summary
 
-    async def recovers(self, table: str) -> bool | None:
-        """Whether a table has point-in-time recovery; None if we may not look."""
+    async def has_recovery(self, table: str) -> bool | None:
+        """Whether a table has point-in-time recovery; None if the policy does not allow reading it."""
         try:
             backups = await self._client.read("DescribeContinuousBackups", {"TableName": table})
         except ActionDenied:
@@ -341,43 +346,46 @@ class Tables:
     def _differences(self, collection: str, table: Mapping[str, Any]) -> list[str]:
         name = self.name(collection)
         problems = [
-            f"{name} has no index {each.name}; `create-tables` makes it"
+            f"{name} has no index {each.name}; run `create-tables` to create it"
             for each in self._missing(collection, table)
         ]
         for each in self.schema[collection].indexes:
-            unlike = each not in self._missing(collection, table) and self._unlike(
+            mismatch = each not in self._missing(collection, table) and self._mismatch(
                 collection, each, table
             )
-            if unlike:
-                problems.append(_unlike_index(name, each, unlike))
+            if mismatch:
+                problems.append(_mismatch_message(name, each, mismatch))
         if table["TableStatus"] != "ACTIVE":
             problems.append(f"{name} is {table['TableStatus']}")
         key = [each["AttributeName"] for each in table["KeySchema"]]
         if key != [self.schema[collection].key]:
-            problems.append(f"the key of {name} is {', '.join(key)}")
+            problems.append(
+                f"the key of {name} is {', '.join(key)} instead of {self.schema[collection].key}"
+            )
         if billing_mode(table) != self._billing_mode:
             problems.append(
-                f"{name} is billed {billing_mode(table)}, configured is {self._billing_mode}"
+                f"the billing mode of {name} is {billing_mode(table)}, but {self._billing_mode} is "
+                "configured"
             )
         return problems
 
-    # -- making ------------------------------------------------------------------------------
+    # -- creating ----------------------------------------------------------------------------
 
     @property
     def scaling(self) -> AutoScaling | None:
-        given = self._config.auto_scaling
-        if isinstance(given, AutoScaling):
-            return given if given.enabled else None
-        return AutoScaling() if given else None
+        configured = self._config.auto_scaling
+        if isinstance(configured, AutoScaling):
+            return configured if configured.enabled else None
+        return AutoScaling() if configured else None
 
     @property
     def recovery(self) -> bool:
-        """Whether the tables are to have point-in-time recovery."""
+        """Whether point-in-time recovery is configured."""
         return self._config.point_in_time_recovery
 
     @property
     def _billing_mode(self) -> str:
-        # Tables that are paid per request have no capacity that could be scaled.
+        # Tables with the billing mode PAY_PER_REQUEST have no capacity to scale.
         return "PROVISIONED" if self.scaling else self._config.billing_mode
 
     def _throughput(self) -> dict[str, Any]:
@@ -391,7 +399,7 @@ class Tables:
         }
 
     def request(self, collection: str) -> dict[str, Any]:
-        """The request that makes the table of a collection."""
+        """The CreateTable request for the table of a collection."""
         declared = self.schema[collection]
         params: dict[str, Any] = {
             "TableName": self.name(collection),
@@ -407,7 +415,7 @@ class Tables:
         return params
 
     async def _create(self, collection: str) -> bool:
-        """Ask for the table; False if another was faster."""
+        """Send CreateTable; return False if another process has created the table."""
         params = self.request(collection)
         backoff = Backoff(self._config.retry_timeout)
         while True:
@@ -422,20 +430,20 @@ class Tables:
                 return True
 
     def _attributes(self, declared: Collection, indexes: Sequence[Index]) -> list[dict[str, str]]:
-        form = self.forms[declared.name]
+        mapping = self.mappings[declared.name]
         names = {declared.key: "S"}
         for index in indexes:
             for each in (index.field, index.sort):
                 if each is not None and each != declared.key:
-                    field = form.indexed[each]
+                    field = mapping.indexed[each]
                     names[field.attribute] = key_type(field)
         return [{"AttributeName": name, "AttributeType": kind} for name, kind in names.items()]
 
     def _index(self, collection: str, index: Index) -> dict[str, Any]:
-        form = self.forms[collection]
-        keys = [{"AttributeName": attribute_of(form, index.field), "KeyType": "HASH"}]
+        mapping = self.mappings[collection]
+        keys = [{"AttributeName": attribute_of(mapping, index.field), "KeyType": "HASH"}]
         if index.sort is not None:
-            keys.append({"AttributeName": attribute_of(form, index.sort), "KeyType": "RANGE"})
+            keys.append({"AttributeName": attribute_of(mapping, index.sort), "KeyType": "RANGE"})
         return {
             "IndexName": index.name,
             "KeySchema": keys,
@@ -444,7 +452,7 @@ class Tables:
         }
 
     async def _add_index(self, collection: str, index: Index) -> None:
-        """Add an index to a table; DynamoDB makes one at a time, whoever asks for it."""
+        """Add an index to a table; DynamoDB creates one index of a table at a time."""
         backoff = Backoff(self._config.retry_timeout)
         params = {
             "TableName": self.name(collection),
@@ -455,15 +463,15 @@ class Tables:
             try:
                 await self._client.call("UpdateTable", params)
             except (UnavailableError, StatementRefused) as exc:
-                # Perhaps another process does the same; what then is there decides.
-                table = await self._active(collection)
+                # Another process may be creating the same index: check the table.
+                table = await self._wait_until_active(collection)
                 if index not in self._missing(collection, table):
                     return
-                after = exc if isinstance(exc, UnavailableError) else None
-                if not await backoff.pause(after):
+                error = exc if isinstance(exc, UnavailableError) else None
+                if not await backoff.pause(error):
                     raise
             else:
-                await self._active(collection)
+                await self._wait_until_active(collection)
                 return
 
     async def _configure(self, collection: str) -> None:
@@ -479,31 +487,33 @@ class Tables:
         scaling = self.scaling
         if scaling is not None:
             async with self._scaling_client() as client:
-                for resource in self.scalable(collection):
-                    for what in ("Read", "Write"):
-                        await _track(client, resource, what, scaling)
+                for resource in self.scaling_resources(collection):
+                    for capacity in ("Read", "Write"):
+                        await _enable_scaling(client, resource, capacity, scaling)
 
-    def scalable(self, collection: str) -> list[str]:
-        """What of a collection has a capacity that can follow its use."""
+    def scaling_resources(self, collection: str) -> list[str]:
+        """The resource ids of the table and its indexes, for auto scaling."""
         table = f"table/{self.name(collection)}"
         return [table, *(f"{table}/index/{each.name}" for each in self.schema[collection].indexes)]
 
-    async def scaled(self, collection: str) -> dict[str, Any] | None:
-        """By resource, between which bounds its capacities follow their use; None if we may not look."""
-        resources = self.scalable(collection)
+    async def scaling_bounds(self, collection: str) -> dict[str, Any] | None:
+        """The bounds of auto scaling by resource id; None if the policy does not allow reading them."""
+        resources = self.scaling_resources(collection)
         found: dict[str, Any] = {}
         try:
             async with self._scaling_client() as client:
-                for start in range(0, len(resources), _MAX_TARGETS):
+                for prefix in range(0, len(resources), _MAX_TARGETS):
                     pages = client.get_paginator("describe_scalable_targets").paginate(
                         ServiceNamespace="dynamodb",
-                        ResourceIds=resources[start : start + _MAX_TARGETS],
+                        ResourceIds=resources[prefix : prefix + _MAX_TARGETS],
                     )
                     async for page in pages:
                         for each in page["ScalableTargets"]:
-                            what = "read" if "Read" in each["ScalableDimension"] else "write"
+                            capacity = "read" if "Read" in each["ScalableDimension"] else "write"
                             bounds = [each["MinCapacity"], each["MaxCapacity"]]
-                            found.setdefault(each["ResourceId"], {})[f"{what}_capacity"] = bounds
+                            found.setdefault(each["ResourceId"], {})[f"{capacity}_capacity"] = (
+                                bounds
+                            )
         except ActionDenied:
             return None
         return found
@@ -518,39 +528,39 @@ class Tables:
             ) as client:
                 yield client
         except Exception as exc:
-            raise of_scaling(exc, "its endpoint of auto scaling") from exc
+            raise scaling_error(exc, "the endpoint of Application Auto Scaling") from exc
 
 
-async def _track(client: Any, resource: str, what: str, scaling: AutoScaling) -> None:
-    """Have a capacity follow its use."""
+async def _enable_scaling(client: Any, resource: str, capacity: str, scaling: AutoScaling) -> None:
+    """Enable auto scaling of one capacity of a table or index."""
     kind = "index" if "/index/" in resource else "table"
     target = {
         "ServiceNamespace": "dynamodb",
         "ResourceId": resource,
-        "ScalableDimension": f"dynamodb:{kind}:{what}CapacityUnits",
+        "ScalableDimension": f"dynamodb:{kind}:{capacity}CapacityUnits",
     }
     low, high = (
         (scaling.min_read_capacity, scaling.max_read_capacity)
-        if what == "Read"
+        if capacity == "Read"
         else (scaling.min_write_capacity, scaling.max_write_capacity)
     )
     await client.register_scalable_target(**target, MinCapacity=low, MaxCapacity=high)
     await client.put_scaling_policy(
         **target,
-        PolicyName=f"{resource}-{what.lower()}",
+        PolicyName=f"{resource}-{capacity.lower()}",
         PolicyType="TargetTrackingScaling",
         TargetTrackingScalingPolicyConfiguration={
             "TargetValue": float(scaling.target_utilization),
             "PredefinedMetricSpecification": {
-                "PredefinedMetricType": f"DynamoDB{what}CapacityUtilization"
+                "PredefinedMetricType": f"DynamoDB{capacity}CapacityUtilization"
             },
         },
     )
 
 
-def attribute_of(form: ItemMapping, field: str) -> str:
-    """The attribute by which an index knows a field."""
-    return field if field == form.key else form.indexed[field].attribute
+def attribute_of(mapping: ItemMapping, field: str) -> str:
+    """The attribute that is the key of an index on a field."""
+    return field if field == mapping.key else mapping.indexed[field].attribute
 
 
 def key_type(field: IndexedField) -> str:
@@ -576,7 +586,7 @@ def _definitions(table: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def _keys(
     part: Mapping[str, Any], types: Mapping[str, str], declared: Mapping[str, str]
 ) -> list[str]:
-    """The key attributes of an index with their types, its partition key first."""
+    """The key attributes of an index with their types; the partition key is first."""
     names = [
         each["AttributeName"]
         for each in sorted(part["KeySchema"], key=lambda each: each["KeyType"])
@@ -584,38 +594,40 @@ def _keys(
     return [f"{each} ({types.get(each) or declared.get(each, '?')})" for each in names]
 
 
-def _unlike_index(table: str, index: Index, unlike: str) -> str:
+def _mismatch_message(table: str, index: Index, mismatch: str) -> str:
     return (
-        f"{table}: the index {index.name} is another one: {unlike}; no query uses it: delete it, then "
-        "`create-tables` makes it"
+        f"{table}: the index {index.name} does not match its declaration: {mismatch}; queries do not "
+        "use it: delete it and run `create-tables`"
     )
 
 
 def _identities(table: Mapping[str, Any]) -> set[tuple[str, ...]]:
-    """The id of a table; of a global one also its name in each region, where the same items are.
+    """The identifiers of a table: its id, and for a global table also each replica's region and name.
 
     Raises:
-        StorageError: there is no id.
+        StorageError: the description contains no id.
     """
-    name, own = str(table.get("TableName", "")), str(table.get("TableArn", ""))
+    name, arn = str(table.get("TableName", "")), str(table.get("TableArn", ""))
     if not table.get("TableId"):
         raise UnavailableError(
-            f"the server does not say which table {name} is: it gives no TableId", retryable=False
+            f"the table {name} cannot be identified: the server returned no TableId",
+            retryable=False,
         )
     found: set[tuple[str, ...]] = {(str(table["TableId"]),)}
     replicas = [str(each.get("RegionName", "")) for each in table.get("Replicas", ())]
     if replicas:
         # arn:aws:dynamodb:REGION:ACCOUNT:table/NAME
-        parts = own.split(":")
+        parts = arn.split(":")
         region, account = (parts[3], parts[4]) if len(parts) > 5 else ("", "")
         found |= {(account, each, name) for each in {*replicas, region}}
     return found
 
 
-def _check_name(name: str, place: str, kind: str) -> None:
+def _check_name(name: str, setting: str, kind: str) -> None:
     if not _NAME.match(name):
         raise ConfigurationError(
-            f"{place}: DynamoDB has no {kind} {name[:300]!r}; a name is 3 to 255 of A-Z a-z 0-9 _ . -"
+            f"{setting}: {name[:300]!r} is not a valid name of a DynamoDB {kind}; a name has 3 to 255 "
+            "characters of A-Z a-z 0-9 _ . -"
         )
 
 
@@ -628,6 +640,6 @@ def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
 
 
 def billing_mode(table: Mapping[str, Any]) -> str:
-    # A table that never was on demand has no summary.
+    # A table that has never used the billing mode PAY_PER_REQUEST has no summary.
     mode: str = table.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED")
     return mode

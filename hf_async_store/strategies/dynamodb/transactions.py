@@ -1,8 +1,9 @@
-"""Transactions: reads are recorded, changes buffered, and one `TransactWriteItems` commits.
+"""Transactions: reads are recorded, writes are buffered, and one `TransactWriteItems` commits them.
 
-Whatever was read, a missing item included, is a condition of the commit: the write token of each
-item must be unchanged. So the transaction is serializable with all concurrent writes, and a commit
-without a response can be retried, because DynamoDB recognises its client request token.
+Each read by key, also of a missing item, becomes a condition of the commit: the write token of the
+item must be unchanged. With respect to these reads, the transaction is therefore serializable with
+all concurrent writes. (The rows returned by queries are not conditions.) A commit without a response
+can be retried, because DynamoDB recognises its client request token.
 """
 
 from __future__ import annotations
@@ -65,38 +66,38 @@ class DynamoDBSession:
     """One transaction."""
 
     def __init__(
-        self, client: Client, tables: Tables, reading: Reading, recent: WriteCache
+        self, client: Client, tables: Tables, reading: Reading, write_cache: WriteCache
     ) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
-        self._recent = recent
-        self._seen: dict[Key, Attributes | None] = {}
+        self._write_cache = write_cache
+        self._items_read: dict[Key, Attributes | None] = {}
         self._layers: list[dict[Key, Entity | None]] = [{}]
         self._reads = 0
 
     # -- reads -------------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        """As `Reader.fetch`; several keys at once are one snapshot."""
+        """As `Reader.fetch`; several keys are read in one snapshot."""
         with public_errors():
             await self._load(keys, snapshot=True)
             return [self._record(each) for each in keys]
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        """As `Reader.select`: rows of the store, with the writes of this transaction over them."""
+        """As `Reader.select`: the rows of the store, merged with the writes of this transaction."""
         if query.limit == 0:
             return
-        # An order that the rows written here fit into, too.
+        # Pages without an order are sorted by id, so that the rows written here can be merged.
         query = msgspec.structs.replace(
             query, by_id=query.by_id or (query.paged and not query.order)
         )
-        own = self._own(query)
-        written = {each.key for each in own} | self._written(query.collection)
+        own_records = self._own_matches(query)
+        written = {each.key for each in own_records} | self._written(query.collection)
         limit = None if query.limit is None else query.limit + len(written)
         number = 0
-        async with Owned(self._reading.select(query.with_limit(limit))) as others:
-            rows = self._merged(query, own, written, others)
+        async with Owned(self._reading.select(query.with_limit(limit))) as stored_records:
+            rows = self._merged(query, own_records, written, stored_records)
             async with Owned(rows) as found:
                 with public_errors():
                     async for record in found:
@@ -108,41 +109,41 @@ class DynamoDBSession:
     async def _merged(
         self,
         query: Query,
-        own: list[Record],
+        own_records: list[Record],
         written: set[Key],
-        others: AsyncIterator[Record],
+        stored_records: AsyncIterator[Record],
     ) -> AsyncGenerator[Record, None]:
         in_order = bool(query.order or query.by_id)
-        key_of = compile_order(query)
-        waiting = own[::-1]
-        async for record in others:
+        sort_key_of = compile_order(query)
+        pending = own_records[::-1]
+        async for record in stored_records:
             if record.key in written:
                 continue
-            while waiting and (
+            while pending and (
                 not in_order
-                or key_of(waiting[-1].key.id, waiting[-1].entity)
-                < key_of(record.key.id, record.entity)
+                or sort_key_of(pending[-1].key.id, pending[-1].entity)
+                < sort_key_of(record.key.id, record.entity)
             ):
-                yield waiting.pop()
+                yield pending.pop()
             yield record
-        while waiting:
-            yield waiting.pop()
+        while pending:
+            yield pending.pop()
 
     def _written(self, collection: str) -> set[Key]:
         return {key for layer in self._layers for key in layer if key.collection == collection}
 
-    def _own(self, query: Query) -> list[Record]:
-        """What this transaction wrote and the query finds, in its order."""
+    def _own_matches(self, query: Query) -> list[Record]:
+        """The entities written by this transaction that match the query, in its order."""
         matches = compile_filter(query.where)
-        key_of = compile_order(query)
+        sort_key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
         found = []
         for key in self._written(query.collection):
             entity = self._entity(key)
             if entity is not None and matches(entity):
-                place = key_of(key.id, entity)
-                if after is None or place > after:
-                    found.append((place, Record(key, copy_entity(entity))))
+                sort_key = sort_key_of(key.id, entity)
+                if after is None or sort_key > after:
+                    found.append((sort_key, Record(key, copy_entity(entity))))
         return [record for _, record in sorted(found, key=lambda each: each[0])]
 
     async def count(self, query: Query) -> int:
@@ -154,64 +155,64 @@ class DynamoDBSession:
         return number
 
     async def _load(self, keys: Sequence[Key], *, snapshot: bool) -> None:
-        """Read what was not read yet."""
-        new = [each for each in dict.fromkeys(keys) if each not in self._seen]
-        if not new:
+        """Read the items that were not read before."""
+        unread = [each for each in dict.fromkeys(keys) if each not in self._items_read]
+        if not unread:
             return
-        self._refuse_many(len(self._seen) + len(new))
+        self._check_action_count(len(self._items_read) + len(unread))
         self._reads += 1
-        if snapshot and len(new) > 1:
-            items = await self._snapshot(new)
+        if snapshot and len(unread) > 1:
+            items = await self._read_many(unread)
         else:
-            items = await self._reading.items(new, consistent=True)
-        self._seen.update(zip(new, items, strict=True))
+            items = await self._reading.items(unread, consistent=True)
+        self._items_read.update(zip(unread, items, strict=True))
 
-    async def _snapshot(self, keys: Sequence[Key]) -> list[Attributes | None]:
+    async def _read_many(self, keys: Sequence[Key]) -> list[Attributes | None]:
         try:
-            found = await self._together(keys)
+            found = await self._read_snapshot(keys)
         except StatementRefused:
-            # More than 4 MB: read in parts, and what was seen is checked at the end.
+            # More than 4 MB: read without a snapshot. The extra read makes `commit` validate it.
             self._reads += 1
             return await self._reading.items(keys, consistent=True)
         return [found.get(each) for each in keys]
 
-    async def _together(
+    async def _read_snapshot(
         self, keys: Sequence[Key], *, only_token: bool = False
     ) -> dict[Key, Attributes | None]:
-        """The items of keys at one moment. What has no table has none."""
-        there = [each for each in keys if await self._tables.find(each.collection) is not None]
-        if not there:
+        """The items of these keys in one snapshot; keys whose table does not exist are omitted."""
+        existing = [each for each in keys if await self._tables.find(each.collection) is not None]
+        if not existing:
             return {}
-        gets = [self._get(each, only_token=only_token) for each in there]
-        answer = await self._transact("TransactGetItems", {"TransactItems": gets}, there)
+        gets = [self._get(each, only_token=only_token) for each in existing]
+        response = await self._transact("TransactGetItems", {"TransactItems": gets}, existing)
         return {
-            key: response.get("Item")
-            for key, response in zip(there, answer["Responses"], strict=True)
+            key: each.get("Item") for key, each in zip(existing, response["Responses"], strict=True)
         }
 
     def _get(self, key: Key, *, only_token: bool) -> dict[str, Any]:
-        form = self._tables.forms[key.collection]
+        mapping = self._tables.mappings[key.collection]
         get: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
-            "Key": {form.key: {"S": key.id}},
+            "Key": {mapping.key: {"S": key.id}},
         }
         if only_token:
             get["ProjectionExpression"] = "#k, #w, #v"
-            get["ExpressionAttributeNames"] = {"#k": form.key, "#w": TOKEN, "#v": VERSION}
+            get["ExpressionAttributeNames"] = {"#k": mapping.key, "#w": TOKEN, "#v": VERSION}
         return {"Get": get}
 
-    def _refuse_many(self, number: int) -> None:
+    def _check_action_count(self, number: int) -> None:
         if number > MAX_ACTIONS:
             raise TransactionTooLargeError(
-                f"a transaction on DynamoDB reads and writes {MAX_ACTIONS} entities at most"
+                f"a transaction on DynamoDB can read and write at most {MAX_ACTIONS} entities; use "
+                "several transactions"
             )
 
     def _entity(self, key: Key) -> Entity | None:
         for layer in reversed(self._layers):
             if key in layer:
                 return layer[key]
-        item = self._seen[key]
-        return None if item is None else self._tables.forms[key.collection].entity(item)
+        item = self._items_read[key]
+        return None if item is None else self._tables.mappings[key.collection].entity(item)
 
     def _record(self, key: Key) -> Record | None:
         entity = self._entity(key)
@@ -247,21 +248,21 @@ class DynamoDBSession:
         if stored is None:
             return None
         version = stored[VERSION]
-        return version if type(version) is int else 0  # deleted, whatever another program had set
+        return version if type(version) is int else 0  # deleted; another program set the version
 
     def _check_version(self, key: Key) -> None:
-        """That there can be a next version.
+        """Check that the stored version is valid.
 
         Raises:
-            CorruptionError: another program set it to what is no version.
+            CorruptionError: another program set an invalid version.
         """
-        item = self._seen[key]
+        item = self._items_read[key]
         if item is not None:
             version_of(item, self._tables.name(key.collection), key.id)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
-        """As `Session.savepoint`; what was read in it stays a condition."""
+        """As `Session.savepoint`; reads in it remain conditions of the commit after a rollback."""
         depth = len(self._layers)
         self._layers.append({})
         try:
@@ -272,13 +273,14 @@ class DynamoDBSession:
         top = self._layers.pop()
         self._layers[-1].update(top)
 
-    # -- the end -----------------------------------------------------------------------------
+    # -- commit ------------------------------------------------------------------------------
 
     async def commit(self) -> None:
-        """Write everything, or nothing.
+        """Write all changes or none. Without changes, validate several reads against each other.
 
         Raises:
-            ConcurrencyConflictError, TransactionTooLargeError.
+            ConcurrencyConflictError: an entity was changed after it was read.
+            TransactionTooLargeError: the transaction exceeds a limit of DynamoDB.
         """
         [written] = self._layers
         if written:
@@ -287,48 +289,50 @@ class DynamoDBSession:
             await self._validate()
 
     async def _validate(self) -> None:
-        """That everything that was read is one state still."""
-        keys = list(self._seen)
-        found = await self._together(keys, only_token=True)
+        """Check in one snapshot that no item has changed since it was read."""
+        keys = list(self._items_read)
+        found = await self._read_snapshot(keys, only_token=True)
         for key in keys:
-            seen, now = self._seen[key], found.get(key)
-            if _state_of(seen) != _state_of(now):
-                _raise_conflict(key, seen, now)
+            observed, now = self._items_read[key], found.get(key)
+            if _state_of(observed) != _state_of(now):
+                _raise_conflict(key, observed, now)
 
     async def _commit(self, written: Mapping[Key, Entity | None]) -> None:
         token = new_token()
-        keys = list(dict.fromkeys([*written, *self._seen]))
-        self._refuse_many(len(keys))
+        keys = list(dict.fromkeys([*written, *self._items_read]))
+        self._check_action_count(len(keys))
         for collection in {each.collection for each in keys}:
-            # Of what was only read, too: that it is not there is a condition, which needs a table.
+            # Also for keys that were only read: a condition on a missing item requires the table.
             await self._tables.ensure(collection)
         actions = [self._action(each, written, token) for each in keys]
         if len(_ENCODE(actions)) > MAX_BYTES:
-            raise TransactionTooLargeError("a transaction on DynamoDB takes 4 MiB at most")
+            raise TransactionTooLargeError(
+                "a transaction on DynamoDB can contain at most 4 MiB; use several transactions"
+            )
         params = {"TransactItems": actions, "ClientRequestToken": token}
         for key in written:
-            self._recent.drop(self._tables.name(key.collection), key.id)
+            self._write_cache.drop(self._tables.name(key.collection), key.id)
         await self._transact("TransactWriteItems", params, keys, token=token)
         for key, action in zip(keys, actions, strict=True):
             if "Put" in action:
                 item = action["Put"]["Item"]
-                left = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
-                self._recent.put(self._tables.name(key.collection), key.id, left)
+                receipt = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
+                self._write_cache.put(self._tables.name(key.collection), key.id, receipt)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:
-        form = self._tables.forms[key.collection]
-        seen = self._seen[key]
+        mapping = self._tables.mappings[key.collection]
+        observed = self._items_read[key]
         action: dict[str, Any] = {
             "TableName": self._tables.name(key.collection),
-            **unchanged(form, seen),
+            **unchanged(mapping, observed),
             "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         }
         entity = written.get(key)
         if entity is not None:
             version = cast("int", entity.get(VERSION, 0))
-            return {"Put": {**action, "Item": form.item(key.id, entity, version, token)}}
-        action["Key"] = {form.key: {"S": key.id}}
-        return {"Delete" if key in written and seen is not None else "ConditionCheck": action}
+            return {"Put": {**action, "Item": mapping.item(key.id, entity, version, token)}}
+        action["Key"] = {mapping.key: {"S": key.id}}
+        return {"Delete" if key in written and observed is not None else "ConditionCheck": action}
 
     async def _transact(
         self,
@@ -338,54 +342,56 @@ class DynamoDBSession:
         *,
         token: str | None = None,
     ) -> dict[str, Any]:
-        """Send a transaction until it is answered; it may be sent any number of times.
+        """Send an idempotent transaction request, with retries, and return the response.
 
         Args:
-            token: of what it writes; None if it reads.
+            token: the write token of the items that it writes; None if it only reads.
         """
         backoff = Backoff(self._client.config.retry_timeout)
-        while_in_conflict = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
-        lost = False
+        conflict_backoff = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
+        response_lost = False
         try:
             while True:
                 try:
                     return await self._client.call(operation, params)
                 except Cancelled as exc:
-                    if lost and _is_own(exc, token):
+                    if response_lost and _was_applied(exc, token):
                         return {}
-                    error = self._cancelled(exc, keys)
+                    error = self._cancellation_error(exc, keys)
                     if isinstance(error, ConcurrencyConflictError):
-                        if not _may_pass(exc) or not await while_in_conflict.pause():
+                        if not _is_transient(exc) or not await conflict_backoff.pause():
                             raise error from exc
                     elif not isinstance(error, UnavailableError) or not await backoff.pause(error):
                         raise error from exc
                 except ConcurrencyConflictError:
-                    if not await while_in_conflict.pause():
+                    if not await conflict_backoff.pause():
                         raise
                 except UnavailableError as exc:
-                    lost = lost or (token is not None and not is_safe_to_retry(exc))
+                    response_lost = response_lost or (
+                        token is not None and not is_safe_to_retry(exc)
+                    )
                     if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:
                     raise UnavailableError(f"a table was deleted: {exc}", retryable=False) from exc
         except StorageError as exc:
-            # Whatever the last try met: one before it may have landed.
-            exc.outcome_unknown = lost or (token is not None and exc.outcome_unknown)
+            # Whatever the last error, an earlier attempt may have been applied.
+            exc.outcome_unknown = response_lost or (token is not None and exc.outcome_unknown)
             raise
 
-    def _cancelled(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
-        """The error of the first reason that is one; a condition comes before all others."""
+    def _cancellation_error(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
+        """The error for the cancellation; a failed condition takes precedence over other reasons."""
         found = [
             (key, reason)
             for key, reason in zip(keys, exc.reasons, strict=False)
             if reason.get("Code") not in (None, "None")
         ]
         if not found:
-            return UnavailableError("the transaction was cancelled without a reason")
+            return UnavailableError("DynamoDB cancelled the transaction without giving a reason")
         failed = [each for each in found if short(each[1]["Code"]) == "ConditionalCheckFailed"]
         key, reason = (failed or found)[0]
         if failed:
-            return _conflict_at(key, self._seen.get(key), reason.get("Item"), self._tables)
+            return _conflict_error(key, self._items_read.get(key), reason.get("Item"), self._tables)
         code = short(reason["Code"])
         if code == "TransactionConflict":
             return conflict(key.collection, key.id)
@@ -397,7 +403,7 @@ def _state_of(item: Attributes | None) -> tuple[str | None, Attribute | None] | 
 
 
 def _known_version(item: Attributes | None) -> int | None:
-    """The version of an item, where it has one."""
+    """The version of an item; None if the item is missing or its version is invalid."""
     if item is None:
         return None
     try:
@@ -406,30 +412,33 @@ def _known_version(item: Attributes | None) -> int | None:
         return None
 
 
-def _conflict_at(
-    key: Key, seen: Attributes | None, now: Attributes | None, tables: Tables | None = None
+def _conflict_error(
+    key: Key, observed: Attributes | None, now: Attributes | None, tables: Tables | None = None
 ) -> ConcurrencyConflictError:
     return ConcurrencyConflictError(
-        f"{key.collection} {key.id!r} was changed by another since this transaction read it",
+        f"{key.collection} {key.id!r} was changed after this transaction had read it; run the "
+        "transaction again",
         collection=key.collection,
         entity_id=key.id,
-        expected=_known_version(seen),
+        expected=_known_version(observed),
         actual=_known_version(now),
-        current=None if now is None or tables is None else tables.forms[key.collection].entity(now),
+        current=None
+        if now is None or tables is None
+        else tables.mappings[key.collection].entity(now),
         retryable=True,
     )
 
 
-def _raise_conflict(key: Key, seen: Attributes | None, now: Attributes | None) -> NoReturn:
-    raise _conflict_at(key, seen, now)
+def _raise_conflict(key: Key, observed: Attributes | None, now: Attributes | None) -> NoReturn:
+    raise _conflict_error(key, observed, now)
 
 
-def _is_own(exc: Cancelled, token: str | None) -> bool:
-    """Whether what stands in the way is what this very transaction wrote."""
+def _was_applied(exc: Cancelled, token: str | None) -> bool:
+    """Whether the conditions failed because an earlier attempt of this transaction was applied."""
     items = [each["Item"] for each in exc.reasons if each.get("Item")]
     return any(token_of(each) == token for each in items)
 
 
-def _may_pass(exc: Cancelled) -> bool:
-    """Whether no condition failed: others were merely there at the same moment."""
+def _is_transient(exc: Cancelled) -> bool:
+    """Whether no condition failed, so that a retry may succeed: only concurrent writes conflicted."""
     return all(short(each.get("Code") or "") != "ConditionalCheckFailed" for each in exc.reasons)

@@ -1,7 +1,7 @@
 """The HTTP transport: aiobotocore's session, without redirects and with bounded responses.
 
-Every client of a store uses it: those of DynamoDB, of auto scaling, and those by which botocore
-obtains credentials. Imported with the driver, at the first use of a store.
+All clients of a store use it: for DynamoDB, for Application Auto Scaling, and the clients with which
+botocore obtains credentials. It is imported with the driver, at the first use of a store.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from botocore.exceptions import ReadTimeoutError  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# The largest response is one of BatchGetItem: 16 MB of items, which as JSON are at most 7 times that.
+# The largest response is that of BatchGetItem: 16 MB of items, whose JSON is at most 7 times as large.
 MAX_BYTES: Final = 128 * 2**20
 
-_SECONDS: Final = 60.0
-"""For a client that sets no timeout."""
+_DEFAULT_SECONDS: Final = 60.0
+"""The timeout for a client that sets none."""
 
 
 class _Response(NamedTuple):
-    """What aiobotocore reads of a response, whose body is here already."""
+    """The parts of a response that aiobotocore uses, with the body already received."""
 
     url: Any
     status: int
@@ -38,11 +38,11 @@ class _Response(NamedTuple):
         return self.body
 
 
-class _Requests:
-    """A session of aiohttp that follows no redirect and reads a bounded body.
+class _BoundedSession:
+    """An aiohttp session that follows no redirects and limits the size of a response.
 
-    Headers are signed for one host, and hold a session token that is good at any: they are
-    sent nowhere else, whatever a response says.
+    The headers are signed for one host and contain a session token that is valid for any host.
+    They must not be sent to another host because of a redirect.
     """
 
     def __init__(self, session: ClientSession) -> None:
@@ -56,7 +56,7 @@ class _Requests:
             while chunk := await response.content.readany():
                 size += len(chunk)
                 if size > MAX_BYTES:
-                    raise ClientPayloadError(f"a response of more than {MAX_BYTES} bytes")
+                    raise ClientPayloadError(f"the response is larger than {MAX_BYTES} bytes")
                 chunks.append(chunk)
         except BaseException:
             response.close()
@@ -66,22 +66,26 @@ class _Requests:
 
 
 class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
-    """One request takes `connect_timeout` and `read_timeout` together at most, however it drips."""
+    """The transport. A request takes at most `connect_timeout` plus `read_timeout` in total."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         timeout = cast("ClientTimeout", vars(self)["_timeout"])
-        connect, read = timeout.sock_connect or _SECONDS, timeout.sock_read or _SECONDS
-        self._seconds = connect + read
-        # With the look-up of the name. There is no waiting for a connection: see `_slots`.
+        connect, read = (
+            timeout.sock_connect or _DEFAULT_SECONDS,
+            timeout.sock_read or _DEFAULT_SECONDS,
+        )
+        self._total_seconds = connect + read
+        # `connect` includes name resolution. It includes no wait for a free connection of the
+        # pool, because of `_slots`.
         self._timeout = ClientTimeout(connect=connect, sock_connect=connect, sock_read=read)
-        # As many as there are connections, so that waiting for one is not taken for a slow server.
+        # As many slots as connections, so that the timeouts exclude the wait for a connection.
         self._slots = asyncio.Semaphore(self._max_pool_connections)
         self._unclosed: weakref.finalize[Any, Any] | None = None
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self._unclosed = weakref.finalize(self, _abandon, self._sessions)
+        self._unclosed = weakref.finalize(self, _close_abandoned, self._sessions)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -89,20 +93,20 @@ class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
             self._unclosed.detach()
         await super().__aexit__(*exc)
 
-    async def _get_session(self, proxy_url: str | None) -> _Requests:
-        return _Requests(await super()._get_session(proxy_url))
+    async def _get_session(self, proxy_url: str | None) -> _BoundedSession:
+        return _BoundedSession(await super()._get_session(proxy_url))
 
     async def send(self, request: Any) -> Any:
         async with self._slots:
             try:
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout(self._total_seconds):
                     return await super().send(request)
             except TimeoutError as exc:
                 raise ReadTimeoutError(endpoint_url=request.url, error=exc) from exc
 
 
-def _abandon(sessions: Mapping[object, ClientSession]) -> None:
-    """Close what nobody closed: without it aiohttp logs an error for each of its parts."""
+def _close_abandoned(sessions: Mapping[object, ClientSession]) -> None:
+    """Close the sessions of a store that was not closed; otherwise aiohttp logs errors for each."""
     if not sessions:
         return
     warnings.warn(
@@ -114,5 +118,5 @@ def _abandon(sessions: Mapping[object, ClientSession]) -> None:
         connector = session.connector
         session.detach()
         if connector is not None:
-            with suppress(RuntimeError):  # the event loop has ended before it
-                connector._close()  # `close()` waits, which nobody can do here
+            with suppress(RuntimeError):  # the event loop is closed
+                connector._close()  # `close()` must be awaited, which is impossible here

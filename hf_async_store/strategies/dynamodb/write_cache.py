@@ -1,10 +1,10 @@
-"""A cache of the last writes of this store: version, token and size of each entity.
+"""A cache of the last writes of this store: version, token and size bound of each entity.
 
-An update that finds its entity here states them, instead of having the server compute and return
-them: that is cheaper for both, and can be retried when no response is received. An entry may be
-stale, because others write, too; then the condition of the statement fails and nothing is written.
-For a while after that the cache is not used, so that a store among other writers does not pay for
-stale entries.
+An update whose entity is in the cache sends the new version and size, with the token as a condition,
+instead of having the server compute and return them. That is cheaper for both, and can be retried if
+no response is received. An entry is stale if another process has written the entity; then the
+condition of the statement fails, and nothing is written. After that the cache is not used for a while,
+so that a store with other concurrent writers does not pay for stale entries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
 
 _MAX_ENTRIES: Final = 10_000
-_WRONG_SECONDS: Final = 60.0
+_DISABLED_SECONDS: Final = 60.0
 
 
 class WriteReceipt(NamedTuple):
@@ -27,14 +27,14 @@ class WriteReceipt(NamedTuple):
 
     version: int
     token: str
-    weight: int
+    size: int
 
-    def seen(self) -> Attributes:
-        """The same as attributes of the item."""
+    def as_attributes(self) -> Attributes:
+        """This state as attributes of an item."""
         return {
             VERSION: {"N": str(self.version)},
             TOKEN: {"S": self.token},
-            SIZE: {"N": str(self.weight)},
+            SIZE: {"N": str(self.size)},
         }
 
 
@@ -42,24 +42,24 @@ class WriteCache:
     """The last writes of a store, by table and id."""
 
     def __init__(self) -> None:
-        self._left: dict[tuple[str, str], WriteReceipt] = {}
-        self._wrong_until = 0.0
+        self._receipts: dict[tuple[str, str], WriteReceipt] = {}
+        self._disabled_until = 0.0
 
     def get(self, table: str, entity_id: str) -> WriteReceipt | None:
-        left = self._left.get((table, entity_id))
-        return None if left is None or time.monotonic() < self._wrong_until else left
+        receipt = self._receipts.get((table, entity_id))
+        return None if receipt is None or time.monotonic() < self._disabled_until else receipt
 
-    def put(self, table: str, entity_id: str, left: WriteReceipt) -> None:
-        place = table, entity_id
-        known = self._left.pop(place, None)
-        # Responses may arrive in another order than the writes were applied in.
-        self._left[place] = left if known is None or known.version < left.version else known
-        if len(self._left) > _MAX_ENTRIES:
-            del self._left[next(iter(self._left))]
+    def put(self, table: str, entity_id: str, receipt: WriteReceipt) -> None:
+        key = table, entity_id
+        known = self._receipts.pop(key, None)
+        # The order of the responses may differ from the order in which the writes were applied.
+        self._receipts[key] = receipt if known is None or known.version < receipt.version else known
+        if len(self._receipts) > _MAX_ENTRIES:
+            del self._receipts[next(iter(self._receipts))]
 
     def drop(self, table: str, entity_id: str) -> None:
-        self._left.pop((table, entity_id), None)
+        self._receipts.pop((table, entity_id), None)
 
-    def was_wrong(self) -> None:
+    def report_stale_entry(self) -> None:
         """An entry was stale: do not use the cache for a while."""
-        self._wrong_until = time.monotonic() + _WRONG_SECONDS
+        self._disabled_until = time.monotonic() + _DISABLED_SECONDS

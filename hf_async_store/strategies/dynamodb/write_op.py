@@ -1,4 +1,4 @@
-"""The state of one write operation through its attempts."""
+"""The state of a write operation across its attempts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 class Unknown:
-    """Nothing has been read yet."""
+    """The type of `UNKNOWN`: the item has not been read."""
 
 
 UNKNOWN: Final = Unknown()
@@ -34,61 +34,64 @@ class WriteOp:
     """One write operation.
 
     Attributes:
-        observed: the item as it was read, None if there was none, or `UNKNOWN`.
-        requested_at: when it was requested, as a timestamp.
-        ambiguous: an attempt got no response; it may have been applied.
-        may_land_later: that attempt may still be applied later.
-        from_cache: `observed` is from the write cache, and may be stale.
-        receipt: the state that it wrote, where that is known.
-        full_replace: the whole item is written, or at least in a request of its own.
-        is_upsert: a single save, which one UpdateItem can do.
-        outcome: valid once `is_done` is set.
+        observed: the item as it was read, None if it did not exist, or `UNKNOWN`.
+        guarded_by_token: the statement requires the token of `observed`.
+        new_version: the version that the statement writes; None if the server computes it or for a
+            delete.
+        requested_at: the timestamp of the request, if a version is expected; otherwise "".
+        ambiguous: an attempt got no response and may have been applied.
+        may_be_applied_later: that attempt may still be applied later.
+        from_cache: `observed` is from the write cache and may be stale.
+        receipt: the written state, if it is known.
+        separate_request: the operation is sent as a separate request, not as a statement in a batch.
+        is_upsert: the operation is a single save, for which one UpdateItem is sufficient.
+        outcome: the outcome, valid once `is_done` is set.
     """
 
     __slots__ = (
         "ambiguous",
         "change",
-        "form",
         "from_cache",
-        "full_replace",
         "guarded_by_token",
         "is_done",
         "is_upsert",
-        "may_land_later",
+        "mapping",
+        "may_be_applied_later",
         "new_version",
         "observed",
         "outcome",
         "receipt",
         "requested_at",
+        "separate_request",
         "table",
         "token",
     )
 
-    def __init__(self, change: Change, form: ItemMapping, table: str) -> None:
+    def __init__(self, change: Change, mapping: ItemMapping, table: str) -> None:
         self.change = change
-        self.form = form
+        self.mapping = mapping
         self.table = table
         self.token = new_token()
         self.observed: Attributes | None | Unknown = UNKNOWN
         self.guarded_by_token = False
         self.new_version: int | None = None
         self.ambiguous = False
-        self.may_land_later = False
+        self.may_be_applied_later = False
         self.from_cache = False
         self.receipt: WriteReceipt | None = None
-        self.full_replace = change.mark is not None
+        self.separate_request = change.mark is not None
         self.is_upsert = False
         self.is_done = False
         self.outcome: Outcome = None
-        self.requested_at = _began(change) if type(change.expect) is int else ""
+        self.requested_at = _requested_at(change) if type(change.expect) is int else ""
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.form.key, self.change.key.id
+        return self.mapping.key, self.change.key.id
 
     @property
     def needs_state(self) -> bool:
-        """Whether its condition is neither absence nor a version."""
+        """Whether the operation expects neither absence nor a version."""
         return self.change.expect is not ABSENT and type(self.change.expect) is not int
 
     def done(self, outcome: Outcome) -> None:
@@ -105,12 +108,12 @@ class WriteOp:
         """The version of the item that this operation writes.
 
         Raises:
-            CorruptionError: it is not a valid version.
+            CorruptionError: the version is invalid.
         """
         return version_of(item, self.table, self.change.key.id)
 
-    def landed_at(self, item: Attributes) -> None:
-        """It succeeded, and wrote the version of this item."""
+    def complete_with(self, item: Attributes) -> None:
+        """Complete a successful operation with the version of the written or deleted item."""
         try:
             self.done(self.version_of(item))
         except CorruptionError as exc:
@@ -123,14 +126,14 @@ class WriteOp:
 
     def unknown(self, why: str) -> UnavailableError:
         return UnavailableError(
-            f"{self.change.key.collection} {self.change.key.id!r}: no response was received, and the "
-            f"write may have been applied: {why}",
+            f"{self.change.key.collection} {self.change.key.id!r}: no response to the write was "
+            f"received, and it may have been applied: {why}",
             retryable=False,
             outcome_unknown=True,
         )
 
 
-def _began(change: Change) -> str:
+def _requested_at(change: Change) -> str:
     if isinstance(change, Put):
         return change.written_at
     at = change.fields.get(UPDATED_AT) if isinstance(change, Patch) else None
@@ -138,7 +141,9 @@ def _began(change: Change) -> str:
 
 
 def deleted_meanwhile(op: WriteOp) -> StorageError:
-    return UnavailableError(f"the table {op.table} was deleted", retryable=False)
+    return UnavailableError(
+        f"the table {op.table} was deleted while the store was open", retryable=False
+    )
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

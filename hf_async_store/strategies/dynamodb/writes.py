@@ -1,24 +1,27 @@
-"""Independent writes: many share a request, and each keeps its own condition and outcome.
+"""Independent writes: many share a request, each with its own condition and outcome.
 
-Most changes become one PartiQL statement, and 25 statements share a `BatchExecuteStatement`. How a
-change is made depends on what is known before it:
+Most changes become one PartiQL statement each, and up to 25 statements share a
+`BatchExecuteStatement`:
 
-* create, and whatever expects a version: at once; the condition says everything;
-* an update or delete that only needs something to be there: at once, and the answer brings the
-  version; of what this store wrote last itself the update knows it (`recent`), and insists on it;
-* a save that expects nothing, alone: by `UpdateItem`, which inserts or replaces;
-* among others: the items of its batch are read first, for PartiQL has no upsert; then an insert, or an
-  update of what differs, that insists on the token, tried again if it lost a race;
-* what no statement can say (very long names, a change with a mark, an entity near its limits): read,
-  changed here, and written whole under the condition that its token is still the same.
+* A create, and a change that expects a version, is sent without a read; its condition is sufficient.
+* An update or delete that only requires the entity to exist is sent without a read, and the response
+  returns the version. If the write cache has the state of the entity, an update writes the next
+  version on condition that the token is unchanged.
+* A single save without an expected version uses `UpdateItem`, which inserts or replaces.
+* If there are several changes, the items of such saves are read first, because PartiQL has no upsert.
+  Each becomes an insert, or an update of the attributes that differ on condition that the token is
+  unchanged; it is repeated if another write came first.
+* A change that no statement can express (very long names, a change with a mark, an entity near its
+  limits) reads the item and writes it as a whole on condition that the token is unchanged.
 
-**Answers that are lost.** Every write leaves its token. A write whose condition names a version or
-token is simply tried again: it lands once, or meets its own token. (A version comes again in another
-life of the entity, so the item must also be older than the write: a try that comes late finds none.)
-The others look for their token; if it is not there, nobody can tell, and the error says
-`outcome_unknown`. (An insert that the server
-answered by a failure, and that left nothing, is tried again.) For a while after that, all of these
-read first, so that more lost answers do no harm.
+**Lost responses.** Every write stores its token. A write whose condition contains a version or token
+is repeated: it is applied once, or the repeated attempt finds its own token. (The version of an entity
+that was deleted and created again may be the same. Therefore, the condition also requires that the
+item is older than the write, which excludes delayed attempts.) Other writes read the item and look for
+their token. If the item has another token or does not exist, the outcome cannot be determined, and the
+error has `outcome_unknown`. (An insert to which the server responded with a failure is repeated if the
+item does not exist.) For a while after a lost response all such writes read first, so that they can be
+repeated after further lost responses.
 """
 
 from __future__ import annotations
@@ -55,17 +58,17 @@ from hf_async_store.strategies.dynamodb.errors import (
 )
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
-    CREATED_SIDE,
+    CREATED_SUBSTITUTE,
     DECLARATION_DIGEST,
     SIZE,
     TOKEN,
     ItemMapping,
     new_token,
     probe_id,
+    size_bound_of,
     size_of,
     stored_size,
     token_of,
-    weight_in,
 )
 from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
 from hf_async_store.strategies.dynamodb.statements import (
@@ -107,29 +110,30 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 MAX_STATEMENTS: Final = 25
-_FEW: Final = 4
-"""So many deletes are made one by one, before it is worth learning whether they can share."""
+_MAX_DELETES_WITHOUT_PROBE: Final = 4
+"""With more deletes than this in a call, the store first probes whether statements return items."""
 _READ_FIRST_SECONDS: Final = 60.0
-_ROUNDS_AT_ONCE: Final = 8
-"""So many races may a write lose before it pauses between them."""
+_ROUNDS_WITHOUT_PAUSE: Final = 8
+"""After this many rounds, in which concurrent writes came first, a write pauses between rounds."""
 
 
 class Writes:
-    """`write_each` of the engine."""
+    """Implements `write_each` of the engine."""
 
     def __init__(
-        self, client: Client, tables: Tables, reading: Reading, recent: WriteCache
+        self, client: Client, tables: Tables, reading: Reading, write_cache: WriteCache
     ) -> None:
         self._client = client
         self._tables = tables
         self._reading = reading
-        self._recent = recent
-        self._seconds = client.config.retry_timeout
+        self._write_cache = write_cache
+        self._retry_seconds = client.config.retry_timeout
         self._imports = Imports(client, tables)
-        # Whether the answer to a statement brings its item: not every server does that.
-        self._returns: bool | None = None
-        # Whether an insert may bring its item as one parameter: AWS does not say so.
-        self._inserts_whole = True
+        # Whether the response to a statement returns the item, which not every server does; None
+        # if unknown.
+        self._returns_items: bool | None = None
+        # Whether an insert can pass its item as one parameter, which AWS does not document.
+        self._inserts_as_parameter = True
         self._read_first_until = 0.0
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
@@ -137,71 +141,77 @@ class Writes:
         for collection in {each.key.collection for each in changes}:
             await self._tables.ensure(collection)
         ops = [self._op(each) for each in changes]
-        for wave in _waves(ops):
-            await self._run(wave)
-            for each in wave:
-                self._remember(each)
+        for batch in _split_repeated_keys(ops):
+            await self._run(batch)
+            for each in batch:
+                self._update_cache(each)
         return [each.outcome for each in ops]
 
     def _op(self, change: Change) -> WriteOp:
         name = change.key.collection
-        return WriteOp(change, self._tables.forms[name], self._tables.name(name))
+        return WriteOp(change, self._tables.mappings[name], self._tables.name(name))
 
-    def _recall(self, op: WriteOp) -> None:
-        """See in it what this store wrote last, if that is what it asks for."""
+    def _use_cached_state(self, op: WriteOp) -> None:
+        """Use the state in the write cache if the operation can be based on it."""
         change = op.change
-        if not isinstance(change, Patch) or op.full_replace:
+        if not isinstance(change, Patch) or op.separate_request:
             return
-        left = self._recent.get(op.table, change.key.id)
-        if left is not None and (op.needs_state or change.expect == left.version):
-            op.observed = left.seen()
+        receipt = self._write_cache.get(op.table, change.key.id)
+        if receipt is not None and (op.needs_state or change.expect == receipt.version):
+            op.observed = receipt.as_attributes()
             op.from_cache = True
 
-    def _remember(self, op: WriteOp) -> None:
+    def _update_cache(self, op: WriteOp) -> None:
         if op.receipt is None or isinstance(op.outcome, StorageError):
-            self._recent.drop(op.table, op.change.key.id)
+            self._write_cache.drop(op.table, op.change.key.id)
         else:
-            self._recent.put(op.table, op.change.key.id, op.receipt)
+            self._write_cache.put(op.table, op.change.key.id, op.receipt)
 
     async def _run(self, ops: list[WriteOp]) -> None:
         imports = [each for each in ops if is_import(each.change)]
         if imports:
             await self._imports.write(imports)
-        if self._returns is None and sum(isinstance(each.change, Delete) for each in ops) > _FEW:
-            self._returns = await self._probe_returning_support(ops[0])
-        backoff = Backoff(self._seconds)
-        waiting = [each for each in ops if not each.is_done]
-        for each in waiting:
-            self._recall(each)
+        if (
+            self._returns_items is None
+            and sum(isinstance(each.change, Delete) for each in ops) > _MAX_DELETES_WITHOUT_PROBE
+        ):
+            self._returns_items = await self._probe_returning_support(ops[0])
+        backoff = Backoff(self._retry_seconds)
+        pending = [each for each in ops if not each.is_done]
+        for each in pending:
+            self._use_cached_state(each)
         rounds = 0
-        while waiting:
-            alone = len(waiting) == 1 and time.monotonic() >= self._read_first_until
-            await self._look([each for each in waiting if self._must_look(each, is_single=alone)])
-            failed = await self._send([each for each in waiting if not each.is_done])
-            waiting = [each for each in waiting if not each.is_done]
+        while pending:
+            is_single = len(pending) == 1 and time.monotonic() >= self._read_first_until
+            await self._read_current(
+                [each for each in pending if self._must_read(each, is_single=is_single)]
+            )
+            last_error = await self._send([each for each in pending if not each.is_done])
+            pending = [each for each in pending if not each.is_done]
             rounds += 1
-            if failed is None and rounds > _ROUNDS_AT_ONCE:
-                failed = conflict()  # others are faster each time, or what is read is not current
-            if failed and waiting and not await backoff.pause(failed):
-                for each in waiting:
-                    each.done(_given_up(each, failed))
+            if last_error is None and rounds > _ROUNDS_WITHOUT_PAUSE:
+                # Other writes came first in each round, or the reads are not current.
+                last_error = conflict()
+            if last_error and pending and not await backoff.pause(last_error):
+                for each in pending:
+                    each.done(_retries_exhausted(each, last_error))
 
     async def _probe_returning_support(self, op: WriteOp) -> bool | None:
-        """Whether a delete brings back what it deleted, by one of a key that nobody else has."""
-        key = {op.form.key: {"S": probe_id()}}
-        statement = delete(op.table, (op.form.key, key[op.form.key]["S"]), ConditionBuilder())
+        """Whether a delete returns the deleted item, tested with a probe item; None if unknown."""
+        key = {op.mapping.key: {"S": probe_id()}}
+        statement = delete(op.table, (op.mapping.key, key[op.mapping.key]["S"]), ConditionBuilder())
         try:
             await self._client.read("PutItem", {"TableName": op.table, "Item": key})
-            answer = await self._client.read("BatchExecuteStatement", {"Statements": [statement]})
+            response = await self._client.read("BatchExecuteStatement", {"Statements": [statement]})
             await self._client.read("DeleteItem", {"TableName": op.table, "Key": key})
         except StorageError:
-            return None  # whatever it is, the deletes themselves will meet it, too
-        [response] = answer["Responses"]
-        return "Item" in response
+            return None  # the deletes themselves will report the error
+        [result] = response["Responses"]
+        return "Item" in result
 
-    # -- what is known -----------------------------------------------------------------------
+    # -- reads before writes -----------------------------------------------------------------
 
-    def _must_look(self, op: WriteOp, *, is_single: bool) -> bool:
+    def _must_read(self, op: WriteOp, *, is_single: bool) -> bool:
         if op.observed is not UNKNOWN:
             return False
         change = op.change
@@ -210,12 +220,12 @@ class Writes:
         if op.ambiguous:
             return op.needs_state or change.expect is ABSENT
         return op.needs_state and (
-            self._returns is False or time.monotonic() < self._read_first_until
+            self._returns_items is False or time.monotonic() < self._read_first_until
         )
 
-    async def _look(self, ops: list[WriteOp]) -> None:
-        """Read what is there, and settle what that settles."""
-        ops = [each for each in ops if not each.full_replace]
+    async def _read_current(self, ops: list[WriteOp]) -> None:
+        """Read the items of operations, and complete those whose outcome this determines."""
+        ops = [each for each in ops if not each.separate_request]
         if not ops:
             return
         try:
@@ -226,68 +236,72 @@ class Writes:
                     each.done(each.unknown(f"reading it back failed: {exc}"))
                 else:
                     error = exc.copy()
-                    error.outcome_unknown = False  # this was a read
+                    error.outcome_unknown = False  # the failed request was a read
                     each.done(error)
             return
         for op, item in zip(ops, items, strict=True):
-            with _its_own(op):
-                self._saw(op, item)
+            with _catch_corruption(op):
+                self._observe(op, item)
 
-    def _saw(self, op: WriteOp, item: Attributes | None) -> None:
-        """What is there now; settles what an answer that was lost left open."""
+    def _observe(self, op: WriteOp, item: Attributes | None) -> None:
+        """Record the item that was read; after a lost response, determine the outcome from it."""
         before, op.observed = op.observed, item
         if not op.ambiguous:
             return
         if item is not None and op.is_own(item):
-            op.landed_at(item)
+            op.complete_with(item)
         elif item is not None and isinstance(before, dict) and token_of(item) == token_of(before):
-            return  # on which every try insisted: so none landed, and but one can
-        elif isinstance(op.change, Put) and item is None and not op.may_land_later:
-            return  # an insert that left nothing
+            return  # all attempts required this token: none was applied, and only one can be
+        elif isinstance(op.change, Put) and item is None and not op.may_be_applied_later:
+            return  # an insert that was not applied
         elif op.change.expect is ABSENT and item is not None:
             op.done(AlreadyExistsError(op.change.key.collection, op.change.key.id))
         else:
-            op.done(op.unknown("its token was not found"))
+            op.done(op.unknown("the stored item does not have the token of the write"))
 
     # -- statements --------------------------------------------------------------------------
 
     async def _send(self, ops: list[WriteOp]) -> StorageError | None:
-        """One try for each; returns an error that says to wait before the next."""
+        """Send each operation once; return an error that requires a pause before the next attempt."""
         pairs: list[tuple[WriteOp, Statement]] = []
         for op in ops:
             try:
-                statement = None if op.full_replace else self._statement(op)
+                statement = None if op.separate_request else self._statement(op)
             except StorageError as exc:
                 op.done(exc)
                 continue
             if statement is not None:
                 pairs.append((op, statement))
             elif not op.is_done:
-                op.full_replace = True
+                op.separate_request = True
         sent = [self._execute(each) for each in chunks(pairs, MAX_STATEMENTS)]
-        sent += [self._alone(each) for each in ops if each.full_replace and not each.is_done]
+        sent += [
+            self._send_separately(each)
+            for each in ops
+            if each.separate_request and not each.is_done
+        ]
         failures = [await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent)
         return next((each for each in failures if each is not None), None)
 
     def _statement(self, op: WriteOp) -> Statement | None:
-        """How the change is made; None if it is done, or no statement can say it.
+        """The statement for an operation; None if it is complete or no statement can express it.
 
         Raises:
-            StorageError: what was read says that it cannot be made.
+            StorageError: the operation fails because of the item that was read.
         """
-        change, seen = op.change, op.observed
+        change, observed = op.change, op.observed
         op.guarded_by_token = False
         op.receipt = None
-        if isinstance(seen, Unknown) and isinstance(change, Put) and op.needs_state:
+        if isinstance(observed, Unknown) and isinstance(change, Put) and op.needs_state:
             op.is_upsert = change.expect is ANY
             return None
         if change.expect is ABSENT:
             return self._insert(op)
         if change.expect == INT_MAX and not isinstance(change, Delete):
-            return None  # there is no version after it, if that is what is stored
-        if isinstance(seen, Unknown):
-            guard = self._blind_guard(op)
-        elif seen is None:
+            return None  # if this is the stored version, there is no next one
+        if isinstance(observed, Unknown):
+            condition = self._condition_without_read(op)
+        elif observed is None:
             if change.expect is not ANY:
                 raise op.not_found()
             if isinstance(change, Put):
@@ -295,33 +309,37 @@ class Writes:
             op.done(None)
             return None
         else:
-            token = token_of(seen)
+            token = token_of(observed)
             if token is None:
-                return None  # another program wrote it
+                return None  # another program wrote the item
             if (
                 isinstance(change, Patch)
                 and not op.from_cache
-                and seen.get(DECLARATION_DIGEST) != op.form.mark
+                and observed.get(DECLARATION_DIGEST) != op.mapping.digest
             ):
                 return None
             op.guarded_by_token = True
-            guard = ConditionBuilder.token(token)
+            condition = ConditionBuilder.token(token)
             if not isinstance(change, Delete):
-                op.new_version = next_version(change.key, op.version_of(seen))
+                op.new_version = next_version(change.key, op.version_of(observed))
         if not isinstance(change, Delete):
-            return self._update(op, guard)
-        # A delete succeeds where nothing is there: only what comes back tells.
-        return delete(op.table, op.key, guard) if self._returns else None
+            return self._update(op, condition)
+        # A delete of a missing item succeeds, too; only a returned item shows that it existed.
+        return delete(op.table, op.key, condition) if self._returns_items else None
 
-    def _blind_guard(self, op: WriteOp) -> ConditionBuilder:
+    def _condition_without_read(self, op: WriteOp) -> ConditionBuilder:
         expect = op.change.expect
         op.new_version = None
-        guard = ConditionBuilder()
+        condition = ConditionBuilder()
         if type(expect) is int:
-            guard = ConditionBuilder.version(expect, op.requested_at)
+            condition = ConditionBuilder.version(expect, op.requested_at)
             if not isinstance(op.change, Delete):
                 op.new_version = next_version(op.change.key, expect)
-        return guard if isinstance(op.change, Delete) else guard.and_declaration(op.form.mark)
+        return (
+            condition
+            if isinstance(op.change, Delete)
+            else condition.and_declaration(op.mapping.digest)
+        )
 
     def _insert(self, op: WriteOp) -> Statement:
         put = cast("Put", op.change)
@@ -329,117 +347,121 @@ class Writes:
         if CREATED_AT not in entity and put.import_version is None:
             entity = {**entity, CREATED_AT: put.written_at}
         op.new_version = 1 if put.import_version is None else put.import_version
-        item = op.form.item(put.key.id, entity, op.new_version, op.token)
-        op.receipt = _left(op, item)
-        return insert(op.table, item, whole=self._inserts_whole)
+        item = op.mapping.item(put.key.id, entity, op.new_version, op.token)
+        op.receipt = _receipt_of(op, item)
+        return insert(op.table, item, whole=self._inserts_as_parameter)
 
-    def _update(self, op: WriteOp, guard: ConditionBuilder) -> Statement | None:
+    def _update(self, op: WriteOp, condition: ConditionBuilder) -> Statement | None:
         change = op.change
-        put: dict[Path, Attribute] = {(TOKEN,): {"S": op.token}}
+        assigned: dict[Path, Attribute] = {(TOKEN,): {"S": op.token}}
         removed: list[Path]
-        weight: int | None = None
+        added_size: int | None = None
         if isinstance(change, Put):
             if change.import_version is not None:
                 return None
-            attributes, names = op.form.parts(change.entity, keep_created=True)
-            attributes.pop(op.form.key)
-            assert op.new_version is not None, "only a patch leaves it to the server"
+            attributes, names = op.mapping.parts(change.entity, keep_created=True)
+            attributes.pop(op.mapping.key)
+            assert op.new_version is not None, "the server computes the version of a patch only"
             attributes[SIZE] = stored_size(change.entity, op.new_version)
-            op.receipt = _left(op, attributes)
+            op.receipt = _receipt_of(op, attributes)
             if isinstance(op.observed, dict) and op.guarded_by_token:
-                attributes, names = _difference(op.observed, attributes, names, op.form)
-            put.update({(name,): each for name, each in attributes.items()})
+                attributes, names = _difference(op.observed, attributes, op.mapping)
+            assigned.update({(name,): each for name, each in attributes.items()})
             removed = [(each,) for each in names]
         else:
             assert isinstance(change, Patch)
             fields = change.fields
-            if op.form.key in fields:
-                fields = {name: each for name, each in fields.items() if name != op.form.key}
-            sets, removed = op.form.changes(fields)
-            put.update(sets)
-            weight = size_of(cast("Entity", fields))
-            known = _known_weight(op) + weight
+            if op.mapping.key in fields:
+                fields = {name: each for name, each in fields.items() if name != op.mapping.key}
+            changed_attributes, removed = op.mapping.changes(fields)
+            assigned.update(changed_attributes)
+            added_size = size_of(cast("Entity", fields))
+            known = _known_size(op) + added_size
             if known <= MAX_ENTITY_BYTES:
-                put[SIZE,] = {"N": str(known)}
-                op.receipt = _left(op, {SIZE: put[SIZE,]})
-                weight = None
+                assigned[SIZE,] = {"N": str(known)}
+                op.receipt = _receipt_of(op, {SIZE: assigned[SIZE,]})
+                added_size = None
             else:
-                guard = guard.and_size_below(MAX_ENTITY_BYTES - weight)
+                condition = condition.and_size_at_most(MAX_ENTITY_BYTES - added_size)
         return update(
             op.table,
             op.key,
-            put,
+            assigned,
             removed,
-            guard,
+            condition,
             version=op.new_version,
-            weight=weight,
+            added_size=added_size,
             returning=op.new_version is None,
         )
 
     async def _execute(self, pairs: Sequence[tuple[WriteOp, Statement]]) -> StorageError | None:
         try:
-            answer = await self._client.call(
+            response = await self._client.call(
                 "BatchExecuteStatement", {"Statements": [each for _, each in pairs]}
             )
         except StorageError as exc:
-            if self._inserts_whole and isinstance(exc, StatementRefused) and _inserting(pairs):
-                self._inserts_whole = False  # and again, in the form that every server knows
+            if (
+                self._inserts_as_parameter
+                and isinstance(exc, StatementRefused)
+                and _any_insert(pairs)
+            ):
+                self._inserts_as_parameter = False  # repeat, in the form that all servers support
                 return None
-            if len(pairs) > 1 and _may_be_of_one(exc):
+            if len(pairs) > 1 and _may_be_caused_by_one(exc):
                 middle = len(pairs) // 2
-                waits = [await self._execute(each) for each in (pairs[:middle], pairs[middle:])]
-                return waits[0] or waits[1]
-            waits = [self._failed(op, exc) for op, _ in pairs]
-            return next((each for each in waits if each is not None), None)
-        wait: StorageError | None = None
-        for (op, _), response in zip(pairs, answer["Responses"], strict=True):
-            error = response.get("Error")
-            with _its_own(op):
+                errors = [await self._execute(each) for each in (pairs[:middle], pairs[middle:])]
+                return errors[0] or errors[1]
+            errors = [self._request_failed(op, exc) for op, _ in pairs]
+            return next((each for each in errors if each is not None), None)
+        error_to_wait_for: StorageError | None = None
+        for (op, _), result in zip(pairs, response["Responses"], strict=True):
+            error = result.get("Error")
+            with _catch_corruption(op):
                 if error is None:
-                    self._landed(op, response.get("Item"))
+                    self._statement_applied(op, result.get("Item"))
                 else:
-                    wait = self._refused(op, error) or wait
-        return wait
+                    error_to_wait_for = self._statement_failed(op, error) or error_to_wait_for
+        return error_to_wait_for
 
-    # -- answers -----------------------------------------------------------------------------
+    # -- responses ---------------------------------------------------------------------------
 
-    def _landed(self, op: WriteOp, item: Attributes | None) -> None:
+    def _statement_applied(self, op: WriteOp, item: Attributes | None) -> None:
         if op.new_version is not None:
             op.done(op.new_version)
         elif item is not None and VERSION in item:
-            self._returns = True
-            op.landed_at(item)
+            self._returns_items = True
+            op.complete_with(item)
             if not isinstance(op.change, Delete) and not isinstance(op.outcome, StorageError):
-                op.receipt = _left(op, item)
+                op.receipt = _receipt_of(op, item)
         elif not isinstance(op.change, Delete):
-            # This server brings nothing back: from now on versions are read before.
-            self._returns = False
+            # This server does not return items: from now on, versions are read first.
+            self._returns_items = False
             op.ambiguous = True
             op.observed = UNKNOWN
         elif op.ambiguous:
-            op.done(op.unknown("the entity is deleted now"))
+            op.done(op.unknown("the entity does not exist any more"))
         else:
             op.done(None if op.change.expect is ANY else op.not_found())
 
-    def _refused(self, op: WriteOp, answer: Mapping[str, Any]) -> StorageError | None:
-        """What a statement's own error means; returns it if it says to wait."""
-        code = short(answer.get("Code") or "")
+    def _statement_failed(self, op: WriteOp, failure: Mapping[str, Any]) -> StorageError | None:
+        """Handle the error of a statement; return it if it requires a pause."""
+        code = short(failure.get("Code") or "")
         if code == "ConditionalCheckFailed":
-            return self._condition_failed(op, answer.get("Item"))
+            return self._condition_failed(op, failure.get("Item"))
         if code == "DuplicateItem":
             self._duplicate(op)
             return None
-        error = translate(code, answer.get("Message") or "", 400, answer)
+        error = translate(code, failure.get("Message") or "", 400, failure)
         if isinstance(error, ConcurrencyConflictError):
-            return error  # a transaction is at it: nothing was done, and soon it can be
-        return self._failed(op, error)
+            return error  # a concurrent transaction; nothing was written, and a retry may succeed
+        return self._request_failed(op, error)
 
-    def _failed(self, op: WriteOp, exc: StorageError) -> StorageError | None:
-        if isinstance(exc, StatementRefused) and not op.full_replace:
-            if self._inserts_whole and _inserts(op):
-                self._inserts_whole = False  # as above, told of the one statement
+    def _request_failed(self, op: WriteOp, exc: StorageError) -> StorageError | None:
+        if isinstance(exc, StatementRefused) and not op.separate_request:
+            if self._inserts_as_parameter and _is_insert(op):
+                self._inserts_as_parameter = False  # as in `_execute`
             else:
-                op.full_replace = True
+                op.separate_request = True
             return None
         if isinstance(exc, TableMissing):
             op.done(deleted_meanwhile(op))
@@ -451,8 +473,8 @@ class Writes:
             return None
         if not is_safe_to_retry(exc):
             op.ambiguous = True
-            op.may_land_later = op.may_land_later or isinstance(exc, AnswerLost)
-            if op.full_replace:
+            op.may_be_applied_later = op.may_be_applied_later or isinstance(exc, AnswerLost)
+            if op.separate_request:
                 if op.observed is None:
                     op.observed = UNKNOWN
             elif op.needs_state and not op.guarded_by_token:
@@ -464,7 +486,7 @@ class Writes:
 
     def _duplicate(self, op: WriteOp) -> None:
         if op.change.expect is not ABSENT or op.ambiguous:
-            op.observed = UNKNOWN  # somebody was faster, or it was this very write
+            op.observed = UNKNOWN  # another write or an earlier attempt inserted the item
             if op.change.expect is not ABSENT and not op.ambiguous:
                 return
             op.ambiguous = True
@@ -474,51 +496,52 @@ class Writes:
     def _condition_failed(self, op: WriteOp, item: Attributes | None) -> StorageError | None:
         change = op.change
         if item is not None and op.ambiguous and op.is_own(item):
-            op.landed_at(item)
+            op.complete_with(item)
         elif item is None:
-            self._nothing_there(op)
+            self._item_missing(op)
         elif type(change.expect) is int and op.version_of(item) != change.expect:
-            op.done(_stale(op, item))
+            op.done(_version_conflict(op, item))
         elif op.guarded_by_token:
             return self._race_lost(op, item)
         elif op.requested_at and not _is_older(item, op.requested_at):
-            if op.ambiguous:  # this may be another life, and it landed in the one before
-                op.done(op.unknown("others have written since"))
-            op.observed = item  # a clock that is ahead wrote it, or none
+            # The clock of the last writer is ahead, or the item has no `updated_at`.
+            if op.ambiguous:  # or the entity was deleted and created again after an attempt
+                op.done(op.unknown("the entity was written again since"))
+            op.observed = item
         else:
-            # The version is the last there is, the entity may become too heavy, or another
-            # declaration was in force when it was written.
-            op.full_replace = True
+            # The version is the maximum, the entity may become too large, or the item was written
+            # with another declaration.
+            op.separate_request = True
             op.observed = item
         return None
 
-    def _nothing_there(self, op: WriteOp) -> None:
+    def _item_missing(self, op: WriteOp) -> None:
         if op.ambiguous and (isinstance(op.change, Delete) or op.change.expect is ANY):
-            op.done(op.unknown("the entity is deleted now"))
+            op.done(op.unknown("the entity does not exist any more"))
         elif op.guarded_by_token and op.change.expect is ANY:
             op.observed = None
         else:
             op.done(op.not_found())
 
     def _race_lost(self, op: WriteOp, item: Attributes | Unknown) -> StorageError | None:
-        seen = op.observed
-        assert isinstance(item, dict), "there is one"
-        if isinstance(seen, dict) and token_of(seen) == token_of(item):
-            op.full_replace = True  # it is the weight that does not fit
+        observed = op.observed
+        assert isinstance(item, dict), "the item exists"
+        if isinstance(observed, dict) and token_of(observed) == token_of(item):
+            op.separate_request = True  # the condition on the size failed
         elif op.ambiguous:
-            op.done(op.unknown("others have written since"))
+            op.done(op.unknown("the entity was written again since"))
             return None
         elif op.from_cache:
-            self._recent.was_wrong()
+            self._write_cache.report_stale_entry()
             op.from_cache = False
-            item = UNKNOWN  # without a guess it need not win a race
+            item = UNKNOWN  # an attempt without the cache does not depend on a token
         op.observed = item
         return None
 
-    # -- alone -------------------------------------------------------------------------------
+    # -- separate requests -------------------------------------------------------------------
 
-    async def _alone(self, op: WriteOp) -> StorageError | None:
-        """A change in a request of its own."""
+    async def _send_separately(self, op: WriteOp) -> StorageError | None:
+        """Send a change as a separate request."""
         try:
             return await (self._upsert(op) if op.is_upsert else self._write_whole(op))
         except CorruptionError as exc:
@@ -526,53 +549,51 @@ class Writes:
             return None
 
     async def _upsert(self, op: WriteOp) -> StorageError | None:
-        """A save that expects nothing, by the one request that inserts or replaces."""
+        """Send a save without an expected version as UpdateItem, which inserts or replaces."""
         op.receipt = None
-        op.is_upsert = op.full_replace = (
-            False  # where it does not come through, it goes the usual way
-        )
+        # If this request fails, the next attempt uses a statement.
+        op.is_upsert = op.separate_request = False
         try:
-            answer = await self._client.call("UpdateItem", upsert_item(op))
+            response = await self._client.call("UpdateItem", upsert_item(op))
         except ConditionFailed:
-            op.full_replace = (
-                True  # another declaration wrote it, or its version is the last there is
-            )
+            # The item was written with another declaration, or its version is near the maximum.
+            op.separate_request = True
             return None
         except StorageError as exc:
-            return self._failed(op, exc)
-        attributes = answer["Attributes"]
-        op.landed_at(attributes)
+            return self._request_failed(op, exc)
+        attributes = response["Attributes"]
+        op.complete_with(attributes)
         if not isinstance(op.outcome, StorageError):
-            op.receipt = _left(op, attributes)
+            op.receipt = _receipt_of(op, attributes)
         return None
 
-    # -- whole -------------------------------------------------------------------------------
+    # -- writes of the whole item ------------------------------------------------------------
 
     async def _write_whole(self, op: WriteOp) -> StorageError | None:
-        """Read, change here, and write under the condition that nobody else did."""
+        """Read the item, apply the change, and write it if no other write came first."""
         change = op.change
         op.receipt = None
         try:
-            if isinstance(op.observed, Unknown) or not _is_whole(op):
-                self._saw(op, await self._reading.item(change.key))
+            if isinstance(op.observed, Unknown) or not _is_whole_item(op):
+                self._observe(op, await self._reading.item(change.key))
                 if op.is_done:
                     return None
-            seen = cast("Attributes | None", op.observed)
-            if op.ambiguous and seen is not None and op.is_own(seen):
-                op.landed_at(seen)
+            observed = cast("Attributes | None", op.observed)
+            if op.ambiguous and observed is not None and op.is_own(observed):
+                op.complete_with(observed)
                 return None
-            if seen is not None and not _takes_any_version(change):
-                op.version_of(seen)
-            entity = changed(change, None if seen is None else op.form.entity(seen))
-            if isinstance(change, Delete) and seen is None:
+            if observed is not None and not _takes_any_version(change):
+                op.version_of(observed)
+            entity = changed(change, None if observed is None else op.mapping.entity(observed))
+            if isinstance(change, Delete) and observed is None:
                 op.done(None)
                 return None
             await self._replace(op, entity)
         except ConditionFailed as exc:
             if exc.item is not None and op.is_own(exc.item):
-                op.landed_at(exc.item)
+                op.complete_with(exc.item)
             elif op.ambiguous:
-                op.done(op.unknown("others have written since"))
+                op.done(op.unknown("the entity was written again since"))
             else:
                 op.observed = exc.item
             return None
@@ -585,28 +606,28 @@ class Writes:
             op.done(exc)
             return None
         except StorageError as exc:
-            return self._failed(op, exc)
+            return self._request_failed(op, exc)
         op.done(_outcome(op, entity))
         return None
 
     async def _replace(self, op: WriteOp, entity: Entity | None) -> None:
         change = op.change
-        seen = cast("Attributes | None", op.observed)
-        request: dict[str, Any] = {"TableName": op.table, **unchanged(op.form, seen)}
+        observed = cast("Attributes | None", op.observed)
+        request: dict[str, Any] = {"TableName": op.table, **unchanged(op.mapping, observed)}
         request["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
         if entity is None:
             action = "Delete"
-            request["Key"] = {op.form.key: {"S": change.key.id}}
+            request["Key"] = {op.mapping.key: {"S": change.key.id}}
         else:
             action = "Put"
             version = cast("int", entity[VERSION])
-            request["Item"] = op.form.item(change.key.id, entity, version, op.token)
+            request["Item"] = op.mapping.item(change.key.id, entity, version, op.token)
         if change.mark is None:
             await self._client.call(f"{action}Item", request)
             return
         await self._tables.ensure(change.mark.key.collection)
         mark = self._op(Put(change.mark.key, change.mark.entity, ""))
-        item = mark.form.item(
+        item = mark.mapping.item(
             change.mark.key.id,
             change.mark.entity,
             cast("int", change.mark.entity.get(VERSION, 0)),
@@ -620,37 +641,39 @@ class Writes:
         except Cancelled as exc:
             raise _reason(exc) from exc
 
-    # -- under a condition of the caller's ---------------------------------------------------
+    # -- updates with a condition of the caller ----------------------------------------------
 
     async def update_where(self, change: Patch, condition: str, names: Names) -> int:
-        """Update an entity if a condition holds of it; returns the new version.
+        """Update an entity if it satisfies a condition; return the new version.
 
         Args:
-            condition: in DynamoDB's language, with placeholders of `names`.
+            condition: a ConditionExpression with placeholders of `names`.
 
         Raises:
-            EntityNotFoundError, ConcurrencyConflictError, InvalidQueryError.
+            EntityNotFoundError: the entity does not exist.
+            ConcurrencyConflictError: the condition or the expected version does not hold.
+            InvalidQueryError: DynamoDB rejected the condition.
         """
         await self._tables.ensure(change.key.collection)
         op = self._op(change)
-        self._recent.drop(op.table, change.key.id)
-        backoff = Backoff(self._seconds)
+        self._write_cache.drop(op.table, change.key.id)
+        backoff = Backoff(self._retry_seconds)
         for round_ in count():
-            if round_ > _ROUNDS_AT_ONCE and not await backoff.pause():
+            if round_ > _ROUNDS_WITHOUT_PAUSE and not await backoff.pause():
                 raise conflict(change.key.collection, change.key.id)
             try:
-                answer = await self._client.call(
+                response = await self._client.call(
                     "UpdateItem", update_item(op, condition, names.copy())
                 )
-                return _own_version_in(op, answer["Attributes"])
+                return _own_version_in(op, response["Attributes"])
             except ConditionFailed as exc:
                 if exc.item is None:
                     raise op.not_found() from exc
-                if exc.item.get(DECLARATION_DIGEST) != op.form.mark:
-                    await self._bring_into_form(op, exc.item)
+                if exc.item.get(DECLARATION_DIGEST) != op.mapping.digest:
+                    await self._rewrite(op, exc.item)
                     continue
-                if not _was_the_weight(op, exc.item):
-                    raise _unmet(op, exc.item) from exc
+                if not _size_condition_failed(op, exc.item):
+                    raise _condition_not_met(op, exc.item) from exc
                 op.observed = exc.item
             except StatementRefused as exc:
                 raise refused_query(exc) from exc
@@ -661,27 +684,27 @@ class Writes:
                     raise
             except UnavailableError as exc:
                 if not is_safe_to_retry(exc):
-                    # The condition may hold still, or again: sent twice, it could land twice.
+                    # The condition may still hold; a repeated request could be applied twice.
                     return await self._own_version(op, exc)
                 if not await backoff.pause(exc):
                     raise
-        raise AssertionError("there is always another round")
+        raise AssertionError("unreachable: the loop does not end")
 
-    async def _bring_into_form(self, op: WriteOp, item: Attributes) -> None:
-        """Have an item that another declaration or program wrote as this one writes it."""
+    async def _rewrite(self, op: WriteOp, item: Attributes) -> None:
+        """Rewrite an item that was written with another declaration or by another program."""
         key = op.change.key
         token = token_of(item) or new_token()
-        new = op.form.item(key.id, op.form.entity(item), op.version_of(item), token)
-        request = {"TableName": op.table, "Item": new, **unchanged(op.form, item)}
-        # It is the same entity: late or twice, it changes nothing.
+        new = op.mapping.item(key.id, op.mapping.entity(item), op.version_of(item), token)
+        request = {"TableName": op.table, "Item": new, **unchanged(op.mapping, item)}
+        # The entity remains the same, so a delayed or repeated request has no effect.
         with suppress(ConditionFailed):
             await self._client.read("PutItem", request)
 
     async def _own_version(self, op: WriteOp, lost: UnavailableError) -> int:
-        """The version that a write left of which the answer was lost.
+        """The version written by a write whose response was lost.
 
         Raises:
-            UnavailableError: it left none, or nobody can tell; `outcome_unknown`.
+            UnavailableError: whether the write was applied is unknown; has `outcome_unknown`.
         """
         try:
             item = await self._reading.item(op.change.key)
@@ -693,8 +716,8 @@ class Writes:
 
 
 @contextmanager
-def _its_own(op: WriteOp) -> Iterator[None]:
-    """An item that cannot be read ends the change that is about it, and no other."""
+def _catch_corruption(op: WriteOp) -> Iterator[None]:
+    """Complete only this operation with an error if its item is invalid."""
     try:
         yield
     except CorruptionError as exc:
@@ -702,26 +725,26 @@ def _its_own(op: WriteOp) -> Iterator[None]:
 
 
 def _takes_any_version(change: Change) -> bool:
-    """Whether it neither asks for a version nor makes the next one."""
+    """Whether the change neither expects a version nor computes the next one."""
     if isinstance(change, Delete):
         return type(change.expect) is not int
     return isinstance(change, Put) and change.import_version is not None
 
 
-def _may_be_of_one(exc: StorageError) -> bool:
-    """Whether a refusal of a whole batch may be the fault of one, and nothing was done."""
+def _may_be_caused_by_one(exc: StorageError) -> bool:
+    """Whether a batch may have been rejected because of one operation, without any write."""
     return not (
         isinstance(exc, UnavailableError | ConcurrencyConflictError | AuthenticationError)
         or exc.outcome_unknown
     )
 
 
-def _inserting(pairs: Sequence[tuple[WriteOp, Statement]]) -> bool:
-    return any(_inserts(op) for op, _ in pairs)
+def _any_insert(pairs: Sequence[tuple[WriteOp, Statement]]) -> bool:
+    return any(_is_insert(op) for op, _ in pairs)
 
 
 def _own_version_in(op: WriteOp, item: Attributes) -> int:
-    """The version that this very write left."""
+    """The version of the item written by this operation."""
     try:
         return op.version_of(item)
     except CorruptionError as exc:
@@ -729,70 +752,73 @@ def _own_version_in(op: WriteOp, item: Attributes) -> int:
         raise
 
 
-def _inserts(op: WriteOp) -> bool:
-    """Whether what was just sent for it was an insert."""
+def _is_insert(op: WriteOp) -> bool:
+    """Whether the statement that was sent for the operation was an insert."""
     return op.change.expect is ABSENT or (op.observed is None and isinstance(op.change, Put))
 
 
-def _left(op: WriteOp, item: Attributes) -> WriteReceipt | None:
-    """What a write leaves that sets this; the version is in it, or known."""
+def _receipt_of(op: WriteOp, item: Attributes) -> WriteReceipt | None:
+    """The state after a write of these attributes; None if they do not contain a size.
+
+    The version is `op.new_version`, or that in the attributes.
+    """
     version = op.version_of(item) if op.new_version is None else op.new_version
-    weight = weight_in(item)
-    return None if weight is None else WriteReceipt(version, op.token, weight)
+    size = size_bound_of(item)
+    return None if size is None else WriteReceipt(version, op.token, size)
 
 
-def _known_weight(op: WriteOp) -> int:
-    """What the item weighs at most; more than any may where that is not known."""
-    seen = op.observed
-    weight = weight_in(seen) if isinstance(seen, dict) and op.guarded_by_token else None
-    return MAX_ENTITY_BYTES + 1 if weight is None else weight
+def _known_size(op: WriteOp) -> int:
+    """The upper bound of the size of the item; if unknown, a value that exceeds the limit."""
+    observed = op.observed
+    size = size_bound_of(observed) if isinstance(observed, dict) and op.guarded_by_token else None
+    return MAX_ENTITY_BYTES + 1 if size is None else size
 
 
 def _difference(
-    seen: Attributes, attributes: Attributes, names: Sequence[str], form: ItemMapping
+    observed: Attributes, attributes: Attributes, mapping: ItemMapping
 ) -> tuple[Attributes, list[str]]:
-    """What a save must set and remove where all of the item is known.
+    """The attributes that a save must set and remove, given the complete stored item.
 
     Args:
-        attributes, names: what it sets and removes where nothing is.
+        attributes: the attributes of the whole entity.
     """
-    kept = {form.key, VERSION, TOKEN}
+    kept = {mapping.key, VERSION, TOKEN}
     if CREATED_AT not in attributes:
-        kept |= {CREATED_AT, CREATED_SIDE}
-    changed = {name: each for name, each in attributes.items() if seen.get(name) != each}
-    return changed, [each for each in seen if each not in attributes and each not in kept]
+        kept |= {CREATED_AT, CREATED_SUBSTITUTE}
+    changed = {name: each for name, each in attributes.items() if observed.get(name) != each}
+    return changed, [each for each in observed if each not in attributes and each not in kept]
 
 
-def _was_the_weight(op: WriteOp, item: Attributes) -> bool:
-    """Whether an update may have been refused for its weight alone, though it is not too heavy.
+def _size_condition_failed(op: WriteOp, item: Attributes) -> bool:
+    """Whether only the condition on the size may have failed, so that the update can be repeated.
 
     Raises:
-        UnsupportedValueError: it is.
+        UnsupportedValueError: the updated entity would exceed the limit.
     """
     change = cast("Patch", op.change)
     if type(change.expect) is int and op.version_of(item) != change.expect:
         return False
-    weight = size_of(cast("Entity", dict(change.fields)))
+    added_size = size_of(cast("Entity", dict(change.fields)))
     if isinstance(op.observed, dict):
-        return token_of(item) != token_of(op.observed)  # others wrote meanwhile
-    if (weight_in(item) or 0) <= MAX_ENTITY_BYTES - weight:
+        return token_of(item) != token_of(op.observed)  # another write came first
+    if (size_bound_of(item) or 0) <= MAX_ENTITY_BYTES - added_size:
         return False
-    entity = op.form.entity(item)
+    entity = op.mapping.entity(item)
     check_size(patched(entity, change.fields, cast("int", entity[VERSION])))
     return True
 
 
-def _unmet(op: WriteOp, item: Attributes) -> StorageError:
+def _condition_not_met(op: WriteOp, item: Attributes) -> StorageError:
     expect = op.change.expect
     if type(expect) is int and op.version_of(item) != expect:
-        return _stale(op, item)
+        return _version_conflict(op, item)
     version = next_version(op.change.key, op.version_of(item)) - 1
     return ConcurrencyConflictError(
-        f"the condition does not hold for {op.change.key.collection} {op.change.key.id!r}",
+        f"condition_expression does not hold for {op.change.key.collection} {op.change.key.id!r}",
         collection=op.change.key.collection,
         entity_id=op.change.key.id,
         actual=version,
-        current=op.form.entity(item),
+        current=op.mapping.entity(item),
     )
 
 
@@ -800,8 +826,8 @@ def _is_older(item: Attributes, than: str) -> bool:
     return bool(item.get(UPDATED_AT, {}).get("S", than) < than)
 
 
-def _is_whole(op: WriteOp) -> bool:
-    """Whether what was seen is the whole item: a look reads its version and token alone."""
+def _is_whole_item(op: WriteOp) -> bool:
+    """Whether `observed` is the whole item; from the write cache or a response it is only a part."""
     return op.observed is None or (isinstance(op.observed, dict) and "doc" in op.observed)
 
 
@@ -811,21 +837,21 @@ def _outcome(op: WriteOp, entity: Entity | None) -> Outcome:
     try:
         return op.version_of(cast("Attributes", op.observed))
     except CorruptionError:
-        return 0  # of what was deleted, whatever its version was
+        return 0  # the deleted item had an invalid version
 
 
-def _stale(op: WriteOp, item: Attributes) -> StorageError:
+def _version_conflict(op: WriteOp, item: Attributes) -> StorageError:
     change = op.change
     actual = op.version_of(item)
     expected = cast("int", change.expect)
     try:
-        check(change.key, expected, actual, op.form.entity(item))
+        check(change.key, expected, actual, op.mapping.entity(item))
     except StorageError as exc:
         return exc
     raise AssertionError("the versions differ")
 
 
-def _given_up(op: WriteOp, last: StorageError) -> StorageError:
+def _retries_exhausted(op: WriteOp, last: StorageError) -> StorageError:
     if op.ambiguous:
         return op.unknown(f"the retry failed: {last}")
     if isinstance(last, UnavailableError | ConcurrencyConflictError):
@@ -836,23 +862,23 @@ def _given_up(op: WriteOp, last: StorageError) -> StorageError:
 
 
 def _reason(exc: Cancelled) -> StorageError:
-    """Why a change with a mark was cancelled."""
+    """The error for a cancelled change with a mark: that of the first action that failed."""
     for each in exc.reasons:
         code = each.get("Code")
         if code and code != "None":
             return translate(code, each.get("Message") or "", 400, each)
-    return UnavailableError("the transaction was cancelled without a reason")
+    return UnavailableError("DynamoDB cancelled the transaction without giving a reason")
 
 
-def _waves(ops: Sequence[WriteOp]) -> list[list[WriteOp]]:
-    """The ops in as few lists as there may be without a key twice in one."""
-    waves: list[list[WriteOp]] = []
-    seen: dict[tuple[str, str], int] = {}
+def _split_repeated_keys(ops: Sequence[WriteOp]) -> list[list[WriteOp]]:
+    """Split the operations into as few batches as possible, none of which contains a key twice."""
+    batches: list[list[WriteOp]] = []
+    counts: dict[tuple[str, str], int] = {}
     for op in ops:
-        place = (op.table, op.change.key.id)
-        number = seen.get(place, 0)
-        seen[place] = number + 1
-        if number == len(waves):
-            waves.append([])
-        waves[number].append(op)
-    return waves
+        key = (op.table, op.change.key.id)
+        number = counts.get(key, 0)
+        counts[key] = number + 1
+        if number == len(batches):
+            batches.append([])
+        batches[number].append(op)
+    return batches

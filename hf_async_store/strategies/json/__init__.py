@@ -1,4 +1,4 @@
-"""The JSON strategy: entities in JSON files, one or several, with a journal beside them."""
+"""The JSON strategy: entities in one or several JSON files, and a journal in the same folder."""
 
 from hf_async_store.strategies.json.files import FileManager
 from hf_async_store.strategies.json.serializer import JSONSerializer

@@ -1,7 +1,7 @@
 """One collection in memory: its entities as bytes, and the indexes over them.
 
-A write costs a dict entry and nothing more. An index is built when a query first wants it, and brought
-up to date when the next one does, from the bytes that each changed entity had before.
+A write only sets a dict entry. An index is built when a query first needs it. The next query that
+needs it brings it up to date, from the previous and the current bytes of each changed entity.
 """
 
 from __future__ import annotations
@@ -19,75 +19,80 @@ from hf_async_store.errors import CorruptionError
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.json.serializer import (
     UNREADABLE,
-    Held,
     JSONSerializer,
+    StoredEntity,
 )
 from hf_async_store.values import Entity, Value
 
 _CHUNK_SIZE: Final = 512
-"""How many entities are indexed before the loop gets a turn: 1 to 5 ms."""
+"""How many entities are indexed before control returns to the event loop: 1 to 5 ms."""
 
-_FEW: Final = 8
-"""Up to this many ids are put into the sorted list one by one."""
+_MAX_INSERTIONS: Final = 8
+"""Up to this number of changed ids, the sorted ids are updated one by one."""
 
 _SORT_CHUNK: Final = 16_384
-_MUCH: Final = 4096
-"""So many changes may wait for the next query at least, before the indexes are given up instead."""
+_MIN_BULK_CHANGES: Final = 4096
+"""At least this number of changes is kept for the next update of the indexes. If there are more, and
+more than half of the entities changed, the indexes are dropped. It is also the least number of changes
+that are applied to a copy."""
 
-_SHARE: Final = 8
-"""Changes to more than this part of a section are made to a copy of it, in pieces."""
+_BULK_DIVISOR: Final = 8
+"""Changes to more than 1/8 of a section are applied to a copy of it, in chunks."""
 
 _FREE_CHUNK: Final = 2048
 _MERGE_CHUNK: Final = 1024
 
-Before: TypeAlias = "dict[str, Held | None]"
-"""What entities were before they changed; None: not there."""
+Before: TypeAlias = "dict[str, StoredEntity | None]"
+"""The previous values of changed entities, by id; None: the entity did not exist."""
 
-_Scalar: TypeAlias = "str | int | float | None | tuple[bool]"
-_Index: TypeAlias = "dict[_Scalar, str | set[str]]"
+_IndexKey: TypeAlias = "str | int | float | None | tuple[bool]"
+_Index: TypeAlias = "dict[_IndexKey, str | set[str]]"
 
 
 class SnapshotDelta:
-    """What a section was at one moment, as far as it differs from what it is now.
+    """The difference between a section at one moment and its current content.
 
     Attributes:
-        before: what changed since, one by one.
-        whole: all the rest, once the section itself was replaced; None: it is there still.
+        before: the previous values of the entities that changed since, one by one.
+        base: the dict with all other entities, if the table has replaced it since; None: the table
+            still uses the same dict.
     """
 
-    __slots__ = ("before", "whole")
+    __slots__ = ("base", "before")
 
     def __init__(self) -> None:
         self.before: Before = {}
-        self.whole: dict[str, Held] | None = None
+        self.base: dict[str, StoredEntity] | None = None
 
 
 class CollectionTable:
     """The entities of one collection.
 
     Args:
-        collection: its declaration; None for one that only others declare: it is kept, not read.
-        cache_size: how many decoded entities queries may keep.
+        collection: its declaration; None if only other processes declare it: its entities are kept
+            but cannot be read here.
+        cache_size: the maximum number of decoded entities that queries cache.
     """
 
     def __init__(
         self, collection: Collection | None, serializer: JSONSerializer, cache_size: int
     ) -> None:
-        self.held: dict[str, Held] = {}
+        self.entities: dict[str, StoredEntity] = {}
         self._collection = collection
         self._serializer = serializer
         self._cache_size = cache_size
         self._cache: dict[str, tuple[bytes, Entity]] = {}
         self._indexable = _indexable(collection)
-        self._peek = _peeker(self._indexable)
+        self._decode_indexed = _index_decoder(self._indexable)
         self._indexes: dict[str, _Index] = {}
-        # A tuple of texts is nothing to the collector; a list of them it would walk again and again.
+        # The garbage collector does not traverse a tuple of strings; it would traverse a list of
+        # them at every collection.
         self._ids: tuple[str, ...] | None = None
-        # What each entity that changed was before, as the indexes still have it. None: not there.
+        # The previous values of changed entities, which the indexes still contain.
         self._before: Before = {}
         self._tracking = False
         self._indexing = asyncio.Lock()
-        self._past: list[SnapshotDelta] = []
+        self._deltas: list[SnapshotDelta] = []
         self._garbage: list[dict[Any, Any]] = []
 
     @property
@@ -95,107 +100,108 @@ class CollectionTable:
         return self._collection is not None
 
     def canonical(self, entity_id: str) -> bytes | None:
-        """The stored bytes of an entity, adopted now if they came from elsewhere.
+        """The stored bytes of an entity, normalized now if another program wrote them.
 
         Raises:
-            CorruptionError: they cannot be adopted.
+            CorruptionError: they cannot be normalized.
         """
-        held = self.held.get(entity_id)
-        if held is None or type(held) is bytes:
-            return held
-        adopted = self._normalize(entity_id, held)
-        self.held[entity_id] = adopted
-        return adopted
+        stored = self.entities.get(entity_id)
+        if stored is None or type(stored) is bytes:
+            return stored
+        normalized = self._normalize(entity_id, stored)
+        self.entities[entity_id] = normalized
+        return normalized
 
-    def normalized(self, entity_id: str, held: Held) -> bytes:
-        """The canonical bytes of what an entity was at some moment.
+    def normalized(self, entity_id: str, stored: StoredEntity) -> bytes:
+        """The canonical bytes of a current or previous value of an entity.
 
         Raises:
-            CorruptionError: they cannot be adopted.
+            CorruptionError: it cannot be normalized.
         """
-        if type(held) is bytes:
-            return held
-        if self.held.get(entity_id) is held:
+        if type(stored) is bytes:
+            return stored
+        if self.entities.get(entity_id) is stored:  # the current value: keep its normalized form
             return self.canonical(entity_id) or b""
-        return self._normalize(entity_id, held)
+        return self._normalize(entity_id, stored)
 
-    def _normalize(self, entity_id: str, held: Held) -> bytes:
-        assert self._collection is not None, "nobody can name what is not declared"
-        return self._serializer.normalize(self._collection, entity_id, held)
+    def _normalize(self, entity_id: str, stored: StoredEntity) -> bytes:
+        assert self._collection is not None, "no caller can name an undeclared collection"
+        return self._serializer.normalize(self._collection, entity_id, stored)
 
-    async def merged(self, images: Mapping[str, bytes | None]) -> dict[str, Held] | None:
-        """The section with many images in it, for `apply`; None where those are few.
+    async def merged(self, images: Mapping[str, bytes | None]) -> dict[str, StoredEntity] | None:
+        """A copy of the section with many images applied, for `apply`; None if there are few.
 
-        Made in pieces, so nothing else may be applied until it is.
+        The copy is made in chunks, so no other images may be applied until it is complete.
         """
-        if len(images) <= max(_MUCH, len(self.held) // _SHARE):
+        if len(images) <= max(_MIN_BULK_CHANGES, len(self.entities) // _BULK_DIVISOR):
             return None
         await asyncio.sleep(0)
-        merged = self.held.copy()  # one step, and a large one
+        merged = self.entities.copy()  # one step, and a large one
         await asyncio.sleep(0)
-        left = iter(images.items())
-        while part := dict(islice(left, _MERGE_CHUNK)):
-            self._put(merged, part)
+        remaining = iter(images.items())
+        while chunk := dict(islice(remaining, _MERGE_CHUNK)):
+            self._put(merged, chunk)
             await asyncio.sleep(0)
         return merged
 
     def apply(
-        self, images: Mapping[str, bytes | None], merged: dict[str, Held] | None = None
+        self, images: Mapping[str, bytes | None], merged: dict[str, StoredEntity] | None = None
     ) -> None:
-        """Take over the images of a commit.
+        """Apply the images of a commit.
 
         Args:
-            merged: what the section is with them, if it was made before.
+            merged: the copy of the section that `merged` returned for these images, if any.
         """
-        held = self.held
+        entities = self.entities
         if self._tracking:
-            if len(self._before) + len(images) > max(_MUCH, len(held) // 2):
+            if len(self._before) + len(images) > max(_MIN_BULK_CHANGES, len(entities) // 2):
                 self._drop_indexes()
             else:
-                _note(self._before, images, held)
+                _record_before(self._before, images, entities)
         if merged is None:
-            for past in self._past:
-                if past.whole is None:
-                    _note(past.before, images, held)
-            self._put(held, images)
+            for delta in self._deltas:
+                if delta.base is None:
+                    _record_before(delta.before, images, entities)
+            self._put(entities, images)
             return
-        for past in self._past:
-            if past.whole is None:
-                past.whole = held
-        self.held = merged
-        self._discard_whole(held)
+        for delta in self._deltas:
+            if delta.base is None:
+                delta.base = entities
+        self.entities = merged
+        self._discard_whole(entities)
 
-    def _put(self, held: dict[str, Held], images: Mapping[str, bytes | None]) -> None:
+    def _put(self, entities: dict[str, StoredEntity], images: Mapping[str, bytes | None]) -> None:
         if None not in images.values():
-            held.update(cast("Mapping[str, bytes]", images))
+            entities.update(cast("Mapping[str, bytes]", images))
             return
         for entity_id, raw in images.items():
             if raw is None:
-                held.pop(entity_id, None)
+                entities.pop(entity_id, None)
                 self._cache.pop(entity_id, None)
             else:
-                held[entity_id] = raw
+                entities[entity_id] = raw
 
-    def _discard_whole(self, whole: dict[str, Held]) -> None:
-        if not any(each.whole is whole for each in self._past):
-            self._garbage.append(whole)
+    def _discard_whole(self, base: dict[str, StoredEntity]) -> None:
+        if not any(each.base is base for each in self._deltas):
+            self._garbage.append(base)
 
     async def reclaim(self) -> None:
-        """Free what changes left behind, in pieces: at once it would hold the loop."""
+        """Free the dicts that are no longer used, in chunks: in one step it would block the event
+        loop."""
         while self._garbage:
             await reclaim(self._garbage.pop())
 
     def entity(self, entity_id: str, raw: bytes) -> Entity:
-        """The entity decoded and checked: the caller's own copy.
+        """Decode and check an entity; the caller owns the returned object.
 
         Raises:
-            CorruptionError: it is not what this package writes.
+            CorruptionError: the bytes are not in the form that this package writes.
         """
-        assert self._collection is not None, "nobody can name what is not declared"
+        assert self._collection is not None, "no caller can name an undeclared collection"
         return self._serializer.entity(self._collection, entity_id, raw)
 
-    def look(self, entity_id: str, raw: bytes) -> Entity:
-        """The entity decoded, to be looked at and not to be given away: it may be cached."""
+    def decode_cached(self, entity_id: str, raw: bytes) -> Entity:
+        """Decode an entity for reading only: it may be cached, so it must not reach a caller."""
         cached = self._cache.get(entity_id)
         if cached is not None and cached[0] is raw:
             return cached[1]
@@ -207,40 +213,41 @@ class CollectionTable:
     # -- snapshots ---------------------------------------------------------------------------
 
     def pin(self) -> SnapshotDelta:
-        """From now on note what each entity was that changes."""
-        past = SnapshotDelta()
-        self._past.append(past)
-        return past
+        """Record the previous value of each entity that changes from now on."""
+        delta = SnapshotDelta()
+        self._deltas.append(delta)
+        return delta
 
-    async def unpin(self, past: SnapshotDelta) -> None:
-        """It is no longer wanted."""
-        self._past = [each for each in self._past if each is not past]
-        self._garbage.append(past.before)
-        if past.whole is not None:
-            self._discard_whole(past.whole)
+    async def unpin(self, delta: SnapshotDelta) -> None:
+        """Stop recording for `delta`, and free it."""
+        self._deltas = [each for each in self._deltas if each is not delta]
+        self._garbage.append(delta.before)
+        if delta.base is not None:
+            self._discard_whole(delta.base)
         await self.reclaim()
 
-    def raw_before(self, past: SnapshotDelta, entity_id: str) -> bytes | None:
-        """`canonical` as it was then."""
-        if entity_id in past.before:
-            was = past.before[entity_id]
-        elif past.whole is not None:
-            was = past.whole.get(entity_id)
+    def raw_before(self, delta: SnapshotDelta, entity_id: str) -> bytes | None:
+        """The result of `canonical` at the moment of `delta`."""
+        if entity_id in delta.before:
+            previous = delta.before[entity_id]
+        elif delta.base is not None:
+            previous = delta.base.get(entity_id)
         else:
             return self.canonical(entity_id)
-        return None if was is None else self.normalized(entity_id, was)
+        return None if previous is None else self.normalized(entity_id, previous)
 
-    async def ids_before(self, past: SnapshotDelta) -> tuple[str, ...]:
-        """All ids in order as they were then."""
-        if past.whole is None:
+    async def ids_before(self, delta: SnapshotDelta) -> tuple[str, ...]:
+        """All ids at the moment of `delta`, sorted."""
+        if delta.base is None:
             ids = await self.sorted_ids()
-        held = self.held
-        if past.whole is not None:  # perhaps only now
-            held = past.whole
-            ids = await _sorted(held)
-        came = [each for each, was in past.before.items() if was is None and each in held]
-        went = [each for each, was in past.before.items() if was is not None and each not in held]
-        return _resorted(ids, went, came) if came or went else ids
+        entities = self.entities
+        if delta.base is not None:  # it may have been set during the await
+            entities = delta.base
+            ids = await _sorted(entities)
+        before = delta.before.items()
+        created = [each for each, value in before if value is None and each in entities]
+        deleted = [each for each, value in before if value is not None and each not in entities]
+        return _resorted(ids, deleted, created) if created or deleted else ids
 
     # -- indexes -----------------------------------------------------------------------------
 
@@ -248,16 +255,16 @@ class CollectionTable:
         return field in self._indexable
 
     async def index(self, *fields: str) -> None:
-        """Have the indexes of these fields current when this returns, up to the next await."""
+        """Bring the indexes of these fields up to date. They stay so until the caller's next await."""
         async with self._indexing:
             await self._catch_up()
-            # Many changes may have made all indexes be given up meanwhile.
-            while lacking := [each for each in fields if each not in self._indexes]:
-                await self._build(lacking[0])
+            # All indexes may have been dropped meanwhile because of many changes.
+            while missing := [each for each in fields if each not in self._indexes]:
+                await self._build(missing[0])
                 await self._catch_up()
 
     async def sorted_ids(self) -> tuple[str, ...]:
-        """All ids in order, current up to the next await."""
+        """All ids, sorted. They are current until the caller's next await."""
         async with self._indexing:
             await self._catch_up()
             while self._ids is None:
@@ -268,89 +275,92 @@ class CollectionTable:
     def find(self, field: str, values: Iterable[Value]) -> set[str]:
         """The ids whose field equals one of `values`; `index` must have been awaited just before.
 
-        All lists and maps count as equal here: the caller looks closer.
+        All lists and dicts are equal in an index: the caller has to compare them.
         """
         index = self._indexes[field]
-        found: set[str] = set()
+        matching: set[str] = set()
         for value in values:
-            ids = index.get(_scalar(value))
+            ids = index.get(_index_key(value))
             if isinstance(ids, str):
-                found.add(ids)
+                matching.add(ids)
             elif ids is not None:
-                found |= ids
-        return found
+                matching |= ids
+        return matching
 
     async def _build(self, field: str) -> None:
-        # What changes from here on waits in `_before`, and is then settled in this index, too.
+        # Changes from here on are recorded in `_before`, and are then applied to this index, too.
         self._tracking = True
         indexes = self._indexes
         index: _Index = {}
         value_of = attrgetter(field)
-        ids, texts = tuple(self.held), tuple(self.held.values())  # the collector leaves them alone
-        for number, (entity_id, held) in enumerate(zip(ids, texts, strict=True)):
+        # Tuples, which the garbage collector does not traverse.
+        ids, values = tuple(self.entities), tuple(self.entities.values())
+        for number, (entity_id, stored) in enumerate(zip(ids, values, strict=True)):
             if number and not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-            value = value_of(self._indexed(entity_id, held))
+            value = value_of(self._indexed(entity_id, stored))
             if value is not msgspec.UNSET:
-                _add(index, _scalar(value), entity_id)
-        if indexes is self._indexes:  # not given up meanwhile
+                _add(index, _index_key(value), entity_id)
+        if indexes is self._indexes:  # the indexes were not dropped meanwhile
             indexes[field] = index
 
     async def _sort_ids(self) -> None:
         self._tracking = True
         indexes = self._indexes
-        ids = await _sorted(self.held)
+        ids = await _sorted(self.entities)
         if indexes is self._indexes:
             self._ids = ids
 
     async def _catch_up(self) -> None:
-        """Settle every change that waits; the last piece is settled without an await."""
+        """Apply every recorded change to the indexes; the last chunk without an await after it."""
         while len(self._before) > _CHUNK_SIZE:
-            self._settle(list(islice(self._before, _CHUNK_SIZE)))
+            self._apply_to_indexes(list(islice(self._before, _CHUNK_SIZE)))
             await asyncio.sleep(0)
-        self._settle(list(self._before))
+        self._apply_to_indexes(list(self._before))
 
-    def _settle(self, changed: list[str]) -> None:
-        came: list[str] = []
-        went: list[str] = []
+    def _apply_to_indexes(self, changed: list[str]) -> None:
+        added: list[str] = []
+        removed: list[str] = []
         for entity_id in changed:
             before = self._before.pop(entity_id)
-            after = self.held.get(entity_id)
+            after = self.entities.get(entity_id)
             if before is None and after is not None:
-                came.append(entity_id)
+                added.append(entity_id)
             elif before is not None and after is None:
-                went.append(entity_id)
+                removed.append(entity_id)
             if self._indexes:
                 try:
                     self._reindex(entity_id, before, after)
                 except CorruptionError:
-                    self._drop_indexes()  # which lack this change now
+                    self._drop_indexes()  # they miss this change
                     raise
-        if self._ids is not None and (came or went):
-            self._ids = _resorted(self._ids, came, went)
+        if self._ids is not None and (added or removed):
+            self._ids = _resorted(self._ids, added, removed)
 
-    def _reindex(self, entity_id: str, before: Held | None, after: Held | None) -> None:
+    def _reindex(
+        self, entity_id: str, before: StoredEntity | None, after: StoredEntity | None
+    ) -> None:
         old = None if before is None else self._indexed(entity_id, before)
         new = None if after is None else self._indexed(entity_id, after)
         for field, index in self._indexes.items():
-            was = getattr(old, field, msgspec.UNSET)
-            now = getattr(new, field, msgspec.UNSET)
-            if was is not msgspec.UNSET and (was is not now):
-                _discard(index, _scalar(was), entity_id)
-            if now is not msgspec.UNSET:
-                _add(index, _scalar(now), entity_id)
+            old_value = getattr(old, field, msgspec.UNSET)
+            new_value = getattr(new, field, msgspec.UNSET)
+            if old_value is not msgspec.UNSET and (old_value is not new_value):
+                _discard(index, _index_key(old_value), entity_id)
+            if new_value is not msgspec.UNSET:
+                _add(index, _index_key(new_value), entity_id)
 
-    def _indexed(self, entity_id: str, held: Held) -> Any:
-        """The fields of an entity that have an index."""
-        canonical = self.normalized(entity_id, held)
+    def _indexed(self, entity_id: str, stored: StoredEntity) -> Any:
+        """The fields of an entity that can be indexed."""
+        canonical = self.normalized(entity_id, stored)
         try:
-            return self._peek(canonical)
+            return self._decode_indexed(canonical)
         except UNREADABLE as exc:
-            assert self._collection is not None, "what is not declared has no index"
-            raise self._serializer.not_as_written(self._collection, entity_id, str(exc)) from exc
+            assert self._collection is not None, "an undeclared collection has no index"
+            raise self._serializer.not_canonical(self._collection, entity_id, str(exc)) from exc
 
     def _drop_indexes(self) -> None:
-        """Give the indexes up: building them again costs less than settling so many changes."""
+        """Drop the indexes: building them again is cheaper than applying many changes."""
         self._garbage += [*self._indexes.values(), self._before]
         self._indexes = {}
         self._ids = None
@@ -359,7 +369,7 @@ class CollectionTable:
 
 
 async def reclaim(garbage: dict[Any, Any]) -> None:
-    """Empty it in pieces."""
+    """Empty a dict in chunks, with control returned to the event loop in between."""
     while garbage:
         for _ in range(min(len(garbage), _FREE_CHUNK)):
             garbage.popitem()
@@ -372,32 +382,35 @@ async def _sorted(unsorted: Iterable[str]) -> tuple[str, ...]:
     for start in range(0, len(rest), _SORT_CHUNK):
         ids += sorted(rest[start : start + _SORT_CHUNK])
         await asyncio.sleep(0)
-    ids.sort()  # merges sorted runs, which takes a fraction of sorting
+    ids.sort()  # merges sorted runs, in a fraction of the time of a sort
     return tuple(ids)
 
 
-def _note(before: Before, changed: Iterable[str], held: Mapping[str, Held]) -> None:
+def _record_before(
+    before: Before, changed: Iterable[str], entities: Mapping[str, StoredEntity]
+) -> None:
     for entity_id in changed:
         if entity_id not in before:
-            before[entity_id] = held.get(entity_id)
+            before[entity_id] = entities.get(entity_id)
 
 
 def _indexable(collection: Collection | None) -> frozenset[str]:
-    """The fields worth an index: declared so, and references, by which children are found."""
+    """The fields that can be indexed: those with a declared index, and references, by which children
+    are found."""
     if collection is None:
         return frozenset()
     declared = {each.field for each in collection.indexes}
     return frozenset(declared | {each.name for each in collection.references})
 
 
-def _peeker(fields: Iterable[str]) -> Any:
-    """A decoder of just these fields, which skips over all others."""
+def _index_decoder(fields: Iterable[str]) -> Any:
+    """A decoder that reads only these fields and skips all others."""
     struct = msgspec.defstruct("Peek", [(each, Any, msgspec.UNSET) for each in sorted(fields)])
     return msgspec.json.Decoder(struct).decode
 
 
-def _scalar(value: Value) -> _Scalar:
-    """The value as an index holds it: numbers are one type, booleans are apart from them."""
+def _index_key(value: Value) -> _IndexKey:
+    """The key of a value in an index: integers and floats may be equal, booleans equal no number."""
     if isinstance(value, bool):
         return (value,)
     if isinstance(value, list | dict):
@@ -405,8 +418,8 @@ def _scalar(value: Value) -> _Scalar:
     return value
 
 
-def _add(index: _Index, value: _Scalar, entity_id: str) -> None:
-    # Most values of a unique field have one id: a set for each would be most of the memory.
+def _add(index: _Index, value: _IndexKey, entity_id: str) -> None:
+    # Most values of a unique field have one id: a set for each would take most of the memory.
     ids = index.get(value)
     if ids is None:
         index[value] = entity_id
@@ -416,7 +429,7 @@ def _add(index: _Index, value: _Scalar, entity_id: str) -> None:
         index[value] = {ids, entity_id}
 
 
-def _discard(index: _Index, value: _Scalar, entity_id: str) -> None:
+def _discard(index: _Index, value: _IndexKey, entity_id: str) -> None:
     ids = index.get(value)
     if isinstance(ids, set):
         ids.discard(entity_id)
@@ -426,14 +439,14 @@ def _discard(index: _Index, value: _Scalar, entity_id: str) -> None:
         del index[value]
 
 
-def _resorted(ids: tuple[str, ...], came: list[str], went: list[str]) -> tuple[str, ...]:
-    """`ids` with some more and some less."""
-    if len(came) + len(went) > _FEW:
-        gone = set(went)
-        return tuple(sorted([each for each in ids if each not in gone] + came))
+def _resorted(ids: tuple[str, ...], added: list[str], removed: list[str]) -> tuple[str, ...]:
+    """`ids` with some ids added and some removed."""
+    if len(added) + len(removed) > _MAX_INSERTIONS:
+        removed_set = set(removed)
+        return tuple(sorted([each for each in ids if each not in removed_set] + added))
     changed = list(ids)
-    for each in came:
+    for each in added:
         insort(changed, each)
-    for each in went:
+    for each in removed:
         del changed[bisect_left(changed, each)]
     return tuple(changed)

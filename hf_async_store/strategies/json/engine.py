@@ -1,9 +1,9 @@
 """The JSON engine: memory plus a journal.
 
-A read is answered from memory, after one `fstat` has shown that no process appended to the journal.
-A write takes the store's write lock, reads what others appended, decides, and appends one record:
-changes that wait at the same time share the record and its sync. The journal is written to the data
-files from time to time (`compaction.py`).
+A read is served from memory, after one `fstat` has shown that no process appended to the journal.
+A write acquires the store's write lock, reads the records that other processes appended, checks its
+preconditions and appends one record: changes that wait at the same time share the record and its
+sync. The commits in the journal are written to the data files from time to time (`compaction.py`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.files import (
     FileManager,
     Signature,
-    is_doubtful,
-    mark_doubtful,
+    has_failed_sync,
+    mark_sync_failed,
     sync_data,
     sync_folder,
     sync_parents,
@@ -64,7 +64,7 @@ from hf_async_store.strategies.json.journal import (
     Images,
     Kind,
     Seal,
-    commit_text,
+    commit_payload,
     control,
     header,
     read_fold,
@@ -79,9 +79,9 @@ from hf_async_store.strategies.json.recovery import (
     StoreLoader,
     StoreState,
     open_journal,
-    read_blocks,
+    read_chunks,
     reclaim_images,
-    scanned,
+    scan_file,
 )
 from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
 from hf_async_store.strategies.json.snapshot import Snapshot
@@ -98,21 +98,21 @@ Result = TypeVar("Result")
 log: Final = logging.getLogger("hf_async_store.json")
 
 _FILE_CHECK_SECONDS: Final = 0.05
-"""How often reads look whether a data file was replaced by hand. Writes always look."""
+"""How often reads check whether a data file was replaced manually. Writes always check."""
 
 _LARGE_CHUNK: Final = 1 << 16
 _LARGE_RECORD: Final = 1 << 22
 _HEALTH_CHUNK: Final = 128
 _HEALTH_LOCK_SECONDS: Final = 5.0
 _TRIES: Final = 3
-"""How often a reader starts over before it asks for the lock."""
+"""How often a reader tries without the lock before it acquires the read lock."""
 
 _YIELD_MASK: Final = 0x7F
-"""Every so many reads yield to the event loop: reads from memory never wait for anything."""
+"""One of 128 reads returns control to the event loop: reads from memory never wait otherwise."""
 
 
 class _PendingAppend:
-    """A commit on its way to the journal."""
+    """A record that is being appended to the journal, and the images of its commit."""
 
     __slots__ = ("applied", "end", "images", "merged", "size")
 
@@ -124,10 +124,10 @@ class _PendingAppend:
         self.applied = False
 
 
-class _Prepared:
-    """A journal that is written and does not have its name yet."""
+class _PreparedJournal:
+    """A journal that is written under a temporary name and not renamed yet."""
 
-    __slots__ = ("begun", "fd", "head", "path", "sequence", "size", "temporary")
+    __slots__ = ("fd", "head", "path", "renamed", "sequence", "size", "temporary")
 
     def __init__(
         self, head: Head, path: Path, temporary: Path, fd: int, size: int, sequence: int
@@ -138,11 +138,11 @@ class _Prepared:
         self.fd = fd
         self.size = size
         self.sequence = sequence
-        self.begun = False
+        self.renamed = False
 
 
 class _ExecutorJob:
-    """One call in a worker thread; whoever waits for it may be cancelled, the call is not.
+    """One call in a worker thread. A task that waits for it may be cancelled; the call is not.
 
     `run_in_executor` and a shield do the same with four futures and one more iteration of the event
     loop, which is measurable in a commit of one entity.
@@ -158,12 +158,12 @@ class _ExecutorJob:
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """In the thread."""
+        """Make the call. Runs in the worker thread."""
         try:
             self._call()
-        except BaseException as exc:  # noqa: BLE001  # raised where the commit looks at it
+        except BaseException as exc:  # noqa: BLE001  # raised by the commit that waits for the job
             self.failure = exc
-        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        with suppress(RuntimeError):  # the event loop is closed: no task waits any longer
             self._loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
@@ -177,7 +177,7 @@ class _ExecutorJob:
 
 
 class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
-    """The record was written, and nobody knows whether it is on the disk."""
+    """The record was written, but its sync failed: it may not be on the disk."""
 
 
 class JSONEngine:
@@ -189,31 +189,31 @@ class JSONEngine:
         self.config = config
         self.schema = schema
         self.files = FileManager(config, schema)
-        self.serializer = JSONSerializer(schema, self._place)
+        self.serializer = JSONSerializer(schema, self._location)
         self.locks = LockManager(
             self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
         )
         self.loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
-        self.folding = Compactor(self)
+        self.compactor = Compactor(self)
         self._registry = FileLock(self.files.lock(".open"), self.files.ownership)
-        # Two: a commit never waits for a fold that is writing.
+        # Two threads: a commit never waits for a compaction that is writing.
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
         self._state: StoreState | None = None
-        self._plain: OverlayView  # without layers, on the current state
+        self._committed_view: OverlayView  # a view of the current state without layers
         self._refreshing = asyncio.Lock()
-        self._owned = False  # the write lock is held, and the state follows all there is
+        self._write_locked = False  # the write lock is held, and the state is up to date
         self._append: _PendingAppend | None = None
         self._write_fd = -1
-        self._broken = False  # a sync failed: the journal may lack what it shows
+        self._sync_failed = False  # a sync failed: records of the journal may not be on the disk
         self._next_file_check = 0.0
         self._reads = 0
         self._closed = False
 
-    def _place(self, collection: str) -> str:
-        """Where it lies, for errors."""
+    def _location(self, collection: str) -> str:
+        """The path of a collection's data file, for error messages."""
         for name, each in self.files.names.items():
             if each in (None, collection):
-                return f" in {(self.files.found(name) or [self.files.path(name)])[0]}"
+                return f" in {(self.files.paths_of(name) or [self.files.path(name)])[0]}"
         return ""
 
     # -- reading -----------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class JSONEngine:
             await asyncio.sleep(0)
             if not self._is_current(state):
                 state = await self.refresh()
-        return await self._plain.fetch(keys)
+        return await self._committed_view.fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         state = await self.current()
@@ -238,26 +238,26 @@ class JSONEngine:
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
         state = await self.current()
-        async with Owned(self.view(state).iter_batches(query)) as pieces:
-            async for each in pieces:
-                yield each
+        async with Owned(self.view(state).iter_batches(query)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def count(self, query: Query) -> int:
         return await self.view(await self.current()).count(query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         state = await self.current()
-        raw = state.kept(collection.name, entity_id)
+        raw = state.raw_entity(collection.name, entity_id)
         if raw is None:
             return None
-        text = self.serializer.normalize(collection, entity_id, raw)
+        encoded = self.serializer.normalize(collection, entity_id, raw)
         return Record(
-            Key(collection.name, entity_id), self.serializer.entity(collection, entity_id, text)
+            Key(collection.name, entity_id), self.serializer.entity(collection, entity_id, encoded)
         )
 
     async def exists(self) -> bool:
         self.refuse_closed()
-        return self.files.is_there()
+        return self.files.exists()
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, JSONEngine):
@@ -265,32 +265,32 @@ class JSONEngine:
         try:
             return bool(self.files.identities() & other.files.identities())
         except OSError as exc:
-            raise translate_os_error(exc, f"look at {self.files.folder}") from exc
+            raise translate_os_error(exc, f"check {self.files.folder}") from exc
 
     async def undeclared(self) -> list[str]:
         state = await self.current()
-        found = {*self._undeclared(state), *await self._strange_files()}
-        return sorted(found - set(self.schema))
+        names = {*self._undeclared_sections(state), *await self._undeclared_files()}
+        return sorted(names - set(self.schema))
 
-    async def _strange_files(self) -> list[str]:
-        """Collections that lie in files of their own which nothing names, by the names of these."""
-        found = []
-        for name in self.files.strange_files():
+    async def _undeclared_files(self) -> list[str]:
+        """The names of collections in data files that neither configuration nor journal names."""
+        names = []
+        for name in self.files.undeclared_files():
             try:
                 file = await self.files.read(name)
             except CorruptionError:
-                found.append(name.removesuffix(".json"))  # nobody can say that it is none
+                names.append(name.removesuffix(".json"))  # it may be a damaged data file
                 continue
             if file is not None and await asyncio.to_thread(holds_entities, file.text):
-                found.append(name.removesuffix(".json"))
-        return found
+                names.append(name.removesuffix(".json"))
+        return names
 
     async def explain(self, query: Query) -> QueryPlan:
         return await self.view(await self.current()).explain(query)
 
     @property
     def loaded(self) -> StoreState | None:
-        """The state as it is in memory, be it behind the files."""
+        """The state in memory, which may be behind the files; None if nothing was read yet."""
         return self._state
 
     def view(self, state: StoreState) -> OverlayView:
@@ -299,42 +299,42 @@ class JSONEngine:
         )
 
     async def current(self) -> StoreState:
-        """The state as the files have it now."""
+        """The state, brought up to date with the files."""
         state = self._state
         return state if state is not None and self._is_current(state) else await self.refresh()
 
     # -- following ---------------------------------------------------------------------------
 
     def _is_current(self, state: StoreState) -> bool:
-        """Whether memory holds all that the journal shows: one system call where it does."""
+        """Whether memory contains every record of the journal: one system call if it does."""
         try:
-            return self._shows_all(state)
+            return self._has_every_record(state)
         except OSError as exc:
-            raise translate_os_error(exc, f"look at the files in {self.files.folder}") from exc
+            raise translate_os_error(exc, f"check the files in {self.files.folder}") from exc
 
-    def _shows_all(self, state: StoreState) -> bool:
+    def _has_every_record(self, state: StoreState) -> bool:
         append = self._append
         if append is not None:
-            # Ours is the only append there can be. From the moment at which others can read the
-            # record it must be seen here, too, or a value would be seen to go back.
+            # No other process can append meanwhile. As soon as other processes can read the record,
+            # it must be visible here, too; otherwise a reader could see an older value after a newer.
             if not append.applied and os.fstat(state.fd).st_size >= append.end:
                 self._apply(state, append)
             return True
-        if self._owned:
+        if self._write_locked:
             return True
         if state.fd < 0 or state.sealed:
             self.files.refuse_moved_links()
             return not self._has_successor(state) and not self._files_changed(state)
-        found = os.fstat(state.fd)
-        if found.st_size != state.offset or not found.st_nlink:
+        status = os.fstat(state.fd)
+        if status.st_size != state.offset or not status.st_nlink:
             return False
         now = time.monotonic()
         if now < self._next_file_check:
             return True
         self.files.refuse_moved_links()
-        moved = self._has_successor(state) or not self._in_place(state)
+        moved = self._has_successor(state) or not self._journal_in_place(state)
         if moved or self._files_changed(state):
-            return False  # and look again at the next read, until this is settled
+            return False  # the next read checks again, until the state is up to date
         self._next_file_check = now + _FILE_CHECK_SECONDS
         return True
 
@@ -347,9 +347,9 @@ class JSONEngine:
         )
 
     async def refresh(self) -> StoreState:
-        """Follow the files, without a lock; with the shared one where that does not do.
+        """Bring the state up to date: without a lock, or with the read lock if that fails.
 
-        Whoever holds a lock of the store calls `refresh_locked` instead.
+        A caller that holds a lock of the store calls `refresh_locked` instead.
         """
         self.refuse_closed()
         self._register()
@@ -361,39 +361,39 @@ class JSONEngine:
             async with self.locks.shared():
                 return await self.refresh_locked()
         except (PermissionDeniedError, ReadOnlyStoreError):
-            # No lock file can be made here, so nobody writes here, either.
+            # No lock file can be created here, so no process can write here, either.
             return await self.refresh_locked()
 
     async def refresh_locked(self) -> StoreState:
-        """Follow the files while nobody can change them."""
+        """Bring the state up to date. The caller holds a lock of the store."""
         self.refuse_closed()
         self._register()
         try:
             return await self._follow()
         except JournalMissing as exc:
-            raise self._gap(exc) from exc
+            raise self._gap_error(exc) from exc
 
-    def _gap(self, exc: JournalMissing) -> CorruptionError:
+    def _gap_error(self, exc: JournalMissing) -> CorruptionError:
         return CorruptionError(
-            f"the journal of {self.files.folder} has a gap: {exc}. Restore a backup "
-            "(`hf-async-store restore`), or take the data files alone: `hf-async-store "
-            "checkpoint --recover-from file`"
+            f"the journal in {self.files.folder} has a gap: {exc}. Restore a backup "
+            "(`hf-async-store restore`), or use the data files without the journal: "
+            "`hf-async-store checkpoint --recover-from file`"
         )
 
     def _unchanged(self, state: StoreState) -> bool:
-        """Whether there is surely nothing to follow: the common case, decided in a few calls.
+        """Whether the state is certainly up to date: the common case, decided by a few system calls.
 
-        Others must be kept from writing, and no other task of this process may be following.
+        The caller holds the write lock. False if another task of this process is refreshing.
         """
         if self._closed or self._refreshing.locked() or state.fd < 0 or state.sealed:
             return False
         try:
-            found = os.fstat(state.fd)
-            there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # every write
+            status = os.fstat(state.fd)
+            in_folder = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # hot path
             return (
-                found.st_size == state.offset
-                and not is_doubtful(found)
-                and os.path.samestat(found, there)
+                status.st_size == state.offset
+                and not has_failed_sync(status)
+                and os.path.samestat(status, in_folder)
                 and not self._has_successor(state)
                 and not self._files_changed(state)
             )
@@ -411,75 +411,77 @@ class JSONEngine:
                 raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
             return state
 
-    async def _load(self, adopt: str | None = None) -> StoreState:
+    async def _load(self, recover_from: str | None = None) -> StoreState:
         self.files.refuse_moved_links()
-        loaded = await self.loader.load(adopt=adopt)
+        loaded = await self.loader.load(recover_from=recover_from)
         if self._state is not None:
             self._state.close()
         self._close_writer()
         self._state = loaded
-        self._plain = self.view(loaded)
+        self._committed_view = self.view(loaded)
         return loaded
 
     def _refuse_removed(self, state: StoreState | None) -> None:
-        """Folds leave a journal. If there is none any more, somebody removed it, and perhaps the
-        files: what memory knows to have been there must not silently be gone."""
+        """Refuse a store whose journals, and perhaps data files, were removed while it was open.
+
+        A compaction always leaves a journal. Data that was read before must not disappear silently.
+        """
         if state is None or state.fd < 0 or self.files.journals():
             return
-        gone = [name for name, found in state.signatures.items() if found is not None]
-        gone = [name for name in gone if self.files.signature(name) is None]
-        if state.pending or gone:
+        existed = [name for name, each in state.signatures.items() if each is not None]
+        removed = [name for name in existed if self.files.signature(name) is None]
+        if state.pending or removed:
             raise JournalMissing(
                 f"{self.files.journal(state.generation)} was removed while it was in use"
             )
 
-    def _in_place(self, state: StoreState) -> bool:
-        """Whether the journal that is open is the one in the folder."""
+    def _journal_in_place(self, state: StoreState) -> bool:
+        """Whether the open journal is the file of this generation in the folder."""
         try:
-            there = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # often
+            in_folder = os.stat(self.files.journal_path(state.generation))  # noqa: PTH116  # hot path
         except FileNotFoundError:
             return False
-        return os.path.samestat(there, os.fstat(state.fd))
+        return os.path.samestat(in_folder, os.fstat(state.fd))
 
     async def _catch_up(self, state: StoreState) -> bool:
-        """Read what was appended since; False if the files must be read anew."""
-        if self._append is not None or self._owned:
+        """Read the records appended since; False if the files must be read again from the start."""
+        if self._append is not None or self._write_locked:
             return True
         while True:
             try:
                 if state.fd >= 0 and not await self._read_tail(state):
                     return False
             except CorruptionError:
-                if self._in_place(state) and not self._has_successor(state):
+                if self._journal_in_place(state) and not self._has_successor(state):
                     raise
-                return False  # an adoption put that journal aside
+                return False  # a recovery has replaced that journal
             if state.fd >= 0 and not state.sealed:
                 if not self._has_successor(state):
                     break
-                # A seal comes before its successor, unless an adoption put the journal aside.
+                # A journal is sealed before its successor is created, except by a recovery.
                 if not await self._read_tail(state) or not state.sealed:
                     return False
             if not self._has_successor(state):
                 if self.files.journals()[-1:] > [state.generation]:
                     return False
                 break
-            if state.generation == 0 or not await self._step(state):
+            if state.generation == 0 or not await self._follow_successor(state):
                 return False
-        if state.fd >= 0 and not state.sealed and not self._in_place(state):
+        if state.fd >= 0 and not state.sealed and not self._journal_in_place(state):
             return False
-        return not self._files_changed(state) or await self._same_files(state)
+        return not self._files_changed(state) or await self._accept_changed_files(state)
 
     async def _read_tail(self, state: StoreState) -> bool:
         path = self.files.journal(state.generation)
-        found = os.fstat(state.fd)
-        size = found.st_size
-        if is_doubtful(found):
-            state.suspect = state.generation
+        status = os.fstat(state.fd)
+        size = status.st_size
+        if has_failed_sync(status):
+            state.failed_sync_generation = state.generation
         if size == state.offset:
             return True
         if size < state.offset:
             return False
-        async for entry, end in scanned(state.fd, path, size, state.offset, state.sequence):
+        async for entry, end in scan_file(state.fd, path, size, state.offset, state.sequence):
             images = {}
             if entry.kind is Kind.COMMIT:
                 images = await self.loader.commit(state, entry)
@@ -493,45 +495,45 @@ class JSONEngine:
             await reclaim_images(entry, images)
         return True
 
-    async def _step(self, state: StoreState) -> bool:
-        """Go over to the next generation; False if it begins from other files than we know."""
+    async def _follow_successor(self, state: StoreState) -> bool:
+        """Switch to the next generation; False if its HEAD names unknown contents of data files."""
         path = self.files.journal(state.generation + 1)
         fd = open_journal(path)
         try:
             size = os.fstat(fd).st_size
-            # No more than that record: a commit of 30 MB may follow it.
-            first = next(scan(read_blocks(fd, 0, size, path), str(path), 0, 0), None)
+            # Only the first record is read: a commit of 30 MB may follow it.
+            first = next(scan(read_chunks(fd, 0, size, path), str(path), 0, 0), None)
             if first is None or first[0].kind is not Kind.HEAD:
-                raise JournalMissing(f"{path} has no head yet")
-            head, end = first
-            found = read_head(head.payload)
-            if found.alone or not self._knows(state, found):
+                raise JournalMissing(f"{path} has no HEAD record yet")
+            entry, end = first
+            head = read_head(entry.payload)
+            if head.alone or not self._knows_contents(state, head):
                 os.close(fd)
                 return False
         except BaseException:
             with suppress(OSError):
                 os.close(fd)
             raise
-        left = state.fd
+        old_fd = state.fd
         self._close_writer()
         state.fd = fd
         state.generation += 1
         state.offset = end
         state.sequence = 1
         state.sealed = False
-        if left >= 0:
-            # In a thread: this may be all that is left of a large file that was removed.
-            await run_to_completion(asyncio.to_thread(os.close, left))
+        if old_fd >= 0:
+            # In a thread: closing the last descriptor of a large deleted file frees its disk space.
+            await run_to_completion(asyncio.to_thread(os.close, old_fd))
         return True
 
-    def _knows(self, state: StoreState, head: Head) -> bool:
+    def _knows_contents(self, state: StoreState, head: Head) -> bool:
         return all(
             any(each.digest == content.digest for each in state.known.get(name, []))
             for name, content in head.files.items()
         )
 
-    async def _same_files(self, state: StoreState) -> bool:
-        """Whether files that look changed hold what they should; costs reading them."""
+    async def _accept_changed_files(self, state: StoreState) -> bool:
+        """Whether the changed files have contents that the journals name; reads the files."""
         for name in list(self.files.names):
             signature = self.files.signature(name)
             if signature == state.signatures.get(name):
@@ -539,14 +541,14 @@ class JSONEngine:
             known = state.known.get(name, [])
             match = next((each for each in known if Signature.known(each) == signature), None)
             if match is None:
-                found = await self.files.read(name, known)
-                digest = None if found is None else found.digest
+                file = await self.files.read(name, known)
+                digest = None if file is None else file.digest
                 match = next((each for each in reversed(known) if each.digest == digest), None)
-                signature = None if found is None else found.signature
+                signature = None if file is None else file.signature
             if match is None or match.covers < state.content[name].covers:
                 return False
             if match.covers > state.content[name].covers:
-                state.covered(name, match, self.loader.collections_of(name, state))
+                state.mark_covered(name, match, self.loader.collections_of(name, state))
             state.signatures[name] = signature
         return True
 
@@ -573,24 +575,25 @@ class JSONEngine:
 
     @asynccontextmanager
     async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[StoreState]:
-        """Hold the store's write lock, with a state that follows all there is.
+        """Hold the store's write lock, with a state that is up to date.
 
         Args:
-            owner: the task that holds it, where that is not the current one.
+            owner: the task that is to hold it, if that is not the current one.
         """
         self.refuse_closed()
         if not self._has_journal():
             self.files.make_folder()
         async with self.locks.exclusive(owner=owner):
-            self._register(making=True)
-            # As `owning`, which costs every write as much as a look at the files.
+            self._register(creating=True)
+            # The same as `write_locked_state`, without its overhead, which equals that of a check of
+            # the files.
             try:
-                yield await self._own()
+                yield await self._refresh_for_write()
             finally:
-                self._owned = False
+                self._write_locked = False
 
     def _has_journal(self) -> bool:
-        """Whether the open journal still lies in a folder; then that folder is there."""
+        """Whether the open journal was not deleted; then its folder exists."""
         try:
             state = self._state
             return state is not None and state.fd >= 0 and os.fstat(state.fd).st_nlink > 0
@@ -598,34 +601,34 @@ class JSONEngine:
             return False
 
     @asynccontextmanager
-    async def owning(self) -> AsyncIterator[StoreState]:
-        """The state, following all there is; the caller holds the write lock."""
+    async def write_locked_state(self) -> AsyncIterator[StoreState]:
+        """The state, up to date; the caller holds the write lock."""
         try:
-            yield await self._own()
+            yield await self._refresh_for_write()
         finally:
-            self._owned = False
+            self._write_locked = False
 
-    async def _own(self) -> StoreState:
+    async def _refresh_for_write(self) -> StoreState:
         self.files.refuse_moved_links()
         state = self._state
         if state is None or not self._unchanged(state):
             state = await self.refresh_locked()
-        self._owned = True
+        self._write_locked = True
         if state.superseded:
-            # Left by an adoption that was interrupted; somebody may still have them open.
+            # Old journals of an interrupted recovery; another process may still have them open.
             await self.drop_journals(state.first)
             state.superseded = False
-        if self._broken or state.in_doubt:
-            await self.folding.renew(state)
-            self._broken = False
+        if self._sync_failed or state.needs_rewrite:
+            await self.compactor.renew(state)
+            self._sync_failed = False
         return state
 
     async def commit(self, state: StoreState, images: Images) -> None:
-        """Append the images as one record; in memory once it is there. The lock is held.
+        """Append the images as one record, then apply them in memory. The write lock is held.
 
         Raises:
             DiskFullError, ReadOnlyStoreError, PermissionDeniedError, UnavailableError: nothing was
-                written; or, with `outcome_unknown`, the record may not outlive a loss of power.
+                written; or, with `outcome_unknown`, the record may be lost in a power failure.
         """
         if not any(images.values()):
             return
@@ -633,16 +636,16 @@ class JSONEngine:
         if state.fd < 0 or state.sealed or unnamed:
             await self.start_generation(state)
         payload: list[bytes] = []
-        for piece in commit_text(images):
-            payload.append(piece)
-            if len(piece) > _LARGE_CHUNK:
+        for chunk in commit_payload(images):
+            payload.append(chunk)
+            if len(chunk) > _LARGE_CHUNK:
                 await asyncio.sleep(0)
         merged = await state.merged(images)
         try:
             await self._append_record(state, Kind.COMMIT, payload, images, merged)
         finally:
             await state.reclaim()
-        self.folding.consider()
+        self.compactor.consider()
 
     async def _append_record(
         self,
@@ -654,7 +657,7 @@ class JSONEngine:
     ) -> None:
         size = sum(map(len, payload))
         if size > _LARGE_RECORD:
-            # Its checksum alone would hold the loop, and so would making one text of it.
+            # Computing its checksum, or joining its chunks, would block the event loop.
             head = await asyncio.to_thread(header, kind, payload, state.sequence)
             data = [head, *payload]
         else:
@@ -664,40 +667,41 @@ class JSONEngine:
         try:
             fd = self._writer(state)
             if os.fstat(fd).st_size > state.offset:
-                # What an interrupted append left is cut off now: whoever looks at the size must
-                # not take it for this record.
+                # The incomplete record of an interrupted append is truncated first: readers that
+                # compare the file size must not mistake it for this record.
                 os.ftruncate(fd, state.offset)
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
-        # The seal of a broken journal is for those who read on now; it need not last.
-        lasting = self.config.sync_writes if kind is Kind.COMMIT else True
-        broken = self._broken or state.suspect == state.generation
-        sync = lasting and not (broken and kind is Kind.SEAL)
-        offset = state.offset  # which moves on as soon as somebody sees the record
-        hop = _ExecutorJob(lambda: _append(fd, data, offset, sync))
-        self.threads.submit(hop.run)
+        # After a failed sync the SEAL need not be durable: only current readers need it.
+        durable = self.config.sync_writes if kind is Kind.COMMIT else True
+        sync_failed = self._sync_failed or state.failed_sync_generation == state.generation
+        sync = durable and not (sync_failed and kind is Kind.SEAL)
+        offset = state.offset  # a reader that sees the record advances `state.offset`
+        job = _ExecutorJob(lambda: _append(fd, data, offset, sync))
+        self.threads.submit(job.run)
         self._append = append
         cancelled: asyncio.CancelledError | None = None
-        while not hop.done:
+        while not job.done:
             try:
-                await hop.wait()
+                await job.wait()
             except asyncio.CancelledError as exc:
                 cancelled = exc
         self._append = None
-        failure = hop.failure
+        failure = job.failure
         if failure is None or isinstance(failure, _SyncFailed):
             self._apply(state, append)
         if isinstance(failure, _SyncFailed):
-            # What a failed sync left behind is not known, and another one on the same file would
-            # claim success. The record can be read, so it counts; the next write starts over.
-            self._broken = True
+            # After a failed sync it is unknown what is on the disk, and another sync of the same
+            # file would report success. The record can be read, so it is valid; the next write
+            # first writes all data files again.
+            self._sync_failed = True
         if cancelled is not None:
             raise cancelled
         if isinstance(failure, OSError | _SyncFailed):
             cause = failure.__cause__ or failure
             raise _append_error(failure, path, commit=kind is Kind.COMMIT) from cause
         if failure is not None:
-            raise failure  # a defect, or no memory
+            raise failure  # a programming error, or a MemoryError
 
     def _apply(self, state: StoreState, append: _PendingAppend) -> None:
         if not append.applied:
@@ -708,40 +712,42 @@ class JSONEngine:
                 state.apply(append.images, append.size, append.merged)
 
     async def append_control(self, state: StoreState, body: Head | Seal | Fold) -> None:
-        """Append a record that is no commit. The lock is held."""
+        """Append a record other than a COMMIT. The write lock is held."""
         sequence = state.sequence
         try:
             kind, payload = control(body)
             await self._append_record(state, kind, [payload])
         finally:
-            # Also where its sync failed: whoever reads on finds it there.
+            # Even if its sync failed: readers find the SEAL in the file.
             if isinstance(body, Seal) and state.sequence > sequence:
                 state.sealed = True
 
     async def start_generation(self, state: StoreState) -> None:
-        """Seal the journal, if there is one, and begin the next. The lock is held."""
-        # To its end, also when cancelled: what is sealed, and what begins, must be known here.
+        """Seal the journal, if there is one, and begin the next. The write lock is held."""
+        # Not interrupted by a cancellation: the state in memory must match the journals.
         await run_to_completion(self._start_generation(state))
 
     async def _start_generation(self, state: StoreState) -> None:
         generation = state.generation + 1
         files = {
-            name: _from(
+            name: _covering(
                 content,
                 generation if name in state.replaced or state.generation == 0 else content.covers,
             )
             for name, content in state.content.items()
         }
-        async with self._prepared(Head(generation, files)) as journal:
+        async with self._prepared_journal(Head(generation, files)) as journal:
             if state.fd >= 0 and not state.sealed:
                 await self.append_control(state, Seal(generation))
-            await self._begin(state, journal)
+            await self._switch_to(state, journal)
 
     @asynccontextmanager
-    async def _prepared(self, head: Head, rest: bytes = b"") -> AsyncGenerator[_Prepared, None]:
-        """A new journal under another name, with this head and, behind it, one more record.
+    async def _prepared_journal(
+        self, head: Head, rest: bytes = b""
+    ) -> AsyncGenerator[_PreparedJournal, None]:
+        """A new journal under a temporary name, with this head and optionally one more record.
 
-        Before the journal that is there is sealed: where none can be made, that one goes on.
+        It is written before the current journal is sealed: if this fails, the current one stays in use.
         """
         path = self.files.journal(head.generation)
         data = record(*control(head), 0) + rest
@@ -751,11 +757,11 @@ class JSONEngine:
             temporary, fd = await self._in_thread(_prepare_journal, path, data, owned)
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
-        journal = _Prepared(head, path, temporary, fd, len(data), sequence)
+        journal = _PreparedJournal(head, path, temporary, fd, len(data), sequence)
         try:
             yield journal
         finally:
-            if not journal.begun:
+            if not journal.renamed:
                 os.close(fd)
                 with suppress(OSError):
                     temporary.unlink()
@@ -763,8 +769,8 @@ class JSONEngine:
     async def _in_thread(self, call: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
 
-    async def _begin(self, state: StoreState, journal: _Prepared) -> None:
-        """The prepared journal gets its name, and the state goes over to it."""
+    async def _switch_to(self, state: StoreState, journal: _PreparedJournal) -> None:
+        """Rename the prepared journal to its final name, and switch the state to it."""
         head = journal.head
         try:
             await self._in_thread(
@@ -772,7 +778,7 @@ class JSONEngine:
             )
         except OSError as exc:
             raise translate_os_error(exc, f"write {journal.path}") from exc
-        journal.begun = True
+        journal.renamed = True
         state.close()
         self._close_writer()
         state.fd = journal.fd
@@ -800,39 +806,43 @@ class JSONEngine:
 
     # -- lifecycle ---------------------------------------------------------------------------
 
-    async def recover(self, which: str) -> None:
-        """Settle a data file that was replaced by hand, or a damaged journal: "file", "journal" or
-        what is "salvage" counts.
+    async def recover(self, recover_from: str) -> None:
+        """Recover from a manually replaced data file, or from a damaged journal.
 
-        One step settles it: a journal that leans on no earlier one. Interrupted before, the question
-        is open still, and nothing was changed; afterwards whoever comes next goes on from there.
+        One step, the rename of a journal that depends on no earlier one, makes the recovery effective.
+        If it is interrupted before that step, nothing was changed; if after it, the next process that
+        opens the store continues from the new journal.
+
+        Args:
+            recover_from: "file", "journal" or "salvage", as in `JSONStorageStrategy.checkpoint`.
         """
         self.refuse_closed()
         self.files.make_folder()
         async with self.locks.exclusive():
             async with self._refreshing:
                 try:
-                    state = await self._load(which)
+                    state = await self._load(recover_from)
                 except JournalMissing as exc:
-                    raise self._gap(exc) from exc
+                    raise self._gap_error(exc) from exc
                 except OSError as exc:
                     raise translate_os_error(exc, f"read the files in {self.files.folder}") from exc
-            self._owned = True
+            self._write_locked = True
             try:
                 await run_to_completion(self._start_fresh_journal(state))
-                await self.folding.renew(state)
+                await self.compactor.renew(state)
             except BaseException:
-                # What was read must not be taken for the answer: the files have it.
+                # The state in memory may differ from the files, which are read again.
                 state.close()
                 self._state = None
                 raise
             finally:
-                self._owned = False
+                self._write_locked = False
 
     async def _start_fresh_journal(self, state: StoreState) -> None:
-        """Begin a journal on the data files as they lie there, with all that was replayed in it."""
+        """Begin a journal for the current data files. Its first commit contains everything that was
+        replayed from the old journals."""
         generation = max([state.generation, *self.files.journals()]) + 1
-        files = {name: _from(content, generation) for name, content in state.content.items()}
+        files = {name: _covering(content, generation) for name, content in state.content.items()}
         images, state.replayed = state.replayed, {}
         rest = b""
         if any(images.values()):
@@ -841,24 +851,24 @@ class JSONEngine:
             if state.unread:
                 await asyncio.to_thread(self.files.keep_damaged, state.unread)
         except OSError as exc:
-            raise translate_os_error(exc, f"keep a journal in {self.files.folder}") from exc
-        async with self._prepared(Head(generation, files, alone=True), rest) as journal:
-            await self._begin(state, journal)
+            raise translate_os_error(exc, f"copy a journal in {self.files.folder}") from exc
+        async with self._prepared_journal(Head(generation, files, alone=True), rest) as journal:
+            await self._switch_to(state, journal)
         state.known = {name: [content] for name, content in files.items()}
         state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
         await self.drop_journals(generation)
 
     async def drop_journals(self, before: int) -> None:
-        """Remove the generations that every data file holds. The lock is held."""
+        """Remove the journals before generation `before`. The write lock is held."""
         try:
-            # In a thread: to free what a large file takes on the disk is not done in a moment.
+            # In a thread: freeing the disk space of a large file takes time.
             await run_to_completion(asyncio.to_thread(self.files.drop_journals, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 
     async def probe(self) -> None:
         self.refuse_closed()
-        # Where there is no store yet, its folder need not be made for this.
+        # If there is no store yet, its folder is not created for a probe.
         name = self.files.lock(f".probe.{os.urandom(4).hex()}.tmp").name
         path = self.files.nearest_folder() / name
         try:
@@ -872,28 +882,29 @@ class JSONEngine:
         problems: list[Value] = []
         data_files: dict[str, Value] = {}
         for name in self.files.names:
-            paths = self.files.found(name)
+            paths = self.files.paths_of(name)
             data_files[name] = _file_health(paths[0], problems) if paths else None
         problems += [
-            f"{self.files.path(name)} was replaced by hand and taken over; the next write, or "
-            "`hf-async-store checkpoint`, confirms it"
+            f"{self.files.path(name)} was replaced manually, and its content is in use; the next "
+            "write, or `hf-async-store checkpoint`, makes it permanent"
             for name in sorted(state.replaced)
         ]
-        if state.in_doubt:
+        if state.needs_rewrite:
             problems.append(
-                f"{self.files.journal(state.suspect)} could not be brought to the disk; the next "
-                "write, or `hf-async-store checkpoint`, writes everything anew"
+                f"a sync of {self.files.journal(state.failed_sync_generation)} failed: recent commits "
+                "may not be on the disk. The next write, or `hf-async-store checkpoint`, writes all "
+                "data files again"
             )
-        problems += self._unfolded(state)
-        problems += await self._held_up()
-        problems += await self._unreadable(state)
+        problems += self._compaction_problems(state)
+        problems += await self._lock_problems()
+        problems += await self._entity_problems(state)
         return {
             "folder": str(self.files.folder.absolute()),
             "files": data_files,
             "journal": str(journal) if state.fd >= 0 else None,
             "journal_bytes_pending": state.pending_bytes,
-            "entities": {name: len(state.sections[name].held) for name in self.schema},
-            "undeclared_sections": [*self._undeclared(state)],
+            "entities": {name: len(state.sections[name].entities) for name in self.schema},
+            "undeclared_sections": [*self._undeclared_sections(state)],
             "backups": {
                 name: [each.name for each in self.files.backups(name)] for name in self.files.names
             },
@@ -901,21 +912,23 @@ class JSONEngine:
             "problems": problems,
         }
 
-    def _unfolded(self, state: StoreState) -> list[Value]:
-        """Whether the journal can be folded, as far as the last try tells."""
-        if self.folding.failure is not None:
-            return [f"the journal could not be folded into the data files: {self.folding.failure}"]
-        if self.folding.is_stuck(state):
+    def _compaction_problems(self, state: StoreState) -> list[Value]:
+        """Failed or unfinished compactions."""
+        if self.compactor.failure is not None:
             return [
-                f"an earlier fold in {self.files.folder} did not come to its end; "
-                "`hf-async-store checkpoint` does it, or says what is in the way"
+                f"the journal could not be compacted into the data files: {self.compactor.failure}"
+            ]
+        if self.compactor.is_stuck(state):
+            return [
+                f"an earlier compaction in {self.files.folder} was not completed; "
+                "`hf-async-store checkpoint` completes it, or reports why it cannot"
             ]
         return []
 
-    async def _held_up(self) -> list[Value]:
-        """Whether writers get their turn. A process that holds the lock may be suspended."""
-        if not self.files.is_there():
-            return []  # and no lock file is made for this
+    async def _lock_problems(self) -> list[Value]:
+        """Whether the write lock can be acquired. The process that holds it may be suspended."""
+        if not self.files.exists():
+            return []  # no lock file is created for this check
         seconds = min(self.config.lock_timeout, _HEALTH_LOCK_SECONDS)
         try:
             async with self.locks.exclusive(seconds):
@@ -923,30 +936,33 @@ class JSONEngine:
         except LockTimeoutError:
             return [
                 f"no write could begin within {seconds:g} s: another process, or a transaction of "
-                f"this one, holds {self.files.lock()}. A suspended process holds it until it goes on"
+                f"this one, holds {self.files.lock()}. A suspended process holds it until it is "
+                "resumed or ends"
             ]
         except (PermissionDeniedError, ReadOnlyStoreError):
             return []  # the probe reports it
 
-    async def _unreadable(self, state: StoreState) -> list[Value]:
-        """What is wrong with entities that came from elsewhere and that nobody has read yet."""
-        found: list[Value] = []
+    async def _entity_problems(self, state: StoreState) -> list[Value]:
+        """The errors of entities that another program wrote and that were not read yet."""
+        problems: list[Value] = []
         for name in self.schema:
             section = state.sections[name]
-            foreign = [each for each, held in section.held.items() if type(held) is not bytes]
-            for number, entity_id in enumerate(foreign, 1):
+            unchecked = [
+                each for each, stored in section.entities.items() if type(stored) is not bytes
+            ]
+            for number, entity_id in enumerate(unchecked, 1):
                 try:
                     section.canonical(entity_id)
                 except CorruptionError as exc:
-                    found.append(str(exc))
+                    problems.append(str(exc))
                 if not number % _HEALTH_CHUNK:
                     await asyncio.sleep(0)
-        return found
+        return problems
 
-    def _undeclared(self, state: StoreState) -> list[str]:
-        kept = {each for extras in state.extras.values() for each in extras}
-        there = kept | (state.sections.keys() - self.schema.keys())
-        return sorted(there - {each.name for each in SYSTEM_COLLECTIONS})
+    def _undeclared_sections(self, state: StoreState) -> list[str]:
+        extra = {each for extras in state.extras.values() for each in extras}
+        undeclared = extra | (state.sections.keys() - self.schema.keys())
+        return sorted(undeclared - {each.name for each in SYSTEM_COLLECTIONS})
 
     def describe(self) -> Mapping[str, Value]:
         return {
@@ -957,9 +973,9 @@ class JSONEngine:
 
     async def close(self) -> None:
         try:
-            await self.folding.close()
+            await self.compactor.close()
             if self._state is not None:
-                await self._leave()
+                await self._compact_if_last()
         finally:
             self._closed = True
             self._close_writer()
@@ -967,34 +983,36 @@ class JSONEngine:
                 self._state.close()
                 self._state = None
             self._registry.close()
-            self.folding.release()
+            self.compactor.release()
             self.locks.close()
             self.threads.shutdown(wait=False)
 
-    async def _leave(self) -> None:
-        """The last process out folds the journal, so that the files at rest hold everything."""
-        self._register()  # others may have been leaving when it was tried before
+    async def _compact_if_last(self) -> None:
+        """Compact, if no other process has the store open: the data files then contain everything."""
+        self._register()  # an earlier attempt may have met another process that was closing the store
         if self._registry.held is None:
-            return  # no lock file can be made here, so nobody writes here, either
+            return  # no lock file can be created here, so no process can write here, either
         try:
             self._registry.unlock()
             if self._registry.try_lock(exclusive=True):
-                await self.folding.at_close()
+                await self.compactor.at_close()
         except (PermissionDeniedError, ReadOnlyStoreError):
-            pass  # whoever may write here will fold it
+            pass  # a process that may write here compacts the journal
         except StorageError:
-            # The journal holds everything that was acknowledged; the next one to open folds it.
-            log.warning("the journal was not folded at close", exc_info=True)
+            # The journal contains every acknowledged commit; a later process compacts it.
+            log.warning("the journal was not compacted into the data files at close", exc_info=True)
 
-    def _register(self, *, making: bool = False) -> None:
-        """Be known as one that has the store open; where no lock file can be made, go without.
+    def _register(self, *, creating: bool = False) -> None:
+        """Lock the file that shows that a process has the store open. Without effect if no lock file
+        can be created.
 
         Args:
-            making: the store is about to be made. Else nothing is, where there is none.
+            creating: the store is about to be created. Otherwise no lock file is created where there is
+                no store.
         """
         if self._registry.held is None:
             with suppress(StorageError, OSError):
-                if making or self.files.is_there():
+                if creating or self.files.exists():
                     self._registry.try_lock(exclusive=False)
 
     def refuse_closed(self) -> None:
@@ -1002,19 +1020,19 @@ class JSONEngine:
             raise StoreClosedError("this store was closed")
 
     def __del__(self) -> None:
-        """Nothing is lost: the journal holds what was acknowledged. The store warns."""
+        """Nothing is lost: the journal contains every acknowledged commit. The store warns."""
         if getattr(self, "_closed", True) or self._state is None:
-            return  # it was closed, or never did anything
+            return  # it was closed, or never used
         self._close_writer()
         self._state.close()
         self._registry.close()
-        self.folding.release()
+        self.compactor.release()
         self.locks.close()
         self.threads.shutdown(wait=False)
 
 
 class _SessionContext:
-    """A transaction on the JSON engine: it takes the write lock at its first operation."""
+    """A transaction on the JSON engine. It acquires the write lock at its first operation."""
 
     def __init__(self, engine: JSONEngine) -> None:
         self._engine = engine
@@ -1039,7 +1057,7 @@ class _SessionContext:
         finally:
             await self._stack.aclose()
 
-    async def _begun(self) -> OverlayView:
+    async def _begin(self) -> OverlayView:
         if self._view is None:
             self._state = await self._stack.enter_async_context(self._engine.writing(self._owner))
             self._view = self._engine.view(self._state)
@@ -1048,22 +1066,22 @@ class _SessionContext:
         return self._view
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await (await self._begun()).fetch(keys)
+        return await (await self._begin()).fetch(keys)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        async with Owned((await self._begun()).select(query)) as records:
+        async with Owned((await self._begin()).select(query)) as records:
             async for each in records:
                 yield each
 
     async def count(self, query: Query) -> int:
-        return await (await self._begun()).count(query)
+        return await (await self._begin()).count(query)
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await (await self._begun()).write(changes)
+        return await (await self._begin()).write(changes)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Session]:
-        view = await self._begun()
+        view = await self._begin()
         depth = len(view.layers)
         view.layers.append({})
         try:
@@ -1074,17 +1092,17 @@ class _SessionContext:
         view.commit_overlay()
 
 
-def _from(content: FileState, generation: int) -> FileState:
-    """The same content of a data file, which lacks nothing before this generation."""
+def _covering(content: FileState, generation: int) -> FileState:
+    """The same content of a data file, complete up to the beginning of `generation`."""
     return FileState(content.digest, generation, content.ours, content.collection)
 
 
 def _append_error(failure: OSError | _SyncFailed, path: str, *, commit: bool) -> StorageError:
     if isinstance(failure, _SyncFailed) and isinstance(failure.__cause__, OSError):
-        error = translate_os_error(failure.__cause__, f"bring {path} to the disk")
+        error = translate_os_error(failure.__cause__, f"sync {path} to the disk")
         error.outcome_unknown = commit
         return error
-    assert isinstance(failure, OSError), "all else that appending raises"
+    assert isinstance(failure, OSError), "an append raises no other errors"
     return translate_os_error(failure, f"write {path}")
 
 
@@ -1092,12 +1110,12 @@ def _append_error(failure: OSError | _SyncFailed, path: str, *, commit: bool) ->
 
 
 def _append(fd: int, data: Sequence[bytes], offset: int, sync: bool) -> None:
-    """One record at the end of a journal."""
+    """Append one record to a journal."""
     end = offset
     try:
-        for piece in data:
-            write_all(fd, piece, end)
-            end += len(piece)
+        for chunk in data:
+            write_all(fd, chunk, end)
+            end += len(chunk)
     except OSError:
         with suppress(OSError):
             os.ftruncate(fd, offset)
@@ -1106,20 +1124,28 @@ def _append(fd: int, data: Sequence[bytes], offset: int, sync: bool) -> None:
         try:
             sync_data(fd)
         except OSError as exc:
-            # While the lock is held: whoever writes next must know, also in another process.
+            # While the lock is held: the next writer, in any process, must know about the failure.
             try:
-                mark_doubtful(fd)
+                mark_sync_failed(fd)
             except OSError:
-                log.warning("a failed sync could not be marked for other processes", exc_info=True)
+                log.warning(
+                    "a sync of the journal failed, and the journal could not be marked so that other "
+                    "processes know about it",
+                    exc_info=True,
+                )
             raise _SyncFailed from exc
 
 
 def _commit_record(images: Images) -> bytes:
-    return record(Kind.COMMIT, b"".join(commit_text(images)), 1)
+    return record(Kind.COMMIT, b"".join(commit_payload(images)), 1)
 
 
 def _prepare_journal(path: Path, data: bytes, owned: Ownership | None) -> tuple[Path, int]:
-    """A journal that begins with `data`, on the disk, not under its name yet; a descriptor of it."""
+    """Write and sync a journal that begins with `data`, under a temporary name.
+
+    Returns:
+        Its path, and an open descriptor.
+    """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -1136,10 +1162,10 @@ def _prepare_journal(path: Path, data: bytes, owned: Ownership | None) -> tuple[
 
 
 def _name_journal(temporary: Path, path: Path, first: bool) -> None:
-    """Whole or not at all.
+    """Rename a journal to its final name; on failure remove it.
 
     Args:
-        first: its folder may be new, too.
+        first: the first journal of the store, whose folder may be new, too.
     """
     try:
         temporary.rename(path)
@@ -1147,7 +1173,7 @@ def _name_journal(temporary: Path, path: Path, first: bool) -> None:
         if first:
             sync_parents(path.parent)
     except BaseException:
-        # Perhaps it has its name already, and the folder could not be brought to the disk.
+        # The rename may have succeeded, and only the sync of the folder failed.
         with suppress(OSError):
             path.unlink()
         raise
@@ -1159,20 +1185,22 @@ def _probe(path: Path) -> None:
         write_all(fd, b"probe", 0)
         sync_data(fd)
         if os.pread(fd, 5, 0) != b"probe":
-            raise OSError(errno.EIO, "what was written did not come back")
+            raise OSError(errno.EIO, "the bytes read back differ from the bytes written")
     finally:
         os.close(fd)
-        path.unlink(missing_ok=True)  # a fold clears away what looks left behind
+        path.unlink(missing_ok=True)  # a compaction may have removed it as an old temporary file
 
 
 def _file_health(path: Path, problems: list[Value]) -> Value:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as exc:
         problems.append(f"{path}: {exc.strerror}")
         return None
     if not os.access(path, os.R_OK):
-        problems.append(f"{path} cannot be read")
+        problems.append(f"{path} cannot be read: this process has no permission")
     if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
-        problems.append(f"{path} cannot be replaced")
-    return {"path": str(path), "bytes": found.st_size, "mode": oct(found.st_mode & 0o777)}
+        problems.append(
+            f"{path} cannot be replaced: this process may not write the file or its folder"
+        )
+    return {"path": str(path), "bytes": status.st_size, "mode": oct(status.st_mode & 0o777)}

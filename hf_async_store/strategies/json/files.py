@@ -1,4 +1,4 @@
-"""The files of a JSON store: their names, and how one is read, replaced and kept as a backup."""
+"""The files of a JSON store: their names, and how they are read, replaced and backed up."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ log: Final = logging.getLogger("hf_async_store.json")
 
 _MODE: Final = 0o600
 _TEMPORARY: Final = ".tmp"
-_PACKED: Final = ".gz"
+_GZIP_SUFFIX: Final = ".gz"
 _SPLIT_STEM: Final = "store"
-"""What journal and locks of split files are called after."""
+"""The first part of the names of the journal and the lock files of split files."""
 
 _RESERVED: Final = re.compile(
     r".*\.(journal|bak|damaged)\.\d+(\.gz)?|\..*\.lock(\..*)?|\..*\.tmp", re.DOTALL
 )
-"""Names that the store gives its own files."""
+"""Names of journals, backups, locks and temporary files."""
 
-_UNPACKED_CHUNK: Final = 1 << 20
-_UNPACKED_BYTES: Final = 64 << 20
-_UNPACKED_RATIO: Final = 100
-"""A packed file of others may unpack to this many bytes at least, or to this many times its size."""
+_DECOMPRESS_CHUNK: Final = 1 << 20
+_MIN_DECOMPRESS_LIMIT: Final = 64 << 20
+_MAX_COMPRESSION_RATIO: Final = 100
+"""A gzip file that this store did not write may decompress to 64 MiB, or to 100 times its size,
+whichever is more."""
 
 
 class Signature(msgspec.Struct, frozen=True):
-    """How `stat` shows a file: another content has another one, save for a clock that stands still."""
+    """The attributes of a file by which a replacement is detected without reading it. A replacement
+    of the same size within one step of the clock is missed if the inode number is reused."""
 
     size: int
     mtime_ns: int
     inode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Signature:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+    def of(cls, status: os.stat_result) -> Signature:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
     @classmethod
     def known(cls, state: FileState) -> Signature:
@@ -63,7 +65,7 @@ class Signature(msgspec.Struct, frozen=True):
 
 
 class DataFile(msgspec.Struct, frozen=True):
-    """A data file as it was read: its text, and what identifies the bytes on disk."""
+    """A data file that was read: `text` is its decompressed content; the rest identifies the file."""
 
     text: bytes
     digest: str
@@ -73,19 +75,19 @@ class DataFile(msgspec.Struct, frozen=True):
 class FileManager:
     """The files of one store, in one folder.
 
-    With `enable_compression` a data file NAME lies as `NAME.gz`. If only the other form is there,
-    that one is read, and the next fold replaces it by the configured form.
+    With `enable_compression` a data file NAME is stored as `NAME.gz`. If only the other form exists,
+    it is read, and the next compaction replaces it by the configured form.
 
-    A store is where its files really are: links are followed when it is made, so that locks and
-    journal are the same by whatever path it is opened.
+    Symbolic links are resolved when the object is created, so that every path to a store leads to the
+    same locks and journal.
 
     Attributes:
-        given: the folder as it was configured, absolute.
-        folder: where the files are.
+        configured_folder: the folder as it was configured, absolute.
+        folder: the folder that contains the files.
 
     Raises:
-        ConfigurationError: a file name that the store gives its own files, or links that lead to
-            several folders.
+        ConfigurationError: a configured file name is reserved for the store's own files, or links lead
+            to several folders.
     """
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
@@ -93,17 +95,17 @@ class FileManager:
         self._compress = config.enable_compression
         self._backups = config.backup_count if config.backup_enabled else 0
         if self.single:
-            given: dict[str, str | None] = {config.filenames.single_file: None}
+            configured: dict[str, str | None] = {config.filenames.single_file: None}
         else:
-            given = {file: name for name, file in config.files(schema).items()}
-        for name in given:
+            configured = {file: name for name, file in config.files(schema).items()}
+        for name in configured:
             _refuse_reserved(name, single=self.single)
-        # Absolute, for the working directory may change while the store is open.
-        self.given = Path(config.base_path).absolute()
-        places = _Places(self.given, given, single=self.single)
-        self.folder = places.folder
-        self._links = places.links
-        self._collections = {places.names[name]: each for name, each in given.items()}
+        # Absolute, since the working directory may change while the store is open.
+        self.configured_folder = Path(config.base_path).absolute()
+        resolved = _ResolvedPaths(self.configured_folder, configured, single=self.single)
+        self.folder = resolved.folder
+        self._links = resolved.links
+        self._collections = {resolved.names[name]: each for name, each in configured.items()}
         self._stem = next(iter(self._collections)) if self.single else _SPLIT_STEM
         self._journal_prefix = f"{self._stem}.journal."
         self._journals = str(self.folder / self._journal_prefix)
@@ -113,116 +115,116 @@ class FileManager:
 
     @property
     def names(self) -> Mapping[str, str | None]:
-        """The data files by name, each with its collection, None for a file of all of them."""
+        """The data files by name, each with its collection; None for a file of all collections."""
         return self._collections
 
     def add(self, name: str, collection: str | None) -> None:
-        """Take a file in that the journal names and this configuration does not: one of split
-        files, of a collection that only other processes declare.
+        """Add a data file that the journal names but this configuration does not: with split files,
+        that of a collection that only other processes declare.
 
         Raises:
-            CorruptionError: no store writes a journal that names it.
-            ConfigurationError: this configuration keeps the collection in another file, or keeps
-                another collection in this one.
+            CorruptionError: the name cannot be that of a data file of this store.
+            ConfigurationError: this configuration stores the collection in another file, or another
+                collection in this file.
         """
         if name in self._collections and self._collections[name] == collection:
             return
         named = f"the journal of {self.folder} names the file {name!r}"
-        # What it names is read, and replaced by the next fold.
+        # A data file is read, and replaced by the next compaction: only valid names are accepted.
         if self.single or collection is None or is_reserved(name):
             raise CorruptionError(
                 f"{named}, which is no data file of this store. Restore a backup "
-                "(`hf-async-store restore`), or take the data files alone: `hf-async-store "
-                "checkpoint --adopt-file`"
+                "(`hf-async-store restore`), or use the data files without the journal: "
+                "`hf-async-store checkpoint --recover-from file`"
             )
         if name in self._collections or collection in self._collections.values():
             raise ConfigurationError(
-                f"{named} for the collection {collection!r}; filenames.split_files does not. Give "
-                "the file the same name in the configuration of every process"
+                f"{named} for the collection {collection!r}, which contradicts filenames.split_files. "
+                "Configure the same file name for the collection in every process"
             )
         self._collections[name] = collection
 
     def path(self, name: str) -> Path:
-        """Where a data file is written."""
+        """The path to which a data file is written."""
         return self._both_paths(name)[0]
 
     def _other_path(self, name: str) -> Path:
         return self._both_paths(name)[1]
 
     def _both_paths(self, name: str) -> tuple[Path, Path]:
-        # Kept, because every write looks at the files, and joining paths costs more than that.
+        # Cached, because every write checks the files, and joining paths takes longer than a check.
         paths = self._paths.get(name)
         if paths is None:
             plain, packed = self.folder / name, self.folder / f"{name}.gz"
             paths = self._paths[name] = (packed, plain) if self._compress else (plain, packed)
         return paths
 
-    def found(self, name: str) -> list[Path]:
-        """Where a data file lies now, in the configured form first. Both are there only after a
-        fold that was to bring it into that form was interrupted."""
+    def paths_of(self, name: str) -> list[Path]:
+        """The existing paths of a data file, the configured form first. Both forms exist only after
+        the compaction that changes the form was interrupted."""
         return [each for each in (self.path(name), self._other_path(name)) if _exists(each)]
 
     def signature(self, name: str) -> Signature | None:
-        """How the file looks to `stat` now; None if there is none."""
+        """The current signature of a data file; None if it does not exist."""
         for path in self._both_paths(name):
             try:
-                return Signature.of(os.stat(path))  # noqa: PTH116  # every write asks
+                return Signature.of(os.stat(path))  # noqa: PTH116  # called by every write
             except FileNotFoundError:
                 continue
             except OSError as exc:
-                raise translate_os_error(exc, f"look at {path}") from exc
+                raise translate_os_error(exc, f"check {path}") from exc
         return None
 
     def journal(self, generation: int) -> Path:
         return Path(self.journal_path(generation))
 
     def journal_path(self, generation: int) -> str:
-        """The same as text: every write asks, and making a Path costs more than a look at the file."""
+        """The same as a string: every write needs it, and creating a Path takes longer than `stat`."""
         return f"{self._journals}{generation:08d}"
 
     def lock(self, suffix: str = "") -> Path:
-        """Lock files begin with a dot: they are nobody's business but the store's."""
+        """The path of a lock file. The name begins with a dot: only the store uses it."""
         return self.folder / f".{self._stem}.lock{suffix}"
 
     def journals(self) -> list[int]:
-        """The generations that lie in the folder, oldest first."""
-        found = []
+        """The generations of the journals in the folder, oldest first."""
+        generations = []
         for entry in self._entries():
-            number = _number(entry, self._journal_prefix)
+            number = _number_after(entry, self._journal_prefix)
             if number is not None:
-                found.append(number)
-        return sorted(found)
+                generations.append(number)
+        return sorted(generations)
 
     def backups(self, name: str) -> list[Path]:
         """The backups of a data file, newest first."""
-        found = [
+        numbered = [
             (number, entry)
             for entry in self._entries()
             for form in (name, f"{name}.gz")
-            if (number := _number(entry, f"{form}.bak.")) is not None
+            if (number := _number_after(entry, f"{form}.bak.")) is not None
         ]
-        return [self.folder / entry for _, entry in sorted(found, reverse=True)]
+        return [self.folder / entry for _, entry in sorted(numbered, reverse=True)]
 
     def ownership(self, name: str | None = None) -> Ownership | None:
-        """Whose a new file is to be, and its mode; None: of this process, 0600.
+        """Owner, group and mode for a new file; None: the user of this process, and mode 0600.
 
         Args:
-            name: of the data file that it is to replace; None: it is made beside the data files.
+            name: the data file that it is to replace; None: another file beside the data files.
         """
         replaced = None if name is None else self._ownership_of(self._both_paths(name))
         if replaced is not None:
             return replaced
         for each in self._collections:
-            found = self._ownership_of(self._both_paths(each))
-            if found is not None:
-                return found.beside()
+            ownership = self._ownership_of(self._both_paths(each))
+            if ownership is not None:
+                return ownership.beside()
         journals = self._ownership_of(self.journal(each) for each in reversed(self.journals()))
         if journals is not None:
             return journals.beside()
         try:
             return of_a_new_store(self.folder)
         except OSError as exc:
-            raise translate_os_error(exc, f"look at {self.folder}") from exc
+            raise translate_os_error(exc, f"check {self.folder}") from exc
 
     def _ownership_of(self, paths: Iterable[Path]) -> Ownership | None:
         for path in paths:
@@ -231,104 +233,107 @@ class FileManager:
             except FileNotFoundError:
                 continue
             except OSError as exc:
-                raise translate_os_error(exc, f"look at {path}") from exc
+                raise translate_os_error(exc, f"check {path}") from exc
         return None
 
-    def is_there(self) -> bool:
-        """Whether there is a store: a data file, or a journal."""
-        return any(self.found(name) for name in self._collections) or bool(self.journals())
+    def exists(self) -> bool:
+        """Whether the store exists: whether there is a data file or a journal."""
+        return any(self.paths_of(name) for name in self._collections) or bool(self.journals())
 
     def identities(self) -> set[tuple[int, int, str]]:
-        """What two stores have in common that are one: their data files by device and inode, and
-        the place of their journal by its folder and name."""
+        """Identities of the files: two objects for the same store have at least one in common. These
+        are the data files by device and inode, and data files and journal by folder and name."""
         folder, rest = self.folder, ""
         while not folder.exists():
             rest = f"{folder.name}/{rest}"
             folder = folder.parent
-        found = folder.stat()
-        # The names in full, for a file that is not there yet has no inode.
-        places = {(found.st_dev, found.st_ino, f"{rest}{each}") for each in self._collections}
-        places.add((found.st_dev, found.st_ino, f"{rest}{self._journal_prefix}"))
+        status = folder.stat()
+        # Also by name, since a file that does not exist yet has no inode.
+        identities = {(status.st_dev, status.st_ino, f"{rest}{each}") for each in self._collections}
+        identities.add((status.st_dev, status.st_ino, f"{rest}{self._journal_prefix}"))
         for name in self._collections:
-            for path in self.found(name):
-                there = path.stat()
-                places.add((there.st_dev, there.st_ino, ""))
-        return places
+            for path in self.paths_of(name):
+                status = path.stat()
+                identities.add((status.st_dev, status.st_ino, ""))
+        return identities
 
     def refuse_moved_links(self) -> None:
-        """Make sure that the paths still lead to where they led when the store was made.
+        """Check that the symbolic links have the same targets as when the object was created.
 
         Raises:
-            DataFileConflictError: one leads elsewhere.
+            DataFileConflictError: a link has another target.
         """
-        for given, real in self._links.items():
-            now = os.path.realpath(given)
-            if now != real:
+        for link, target in self._links.items():
+            current = os.path.realpath(link)
+            if current != target:
                 raise DataFileConflictError(
-                    f"{given} led to {real} when the store was opened, and leads to {now} now. "
-                    "Nothing was written there. Close the store and open it again"
+                    f"{link} was a link to {target} when the store was opened, and now leads to "
+                    f"{current}. Nothing was written there. Close the store and open it again"
                 )
 
     def inspect(self, path: Path) -> None:
-        """Make sure that a data file that is there can be read, and be replaced by a rename.
+        """Check that a data file, if it exists, is a regular file that a rename can replace.
 
         Raises:
-            ConfigurationError: it never can.
-            DataFileConflictError: it became a link since the store was made.
+            ConfigurationError: it is of another type, or a mount point.
+            DataFileConflictError: it became a symbolic link since the object was created.
         """
         try:
-            found = os.lstat(path)
+            status = os.lstat(path)
         except FileNotFoundError:
             return
         except OSError as exc:
-            raise translate_os_error(exc, f"look at {path}") from exc
-        if stat.S_ISLNK(found.st_mode):
+            raise translate_os_error(exc, f"check {path}") from exc
+        if stat.S_ISLNK(status.st_mode):
             raise DataFileConflictError(
                 f"{path} was replaced by a link to {os.path.realpath(path)}. Close the store and "
-                "open it again: it is then kept where the link leads"
+                "open it again: it then uses the target of the link"
             )
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigurationError(f"{path} is {_kind(found)}, and no file that can hold a store")
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigurationError(
+                f"{path} is {_file_type(status)}; a data file must be a regular file"
+            )
         if os.fspath(path) in _mount_points():
             raise ConfigurationError(
-                f"{path} is a mount of its own, which cannot be replaced, and what the store keeps "
-                "beside it would not be on that mount. Mount the folder instead"
+                f"{path} is a mount point: it cannot be replaced by a rename, and the journal and "
+                "locks beside it would not be on that mount. Mount the folder instead"
             )
 
-    def other_names(self, path: Path) -> int:
-        """How many hard links lead to a data file beside this path and the backups of it."""
+    def other_link_count(self, path: Path) -> int:
+        """The number of hard links to a data file other than this path and backups in the folder."""
         try:
-            found = os.stat(path)  # noqa: PTH116
-            if found.st_nlink == 1:
+            status = os.stat(path)  # noqa: PTH116
+            if status.st_nlink == 1:
                 return 0
-            own = 0
+            backups = 0
             for each in self._entries():
                 base, _, digits = each.rpartition(".bak.")
                 if base and digits.isdigit():
-                    own += os.path.samestat(found, os.stat(self.folder / each))  # noqa: PTH116
-            return found.st_nlink - 1 - own
+                    backups += os.path.samestat(status, os.stat(self.folder / each))  # noqa: PTH116
+            return status.st_nlink - 1 - backups
         except FileNotFoundError:
             return 0
         except OSError as exc:
-            raise translate_os_error(exc, f"look at {path}") from exc
+            raise translate_os_error(exc, f"check {path}") from exc
 
-    def strange_files(self) -> list[str]:
-        """The JSON files in the folder of split files that belong to no known collection."""
+    def undeclared_files(self) -> list[str]:
+        """With split files: the JSON files in the folder that belong to no known collection."""
         if self.single:
             return []
         entries = set(self._entries())
+        # A single-file store in the same folder: its journal is named after its data file.
         singles = {each.partition(".journal.")[0] for each in entries if ".journal." in each}
         known = singles | self._collections.keys()
-        found = {each.removesuffix(_PACKED) for each in entries if not each.startswith(".")}
+        names = {each.removesuffix(_GZIP_SUFFIX) for each in entries if not each.startswith(".")}
         return sorted(
             each
-            for each in found - known
+            for each in names - known
             if each.endswith(".json") and any(path.is_file() for path in self._both_paths(each))
         )
 
     def _entries(self) -> list[str]:
         try:
-            return os.listdir(self.folder)  # noqa: PTH208  # names are enough, and cheaper
+            return os.listdir(self.folder)  # noqa: PTH208  # cheaper than Path objects
         except FileNotFoundError:
             return []
         except OSError as exc:
@@ -337,69 +342,74 @@ class FileManager:
     # -- reading -----------------------------------------------------------------------------
 
     async def read(self, name: str, known: Iterable[FileState] = ()) -> DataFile | None:
-        """The whole text of a data file; None if there is none.
+        """Read a data file; None if it does not exist.
 
         Args:
-            known: the contents that belong there.
+            known: the contents of the file that the journals name.
 
         Raises:
-            CorruptionError: it lies there in both forms, and nothing says which one counts.
+            CorruptionError: both forms exist, and their contents are not both known.
         """
         known = list(known)
-        ours = {each.digest for each in known if each.ours and each.digest is not None}
+        trusted = {each.digest for each in known if each.ours and each.digest is not None}
         files = []
-        for path in self.found(name):
+        for path in self.paths_of(name):
             self.inspect(path)
-            each = await read_file(path, trusted=ours)
+            each = await read_file(path, trusted=trusted)
             if each is not None:
                 files.append(each)
         if len(files) > 1 and not {each.digest for each in files} <= {
             each.digest for each in known
         }:
             raise CorruptionError(
-                f"{self.path(name)} and {self._other_path(name)} are both there: move the one that "
-                "is not the store away"
+                f"{self.path(name)} and {self._other_path(name)} both exist, and it is unknown which "
+                "of them is valid. Move the invalid one to another folder"
             )
         return files[0] if files else None
 
     # -- writing -----------------------------------------------------------------------------
 
     def make_folder(self) -> None:
-        # Every write asks; a Path takes five times as long. It says no to errors, too.
+        # Called by every write; a Path takes five times as long. Also false if `stat` fails.
         if not os.path.isdir(self.folder):  # noqa: PTH112
             self._make_parents()
 
     def _make_parents(self) -> None:
         try:
-            lacking = [each for each in (self.folder, *self.folder.parents) if not each.is_dir()]
-            for each in reversed(lacking):
+            missing = [each for each in (self.folder, *self.folder.parents) if not each.is_dir()]
+            for each in reversed(missing):
                 owner = of_a_new_store(each.parent)
                 each.mkdir(exist_ok=True)
                 if owner is not None:
                     os.chown(each, owner.uid, owner.gid)
         except OSError as exc:
-            raise translate_os_error(exc, f"make the folder {self.folder}") from exc
+            raise translate_os_error(exc, f"create the folder {self.folder}") from exc
 
     async def write_temporary(
-        self, name: str, pieces: AsyncIterator[bytes]
+        self, name: str, chunks: AsyncIterator[bytes]
     ) -> tuple[Path, str, Signature]:
-        """A new file beside `name`, written and on the disk; its path, digest and signature.
+        """Write and sync a new content of data file `name` under a temporary name.
 
-        The caller renames it into place, or removes it.
+        The caller renames the file into place, or removes it.
+
+        Returns:
+            Its path, digest and signature.
         """
         path = self.folder / f".{name}.{os.urandom(4).hex()}{_TEMPORARY}"
         digest = hashlib.sha256()
-        packer = zlib.compressobj(wbits=31) if self._compress else None
+        compressor = zlib.compressobj(wbits=31) if self._compress else None
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
             try:
                 owned = self.ownership(name)
                 if owned is not None:
                     keep(fd, owned)
-                async for piece in pieces:
-                    # To its end, also when cancelled: a thread may not write to a closed file.
-                    await run_to_completion(asyncio.to_thread(_write, fd, piece, digest, packer))
-                await run_to_completion(asyncio.to_thread(_end, fd, digest, packer))
+                async for chunk in chunks:
+                    # Not interrupted by a cancellation: the thread must not write to a closed file.
+                    await run_to_completion(
+                        asyncio.to_thread(_write, fd, chunk, digest, compressor)
+                    )
+                await run_to_completion(asyncio.to_thread(_finish, fd, digest, compressor))
                 return path, digest.hexdigest(), Signature.of(os.fstat(fd))
             finally:
                 os.close(fd)
@@ -411,102 +421,105 @@ class FileManager:
             raise
 
     def put_in_place(self, written: Mapping[str, Path], generation: int) -> None:
-        """Rename the temporary files to their names, each old file kept as a backup by hard link.
+        """Rename the temporary files to their final names; the old files are kept as backups.
 
-        Synchronous, for a worker thread. Whatever is interrupted here, each file is the old one or
-        the new one, and the journal tells them apart.
+        Synchronous, for a worker thread. If it is interrupted, each file is either the old one or the
+        new one, and the journal identifies which.
         """
         for name, temporary in written.items():
             target = self.path(name)
-            old = self.found(name)
+            old = self.paths_of(name)
             for each in {target, *old}:
                 self.inspect(each)
             backup = self._keep_backup(name, old[0], generation) if old and self._backups else None
             try:
                 temporary.replace(target)
             except BaseException:
-                if backup is not None:  # or each try would leave one more
+                if backup is not None:  # otherwise each failed attempt would leave one more backup
                     backup.unlink()
                 raise
             for each in old:
                 if each != target:
                     each.unlink()
         sync_folder(self.folder)
-        for name in written if self._backups else ():  # to make none is no reason to remove any
+        # Without `backup_enabled`, existing backups are not removed.
+        for name in written if self._backups else ():
             for path in self.backups(name)[self._backups :]:
                 with suppress(OSError):
                     path.unlink()
 
     def _keep_backup(self, name: str, old: Path, generation: int) -> Path | None:
-        """A backup of a data file; None if one was made by a try that was interrupted."""
-        there = self.backups(name)
-        if there and os.path.samefile(there[0], old):  # noqa: PTH121
+        """Create a backup of a data file; None if an interrupted attempt created it."""
+        backups = self.backups(name)
+        if backups and os.path.samefile(backups[0], old):  # noqa: PTH121
             return None
-        # Numbers grow, also where journals were removed and generations began anew.
-        newest = [int(each.name.rpartition(".")[2]) for each in there[:1]]
+        # The numbers increase even if journals were removed and generations restart at 1.
+        newest = [int(each.name.rpartition(".")[2]) for each in backups[:1]]
         number = max([generation, *(each + 1 for each in newest)])
         backup = self.folder / f"{old.name}.bak.{number:08d}"
-        _link(old, backup)
+        _link_or_copy(old, backup)
         return backup
 
     def clean(self) -> None:
-        """Remove temporary files that somebody who died left behind.
+        """Remove temporary files of processes that died.
 
-        Only whoever holds the locks to fold and to write may call this: nobody else writes any. The
-        names in full: stores whose names begin alike may lie in one folder.
+        The caller holds the compaction lock and the write lock: no other process writes temporary
+        files then. Complete names are compared: a folder may contain another store whose name has the
+        same beginning.
         """
         names = "|".join(map(re.escape, self._collections))
         stem = re.escape(self._stem)
-        ours = re.compile(
+        temporary = re.compile(
             rf"\.((?:{names})|{stem}\.journal\.\d+|{stem}\.lock(\.[a-z]+)?)\.[0-9a-f]{{8}}\.tmp"
         )
         for entry in self._entries():
-            if ours.fullmatch(entry):
+            if temporary.fullmatch(entry):
                 with suppress(OSError):
                     (self.folder / entry).unlink()
 
     def drop_journals(self, before: int) -> None:
-        """Remove the generations that every data file holds."""
+        """Remove the journals before generation `before`."""
         for generation in self.journals():
             if generation < before:
                 with suppress(FileNotFoundError):
                     self.journal(generation).unlink()
 
     def keep_damaged(self, generations: Iterable[int]) -> None:
-        """Copy journals aside: evidence of what could not be read. Nobody but a person uses them."""
+        """Copy damaged journals to `NAME.damaged.NUMBER`, for a person to examine."""
         for generation in generations:
-            # No link: whoever has the journal open takes it for removed when it has no name left.
-            aside = self.folder / f"{self._stem}.damaged.{generation:08d}"
+            # Not a hard link: a process that has the journal open detects its removal by a link count
+            # of 0.
+            copy = self.folder / f"{self._stem}.damaged.{generation:08d}"
             with suppress(FileNotFoundError):
-                aside.unlink()  # of an adoption that was interrupted
-            _copy(self.journal(generation), aside)
-            log.warning("%s keeps the journal that could not be read to its end", aside)
+                copy.unlink()  # created by an interrupted recovery
+            _copy(self.journal(generation), copy)
+            log.warning("a journal that could not be read completely was copied to %s", copy)
 
     def nearest_folder(self) -> Path:
-        """The folder, or what is there of the way to it."""
+        """The folder, or its nearest existing parent."""
         return next(filter(_exists, (self.folder, *self.folder.parents)))
 
     def free_bytes(self) -> int:
-        import shutil  # here, because it brings every compressor along
+        import shutil  # here, because it imports every compression module
 
         try:
             return shutil.disk_usage(self.nearest_folder()).free
         except OSError as exc:
-            raise translate_os_error(exc, f"look at {self.folder}") from exc
+            raise translate_os_error(exc, f"check {self.folder}") from exc
 
 
 async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None:
-    """A data file, plain or gzip by its name; None if it is not there.
+    """Read a data file, gzip if its name ends with .gz; None if it does not exist.
 
     Args:
-        trusted: digests of files that this package wrote: these may unpack to any size.
+        trusted: digests of files that this package wrote: these may decompress to any size.
 
     Raises:
-        CorruptionError: it ends too early, is no gzip file, or unpacks to far more than it holds.
+        CorruptionError: it is truncated, no gzip file, or decompresses to more than the limit.
         ConfigurationError: it is no regular file.
     """
-    # One hop for all of it, and not aiofiles, which would cost one hop for each step and every
-    # one-shot process 6 ms of import. Each step lets go of the interpreter's lock.
+    # One call in a worker thread, and not aiofiles, which would need one call for each step, and
+    # 6 ms of import time in every short-lived process. Each step releases the GIL.
     try:
         return await asyncio.to_thread(_read, path, trusted)
     except FileNotFoundError:
@@ -514,50 +527,52 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
     except OSError as exc:
         raise translate_os_error(exc, f"read {path}") from exc
     except zlib.error as exc:
-        raise CorruptionError(f"{path} is no whole gzip file: {exc}") from exc
+        raise CorruptionError(f"{path} is not a complete gzip file: {exc}") from exc
 
 
 def _read(path: Path, trusted: Container[str]) -> DataFile:
-    # Not to wait for the other end of a pipe.
+    # O_NONBLOCK: opening a pipe must not wait for its other end.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(fd, "rb") as file:  # noqa: PTH123
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigurationError(f"{path} is {_kind(found)}, and no file that can hold a store")
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigurationError(
+                f"{path} is {_file_type(status)}; a data file must be a regular file"
+            )
         data = file.read()
     digest = hashlib.sha256(data).hexdigest()
-    text = data
-    if path.suffix == _PACKED:
-        limit = max(_UNPACKED_BYTES, _UNPACKED_RATIO * len(data))
-        text = _unpacked(path, data, sys.maxsize if digest in trusted else limit)
-    return DataFile(text, digest, Signature.of(found))
+    content = data
+    if path.suffix == _GZIP_SUFFIX:
+        limit = max(_MIN_DECOMPRESS_LIMIT, _MAX_COMPRESSION_RATIO * len(data))
+        content = _decompressed(path, data, sys.maxsize if digest in trusted else limit)
+    return DataFile(content, digest, Signature.of(status))
 
 
-def _unpacked(path: Path, data: bytes, limit: int) -> bytes:
-    pieces: list[bytes] = []
+def _decompressed(path: Path, data: bytes, limit: int) -> bytes:
+    chunks: list[bytes] = []
     size = 0
-    left = data
-    while left:  # a gzip file may have several members
-        unpacker = zlib.decompressobj(wbits=31)
-        while not unpacker.eof:
-            piece = unpacker.decompress(left, _UNPACKED_CHUNK)
-            left = unpacker.unconsumed_tail
-            if not piece and not left and not unpacker.eof:
-                raise zlib.error("it ends too early")
-            size += len(piece)
+    remaining = data
+    while remaining:  # a gzip file may have several members
+        decompressor = zlib.decompressobj(wbits=31)
+        while not decompressor.eof:
+            chunk = decompressor.decompress(remaining, _DECOMPRESS_CHUNK)
+            remaining = decompressor.unconsumed_tail
+            if not chunk and not remaining and not decompressor.eof:
+                raise zlib.error("it is truncated")
+            size += len(chunk)
             if size > limit:
                 raise CorruptionError(
-                    f"{path} has {len(data)} bytes and unpacks to more than {limit}. Nothing was "
-                    "changed. If it is what it should be, unpack it with gunzip"
+                    f"{path} has {len(data)} bytes and decompresses to more than {limit} bytes. "
+                    "Nothing was changed. If the file is valid, decompress it with gunzip"
                 )
-            pieces.append(piece)
-        left = unpacker.unused_data.lstrip(b"\0")
+            chunks.append(chunk)
+        remaining = decompressor.unused_data.lstrip(b"\0")
     if not data:
         raise zlib.error("it is empty")
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
-def _kind(found: os.stat_result) -> str:
+def _file_type(status: os.stat_result) -> str:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a pipe",
@@ -565,80 +580,85 @@ def _kind(found: os.stat_result) -> str:
         stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device",
     }
-    return kinds.get(stat.S_IFMT(found.st_mode), "of another kind")
+    return kinds.get(stat.S_IFMT(status.st_mode), "of an unknown type")
 
 
-class _Places:
-    """Where the data files of a configuration really are.
+class _ResolvedPaths:
+    """The configured data files, with symbolic links resolved.
 
     Attributes:
-        folder: of all of them.
-        names: as they are called there, by the name that is configured.
-        links: of those to which links lead: the path as it is configured, and where it leads.
+        folder: the folder of all of them.
+        names: their names in that folder, by configured name.
+        links: the targets of the symbolic links, by configured path.
     """
 
-    def __init__(self, given: Path, names: Iterable[str], *, single: bool) -> None:
+    def __init__(self, configured_folder: Path, names: Iterable[str], *, single: bool) -> None:
         self.names: dict[str, str] = {}
         self.links: dict[str, str] = {}
         folders: dict[Path, str] = {}
-        base = Path(os.path.realpath(given))
-        if os.fspath(base) != os.path.normpath(given):
-            self.links[os.fspath(given)] = os.fspath(base)
+        base = Path(os.path.realpath(configured_folder))
+        if os.fspath(base) != os.path.normpath(configured_folder):
+            self.links[os.fspath(configured_folder)] = os.fspath(base)
         for name in names:
-            path = self._followed(base, name) or base / name
+            path = self._link_target(base, name) or base / name
             _refuse_reserved(path.name, single=single)
             self.names[name] = path.name
             folders.setdefault(path.parent, name)
         if len(folders) > 1:
-            led = ", ".join(f"{name} to {folder}" for folder, name in folders.items())
+            targets = ", ".join(f"{name} in {folder}" for folder, name in folders.items())
             raise ConfigurationError(
-                f"the files of {given} lie in several folders ({led}). Keep them in one, where "
-                "journal and locks lie beside them; that folder may be a link"
+                f"links lead from {configured_folder} to data files in several folders ({targets}). "
+                "Store all data files in one folder, together with the journal and the locks; "
+                f"{configured_folder} itself may be a link"
             )
         if len(set(self.names.values())) < len(self.names):
-            raise ConfigurationError(f"two files of {given} are links to one")
+            raise ConfigurationError(
+                f"two data files in {configured_folder} are links to the same file. Use a separate "
+                "file for each"
+            )
         self.folder = next(iter(folders), base)
 
-    def _followed(self, base: Path, name: str) -> Path | None:
-        """Where a data file is, without the ending of a packed one; None if no link leads there."""
-        found: set[Path] = set()
-        for ending in ("", _PACKED):
-            path = base / f"{name}{ending}"
+    def _link_target(self, base: Path, name: str) -> Path | None:
+        """The target of a data file that is a symbolic link, without `.gz`; None if it is no link."""
+        targets: set[Path] = set()
+        for suffix in ("", _GZIP_SUFFIX):
+            path = base / f"{name}{suffix}"
             if not path.is_symlink():
                 continue
             real = os.path.realpath(path)
-            if real.endswith(_PACKED) != bool(ending):
+            if real.endswith(_GZIP_SUFFIX) != bool(suffix):
                 raise ConfigurationError(
-                    f"{path} is a link to {real}: one of the two is a packed file by its name, and "
-                    "the other is not"
+                    f"{path} is a link to {real}, but only one of the two names ends with {_GZIP_SUFFIX}"
                 )
             self.links[os.fspath(path)] = real
-            found.add(Path(real.removesuffix(ending)))
-        there = [each for each in (base / name, base / f"{name}{_PACKED}") if os.path.lexists(each)]
-        if len(found) > 1 or (found and any(not each.is_symlink() for each in there)):
+            targets.add(Path(real.removesuffix(suffix)))
+        both = (base / name, base / f"{name}{_GZIP_SUFFIX}")
+        existing = [each for each in both if os.path.lexists(each)]
+        if len(targets) > 1 or (targets and any(not each.is_symlink() for each in existing)):
             raise ConfigurationError(
-                f"{base / name} and {base / name}{_PACKED} lead to two files: move one away"
+                f"{base / name} and {base / name}{_GZIP_SUFFIX} are two different files: move one of "
+                "them to another folder"
             )
-        return next(iter(found), None)
+        return next(iter(targets), None)
 
 
 def is_reserved(name: str) -> bool:
-    """Whether no data file can have this name."""
-    return name.casefold().endswith(_PACKED) or _RESERVED.fullmatch(name) is not None
+    """Whether a data file may not have this name."""
+    return name.casefold().endswith(_GZIP_SUFFIX) or _RESERVED.fullmatch(name) is not None
 
 
 def _refuse_reserved(name: str, *, single: bool) -> None:
     if single and name == _SPLIT_STEM:
         raise ConfigurationError(
-            f"filenames: {name!r} is what the journal of split files is called"
+            f"filenames: {name!r} is reserved: the journal of split files has this name"
         )
-    if name.casefold().endswith(_PACKED):
+    if name.casefold().endswith(_GZIP_SUFFIX):
         raise ConfigurationError(
-            f"filenames: {name!r}: the ending of packed files is added by enable_compression"
+            f"filenames: {name!r} must not end with {_GZIP_SUFFIX}: enable_compression adds this suffix"
         )
     if _RESERVED.fullmatch(name):
         raise ConfigurationError(
-            f"filenames: {name!r} is a name that the store gives its own files (journals, locks, "
+            f"filenames: {name!r} is reserved for files of the store itself (journals, locks, "
             "backups, temporary files)"
         )
 
@@ -647,9 +667,9 @@ _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
 def _mount_points() -> set[str]:
-    """Where something is mounted, where the system tells; a file can be, too."""
+    """The mount points of this process, which may be files; empty if the system does not list them."""
     try:
-        with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123  # read at every opening
+        with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123  # read at every open
             lines = file.read().splitlines()
     except OSError:
         return set()
@@ -659,7 +679,7 @@ def _mount_points() -> set[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder outlive a loss of power."""
+    """Sync a folder, so that renames and new files in it survive a power failure."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -668,34 +688,34 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_parents(folder: Path) -> None:
-    """Make a folder that was just made, with those above it, outlive a loss of power."""
+    """Sync the parents of a new folder, so that it survives a power failure."""
     device = folder.stat().st_dev
     for each in folder.parents:
         if each.stat().st_dev != device:
             return
-        with suppress(PermissionError):  # then this user did not make it
+        with suppress(PermissionError):  # then this user did not create it
             sync_folder(each)
 
 
-_DOUBT: Final = stat.S_IXUSR
+_SYNC_FAILED_BIT: Final = stat.S_IXUSR
 
 
-def mark_doubtful(fd: int) -> None:
-    """Tell every process that a sync of this journal failed.
+def mark_sync_failed(fd: int) -> None:
+    """Mark a journal, for all processes, as one of which a sync failed.
 
-    By a bit of its mode: that takes no room on a disk that is full, and no write on one that fails.
-    It need not outlive a loss of power, after which everybody reads what the disk has.
+    The mark is a bit of the file mode: it needs no space on a full disk, and no write to a failing
+    one. It need not survive a power failure, after which every process reads the content of the disk.
     """
-    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | _DOUBT)
+    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | _SYNC_FAILED_BIT)
 
 
-def is_doubtful(found: os.stat_result) -> bool:
-    """Whether a sync of the journal that `stat` shows so failed."""
-    return bool(found.st_mode & _DOUBT)
+def has_failed_sync(status: os.stat_result) -> bool:
+    """Whether the journal with this status is marked by `mark_sync_failed`."""
+    return bool(status.st_mode & _SYNC_FAILED_BIT)
 
 
 def sync_data(fd: int) -> None:
-    """Bring a file's content to the disk, past the drive's own cache where the system allows."""
+    """Sync the content of a file to the disk. On macOS only F_FULLFSYNC flushes the drive's cache, too."""
     if sys.platform == "darwin":
         import fcntl
 
@@ -705,7 +725,7 @@ def sync_data(fd: int) -> None:
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:
-    """All of `data` at `offset`."""
+    """Write all of `data` at `offset`."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -713,25 +733,25 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
         view = view[written:]
 
 
-def _write(fd: int, piece: bytes, digest: hashlib._Hash, packer: zlib._Compress | None) -> None:
-    data = piece if packer is None else packer.compress(piece)
+def _write(fd: int, chunk: bytes, digest: hashlib._Hash, compressor: zlib._Compress | None) -> None:
+    data = chunk if compressor is None else compressor.compress(chunk)
     digest.update(data)
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
-def _end(fd: int, digest: hashlib._Hash, packer: zlib._Compress | None) -> None:
-    if packer is not None:
-        _write(fd, packer.flush(), digest, None)
+def _finish(fd: int, digest: hashlib._Hash, compressor: zlib._Compress | None) -> None:
+    if compressor is not None:
+        _write(fd, compressor.flush(), digest, None)
     sync_data(fd)
 
 
-def _link(old: Path, backup: Path) -> None:
+def _link_or_copy(old: Path, backup: Path) -> None:
     try:
         os.link(old, backup)
     except OSError:
-        # A file system without hard links: a copy costs more and keeps as well.
+        # A file system without hard links: a copy is slower.
         try:
             _copy(old, backup)
         except BaseException:
@@ -741,8 +761,8 @@ def _link(old: Path, backup: Path) -> None:
 
 
 def _copy(old: Path, new: Path) -> None:
-    """A copy with owner, group and mode."""
-    import shutil  # here, because it brings every compressor along
+    """Copy a file with its owner, group and mode."""
+    import shutil  # here, because it imports every compression module
 
     with old.open("rb") as source, new.open("xb") as target:
         keep(target.fileno(), Ownership.of(os.fstat(source.fileno())))
@@ -756,23 +776,23 @@ def _exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as exc:
-        raise translate_os_error(exc, f"look at {path}") from exc
+        raise translate_os_error(exc, f"check {path}") from exc
     return True
 
 
-def _number(entry: str, prefix: str) -> int | None:
-    """The number behind the prefix of a name; None: not a name that the store gives."""
+def _number_after(entry: str, prefix: str) -> int | None:
+    """The number after the prefix of a file name; None if the name has another form."""
     digits = entry.removeprefix(prefix)
-    is_held = digits != entry and digits.isascii() and digits.isdigit()
-    return int(digits) if is_held else None
+    is_valid = digits != entry and digits.isascii() and digits.isdigit()
+    return int(digits) if is_valid else None
 
 
 __all__ = [
     "DataFile",
     "FileManager",
     "Signature",
-    "is_doubtful",
-    "mark_doubtful",
+    "has_failed_sync",
+    "mark_sync_failed",
     "read_file",
     "sync_data",
     "sync_folder",

@@ -1,4 +1,4 @@
-"""The journal: what a commit appends, and how it is read back.
+"""The journal: the format of its records, and how they are read.
 
 A journal file is a sequence of records. Each has a header of 28 bytes (big endian) and a payload
 of JSON:
@@ -6,13 +6,13 @@ of JSON:
     magic "HFJ1" | kind u8 | 3 zero bytes | payload length u32 | payload CRC u32
     | sequence u64 | header CRC u32
 
-The first record is the HEAD; it names the generation and the data files that the journal belongs
-to. A COMMIT holds full post-images, so replaying one twice, or over a file that has it already, is
-harmless. A SEAL ends a generation, and a FOLD names the data files that hold everything before its own
-generation.
+The first record is the HEAD. It names the generation and the data files to which the journal belongs.
+A COMMIT contains full post-images, so replaying it twice, or over a file that already contains it, is
+harmless. A SEAL ends a generation. A FOLD names the data files that contain everything before its own
+generation; a compaction writes it.
 
-Header and payload have checksums of their own. So an incomplete last record, the one trace that an
-interrupted append leaves, is distinguished from damage: everything else that is bad is corruption.
+Header and payload have separate checksums. An incomplete last record is the effect of an interrupted
+append, and is distinguished from damage: any other invalid record is corruption.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHECK: Final = struct.Struct(">I")
 HEADER_SIZE: Final = _HEADER.size + _CHECK.size
 
 Images: TypeAlias = Mapping[str, Mapping[str, bytes | None]]
-"""Post-images by collection and id: the stored bytes, None for what is gone."""
+"""Post-images by collection and id: the stored bytes, None for a deleted entity."""
 
 
 class Kind(IntEnum):
@@ -49,11 +49,12 @@ class FileState(msgspec.Struct, frozen=True):
     """One known content of a data file.
 
     Attributes:
-        digest: SHA-256 of the file as it lies on disk, hexadecimal; None: there is no file.
-        covers: the first generation that is not in it.
-        ours: this package wrote it, so its bytes need no checking again.
-        collection: whose file it is, None for a file of several.
-        size, mtime_ns, inode: how `stat` shows it, where known; tells a replacement at a glance.
+        digest: SHA-256 of the file on disk, hexadecimal; None: there is no file.
+        covers: the first generation that the file does not contain.
+        ours: this package wrote it, so its entities are in canonical form.
+        collection: the collection of the file; None for a file of several collections.
+        size, mtime_ns, inode: its signature, if known, by which a replacement is detected without
+            reading the file.
     """
 
     digest: str | None
@@ -69,8 +70,8 @@ class Head(msgspec.Struct, frozen=True):
     """The first record of a generation.
 
     Attributes:
-        files: by name, as they were when it began.
-        alone: nothing before this generation counts: the operator settled what does.
+        files: the data files by name, as they were when the generation began.
+        alone: journals before this generation are ignored: `checkpoint --recover-from` wrote this one.
     """
 
     generation: int
@@ -79,35 +80,35 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Fold(msgspec.Struct, frozen=True):
-    """These files, once they are in place, hold everything before this generation."""
+    """The data files that contain everything before this generation, once they are in place."""
 
     files: dict[str, FileState]
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """No more commits here; `next` is the generation that goes on."""
+    """The end of a generation; `next` is the number of the following one."""
 
     next: int
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A record as it was read.
+    """A record that was read.
 
     Attributes:
-        pieces: its payload, a large one in several: nothing of 30 MB is ever copied, or freed, in
-            one step.
+        chunks: its payload. A large payload has several chunks, so that 30 MB are never copied, or
+            freed, in one step.
     """
 
     kind: Kind
-    pieces: list[bytes]
+    chunks: list[bytes]
 
     @property
     def payload(self) -> bytes:
-        return b"".join(self.pieces)
+        return b"".join(self.chunks)
 
     @property
     def size(self) -> int:
-        return sum(map(len, self.pieces))
+        return sum(map(len, self.chunks))
 
 
 _KINDS: Final = frozenset(Kind)
@@ -125,17 +126,17 @@ Body = TypeVar("Body")
 
 
 def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
-    """A whole record, ready to be appended."""
+    """The bytes of a record, ready to be appended."""
     return header(kind, [payload], sequence) + payload
 
 
 def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
-    """What goes before a payload, which may lie in pieces."""
-    check = 0
-    for piece in payload:
-        check = crc32(piece, check)
-    own = _HEADER.pack(_MAGIC, kind, sum(map(len, payload)), check, sequence)
-    return own + _CHECK.pack(crc32(own))
+    """The header of a record, whose payload may have several chunks."""
+    payload_crc = 0
+    for chunk in payload:
+        payload_crc = crc32(chunk, payload_crc)
+    fields = _HEADER.pack(_MAGIC, kind, sum(map(len, payload)), payload_crc, sequence)
+    return fields + _CHECK.pack(crc32(fields))
 
 
 def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
@@ -144,10 +145,10 @@ def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
     return kind, _encode(body)
 
 
-def commit_text(images: Images) -> Iterator[bytes]:
-    """The payload of a COMMIT in pieces, for the loop to have a turn between them.
+def commit_payload(images: Images) -> Iterator[bytes]:
+    """The payload of a COMMIT in chunks, so that control can return to the event loop in between.
 
-    One entity a line, so that a large one can be read in pieces, too.
+    There is one entity per line, so that a large payload can also be read in chunks.
     """
     start = b"{"
     for name, section in images.items():
@@ -155,10 +156,10 @@ def commit_text(images: Images) -> Iterator[bytes]:
         start = b"\n},"
         items = iter(section.items())
         comma = b""
-        while part := list(islice(items, _CHUNK_SIZE)):
+        while chunk := list(islice(items, _CHUNK_SIZE)):
             yield comma + b",\n".join(
                 b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
-                for entity_id, raw in part
+                for entity_id, raw in chunk
             )
             comma = b",\n"
     yield b"\n}}"
@@ -172,13 +173,15 @@ def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
     }
 
 
-def image(text: bytes) -> bytes | None:
-    """An image as it lies in a COMMIT."""
-    if text == b"null":
+def image(encoded: bytes) -> bytes | None:
+    """The post-image of an entity in a COMMIT; None for a deleted entity."""
+    if encoded == b"null":
         return None
-    if not text.startswith(_ENTITY):
-        raise CorruptionError("a journal holds an entity in a form that no commit writes")
-    return text
+    if not encoded.startswith(_ENTITY):
+        raise CorruptionError(
+            "a commit contains an entity in a form that this store does not write"
+        )
+    return encoded
 
 
 def read_head(payload: bytes) -> Head:
@@ -193,16 +196,17 @@ Naming = TypeVar("Naming", Head, Fold)
 
 
 def _of_this_folder(body: Naming) -> Naming:
-    """A record that names files of the store's folder alone: what it names is read, and replaced.
+    """Check that a record names only files in the store's folder: these files are read and replaced.
 
     Raises:
-        CorruptionError: one that lies elsewhere.
+        CorruptionError: it names a file elsewhere.
     """
     for name in body.files:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise CorruptionError(
-                f"a record of the journal names the file {name!r}, which is not in its folder; no "
-                "store wrote that. Restore a backup"
+                f"a record of the journal names the file {name!r}, which is not in the folder of the "
+                "journal: this store did not write the record. Restore a backup "
+                "(`hf-async-store restore`)"
             )
     return body
 
@@ -215,33 +219,33 @@ def _read(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        # Its checksum is right: so somebody wrote it just so.
-        raise CorruptionError(f"a journal holds a record that cannot be read: {exc}") from exc
+        # The checksum is valid, so the record was written in this form.
+        raise CorruptionError(f"a record cannot be decoded: {exc}") from exc
 
 
 def scan(
-    blocks: Iterable[bytes], name: str, offset: int, sequence: int
+    chunks: Iterable[bytes], name: str, offset: int, sequence: int
 ) -> Iterator[tuple[Entry, int]]:
-    """The records in `blocks`, each with the offset of its end.
+    """The records in `chunks`, each with the offset of its end.
 
-    Stops before an incomplete last record. The caller tells it by the offset.
+    Stops before an incomplete last record, which the caller detects by the last offset.
 
     Args:
-        blocks: what the file holds from `offset` on, one behind another.
-        name: of the file, for errors.
-        offset: where they begin in the file.
-        sequence: the sequence that its first record must have.
+        chunks: the content of the file from `offset` on, in chunks.
+        name: the path of the file, for error messages.
+        offset: the position of the first chunk in the file.
+        sequence: the sequence number that the first record must have.
 
     Raises:
-        CorruptionError: a record that is there and not as it was written.
-        NewerFormatError: one that this release does not know.
+        CorruptionError: a record is damaged.
+        NewerFormatError: a newer release wrote a record.
     """
-    left = iter(blocks)
-    data = b""  # which lies at `offset`
+    remaining = iter(chunks)
+    data = b""  # begins at `offset` in the file
     position = 0
     while True:
         while len(data) - position < HEADER_SIZE:
-            more = next(left, b"")
+            more = next(remaining, b"")
             if not more:
                 if not _MAGIC.startswith(data[position : position + len(_MAGIC)]):
                     raise _damaged(name, offset + position, "no record begins here")
@@ -250,48 +254,50 @@ def scan(
             data = data[position:] + more
             position = 0
         header = data[position : position + _HEADER.size]
-        magic, kind, length, check, number = _HEADER.unpack(header)
-        (own,) = _CHECK.unpack_from(data, position + _HEADER.size)
-        if own == crc32(header) and magic != _MAGIC and magic.startswith(_FAMILY):
+        magic, kind, length, payload_crc, number = _HEADER.unpack(header)
+        (header_crc,) = _CHECK.unpack_from(data, position + _HEADER.size)
+        if header_crc == crc32(header) and magic != _MAGIC and magic.startswith(_FAMILY):
             raise _newer(name, offset + position)
-        if magic != _MAGIC or own != crc32(header):
+        if magic != _MAGIC or header_crc != crc32(header):
             raise _damaged(name, offset + position, "the header of a record is damaged")
         begin = offset + position
         start = position + HEADER_SIZE
-        pieces = [data[start : start + length]]
+        payload = [data[start : start + length]]
         position = start + length
         while position > len(data):
-            more = next(left, b"")
+            more = next(remaining, b"")
             if not more:
                 return
             offset += len(data)
             position -= len(data)
             data = more
-            pieces.append(data[:position])
-        found = 0
-        for piece in pieces:
-            found = crc32(piece, found)
-        if check != found:
-            raise _damaged(name, begin + HEADER_SIZE, "the content of a record is damaged")
+            payload.append(data[:position])
+        actual_crc = 0
+        for chunk in payload:
+            actual_crc = crc32(chunk, actual_crc)
+        if payload_crc != actual_crc:
+            raise _damaged(name, begin + HEADER_SIZE, "the payload of a record is damaged")
         if number != sequence:
-            raise _damaged(name, begin, f"record {number} stands where {sequence} belongs")
+            raise _damaged(
+                name, begin, f"record {number} follows, but record {sequence} is expected"
+            )
         if kind not in _KINDS:
             raise _newer(name, begin)
         sequence += 1
-        yield Entry(Kind(kind), pieces), offset + position
+        yield Entry(Kind(kind), payload), offset + position
 
 
 def _newer(name: str, offset: int) -> NewerFormatError:
     return NewerFormatError(
-        f"{name} at byte {offset}: a newer release of hf_async_store wrote this. Update this "
-        "installation; nothing was changed"
+        f"{name} at byte {offset}: a newer release of hf_async_store wrote this record. Nothing was "
+        "changed. Update hf_async_store on this machine"
     )
 
 
 def _damaged(name: str, offset: int, what: str) -> CorruptionError:
     return CorruptionError(
         f"{name} at byte {offset}: {what}. Nothing was changed. Restore a backup "
-        "(`hf-async-store restore`), or go on with what can be read: `hf-async-store checkpoint "
-        "--recover-from salvage` (the data file and every commit before this place), or "
+        "(`hf-async-store restore`), or continue with the undamaged part: `hf-async-store checkpoint "
+        "--recover-from salvage` (the data file and every commit before this position), or "
         "`--recover-from file` (the data file alone, without the journal)"
     )

@@ -1,7 +1,8 @@
-"""Converts a large foreign layout to ours, in a process of its own: one entity a line.
+"""Converts a large data file in another layout to one entity per line, in a child process.
 
-Cutting a file that lies one entity a line takes many small steps; any other layout takes one step over
-all of it, which would hold the event loop of the service that opens it. Values are not touched.
+A file with one entity per line can be parsed in many small steps. Parsing any other layout is one step
+over the whole file, which would block the event loop of the service that opens it. The values are not
+changed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import msgspec
 
 from hf_async_store.errors import CorruptionError
 from hf_async_store.strategies.json.serializer import (
-    NotOurs,
+    OtherLayout,
     compact,
-    cut_object,
-    encode_text,
+    encode_json,
     layout_of,
+    parse_object,
     section_lines,
 )
 
@@ -31,32 +32,32 @@ if TYPE_CHECKING:
     from hf_async_store.schema import Collection, Schema
 
 
-async def rewritten(text: bytes, collection: Collection | None, schema: Schema) -> bytes:
-    """The same file, one entity a line.
+async def rewritten(data: bytes, collection: Collection | None, schema: Schema) -> bytes:
+    """The same file with one entity per line.
 
     Args:
-        collection: whose file it is; None for a file of several.
+        collection: the collection of the file; None for a file of several collections.
 
     Raises:
-        NotOurs: it cannot be done in this way; the caller cuts the file as it is.
+        OtherLayout: the file could not be converted; the caller parses it as it is.
     """
-    if collection is not None and layout_of(collection, cut_object(text, "the file")) != "flat":
-        raise NotOurs
+    if collection is not None and layout_of(collection, parse_object(data, "the file")) != "flat":
+        raise OtherLayout
     names = [] if collection is not None else list(schema)
     with tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder:
         source, target = Path(folder, "source"), Path(folder, "target")
         async with aiofiles.open(source, "wb") as file:
-            await file.write(text)
+            await file.write(data)
         command = [sys.executable, "-m", __name__, str(source), str(target), *names]
-        done = await anyio.run_process(command, check=False, stderr=None)
-        if done.returncode:
-            raise NotOurs
+        result = await anyio.run_process(command, check=False, stderr=None)
+        if result.returncode:
+            raise OtherLayout
         async with aiofiles.open(target, "rb") as file:
             return await file.read()
 
 
 def _main(source: str, target: str, *names: str) -> int:
-    members = cut_object(Path(source).read_bytes(), source, once=True)
+    members = parse_object(Path(source).read_bytes(), source, unique=True)
     with Path(target).open("wb") as file:
         if names:
             file.write(_sections(members, names))
@@ -69,10 +70,10 @@ def _sections(members: Mapping[str, msgspec.Raw], names: tuple[str, ...]) -> byt
     parts: list[bytes] = []
     for name, raw in members.items():
         if name in names:
-            lines = _lines(cut_object(raw, f"section {name!r}", once=True))
-            parts.insert(0, encode_text(name) + b":{\n" + lines + b"}")
+            lines = _lines(parse_object(raw, f"section {name!r}", unique=True))
+            parts.insert(0, encode_json(name) + b":{\n" + lines + b"}")
         else:
-            parts.append(encode_text(name) + b":" + bytes(raw))
+            parts.append(encode_json(name) + b":" + bytes(raw))
     return b"{\n" + b",\n".join(parts) + b"\n}\n"
 
 

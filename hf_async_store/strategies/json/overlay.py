@@ -1,7 +1,8 @@
-"""What a reader or a session sees: the sections of the last commit, under the layers of its own writes.
+"""The view of a reader or a session: the committed sections, overlaid with the session's own writes.
 
-Conditions are decided here, against that view, while the store's write lock is held. A layer maps
-collections to ids to new bytes, None for what is gone: just what a commit appends.
+Preconditions are checked here, against that view, while the store's write lock is held. A layer
+contains the new bytes of entities by collection and id, None for a deleted entity: the same form as
+in a commit.
 """
 
 from __future__ import annotations
@@ -36,33 +37,35 @@ from hf_async_store.query import (
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.recovery import StoreState
-from hf_async_store.strategies.json.serializer import Held, JSONSerializer
+from hf_async_store.strategies.json.serializer import JSONSerializer, StoredEntity
 from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity, Key, check_size
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
 
-_DECIDE_CHUNK: Final = 128
-_FEW: Final = 1000
-_SHARE: Final = 8
-"""Up to this part of a section is taken out of it one by one."""
+_WRITE_CHUNK: Final = 128
+_MIN_DICT_COPY: Final = 1000
+_DICT_COPY_DIVISOR: Final = 8
+"""Up to 1/8 of a section is copied entity by entity; if more is needed, the whole dict is copied."""
 
 _READ_CHUNK: Final = 1024
-_LOOK_CHUNK: Final = 256
-"""Pairs with a map in them are counted by the collector: fewer than make it run are alive at a time."""
+_DECODE_CHUNK: Final = 256
+"""The garbage collector counts tuples that contain a dict. The chunk is small enough that the tuples
+alive at a time do not start a collection."""
 
-_LIGHT: Final = MAX_ENTITY_BYTES // 8
-"""A text shorter than this cannot weigh too much: no value weighs 8 times its JSON."""
+_SIZE_CHECK_BYTES: Final = MAX_ENTITY_BYTES // 8
+"""An entity whose JSON is shorter than this cannot exceed the size limit: the size that the limit
+counts is less than 8 times the size of the JSON."""
 
 
 class OverlayView:
-    """Reads and decisions on one state of the store.
+    """Reads one state of the store, and checks and applies changes to it.
 
     Args:
-        state: current, and kept so by the caller for as long as the view decides.
-        references: declared references are enforced.
+        state: the current state. The caller keeps it current while changes are applied.
+        references: whether declared references are enforced.
 
     Attributes:
-        layers: this session's own writes, the innermost savepoint last; none for plain reads.
+        layers: the writes of this session, the innermost savepoint last; empty for plain reads.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class OverlayView:
     # -- reading -----------------------------------------------------------------------------
 
     def stored_bytes(self, collection: str, entity_id: str) -> bytes | None:
-        """The bytes of an entity as this view has it."""
+        """The bytes of an entity in this view; None if it does not exist."""
         for layer in reversed(self.layers):
             images = layer.get(collection)
             if images is not None and entity_id in images:
@@ -89,17 +92,17 @@ class OverlayView:
             images = layer.get(key.collection)
             if images is not None and key.id in images:
                 return images[key.id] is not None
-        return key.id in self._state.sections[key.collection].held
+        return key.id in self._state.sections[key.collection].entities
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         if len(keys) <= _READ_CHUNK:
             return [self.record(key, self.stored_bytes(key.collection, key.id)) for key in keys]
-        # All bytes first: they are what was stored at one moment.
+        # All bytes first, without an await: they are those of one moment.
         raws = [self.stored_bytes(key.collection, key.id) for key in keys]
         records: list[Record | None] = []
         for start in range(0, len(keys), _READ_CHUNK):
-            part = slice(start, start + _READ_CHUNK)
-            records += map(self.record, keys[part], raws[part])
+            chunk = slice(start, start + _READ_CHUNK)
+            records += map(self.record, keys[chunk], raws[chunk])
             await asyncio.sleep(0)
         return records
 
@@ -115,42 +118,42 @@ class OverlayView:
         section = self._state.sections[query.collection]
         access = await self._access(query, section)
         if not query.order:
-            async with Owned(self._by_id(query, section, access)) as rows:
-                async for piece in rows:
-                    for entity_id, raw in piece:
+            async with Owned(self._by_id(query, section, access)) as chunks:
+                async for chunk in chunks:
+                    for entity_id, raw in chunk:
                         entity = section.entity(entity_id, raw)
                         yield Record(Key(query.collection, entity_id), entity)
             return
-        ids, held = self._candidates(query, section, access)
-        # What is kept for sorting are the keys; an entity is decoded when it is yielded.
+        ids, entities = self._candidates(query, section, access)
+        # Only sort keys are kept in memory; an entity is decoded again when it is yielded.
         async with (
-            Owned(self._matching(query, section, access, ids, held)) as chunks,
-            Owned(ordered(chunks, query, keep=False)) as rows,
+            Owned(self._matching(query, section, access, ids, entities)) as matching,
+            Owned(ordered(matching, query, keep=False)) as rows,
         ):
             async for entity_id, _ in rows:
-                raw = section.normalized(entity_id, held[entity_id])
+                raw = section.normalized(entity_id, entities[entity_id])
                 yield Record(Key(query.collection, entity_id), section.entity(entity_id, raw))
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
         if query.order:
-            async with Owned(batched(self.select(query))) as pieces:
-                async for each in pieces:
-                    yield each
+            async with Owned(batched(self.select(query))) as batches:
+                async for batch in batches:
+                    yield batch
             return
         section = self._state.sections[query.collection]
         access = await self._access(query, section)
-        async with Owned(self._by_id(query, section, access)) as rows:
-            async for piece in rows:
-                yield [section.entity(entity_id, raw) for entity_id, raw in piece]
+        async with Owned(self._by_id(query, section, access)) as chunks:
+            async for chunk in chunks:
+                yield [section.entity(entity_id, raw) for entity_id, raw in chunk]
 
     async def count(self, query: Query) -> int:
         section = self._state.sections[query.collection]
         access = await self._access(query, section, by_id=False)
-        ids, held = self._candidates(query, section, access)
-        if access.whole and (access.ids is None or not self.layers):
+        ids, entities = self._candidates(query, section, access)
+        if access.complete and (access.ids is None or not self.layers):
             return len(ids)
-        async with Owned(self._matching(query, section, access, ids, held)) as chunks:
+        async with Owned(self._matching(query, section, access, ids, entities)) as chunks:
             return sum([len(chunk) async for chunk in chunks])
 
     async def explain(self, query: Query) -> QueryPlan:
@@ -158,7 +161,7 @@ class OverlayView:
         return QueryPlan(
             access=access.kind,
             index=access.name,
-            residual=not access.whole,
+            residual=not access.complete,
             sorted_here=bool(query.order),
             detail=access.detail,
         )
@@ -166,53 +169,56 @@ class OverlayView:
     async def _access(
         self, query: Query, section: CollectionTable, *, by_id: bool = True
     ) -> _Access:
-        """The cheapest way to the candidates; its index is current up to the next await."""
+        """The cheapest access path to the candidates. Its index is up to date until the next await."""
         collection = self._schema[query.collection]
-        pinned = equality_candidates(query.where)
-        whole = query.where == EVERYTHING or isinstance(query.where, Comparison)
-        keys = pinned.get((collection.key,))
+        equalities = equality_candidates(query.where)
+        complete = query.where == EVERYTHING or isinstance(query.where, Comparison)
+        keys = equalities.get((collection.key,))
         if keys is not None:
-            found = {each for each in keys if isinstance(each, str)}
-            return _Access("key", None, found, whole, f"{len(found)} ids")
+            key_ids = {each for each in keys if isinstance(each, str)}
+            return _Access("key", None, key_ids, complete, f"{len(key_ids)} ids")
         best: _Access | None = None
         fields = [
             path[0]
-            for path in pinned
+            for path in equalities
             if len(path) == 1 and isinstance(path[0], str) and section.can_index(path[0])
         ]
         if fields:
             await section.index(*fields)
         for field in fields:
-            ids = section.find(field, pinned[(field,)])
+            ids = section.find(field, equalities[(field,)])
             if best is None or len(ids) < len(best.ids or ()):
                 name = _index_name(collection, field)
-                # In an index all lists and maps, which only strange files hold there, are alike.
-                exact = not any(isinstance(each, list | dict) for each in pinned[(field,)])
-                best = _Access("index", name, ids, whole and exact, f"{len(ids)} candidates")
+                # An index treats all lists and dicts as equal (only files written by other programs
+                # contain these in an indexed field).
+                exact = not any(isinstance(each, list | dict) for each in equalities[(field,)])
+                best = _Access("index", name, ids, complete and exact, f"{len(ids)} candidates")
         if best is not None:
             return best
         ordered_ids = await section.sorted_ids() if by_id and not query.order else None
-        detail = f"all {len(section.held)} entities"
-        whole = query.where == EVERYTHING
-        return _Access("scan", None, None, whole, detail, ordered_ids)
+        detail = f"all {len(section.entities)} entities"
+        complete = query.where == EVERYTHING
+        return _Access("scan", None, None, complete, detail, ordered_ids)
 
     def _candidates(
         self, query: Query, section: CollectionTable, access: _Access
-    ) -> tuple[Sequence[str], dict[str, Held]]:
-        """Ids and bytes of one moment: this method does not await, and must follow `_access` so."""
-        own = self._own(query.collection)
-        held = section.held
+    ) -> tuple[Sequence[str], dict[str, StoredEntity]]:
+        """Ids and bytes of the candidates at one moment. It must be called after `_access` without an
+        await in between, and does not await itself."""
+        own = self._own_writes(query.collection)
+        entities = section.entities
         if access.ids is None:
-            # Tuples, which the collector leaves alone, where a list would be walked again and again.
-            ids: Sequence[str] = access.ordered if access.ordered is not None else tuple(held)
+            # Tuples, which the garbage collector does not traverse; it would traverse a list at every
+            # collection.
+            ids: Sequence[str] = access.ordered if access.ordered is not None else tuple(entities)
             first, last = 0, None
             if query.after is not None and access.ordered is not None:
                 first = bisect_right(ids, query.after.id)
-            if access.whole and not own and not query.order and query.limit is not None:
+            if access.complete and not own and not query.order and query.limit is not None:
                 last = first + query.limit
-            ids = ids[first:last]  # in one step: the rest may be long
+            ids = ids[first:last]
         else:
-            ids = [each for each in access.ids if each in held]
+            ids = [each for each in access.ids if each in entities]
         if own:
             ids = [each for each in ids if each not in own]
             ids += [each for each, raw in own.items() if raw is not None]
@@ -220,17 +226,18 @@ class OverlayView:
             ids = sorted(ids)
             if query.after is not None:
                 ids = ids[bisect_right(ids, query.after.id) :]
-        # A copy of a dict takes one step, and the collector never looks into it; but a page of a
-        # large section is not worth one.
-        texts = (
-            held.copy()
-            if access.ids is None and len(ids) > max(_FEW, len(held) // _SHARE)
-            else {each: held[each] for each in ids if each in held}
+        # Copying a dict is one step, and the garbage collector does not traverse the copy. For a page
+        # of a large section, picking the entities is faster.
+        raws = (
+            entities.copy()
+            if access.ids is None
+            and len(ids) > max(_MIN_DICT_COPY, len(entities) // _DICT_COPY_DIVISOR)
+            else {each: entities[each] for each in ids if each in entities}
         )
-        texts.update((each, raw) for each, raw in own.items() if raw is not None)
-        return ids, texts
+        raws.update((each, raw) for each, raw in own.items() if raw is not None)
+        return ids, raws
 
-    def _own(self, collection: str) -> dict[str, bytes | None]:
+    def _own_writes(self, collection: str) -> dict[str, bytes | None]:
         own: dict[str, bytes | None] = {}
         for layer in self.layers:
             own.update(layer.get(collection, {}))
@@ -239,15 +246,14 @@ class OverlayView:
     async def _by_id(
         self, query: Query, section: CollectionTable, access: _Access
     ) -> AsyncGenerator[list[tuple[str, bytes]], None]:
-        ids, held = self._candidates(query, section, access)
-        left = len(ids) if query.limit is None else query.limit
-        pieces = self._rows(query, section, access, ids, held)
-        async with Owned(pieces) as owned:
-            async for piece in owned:
-                if piece:
-                    yield piece[:left]
-                left -= len(piece)
-                if left <= 0:
+        ids, entities = self._candidates(query, section, access)
+        remaining = len(ids) if query.limit is None else query.limit
+        async with Owned(self._rows(query, section, access, ids, entities)) as chunks:
+            async for chunk in chunks:
+                if chunk:
+                    yield chunk[:remaining]
+                remaining -= len(chunk)
+                if remaining <= 0:
                     return
 
     async def _rows(
@@ -256,15 +262,15 @@ class OverlayView:
         section: CollectionTable,
         access: _Access,
         ids: Sequence[str],
-        held: dict[str, Held],
+        entities: dict[str, StoredEntity],
     ) -> AsyncGenerator[list[tuple[str, bytes]], None]:
-        """The candidates that match, with their bytes, in pieces."""
+        """The candidates that match, with their bytes, in chunks."""
         matches = compile_filter(query.where)
         for start in range(0, len(ids), _READ_CHUNK):
-            part = slice(start, start + _READ_CHUNK)
-            rows = [(each, section.normalized(each, held[each])) for each in ids[part]]
-            if not access.whole or (access.ids is not None and self.layers):
-                rows = [row for row in rows if matches(section.look(*row))]
+            chunk = ids[start : start + _READ_CHUNK]
+            rows = [(each, section.normalized(each, entities[each])) for each in chunk]
+            if not access.complete or (access.ids is not None and self.layers):
+                rows = [row for row in rows if matches(section.decode_cached(*row))]
             yield rows
             await asyncio.sleep(0)
 
@@ -274,43 +280,43 @@ class OverlayView:
         section: CollectionTable,
         access: _Access,
         ids: Sequence[str],
-        held: dict[str, Held],
+        entities: dict[str, StoredEntity],
     ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
-        """The candidates that match, decoded to be looked at, in pieces."""
+        """The candidates that match, decoded for reading only, in chunks."""
         matches = compile_filter(query.where)
-        await asyncio.sleep(0)  # copying the candidates took its time
-        for start in range(0, len(ids), _LOOK_CHUNK):
-            part = slice(start, start + _LOOK_CHUNK)
-            found = (
-                (each, section.look(each, section.normalized(each, held[each])))
-                for each in ids[part]
+        await asyncio.sleep(0)  # copying the candidates may have taken some time
+        for start in range(0, len(ids), _DECODE_CHUNK):
+            chunk = ids[start : start + _DECODE_CHUNK]
+            rows = (
+                (each, section.decode_cached(each, section.normalized(each, entities[each])))
+                for each in chunk
             )
-            yield [row for row in found if matches(row[1])]
+            yield [row for row in rows if matches(row[1])]
             await asyncio.sleep(0)
 
-    # -- deciding ----------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Apply in order to the innermost layer, up to the first that fails."""
+        """Apply the changes to the innermost layer in order, up to the first that fails."""
         outcomes: list[Outcome] = []
         for number, change in enumerate(changes, 1):
-            outcomes.append(await self._decided(change))
+            outcomes.append(await self._apply(change))
             if isinstance(outcomes[-1], StorageError):
                 break
-            if not number % _DECIDE_CHUNK:
+            if not number % _WRITE_CHUNK:
                 await asyncio.sleep(0)
         return outcomes
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Apply each that can be; the error of each that cannot."""
+        """Apply the changes independently; the outcome of a failed one is its error."""
         outcomes: list[Outcome] = []
         for number, change in enumerate(changes, 1):
-            outcomes.append(await self._decided(change))
-            if not number % _DECIDE_CHUNK:
+            outcomes.append(await self._apply(change))
+            if not number % _WRITE_CHUNK:
                 await asyncio.sleep(0)
         return outcomes
 
-    async def _decided(self, change: Change) -> Outcome:
+    async def _apply(self, change: Change) -> Outcome:
         try:
             if isinstance(change, Delete):
                 return await self._delete(change)
@@ -349,11 +355,11 @@ class OverlayView:
         version = next_version(key, actual)
         entity = patched(self._entity(key, raw), change.fields, version)
         del entity[VERSION]
-        text = self._serializer.encode(entity, version)
-        if len(text) > _LIGHT:
+        encoded = self._serializer.encode(entity, version)
+        if len(encoded) > _SIZE_CHECK_BYTES:
             check_size(entity)
         self._check_parents(change, raw)
-        self._stage(change, text)
+        self._stage(change, encoded)
         return version
 
     async def _delete(self, change: Delete) -> int | None:
@@ -368,8 +374,8 @@ class OverlayView:
         return actual
 
     def _version_to_delete(self, change: Delete) -> int | None:
-        """The stored version; None if there is no such entity, 0 of one that is damaged: where no
-        version is expected, it can still be deleted."""
+        """The stored version; None if the entity does not exist; 0 if it is damaged and the change
+        expects no version: such an entity can still be deleted."""
         try:
             raw = self.stored_bytes(change.key.collection, change.key.id)
             actual = self._version(change.key, raw)
@@ -386,7 +392,7 @@ class OverlayView:
         return self._serializer.version(self._schema[key.collection], key.id, raw)
 
     def _check(self, change: Change, actual: int | None, raw: bytes | None) -> None:
-        """The condition; the entity is decoded only to explain a refusal."""
+        """Check the precondition; the entity is decoded only for the error."""
         expect = change.expect
         if expect is not ANY and expect != actual:
             current = None if raw is None else self._entity(change.key, raw)
@@ -398,7 +404,7 @@ class OverlayView:
             check_parents(self._schema, change, current, self.exists)
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
-        own = self._own(child.name)
+        own = self._own_writes(child.name)
         for entity_id in self._state.sections[child.name].find(field.name, [parent]):
             if entity_id not in own:
                 yield entity_id
@@ -406,9 +412,9 @@ class OverlayView:
             if raw is not None and self._serializer.decode(raw).get(field.name) == parent:
                 yield entity_id
 
-    def _stage(self, change: Change, text: bytes | None) -> None:
+    def _stage(self, change: Change, encoded: bytes | None) -> None:
         layer = self.layers[-1]
-        layer.setdefault(change.key.collection, {})[change.key.id] = text
+        layer.setdefault(change.key.collection, {})[change.key.id] = encoded
         if change.mark is not None:
             mark = change.mark
             version = cast("int", mark.entity.get(VERSION, 1))
@@ -419,25 +425,25 @@ class OverlayView:
     # -- layers ------------------------------------------------------------------------------
 
     def commit_overlay(self) -> None:
-        """The innermost layer becomes part of the one around it."""
+        """Merge the innermost layer into the one around it."""
         top = self.layers.pop()
         for collection, images in top.items():
             self.layers[-1].setdefault(collection, {}).update(images)
 
 
 class _Access(NamedTuple):
-    """How a query gets to its candidates.
+    """The access path of a query to its candidates.
 
     Attributes:
-        ids: the candidates; None: all.
-        whole: the access is the whole filter, nothing is left to be tested.
-        ordered: all ids in order, where they are wanted so.
+        ids: the candidates; None: all entities.
+        complete: every candidate matches the filter, so the filter need not be evaluated.
+        ordered: all ids, sorted, if the query needs them in this order.
     """
 
     kind: Literal["index", "key", "scan"]
     name: str | None
     ids: set[str] | None
-    whole: bool
+    complete: bool
     detail: str
     ordered: tuple[str, ...] | None = None
 

@@ -1,9 +1,9 @@
-"""Reading a store from its files: which file belongs to which journal, and what is in them.
+"""Loading a store from its data files and journals.
 
-A journal names the digests of the files it belongs to. A file that it does not name was replaced by
-hand: if no commit waits for it, it is simply taken over; otherwise only the operator can say which
-of the two counts. Nothing here takes a lock or writes; the caller tries again when others wrote
-meanwhile.
+A journal names the digests of the data files to which it belongs. A data file that no journal names was
+replaced manually. If the journal contains no commit for it, it is accepted; otherwise only the operator
+can decide whether the file or the journal is valid. This module acquires no lock and writes nothing; the
+caller retries if another process wrote meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.collection_table import CollectionTable, reclaim
-from hf_async_store.strategies.json.files import DataFile, FileManager, Signature, is_doubtful
+from hf_async_store.strategies.json.files import DataFile, FileManager, Signature, has_failed_sync
 from hf_async_store.strategies.json.journal import (
     Entry,
     FileState,
@@ -37,16 +37,16 @@ from hf_async_store.strategies.json.journal import (
 from hf_async_store.strategies.json.serializer import (
     CHUNK_BYTES,
     UNREADABLE,
-    Held,
     JSONSerializer,
-    NotOurs,
-    cut_lines,
-    cut_object,
-    cut_piece,
-    cut_text,
-    held,
+    OtherLayout,
+    StoredEntity,
+    decode_members,
     layout_of,
-    refuse_repeated,
+    parse_chunk,
+    parse_lines,
+    parse_object,
+    refuse_duplicates,
+    stored_entities,
 )
 
 if TYPE_CHECKING:
@@ -54,58 +54,59 @@ if TYPE_CHECKING:
 
 
 class _Journal(NamedTuple):
-    """A generation as it was read; not `whole`: what came behind these entries is lost."""
+    """The journal of a generation; not `complete`: it is damaged after these entries."""
 
     generation: int
     entries: list[Entry]
     end: int
     alone: bool
-    whole: bool
+    complete: bool
 
 
-_LARGE: Final = 16 << 20
-"""A foreign layout over this size is brought into ours by a child process before it is cut: cutting
-it takes one step, which would hold the loop."""
+_LARGE_FILE: Final = 16 << 20
+"""A larger data file in another layout is converted by a child process before it is parsed: parsing it
+is one step, which would block the event loop."""
 
 _SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
 _TAIL_CHUNK: Final = 1 << 20
 _FREE_CHUNK: Final = 8
 
-Merged: TypeAlias = Mapping[str, "dict[str, Held]"]
-"""Sections by name, with the images of a commit in them already."""
+Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
+"""Copies of sections by name, to which the images of a commit are already applied."""
 
 
 class JournalMissing(Exception):  # noqa: N818  # never leaves the strategy
-    """A file that was just listed is gone, or the chain has a gap: others are folding. Look again."""
+    """A listed journal no longer exists, or a generation is missing: another process is compacting,
+    and the caller retries."""
 
 
 @dataclass(slots=True)
 class StoreState:
-    """A store in memory, and how far it has followed the files."""
+    """A store in memory, and the position up to which it has read the journal."""
 
     sections: dict[str, CollectionTable] = field(default_factory=dict)
     extras: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """By data file: the sections that no collection declares, as they lie there."""
+    """By data file: the undeclared sections, with their bytes as in the file."""
     known: dict[str, list[FileState]] = field(default_factory=dict)
-    """By data file: the contents that are right, the newest last."""
+    """By data file: the valid contents, the newest last."""
     content: dict[str, FileState] = field(default_factory=dict)
-    """By data file: what it held when it was read, or was folded to since."""
+    """By data file: its content when it was read, or since the last compaction."""
     signatures: dict[str, Signature | None] = field(default_factory=dict)
     replaced: set[str] = field(default_factory=set)
-    """The data files that were replaced by hand and taken over; the journal does not name them."""
+    """The data files that were replaced manually and accepted; the journal does not name them."""
     pending: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By generation and collection: the bytes of commits that are not in the data files yet."""
+    """By generation and collection: the size of the commits that are not in the data files yet."""
     replayed: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
-    """When adopting: what the journals added to the data files."""
+    """During a recovery: the images that were replayed over the data files."""
     unread: list[int] = field(default_factory=list)
-    """When adopting what is readable: the generations that are left out, in part or whole."""
+    """During a recovery with "salvage": the generations that are omitted, partly or completely."""
     superseded: bool = False
-    """Journals lie there that an adoption left behind: nothing of them counts."""
+    """Whether there are journals older than `first`, which a recovery has made invalid."""
     first: int = 0
-    """The oldest generation that counted when the files were read."""
-    suspect: int = 0
-    """The newest generation of which a sync failed, whoever's it was."""
+    """The oldest valid generation when the files were read."""
+    failed_sync_generation: int = 0
+    """The newest generation of which a sync failed, in any process; 0: none."""
     generation: int = 0
     fd: int = -1
     offset: int = 0
@@ -116,35 +117,38 @@ class StoreState:
     def pending_bytes(self) -> int:
         return sum(sum(each.values()) for each in self.pending.values())
 
-    def waiting_for(self, collections: Mapping[str, object] | set[str]) -> bool:
-        """Whether a commit to one of these is not in its data file yet."""
+    def has_pending(self, collections: Mapping[str, object] | set[str]) -> bool:
+        """Whether a commit to one of these collections is not in its data file yet."""
         return any(name in collections for each in self.pending.values() for name in each)
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether a data file lacks commits that a loss of power may take."""
-        return self.suspect > 0 and any(
-            each.covers <= self.suspect for each in self.content.values()
+    def needs_rewrite(self) -> bool:
+        """Whether a data file lacks commits whose sync failed: a power failure could lose them."""
+        return self.failed_sync_generation > 0 and any(
+            each.covers <= self.failed_sync_generation for each in self.content.values()
         )
 
     async def merged(self, images: Images) -> Merged:
-        """What those sections will be that many images go to, for `take`."""
-        made = {name: await self.sections[name].merged(each) for name, each in images.items()}
-        return {name: merged for name, merged in made.items() if merged is not None}
+        """Copies of the sections to which many of the images apply, for `apply`."""
+        copies = {name: await self.sections[name].merged(each) for name, each in images.items()}
+        return {name: merged for name, merged in copies.items() if merged is not None}
 
     def apply(self, images: Images, size: int, merged: Merged) -> None:
-        """A commit of the current generation, `size` bytes of journal; `sweep` is to follow."""
-        waiting = self.pending.setdefault(self.generation, {})
+        """Apply a commit of the current generation that has `size` bytes in the journal.
+
+        The caller calls `reclaim` afterwards.
+        """
+        sizes = self.pending.setdefault(self.generation, {})
         for name, section_images in images.items():
-            waiting[name] = waiting.get(name, 0) + size // len(images)
+            sizes[name] = sizes.get(name, 0) + size // len(images)
             self.sections[name].apply(section_images, merged.get(name))
 
     async def reclaim(self) -> None:
         for section in self.sections.values():
             await section.reclaim()
 
-    def covered(self, name: str, content: FileState, collections: set[str]) -> None:
-        """This file, as it lies in its place, holds everything before its generation."""
+    def mark_covered(self, name: str, content: FileState, collections: set[str]) -> None:
+        """Record that a data file has this content, and all commits before `content.covers`."""
         newer = [each for each in self.known.get(name, []) if each.covers > content.covers]
         self.known[name] = [content, *newer]
         self.content[name] = content
@@ -156,14 +160,14 @@ class StoreState:
             if not self.pending[generation]:
                 del self.pending[generation]
 
-    def kept(self, collection: str, entity_id: str) -> Held | None:
-        """The text of an entity, also of a collection that only others declare."""
+    def raw_entity(self, collection: str, entity_id: str) -> StoredEntity | None:
+        """The stored bytes of an entity, even of an undeclared collection."""
         section = self.sections.get(collection)
-        if section is not None and entity_id in section.held:
-            return section.held[entity_id]
+        if section is not None and entity_id in section.entities:
+            return section.entities[entity_id]
         for extras in self.extras.values():
             if collection in extras:
-                members = cut_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
+                members = parse_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
                 return members.get(entity_id)
         return None
 
@@ -185,137 +189,140 @@ class StoreLoader:
         self._cache_size = cache_size
 
     def section(self, name: str) -> CollectionTable:
-        """An empty section; of a collection that is not declared, one that is only kept."""
-        # Not `get`: a schema answers an unknown name with an error of its own.
+        """An empty table for a collection, which need not be declared."""
+        # Not `get`: for an unknown name a schema raises an error.
         collection = self._schema[name] if name in self._schema else None  # noqa: SIM401  # see above
         return CollectionTable(collection, self._serializer, self._cache_size)
 
     def collections_of(self, name: str, state: StoreState) -> set[str]:
-        """The collections whose entities lie in a data file."""
+        """The collections that are stored in a data file."""
         collection = self._files.names[name]
         return set(state.sections) if collection is None else {collection}
 
     # -- the whole ---------------------------------------------------------------------------
 
-    async def load(self, *, adopt: str | None = None) -> StoreState:
-        """The store as its files have it.
+    async def load(self, *, recover_from: str | None = None) -> StoreState:
+        """Load the store from its files.
 
         Args:
-            adopt: settle a file that was replaced by hand: "file" takes the data files as they
-                are and leaves the journal out, "journal" replays it over them. "salvage" settles
-                a damaged journal: it counts up to the damage.
+            recover_from: recover from a manually replaced data file, or from a damaged journal: "file" uses
+                the data files without the journal, "journal" replays the journal over the data
+                files, "salvage" replays the journal up to the damage.
 
         Raises:
-            CorruptionError: naming the file, the place and the way back.
-            DataFileConflictError: naming the two ways out.
-            JournalMissing: others changed the files meanwhile.
+            CorruptionError: a file is damaged or missing; the message names the file, the position
+                and the remedy.
+            DataFileConflictError: a data file was replaced while the journal contained commits; the
+                message names the two remedies.
+            JournalMissing: another process changed the files meanwhile.
         """
         state = StoreState()
         try:
-            await self._load(state, adopt)
+            await self._load(state, recover_from)
         except BaseException:
             state.close()
             raise
         return state
 
-    async def _load(self, state: StoreState, adopt: str | None) -> None:
+    async def _load(self, state: StoreState, recover_from: str | None) -> None:
         for name in self._schema:
             state.sections[name] = self.section(name)
         journals: list[_Journal] = []
-        if adopt == "file":
-            # The numbers are not used again: nobody may take an old generation for a new one.
+        if recover_from == "file":
+            # The numbers are not reused: no process may mistake an old generation for a new one.
             state.generation = max(self._files.journals(), default=0)
             state.sealed = True
         else:
-            journals = await self._journals(state, readable=adopt == "salvage")
+            journals = await self._journals(state, salvage=recover_from == "salvage")
         first = journals[0].generation if journals else state.generation + 1
-        strange = [
+        unknown = [
             name
             for name in list(self._files.names)
-            if not await self._load_file(name, state, adopt, first)
+            if not await self._load_file(name, state, recover_from, first)
         ]
-        if strange and adopt is None:
-            await self._refuse_moved(state)
+        if unknown and recover_from is None:
+            await self._refuse_concurrent_change(state)
         self._refuse_gap(state, journals)
-        await self._replay_all(state, journals, adopt)
-        if adopt in (None, "salvage"):
-            self._refuse_mixture(state)
+        await self._replay_all(state, journals, recover_from)
+        if recover_from in (None, "salvage"):
+            self._refuse_conflict(state)
 
-    async def _refuse_moved(self, state: StoreState) -> None:
-        """Files that no journal names can be of two moments, if somebody folded meanwhile."""
+    async def _refuse_concurrent_change(self, state: StoreState) -> None:
+        """Retry if the journal was changed while data files were read that no journal names: because
+        of a compaction, these may not belong to the same moment."""
         newest = self._files.journals()[-1:]
         if state.fd < 0:
-            moved = bool(newest)
+            changed = bool(newest)
         else:
             path = self._files.journal(state.generation)
-            tail = read_blocks(state.fd, state.offset, os.fstat(state.fd).st_size, path)
-            more = scan(tail, str(path), state.offset, state.sequence)
-            moved = newest != [state.generation]
-            moved = moved or await asyncio.to_thread(next, more, None) is not None
-        if moved:
-            raise JournalMissing("the journal went on while the files were read")
+            tail = read_chunks(state.fd, state.offset, os.fstat(state.fd).st_size, path)
+            records = scan(tail, str(path), state.offset, state.sequence)
+            changed = newest != [state.generation]
+            changed = changed or await asyncio.to_thread(next, records, None) is not None
+        if changed:
+            raise JournalMissing("the journal was changed while the data files were read")
 
     def _refuse_gap(self, state: StoreState, journals: list[_Journal]) -> None:
-        """Every generation that some file lacks must be there."""
+        """Check that the journals begin with the first generation that some data file needs."""
         if not journals:
             return
         first = min(each.covers for each in state.content.values())
         if first < journals[0].generation:
             raise CorruptionError(
-                f"{self._files.journal(first)} is missing, and the data files do not hold what was "
-                "in it. Restore a backup (`hf-async-store restore`), or go on without it: "
-                "`hf-async-store checkpoint --recover-from file`"
+                f"{self._files.journal(first)} is missing, and the data files do not contain its "
+                "commits. Restore a backup (`hf-async-store restore`), or continue without these "
+                "commits: `hf-async-store checkpoint --recover-from file`"
             )
 
-    def _refuse_mixture(self, state: StoreState) -> None:
+    def _refuse_conflict(self, state: StoreState) -> None:
         for name in state.replaced:
-            if state.waiting_for(self.collections_of(name, state)):
+            if state.has_pending(self.collections_of(name, state)):
                 raise DataFileConflictError(
-                    f"{self._files.path(name)} is not the file that its journal belongs to, and the "
-                    "journal holds commits. Say which one counts: `hf-async-store checkpoint "
-                    "--recover-from file` takes the file as it is and drops the journal, "
-                    "`--recover-from journal` puts the journal's commits on top of the file"
+                    f"{self._files.path(name)} was replaced while its journal contained commits. "
+                    "Choose which of the two is valid: `hf-async-store checkpoint --recover-from file` "
+                    "uses the file and discards the journal, `--recover-from journal` applies the "
+                    "commits in the journal to the file"
                 )
 
     # -- journals ----------------------------------------------------------------------------
 
-    async def _journals(self, state: StoreState, *, readable: bool) -> list[_Journal]:
-        """The generations in the folder that count, oldest first; the newest stays open in `state`.
+    async def _journals(self, state: StoreState, *, salvage: bool) -> list[_Journal]:
+        """Read the valid journals, oldest first; the newest stays open in `state`.
 
         Args:
-            readable: take what is before the damage, of each.
+            salvage: read a damaged journal up to the damage, instead of raising an error.
         """
-        found: list[_Journal] = []
+        journals: list[_Journal] = []
         generations = self._files.journals()
         for generation in reversed(generations):
-            whole = not found or generation + 1 == found[-1].generation
-            if not whole and not readable:
+            complete = not journals or generation + 1 == journals[-1].generation
+            if not complete and not salvage:
                 raise JournalMissing(f"generation {generation + 1} is missing")
-            journal = await self._open_journal(state, generation, readable, keep=not found)
-            found.append(journal._replace(whole=journal.whole and whole))
+            journal = await self._open_journal(state, generation, salvage, keep=not journals)
+            journals.append(journal._replace(complete=journal.complete and complete))
             if journal.alone:
                 break
-        found.reverse()
-        if found:
-            state.first = found[0].generation
+        journals.reverse()
+        if journals:
+            state.first = journals[0].generation
             state.superseded = state.first > generations[0]
-        for journal in found:
+        for journal in journals:
             for entry in journal.entries:
                 if entry.kind is Kind.HEAD:
-                    self._know(state, read_head(entry.payload).files)
+                    self._add_known(state, read_head(entry.payload).files)
                 elif entry.kind is Kind.FOLD:
-                    self._know(state, read_fold(entry.payload).files)
-        return found
+                    self._add_known(state, read_fold(entry.payload).files)
+        return journals
 
     async def _open_journal(
-        self, state: StoreState, generation: int, readable: bool, *, keep: bool
+        self, state: StoreState, generation: int, salvage: bool, *, keep: bool
     ) -> _Journal:
         path = self._files.journal(generation)
         fd = open_journal(path)
         try:
-            if is_doubtful(os.fstat(fd)):
-                state.suspect = max(state.suspect, generation)
-            journal = await self._read_journal(path, generation, fd, readable, newest=keep)
+            if has_failed_sync(os.fstat(fd)):
+                state.failed_sync_generation = max(state.failed_sync_generation, generation)
+            journal = await self._read_journal(path, generation, fd, salvage, newest=keep)
         except BaseException:
             os.close(fd)
             raise
@@ -330,43 +337,45 @@ class StoreLoader:
         return journal
 
     async def _read_journal(
-        self, path: Path, generation: int, fd: int, readable: bool, *, newest: bool
+        self, path: Path, generation: int, fd: int, salvage: bool, *, newest: bool
     ) -> _Journal:
         entries: list[Entry] = []
         end = 0
         alone = False
         try:
-            async for entry, position in scanned(fd, path, os.fstat(fd).st_size):
+            async for entry, position in scan_file(fd, path, os.fstat(fd).st_size):
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
                     head = read_head(entry.payload)
                     if head.generation != generation:
                         raise CorruptionError(
-                            f"{path} says that it is generation {head.generation}"
+                            f"{path} contains generation {head.generation}, which does not match the "
+                            "number in its name. If the file was renamed, restore its name; "
+                            "otherwise restore a backup (`hf-async-store restore`)"
                         )
                     alone = head.alone
                 entries.append(entry)
                 end = position
             if not entries:
                 raise CorruptionError(
-                    f"{path} at byte 0: a journal begins with its head. Restore a backup "
-                    "(`hf-async-store restore`), or take the data file alone: `hf-async-store "
-                    "checkpoint --recover-from file`"
+                    f"{path} at byte 0: the journal does not begin with a HEAD record. Restore a backup "
+                    "(`hf-async-store restore`), or use the data files without the journal: "
+                    "`hf-async-store checkpoint --recover-from file`"
                 )
             if not newest and entries[-1].kind is not Kind.SEAL:
                 raise CorruptionError(
-                    f"{path} ends without a seal, though generation {generation + 1} exists. "
-                    "Restore a backup (`hf-async-store restore`), or go on with what can be read: "
+                    f"{path} ends without a SEAL record, although generation {generation + 1} exists. "
+                    "Restore a backup (`hf-async-store restore`), or continue with the undamaged part: "
                     "`hf-async-store checkpoint --recover-from salvage`"
                 )
         except CorruptionError:
-            if not readable:
+            if not salvage:
                 raise
-            return _Journal(generation, entries, end, alone, whole=False)
-        return _Journal(generation, entries, end, alone, whole=True)
+            return _Journal(generation, entries, end, alone, complete=False)
+        return _Journal(generation, entries, end, alone, complete=True)
 
-    def _know(self, state: StoreState, files: Mapping[str, FileState]) -> None:
+    def _add_known(self, state: StoreState, files: Mapping[str, FileState]) -> None:
         for name, each in files.items():
             self._files.add(name, each.collection)
             known = state.known.setdefault(name, [])
@@ -374,290 +383,318 @@ class StoreLoader:
                 known.append(each)
 
     def announce(self, state: StoreState, files: Mapping[str, FileState]) -> None:
-        """A FOLD was read: these contents belong there from now on. Those that were there before
-        are in their place; the others may never come, if the one who folds dies."""
-        self._know(state, files)
+        """Add the contents that a FOLD record names. Those equal to the current content are already in
+        place; the others may never appear, if the compacting process dies."""
+        self._add_known(state, files)
         for name, each in files.items():
-            now = state.content.setdefault(name, FileState(None, 0, ours=False))
-            if now.digest == each.digest:
-                state.covered(name, each, self.collections_of(name, state))
+            current = state.content.setdefault(name, FileState(None, 0, ours=False))
+            if current.digest == each.digest:
+                state.mark_covered(name, each, self.collections_of(name, state))
 
     async def _replay_all(
-        self, state: StoreState, journals: list[_Journal], adopt: str | None
+        self, state: StoreState, journals: list[_Journal], recover_from: str | None
     ) -> None:
         newest = state.generation
         covers = min((each.covers for each in state.content.values()), default=0)
         try:
             for number, journal in enumerate(journals):
                 state.generation = journal.generation
-                whole = await self._replay(state, journal, adopt)
-                if covers <= journal.generation and not whole:
-                    # What comes later leans on what is lost.
+                complete = await self._replay(state, journal, recover_from)
+                if covers <= journal.generation and not complete:
+                    # Later commits may depend on the commits that were lost.
                     state.unread = [each.generation for each in journals[number:]]
                     break
         finally:
             state.generation = newest
 
-    async def _replay(self, state: StoreState, journal: _Journal, adopt: str | None) -> bool:
-        """The commits of a generation, over the data files that do not hold them yet.
+    async def _replay(self, state: StoreState, journal: _Journal, recover_from: str | None) -> bool:
+        """Apply the commits of a generation to the collections whose data files do not contain them.
 
-        Over one that does, it would be harmless but for a file that was replaced by hand.
+        To apply them to the others would be harmless, except for a file that was replaced manually.
 
         Returns:
-            Whether that was all of it.
+            Whether all commits of the generation were applied.
         """
         for number, entry in enumerate(journal.entries, 1):
             if entry.kind is Kind.COMMIT:
                 try:
-                    images = await self.commit(state, entry, adopting=adopt is not None)
+                    images = await self.commit(state, entry, recovering=recover_from is not None)
                 except CorruptionError:
-                    if adopt != "salvage":
+                    if recover_from != "salvage":
                         raise
                     return False
                 await state.reclaim()
                 await reclaim_images(entry, images)
             if not number % 64:
                 await asyncio.sleep(0)
-        return journal.whole
+        return journal.complete
 
     async def commit(
-        self, state: StoreState, entry: Entry, *, adopting: bool = False
+        self, state: StoreState, entry: Entry, *, recovering: bool = False
     ) -> dict[str, dict[str, bytes | None]]:
-        """Take over a COMMIT of the current generation; `sweep` and `reclaim_images` are to follow.
+        """Apply a COMMIT of the current generation.
+
+        The caller calls `state.reclaim` and `reclaim_images` afterwards.
 
         Args:
-            adopting: note in the state what of it the data files lacked.
+            recovering: add the images that were applied to `state.replayed`.
         """
         try:
             images = await _images(entry)
         except CorruptionError as exc:
             raise CorruptionError(
                 f"{self._files.journal(state.generation)}: {exc}. Restore a backup "
-                "(`hf-async-store restore`), or go on with what can be read: `hf-async-store "
-                "checkpoint --adopt-readable`"
+                "(`hf-async-store restore`), or continue with the undamaged part: `hf-async-store "
+                "checkpoint --recover-from salvage`"
             ) from exc
         for name in images.keys() - state.sections.keys():
-            state.sections[name] = self._revived(state, name)
-        held_already = {
+            state.sections[name] = self._undeclared_section(state, name)
+        already_contained = {
             collection
             for name, content in state.content.items()
             if content.covers > state.generation
             for collection in self.collections_of(name, state)
         }
-        lacking = {name: each for name, each in images.items() if name not in held_already}
-        if lacking:
-            state.apply(lacking, entry.size, await state.merged(lacking))
-        if adopting:
-            for name, each in lacking.items():
+        missing = {name: each for name, each in images.items() if name not in already_contained}
+        if missing:
+            state.apply(missing, entry.size, await state.merged(missing))
+        if recovering:
+            for name, each in missing.items():
                 state.replayed.setdefault(name, {}).update(each)
         return images
 
-    def _revived(self, state: StoreState, name: str) -> CollectionTable:
-        """The section of a collection that only others declare, out of what was kept of it."""
+    def _undeclared_section(self, state: StoreState, name: str) -> CollectionTable:
+        """The section of an undeclared collection, with the entities that its data file contains."""
         section = self.section(name)
         for extras in state.extras.values():
             if name in extras:
-                section.held.update(cut_object(msgspec.Raw(extras.pop(name)), f"section {name!r}"))
+                section.entities.update(
+                    parse_object(msgspec.Raw(extras.pop(name)), f"section {name!r}")
+                )
         return section
 
     # -- data files --------------------------------------------------------------------------
 
-    async def _load_file(self, name: str, state: StoreState, adopt: str | None, first: int) -> bool:
-        """Take in a data file; False if no journal names it.
+    async def _load_file(
+        self, name: str, state: StoreState, recover_from: str | None, first: int
+    ) -> bool:
+        """Load a data file; False if no journal names its content.
 
         Args:
-            first: the oldest generation that is there.
+            first: the oldest existing generation.
         """
         known = state.known.get(name, [])
-        found = await self._files.read(name, known)
-        if found is not None and not known:
-            self._refuse_other_names(name)
-        digest = None if found is None else found.digest
+        file = await self._files.read(name, known)
+        if file is not None and not known:
+            self._refuse_other_links(name)
+        digest = None if file is None else file.digest
         match = next((each for each in reversed(known) if each.digest == digest), None)
         if match is not None and match.covers < first <= max(each.covers for each in known):
-            match = None  # it was folded since, and somebody put the old one back
-        content = match or self._taken_over(name, digest, state, adopt, first)
+            match = None  # an older file was put back after a compaction
+        content = match or self._accepted_content(name, digest, state, recover_from, first)
         state.content[name] = content
-        state.signatures[name] = None if found is None else found.signature
-        if found is not None:
-            await self._cut(name, found, state, ours=content.ours)
+        state.signatures[name] = None if file is None else file.signature
+        if file is not None:
+            await self._parse_file(name, file, state, trusted=content.ours)
         return match is not None
 
-    def _refuse_other_names(self, name: str) -> None:
-        """A file that has no journal here may have one under another name."""
-        for path in self._files.found(name):
-            others = self._files.other_names(path)
-            if others:
+    def _refuse_other_links(self, name: str) -> None:
+        """Refuse a file without a journal that has other hard links: it may have a journal there."""
+        for path in self._files.paths_of(name):
+            links = self._files.other_link_count(path)
+            if links:
                 raise ConfigurationError(
-                    f"{path} has {others} more name(s) (hard links). Under another one it may be "
-                    "a store already, and to replace it here would leave that one as it is. Use "
-                    "the other name, or make this a file of its own: copy it, and move the copy "
-                    "over it"
+                    f"{path} has {links} other name(s) (hard links), and may already be in use as a "
+                    "store under one of them: replacing it here would not change the file there. Use "
+                    "the other name, or break the link: copy the file, and rename the copy to this "
+                    "path"
                 )
 
-    def _taken_over(
-        self, name: str, digest: str | None, state: StoreState, adopt: str | None, first: int
+    def _accepted_content(
+        self, name: str, digest: str | None, state: StoreState, recover_from: str | None, first: int
     ) -> FileState:
-        """The content of a file that no journal names."""
+        """Accept a file whose content no journal names."""
         known = state.known.get(name, [])
         if known:
-            if digest is None and adopt != "file":
-                # Also when the journal is to count: on top of nothing it would pass for the whole.
+            if digest is None and recover_from != "file":
+                # Even with "journal" or "salvage": the journal alone would appear to be the complete
+                # content.
                 newest = [str(each) for each in self._files.backups(name)[:1]]
                 raise CorruptionError(
-                    f"{self._files.path(name)} is missing, though its journal belongs to it. "
-                    f"Restore a backup (the newest: {newest[0] if newest else 'none was kept'}) by "
-                    "`hf-async-store restore`, or go on without what was in it: "
+                    f"{self._files.path(name)} is missing, although its journal exists. Restore a "
+                    f"backup (the newest: {newest[0] if newest else 'none was kept'}) by "
+                    "`hf-async-store restore`, or continue without its content: "
                     "`hf-async-store checkpoint --recover-from file`"
                 )
             state.replaced.add(name)
         return FileState(digest, first, ours=False, collection=self._files.names[name])
 
-    async def _cut(self, name: str, found: DataFile, state: StoreState, *, ours: bool) -> None:
+    async def _parse_file(
+        self, name: str, file: DataFile, state: StoreState, *, trusted: bool
+    ) -> None:
         try:
-            await self._cut_lines(name, found.text, state, ours=ours)
-        except NotOurs:
+            await self._parse_file_lines(name, file.text, state, trusted=trusted)
+        except OtherLayout:
             for collection in self.collections_of(name, state):
                 state.sections[collection] = self.section(collection)
             state.extras.pop(name, None)
-            await self._cut_foreign(name, found.text, state, ours=ours)
+            await self._parse_other_layout(name, file.text, state, trusted=trusted)
 
-    async def _cut_lines(self, name: str, text: bytes, state: StoreState, *, ours: bool) -> None:
-        """A file that lies one entity a line."""
-        if not text.startswith(b"{\n") or not text.endswith(b"}\n"):
-            raise NotOurs
+    async def _parse_file_lines(
+        self, name: str, data: bytes, state: StoreState, *, trusted: bool
+    ) -> None:
+        """Parse a file that has one entity per line."""
+        if not data.startswith(b"{\n") or not data.endswith(b"}\n"):
+            raise OtherLayout
         collection = self._files.names[name]
         if collection is not None:
             section = state.sections.setdefault(collection, self.section(collection))
-            if await _fill(section, text, 2, ours=ours) + 2 != len(text):
-                raise NotOurs
-            if collection in section.held and not ours:
-                raise NotOurs  # perhaps a wrapping of that name
+            if await _load_lines(section, data, 2, trusted=trusted) + 2 != len(data):
+                raise OtherLayout
+            if collection in section.entities and not trusted:
+                raise OtherLayout  # perhaps the "wrapped" layout
             return
         position = 2
         seen: set[str] = set()
-        while position + 2 != len(text):
-            end = text.find(b"\n", position)
-            line = text[position:end]
-            section_name = _name_of(line)
+        while position + 2 != len(data):
+            end = data.find(b"\n", position)
+            line = data[position:end]
+            section_name = _section_name(line)
             if section_name not in state.sections:
-                await self._cut_rest(name, b"{" + text[position:], state, ours=ours, seen=seen)
+                await self._parse_object_members(
+                    name, b"{" + data[position:], state, trusted=trusted, seen=seen
+                )
                 return
             if section_name in seen:
-                raise NotOurs
+                raise OtherLayout
             seen.add(section_name)
-            position = await _fill(state.sections[section_name], text, end + 1, ours=ours)
-            last = position + 4 == len(text)
-            if text[position : position + 3] != (b"}\n}" if last else b"},\n"):
-                raise NotOurs
+            position = await _load_lines(
+                state.sections[section_name], data, end + 1, trusted=trusted
+            )
+            last = position + 4 == len(data)
+            if data[position : position + 3] != (b"}\n}" if last else b"},\n"):
+                raise OtherLayout
             position += 2 if last else 3
-            if not last and position + 2 == len(text):
-                raise NotOurs  # a comma, and nothing behind it
+            if not last and position + 2 == len(data):
+                raise OtherLayout  # a comma after the last section
 
-    async def _cut_foreign(self, name: str, text: bytes, state: StoreState, *, ours: bool) -> None:
-        """A file in another layout."""
+    async def _parse_other_layout(
+        self, name: str, data: bytes, state: StoreState, *, trusted: bool
+    ) -> None:
+        """Parse a file in another layout."""
         collection = self._files.names[name]
-        if len(text) > _LARGE and (collection is None or collection in self._schema):
+        if len(data) > _LARGE_FILE and (collection is None or collection in self._schema):
             from hf_async_store.strategies.json.normalize_layout import rewritten
 
-            # Where no child can be had, or no room for its files, the loop has to be held.
-            with suppress(NotOurs, OSError):
+            # If the child process, or disk space for its files, is not available, the parsing below
+            # blocks the event loop.
+            with suppress(OtherLayout, OSError):
                 declared = None if collection is None else self._schema[collection]
-                lines = await rewritten(text, declared, self._schema)
-                await self._cut_lines(name, lines, state, ours=False)
+                lines = await rewritten(data, declared, self._schema)
+                await self._parse_file_lines(name, lines, state, trusted=False)
                 return
-        await self._cut_rest(name, text, state, ours=ours)
+        await self._parse_object_members(name, data, state, trusted=trusted)
 
-    async def _cut_rest(
-        self, name: str, text: bytes, state: StoreState, *, ours: bool, seen: Set[str] = frozenset()
+    async def _parse_object_members(
+        self,
+        name: str,
+        data: bytes,
+        state: StoreState,
+        *,
+        trusted: bool,
+        seen: Set[str] = frozenset(),
     ) -> None:
         path = str(self._files.path(name))
-        members = await _members(text, path, once=not ours)
+        members = await _members(data, path, unique=not trusted)
         if seen & members.keys():
-            raise NotOurs
+            raise OtherLayout
         collection = self._files.names[name]
         if collection is not None and (
             collection not in self._schema or layout_of(self._schema[collection], members) == "flat"
         ):
-            state.sections.setdefault(collection, self.section(collection)).held.update(
-                held(members, ours=ours)
+            state.sections.setdefault(collection, self.section(collection)).entities.update(
+                stored_entities(members, trusted=trusted)
             )
             return
         for each, raw in members.items():
             if each in state.sections and collection in (None, each):
-                found = await _members(raw, f"section {each!r} of {path}", once=not ours)
-                state.sections[each].held.update(held(found, ours=ours))
+                entities = await _members(raw, f"section {each!r} of {path}", unique=not trusted)
+                state.sections[each].entities.update(stored_entities(entities, trusted=trusted))
             else:
                 state.extras.setdefault(name, {})[each] = bytes(raw)
 
 
-async def _members(text: Held, what: str, *, once: bool) -> dict[str, msgspec.Raw]:
-    """`cut_object`, with turns for the loop."""
+async def _members(data: StoredEntity, what: str, *, unique: bool) -> dict[str, msgspec.Raw]:
+    """The same as `parse_object`, but it returns control to the event loop in between."""
     try:
-        found = cut_text(text)
+        members = decode_members(data)
     except UNREADABLE:
-        # It takes longer, and finds out what is wrong; no name comes twice then.
-        return await asyncio.to_thread(cut_object, text, what)
-    if once:
+        # This takes longer, determines the cause, and refuses duplicate names.
+        return await asyncio.to_thread(parse_object, data, what)
+    if unique:
         await asyncio.sleep(0)
-        for _ in refuse_repeated(bytes(text), found, what):
+        for _ in refuse_duplicates(bytes(data), members, what):
             await asyncio.sleep(0)
-    return found
+    return members
 
 
-async def _fill(section: CollectionTable, text: bytes, start: int, *, ours: bool) -> int:
-    """Take the entities in that lie one a line from `start` on; where they end.
+async def _load_lines(section: CollectionTable, data: bytes, start: int, *, trusted: bool) -> int:
+    """Load the entities of a section that begins at `start`, with one entity per line.
+
+    Returns:
+        The offset of the brace that ends the section.
 
     Raises:
-        NotOurs: they lie otherwise, or an id comes twice.
+        OtherLayout: the section has another layout, or contains an id twice.
     """
     end = start
-    for piece in cut_lines(text, start, ours=ours):
-        if isinstance(piece, int):
-            end = piece
+    for chunk in parse_lines(data, start, trusted=trusted):
+        if isinstance(chunk, int):
+            end = chunk
             continue
-        number = len(section.held) + len(piece)
-        section.held.update(piece)
-        if len(section.held) != number:
-            raise NotOurs
+        number = len(section.entities) + len(chunk)
+        section.entities.update(chunk)
+        if len(section.entities) != number:
+            raise OtherLayout
         await asyncio.sleep(0)
     return end
 
 
-async def scanned(
+async def scan_file(
     fd: int, path: Path, size: int, offset: int = 0, sequence: int = 0
 ) -> AsyncGenerator[tuple[Entry, int], None]:
-    """`scan` of what a journal of `size` bytes holds from `offset` on, with turns for the loop."""
-    blocks: Iterable[bytes] = read_blocks(fd, offset, size, path)
-    # The checksum of a large record would hold the loop.
+    """`scan` a journal of `size` bytes from `offset` on, and return control to the event loop in
+    between."""
+    chunks: Iterable[bytes] = read_chunks(fd, offset, size, path)
+    # In a thread: the checksum of a large record would block the event loop.
     large = size - offset > _LARGE_TAIL
     if not large and size - offset > _SMALL_TAIL:
-        blocks = await asyncio.to_thread(list, blocks)
-    entries = scan(blocks, str(path), offset, sequence)
+        chunks = await asyncio.to_thread(list, chunks)
+    entries = scan(chunks, str(path), offset, sequence)
     while True:
-        some = _EntryBuffer()
+        buffer = _EntryBuffer()
         if large:
-            await asyncio.to_thread(some.take, entries)
+            await asyncio.to_thread(buffer.read, entries)
         else:
-            some.take(entries)
-        for each in some.entries:
+            buffer.read(entries)
+        for each in buffer.entries:
             yield each
-        if some.failure is not None:
-            raise some.failure
-        if not some.more:
+        if buffer.failure is not None:
+            raise buffer.failure
+        if not buffer.more:
             return
         await asyncio.sleep(0)
 
 
 class _EntryBuffer:
-    """The next records of a journal, up to a piece."""
+    """The next records of a journal, up to about `_TAIL_CHUNK` bytes."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Entry, int]] = []
         self.more = False
         self.failure: CorruptionError | None = None
 
-    def take(self, entries: Iterator[tuple[Entry, int]]) -> None:
+    def read(self, entries: Iterator[tuple[Entry, int]]) -> None:
         size = 0
         try:
             for entry, end in entries:
@@ -667,89 +704,97 @@ class _EntryBuffer:
                     self.more = True
                     return
         except CorruptionError as exc:
-            self.failure = exc  # what lies before it counts
+            self.failure = exc  # raised after the records before it
 
 
 async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:
-    """The post-images in a COMMIT."""
+    """The post-images in a COMMIT record."""
     if entry.size > CHUNK_BYTES:
-        with suppress(NotOurs):
-            return await cut_commit(entry.pieces)
+        with suppress(OtherLayout):
+            return await parse_commit(entry.chunks)
     return read_commit(entry.payload)
 
 
-async def cut_commit(pieces: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
-    """One that lies one entity a line."""
-    found: dict[str, dict[str, bytes | None]] = {}
-    images: dict[str, bytes | None] | None = None  # of the section that is being cut
+async def parse_commit(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
+    """Parse the payload of a COMMIT with one entity per line.
+
+    Raises:
+        OtherLayout: it has another layout.
+    """
+    images: dict[str, dict[str, bytes | None]] = {}
+    section: dict[str, bytes | None] | None = None  # the section that is being parsed
     ended = False
-    for lines in _whole_lines(pieces):
+    for lines in _whole_lines(chunks):
         rest = lines
         while rest:
             if ended:
-                raise NotOurs
-            if images is not None:
-                part, rest, over = _cut_part(rest)
-                images.update(
-                    (each, text if type(text) is bytes else image(bytes(text)))
-                    for each, text in part.items()
+                raise OtherLayout
+            if section is not None:
+                entities, rest, section_ended = _parse_section_lines(rest)
+                section.update(
+                    (each, raw if type(raw) is bytes else image(bytes(raw)))
+                    for each, raw in entities.items()
                 )
-                if over:
-                    images = None
+                if section_ended:
+                    section = None
                 await asyncio.sleep(0)
                 continue
             line, _, rest = rest.partition(b"\n")
-            begins = b"}," if found else b"{"
-            name = _name_of(line.removeprefix(begins)) if line.startswith(begins) else ""
+            prefix = b"}," if images else b"{"
+            name = _section_name(line.removeprefix(prefix)) if line.startswith(prefix) else ""
             ended = line == b"}}"
             if name:
-                if name in found:
-                    raise NotOurs
-                images = found[name] = {}
+                if name in images:
+                    raise OtherLayout
+                section = images[name] = {}
             elif not ended:
-                raise NotOurs
+                raise OtherLayout
     if not ended:
-        raise NotOurs
-    return found
+        raise OtherLayout
+    return images
 
 
-def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """A text in whole lines, about a piece at a time, without the newline behind the last."""
-    begun: list[bytes] = []
-    for piece in pieces:
-        end = piece.rfind(b"\n")
+def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Divide chunks at line boundaries: each result has whole lines, without the last newline."""
+    incomplete: list[bytes] = []
+    for chunk in chunks:
+        end = chunk.rfind(b"\n")
         if end < 0:
-            begun.append(piece)
+            incomplete.append(chunk)
             continue
-        yield b"".join((*begun, piece[:end]))
-        begun = [piece[end + 1 :]]
-    yield b"".join(begun)
+        yield b"".join((*incomplete, chunk[:end]))
+        incomplete = [chunk[end + 1 :]]
+    yield b"".join(incomplete)
 
 
-def _cut_part(lines: bytes) -> tuple[dict[str, Held], bytes, bool]:
-    """The entities up to the end of their section, what follows it, and whether it ends here."""
+def _parse_section_lines(lines: bytes) -> tuple[dict[str, StoredEntity], bytes, bool]:
+    """Parse lines up to the end of the section.
+
+    Returns:
+        The entities, the remaining lines, and whether the section ends in these lines.
+    """
     last = not lines.endswith(b",")
     try:
-        return cut_piece(lines, last=last, ours=True), b"", last
-    except NotOurs:
+        return parse_chunk(lines, last=last, trusted=True), b"", last
+    except OtherLayout:
         end = lines.find(b"\n}")
         if end < 0:
             raise
-    return cut_piece(lines[:end], last=True, ours=True), lines[end + 1 :], True
+    return parse_chunk(lines[:end], last=True, trusted=True), lines[end + 1 :], True
 
 
 async def reclaim_images(entry: Entry, images: Mapping[str, dict[str, bytes | None]]) -> None:
-    """Free a commit that was taken over, in pieces: at once it would hold the loop."""
+    """Free an applied commit in chunks: in one step it would block the event loop."""
     if entry.size <= CHUNK_BYTES:
         return
     for each in images.values():
         await reclaim(each)
-    while entry.pieces:
-        del entry.pieces[-_FREE_CHUNK:]
+    while entry.chunks:
+        del entry.chunks[-_FREE_CHUNK:]
         await asyncio.sleep(0)
 
 
-def _name_of(line: bytes) -> str:
+def _section_name(line: bytes) -> str:
     if not line.endswith(b":{"):
         return ""
     try:
@@ -759,13 +804,13 @@ def _name_of(line: bytes) -> str:
 
 
 def open_journal(path: Path) -> int:
-    """A descriptor to read a journal.
+    """Open a journal for reading; returns the descriptor.
 
     Raises:
-        JournalMissing: it is not there.
+        JournalMissing: it does not exist.
     """
     try:
-        # Not to follow a link to elsewhere, nor to wait for the other end of a pipe.
+        # O_NOFOLLOW: links are not followed. O_NONBLOCK: opening a pipe must not wait.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             regular = stat.S_ISREG(os.fstat(fd).st_mode)
@@ -778,18 +823,20 @@ def open_journal(path: Path) -> int:
         raise translate_os_error(exc, f"read {path}") from exc
     if not regular:
         os.close(fd)
-        raise ConfigurationError(f"{path} is no regular file, and so no journal of the store")
+        raise ConfigurationError(
+            f"{path} has the name of a journal but is no regular file. Move it to another folder"
+        )
     return fd
 
 
-def read_blocks(fd: int, offset: int, size: int, path: Path) -> Iterator[bytes]:
-    """What a journal holds from `offset` up to `size`, block by block."""
+def read_chunks(fd: int, offset: int, size: int, path: Path) -> Iterator[bytes]:
+    """Read a journal from `offset` up to `size`, in chunks."""
     while offset < size:
         try:
-            block = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
+            chunk = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
         except OSError as exc:
             raise translate_os_error(exc, f"read {path}") from exc
-        if not block:
+        if not chunk:
             return
-        yield block
-        offset += len(block)
+        yield chunk
+        offset += len(chunk)

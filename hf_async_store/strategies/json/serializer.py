@@ -1,9 +1,9 @@
-"""The JSON of entities and files: encoding, decoding, and cutting a file into entities undecoded.
+"""The JSON of entities and files: encoding, decoding, and parsing a file into undecoded entities.
 
-An entity is held as the bytes of its JSON text, `version` first. Bytes of that form are canonical:
-this package wrote them from checked values. What came from elsewhere is held as `msgspec.Raw` until
-it is first looked at; then it is checked, brought into the fixed form and made canonical. So opening
-a file costs no decoding, and nothing unchecked ever reaches a caller.
+In memory an entity is the bytes of its JSON, with `version` first. Bytes in that form are canonical:
+this package wrote them from checked values. An entity that another program wrote is stored as
+`msgspec.Raw` until it is first read; then it is checked and converted to the canonical form. Opening a
+file therefore decodes no entity, and no unchecked entity reaches a caller.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.values import VERSION, Entity, Value, copy_entity, parse_timestamp
 
-Held: TypeAlias = bytes | msgspec.Raw
-"""An entity in memory: canonical bytes, or Raw text that nobody has looked at yet."""
+StoredEntity: TypeAlias = bytes | msgspec.Raw
+"""An entity in memory: canonical bytes, or a Raw of JSON that was not checked yet."""
 
 _PREFIX: Final = b'{"version":'
 UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoders raise."""
+"""The errors of msgspec decoders for invalid input."""
 
-_FILE_WAY_BACK: Final = (
+_FILE_REMEDY: Final = (
     "Nothing was changed. Correct the file, or restore a backup (`hf-async-store restore`)"
 )
 _STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -39,122 +39,125 @@ _ESCAPE: Final = re.compile(
 _NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
 _MEMBERS: Final = 512
 CHUNK_BYTES: Final = 1 << 19
-"""How many bytes of a file are cut in one go: about 1 ms."""
+"""How many bytes of a file are parsed in one step: about 1 ms."""
 
-_WAY_BACK: Final = (
+_REMEDY: Final = (
     "Correct it in the data file, restore a backup (`hf-async-store restore`), or delete it "
     "(without an expected version)"
 )
 
-encode_text = msgspec.json.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
 _decode = cast("msgspec.json.Decoder[Entity]", msgspec.json.Decoder()).decode
-cut_text = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class _Created(msgspec.Struct):
+class _CreatedAt(msgspec.Struct):
     created_at: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
-_created = msgspec.json.Decoder(_Created).decode
+_decode_created_at = msgspec.json.Decoder(_CreatedAt).decode
 
 
 class JSONSerializer:
-    """Entities of a schema to text and back.
+    """Encodes and decodes the entities of a schema.
 
     Args:
-        place: where the entities of a collection lie, as it reads in an error; "" if unknown.
+        location: returns the path of a collection's data file as " in PATH", for error messages; "" if
+            it is unknown.
     """
 
-    def __init__(self, schema: Schema, place: Callable[[str], str] = lambda _: "") -> None:
+    def __init__(self, schema: Schema, location: Callable[[str], str] = lambda _: "") -> None:
         self._schema = schema
-        self._place = place
+        self._location = location
 
     def encode(self, entity: Mapping[str, Value], version: int) -> bytes:
-        """The canonical text of a checked entity that has no `version` in it."""
-        # A fresh object of just the size: what an encoder returns holds spare room.
-        return b"".join((_PREFIX, b"%d," % version, encode_text(entity)[1:]))
+        """The canonical bytes of a checked entity that does not contain `version`."""
+        # The join makes an object of the exact size: the result of an encoder has spare capacity.
+        return b"".join((_PREFIX, b"%d," % version, encode_json(entity)[1:]))
 
     def decode(self, canonical: bytes) -> Entity:
-        """The entity that `encode` was given, `version` in it: the caller's own copy."""
+        """Decode an entity, including `version`; the caller owns the returned object."""
         return _decode(canonical)
 
     def entity(self, collection: Collection, entity_id: str, canonical: bytes) -> Entity:
-        """A stored entity, `version` in it: the caller's own copy.
+        """Decode and check a stored entity, including `version`; the caller owns the returned object.
 
-        The checksums of journal and data file protect against damage, not against a program that
-        wrote something else together with the right checksum. So what a caller relies on is
+        The checksums of journal and data file protect against damage, not against another program
+        that wrote other content with a valid checksum. So the properties on which callers rely are
         checked here.
 
         Raises:
-            CorruptionError: it is not what this package writes.
+            CorruptionError: the entity is not in the form that this package writes.
         """
         try:
             entity = _decode(canonical)
         except UNREADABLE as exc:
-            raise self.not_as_written(collection, entity_id, str(exc)) from exc
+            raise self.not_canonical(collection, entity_id, str(exc)) from exc
         if entity.get(collection.key) != entity_id:
-            found = entity.get(collection.key, "missing")
-            raise self.not_as_written(collection, entity_id, f"{collection.key} is {found!r}")
+            key = entity.get(collection.key, "missing")
+            raise self.not_canonical(collection, entity_id, f"{collection.key} is {key!r}")
         version = entity.get(VERSION)
         if type(version) is not int or version < 0:
-            raise self.not_as_written(collection, entity_id, f"{VERSION} is {version!r}")
+            raise self.not_canonical(collection, entity_id, f"{VERSION} is {version!r}")
         return entity
 
     def version(self, collection: Collection, entity_id: str, canonical: bytes) -> int:
         try:
             return int(canonical[len(_PREFIX) : canonical.index(b",", len(_PREFIX))])
         except ValueError as exc:
-            raise self.not_as_written(collection, entity_id, "it has no version") from exc
+            raise self.not_canonical(collection, entity_id, "it has no version") from exc
 
     def created_at(
         self, collection: Collection, entity_id: str, canonical: bytes
     ) -> str | msgspec.UnsetType | None:
         try:
-            return _created(canonical).created_at
+            return _decode_created_at(canonical).created_at
         except UNREADABLE as exc:
-            raise self.not_as_written(collection, entity_id, str(exc)) from exc
+            raise self.not_canonical(collection, entity_id, str(exc)) from exc
 
-    def not_as_written(self, collection: Collection, entity_id: str, why: str) -> CorruptionError:
-        """The error for an entity that passed for ours and is not what this package writes."""
-        place = self._place(collection.name)
+    def not_canonical(self, collection: Collection, entity_id: str, reason: str) -> CorruptionError:
+        """The error for an entity that should be canonical and is not."""
+        location = self._location(collection.name)
         return CorruptionError(
-            f"{collection.name} {entity_id!r}{place and f'{place} or its journal'} is not what this "
-            f"store writes: {why}. Restore a backup (`hf-async-store restore`), or delete it "
-            "(without an expected version)"
+            f"{collection.name} {entity_id!r}{location and f'{location} or its journal'} is not in the "
+            f"form that this store writes: {reason}. Restore a backup (`hf-async-store restore`), or "
+            "delete the entity (without an expected version)"
         )
 
-    def normalize(self, collection: Collection, entity_id: str, raw: Held) -> bytes:
-        """The canonical text of an entity that something else wrote.
+    def normalize(self, collection: Collection, entity_id: str, raw: StoredEntity) -> bytes:
+        """The canonical bytes of an entity that another program wrote.
 
-        A missing version is 0, a missing key field is filled in, and declared timestamps take
-        the fixed form (those without a zone are UTC). Everything else stays as it is.
+        A missing version becomes 0, a missing key field is added, and declared timestamps are
+        converted to the fixed form (those without a time zone are UTC). Everything else is unchanged.
 
         Raises:
-            CorruptionError: what is wrong with it, and where.
+            CorruptionError: the entity is invalid; the message names the entity, the file and the
+                cause.
         """
         if type(raw) is bytes:
             return raw
-        where = f"{collection.name} {entity_id!r}{self._place(collection.name)}"
+        where = f"{collection.name} {entity_id!r}{self._location(collection.name)}"
         try:
-            found = msgspec.json.decode(raw)
+            decoded = msgspec.json.decode(raw)
         except UNREADABLE as exc:
-            cause = _cause(bytes(raw)) or str(exc)
-            raise CorruptionError(f"{where} is damaged: {cause}. {_WAY_BACK}") from exc
-        repeated = _repeated(bytes(raw), found)
-        if repeated is not None:
+            cause = _standard_library_error(bytes(raw)) or str(exc)
+            raise CorruptionError(f"{where} is damaged: {cause}. {_REMEDY}") from exc
+        duplicates = _duplicate_name(bytes(raw), decoded)
+        if duplicates is not None:
             raise CorruptionError(
-                f"{where} has {repeated!r} twice, and nobody can say which counts. {_WAY_BACK}"
+                f"{where} contains the name {duplicates!r} twice, and it is unknown which value is valid. "
+                f"{_REMEDY}"
             )
-        if type(found) is not dict:
+        if type(decoded) is not dict:
             raise CorruptionError(
-                f"{where} is not an entity but {type(found).__name__}. {_WAY_BACK}"
+                f"{where} is not a JSON object but {type(decoded).__name__}. {_REMEDY}"
             )
         try:
-            entity = copy_entity(found)
+            entity = copy_entity(decoded)
         except RecursionError as exc:
-            raise CorruptionError(f"{where} is damaged: {exc}. {_WAY_BACK}") from exc
+            raise CorruptionError(f"{where} is damaged: {exc}. {_REMEDY}") from exc
         except StorageError as exc:
-            raise CorruptionError(f"{where} cannot be read: {exc}. {_WAY_BACK}") from exc
+            raise CorruptionError(f"{where} cannot be read: {exc}. {_REMEDY}") from exc
         return self._canonical(collection, entity_id, entity, where)
 
     def _canonical(
@@ -163,11 +166,13 @@ class JSONSerializer:
         version = entity.pop(VERSION, 0)
         if type(version) is not int or version < 0:
             raise CorruptionError(
-                f"{where} has no version but {version!r} in its place. {_WAY_BACK}"
+                f"{where} has the version {version!r}, which is not an integer of at least 0. "
+                f"{_REMEDY}"
             )
         if entity.setdefault(collection.key, entity_id) != entity_id:
             raise CorruptionError(
-                f"{where} names itself {entity[collection.key]!r} in {collection.key}. {_WAY_BACK}"
+                f"{where} has another id, {entity[collection.key]!r}, in its field {collection.key}. "
+                f"{_REMEDY}"
             )
         for name, field in collection.typed.items():
             value = entity.get(name)
@@ -176,189 +181,193 @@ class JSONSerializer:
         return self.encode(entity, version)
 
 
-def compact(raw: Held) -> bytes:
-    """The text on one line, its values untouched, in a form that is never taken for canonical."""
+def compact(raw: StoredEntity) -> bytes:
+    """The JSON on one line with unchanged values, in a form that is never mistaken for canonical."""
     try:
-        text = bytes(msgspec.json.format(bytes(raw), indent=-1))
+        line = bytes(msgspec.json.format(bytes(raw), indent=-1))
     except UNREADABLE:
-        text = _TOKEN.sub(_without_newlines, bytes(raw))
-        text = text.replace(b"\r", b" ").replace(b"\n", b" ")
-    return b"{ " + text[1:] if text.startswith(_PREFIX) else text
+        line = _TOKEN.sub(_without_newlines, bytes(raw))
+        line = line.replace(b"\r", b" ").replace(b"\n", b" ")
+    return b"{ " + line[1:] if line.startswith(_PREFIX) else line
 
 
 def _without_newlines(token: re.Match[bytes]) -> bytes:
     return token[0].replace(b"\r", b"\\r").replace(b"\n", b"\\n")
 
 
-def _cause(text: bytes) -> str | None:
-    """What a decoder that takes more finds in a text that ours refuses: it names the place."""
-    import json  # here, for it is needed for damaged files alone
+def _standard_library_error(data: bytes) -> str | None:
+    """The error of the standard library's decoder, which names the position; None if it accepts the
+    JSON."""
+    import json  # here, because it is needed for damaged files only
 
     try:
-        copy_entity(json.loads(text))
+        copy_entity(json.loads(data))
     except (StorageError, ValueError, RecursionError, AttributeError) as exc:
         return str(exc)
     return None
 
 
-def _repeated(text: bytes, found: object) -> str | None:
-    """A name that comes twice in an object of the text, which a decoder does not tell."""
-    if bytes(msgspec.json.format(text, indent=-1)) == encode_text(found):
-        return None  # nothing is lost; so it is with nearly all
-    import json  # here, for it is needed for few texts
+def _duplicate_name(data: bytes, decoded: object) -> str | None:
+    """A name that occurs twice in an object in `data`, which decoders do not report; None if there is
+    none."""
+    if bytes(msgspec.json.format(data, indent=-1)) == encode_json(decoded):
+        return None  # decoding lost nothing: the case of nearly all entities
+    import json  # here, because it is rarely needed
 
-    repeated: list[str] = []
+    duplicates: list[str] = []
 
-    def look(members: list[tuple[str, object]]) -> None:
+    def collect_duplicates(members: list[tuple[str, object]]) -> None:
         seen: set[str] = set()
         for name, _ in members:
             if name in seen:
-                repeated.append(name)
+                duplicates.append(name)
             seen.add(name)
 
-    json.loads(text, object_pairs_hook=look)
-    return repeated[0] if repeated else None
+    json.loads(data, object_pairs_hook=collect_duplicates)
+    return duplicates[0] if duplicates else None
 
 
 # -- files ----------------------------------------------------------------------------------
 
 
-class NotOurs(Exception):  # noqa: N818  # never leaves the strategy; it only chooses the way to read
-    """The text is not laid out one entity a line."""
+class OtherLayout(Exception):  # noqa: N818  # never leaves the strategy; selects another parser
+    """The input does not have one entity per line in the form that this package writes."""
 
 
 def section_lines(images: Mapping[str, bytes]) -> bytes:
-    """Entities as lines, without a comma at the end."""
+    """Entities as lines, without a comma after the last."""
     return b",\n".join(
-        b"".join((encode_text(entity_id), b":", raw)) for entity_id, raw in images.items()
+        b"".join((encode_json(entity_id), b":", raw)) for entity_id, raw in images.items()
     )
 
 
-def cut_lines(data: bytes, start: int, *, ours: bool) -> Iterator[dict[str, Held] | int]:
-    """Cut a section that lies one entity a line, beginning at `start`, piece by piece.
+def parse_lines(
+    data: bytes, start: int, *, trusted: bool
+) -> Iterator[dict[str, StoredEntity] | int]:
+    """Parse a section with one entity per line that begins at `start`, in chunks.
 
-    Yields the entities of each piece and, last, the offset of the brace that ends the section.
+    Yields the entities of each chunk and, last, the offset of the brace that ends the section.
 
     Raises:
-        NotOurs: it is laid out otherwise, or an id comes twice in a piece.
+        OtherLayout: the section has another layout, or a chunk contains an id twice.
     """
     if data[start : start + 1] == b"}":
         yield start
         return
     while (stop := data.find(b"\n", start + CHUNK_BYTES)) >= 0:
         try:
-            piece = cut_piece(data[start:stop], last=False, ours=ours)
-        except NotOurs:
-            break  # the section ends in this piece, if it is ours at all
-        yield piece
+            entities = parse_chunk(data[start:stop], last=False, trusted=trusted)
+        except OtherLayout:
+            break  # the section ends in this chunk, or has another layout
+        yield entities
         start = stop + 1
-    # Looked for in the last piece only: in the whole text it takes one step of 30 ms for 30 MB.
+    # Only the last chunk is searched: a search of the whole data takes 30 ms in one step for 30 MB.
     end = data.find(b"\n}", start, len(data) if stop < 0 else stop + 2)
     if end < 0:
-        raise NotOurs
-    yield cut_piece(data[start:end], last=True, ours=ours)
+        raise OtherLayout
+    yield parse_chunk(data[start:end], last=True, trusted=trusted)
     yield end + 1
 
 
-def cut_piece(lines: bytes, *, last: bool, ours: bool) -> dict[str, Held]:
-    """The entities of whole lines.
+def parse_chunk(lines: bytes, *, last: bool, trusted: bool) -> dict[str, StoredEntity]:
+    """Parse the entities in whole lines.
 
     Args:
-        last: they end the section, so no comma follows.
+        last: these lines end the section, so no comma follows.
 
     Raises:
-        NotOurs: they are laid out otherwise, or an id comes twice.
+        OtherLayout: the lines have another layout, or contain an id twice.
     """
     if not last and not lines.endswith(b","):
-        raise NotOurs
-    text = b"{" + (lines if last else lines[:-1]) + b"}"
+        raise OtherLayout
+    data = b"{" + (lines if last else lines[:-1]) + b"}"
     try:
-        found = cut_text(text)
-        if not ours:
-            for _ in refuse_repeated(text, found, "a piece"):
+        members = decode_members(data)
+        if not trusted:
+            for _ in refuse_duplicates(data, members, "a chunk"):
                 pass
     except (*UNREADABLE, CorruptionError) as exc:
-        raise NotOurs from exc
-    if len(found) != lines.count(b"\n") + 1:
-        raise NotOurs
-    return held(found, ours=ours)
+        raise OtherLayout from exc
+    if len(members) != lines.count(b"\n") + 1:
+        raise OtherLayout
+    return stored_entities(members, trusted=trusted)
 
 
-def held(found: dict[str, msgspec.Raw], *, ours: bool) -> dict[str, Held]:
-    if not ours:
-        return cast("dict[str, Held]", found)
-    # A view would keep the whole piece alive, and Raw takes 60 bytes more than bytes.
+def stored_entities(members: dict[str, msgspec.Raw], *, trusted: bool) -> dict[str, StoredEntity]:
+    """The members of a section as they are stored in memory: canonical bytes if `trusted`, else Raw."""
+    if not trusted:
+        return cast("dict[str, StoredEntity]", members)
+    # A copy: a view would keep the whole chunk alive, and Raw takes 60 bytes more than bytes.
     size = len(_PREFIX)
     return {
-        entity_id: text if (text := bytes(raw))[:size] == _PREFIX else msgspec.Raw(text)
-        for entity_id, raw in found.items()
+        entity_id: encoded if (encoded := bytes(raw))[:size] == _PREFIX else msgspec.Raw(encoded)
+        for entity_id, raw in members.items()
     }
 
 
-def cut_object(text: Held, what: str, *, once: bool = False) -> dict[str, msgspec.Raw]:
+def parse_object(data: StoredEntity, what: str, *, unique: bool = False) -> dict[str, msgspec.Raw]:
     """The members of a JSON object, undecoded.
 
     Args:
-        once: make sure that no name comes twice.
+        what: the name of the object in error messages.
+        unique: check that no name occurs twice.
 
     Raises:
-        CorruptionError: it is no JSON object, or nobody can say which member counts.
+        CorruptionError: it is no JSON object, or a name occurs twice.
     """
     try:
-        found = cut_text(text)
+        members = decode_members(data)
     except UNREADABLE as exc:
-        return _cut_damaged(bytes(text), what, exc)
-    if once:
-        for _ in refuse_repeated(bytes(text), found, what):
+        return _parse_damaged(bytes(data), what, exc)
+    if unique:
+        for _ in refuse_duplicates(bytes(data), members, what):
             pass
-    return found
-
-
-def _cut_damaged(text: bytes, what: str, exc: Exception) -> dict[str, msgspec.Raw]:
-    """The members of an object where single values are none, and all else is as it should be.
-
-    Half a surrogate pair, an unknown escape, a control character or NaN costs the entity that it is
-    in. It is cut in a copy in which each of these is a harmless value of the same length.
-
-    Args:
-        exc: why it is no JSON object; raised, if more than that is wrong.
-    """
-    try:
-        harmless = _TOKEN.sub(_harmless, text)
-        found = cut_text(harmless)
-    except UNREADABLE:
-        raise CorruptionError(
-            f"{what} is not what it should be, a JSON object: {exc}. {_FILE_WAY_BACK}"
-        ) from exc
-    members: dict[str, msgspec.Raw] = {}
-    end = harmless.index(b"{") + 1
-    for raw in found.values():
-        between = _NAME.match(harmless, end)
-        value = bytes(raw)
-        if between is None or not harmless.startswith(value, between.end()):
-            break
-        name = _decoded_name(text[end : between.end()], what, end)
-        if name in members:
-            break
-        members[name] = msgspec.Raw(text[between.end() : between.end() + len(value)])
-        end = between.end() + len(value)
-    if len(members) < len(found) or harmless[end:].strip() != b"}":
-        raise CorruptionError(f"{what}: a name comes twice. {_FILE_WAY_BACK}")
     return members
 
 
-def _harmless(token: re.Match[bytes]) -> bytes:
-    text = token[0]
-    return _ESCAPE.sub(_plain, text) if text.startswith(b'"') else b"1" * len(text)
+def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.Raw]:
+    """The members of an object with invalid values but a valid structure.
+
+    Half a surrogate pair, an unknown escape, a control character or NaN affects only the entity that
+    contains it. A copy is parsed in which a valid value of the same length replaces each of these.
+
+    Args:
+        exc: the error of the decoder; the cause of the error if the structure is invalid, too.
+    """
+    try:
+        valid_copy = _TOKEN.sub(_valid_token, data)
+        parsed = decode_members(valid_copy)
+    except UNREADABLE:
+        raise CorruptionError(f"{what} is not a valid JSON object: {exc}. {_FILE_REMEDY}") from exc
+    members: dict[str, msgspec.Raw] = {}
+    end = valid_copy.index(b"{") + 1
+    for raw in parsed.values():
+        between = _NAME.match(valid_copy, end)
+        value = bytes(raw)
+        if between is None or not valid_copy.startswith(value, between.end()):
+            break
+        name = _decoded_name(data[end : between.end()], what, end)
+        if name in members:
+            break
+        members[name] = msgspec.Raw(data[between.end() : between.end() + len(value)])
+        end = between.end() + len(value)
+    if len(members) < len(parsed) or valid_copy[end:].strip() != b"}":
+        raise CorruptionError(f"{what}: a name occurs twice. {_FILE_REMEDY}")
+    return members
 
 
-def _plain(escape: re.Match[bytes]) -> bytes:
-    text = escape[0]
-    half = len(text) == 6 and text[2:3] in b"dD" and text[3:4] in b"89abcdefABCDEF"
-    right = len(text) == 12 or (len(text) == 6 and not half)
-    if len(text) == 2:
-        right = text[1:] in b'"\\/bfnrt'
-    return text if right else b"x" * len(text)
+def _valid_token(token: re.Match[bytes]) -> bytes:
+    data = token[0]
+    return _ESCAPE.sub(_valid_escape, data) if data.startswith(b'"') else b"1" * len(data)
+
+
+def _valid_escape(escape: re.Match[bytes]) -> bytes:
+    data = escape[0]
+    lone_surrogate = len(data) == 6 and data[2:3] in b"dD" and data[3:4] in b"89abcdefABCDEF"
+    valid = len(data) == 12 or (len(data) == 6 and not lone_surrogate)
+    if len(data) == 2:
+        valid = data[1:] in b'"\\/bfnrt'
+    return data if valid else b"x" * len(data)
 
 
 def _decoded_name(between: bytes, what: str, offset: int) -> str:
@@ -368,67 +377,69 @@ def _decoded_name(between: bytes, what: str, offset: int) -> str:
     except UNREADABLE as exc:
         raise CorruptionError(
             f"{what}: the name {name.decode(errors='replace')} after byte {offset} cannot be "
-            f"read: {exc}. {_FILE_WAY_BACK}"
+            f"read: {exc}. {_FILE_REMEDY}"
         ) from exc
 
 
-def holds_entities(text: bytes) -> bool:
-    """Whether this looks like a data file: an object of objects."""
+def holds_entities(data: bytes) -> bool:
+    """Whether this appears to be a data file: a JSON object whose members are objects."""
     try:
-        members = cut_object(text, "it")
+        members = parse_object(data, "it")
     except CorruptionError:
         return False
     return bool(members) and all(bytes(each).startswith(b"{") for each in members.values())
 
 
-def refuse_repeated(text: bytes, found: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
-    """Make sure, piece by piece, that no name came twice in the object that was cut.
+def refuse_duplicates(data: bytes, parsed: Mapping[str, msgspec.Raw], what: str) -> Iterator[None]:
+    """Check, in chunks, that no name occurs twice in a parsed object.
 
-    A decoder keeps the last member of a name. Then the others do not lie as they should: one
-    behind another, with nothing but a name between them.
+    A decoder keeps only the last member of a name. The remaining members are then not contiguous: there
+    is more than a name between some of them.
 
     Raises:
-        CorruptionError: one did.
+        CorruptionError: a name occurs twice.
     """
-    members = iter(found.items())
-    end = text.index(b"{") + 1
+    members = iter(parsed.items())
+    end = data.index(b"{") + 1
     before, after = b"", b""
-    size = 2  # The second member shows how they lie.
-    while part := list(islice(members, size)):
-        # Most files are laid out evenly: comparing a whole piece takes a third of the time.
-        even = b"".join(
-            [each for name, raw in part for each in (before, encode_text(name), after, raw)]
+    size = 2  # the second member shows the separators
+    while chunk := list(islice(members, size)):
+        # In most files all separators are equal: comparing a whole chunk takes a third of the time.
+        expected = b"".join(
+            [each for name, raw in chunk for each in (before, encode_json(name), after, raw)]
         )
-        if after and text.startswith(even, end):
-            end += len(even)
+        if after and data.startswith(expected, end):
+            end += len(expected)
         else:
-            for name, raw in part:
+            for name, raw in chunk:
                 value = bytes(raw)
-                between = _NAME.match(text, end)
-                if between is None or not text.startswith(value, between.end()):
+                between = _NAME.match(data, end)
+                if between is None or not data.startswith(value, between.end()):
                     raise CorruptionError(
-                        f"{what}: {name!r}, or a name before it, comes twice. {_FILE_WAY_BACK}"
+                        f"{what}: the name {name!r}, or a name before it, occurs twice. "
+                        f"{_FILE_REMEDY}"
                     )
                 before, after = between.groups()
                 end = between.end() + len(value)
         size = _MEMBERS
         yield
-    if text[end:].strip() != b"}":
-        raise CorruptionError(f"{what}: a name comes twice. {_FILE_WAY_BACK}")
+    if data[end:].strip() != b"}":
+        raise CorruptionError(f"{what}: a name occurs twice. {_FILE_REMEDY}")
 
 
 Layout: TypeAlias = Literal["flat", "wrapped"]
 
 
 def layout_of(collection: Collection, members: Mapping[str, msgspec.Raw]) -> Layout:
-    """How the file of one collection lies: ids at its top, or wrapped in the collection's name.
+    """The layout of the file of one collection: "flat" has the ids as the names of its members,
+    "wrapped" has one member with the name of the collection.
 
-    The key field inside an entity tells an entity from a wrapping of the same name.
+    A member with that name is an entity if its key field contains the name.
     """
     try:
-        inner = cut_object(members[collection.name], collection.name)
+        inner = parse_object(members[collection.name], collection.name)
     except (KeyError, CorruptionError):
         return "flat"
-    own = inner.get(collection.key)
-    is_entity = own is not None and bytes(own) == encode_text(collection.name)
+    key = inner.get(collection.key)
+    is_entity = key is not None and bytes(key) == encode_json(collection.name)
     return "flat" if is_entity else "wrapped"

@@ -1,8 +1,8 @@
-"""The store as it was at one moment, while others go on writing.
+"""A snapshot: the store as it was at one moment, while writes continue.
 
-Nothing is copied: each section notes what an entity was before it changes, for as long as the
-snapshot is open. So it costs what changes meanwhile, not what is stored. A section that is replaced as
-a whole is kept instead.
+Nothing is copied: while the snapshot is open, each section records the previous value of an entity
+that changes. The cost of a snapshot depends on the number of changes, not on the size of the store.
+If the dict of a section is replaced as a whole, the snapshot keeps the old dict.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHUNK_SIZE: Final = 512
 
 
 class Snapshot:
-    """Reads of one moment; to be closed.
+    """Reads the store as it was when the snapshot was created. The user must close it.
 
     Args:
-        state: current at the moment that is kept.
+        state: the current state.
     """
 
     def __init__(self, state: StoreState) -> None:
@@ -40,58 +40,58 @@ class Snapshot:
         }
 
     async def close(self) -> None:
-        for section, past in self._sections.values():
-            await section.unpin(past)
+        for section, delta in self._sections.values():
+            await section.unpin(delta)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        found: list[Record | None] = []
+        records: list[Record | None] = []
         for number, key in enumerate(keys, 1):
-            section, past = self._sections[key.collection]
-            raw = section.raw_before(past, key.id)
-            found.append(None if raw is None else Record(key, section.entity(key.id, raw)))
+            section, delta = self._sections[key.collection]
+            raw = section.raw_before(delta, key.id)
+            records.append(None if raw is None else Record(key, section.entity(key.id, raw)))
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-        return found
+        return records
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        async with Owned(self._pieces(query)) as pieces:
+        async with Owned(self._matching(query)) as chunks:
             if query.order:
-                async with Owned(ordered(pieces, query)) as rows:
+                async with Owned(ordered(chunks, query)) as rows:
                     async for entity_id, entity in rows:
                         yield Record(Key(query.collection, entity_id), entity)
                 return
-            left = query.limit
-            async for piece in pieces:
-                for entity_id, entity in piece[:left]:
+            remaining = query.limit
+            async for chunk in chunks:
+                for entity_id, entity in chunk[:remaining]:
                     yield Record(Key(query.collection, entity_id), entity)
-                if left is not None:
-                    left -= len(piece)
-                    if left <= 0:
+                if remaining is not None:
+                    remaining -= len(chunk)
+                    if remaining <= 0:
                         return
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
         if query.order or query.limit is not None:
-            async with Owned(batched(self.select(query))) as found:
-                async for each in found:
-                    yield each
+            async with Owned(batched(self.select(query))) as batches:
+                async for batch in batches:
+                    yield batch
             return
-        async with Owned(self._pieces(query)) as pieces:
-            async for piece in pieces:
-                if piece:
-                    yield [entity for _, entity in piece]
+        async with Owned(self._matching(query)) as chunks:
+            async for chunk in chunks:
+                if chunk:
+                    yield [entity for _, entity in chunk]
 
     async def count(self, query: Query) -> int:
         if query.where == EVERYTHING:
-            section, past = self._sections[query.collection]
-            return len(await section.ids_before(past))
-        async with Owned(self._pieces(query)) as pieces:
-            return sum([len(piece) async for piece in pieces])
+            section, delta = self._sections[query.collection]
+            return len(await section.ids_before(delta))
+        async with Owned(self._matching(query)) as chunks:
+            return sum([len(chunk) async for chunk in chunks])
 
-    async def _pieces(self, query: Query) -> AsyncGenerator[list[tuple[str, Entity]], None]:
-        """What matches, by id."""
-        section, past = self._sections[query.collection]
-        ids: Sequence[str] = await section.ids_before(past)
+    async def _matching(self, query: Query) -> AsyncGenerator[list[tuple[str, Entity]], None]:
+        """The entities that match, in the order of their ids, in chunks."""
+        section, delta = self._sections[query.collection]
+        ids: Sequence[str] = await section.ids_before(delta)
         first = 0
         if query.after is not None and not query.order:
             first = bisect_right(ids, query.after.id)
@@ -99,15 +99,15 @@ class Snapshot:
         decode = section.entity
         everything = query.where == EVERYTHING
         for start in range(first, len(ids), _CHUNK_SIZE):
-            part = ids[start : start + _CHUNK_SIZE]
-            if past.before or past.whole is not None:
-                raws = [(each, section.raw_before(past, each)) for each in part]
-                found = [(each, decode(each, raw)) for each, raw in raws if raw is not None]
-            else:  # nothing has changed since, so all that is held is what was
-                held = map(section.held.__getitem__, part)
-                found = [
+            chunk = ids[start : start + _CHUNK_SIZE]
+            if delta.before or delta.base is not None:
+                raws = [(each, section.raw_before(delta, each)) for each in chunk]
+                rows = [(each, decode(each, raw)) for each, raw in raws if raw is not None]
+            else:  # nothing has changed since, so the current entities are those of the snapshot
+                stored = map(section.entities.__getitem__, chunk)
+                rows = [
                     (each, decode(each, section.normalized(each, raw)))
-                    for each, raw in zip(part, held, strict=True)
+                    for each, raw in zip(chunk, stored, strict=True)
                 ]
-            yield found if everything else [row for row in found if matches(row[1])]
+            yield rows if everything else [row for row in rows if matches(row[1])]
             await asyncio.sleep(0)

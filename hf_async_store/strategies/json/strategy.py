@@ -1,4 +1,4 @@
-"""`JSONStorageStrategy`: the store on JSON files, and the methods that only it has."""
+"""`JSONStorageStrategy`: the store on JSON files, and the methods that only this strategy has."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class JSONStorageStrategy(StorageStrategy):
     """A store on JSON files.
 
     Args:
-        config: `json:PATH`, a map in the spec's shape, a `StorageConfig` or a `JSONConfig`.
-        collections: what may be stored.
+        config: `json:PATH`, a configuration dict, a `StorageConfig` or a `JSONConfig`.
+        collections: the declared collections.
 
     Raises:
-        ConfigurationError.
+        ConfigurationError: the configuration is invalid.
     """
 
     def __init__(
@@ -64,18 +64,21 @@ class JSONStorageStrategy(StorageStrategy):
     # -- locks and whole files ---------------------------------------------------------------
 
     def acquire_read_lock(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
-        """Hold the store so that nobody writes, in this process or another, while others may read.
+        """Hold the read lock of the store: no task of any process can write; others can read.
 
-        Inside, `read_file` is what to use; the methods for entities are refused.
+        While the lock is held, use `read_file`; the methods for entities raise an error.
 
         Raises:
-            LockTimeoutError: not free within `timeout` seconds (the configured `lock_timeout`).
+            LockTimeoutError: the lock did not become free within `timeout` seconds (by default the
+                configured `lock_timeout`).
             TransactionReentryError: this task holds a lock or a transaction of the store.
         """
         return self._locked("a read lock", exclusive=False, timeout=timeout)
 
     def acquire_write_lock(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
-        """Hold the store alone; `read_file` and `write_file` are what to use inside.
+        """Hold the write lock of the store: no other task of any process can write, or hold a lock.
+
+        While the lock is held, use `read_file` and `write_file`.
 
         Raises: as `acquire_read_lock`.
         """
@@ -94,86 +97,93 @@ class JSONStorageStrategy(StorageStrategy):
             self._json.files.make_folder()
             async with locks.exclusive(timeout) if exclusive else locks.shared(timeout):
                 if exclusive:
-                    await self._refuse_move(what)
+                    await self._refuse_live_migration(what)
                 yield
         finally:
             leave()
 
-    async def _refuse_move(self, what: str) -> None:
-        """What the lock is taken for gets no marks. While it is held, no move can begin; nor can
-        one go on, so nothing may wait for it here."""
+    async def _refuse_live_migration(self, what: str) -> None:
+        """Refuse the write lock during and after a live migration, which could not follow the changes:
+        they get no markers. While the lock is held, no migration can begin or continue, so this method
+        must not wait for one."""
         state = await self._json.refresh_locked()
-        raw = state.kept(MIGRATION_COLLECTION.name, MIGRATION_KEY.id)
+        raw = state.raw_entity(MIGRATION_COLLECTION.name, MIGRATION_KEY.id)
         if raw is not None:
-            text = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
-            found = self._json.serializer.entity(MIGRATION_COLLECTION, MIGRATION_KEY.id, text)
-            move = migration_state_in(Record(MIGRATION_KEY, found))
-            assert move is not None, "there is a record"
-            elsewhere = move.role == "source" and move.phase not in ("COPYING", "CUTTING_OVER")
-            raise not_followed(what, move.other if elsewhere else None)
+            encoded = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
+            entity = self._json.serializer.entity(MIGRATION_COLLECTION, MIGRATION_KEY.id, encoded)
+            migration = migration_state_in(Record(MIGRATION_KEY, entity))
+            assert migration is not None, "the record exists"
+            moved = migration.role == "source" and migration.phase not in (
+                "COPYING",
+                "CUTTING_OVER",
+            )
+            raise not_followed(what, migration.other if moved else None)
 
     async def read_file(self) -> dict[str, dict[str, Entity]]:
-        """The whole store in the spec's shape: entities by id, by collection.
+        """Read the whole store: a dict of collections, each a dict of entities by id.
 
-        Uses the lock that the task holds, or takes the read lock.
+        It uses the lock that the task holds, or acquires the read lock.
         """
-        async with self._holding(exclusive=False):
+        async with self._with_lock(exclusive=False):
             state = await self._json.refresh_locked()
             return {name: await self._decoded(state, name) for name in self._schema}
 
     async def write_file(self, data: Mapping[str, Mapping[str, Mapping[str, object]]]) -> None:
-        """Replace the whole store as one commit.
+        """Replace the content of the whole store in one commit.
 
-        A changed entity gets its stored version + 1, a new one its given version or 1, and what
-        `data` does not have is gone. An entity that differs only in `version` or the timestamps
-        that the store sets is not changed. Uses the write lock that the task holds, or takes it.
+        A changed entity gets its stored version + 1. A new one gets the version in `data`, or 1. An
+        entity that `data` does not contain is deleted. An entity that differs only in `version` or the
+        timestamps that the store sets is not changed. The method uses the write lock that the task
+        holds, or acquires it.
 
         Raises:
             UnknownCollectionError, InvalidKeyError, InvalidFieldError, UnsupportedValueError,
-            InvalidVersionError: before anything is written.
-            ReferenceViolationError: the new whole refers to what it does not have.
+            InvalidVersionError: `data` is invalid; nothing was written.
+            ReferenceViolationError: an entity in `data` refers to one that `data` does not contain.
         """
-        wanted = await self._checked(data)
-        async with self._holding(exclusive=True), self._json.owning() as state:
+        wanted = await self._encoded(data)
+        async with self._with_lock(exclusive=True), self._json.write_locked_state() as state:
             if self._json.config.enforce_references:
-                await self._refuse_broken(wanted)
-            images = {name: await self._images(state, name, wanted[name]) for name in wanted}
+                await self._check_references(wanted)
+            images = {
+                name: await self._changed_images(state, name, wanted[name]) for name in wanted
+            }
             await self._json.commit(state, {name: each for name, each in images.items() if each})
 
     async def checkpoint(
         self, recover_from: Literal["file", "journal", "salvage"] | None = None
     ) -> None:
-        """Have all that was committed in the data files, and nothing in the journal.
+        """Write all commits to the data files, so that the journal contains none.
 
         Args:
-            recover_from: settles a data file that was replaced by hand while the journal held commits:
-                "file" takes the file and drops the journal, "journal" puts the journal's commits
-                on top of the file. The file that is replaced is kept as a backup. "salvage"
-                settles a damaged journal: every commit before the damage counts, and the journal
-                is kept beside, as `NAME.damaged.NUMBER`. If it is interrupted, either nothing was
-                changed or the question is settled.
+            recover_from: recover from a data file that was replaced manually while the journal
+                contained commits: "file" uses the file and discards the journal, "journal" applies
+                the commits in the journal to the file. The file that is replaced is kept as a backup.
+                "salvage" recovers from a damaged journal: every commit before the damage is valid, and
+                a copy of the journal is kept as `NAME.damaged.NUMBER`. If a recovery is interrupted,
+                either nothing was changed, or it is effective.
         """
         self._usable()
         if recover_from is None:
-            await self._json.folding.checkpoint()
+            await self._json.compactor.checkpoint()
         else:
             await self._json.recover(recover_from)
 
     def backups(self) -> list[Path]:
-        """The backups of the data files that folds kept, newest first."""
+        """The backups of the data files that compactions created; for each file, newest first."""
         files = self._json.files
         return [each for name in files.names for each in files.backups(name)]
 
-    # -- inside ------------------------------------------------------------------------------
+    # -- internals ---------------------------------------------------------------------------
 
     def _reopen_with_collections(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
-        # The same place, also where the working directory has changed since.
-        place = str(self._json.files.given)
-        config = msgspec.structs.replace(self._json.config, base_path=place)
+        # An absolute path, since the working directory may have changed.
+        base_path = str(self._json.files.configured_folder)
+        config = msgspec.structs.replace(self._json.config, base_path=base_path)
         return JSONStorageStrategy(config, collections=collections)
 
     @asynccontextmanager
-    async def _holding(self, *, exclusive: bool) -> AsyncIterator[None]:
+    async def _with_lock(self, *, exclusive: bool) -> AsyncIterator[None]:
         held = self._json.locks.holds()
         if held == "write" or (held == "read" and not exclusive):
             yield
@@ -181,26 +191,26 @@ class JSONStorageStrategy(StorageStrategy):
             async with self.acquire_write_lock():
                 yield
         elif not await self.exists():
-            yield  # empty, and no lock file is made for that
+            yield  # the store is empty, and no lock file is created to read it
         else:
             async with self.acquire_read_lock():
                 yield
 
     async def _decoded(self, state: StoreState, name: str) -> dict[str, Entity]:
         section = state.sections[name]
-        found: dict[str, Entity] = {}
-        for number, entity_id in enumerate(list(section.held), 1):
+        entities: dict[str, Entity] = {}
+        for number, entity_id in enumerate(list(section.entities), 1):
             raw = section.canonical(entity_id)
             if raw is not None:
-                found[entity_id] = section.entity(entity_id, raw)
+                entities[entity_id] = section.entity(entity_id, raw)
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
-        return found
+        return entities
 
-    async def _checked(
+    async def _encoded(
         self, data: Mapping[str, Mapping[str, Mapping[str, object]]]
     ) -> dict[str, dict[str, bytes]]:
-        """The text of each entity, which the garbage collector never looks into."""
+        """Check `data` and encode each entity: the garbage collector does not traverse bytes."""
         encode = self._json.serializer.encode
         wanted: dict[str, dict[str, bytes]] = {name: {} for name in self._schema}
         number = 0
@@ -214,7 +224,8 @@ class JSONStorageStrategy(StorageStrategy):
                     raise exc.at(f"{name}[{entity_id!r}]") from exc
                 if key.id != entity_id:
                     raise UnsupportedValueError(
-                        f"{name}[{entity_id!r}] names itself {key.id!r} in {collection.key}"
+                        f"{name}[{entity_id!r}] has another id, {key.id!r}, in its field "
+                        f"{collection.key}"
                     )
                 wanted[name][entity_id] = encode(entity, cast("int", version))
                 number += 1
@@ -222,15 +233,16 @@ class JSONStorageStrategy(StorageStrategy):
                     await asyncio.sleep(0)
         return wanted
 
-    async def _images(
+    async def _changed_images(
         self, state: StoreState, name: str, wanted: dict[str, bytes]
     ) -> dict[str, bytes | None]:
-        """What changes in a section; `wanted` is used up, for freeing it at once holds the loop."""
+        """The changed entities of a section. `wanted` is emptied step by step, since freeing it in one
+        step would block the event loop."""
         section = state.sections[name]
         serializer = self._json.serializer
-        at = utc_now()
+        now = utc_now()
         images: dict[str, bytes | None] = {}
-        for number, entity_id in enumerate(list(section.held), 1):
+        for number, entity_id in enumerate(list(section.entities), 1):
             if entity_id not in wanted:
                 images[entity_id] = None
             if not number % _CHECK_CHUNK:
@@ -238,31 +250,31 @@ class JSONStorageStrategy(StorageStrategy):
         for number, entity_id in enumerate(list(wanted), 1):
             entity = serializer.decode(wanted.pop(entity_id))
             raw = section.canonical(entity_id)
-            given = entity.pop(VERSION)
+            initial_version = entity.pop(VERSION)
             if raw is None:
-                stamped = {CREATED_AT: at, **entity, UPDATED_AT: at}
-                images[entity_id] = serializer.encode(stamped, cast("int", given))
+                stamped = {CREATED_AT: now, **entity, UPDATED_AT: now}
+                images[entity_id] = serializer.encode(stamped, cast("int", initial_version))
             else:
                 current = section.entity(entity_id, raw)
                 version = cast("int", current.pop(VERSION))
-                kept = {CREATED_AT: current[CREATED_AT]} if CREATED_AT in current else {}
-                entity = {**kept, **entity}
-                if not _same(entity, current):
-                    stamped = {**entity, UPDATED_AT: at}
+                created = {CREATED_AT: current[CREATED_AT]} if CREATED_AT in current else {}
+                entity = {**created, **entity}
+                if not _equal_content(entity, current):
+                    stamped = {**entity, UPDATED_AT: now}
                     images[entity_id] = serializer.encode(stamped, version + 1)
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return images
 
-    async def _refuse_broken(self, wanted: Mapping[str, Mapping[str, bytes]]) -> None:
+    async def _check_references(self, wanted: Mapping[str, Mapping[str, bytes]]) -> None:
         decode = self._json.serializer.decode
         for name, collection in self._schema.items():
             if not collection.references:
                 continue
-            for number, (entity_id, text) in enumerate(wanted[name].items(), 1):
+            for number, (entity_id, encoded) in enumerate(wanted[name].items(), 1):
                 if not number % _CHUNK_SIZE:
                     await asyncio.sleep(0)
-                entity = decode(text)
+                entity = decode(encoded)
                 for field in collection.references:
                     parent = entity.get(field.name)
                     parents = wanted[cast("str", field.references)]
@@ -270,9 +282,9 @@ class JSONStorageStrategy(StorageStrategy):
                         raise missing_parent(name, entity_id, field, parent)
 
 
-def _same(entity: Entity, current: Entity) -> bool:
-    """Equal in value and type, but for `updated_at`."""
+def _equal_content(entity: Entity, current: Entity) -> bool:
+    """Whether two entities are equal in value and type, except for `updated_at`."""
     without = {name: value for name, value in entity.items() if name != UPDATED_AT}
     stored = {name: value for name, value in current.items() if name != UPDATED_AT}
-    # repr tells 1, 1.0 and True apart, and -0.0 from 0.0, which == does not.
+    # repr distinguishes 1, 1.0 and True, and -0.0 from 0.0; == does not.
     return without == stored and all(repr(without[name]) == repr(stored[name]) for name in without)

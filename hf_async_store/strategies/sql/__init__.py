@@ -1,4 +1,4 @@
-"""The SQL strategy: the store in SQLite or PostgreSQL, on SQLAlchemy, aiosqlite and asyncpg."""
+"""The SQL strategy: a store in SQLite or PostgreSQL, with SQLAlchemy, aiosqlite and asyncpg."""
 
 from __future__ import annotations
 

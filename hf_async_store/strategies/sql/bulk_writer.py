@@ -1,9 +1,10 @@
-"""Carrying out changes: put into waves, sent by the shape of their statement, judged where refused.
+"""Executes changes: divides them into waves, groups each wave by statement, and finds out why a change
+was rejected.
 
-A wave holds changes that do not touch one another, so that each shape in it is one statement. What
-a statement does not return did not meet its condition; then the stored entity is read and judged
-by `conditions`, as every engine judges. Should it meet the condition by now, the change is sent
-again: nothing of it had happened.
+The changes of a wave are independent of one another, so that all changes with the same `StatementKey`
+can share a statement. A change that the statement does not return did not meet its precondition and
+had no effect. Then the stored entity is read and checked by `preconditions`, as in every engine. If it
+meets the precondition now, the change is sent again.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
 
 _TRIES: Final = 64
-"""How often a change is sent whose condition holds whenever it is looked at."""
+"""How often a change is sent whose precondition is met each time the entity is read."""
 
 _IMPORT_PIECE: Final = 256
-"""How many rows are made before the loop gets a turn."""
+"""How many rows are built per iteration of the event loop."""
 
-# Of many changes at once.
+# Called for many changes by `map`.
 _ID: Final = attrgetter("key.id")
 _COLLECTION: Final = attrgetter("key.collection")
 _ENTITY: Final = attrgetter("entity")
@@ -58,7 +59,7 @@ _AT: Final = attrgetter("written_at")
 
 
 class Run(Protocol):
-    """Runs one statement that writes; how it fails is up to where it runs."""
+    """Runs one statement that writes; the implementation decides whether an error is retried."""
 
     def __call__(
         self, sql: str, args: Sequence[object]
@@ -66,10 +67,11 @@ class Run(Protocol):
 
 
 class StatementGroup(NamedTuple):
-    """Changes of one shape by their ids, with their places in the whole.
+    """Changes with the same statement key, sorted by id.
 
     Attributes:
-        columns: what their statement takes of all of them, the id first.
+        places: the position of each change in the whole list of changes.
+        columns: the arguments of their statement by column, the id first.
     """
 
     shape: StatementKey
@@ -86,7 +88,7 @@ class StatementGroup(NamedTuple):
         )
 
     def before(self, place: int) -> StatementGroup:
-        """Those of them that come before this place in the whole."""
+        """The changes whose position in the whole list is before this one."""
         if max(self.places) < place:
             return self
         kept = [n for n, each in enumerate(self.places) if each < place]
@@ -99,7 +101,7 @@ class StatementGroup(NamedTuple):
 
 
 class BulkWriter:
-    """The writes of a store, on whatever connection they are to run."""
+    """Executes the writes of a store on a leased connection."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class BulkWriter:
         self._references = references
 
     def statements(self, waves: Sequence[Sequence[StatementGroup]]) -> int:
-        """How many statements it takes to send them."""
+        """The number of statements that the changes of these waves need."""
         return sum(
             len(self._tables[batch.shape.collection].dialect.batches(len(batch.places)))
             for wave in waves
@@ -123,7 +125,7 @@ class BulkWriter:
         )
 
     def dependency_batches(self, changes: Sequence[Change]) -> list[list[StatementGroup]]:
-        """The changes in waves, each by shape, as they would have to follow one another."""
+        """Divide changes into waves, to be executed in order, and group each wave by statement key."""
         levels = _dependency_depth(self._schema, changes) if self._may_touch(changes) else None
         alike = self._single_shape_batch(changes) if levels is None else None
         if alike is not None:
@@ -137,8 +139,8 @@ class BulkWriter:
         return [_batches(wave) for wave in waves]
 
     def _single_shape_batch(self, changes: Sequence[Change]) -> StatementGroup | None:
-        """The changes, if they are whole entities of one shape, as those of a batch often are:
-        then it is made column by column."""
+        """One group for all changes, built column by column; None unless they are whole entities with
+        the same statement key, as those of a batch often are."""
         first = changes[0]
         if not isinstance(first, Put) or set(map(type, changes)) != {Put}:
             return None
@@ -229,13 +231,14 @@ class BulkWriter:
         *,
         halves: bool,
     ) -> None:
-        """Carry out changes of one shape, and note how each ended.
+        """Execute changes with the same statement key, and store the outcome of each in `outcomes`.
 
         Args:
-            halves: a statement that the database refused may be sent again in two halves.
+            halves: if the database rejects a statement, it is sent again in two halves.
 
         Raises:
-            ReferenceViolationError, InvalidInputError: where it may not.
+            ReferenceViolationError, InvalidInputError: the database rejected a statement, and
+                `halves` is false.
         """
         if await self._bulk_upsert_locked(lease, batch, outcomes):
             return
@@ -270,12 +273,12 @@ class BulkWriter:
         *,
         halves: bool,
     ) -> list[StatementGroup]:
-        """Send changes in one statement; returns what must be sent again."""
+        """Send changes in one statement; returns those that must be sent again."""
         try:
             landed = await self._applied(run, batch)
         except REFUSALS as exc:
-            # Its own look at the references was overtaken by another's write; or the database has
-            # rules that are not ours.
+            # Another transaction changed a parent or child after the statement had checked the
+            # references, or the database has constraints that this store did not create.
             if not halves or lease.lost_transaction:
                 raise
             count = len(batch.places)
@@ -293,7 +296,7 @@ class BulkWriter:
         return _batches(await self._diagnose_rejected(lease, left, outcomes)) if left else []
 
     async def _applied(self, run: Run, batch: StatementGroup) -> dict[str, int]:
-        """Send changes in one statement; the new versions of those that met their conditions."""
+        """Send changes in one statement; returns by id the new versions of those that were applied."""
         statement = self._statements.of(batch.shape, len(batch.places))
         dialect = self._tables[batch.shape.collection].dialect
         rows = await run(statement.sql, dialect.bind_columns(batch.columns, statement.kinds))
@@ -302,10 +305,10 @@ class BulkWriter:
     async def _bulk_upsert_locked(
         self, lease: LeasedConnection, batch: StatementGroup, outcomes: list[Outcome]
     ) -> bool:
-        """Carry out many changes at once where nobody else can write; whether that could be done.
+        """Execute many changes in bulk if no other connection can write; returns whether it was possible.
 
-        There one may look first and write then. One statement that decides on each row and returns
-        it takes twice as long.
+        The preconditions are then checked by separate reads before the write. One statement that
+        checks and returns each row takes twice as long.
         """
         shape = batch.shape
         if (
@@ -348,8 +351,8 @@ class BulkWriter:
     # -- imports -----------------------------------------------------------------------------
 
     def imports_in(self, changes: Sequence[Change]) -> list[Put] | None:
-        """The changes, if they are whole entities of one collection, each to be written as it is
-        over whatever is there, and if there is a quick way for those."""
+        """The changes, if all of them are imports of whole entities into one collection without any
+        precondition, and the dialect has bulk statements for these; else None."""
         collection = changes[0].key.collection
         if self._tables[collection].dialect.bulk is None or len(changes) == 1:
             return None
@@ -365,7 +368,7 @@ class BulkWriter:
         return None if self._may_touch(changes) else cast("list[Put]", changes)
 
     async def import_rows(self, puts: Sequence[Put]) -> list[list[object]]:
-        """The arguments of imports: here, where nobody waits for them yet."""
+        """Build the rows of arguments for imports, before a connection is leased."""
         row = self._tables[puts[0].key.collection].row
         rows: list[list[object]] = []
         for start in range(0, len(puts), _IMPORT_PIECE):
@@ -380,9 +383,9 @@ class BulkWriter:
     async def imported(
         self, lease: LeasedConnection, collection: str, rows: list[list[object]]
     ) -> bool:
-        """Write them; whether all landed. A row that lacks a parent does not."""
+        """Write rows of imports; returns whether all were written. Rows whose parent is missing are not."""
         bulk = self._tables[collection].dialect.bulk
-        assert bulk is not None, "looked at by `imports_in`"
+        assert bulk is not None, "checked by `imports_in`"
         start = landed = 0
         for size, times in bulk.blocks(len(rows), len(rows[0])):
             ends = range(start + size, start + size * times + 1, size)
@@ -391,7 +394,7 @@ class BulkWriter:
             landed += await lease.many(self._statements.imports(collection, size), blocks)
         return landed == len(rows)
 
-    # -- what was refused --------------------------------------------------------------------
+    # -- rejected changes --------------------------------------------------------------------
 
     async def _diagnose_rejected(
         self,
@@ -399,7 +402,7 @@ class BulkWriter:
         refused: Sequence[tuple[int, Change]],
         outcomes: list[Outcome],
     ) -> list[PendingChange]:
-        """Note the errors of changes that were refused; those that would be accepted by now."""
+        """Store the errors of rejected changes in `outcomes`; returns those that are valid now."""
         left: list[tuple[int, Change]] = []
         for place, change in refused:
             if self._tells_absence(change):
@@ -429,17 +432,17 @@ class BulkWriter:
             if record is None or entity is None or not (kept or isinstance(change, Patch)):
                 again.append(self._sent(place, change))
                 continue
-            # Two things that SQL could not tell: an update of what is heavy may still be light
-            # enough, and a reference that is broken may be so already. Both are known now, so
-            # this very version is replaced or none.
+            # The statement rejects two kinds of valid changes: an update of a large entity that stays
+            # within the size limit, and a reference whose parent was already missing. Now that the
+            # entity was read, the change replaces exactly this version.
             version = cast("int", entity.pop(VERSION))
             put = Put(change.key, entity, change.written_at, record.version, version)
-            # Refused once more, it is judged as what was asked for.
+            # If it is rejected again, the original change is checked.
             again.append(self._sent(place, put, kept)._replace(change=change))
         return again
 
     def _broken(self, change: Put | Patch, parents: set[Key]) -> tuple[str, ...]:
-        """The names of references to what is not there, which `check_parents` let pass."""
+        """The names of references whose parent is missing, but which `check_parents` accepted."""
         if not self._references:
             return ()
         return tuple(
@@ -447,7 +450,7 @@ class BulkWriter:
         )
 
     def _tells_absence(self, change: Change) -> bool:
-        """Whether there is one reason only for which this change can be refused: nothing is there."""
+        """Whether this change can be rejected only because the entity does not exist."""
         return (
             isinstance(change, Delete)
             and change.expect is ANY
@@ -455,7 +458,7 @@ class BulkWriter:
         )
 
     async def _parents(self, lease: LeasedConnection, changes: Iterable[Change]) -> set[Key]:
-        """Those of the entities that changes refer to that are there."""
+        """The existing parents to which changes refer."""
         if not self._references:
             return set()
         wanted: set[Key] = set()
@@ -513,14 +516,14 @@ class BulkWriter:
 
 
 def marker_put(mark: ChangeMarker, at: str) -> Put:
-    """A mark as the change that writes it as it is."""
+    """The change that writes a change marker with its version."""
     entity = dict(mark.entity)
     version = cast("int", entity.pop(VERSION, 0))
     return Put(mark.key, entity, at, import_version=version)
 
 
 class PendingChange(NamedTuple):
-    """A change on its way into a batch."""
+    """A change, its position, its statement key and its row of arguments."""
 
     place: int
     change: Change
@@ -546,7 +549,8 @@ def _id_of(sent: PendingChange) -> str:
 
 def _overtaken(key: Key) -> ConcurrencyConflictError:
     return ConcurrencyConflictError(
-        f"{key.collection} {key.id!r}: others kept changing it between a write and a look at it",
+        f"{key.collection} {key.id!r}: other writers kept changing the entity between each write "
+        "and the read after it: try again",
         collection=key.collection,
         entity_id=key.id,
         retryable=True,
@@ -554,15 +558,16 @@ def _overtaken(key: Key) -> ConcurrencyConflictError:
 
 
 def _dependency_depth(schema: Schema, changes: Sequence[Change]) -> list[int]:
-    """For each change, the wave that it must wait for: behind all that it may depend on.
+    """For each change, the number of its wave: after the waves of all changes on which it may depend.
 
-    These depend on one another, in input order: changes of one key; a child and a change of the
-    parent that it names; a delete in a collection that has children and any change of those.
+    A change depends on the earlier changes of the same key. A child and a change of its parent
+    depend on each other in input order, and so do a delete in a collection that has children and
+    every change of these children.
     """
     of_key: dict[Key, int] = {}
-    of_children: dict[Key, int] = {}  # by parent: of the changes that name it
-    of_deletes: dict[str, int] = {}  # by collection of parents
-    of_collection: dict[str, int] = {}  # any change
+    of_children: dict[Key, int] = {}  # by parent: the last wave of a change that refers to it
+    of_deletes: dict[str, int] = {}  # by collection of parents: the last wave of a delete
+    of_collection: dict[str, int] = {}  # by collection: the last wave of any change
     levels: list[int] = []
     for change in changes:
         collection = change.key.collection

@@ -1,8 +1,9 @@
-"""From a query to a SELECT that answers exactly as `query.matches` and `query.sort_key` do.
+"""Compiles a query to a SELECT with exactly the results of `query.matches` and `query.sort_key`.
 
-Every test is either true, or false or NULL, which a WHERE takes alike; a negation is written as
-`IS NOT TRUE`, so that it is true for both. What an engine cannot say exactly it says too widely,
-and the rows are filtered once more here; an order that it does not have is made here.
+A condition is true, false or NULL, and a WHERE treats false and NULL alike. A negation is therefore
+written as `IS NOT TRUE`, which is true for both. If SQL cannot express a condition exactly, the
+compiled condition accepts more rows, and the rows are filtered again in Python. If it cannot express
+an order, the rows are sorted in Python.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ _VERSION_FIELD: Final = Field("n", "integer")
 
 
 class Arguments:
-    """The arguments of a statement, as it is put together."""
+    """Collects the arguments of a statement while it is compiled."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self.values: list[object] = []
 
     def add(self, value: object, kind: Kind) -> str:
-        """A new parameter with this argument."""
+        """Add an argument; returns its parameter."""
         self.values.append(self._dialect.argument(value, kind))
         return self._dialect.parameter(len(self.values), kind)
 
@@ -54,8 +55,9 @@ class SortPart(NamedTuple):
     """An expression to sort by.
 
     Attributes:
-        nullable: NULL stands for a place that is missing.
-        null: a condition that tells a null, NULL too, from a missing one.
+        nullable: the expression is NULL if the value is missing.
+        null: the condition that a NULL is an explicit null, and not a missing value; None if the
+            expression is NULL only for a missing value.
     """
 
     sql: str
@@ -67,10 +69,11 @@ class Compiled(NamedTuple):
     """A query as SQL.
 
     Attributes:
-        args: of the statement.
-        names: the declared fields that its rows begin with; None is all.
-        residual: what its rows must still pass; None if they all match.
-        sorted_here: the rows come in no order, from no position on and without a limit.
+        args: the arguments of the statement.
+        names: the declared fields with which its rows begin; None: all.
+        residual: the condition by which the rows must still be filtered; None if all rows match.
+        sorted_here: the statement applies neither order, nor position, nor limit; the rows must be
+            sorted in Python.
     """
 
     sql: str
@@ -84,15 +87,15 @@ def compile_query(table: TableMapping, query: Query, selection: str | None = Non
     """The SELECT of a query.
 
     Args:
-        selection: what it names, where that is not what `Table.entity` reads.
+        selection: the list of expressions to select; None: those that `TableMapping.entity` reads.
     """
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
-    parts = [compiler.order_of(each) for each in query.order]
-    pushed = None not in parts
+    sort_keys = [compiler.sort_key(each) for each in query.order]
+    pushed = None not in sort_keys
     order = ""
     if pushed:
-        keys = list(zip(query.order, cast("list[_Sorted]", parts), strict=True))
+        keys = list(zip(query.order, cast("list[_SortKey]", sort_keys), strict=True))
         if query.after is not None:
             conditions += compiler.after(keys, query.after.values, query.after.id)
         order = f" ORDER BY {compiler.order_by(keys)}"
@@ -110,7 +113,8 @@ def compile_query(table: TableMapping, query: Query, selection: str | None = Non
 
 
 def compile_count(table: TableMapping, query: Query) -> Compiled | None:
-    """The SELECT that counts what a query matches; None if not all of its filter can be pushed."""
+    """The SELECT that counts the matches of a query; None if SQL cannot express the filter exactly, or if
+    the query has a limit or a position."""
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
     if not exact or query.limit is not None or query.after is not None:
@@ -121,7 +125,7 @@ def compile_count(table: TableMapping, query: Query) -> Compiled | None:
 
 
 def comparisons_in(where: Filter) -> int:
-    """How many comparisons a filter is made of."""
+    """The number of comparisons in a filter."""
     if isinstance(where, Comparison):
         return 1
     if isinstance(where, Not):
@@ -129,8 +133,14 @@ def comparisons_in(where: Filter) -> int:
     return sum(map(comparisons_in, where.parts))
 
 
-class _Sorted(NamedTuple):
-    """What a key of an order sorts by, and what a position's value is to it."""
+class _SortKey(NamedTuple):
+    """How SQL sorts by one key of an order.
+
+    Attributes:
+        part: the expression; None if the value is missing in every row.
+        field: the declared field; None for a path in a JSON column.
+        is_key: the field is the key of the collection, so that no two rows are equal.
+    """
 
     part: SortPart | None
     field: Field | None
@@ -144,13 +154,13 @@ class _Compiler:
         self._collection = table.collection
         self.args = Arguments(table.dialect)
 
-    # -- what is selected --------------------------------------------------------------------
+    # -- selection ---------------------------------------------------------------------------
 
     def selected(self, query: Query, *, exact: bool) -> tuple[tuple[str, ...] | None, str]:
-        """The declared fields to read, None if all, and the list that a SELECT names."""
+        """The declared fields to read, or None for all, and the list of expressions to select."""
         if query.fields is None or not exact:
             return None, self._table.selected
-        # A cursor is made of what the order reads, too.
+        # A cursor contains the values of the fields of the order.
         wanted = {*query.fields, *(cast("str", each.path[0]) for each in query.order)}
         fields = [each for each in self._table.fields if each.name in wanted]
         others = wanted - self._collection.fields.keys() - {VERSION}
@@ -160,7 +170,8 @@ class _Compiler:
     # -- filters -----------------------------------------------------------------------------
 
     def conditions(self, where: Filter) -> tuple[list[str], bool]:
-        """What must hold, part by part; and whether that is exact, or lets more pass."""
+        """The conditions of a filter, to be joined by AND, and whether they are exact. If not, they accept
+        more rows."""
         parts = _deepest_first(where.parts) if isinstance(where, And) else (where,)
         pairs = [self._filter(each) for each in parts]
         return [sql for sql, _ in pairs if sql != TRUE], all(exact for _, exact in pairs)
@@ -172,11 +183,11 @@ class _Compiler:
             before = len(self.args.values)
             return self._opposite(*self._filter(where.part), before)
         pairs = [self._filter(each) for each in _deepest_first(where.parts)]
-        together = all if isinstance(where, And) else any
+        combine = all if isinstance(where, And) else any
         if not pairs:
-            return (TRUE if together is all else FALSE), True
-        word = " AND " if together is all else " OR "
-        return f"({_joined(word, [sql for sql, _ in pairs])})", all(exact for _, exact in pairs)
+            return (TRUE if combine is all else FALSE), True
+        operator = " AND " if combine is all else " OR "
+        return f"({_joined(operator, [sql for sql, _ in pairs])})", all(exact for _, exact in pairs)
 
     def _comparison(self, path: Sequence[str | int], op: str, value: Value) -> tuple[str, bool]:
         if op in _OPPOSITE:
@@ -195,22 +206,23 @@ class _Compiler:
         return self._dialect.json_test(base, steps, op, value, self.args)
 
     def _opposite(self, sql: str, exact: bool, before: int) -> tuple[str, bool]:
+        """The negation of a condition, whose arguments begin at `before`."""
         if exact:
             return _not(sql), True
-        # Only what is exact can be turned round; the arguments of the rest go.
+        # Only an exact condition can be negated; the arguments of any other one are removed.
         del self.args.values[before:]
         return TRUE, False
 
     def _column(self, field: Field | None, op: str, value: Value) -> str:
-        """An operator on a declared column, or on the version."""
+        """The condition for an operator on a declared column, or on the version."""
         column = f"t.{VERSION}" if field is None else f"t.{quoted(field.name)}"
         kind = "integer" if field is None else field.type
         null = None
         if field is not None and field.name != self._collection.key:
             null = f"({column} IS NULL AND {self._dialect.has_overflow(field.name)})"
         if op == "exists":
-            there = TRUE if null is None else f"({column} IS NOT NULL OR {null})"
-            return there if value is True else _not(there)
+            exists = TRUE if null is None else f"({column} IS NOT NULL OR {null})"
+            return exists if value is True else _not(exists)
         if op == "eq":
             return self._one_of(column, kind, [value], null)
         if op == "in":
@@ -223,28 +235,30 @@ class _Compiler:
         if kind not in ("text", "timestamp") or not isinstance(value, str):
             return FALSE
         if op == "contains":
-            return self._dialect.has_text(column, self.args.add(value, kind))
+            return self._dialect.contains_string(column, self.args.add(value, kind))
         return self._begins_with(column, kind, value)
 
     def _one_of(self, column: str, kind: Kind, values: list[Value], null: str | None) -> str:
-        fitting = [fit for each in values if (fit := _fitted(kind, each)) is not None]
+        comparable = [
+            converted for each in values if (converted := _column_value(kind, each)) is not None
+        ]
         tests = []
         if null is not None and None in values:
             tests.append(null)
-        if fitting:
+        if comparable:
             short = self._shortened(column, kind)
-            if len(fitting) == 1:
-                parameter = self.args.add(fitting[0], kind)
+            if len(comparable) == 1:
+                parameter = self.args.add(comparable[0], kind)
                 test = f"{column} = {parameter}"
                 if short is not None:
-                    # The same parameter: an index holds the beginning, the text itself decides.
+                    # An index contains only the prefix; the whole string decides.
                     test = f"({short} = {self._dialect.index_prefix(parameter)} AND {test})"
             else:
-                test = self._dialect.one_of(column, fitting, kind, self.args)
+                test = self._dialect.one_of(column, comparable, kind, self.args)
                 if short is not None:
-                    first = [cast("str", each)[:SHORT] for each in fitting]
-                    quick = self._dialect.one_of(short, first, kind, self.args)
-                    test = f"({quick} AND {test})"
+                    prefixes = [cast("str", each)[:SHORT] for each in comparable]
+                    indexed = self._dialect.one_of(short, prefixes, kind, self.args)
+                    test = f"({indexed} AND {test})"
             tests.append(test)
         return f"({' OR '.join(tests)})" if len(tests) > 1 else tests[0] if tests else FALSE
 
@@ -260,44 +274,45 @@ class _Compiler:
         test = f"{column} {_COMPARE[op]} {parameter}"
         short = self._shortened(column, kind)
         if short is not None:
-            wide = "<=" if op.startswith("lt") else ">="
-            test = f"({short} {wide} {self._dialect.index_prefix(parameter)} AND {test})"
+            inclusive = "<=" if op.startswith("lt") else ">="
+            test = f"({short} {inclusive} {self._dialect.index_prefix(parameter)} AND {test})"
         return test
 
     def _begins_with(self, column: str, kind: Kind, prefix: str) -> str:
         if not prefix:
             return f"{column} IS NOT NULL"
-        above = _after_all_with(prefix)
+        above = _upper_bound(prefix)
         low = self._range(column, kind, "gte", prefix)
         return low if above is None else f"({low} AND {self._range(column, kind, 'lt', above)})"
 
     def _shortened(self, column: str, kind: Kind) -> str | None:
+        """The prefix of a column that an index contains; None if it contains the whole value."""
         if kind != "text" or column in self._table.whole:
             return None
         return self._dialect.index_prefix(column)
 
     # -- order and position ------------------------------------------------------------------
 
-    def order_of(self, order: Order) -> _Sorted | None:
-        """What a key of the order sorts by; None if the engine cannot sort by it."""
+    def sort_key(self, order: Order) -> _SortKey | None:
+        """How SQL sorts by a key of the order; None if it cannot."""
         name = cast("str", order.path[0])
         field = self._collection.fields.get(name)
         if (field is not None and field.type == "json") or (field is None and name != VERSION):
             base = f"t.{DOC}" if field is None else f"t.{quoted(name)}"
             steps = order.path if field is None else order.path[1:]
             part = self._dialect.json_order(base, steps, self.args)
-            return None if part is None else _Sorted(part, None, is_key=False)
+            return None if part is None else _SortKey(part, None, is_key=False)
         if len(order.path) > 1:
-            return _Sorted(None, None, is_key=False)  # missing in every row: all are tied
+            return _SortKey(None, None, is_key=False)  # missing in every row: all are equal
         if field is None:
-            return _Sorted(SortPart(f"t.{VERSION}"), _VERSION_FIELD, is_key=False)
+            return _SortKey(SortPart(f"t.{VERSION}"), _VERSION_FIELD, is_key=False)
         column = f"t.{quoted(name)}"
         if name == self._collection.key:
-            return _Sorted(SortPart(column), field, is_key=True)
+            return _SortKey(SortPart(column), field, is_key=True)
         part = SortPart(column, nullable=True, null=self._dialect.has_overflow(name))
-        return _Sorted(part, field, is_key=False)
+        return _SortKey(part, field, is_key=False)
 
-    def order_by(self, keys: Sequence[tuple[Order, _Sorted]]) -> str:
+    def order_by(self, keys: Sequence[tuple[Order, _SortKey]]) -> str:
         parts = []
         for order, key in keys:
             if key.part is not None:
@@ -308,90 +323,93 @@ class _Compiler:
 
     def after(
         self,
-        keys: Sequence[tuple[Order, _Sorted]],
+        keys: Sequence[tuple[Order, _SortKey]],
         values: Sequence[Value | Missing],
         entity_id: str,
     ) -> list[str]:
-        """The conditions of the rows behind a position."""
-        behind = FALSE
+        """The conditions of the rows after a position, to be joined by AND."""
+        after_sql = FALSE
         if not any(key.is_key for _, key in keys):
-            behind = f"t.{self._table.key} > {self.args.add(entity_id, 'text')}"
+            after_sql = f"t.{self._table.key} > {self.args.add(entity_id, 'text')}"
         first: list[str] = []
         pairs = list(zip(keys, values, strict=True))
         for number, ((order, key), value) in reversed(list(enumerate(pairs))):
             if key.part is None:
                 continue
             if key.field is None:
-                tests = self._behind_in_json(key.part, value)
+                tests = self._compare_json(key.part, value)
             else:
-                tests = self._behind_in_column(key.part, key.field, value)
+                tests = self._compare_column(key.part, key.field, value)
             less, equal, greater = tests
             later = less if order.descending else greater
-            # What is nested stands first: see `_deepest_first`.
-            behind = f"(({behind} AND {equal}) OR {later})"
+            # The nested condition comes first: see `_deepest_first`.
+            after_sql = f"(({after_sql} AND {equal}) OR {later})"
             if number == 0 and isinstance(value, str | int | float) and later != FALSE:
-                # Said once more without the rest, so that an index can begin there.
+                # A redundant condition on the first key alone, so that an index scan can start there.
                 first = [f"({later} OR {equal})"]
-        return [*first, behind]
+        return [*first, after_sql]
 
-    def _behind_in_json(self, part: SortPart, value: Value | Missing) -> tuple[str, str, str]:
-        """Whether a row comes before, with, or behind a value."""
+    def _compare_json(self, part: SortPart, value: Value | Missing) -> tuple[str, str, str]:
+        """The conditions that a row sorts before, equal to, and after a value."""
         column = part.sql
         if value is MISSING:
             return FALSE, f"{column} IS NULL", f"{column} IS NOT NULL"
-        there = self.args.add(self._dialect.order_argument(value), "sort")
+        parameter = self.args.add(self._dialect.order_argument(value), "sort")
         return (
-            f"({column} IS NULL OR {column} < {there})",
-            f"{column} = {there}",
-            f"{column} > {there}",
+            f"({column} IS NULL OR {column} < {parameter})",
+            f"{column} = {parameter}",
+            f"{column} > {parameter}",
         )
 
-    def _behind_in_column(
+    def _compare_column(
         self, part: SortPart, field: Field, value: Value | Missing
     ) -> tuple[str, str, str]:
         column, null = part.sql, part.null or FALSE
         missing = f"({column} IS NULL AND NOT {null})" if part.nullable else FALSE
         is_null = f"({column} IS NULL AND {null})" if part.nullable else FALSE
-        some = f"{column} IS NOT NULL" if part.nullable else TRUE
+        not_null = f"{column} IS NOT NULL" if part.nullable else TRUE
         if value is MISSING:
-            return FALSE, missing, f"({is_null} OR {some})"
+            return FALSE, missing, f"({is_null} OR {not_null})"
         if value is None:
-            return missing, is_null, some
+            return missing, is_null, not_null
         if not _comparable(field.type, value) or (
             isinstance(value, float) and field.type == "integer"
         ):
-            # No row of this store was ever there: a cursor that somebody made up.
+            # No row of this store has such a value: the cursor is forged.
             return FALSE, FALSE, FALSE
-        there = self.args.add(value, field.type)
+        parameter = self.args.add(value, field.type)
         less = (
-            f"({column} IS NULL OR {column} < {there})" if part.nullable else f"{column} < {there}"
+            f"({column} IS NULL OR {column} < {parameter})"
+            if part.nullable
+            else f"{column} < {parameter}"
         )
-        return less, f"{column} = {there}", f"{column} > {there}"
+        return less, f"{column} = {parameter}", f"{column} > {parameter}"
 
 
 SHORT: Final = 256
-"""How many characters of a text an index holds, where it cannot hold all."""
+"""The number of characters of a string that an index contains if it cannot contain the whole string."""
 
 
 def _not(sql: str) -> str:
     return FALSE if sql == TRUE else TRUE if sql == FALSE else f"({sql}) IS NOT TRUE"
 
 
-# SQLite's parser keeps what stands before an open parenthesis on a stack of 100, and refuses
-# expressions that are 1,000 deep, as which it takes 1,000 terms in a row.
-_IN_A_ROW: Final = 16
+# The stack of SQLite's parser has 100 entries, and every open parenthesis keeps the terms before it on
+# that stack. SQLite also refuses expressions more than 1,000 levels deep, and treats 1,000 terms in
+# a row as such an expression.
+_MAX_TERMS: Final = 16
 
 
-def _joined(word: str, terms: Sequence[str]) -> str:
-    """Terms with AND or OR between them, many of them in groups."""
-    while len(terms) > _IN_A_ROW:
-        groups = [terms[start : start + _IN_A_ROW] for start in range(0, len(terms), _IN_A_ROW)]
-        terms = [f"({word.join(each)})" if len(each) > 1 else each[0] for each in groups]
-    return word.join(terms)
+def _joined(operator: str, terms: Sequence[str]) -> str:
+    """Terms joined by AND or OR; many terms are nested in groups."""
+    while len(terms) > _MAX_TERMS:
+        groups = [terms[start : start + _MAX_TERMS] for start in range(0, len(terms), _MAX_TERMS)]
+        terms = [f"({operator.join(each)})" if len(each) > 1 else each[0] for each in groups]
+    return operator.join(terms)
 
 
 def _deepest_first(parts: Sequence[Filter]) -> Sequence[Filter]:
-    """So that as little as possible stands before the parentheses that are nested most."""
+    """Sort parts so that as few terms as possible precede the most deeply nested parentheses."""
     return sorted(parts, key=_depth, reverse=True)
 
 
@@ -403,7 +421,7 @@ def _depth(where: Filter) -> int:
 
 
 def _comparable(kind: Kind, value: Value) -> bool:
-    """Whether a value is of the type that a column compares within."""
+    """Whether a value has a type with which values of a column can be compared."""
     if kind in ("text", "timestamp"):
         return isinstance(value, str)
     if kind == "boolean":
@@ -411,8 +429,8 @@ def _comparable(kind: Kind, value: Value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _fitted(kind: Kind, value: Value) -> Value:
-    """The value of a column that equals an operand; None if there can be none."""
+def _column_value(kind: Kind, value: Value) -> Value:
+    """The value of a column that equals an operand; None if no value of the column can."""
     if not _comparable(kind, value):
         return None
     if kind == "integer" and isinstance(value, float):
@@ -422,12 +440,13 @@ def _fitted(kind: Kind, value: Value) -> Value:
 
 
 def _integer_bound(op: str, value: float) -> tuple[str, int] | bool:
-    """A comparison of integers that says the same as one with a float; or what all answer."""
+    """The comparison with an integer that is equivalent to one with a float, or its result if it is the
+    same for every integer."""
     below = op.startswith("lt")
     if value.is_integer():
         whole = int(value)
     else:
-        # x < 1.5 and x <= 1.5 both are x <= 1; x > 1.5 is x >= 2.
+        # x < 1.5 and x <= 1.5 are equivalent to x <= 1, and x > 1.5 to x >= 2.
         op = "lte" if below else "gte"
         whole = math.floor(value) if below else math.ceil(value)
     if whole > INT_MAX:
@@ -437,8 +456,8 @@ def _integer_bound(op: str, value: float) -> tuple[str, int] | bool:
     return op, whole
 
 
-def _after_all_with(prefix: str) -> str | None:
-    """The least text, by code point, above all that begin with a prefix; None if there is none."""
+def _upper_bound(prefix: str) -> str | None:
+    """The least string, by code point, above all strings with a prefix; None if there is none."""
     while prefix:
         last = ord(prefix[-1])
         if last < 0x10FFFF:

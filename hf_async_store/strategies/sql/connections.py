@@ -1,12 +1,13 @@
-"""The connections of a store: a pool, a semaphore before it, and leases.
+"""The connections of a store: a pool, a semaphore that limits it, and leases.
 
-SQLAlchemy's pool keeps connections, opens more up to the overflow, and replaces old ones. A semaphore
-before it counts them: a caller waits there for a connection, where a cancellation loses nothing, and a
-`PoolTimeoutError` names the setting that is too small. A lease is one connection held for some time;
-its statements are sent to the driver directly, without SQLAlchemy's overhead around each.
+SQLAlchemy's pool keeps connections open, opens more up to the overflow, and replaces old ones. A
+semaphore counts the connections in use: callers wait for it before they use the pool, so a
+cancellation while waiting cannot lose a connection, and a `PoolTimeoutError` names the setting that is
+too small. A lease is one connection, checked out for some time; its statements are sent to the driver
+directly, without the overhead of SQLAlchemy for each statement.
 
-The pool would close a connection beyond its size as soon as it is returned, and repeated bursts would
-open and close one per call. So these are kept here for some time.
+The pool would close a connection beyond its size as soon as it is returned, so that repeated bursts
+would open and close one connection per call. Therefore these connections are kept here for some time.
 """
 
 from __future__ import annotations
@@ -40,138 +41,141 @@ if TYPE_CHECKING:
 
     from hf_async_store.strategies.sql.dialect import BulkUpsert, Dialect
 
-_TRIES: Final = 32
-"""How many broken connections in a row are taken from the pool before the attempt fails."""
+_MAX_BROKEN_CONNECTIONS: Final = 32
+"""How many broken connections, beyond the maximum of the pool, a checkout replaces before it fails."""
 
 _IDLE_SECONDS: Final = 10.0
-"""How long a connection beyond the pool's size is kept without being needed."""
+"""How long a connection beyond the size of the pool is kept open while it is not needed."""
 
 _Work: TypeAlias = "Coroutine[Any, Any, None]"
 
 
 class LeasedConnection:
-    """One connection, held by one task at a time."""
+    """One connection, checked out of the pool and used by one task at a time."""
 
     def __init__(self, dialect: Dialect, connection: AsyncConnection, driver: Any) -> None:
         self.dialect = dialect
         self.connection = connection
         self.driver = driver
-        self.since = time.monotonic()
+        self.checked_out_at = time.monotonic()
         self.force_closed = False
-        self.ended = asyncio.Event()  # no commit is under way
-        self.ended.set()
-        self.suspect = False  # a cancellation left the driver in the middle of something
-        self.altered = False  # a caller's own SQL may have changed the session
-        self.returning: asyncio.Task[None] | None = None  # its way back to the pool
-        self._open: list[Any] = []
-        self._written = True  # what is open may write
+        self.commit_done = asyncio.Event()  # set while no commit is in progress
+        self.commit_done.set()
+        self.state_unknown = False  # a failure or cancellation interrupted the driver
+        self.session_altered = False  # a caller's own SQL may have changed the session
+        self.return_task: asyncio.Task[None] | None = None  # returns it to the pool
+        self._transactions: list[Any] = []  # the handles of the transaction and its savepoints
+        self._may_write = True  # whether the transaction that is open may write
 
     async def rows(
         self, sql: str, args: Sequence[object] = (), *, doing: str = "read", writes: bool = False
     ) -> Sequence[Sequence[Any]]:
         """Run one statement and read all its rows."""
-        if writes and not self._open:
-            # It commits by itself, so it completes before a cancellation is raised: a write
-            # of a task that has ended must not be applied later.
-            return await run_to_completion(self._committing(sql, args, doing))
+        if writes and not self._transactions:
+            # The statement commits by itself, so it completes before a cancellation is raised: a
+            # write must not be applied after its task has ended.
+            return await run_to_completion(self._autocommit(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
 
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
     ) -> Sequence[Sequence[Any]]:
-        self._usable()
+        self._check_open()
         try:
-            self.dialect.check_place(self.driver)
+            self.dialect.check_file(self.driver)
             return await self.dialect.rows(self.driver, sql, args)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, doing, writes=writes) from exc
         except StorageError:
             raise
         except BaseException:
-            self.suspect = True
+            self.state_unknown = True
             raise
 
-    async def _committing(
+    async def _autocommit(
         self, sql: str, args: Sequence[object], doing: str
     ) -> Sequence[Sequence[Any]]:
-        self.ended.clear()
+        self.commit_done.clear()
         try:
             rows = await self._rows(sql, args, doing, writes=True)
             self._check_committed()
         finally:
-            self.ended.set()
+            self.commit_done.set()
         return rows
 
     def _check_committed(self) -> None:
-        """What was committed is in the file of the store, or is not acknowledged."""
+        """Check after a commit that it was written to the file of the store."""
         try:
-            self.dialect.check_place(self.driver)
+            self.dialect.check_file(self.driver)
         except StorageError as exc:
             exc.outcome_unknown = True
             raise
 
     @property
     def has_exclusive_write(self) -> bool:
-        """Whether nobody else can write until the transaction ends that is open."""
-        return self.dialect.single_writer and self._written and bool(self._open)
+        """Whether no other connection can write until the open transaction ends."""
+        return self.dialect.single_writer and self._may_write and bool(self._transactions)
 
     @property
     def lost_transaction(self) -> bool:
-        """Whether the database itself ended the transaction, as a trigger may do in SQLite."""
-        return bool(self._open) and not self.dialect.in_transaction(self.driver)
+        """Whether the database itself ended the open transaction, as a trigger can do in SQLite."""
+        return bool(self._transactions) and not self.dialect.in_transaction(self.driver)
 
     async def bulk_upsert_locked(self, puts: BulkUpsert) -> dict[str, int] | None:
-        """`Dialect.bulk_upsert_locked`, where `has_exclusive_write`."""
-        self._usable()
+        """See `Dialect.bulk_upsert_locked`; requires `has_exclusive_write`."""
+        self._check_open()
         try:
             return await self.dialect.bulk_upsert_locked(self.driver, puts)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=False) from exc
         except BaseException:
-            self.suspect = True
+            self.state_unknown = True
             raise
 
     @asynccontextmanager
     async def bulk(self) -> AsyncIterator[None]:
-        """A transaction for statements of many rows: see `ImportStatements`."""
+        """A transaction for the statements of `ImportStatements`."""
         bulk = self.dialect.bulk
-        assert bulk is not None, "the caller has checked that there is one"
+        assert bulk is not None, "the caller has checked that the dialect has bulk statements"
         await self.rows(bulk.before)
         try:
             async with self.transaction():
                 yield
         finally:
-            with suppress(StorageError):  # then the connection is of no more use
+            with suppress(StorageError):  # the connection is broken
                 await run_to_completion(self.rows(bulk.after))
 
-    async def many(self, sql: str, blocks: Sequence[Sequence[object]]) -> int:
-        """Run one statement that writes, in a transaction, for each block of arguments."""
-        self._usable()
-        assert self.dialect.bulk is not None, "the caller has checked that there is one"
+    async def many(self, sql: str, arg_lists: Sequence[Sequence[object]]) -> int:
+        """Run one statement that writes once for each list of arguments, in the open transaction.
+
+        Returns how many rows were written.
+        """
+        self._check_open()
+        assert self.dialect.bulk is not None, "see `bulk`"
         try:
-            return await self.dialect.bulk.run(self.driver, sql, blocks)
+            return await self.dialect.bulk.run(self.driver, sql, arg_lists)
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=False) from exc
         except BaseException:
-            self.suspect = True
+            self.state_unknown = True
             raise
 
     async def fetch_dicts(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
-        """Run a caller's own statement, in the transaction that is open."""
-        self._usable()
-        self.altered = True
+        """Run a caller's own statement in the open transaction."""
+        self._check_open()
+        self.session_altered = True
         try:
             rows = await self.dialect.fetch_dicts(self.driver, sql, args)
         except (*self.dialect.driver_errors, *self.dialect.caller_errors) as exc:
             raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
         except BaseException:
-            self.suspect = True
+            self.state_unknown = True
             raise
-        self._usable()
+        self._check_open()
         if not self.dialect.in_transaction(self.driver):
             raise TransactionAbortedError(
-                "the statement ended the transaction that it ran in: what was written before it "
-                "may be stored",
+                "the statement ended its transaction: earlier writes of the transaction may be "
+                "committed",
                 outcome_unknown=True,
             )
         return rows
@@ -180,29 +184,29 @@ class LeasedConnection:
         self, sql: str, args: Sequence[object]
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         """Run one statement and read its rows in batches."""
-        self._usable()
-        self.dialect.check_place(self.driver)
-        batches = self.dialect.fetch_batches(self.driver, sql, args, written=self._written)
+        self._check_open()
+        self.dialect.check_file(self.driver)
+        batches = self.dialect.fetch_batches(self.driver, sql, args, may_write=self._may_write)
         try:
             async for each in batches:
                 yield each
-                self._usable()
+                self._check_open()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "read", writes=False) from exc
         except asyncio.CancelledError:
-            self.suspect = True
+            self.state_unknown = True
             raise
         finally:
             try:
                 await batches.aclose()
             except self.dialect.driver_errors:
-                # The store was closed meanwhile, or the connection was lost. A caller that stops
-                # early needs no more rows, so the error is of no interest.
-                self.suspect = True
+                # The store was closed in the meantime, or the connection was lost. The caller needs
+                # no more rows, so the error is not raised.
+                self.state_unknown = True
 
     @asynccontextmanager
     async def transaction(self, isolation: Isolation | None = None) -> AsyncIterator[None]:
-        """Everything inside commits together; inside another, it is a savepoint."""
+        """A transaction, or a savepoint inside a transaction: the statements inside commit together."""
         await self._begin(lambda: self.dialect.begin(self.driver, isolation))
         try:
             yield
@@ -213,47 +217,48 @@ class LeasedConnection:
 
     @asynccontextmanager
     async def reading(self, *, statements: Literal["one", "many"]) -> AsyncIterator[None]:
-        """Everything inside sees one state, and writes nothing."""
+        """The statements inside only read. With "many", all of them see one snapshot; with "one", each
+        single statement does."""
         await self._begin(lambda: self.dialect.begin_reading(self.driver, statements))
-        self._written = False
+        self._may_write = False
         try:
             yield
         finally:
-            if self._open[-1] is None or self.force_closed:
-                # Without suspending: at its end the loop closes all generators at once, and
-                # each of them must find its inner ones finished.
-                self._open.pop()
+            if self._transactions[-1] is None or self.force_closed:
+                # Without suspending: a loop that shuts down closes all generators at the same time,
+                # and each of them requires that the generators inside it have ended.
+                self._transactions.pop()
             else:
                 await run_to_completion(self._roll_back())
-            self._written = True
+            self._may_write = True
 
     async def _begin(self, begin: Callable[[], Awaitable[Any]]) -> None:
-        self._usable()
+        self._check_open()
         try:
             handle = await begin()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "begin a transaction", writes=False) from exc
         except BaseException:
-            self.suspect = True
+            self.state_unknown = True
             raise
-        self._open.append(handle)
+        self._transactions.append(handle)
         try:
-            self.dialect.check_place(self.driver)
+            self.dialect.check_file(self.driver)
         except StorageError:
             await run_to_completion(self._roll_back())
             raise
 
     async def _commit(self) -> None:
-        outermost = len(self._open) == 1
-        handle = self._open.pop()
-        self._usable()
+        outermost = len(self._transactions) == 1
+        handle = self._transactions.pop()
+        self._check_open()
         if outermost:
-            self.ended.clear()
+            self.commit_done.clear()
         try:
             try:
-                self.dialect.check_place(self.driver)
+                self.dialect.check_file(self.driver)
             except StorageError:
-                self._open.append(handle)
+                self._transactions.append(handle)
                 await self._roll_back()
                 raise
             await self.dialect.commit(handle)
@@ -261,23 +266,23 @@ class LeasedConnection:
                 self._check_committed()
         except self.dialect.driver_errors as exc:
             error = self._error(exc, "commit", writes=outermost)
-            self._open.append(handle)
+            self._transactions.append(handle)
             await self._roll_back()
             raise error from exc
         finally:
-            self.ended.set()
+            self.commit_done.set()
 
     async def _roll_back(self) -> None:
-        handle = self._open.pop()
+        handle = self._transactions.pop()
         if handle is None or self.force_closed:
             return
-        # Where this fails the connection is of no more use, and `reusable` sees to that; the caller
-        # gets the error that led here.
+        # If this fails, the connection is broken, and `release` finds that out; the caller gets the
+        # error that caused the rollback.
         with suppress(*self.dialect.driver_errors):
             await self.dialect.roll_back(handle)
-            self.suspect = self.suspect and bool(self._open)
+            self.state_unknown = self.state_unknown and bool(self._transactions)
 
-    def _usable(self) -> None:
+    def _check_open(self) -> None:
         if self.force_closed:
             raise StoreClosedError("this store was closed")
 
@@ -291,14 +296,14 @@ class LeasedConnection:
 
 
 class Connections:
-    """The pool of one store, or its part for one purpose.
+    """One of the connection pools of a store.
 
     Args:
-        kept: how many connections stay open when nothing is to be done.
-        most: how many there may be.
-        exhausted: the message of the error when no connection became free in time.
-        waits: whether a caller waits while all are in use.
-        read_only: for connections that never write, where the engine can use that.
+        kept: how many connections stay open while they are idle.
+        most: the maximum number of connections.
+        exhausted: the message of the error if no connection becomes free in time.
+        waits: whether a caller waits while all connections are in use.
+        read_only: the connections never write; PostgreSQL then opens them as read-only.
     """
 
     def __init__(
@@ -317,20 +322,22 @@ class Connections:
         self._most = most
         self._exhausted = exhausted
         self._waits = waits
-        self._gate = asyncio.Semaphore(most)
+        self._semaphore = asyncio.Semaphore(most)
         size = max(kept, 1)
         self._engine = dialect.engine(size=size, overflow=most - size, read_only=read_only)
-        self._held: set[LeasedConnection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()  # connecting, or closing what is idle
-        self._surplus: list[LeasedConnection] = []  # idle, beyond the pool's size
-        self._unneeded = 0  # how many of them nobody needed since the last look
+        self._leased: set[LeasedConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
+        self._idle: list[LeasedConnection] = []  # idle connections beyond the size of the pool
+        self._unused_since_check = (
+            0  # how many of these were idle all the time since the last check
+        )
         self._timer: asyncio.TimerHandle | None = None
-        self._used = False
+        self._has_connected = False
         self._closed = False
 
     @property
     def sql_dialect(self) -> SQLDialect:
-        """What SQLAlchemy writes SQL for."""
+        """The dialect of SQLAlchemy, which compiles the DDL."""
         return self._engine.dialect
 
     @asynccontextmanager
@@ -338,96 +345,96 @@ class Connections:
         """A connection of the pool.
 
         Raises:
-            PoolTimeoutError: none became free in time.
-            UnavailableError, AuthenticationError: a new one could not be made.
+            PoolTimeoutError: no connection became free in time.
+            UnavailableError, AuthenticationError: a new connection could not be opened.
         """
         lease = await self.acquire()
         try:
             yield lease
         except BaseException:
-            await self.release(lease, reusable=True)
+            await self.release(lease, check=True)
             raise
-        await self.release(lease, reusable=False)
+        await self.release(lease, check=False)
 
     async def acquire(self) -> LeasedConnection:
-        self._usable()
-        await self._enter()
-        taken: list[LeasedConnection] = []
+        self._check_open()
+        await self._acquire_permit()
+        leases: list[LeasedConnection] = []
         try:
-            self._usable()
+            self._check_open()
             if self._pool().checkedin():
-                await self._take(taken)  # it never suspends
-            elif (kept := self._kept()) is not None:
-                taken.append(kept)
+                await self._check_out(leases)  # it never suspends
+            elif (kept := self._pop_idle()) is not None:
+                leases.append(kept)
             else:
-                await run_to_completion(self._task(self._take(taken)))
+                await run_to_completion(self._start(self._check_out(leases)))
         except BaseException:
-            if taken:
-                await self.release(taken[0], reusable=False)
+            if leases:
+                await self.release(leases[0], check=False)
             else:
-                self._gate.release()
+                self._semaphore.release()
             raise
-        return taken[0]
+        return leases[0]
 
-    def _kept(self) -> LeasedConnection | None:
-        """One of the connections beyond the pool's size that were kept."""
-        while self._surplus:
-            kept = self._surplus.pop()
-            self._unneeded = min(self._unneeded, len(self._surplus))
+    def _pop_idle(self) -> LeasedConnection | None:
+        """An idle connection beyond the size of the pool, or None."""
+        while self._idle:
+            kept = self._idle.pop()
+            self._unused_since_check = min(self._unused_since_check, len(self._idle))
             if self._dialect.is_lost(kept.driver):
-                self._task(self._throw_away(kept.connection, kept.driver))
+                self._start(self._discard(kept.connection, kept.driver))
                 continue
             lease = LeasedConnection(self._dialect, kept.connection, kept.driver)
-            lease.since = kept.since
-            self._held.add(lease)
+            lease.checked_out_at = kept.checked_out_at
+            self._leased.add(lease)
             return lease
         return None
 
-    def _usable(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
 
-    def _task(self, work: _Work) -> asyncio.Task[None]:
+    def _start(self, work: _Work) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _enter(self) -> None:
-        if not self._gate.locked():
-            await self._gate.acquire()
+    async def _acquire_permit(self) -> None:
+        if not self._semaphore.locked():
+            await self._semaphore.acquire()
             return
         if not self._waits:
             raise PoolTimeoutError(self._exhausted)
         try:
             async with asyncio.timeout(self._config.pool_timeout):
-                await self._gate.acquire()
+                await self._semaphore.acquire()
         except TimeoutError as exc:
             raise PoolTimeoutError(self._exhausted) from exc
 
-    async def _take(self, taken: list[LeasedConnection]) -> None:
-        if not self._used:
-            self._used = True
-            _UNCLOSED.add(self)
-        for _ in range(_TRIES + self._most):
+    async def _check_out(self, leases: list[LeasedConnection]) -> None:
+        if not self._has_connected:
+            self._has_connected = True
+            _OPEN_POOLS.add(self)
+        for _ in range(_MAX_BROKEN_CONNECTIONS + self._most):
             try:
                 connection = await self._engine.connect()
             except SQLAlchemyError as exc:
                 raise self._connect_error(exc) from exc
             except StorageError:
                 raise
-            except Exception as exc:  # a driver raises whatever it comes upon in a bad answer
+            except Exception as exc:  # an invalid response can make a driver raise anything
                 raise self._dialect.translate(exc, doing="connect", writes=False) from exc
             driver = cast("Any", await connection.get_raw_connection()).driver_connection
             if self._dialect.is_lost(driver) or self._closed:
-                # The server was started again since it was last used.
-                await self._throw_away(connection, driver)
-                self._usable()
+                # For example, the server was restarted since the connection was last used.
+                await self._discard(connection, driver)
+                self._check_open()
                 continue
-            taken.append(LeasedConnection(self._dialect, connection, driver))
-            self._held.add(taken[0])
+            leases.append(LeasedConnection(self._dialect, connection, driver))
+            self._leased.add(leases[0])
             return
-        raise UnavailableError("every new connection was lost at once")
+        raise UnavailableError("cannot connect: every connection was lost as soon as it was opened")
 
     def _connect_error(self, exc: SQLAlchemyError) -> StorageError:
         original = getattr(exc, "orig", None)
@@ -435,96 +442,100 @@ class Connections:
             return self._dialect.translate(original, doing="connect", writes=False)
         return UnavailableError(f"cannot connect: {exc}")
 
-    async def release(self, lease: LeasedConnection, *, reusable: bool) -> None:
-        """Return a connection; one whose state is uncertain is checked, and perhaps closed.
+    async def release(self, lease: LeasedConnection, *, check: bool) -> None:
+        """Return a connection to the pool; further calls for the same lease have no effect.
 
-        However often it is called, a connection is returned once.
+        Args:
+            check: find out first whether the connection can be reused, and close it if not. A
+                connection on which a caller's own SQL ran is always checked.
         """
-        if lease.returning is not None:
-            await run_to_completion(lease.returning)
-        elif reusable or lease.altered:
-            await run_to_completion(self._return(lease, self._give_back(lease)))
+        if lease.return_task is not None:
+            await run_to_completion(lease.return_task)
+        elif check or lease.session_altered:
+            await run_to_completion(self._start_return(lease, self._return_or_discard(lease)))
         elif self._pool().overflow() > 0:
-            self._keep(lease)
+            self._keep_idle(lease)
         else:
             await lease.connection.close()  # it never suspends
-            self._gone(lease)
+            self._forget(lease)
 
-    def _return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
-        assert lease.returning is None, "a connection is returned once"
-        lease.returning = asyncio.get_running_loop().create_task(work)
-        return lease.returning
+    def _start_return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
+        assert lease.return_task is None, "a connection is returned once"
+        lease.return_task = asyncio.get_running_loop().create_task(work)
+        return lease.return_task
 
-    async def _give_back(self, lease: LeasedConnection) -> None:
+    async def _return_or_discard(self, lease: LeasedConnection) -> None:
         try:
             if await self._is_reusable(lease):
                 await lease.connection.close()
             else:
-                await self._throw_away(lease.connection, lease.driver)
+                await self._discard(lease.connection, lease.driver)
         finally:
-            self._gone(lease)
+            self._forget(lease)
 
-    async def _end(self, lease: LeasedConnection) -> None:
+    async def _discard_lease(self, lease: LeasedConnection) -> None:
         try:
-            await self._throw_away(lease.connection, lease.driver)
+            await self._discard(lease.connection, lease.driver)
         finally:
-            self._gone(lease)
+            self._forget(lease)
 
-    def _gone(self, lease: LeasedConnection) -> None:
-        self._held.discard(lease)
-        self._gate.release()
+    def _forget(self, lease: LeasedConnection) -> None:
+        self._leased.discard(lease)
+        self._semaphore.release()
 
-    async def _throw_away(self, connection: AsyncConnection, driver: Any) -> None:
+    async def _discard(self, connection: AsyncConnection, driver: Any) -> None:
         with suppress(*self._dialect.driver_errors):
             await self._dialect.discard(driver)
         await connection.invalidate()
         await connection.close()
 
     async def _is_reusable(self, lease: LeasedConnection) -> bool:
-        if lease.suspect:
+        if lease.state_unknown:
             return False
         try:
             reusable = await self._dialect.make_reusable(lease.driver)
-            return reusable and (not lease.altered or await self._dialect.reset(lease.driver))
+            return reusable and (
+                not lease.session_altered or await self._dialect.reset(lease.driver)
+            )
         except self._dialect.driver_errors:
             return False
 
     # -- idle connections ------------------------------------------------------------------------
 
-    def _keep(self, lease: LeasedConnection) -> None:
-        self._gone(lease)
-        if time.monotonic() - lease.since > self._config.pool_recycle:
-            self._task(self._throw_away(lease.connection, lease.driver))
+    def _keep_idle(self, lease: LeasedConnection) -> None:
+        self._forget(lease)
+        if time.monotonic() - lease.checked_out_at > self._config.pool_recycle:
+            self._start(self._discard(lease.connection, lease.driver))
             return
-        self._surplus.append(lease)
+        self._idle.append(lease)
         if self._timer is None:
-            self._unneeded = 0
-            self._look_later()
+            self._unused_since_check = 0
+            self._schedule_check()
 
-    def _look_later(self) -> None:
+    def _schedule_check(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_IDLE_SECONDS, self._look)
+        self._timer = loop.call_later(_IDLE_SECONDS, self._close_unused)
 
-    def _look(self) -> None:
-        """Close what nobody needed since the last look."""
+    def _close_unused(self) -> None:
+        """Close the connections that were idle all the time since the last check."""
         self._timer = None
-        unneeded, self._surplus = (
-            self._surplus[: self._unneeded],
-            self._surplus[self._unneeded :],
+        unused, self._idle = (
+            self._idle[: self._unused_since_check],
+            self._idle[self._unused_since_check :],
         )
-        for each in unneeded:
-            self._task(self._throw_away(each.connection, each.driver))
-        if self._surplus:
-            self._unneeded = len(self._surplus)
-            self._look_later()
+        for each in unused:
+            self._start(self._discard(each.connection, each.driver))
+        if self._idle:
+            self._unused_since_check = len(self._idle)
+            self._schedule_check()
 
     def figures(self) -> dict[str, int]:
-        """Of the pool: its maximum number of connections, those that are open, and those checked out."""
+        """The maximum number of connections, the number of open ones, and that of checked-out ones."""
         pool = self._pool()
         return {
             "most": self._most,
             "open": pool.checkedin() + pool.checkedout(),
-            "in_use": len(self._held),
+            "in_use": len(self._leased),
         }
 
     def _pool(self) -> QueuePool:
@@ -533,21 +544,21 @@ class Connections:
     # -- closing -----------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Close every connection, those in use, too; a commit that is under way ends first."""
+        """Close every connection, including those in use. A commit in progress completes first."""
         self._closed = True
-        _UNCLOSED.discard(self)
+        _OPEN_POOLS.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         ends: set[asyncio.Task[None]] = set()
-        for lease in list(self._held):
-            await lease.ended.wait()
-            if lease.returning is None and lease in self._held:
+        for lease in list(self._leased):
+            await lease.commit_done.wait()
+            if lease.return_task is None and lease in self._leased:
                 lease.force_closed = True
-                self._return(lease, self._end(lease))
-            if lease.returning is not None:
-                ends.add(lease.returning)
-        for lease in self._surplus:
-            self._task(self._throw_away(lease.connection, lease.driver))
+                self._start_return(lease, self._discard_lease(lease))
+            if lease.return_task is not None:
+                ends.add(lease.return_task)
+        for lease in self._idle:
+            self._start(self._discard(lease.connection, lease.driver))
         for tasks in (ends, self._tasks):
             if tasks:
                 await asyncio.wait(tasks)
@@ -556,13 +567,13 @@ class Connections:
             each.result()
 
     def abandon(self) -> None:
-        """Leave the connections to the end of the process, which is no mistake of the caller."""
+        """Leave the connections open until the process ends, without a ResourceWarning."""
         self._closed = True
-        _UNCLOSED.discard(self)
+        _OPEN_POOLS.discard(self)
 
     def warn_unclosed(self) -> None:
         self._closed = True
-        _UNCLOSED.discard(self)
+        _OPEN_POOLS.discard(self)
         warnings.warn(
             f"a store was not closed: {self._dialect.describe()}",
             ResourceWarning,
@@ -571,14 +582,14 @@ class Connections:
         )
 
     def __del__(self) -> None:
-        if self._used and not self._closed:
+        if self._has_connected and not self._closed:
             self.warn_unclosed()
 
 
-_UNCLOSED: Final[weakref.WeakSet[Connections]] = weakref.WeakSet()
+_OPEN_POOLS: Final[weakref.WeakSet[Connections]] = weakref.WeakSet()
 
 
 @atexit.register
 def _warn_of_unclosed() -> None:
-    for each in list(_UNCLOSED):
+    for each in list(_OPEN_POOLS):
         each.warn_unclosed()

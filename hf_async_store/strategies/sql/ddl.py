@@ -1,7 +1,7 @@
-"""Tables from collections: made at the first use, checked cheaply at every other.
+"""Creates the tables of the collections at the first use, and checks them later.
 
-The check is two reads of the catalogue. Only where something is lacking does a transaction begin
-that one process at a time can have; it looks again, and makes what is still lacking.
+The check reads the catalog twice. Only if something is missing, a transaction begins that excludes
+every other transaction for DDL; it reads the catalog again, and creates what is still missing.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
 
 PROBES: Final = "_hf_async_store"
-"""A table of ours that holds no entity: what `test_connection` writes and deletes."""
+"""The table without entities, in which `test_connection` writes and deletes a row."""
 
-
-_HIDDEN: Final = frozenset(sql_name(each.name) for each in SYSTEM_COLLECTIONS)
+_SYSTEM_TABLES: Final = frozenset(sql_name(each.name) for each in SYSTEM_COLLECTIONS)
 
 
 class SchemaSync:
     """The tables of a store.
 
     Attributes:
-        indexes: the declared indexes of each collection, by their names in SQL.
+        indexes: by collection, its declared indexes by their names in SQL.
+        names: of all tables.
     """
 
     def __init__(self, schema: Schema, dialect: Dialect, sql_dialect: SQLDialect) -> None:
@@ -73,99 +73,101 @@ class SchemaSync:
         columns = []
         for column, kind in kinds.items():
             parent = parents.get(column)
-            made = self._dialect.column_type(kind)
+            type_ = self._dialect.column_type(kind)
             key = column == sql_name(collection.key)
             if parent is None or not self._dialect.inline_references:
-                columns.append(Column(column, made, primary_key=key, nullable=column != VERSION))
+                columns.append(Column(column, type_, primary_key=key, nullable=column != VERSION))
             else:
                 target = f"{sql_name(parent.name)}.{sql_name(parent.key)}"
-                columns.append(Column(column, made, ForeignKey(target), primary_key=key))
+                columns.append(Column(column, type_, ForeignKey(target), primary_key=key))
         table = SQLTable(name, self._metadata, *columns)
         self._kinds[name] = kinds
         self.indexes[collection.name] = {}
         for index in collection.indexes:
-            parts = [
-                self._dialect.index_part(table.c[sql_name(field)], collection.fields[field])
+            expressions = [
+                self._dialect.index_expression(table.c[sql_name(field)], collection.fields[field])
                 for field in filter(None, (index.field, index.sort))
             ]
-            in_sql = limited(f"{name}-{index.name}")
-            Index(in_sql, *parts)  # it finds its table by the columns
-            self.indexes[collection.name][in_sql] = index
+            sql_index = limited(f"{name}-{index.name}")
+            Index(sql_index, *expressions)  # SQLAlchemy adds it to the table of the columns
+            self.indexes[collection.name][sql_index] = index
 
     async def ensure(self, lease: LeasedConnection) -> None:
-        """See that everything is there.
+        """Create the tables, columns and indexes that are missing.
 
         Raises:
-            SchemaMismatchError: what is there differs; lists the differences.
+            SchemaMismatchError: the existing tables differ from the declaration; the message lists
+                the differences.
+            PermissionDeniedError: see `refuse_untrusted_owners`.
         """
         try:
-            self._dialect.check_place(lease.driver)
+            self._dialect.check_file(lease.driver)
             await self._dialect.prepare_writing(lease.driver)
-            if await self.lacking(lease.driver):
-                await self._make(lease)
+            if await self.missing_ddl(lease.driver):
+                await self._create_missing(lease)
         except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="make the tables", writes=False) from exc
+            raise self._dialect.translate(exc, doing="create the tables", writes=False) from exc
 
-    async def found(self, lease: LeasedConnection) -> dict[str, dict[str, str]]:
-        """The columns of the tables of ours that are there, by table.
+    async def existing_columns(self, lease: LeasedConnection) -> dict[str, dict[str, str]]:
+        """By table of this store that exists, the types of its columns.
 
         Raises:
-            SchemaMismatchError: what is there differs.
-            PermissionDeniedError: see `refuse_others`.
+            SchemaMismatchError: the existing tables differ from the declaration.
+            PermissionDeniedError: see `refuse_untrusted_owners`.
         """
         try:
-            self._dialect.check_place(lease.driver)
+            self._dialect.check_file(lease.driver)
             columns = await self._dialect.reflect_columns(lease.driver, self.names)
-            if _HIDDEN & set(columns):
-                await refuse_others(self._dialect, lease.driver, self.names)
+            if _SYSTEM_TABLES & set(columns):
+                await refuse_untrusted_owners(self._dialect, lease.driver, self.names)
         except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="look", writes=False) from exc
+            raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
         self._compare(columns, {})
         return columns
 
-    def lacking_in(self, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
-        """The tables and columns of ours that are not among these."""
-        lacking: list[str] = []
+    def missing_from(self, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """The tables and columns of this store that are not among these."""
+        missing: list[str] = []
         for table, kinds in self._kinds.items():
             if table in columns:
-                lacking += [f"{table}.{each}" for each in kinds if each not in columns[table]]
+                missing += [f"{table}.{each}" for each in kinds if each not in columns[table]]
             else:
-                lacking.append(table)
-        return lacking
+                missing.append(table)
+        return missing
 
     def is_declared(self, table: str, column: str) -> bool:
         return column in self._kinds.get(table, ())
 
-    async def _make(self, lease: LeasedConnection) -> None:
+    async def _create_missing(self, lease: LeasedConnection) -> None:
         handle = await self._dialect.begin_ddl(lease.driver)
         try:
-            for statement in await self.lacking(lease.driver):
+            for statement in await self.missing_ddl(lease.driver):
                 await self._dialect.rows(lease.driver, statement, ())
         except BaseException:
             await run_to_completion(self._dialect.roll_back(handle))
             raise
         await run_to_completion(self._dialect.commit(handle))
 
-    async def lacking(self, driver: Any) -> list[str]:
-        """The statements that make what is not there."""
-        if _HIDDEN & set(self.names):
-            await refuse_others(self._dialect, driver, self.names)
+    async def missing_ddl(self, driver: Any) -> list[str]:
+        """The statements that create what is missing."""
+        if _SYSTEM_TABLES & set(self.names):
+            await refuse_untrusted_owners(self._dialect, driver, self.names)
         columns = await self._dialect.reflect_columns(driver, self.names)
         indexes = await self._dialect.reflect_indexes(driver, self.names)
         self._compare(columns, indexes)
         statements: list[str] = []
         for table in self._metadata.sorted_tables:
-            found = columns.get(table.name)
-            if found is None:
-                statements.append(self._text(CreateTable(table)))
+            existing = columns.get(table.name)
+            if existing is None:
+                statements.append(self._compiled(CreateTable(table)))
             else:
                 statements += [
-                    f'ALTER TABLE "{table.name}" ADD COLUMN {self._text(CreateColumn(each))}'
+                    f'ALTER TABLE "{table.name}" ADD COLUMN {self._compiled(CreateColumn(each))}'
                     for each in table.columns
-                    if each.name not in found
+                    if each.name not in existing
                 ]
             statements += [
-                self._text(CreateIndex(each))
+                self._compiled(CreateIndex(each))
                 for each in sorted(table.indexes, key=lambda each: str(each.name))
                 if each.name not in indexes
             ]
@@ -176,23 +178,29 @@ class SchemaSync:
     ) -> None:
         differences: list[str] = []
         for table in self._metadata.tables.values():
-            found = columns.get(table.name)
-            if found is None:
+            existing = columns.get(table.name)
+            if existing is None:
                 continue
             kinds = self._kinds[table.name]
             keys = {each.name for each in table.primary_key}
-            for name, there in found.items():
+            for name, type_ in existing.items():
                 if name not in kinds:
-                    if there.endswith((" NOT NULL", " PRIMARY KEY")):
-                        differences.append(f"{table.name}.{name} is not declared, and needed there")
-                elif not self._dialect.same_type(there, kinds[name]):
+                    if type_.endswith((" NOT NULL", " PRIMARY KEY")):
+                        differences.append(
+                            f"{table.name}.{name} is required in the database, but not declared"
+                        )
+                elif not self._dialect.same_type(type_, kinds[name]):
                     differences.append(
-                        f"{table.name}.{name} is {there}, and declared as {kinds[name]}"
+                        f"{table.name}.{name} is {type_}, but declared as {kinds[name]}"
                     )
-                elif there.endswith(" PRIMARY KEY") != (name in keys):
-                    is_key = "the" if name in keys else "no"
-                    differences.append(f"{table.name}.{name} is declared as {is_key} key")
-            if not keys <= found.keys():
+                elif type_.endswith(" PRIMARY KEY") != (name in keys):
+                    difference = (
+                        "is declared as the key, but is not the primary key"
+                        if name in keys
+                        else "is the primary key, but is not declared as the key"
+                    )
+                    differences.append(f"{table.name}.{name} {difference}")
+            if not keys <= existing.keys():
                 differences.append(f"{table.name} has no column for its key {', '.join(keys)}")
             for index in table.indexes:
                 definition = indexes.get(str(index.name))
@@ -204,7 +212,8 @@ class SchemaSync:
                     differences.append(f"the index {index.name} is not on {', '.join(wanted)}")
         if differences:
             raise SchemaMismatchError(
-                "what is in the database differs from the declaration: " + "; ".join(differences)
+                "the tables in the database differ from the declared collections: "
+                + "; ".join(differences)
             )
 
     def _fields_of(self, table: str, index: str) -> tuple[str | None, ...]:
@@ -214,28 +223,34 @@ class SchemaSync:
                 return declared.field, declared.sort
         raise KeyError(table)
 
-    def _text(self, clause: CreateTable | CreateIndex | CreateColumn) -> str:
+    def _compiled(self, clause: CreateTable | CreateIndex | CreateColumn) -> str:
         return str(clause.compile(dialect=self._sql_dialect)).strip()
 
 
-async def refuse_others(dialect: Dialect, driver: Any, names: Sequence[str]) -> None:
-    """Refuse the tables of a live move if a role that is not trusted has made them: those are the ones
-    that anybody may make first. Policies, triggers and checks of theirs would run as this role.
+async def refuse_untrusted_owners(dialect: Dialect, driver: Any, names: Sequence[str]) -> None:
+    """Refuse the tables of a live migration if they belong to an untrusted role.
+
+    These tables do not exist until a live migration creates them, so any role that may create
+    tables in the schema can create them first. Its policies, triggers and checks would run with the
+    privileges of this role.
 
     Raises:
-        PermissionDeniedError: naming table and role.
+        PermissionDeniedError: names the table and the role.
     """
-    declared = [each for each in names if each not in _HIDDEN]
-    for table, owner in (await dialect.owned_by_others(driver, sorted(_HIDDEN), declared)).items():
+    declared = [each for each in names if each not in _SYSTEM_TABLES]
+    for table, owner in (
+        await dialect.untrusted_owners(driver, sorted(_SYSTEM_TABLES), declared)
+    ).items():
         raise PermissionDeniedError(
-            f"the table {table} belongs to the role {owner!r}, which owns nothing else of this store, so "
-            "it is not read; if a live move of yours made it, give it the owner of the other tables, "
-            "else drop it"
+            f"the table {table} belongs to the role {owner!r}, which owns no other table of this store, "
+            "so it is not read: if your own live migration created it, change its owner to that of the "
+            "other tables (ALTER TABLE ... OWNER TO), else drop it"
         )
 
 
 def _columns_in(definition: str, kinds: Mapping[str, Kind]) -> list[str]:
-    """The columns that the definition of an index names, in its order."""
-    _, _, listed = definition.partition("(")
-    listed = re.sub(r'"?left"?\(', "(", listed)  # the function, which may be the name of a column
-    return [each for each in re.findall(r"[a-z_][a-z0-9_]*", listed) if each in kinds]
+    """The columns in the definition of an index, in their order."""
+    _, _, column_list = definition.partition("(")
+    # The function `left` is removed, which could also be the name of a column.
+    column_list = re.sub(r'"?left"?\(', "(", column_list)
+    return [each for each in re.findall(r"[a-z_][a-z0-9_]*", column_list) if each in kinds]

@@ -1,4 +1,4 @@
-"""What differs between SQLite and PostgreSQL, for the rest of the strategy."""
+"""The interface of a database system: everything that differs between SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class BulkUpsert(NamedTuple):
-    """Whole entities of one shape, to be written in bulk.
+    """Whole entities with the same statement key, to be written in bulk.
 
     Attributes:
-        parents: for each reference, a statement that counts those of a list of ids that are there,
-            and that list.
-        versions: a statement that selects the stored versions of a list of ids; None where they do
-            not matter.
-        fresh: whether none of them may be there.
-        text: the statement for so many rows.
-        columns: what it takes, the id first.
+        parents: for each reference, a statement that counts how many ids of a list exist, and that
+            list.
+        versions: a statement that selects the stored versions for a list of ids; None if they are
+            not needed.
+        fresh: whether every entity must be absent.
+        text: returns the SQL of the statement for a number of rows.
+        columns: the arguments of the statement by column, the id first.
     """
 
     parents: Sequence[tuple[str, Sequence[str]]]
@@ -43,115 +43,120 @@ class BulkUpsert(NamedTuple):
 
 
 class ImportStatements(Protocol):
-    """Statements that write many rows, and return nothing but how many.
+    """Statements that write many rows, and return only the number of rows that were written.
 
     Attributes:
-        before, after: what is run around a transaction of them, however it ends.
+        before, after: the statements to run before and after the transaction that contains them;
+            `after` runs even if the transaction fails.
     """
 
     before: str
     after: str
 
     def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """How to divide this many rows: pairs of rows per statement and repetitions."""
+        """How to divide this many rows: pairs of rows per statement and number of executions."""
         ...
 
     def values(self, columns: int, rows: int) -> str:
-        """`Dialect.values_source`, of rows whose every column is a parameter."""
+        """As `Dialect.values_source`, with one parameter for each value of each row."""
         ...
 
-    async def run(self, driver: Any, sql: str, blocks: Sequence[Sequence[object]]) -> int:
-        """Run a statement for each block of parameters; how many rows were written."""
+    async def run(self, driver: Any, sql: str, arg_lists: Sequence[Sequence[object]]) -> int:
+        """Run a statement once for each list of arguments; returns how many rows were written."""
         ...
 
 
 class SessionEndedError(Exception):
-    """The server ended a session before what was asked of it was sent; of `driver_errors`."""
+    """The server ended the session before the statement was sent. Part of `driver_errors`."""
 
 
 class Dialect(ABC):
-    """One database system: its driver, its SQL, its limits."""
+    """A database system: its driver, its SQL and its limits."""
 
     capabilities: Capabilities
     driver_errors: ClassVar[tuple[type[Exception], ...]]
-    """What the driver raises; `translate` knows what it means."""
+    """The exceptions that the driver raises; `translate` accepts all of them."""
 
     caller_errors: ClassVar[tuple[type[Exception], ...]]
-    """What else it raises for a statement or arguments that it does not take at all."""
+    """Further exceptions that it raises for an invalid statement or invalid arguments of a caller."""
 
     placeholder_prefix: ClassVar[str]
-    """What stands before the number of a parameter."""
+    """The prefix of the number of a parameter."""
 
     single_writer: ClassVar[bool]
     """Whether only one connection can write at a time."""
 
     separate_read_pool: bool
-    """Whether gets by key should have connections of their own, which never write."""
+    """Whether reads by key use a separate pool, whose connections never write."""
 
     needs_transactions: bool
-    """Whether a statement by itself must be put into a transaction, to run as it should."""
+    """Whether even a single statement must run in an explicit transaction."""
 
     batches_commit_together: ClassVar[bool]
     """Whether the statements of one batch of independent changes share a transaction."""
 
     bulk: ClassVar[ImportStatements | None]
-    """How imports get statements of their own; None where those of any write do as well."""
+    """The statements for imports; None if imports use the same statements as other writes."""
 
     inline_references: ClassVar[bool]
-    """Whether a table is made with its foreign keys, which then cannot be added or dropped."""
+    """Whether CREATE TABLE declares the foreign keys, which then cannot be added or dropped later."""
 
     to_column: Mapping[str, Callable[[Any], tuple[object, bool]]]
-    """By field type: a value as its column takes it, and whether the column holds it exactly."""
+    """By field type: converts a value for its column. Returns also whether the column stores it exactly.
+
+    A type that is not listed needs no conversion.
+    """
 
     from_column: Mapping[str, Callable[[Any], Value]]
-    """By field type: what a column gives, as a value. What is not there is one already."""
+    """By field type: converts what a SELECT returns to a value. A type that is not listed needs no
+    conversion."""
 
     @abstractmethod
     def json_text(self, value: Value) -> tuple[str, bool]:
-        """A value as a JSON column takes it, and whether the column holds it exactly."""
+        """A value encoded for a JSON column, and whether the column stores it exactly."""
 
     # -- the driver --------------------------------------------------------------------------
 
     @abstractmethod
     def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
-        """A pool of connections, none of them open yet."""
+        """An engine with a pool of connections, none of them open yet."""
 
     def exists(self) -> bool:
-        """Whether there is a file to connect to; of a server, only connecting shows that."""
+        """Whether the file of the store exists. For a server, always true: only connecting shows it."""
         return True
 
-    def make_place(self) -> None:
-        """Create the file to connect to, before the first write.
+    def create_file(self) -> None:
+        """Create the file of the store, before the first write.
 
         Raises:
-            StorageError: it cannot be made.
+            StorageError: it cannot be created.
         """
         return
 
-    def check_place(self, driver: Any) -> None:
-        """Check that a connection reads and writes the file that is at the path of the store.
+    def check_file(self, driver: Any) -> None:
+        """Check that the file that a connection has open is still the one at the path of the store.
 
         Raises:
-            DataFileConflictError: it does not.
+            DataFileConflictError: it is not.
         """
         return
 
     async def prepare_writing(self, driver: Any) -> None:
-        """What must be set once before the first write; a reader leaves the file as it is."""
+        """Apply the settings that a file needs before the first write; a reader does not change it."""
         return
 
     async def reset(self, driver: Any) -> bool:
-        """Undo what a caller's own SQL did to a session; whether that can be relied on."""
+        """Undo what a caller's own SQL changed in a session; returns whether it can be used again."""
         return False
 
     @abstractmethod
     def in_transaction(self, driver: Any) -> bool: ...
 
     async def bulk_upsert_locked(self, driver: Any, puts: BulkUpsert) -> dict[str, int] | None:
-        """Read first and then write, in a transaction during which nobody else can write.
+        """Read first and then write, in a transaction during which no other connection can write.
 
-        Returns the versions of what was there before; None where it cannot be done like this, and
-        nothing was written.
+        Returns the versions of the entities that existed before. Returns None, and writes nothing,
+        if a precondition is not met or the dialect does not support this.
         """
         return None
 
@@ -167,25 +172,29 @@ class Dialect(ABC):
     async def fetch_dicts(
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
-        """As `rows`, each a dict by column."""
+        """As `rows`, with each row as a dict by column name."""
 
     @abstractmethod
     def fetch_batches(
-        self, driver: Any, sql: str, args: Sequence[object], *, written: bool
+        self, driver: Any, sql: str, args: Sequence[object], *, may_write: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        """Run one statement and read its rows in batches, from a cursor of the engine.
+        """Run one statement and read its rows in batches, from a cursor.
 
         Args:
-            written: the connection may write meanwhile, and that must not show in the rows.
+            may_write: the connection may write before the last row was read; the rows must not
+                show that.
         """
 
     @abstractmethod
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
-        """Begin a transaction that may write, or with one begun, a savepoint; returns its handle."""
+        """Begin a transaction that may write, or a savepoint inside one; returns its handle."""
 
     @abstractmethod
     async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
-        """Begin a transaction that reads one snapshot; None where a statement is one anyway."""
+        """Begin a transaction that reads one snapshot; returns its handle.
+
+        Returns None if one statement reads one snapshot without a transaction.
+        """
 
     @abstractmethod
     async def commit(self, handle: Any) -> None: ...
@@ -195,28 +204,30 @@ class Dialect(ABC):
 
     @abstractmethod
     async def make_reusable(self, driver: Any) -> bool:
-        """End whatever a failure left open; whether the connection may go back to the pool."""
+        """Roll back what a failure left open; returns whether the connection can return to the pool."""
 
     @abstractmethod
     async def discard(self, driver: Any) -> None:
-        """Close a connection whose state is uncertain, as far as its pool would not wait for that."""
+        """Close a connection whose state is unknown, if invalidating it in its pool does not do so."""
 
     @abstractmethod
     def translate(
         self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
     ) -> StorageError:
-        """The store's error for one of the driver.
+        """The `StorageError` for an exception of the driver.
 
         Args:
-            callers: it came from a statement of the caller.
+            doing: what failed, for the message, after "cannot".
+            writes: the failed statement may have written and committed.
+            callers: the caller's own statement raised it.
         """
 
     @abstractmethod
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
-        """Whether connections of two stores of this kind lead to the same tables.
+        """Whether the connections of two stores of this dialect access the same tables.
 
         Raises:
-            StorageError, driver_errors: it cannot be found out.
+            StorageError, driver_errors: it cannot be determined.
         """
 
     # -- the schema --------------------------------------------------------------------------
@@ -225,40 +236,50 @@ class Dialect(ABC):
     def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]: ...
 
     @abstractmethod
-    def index_part(self, column: Any, field: Field) -> Any:
-        """What of a column an index holds."""
+    def index_expression(self, column: Any, field: Field) -> Any:
+        """The expression that an index of a column contains."""
 
-    async def owned_by_others(
+    async def untrusted_owners(
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
-        """The owners of those of the tables that belong to a role which is not trusted: neither this
-        one, nor an owner of the schema, nor of a declared table. What it put there would run as ours."""
+        """By table, the owner of each table that belongs to an untrusted role.
+
+        A role is trusted if it is a superuser, if this role has its privileges, or if it owns the
+        database, the schema or a declared table. Code that an untrusted role attached to a table
+        (policies, triggers, checks) would run with the privileges of this role.
+        """
         return {}
 
     @abstractmethod
-    async def found_tables(self, driver: Any) -> list[str]:
-        """The names of all tables that are there."""
+    async def reflect_tables(self, driver: Any) -> list[str]:
+        """The names of all existing tables."""
 
     @abstractmethod
     async def reflect_columns(
         self, driver: Any, tables: Sequence[str]
     ) -> dict[str, dict[str, str]]:
-        """By table and column, the types that are there."""
+        """By table and column, the types of the existing columns of these tables."""
 
     @abstractmethod
     async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
-        """By name, the tables of the indexes and constraints that are there."""
+        """By name, the definitions of the existing indexes of these tables; "" for a constraint."""
 
     @abstractmethod
-    def same_type(self, found: str, kind: FieldType | Kind) -> bool: ...
+    def same_type(self, existing: str, kind: FieldType | Kind) -> bool: ...
 
     @abstractmethod
     async def begin_ddl(self, driver: Any) -> Any:
-        """Begin a transaction that excludes others of its kind."""
+        """Begin a transaction for DDL; it excludes every other transaction for DDL."""
 
     @abstractmethod
-    def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
-        """What else the schema needs, apart from tables, columns and indexes."""
+    def extra_ddl(
+        self, schema: Schema, metadata: MetaData, existing: Mapping[str, str]
+    ) -> list[str]:
+        """The statements for what the schema needs besides tables, columns and declared indexes.
+
+        Args:
+            existing: as `reflect_indexes` returns it.
+        """
 
     # -- grammar: writes ---------------------------------------------------------------------
 
@@ -268,83 +289,87 @@ class Dialect(ABC):
 
     @abstractmethod
     def statement_variant(self, rows: int) -> int:
-        """A number that is the same for all numbers of rows that share one SQL string."""
+        """A number that is equal for all numbers of rows for which the SQL is the same."""
 
     @abstractmethod
     def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
-        """What a FROM names so that rows of arguments are there as `i (c0, c1, ...)`."""
+        """The item of a FROM clause that provides rows of arguments as `i (c0, c1, ...)`."""
 
     @abstractmethod
     def bind_columns(
         self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
     ) -> Sequence[object]:
-        """The arguments of `values_source` for the columns of its rows."""
+        """The arguments of `values_source`, given the columns of its rows."""
 
     @abstractmethod
     def cast_input(self, column: str, kind: Kind) -> str:
-        """A column of `values_source` as its kind."""
+        """A column of `values_source`, converted to its kind."""
 
     @abstractmethod
     def json_merge(self, column: str, sets: str, removes: str) -> str:
-        """A JSON object with the members of another, and without those of a list; NULL if empty."""
+        """The JSON object of a column, without the members named in the JSON list `removes`, and with
+        those of the JSON object `sets`; NULL if empty."""
 
     @abstractmethod
     def size(self, column: str) -> str:
-        """The bytes of a text or JSON column; NULL for NULL."""
+        """The number of bytes of a text or JSON column; NULL for NULL."""
 
     @abstractmethod
     def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
-        """A DELETE of rows `t` by their keys and perhaps versions, up to its conditions."""
+        """A DELETE of rows `t` by key, and by version if `versions` is true; conditions can be appended."""
 
     # -- grammar: reads ----------------------------------------------------------------------
 
     @abstractmethod
     def read(self, column: str, kind: Kind) -> str:
-        """A column as a SELECT names it."""
+        """The expression by which a SELECT reads a column."""
 
     @abstractmethod
     def parameter(self, number: int, kind: Kind) -> str: ...
 
     @abstractmethod
     def argument(self, value: Any, kind: Kind) -> object:
-        """A value as the driver takes it for a parameter of this kind."""
+        """A value, converted to the type that the driver requires for a parameter of this kind."""
 
     @abstractmethod
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
-        """Whether a column is one of some values of its kind."""
+        """The condition that a column equals one of some values of its kind."""
 
     @abstractmethod
     def one_of_ids(self, expression: str) -> str:
-        """Whether a key is one of a list, which is the first and only argument."""
+        """The condition that a key is in a list, which is the first and only argument."""
 
     @abstractmethod
     def index_prefix(self, expression: str) -> str | None:
-        """The prefix of a string that an index holds; None if all of it."""
+        """The prefix of a string that an index contains; None if it contains the whole string."""
 
     @abstractmethod
     def has_overflow(self, name: str) -> str:
-        """Whether the overflow column holds a declared field: never NULL."""
+        """The condition that the overflow column contains a declared field; it is never NULL."""
 
     @abstractmethod
-    def has_text(self, expression: str, part: str) -> str: ...
+    def contains_string(self, expression: str, part: str) -> str: ...
 
     @abstractmethod
     def ordered(self, part: SortPart, *, descending: bool) -> str:
-        """A part of an ORDER BY, with NULL before everything when it ascends."""
+        """An item of an ORDER BY; ascending, NULL sorts first, and descending, last."""
 
     @abstractmethod
     def json_test(
         self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
     ) -> tuple[str, bool]:
-        """An operator on a path in a JSON column; and whether it is exact, or accepts more rows."""
+        """The condition that an operator on a path in a JSON column is true.
+
+        Returns also whether the condition is exact; otherwise it accepts more rows.
+        """
 
     @abstractmethod
     def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        """What sorts by a path in a JSON column; None if nothing does."""
+        """The expression that sorts by a path in a JSON column; None if the engine has none."""
 
     @abstractmethod
     def order_argument(self, value: Value) -> object:
-        """A value as `json_order` compares with it."""
+        """A value, converted to what the expression of `json_order` is compared with."""
 
     # -- the rest ----------------------------------------------------------------------------
 
@@ -357,19 +382,20 @@ class Dialect(ABC):
         indexes: Mapping[str, Index],
         comparisons: int,
     ) -> QueryPlan:
-        """The engine's own plan.
+        """The plan of the engine for a SELECT.
 
         Args:
-            indexes: the declared ones by their names in SQL.
-            comparisons: how many the filter has.
+            indexes: the declared indexes by their names in SQL.
+            comparisons: the number of comparisons in the filter.
         """
 
     @asynccontextmanager
     async def scratch(self, driver: Any) -> AsyncIterator[Any]:
-        """A connection on which tables can be made that nobody else sees, and that are dropped afterwards.
+        """A connection for temporary tables: no other connection sees them, and they are dropped
+        afterwards.
 
         Args:
-            driver: a connection to the store; None where the store is absent.
+            driver: a connection to the store; None if the store does not exist.
         """
         handle = await self.begin_ddl(driver)
         try:
@@ -382,8 +408,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Value]:
-        """Where the data is."""
+        """The location of the data."""
 
     @abstractmethod
     def strip_for_update(self, sql: str) -> str:
-        """A statement of the caller as the engine takes it."""
+        """The caller's statement, without a trailing FOR UPDATE if the engine does not support it."""

@@ -1,4 +1,4 @@
-"""The engine on SQL: reads, independent writes and sessions over leased connections."""
+"""The SQL engine: reads, independent writes and sessions on leased connections."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.bulk_writer import BulkWriter, StatementGroup, marker_put
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
-from hf_async_store.strategies.sql.ddl import PROBES, SchemaSync, refuse_others
+from hf_async_store.strategies.sql.ddl import PROBES, SchemaSync, refuse_untrusted_owners
 from hf_async_store.strategies.sql.dialect import SessionEndedError
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.parameters import bind, check_statement
@@ -60,7 +60,7 @@ Result = TypeVar("Result")
 
 _FIRST_PAUSE: Final = 0.002
 _MAX_PAUSE_SECONDS: Final = 0.1
-_NOTHING: Final = QueryPlan(access="scan", detail="the table is not there yet")
+_NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
 
 
 class SQLEngine:
@@ -68,7 +68,7 @@ class SQLEngine:
 
     Attributes:
         tables: by collection.
-        writer: carries out changes.
+        writer: executes changes.
     """
 
     def __init__(self, config: SQLConfig, schema: Schema, dialect: Dialect) -> None:
@@ -82,34 +82,35 @@ class SQLEngine:
         self._config = config
         self._dialect = dialect
         self._main, self._readers, self._streams = _pools(config, dialect)
-        self._made = SchemaSync(schema, dialect, self._main.sql_dialect)
-        self._ready = False  # all is there, for writers too
-        self._readable = False  # all tables and columns are there
-        self._making = asyncio.Lock()
-        self._turn = asyncio.Lock()  # of the one that writes, where there can be one only
+        self._schema_sync = SchemaSync(schema, dialect, self._main.sql_dialect)
+        self._ready = False  # the schema is complete: tables, columns and indexes exist
+        self._readable = False  # all tables and columns exist
+        self._prepare_lock = asyncio.Lock()
+        self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
     # -- connections -------------------------------------------------------------------------
 
-    async def _prepared(self) -> None:
-        """See that the tables are there, once; for whoever is going to write."""
+    async def _prepare(self) -> None:
+        """Create missing tables, columns and indexes, before the first write."""
         if self._ready:
             return
-        async with self._making:
+        async with self._prepare_lock:
             if not self._ready:
-                self._dialect.make_place()
+                self._dialect.create_file()
                 async with self._main.lease() as lease:
-                    await self._made.ensure(lease)
+                    await self._schema_sync.ensure(lease)
                 self._ready = True
 
     async def _tables_on(self, lease: LeasedConnection) -> Mapping[str, TableMapping]:
-        """The tables that can be read, by collection. Nothing is made.
+        """By collection, the tables that can be read. Nothing is created.
 
-        What is not there has nothing to be read; of what lacks a column, the document is read.
+        A table that does not exist is omitted. If a table lacks the column of a field, the field is
+        read from the document.
         """
         if self._ready or self._readable:
             return self.tables
-        columns = await self._made.found(lease)
-        if not self._made.lacking_in(columns):
+        columns = await self._schema_sync.existing_columns(lease)
+        if not self._schema_sync.missing_from(columns):
             self._readable = True
             return self.tables
         return {
@@ -119,13 +120,13 @@ class SQLEngine:
         }
 
     async def is_absent(self) -> bool:
-        """Whether there is nothing of ours yet."""
+        """Whether no table of this store exists yet."""
         if self._ready or self._readable:
             return False
         if not self._dialect.exists():
             return True
         async with self._main.lease() as lease:
-            return not await self._made.found(lease)
+            return not await self._schema_sync.existing_columns(lease)
 
     async def is_empty(self, lease: LeasedConnection) -> bool:
         """Whether all tables are empty."""
@@ -136,36 +137,37 @@ class SQLEngine:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[LeasedConnection]:
-        """A connection to write on."""
-        await self._prepared()
+        """A connection for writes."""
+        await self._prepare()
         if not self._dialect.single_writer:
             async with self._main.lease() as lease:
                 yield lease
             return
-        await self._take_turn()
+        await self._acquire_write_lock()
         try:
             async with self._main.lease() as lease:
                 yield lease
         finally:
-            self._turn.release()
+            self._write_lock.release()
 
-    async def _take_turn(self) -> None:
-        if not self._turn.locked():
-            await self._turn.acquire()
+    async def _acquire_write_lock(self) -> None:
+        if not self._write_lock.locked():
+            await self._write_lock.acquire()
             return
         try:
             async with asyncio.timeout(self._config.timeout):
-                await self._turn.acquire()
+                await self._write_lock.acquire()
         except TimeoutError as exc:
             raise LockTimeoutError(
-                f"another write of this store has lasted {self._config.timeout:g} s"
+                f"the write lock of this store was not free within {self._config.timeout:g} s "
+                "(timeout): another write of the same store object was still running"
             ) from exc
 
     @asynccontextmanager
     async def _reading(
         self, pool: Connections, statements: Literal["one", "many"] = "one"
     ) -> AsyncIterator[SQLReader]:
-        """A reader whose statements, or each of them, see one state."""
+        """A reader. With "many", all its statements see one snapshot; with "one", each single one does."""
         if not self._ready and not self._dialect.exists():
             yield SQLReader(None, {})
             return
@@ -186,7 +188,7 @@ class SQLEngine:
             return [None] * len(keys)
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
-        lost = False
+        reconnected = False
         while True:
             try:
                 async with self._readers.lease() as lease:
@@ -199,39 +201,40 @@ class SQLEngine:
                 if time.monotonic() > deadline:
                     raise
             except UnavailableError:
-                # Nothing was changed, and a connection may just have been an old one.
-                if lost:
+                # A read can be repeated; the pooled connection may have been closed by the server.
+                if reconnected:
                     raise
-                lost = True
-            pause = await _paused(pause)
+                reconnected = True
+            pause = await _sleep(pause)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        found = await self._small(query)
-        if found is not None:
-            for record in found:
+        records = await self._small(query)
+        if records is not None:
+            for record in records:
                 yield record
             return
-        # What its caller does with each record may take long, and need a connection itself.
+        # The caller may take long for each record, and need another connection for it, so the
+        # stream uses a pool of its own.
         async with (
             self._reading(self._streams) as reader,
-            Owned(reader.select(query)) as records,
+            Owned(reader.select(query)) as stream,
         ):
-            async for record in records:
+            async for record in stream:
                 yield record
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `SupportsBatches`. Only for a caller that needs nothing else of the store meanwhile."""
-        found = await self._small(query)
-        if found is not None:
-            if found:
-                yield [each.entity for each in found]
+        """See `SupportsBatches`. The caller must not use the store while it reads the batches."""
+        records = await self._small(query)
+        if records is not None:
+            if records:
+                yield [each.entity for each in records]
             return
         async with (
             self._reading(self._main) as reader,
-            Owned(reader.iter_batches(query)) as pieces,
+            Owned(reader.iter_batches(query)) as batches,
         ):
-            async for piece in pieces:
-                yield piece
+            async for batch in batches:
+                yield batch
 
     async def _small(self, query: Query) -> list[Record] | None:
         if not reading.may_be_small(query):
@@ -246,37 +249,37 @@ class SQLEngine:
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
             return None
-        return await self._repeated(lambda: self._peek(collection, entity_id))
+        return await self._retried(lambda: self._fetch_undeclared(collection, entity_id))
 
-    async def _peek(self, collection: Collection, entity_id: str) -> Record | None:
+    async def _fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         table = TableMapping(collection, self._dialect)
         async with self._main.lease() as lease:
             try:
-                there = await self._dialect.reflect_columns(
+                columns = await self._dialect.reflect_columns(
                     lease.driver, [sql_name(collection.name)]
                 )
             except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="look", writes=False) from exc
-            if not there:
+                raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
+            if not columns:
                 return None
-            await self._refuse_others(lease)
+            await self._refuse_untrusted_owners(lease)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
 
-    async def _refuse_others(self, lease: LeasedConnection) -> None:
+    async def _refuse_untrusted_owners(self, lease: LeasedConnection) -> None:
         try:
-            await refuse_others(self._dialect, lease.driver, self._made.names)
+            await refuse_untrusted_owners(self._dialect, lease.driver, self._schema_sync.names)
         except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="look", writes=False) from exc
+            raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
 
-    # -- what is there -----------------------------------------------------------------------
+    # -- the existing store ------------------------------------------------------------------
 
     async def exists(self) -> bool:
         if not self._dialect.exists():
             return False
         async with self._main.lease() as lease:
-            return bool(await self._made.found(lease))
+            return bool(await self._schema_sync.existing_columns(lease))
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
@@ -289,56 +292,60 @@ class SQLEngine:
             try:
                 return await self._dialect.is_same_store(mine.driver, theirs.driver)
             except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="compare", writes=False) from exc
+                raise self._dialect.translate(
+                    exc, doing="compare the stores", writes=False
+                ) from exc
 
     async def undeclared(self) -> list[str]:
         if not self._dialect.exists():
             return []
         async with self._main.lease() as lease:
             try:
-                tables = await self._dialect.found_tables(lease.driver)
+                tables = await self._dialect.reflect_tables(lease.driver)
                 columns = await self._dialect.reflect_columns(lease.driver, tables)
             except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="look", writes=False) from exc
+                raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
             system = {PROBES, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
-            found: list[str] = []
-            for table, there in columns.items():
-                if table in self._made.names:
+            undeclared: list[str] = []
+            for table, existing in columns.items():
+                if table in self._schema_sync.names:
                     name = declared_name(table)
-                    found += [
+                    undeclared += [
                         f"{name}.{declared_name(column)}"
-                        for column in there
-                        if not self._made.is_declared(table, column)
-                        and await _holds(lease, f"{_name(table)} WHERE {_name(column)} IS NOT NULL")
+                        for column in existing
+                        if not self._schema_sync.is_declared(table, column)
+                        and await _has_rows(
+                            lease, f"{_identifier(table)} WHERE {_identifier(column)} IS NOT NULL"
+                        )
                     ]
                 elif (
                     table not in system
-                    and there.keys() >= {DOC, SIDE, VERSION}
-                    and await _holds(lease, _name(table))
+                    and existing.keys() >= {DOC, SIDE, VERSION}
+                    and await _has_rows(lease, _identifier(table))
                 ):
-                    found.append(declared_name(table))
-        return sorted(found)
+                    undeclared.append(declared_name(table))
+        return sorted(undeclared)
 
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._repeated(lambda: self._write_each(changes))
+        return await self._retried(lambda: self._write_each(changes))
 
     async def _write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         puts = self.writer.imports_in(changes)
-        if puts is not None and await self._import(puts):
+        if puts is not None and await self._import_in_bulk(puts):
             return [each.import_version for each in puts]
         marked = any(each.mark is not None for each in changes)
         async with self.writing() as lease:
             if marked or self._dialect.needs_transactions:
                 return await self._write_together(lease, changes)
-            return await self._write_apart(lease, changes)
+            return await self._write_independently(lease, changes)
 
-    async def _import(self, puts: Sequence[Put]) -> bool:
-        """Write imports the quick way; whether all were applied.
+    async def _import_in_bulk(self, puts: Sequence[Put]) -> bool:
+        """Write imports in bulk. Returns whether all of them were applied.
 
-        Which ones were not is found out by the usual way, which writes the others once more as they
-        are.
+        If not, the caller writes all of them again with the statements of other writes, which report
+        each change that fails. To write an import twice has the same result as once.
         """
         rows = await self.writer.import_rows(puts)
         try:
@@ -347,7 +354,7 @@ class SQLEngine:
         except REFUSALS:
             return False
 
-    async def _write_apart(
+    async def _write_independently(
         self, lease: LeasedConnection, changes: Sequence[Change]
     ) -> list[Outcome]:
         waves = self.writer.dependency_batches(changes)
@@ -356,11 +363,13 @@ class SQLEngine:
             try:
                 async with lease.transaction():
                     for batch in chain.from_iterable(waves):
-                        await self.writer.send(_Plain(lease), lease, batch, outcomes, halves=False)
+                        await self.writer.send(
+                            _RunOnce(lease), lease, batch, outcomes, halves=False
+                        )
             except REFUSALS:
                 return await self._write_together(lease, changes)
             return outcomes
-        run = _Retrying(lease, self._config.timeout)
+        run = _RunWithRetries(lease, self._config.timeout)
         failure: StorageError | None = None
         first = True
         for batch in chain.from_iterable(waves):
@@ -370,7 +379,7 @@ class SQLEngine:
                 except StorageError as exc:
                     if first:
                         raise
-                    # What landed before must not be told as failed.
+                    # Earlier statements were applied, and must not be reported as failed.
                     failure = exc
                     _fail(batch, exc, outcomes)
             else:
@@ -383,7 +392,8 @@ class SQLEngine:
     async def _write_together(
         self, lease: LeasedConnection, changes: Sequence[Change]
     ) -> list[Outcome]:
-        """Changes with their marks in one commit; in halves where the database refuses that."""
+        """Apply changes and their change markers in one transaction; if the database rejects one of the
+        changes, each half in a transaction of its own."""
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
         while True:
@@ -394,7 +404,7 @@ class SQLEngine:
             except ConcurrencyConflictError:
                 if time.monotonic() > deadline:
                     raise
-                pause = await _paused(pause)
+                pause = await _sleep(pause)
             except REFUSALS as exc:
                 if len(changes) == 1:
                     return [exc]
@@ -415,28 +425,28 @@ class SQLEngine:
         all_or_none: bool,
     ) -> None:
         halves = all_or_none and self._dialect.batches_commit_together
-        run = _Plain(lease)
-        failed = len(changes)  # the first that did, where only what comes before it counts
+        run = _RunOnce(lease)
+        failed = len(changes)  # with `all_or_none`: the position of the first change that failed
         for batch in chain.from_iterable(self.writer.dependency_batches(changes)):
             if min(batch.places) > failed:
                 continue
             wanted = batch.before(failed)
             await self.writer.send(run, lease, wanted, outcomes, halves=halves)
             if all_or_none:
-                for place in wanted.places:
-                    if isinstance(outcomes[place], StorageError):
-                        failed = min(failed, place)
+                for position in wanted.places:
+                    if isinstance(outcomes[position], StorageError):
+                        failed = min(failed, position)
         if failed < len(changes):
             return
-        marks = [
+        markers = [
             marker_put(change.mark, getattr(change, "written_at", ""))
             for change, outcome in zip(changes, outcomes, strict=True)
             if change.mark is not None and not isinstance(outcome, StorageError)
         ]
-        if marks:
-            noted: list[Outcome] = [None] * len(marks)
-            await self._send(lease, marks, noted, all_or_none=False)
-            for outcome in noted:
+        if markers:
+            marker_outcomes: list[Outcome] = [None] * len(markers)
+            await self._send(lease, markers, marker_outcomes, all_or_none=False)
+            for outcome in marker_outcomes:
                 if isinstance(outcome, StorageError):
                     raise outcome
 
@@ -446,7 +456,7 @@ class SQLEngine:
         return SQLSession(self, isolation)
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
-        """The changes of a session, up to the first that fails."""
+        """Apply the changes of a session, up to the first that fails."""
         outcomes: list[Outcome] = [None] * len(changes)
         await self._send(lease, changes, outcomes, all_or_none=True)
         for index, each in enumerate(outcomes):
@@ -463,11 +473,12 @@ class SQLEngine:
             async with self.writing() as lease, lease.transaction():
                 return await self.execute(lease, sql, params)
 
-        return await self._repeated(once)
+        return await self._retried(once)
 
-    async def _repeated(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Do work again that left nothing behind: it lost a race, its statement was prepared for
-        tables of before, its session had ended, or its server takes no writes."""
+    async def _retried(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Run work, and repeat it until `timeout` while it fails without any effect: because of a
+        conflict, a statement that was prepared before the tables were changed, a session that had
+        ended, or a server that accepts no writes."""
         deadline = time.monotonic() + self._config.timeout
         pause = _FIRST_PAUSE
         while True:
@@ -477,21 +488,21 @@ class SQLEngine:
                 if not exc.retryable or exc.outcome_unknown or time.monotonic() > deadline:
                     raise
             except UnavailableError as exc:
-                # A connection of the pool whose end was not known yet.
+                # The server had ended the session of a pooled connection before this statement.
                 if not isinstance(exc.__cause__, SessionEndedError) or time.monotonic() > deadline:
                     raise
-            pause = await _paused(pause)
+            pause = await _sleep(pause)
 
     async def execute(
         self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]
     ) -> list[dict[str, Value]]:
-        """A statement of the caller, in the transaction that is open."""
-        text, args = bind(
+        """Run a caller's own statement in the open transaction."""
+        numbered, args = bind(
             self._dialect.strip_for_update(sql), params, self._dialect.placeholder_prefix
         )
-        return await lease.fetch_dicts(text, args)
+        return await lease.fetch_dicts(numbered, args)
 
-    # -- life --------------------------------------------------------------------------------
+    # -- plans, health and closing -----------------------------------------------------------
 
     async def explain(self, query: Query) -> QueryPlan:
         if not self._ready and not self._dialect.exists():
@@ -509,11 +520,11 @@ class SQLEngine:
                 driver,
                 compiled.sql,
                 compiled.args,
-                self._made.indexes[query.collection],
+                self._schema_sync.indexes[query.collection],
                 comparisons_in(query.where),
             )
         except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="explain", writes=False) from exc
+            raise self._dialect.translate(exc, doing="explain the query", writes=False) from exc
         if compiled.residual is None and not compiled.sorted_here:
             return plan
         return QueryPlan(
@@ -525,22 +536,22 @@ class SQLEngine:
         )
 
     async def _explain_absent(self, driver: Any, query: Query) -> QueryPlan:
-        """How a query would run on tables that are not there: on some that nobody else sees."""
+        """The plan of a query whose table does not exist, made on temporary tables."""
         try:
             async with self._dialect.scratch(driver) as scratch:
-                for statement in await self._made.lacking(scratch):
+                for statement in await self._schema_sync.missing_ddl(scratch):
                     await self._dialect.rows(scratch, statement, ())
                 return await self._explain(scratch, self.tables[query.collection], query)
         except self._dialect.driver_errors as exc:
-            error = self._dialect.translate(exc, doing="explain", writes=False)
+            error = self._dialect.translate(exc, doing="explain the query", writes=False)
             if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
-                return _NOTHING  # not even those can be made
+                return _NO_TABLE  # temporary tables cannot be created
             raise error from exc
 
     async def probe(self) -> None:
         parameters = [self._dialect.parameter(n, "text") for n in (1, 2)]
         name = f"probe-{secrets.token_hex(8)}"
-        await self._repeated(lambda: self._probe(name, parameters))
+        await self._retried(lambda: self._probe(name, parameters))
 
     async def _probe(self, name: str, parameters: Sequence[str]) -> None:
         async with self.writing() as lease:
@@ -550,14 +561,14 @@ class SQLEngine:
                 doing="write",
                 writes=True,
             )
-            found = await lease.rows(
+            deleted = await lease.rows(
                 f"DELETE FROM {PROBES} WHERE name = {parameters[0]} RETURNING value",
                 (name,),
                 doing="delete",
                 writes=True,
             )
-        if [tuple(each) for each in found] != [("probe",)]:
-            raise UnavailableError("what was written did not come back")
+        if [tuple(each) for each in deleted] != [("probe",)]:
+            raise UnavailableError("the probe row was written, but not found when it was read back")
 
     async def health(self) -> Mapping[str, Value]:
         if not self._dialect.exists():
@@ -565,22 +576,22 @@ class SQLEngine:
         problems: list[Value] = []
         async with self._main.lease() as lease:
             if self._ready or self._readable:
-                # They were there once, and nobody makes them again while this store is open.
-                columns = await self._made.found(lease)
-                lacking = self._made.lacking_in(columns)
-                problems += [f"{each} was dropped while the store was in use" for each in lacking]
+                # The tables existed earlier, and this store does not create them again while open.
+                columns = await self._schema_sync.existing_columns(lease)
+                missing = self._schema_sync.missing_from(columns)
+                problems += [f"{each} was dropped while the store was in use" for each in missing]
             try:
                 names = [sql_name(each) for each in self.schema]
-                found = await self._dialect.health(lease.driver, names)
+                report = await self._dialect.health(lease.driver, names)
             except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="look", writes=False) from exc
-        more = found.pop("problems", [])
+                raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
+        more = report.pop("problems", [])
         problems += more if isinstance(more, list) else []
         figures = self._main.figures()
         if self._readers is not self._main:
             figures = {name: n + self._readers.figures()[name] for name, n in figures.items()}
         return {
-            **found,
+            **report,
             "pool": {**figures},
             "streams": {**self._streams.figures()},
             "problems": problems,
@@ -606,8 +617,11 @@ class SQLEngine:
 
 
 def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connections, Connections]:
-    """The pool, the part of it that gets by key use (the same where there is no gain), and that of
-    streams."""
+    """The main pool, the pool for reads by key, and the pool for streams.
+
+    The pool for reads by key is the main pool if the dialect needs no separate one, or if there are
+    too few connections.
+    """
     kept = max(config.pool_size, 1)
     most = kept + config.max_overflow
     exhausted = (
@@ -620,34 +634,43 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connection
         config,
         kept=0,
         most=config.max_streams,
-        exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close some",
+        exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close a stream",
         waits=False,
     )
-    lanes = dialect.capabilities.read_concurrency
-    if not dialect.separate_read_pool or most < 2 * lanes:
+    read_connections = dialect.capabilities.read_concurrency
+    if not dialect.separate_read_pool or most < 2 * read_connections:
         main = Connections(dialect, config, kept=kept, most=most, exhausted=exhausted)
         return main, main, streams
     main = Connections(
-        dialect, config, kept=max(kept - lanes, 1), most=most - lanes, exhausted=exhausted
+        dialect,
+        config,
+        kept=max(kept - read_connections, 1),
+        most=most - read_connections,
+        exhausted=exhausted,
     )
     readers = Connections(
-        dialect, config, kept=lanes, most=lanes, exhausted=exhausted, read_only=True
+        dialect,
+        config,
+        kept=read_connections,
+        most=read_connections,
+        exhausted=exhausted,
+        read_only=True,
     )
     return main, readers, streams
 
 
-async def _holds(lease: LeasedConnection, what: str) -> bool:
-    return bool(await lease.rows(f"SELECT 1 FROM {what} LIMIT 1"))
+async def _has_rows(lease: LeasedConnection, source: str) -> bool:
+    return bool(await lease.rows(f"SELECT 1 FROM {source} LIMIT 1"))
 
 
-def _name(name: str) -> str:
-    """A name that somebody else may have given, as an SQL identifier."""
+def _identifier(name: str) -> str:
+    """A name that may not come from a declaration, as a quoted SQL identifier."""
     escaped = name.replace('"', '""')
     return f'"{escaped}"'
 
 
-class _Plain:
-    """Runs a statement in a transaction: whatever fails it ends it."""
+class _RunOnce:
+    """Runs a statement in the open transaction, which an error ends."""
 
     def __init__(self, lease: LeasedConnection) -> None:
         self._lease = lease
@@ -656,8 +679,8 @@ class _Plain:
         return await self._lease.rows(sql, args, doing="write", writes=True)
 
 
-class _Retrying:
-    """Runs a statement that is a transaction by itself, again when it lost a race."""
+class _RunWithRetries:
+    """Runs a statement that is a transaction by itself, and repeats it after a conflict."""
 
     def __init__(self, lease: LeasedConnection, seconds: float) -> None:
         self._lease = lease
@@ -671,15 +694,15 @@ class _Retrying:
             except ConcurrencyConflictError as exc:
                 if exc.outcome_unknown or time.monotonic() > self._deadline:
                     raise
-            pause = await _paused(pause)
+            pause = await _sleep(pause)
 
 
-async def _paused(pause: float) -> float:
-    """Wait for a random part of a pause; returns the next one."""
+async def _sleep(pause: float) -> float:
+    """Wait for a random time up to `pause` seconds; returns the next pause."""
     await asyncio.sleep(random.uniform(0, pause))
     return min(pause * 2, _MAX_PAUSE_SECONDS)
 
 
 def _fail(batch: StatementGroup, exc: StorageError, outcomes: list[Outcome]) -> None:
-    for place in batch.places:
-        outcomes[place] = exc.copy()
+    for position in batch.places:
+        outcomes[position] = exc.copy()

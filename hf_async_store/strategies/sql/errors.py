@@ -1,4 +1,4 @@
-"""What the errors of the two engines mean to a caller: one table each, by code and never by text."""
+"""Translates the errors of the two engines: one table for each, by error code, not by message."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ from hf_async_store.errors import (
 from hf_async_store.os_errors import translate_os_error
 
 REFUSALS: Final = (ReferenceViolationError, InvalidInputError)
-"""What the database refuses of a change for what it holds; its neighbours in a statement may pass."""
+"""The errors of a change that the database rejects because of its data. Other changes in the same
+statement may be valid."""
 
 _REFERENCE: Final = (
-    "a parent is missing or still has children (if parents are kept elsewhere, declare the field "
+    "a parent is missing or still has children (if parents are stored elsewhere, declare the field "
     "with enforced=False, or set enforce_references to false)"
 )
 
@@ -54,7 +55,7 @@ _SQLITE: Final[dict[int, type[StorageError]]] = {
     sqlite3.SQLITE_NOMEM: UnavailableError,
 }
 
-# What a statement of the caller can be wrong in.
+# The codes that mean that the caller's own statement is wrong.
 _SQLITE_CALLERS: Final = frozenset(
     {
         sqlite3.SQLITE_ERROR,
@@ -65,135 +66,145 @@ _SQLITE_CALLERS: Final = frozenset(
         sqlite3.SQLITE_TOOBIG,
     }
 )
-# SQLite has one code for all that is wrong in a statement; these texts are its own.
-_SQLITE_LACKS: Final = re.compile(r"no such (table|column)|has no column named")
+# SQLite has one code for everything that is wrong in a statement, so its messages decide here.
+_SQLITE_MISSING: Final = re.compile(r"no such (table|column)|has no column named")
 
 
 def sqlite_error(
     exc: Exception, *, doing: str, path: Path, writes: bool, callers: bool = False
 ) -> StorageError:
-    """The store's error for one of sqlite3, the operating system or a closed connection.
+    """The `StorageError` for an exception of sqlite3, the operating system or aiosqlite.
 
     Args:
-        callers: it came from a statement of the caller.
+        doing: what failed, for the message, after "cannot".
+        writes: the failed statement may have written and committed.
+        callers: the caller's own statement raised it.
     """
     if isinstance(exc, OSError):
         return translate_os_error(exc, doing)
     code = getattr(exc, "sqlite_errorcode", None)
     if code is None and callers:
-        return _callers_fault(str(exc))  # sqlite3 itself refused it, and gives those no code
+        return _invalid_statement(str(exc))  # raised by the module sqlite3 itself, without a code
     if code is None:
         # aiosqlite's own ValueError, and sqlite3's ProgrammingError: the connection is closed.
         return StoreClosedError(f"cannot {doing}: the connection was closed")
     if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
         return ReferenceViolationError(f"cannot {doing}: {exc}; {_REFERENCE}")
     if callers and code & 0xFF in _SQLITE_CALLERS:
-        return _callers_fault(str(exc))
+        return _invalid_statement(str(exc))
     if code & 0xFF == sqlite3.SQLITE_CONSTRAINT:
-        # Ours are decided before; this one is a constraint or trigger that others made.
-        return InvalidInputError(f"cannot {doing}: the database itself refuses it: {exc}")
-    if code & 0xFF == sqlite3.SQLITE_ERROR and _SQLITE_LACKS.search(str(exc)):
-        return SchemaMismatchError(f"cannot {doing}: {exc}{_CHANGED_SINCE}")
+        # The store checks its own constraints first, so this is one that another program created.
+        return InvalidInputError(
+            f"cannot {doing}: a constraint or trigger of the database rejects the change: {exc}"
+        )
+    if code & 0xFF == sqlite3.SQLITE_ERROR and _SQLITE_MISSING.search(str(exc)):
+        return SchemaMismatchError(f"cannot {doing}: {exc}{_RESTORE_TABLES}")
     kind = _SQLITE.get(code & 0xFF, ProtocolError)
     more = f"; restore {path} from a backup" if kind is CorruptionError else ""
-    # Where the disk failed, what it did with the commit is not known.
+    # After an I/O error, it is unknown whether the commit was written.
     unknown = writes and code & 0xFF == sqlite3.SQLITE_IOERR
     return kind(f"cannot {doing}: {exc}{more}", outcome_unknown=unknown)
 
 
-_CHANGED_SINCE: Final = (
+_RESTORE_TABLES: Final = (
     "; the tables were changed since this store was opened: restore them, or open the store again, "
-    "which makes what lacks, empty"
+    "which creates missing tables and columns without their data"
 )
 
 
-def _callers_fault(said: str) -> InvalidInputError:
-    return InvalidInputError(f"execute_with_lock: the statement or its arguments: {said}")
+def _invalid_statement(message: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"execute_with_lock: the statement or its arguments are invalid: {message}"
+    )
 
 
 # -- PostgreSQL, by SQLSTATE (source: its manual, appendix A) --------------------------------
 
 
 class _Meaning(NamedTuple):
-    """What a SQLSTATE, or a class of them, means.
+    """The meaning of a SQLSTATE, or of a class of SQLSTATEs.
 
     Attributes:
-        kind: the store's error.
-        do: what to do about it, appended to what the server said.
-        callers: in a statement of the caller, it is the caller who is wrong.
-        unknown: whether a write may have landed all the same.
-        retryable: None leaves it to the kind.
+        kind: the class of the error.
+        advice: the cause or what to do, appended to the message of the server.
+        callers: in a caller's own statement, it is an `InvalidInputError` instead.
+        unknown: a write may have been applied nevertheless.
+        retryable: None: the default of the class.
     """
 
     kind: type[StorageError]
-    do: str = ""
+    advice: str = ""
     callers: bool = False
     unknown: bool = False
     retryable: bool | None = None
 
 
-_OURS: Final = _Meaning(ProtocolError, callers=True)
-_THEIRS: Final = _Meaning(
+_INVALID_STATEMENT: Final = _Meaning(ProtocolError, callers=True)
+_DATABASE_RULE: Final = _Meaning(
     InvalidInputError,
-    "a constraint or trigger of the database refuses this change; it is not one of this store's",
+    "a constraint or trigger that this store did not create rejects the change",
     callers=True,
 )
-_CHANGED: Final = _Meaning(SchemaMismatchError, _CHANGED_SINCE.removeprefix("; "), callers=True)
-_CONFLICT: Final = _Meaning(
-    ConcurrencyConflictError, "another transaction was faster, try again", retryable=True
+_SCHEMA_CHANGED: Final = _Meaning(
+    SchemaMismatchError, _RESTORE_TABLES.removeprefix("; "), callers=True
 )
-_ENDED: Final = _Meaning(UnavailableError, unknown=True)
-_WHO: Final = "look at username, password, sslmode and the server's pg_hba.conf"
+_CONFLICT: Final = _Meaning(
+    ConcurrencyConflictError, "a conflict with another transaction: try again", retryable=True
+)
+_CONNECTION_LOST: Final = _Meaning(UnavailableError, unknown=True)
+_CHECK_LOGIN: Final = "check username, password, sslmode and the server's pg_hba.conf"
 
 _CLASSES: Final[dict[str, _Meaning]] = {
-    "00": _Meaning(ProtocolError, unknown=True),  # successful completion is no error
-    "01": _Meaning(ProtocolError, unknown=True),  # nor is a warning
-    "02": _OURS,  # no data
-    "03": _OURS,  # SQL statement not yet complete
-    "08": _ENDED,  # connection exception
-    "09": _THEIRS,  # triggered action exception
-    "0A": _OURS,  # feature not supported
-    "0B": _OURS,  # invalid transaction initiation
-    "0F": _OURS,  # locator exception
-    "0L": _Meaning(PermissionDeniedError, "the role may not grant this"),  # invalid grantor
+    "00": _Meaning(ProtocolError, unknown=True),  # successful completion
+    "01": _Meaning(ProtocolError, unknown=True),  # warning
+    "02": _INVALID_STATEMENT,  # no data
+    "03": _INVALID_STATEMENT,  # SQL statement not yet complete
+    "08": _CONNECTION_LOST,  # connection exception
+    "09": _DATABASE_RULE,  # triggered action exception
+    "0A": _INVALID_STATEMENT,  # feature not supported
+    "0B": _INVALID_STATEMENT,  # invalid transaction initiation
+    "0F": _INVALID_STATEMENT,  # locator exception
+    "0L": _Meaning(
+        PermissionDeniedError, "the role is not allowed to grant this"
+    ),  # invalid grantor
     "0P": _Meaning(ConfigurationError, "username: there is no such role", callers=True),
-    "0Z": _THEIRS,  # diagnostics exception: of a handler in a trigger
-    "10": _OURS,  # XQuery error
-    "20": _THEIRS,  # case not found: in a trigger
-    "21": _OURS,  # cardinality violation
-    "22": _OURS,  # data exception
-    "23": _THEIRS,  # integrity constraint violation
-    "24": _OURS,  # invalid cursor state
-    "25": _OURS,  # invalid transaction state
-    "26": _OURS,  # invalid SQL statement name
-    "27": _THEIRS,  # triggered data change violation
-    "28": _Meaning(AuthenticationError, _WHO),  # invalid authorization specification
-    "2B": _OURS,  # dependent privilege descriptors still exist
-    "2D": _OURS,  # invalid transaction termination
-    "2F": _THEIRS,  # SQL routine exception
-    "34": _OURS,  # invalid cursor name
-    "38": _THEIRS,  # external routine exception
-    "39": _THEIRS,  # external routine invocation exception
-    "3B": _OURS,  # savepoint exception
+    "0Z": _DATABASE_RULE,  # diagnostics exception: in the handler of a trigger
+    "10": _INVALID_STATEMENT,  # XQuery error
+    "20": _DATABASE_RULE,  # case not found: in a trigger
+    "21": _INVALID_STATEMENT,  # cardinality violation
+    "22": _INVALID_STATEMENT,  # data exception
+    "23": _DATABASE_RULE,  # integrity constraint violation
+    "24": _INVALID_STATEMENT,  # invalid cursor state
+    "25": _INVALID_STATEMENT,  # invalid transaction state
+    "26": _INVALID_STATEMENT,  # invalid SQL statement name
+    "27": _DATABASE_RULE,  # triggered data change violation
+    "28": _Meaning(AuthenticationError, _CHECK_LOGIN),  # invalid authorization specification
+    "2B": _INVALID_STATEMENT,  # dependent privilege descriptors still exist
+    "2D": _INVALID_STATEMENT,  # invalid transaction termination
+    "2F": _DATABASE_RULE,  # SQL routine exception
+    "34": _INVALID_STATEMENT,  # invalid cursor name
+    "38": _DATABASE_RULE,  # external routine exception
+    "39": _DATABASE_RULE,  # external routine invocation exception
+    "3B": _INVALID_STATEMENT,  # savepoint exception
     "3D": _Meaning(ConfigurationError, "name: there is no such database", callers=True),
     "3F": _Meaning(ConfigurationError, "schema: there is no such schema", callers=True),
     "40": _CONFLICT,  # transaction rollback
-    "42": _OURS,  # syntax error or access rule violation
-    "44": _THEIRS,  # WITH CHECK OPTION violation
-    "53": _Meaning(UnavailableError, "the server is out of resources, try again later"),
-    "54": _Meaning(InvalidInputError, "more than the server takes", callers=True),
-    "55": _OURS,  # object not in prerequisite state
-    "57": _ENDED,  # operator intervention
-    "58": _ENDED,  # system error, external to PostgreSQL
+    "42": _INVALID_STATEMENT,  # syntax error or access rule violation
+    "44": _DATABASE_RULE,  # WITH CHECK OPTION violation
+    "53": _Meaning(UnavailableError, "the server is out of resources: try again later"),
+    "54": _Meaning(InvalidInputError, "a limit of the server is exceeded", callers=True),
+    "55": _INVALID_STATEMENT,  # object not in prerequisite state
+    "57": _CONNECTION_LOST,  # operator intervention
+    "58": _CONNECTION_LOST,  # system error, external to PostgreSQL
     "72": _CONFLICT,  # snapshot too old
-    "F0": _Meaning(UnavailableError, "mend the server's configuration files", retryable=False),
-    "HV": _THEIRS,  # foreign data wrapper: a table or trigger of others leads there
-    "P0": _THEIRS,  # PL/pgSQL
+    "F0": _Meaning(UnavailableError, "correct the server's configuration files", retryable=False),
+    "HV": _DATABASE_RULE,  # foreign data wrapper: behind a table or trigger that the store did not create
+    "P0": _DATABASE_RULE,  # PL/pgSQL
     "XX": _Meaning(ProtocolError, unknown=True),  # internal error
 }
 
 _STATES: Final[dict[str, _Meaning]] = {
-    "08001": _Meaning(UnavailableError),  # the connection was never made
+    "08001": _Meaning(UnavailableError),  # the connection was never established
     "08004": _Meaning(UnavailableError, "the server refused the connection"),
     "08P01": _Meaning(ProtocolError, unknown=True),
     "0A000": _Meaning(
@@ -201,80 +212,78 @@ _STATES: Final[dict[str, _Meaning]] = {
         "on a standby behind pgbouncer, set isolation to repeatable_read",
         callers=True,
     ),
-    "22021": _Meaning(UnsupportedValueError, "a character that the database does not take"),
+    "22021": _Meaning(
+        UnsupportedValueError, "the value contains a character that the database does not accept"
+    ),
     "22P05": _Meaning(
         UnsupportedValueError,
-        "the encoding of the database lacks a character of the value: it should be UTF8",
+        "the value contains a character that the encoding of the database does not have; use UTF8",
     ),
     "23001": _Meaning(ReferenceViolationError, _REFERENCE, callers=True),
     "23503": _Meaning(ReferenceViolationError, _REFERENCE),
     "25006": _Meaning(
         ReadOnlyStoreError,
-        "a standby, or a database that is set to read-only: see target_session_attrs and "
+        "the server is a standby, or the database is set to read-only: see target_session_attrs and "
         "default_transaction_read_only",
     ),
     "25P03": _Meaning(
         UnavailableError, "the server's idle_in_transaction_session_timeout ended the transaction"
     ),
     "25P04": _Meaning(UnavailableError, "the server's transaction_timeout ended the transaction"),
-    "28P01": _Meaning(AuthenticationError, "look at username and password"),
-    "40002": _THEIRS,
+    "28P01": _Meaning(AuthenticationError, "check username and password"),
+    "40002": _DATABASE_RULE,
     "40003": _Meaning(
         ConcurrencyConflictError,
-        "another transaction was faster, try again",
+        "a conflict with another transaction: try again",
         unknown=True,
     ),
     "42501": _Meaning(PermissionDeniedError, "the role lacks a privilege: GRANT it"),
-    "42703": _CHANGED,  # undefined column
-    "42704": _CHANGED,  # undefined object
-    "42804": _CHANGED,  # datatype mismatch
-    "42809": _CHANGED,  # wrong object type
-    "42883": _CHANGED,  # undefined function: of a column that has another type by now
-    "42P01": _CHANGED,  # undefined table
-    "42P18": _CHANGED,  # indeterminate datatype
+    "42703": _SCHEMA_CHANGED,  # undefined column
+    "42704": _SCHEMA_CHANGED,  # undefined object
+    "42804": _SCHEMA_CHANGED,  # datatype mismatch
+    "42809": _SCHEMA_CHANGED,  # wrong object type
+    "42883": _SCHEMA_CHANGED,  # undefined function: the type of a column was changed
+    "42P01": _SCHEMA_CHANGED,  # undefined table
+    "42P18": _SCHEMA_CHANGED,  # indeterminate datatype
     "53100": _Meaning(DiskFullError, "the server's disk is full"),
-    "53300": _Meaning(UnavailableError, "the server takes no more connections, try again later"),
-    "54000": _Meaning(UnsupportedValueError, "more than the server takes", callers=True),
+    "53300": _Meaning(UnavailableError, "the server accepts no more connections: try again later"),
+    "54000": _Meaning(UnsupportedValueError, "a limit of the server is exceeded", callers=True),
     "54001": _Meaning(InvalidQueryError, "the filter is too complex", callers=True),
     "54011": _Meaning(ConfigurationError, "too many declared fields", callers=True),
     "54023": _Meaning(InvalidQueryError, "the filter has too many values", callers=True),
-    "55006": _Meaning(UnavailableError, "another session uses it, try again"),
-    "55P03": _Meaning(LockTimeoutError, "another transaction holds it: see timeout"),
-    "57014": _Meaning(OperationTimeoutError, "see timeout"),
-    "57P03": _Meaning(UnavailableError, "the server is starting or stopping, try again"),
+    "55006": _Meaning(UnavailableError, "another session uses the object: try again"),
+    "55P03": _Meaning(LockTimeoutError, "another transaction holds the lock: see timeout"),
+    "57014": _Meaning(OperationTimeoutError, "see the setting timeout"),
+    "57P03": _Meaning(UnavailableError, "the server is starting or stopping: try again"),
     "57P04": _Meaning(ConfigurationError, "name: the database was dropped", unknown=True),
     "57P05": _Meaning(UnavailableError, "the server's idle_session_timeout ended the session"),
-    "58P01": _Meaning(CorruptionError, "the server lacks one of its own files", unknown=True),
-    "F0001": _Meaning(UnavailableError, "the server's lock file exists, try again"),
-    "P0002": _THEIRS,
+    "58P01": _Meaning(CorruptionError, "one of the server's own files is missing", unknown=True),
+    "F0001": _Meaning(UnavailableError, "the server's lock file exists: try again"),
+    "P0002": _DATABASE_RULE,
     "XX001": _Meaning(CorruptionError, "restore the database from a backup", unknown=True),
-    "XX002": _Meaning(CorruptionError, "REINDEX it", unknown=True),
+    "XX002": _Meaning(CorruptionError, "rebuild the index with REINDEX", unknown=True),
 }
 
 
 def postgres_error(
     sqlstate: str, message: str, *, doing: str, writes: bool, callers: bool = False
 ) -> StorageError:
-    """The store's error for one that the server sent.
-
-    Args:
-        callers: it came from a statement of the caller.
-    """
+    """The `StorageError` for an error that the server sent. For the arguments, see `sqlite_error`."""
     meaning = _STATES.get(sqlstate) or _CLASSES.get(sqlstate[:2])
     if meaning is None:
-        # No SQLSTATE at all: whoever sent this, it does not say whether a write landed.
+        # Not a SQLSTATE, so it is unknown whether a write was applied.
         return ProtocolError(f"cannot {doing}: {message}", outcome_unknown=writes)
     if callers and meaning.callers:
-        return _callers_fault(message)
-    text = f"cannot {doing}: {message}" + (f"; {meaning.do}" if meaning.do else "")
+        return _invalid_statement(message)
+    explained = f"cannot {doing}: {message}" + (f"; {meaning.advice}" if meaning.advice else "")
     unknown = writes and meaning.unknown
     return meaning.kind(
-        text, retryable=False if unknown else meaning.retryable, outcome_unknown=unknown
+        explained, retryable=False if unknown else meaning.retryable, outcome_unknown=unknown
     )
 
 
-def link_error(exc: Exception, *, doing: str, writes: bool, timed_out: bool) -> StorageError:
-    """The store's error for a link that broke, or on which no answer came in time."""
+def connection_error(exc: Exception, *, doing: str, writes: bool, timed_out: bool) -> StorageError:
+    """The `StorageError` for a connection that was lost, or on which no response arrived in time."""
     kind = OperationTimeoutError if timed_out else UnavailableError
-    said = "no answer in time" if timed_out else str(exc) or type(exc).__name__
-    return kind(f"cannot {doing}: {said}", retryable=not writes, outcome_unknown=writes)
+    reason = "no response in time" if timed_out else str(exc) or type(exc).__name__
+    return kind(f"cannot {doing}: {reason}", retryable=not writes, outcome_unknown=writes)

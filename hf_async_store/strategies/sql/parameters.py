@@ -1,4 +1,5 @@
-"""A caller's own SQL: what is refused of it, and its parameters, `?` and `:name`, as drivers take them."""
+"""A caller's own SQL: rejects invalid statements, and numbers the parameters `?` and `:name` for the
+driver."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from typing import Final, cast
 
 from hf_async_store.errors import InvalidInputError
 
-# Texts, quoted names, comments and casts are passed over; then the two forms of a parameter.
+# String literals, quoted names, comments and casts are skipped; the last two alternatives are the
+# forms of a parameter.
 _TOKEN: Final = re.compile(
     r"""
-    '(?:[^']|'')*'                      # a text
+    '(?:[^']|'')*'                      # a string literal
     | "(?:[^"]|"")*"                    # a quoted name
-    | \$(\w*)\$.*?\$\1\$                # a text in dollars
+    | \$(\w*)\$.*?\$\1\$                # a dollar-quoted string
     | --[^\n]* | /\*.*?\*/              # comments
     | ::                                # a cast
-    | (?P<mark>\?)
+    | (?P<question>\?)
     | :(?P<name>[A-Za-z_]\w*)
     """,
     re.VERBOSE | re.DOTALL,
@@ -30,42 +32,42 @@ _CONTROL: Final = re.compile(
 
 
 def check_statement(sql: object, params: object) -> None:
-    """Refuse what no engine takes, and what would end or divide a transaction of the store.
+    """Reject invalid statements and arguments, and statements for transaction control.
 
     Raises:
         InvalidInputError.
     """
-    _check_text(sql, "the statement")
-    text = _without_comments(cast("str", sql))
-    if not text:
+    _check_string(sql, "the statement")
+    statement = _without_comments(cast("str", sql))
+    if not statement:
         raise InvalidInputError("execute_with_lock: the statement is empty")
-    if _CONTROL.match(text):
+    if _CONTROL.match(statement):
         raise InvalidInputError(
-            f"execute_with_lock: {text.split()[0].upper()} is left to begin_transaction(), whose "
-            "transactions are all or nothing"
+            f"execute_with_lock: {statement.split()[0].upper()} is not allowed: use "
+            "begin_transaction() for a transaction"
         )
     if isinstance(params, Mapping):
         params = list(params.values())
     if isinstance(params, str | bytes) or not isinstance(params, Sequence):
-        raise InvalidInputError("execute_with_lock: the arguments are a list or a map")
+        raise InvalidInputError("execute_with_lock: the arguments must be a list or a dict")
     for each in params:
         if isinstance(each, str):
-            _check_text(each, "an argument")
+            _check_string(each, "an argument")
 
 
-def _check_text(value: object, what: str) -> None:
+def _check_string(value: object, subject: str) -> None:
     if not isinstance(value, str):
-        raise InvalidInputError(f"execute_with_lock: {what} is not text")
+        raise InvalidInputError(f"execute_with_lock: {subject} is not a string")
     try:
         value.encode()
     except UnicodeEncodeError as exc:
-        raise InvalidInputError(f"execute_with_lock: {what} holds a lone surrogate") from exc
+        raise InvalidInputError(f"execute_with_lock: {subject} contains a lone surrogate") from exc
     if "\0" in value:
-        raise InvalidInputError(f"execute_with_lock: {what} holds U+0000")
+        raise InvalidInputError(f"execute_with_lock: {subject} contains U+0000")
 
 
 def _without_comments(sql: str) -> str:
-    """A statement from its first word on. Comments may hold comments, as on PostgreSQL."""
+    """A statement without leading white space, semicolons and comments, which may be nested."""
     start = 0
     while True:
         skipped = _COMMENTS.match(sql, start)
@@ -83,20 +85,20 @@ def _without_comments(sql: str) -> str:
 
 
 def bind(
-    sql: str, params: Sequence[object] | Mapping[str, object], mark: str
+    sql: str, params: Sequence[object] | Mapping[str, object], prefix: str
 ) -> tuple[str, list[object]]:
     """A statement with numbered parameters, and its arguments in that order.
 
     Args:
-        mark: what stands before the number of a parameter.
+        prefix: the prefix of the number of a parameter.
 
     Raises:
-        InvalidInputError: parameters and arguments do not fit together.
+        InvalidInputError: parameters and arguments do not correspond.
     """
     args: list[object] = []
     numbers: dict[str, int] = {}
 
-    def replaced(token: re.Match[str]) -> str:
+    def replace(token: re.Match[str]) -> str:
         name = token["name"]
         if name is not None and isinstance(params, Mapping):
             if name not in params:
@@ -104,15 +106,19 @@ def bind(
             if name not in numbers:
                 args.append(params[name])
                 numbers[name] = len(args)
-            return f"{mark}{numbers[name]}"
-        if token["mark"] is not None and not isinstance(params, Mapping):
+            return f"{prefix}{numbers[name]}"
+        if token["question"] is not None and not isinstance(params, Mapping):
             if len(args) == len(params):
-                raise InvalidInputError("execute_with_lock: more `?` than arguments")
+                raise InvalidInputError(
+                    "execute_with_lock: the statement has more `?` than there are arguments"
+                )
             args.append(params[len(args)])
-            return f"{mark}{len(args)}"
+            return f"{prefix}{len(args)}"
         return token[0]
 
-    text = _TOKEN.sub(replaced, sql)
+    numbered = _TOKEN.sub(replace, sql)
     if len(args) != len(params):
-        raise InvalidInputError("execute_with_lock: more arguments than parameters")
-    return text, args
+        raise InvalidInputError(
+            "execute_with_lock: there are more arguments than parameters in the statement"
+        )
+    return numbered, args

@@ -1,8 +1,8 @@
-"""JSON as PostgreSQL's JSONB keeps it: numbers become decimals.
+"""Encodes values for PostgreSQL: JSONB and NUMERIC, which store numbers as decimals, and arrays.
 
-A decimal keeps the point of `1.0`, but not the sign of `-0.0`; and what is written with an exponent
-is read back as an integer. So floats are written out in full, by their exact value where it is an
-integer: then they also compare exactly.
+A decimal keeps the decimal point of `1.0`, but not the sign of `-0.0`, and a number that is written
+with an exponent is read back as an integer. So large floats, which are integers, are written in full
+with their exact value and a decimal point; then they also compare exactly.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from typing import Final
 from hf_async_store.strategies.sql.row_mapping import encode_json
 from hf_async_store.values import Value
 
-# A number with an exponent, or -0.0, where a number may stand. In a text it may look like one,
-# too; then the value is only written the long way.
-_ODD: Final = re.compile(rb"(?:^|[:,\[])-?(?:0\.0(?:$|[],}])|[0-9]+(?:\.[0-9]+)?e[0-9])")
+# Finds numbers with an exponent, and -0.0. A string can contain the same characters; then the value
+# is encoded by the slower function, with the same result.
+_SPECIAL_NUMBER: Final = re.compile(rb"(?:^|[:,\[])-?(?:0\.0(?:$|[],}])|[0-9]+(?:\.[0-9]+)?e[0-9])")
 _ESCAPED: Final = re.compile(r'\\[^"\\]')
 _LARGE: Final = 1e15
 
 
 def json_text(value: Value) -> tuple[str, bool]:
-    """The text of a value, and whether JSONB gives the value back as it is."""
+    """The JSON of a value, and whether JSONB returns the value unchanged."""
     encoded = encode_json(value)
-    if _ODD.search(encoded) is None:
+    if _SPECIAL_NUMBER.search(encoded) is None:
         return encoded.decode(), True
-    return _written(value), not _has_negative_zero(value)
+    return _in_full(value), not _has_negative_zero(value)
 
 
 def decimal_text(value: float) -> tuple[str, bool]:
-    """The text of a number for a NUMERIC column, and whether it gives the number back as it is."""
-    return _written(value), not _is_negative_zero(value)
+    """The decimal form of a number, and whether a NUMERIC column returns the number unchanged."""
+    return _in_full(value), not _is_negative_zero(value)
 
 
 def array_text(values: Sequence[object]) -> str:
-    """A list of texts, integers, booleans and nulls as PostgreSQL writes an array.
+    """A list of strings, integers, booleans and nulls in the text format of a PostgreSQL array.
 
-    It writes one as JSON does, but for the brackets, and for what a backslash before a letter is. So
-    the encoder does it at once; the driver looks at each element, at five times the cost.
+    The format differs from JSON only in the brackets and in the meaning of a backslash before a
+    letter. So the JSON encoder can encode the whole list at once; the driver encodes each element
+    by itself, which takes five times as long.
     """
-    text = encode_json(values).decode()
-    if _ESCAPED.search(text):
-        text = f"[{','.join(map(_element, values))}]"
-    return f"{{{text[1:-1]}}}"
+    encoded = encode_json(values).decode()
+    if _ESCAPED.search(encoded):
+        encoded = f"[{','.join(map(_element, values))}]"
+    return f"{{{encoded[1:-1]}}}"
 
 
 def _element(value: object) -> str:
@@ -54,24 +55,26 @@ def _element(value: object) -> str:
     return encode_json(value).decode()
 
 
-def number_of(text: str) -> int | float:
-    """The number of the text of a NUMERIC."""
-    return float(text) if "." in text else int(text)
+def number_of(decimal: str) -> int | float:
+    """The number that a NUMERIC column returned in decimal form."""
+    return float(decimal) if "." in decimal else int(decimal)
 
 
-def _written(value: Value) -> str:
+def _in_full(value: Value) -> str:
     if isinstance(value, float):
-        return f"{abs(value) if value == 0 else value:.1f}" if _is_whole(value) else repr(value)
+        return (
+            f"{abs(value) if value == 0 else value:.1f}" if _needs_full_form(value) else repr(value)
+        )
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(_in_full, value))}]"
     if isinstance(value, dict):
         return (
-            f"{{{','.join(f'{_written(name)}:{_written(each)}' for name, each in value.items())}}}"
+            f"{{{','.join(f'{_in_full(name)}:{_in_full(each)}' for name, each in value.items())}}}"
         )
     return encode_json(value).decode()
 
 
-def _is_whole(value: float) -> bool:
+def _needs_full_form(value: float) -> bool:
     return value == 0 or abs(value) >= _LARGE
 
 

@@ -1,4 +1,4 @@
-"""PostgreSQL: a server, many writers, serializable snapshots, JSON as JSONB."""
+"""The dialect of PostgreSQL: a server with many writers, serializable transactions, and JSON as JSONB."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from hf_async_store.errors import (
 from hf_async_store.schema import Field, Index, Schema
 from hf_async_store.strategies.sql.compiler import SHORT, Arguments, SortPart
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
-from hf_async_store.strategies.sql.errors import link_error, postgres_error
+from hf_async_store.strategies.sql.errors import connection_error, postgres_error
 from hf_async_store.strategies.sql.postgres_jsonb import (
     array_text,
     decimal_text,
@@ -65,18 +65,19 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
 
 PasswordProvider: TypeAlias = "Callable[[str, int, str], str | Awaitable[str]]"
-"""Given host, port and user name, the password of one new connection."""
+"""Called with host, port and user name; returns the password for one new connection."""
 
 _PORT: Final = 5432
 _CHUNK_SIZE: Final = 256
-_MOST_ROWS: Final = 1024
+_MAX_ROWS: Final = 1024
 _GRACE: Final = 5.0
-"""How much longer than the server we wait for its word that a statement took too long."""
+"""How many seconds the driver waits longer than `statement_timeout`, within which the server reports that
+a statement was cancelled."""
 
 _SCHEMA_LOCK: Final = int.from_bytes(b"hfstore", "big")
-_ARRAYS: Final = {"integer": "bigint", "bigint": "bigint", "boolean": "boolean"}
-_CASTS: Final = {"number": "::numeric", "json": "::jsonb"}
-_PARAMETERS: Final = {
+_ELEMENT_TYPES: Final = {"integer": "bigint", "bigint": "bigint", "boolean": "boolean"}
+_INPUT_CASTS: Final = {"number": "::numeric", "json": "::jsonb"}
+_PARAMETER_CASTS: Final = {
     "integer": "::bigint",
     "bigint": "::bigint",
     "boolean": "::boolean",
@@ -85,65 +86,66 @@ _PARAMETERS: Final = {
     "path": "::text::jsonpath",
     "list": "::text::text[]",
 }
-_TYPES: Final = {
+_COLUMN_TYPES: Final = {
     "integer": "bigint",
     "bigint": "bigint",
     "boolean": "boolean",
     "number": "numeric",
     "json": "jsonb",
 }
-_MANY: Final = 64
-"""From so many values on, one of them is looked up by hash."""
+_MAX_ANY_VALUES: Final = 64
+"""With more values than this, a list is searched by hash instead of with ANY."""
 
-_ARROWS: Final = 8
-"""Up to so many steps a path is written as arrows, which are faster than a path of JSON."""
+_MAX_ARROWS: Final = 8
+"""A path of at most this many steps is compiled to operators `->`, which are faster than a jsonpath."""
 
-_SIGNS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
 
 
-_FRESH: Final = 0.25
-"""Seconds for which a new connection tells whether its server takes writes. Where no server does, new
-ones are made so often at most."""
+_ROLE_SECONDS: Final = 0.25
+"""For how many seconds after a connection was opened the role of its server is assumed to be unchanged. If
+no server accepts writes, connections are replaced at most this often."""
 
-_SERVERS_OWN: Final = (asyncpg.PostgresError, asyncpg.PostgresWarning)
-"""What the driver raises for an error that the server sent."""
+_SERVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.PostgresWarning)
+"""The exceptions that the driver raises for an error that the server sent."""
 
 _NOT_SENT: Final = ("cannot switch to state", "not connected")
-"""How the driver, which has no code for it, begins to tell that the server had ended the session."""
+"""The beginnings of the driver's messages that mean that the server had ended the session before the
+statement was sent. The driver has no error class for this."""
 
 
 class _ServerReadOnlyError(Exception):
-    """A connection leads to a server that takes no writes; another one may not."""
+    """The server of this connection accepts no writes, but that of a new connection may."""
 
 
-class _NoAnswerError(Exception):
-    """What came from the server was no answer."""
+class _InvalidResponseError(Exception):
+    """The response of the server is invalid."""
 
 
 class _Session:
-    """What is known of a connection.
+    """The state of a connection.
 
     Attributes:
-        on_standby: its server was a standby when it was made.
-        made_at: by the monotonic clock.
-        suspect: what came through it was no answer.
+        on_standby: the server was a standby when the connection was opened.
+        opened_at: by the monotonic clock.
+        state_unknown: after an error on the connection or an invalid response, its state is unknown.
     """
 
-    __slots__ = ("made_at", "on_standby", "suspect")
+    __slots__ = ("on_standby", "opened_at", "state_unknown")
 
     def __init__(self, *, on_standby: bool) -> None:
         self.on_standby = on_standby
-        self.made_at = time.monotonic()
-        self.suspect = False
+        self.opened_at = time.monotonic()
+        self.state_unknown = False
 
 
 _SESSIONS: Final[WeakKeyDictionary[Any, _Session]] = WeakKeyDictionary()
-"""By connection, of whichever store."""
+"""By connection, for all stores of the process."""
 
 
-class _Begun(NamedTuple):
-    """A transaction, or savepoint, and its connection."""
+class _Transaction(NamedTuple):
+    """A transaction or savepoint, and its connection."""
 
     driver: Any
     transaction: Any
@@ -154,13 +156,13 @@ class PostgreSQL(Dialect):
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (
         asyncpg.PostgresError,
-        asyncpg.PostgresWarning,  # where an error of the server has the SQLSTATE of a warning
+        asyncpg.PostgresWarning,  # for an error with the SQLSTATE of a warning
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         OSError,
         SessionEndedError,
         _ServerReadOnlyError,
-        _NoAnswerError,
+        _InvalidResponseError,
     )
     caller_errors = ()
     placeholder_prefix = "$"
@@ -174,7 +176,7 @@ class PostgreSQL(Dialect):
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
         self._password = password or _provider(config.login_provider)
-        self._renewed_at = float("-inf")
+        self._outdated_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.separate_read_pool = not config.pgbouncer
         first = config.isolation
@@ -210,10 +212,10 @@ class PostgreSQL(Dialect):
     async def _connect(self, *, read_only: bool) -> Any:
         """A new connection; a cancellation waits for it.
 
-        The pool may ask for one while a cancelled task checks out, and a TCP connection that is
-        cancelled while it opens leaves the driver an exception that nobody retrieves.
+        If a task is cancelled while it opens a TCP connection, the driver keeps an exception that is
+        never retrieved.
         """
-        opening = asyncio.ensure_future(self._connect_first(read_only=read_only))
+        opening = asyncio.ensure_future(self._connect_to_any(read_only=read_only))
         try:
             return await run_to_completion(opening)
         except asyncio.CancelledError:
@@ -221,25 +223,25 @@ class PostgreSQL(Dialect):
                 opening.result().terminate()
             raise
 
-    async def _connect_first(self, *, read_only: bool) -> Any:
-        """A connection to the first server that answers and is of the kind that is wanted."""
+    async def _connect_to_any(self, *, read_only: bool) -> Any:
+        """A connection to the first server that responds and matches `target_session_attrs`."""
         self._check_files()
         servers = self._config.servers()
         if self._config.load_balance_hosts == "random":
             random.shuffle(servers)
         wanted = self._config.target_session_attrs
-        first_try = "standby" if wanted == "prefer-standby" else wanted
+        first_choice = "standby" if wanted == "prefer-standby" else wanted
         failures: list[StorageError] = []
-        driver = await self._first(servers, first_try, failures)
+        driver = await self._connect_to_first(servers, first_choice, failures)
         if driver is None and wanted == "prefer-standby":
-            driver = await self._first(servers, "any", failures)
+            driver = await self._connect_to_first(servers, "any", failures)
         if driver is None:
             if len(failures) == 1:
                 raise failures[0]
             listed = "; ".join(map(str, failures))
             raise UnavailableError(f"none of the servers can be used: {listed}") from failures[-1]
         try:
-            await self._settle(driver, read_only=read_only)
+            await self._apply_settings(driver, read_only=read_only)
         except BaseException as exc:
             driver.terminate()
             if not isinstance(exc, Exception):
@@ -247,10 +249,11 @@ class PostgreSQL(Dialect):
             raise self.translate(exc, doing="connect", writes=False) from exc
         return driver
 
-    async def _first(
+    async def _connect_to_first(
         self, servers: Sequence[tuple[str, int]], wanted: str, failures: list[StorageError]
     ) -> Any:
-        """The first that is of the kind that is wanted, or None; the failures of the others."""
+        """A connection to the first server with the wanted role, or None. Adds the errors of the servers
+        before it to `failures`."""
         for host, port in servers:
             host, port = host or "localhost", port or _PORT
             try:
@@ -259,20 +262,20 @@ class PostgreSQL(Dialect):
                 failures.append(exc)
                 continue
             try:
-                found = await _kind_of_server(driver)
+                role = await _server_role(driver)
             except BaseException as exc:
                 driver.terminate()
                 if not isinstance(exc, Exception):
                     raise
-                failures.append(self._refused(exc, host, port))
+                failures.append(self._connection_failure(exc, host, port))
                 continue
-            if found.fits(wanted):
-                _SESSIONS[driver] = _Session(on_standby=found.is_standby)
+            if role.matches(wanted):
+                _SESSIONS[driver] = _Session(on_standby=role.is_standby)
                 return driver
             driver.terminate()
             failures.append(
                 UnavailableError(
-                    f"{host}:{port} is {found}, and target_session_attrs is "
+                    f"{host}:{port} is {role}, but target_session_attrs is "
                     f"{self._config.target_session_attrs!r}"
                 )
             )
@@ -286,29 +289,29 @@ class PostgreSQL(Dialect):
                 host=host,
                 port=port,
                 user=config.username or None,
-                password=await self._secret(host, port),
+                password=await self._password_for(host, port),
                 database=config.name or None,
                 timeout=config.connect_timeout or config.timeout,
                 command_timeout=config.timeout + _GRACE,
                 statement_cache_size=0
                 if config.pgbouncer or not config.enable_query_cache
                 else 512,
-                server_settings=self._settings(),
+                server_settings=self._session_settings(),
                 target_session_attrs="any",
             )
         except StorageError:
             raise
-        except Exception as exc:  # the driver's decoders raise whatever they come upon
-            raise self._refused(exc, host, port) from exc
+        except Exception as exc:  # an invalid response can make the driver raise anything
+            raise self._connection_failure(exc, host, port) from exc
 
-    async def _settle(self, driver: Any, *, read_only: bool) -> None:
-        """Set what a connection of this kind must hold to, beyond what is asked of all."""
+    async def _apply_settings(self, driver: Any, *, read_only: bool) -> None:
+        """Set the session parameters that depend on the connection; see also `_session_settings`."""
         if self._config.pgbouncer:
-            return  # it would stay with whatever connection it hands out
+            return  # the settings would remain in a server session that other clients use, too
         settings = []
         if _SESSIONS[driver].on_standby:
-            # A standby has no serializable snapshots. Should it be promoted, nothing must be
-            # written at a lower isolation than was asked for.
+            # A standby has no serializable transactions. If it is promoted, this session must not
+            # write at a lower isolation level than the configured one.
             settings.append("SET default_transaction_isolation = 'repeatable read'")
         if read_only or _SESSIONS[driver].on_standby:
             settings.append("SET default_transaction_read_only = on")
@@ -316,10 +319,10 @@ class PostgreSQL(Dialect):
             await driver.execute("; ".join(settings))
 
     def _check_files(self) -> None:
-        """See that the files of TLS can be used, so that an error names the key and the file.
+        """Check the files for TLS, so that an error names the configuration key and the file.
 
         Raises:
-            ConfigurationError.
+            ConfigurationError: a file cannot be used.
         """
         config = self._config
         if config.sslmode == "disable":
@@ -333,12 +336,12 @@ class PostgreSQL(Dialect):
                 if key in ("sslrootcert", "sslcrl"):
                     ssl.create_default_context(cafile=path)
             except ssl.SSLError as exc:
-                raise ConfigurationError(f"{key}: {path!r} holds no PEM certificate") from exc
+                raise ConfigurationError(f"{key}: {path!r} contains no PEM certificate") from exc
             except (OSError, ValueError) as exc:
-                said = getattr(exc, "strerror", None) or exc
-                raise ConfigurationError(f"{key}: cannot read {path!r}: {said}") from exc
+                reason = getattr(exc, "strerror", None) or exc
+                raise ConfigurationError(f"{key}: cannot read {path!r}: {reason}") from exc
         if config.sslkey and not config.sslcert:
-            raise ConfigurationError("sslkey: of no use without sslcert")
+            raise ConfigurationError("sslkey: sslcert is required, too")
         if config.sslcert:
             password = config.sslpassword.reveal() if config.sslpassword else ""
             try:
@@ -347,12 +350,12 @@ class PostgreSQL(Dialect):
                 )
             except (ssl.SSLError, ValueError) as exc:
                 raise ConfigurationError(
-                    f"sslcert, sslkey: {config.sslcert!r} and {config.sslkey!r} are no certificate "
-                    "and its key in PEM, or sslpassword does not open the key"
+                    f"sslcert, sslkey: {config.sslcert!r} and {config.sslkey!r} are not a "
+                    "certificate and its key in PEM format, or sslpassword does not decrypt the key"
                 ) from exc
 
     def _dsn(self) -> str:
-        """What asyncpg takes in no other way: the mode of TLS and whom it trusts."""
+        """A DSN with the options for TLS, which asyncpg does not accept as arguments."""
         from urllib.parse import quote, urlencode
 
         config = self._config
@@ -364,23 +367,23 @@ class PostgreSQL(Dialect):
             query["sslpassword"] = config.sslpassword.reveal()
         return f"postgresql:///?{urlencode(query, quote_via=quote)}"
 
-    async def _secret(self, host: str, port: int) -> str | None:
+    async def _password_for(self, host: str, port: int) -> str | None:
         config = self._config
         if self._password is None:
             return None if config.password is None else config.password.reveal()
         try:
-            found = self._password(host, port, config.username)
-            return found if isinstance(found, str) else await found
-        except Exception as exc:  # whatever the caller's own code raises
+            password = self._password(host, port, config.username)
+            return password if isinstance(password, str) else await password
+        except Exception as exc:  # the caller's own function can raise anything
             raise AuthenticationError(
-                f"cannot connect to {host}:{port}: no password to be had ({type(exc).__name__})"
+                f"cannot connect to {host}:{port}: the password function failed ({type(exc).__name__})"
             ) from exc
 
-    def _settings(self) -> dict[str, str]:
-        """What each connection asks for. What is not here is as the administrator has it."""
+    def _session_settings(self) -> dict[str, str]:
+        """The session parameters of each connection; all others keep the defaults of the server."""
         config = self._config
         if config.pgbouncer:
-            # More would stay with whatever connection it hands out.
+            # Other settings would remain in a server session that other clients use, too.
             return {"application_name": config.application_name} if config.application_name else {}
         limit = str(int(config.timeout * 1000))
         settings = {
@@ -397,99 +400,101 @@ class PostgreSQL(Dialect):
             settings["options"] = config.options
         return settings
 
-    def _refused(self, exc: Exception, host: str, port: int) -> StorageError:
-        """Why a connection could not be made."""
+    def _connection_failure(self, exc: Exception, host: str, port: int) -> StorageError:
+        """The error for a connection that could not be opened."""
         config = self._config
         doing = f"connect to {host}:{port}"
-        if isinstance(exc, _SERVERS_OWN):
+        if isinstance(exc, _SERVER_ERRORS):
             return self.translate(exc, doing=doing, writes=False)
         if isinstance(exc, asyncpg.ClientConfigurationError):
             return ConfigurationError(f"cannot {doing}: {exc}")
         if isinstance(exc, asyncpg.ProtocolError):
-            return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL: {exc}")
+            return ProtocolError(
+                f"cannot {doing}: the response is not from a PostgreSQL server: {exc}"
+            )
         if _is_closed(exc):
             return UnavailableError(f"cannot {doing}: the server closed the new connection")
         if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):
-            # Above all: a password is asked for and none was given.
+            # The most common cause: the server requires a password, and none is configured.
             return AuthenticationError(f"cannot {doing}: {exc}")
         if isinstance(exc, ssl.SSLCertVerificationError):
             return ConfigurationError(
                 f"cannot {doing}: sslmode {config.sslmode!r} does not trust its certificate: "
                 f"{exc.verify_message}; see sslrootcert and host"
             )
-        # The driver has no error of its own for this; a server that goes down may answer so, too.
+        # The driver has no error class for this. A server that shuts down may cause the same error.
         needs_tls = config.sslmode in ("require", "verify-ca", "verify-full")
         if needs_tls and type(exc) is ConnectionError and "rejected SSL upgrade" in str(exc):
             return ConfigurationError(
-                f"cannot {doing}: sslmode {config.sslmode!r} needs TLS, and the server has none, or "
-                "is no PostgreSQL"
+                f"cannot {doing}: sslmode {config.sslmode!r} needs TLS, but the server does not "
+                "support it, or is not a PostgreSQL server"
             )
         if isinstance(exc, UnicodeError):
-            return ConfigurationError(f"cannot {doing}: host: this is no name of a host")
-        if isinstance(exc, OSError):  # an answer that does not come in time is one, too
-            said = exc.strerror or str(exc) or "no answer in time (connect_timeout)"
-            return UnavailableError(f"cannot {doing}: {said}")
-        return ProtocolError(f"cannot {doing}: what answers there is no PostgreSQL")
+            return ConfigurationError(f"cannot {doing}: host: not a valid host name")
+        if isinstance(exc, OSError):  # includes TimeoutError
+            reason = exc.strerror or str(exc) or "no response in time (connect_timeout)"
+            return UnavailableError(f"cannot {doing}: {reason}")
+        return ProtocolError(f"cannot {doing}: the response is not from a PostgreSQL server")
 
     def is_lost(self, driver: Any) -> bool:
         if driver.is_closed():
             return True
         session = _SESSIONS[driver]
-        if session.suspect or session.made_at <= self._renewed_at:
+        if session.state_unknown or session.opened_at <= self._outdated_at:
             return True
         return session.on_standby and _setting(driver, "in_hot_standby") == "off"
 
-    def _note(self, driver: Any, exc: Exception) -> None:
-        """Keep in mind what an error says of its connection.
+    def _record_error(self, driver: Any, exc: Exception) -> None:
+        """Update the state of a connection after an error, and raise a more specific error if possible.
 
         Raises:
-            SessionEndedError, _ServerReadOnlyError, _NoAnswerError: it means that.
+            SessionEndedError, _ServerReadOnlyError, _InvalidResponseError: the error has this cause.
         """
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
-            if self._renewed(driver):
+            if self._is_outdated(driver):
                 raise _ServerReadOnlyError(exc.message) from exc
         elif isinstance(exc, asyncpg.InterfaceError):
-            # The driver's own objection: nothing was sent.
+            # The driver itself rejected the statement; nothing was sent.
             if driver.is_closed():
                 raise SessionEndedError from exc
-        elif not isinstance(exc, _SERVERS_OWN):
-            _SESSIONS[driver].suspect = True
+        elif not isinstance(exc, _SERVER_ERRORS):
+            _SESSIONS[driver].state_unknown = True
             if isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
                 raise SessionEndedError from exc
             if not isinstance(exc, OSError):
-                # Decoders raise whatever they come upon in bytes that are no answer.
-                raise _NoAnswerError(type(exc).__name__) from exc
+                # An invalid response can make the decoders raise anything.
+                raise _InvalidResponseError(type(exc).__name__) from exc
         elif isinstance(exc, asyncpg.UnknownPostgresError):
-            _SESSIONS[driver].suspect = True
+            _SESSIONS[driver].state_unknown = True
 
-    def _renewed(self, driver: Any) -> bool:
-        """Whether this connection says nothing of its server as it is now: servers change roles.
+    def _is_outdated(self, driver: Any) -> bool:
+        """Whether a connection is too old to know the current role of the server, which can change.
 
-        Then it and all older ones are replaced.
+        In this case, it and all older connections will be replaced.
         """
         session = _SESSIONS[driver]
-        if session.made_at <= self._renewed_at:
+        if session.opened_at <= self._outdated_at:
             return True
         now = time.monotonic()
-        if now - session.made_at < _FRESH:
+        if now - session.opened_at < _ROLE_SECONDS:
             return False
-        self._renewed_at = now
+        self._outdated_at = now
         return True
 
     async def rows(self, driver: Any, sql: str, args: Sequence[object]) -> Sequence[Sequence[Any]]:
         try:
             return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
         except Exception as exc:
-            # To a statement of ours it has no objection, but for a bad answer when it was prepared.
-            _SESSIONS[driver].suspect |= _is_objection(exc)
-            self._note(driver, exc)
+            # The driver rejects a statement of the store only after an invalid response to its preparation.
+            _SESSIONS[driver].state_unknown |= _is_rejected_by_driver(exc)
+            self._record_error(driver, exc)
             raise
 
     async def _row(self, driver: Any, sql: str, args: Sequence[object] = ()) -> Sequence[Any]:
-        """The one row that a statement has."""
+        """Run a statement that returns exactly one row."""
         rows = await self.rows(driver, sql, args)
         if len(rows) != 1:
-            raise _NoAnswerError(f"{len(rows)} rows for 1")
+            raise _InvalidResponseError(f"{len(rows)} rows instead of 1")
         return rows[0]
 
     async def fetch_dicts(
@@ -498,17 +503,17 @@ class PostgreSQL(Dialect):
         try:
             return [dict(each) for each in await driver.fetch(sql, *args)]
         except Exception as exc:
-            self._note(driver, exc)
+            self._record_error(driver, exc)
             raise
 
     async def fetch_batches(
-        self, driver: Any, sql: str, args: Sequence[object], *, written: bool
+        self, driver: Any, sql: str, args: Sequence[object], *, may_write: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
         try:
             cursor = await driver.cursor(sql, *args)
             rows = await cursor.fetch(_CHUNK_SIZE)
         except Exception as exc:
-            self._note(driver, exc)
+            self._record_error(driver, exc)
             raise
         while rows:
             yield rows
@@ -517,48 +522,48 @@ class PostgreSQL(Dialect):
             try:
                 rows = await cursor.fetch(_CHUNK_SIZE)
             except Exception as exc:
-                self._note(driver, exc)
+                self._record_error(driver, exc)
                 raise
 
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
         if isolation is None and self._config.pgbouncer and not driver.is_in_transaction():
             isolation = self._config.isolation
         if isolation is not None and _SESSIONS[driver].on_standby:
-            isolation = "repeatable_read"  # there is none above it, nor anything to write
-        return await self._begun(driver, isolation=isolation)
+            isolation = "repeatable_read"  # the highest level on a standby, which accepts no writes
+        return await self._begin(driver, isolation=isolation)
 
     async def begin_reading(self, driver: Any, statements: Literal["one", "many"]) -> Any:
-        # Not serializable: the row locks of a long reader would become a lock of the table, and
-        # abort its neighbours.
-        return await self._begun(driver, isolation="repeatable_read", readonly=True)
+        # Not serializable: the predicate locks of a long read would be promoted from rows to the
+        # whole table, and abort concurrent transactions.
+        return await self._begin(driver, isolation="repeatable_read", readonly=True)
 
-    async def _begun(self, driver: Any, **options: Any) -> _Begun:
+    async def _begin(self, driver: Any, **options: Any) -> _Transaction:
         try:
             transaction = driver.transaction(**options)
             await transaction.start()
         except Exception as exc:
-            # The driver counts it as begun all the same, and would make savepoints from now on.
-            _SESSIONS[driver].suspect |= not driver.is_in_transaction()
-            self._note(driver, exc)
+            # The driver may treat the transaction as begun, and would create savepoints from now on.
+            _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
+            self._record_error(driver, exc)
             raise
-        return _Begun(driver, transaction)
+        return _Transaction(driver, transaction)
 
-    async def commit(self, handle: _Begun) -> None:
+    async def commit(self, handle: _Transaction) -> None:
         try:
             await handle.transaction.commit()
         except Exception as exc:
-            self._note(handle.driver, exc)
+            self._record_error(handle.driver, exc)
             raise
 
-    async def roll_back(self, handle: _Begun) -> None:
-        if _SESSIONS[handle.driver].suspect:
-            # It may never answer; and without it the server rolls back by itself.
+    async def roll_back(self, handle: _Transaction) -> None:
+        if _SESSIONS[handle.driver].state_unknown:
+            # The server may never respond. It rolls back by itself when the connection is closed.
             handle.driver.terminate()
             return
         try:
             await handle.transaction.rollback()
         except Exception as exc:
-            self._note(handle.driver, exc)
+            self._record_error(handle.driver, exc)
             raise
 
     async def make_reusable(self, driver: Any) -> bool:
@@ -569,23 +574,25 @@ class PostgreSQL(Dialect):
 
     async def reset(self, driver: Any) -> bool:
         if self._config.pgbouncer:
-            return False  # outside a transaction it would reach another session
+            return False  # outside a transaction, statements may run in another server session
         await driver.execute(_RESET)
-        await self._settle(driver, read_only=False)  # no caller's statement runs on the others
+        # Callers' statements never run on read-only connections.
+        await self._apply_settings(driver, read_only=False)
         return True
 
     async def discard(self, driver: Any) -> None:
-        # The pool ends it, and the server rolls back. But what may never answer is not asked.
-        if _SESSIONS[driver].suspect:
+        # The pool closes the connection, and the server rolls back. A server that may never respond
+        # must not delay that.
+        if _SESSIONS[driver].state_unknown:
             driver.terminate()
 
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
         if mine is theirs:
             return True
-        async with self._looking(mine), self._looking(theirs):
+        async with self._read_only(mine), self._read_only(theirs):
             key = secrets.randbits(63)
             await self.rows(mine, "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (key,))
-            # The tag of such a lock holds the database.
+            # Advisory locks are local to a database, so only the same database has this lock.
             [free] = await self._row(
                 theirs, "SELECT pg_catalog.pg_try_advisory_xact_lock($1::bigint)", (key,)
             )
@@ -596,13 +603,13 @@ class PostgreSQL(Dialect):
             return False
         if not free:
             return True
-        # A standby has locks of its own, and the data of its primary.
+        # A standby has separate locks, but the data of its primary.
         return cluster == their_cluster and bool(is_standby or theirs_is_standby)
 
     @asynccontextmanager
-    async def _looking(self, driver: Any) -> AsyncIterator[None]:
-        """A transaction that changes nothing. Behind pgbouncer it keeps one session of the server."""
-        handle = await self._begun(driver, isolation="read_committed", readonly=True)
+    async def _read_only(self, driver: Any) -> AsyncIterator[None]:
+        """A read-only transaction; behind pgbouncer, all its statements use the same server session."""
+        handle = await self._begin(driver, isolation="read_committed", readonly=True)
         try:
             yield
         finally:
@@ -613,8 +620,8 @@ class PostgreSQL(Dialect):
     ) -> StorageError:
         if isinstance(exc, _ServerReadOnlyError):
             return ReadOnlyStoreError(
-                f"cannot {doing}: {exc}; this connection led to a server that takes no writes, and "
-                "is replaced: try again",
+                f"cannot {doing}: {exc}; the server of this connection accepts no writes, and the "
+                "connection is replaced: try again",
                 retryable=True,
             )
         if isinstance(exc, SessionEndedError):
@@ -625,32 +632,32 @@ class PostgreSQL(Dialect):
             )
         if isinstance(exc, asyncpg.InvalidCachedStatementError):
             return ConcurrencyConflictError(
-                f"cannot {doing}: the tables were changed since the statement was prepared, try "
+                f"cannot {doing}: the tables were changed since the statement was prepared: try "
                 "again",
                 retryable=True,
             )
         if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
             exc.__cause__, asyncpg.PostgresError
         ):
-            exc = exc.__cause__  # why the server closed it
+            exc = exc.__cause__  # the reason why the server closed the connection
         if _is_closed(exc):
             return UnavailableError(
                 f"cannot {doing}: the server had closed the connection, and nothing was sent"
             )
-        if _is_objection(exc):
+        if _is_rejected_by_driver(exc):
             if callers:
-                return InvalidInputError(f"execute_with_lock: {_objection(exc)}")
-            return ProtocolError(f"cannot {doing}: {_objection(exc)}")
-        if isinstance(exc, _SERVERS_OWN) and exc.sqlstate is not None:
-            # `message` alone: details show what is stored.
+                return InvalidInputError(f"execute_with_lock: {_rejection(exc)}")
+            return ProtocolError(f"cannot {doing}: {_rejection(exc)}")
+        if isinstance(exc, _SERVER_ERRORS) and exc.sqlstate is not None:
+            # Only `message`, because the details contain stored data.
             return postgres_error(
                 exc.sqlstate, exc.message or str(exc), doing=doing, writes=writes, callers=callers
             )
         if isinstance(exc, OSError):
             timed_out = isinstance(exc, TimeoutError)
-            return link_error(exc, doing=doing, writes=writes, timed_out=timed_out)
+            return connection_error(exc, doing=doing, writes=writes, timed_out=timed_out)
         return ProtocolError(
-            f"cannot {doing}: what came from the server was no answer ({exc or type(exc).__name__})",
+            f"cannot {doing}: the response of the server is invalid ({exc or type(exc).__name__})",
             retryable=not writes,
             outcome_unknown=writes,
         )
@@ -666,40 +673,42 @@ class PostgreSQL(Dialect):
             return Numeric()
         return JSONB() if kind == "json" else Text(collation="C")
 
-    def index_part(self, column: Any, field: Field) -> Any:
+    def index_expression(self, column: Any, field: Field) -> Any:
         if field.type == "text" and not (field.references and field.enforced):
-            # The server refuses index entries of more than about 2,700 bytes.
+            # The server rejects index entries of more than about 2,700 bytes.
             column = func.left(column, SHORT)
         return column.nulls_first()
 
-    async def owned_by_others(
+    async def untrusted_owners(
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
-        rows = await self.rows(driver, _OTHERS, (list(tables), list(declared)))
+        rows = await self.rows(driver, _UNTRUSTED_OWNERS, (list(tables), list(declared)))
         return {str(table): str(owner) for table, owner in rows}
 
-    async def found_tables(self, driver: Any) -> list[str]:
+    async def reflect_tables(self, driver: Any) -> list[str]:
         return [each[0] for each in await self.rows(driver, _TABLES, ())]
 
     async def reflect_columns(
         self, driver: Any, tables: Sequence[str]
     ) -> dict[str, dict[str, str]]:
         rows = await self.rows(driver, _COLUMNS, (list(tables),))
-        found: dict[str, dict[str, str]] = {}
-        for table, column, kind in rows:
-            found.setdefault(table, {})[column] = kind
-        return found
+        columns: dict[str, dict[str, str]] = {}
+        for table, column, type_ in rows:
+            columns.setdefault(table, {})[column] = type_
+        return columns
 
     async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
         rows = await self.rows(driver, _INDEXES, (list(tables),))
         return dict(cast("Any", rows))
 
-    def same_type(self, found: str, kind: FieldType | Kind) -> bool:
-        return found.split(" PRIMARY")[0].split(" NOT")[0] == _TYPES.get(kind, "text COLLATE C")
+    def same_type(self, existing: str, kind: FieldType | Kind) -> bool:
+        return existing.split(" PRIMARY")[0].split(" NOT")[0] == _COLUMN_TYPES.get(
+            kind, "text COLLATE C"
+        )
 
     async def begin_ddl(self, driver: Any) -> Any:
-        # Read committed: behind the lock it must see what the one before has made.
-        handle = await self._begun(driver, isolation="read_committed")
+        # Read committed, so that it sees after the lock what the previous holder of the lock created.
+        handle = await self._begin(driver, isolation="read_committed")
         try:
             await self.rows(
                 driver, "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (_SCHEMA_LOCK,)
@@ -709,10 +718,12 @@ class PostgreSQL(Dialect):
             raise
         return handle
 
-    def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
-        """The foreign keys, as the switch has them, and what lets a parent find its children.
+    def extra_ddl(
+        self, schema: Schema, metadata: MetaData, existing: Mapping[str, str]
+    ) -> list[str]:
+        """Add or drop the foreign keys, as `enforce_references` demands, and index the references.
 
-        A foreign key is added as not valid: what was broken before stands in nobody's way.
+        A foreign key is added as NOT VALID, so that existing rows without a parent do not prevent it.
         """
         wanted = self._config.enforce_references
         statements: list[str] = []
@@ -722,30 +733,32 @@ class PostgreSQL(Dialect):
                 table, column = quoted(collection.name), quoted(field.name)
                 name = limited(f"{collection.name}-{field.name}-reference")
                 index = limited(f"{collection.name}-{field.name}-children")
-                if wanted and name not in found:
+                if wanted and name not in existing:
                     statements.append(
                         f'ALTER TABLE {table} ADD CONSTRAINT "{name}" FOREIGN KEY ({column}) '
                         f"REFERENCES {quoted(parent.name)} ({quoted(parent.key)}) NOT VALID"
                     )
-                if not wanted and name in found:
+                if not wanted and name in existing:
                     statements.append(f'ALTER TABLE {table} DROP CONSTRAINT "{name}"')
-                leads = any(each.field == field.name for each in collection.indexes)
-                if not leads and index not in found:
+                is_indexed = any(each.field == field.name for each in collection.indexes)
+                if not is_indexed and index not in existing:
                     statements.append(f'CREATE INDEX "{index}" ON {table} ({column})')
         return statements
 
     # -- grammar: writes ---------------------------------------------------------------------
 
     def batches(self, rows: int) -> list[int]:
-        return [min(_MOST_ROWS, rows - n) for n in range(0, rows, _MOST_ROWS)]
+        return [min(_MAX_ROWS, rows - n) for n in range(0, rows, _MAX_ROWS)]
 
     def statement_variant(self, rows: int) -> int:
         return 0
 
     def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
-        arrays = [f"${n}::text::{_ARRAYS.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)]
+        arrays = [
+            f"${n}::text::{_ELEMENT_TYPES.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)
+        ]
         columns = [f"c{n}" for n in range(len(kinds))]
-        # Of one argument, the name alone would be looked up along the search_path.
+        # The unqualified name with one argument would be looked up along the search_path.
         name = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
         return f"{name}({', '.join(arrays)}) AS i ({', '.join(columns)})"
 
@@ -755,7 +768,7 @@ class PostgreSQL(Dialect):
         return list(map(array_text, columns))
 
     def cast_input(self, column: str, kind: Kind) -> str:
-        return f"{column}{_CASTS.get(kind, '')}"
+        return f"{column}{_INPUT_CASTS.get(kind, '')}"
 
     def json_merge(self, column: str, sets: str, removes: str) -> str:
         return (
@@ -779,7 +792,7 @@ class PostgreSQL(Dialect):
         return f"{column}::text" if kind in ("number", "json") else column
 
     def parameter(self, number: int, kind: Kind) -> str:
-        return f"${number}{_PARAMETERS.get(kind, '::text')}"
+        return f"${number}{_PARAMETER_CASTS.get(kind, '::text')}"
 
     def argument(self, value: Any, kind: Kind) -> object:
         if kind == "number":
@@ -790,13 +803,13 @@ class PostgreSQL(Dialect):
 
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
         if kind in ("number", "json"):
-            texts = [self.argument(each, kind) for each in values]
-            array = f"{args.add(texts, 'list')}{_CASTS[kind]}[]"
+            encoded = [self.argument(each, kind) for each in values]
+            array = f"{args.add(encoded, 'list')}{_INPUT_CASTS[kind]}[]"
         else:
             array = args.add(list(values), "list")
-            array += f"::{_ARRAYS[kind]}[]" if kind in _ARRAYS else ""
-        if len(values) > _MANY:
-            # ANY would compare them one by one, for each row; these are hashed once.
+            array += f"::{_ELEMENT_TYPES[kind]}[]" if kind in _ELEMENT_TYPES else ""
+        if len(values) > _MAX_ANY_VALUES:
+            # ANY would compare the values one by one for each row; a subquery is hashed once.
             return f"{expression} IN (SELECT unnest({array}))"
         return f"{expression} = ANY({array})"
 
@@ -809,67 +822,67 @@ class PostgreSQL(Dialect):
     def has_overflow(self, name: str) -> str:
         return f"coalesce(t.{SIDE} ? '{name}'::text, false)"
 
-    def has_text(self, expression: str, part: str) -> str:
+    def contains_string(self, expression: str, part: str) -> str:
         return f'strpos({expression} COLLATE "C", {part}) > 0'
 
     def ordered(self, part: SortPart, *, descending: bool) -> str:
-        way = " DESC NULLS LAST" if descending else " ASC NULLS FIRST"
-        null = f", {part.null}{way}" if part.null is not None else ""
-        return f"{part.sql}{way if part.nullable else way[:5]}{null}"
+        direction = " DESC NULLS LAST" if descending else " ASC NULLS FIRST"
+        null = f", {part.null}{direction}" if part.null is not None else ""
+        return f"{part.sql}{direction if part.nullable else direction[:5]}{null}"
 
     def json_test(
         self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
     ) -> tuple[str, bool]:
-        nothing = (op == "in" and not value) or (op in _SIGNS and value is None)
+        nothing = (op == "in" and not value) or (op in _OPERATORS and value is None)
         if nothing or (op == "between" and None in cast("list[Value]", value)):
             return "FALSE", True
-        place = _place(base, steps, args)
+        target = _json_at(base, steps, args)
         if op == "exists":
-            return f"{place} IS {'NOT ' if value else ''}NULL", True
+            return f"{target} IS {'NOT ' if value else ''}NULL", True
         if op == "eq":
-            return f"{place} = {args.add(value, 'json')}", True
+            return f"{target} = {args.add(value, 'json')}", True
         if op == "in":
-            return self.one_of(place, cast("list[Value]", value), "json", args), True
+            return self.one_of(target, cast("list[Value]", value), "json", args), True
         if op == "between":
             low, high = cast("list[Value]", value)
-            one, exact_one = self._compared(place, "gte", low, args)
-            two, exact_two = self._compared(place, "lte", high, args)
+            one, exact_one = self._compared(target, "gte", low, args)
+            two, exact_two = self._compared(target, "lte", high, args)
             return f"({one} AND {two})", exact_one and exact_two
         if op == "contains":
-            return self._contains(place, value, args), True
+            return self._contains(target, value, args), True
         if op == "begins_with":
-            begins = f"starts_with({place} #>> '{{}}'::text[], {args.add(value, 'text')})"
-            return f"({_is(place, 'string')} AND {begins})", True
-        return self._compared(place, op, value, args)
+            begins = f"starts_with({target} #>> '{{}}'::text[], {args.add(value, 'text')})"
+            return f"({_has_type(target, 'string')} AND {begins})", True
+        return self._compared(target, op, value, args)
 
-    def _compared(self, place: str, op: str, value: Value, args: Arguments) -> tuple[str, bool]:
-        sign = _SIGNS[op]
+    def _compared(self, target: str, op: str, value: Value, args: Arguments) -> tuple[str, bool]:
+        sign = _OPERATORS[op]
         if isinstance(value, list | dict):
-            # JSONB has an order of these, but it is not ours.
-            return _is(place, "array" if isinstance(value, list) else "object"), False
+            # JSONB orders arrays and objects differently from the store.
+            return _has_type(target, "array" if isinstance(value, list) else "object"), False
         kind = _JSON_TYPES[type(value)]
         if isinstance(value, str):
-            test = f"(({place} #>> '{{}}'::text[]) COLLATE \"C\") {sign} {args.add(value, 'text')}"
+            test = f"(({target} #>> '{{}}'::text[]) COLLATE \"C\") {sign} {args.add(value, 'text')}"
         else:
-            test = f"{place} {sign} {args.add(value, 'json')}"
-        return f"({_is(place, kind)} AND {test})", True
+            test = f"{target} {sign} {args.add(value, 'json')}"
+        return f"({_has_type(target, kind)} AND {test})", True
 
-    def _contains(self, place: str, value: Value, args: Arguments) -> str:
-        array = f"CASE WHEN {_is(place, 'array')} THEN {place} ELSE '[]'::jsonb END"
+    def _contains(self, target: str, value: Value, args: Arguments) -> str:
+        array = f"CASE WHEN {_has_type(target, 'array')} THEN {target} ELSE '[]'::jsonb END"
         element = args.add(value, "json")
         test = (
             f"EXISTS (SELECT 1 FROM jsonb_array_elements({array}) AS e (v) WHERE e.v = {element})"
         )
         if not isinstance(value, str):
             return test
-        text = self.has_text(f"({place} #>> '{{}}'::text[])", args.add(value, "text"))
-        return f"({test} OR ({_is(place, 'string')} AND {text}))"
+        text = self.contains_string(f"({target} #>> '{{}}'::text[])", args.add(value, "text"))
+        return f"({test} OR ({_has_type(target, 'string')} AND {text}))"
 
     def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        return None  # its order of lists and maps is another, and its texts go by the locale
+        return None  # JSONB orders arrays and objects differently, and strings by locale
 
     def order_argument(self, value: Value) -> object:
-        raise AssertionError("nothing sorts by JSON here")
+        raise AssertionError("queries on PostgreSQL are not sorted by JSON in SQL")
 
     # -- the rest ----------------------------------------------------------------------------
 
@@ -881,17 +894,17 @@ class PostgreSQL(Dialect):
         indexes: Mapping[str, Index],
         comparisons: int,
     ) -> QueryPlan:
-        [found] = await self._row(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
-        nodes = _nodes(found[0]["Plan"])  # SQLAlchemy has taught the driver to decode JSON
-        own = [each for each in nodes if each.get("Alias") == "t" or "Index Name" in each]
-        names = [str(each["Index Name"]) for each in own if "Index Cond" in each]
+        [plans] = await self._row(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
+        nodes = _nodes(plans[0]["Plan"])  # SQLAlchemy makes the driver decode JSON
+        scans = [each for each in nodes if each.get("Alias") == "t" or "Index Name" in each]
+        names = [str(each["Index Name"]) for each in scans if "Index Cond" in each]
         index = next((indexes[each] for each in names if each in indexes), None)
         return QueryPlan(
             access="index" if index is not None else "key" if names else "scan",
             index=None if index is None else index.name,
-            residual=any("Filter" in each for each in own),
+            residual=any("Filter" in each for each in scans),
             sorted_here=any("Sort" in str(each["Node Type"]) for each in nodes),
-            detail=" < ".join(_said(each) for each in nodes),
+            detail=" < ".join(_described(each) for each in nodes),
         )
 
     async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]:
@@ -899,7 +912,7 @@ class PostgreSQL(Dialect):
         sizes = await self.rows(driver, _SIZES, (list(tables),))
         problems: list[Value] = []
         if recovering:
-            problems.append("the server is a standby and takes no writes")
+            problems.append("the server is a standby and accepts no writes")
         if used >= most * 0.9:
             problems.append(f"{used} of the server's {most} connections are in use")
         return {
@@ -920,7 +933,7 @@ class PostgreSQL(Dialect):
         return sql
 
 
-# `DISCARD ALL`, but for the prepared statements that the driver relies on.
+# As `DISCARD ALL`, but without deallocating the prepared statements of the driver.
 _RESET: Final = """
 CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;
 SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;
@@ -931,7 +944,7 @@ DO $$DECLARE prepared text; BEGIN
 END$$
 """
 
-# Not by a cast to regnamespace, which would parse a name that needs quotes.
+# A cast to regnamespace would parse the name, and fail for a name that needs quotes.
 _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = current_schema())"
 
 _TABLES: Final = f"""
@@ -939,8 +952,8 @@ SELECT relname::text FROM pg_catalog.pg_class
 WHERE relnamespace = {_SCHEMA} AND relkind IN ('r', 'p') ORDER BY 1
 """
 
-# Another role may have put functions and operators into the schema, and one that fits the types of
-# its arguments better than that of pg_catalog would be taken. So no argument is left to be converted.
+# Another role may have created functions and operators in the schema. The server would prefer one that
+# matches the types of the arguments better than that of pg_catalog. So no argument needs a conversion.
 _COLUMNS: Final = f"""
 SELECT c.relname::text, a.attname::text,
     pg_catalog.concat(pg_catalog.format_type(a.atttypid, a.atttypmod),
@@ -956,7 +969,7 @@ WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p')
     AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
 """
 
-_OTHERS: Final = f"""
+_UNTRUSTED_OWNERS: Final = f"""
 SELECT c.relname::text, r.rolname::text FROM pg_class AS c
 JOIN pg_roles AS r ON r.oid = c.relowner
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -1003,14 +1016,14 @@ FROM pg_control_system()
 """
 
 
-class _Kind(NamedTuple):
-    """What a server is at the moment."""
+class _ServerRole(NamedTuple):
+    """The current role of a server."""
 
     is_standby: bool
     is_read_only: bool
 
-    def fits(self, wanted: str) -> bool:
-        """Whether it is what `target_session_attrs` asks for."""
+    def matches(self, wanted: str) -> bool:
+        """Whether it matches a value of `target_session_attrs`."""
         kinds = {
             "any": True,
             "read-write": not self.is_read_only,
@@ -1023,10 +1036,10 @@ class _Kind(NamedTuple):
     def __str__(self) -> str:
         if self.is_standby:
             return "a standby"
-        return "read-only" if self.is_read_only else "a primary that takes writes"
+        return "read-only" if self.is_read_only else "a primary that accepts writes"
 
 
-async def _kind_of_server(driver: Any) -> _Kind:
+async def _server_role(driver: Any) -> _ServerRole:
     standby = _setting(driver, "in_hot_standby")
     read_only = _setting(driver, "default_transaction_read_only")
     if standby is None or read_only is None:  # before PostgreSQL 14, and behind pgbouncer
@@ -1034,7 +1047,7 @@ async def _kind_of_server(driver: Any) -> _Kind:
             "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')"
         )
         standby = "on" if is_standby else "off"
-    return _Kind(standby == "on", "on" in (standby, read_only))
+    return _ServerRole(standby == "on", "on" in (standby, read_only))
 
 
 def _setting(driver: Any, name: str) -> str | None:
@@ -1045,24 +1058,28 @@ def _setting(driver: Any, name: str) -> str | None:
 def _is_closed(exc: Exception) -> bool:
     """Whether the driver refused to send anything because the connection is closed.
 
-    It says so in two places, and has no class for it; SQLAlchemy looks at the text, too.
+    The driver has no error class for this, and raises it in two places; SQLAlchemy also checks the
+    message.
     """
     return isinstance(exc, asyncpg.InterfaceError) and str(exc).endswith("connection is closed")
 
 
-def _is_objection(exc: Exception) -> bool:
-    """Whether the driver itself refused what it was to send; for arguments it takes an error of the
-    server's, which the server would give a severity."""
+def _is_rejected_by_driver(exc: Exception) -> bool:
+    """Whether the driver itself rejected a statement or its arguments.
+
+    For invalid arguments it raises an exception class of the server's errors, but without the
+    severity that the server always sends.
+    """
     if isinstance(exc, asyncpg.DataError):
         return exc.severity is None
     return isinstance(exc, asyncpg.InterfaceError)
 
 
-def _objection(exc: Exception) -> str:
-    """What the driver objects to, without the argument itself, which its own text shows."""
-    found = re.match(r"invalid input for query argument (\$[0-9]+)", str(exc))
-    if found is not None:
-        return f"the argument for {found[1]} is of another type than the statement takes"
+def _rejection(exc: Exception) -> str:
+    """The reason why the driver rejected a statement, without the argument that its message contains."""
+    match = re.match(r"invalid input for query argument (\$[0-9]+)", str(exc))
+    if match is not None:
+        return f"the argument for {match[1]} does not have the type that the statement requires"
     return str(exc).partition("\n")[0]
 
 
@@ -1074,31 +1091,31 @@ def _provider(name: str) -> PasswordProvider | None:
         return cast("PasswordProvider", getattr(import_module(module), attribute))
     except (ImportError, AttributeError, ValueError) as exc:
         raise ConfigurationError(
-            f"login_provider: {name!r} is no module:function that can be imported"
+            f"login_provider: {name!r} is not a module:function that can be imported"
         ) from exc
 
 
-def _place(base: str, steps: Sequence[str | int], args: Arguments) -> str:
-    """The JSON at a place below a column, NULL where there is none."""
+def _json_at(base: str, steps: Sequence[str | int], args: Arguments) -> str:
+    """The expression for the JSON at a path in a column; NULL if there is no value."""
     if not steps:
         return base
-    if len(steps) > _ARROWS or not all(isinstance(each, str) for each in steps):
-        # Strict, so that a lone text or number is no list of one; what does not fit gives NULL.
+    if len(steps) > _MAX_ARROWS or not all(isinstance(each, str) for each in steps):
+        # Strict, so that a single string or number is not treated as an array; a mismatch returns NULL.
         path = args.add("strict $" + "".join(map(_accessor, steps)), "path")
         return f"jsonb_path_query_first({base}, {path}, '{{}}', true)"
-    place = base
+    target = base
     for each in steps:
-        # An arrow with a text steps into maps alone.
-        place = f"({place} -> {args.add(each, 'text')})"
-    return place
+        # The operator -> with a string selects members of objects only.
+        target = f"({target} -> {args.add(each, 'text')})"
+    return target
 
 
 def _accessor(step: str | int) -> str:
     return f"[{step}]" if isinstance(step, int) else f".{encode_json(step).decode()}"
 
 
-def _is(place: str, kind: str) -> str:
-    return f"jsonb_typeof({place}) = '{kind}'"
+def _has_type(target: str, kind: str) -> str:
+    return f"jsonb_typeof({target}) = '{kind}'"
 
 
 def _nodes(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -1109,7 +1126,7 @@ def _nodes(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return nodes
 
 
-def _said(node: Mapping[str, Any]) -> str:
+def _described(node: Mapping[str, Any]) -> str:
     names = ("Index Name", "Relation Name", "Index Cond", "Filter", "Sort Key")
     more = (f"{name.lower()} {node[name]}" for name in names if name in node)
     return ", ".join((str(node["Node Type"]), *more))

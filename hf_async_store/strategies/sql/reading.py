@@ -1,4 +1,5 @@
-"""Queries on a connection: the rows of a SELECT as records, and what the SELECT could not do."""
+"""Queries on a connection: reads the rows of a SELECT as records, and filters and sorts in Python what
+SQL could not."""
 
 from __future__ import annotations
 
@@ -19,37 +20,38 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
 
 _CHUNK_SIZE: Final = 256
-"""How many rows are decoded before the loop gets a turn."""
+"""How many rows are decoded per iteration of the event loop."""
 
-_SMALL: Final = 512
-"""Up to this limit rows come in one answer, without a cursor."""
+_SMALL_LIMIT: Final = 512
+"""Queries with at most this limit read all rows at once, without a cursor."""
 
-_MOST_IDS: Final = 1024
+_MAX_IDS: Final = 1024
+"""The maximum number of ids in one statement."""
 
 
 async def fetch(
     lease: LeasedConnection, tables: Mapping[str, TableMapping], keys: Sequence[Key]
 ) -> list[Record | None]:
-    """The records of `keys`, in their order; none of a collection that has no table."""
+    """The records of `keys`, in their order. A key whose collection has no table is absent."""
     by_collection: dict[str, dict[str, Sequence[object]]] = {}
     for key in keys:
         by_collection.setdefault(key.collection, {})[key.id] = ()
-    for name, found in by_collection.items():
-        ids = list(found)
-        found.clear()
+    for name, rows in by_collection.items():
+        ids = list(rows)
+        rows.clear()
         if name not in tables:
             continue
         table = tables[name]
-        for start in range(0, len(ids), _MOST_IDS):
-            piece = ids[start : start + _MOST_IDS]
-            sql = table.fetch_many if len(piece) > 1 else table.fetch_one
-            args = (table.dialect.argument(piece, "list"),) if len(piece) > 1 else piece
+        for start in range(0, len(ids), _MAX_IDS):
+            chunk = ids[start : start + _MAX_IDS]
+            sql = table.fetch_many if len(chunk) > 1 else table.fetch_one
+            args = (table.dialect.argument(chunk, "list"),) if len(chunk) > 1 else chunk
             for row in await lease.rows(sql, args):
-                found[row[0]] = row
+                rows[row[0]] = row
     records: list[Record | None] = []
     for key in keys:
-        found_row = by_collection[key.collection].get(key.id)
-        entity = None if found_row is None else tables[key.collection].entity(found_row)
+        stored = by_collection[key.collection].get(key.id)
+        entity = None if stored is None else tables[key.collection].entity(stored)
         records.append(None if entity is None else Record(key, entity))
     return records
 
@@ -57,20 +59,20 @@ async def fetch(
 async def records(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[Record, None]:
-    """The records that match, in the query's order."""
+    """The records that match a query, in its order."""
     if query.limit == 0:
         return
     compiled = compile_query(table, query)
     collection = query.collection
-    async with Owned(_entities(lease, table, query, compiled)) as pieces:
+    async with Owned(_entities(lease, table, query, compiled)) as batches:
         if compiled.sorted_here:
-            async with Owned(ordered(pieces, query)) as rows:
+            async with Owned(ordered(batches, query)) as rows:
                 async for entity_id, entity in rows:
                     yield Record(Key(collection, entity_id), entity)
             return
         count = 0
-        async for piece in pieces:
-            for entity_id, entity in piece:
+        async for batch in batches:
+            for entity_id, entity in batch:
                 yield Record(Key(collection, entity_id), entity)
                 count += 1
                 if count == query.limit:
@@ -80,42 +82,45 @@ async def records(
 async def iter_batches(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[list[Entity], None]:
-    """The entities that `records` gives, in batches."""
+    """The entities of `records`, in batches."""
     compiled = compile_query(table, query)
     if query.limit is not None or compiled.sorted_here:
-        async with Owned(batched(records(lease, table, query))) as found:
-            async for each in found:
+        async with Owned(batched(records(lease, table, query))) as batches:
+            async for each in batches:
                 yield each
         return
-    async with Owned(_entities(lease, table, query, compiled)) as rows:
-        async for piece in rows:
-            if piece:
-                yield [entity for _, entity in piece]
+    async with Owned(_entities(lease, table, query, compiled)) as batches:
+        async for batch in batches:
+            if batch:
+                yield [entity for _, entity in batch]
 
 
 async def iter_json(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[list[bytes], None]:
-    """The canonical JSON of the entities that `records` gives, in batches."""
+    """The canonical JSON of the entities of `records`, in batches."""
     compiled = compile_query(table, query, table.text_selected)
     if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
-        async with Owned(_rows(lease, table, compiled)) as found:
-            async for rows in found:
+        async with Owned(_rows(lease, table, compiled)) as batches:
+            async for rows in batches:
                 for start in range(0, len(rows), _CHUNK_SIZE):
                     yield table.texts(rows[start : start + _CHUNK_SIZE])
                     await asyncio.sleep(0)
         return
     async with Owned(iter_batches(lease, table, query)) as entities:
-        async for piece in entities:
-            yield list(map(canonical, piece))
+        async for batch in entities:
+            yield list(map(canonical, batch))
 
 
 def may_be_small(query: Query) -> bool:
-    return query.limit is not None and query.limit <= _SMALL
+    return query.limit is not None and query.limit <= _SMALL_LIMIT
 
 
 async def small(lease: LeasedConnection, table: TableMapping, query: Query) -> list[Record] | None:
-    """The records of a query with a small limit, in one statement; None where it takes more."""
+    """The records of a query with a small limit, read at once.
+
+    Returns None if the limit is not small, or if rows must be filtered or sorted in Python.
+    """
     if not may_be_small(query):
         return None
     compiled = compile_query(table, query)
@@ -124,7 +129,7 @@ async def small(lease: LeasedConnection, table: TableMapping, query: Query) -> l
     try:
         rows = await lease.rows(compiled.sql, compiled.args)
     except ProtocolError as exc:
-        await _find_damage(lease, table, exc)
+        await _raise_if_damaged(lease, table, exc)
         raise
     return [
         Record(Key(query.collection, cast("str", row[0])), table.entity(row, compiled.names))
@@ -133,16 +138,16 @@ async def small(lease: LeasedConnection, table: TableMapping, query: Query) -> l
 
 
 async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> int:
-    """How many records match."""
+    """The number of records that match a query."""
     compiled = compile_count(table, query)
     if compiled is not None:
         try:
             rows = await lease.rows(compiled.sql, compiled.args)
         except ProtocolError as exc:
-            await _find_damage(lease, table, exc)
+            await _raise_if_damaged(lease, table, exc)
             raise
         if len(rows) != 1:
-            raise ProtocolError(f"cannot count: {len(rows)} rows came for one")
+            raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
         return cast("int", rows[0][0])
     number = 0
     async with Owned(records(lease, table, query)) as found:
@@ -154,10 +159,10 @@ async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> i
 async def _entities(
     lease: LeasedConnection, table: TableMapping, query: Query, compiled: Compiled
 ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
-    """The entities of a SELECT that pass the conditions that SQL could not test, in batches."""
+    """In batches, the entities of a SELECT that pass the conditions that SQL could not test, with ids."""
     key = table.collection.key
-    async with Owned(_rows(lease, table, compiled)) as pieces:
-        async for rows in pieces:
+    async with Owned(_rows(lease, table, compiled)) as batches:
+        async for rows in batches:
             for start in range(0, len(rows), _CHUNK_SIZE):
                 entities = [
                     table.entity(row, compiled.names) for row in rows[start : start + _CHUNK_SIZE]
@@ -172,21 +177,23 @@ async def _rows(
     lease: LeasedConnection, table: TableMapping, compiled: Compiled
 ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
     try:
-        async with Owned(lease.fetch_batches(compiled.sql, compiled.args)) as pieces:
-            async for each in pieces:
+        async with Owned(lease.fetch_batches(compiled.sql, compiled.args)) as batches:
+            async for each in batches:
                 yield each
     except ProtocolError as exc:
-        await _find_damage(lease, table, exc)
+        await _raise_if_damaged(lease, table, exc)
         raise
 
 
-async def _find_damage(lease: LeasedConnection, table: TableMapping, exc: ProtocolError) -> None:
-    """Name the row that a query failed on, if it is one that another program damaged.
+async def _raise_if_damaged(
+    lease: LeasedConnection, table: TableMapping, exc: ProtocolError
+) -> None:
+    """Find the row that made a query fail, if another program damaged one.
 
     The message of the engine ("malformed JSON") names neither table nor row.
 
     Raises:
-        CorruptionError: with the row.
+        CorruptionError: names the table and the row.
     """
     start = 0
     while True:
@@ -196,7 +203,7 @@ async def _find_damage(lease: LeasedConnection, table: TableMapping, exc: Protoc
                 f"ORDER BY t.{table.key} LIMIT {_CHUNK_SIZE} OFFSET {start}"
             )
         except StorageError:
-            return  # the query failed for another reason, which is raised
+            return  # the query failed for another reason; the caller raises the original error
         for row in rows:
             try:
                 table.entity(row)

@@ -1,11 +1,12 @@
-"""The storage form: how an entity lies in the row of a table, and how it comes back.
+"""The storage format: converts entities to rows of a table, and rows to entities.
 
-* Declared fields are columns of their own names, NULL where they are missing; json ones hold JSON.
-* `doc` holds all other fields as one JSON map, NULL if there are none.
-* `version` is the store's.
-* `_side` holds, by field name, what its column cannot: null for an explicit null (so that it stays
-  apart from missing), or the exact JSON text of a value that the engine would change. NULL if there
-  is nothing to say.
+* Each declared field has a column of the same name, NULL if the field is missing. A json field is
+  stored as JSON.
+* `doc` contains all other fields as one JSON object; NULL if there are none.
+* `version` is the version that the store assigns.
+* `_side` contains, by field name, what the column of a field cannot store: null for an explicit null
+  (to distinguish it from a missing field), or the exact JSON of a value that the engine would
+  change. NULL if there is neither.
 """
 
 from __future__ import annotations
@@ -32,52 +33,54 @@ DOC: Final = "doc"
 SIDE: Final = "_side"
 
 Kind: TypeAlias = str
-"""What a column holds: a field type, or "bigint", for what is the store's own."""
+"""The type of a column: a field type, or "bigint" for an integer of the store itself."""
 
-# Columns that PostgreSQL has in every table, and names that SQLite keeps for itself.
+# The system columns of every table in PostgreSQL.
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 
 _MOST_NULLS: Final = 256
 _NULL: Final = msgspec.Raw(b"null")
-"""A null that is there."""
+"""An explicit null."""
 
 _USUAL: Final = frozenset({str, int, bool, NoneType})
-"""The types of what most columns give."""
+"""The Python types that most columns return."""
 
 _DAMAGED: Final = (ValueError, TypeError, RecursionError)
-"""What reading a row ends in that holds something else than it should."""
+"""The exceptions that decoding a damaged row can raise."""
 
 encode_json: Final = msgspec.json.encode
 decode_json: Final = msgspec.json.decode
 
 
 def sql_name(name: str) -> str:
-    """The name of a declared field or collection in SQL. Ours begin with `_`, theirs never do."""
+    """The name of a declared field or collection in SQL.
+
+    Reserved names get the prefix `_`, with which no declared name begins.
+    """
     return f"_{name}" if name in _TAKEN or name.startswith("sqlite_") else name
 
 
 def declared_name(name: str) -> str:
-    """The name that `sql_name` was given."""
+    """The inverse of `sql_name`."""
     return name.removeprefix("_") if sql_name(name.removeprefix("_")) == name else name
 
 
 def quoted(name: str) -> str:
-    """A declared name as an SQL identifier; those match `[a-z][a-z0-9_]*`."""
+    """A declared name, which matches `[a-z][a-z0-9_]*`, as a quoted SQL identifier."""
     return f'"{sql_name(name)}"'
 
 
 def limited(name: str) -> str:
-    """A name that PostgreSQL does not cut off, at 63 bytes."""
+    """A name of at most 63 bytes, because PostgreSQL truncates longer ones."""
     if len(name) <= 63:
         return name
     return f"{name[:50]}~{blake2b(name.encode(), digest_size=6).hexdigest()}"
 
 
 def with_columns(collection: Collection, columns: Iterable[str]) -> Collection:
-    """A collection whose table has these columns only, for reading.
+    """A copy of a collection, for reading, without the fields whose column does not exist.
 
-    A field that has no column yet is found in the document, where it was stored before it was
-    declared.
+    Such a field was declared later, and is read from the document, in which it was stored before.
     """
     there = set(columns)
     found = copy(collection)
@@ -89,13 +92,14 @@ def with_columns(collection: Collection, columns: Iterable[str]) -> Collection:
 
 
 class Patched(msgspec.Struct, frozen=True):
-    """The fields of an update in storage form.
+    """The fields of an update in the storage format.
 
     Attributes:
-        values: by declared field, what its column shall hold.
-        sets, removes: JSON: the map of the other fields that are set, the list of those removed.
+        values: by declared field, the new value of its column.
+        sets, removes: the other fields: JSON of the dict of those to set, and of the list of names
+            to remove.
         side_sets, side_removes: the same for `_side`.
-        weight: a bound of what the update adds to the weight of the entity.
+        weight: an upper bound for what the update adds to the size of the entity.
     """
 
     values: dict[str, object]
@@ -110,13 +114,14 @@ class TableMapping:
     """The table of a collection.
 
     Attributes:
-        name: quoted.
-        key: the key column, quoted.
-        columns: those of the declared fields, quoted, the key first.
-        kinds: what they hold.
-        fetch_one, fetch_many: what reads whole rows by an id, and by a list of ids.
-        versions, count: what tells the versions of a list of ids, and how many of them are there.
-        whole: the text columns, as a SELECT names them, that an index holds whole.
+        name: of the table, quoted.
+        key: the name of the key column, quoted.
+        columns: the names of the columns of declared fields, quoted, the key first.
+        kinds: the types of these columns.
+        fetch_one, fetch_many: the SQL that reads whole rows by an id, and by a list of ids.
+        versions, count: the SQL that reads the versions for a list of ids, and that counts how many
+            of the ids exist.
+        whole: the text columns, with the prefix `t.`, whose whole value an index contains.
     """
 
     def __init__(self, collection: Collection, dialect: Dialect) -> None:
@@ -151,14 +156,14 @@ class TableMapping:
             (self._text_places[name], convert) for name, convert in self._loaded
         )
         self._text_nulls: dict[str, tuple[int, ...]] = {}
-        # A name whose value is None is left out of the text, and so are doc and side.
+        # A field whose value is None is omitted from the JSON, and so are doc and side.
         self._text_form = msgspec.defstruct(
             "Row",
             [(name, object, None) for name in (*self._text_names, DOC, SIDE)],
             omit_defaults=True,
             gc=False,
         )
-        # Its names are in order; only in what is JSON itself there are more.
+        # Its names are sorted. Only a json field can contain further names, which `canonical` sorts.
         self._text_encode = canonical if "json" in self.kinds else encode_json
         columns = [
             dialect.read(f"t.{quoted(each)}", collection.fields[each].type)
@@ -176,18 +181,18 @@ class TableMapping:
         self.count = f"SELECT count(*) FROM {self.name} AS t WHERE {listed}"
 
     def selection(self, fields: Iterable[Field], *, doc: bool) -> str:
-        """What a SELECT names so that `entity` can read its rows."""
+        """The list of expressions that a SELECT must read for `entity`."""
         parts = [self.dialect.read(f"t.{quoted(each.name)}", each.type) for each in fields]
         parts.append(self.dialect.read(f"t.{DOC}", "json") if doc else "NULL")
         parts.append(self.dialect.read(f"t.{SIDE}", "json"))
         return ", ".join([*parts, f"t.{VERSION}"])
 
-    # -- there -------------------------------------------------------------------------------
+    # -- entities to rows --------------------------------------------------------------------
 
     def row(self, entity: Entity) -> list[object]:
-        """An entity without version in storage form: its columns, `doc`, `_side`."""
-        # Every write goes through here, so most of it is left to C: all columns at once, then those
-        # that are not as they are given.
+        """An entity without its version in the storage format: its columns, `doc`, `_side`."""
+        # Every write calls this, so most of the work is done by functions in C: all columns are copied
+        # at once, and then only those whose values need a conversion are changed.
         whole = {**self._blank, **entity}
         row: list[object] = list(self._columns_of(whole))
         side: dict[str, str | None] = {}
@@ -212,10 +217,10 @@ class TableMapping:
     def columns_of(
         self, entities: Sequence[Entity], created: Sequence[str] | None
     ) -> list[Sequence[object]] | None:
-        """The columns of `row` of each; None where they are too different to be made as such.
+        """The result of `row` for each entity, by column; None if the entities have too different fields.
 
         Args:
-            created: `created_at` of each, where they do not bring it.
+            created: the `created_at` of each entity, if the entities do not contain it.
         """
         groups = group_by_keys(entities)
         if groups is None or any((CREATED_AT in names) != (created is None) for names in groups):
@@ -235,11 +240,11 @@ class TableMapping:
         return list(zip(*rows, strict=True))
 
     def _columns(self, given: Mapping[str, Sequence[Value]], count: int) -> list[Sequence[object]]:
-        """Those of entities that have the same fields, given by name."""
+        """The columns of entities that have the same fields; `given` contains their values by field."""
         nothing: Sequence[object] = (None,) * count
         columns: list[Sequence[object]] = []
-        odd: dict[int, dict[str, str | None]] = {}  # by place: what belongs into `_side`
-        null: list[str] = []  # what is null in all of them
+        odd: dict[int, dict[str, str | None]] = {}  # by position: the content of `_side`
+        null: list[str] = []  # the fields that are null in all entities
         for name, convert in self._stored:
             column = given.get(name)
             if column is None:
@@ -283,7 +288,7 @@ class TableMapping:
         return text
 
     def patched(self, fields: Mapping[str, Value | Removed]) -> Patched:
-        """The fields of an update in storage form."""
+        """The fields of an update in the storage format."""
         declared = self.collection.fields
         values: dict[str, object] = {}
         sets: Entity = {}
@@ -337,16 +342,16 @@ class TableMapping:
                     side[name] = encode_json(value).decode()
         return text
 
-    # -- and back ----------------------------------------------------------------------------
+    # -- rows to entities --------------------------------------------------------------------
 
     def entity(self, row: Sequence[object], names: Sequence[str] | None = None) -> Entity:
         """The entity of a row.
 
         Args:
-            names: the declared fields that the row begins with; all without it.
+            names: the declared fields with which the row begins; None: all.
 
         Raises:
-            CorruptionError: the row holds what no entity has.
+            CorruptionError: the row contains something that this store never writes.
         """
         try:
             return self._entity(row, names)
@@ -355,7 +360,7 @@ class TableMapping:
 
     def _damaged(self, entity_id: object, exc: Exception) -> CorruptionError:
         return CorruptionError(
-            f"the table {self.collection.name} holds a row that is no entity, "
+            f"the table {self.collection.name} contains an invalid row, "
             f"{self.collection.key} {entity_id!r}: {exc}. Another program wrote it: correct or "
             "delete it"
         )
@@ -375,14 +380,14 @@ class TableMapping:
     def _complete(
         self, entity: Entity, doc: object, side: object, names: Sequence[str] | None = None
     ) -> None:
-        """Make an entity of what its columns hold."""
+        """Convert the columns of an entity, and add the fields in `doc` and `_side`."""
         for name, convert in self._loaded:
             if name in entity:
                 entity[name] = convert(cast("str", entity[name]))
         if doc is not None:
             others = _map_in(doc, DOC)
             if self.collection.key in others:
-                raise ValueError(f"{DOC} holds {self.collection.key} once more")
+                raise ValueError(f"{DOC} also contains the key {self.collection.key}")
             entity.update(others)
         if side is not None:
             for name, text in _map_in(side, SIDE).items():
@@ -390,10 +395,10 @@ class TableMapping:
                     entity[name] = None if text is None else decode_json(text)
 
     def texts(self, rows: Iterable[Sequence[object]]) -> list[bytes]:
-        """The canonical texts of the entities of rows that a SELECT of `text_selected` gave.
+        """The canonical JSON of the entities in rows that a SELECT of `text_selected` returned.
 
-        Most rows become texts without becoming entities first: their columns lie in the order of
-        the names.
+        The columns are sorted by name, so most rows are encoded without being converted to entities
+        first.
         """
         form, loaded, encode = self._text_form, self._text_loaded, self._text_encode
         nulls = self._text_nulls
@@ -443,32 +448,36 @@ class TableMapping:
         texts = _map_in(side, SIDE)
         for name, text in texts.items():
             if name not in self._text_places:
-                raise ValueError(f"{SIDE} names {name!r}, which has no column")
+                raise ValueError(f"{SIDE} contains {name!r}, which has no column")
             place = self._text_places[name]
             values[place] = _NULL if text is None else decode_json(text)
             places.append(place)
-        # Most say only what is null, and the same as many others.
+        # Most rows have only nulls in `_side`, and many rows have the same.
         if len(self._text_nulls) < _MOST_NULLS and set(texts.values()) == {None}:
             self._text_nulls[side] = tuple(places)
 
 
 def _check_row(row: Sequence[object], entity_id: object, version: object = 0) -> None:
-    """Refuse what another program wrote and no entity has."""
+    """Reject values that this store never writes.
+
+    Raises:
+        ValueError, TypeError: another program wrote the row.
+    """
     if type(entity_id) is not str:
-        raise ValueError("the id is not text")
+        raise ValueError("the id is not a string")
     if type(version) is not int or version < 0:
         raise ValueError(f"version is {version!r}")
     if not _USUAL.issuperset(map(type, row)):
         for each in row:
             if isinstance(each, bytes):
-                raise TypeError("a column holds bytes, or text that is not UTF-8")
+                raise TypeError("a column contains bytes, or a string that is not UTF-8")
             if isinstance(each, float) and not isfinite(each):
-                raise ValueError(f"a column holds {each!r}")
+                raise ValueError(f"a column contains {each!r}")
 
 
 def _map_in(text: object, column: str) -> dict[str, Any]:
-    """What a column of ours holds as JSON."""
+    """The JSON object in `doc` or `_side`."""
     found = decode_json(text) if isinstance(text, str) else None
     if not isinstance(found, dict):
-        raise TypeError(f"{column} holds no map")
+        raise TypeError(f"{column} does not contain a JSON object")
     return found

@@ -1,4 +1,4 @@
-"""A transaction on one connection; it begins with its first method call."""
+"""Readers and sessions on one connection. A transaction begins with the first method call."""
 
 from __future__ import annotations
 
@@ -26,74 +26,74 @@ class SQLReader:
     """Reads on one connection.
 
     Args:
-        lease: None where there is nothing to read from.
-        tables: by collection; those that are there.
+        lease: None if the store does not exist.
+        tables: by collection, the existing tables.
     """
 
     def __init__(self, lease: LeasedConnection | None, tables: Mapping[str, TableMapping]) -> None:
         self._lease = lease
         self._tables = tables
 
-    async def _begun(self) -> LeasedConnection | None:
+    async def _read_lease(self) -> LeasedConnection | None:
         return self._lease
 
-    async def _from(self, query: Query) -> tuple[LeasedConnection, TableMapping] | None:
+    async def _source(self, query: Query) -> tuple[LeasedConnection, TableMapping] | None:
         """The connection and table to read from; None if the table does not exist."""
-        lease = await self._begun()
+        lease = await self._read_lease()
         table = self._tables.get(query.collection)
         return None if lease is None or table is None else (lease, table)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        lease = await self._begun()
+        lease = await self._read_lease()
         if lease is None:
             return [None] * len(keys)
         return await reading.fetch(lease, self._tables, keys)
 
     async def small(self, query: Query) -> list[Record] | None:
-        """The records of a query with a small limit; None where it takes more."""
-        found = await self._from(query)
-        return [] if found is None else await reading.small(*found, query)
+        """See `reading.small`."""
+        source = await self._source(query)
+        return [] if source is None else await reading.small(*source, query)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        found = await self._from(query)
-        if found is None:
+        source = await self._source(query)
+        if source is None:
             return
-        async with Owned(reading.records(*found, query)) as records:
+        async with Owned(reading.records(*source, query)) as records:
             async for each in records:
                 yield each
 
     async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """See `SupportsBatches`."""
-        found = await self._from(query)
-        if found is None:
+        source = await self._source(query)
+        if source is None:
             return
-        async with Owned(reading.iter_batches(*found, query)) as pieces:
-            async for each in pieces:
+        async with Owned(reading.iter_batches(*source, query)) as batches:
+            async for each in batches:
                 yield each
 
     async def iter_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
         """See `SupportsCanonicalJSON`."""
-        found = await self._from(query)
-        if found is None:
+        source = await self._source(query)
+        if source is None:
             return
-        async with Owned(reading.iter_json(*found, query)) as texts:
-            async for each in texts:
+        async with Owned(reading.iter_json(*source, query)) as batches:
+            async for each in batches:
                 yield each
 
     async def count(self, query: Query) -> int:
-        found = await self._from(query)
-        return 0 if found is None else await reading.count(*found, query)
+        source = await self._source(query)
+        return 0 if source is None else await reading.count(*source, query)
 
 
 class SQLSession(SQLReader):
-    """A session of the engine, and its context."""
+    """A session of the engine; the context manager of its transaction."""
 
     def __init__(self, engine: SQLEngine, isolation: Isolation | None) -> None:
         super().__init__(None, engine.tables)
         self._engine = engine
         self._isolation = isolation
         self._stack = AsyncExitStack()
-        self._saw_nothing = False  # it read while there was no store
+        self._read_absent = False  # it read while the store did not exist
 
     async def __aenter__(self) -> SQLSession:
         return self
@@ -106,37 +106,37 @@ class SQLSession(SQLReader):
     ) -> None:
         await self._stack.__aexit__(kind, exc, traceback)
 
-    async def _begun(self) -> LeasedConnection | None:
+    async def _read_lease(self) -> LeasedConnection | None:
         if self._lease is None and await self._engine.is_absent():
-            self._saw_nothing = True
+            self._read_absent = True
             return None
-        return await self._begun_to_write()
+        return await self._write_lease()
 
-    async def _begun_to_write(self) -> LeasedConnection:
+    async def _write_lease(self) -> LeasedConnection:
         if self._lease is None:
             lease = await self._stack.enter_async_context(self._engine.writing())
             await self._stack.enter_async_context(lease.transaction(self._isolation))
-            if self._saw_nothing and not await self._engine.is_empty(lease):
+            if self._read_absent and not await self._engine.is_empty(lease):
                 raise ConcurrencyConflictError(
-                    "another program made the store after this transaction had read that there "
-                    "is none, try again",
+                    "another program created the store after this transaction had read that it does "
+                    "not exist: try again",
                     retryable=True,
                 )
             self._lease = lease
         return self._lease
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        lease = await self._begun_to_write()
+        lease = await self._write_lease()
         return await self._engine.apply(lease, changes)
 
     async def execute(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
     ) -> list[dict[str, Value]]:
         check_statement(sql, params)
-        return await self._engine.execute(await self._begun_to_write(), sql, params)
+        return await self._engine.execute(await self._write_lease(), sql, params)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[SQLSession]:
-        lease = await self._begun_to_write()
+        lease = await self._write_lease()
         async with lease.transaction():
             yield self

@@ -1,4 +1,4 @@
-"""SQLite: a file, one writer at a time, JSON as text."""
+"""The dialect of SQLite: a store in a file, with one writer at a time, and JSON stored as text."""
 
 from __future__ import annotations
 
@@ -48,30 +48,33 @@ from hf_async_store.values import INT_MAX, FieldType, Value
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
 
-_OLDEST: Final = (3, 38, 0)  # has RETURNING, and the arrows of JSON
+_MIN_VERSION: Final = (3, 38, 0)  # has RETURNING and the operators -> and ->>
 _CHUNK_SIZE: Final = 256
-_PIECE_BYTES: Final = 1 << 18
-_MOST_ROWS: Final = 1024
-"""So many rows at most come with one turn of the connection's thread; fewer where they are heavy."""
-_FEW: Final = 16
-_BLOCK: Final = 250
-_IN_BULK: Final = (1000, 250)
-_BLOCKS: Final = (_BLOCK, 50, 10, 1)
-_LOG_PAGES: Final = 1000  # SQLite's own default
-_BULK_LOG_PAGES: Final = 10_000
-_MOST_PARAMETERS: Final = 32_766
-_OTHERS: Final = ("-wal", "-shm")
-_INNER_WAIT_MS: Final = 20
-"""How long SQLite itself waits for a lock before the loop gets a turn, and a cancellation its way."""
+_CHUNK_BYTES: Final = 1 << 18
+_MAX_CHUNK_SIZE: Final = 1024
+"""The maximum number of rows that the thread of a connection fetches at a time; large rows are fetched
+in smaller chunks, of about `_CHUNK_BYTES`."""
 
-_LOOK: Final = "SELECT count(*) FROM sqlite_master"
-"""SQLite opens its files at the first look."""
+_SAMPLE_SIZE: Final = 16
+_BATCH_SIZE: Final = 250
+_BULK_SIZES: Final = (1000, 250)
+_IMPORT_SIZES: Final = (_BATCH_SIZE, 50, 10, 1)
+_WAL_PAGES: Final = 1000  # SQLite's own default
+_IMPORT_WAL_PAGES: Final = 10_000
+_MAX_PARAMETERS: Final = 32_766
+_WAL_SUFFIXES: Final = ("-wal", "-shm")
+_BUSY_TIMEOUT_MS: Final = 20
+"""How long SQLite itself waits for a lock. Then the store tries again, so that a cancellation can take
+effect in between."""
 
-_TRIES: Final = 8
-"""How often a file is opened that is replaced at the same moment."""
+_FIRST_READ: Final = "SELECT count(*) FROM sqlite_master"
+"""SQLite opens its files only when a connection reads for the first time."""
+
+_OPEN_ATTEMPTS: Final = 8
+"""How often opening is tried if the file is replaced at the same time."""
 
 _EXIT_SECONDS: Final = 5.0
-"""How long the end of the process waits for a store that nobody closed."""
+"""How long the exit of the process waits for the connections of stores that were not closed."""
 
 _FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_real": (1, functions.real),
@@ -81,24 +84,24 @@ _FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_key": (1, functions.key),
 }
 
-_MEMBER: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
+_SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _FOR_UPDATE: Final = re.compile(r"(?is)\s+for\s+update\s*;?\s*\Z")
 
 
 def _boolean(value: Any) -> Value:
-    # What is neither was written by another program; it stays what it is.
+    # Another program may have written another value, which is returned unchanged.
     return bool(value) if value in (0, 1) else cast("Value", value)
 
 
 def _json(value: Any) -> Value:
     if not isinstance(value, str):
-        raise TypeError(f"a JSON column holds {value!r}")
+        raise TypeError(f"a JSON column contains {value!r}")
     return cast("Value", decode_json(value))
 
 
 class _Untyped(UserDefinedType[Any]):
-    """A column without affinity: it keeps 1 and 1.0 apart."""
+    """A column without type affinity, which preserves the difference between 1 and 1.0."""
 
     cache_ok = True
 
@@ -107,34 +110,33 @@ class _Untyped(UserDefinedType[Any]):
 
 
 _Identity: TypeAlias = "tuple[int, int]"
-"""Device and inode."""
+"""The device and inode of a file."""
 
 
-class _CursorPayload(NamedTuple):
-    """What a connection has open: under these names it is found again, or something else is.
+class _OpenFiles(NamedTuple):
+    """The files that a connection has open, to detect that a path leads to another file later.
 
     Attributes:
-        file: the database.
-        others: the log and its index, by path; each None where it is not there (yet).
+        database: the database file.
+        wal: the write-ahead log and its index, by path; None for a file that does not exist (yet).
     """
 
-    file: _Identity
-    others: tuple[tuple[Path, _Identity | None], ...]
+    database: _Identity
+    wal: tuple[tuple[Path, _Identity | None], ...]
 
 
 _Job: TypeAlias = "tuple[asyncio.Future[Any] | None, Callable[[], Any]]"
 
 
 class _Connection(aiosqlite.Connection):
-    """A connection whose thread lets the process end, and outlives the loop.
+    """A connection whose thread does not keep the process alive, and works after the loop was closed.
 
     Args:
-        replaced: whether its file was replaced.
+        replaced: returns whether a file of this connection was replaced.
 
     Attributes:
-        place: what it has open; None until that is known.
-        frozen: of a file that nobody can write, opened as one that does not change: what it looked
-            like then.
+        files: the files that it has open; None until they are known.
+        immutable: for a database that was opened with `immutable=1`: the status of the file then.
         lost: it must not be used again.
     """
 
@@ -145,12 +147,12 @@ class _Connection(aiosqlite.Connection):
     ) -> None:
         super().__init__(connector, iter_chunk_size=64)
         self._replaced = replaced
-        self.place: _CursorPayload | None = None
-        self.frozen: os.stat_result | None = None
+        self.files: _OpenFiles | None = None
+        self.immutable: os.stat_result | None = None
         self.lost = False
         jobs = cast("Any", self)._tx
-        self._thread = threading.Thread(target=_serve, args=(jobs,), daemon=True, name="sqlite")
-        _OPEN.add(self)
+        self._thread = threading.Thread(target=_run_jobs, args=(jobs,), daemon=True, name="sqlite")
+        _OPEN_CONNECTIONS.add(self)
 
     @property
     def is_open(self) -> bool:
@@ -166,7 +168,7 @@ class _Connection(aiosqlite.Connection):
 
         def stop() -> object:
             if connection is not None:
-                with suppress(sqlite3.Error):  # it is of no more use in any case
+                with suppress(sqlite3.Error):  # the connection is not used again
                     connection.close()
             return _STOP
 
@@ -177,17 +179,17 @@ class _Connection(aiosqlite.Connection):
         return future
 
     async def close(self) -> None:
-        """Behind whatever its thread still does."""
+        """Close after the jobs that its thread has not completed yet."""
         if self._running:
             stopped = self.stop()
             if stopped is not None:
                 await stopped
 
     def _leave_open(self, connection: sqlite3.Connection) -> None:
-        """Give it up without closing it, until the process ends.
+        """Keep the connection open until the process ends.
 
-        SQLite ends the last connection of a file by removing the log by its name; where another
-        file has taken that name, the log may be in use by others.
+        When SQLite closes the last connection of a file, it deletes the write-ahead log by its path.
+        If another database has replaced the file, its log is at this path, and may be in use.
         """
 
         def wait() -> None:
@@ -200,50 +202,53 @@ class _Connection(aiosqlite.Connection):
 
 
 _STOP: Final = object()
-"""Ends the thread of a connection."""
+"""The result of the job that ends the thread of a connection."""
 
 
-def _serve(jobs: Any) -> None:
-    """What the thread of a connection does: as aiosqlite's own, but the loop may be closed."""
+def _run_jobs(jobs: Any) -> None:
+    """Run the jobs of a connection in its thread.
+
+    In contrast to the function of aiosqlite, it works after the event loop was closed.
+    """
     while True:
         future, work = cast("_Job", jobs.get())
         try:
             result = work()
-        except BaseException as exc:  # noqa: BLE001  # whatever it is, who asked must hear it
-            _answer(future, asyncio.Future.set_exception, exc)
+        except BaseException as exc:  # noqa: BLE001  # the waiting task gets it
+            _resolve(future, asyncio.Future.set_exception, exc)
         else:
-            _answer(future, asyncio.Future.set_result, result)
+            _resolve(future, asyncio.Future.set_result, result)
             if result is _STOP:
                 return
             del result
         del future, work
 
 
-def _answer(
+def _resolve(
     future: asyncio.Future[Any] | None,
-    how: Callable[[asyncio.Future[Any], Any], None],
-    what: object,
+    setter: Callable[[asyncio.Future[Any], Any], None],
+    value: object,
 ) -> None:
     if future is None:
         return
 
-    def answer() -> None:
+    def resolve() -> None:
         if not future.done():
-            how(future, what)
+            setter(future, value)
 
-    with suppress(RuntimeError):  # the loop was closed: nobody waits
-        future.get_loop().call_soon_threadsafe(answer)
+    with suppress(RuntimeError):  # the loop was closed, so no task waits
+        future.get_loop().call_soon_threadsafe(resolve)
 
 
-_OPEN: Final[weakref.WeakSet[_Connection]] = weakref.WeakSet()
+_OPEN_CONNECTIONS: Final[weakref.WeakSet[_Connection]] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Close what nobody closed, as far as that does not hold up the end of the process."""
+    """Close the connections that are still open; waits for at most `_EXIT_SECONDS`."""
     deadline = time.monotonic() + _EXIT_SECONDS
     threads = []
-    for each in list(_OPEN):
+    for each in list(_OPEN_CONNECTIONS):
         if each._connection is not None:
             threads.append(each._thread)
             each.stop()
@@ -251,25 +256,25 @@ def _close_all() -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-class _ImportChunks:
-    """Imports as parameters, up to 250 rows in a statement.
+class _SQLiteImports:
+    """Imports with a parameter for each value, and up to 250 rows in a statement.
 
-    It returns no rows: for each, the thread of the connection would wait for its turn, of which it
-    gets few while the loop makes the next batch.
+    The statements return no rows: for each row, the thread of the connection would have to acquire
+    the interpreter lock, for which it waits long while the event loop builds the next batch.
     """
 
-    # What is committed is as safe in the log as in the file. Brought over less often, a page that
-    # many batches change is written once for all of them.
-    before = f"PRAGMA wal_autocheckpoint = {_BULK_LOG_PAGES}"
-    after = f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}"
+    # A commit in the write-ahead log is as durable as one in the database file. With fewer checkpoints,
+    # a page that many batches change is written to the file only once for all of them.
+    before = f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}"
+    after = f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}"
 
     def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        found = []
-        for size in _BLOCKS:
-            if size * columns <= _MOST_PARAMETERS and (times := rows // size):
-                found.append((size, times))
+        sizes = []
+        for size in _IMPORT_SIZES:
+            if size * columns <= _MAX_PARAMETERS and (times := rows // size):
+                sizes.append((size, times))
                 rows %= size
-        return found
+        return sizes
 
     def values(self, columns: int, rows: int) -> str:
         numbers = itertools.count(1)
@@ -280,17 +285,17 @@ class _ImportChunks:
         return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
 
     async def run(
-        self, driver: aiosqlite.Connection, sql: str, blocks: Sequence[Sequence[object]]
+        self, driver: aiosqlite.Connection, sql: str, arg_lists: Sequence[Sequence[object]]
     ) -> int:
-        async with driver.executemany(sql, blocks) as cursor:
+        async with driver.executemany(sql, arg_lists) as cursor:
             return cursor.rowcount
 
 
 class SQLite(Dialect):
-    """The dialect of one file.
+    """The dialect of one database file.
 
     Raises:
-        ConfigurationError: there is no file named.
+        ConfigurationError: `name` is not the path of a file, or SQLite is too old.
     """
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, OSError, ValueError)
@@ -300,7 +305,7 @@ class SQLite(Dialect):
     separate_read_pool = False
     needs_transactions = False
     batches_commit_together = True
-    bulk = _ImportChunks()
+    bulk = _SQLiteImports()
     inline_references = True
     to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
     from_column = MappingProxyType({"boolean": _boolean, "json": _json})
@@ -310,14 +315,16 @@ class SQLite(Dialect):
             raise ConfigurationError(
                 "name: SQLite needs the path of a file (a store in memory is `memory:`)"
             )
-        if sqlite3.sqlite_version_info < _OLDEST:
+        if sqlite3.sqlite_version_info < _MIN_VERSION:
             raise ConfigurationError(
-                f"SQLite {'.'.join(map(str, _OLDEST))} is needed, not {sqlite3.sqlite_version}"
+                f"SQLite {'.'.join(map(str, _MIN_VERSION))} or newer is needed, but this Python uses "
+                f"SQLite {sqlite3.sqlite_version}"
             )
         self._config = config
-        # Links stay: SQLite follows them itself, and finds its other files where the file is.
+        # Symbolic links are not resolved here: SQLite follows them itself, and creates its other files next
+        # to the target.
         self._path = Path(config.name).absolute()
-        self._file: _Identity | None = None  # once it was opened
+        self._file: _Identity | None = None  # set when the file is first opened
         self._drivers: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.capabilities = Capabilities(
             engine="sqlite",
@@ -346,8 +353,8 @@ class SQLite(Dialect):
         )
 
     async def _connect(self) -> aiosqlite.Connection:
-        # The pool may do this while a cancelled task checks out; the driver would then forget, and
-        # never close, what its thread is opening.
+        # The task may be cancelled while the thread of the driver opens the connection; the driver
+        # would then lose the connection, and never close it.
         opening = asyncio.ensure_future(self._open())
         try:
             return await run_to_completion(opening)
@@ -357,46 +364,48 @@ class SQLite(Dialect):
             raise
 
     async def _open(self) -> _Connection:
-        for _ in range(_TRIES):
+        for _ in range(_OPEN_ATTEMPTS):
             before = self._identity()
             if self._file is None and before is None:
                 raise StoreNotFoundError(f"there is no file {self._path}")
-            self._check_file(before)
-            self._check_names()
+            self._check_identity(before)
+            self._check_hard_links()
             for each in list(self._drivers):
                 if each.is_open:
-                    self.check_place(each)  # or it would make the files anew that are missing
-            driver = await self._opened()
-            if driver.place is not None and driver.place.file == before:
+                    self.check_file(each)  # else SQLite would create missing files again
+            driver = await self._open_once()
+            if driver.files is not None and driver.files.database == before:
                 self._file = before
                 self._drivers.add(driver)
                 return driver
             await driver.close()
-        raise UnavailableError(f"cannot open {self._path}: it was replaced again and again")
+        raise UnavailableError(
+            f"cannot open {self._path}: it was replaced during each of {_OPEN_ATTEMPTS} attempts"
+        )
 
-    async def _opened(self) -> _Connection:
-        frozen = self._frozen()
-        mode = "mode=ro&immutable=1" if frozen is not None else "mode=rw"
+    async def _open_once(self) -> _Connection:
+        immutable = self._immutable_status()
+        mode = "mode=ro&immutable=1" if immutable is not None else "mode=rw"
         name = f"file:{quote(str(self._path))}?{mode}"
-        cached = 256 if self._config.enable_query_cache else 0
+        cache_size = 256 if self._config.enable_query_cache else 0
 
         def connect() -> sqlite3.Connection:
             return sqlite3.connect(
                 name,
                 uri=True,
                 isolation_level=None,
-                timeout=_INNER_WAIT_MS / 1000,
-                cached_statements=cached,
+                timeout=_BUSY_TIMEOUT_MS / 1000,
+                cached_statements=cache_size,
             )
 
         driver = _Connection(connect, self._is_replaced)
-        driver.frozen = frozen
+        driver.immutable = immutable
         try:
             await driver
             await self._prepare(driver)
-            driver.place = self._place()
+            driver.files = self._current_files()
         except sqlite3.Error as exc:
-            # Before the close: what was short is short no more afterwards.
+            # Translate before closing, which frees resources and so can hide the cause.
             error = self.translate(exc, doing=f"open {self._path}", writes=False)
             await driver.close()
             raise error from exc
@@ -411,24 +420,24 @@ class SQLite(Dialect):
         enforced = "ON" if self._config.enforce_references else "OFF"
         await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
         await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())
-        await self.rows(driver, _LOOK, ())
+        await self.rows(driver, _FIRST_READ, ())
 
     async def prepare_writing(self, driver: _Connection) -> None:
         [[mode]] = await self.rows(driver, "PRAGMA journal_mode", ())
         if mode != "wal":
             await self.rows(driver, "PRAGMA journal_mode = WAL", ())
-            await self.rows(driver, _LOOK, ())
+            await self.rows(driver, _FIRST_READ, ())
             for each in list(self._drivers):
-                each.place = self._place()  # where all of them find the log from now on
+                each.files = self._current_files()  # the log exists from now on
 
     # -- the file ----------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        # A file that was there and is not any more is no absent store.
+        # A store whose file was deleted after it was opened is not an absent store.
         return self._file is not None or self._identity() is not None
 
-    def make_place(self) -> None:
-        # Nobody else may read what is stored; SQLite gives its other files the same mode.
+    def create_file(self) -> None:
+        # Only the owner may read the data; SQLite creates its other files with the same mode.
         if self._file is not None or self._identity() is not None:
             return
         try:
@@ -438,87 +447,97 @@ class SQLite(Dialect):
         except OSError as exc:
             raise translate_os_error(exc, f"create {self._path}") from exc
 
-    def check_place(self, driver: _Connection) -> None:
-        place = driver.place
-        if place is None:
+    def check_file(self, driver: _Connection) -> None:
+        files = driver.files
+        if files is None:
             return
-        now = self._identity()
-        if now != place.file:
-            self._check_file(now)
-        for path, before in place.others:
+        current = self._identity()
+        if current != files.database:
+            self._check_identity(current)
+        for path, before in files.wal:
             if before is not None and before != self._identity_of(path):
                 raise DataFileConflictError(
-                    f"{path} was removed or replaced while the store was in use: end every "
-                    "program that has the store open, and open it again"
+                    f"{path} was removed or replaced while the store was in use: stop every program "
+                    "that has the store open, and open it again"
                 )
 
     def _is_replaced(self, driver: _Connection) -> bool:
-        """Whether other files have taken the names of what a connection has open."""
-        place = driver.place
-        if place is None:
+        """Whether a path of the open files of a connection leads to another file now."""
+        files = driver.files
+        if files is None:
             return False
         try:
-            taken = [self._identity_of(path) for path, _ in place.others]
-            return self._identity() != place.file or any(
+            current = [self._identity_of(path) for path, _ in files.wal]
+            return self._identity() != files.database or any(
                 before is not None and now not in (before, None)
-                for (_, before), now in zip(place.others, taken, strict=True)
+                for (_, before), now in zip(files.wal, current, strict=True)
             )
         except StorageError:
             return True
 
-    def _check_names(self) -> None:
-        """SQLite names its log after the file, so that two names of one file have two logs."""
+    def _check_hard_links(self) -> None:
+        """Reject a file with several hard links.
+
+        SQLite derives the path of its log from the path of the file, so a file with two names would
+        have two logs.
+
+        Raises:
+            ConfigurationError.
+        """
         try:
             names = self._path.stat().st_nlink
         except OSError as exc:
             raise translate_os_error(exc, f"open {self._path}") from exc
         if names > 1:
             raise ConfigurationError(
-                f"name: {self._path} has {names} names (hard links), and SQLite would keep a log "
-                "for each, which damages the file: remove the others, or use symbolic links"
+                f"name: {self._path} has {names} names (hard links), and SQLite would keep a log for "
+                "each of them, which damages the file: remove the other links, or use symbolic links"
             )
 
-    def _check_file(self, now: _Identity | None) -> None:
-        if self._file is None or now == self._file:
+    def _check_identity(self, current: _Identity | None) -> None:
+        if self._file is None or current == self._file:
             return
-        what = "removed, or its folder renamed," if now is None else "replaced"
+        change = "removed, or its folder renamed," if current is None else "replaced"
         raise DataFileConflictError(
-            f"{self._path} was {what} while the store was in use: nothing is read from it or "
-            "written to it any more. Put it back, or close this store and open it again"
+            f"{self._path} was {change} while the store was in use: nothing is read from it or "
+            "written to it any more. Restore it, or close this store and open it again"
         )
 
-    def _place(self) -> _CursorPayload | None:
-        file = self._identity()
-        return None if file is None else _CursorPayload(file, self._others())
+    def _current_files(self) -> _OpenFiles | None:
+        database = self._identity()
+        return None if database is None else _OpenFiles(database, self._wal_files())
 
     def _identity(self) -> _Identity | None:
-        """Of the file that the path names now; never by opening it, which would end its locks."""
+        """The identity of the file that is now at the path.
+
+        It is not determined by opening the file, because closing it would release the locks.
+        """
         return self._identity_of(self._path)
 
-    def _others(self) -> tuple[tuple[Path, _Identity | None], ...]:
+    def _wal_files(self) -> tuple[tuple[Path, _Identity | None], ...]:
         path = self._path.resolve()
-        paths = [path.with_name(f"{path.name}{each}") for each in _OTHERS]
+        paths = [path.with_name(f"{path.name}{each}") for each in _WAL_SUFFIXES]
         return tuple((each, self._identity_of(each)) for each in paths)
 
     def _identity_of(self, path: Path) -> _Identity | None:
         try:
-            found = path.stat()
+            status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as exc:
-            raise translate_os_error(exc, f"look at {path}") from exc
-        return found.st_dev, found.st_ino
+            raise translate_os_error(exc, f"read the status of {path}") from exc
+        return status.st_dev, status.st_ino
 
-    def _frozen(self) -> os.stat_result | None:
-        """What a file looks like that nobody can have open to write.
+    def _immutable_status(self) -> os.stat_result | None:
+        """The status of the file if no process can have it open for writing; else None.
 
-        SQLite needs files of its own beside it, even to read. Where they cannot be made, and a
-        writer has not made them, it must be told that the file does not change; whether that stays
-        true is looked at with every connection that is taken from the pool.
+        SQLite needs a log and its index next to the file, even to read. If a writer has not created
+        them and this process cannot, the file must be opened with `immutable=1`, which states that
+        it does not change. `is_lost` checks whether that is still true.
         """
         path = self._path.resolve()
-        there = any(identity for _, identity in self._others())
-        if there or os.access(path.parent, os.W_OK):
+        has_wal = any(identity for _, identity in self._wal_files())
+        if has_wal or os.access(path.parent, os.W_OK):
             return None
         try:
             return path.stat()
@@ -526,16 +545,16 @@ class SQLite(Dialect):
             raise translate_os_error(exc, f"open {self._path}") from exc
 
     def is_lost(self, driver: _Connection) -> bool:
-        if driver.frozen is not None and not driver.lost:
-            now = self._frozen()
-            driver.lost = now is None or _changes(now) != _changes(driver.frozen)
+        if driver.immutable is not None and not driver.lost:
+            current = self._immutable_status()
+            driver.lost = current is None or _file_state(current) != _file_state(driver.immutable)
         return driver.lost
 
     async def is_same_store(self, mine: _Connection, theirs: _Connection) -> bool:
         return (
-            mine.place is not None
-            and theirs.place is not None
-            and (mine.place.file == theirs.place.file)
+            mine.files is not None
+            and theirs.files is not None
+            and (mine.files.database == theirs.files.database)
         )
 
     async def rows(
@@ -545,25 +564,25 @@ class SQLite(Dialect):
         while True:
             try:
                 rows = await driver.execute_fetchall(sql, args)
-                self._check_frozen(driver)
+                self._check_immutable(driver)
                 return cast("Sequence[Sequence[Any]]", rows)
             except sqlite3.OperationalError as exc:
                 if _is_undecodable(exc) and driver.text_factory is str:
-                    # Read once more, so that it can be told which row holds it.
-                    driver.text_factory = _text_or_bytes
+                    # Read the rows again as bytes, so that the damaged row can be found.
+                    driver.text_factory = _str_or_bytes
                     continue
                 code = getattr(exc, "sqlite_errorcode", 0)
                 if (code & 0xFF) not in _BUSY or time.monotonic() > deadline:
                     raise
-            # Nothing of the statement happened; another process has the lock.
+            # The statement had no effect: another connection holds the lock.
             await asyncio.sleep(0)
 
     async def bulk_upsert_locked(
         self, driver: aiosqlite.Connection, puts: BulkUpsert
     ) -> dict[str, int] | None:
-        # In one turn of the driver's thread, for which it has no public way.
-        found = await driver._execute(_bulk_upsert_locked, driver._conn, puts)  # type: ignore[no-untyped-call]  # as it is
-        return cast("dict[str, int] | None", found)
+        # As one job of the driver's thread; the driver has no public method for that.
+        versions = await driver._execute(_bulk_upsert_locked, driver._conn, puts)  # type: ignore[no-untyped-call]  # private
+        return cast("dict[str, int] | None", versions)
 
     async def fetch_dicts(
         self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
@@ -574,20 +593,21 @@ class SQLite(Dialect):
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     async def fetch_batches(
-        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object], *, written: bool
+        self, driver: aiosqlite.Connection, sql: str, args: Sequence[object], *, may_write: bool
     ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
-        if written:
-            # What is written meanwhile must not show, and SQLite does not promise that.
+        if may_write:
+            # SQLite does not guarantee that an open cursor is unaffected by later writes of its own
+            # connection, so all rows are read at once.
             yield await self.rows(driver, sql, args)
             return
         async with driver.execute(sql, args) as cursor:
             size = _CHUNK_SIZE
-            while rows := await self._piece(driver, cursor, size):
-                self._check_frozen(driver)
+            while rows := await self._fetch_chunk(driver, cursor, size):
+                self._check_immutable(driver)
                 yield rows
-                size = min(max(_PIECE_BYTES // _heaviest(rows), 1), _MOST_ROWS)
+                size = min(max(_CHUNK_BYTES // _max_row_size(rows), 1), _MAX_CHUNK_SIZE)
 
-    async def _piece(
+    async def _fetch_chunk(
         self, driver: aiosqlite.Connection, cursor: aiosqlite.Cursor, size: int
     ) -> Sequence[Sequence[Any]]:
         try:
@@ -595,10 +615,14 @@ class SQLite(Dialect):
         except sqlite3.OperationalError as exc:
             if not _is_undecodable(exc):
                 raise
-            raise ProtocolError(f"{self._path} holds a text that is not UTF-8") from exc
+            raise ProtocolError(f"{self._path} contains a string that is not UTF-8") from exc
 
-    def _check_frozen(self, driver: aiosqlite.Connection) -> None:
-        if isinstance(driver, _Connection) and driver.frozen is not None and self.is_lost(driver):
+    def _check_immutable(self, driver: aiosqlite.Connection) -> None:
+        if (
+            isinstance(driver, _Connection)
+            and driver.immutable is not None
+            and self.is_lost(driver)
+        ):
             raise UnavailableError(f"{self._path} was changed by another program during the read")
 
     async def begin(self, driver: aiosqlite.Connection, isolation: Isolation | None) -> Any:
@@ -606,7 +630,7 @@ class SQLite(Dialect):
             name = f"s{time.monotonic_ns()}"
             await self.rows(driver, f"SAVEPOINT {name}", ())
             return driver, name
-        # Not deferred: what was read would have to be read again once another has written.
+        # A deferred transaction could not write if another connection wrote after its first read.
         await self.rows(driver, "BEGIN IMMEDIATE", ())
         return driver, None
 
@@ -634,29 +658,29 @@ class SQLite(Dialect):
         return driver.in_transaction
 
     async def make_reusable(self, driver: aiosqlite.Connection) -> bool:
-        await driver.execute_fetchall("SELECT 1")  # behind whatever was cancelled
+        await driver.execute_fetchall("SELECT 1")  # runs after the cancelled jobs
         if driver.in_transaction:
             await driver.execute_fetchall("ROLLBACK")
         return True
 
     async def discard(self, driver: _Connection) -> None:
-        # Behind what its thread still does; the pool would only tell the thread to stop.
+        # Waits for the jobs of its thread; the pool would only request the thread to stop.
         await driver.close()
 
     def translate(
         self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
     ) -> StorageError:
         if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN:
-            reason = self._reason(doing)
+            reason = self._cannot_open_reason(doing)
             if reason is not None:
                 return reason
         return sqlite_error(exc, doing=doing, path=self._path, writes=writes, callers=callers)
 
-    def _reason(self, doing: str) -> StorageError | None:
-        """Why a file cannot be opened, which SQLite does not say."""
+    def _cannot_open_reason(self, doing: str) -> StorageError | None:
+        """The reason why the file cannot be opened, which SQLite does not report."""
         folder = self._path.parent
         try:
-            os.close(os.open(folder, os.O_RDONLY))  # a folder has no locks to lose
+            os.close(os.open(folder, os.O_RDONLY))  # a folder has no locks that this would release
             self._path.stat()
         except OSError as exc:
             return translate_os_error(exc, doing)
@@ -666,7 +690,8 @@ class SQLite(Dialect):
             return ReadOnlyStoreError(f"cannot {doing}: the file system of {folder} is read-only")
         if not os.access(folder, os.W_OK):
             return PermissionDeniedError(
-                f"cannot {doing}: SQLite needs to make files in {folder} while others write"
+                f"cannot {doing}: SQLite must create files in {folder} while another process writes, and "
+                "the folder is not writable"
             )
         return None
 
@@ -679,10 +704,10 @@ class SQLite(Dialect):
             return Boolean(create_constraint=False)
         return _Untyped() if kind == "number" else Text()
 
-    def index_part(self, column: Any, field: Field) -> Any:
+    def index_expression(self, column: Any, field: Field) -> Any:
         return column
 
-    async def found_tables(self, driver: aiosqlite.Connection) -> list[str]:
+    async def reflect_tables(self, driver: aiosqlite.Connection) -> list[str]:
         rows = await self.rows(
             driver, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY 1", ()
         )
@@ -697,12 +722,12 @@ class SQLite(Dialect):
             "FROM sqlite_master AS m, pragma_table_info(m.name) AS p WHERE m.type = 'table'",
             (),
         )
-        found: dict[str, dict[str, str]] = {}
-        for table, column, kind, key, needed in rows:
+        columns: dict[str, dict[str, str]] = {}
+        for table, column, type_, key, required in rows:
             if table in tables:
-                notes = " PRIMARY KEY" if key else " NOT NULL" if needed else ""
-                found.setdefault(table, {})[column] = f"{kind.upper()}{notes}"
-        return found
+                constraint = " PRIMARY KEY" if key else " NOT NULL" if required else ""
+                columns.setdefault(table, {})[column] = f"{type_.upper()}{constraint}"
+        return columns
 
     async def reflect_indexes(
         self, driver: aiosqlite.Connection, tables: Sequence[str]
@@ -712,31 +737,33 @@ class SQLite(Dialect):
         )
         return {name: sql or "" for name, sql in rows}
 
-    def same_type(self, found: str, kind: FieldType | Kind) -> bool:
+    def same_type(self, existing: str, kind: FieldType | Kind) -> bool:
         wanted = {"integer": "BIGINT", "bigint": "BIGINT", "boolean": "BOOLEAN", "number": "BLOB"}
-        return found.split(" ")[0] == wanted.get(kind, "TEXT")
+        return existing.split(" ")[0] == wanted.get(kind, "TEXT")
 
     async def begin_ddl(self, driver: aiosqlite.Connection) -> Any:
         return await self.begin(driver, None)
 
-    def extra_ddl(self, schema: Schema, metadata: MetaData, found: Mapping[str, str]) -> list[str]:
+    def extra_ddl(
+        self, schema: Schema, metadata: MetaData, existing: Mapping[str, str]
+    ) -> list[str]:
         return []
 
     # -- grammar: writes ---------------------------------------------------------------------
 
     def batches(self, rows: int) -> list[int]:
-        # As parameters they are twice as fast as out of JSON; but each number of rows is a text of
-        # its own, so there is one only.
-        rest = rows % _BLOCK
-        return [_BLOCK] * (rows // _BLOCK) + ([rest] if rest else [])
+        # Parameters are twice as fast as JSON, but each number of rows needs a statement of its own.
+        # So only full batches use parameters.
+        rest = rows % _BATCH_SIZE
+        return [_BATCH_SIZE] * (rows // _BATCH_SIZE) + ([rest] if rest else [])
 
     def statement_variant(self, rows: int) -> int:
-        return rows if rows in (1, _BLOCK) else 0
+        return rows if rows in (1, _BATCH_SIZE) else 0
 
     def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
         if _as_parameters(kinds, rows):
             return self.bulk.values(len(kinds), rows)
-        parts = [f"{_member(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
+        parts = [f"{_json_column(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
         return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
 
     def bind_columns(
@@ -746,11 +773,11 @@ class SQLite(Dialect):
             return [each[0] for each in columns]
         if _as_parameters(kinds, len(columns[0])):
             return list(itertools.chain.from_iterable(zip(*columns, strict=True)))
-        texts = [
-            list(map(_float_as_text, each)) if kind == "number" else each
+        encodable = [
+            list(map(_float_as_string, each)) if kind == "number" else each
             for each, kind in zip(columns, kinds, strict=True)
         ]
-        return (encode_json(list(zip(*texts, strict=True))).decode(),)
+        return (encode_json(list(zip(*encodable, strict=True))).decode(),)
 
     def cast_input(self, column: str, kind: Kind) -> str:
         return column
@@ -785,8 +812,8 @@ class SQLite(Dialect):
     def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
         value = "value"
         if kind == "number":
-            # As texts: its JSON would read floats to within the last bit.
-            values = list(map(_float_as_text, values))
+            # As strings, because SQLite's JSON may read a float with an error in the last bit.
+            values = list(map(_float_as_string, values))
             value = "CASE type WHEN 'text' THEN hf_real(value) ELSE value END"
         return f"{expression} IN (SELECT {value} FROM json_each({args.add(list(values), 'list')}))"
 
@@ -799,36 +826,36 @@ class SQLite(Dialect):
     def has_overflow(self, name: str) -> str:
         return f"(json_type(t.{SIDE}, '$.{name}') IS NOT NULL)"
 
-    def has_text(self, expression: str, part: str) -> str:
+    def contains_string(self, expression: str, part: str) -> str:
         return f"instr({expression}, {part}) > 0"
 
     def ordered(self, part: SortPart, *, descending: bool) -> str:
-        way = " DESC" if descending else ""
-        null = f", {part.null}{way}" if part.null is not None else ""
-        return f"{part.sql}{way}{null}"
+        direction = " DESC" if descending else ""
+        null = f", {part.null}{direction}" if part.null is not None else ""
+        return f"{part.sql}{direction}{null}"
 
     def json_test(
         self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
     ) -> tuple[str, bool]:
         if op == "in" and not value:
             return "FALSE", True
-        place = _place(base, steps, args)
+        target = _json_at(base, steps, args)
         if op == "exists":
-            return f"{place} IS {'NOT ' if value else ''}NULL", True
+            return f"{target} IS {'NOT ' if value else ''}NULL", True
         if op in ("eq", "in"):
             values = [value] if op == "eq" else cast("list[Value]", value)
             if not any(isinstance(each, list | dict) for each in values):
-                texts = [text for each in values for text in _json_texts(each)]
-                return self.one_of(place, texts, "text", args), True
+                forms = [form for each in values for form in _json_forms(each)]
+                return self.one_of(target, forms, "text", args), True
         if op in ("lt", "lte", "gt", "gte") and isinstance(value, str):
             sign = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}[op]
             bound = args.add(value, "text")
-            return f"(substr({place}, 1, 1) = '\"' AND {place} ->> '$' {sign} {bound})", True
+            return f"(substr({target}, 1, 1) = '\"' AND {target} ->> '$' {sign} {bound})", True
         operand = args.add(encode_json(value).decode(), "text")
-        return f"hf_test({place}, '{op}', {operand})", True
+        return f"hf_test({target}, '{op}', {operand})", True
 
     def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        return SortPart(f"hf_key({_place(base, steps, args)})", nullable=True)
+        return SortPart(f"hf_key({_json_at(base, steps, args)})", nullable=True)
 
     def order_argument(self, value: Value) -> object:
         return functions.order_bytes(value)
@@ -843,19 +870,19 @@ class SQLite(Dialect):
         indexes: Mapping[str, Index],
         comparisons: int,
     ) -> QueryPlan:
-        lines = [row[3] for row in await self.rows(driver, f"EXPLAIN QUERY PLAN {sql}", args)]
-        # The table itself is "t" here; what else is read are lists of arguments.
-        own = next(each for each in lines if re.match(r"(SEARCH|SCAN) t\b", each))
-        used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", own)
+        details = [row[3] for row in await self.rows(driver, f"EXPLAIN QUERY PLAN {sql}", args)]
+        # The table has the alias "t"; all other sources are lists of arguments.
+        access = next(each for each in details if re.match(r"(SEARCH|SCAN) t\b", each))
+        used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", access)
         index = indexes.get(used[1]) if used is not None else None
-        found = own.startswith("SEARCH")
+        searches = access.startswith("SEARCH")
         terms = used[2].count(" AND ") + 1 if used is not None and used[2] else 0
         return QueryPlan(
-            access="scan" if not found else "index" if index is not None else "key",
-            index=index.name if found and index is not None else None,
-            residual=comparisons > terms if found else comparisons > 0,
-            sorted_here=any("TEMP B-TREE FOR" in each for each in lines),
-            detail="; ".join(lines),
+            access="scan" if not searches else "index" if index is not None else "key",
+            index=index.name if searches and index is not None else None,
+            residual=comparisons > terms if searches else comparisons > 0,
+            sorted_here=any("TEMP B-TREE FOR" in each for each in details),
+            detail="; ".join(details),
         )
 
     @asynccontextmanager
@@ -878,13 +905,13 @@ class SQLite(Dialect):
                 problems.append(f"{self._path}: {line}")
         if not os.access(self._path, os.W_OK):
             problems.append(f"{self._path} cannot be written")
-        room = os.statvfs(self._path.parent)
+        space = os.statvfs(self._path.parent)
         return {
             "path": str(self._path),
             "mode": oct(self._path.stat().st_mode & 0o777),
             "database_bytes": _size(self._path),
             "wal_bytes": _size(Path(f"{self._path}-wal")),
-            "free_bytes": room.f_bavail * room.f_frsize,
+            "free_bytes": space.f_bavail * space.f_frsize,
             "problems": problems,
         }
 
@@ -892,24 +919,25 @@ class SQLite(Dialect):
         return {"path": str(self._path), "sqlite": sqlite3.sqlite_version}
 
     def strip_for_update(self, sql: str) -> str:
-        # The transaction that it runs in begins by taking the write lock.
+        # Its transaction acquires the write lock when it begins.
         return _FOR_UPDATE.sub("", sql)
 
 
 def _is_undecodable(exc: sqlite3.OperationalError) -> bool:
-    # It comes from Python's module and not from SQLite, so it has no code.
+    # Raised by the module sqlite3 itself and not by SQLite, so it has no code.
     return getattr(exc, "sqlite_errorcode", None) is None
 
 
-def _text_or_bytes(text: bytes) -> str | bytes:
+def _str_or_bytes(encoded: bytes) -> str | bytes:
     try:
-        return text.decode()
+        return encoded.decode()
     except UnicodeDecodeError:
-        return text
+        return encoded
 
 
-def _changes(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _file_state(status: os.stat_result) -> tuple[int, ...]:
+    """Differs if the file was changed or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _size(path: Path) -> int:
@@ -920,55 +948,55 @@ def _size(path: Path) -> int:
 
 
 def _bulk_upsert_locked(connection: sqlite3.Connection, puts: BulkUpsert) -> dict[str, int] | None:
-    """`Dialect.bulk_upsert_locked`, in the driver's thread."""
+    """See `Dialect.bulk_upsert_locked`. Runs in the thread of the driver."""
     for sql, parents in puts.parents:
-        [[there]] = connection.execute(sql, (encode_json(parents).decode(),))
-        if there < len(parents):
+        [[existing]] = connection.execute(sql, (encode_json(parents).decode(),))
+        if existing < len(parents):
             return None
     rows = list(zip(*puts.columns, strict=True))
-    blocks = _blocks(len(rows), len(puts.columns))
+    sizes = _bulk_sizes(len(rows), len(puts.columns))
     versions: dict[str, int] = {}
-    if puts.versions is not None and not (puts.fresh and blocks == [len(rows)]):
+    if puts.versions is not None and not (puts.fresh and sizes == [len(rows)]):
         ids = (encode_json(puts.columns[0]).decode(),)
         versions.update(connection.execute(puts.versions, ids).fetchall())
         if versions and (puts.fresh or max(versions.values()) == INT_MAX):
             return None
     start = 0
-    for size in blocks:
+    for size in sizes:
         args = list(itertools.chain.from_iterable(rows[start : start + size]))
         start += size
         try:
             connection.execute(puts.text(size), args)
         except sqlite3.IntegrityError:
             if puts.fresh and size == len(rows):
-                return None  # it was its own look: nothing of it stays
+                return None  # the statement itself checked that no entity exists, and had no effect
             raise
     if start < len(rows):
         connection.executemany(puts.text(1), rows[start:])
     return versions
 
 
-def _blocks(rows: int, columns: int) -> list[int]:
-    """How many rows go into statements of their own; the rest is done by one for a row."""
-    blocks: list[int] = []
-    for size in _IN_BULK:
-        if size * columns <= _MOST_PARAMETERS:
-            blocks += [size] * ((rows - sum(blocks)) // size)
-    return blocks
+def _bulk_sizes(rows: int, columns: int) -> list[int]:
+    """The numbers of rows of the statements with many rows; each remaining row has its own statement."""
+    sizes: list[int] = []
+    for size in _BULK_SIZES:
+        if size * columns <= _MAX_PARAMETERS:
+            sizes += [size] * ((rows - sum(sizes)) // size)
+    return sizes
 
 
-def _heaviest(rows: Sequence[Sequence[Any]]) -> int:
-    """About the bytes of the heaviest of some rows: of a few of them, for all are much alike."""
-    few = rows[:: 1 + len(rows) // _FEW]
-    return max(1, *(sum(len(each) for each in row if type(each) is str) for row in few))
+def _max_row_size(rows: Sequence[Sequence[Any]]) -> int:
+    """The approximate size of the largest of some rows, measured on a sample."""
+    sample = rows[:: 1 + len(rows) // _SAMPLE_SIZE]
+    return max(1, *(sum(len(each) for each in row if type(each) is str) for row in sample))
 
 
 def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:
-    return rows == 1 or (rows == _BLOCK and rows * len(kinds) <= _MOST_PARAMETERS)
+    return rows == 1 or (rows == _BATCH_SIZE and rows * len(kinds) <= _MAX_PARAMETERS)
 
 
-def _member(number: int, kind: Kind) -> str:
-    """A member of a row of arguments that came as JSON."""
+def _json_column(number: int, kind: Kind) -> str:
+    """A column of a row of arguments that is passed as JSON."""
     member = f"value ->> '$[{number}]'"
     if kind != "number":
         return member
@@ -977,27 +1005,27 @@ def _member(number: int, kind: Kind) -> str:
     )
 
 
-def _float_as_text(value: object) -> object:
+def _float_as_string(value: object) -> object:
     return repr(value) if isinstance(value, float) else value
 
 
-def _place(base: str, steps: Sequence[str | int], args: Arguments) -> str:
-    """The JSON text at a place below a column, NULL where there is none."""
+def _json_at(base: str, steps: Sequence[str | int], args: Arguments) -> str:
+    """The expression for the JSON at a path in a column; NULL if there is no value."""
     if not steps:
         return base
-    if all(isinstance(each, int) or _MEMBER.match(each) for each in steps):
+    if all(isinstance(each, int) or _SIMPLE_NAME.match(each) for each in steps):
         path = "".join(f"[{each}]" if isinstance(each, int) else f'."{each}"' for each in steps)
         return f"({base} -> {args.add(f'${path}', 'text')})"
     return f"hf_at({base}, {args.add(encode_json(list(steps)).decode(), 'text')})"
 
 
-def _json_texts(value: Value) -> list[str]:
-    """The ways in which a stored JSON text may write a value that equals this one."""
-    texts = [encode_json(value).decode()]
+def _json_forms(value: Value) -> list[str]:
+    """All forms in which stored JSON may contain a value that equals this one."""
+    forms = [encode_json(value).decode()]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return texts
+        return forms
     if isinstance(value, float) and value.is_integer():
-        texts.append(str(int(value)))
+        forms.append(str(int(value)))
     elif isinstance(value, int) and int(float(value)) == value:
-        texts.append(encode_json(float(value)).decode())
-    return [*texts, "0.0", "-0.0"] if value == 0 else texts
+        forms.append(encode_json(float(value)).decode())
+    return [*forms, "0.0", "-0.0"] if value == 0 else forms

@@ -1,7 +1,7 @@
-"""What SQLite is taught: JSON compared, ordered and merged exactly as the reference does it.
+"""Functions that are registered in SQLite: they compare, sort and merge JSON as the reference does.
 
-Its own JSON functions read a float to within the last bit, tell neither the names of a map nor the
-numbers in it apart from how they are written, and have no order of lists and maps.
+SQLite's own JSON functions may read a float with an error in the last bit, compare the text of an
+object instead of its names and numbers, and have no order for arrays and objects.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from hf_async_store.values import Entity
 
 
-def real(text: str | None) -> float | None:
-    """The float that a JSON text writes, to the last bit."""
-    return None if text is None else float(text)
+def real(number: str | None) -> float | None:
+    """The float of a JSON number, exact to the last bit."""
+    return None if number is None else float(number)
 
 
-def test(text: str | None, op: str, operand: str) -> bool:
-    """An operator of a filter on a JSON value, missing where it is NULL."""
-    return _test(op, operand)({} if text is None else {"x": decode_json(text)})
+def test(encoded: str | None, op: str, operand: str) -> bool:
+    """Apply an operator of a filter to a JSON value; NULL is a missing value."""
+    return _test(op, operand)({} if encoded is None else {"x": decode_json(encoded)})
 
 
 @lru_cache(maxsize=512)
@@ -35,23 +35,23 @@ def _test(op: str, operand: str) -> Callable[[Entity], bool]:
     return compile_filter(Comparison(("x",), cast("OpName", op), decode_json(operand)))
 
 
-def at(text: str | None, steps: str) -> str | None:
-    """The JSON text at a place that SQLite's own paths cannot write, NULL where there is none."""
-    value: Any = None if text is None else decode_json(text)
-    if text is None:
+def at(encoded: str | None, steps: str) -> str | None:
+    """The JSON at a path that SQLite's own path syntax cannot express; NULL if there is no value."""
+    value: Any = None if encoded is None else decode_json(encoded)
+    if encoded is None:
         return None
     for step in decode_json(steps):
         kind = dict if isinstance(step, str) else list
-        there = isinstance(value, kind) and (step in value if kind is dict else step < len(value))
-        if not there:
+        exists = isinstance(value, kind) and (step in value if kind is dict else step < len(value))
+        if not exists:
             return None
         value = value[step]
     return encode_json(value).decode()
 
 
-def merged(text: str | None, sets: str | None, removes: str | None) -> str | None:
-    """A JSON map with the members of another, and without those of a list; NULL if empty."""
-    value = {} if text is None else decode_json(text)
+def merged(encoded: str | None, sets: str | None, removes: str | None) -> str | None:
+    """See `Dialect.json_merge`."""
+    value = {} if encoded is None else decode_json(encoded)
     if removes is not None:
         for name in decode_json(removes):
             value.pop(name, None)
@@ -60,33 +60,33 @@ def merged(text: str | None, sets: str | None, removes: str | None) -> str | Non
     return encode_json(value).decode() if value else None
 
 
-def key(text: str | None) -> bytes | None:
-    """Bytes that sort as the JSON value does in the total order; NULL, which sorts first, if missing."""
-    return None if text is None else order_bytes(decode_json(text))
+def key(encoded: str | None) -> bytes | None:
+    """Bytes that sort as a JSON value does in the total order; NULL, which sorts first, if missing."""
+    return None if encoded is None else order_bytes(decode_json(encoded))
 
 
-# One byte for the type; what ends a list or map sorts before all that could follow in it.
+# One byte for the type. The byte that ends a list or dict sorts before every byte that can continue it.
 _NULL: Final = b"\x01"
 _FALSE: Final = b"\x02"
 _TRUE: Final = b"\x03"
 _NUMBER: Final = b"\x04"
 _TEXT: Final = b"\x05"
 _LIST: Final = b"\x06"
-_MAP: Final = b"\x07"
-_MORE: Final = b"\x01"
+_DICT: Final = b"\x07"
+_MEMBER: Final = b"\x01"
 _END: Final = b"\x00"
 
 _number: Final = struct.Struct(">QH")
 _float: Final = struct.Struct(">d")
-_SIGN: Final = 1 << 63
-_ALL: Final = (1 << 64) - 1
-_MIDDLE: Final = 1 << 15
+_SIGN_BIT: Final = 1 << 63
+_ALL_BITS: Final = (1 << 64) - 1
+_OFFSET: Final = 1 << 15
 
 
 def order_bytes(value: Value) -> bytes:
-    """`query.order_key` as bytes."""
+    """Bytes that sort as `query.order_key` does."""
     if isinstance(value, str):
-        return _TEXT + value.encode() + _END  # no text has a NUL in it
+        return _TEXT + value.encode() + _END  # no string contains U+0000
     if value is None:
         return _NULL
     if isinstance(value, bool):
@@ -95,13 +95,13 @@ def order_bytes(value: Value) -> bytes:
         return _NUMBER + _number_bytes(value)
     if isinstance(value, list):
         return _LIST + b"".join(map(order_bytes, value)) + _END
-    pairs = (_MORE + name.encode() + _END + order_bytes(value[name]) for name in sorted(value))
-    return _MAP + b"".join(pairs) + _END
+    pairs = (_MEMBER + name.encode() + _END + order_bytes(value[name]) for name in sorted(value))
+    return _DICT + b"".join(pairs) + _END
 
 
 def _number_bytes(value: float) -> bytes:
-    # The nearest float, and how far an integer is from it: under 2^10 at 64 bits.
-    near = float(value) or 0.0  # -0.0 is 0.0 in the order
-    rest = 0 if isinstance(value, float) else value - int(near)
-    bits = int.from_bytes(_float.pack(near), "big")
-    return _number.pack(bits ^ (_ALL if bits & _SIGN else _SIGN), rest + _MIDDLE)
+    # The nearest float, and the difference of an integer from it: less than 2^10 at 64 bits.
+    nearest = float(value) or 0.0  # -0.0 sorts as 0.0
+    difference = 0 if isinstance(value, float) else value - int(nearest)
+    bits = int.from_bytes(_float.pack(nearest), "big")
+    return _number.pack(bits ^ (_ALL_BITS if bits & _SIGN_BIT else _SIGN_BIT), difference + _OFFSET)

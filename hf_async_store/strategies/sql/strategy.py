@@ -1,4 +1,4 @@
-"""`SQLStorageStrategy`: the store in SQLite or PostgreSQL, and the verb that only it has."""
+"""`SQLStorageStrategy`: a store in SQLite or PostgreSQL, with `execute_with_lock`, which only it has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SQLTransaction(Transaction):
-    """A transaction that also takes the caller's own SQL."""
+    """A transaction that also runs the caller's own SQL."""
 
     async def execute_with_lock(
         self,
@@ -36,7 +36,7 @@ class SQLTransaction(Transaction):
         *,
         timeout: float | None = None,
     ) -> list[dict[str, Value]]:
-        """As on the store, but what the statement locks stays locked until this transaction ends."""
+        """As `SQLStorageStrategy.execute_with_lock`, in this transaction: locks are held until it ends."""
         async with self._step(timeout) as session:
             own = await own_session(session, "execute_with_lock")
             return await cast("SQLSession", own).execute(sql, params)
@@ -46,11 +46,11 @@ class SQLStorageStrategy(StorageStrategy):
     """A store in SQLite or PostgreSQL.
 
     Args:
-        config: `sqlite:PATH`, `postgresql://USER:PASSWORD@HOST:PORT/NAME`, a map in the spec's
-            shape, a `StorageConfig` or an `SQLConfig`.
-        collections: what may be stored.
-        password: asked for the password of each new connection to PostgreSQL, with host, port and
-            user name; for tokens that expire. It may be async.
+        config: `sqlite:PATH`, `postgresql://USER:PASSWORD@HOST:PORT/NAME`, a dict with the keys of
+            the spec, a `StorageConfig` or an `SQLConfig`.
+        collections: the collections whose entities can be stored.
+        password: called with host, port and user name for each new connection to PostgreSQL;
+            returns the password, for example a token that expires. It may be async.
 
     Raises:
         ConfigurationError.
@@ -68,7 +68,7 @@ class SQLStorageStrategy(StorageStrategy):
         schema = schema_of(collections)
         loaded = anchored(load_config(config))
         sql = strategy_config(loaded, SQLConfig)
-        self._given = (sql, password)
+        self._arguments = (sql, password)
         self._sql = SQLEngine(sql, schema, _dialect(sql, password))
         super().__init__(self._sql, schema, loaded)
 
@@ -77,20 +77,21 @@ class SQLStorageStrategy(StorageStrategy):
         self._sql.abandon()
 
     def _reopen_with_collections(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
-        config, password = self._given
+        config, password = self._arguments
         return SQLStorageStrategy(config, collections=collections, password=password)
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = ()
     ) -> list[dict[str, Value]]:
-        """Run a statement of one's own in a transaction of its own; its rows as maps by column.
+        """Run a caller's own statement in a separate transaction; returns its rows as dicts by column.
 
-        It runs on the tables as they are (their columns are the declared fields, `doc`, `version`
-        and `_side`), so what it writes is not checked. A trailing FOR UPDATE is dropped on SQLite,
-        where the transaction begins by taking the write lock. The locks end with the call.
+        The statement uses the tables directly (their columns are the declared fields, `doc`,
+        `version` and `_side`), so what it writes is not validated. On SQLite, a trailing FOR UPDATE
+        is removed, because the transaction acquires the write lock when it begins. All locks are
+        released when the call returns.
 
         Args:
-            params: a list for `?`, a map for `:name`.
+            params: a list of arguments for `?`, or a dict of arguments for `:name`.
         """
         self._usable()
         async with self._guard_untracked_write("execute_with_lock"):
@@ -98,7 +99,7 @@ class SQLStorageStrategy(StorageStrategy):
 
 
 def _dialect(config: SQLConfig, password: PasswordProvider | None) -> Dialect:
-    # Each imports its driver.
+    # Each module imports its driver, which may not be installed.
     if config.type == "sqlite":
         from hf_async_store.strategies.sql.sqlite import SQLite
 
