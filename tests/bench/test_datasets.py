@@ -13,7 +13,7 @@ from hf_async_store_bench.dataset_cache import DatasetCache
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.scaling import ends_first
-from hf_async_store_bench.systems import chosen
+from hf_async_store_bench.systems import chosen, named
 
 GET = Load(workload="get", tasks=2, entities=300)
 SAVE = Load(workload="save", tasks=2, entities=300)
@@ -50,6 +50,15 @@ async def test_engines_on_servers_are_read_and_written(measure: Measure, name: s
     # Each machine was written to a disk, a log or a server, completely or as a change.
     assert saves.written is not None
     assert saves.written > 100
+
+
+@pytest.mark.parametrize("name", ["sqlite3 batched by hand", "asyncpg batched by hand"])
+async def test_baselines_are_verified_after_reads(measure: Measure, name: str) -> None:
+    results = await measure([named(name)], GET, rounds=1, duration=0.1, steady=0.0)
+    assert results.failures == []
+    cell = results.cell(name, GET.name)
+    assert cell is not None
+    assert cell.checked == GET.entities
 
 
 def test_bytes_sent_by_a_connection_are_counted() -> None:

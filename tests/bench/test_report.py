@@ -15,12 +15,12 @@ from PIL import Image
 
 from hf_async_store_bench import charts, report, targets
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.formatting import shown
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.results import Results
 from hf_async_store_bench.run import Run
 from hf_async_store_bench.settings import Series, Settings
 from hf_async_store_bench.systems import chosen
+from hf_async_store_bench.tables import shown
 
 SETTINGS = Settings(
     mode="test",
