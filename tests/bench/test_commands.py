@@ -142,6 +142,7 @@ def test_the_advice_contains_its_figures() -> None:
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.long
 def test_advise_measures_and_recommends(tmp_path: Path) -> None:
     done = called(
         "advise", "--entities", "1000", "--tasks", "4", "--processes", "2",

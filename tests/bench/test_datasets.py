@@ -86,6 +86,7 @@ def test_sweeps_begin_with_both_ends() -> None:
     assert ends_first([1]) == [1]
 
 
+@pytest.mark.long
 async def test_every_workload_has_one_round_before_any_has_many(measure: Measure) -> None:
     loads = [Load(workload=each, tasks=2, entities=300) for each in ("save", "get", "mixed")]
     results = await measure(
@@ -98,6 +99,7 @@ async def test_every_workload_has_one_round_before_any_has_many(measure: Measure
     assert results.seconds < 20
 
 
+@pytest.mark.long
 async def test_remaining_time_is_used_for_uncertain_results(measure: Measure) -> None:
     results = await measure(
         [system("Good")], SAVE, GET, rounds=2, duration=0.05, steady=0.0, budget=60.0, again=True

@@ -55,9 +55,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return found
 
 
-@pytest.fixture
-def written(results: Results, tmp_path: Path) -> dict[str, Path]:
-    return {each.name: each for each in report.write(results, tmp_path / "report")}
+@pytest.fixture(scope="module")
+def written(results: Results, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("written") / "report"
+    return {each.name: each for each in report.write(results, folder)}
 
 
 def test_all_files_are_there(written: dict[str, Path], results: Results) -> None:
