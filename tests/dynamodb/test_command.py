@@ -45,9 +45,9 @@ def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> 
     status, said = command("create-tables", "--json")
     assert status == 0, said
     assert json.loads(said) == {
-        "made": [f"created {prefix}_{each}" for each in ("templates", "requests", "machines")]
+        "created": [f"created {prefix}_{each}" for each in ("templates", "requests", "machines")]
     }
-    assert json.loads(command("create-tables", "--json")[1]) == {"made": []}
+    assert json.loads(command("create-tables", "--json")[1]) == {"created": []}
     assert command("put", "requests", '{"request_id": "r", "status": "PENDING"}')[0] == 0
     assert command("update", "requests", "r", "status=RUNNING", "--expected-version", "1")[0] == 0
     status, said = command("get", "requests", "r", "--json")
