@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
 DIST_STAMP := $(VENV)/.dist-installed
+# Bytecode is written even where the environment forbids it: each of some thousand processes would
+# compile again what was changed.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 STORE ?=
 DATA ?=
 BASE ?=
@@ -16,10 +19,10 @@ demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes,
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
 
 test: $(STAMP)  ## every test but the long sweeps
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -n 4
 
 test-long: $(STAMP)  ## the long sweeps, too
-	$(BIN)/python -m pytest --hf-full -m "long or not long"
+	$(PYTEST) --hf-full -m "long or not long"
 
 check: $(STAMP)  ## style, types, and which layer may import which
 	$(BIN)/ruff check .
