@@ -632,7 +632,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",
         "write the whole content to one file; the store may be in use",
-        f"{_CLI}.backups:backup",
+        f"{_CLI}.backup_commands:backup",
         _backup,
         "The format is the same for every engine: gzip-compressed JSON lines with digests. The backup\n"
         "is a snapshot of the store, if the engine supports snapshots (see `describe`).\n\n"
@@ -643,7 +643,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "restore": Command(
         "restore SOURCE [OPTIONS]",
         "restore a backup",
-        f"{_CLI}.backups:restore",
+        f"{_CLI}.backup_commands:restore",
         _restore,
         "A portable backup, made by `backup`, is restored into an empty store, or with --merge into\n"
         "one that holds entities already, with the original versions and timestamps. The whole file\n"
@@ -660,7 +660,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "backups": Command(
         "backups",
         "list the previous data files that the store has kept (JSON stores)",
-        f"{_CLI}.backups:backups",
+        f"{_CLI}.backup_commands:backups",
         _nothing,
         f"The newest is listed first. `{PROGRAM} restore` restores any of them.\n",
     ),

@@ -30,8 +30,8 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.migration.diff import compare_readers
-from hf_async_store.migration.preflight import enforces_references
-from hf_async_store.migration.requirements import (
+from hf_async_store.migration.dry_run import enforces_references
+from hf_async_store.migration.store_checks import (
     refuse_same,
     refuse_undeclared,
     require_store,
