@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
 USAGE: Final = "advise [OPTIONS]"
-SUMMARY: Final = "recommend an engine for your load, by measuring it here"
+SUMMARY: Final = "recommend an engine for your load, by measuring it on this machine"
 MANUAL: Final = """\
-It takes about a minute, with temporary stores.
+It takes about a minute, with temporary stores. --store, --config and --collections are not used.
 
   hf-async-store advise --entities 50000 --tasks 32 --processes 4 --reads-percent 90
 """
@@ -36,9 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="P",
         type=percent,
         default=80,
-        help="gets of a hundred operations (default: 80)",
+        help="percentage of operations that are gets (default: 80)",
     )
-    parser.add_argument("--folder", metavar="DIR", help="where stores are made: the disk measured")
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="the folder for the temporary stores, on the disk to be measured",
+    )
 
 
 def run(arguments: Namespace) -> int:

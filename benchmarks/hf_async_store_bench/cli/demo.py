@@ -9,7 +9,10 @@ from hf_async_store_bench.cli.types import at_least_one, positive
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-SUMMARY: Final = "see it at work: several processes on one store, one killed"
+SUMMARY: Final = "run a demonstration: several processes use one store, and one of them is killed"
+MANUAL: Final = """\
+With --store URL or --config FILE the demo runs on that store, otherwise on a temporary one.
+"""
 SECONDS: Final = 10.0
 REQUESTS: Final = 240
 
@@ -27,21 +30,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         type=positive,
         default=SECONDS,
-        help=f"stop asking for machines after this time (default: {SECONDS:g})",
+        help=f"stop requesting machines after this number of seconds (default: {SECONDS:g})",
     )
     add(
         "--requests",
         metavar="N",
         type=at_least_one,
         default=REQUESTS,
-        help=f"or after this many requests for machines (default: {REQUESTS})",
+        help=f"stop after this number of requests for machines (default: {REQUESTS})",
     )
     add(
         "--seed",
         metavar="N",
         type=int,
         default=1,
-        help="of what is asked for; the interleaving is never the same (default: 1)",
+        help="seed of the generated requests; their interleaving differs in every run (default: 1)",
     )
     add("--keep", action="store_true", help="keep the temporary store and the write logs")
 

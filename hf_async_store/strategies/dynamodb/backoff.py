@@ -87,5 +87,5 @@ async def retry(
 
 def throttled(what: str) -> ThrottledError:
     return ThrottledError(
-        f"DynamoDB throttled the requests until retry_timeout had passed; not done: {what}"
+        f"DynamoDB throttled the requests until retry_timeout had passed; not completed: {what}"
     )

@@ -848,7 +848,10 @@ def _version_conflict(op: WriteOp, item: Attributes) -> StorageError:
         check(change.key, expected, actual, op.mapping.entity(item))
     except StorageError as exc:
         return exc
-    raise AssertionError("the versions differ")
+    raise AssertionError(
+        f"{change.key.collection} {change.key.id!r}: no conflict between the stored version {actual} "
+        f"and the expected version {expected}"
+    )
 
 
 def _retries_exhausted(op: WriteOp, last: StorageError) -> StorageError:

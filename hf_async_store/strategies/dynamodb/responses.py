@@ -246,7 +246,7 @@ def read_response(
         raise _failure(status, headers, body, params)
     content_type = headers.get("content-type", "json")
     if "json" not in content_type.lower():
-        raise _invalid(f"its content type is {content_type[:80]!r}")
+        raise _invalid(f"it has the content type {content_type[:80]!r}, not JSON")
     try:
         if not body.isascii():
             body.decode()  # checks the members that are not decoded, too

@@ -377,7 +377,8 @@ class JSONEngine:
         return CorruptionError(
             f"the journal in {self.files.folder} has a gap: {exc}. Restore a backup "
             "(`hf-async-store restore`), or use the data files without the journal: "
-            "`hf-async-store checkpoint --recover-from file`"
+            "`hf-async-store checkpoint --recover-from file` (all commits since the last compaction are "
+            "then lost; copy the folder first)"
         )
 
     def _unchanged(self, state: StoreState) -> bool:
