@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from hf_async_store.errors import StorageError, ThrottledError, UnavailableError
-from hf_async_store.strategies.dynamodb.errors import InvalidResponse
+from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse
 
 Result = TypeVar("Result")
 
@@ -40,7 +40,7 @@ class Backoff:
         Args:
             after: the error of the last attempt.
         """
-        if isinstance(after, InvalidResponse):
+        if isinstance(after, UnexpectedResponse):
             self._bad_responses += 1
             if self._bad_responses == _MAX_BAD_RESPONSES:
                 return False

@@ -65,7 +65,7 @@ class ResponseLost(UnavailableError):  # noqa: N818  # as above
     """No valid response was received: the request may have been applied, or may be applied later."""
 
 
-class InvalidResponse(ResponseLost):
+class UnexpectedResponse(ResponseLost):
     """The response is invalid for its request; a retry helps only if the cause is transient."""
 
 
@@ -76,7 +76,7 @@ class StatementRefused(StorageError):  # noqa: N818  # as above
 def public(exc: StorageError) -> StorageError:
     """The public error for an internal one."""
     kind: type[StorageError]
-    if isinstance(exc, InvalidResponse | StatementRefused | ConditionFailed | Cancelled):
+    if isinstance(exc, UnexpectedResponse | StatementRefused | ConditionFailed | Cancelled):
         kind = ProtocolError
     elif isinstance(exc, ResponseLost | TableMissing):
         kind = UnavailableError
@@ -86,7 +86,7 @@ def public(exc: StorageError) -> StorageError:
         return exc
     converted = kind(
         str(exc),
-        retryable=exc.retryable and not isinstance(exc, InvalidResponse),
+        retryable=exc.retryable and not isinstance(exc, UnexpectedResponse),
         outcome_unknown=exc.outcome_unknown,
     )
     converted.__cause__ = exc

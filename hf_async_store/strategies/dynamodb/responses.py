@@ -21,7 +21,7 @@ from hf_async_store.errors import (
     ThrottledError,
     UnavailableError,
 )
-from hf_async_store.strategies.dynamodb.errors import InvalidResponse, ResponseLost, translate
+from hf_async_store.strategies.dynamodb.errors import ResponseLost, UnexpectedResponse, translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -234,7 +234,7 @@ def read_response(
     """Decode and validate the response to a request.
 
     Raises:
-        InvalidResponse: the response is invalid; has `outcome_unknown`.
+        UnexpectedResponse: the response is invalid; has `outcome_unknown`.
         StorageError: the response is an error; see `errors.translate`.
     """
     if not _checksum_matches(headers.get("x-amz-crc32"), body):
@@ -261,7 +261,7 @@ def convert(operation: str, params: Mapping[str, Any], response: object) -> dict
     """Validate a response that the DAX client has decoded.
 
     Raises:
-        InvalidResponse: the response is invalid.
+        UnexpectedResponse: the response is invalid.
     """
     try:
         converted: dict[str, Any] = msgspec.convert(response, _SHAPES[operation])
@@ -275,8 +275,8 @@ def _checksum_matches(checksum: str | None, body: bytes) -> bool:
     return checksum is None or checksum == str(zlib.crc32(body))
 
 
-def _invalid(why: str) -> InvalidResponse:
-    return InvalidResponse(
+def _invalid(why: str) -> UnexpectedResponse:
+    return UnexpectedResponse(
         f"the response is not from DynamoDB or was changed by a proxy: {why}",
         outcome_unknown=True,
     )
@@ -289,7 +289,7 @@ def check(operation: str, params: Mapping[str, Any], response: Mapping[str, Any]
     """Check that a response matches its request.
 
     Raises:
-        InvalidResponse: it does not.
+        UnexpectedResponse: it does not.
     """
     is_match = _CHECKS.get(operation)
     if is_match is not None and not is_match(params, response):
@@ -386,7 +386,7 @@ def _failure(
         params.get("TransactItems", ())
     ):
         # Nothing was written.
-        return InvalidResponse(
+        return UnexpectedResponse(
             "DynamoDB cancelled a transaction without a cancellation reason for each action"
         )
     message = failure.get("message") or failure.get("Message") or ""
