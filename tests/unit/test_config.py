@@ -252,7 +252,7 @@ def test_other_blocks_and_the_migration_block_are_kept() -> None:
     assert config.block("json") is config.options
     assert config.block("sql") == SQLConfig(name="a.db")
     assert config.migration == load_migration(config) == MigrationConfig(batch_size=50)
-    with pytest.raises(ConfigurationError, match="'dynamodb'; there are: json, sql"):
+    with pytest.raises(ConfigurationError, match="'dynamodb'; it has: json, sql"):
         config.block("dynamodb")
 
 

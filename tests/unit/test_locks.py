@@ -247,11 +247,11 @@ async def test_only_the_holder_may_release() -> None:
         lock.release_write()
     writer = Visit(lock.writing())
     await settle()
-    with pytest.raises(RuntimeError, match="not held to write"):
+    with pytest.raises(RuntimeError, match="does not hold the lock for writing"):
         lock.release_write()
     await writer.leave()
     async with lock.reading():
-        with pytest.raises(RuntimeError, match="not held to write"):
+        with pytest.raises(RuntimeError, match="does not hold the lock for writing"):
             lock.release_write()
     assert_free(lock)
 
@@ -324,7 +324,7 @@ async def test_a_timeout_names_the_lock_and_its_holders(timeout: float) -> None:
     async with lock.writing():
         other = asyncio.create_task(lock.acquire_read(timeout))
         with pytest.raises(
-            LockTimeoutError, match=r"to read within .* s: held by a writer, 0 wait"
+            LockTimeoutError, match=r"for reading within .* s: held by a writer, 0 wait"
         ):
             await other
     assert_free(lock)
@@ -906,7 +906,7 @@ async def test_readers_behind_the_polling_one_time_out_with_their_own_message(
     here, there = manager(), manager()
     async with there.exclusive():
         polling, waiting = Visit(here.shared(timeout=60)), Visit(here.shared(timeout=0.02))
-        with pytest.raises(LockTimeoutError, match=r"to read within 0\.02 s: another process"):
+        with pytest.raises(LockTimeoutError, match=r"for reading within 0\.02 s: another process"):
             await waiting.task
         await polling.cancelled()
 
