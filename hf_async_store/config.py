@@ -427,7 +427,7 @@ class MigrationConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`migration`: how entities are copied from one store to another.
 
     Attributes:
-        backup_location: a folder if it ends in `/`, else a file.
+        backup_location: a folder if it ends in `/` or exists as one, else a file.
     """
 
     batch_size: AtLeastOne = 100

@@ -1,21 +1,8 @@
-"""`python -m hf_async_store_bench worker` and `... demo-worker`: processes that the harness and the
-demo start. They get their plan over a pipe."""
-
-from __future__ import annotations
+"""`python -m hf_async_store_bench worker`, or `demo.worker`: a process that the harness or the demo
+starts, and tells its plan over a pipe."""
 
 import asyncio
 import sys
+from importlib import import_module
 
-
-def main(role: str) -> int:
-    """The exit code of a worker."""
-    if role == "demo-worker":
-        from hf_async_store_bench.demo.worker import work as demo_work
-
-        return asyncio.run(demo_work())
-    from hf_async_store_bench.worker import work
-
-    return asyncio.run(work())
-
-
-raise SystemExit(main(sys.argv[1]))
+raise SystemExit(asyncio.run(import_module(f"hf_async_store_bench.{sys.argv[1]}").work()))

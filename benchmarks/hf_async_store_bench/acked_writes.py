@@ -1,22 +1,17 @@
 """What was acknowledged, and whether a store shows it: one oracle for benchmarks, the demo and tests.
 
-A write is acknowledged, or refused, which means that nothing was written, or its outcome is unknown.
-So a store must show at least as many writes as were acknowledged, and at most those of unknown
-outcome in addition.
+A store must show all writes that were acknowledged, and at most those of unknown outcome in addition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
 from hf_async_store import StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 class AckedWrites(msgspec.Struct, array_like=True):
@@ -42,18 +37,11 @@ class AckedWrites(msgspec.Struct, array_like=True):
         self.acknowledged += other.acknowledged
         self.unknown += other.unknown
 
-    def missing(self, stored: object) -> str | None:
-        """What is wrong with an entity of which nothing is stored, if anything."""
-        if stored is None and self.acknowledged:
-            return f"not there, and {self.acknowledged} writes were acknowledged"
-        return None
-
     def wrong_count(self, stored: object, first: int = 0) -> str | None:
         """What is wrong with a counter that each write raised by one from `first`, if anything."""
         least = first + self.acknowledged
-        if type(stored) is int and least <= stored <= least + self.unknown:
-            return None
-        return f"counts {stored}, {least} were acknowledged"
+        holds = type(stored) is int and least <= stored <= least + self.unknown
+        return None if holds else f"counts {stored}, {least} were acknowledged"
 
     def wrong_version(self, stored: int, first: int = 0) -> str | None:
         """What is wrong with the version of an entity that had `first` before, if anything."""
@@ -66,6 +54,12 @@ class AckedWrites(msgspec.Struct, array_like=True):
 
 AckedByEntity: TypeAlias = dict[str, AckedWrites]
 """By id. What all processes wrote together is what the store has to show at the end."""
+
+
+def add_all(acked: AckedByEntity, others: AckedByEntity) -> None:
+    """Count what another process wrote."""
+    for name, other in others.items():
+        acked.setdefault(name, AckedWrites()).add(other)
 
 
 @contextmanager
@@ -91,17 +85,18 @@ def lost_writes(
     """What a store does not show as it was acknowledged, one line each.
 
     Args:
-        stored: the ids with what a freshly opened store holds; None where it holds nothing.
         counter: a field that each write raised by one.
         first_version: the versions before the first of the writes; None: versions are not compared.
     """
     failures = []
     for name, entity in stored:
         writes = acked[name]
-        wrong = [writes.missing(entity)]
-        if entity is not None:
-            wrong += [writes.wrong_count(entity[counter])] if counter else []
-            if first_version is not None:
-                wrong.append(writes.wrong_version(entity["version"], first_version.get(name, 0)))
+        wrong: list[str | None] = []
+        if entity is None and writes.acknowledged:
+            wrong.append(f"not there, and {writes.acknowledged} writes were acknowledged")
+        if entity is not None and counter:
+            wrong.append(writes.wrong_count(entity[counter]))
+        if entity is not None and first_version is not None:
+            wrong.append(writes.wrong_version(entity["version"], first_version.get(name, 0)))
         failures += [f"{name}: {each}" for each in wrong if each is not None]
     return failures

@@ -1,6 +1,9 @@
 """What is measured, behind one small interface: a store, a baseline, a competitor.
 
-An adapter has no method for what its system cannot do: a workload asks by protocol.
+Every adapter can be opened in an `Environment` and closed; `fill(machines)` stores them in the fastest
+way there is, and `read_back(ids)` gives what is stored. It has in addition what its system can do: get,
+save, update, create (refused if it is there), save_many and create_many (each for itself), import_many
+(as they are), acquire (a request and its machines, all or none), run_process (that shows one machine).
 """
 
 from __future__ import annotations
@@ -9,101 +12,16 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
-from hf_async_store import open_store
+from hf_async_store import StorageStrategy, open_store
 from hf_async_store_bench.data import TEMPLATE, Entity, batches, transaction_limit
-from hf_async_store_bench.messages import WrongAnswerError
+from hf_async_store_bench.messages import Environment, WrongAnswerError
 
-if TYPE_CHECKING:
-    from hf_async_store import StorageStrategy
-    from hf_async_store_bench.messages import Environment
-
+_ASKED = {"template_id": "t-1", "status": "PENDING", "request_type": "acquire"}
 _BATCH = 10_000
 _IMPORTED = 1000
-_CALL = 100
-"""Machines of one call where a transaction cannot hold a whole request, as the demo does it."""
-
-
-class Adapter(Protocol):
-    """Open, filled, used, read back, closed."""
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        """Open it, with whatever it needs made ready."""
-        ...
-
-    async def close(self) -> None:
-        """Release everything; nothing acknowledged is lost."""
-        ...
-
-    async def fill(self, machines: Sequence[Entity]) -> None:
-        """Store them in the fastest way there is; not measured."""
-        ...
-
-    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
-        """The stored machines; not measured."""
-        ...
-
-
-@runtime_checkable
-class Gets(Protocol):
-    async def get(self, machine: str) -> Mapping[str, Any] | None: ...
-
-
-@runtime_checkable
-class Saves(Protocol):
-    async def save(self, machine: Entity) -> None: ...
-
-
-@runtime_checkable
-class GetsAndSaves(Gets, Saves, Protocol):
-    pass
-
-
-@runtime_checkable
-class Creates(Protocol):
-    async def create(self, machine: Entity) -> None:
-        """Refused if it is there."""
-        ...
-
-
-@runtime_checkable
-class Updates(Protocol):
-    async def update(self, machine: str, fields: Entity) -> None:
-        """Some fields of a machine that is there."""
-        ...
-
-
-@runtime_checkable
-class SavesMany(Protocol):
-    async def save_many(self, machines: Sequence[Entity]) -> None: ...
-
-
-@runtime_checkable
-class CreatesMany(Protocol):
-    async def create_many(self, machines: Sequence[Entity]) -> None: ...
-
-
-@runtime_checkable
-class ImportsMany(Protocol):
-    async def import_many(self, machines: Sequence[Entity]) -> None:
-        """New machines as they are, as when data is loaded in bulk."""
-        ...
-
-
-@runtime_checkable
-class RunsProcesses(Protocol):
-    async def run_process(self, machine: str) -> None:
-        """A whole process that shows one machine."""
-        ...
-
-
-@runtime_checkable
-class Acquires(Protocol):
-    async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
-        """A request and its machines: all of them, or none."""
-        ...
+_CALL = 100  # machines of one call where a transaction cannot hold a whole request
 
 
 class StoreAdapter:
@@ -118,21 +36,18 @@ class StoreAdapter:
     async def open(cls, environment: Environment) -> Self:
         return cls(await open_store(environment.url).open(), environment.url)
 
+    @property
+    def is_apart(self) -> bool:
+        """Its data is not in this process alone: it can be opened once more."""
+        return self.store.capabilities.durable or self.store.capabilities.multi_process
+
     async def close(self) -> None:
         await self.store.close()
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         await self.store.save_entity("templates", TEMPLATE)
-        requests = {
-            each["request_id"]: {
-                "request_id": each["request_id"],
-                "template_id": "t-1",
-                "status": "PENDING",
-                "request_type": "acquire",
-            }
-            for each in machines
-        }
-        await self.store.save_entities("requests", list(requests.values()))
+        ids = dict.fromkeys(each["request_id"] for each in machines)
+        await self.store.save_entities("requests", [{"request_id": i, **_ASKED} for i in ids])
         for batch in batches(machines, _BATCH):
             await self.store.create_entities("machines", batch)
 
@@ -165,9 +80,9 @@ class StoreAdapter:
             await self.store.import_entities("machines", batch)
 
     async def run_process(self, machine: str) -> None:
+        command = [sys.executable, "-m", "hf_async_store", "get", "machines", machine, "--json"]
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "hf_async_store", "get", "machines", machine, "--json"),
+            *command,
             env={**os.environ, "HF_ASYNC_STORE": self._url},
             stdout=asyncio.subprocess.PIPE,
         )
@@ -181,16 +96,9 @@ class StoreAdapter:
             async with self.store.begin_transaction() as tx:
                 await tx.create_entity("requests", request)
                 await tx.create_entities("machines", machines)
-        else:
-            await self._acquire_in_batches(request, machines)
-
-    async def _acquire_in_batches(self, request: Entity, machines: Sequence[Entity]) -> None:
+            return
+        name, done = request["request_id"], {"status": request["status"]}
         version = await self.store.create_entity("requests", {**request, "status": "creating"})
         for batch in batches(machines, _CALL):
             await self.store.create_entities("machines", batch)
-        await self.store.update_entity(
-            "requests",
-            str(request["request_id"]),
-            {"status": request["status"]},
-            expected_version=version,
-        )
+        await self.store.update_entity("requests", name, done, expected_version=version)

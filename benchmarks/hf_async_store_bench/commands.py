@@ -2,69 +2,56 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
+import argparse
 import sys
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from hf_async_store import InvalidInputError
-from hf_async_store_bench import compare, docs_page, recommend, tables, targets
+from hf_async_store_bench import compare, recommend, tables, targets
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import encode
 from hf_async_store_bench.results import Results, Skipped
-from hf_async_store_bench.run import Run
+from hf_async_store_bench.run import Run, tell
 from hf_async_store_bench.scenarios import SCENARIOS
-from hf_async_store_bench.settings import FULL, SHORT, SHORT_SYSTEMS, Settings
-from hf_async_store_bench.signals import ended_by_sigterm
-from hf_async_store_bench.systems import ALL, chosen, of_url
+from hf_async_store_bench.settings import FULL, SHORT, Settings, chosen_loads
+from hf_async_store_bench.systems import ALL, SHORT_SYSTEMS, chosen, of_url
 from hf_async_store_bench.workloads import WORKLOADS
 
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Coroutine
-
-    from hf_async_store_bench.messages import Load, SystemUnderTest
-
-PASSED: Final = 0
-FAILED: Final = 4
-
+PASSED, FAILED = 0, 4
 _PARAMETERS: Final = ("entities", "size", "tasks", "processes", "burst")
+# The columns that a terminal has no room for; the report has all.
+_WIDE: Final = frozenset({"range", "p99.9", "memory", "written", "checked", "retries"})
 
 
 async def bench(arguments: argparse.Namespace) -> int:
-    """Measure, write the report, and print the outcome; or compare two runs.
-
-    Returns 0, or 4 if an invariant broke: a lost write, a wrong answer, a worker that ended.
-
-    Raises:
-        InvalidInputError, ConfigurationError: what cannot be measured as it is asked for.
-    """
+    """Measure, write the report, and print the outcome; or compare two runs. Returns 0, or 4 if an
+    invariant broke: a lost write, a wrong answer, a worker that ended."""
     if arguments.words:
         return _compare(arguments)
-    return await _run_to_completion(_measured(arguments))
+    from hf_async_store_bench import report  # what draws takes a while to import
 
-
-async def _measured(arguments: argparse.Namespace) -> int:
-    settings, systems = _settings(arguments), _systems(arguments)
-    page = None if arguments.page is None else docs_page.Page(Path(arguments.page))
+    settings = _settings(arguments)
+    systems = chosen(arguments.only) or list(ALL if arguments.full else SHORT_SYSTEMS)
+    systems += [of_url(arguments.store)] if arguments.store else []
+    if arguments.page is not None:
+        report.around_results(Path(arguments.page))  # before the minutes of a run, not after
     with Environments(durable=not arguments.no_fsync, folder=arguments.folder) as environments:
-        run = Run(settings, systems, environments, _tell)
+        run = Run(settings, systems, environments, tell)
         for each in ALL:
             if each not in systems and not arguments.only:
                 run.results.skipped.append(Skipped(each.name, "only in the full run"))
         results = await run.whole()
     results.settings = _told(arguments, settings) | results.settings
     results.figures = targets.figures(results)
-    from hf_async_store_bench import report  # what draws takes a while to import
-
     written = report.write(results, Path(arguments.output))
-    if page is not None:
-        page.write(results)
+    if arguments.page is not None:
+        report.write_into(Path(arguments.page), results)
     if arguments.json:
-        sys.stdout.write(encode(results).decode() + "\n")
+        _say(encode(results).decode())
     else:
         _show(results, written)
     return FAILED if results.failures else PASSED
@@ -72,37 +59,16 @@ async def _measured(arguments: argparse.Namespace) -> int:
 
 async def advice(arguments: argparse.Namespace) -> int:
     """Measure the engines under the load that is described, and recommend one."""
-    return await _run_to_completion(_advised(arguments))
-
-
-async def _advised(arguments: argparse.Namespace) -> int:
+    wanted = recommend.Wanted(
+        entities=arguments.entities,
+        tasks=arguments.tasks,
+        processes=arguments.processes,
+        reads=arguments.reads_percent,
+    )
     with Environments(folder=arguments.folder) as environments:
-        found = await recommend.advise(
-            recommend.Wanted(
-                entities=arguments.entities,
-                tasks=arguments.tasks,
-                processes=arguments.processes,
-                reads=arguments.reads_percent,
-            ),
-            environments,
-            _tell,
-        )
-    if arguments.json:
-        sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
-    else:
-        sys.stdout.write(recommend.as_text(found) + "\n")
+        found = await recommend.advise(wanted, environments, tell)
+    _say(msgspec.json.encode(found).decode() if arguments.json else recommend.as_text(found))
     return FAILED if found.failures else PASSED
-
-
-async def _run_to_completion(work: Coroutine[None, None, int]) -> int:
-    """The exit code of a run; SIGTERM, too, stops the servers and processes that it started."""
-    with ended_by_sigterm() as ended:
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if not ended():
-                raise
-            return 128 + signal.SIGTERM
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -112,115 +78,67 @@ def _compare(arguments: argparse.Namespace) -> int:
     found = compare.differences(old, new)
     if arguments.json:
         for each in found:
-            sys.stdout.write(msgspec.json.encode(_as_json(each)).decode() + "\n")
-        return PASSED
-    sys.stdout.write(tables.as_text(compare.as_table(found)) + "\n")
-    for line in compare.unmatched(old, new):
-        sys.stdout.write(f"  {line}\n")
+            _say(msgspec.json.encode(each.as_json()).decode())
+    else:
+        _say(tables.as_text(compare.as_table(found)))
+        for line in compare.unmatched(old, new):
+            _say(f"  {line}")
     return PASSED
-
-
-def _as_json(difference: compare.Difference) -> dict[str, Any]:
-    return {
-        "system": difference.old.system,
-        "load": difference.old.load.name,
-        "old": difference.old.rate,
-        "new": difference.new.rate,
-        "change": difference.change.value,
-        "low": difference.change.low,
-        "high": difference.change.high,
-        "word": difference.word,
-    }
-
-
-# -- what is asked for ----------------------------------------------------------------------
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     settings = FULL if arguments.full else SHORT
-    loads = _chosen_loads(arguments.workload) if arguments.workload else settings.loads
-    scenarios = tuple(each for each in arguments.workload if each in SCENARIOS)
+    named = arguments.workload
+    known = (*WORKLOADS, *SCENARIOS)
+    for each in named:
+        if each not in known:
+            raise InvalidInputError(f"no workload {each!r}; there are: {', '.join(known)}")
     knobs = {name: getattr(arguments, name) for name in _PARAMETERS}
     knobs["reads"] = arguments.reads_percent
     given = {name: value for name, value in knobs.items() if value is not None}
+    loads = chosen_loads(named) if named else settings.loads
     loads = tuple(dict.fromkeys(msgspec.structs.replace(each, **given) for each in loads))
-    chosen_ones: dict[str, Any] = {"loads": loads, "seed": arguments.seed, "rate": arguments.rate}
+    changed: dict[str, Any] = {"loads": loads, "seed": arguments.seed, "rate": arguments.rate}
     if arguments.duration is not None:
-        chosen_ones |= {"duration": arguments.duration, "steady": arguments.duration}
+        changed |= {"duration": arguments.duration, "steady": arguments.duration}
     if arguments.rounds is not None:
-        chosen_ones |= {"rounds": arguments.rounds, "again": False}
-    if arguments.workload or given:
+        changed |= {"rounds": arguments.rounds, "again": False}
+    if named or given:
         # What is chosen by hand is run wherever it can be, and as long as it takes.
-        chosen_ones |= {"series": (), "compared": None, "budget": None, "again": False}
-        chosen_ones["scenarios"] = scenarios
+        changed |= {"series": (), "compared": None, "budget": None, "again": False}
+        changed["scenarios"] = tuple(each for each in named if each in SCENARIOS)
     if arguments.budget is not None:
-        chosen_ones["budget"] = arguments.budget
-    return msgspec.structs.replace(settings, **chosen_ones)
-
-
-def _chosen_loads(names: list[str]) -> tuple[Load, ...]:
-    unknown = [each for each in names if each not in WORKLOADS and each not in SCENARIOS]
-    if unknown:
-        known = ", ".join((*WORKLOADS, *SCENARIOS))
-        raise InvalidInputError(f"no workload {unknown[0]!r}; there are: {known}")
-    loads = [each for each in FULL.loads if each.workload in names and each.processes == 1]
-    first: dict[str, Load] = {}
-    for each in loads:
-        first.setdefault(each.workload, each)
-    return tuple(first[each] for each in dict.fromkeys(names) if each in first)
-
-
-def _systems(arguments: argparse.Namespace) -> list[SystemUnderTest]:
-    if arguments.only:
-        systems = chosen(arguments.only)
-    else:
-        systems = [each for each in ALL if arguments.full or each.name in SHORT_SYSTEMS]
-    return systems + ([of_url(arguments.store)] if arguments.store else [])
+        changed["budget"] = arguments.budget
+    return msgspec.structs.replace(settings, **changed)
 
 
 def _told(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
-    told = {
+    return {
         "durable": "no" if arguments.no_fsync else "yes",
         "rounds": f"{settings.rounds} of {settings.duration:g} s at each visit, taking turns",
         "at fixed times": f"{settings.steady:g} s",
         "seed": str(settings.seed),
+        **{i.name: f"{i.entities:,} machines of {i.size} bytes stored" for i in settings.loads},
     }
-    for load in settings.loads:
-        told[load.name] = f"{load.entities:,} machines of {load.size} bytes stored"
-    return told
 
 
-# -- what is told ---------------------------------------------------------------------------
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
 
 
 def _show(results: Results, written: list[Path]) -> None:
-    say = sys.stdout.write
-    for load in results.loads:
-        if results.of(load):
-            say(tables.as_text(_short(tables.measured(results, load))) + "\n\n")
-    for sweep in results.sweeps:
-        say(tables.as_text(tables.grown(sweep)) + "\n\n")
-    for table in (tables.targets(results), tables.skipped(results, asked_for=True)):
+    shown = [_short(tables.measured(results, each)) for each in results.loads if results.of(each)]
+    shown += [*map(tables.grown, results.sweeps), tables.targets(results)]
+    for table in (*shown, tables.skipped(results, asked_for=True)):
         if table.rows:
-            say(tables.as_text(table) + "\n\n")
+            _say(tables.as_text(table) + "\n")
     for each in results.failures:
-        say(f"BROKEN {each}\n")
-    say(f"{tables.verdict(results)}\n")
-    say(f"Took {results.seconds:g} s. Written: {', '.join(map(str, written))}\n")
+        _say(f"BROKEN {each}")
+    _say(tables.verdict(results))
+    _say(f"Took {results.seconds:g} s. Written: {', '.join(map(str, written))}")
 
 
 def _short(table: tables.Table) -> tables.Table:
-    """As many columns as a terminal has room for; the report has all."""
-    keep = [place for place, head in enumerate(table.heads) if head not in _WIDE]
-    return table._replace(
-        heads=tuple(table.heads[place] for place in keep),
-        rows=[tuple(row[place] for place in keep) for row in table.rows],
-    )
-
-
-_WIDE: Final = frozenset({"range", "p99.9", "memory", "written", "checked", "retries"})
+    keep = [head not in _WIDE for head in table.heads]
+    heads, *rows = (tuple(compress(row, keep)) for row in (table.heads, *table.rows))
+    return table._replace(heads=heads, rows=rows)

@@ -3,54 +3,54 @@
 from __future__ import annotations
 
 import statistics
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
-from hf_async_store_bench.formatting import shown
 from hf_async_store_bench.results import Cell, Results
 from hf_async_store_bench.statistics import Interval, ratio_of_runs
-from hf_async_store_bench.tables import Table
+from hf_async_store_bench.tables import Table, change_shown, shown
 
-SMALLEST: Final = 0.05
-"""A change by less than this part is not told, however sure: machines are not that much the same
-from one day to the next."""
-
-Word: TypeAlias = Literal["faster", "slower", "same within the noise"]
+SMALLEST: Final = 0.05  # a change by less is not told: machines differ from one day to the next
+_WORDS: Final = ("slower", "faster", "same within the noise")
 
 
 class Difference(NamedTuple):
-    """One system under one load, in both runs.
-
-    Attributes:
-        change: new against old, of the throughput, with its 95 % interval.
-    """
+    """One system under one load in both runs, and the change of its throughput, new against old."""
 
     old: Cell
     new: Cell
     change: Interval
 
     @property
-    def word(self) -> Word:
-        if self.change.low > 1 and self.change.value > 1 + SMALLEST:
-            return "faster"
-        if self.change.high < 1 and self.change.value < 1 / (1 + SMALLEST):
-            return "slower"
-        return "same within the noise"
+    def word(self) -> str:
+        """What it comes to."""
+        value, low, high = self.change
+        if high < 1 and value < 1 / (1 + SMALLEST):
+            return _WORDS[0]
+        return _WORDS[1] if low > 1 and value > 1 + SMALLEST else _WORDS[2]
+
+    def as_json(self) -> dict[str, object]:
+        """For a program."""
+        value, low, high = self.change
+        return {
+            "system": self.old.system,
+            "load": self.old.load.name,
+            "old": self.old.rate,
+            "new": self.new.rate,
+            "change": value,
+            "low": low,
+            "high": high,
+            "word": self.word,
+        }
 
 
 def differences(old: Results, new: Results) -> list[Difference]:
     """Of everything that both runs measured under the same load with the same knobs."""
+    known = {(each.system, each.load): each for each in reversed(new.cells)}
     found = []
     for before in old.cells:
-        after = next(
-            (
-                each
-                for each in new.cells
-                if (each.system, each.load) == (before.system, before.load)
-            ),
-            None,
-        )
-        change = ratio_of_runs(after.rates, before.rates) if after is not None else None
-        if after is not None and change is not None:
+        after = known.get((before.system, before.load))
+        change = ratio_of_runs(after.rates, before.rates) if after else None
+        if after and change:
             found.append(Difference(before, after, change))
     return found
 
@@ -63,36 +63,30 @@ def drift(found: list[Difference]) -> float | None:
 
 def as_table(found: list[Difference]) -> Table:
     """What changed comes first."""
-    order = {"slower": 0, "faster": 1, "same within the noise": 2}
     rows = [
         (
             each.old.system,
             each.old.load.name,
             shown(each.old.rate),
             shown(each.new.rate),
-            f"{(each.change.value - 1) * 100:+.0f} %",
-            f"{(each.change.low - 1) * 100:+.0f} .. {(each.change.high - 1) * 100:+.0f} %",
+            f"{change_shown(each.change.value)} %",
+            f"{change_shown(each.change.low)} .. {change_shown(each.change.high)} %",
             each.word,
         )
-        for each in sorted(found, key=lambda each: order[each.word])
+        for each in sorted(found, key=lambda each: _WORDS.index(each.word))
     ]
     heads = ("", "load", "old", "new", "change", "95 % interval", "")
-    moved = drift(found)
-    note = (
-        ""
-        if moved is None
-        else (
-            f"The baselines, which are the same code in both, moved by {(moved - 1) * 100:+.0f} % "
+    note = ""
+    if (moved := drift(found)) is not None:
+        note = (
+            f"The baselines, which are the same code in both, moved by {change_shown(moved)} % "
             "(the median): so much may be the machine."
         )
-    )
     return Table("New against old, units a second", heads, rows, note)
 
 
 def unmatched(old: Results, new: Results) -> list[str]:
     """What only one of the runs has."""
     olds, news = ({f"{each.system}, {each.load.name}" for each in run.cells} for run in (old, new))
-    return [
-        *(f"only in the old: {each}" for each in sorted(olds - news)),
-        *(f"only in the new: {each}" for each in sorted(news - olds)),
-    ]
+    only = (("old", olds - news), ("new", news - olds))
+    return [f"only in the {run}: {each}" for run, some in only for each in sorted(some)]

@@ -1,64 +1,62 @@
 """Competitors: what a user would pick instead, each as its own documentation says to use it.
 
-None of them is required: each is imported when it is opened, and what is not installed is listed as
-skipped. Most know neither versions nor transactions, so read their figures with what they promise.
+Each is imported when it is opened. Most know neither versions nor transactions.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import cache
+from inspect import isawaitable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import Any, Final, Self
 
 import msgspec
 
-from hf_async_store_bench.data import batches
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.data import Entity
-    from hf_async_store_bench.messages import Environment
-
-Machine: TypeAlias = Mapping[str, Any]
+from hf_async_store_bench.concurrency import side_by_side
+from hf_async_store_bench.data import Entity, batches
+from hf_async_store_bench.messages import Environment
 
 _KEY: Final = "machine_id"
-_BATCH: Final = 25
-_AT_ONCE: Final = 8
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
 
 
+@dataclass
 class Competitor:
-    """Filled by its own batches and read back one by one, unless it can do better."""
+    """What a library does for each operation, in functions that are asynchronous or block; `everything`
+    gives all that is stored, where reading it one by one would take too long."""
 
-    def __init__(self, library: Any, name: str = "") -> None:
-        self.library = library
-        self.name = name
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        raise NotImplementedError
+    _save: Callable[[Entity], Any]
+    _get: Callable[[str], Any]
+    _create_many: Callable[[Sequence[Entity]], Any]
+    _close: Callable[[], Any] = lambda: None
+    _everything: Callable[[], Sequence[Entity]] | None = None
 
     async def close(self) -> None:
-        """Release everything."""
+        await _result(self._close())
 
     async def save(self, machine: Entity) -> None:
-        raise NotImplementedError
+        await _result(self._save(machine))
 
-    async def get(self, machine: str) -> Machine | None:
-        raise NotImplementedError
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        return await _result(self._get(machine))
 
     async def create_many(self, machines: Sequence[Entity]) -> None:
-        raise NotImplementedError
+        await _result(self._create_many(machines))
 
-    async def fill(self, machines: Sequence[Entity]) -> None:
-        await self.create_many(machines)
+    fill = create_many
 
-    async def read_back(self, ids: Sequence[str]) -> list[Machine | None]:
-        return [await self.get(each) for each in ids]
+    async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+        if self._everything is None:
+            return [await self.get(each) for each in ids]
+        stored = {each[_KEY]: each for each in self._everything()}
+        return [stored.get(each) for each in ids]
+
+
+async def _result(outcome: Any) -> Any:
+    return await outcome if isawaitable(outcome) else outcome
 
 
 class TinyDB(Competitor):
@@ -66,30 +64,17 @@ class TinyDB(Competitor):
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:
-        from tinydb import TinyDB as Library
+        import tinydb
 
-        return cls(Library(Path(environment.folder) / "tinydb.json"))
-
-    async def close(self) -> None:
-        self.library.close()
-
-    async def save(self, machine: Entity) -> None:
-        from tinydb import where
-
-        self.library.upsert(machine, where(_KEY) == machine[_KEY])
-
-    async def get(self, machine: str) -> Machine | None:
-        from tinydb import where
-
-        found: Machine | None = self.library.get(where(_KEY) == machine)
-        return found
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        self.library.insert_multiple(machines)
-
-    async def read_back(self, ids: Sequence[str]) -> list[Machine | None]:
-        stored = {each[_KEY]: each for each in self.library.all()}
-        return [stored.get(each) for each in ids]
+        database = tinydb.TinyDB(Path(environment.folder) / "tinydb.json")
+        key = tinydb.where(_KEY)
+        return cls(
+            lambda machine: database.upsert(machine, key == machine[_KEY]),
+            lambda machine: database.get(key == machine),
+            database.insert_multiple,
+            database.close,
+            database.all,
+        )
 
 
 class Orb(Competitor):
@@ -100,20 +85,13 @@ class Orb(Competitor):
         from orb.infrastructure.storage.json.strategy import JSONStorageStrategy
 
         logging.disable(logging.INFO)  # it logs every save
-        return cls(JSONStorageStrategy(str(Path(environment.folder) / "machines.json")))
-
-    async def close(self) -> None:
-        self.library.cleanup()
-
-    async def save(self, machine: Entity) -> None:
-        self.library.save(machine[_KEY], machine)
-
-    async def get(self, machine: str) -> Machine | None:
-        found: Machine | None = self.library.find_by_id(machine)
-        return found
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        self.library.save_batch({each[_KEY]: each for each in machines})
+        storage = JSONStorageStrategy(str(Path(environment.folder) / "machines.json"))
+        return cls(
+            lambda machine: storage.save(machine[_KEY], machine),
+            storage.find_by_id,
+            lambda machines: storage.save_batch({each[_KEY]: each for each in machines}),
+            storage.cleanup,
+        )
 
 
 class DiskCache(Competitor):
@@ -123,70 +101,58 @@ class DiskCache(Competitor):
     async def open(cls, environment: Environment) -> Self:
         from diskcache import Cache
 
-        return cls(Cache(environment.folder, eviction_policy="none"))
+        stored = Cache(environment.folder, eviction_policy="none")
 
-    async def close(self) -> None:
-        self.library.close()
+        def create_many(machines: Sequence[Entity]) -> None:
+            with stored.transact():
+                for each in machines:
+                    stored.set(each[_KEY], each)
 
-    async def save(self, machine: Entity) -> None:
-        self.library.set(machine[_KEY], machine)
-
-    async def get(self, machine: str) -> Machine | None:
-        found: Machine | None = self.library.get(machine)
-        return found
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        with self.library.transact():
-            for each in machines:
-                self.library.set(each[_KEY], each)
+        return cls(
+            lambda machine: stored.set(machine[_KEY], machine),
+            stored.get,
+            create_many,
+            stored.close,
+        )
 
 
-class KeyValueDisk(Competitor):
-    """py-key-value-aio, one async interface over many stores: its store on diskcache."""
+class _KeyValue(Competitor):
+    """py-key-value-aio, one async interface over many stores."""
+
+    @classmethod
+    async def of(cls, store: Any) -> Self:
+        """On one of its stores."""
+        await store.__aenter__()
+        return cls(
+            lambda machine: store.put(machine[_KEY], machine),
+            store.get,
+            lambda machines: store.put_many([i[_KEY] for i in machines], machines),
+            lambda: store.__aexit__(None, None, None),
+        )
+
+
+class KeyValueDisk(_KeyValue):
+    """Its store on diskcache."""
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:
         from key_value.aio.stores.disk import DiskStore
 
-        store = DiskStore(directory=environment.folder)
-        await store.setup()
-        return cls(store)
-
-    async def close(self) -> None:
-        await self.library.close()
-
-    async def save(self, machine: Entity) -> None:
-        await self.library.put(machine[_KEY], machine)
-
-    async def get(self, machine: str) -> Machine | None:
-        found: Machine | None = await self.library.get(machine)
-        return found
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        await self.library.put_many([each[_KEY] for each in machines], machines)
+        return await cls.of(DiskStore(directory=environment.folder))
 
 
-class KeyValuePostgreSQL(KeyValueDisk):
+class KeyValuePostgreSQL(_KeyValue):
     """Its store on an asyncpg pool of its own."""
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:
         from key_value.aio.stores.postgresql import PostgreSQLStore
 
-        store = PostgreSQLStore(url=environment.server)
-        await store.__aenter__()
-        return cls(store)
-
-    async def close(self) -> None:
-        await self.library.__aexit__(None, None, None)
+        return await cls.of(PostgreSQLStore(url=environment.server))
 
 
 class AdvancedAlchemy(Competitor):
     """Repositories over SQLAlchemy's ORM, a session for each operation, on SQLite in WAL mode."""
-
-    engine: Any
-    row: Any
-    repository: Any
 
     @classmethod
     async def open(cls, environment: Environment) -> Self:
@@ -196,33 +162,29 @@ class AdvancedAlchemy(Competitor):
 
         file = Path(environment.folder) / "competitor.sqlite"
         engine = on_connect(create_async_engine(f"sqlite+aiosqlite:///{file}"), environment)
-        adapter = cls(async_sessionmaker(engine, expire_on_commit=False))
-        adapter.engine = engine
-        adapter.row, adapter.repository = _alchemy_classes()
+        row_type, repository = _alchemy_classes()
+        session_of = async_sessionmaker(engine, expire_on_commit=False)
         async with engine.begin() as connection:
-            await connection.run_sync(adapter.row.metadata.create_all)
-        return adapter
+            await connection.run_sync(row_type.metadata.create_all)
 
-    async def close(self) -> None:
-        await self.engine.dispose()
+        def row_of(machine: Entity) -> Any:
+            return row_type(id=machine[_KEY], doc=msgspec.json.encode(machine).decode())
 
-    def _row(self, machine: Entity) -> Any:
-        return self.row(id=machine[_KEY], doc=_encode(machine).decode())
+        async def save(machine: Entity) -> None:
+            async with session_of() as session:
+                await repository(session=session, auto_commit=True).upsert(row_of(machine))
 
-    async def save(self, machine: Entity) -> None:
-        async with self.library() as session:
-            await self.repository(session=session, auto_commit=True).upsert(self._row(machine))
+        async def get(machine: str) -> Any:
+            async with session_of() as session:
+                row = await repository(session=session).get_one_or_none(id=machine)
+            return None if row is None else msgspec.json.decode(row.doc)
 
-    async def get(self, machine: str) -> Machine | None:
-        async with self.library() as session:
-            row = await self.repository(session=session).get_one_or_none(id=machine)
-        found: Machine | None = None if row is None else _decode(row.doc)
-        return found
+        async def create_many(machines: Sequence[Entity]) -> None:
+            async with session_of() as session:
+                rows = list(map(row_of, machines))
+                await repository(session=session, auto_commit=True).add_many(rows)
 
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        async with self.library() as session:
-            rows = list(map(self._row, machines))
-            await self.repository(session=session, auto_commit=True).add_many(rows)
+        return cls(save, get, create_many, engine.dispose)
 
 
 @cache
@@ -240,14 +202,13 @@ def _alchemy_classes() -> tuple[Any, Any]:
 class AioDynamo(Competitor):
     """aiodynamo on aiohttp: an async DynamoDB client that signs by itself."""
 
-    stack: AsyncExitStack
-
     @classmethod
     async def open(cls, environment: Environment) -> Self:
         from aiodynamo.client import Client
         from aiodynamo.credentials import Key, StaticCredentials
+        from aiodynamo.errors import ItemNotFound
         from aiodynamo.http.aiohttp import AIOHTTP
-        from aiodynamo.models import KeySchema, KeySpec, KeyType, PayPerRequest
+        from aiodynamo.models import BatchWriteRequest, KeySchema, KeySpec, KeyType, PayPerRequest
         from aiohttp import ClientSession
         from yarl import URL
 
@@ -255,46 +216,29 @@ class AioDynamo(Competitor):
         session = await stack.enter_async_context(ClientSession())
         credentials = StaticCredentials(Key(id="bench", secret="bench"))
         client = Client(AIOHTTP(session), credentials, "eu-west-1", URL(environment.server))
-        adapter = cls(client, f"{environment.prefix}-aiodynamo")
-        adapter.stack = stack
-        if not await client.table_exists(adapter.name):
+        name = f"{environment.prefix}-aiodynamo"
+        if not await client.table_exists(name):
             keys = KeySchema(KeySpec(_KEY, KeyType.string))
-            await client.create_table(adapter.name, PayPerRequest(), keys)
-        return adapter
-
-    async def close(self) -> None:
-        await self.stack.aclose()
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        """In batches of 25, eight at once."""
-        from aiodynamo.models import BatchWriteRequest
-
-        gate = asyncio.Semaphore(_AT_ONCE)
+            await client.create_table(name, PayPerRequest(), keys)
 
         async def put(left: Sequence[Entity]) -> None:
-            async with gate:
-                while left:
-                    request = {self.name: BatchWriteRequest(items_to_put=list(left))}
-                    answer = (await self.library.batch_write(request)).get(self.name)
-                    left = answer.unput_items if answer else []
+            while left:
+                request = {name: BatchWriteRequest(items_to_put=list(left))}
+                answer = (await client.batch_write(request)).get(name)
+                left = answer.unput_items if answer else []
 
-        async with asyncio.TaskGroup() as group:
-            for batch in batches(machines, _BATCH):
-                group.create_task(put(batch))
+        async def get(machine: str) -> Any:
+            try:
+                return await client.get_item(name, {_KEY: machine}, consistent_read=True)
+            except ItemNotFound:
+                return None
 
-    async def save(self, machine: Entity) -> None:
-        await self.library.put_item(self.name, machine)
-
-    async def get(self, machine: str) -> Machine | None:
-        from aiodynamo.errors import ItemNotFound
-
-        try:
-            found: Machine = await self.library.get_item(
-                self.name, {_KEY: machine}, consistent_read=True
-            )
-        except ItemNotFound:
-            return None
-        return found
+        return cls(
+            lambda machine: client.put_item(name, machine),
+            get,
+            lambda machines: side_by_side(put, batches(machines, 25), 8),
+            stack.aclose,
+        )
 
 
 class Pydynox(Competitor):
@@ -309,16 +253,8 @@ class Pydynox(Competitor):
         name = f"{environment.prefix}-pydynox"
         if not await client.table_exists(name):
             await client.create_table(name, (_KEY, "S"), wait=True)
-        return cls(client, name)
-
-    async def save(self, machine: Entity) -> None:
-        await self.library.put_item(self.name, machine)
-
-    async def get(self, machine: str) -> Machine | None:
-        found: Machine | None = await self.library.get_item(
-            self.name, {_KEY: machine}, consistent_read=True
+        return cls(
+            lambda machine: client.put_item(name, machine),
+            lambda machine: client.get_item(name, {_KEY: machine}, consistent_read=True),
+            lambda machines: client.batch_write(name, put_items=list(machines)),
         )
-        return found
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        await self.library.batch_write(self.name, put_items=list(machines))

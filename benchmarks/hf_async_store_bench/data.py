@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
 
-from hf_async_store import Capabilities
+from hf_async_store import Capabilities, StorageStrategy
 
 Entity: TypeAlias = dict[str, Any]
 
-USUAL_BYTES: Final = 311
-"""What a machine without anything special weighs as JSON."""
-
-SMALLEST_BYTES: Final = 100
+USUAL_BYTES: Final = 311  # of a machine without anything special, as JSON
 MACHINES_OF_A_REQUEST: Final = 100
 TEMPLATE: Final[Entity] = {"template_id": "t-1", "name": "Standard"}
 STATUSES: Final = ("RUNNING", "PENDING", "STOPPED")
 
-_ENTITY_BYTES: Final = 4096
-"""More than any entity of the demo and the workloads weighs, for limits that are in bytes."""
-
+_ENTITY_BYTES: Final = 4096  # more than any entity weighs, for limits that are in bytes
+_SETTLE_SECONDS: Final = 10.0
 _SCATTER: Final = 61_803_399
 
 
 def machine(number: int, size: int = USUAL_BYTES, count: int = 0) -> Entity:
-    """A machine whose JSON takes about `size` bytes, 100 at least.
-
-    Args:
-        count: how many times it was written, kept in the field `count`; it shows a lost write.
-    """
-    entity = _small(number) if size < USUAL_BYTES else {**_small(number), **_rest(number)}
+    """A machine whose JSON takes about `size` bytes, 100 at least; `count` is how many times it was
+    written, and shows a lost write."""
+    entity = _small(number) | (_rest(number) if size >= USUAL_BYTES else {})
     entity["count"] = count
     padding = size - (_USUAL_WITHOUT if size >= USUAL_BYTES else _SMALL_WITHOUT)
     if padding > 0:
@@ -62,12 +57,12 @@ def machine_id(number: int) -> str:
     return f"i-{number:017x}"
 
 
-def request(number: int, machines: int = MACHINES_OF_A_REQUEST, status: str = "PENDING") -> Entity:
+def request(number: int, machines: int = MACHINES_OF_A_REQUEST) -> Entity:
     return {
         "request_id": request_id(number),
         "template_id": "t-1",
         "machine_count": machines,
-        "status": status,
+        "status": "PENDING",
         "request_type": "acquire",
     }
 
@@ -79,7 +74,6 @@ def request_id(number: int) -> str:
 _FILL: Final = {"count": 0, "tags": {"note": ""}}
 _SMALL_WITHOUT: Final = len(msgspec.json.encode({**_small(0), **_FILL}))
 _USUAL_WITHOUT: Final = len(msgspec.json.encode({**_small(0), **_rest(0), **_FILL}))
-
 
 _Item = TypeVar("_Item")
 
@@ -95,3 +89,16 @@ def transaction_limit(can: Capabilities) -> int | None:
     if can.max_transaction_bytes is not None:
         limits.append(can.max_transaction_bytes // _ENTITY_BYTES)
     return min((each for each in limits if each is not None), default=None)
+
+
+async def settled_count(
+    store: StorageStrategy, filters: Mapping[str, object], expected: int
+) -> int:
+    """How many machines match; where queries may be behind, once they have caught up."""
+    until = monotonic() + _SETTLE_SECONDS
+    while True:
+        found = await store.count_entities("machines", filters)
+        behind = store.capabilities.query_isolation == "eventual" and found != expected
+        if not behind or monotonic() > until:
+            return found
+        await asyncio.sleep(0.2)

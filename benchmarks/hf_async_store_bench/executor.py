@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
-import msgspec
-
+from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.dataset_cache import DatasetCache, settled
-from hf_async_store_bench.messages import Load, Measurement
+from hf_async_store_bench.environments import Environments
+from hf_async_store_bench.messages import Load, Measurement, RoundStats, SystemUnderTest
 from hf_async_store_bench.results import Cell, Results, Skipped
 from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.targets import scenario_figures
 from hf_async_store_bench.worker_group import BrokenError, SkippedError, WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-
-    from hf_async_store_bench.environments import Environments
-    from hf_async_store_bench.messages import RoundStats, SystemUnderTest
-    from hf_async_store_bench.settings import Settings
-
-_WARM_UP: Final = 0.25
-"""Seconds that go before the first round and do not count; a round's length if that is less."""
-
-_STEADY_SHARE: Final = 0.5
-_STEADY_MOST: Final = 5000.0
-"""Operations a second: beyond that, the latencies would be those of the harness."""
-
-_STEADY_LEAST: Final = 4
-"""Operations: of fewer, no percentile says anything."""
-
-AT_ONCE: Final = 2
-"""Groups that are filled and started side by side: it is computing, not waiting."""
-
-_Item = TypeVar("_Item")
+_WARM_UP: Final = 0.25  # seconds that do not count; a round's length if that is less
+_STEADY_MOST: Final = 5000.0  # operations a second: beyond that, the harness would be measured
+_STEADY_LEAST: Final = 4  # operations: of fewer, no percentile says anything
+_FAILURES_SHOWN: Final = 10
+AT_ONCE: Final = 2  # groups that are filled and started side by side: it is computing, not waiting
+_Result = TypeVar("_Result")
 
 
 class Executor:
@@ -49,73 +35,65 @@ class Executor:
         self._environments = environments
 
     def skip(self, what: str, why: str) -> None:
+        """Note what is not measured."""
         skipped = Skipped(what, why)
         if skipped not in self.results.skipped:
             self.results.skipped.append(skipped)
 
-    # -- groups -------------------------------------------------------------------------------
+    async def attempt(
+        self, system: SystemUnderTest, load: Load, work: Awaitable[_Result]
+    ) -> _Result | None:
+        """What the work of a group gives; None if it cannot be done, and the reason is noted."""
+        try:
+            return await work
+        except (SkippedError, BrokenError) as exc:
+            where = f"{system.name}: {load.name}"
+            if isinstance(exc, BrokenError) and system.role == "strategy":
+                self.results.broken.append(f"{where}: {exc}")
+            else:
+                self.skip(where, str(exc))
+            return None
 
     @asynccontextmanager
     async def filled(
         self, systems: Sequence[SystemUnderTest], load: Load, workloads: Sequence[str]
     ) -> AsyncIterator[list[WorkerGroup]]:
-        """Groups with their data, to be started; all are gone afterwards, with what they wrote.
-
-        Args:
-            workloads: that they will do.
-        """
+        """Groups with the data for these workloads, to be started; all of it is gone afterwards."""
         writes = any(WORKLOADS[each].writes for each in workloads)
 
         async def fill(system: SystemUnderTest) -> WorkerGroup | None:
-            try:
-                group = await self.datasets.group(system, load, writes=writes)
-            except (SkippedError, BrokenError) as exc:
-                self._could_not_start(system, load, exc)
-                return None
-            stack.callback(self.datasets.give_back, group)
-            stack.push_async_callback(group.end)
+            filling = self.datasets.group(system, load, writes=writes)
+            group = await self.attempt(system, load, filling)
+            if group is not None:
+                stack.callback(self.datasets.give_back, group)
+                stack.push_async_callback(group.end)
             return group
 
         async with AsyncExitStack() as stack:
-            groups = await _side_by_side(fill, systems)
+            groups = await side_by_side(fill, systems, AT_ONCE)
             await settled()
-            yield groups
+            yield [each for each in groups if each is not None]
 
     async def started(self, groups: Sequence[WorkerGroup]) -> list[WorkerGroup]:
         """Those that could be."""
-
-        async def start(group: WorkerGroup) -> WorkerGroup | None:
-            try:
-                await group.start()
-            except (SkippedError, BrokenError) as exc:
-                self._could_not_start(group.system, group.load, exc)
-                return None
-            return group
-
-        return await _side_by_side(start, groups)
-
-    def _could_not_start(self, system: SystemUnderTest, load: Load, exc: Exception) -> None:
-        if isinstance(exc, BrokenError) and system.role == "strategy":
-            self.results.broken.append(f"{system.name}: {load.name}: {exc}")
-        else:
-            self.skip(f"{system.name}: {load.name}", str(exc))
+        started = await side_by_side(
+            lambda group: self.attempt(group.system, group.load, group.start()), groups, AT_ONCE
+        )
+        return [each for each in started if each is not None]
 
     async def scenario(self, name: str, system: SystemUnderTest) -> None:
         """Measure it at each of its sizes, each run in a new process."""
-        scenario = SCENARIOS[name]
         found: dict[int, dict[str, Measurement]] = {}
-        for entities in scenario.sizes:
+        for entities in SCENARIOS[name].sizes:
             load = Load(workload=name, entities=entities)
-            sizes = found.setdefault(entities, {})
-            for _ in range(scenario.runs):
-                try:
-                    for each in await self._scenario_once(name, system, load):
-                        before = sizes[each.what].samples if each.what in sizes else []
-                        samples = [*before, *each.samples]
-                        sizes[each.what] = msgspec.structs.replace(each, samples=samples)
-                except (SkippedError, BrokenError) as exc:
-                    self._could_not_start(system, load, exc)
+            figures = found.setdefault(entities, {})
+            for _ in range(SCENARIOS[name].runs):
+                once = await self.attempt(system, load, self._scenario_once(name, system, load))
+                if once is None:
                     return
+                for each in once:
+                    if figures.setdefault(each.what, each) is not each:
+                        figures[each.what].samples.extend(each.samples)
         self.results.figures += scenario_figures(name, found)
 
     async def _scenario_once(
@@ -130,16 +108,13 @@ class Executor:
             await group.end()
             self.datasets.give_back(group)
 
-    # -- what a group does --------------------------------------------------------------------
-
     async def warm_up(self, group: WorkerGroup, cell: Cell) -> None:
+        """What is slower the first time does not count."""
         await self._round(group, cell, min(_WARM_UP, self._settings.duration))
 
     async def round(self, group: WorkerGroup, cell: Cell) -> None:
         """As fast as it is answered."""
-        stats = await self._round(group, cell, self._settings.duration)
-        if stats is not None:
-            cell.rounds.append(stats)
+        cell.rounds += await self._round(group, cell, self._settings.duration)
 
     async def steady_round(self, group: WorkerGroup, cell: Cell) -> None:
         """At fixed times, about half as many as it can: how long does one wait then?"""
@@ -147,15 +122,12 @@ class Executor:
         seconds = sum(each.seconds for each in cell.rounds)
         if not self._settings.steady or not operations:
             return
-        half = min(operations / seconds * _STEADY_SHARE, _STEADY_MOST * group.load.processes)
+        half = min(operations / seconds / 2, _STEADY_MOST * group.load.processes)
         rate = self._settings.rate or half
         # Of what is slow, enough to say something, within reason.
         length = min(max(self._settings.steady, 10 / rate), self._settings.steady * 2)
-        if length * rate < _STEADY_LEAST:
-            return
-        stats = await self._round(group, cell, length, rate)
-        if stats is not None:
-            cell.steady.append(stats)
+        if length * rate >= _STEADY_LEAST:
+            cell.steady += await self._round(group, cell, length, rate)
 
     async def verify(self, group: WorkerGroup, cell: Cell) -> None:
         """Everything that was acknowledged is there."""
@@ -163,66 +135,42 @@ class Executor:
             return
         try:
             verification = await group.verify()
+            failures = verification.failures
+            if failures and cell.role == "competitor":
+                raise BrokenError(failures[0])  # its figures are no measure of anything
         except BrokenError as exc:
-            self._broken(group.system, cell, str(exc))
-            return
-        if verification.failures and cell.role == "competitor":
-            # That is no fault of this package, and its figures are no measure of anything.
-            self._broken(group.system, cell, verification.failures[0])
+            self._broken(cell, str(exc))
             return
         cell.checked += verification.checked
-        cell.failures += verification.failures[:10]
-        more = len(verification.failures) - 10
-        if more > 0:
-            cell.failures.append(f"and {more:,} more like these")
+        cell.failures += failures[:_FAILURES_SHOWN]
+        if len(failures) > _FAILURES_SHOWN:
+            cell.failures.append(f"and {len(failures) - _FAILURES_SHOWN:,} more like these")
 
     async def _round(
         self, group: WorkerGroup, cell: Cell, seconds: float, rate: float | None = None
-    ) -> RoundStats | None:
-        """With what the server logged for it: nobody else is at work."""
+    ) -> list[RoundStats]:
+        """With what the server logged for it: nobody else is at work. None if it broke."""
         if cell.failures:
-            return None
+            return []
         before = await self._environments.logged_bytes(group.system)
         try:
             stats = await group.run(seconds, rate)
         except BrokenError as exc:
-            self._broken(group.system, cell, str(exc))
-            return None
+            self._broken(cell, str(exc))
+            return []
         if stats.written is not None:
             stats.written += await self._environments.logged_bytes(group.system) - before
         # Nothing here makes an operation fail but a conflict, and those are counted apart.
         cell.failures += [f"wrong answer: {each}" for each in stats.wrong[:3]]
         if cell.role == "strategy":
-            cell.failures += [
-                f"{count:,} operations ended in {name}" for name, count in stats.errors.items()
-            ]
-        return stats
+            errors = stats.errors.items()
+            cell.failures += [f"{count:,} operations ended in {name}" for name, count in errors]
+        return [stats]
 
-    def _broken(self, system: SystemUnderTest, cell: Cell, why: str) -> None:
+    def _broken(self, cell: Cell, why: str) -> None:
         """A strategy must not break; a baseline or a competitor that does is skipped."""
-        if system.role == "strategy":
+        if cell.role == "strategy":
             cell.failures.append(why)
         else:
             cell.rounds, cell.steady = [], []
-            self.skip(f"{system.name}: {cell.load.name}", why)
-
-
-async def _side_by_side(
-    work: Callable[[_Item], Awaitable[WorkerGroup | None]], items: Sequence[_Item]
-) -> list[WorkerGroup]:
-    gate = asyncio.Semaphore(AT_ONCE)
-
-    async def one(item: _Item) -> WorkerGroup | None:
-        async with gate:
-            return await work(item)
-
-    tasks = [asyncio.ensure_future(one(each)) for each in items]
-    try:
-        for done in asyncio.as_completed(tasks):
-            await done
-    finally:
-        # Whatever ended this, none of them is left at work: what they need goes away next.
-        for each in tasks:
-            each.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return [group for group in (each.result() for each in tasks) if group is not None]
+            self.skip(f"{cell.system}: {cell.load.name}", why)

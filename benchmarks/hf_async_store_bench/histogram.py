@@ -1,8 +1,4 @@
-"""Latencies: recorded into a list while it counts, kept as an HdrHistogram afterwards.
-
-HdrHistogram holds two significant digits: what is read back is at most 1 in 128 above what was
-recorded, and never below.
-"""
+"""Latencies: recorded into a list while it counts, kept as an HdrHistogram of two digits afterwards."""
 
 from __future__ import annotations
 
@@ -12,18 +8,15 @@ from typing import Final
 from hdrh.histogram import HdrHistogram
 
 _MOST: Final = 24 * 3600 * 10**9
-_DIGITS: Final = 2
-ERROR: Final = 1 / 128
-"""The part of a value by which it may be read back too large."""
+ERROR: Final = 1 / 128  # the part of a value by which it may be read back too large
 
 
 class Histogram:
     """Latencies in nanoseconds. It travels between processes and into results as text."""
 
     def __init__(self, encoded: str = "") -> None:
-        self._histogram = (
-            HdrHistogram.decode(encoded) if encoded else HdrHistogram(1, _MOST, _DIGITS)
-        )
+        empty = HdrHistogram(1, _MOST, 2)
+        self._histogram = HdrHistogram.decode(encoded) if encoded else empty
         self._recent = array("q")
         self.record = self._recent.append
         """Count one value. No more than an append: it is paid for in each measured operation."""
@@ -34,10 +27,8 @@ class Histogram:
 
     def percentile(self, share: float) -> float:
         """The seconds within which this share (0 to 1) of all was done; 0 if there are none."""
-        histogram = self._counted()
-        if not histogram.get_total_count():
-            return 0.0
-        return float(histogram.get_value_at_percentile(share * 100)) / 1e9
+        value = self._counted().get_value_at_percentile(share * 100) if self.count else 0
+        return float(value) / 1e9
 
     @property
     def count(self) -> int:

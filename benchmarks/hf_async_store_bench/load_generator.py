@@ -1,36 +1,26 @@
 """Load: tasks that go as fast as they are answered, or operations at the times set for them.
 
-In the open loop, a latency counts from the moment at which the operation was due, not from the one
-at which it began. So a store that stalls cannot hide what it kept waiting.
+In the open loop, a latency counts from when the operation was due: a stall cannot hide what waited.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections.abc import Awaitable, Callable
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, TypeAlias
 
 from hf_async_store import ConcurrencyConflictError
+from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.messages import RoundStats, WrongAnswerError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
 
 _MILLISECOND: Final = 1_000_000
 _MAX_SHOWN: Final = 10
-_PATIENCE: Final = 3.0
-"""An open round is ended when it takes so many times its length."""
+_PATIENCE: Final = 3.0  # an open round is ended when it takes so many times its length
 
 
-class Work(Protocol):
-    """One operation, again and again."""
-
-    retries: int
-
-    async def one(self, slot: int) -> int:
-        """Do it once, in this slot: no two run in one slot at a time. Returns the entities."""
-        ...
+# One operation in a slot, where no other runs at the time; gives how many entities it was about.
+Work: TypeAlias = Callable[[int], Awaitable[int]]
 
 
 async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:
@@ -46,7 +36,7 @@ async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:
             if perf_counter() >= until:
                 return
 
-    await _side_by_side(run, slots)
+    await side_by_side(run, range(slots))
     stats.seconds = perf_counter() - started
     return stats
 
@@ -54,12 +44,12 @@ async def closed_loop(work: Work, slots: int, seconds: float) -> RoundStats:
 async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> RoundStats:
     """`rate` operations a second, evenly; each waits for a free slot if the store falls behind."""
     stats = RoundStats()
-    arrivals = _Arrivals()
+    due: asyncio.Queue[int | None] = asyncio.Queue()
     started = perf_counter_ns()
     ended = started + int(seconds * _PATIENCE * 1e9)
 
     async def run(slot: int) -> None:
-        while (intended := await arrivals.next()) is not None:
+        while (intended := await due.get()) is not None:
             if perf_counter_ns() < ended:
                 await _attempt(work, slot, stats, intended)
             else:
@@ -67,71 +57,29 @@ async def open_loop(work: Work, slots: int, seconds: float, rate: float) -> Roun
                 stats.latencies.record(perf_counter_ns() - intended)
 
     async def dispatch() -> None:
-        clock = _Clock()
+        # A loop's timer counts whole milliseconds, so whatever falls between two of them is due at the
+        # second: else the timer's own part would be told as the store's.
+        tick = 0
         for number in range(max(1, int(seconds * rate))):
-            arrivals.add(await clock.until(started + int(number / rate * 1e9)))
-        arrivals.end()
+            moment, now = started + int(number / rate * 1e9), perf_counter_ns()
+            if now < moment:
+                steps = -((now - moment) // _MILLISECOND)  # rounded up
+                tick = now + steps * _MILLISECOND
+                await asyncio.sleep(steps / 1000)
+            due.put_nowait(max(moment, tick))
+        for _ in range(slots):
+            due.put_nowait(None)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(dispatch())
-        group.create_task(_side_by_side(run, slots))
+        group.create_task(side_by_side(run, range(slots)))
     stats.seconds = (perf_counter_ns() - started) / 1e9
     return stats
 
 
-class _Arrivals:
-    """What is due and has not begun. Lighter than a queue: this is paid for every operation."""
-
-    def __init__(self) -> None:
-        self._due: deque[int] = deque()
-        self._idle: deque[asyncio.Future[int | None]] = deque()
-        self._ended = False
-
-    def add(self, intended: int) -> None:
-        if self._idle:
-            self._idle.popleft().set_result(intended)
-        else:
-            self._due.append(intended)
-
-    def end(self) -> None:
-        self._ended = True
-        for each in self._idle:
-            each.set_result(None)
-
-    async def next(self) -> int | None:
-        if self._due:
-            return self._due.popleft()
-        if self._ended:
-            return None
-        waiting: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        self._idle.append(waiting)
-        return await waiting
-
-
-class _Clock:
-    """Tells when operations are due.
-
-    A loop's timer counts whole milliseconds, so whatever falls between two of them is due at the
-    second: else the timer's own part would be told as the store's latency. What comes later than
-    that is the store's. (Waiting busily would be exact, and starve the threads of the store.)
-    """
-
-    def __init__(self) -> None:
-        self._tick = 0
-
-    async def until(self, moment: int) -> int:
-        """Wait for a moment; returns when the operation was due."""
-        now = perf_counter_ns()
-        if now < moment:
-            steps = -((now - moment) // _MILLISECOND)  # rounded up
-            self._tick = now + steps * _MILLISECOND
-            await asyncio.sleep(steps * _MILLISECOND / 1e9)
-        return max(moment, self._tick)
-
-
 async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> None:
     try:
-        units = await work.one(slot)
+        units = await work(slot)
     except ConcurrencyConflictError:
         stats.conflicts += 1
     except Exception as exc:  # noqa: BLE001  # whatever a driver or a competitor raises is a figure here
@@ -143,9 +91,3 @@ async def _attempt(work: Work, slot: int, stats: RoundStats, intended: int) -> N
         stats.operations += 1
         stats.units += units
         stats.latencies.record(perf_counter_ns() - intended)
-
-
-async def _side_by_side(run: Callable[[int], Coroutine[None, None, None]], slots: int) -> None:
-    async with asyncio.TaskGroup() as group:
-        for slot in range(slots):
-            group.create_task(run(slot))

@@ -1,19 +1,14 @@
-"""A process of ours that is told what to do line by line, and never outlives who started it.
-
-It notices the end of its input, and has a session of its own, so that Ctrl-C reaches only the parent.
-"""
+"""Processes of ours that are told what to do line by line; they never outlive who started them."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final, Self, cast
-
-_LINE: Final = 2**28
-_LAST_WORDS: Final = 400
+from typing import Self, cast
 
 
 class LineProcess:
@@ -24,42 +19,33 @@ class LineProcess:
         self._errors = errors
         self._stdin = cast("asyncio.StreamWriter", process.stdin)
         self._stdout = cast("asyncio.StreamReader", process.stdout)
+        self.pid = process.pid
+        self.wait = process.wait
 
     @classmethod
-    async def start(cls, command: Sequence[str], errors: Path, source: str = "") -> Self:
-        """Run a module of Python.
-
-        Args:
-            command: the module and its arguments.
-            errors: the file that its stderr is appended to.
-            source: a folder that comes first where modules are looked for.
-        """
+    async def start(cls, role: str, first: bytes, errors: Path, source: str = "") -> Self:
+        """Start a worker with a role that `__main__` knows, and tell it a first line. Its stderr goes to
+        a file; a source comes first where modules are looked for."""
         paths = [source, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        environment["PYTHONSAFEPATH"] = "1"  # else the working directory would come before that
+        # PYTHONSAFEPATH: else the working directory would come before the source.
+        changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", "hf_async_store_bench", role]
         with errors.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
                 *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                limit=_LINE,
+                limit=2**28,
                 start_new_session=True,
-                env=environment if source else None,
+                env={**os.environ, **changed} if source else None,
             )
-        return cls(process, errors)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process.returncode is None
+        started = cls(process, errors)
+        started.tell(first)
+        return started
 
     def tell(self, line: bytes) -> None:
+        """Give it a line."""
         if not self._stdin.is_closing():
             self._stdin.write(line + b"\n")
 
@@ -76,12 +62,12 @@ class LineProcess:
         except ConnectionError:
             return b""
 
-    async def wait(self) -> int:
-        return await self._process.wait()
-
-    def kill(self) -> None:
-        if self.is_running:
+    def kill(self) -> bool:
+        """End it as a loss of power would: no handler of its own runs. False if it has ended before."""
+        running = self._process.returncode is None
+        if running:
             self._process.kill()
+        return running
 
     async def end(self, patience: float = 0.0) -> None:
         """Close its input, and kill it if it does not end by itself; nothing of it is left."""
@@ -97,4 +83,33 @@ class LineProcess:
     def last_words(self) -> str:
         """The end of what it wrote to stderr."""
         said = self._errors.read_text(errors="replace") if self._errors.exists() else ""
-        return said.strip()[-_LAST_WORDS:] or "it said nothing"
+        return said.strip()[-400:] or "it said nothing"
+
+
+async def next_line() -> bytes:
+    """In such a process, what it is told next; empty at the end."""
+    return await asyncio.to_thread(sys.stdin.buffer.readline)
+
+
+async def run_to_completion(work: Coroutine[None, None, int]) -> int:
+    """The exit code of a run. SIGTERM ends it as Ctrl-C does: with everything cleaned up."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    terminated = asyncio.Event()
+
+    def end() -> None:
+        terminated.set()
+        task.cancel()
+
+    try:
+        loop.add_signal_handler(signal.SIGTERM, end)
+    except (ValueError, RuntimeError, NotImplementedError):
+        return await task  # not in the main thread: whoever runs the loop decides
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not terminated.is_set():
+            raise
+        return 128 + signal.SIGTERM
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
-from hf_async_store_bench.formatting import bytes_shown, shown, time_shown
+from hf_async_store_bench import tables
+from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.results import Cell, Skipped
 from hf_async_store_bench.run import Run, Told
 from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.systems import STRATEGIES
-from hf_async_store_bench.tables import Table
-from hf_async_store_bench.tables import as_text as table_as_text
+from hf_async_store_bench.tables import bytes_shown, range_shown, shown, time_shown
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from hf_async_store_bench.environments import Environments
-
-_MOST_ENTITIES: Final = 50_000
-"""More take too long to fill in; what grows with them is measured at two sizes and extrapolated."""
-
-_ENOUGH: Final = 0.7
-"""An engine that does this part of the fastest one's work is as good, if it needs less."""
-
-_MEMORY_SHARE: Final = 0.25
-"""Of the machine's memory, what all processes together may take."""
-
+_MOST_ENTITIES: Final = 50_000  # more take too long: two sizes are measured, and extrapolated
+_ENOUGH: Final = 0.7  # of the fastest one's work: as good, if the engine needs less
+_MEMORY_SHARE: Final = 0.25  # of the machine's memory, what all processes together may take
+# From what needs least to what needs most; json split is the same as json.
 _NEEDS: Final = {
     "json": "files alone: they can be read, copied and compared as they are",
     "sqlite": "one file, no server",
     "postgresql": "a PostgreSQL server; several machines can share it",
     "dynamodb": "an AWS account; several machines can share it",
 }
-"""From what needs least to what needs most; json split is the same as json."""
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,14 +38,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, kw_only=True, frozen=True):
-    """One engine under that load.
-
-    Attributes:
-        rate: operations a second; `low` and `high` are the slowest and fastest round.
-        p50, p99: seconds at about half of that rate.
-        memory: bytes that all processes would take for so many entities.
-        against: why it is not for this load, if so.
-    """
+    """One engine under that load: what it does, seconds at half of that, memory, why it does not fit."""
 
     engine: str
     rate: float
@@ -84,13 +66,7 @@ class Advice(msgspec.Struct, kw_only=True):
 async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advice:
     """Measure and decide."""
     entities = min(wanted.entities, _MOST_ENTITIES)
-    load = Load(
-        workload="mixed",
-        tasks=wanted.tasks,
-        processes=wanted.processes,
-        entities=entities,
-        reads=wanted.reads,
-    )
+    load = Load(workload="mixed", **msgspec.structs.asdict(wanted) | {"entities": entities})
     systems = [each for each in STRATEGIES if each.name in _NEEDS]
     settings = Settings(mode="advise", loads=(load,), rounds=3, duration=0.7, steady=0.7)
     results = await Run(settings, systems, environments, tell).whole()
@@ -98,15 +74,14 @@ async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advi
     small = msgspec.structs.replace(load, entities=max(100, entities // 10))
     brief = Settings(mode="advise", loads=(small,), rounds=1, duration=0.2, steady=0.0)
     fewer = await Run(brief, systems, environments, tell).whole()
-    cells = {each.system: each for each in results.cells if each.rounds}
-    smaller = {each.system: each for each in fewer.cells if each.rounds}
-    candidates = [
-        _candidate(wanted, cells[name], smaller.get(name)) for name in _NEEDS if name in cells
-    ]
     advice = Advice(
         wanted=wanted,
         measured=load,
-        candidates=candidates,
+        candidates=[
+            _candidate(wanted, cell, fewer.cell(name, small.name))
+            for name in _NEEDS
+            if (cell := results.cell(name, load.name))
+        ],
         skipped=results.skipped,
         failures=results.failures + fewer.failures,
     )
@@ -115,10 +90,12 @@ async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advi
 
 
 def _candidate(wanted: Wanted, cell: Cell, small: Cell | None) -> Candidate:
-    memory = _memory(wanted, cell, small)
-    against = ""
-    if memory > _machine_memory() * _MEMORY_SHARE:
-        against = f"would take {bytes_shown(memory)} of memory"
+    """Its memory is extrapolated from two sizes; it is never less than what was measured."""
+    memory, more = cell.memory, wanted.entities - cell.load.entities
+    if small is not None and small.load.entities != cell.load.entities:
+        step = (memory - small.memory) / (cell.load.entities - small.load.entities)
+        memory = max(memory, memory + step * more)
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _MEMORY_SHARE
     return Candidate(
         engine=cell.system,
         rate=cell.rate,
@@ -128,20 +105,8 @@ def _candidate(wanted: Wanted, cell: Cell, small: Cell | None) -> Candidate:
         p99=cell.calm.percentile(0.99),
         memory=memory,
         needs=_NEEDS[cell.system],
-        against=against,
+        against=f"would take {bytes_shown(memory)} of memory" if memory > most else "",
     )
-
-
-def _memory(wanted: Wanted, cell: Cell, small: Cell | None) -> float:
-    """Extrapolated from two sizes to the wanted one; never less than what was measured."""
-    if small is None or small.load.entities == cell.load.entities:
-        return cell.memory
-    step = (cell.memory - small.memory) / (cell.load.entities - small.load.entities)
-    return max(cell.memory, cell.memory + step * (wanted.entities - cell.load.entities))
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def decide(advice: Advice) -> None:
@@ -150,36 +115,34 @@ def decide(advice: Advice) -> None:
     if not fit:
         advice.reasons = ["None of the engines that run here fits it."]
         return
-    best = max(fit, key=lambda each: each.rate)
-    enough = [each for each in fit if each.rate >= _ENOUGH * best.rate]
+    fit.sort(key=lambda each: -each.rate)
+    enough = [each for each in fit if each.rate >= _ENOUGH * fit[0].rate]
     chosen = min(enough, key=lambda each: list(_NEEDS).index(each.engine))
     advice.engine = chosen.engine
-    advice.reasons = list(_reasons(advice, chosen, best, fit))
+    advice.reasons = _reasons(advice, chosen, fit)
 
 
-def _reasons(
-    advice: Advice, chosen: Candidate, best: Candidate, fit: Sequence[Candidate]
-) -> list[str]:
+def _reasons(advice: Advice, chosen: Candidate, fit: list[Candidate]) -> list[str]:
+    best, *others = fit
+    wanted, measured = advice.wanted.entities, advice.measured.entities
     reasons = [
         f"It does {shown(chosen.rate)} operations a second here ({shown(chosen.low)} to "
         f"{shown(chosen.high)}); at half of that, one takes {time_shown(chosen.p50)}, "
         f"and 99 of 100 take at most {time_shown(chosen.p99)}.",
         f"It needs {chosen.needs}.",
     ]
-    if chosen is best:
-        others = sorted((each for each in fit if each is not best), key=lambda each: -each.rate)
-        if others:
-            times = shown(best.rate / others[0].rate)
-            reasons.append(f"That is {times} times what the next, {others[0].engine}, does.")
-    else:
+    if chosen is not best:
         reasons.append(
             f"{best.engine} does {shown(best.rate)} a second, not enough more to be worth "
             f"what it needs: {best.needs}."
         )
-    if advice.measured.entities < advice.wanted.entities:
+    elif others:
+        times = shown(best.rate / others[0].rate)
+        reasons.append(f"That is {times} times what the next, {others[0].engine}, does.")
+    if measured < wanted:
         reasons.append(
-            f"Measured with {advice.measured.entities:,} machines, not {advice.wanted.entities:,}: "
-            "memory is extrapolated from there, and speed by key hardly depends on it."
+            f"Measured with {measured:,} machines, not {wanted:,}: memory is extrapolated from "
+            "there, and speed by key hardly depends on it."
         )
     if any(each.engine == "dynamodb" for each in advice.candidates):
         reasons.append(
@@ -192,16 +155,11 @@ def _reasons(
 def as_text(advice: Advice) -> str:
     """For a person: the recommendation, the figures behind it, what was left out."""
     wanted = advice.wanted
-    asked = (
-        f"{wanted.entities:,} machines, {wanted.tasks} tasks in each of {wanted.processes} "
-        f"processes, {wanted.reads} % reads"
-    )
-    heads = ("", "operations/s", "range", "p50", "p99", "memory", "remark")
     rows = [
         (
             each.engine,
             shown(each.rate),
-            f"{shown(each.low)} .. {shown(each.high)}",
+            range_shown(each.low, each.high),
             time_shown(each.p50),
             time_shown(each.p99),
             bytes_shown(each.memory),
@@ -209,9 +167,15 @@ def as_text(advice: Advice) -> str:
         )
         for each in sorted(advice.candidates, key=lambda each: -each.rate)
     ]
-    parts = [f"For {asked}: {advice.engine or 'no engine'}."]
-    parts += [f"  {each}" for each in advice.reasons]
-    parts += ["", table_as_text(Table("Measured here", heads, rows)) if rows else ""]
-    parts += [f"left out: {each.what}: {each.why}" for each in advice.skipped]
-    parts += [f"BROKEN {each}" for each in advice.failures]
-    return "\n".join(parts)
+    heads = ("", "operations/s", "range", "p50", "p99", "memory", "remark")
+    return "\n".join(
+        [
+            f"For {wanted.entities:,} machines, {wanted.tasks} tasks in each of {wanted.processes} "
+            f"processes, {wanted.reads} % reads: {advice.engine or 'no engine'}.",
+            *(f"  {each}" for each in advice.reasons),
+            "",
+            tables.as_text(tables.Table("Measured here", heads, rows)) if rows else "",
+            *(f"left out: {each.what}: {each.why}" for each in advice.skipped),
+            *(f"BROKEN {each}" for each in advice.failures),
+        ]
+    )

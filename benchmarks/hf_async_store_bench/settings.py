@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -12,14 +13,9 @@ from hf_async_store_bench.scenarios import SCENARIOS
 Parameter: TypeAlias = Literal["entities", "tasks", "size", "processes"]
 
 
-class Series(msgspec.Struct, frozen=True, kw_only=True):
-    """One sweep: a parameter, its values, and what is measured at each of them.
-
-    Attributes:
-        values: from small to large.
-        workloads: on one filled store, one after the other; what writes comes last.
-        share: of the run's budget; what does not fit is listed.
-    """
+class Series(msgspec.Struct, frozen=True):
+    """One sweep: a parameter, its values from small to large, the workloads that are run at each of
+    them on one filled store (what writes comes last), and the share of the run's budget."""
 
     parameter: Parameter
     values: tuple[int, ...]
@@ -32,20 +28,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What a run does.
 
     Attributes:
-        compared: the workloads under which baselines and competitors run, too; None: wherever they can.
-        rounds: of each system at one visit to a load, if the load's share of the time has room.
-        duration: seconds of one round of one system.
+        rounds: of each system at one visit to a load, if there is time.
         steady: seconds of the round at fixed times; 0: none.
         rate: its operations a second; None: half as many as the system can do, 5,000 at most.
         budget: seconds of the whole run; None: as long as it takes.
         first_share: of the budget, for the first visit to all loads.
         again: go on with further visits until the budget is spent.
-        scenarios: their names; each as far as there is time.
+        compared: the workloads under which baselines and competitors run, too; None: wherever they can.
     """
 
     mode: str
     loads: tuple[Load, ...]
-    rounds: int
+    rounds: int = 3
     duration: float
     steady: float
     rate: float | None = None
@@ -58,47 +52,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
 
 
-SHORT_SYSTEMS: Final = (
-    "memory",
-    "json",
-    "sqlite",
-    "postgresql",
-    "dynamodb",
-    "append and sync each",
-    "start of Python",
-    "group commit by hand",
-    "SQLAlchemy Core on aiosqlite each",
-    "sqlite3 batched by hand",
-    "aiosqlite, a multi-row insert",
-    "asyncpg pool each",
-    "asyncpg batched by hand",
-    "asyncpg, a multi-row insert",
-    "aiobotocore each",
-    "aiobotocore batched by hand",
-)
-"""The short run has no competitors, and no baselines that say much the same as another."""
-
 _LOADS: Final = (
     Load(workload="save"),
     Load(workload="get"),
     Load(workload="acquire", tasks=1),
-    Load(workload="poll", tasks=16),
-    Load(workload="query", tasks=16),
-    Load(workload="contend", tasks=16),
+    *(Load(workload=each, tasks=16) for each in ("poll", "query", "contend")),
     Load(workload="mixed"),
     Load(workload="one-shot", tasks=1),
 )
-
 _MORE_LOADS: Final = (
-    Load(workload="save", tasks=1),
-    Load(workload="get", tasks=1),
-    Load(workload="create", tasks=1),
-    Load(workload="update", tasks=1),
-    Load(workload="create"),
-    Load(workload="update"),
-    Load(workload="create batch", tasks=1),
-    Load(workload="save batch", tasks=1),
-    Load(workload="import batch", tasks=1),
+    *(Load(workload=each, tasks=1) for each in ("save", "get", "create", "update")),
+    *(Load(workload=each) for each in ("create", "update")),
+    *(Load(workload=f"{each} batch", tasks=1) for each in ("create", "save", "import")),
     Load(workload="acquire", tasks=8, burst=24),
     Load(workload="save", tasks=8, processes=4),
     Load(workload="contend", tasks=1, processes=4),
@@ -107,7 +72,6 @@ _MORE_LOADS: Final = (
 SHORT: Final = Settings(
     mode="short",
     loads=_LOADS,
-    rounds=3,
     duration=0.25,
     steady=0.3,
     budget=100.0,
@@ -116,45 +80,29 @@ SHORT: Final = Settings(
     compared=("save", "get", "acquire", "one-shot"),
 )
 
+_ENTITIES: Final = (100, 1000, 10_000, 100_000, 1_000_000)
+_SIZES: Final = (100, 1000, 10_000, 100_000)
+_ONE_TASK: Final = Load(workload="get", tasks=1)
+
 FULL: Final = Settings(
     mode="full",
     loads=(*_LOADS, *_MORE_LOADS),
-    rounds=3,
     duration=0.3,
     steady=0.5,
     budget=1140.0,
     first_share=0.4,
     again=True,
     series=(
-        Series(
-            parameter="entities",
-            values=(100, 1000, 10_000, 100_000, 1_000_000),
-            workloads=("get", "query", "save"),
-            load=Load(workload="get", tasks=1),
-            share=0.22,
-        ),
-        Series(
-            parameter="tasks",
-            values=(1, 8, 64, 512),
-            workloads=("get", "save"),
-            load=Load(workload="get"),
-            share=0.05,
-        ),
-        Series(
-            parameter="size",
-            values=(100, 1000, 10_000, 100_000),
-            workloads=("get", "save"),
-            load=Load(workload="get", entities=1000),
-            share=0.05,
-        ),
-        Series(
-            parameter="processes",
-            values=(1, 2, 4, 8),
-            workloads=("save",),
-            load=Load(workload="save", tasks=8),
-            share=0.04,
-        ),
+        Series("entities", _ENTITIES, ("get", "query", "save"), _ONE_TASK, 0.22),
+        Series("tasks", (1, 8, 64, 512), ("get", "save"), Load(workload="get"), 0.05),
+        Series("size", _SIZES, ("get", "save"), Load(workload="get", entities=1000), 0.05),
+        Series("processes", (1, 2, 4, 8), ("save",), Load(workload="save", tasks=8), 0.04),
     ),
     scenarios=tuple(SCENARIOS),
 )
-"""Within 20 minutes, with what it takes to draw the report."""
+
+
+def chosen_loads(names: Sequence[str]) -> tuple[Load, ...]:
+    """Of each of these workloads, the load with which the full run begins."""
+    first = {each.workload: each for each in reversed(FULL.loads)}
+    return tuple(first[each] for each in dict.fromkeys(names) if each in first)

@@ -1,8 +1,4 @@
-"""How sure a figure is: confidence intervals of ratios, and fitted exponents.
-
-Rates are compared by their logarithms, as ratios are what is asked for: a geometric mean, with
-Student's interval around it.
-"""
+"""How sure a figure is: Student's intervals around ratios (by their logarithms), fitted exponents."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Final, NamedTuple
 
 from scipy import special
 
-CONFIDENCE: Final = 0.95
+_CONFIDENCE: Final = 0.95
 
 
 class Interval(NamedTuple):
@@ -31,24 +27,14 @@ class Interval(NamedTuple):
 
 def uncertainty(values: Sequence[float]) -> float:
     """The part of itself by which the mean may be wrong; infinite for one value."""
-    logs = [math.log(each) for each in values if each > 0]
-    if len(logs) < 2:
-        return math.inf
-    return _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return _half_width([math.log(each) for each in values if each > 0])
 
 
 def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
-    """The ratio of two systems that took turns, round by round; None without a round.
-
-    What slowed both of them in one round cancels out.
-    """
+    """The ratio of two systems that took turns, so that what slowed both in a round cancels out; None
+    without a round."""
     logs = [math.log(one / other) for one, other in zip(of, to, strict=True) if one > 0 < other]
-    if not logs:
-        return None
-    half = math.inf
-    if len(logs) > 1:
-        half = _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return _around(statistics.fmean(logs), half)
+    return _around(statistics.fmean(logs), _half_width(logs)) if logs else None
 
 
 def ratio_of_runs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
@@ -59,10 +45,8 @@ def ratio_of_runs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
     half = math.inf
     if len(ones) > 1 < len(others):
         parts = [statistics.variance(each) / len(each) for each in (ones, others)]
-        smaller = [
-            part**2 / (len(each) - 1) for part, each in zip(parts, (ones, others), strict=True)
-        ]
-        freedom = sum(parts) ** 2 / sum(smaller) if sum(smaller) else 1.0
+        smaller = parts[0] ** 2 / (len(ones) - 1) + parts[1] ** 2 / (len(others) - 1)
+        freedom = sum(parts) ** 2 / smaller if smaller else 1.0
         half = _quantile(freedom) * math.sqrt(sum(parts))
     return _around(statistics.fmean(ones) - statistics.fmean(others), half)
 
@@ -75,10 +59,16 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
+def _half_width(logs: Sequence[float]) -> float:
+    if len(logs) < 2:
+        return math.inf
+    return _quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+
+
 def _around(middle: float, half: float) -> Interval:
     return Interval(*(math.exp(each) for each in (middle, middle - half, middle + half)))
 
 
 def _quantile(freedom: float) -> float:
     """Of Student's distribution, two-sided."""
-    return float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2))
+    return float(special.stdtrit(freedom, 0.5 + _CONFIDENCE / 2))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
-from hf_async_store_bench.formatting import bytes_shown, shown, time_shown
+from hf_async_store_bench.messages import RoundStats
 from hf_async_store_bench.results import Cell, Figure, Results, Sweep, ratio
-from hf_async_store_bench.systems import BASELINES, MADE
+from hf_async_store_bench.systems import BASELINES
 from hf_async_store_bench.workloads import WORKLOADS
 
 
 class Table(NamedTuple):
-    """A title, heads and rows of words."""
+    """Heads and rows of words."""
 
     title: str
     heads: tuple[str, ...]
@@ -32,7 +35,7 @@ def _target(figure: Figure) -> tuple[str, ...]:
     value = "" if figure.value is None else f"{shown(figure.value)} {figure.unit}"
     span = ""
     if figure.low is not None and figure.high is not None and figure.low != figure.high:
-        span = f"{shown(figure.low)} .. {shown(figure.high)}"
+        span = range_shown(figure.low, figure.high)
     met = {True: "met", False: "MISSED", None: ""}[figure.met]
     return figure.engine, figure.what, value, span, figure.target, met
 
@@ -41,60 +44,50 @@ def measured(results: Results, load: str) -> Table:
     """One load: everything about every system."""
     cells = sorted(results.of(load), key=lambda each: -each.rate)
     workload = WORKLOADS[cells[0].load.workload]
-    heads = (
-        "",
-        f"{workload.unit} a second",
-        "range",
-        "p50",
-        "p99",
-        "p99.9",
-        "longest",
-        "processor",
-        "memory",
-        "written",
-        "conflicts",
-        "retries",
-        "errors",
-        "checked",
-    )
-    return Table(load, heads, list(map(_row, cells)), f"{workload.summary}.")
+    heads = ("", f"{workload.unit} a second", *_MEASURED)
+    return Table(load, heads, list(map(_row, cells)), inspect.getdoc(workload) or "")
+
+
+_WAITS: Final = ("p50", "p99", "p99.9", "longest")
+_COUNTS: Final = ("conflicts", "retries", "errors", "checked")
+_MEASURED: Final = ("range", *_WAITS, "processor", "memory", "written", *_COUNTS)
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    calm = cell.calm
-    waits = [calm.percentile(share) for share in (0.5, 0.99, 0.999)] if calm.count else []
-    written = cell.written
+    calm, written, together = cell.calm, cell.written, RoundStats.together(cell.rounds)
+    errors = RoundStats.together([*cell.rounds, *cell.steady]).errors
+    waits = [*(calm.percentile(share) for share in (0.5, 0.99, 0.999)), calm.highest]
     return (
         cell.system,
         shown(cell.rate),
-        f"{shown(min(cell.rates))} .. {shown(max(cell.rates))}",
-        *(map(time_shown, waits) if waits else ("", "", "")),
-        time_shown(calm.highest) if waits else "",
+        range_shown(min(cell.rates), max(cell.rates)),
+        *(time_shown(each) if calm.count else "" for each in waits),
         time_shown(cell.processor),
         bytes_shown(cell.memory),
         "" if written is None else bytes_shown(written),
-        f"{cell.conflicts:,}",
-        f"{cell.retries:,}",
-        ", ".join(f"{count} {name}" for name, count in cell.errors.items()),
+        f"{together.conflicts:,}",
+        f"{together.retries:,}",
+        ", ".join(f"{count} {name}" for name, count in errors.items()),
         f"{cell.checked:,}",
     )
 
 
 def engines(results: Results) -> Table:
     """Every engine under every load: what it did in a second."""
-    return _rates("The engines: a second, by load", results, ("strategy",))
+    cells = [each for each in results.cells if each.role == "strategy"]
+    return _rates("The engines: a second, by load", results, cells)
 
 
 def others(results: Results) -> Table:
     """The same of baselines and competitors."""
-    title = "Baselines and alternatives: a second, by load"
-    return _rates(title, results, ("baseline", "competitor"))
+    cells = [each for each in results.cells if each.role != "strategy"]
+    return _rates("Baselines and alternatives: a second, by load", results, cells)
 
 
-def _rates(title: str, results: Results, roles: Sequence[str]) -> Table:
-    """A row for each load; the systems are the columns where they are few."""
-    cells = [each for each in results.cells if each.role in roles and each.rounds]
-    systems = list(dict.fromkeys(each.system for each in cells))
+def _rates(title: str, results: Results, cells: Sequence[Cell]) -> Table:
+    """A row for each load; the systems are the columns."""
+    cells = [each for each in cells if each.rounds]
+    systems = dict.fromkeys(each.system for each in cells)
     rows = []
     for load in dict.fromkeys(each.load.name for each in cells):
         found = [results.cell(each, load) for each in systems]
@@ -105,9 +98,20 @@ def _rates(title: str, results: Results, roles: Sequence[str]) -> Table:
 def baselines(results: Results) -> Table:
     """How each baseline of the run is made."""
     here = {each.system for each in results.cells}
-    rows = [(each.engine, each.name, each.made) for each in BASELINES if each.name in here]
+    rows = [
+        (each.engine, each.name, " ".join(str(inspect.getdoc(each.load())).split()))
+        for each in BASELINES
+        if each.name in here
+    ]
     heads = ("engine", "baseline", "what it does")
-    return Table("How the baselines are made", heads, rows, MADE)
+    return Table("How the baselines are made", heads, rows, _MADE)
+
+
+_MADE: Final = (
+    "SQL baselines store rows with the columns, indexes and foreign keys of the store, what has no "
+    "column as a document, and a version that each write raises. DynamoDB baselines store items in a "
+    "table with the store's four indexes, and a version."
+)
 
 
 def ratios(results: Results) -> Table:
@@ -119,8 +123,8 @@ def ratios(results: Results) -> Table:
         for other in results.of(cell.load.name):
             against = ratio(cell, other) if other.engine == cell.engine else None
             if other.role != "strategy" and against is not None:
-                span = f"{shown(against.low)} .. {shown(against.high)}"
-                rows.append((cell.load.name, cell.system, other.system, shown(against.value), span))
+                times = (shown(against.value), range_shown(against.low, against.high))
+                rows.append((cell.load.name, cell.system, other.system, *times))
     heads = ("load", "engine", "against", "times as fast", "95 % interval")
     return Table("Against baselines and alternatives", heads, rows)
 
@@ -162,31 +166,16 @@ def skipped(results: Results, *, asked_for: bool = False) -> Table:
 
 def verdict(results: Results) -> str:
     """The run in one sentence."""
-    failures = len(results.failures)
-    if failures:
-        return f"FAILED: {failures} invariants or workers broke"
+    if results.failures:
+        return f"FAILED: {len(results.failures)} invariants or workers broke"
     missed = sum(each.met is False for each in results.figures)
     met = sum(each.met is True for each in results.figures)
     checked = sum(each.checked for each in results.cells)
-    return (
-        f"Every invariant held ({checked:,} entities compared at the end). "
-        f"Targets: {met} met, {missed} missed."
-    )
+    held = f"Every invariant held ({checked:,} entities compared at the end)."
+    return f"{held} Targets: {met} met, {missed} missed."
 
 
-READING: Final = (
-    "Throughput is what all tasks together did as fast as they were answered: the median of the "
-    "rounds, and their range. Rounds of all systems take turns, so that the noise of the machine "
-    "hits all alike: rely on the ratios.",
-    "Latencies are from operations at fixed times, half as many as the system can do (5,000 a second "
-    "at most). They count from the moment at which an operation was due, so that a stall shows in "
-    "everything that it kept waiting. What takes so long that only a few fit has none.",
-    "Processor and memory are those of the measured process alone; a server's own are not included.",
-    "Written is what the measured process wrote to disks, for one unit; plus what the PostgreSQL "
-    "server wrote into its log (WAL), or what was sent to the DynamoDB server.",
-    "Baselines keep what a store keeps, and check nothing: how each is made is listed. What others "
-    "use instead promises less than a store, and some of it does not sync.",
-)
+READING: Final = Path(__file__).with_name("reading.txt").read_text(encoding="utf-8").splitlines()
 
 
 def as_text(table: Table) -> str:
@@ -217,3 +206,39 @@ def as_markdown(table: Table, level: int = 3) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |"
+
+
+def shown(value: float) -> str:
+    """Three digits that count, and never an exponent."""
+    if not math.isfinite(value):
+        return "?"
+    if value >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:g}" if rounded >= 0.0001 or not rounded else f"{rounded:.9f}".rstrip("0")
+
+
+def range_shown(low: float, high: float) -> str:
+    """From one to the other."""
+    return f"{shown(low)} .. {shown(high)}"
+
+
+def time_shown(seconds: float) -> str:
+    """In the unit that fits."""
+    if seconds >= 1:
+        return f"{shown(seconds)} s"
+    return f"{shown(seconds * 1000)} ms" if seconds >= 0.001 else f"{shown(seconds * 1e6)} us"
+
+
+def bytes_shown(count: float) -> str:
+    """In the unit that fits."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{shown(count)} {unit}"
+        count /= 1000
+    return f"{shown(count)} GB"
+
+
+def change_shown(ratio: float, digits: int = 0) -> str:
+    """A ratio as the percentage by which something changed."""
+    return f"{(ratio - 1) * 100:+.{digits}f}" if math.isfinite(ratio) else "?"

@@ -1,13 +1,8 @@
 """Two commits side by side: `make bench-compare BASE=commit`.
 
-Both are measured by this one harness, in worker processes that take turns round by round (A B A B),
-each with the product of its own commit, on stores that it made itself. What looks like a change is
-measured a second time, with new processes; only what both agree upon is called one. So the noise that
-moves one process in twenty moves a verdict in eight hundred.
-
-    python -m hf_async_store_bench.two_commits BASE [--head COMMIT] [--only NAME] [--workload NAME]
-
-Exit code 0: nothing is slower; 3: something is; 4: an invariant broke.
+Both are measured by this one harness, in worker processes that take turns, each with the product of its
+own commit. What looks like a change is measured again, with new processes; only what both agree upon is
+called one. Exit code 0: nothing is slower; 3: something is; 4: an invariant broke.
 """
 
 from __future__ import annotations
@@ -18,45 +13,36 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from statistics import geometric_mean
+from typing import Final, NamedTuple
 
 import msgspec
 
 from hf_async_store_bench import tables
 from hf_async_store_bench.cli.types import at_least_one, positive
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.formatting import shown
 from hf_async_store_bench.messages import Load, SystemUnderTest
-from hf_async_store_bench.results import Cell, Results
-from hf_async_store_bench.run import Run
-from hf_async_store_bench.settings import FULL, Settings
-from hf_async_store_bench.signals import ended_by_sigterm
+from hf_async_store_bench.processes import run_to_completion
+from hf_async_store_bench.results import Results
+from hf_async_store_bench.run import Run, tell
+from hf_async_store_bench.settings import FULL, Settings, chosen_loads
 from hf_async_store_bench.statistics import Interval, ratio_of_pairs
 from hf_async_store_bench.systems import named
-from hf_async_store_bench.tables import Table
+from hf_async_store_bench.tables import Table, change_shown, shown
 
-NOTHING_SLOWER: Final = 0
-SLOWER: Final = 3
-BROKEN: Final = 4
-
+NOTHING_SLOWER, SLOWER, BROKEN = 0, 3, 4
 ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")
 WORKLOADS: Final = ("save", "get", "acquire", "poll", "query")
-SMALLEST: Final = 0.03
-"""A change by less than this part is not told, however sure it is."""
-
-Verdict: TypeAlias = Literal["faster", "SLOWER", "same within the noise"]
+SIDES: Final = ("base", "head")
+VERDICTS: Final = ("SLOWER", "faster", "same within the noise")
+SMALLEST: Final = 0.03  # a change by less than this part is not told, however sure it is
 
 
 class Change(NamedTuple):
-    """One engine under one load: the head's throughput in parts of the base's.
-
-    Attributes:
-        first: of the visits that everything had.
-        second: of further visits, if the first ones look like a change.
-    """
+    """One engine under one load: the head's throughput in parts of the base's, at most measured twice."""
 
     engine: str
     load: Load
@@ -66,14 +52,12 @@ class Change(NamedTuple):
     second: Interval | None = None
 
     @property
-    def verdict(self) -> Verdict:
-        if self.second is None:
-            return "same within the noise"
-        if self.first.low > 1 < self.second.low:
-            return "faster"
-        if self.first.high < 1 > self.second.high:
-            return "SLOWER"
-        return "same within the noise"
+    def verdict(self) -> str:
+        """What both agree upon."""
+        both = [self.first, self.second or Interval(1, 1, 1)]
+        if all(each.high < 1 for each in both):
+            return VERDICTS[0]
+        return VERDICTS[1] if all(each.low > 1 for each in both) else VERDICTS[2]
 
     @property
     def is_suspect(self) -> bool:
@@ -102,85 +86,62 @@ def _git(*words: str) -> str:
 
 
 async def measured(
-    systems: Sequence[SystemUnderTest], loads: Sequence[Load], visits: int, duration: float
+    systems: Sequence[SystemUnderTest], loads: tuple[Load, ...], visits: int, duration: float
 ) -> list[Results]:
     """So many visits, each with new processes and stores."""
-    settings = Settings(
-        mode="two commits", loads=tuple(loads), rounds=4, duration=duration, steady=0.0
-    )
+    settings = Settings(mode="two commits", loads=loads, rounds=4, duration=duration, steady=0.0)
     found = []
     with Environments() as environments:
         for number in range(visits):
-            _tell(f"visit {number + 1} of {visits}")
-            # Who begins does not stay the same.
-            turns = systems if number % 2 else list(reversed(systems))
-            found.append(await Run(settings, turns, environments, _tell).whole())
+            tell(f"visit {number + 1} of {visits}")
+            turns = systems if number % 2 else systems[::-1]  # who begins does not stay the same
+            found.append(await Run(settings, turns, environments, tell).whole())
     return found
 
 
-def compared(found: Sequence[Results], sides: tuple[str, str]) -> list[Change]:
+def compared(found: Sequence[Results]) -> list[Change]:
     """Visit by visit: rounds of one pair of processes are not independent of one another."""
     changes = []
     for load in dict.fromkeys(each.load for results in found for each in results.cells):
         for engine in ENGINES:
-            pairs = [_pair(results, engine, load, sides) for results in found]
-            rates = [(_rate(one), _rate(other)) for one, other in filter(None, pairs)]
-            if rates:
-                bases, heads = ([each[side] for each in rates] for side in (0, 1))
-                change = ratio_of_pairs(heads, bases)
-                assert change is not None, "there are rates"
-                changes.append(Change(engine, load, _mean(bases), _mean(heads), change))
+            bases, heads = [], []
+            for results in found:
+                base, head = (results.cell(f"{engine}, {each}", load.name) for each in SIDES)
+                if base and head:
+                    bases.append(geometric_mean(base.rates))
+                    heads.append(geometric_mean(head.rates))
+            if change := ratio_of_pairs(heads, bases):
+                means = geometric_mean(bases), geometric_mean(heads)
+                changes.append(Change(engine, load, *means, change))
     return changes
-
-
-def _pair(
-    results: Results, engine: str, load: Load, sides: tuple[str, str]
-) -> tuple[Cell, Cell] | None:
-    one, other = (results.cell(f"{engine}, {side}", load.name) for side in sides)
-    return None if one is None or other is None else (one, other)
-
-
-def _rate(cell: Cell) -> float:
-    return _mean(cell.rates)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The geometric one."""
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
     """Measure, measure again what looks like a change, and print; returns the exit code."""
-    sides = ("base", "head")
-    loads = [_load(each) for each in options.workload or WORKLOADS]
+    loads = chosen_loads(options.workload or WORKLOADS)
 
-    def both(engines: Sequence[str]) -> list[SystemUnderTest]:
-        return [
+    def measure(engines: Sequence[str], loads: tuple[Load, ...]) -> Awaitable[list[Results]]:
+        both = [
             msgspec.structs.replace(named(each), name=f"{each}, {side}", source=sources[side])
             for each in engines
-            for side in sides
+            for side in SIDES
         ]
+        return measured(both, loads, options.visits, options.duration)
 
-    systems = both(options.only or ENGINES)
-    found = await measured(systems, loads, options.visits, options.duration)
-    changes = compared(found, sides)
+    found = await measure(options.only or ENGINES, loads)
+    changes = compared(found)
     for load in loads:
         suspects = [each.engine for each in changes if each.is_suspect and each.load == load]
         if suspects:
-            _tell(f"once more: {load.name}: {', '.join(suspects)}")
-            again = await measured(both(suspects), [load], options.visits, options.duration)
+            tell(f"once more: {load.name}: {', '.join(suspects)}")
+            again = await measure(suspects, (load,))
             found += again
-            second = {each.engine: each.first for each in compared(again, sides)}
-            changes = [
-                each._replace(second=second.get(each.engine)) if each.load == load else each
-                for each in changes
-            ]
-    failures = list(dict.fromkeys(each for results in found for each in results.failures))
-    sys.stdout.write(tables.as_text(as_table(changes)) + "\n")
-    for why in dict.fromkeys(f"{each.what}: {each.why}" for one in found for each in one.skipped):
-        sys.stdout.write(f"  not measured: {why}\n")
-    for each in failures:
-        sys.stdout.write(f"  BROKEN {each}\n")
+            second = {(i.engine, i.load): i.first for i in compared(again)}
+            changes = [i._replace(second=second.get((i.engine, i.load), i.second)) for i in changes]
+    skipped = [f"  not measured: {each.what}: {each.why}" for one in found for each in one.skipped]
+    failures = [f"  BROKEN {each}" for one in found for each in one.failures]
+    lines = [tables.as_text(as_table(changes)), *dict.fromkeys(skipped), *dict.fromkeys(failures)]
+    sys.stdout.write("\n".join([*lines, ""]))
     if failures:
         return BROKEN
     return SLOWER if any(each.verdict == "SLOWER" for each in changes) else NOTHING_SLOWER
@@ -188,40 +149,28 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
 
 def as_table(changes: Sequence[Change]) -> Table:
     """What changed comes first."""
-    order = {"SLOWER": 0, "faster": 1, "same within the noise": 2}
     rows = [
         (
             each.engine,
             each.load.name,
             shown(each.base),
             shown(each.head),
-            f"{_percent(each.first.value)} %",
-            f"{_percent(each.first.low)} .. {_percent(each.first.high)} %",
-            ""
-            if each.second is None
-            else f"{_percent(each.second.low)} .. {_percent(each.second.high)} %",
+            f"{change_shown(each.first.value, 1)} %",
+            _range(each.first),
+            "" if each.second is None else _range(each.second),
             each.verdict,
         )
-        for each in sorted(changes, key=lambda each: order[each.verdict])
+        for each in sorted(changes, key=lambda each: VERDICTS.index(each.verdict))
     ]
     heads = ("", "load", "base", "head", "change", "95 % interval", "once more", "")
     return Table("The head against the base, units a second", heads, rows)
 
 
-def _percent(ratio: float) -> str:
-    return f"{(ratio - 1) * 100:+.1f}" if math.isfinite(ratio) else "?"
+def _range(interval: Interval) -> str:
+    return f"{change_shown(interval.low, 1)} .. {change_shown(interval.high, 1)} %"
 
 
-def _load(workload: str) -> Load:
-    return next(each for each in FULL.loads if each.workload == workload)
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench-compare BASE=commit OPTIONS='...'",
         description="Is this checkout slower or faster than that commit?",
@@ -234,22 +183,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workload", metavar="NAME", action="append", choices=known, help="repeatable")
     add("--visits", metavar="N", type=at_least_one, default=5, help="default: 5")
     add("--duration", metavar="SECONDS", type=positive, default=0.3, help="of a round (0.3)")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-async def _run_to_completion(options: argparse.Namespace, sources: dict[str, str]) -> int:
-    with ended_by_sigterm():
-        return await compare(options, sources)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """The exit code."""
-    options = _options(argv)
+    options = _options()
     with ExitStack() as stack:
         here = _git("rev-parse", "--show-toplevel")
         base = stack.enter_context(checkout(options.base))
         head = stack.enter_context(checkout(options.head)) if options.head else here
-        return asyncio.run(_run_to_completion(options, {"base": base, "head": head}))
+        work = compare(options, {"base": base, "head": head})
+        return asyncio.run(run_to_completion(work))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,19 @@
-"""A process that does what it is told: load, open, run rounds, stop, verify. One line each.
-
-Every system is measured in processes of its own, so that processor time and memory are its alone,
-and one system's garbage collection is not another's pause.
-"""
+"""A process that does what it is told: load, open, run rounds, stop, verify. One line each."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from hf_async_store_bench import resource_usage
-from hf_async_store_bench.acked_writes import AckedWrites
-from hf_async_store_bench.adapters import StoreAdapter
+from hf_async_store_bench.acked_writes import add_all
 from hf_async_store_bench.data import machine
 from hf_async_store_bench.load_generator import closed_loop, open_loop
-from hf_async_store_bench.messages import Answer, Command, Plan, RoundStats, decode, encode
+from hf_async_store_bench.messages import Answer, Command, Plan, decode, encode
+from hf_async_store_bench.processes import next_line
 from hf_async_store_bench.workloads import WORKLOADS, Workload
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.adapters import Adapter
 
 _CHUNK: Final = 10_000
 
@@ -29,77 +21,64 @@ _CHUNK: Final = 10_000
 class Worker:
     """One process's part of a plan; a method for each command."""
 
+    _workload: Workload
+
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._type = plan.system.load()
-        self._system: Adapter | None = None
-        self._workload: Workload | None = None
-        load = plan.load
+        self._system: Any = None
         # A system that blocks does one after the other, however many wait; and each slot needs
         # at least one machine of its own.
-        tasks = 1 if plan.system.blocking else load.tasks
-        self._slots = max(1, min(tasks, load.entities // load.processes))
+        tasks = 1 if plan.system.blocking else plan.load.tasks
+        self._slots = max(1, min(tasks, plan.load.entities // plan.load.processes))
         self._before = resource_usage.resident_bytes()
 
-    async def answer(self, command: Command) -> Answer:
-        match command.do:
-            case "load":
-                return await self._load()
-            case "open":
-                return await self._open(command.workload or self._plan.load.workload)
-            case "run":
-                return Answer(stats=await self._run(command))
-            case "stop":
-                return await self._stop()
-            case "verify":
-                return await self._verify(command)
-            case "scenario":
-                from hf_async_store_bench.scenarios import SCENARIOS
+    async def scenario(self, command: Command) -> Answer:
+        """Measure a scenario."""
+        from hf_async_store_bench.scenarios import SCENARIOS
 
-                return Answer(
-                    measurements=await SCENARIOS[str(command.workload)].measure(self._plan)
-                )
+        return Answer(measurements=await SCENARIOS[command.workload].measure(self._plan))
 
     async def end(self) -> None:
+        """Close what is open."""
         if self._system is not None:
-            await self._system.close()
+            system, self._system = self._system, None  # should closing fail, it is not tried again
+            await system.close()
 
-    async def _load(self) -> Answer:
+    async def load(self, command: Command) -> Answer:
         """Fill it. What lives in this process alone stays open."""
-        system = await self._opened()
-        apart = not isinstance(system, StoreAdapter) or _is_apart(system)
+        self._system = await self._type.open(self._plan.environment)
         load = self._plan.load
         for start in range(0, load.entities, _CHUNK):
             numbers = range(start, min(load.entities, start + _CHUNK))
-            await system.fill([machine(each, load.size) for each in numbers])
+            await self._system.fill([machine(each, load.size) for each in numbers])
+        apart = _is_apart(self._system)
         if apart:
-            await system.close()
-        else:
-            self._system = system
+            await self.end()
         return Answer(apart=apart)
 
-    async def _open(self, workload: str) -> Answer:
+    async def open(self, command: Command) -> Answer:
+        """Begin a workload, unless it cannot be measured."""
         if self._system is None:
-            self._system = await self._opened()
-        self._workload = WORKLOADS[workload](self._system, self._plan, self._slots)
+            self._system = await self._type.open(self._plan.environment)
+        self._workload = WORKLOADS[command.workload](self._system, self._plan, self._slots)
         return Answer(skipped=self._workload.skipped())
 
-    async def _run(self, command: Command) -> RoundStats:
-        assert self._workload is not None, "open comes first"
-        await self._workload.prepare()
-        retries = self._workload.retries
+    async def run(self, command: Command) -> Answer:
+        """One round."""
+        work, retries = self._workload.one, self._workload.retries
         gc.collect()
         written, used = self._written(), resource_usage.processor_seconds()
         if command.rate is None:
-            stats = await closed_loop(self._workload, self._slots, command.seconds)
+            stats = await closed_loop(work, self._slots, command.seconds)
         else:
-            stats = await open_loop(self._workload, self._slots, command.seconds, command.rate)
+            stats = await open_loop(work, self._slots, command.seconds, command.rate)
         stats.processor = resource_usage.processor_seconds() - used
         after = self._written()
         stats.written = None if written is None or after is None else after - written
         stats.retries = self._workload.retries - retries
         stats.memory = resource_usage.resident_bytes() - self._before
-        return stats
+        return Answer(stats=stats)
 
     def _written(self) -> int | None:
         """To disks, and to a server that does not tell what it wrote."""
@@ -108,33 +87,26 @@ class Worker:
             written += resource_usage.sent_bytes()
         return written
 
-    async def _stop(self) -> Answer:
-        assert self._workload is not None, "open comes first"
-        if self._plan.index:
-            await self.end()
-            self._system = None
-        return Answer(acked=self._workload.acked if self._plan.index else {})
+    async def stop(self, command: Command) -> Answer:
+        """The first process stays open, and verifies what all have written."""
+        if not self._plan.index:
+            return Answer()
+        await self.end()
+        return Answer(acked=self._workload.acked)
 
-    async def _verify(self, command: Command) -> Answer:
+    async def verify(self, command: Command) -> Answer:
         """In a freshly opened system, where that shows the same data."""
-        assert self._workload is not None, "open comes first"
-        assert self._system is not None, "open comes first"
         acked = self._workload.acked
-        for name, other in command.acked.items():
-            acked.setdefault(name, AckedWrites()).add(other)
-        if not isinstance(self._system, StoreAdapter) or _is_apart(self._system):
+        add_all(acked, command.acked)
+        if _is_apart(self._system):
             await self.end()
-            self._system = None  # should opening fail, there is nothing to close
-            self._system = await self._opened()
+            self._system = await self._type.open(self._plan.environment)
         return Answer(verification=await self._workload.verify(self._system, acked))
 
-    async def _opened(self) -> Adapter:
-        return await self._type.open(self._plan.environment)
 
-
-def _is_apart(system: StoreAdapter) -> bool:
-    can = system.store.capabilities
-    return can.durable or can.multi_process
+def _is_apart(system: Any) -> bool:
+    """Whether it can be opened elsewhere, too: of a store; all others have files or a server."""
+    return getattr(system, "is_apart", True)
 
 
 async def work() -> int:
@@ -147,30 +119,17 @@ async def work() -> int:
         answers.write(encode(answer) + b"\n")
         answers.flush()
 
-    plan = decode(await _line(), Plan)
+    worker: Worker | None = None
     try:
-        worker = Worker(plan)
-    except Exception as exc:  # noqa: BLE001  # as below
-        say(Answer(refused=_told(exc)))
+        worker = Worker(decode(await next_line(), Plan))
+        while line := await next_line():
+            command = decode(line, Command)
+            say(await getattr(worker, command.do)(command))
+    except Exception as exc:  # noqa: BLE001  # the harness tells it, whatever it is
+        first = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
+        say(Answer(refused=f"{type(first).__name__}: {first}"))
         return 1
-    try:
-        while line := await _line():
-            try:
-                answer = await worker.answer(decode(line, Command))
-            except Exception as exc:  # noqa: BLE001  # the harness tells it, whatever it is
-                say(Answer(refused=_told(exc)))
-                return 1
-            say(answer)
     finally:
-        await worker.end()
+        if worker is not None:
+            await worker.end()
     return 0
-
-
-def _told(exc: BaseException) -> str:
-    if isinstance(exc, BaseExceptionGroup):
-        return _told(exc.exceptions[0])
-    return f"{type(exc).__name__}: {exc}"
-
-
-async def _line() -> bytes:
-    return await asyncio.to_thread(sys.stdin.buffer.readline)

@@ -1,162 +1,145 @@
-"""The workloads, named for what an orchestrator does.
-
-Each notes what was acknowledged, and at the end the system has to show exactly that: a machine
-counts its writes in a field, a store counts them in versions. A run against a system that lost one
-fails, however fast it was. A slot is one of the concurrent tasks: only it writes to its machines.
-"""
+"""The workloads, named for what an orchestrator does. Each notes what was acknowledged, and at the end the
+system has to show exactly that. A slot is one of the concurrent tasks: only it writes to its machines."""
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Sequence
-from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, cast
 
-from hf_async_store import BatchError, ConcurrencyConflictError, StorageError
-from hf_async_store_bench import adapters
+from hf_async_store import BatchError, ConcurrencyConflictError, StorageError, StorageStrategy
+from hf_async_store_bench import data
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
-from hf_async_store_bench.adapters import Adapter, StoreAdapter
-from hf_async_store_bench.data import (
-    MACHINES_OF_A_REQUEST,
-    STATUSES,
-    Entity,
-    machine,
-    machine_id,
-    request,
-    request_id,
-)
+from hf_async_store_bench.adapters import StoreAdapter
+from hf_async_store_bench.data import Entity
 from hf_async_store_bench.messages import Plan, VerificationResult, WrongAnswerError
 
-if TYPE_CHECKING:
-    from hf_async_store import StorageStrategy
-
-_MANY: Final = 1_000_000
-"""Between the numbers of what two slots create."""
-
+_MANY: Final = 1_000_000  # between the numbers of what two slots create
 _LIMIT: Final = 50
 _CHANGED: Final = 0.3
-_SETTLE_SECONDS: Final = 10.0
 _COUNTED: Final = 100
-_SAMPLE: Final = 500
-"""Of a baseline or a competitor, which may read them back one by one."""
-
+_SAMPLE: Final = 500  # of a baseline or a competitor, which may read them back one by one
 _NOTHING: Final = AckedWrites()
+_FIRST_REQUEST: Final = data.request_id(0)
+
+WORKLOADS: Final[dict[str, type[Workload]]] = {}  # by their names
 
 
 class Workload:
-    """One kind of work on one system, in one process.
-
-    Args:
-        system: the adapter of what is measured; it has what `needs` asks for.
-        slots: how many there are in each process; no two processes share a slot.
-
-    Attributes:
-        needs: the protocol that an adapter has to have.
-        unit: what is counted.
-        counts: every write sets the field `count` of its machine to how many there were.
-        writes: it changes what is stored before.
-    """
+    """One kind of work on one system, in the slots of one process. It needs some methods of the adapter;
+    if it counts, every write sets the field `count` of its machine to how many there were."""
 
     name: ClassVar[str]
-    summary: ClassVar[str]
-    needs: ClassVar[type]
+    needs: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "operations"
     counts: ClassVar[bool] = True
     writes: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            setattr(cls, name, value)
+        if attributes:
+            WORKLOADS[cls.name] = cls
 
     def __init__(self, system: Any, plan: Plan, slots: int) -> None:
         self.system = system
         self.plan = plan
         self.acked: AckedByEntity = {}
         self.retries = 0
+        self.made = 0
         self.entities = plan.load.entities
         self.random = random.Random(f"{plan.seed}-{plan.index}")
         self.slots = slots * plan.load.processes
         self.first = slots * plan.index
 
-    async def prepare(self) -> None:
-        """Whatever a round needs and should not be measured with it."""
+    @classmethod
+    def can_measure(cls, adapter: type) -> bool:
+        """Whether such an adapter has all that it needs."""
+        return all(hasattr(adapter, each) for each in cls.needs)
+
+    def skipped(self) -> str | None:
+        """Why this system cannot be measured with it, if so."""
+        return None
 
     async def one(self, slot: int) -> int:
         """One operation; returns how many entities it was about."""
         raise NotImplementedError
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         """Compare what a freshly opened system holds with what all processes wrote together."""
         ids = list(acked)
-        is_store = isinstance(system, StoreAdapter)
-        if not is_store and len(ids) > _SAMPLE:
+        first: dict[str, int] | None = None
+        if isinstance(system, StoreAdapter):
+            first = {i: int(int(i.removeprefix("i-"), 16) < self.entities) for i in ids}
+        elif len(ids) > _SAMPLE:
             ids = random.Random(0).sample(ids, _SAMPLE)
-        first = {
-            each: int(int(each.removeprefix("i-"), 16) < self.entities) for each in ids if is_store
-        }
-        failures = lost_writes(
-            acked,
-            zip(ids, await system.read_back(ids), strict=True),
-            counter="count" if self.counts else None,
-            first_version=first if is_store else None,
-        )
+        stored = zip(ids, await system.read_back(ids), strict=True)
+        counter = "count" if self.counts else None
+        failures = lost_writes(acked, stored, counter=counter, first_version=first)
         return VerificationResult(len(ids), failures)
-
-    def skipped(self) -> str | None:
-        """Why this system cannot be measured with it, if so."""
-        return None
 
     def own(self, slot: int) -> int:
         """A stored machine that only this slot writes to."""
         share = self.entities // self.slots
         return self.first + slot + self.random.randrange(share) * self.slots
 
-    def new(self, slot: int, made: int) -> int:
-        """A number that no machine has yet."""
-        return (self.first + slot + 1) * _MANY + made
+    def any(self) -> str:
+        """A stored machine."""
+        return data.machine_id(self.random.randrange(self.entities))
+
+    def new(self, slot: int) -> int:
+        """A number from which on no machine is there yet."""
+        return (self.first + slot + 1) * _MANY + self.made
 
     def machine(self, number: int, count: int = 0) -> Entity:
-        return machine(number, self.plan.load.size, count)
+        """A machine of the load's size."""
+        return data.machine(number, self.plan.load.size, count)
+
+    def fresh(self, slot: int, count: int, of: str = _FIRST_REQUEST) -> list[Entity]:
+        """New machines of a request."""
+        start = self.new(slot)
+        self.made += count
+        numbers = range(start, start + count)
+        return [{**self.machine(each, count=1), "request_id": of} for each in numbers]
 
     def acked_of(self, *ids: str) -> list[AckedWrites]:
         """What was acknowledged of each of these."""
         return [self.acked.setdefault(each, AckedWrites()) for each in ids]
 
+    async def get(self) -> Mapping[str, Any]:
+        """Get any machine, and see that it is the one, and not older than what was acknowledged."""
+        name = self.any()
+        least = self.acked.get(name, _NOTHING).acknowledged
+        found = await self.system.get(name)
+        if found is None or found["machine_id"] != name or found["count"] < least:
+            raise WrongAnswerError(f"{name}: another, or older than what was acknowledged")
+        return cast("Mapping[str, Any]", found)
 
-class Save(Workload):
-    name = "save"
-    summary = "one machine, whole, insert or replace"
-    needs: ClassVar[type] = adapters.Saves
-    unit = "saves"
+
+class Save(Workload, name="save", needs=("save",), unit="saves"):
+    """One machine, whole, insert or replace."""
 
     async def one(self, slot: int) -> int:
         number = self.own(slot)
-        (entry,) = self.acked_of(machine_id(number))
+        (entry,) = self.acked_of(data.machine_id(number))
         with writing(entry):
             await self.system.save(self.machine(number, entry.tried + 1))
         return 1
 
 
-class Update(Workload):
-    name = "update"
-    summary = "two fields of one machine that is there"
-    needs = adapters.Updates
-    unit = "updates"
+class Update(Workload, name="update", needs=("update",), unit="updates"):
+    """Two fields of one machine that is there."""
 
     async def one(self, slot: int) -> int:
-        name = machine_id(self.own(slot))
+        name = data.machine_id(self.own(slot))
         (entry,) = self.acked_of(name)
         with writing(entry):
             await self.system.update(name, {"status": "RUNNING", "count": entry.tried + 1})
         return 1
 
 
-class Create(Workload):
-    name = "create"
-    summary = "one machine that must not be there yet"
-    needs: ClassVar[type] = adapters.Creates
-    unit = "creates"
-
-    def __init__(self, system: Any, plan: Plan, slots: int) -> None:
-        super().__init__(system, plan, slots)
-        self._made = 0
+class Create(Workload, name="create", needs=("create",), unit="creates"):
+    """One machine that must not be there yet."""
 
     async def one(self, slot: int) -> int:
         (entity,) = self.fresh(slot, 1)
@@ -164,19 +147,9 @@ class Create(Workload):
             await self.system.create(entity)
         return 1
 
-    def fresh(self, slot: int, count: int, of: str = request_id(0)) -> list[Entity]:
-        """New machines of a request."""
-        start = self.new(slot, self._made)
-        self._made += count
-        shared = {"request_id": of}
-        return [{**self.machine(each, count=1), **shared} for each in range(start, start + count)]
 
-
-class CreateBatch(Create):
-    name = "create batch"
-    summary = "so many new machines in one call, each for itself"
-    needs: ClassVar[type] = adapters.CreatesMany
-    unit = "machines"
+class CreateBatch(Workload, name="create batch", needs=("create_many",), unit="machines"):
+    """So many new machines in one call, each for itself."""
 
     async def one(self, slot: int) -> int:
         entities = self.fresh(slot, self.plan.load.burst)
@@ -185,247 +158,189 @@ class CreateBatch(Create):
         return len(entities)
 
     async def write(self, entities: list[Entity]) -> None:
+        """The call."""
         await self.system.create_many(entities)
 
 
-class ImportBatch(CreateBatch):
-    name = "import batch"
-    summary = "so many new machines as they are, as when data is loaded in bulk"
-    needs: ClassVar[type] = adapters.ImportsMany
+class ImportBatch(CreateBatch, name="import batch", needs=("import_many",)):
+    """So many new machines as they are, as when data is loaded in bulk."""
 
     async def write(self, entities: list[Entity]) -> None:
         await self.system.import_many([{**each, "version": 1} for each in entities])
 
 
-class SaveBatch(Workload):
-    name = "save batch"
-    summary = "so many machines in one call, whole, each for itself"
-    needs = adapters.SavesMany
-    unit = "machines"
+class SaveBatch(Workload, name="save batch", needs=("save_many",), unit="machines"):
+    """So many machines in one call, whole, each for itself."""
 
     async def one(self, slot: int) -> int:
         count = min(self.plan.load.burst, self.entities // self.slots)
         numbers = [self.first + slot + each * self.slots for each in range(count)]
-        entries = self.acked_of(*map(machine_id, numbers))
+        entries = self.acked_of(*map(data.machine_id, numbers))
+        counts = [each.tried + 1 for each in entries]
         with writing(*entries):
-            await self.system.save_many(
-                [
-                    self.machine(number, entry.tried + 1)
-                    for number, entry in zip(numbers, entries, strict=True)
-                ]
-            )
+            await self.system.save_many(list(map(self.machine, numbers, counts)))
         return count
 
 
-class Acquire(Create):
-    name = "acquire"
-    summary = "a request and its machines, all or none, as the demo makes them"
-    needs: ClassVar[type] = adapters.Acquires
-    unit = "machines"
+class Acquire(Workload, name="acquire", needs=("acquire",), unit="machines"):
+    """A request and its machines, all or none, as the demo makes them."""
 
     async def one(self, slot: int) -> int:
         size = self.plan.load.burst
-        asked = request(self.new(slot, self._made), size)
+        asked = data.request(self.new(slot), size)
         machines = self.fresh(slot, size, of=asked["request_id"])
         with writing(*self.acked_of(asked["request_id"])):
             await self.system.acquire(asked, machines)
         return size
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         """Every acknowledged request has all of its machines: the first and the last are looked
         for everywhere, and a store counts them."""
         size = self.plan.load.burst
         names = [name for name, each in acked.items() if each.acknowledged][:_COUNTED]
         firsts = [int(each.removeprefix("req-")) for each in names]
-        ends = [machine_id(number) for each in firsts for number in (each, each + size - 1)]
+        ends = [data.machine_id(number) for each in firsts for number in (each, each + size - 1)]
         stored = await system.read_back(ends)
         failures = []
         for place, name in enumerate(names):
             if None in stored[2 * place : 2 * place + 2]:
                 failures.append(f"{name}: acknowledged, and its machines are not all there")
             elif isinstance(system, StoreAdapter):
-                found = await _settled_count(system.store, {"request_id": name}, size)
+                found = await data.settled_count(system.store, {"request_id": name}, size)
                 if found != size:
                     failures.append(f"{name}: {found:,} machines of {size:,}")
         return VerificationResult(len(names), failures)
 
 
-class Get(Workload):
-    name = "get"
-    summary = "one machine by its key"
-    needs = adapters.Gets
-    unit = "gets"
-    writes = False
+class Get(Workload, name="get", needs=("get",), unit="gets", writes=False):
+    """One machine by its key."""
 
     async def one(self, slot: int) -> int:
-        name = machine_id(self.random.randrange(self.entities))
-        found = await self.system.get(name)
-        if found is None or found["machine_id"] != name or found["count"] != 0:
-            raise WrongAnswerError(name)
+        found = await self.get()
+        if found["count"] != 0:
+            raise WrongAnswerError(found["machine_id"])
         return 1
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         """Nothing was written, so everything has to be as it was."""
         numbers = self.random.sample(range(self.entities), min(self.entities, 1000))
-        stored = await system.read_back([machine_id(each) for each in numbers])
+        ids = list(map(data.machine_id, numbers))
         failures = []
-        for number, found in zip(numbers, stored, strict=True):
-            expected = self.machine(number).items()
-            if found is None or any(found.get(name) != value for name, value in expected):
-                failures.append(f"{machine_id(number)}: is not as it was stored")
+        for name, number, found in zip(ids, numbers, await system.read_back(ids), strict=True):
+            expected = self.machine(number).items()  # a null may be stored as nothing
+            if found is None or any(found.get(field) != value for field, value in expected):
+                failures.append(f"{name}: is not as it was stored")
         return VerificationResult(len(numbers), failures)
 
 
-class Mixed(Save):
-    name = "mixed"
-    summary = "gets of any machine and saves of an own one, 80 to 20 if nothing else is said"
-    needs = adapters.GetsAndSaves
-    unit = "operations"
+class Mixed(Save, name="mixed", needs=("get", "save"), unit="operations"):
+    """Gets of any machine and saves of an own one, 80 to 20 if nothing else is said."""
 
     async def one(self, slot: int) -> int:
         if self.random.random() * 100 >= self.plan.load.reads:
             return await super().one(slot)
-        name = machine_id(self.random.randrange(self.entities))
-        least = self.acked.get(name, _NOTHING).acknowledged
-        found = await self.system.get(name)
-        if found is None or found["machine_id"] != name or found["count"] < least:
-            raise WrongAnswerError(f"{name}: older than what was acknowledged")
+        await self.get()
         return 1
 
 
-class OneShot(Workload):
-    name = "one-shot"
-    summary = "a whole process that shows one machine: hf-async-store get"
-    needs = adapters.RunsProcesses
-    unit = "processes"
-    writes = False
+class OneShot(Workload, name="one-shot", needs=("run_process",), unit="processes", writes=False):
+    """A whole process that shows one machine: hf-async-store get."""
 
     def skipped(self) -> str | None:
-        if (
-            not isinstance(self.system, StoreAdapter)
-            or self.system.store.capabilities.multi_process
-        ):
-            return None
-        return "no other process can open such a store"
+        store = self.system.store if isinstance(self.system, StoreAdapter) else None
+        alone = store is not None and not store.capabilities.multi_process
+        return "no other process can open such a store" if alone else None
 
     async def one(self, slot: int) -> int:
-        await self.system.run_process(machine_id(self.random.randrange(self.entities)))
+        await self.system.run_process(self.any())
         return 1
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
         return VerificationResult(1, [])
 
 
 class StoreWorkload(Workload):
     """Work that only a store of the product can do."""
 
-    needs = StoreAdapter
+    def __init__(self, system: Any, plan: Plan, slots: int) -> None:
+        super().__init__(system, plan, slots)
+        self.store: StorageStrategy = system.store
 
-    @property
-    def store(self) -> StorageStrategy:
-        store: StorageStrategy = self.system.store
-        return store
+    @classmethod
+    def can_measure(cls, adapter: type) -> bool:
+        return issubclass(adapter, StoreAdapter)
 
 
-class Poll(StoreWorkload):
-    name = "poll"
-    summary = "one request, its machines by index, and the changed ones written back"
-    unit = "polls"
-    counts = False
+class Poll(StoreWorkload, name="poll", unit="polls", counts=False):
+    """One request, its machines by index, and the changed ones written back."""
 
     async def one(self, slot: int) -> int:
         # Any request: two that poll the same one at once is what happens, and a conflict then.
-        requests = max(1, self.entities // MACHINES_OF_A_REQUEST)
-        name = request_id(self.random.randrange(requests))
-        if await self.store.get_entity("requests", name) is None:
-            raise WrongAnswerError(name)
+        requests = max(1, self.entities // data.MACHINES_OF_A_REQUEST)
+        name = data.request_id(self.random.randrange(requests))
+        request = await self.store.get_entity("requests", name)
         machines = await self.store.query_entities("machines", {"request_id": name})
-        if not machines:
-            raise WrongAnswerError(f"{name}: no machines")
+        if request is None or not machines:
+            raise WrongAnswerError(f"{name}: it or its machines are missing")
         changed = [each for each in machines if self.random.random() < _CHANGED]
-        await self._write({str(each["machine_id"]): int(each["version"]) for each in changed})  # type: ignore[arg-type]
+        await self._write(
+            {str(each["machine_id"]): cast("int", each["version"]) for each in changed}
+        )
         return 1
 
     async def _write(self, versions: dict[str, int]) -> None:
         """By compare-and-set: another poll of the same request may be faster."""
-        status = {"status": self.random.choice(STATUSES)}
+        status = {"status": self.random.choice(data.STATUSES)}
+        changes = dict.fromkeys(versions, status)
         outcomes: Sequence[object]
         try:
-            outcomes = await self.store.update_entities(
-                "machines", dict.fromkeys(versions, status), versions
-            )
+            outcomes = await self.store.update_entities("machines", changes, versions)
         except BatchError as exc:
             outcomes = exc.outcomes
         errors = [each if isinstance(each, StorageError) else None for each in outcomes]
         for entry, error in zip(self.acked_of(*versions), errors, strict=True):
             entry.note(error)
-        lost = [each for each in errors if isinstance(each, ConcurrencyConflictError)]
-        others = [each for each in errors if each is not None and each not in lost]
-        for each in (*others, *lost):
+        # What is no conflict is told first.
+        for each in sorted(
+            filter(None, errors), key=lambda e: isinstance(e, ConcurrencyConflictError)
+        ):
             raise each
 
 
-class Query(StoreWorkload):
-    name = "query"
-    summary = "machines by status, newest first, at most 50"
-    unit = "queries"
-    writes = False
+class Query(StoreWorkload, name="query", unit="queries", writes=False):
+    """Machines by status, newest first, at most 50."""
 
     async def one(self, slot: int) -> int:
-        status = self.random.choice(STATUSES)
+        status = self.random.choice(data.STATUSES)
         found = await self.store.query_entities(
             "machines", {"status": status}, order_by="-created_at", limit=_LIMIT
         )
         wrong = [each for each in found if each["status"] != status]
         times = [str(each["created_at"]) for each in found]
-        expected = min(_LIMIT, self.entities // len(STATUSES))
+        expected = min(_LIMIT, self.entities // len(data.STATUSES))
         if wrong or len(found) < expected or times != sorted(times, reverse=True):
             raise WrongAnswerError(status)
         return 1
 
-    async def verify(self, system: Adapter, acked: AckedByEntity) -> VerificationResult:
-        """The answers were looked at as they came."""
-        assert isinstance(system, StoreAdapter)
-        found = await _settled_count(system.store, {}, self.entities)
+    async def verify(self, system: Any, acked: AckedByEntity) -> VerificationResult:
+        """Nothing was written."""
+        found = await data.settled_count(system.store, {}, self.entities)
         wrong = [] if found == self.entities else [f"{found:,} of {self.entities:,} machines"]
         return VerificationResult(found, wrong)
 
 
-class Contend(StoreWorkload):
-    name = "contend"
-    summary = "all tasks count one entity up by compare-and-set"
-    unit = "steps"
-    COUNTER: Final = machine_id(0)
+class Contend(StoreWorkload, name="contend", unit="steps"):
+    """All tasks count one entity up by compare-and-set."""
 
     async def one(self, slot: int) -> int:
-        tries = 0
+        counter, tries = data.machine_id(0), 0
 
         def step(entity: Entity) -> Entity:
             nonlocal tries
             tries += 1
             return {**entity, "count": entity["count"] + 1}
 
-        with writing(*self.acked_of(self.COUNTER)):
-            await self.store.modify_entity("machines", self.COUNTER, step)
+        with writing(*self.acked_of(counter)):
+            await self.store.modify_entity("machines", counter, step)
         self.retries += tries - 1
         return 1
-
-
-async def _settled_count(store: StorageStrategy, filters: dict[str, object], expected: int) -> int:
-    """How many machines match; where queries may be behind, once they have caught up."""
-    patience = monotonic() + _SETTLE_SECONDS
-    while True:
-        found = await store.count_entities("machines", filters)
-        behind = store.capabilities.query_isolation == "eventual" and found != expected
-        if not behind or monotonic() > patience:
-            return found
-        await asyncio.sleep(0.2)
-
-
-WORKLOADS: Final[dict[str, type[Workload]]] = {
-    each.name: each
-    for each in (
-        *(Acquire, Save, Poll, Get, Query, Contend, Mixed, OneShot),
-        *(Create, Update, CreateBatch, SaveBatch, ImportBatch),
-    )
-}

@@ -25,7 +25,7 @@ def init(arguments: Namespace) -> int:
         if isinstance(context.config.options, JSONConfig):
             action = f"created {', '.join(files)}" if files else "exists already, nothing to do"
             location = context.location()
-            output.result(arguments, {"store": location, "made": files}, f"{location}: {action}")
+            output.result(arguments, {"store": location, "created": files}, f"{location}: {action}")
         else:
             engine = store.capabilities.engine
             output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
@@ -96,7 +96,7 @@ def create_tables(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         created: list[str] = await create()
         message = "\n".join(created) or "all tables and indexes exist already, nothing to do"
-        output.result(arguments, {"made": created}, message)
+        output.result(arguments, {"created": created}, message)
         return 0
 
     return context.run(work)

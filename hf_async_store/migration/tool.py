@@ -167,7 +167,8 @@ class MigrationTool:
         self.advance = advance
         self._stack = AsyncExitStack()
         location = self._config.backup_location
-        folder = Path(location) if location.endswith("/") else Path(location).parent
+        path = Path(location)
+        folder = path if location.endswith("/") or path.is_dir() else path.parent
         self._file = CheckpointFile(folder, self.source, self.target)
 
     async def __aenter__(self) -> Self:

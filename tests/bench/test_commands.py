@@ -142,6 +142,7 @@ def test_the_advice_contains_its_figures() -> None:
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.long
 def test_advise_measures_and_recommends(tmp_path: Path) -> None:
     done = called(
         "advise", "--entities", "1000", "--tasks", "4", "--processes", "2",
@@ -159,11 +160,12 @@ def test_advise_measures_and_recommends(tmp_path: Path) -> None:
 
 
 def test_the_short_run_uses_known_systems() -> None:
-    from hf_async_store_bench.settings import SHORT_SYSTEMS
-    from hf_async_store_bench.systems import ALL
+    from hf_async_store_bench.systems import _ONLY_FULL, ALL, SHORT_SYSTEMS
 
-    assert set(SHORT_SYSTEMS) <= {each.name for each in ALL}
-    assert "tinydb" not in SHORT_SYSTEMS
+    assert set(_ONLY_FULL) <= {each.name for each in ALL}
+    short = {each.name for each in SHORT_SYSTEMS}
+    assert {"memory", "json", "sqlite", "postgresql", "dynamodb", "asyncpg pool each"} <= short
+    assert not {"tinydb", "aiosqlite each"} & short
 
 
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

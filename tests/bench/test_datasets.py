@@ -13,7 +13,7 @@ from hf_async_store_bench.dataset_cache import DatasetCache
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.scaling import ends_first
-from hf_async_store_bench.systems import chosen
+from hf_async_store_bench.systems import chosen, named
 
 GET = Load(workload="get", tasks=2, entities=300)
 SAVE = Load(workload="save", tasks=2, entities=300)
@@ -52,6 +52,15 @@ async def test_engines_on_servers_are_read_and_written(measure: Measure, name: s
     assert saves.written > 100
 
 
+@pytest.mark.parametrize("name", ["sqlite3 batched by hand", "asyncpg batched by hand"])
+async def test_baselines_are_verified_after_reads(measure: Measure, name: str) -> None:
+    results = await measure([named(name)], GET, rounds=1, duration=0.1, steady=0.0)
+    assert results.failures == []
+    cell = results.cell(name, GET.name)
+    assert cell is not None
+    assert cell.checked == GET.entities
+
+
 def test_bytes_sent_by_a_connection_are_counted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         with socket.create_connection(server.getsockname()) as one:
@@ -77,6 +86,7 @@ def test_sweeps_begin_with_both_ends() -> None:
     assert ends_first([1]) == [1]
 
 
+@pytest.mark.long
 async def test_every_workload_has_one_round_before_any_has_many(measure: Measure) -> None:
     loads = [Load(workload=each, tasks=2, entities=300) for each in ("save", "get", "mixed")]
     results = await measure(
@@ -89,6 +99,7 @@ async def test_every_workload_has_one_round_before_any_has_many(measure: Measure
     assert results.seconds < 20
 
 
+@pytest.mark.long
 async def test_remaining_time_is_used_for_uncertain_results(measure: Measure) -> None:
     results = await measure(
         [system("Good")], SAVE, GET, rounds=2, duration=0.05, steady=0.0, budget=60.0, again=True

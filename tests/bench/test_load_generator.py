@@ -11,8 +11,6 @@ from hf_async_store_bench.load_generator import closed_loop, open_loop
 class Work:
     """An operation with a fixed duration, and a single stall of the event loop."""
 
-    retries = 0
-
     def __init__(self, seconds: float = 0.0, stall: float = 0.0) -> None:
         self.seconds = seconds
         self.stall = stall
@@ -32,7 +30,7 @@ class Work:
 
 async def test_the_open_loop_runs_all_scheduled_operations() -> None:
     work = Work(0.001)
-    stats = await open_loop(work, slots=16, seconds=0.5, rate=200)
+    stats = await open_loop(work.one, slots=16, seconds=0.5, rate=200)
     assert work.done == stats.operations == stats.latencies.count == 100
     assert stats.units == 300
     assert stats.unserved == 0
@@ -42,7 +40,7 @@ async def test_the_open_loop_runs_all_scheduled_operations() -> None:
 
 async def test_the_open_loop_measures_operations_delayed_by_a_stall() -> None:
     work = Work(stall=0.3)
-    stats = await open_loop(work, slots=16, seconds=1.0, rate=200)
+    stats = await open_loop(work.one, slots=16, seconds=1.0, rate=200)
     assert stats.operations == 200
     # 60 operations were due in those 0.3 s: they waited 0.15 s in the middle.
     assert stats.latencies.percentile(0.80) > 0.05
@@ -50,7 +48,7 @@ async def test_the_open_loop_measures_operations_delayed_by_a_stall() -> None:
 
 
 async def test_a_store_that_cannot_keep_up_is_reported() -> None:
-    stats = await open_loop(Work(0.05), slots=1, seconds=0.5, rate=100)
+    stats = await open_loop(Work(0.05).one, slots=1, seconds=0.5, rate=100)
     # 20 of 100 operations per second are done: the round is aborted, and waiting operations are counted.
     assert stats.unserved > 5
     assert stats.operations + stats.unserved == stats.latencies.count == 50
@@ -65,7 +63,7 @@ async def test_the_closed_loop_counts_failures_separately() -> None:
                 raise OSError("no")
             return 1
 
-    stats = await closed_loop(Failing(0.001), slots=4, seconds=0.2)
+    stats = await closed_loop(Failing(0.001).one, slots=4, seconds=0.2)
     assert stats.operations > 10
     assert stats.errors["OSError"] >= stats.operations - 4
     assert stats.latencies.count == stats.operations

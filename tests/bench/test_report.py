@@ -15,12 +15,12 @@ from PIL import Image
 
 from hf_async_store_bench import charts, report, targets
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.formatting import shown
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.results import Results
 from hf_async_store_bench.run import Run
 from hf_async_store_bench.settings import Series, Settings
 from hf_async_store_bench.systems import chosen
+from hf_async_store_bench.tables import shown
 
 SETTINGS = Settings(
     mode="test",
@@ -55,9 +55,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return found
 
 
-@pytest.fixture
-def written(results: Results, tmp_path: Path) -> dict[str, Path]:
-    return {each.name: each for each in report.write(results, tmp_path / "report")}
+@pytest.fixture(scope="module")
+def written(results: Results, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("written") / "report"
+    return {each.name: each for each in report.write(results, folder)}
 
 
 def test_all_files_are_there(written: dict[str, Path], results: Results) -> None:

@@ -22,7 +22,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SCENARIOS, name, each._replace(sizes=sizes, runs=min(each.runs, 2)))
 
 
-@pytest.mark.parametrize("name", ["event loop", "opening", "memory", "migration memory"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "opening",
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in ("event loop", "memory", "migration memory")
+        ),
+    ],
+)
 async def test_a_json_scenario_returns_figures(measure: Measure, name: str) -> None:
     results = await measure([named("json")], scenarios=(name,))
     assert results.failures == []

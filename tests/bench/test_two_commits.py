@@ -56,6 +56,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.long
 def test_a_slowdown_is_found_and_the_repository_is_not_changed(repository: Path) -> None:
     command = [
         sys.executable, "-m", "hf_async_store_bench.two_commits", "HEAD~1", "--only", "json",

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def test_init_creates_an_empty_store_once(cli: Cli) -> None:
     ran = cli("init")
     made = [absolute("data/db.json")]
-    assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "made": made}])
+    assert (ran.code, ran.rows) == (0, [{"store": "data/db.json", "created": made}])
     assert json.loads(Path("data/db.json").read_bytes()) == {}
     assert Path("data/db.json").stat().st_mode & 0o777 == 0o600
     assert cli("count", "machines").out == "0\n"
     again = cli("init")
-    assert (again.code, again.rows) == (0, [{"store": "data/db.json", "made": []}])
+    assert (again.code, again.rows) == (0, [{"store": "data/db.json", "created": []}])
 
 
 def test_init_keeps_an_existing_store(filled: Cli) -> None:
-    assert filled("init").rows[0]["made"] == []
+    assert filled("init").rows[0]["created"] == []
     assert filled("count", "machines").out == "3\n"
 
 
@@ -48,17 +48,19 @@ def test_init_keeps_commits_in_the_journal(cli: Cli) -> None:
         Path("kept").rename(journal)
 
     asyncio.run(commit_and_die())
-    assert cli("init").rows[0]["made"] == []
+    assert cli("init").rows[0]["created"] == []
     assert cli("get", "templates", "t-1").code == 0
 
 
 def test_init_of_split_and_compressed_files(cli: Cli) -> None:
-    made = cli("init", "--store", "json:split").rows[0]["made"]
+    made = cli("init", "--store", "json:split").rows[0]["created"]
     names = ("templates", "requests", "machines")
     assert made == [absolute(f"split/{name}.json") for name in names]
     Path("split/requests.json").unlink()
-    assert cli("init", "--store", "json:split").rows[0]["made"] == [absolute("split/requests.json")]
-    made = cli("init", "--store", "json:z/db.json?enable_compression=yes").rows[0]["made"]
+    assert cli("init", "--store", "json:split").rows[0]["created"] == [
+        absolute("split/requests.json")
+    ]
+    made = cli("init", "--store", "json:z/db.json?enable_compression=yes").rows[0]["created"]
     assert made == [absolute("z/db.json.gz")]
     assert cli("health", "--store", "json:z/db.json?enable_compression=yes").rows[0]["ok"] is True
 

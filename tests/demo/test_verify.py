@@ -266,6 +266,6 @@ def test_an_incomplete_last_line_is_caused_by_the_kill(tmp_path: Path) -> None:
 def test_a_refused_write_is_not_unfinished(tmp_path: Path) -> None:
     file = tmp_path / "refused.notes"
     with WriteLog(file) as write_log:
-        write_log.refused(write_log.intent("acquire", [STEP]), 4)
+        write_log.done(write_log.intent("acquire", [STEP]), None, 0, 4)
     notes = ProcessLog.of(file)
     assert (notes.operations, notes.unanswered, notes.conflicts) == ([], [], 4)

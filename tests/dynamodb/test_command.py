@@ -45,9 +45,9 @@ def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> 
     status, said = command("create-tables", "--json")
     assert status == 0, said
     assert json.loads(said) == {
-        "made": [f"made {prefix}_{each}" for each in ("templates", "requests", "machines")]
+        "created": [f"created {prefix}_{each}" for each in ("templates", "requests", "machines")]
     }
-    assert json.loads(command("create-tables", "--json")[1]) == {"made": []}
+    assert json.loads(command("create-tables", "--json")[1]) == {"created": []}
     assert command("put", "requests", '{"request_id": "r", "status": "PENDING"}')[0] == 0
     assert command("update", "requests", "r", "status=RUNNING", "--expected-version", "1")[0] == 0
     status, said = command("get", "requests", "r", "--json")
@@ -82,7 +82,7 @@ def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> 
 def test_create_tables_is_for_stores_with_tables(tmp_path: Path) -> None:
     status, said = run("--store", f"json:{tmp_path}/db.json", "create-tables")
     assert status == 2
-    assert "the engine json" in said
+    assert "the engine of this store is json" in said
 
 
 def test_a_secret_is_not_shown() -> None:

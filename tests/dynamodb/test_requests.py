@@ -209,7 +209,7 @@ async def test_a_missing_index_causes_scans_until_it_is_created(proxy: Proxy) ->
         assert (await store.explain_query("templates", {"name": "n"})).access == "scan"
         assert len(await store.query_entities("templates", {"name": "n"})) == 1
         assert "has no index name-index" in str((await store.health())["problems"])
-        assert await store.create_tables() == ["made name-index of lacks_templates"]
+        assert await store.create_tables() == ["created name-index of lacks_templates"]
         assert (await store.explain_query("templates", {"name": "n"})).access == "index"
         assert len(await store.query_entities("templates", {"name": "n"})) == 1
         assert (await store.health())["ok"]

@@ -35,7 +35,9 @@ async def test_the_spec_s_tables_and_indexes(proxy: Proxy) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix, HOST_FACTORY) as store:
         made = await store.create_tables()
-        assert made == [f"made {prefix}_{each}" for each in ("templates", "requests", "machines")]
+        assert made == [
+            f"created {prefix}_{each}" for each in ("templates", "requests", "machines")
+        ]
         keys = {"templates": "template_id", "requests": "request_id", "machines": "machine_id"}
         indexes = {}
         for name, key in keys.items():
@@ -146,7 +148,7 @@ async def test_concurrent_creation_of_tables(proxy: Proxy) -> None:
     try:
         made = await asyncio.gather(*(each.create_tables() for each in stores))
         assert sorted(each for some in made for each in some) == [
-            f"made {prefix}_{each}" for each in ("machines", "requests", "templates")
+            f"created {prefix}_{each}" for each in ("machines", "requests", "templates")
         ]
     finally:
         for each in stores:
@@ -273,7 +275,7 @@ def moto(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     "given",
     [
-        True,
+        pytest.param(True, marks=pytest.mark.long),
         {
             "enabled": True,
             "min_read_capacity": 2,

@@ -69,6 +69,33 @@ async def test_a_server_that_does_not_return_values_of_statements(proxy: Proxy) 
         await _everything(store)
 
 
+async def test_a_save_that_loses_the_race_to_insert_keeps_counting(proxy: Proxy) -> None:
+    """The read finds no item, and another store inserts one before the insert of this store."""
+    prefix = new_prefix()
+
+    def without_a(answer: dict[str, Any]) -> dict[str, Any]:
+        [(table, items)] = answer["Responses"].items()
+        return {
+            **answer,
+            "Responses": {table: [each for each in items if each["item_id"] != {"S": "a"}]},
+        }
+
+    def rule(request: Request) -> Fault | None:
+        if request.operation != "BatchGetItem":
+            return None
+        proxy.rule = None
+        return Changed(without_a)
+
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await other.create_entity("items", {"item_id": "a", "label": "theirs"})
+        await store.create_entity("items", {"item_id": "b"})
+        proxy.rule = rule
+        assert await store.save_entities("items", [{"item_id": "a"}, {"item_id": "b"}]) == [2, 2]
+        assert proxy.rule is None
+        assert await store.update_entity("items", "a", {"label": "ours"}) == 3
+        assert await other.update_entity("items", "a", {"label": "theirs"}, expected_version=3) == 4
+
+
 def _refuses(what: str) -> Any:
     def rule(request: Request) -> Fault | None:
         if request.operation != "BatchExecuteStatement":

@@ -38,6 +38,7 @@ from tests.json.support import (
     data_files,
     journals,
     never_folds,
+    one_layout,
     open_files,
     open_json,
     parsed,
@@ -106,7 +107,7 @@ def _flips(data: bytes, bits: tuple[int, ...]) -> Iterator[tuple[str, bytes]]:
 # -- every byte -------------------------------------------------------------------------------
 
 
-@both_layouts
+@one_layout
 async def test_85_every_byte_of_the_journal(layout: str) -> None:
     bits = (0x01, 0x80) if layout == "single_file" else (0x20,)
     with quick_folder() as folder:
@@ -125,7 +126,7 @@ async def test_85_every_byte_of_the_journal(layout: str) -> None:
         assert await _shown(folder, layout) == states[-1]
 
 
-@both_layouts
+@one_layout
 async def test_85_every_length_of_the_journal(layout: str) -> None:
     """A truncated journal is damaged, or ends before an incomplete commit."""
     with quick_folder() as folder:
@@ -145,7 +146,7 @@ async def test_85_every_length_of_the_journal(layout: str) -> None:
         assert set(seen) == {0, 1}
 
 
-@both_layouts
+@one_layout
 async def test_85_every_byte_of_a_data_file_with_commits_waiting(layout: str) -> None:
     bits = (0x01, 0x80) if layout == "single_file" else (0x20,)
     with quick_folder() as folder:
@@ -189,7 +190,7 @@ def _taken_over(entity_id: str, found: dict[str, Any], declared: Any) -> Entity:
     return entity
 
 
-@both_layouts
+@one_layout
 async def test_85_every_byte_of_a_data_file_with_an_empty_journal(layout: str) -> None:
     """With an empty journal a changed file is adopted with a report, or refused."""
     with quick_folder() as folder:
@@ -246,7 +247,7 @@ async def test_85_every_byte_of_a_packed_file(tmp_path: Path) -> None:
 # -- a larger one, at random ------------------------------------------------------------------
 
 
-@both_layouts
+@one_layout
 async def test_85_at_random_in_a_large_store(layout: str) -> None:
     chance = random.Random(85)
     with quick_folder() as folder:

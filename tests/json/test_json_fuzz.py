@@ -255,7 +255,7 @@ def _fuzz_files(corpus: list[Recorded], examples: int, seconds: float) -> None:
 
 def test_changed_files(corpus: list[Recorded], record_property: Any) -> None:
     Tried.inputs = 0
-    _fuzz_files(corpus, 120, 0)
+    _fuzz_files(corpus, 40, 0)
     record_property("inputs", Tried.inputs)
     assert Tried.inputs >= 20
 
@@ -312,7 +312,7 @@ def _fuzz_records(corpus: list[Recorded], examples: int, seconds: float) -> None
 
 def test_changed_records(corpus: list[Recorded], record_property: Any) -> None:
     Tried.inputs = 0
-    _fuzz_records(corpus, 80, 0)
+    _fuzz_records(corpus, 30, 0)
     record_property("inputs", Tried.inputs)
     assert Tried.inputs >= 20
 
@@ -356,7 +356,7 @@ def _fuzz_texts(examples: int) -> None:
 
 def test_changed_texts(record_property: Any) -> None:
     Tried.inputs = 0
-    _fuzz_texts(1000)
+    _fuzz_texts(300)
     record_property("inputs", Tried.inputs)
 
 

@@ -18,6 +18,7 @@ from tests.json.support import (
     abandon,
     data_files,
     journals,
+    one_layout,
     open_json,
     parsed,
     reopened,
@@ -28,7 +29,7 @@ from tests.json.support import (
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@both_layouts
+@one_layout
 async def test_51_eight_processes_save_fifty_each(tmp_path: Path, layout: str) -> None:
     """All 400 saves are kept; the reference implementation kept 50."""
     results = await together(
@@ -44,7 +45,7 @@ async def test_51_eight_processes_save_fifty_each(tmp_path: Path, layout: str) -
     assert len(at_rest.get("machines", at_rest)) == 400
 
 
-@both_layouts
+@one_layout
 async def test_51_four_processes_count_fifty_each(tmp_path: Path, layout: str) -> None:
     async with open_json(tmp_path, layout) as store:
         await store.save_entity("templates", {"template_id": "counter", "max_number": 0})
@@ -93,7 +94,7 @@ async def test_51_compactions_beside_writers_and_readers(
     assert len(journals(tmp_path)) == 1
 
 
-@both_layouts
+@one_layout
 async def test_75_three_processes_open_a_new_store_at_once(tmp_path: Path, layout: str) -> None:
     for round_ in range(2):
         folder = tmp_path / str(round_) / "new"
@@ -104,7 +105,7 @@ async def test_75_three_processes_open_a_new_store_at_once(tmp_path: Path, layou
         assert len((await reopened(folder, layout))["machines"]) == 9
 
 
-@both_layouts
+@one_layout
 async def test_short_lived_processes_one_after_another(tmp_path: Path, layout: str) -> None:
     for number in range(5):
         assert await together(Member("saver", tmp_path, layout, name=f"p{number}", times=1)) == [
@@ -205,7 +206,7 @@ async def test_a_process_suspended_during_a_compaction(tmp_path: Path, layout: s
         assert not temporary(tmp_path)
 
 
-@both_layouts
+@one_layout
 async def test_a_process_killed_during_a_compaction(tmp_path: Path, layout: str) -> None:
     """Its compaction lock is released immediately, and its temporary files are removed."""
     async with open_json(tmp_path, layout) as store:
@@ -262,7 +263,7 @@ async def _kills(folder: Path, layout: str, rounds: int, seed: int) -> None:
     assert len(journals(folder)) == 1
 
 
-@both_layouts
+@one_layout
 async def test_82_killed_at_random_beside_other_processes(tmp_path: Path, layout: str) -> None:
     await _kills(tmp_path, layout, rounds=2, seed=82)
 

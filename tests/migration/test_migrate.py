@@ -669,3 +669,12 @@ async def test_a_slow_target_causes_backpressure(tmp_path: Path) -> None:
         await _migrate(source, target, tmp_path, batch_size=10, parallel_workers=3)
         # Batches held by the workers, in the queue, and held by the reader.
         assert 10 < furthest <= 10 * (3 + 3 + 2)
+
+
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_checkpoints_are_stored_where_backups_are(tmp_path: Path, ending: str) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    config = {"migration": {"backup_location": f"{folder}{ending}"}}
+    tool = MigrationTool("memory:", f"json:{tmp_path}/target.json", config)
+    assert tool._file.path.parent == folder

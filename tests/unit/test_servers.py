@@ -166,7 +166,9 @@ async def test_in_a_loop(postgres_server):
 """
 
 
-@pytest.mark.parametrize("test", ["test_in_a_call", "test_in_a_loop"])
+@pytest.mark.parametrize(
+    "test", ["test_in_a_loop", pytest.param("test_in_a_call", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(
     ("options", "how"),
     [([], signal.SIGTERM), (["-n1"], signal.SIGTERM), (["-n1"], signal.SIGKILL)],

@@ -5,35 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from itertools import repeat
+from typing import Any, Generic, TypeVar
+
+from hf_async_store_bench.data import Entity
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
-class Batching(Generic[Item, Result]):
-    """Everything that waits when a batch ends is the next one.
-
-    Args:
-        send: carries out a batch; a result each, in order.
-        size: of a batch, at most.
-        at_once: how many batches.
-    """
+class Batching(Generic[Item]):
+    """Everything that waits when a batch ends is the next one, of a bounded size; so many batches at
+    once. `send` carries out one, and gives a result each, in order, or nothing."""
 
     def __init__(
         self,
-        send: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
+        send: Callable[[Sequence[Item]], Awaitable[Sequence[Any] | None]],
         size: int,
         at_once: int = 1,
     ) -> None:
         self._send = send
         self._size = size
         self._idle = at_once
-        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._waiting: deque[tuple[Item, asyncio.Future[Any]]] = deque()
         self._senders: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, item: Item) -> Result:
-        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    async def __call__(self, item: Item) -> Any:
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, done))
         if self._idle:
             self._idle -= 1
@@ -52,6 +49,19 @@ class Batching(Generic[Item, Result]):
                 for _, done in batch:
                     done.set_exception(exc)
             else:
-                for (_, done), result in zip(batch, results, strict=True):
+                for (_, done), result in zip(batch, results or repeat(None), strict=False):
                     done.set_result(result)
         self._idle += 1
+
+
+class BatchedOperations:
+    """A baseline whose saves and gets wait for one another."""
+
+    _saves: Batching[Entity]
+    _gets: Batching[str]
+
+    async def save(self, machine: Entity) -> None:
+        await self._saves(machine)
+
+    async def get(self, machine: str) -> Any:
+        return await self._gets(machine)

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # it has no types
 
-from hf_async_store_bench.baselines.batching import Batching
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.data import Entity
-    from hf_async_store_bench.messages import Environment
+from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
+from hf_async_store_bench.concurrency import side_by_side
+from hf_async_store_bench.data import Entity, batches
+from hf_async_store_bench.messages import Environment
 
 _WRITES = 25
 _READS = 100
 _AT_ONCE = 8
 _KEY = "machine_id"
 _IS_NEW = f"attribute_not_exists({_KEY})"
-_INDEXES = {
-    "request_id": "created_at",
-    "return_request_id": None,
-    "status": None,
-    "name": None,
-}
-"""The indexes of the store's machines: what they are found by, and ordered by."""
+# What the store's machines are found by, and ordered by.
+_INDEXES = {"request_id": "created_at", "return_request_id": None, "status": None, "name": None}
 
 
 class _Client:
@@ -78,34 +70,21 @@ class _Client:
         await self._stack.aclose()
 
     async def fill(self, machines: Sequence[Entity]) -> None:
-        await self._put_all(machines)
+        """In batches of 25, eight at once."""
+        await side_by_side(self._put_batch, batches(machines, _WRITES), _AT_ONCE)
 
     async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
         found: list[Mapping[str, Any] | None] = []
-        for batch in _cut(ids, _READS):
+        for batch in batches(ids, _READS):
             found += await self._get_all(batch)
         return found
 
-    async def _put_all(self, machines: Sequence[Entity]) -> Sequence[None]:
-        """In batches of 25, eight at once."""
-        gate = asyncio.Semaphore(_AT_ONCE)
-
-        async def put(batch: Sequence[Entity]) -> None:
-            async with gate:
-                await self._put_batch(batch)
-
-        async with asyncio.TaskGroup() as group:
-            for batch in _cut(machines, _WRITES):
-                group.create_task(put(batch))
-        return [None] * len(machines)
-
-    async def _put_batch(self, machines: Sequence[Entity]) -> Sequence[None]:
+    async def _put_batch(self, machines: Sequence[Entity]) -> None:
         # It refuses a key that comes twice.
         latest = {each[_KEY]: each for each in machines}
         left = {self._table: [{"PutRequest": {"Item": _item(each)}} for each in latest.values()]}
         while left:
             left = (await self._client.batch_write_item(RequestItems=left))["UnprocessedItems"]
-        return [None] * len(machines)
 
     async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
         found: dict[str, Mapping[str, Any]] = {}
@@ -120,11 +99,12 @@ class _Client:
 
 
 class Each(_Client):
-    """A request for each operation; writes raise the version, as a store does."""
+    """One client with 64 connections, no validation of parameters; a request for each operation
+    (UpdateItem for saves)."""
 
     async def save(self, machine: Entity) -> None:
-        fields = {name: value for name, value in machine.items() if name != _KEY}
-        await self._update(machine[_KEY], {k: v for k, v in fields.items() if v is not None})
+        fields = {k: v for k, v in machine.items() if v is not None and k != _KEY}
+        await self._update(machine[_KEY], fields)
 
     async def create(self, machine: Entity) -> None:
         await self._client.put_item(
@@ -150,11 +130,9 @@ class Each(_Client):
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
         """In one transaction, which can hold 100."""
-        items = [{_KEY: request["request_id"]}, *machines]
-        puts = [
-            {"Put": {"TableName": self._table, "Item": _item(each), "ConditionExpression": _IS_NEW}}
-            for each in items
-        ]
+        items = map(_item, [{_KEY: request["request_id"]}, *machines])
+        new = {"TableName": self._table, "ConditionExpression": _IS_NEW}
+        puts = [{"Put": {**new, "Item": each}} for each in items]
         await self._client.transact_write_items(TransactItems=puts)
 
     async def get(self, machine: str) -> Mapping[str, Any] | None:
@@ -164,32 +142,19 @@ class Each(_Client):
         return _entity(answer["Item"]) if "Item" in answer else None
 
 
-class Batched(_Client):
-    """All that wait: BatchWriteItem of 25, which checks nothing, and BatchGetItem of 100."""
+class Batched(BatchedOperations, _Client):
+    """BatchWriteItem of 25, which checks nothing and knows no versions, and BatchGetItem of 100; 8 at
+    once."""
 
     def __init__(self, place: Environment) -> None:
         super().__init__(place)
         self._saves = Batching(self._put_batch, size=_WRITES, at_once=_AT_ONCE)
         self._gets = Batching(self._get_all, size=_READS, at_once=_AT_ONCE)
 
-    async def save(self, machine: Entity) -> None:
-        await self._saves(machine)
-
-    async def get(self, machine: str) -> Mapping[str, Any] | None:
-        return await self._gets(machine)
-
-    async def save_many(self, machines: Sequence[Entity]) -> None:
-        await self._put_all(machines)
-
-    async def create_many(self, machines: Sequence[Entity]) -> None:
-        await self._put_all(machines)
+    save_many = create_many = _Client.fill
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
-        await self._put_all([{_KEY: request["request_id"]}, *machines])
-
-
-def _cut(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+        await self.fill([{_KEY: request["request_id"]}, *machines])
 
 
 def _key_schema(hash_key: str, range_key: str | None = None) -> list[dict[str, str]]:
@@ -208,17 +173,10 @@ def _map(entity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> dict[str, Any]:
-    match value:
-        case None:
-            return {"NULL": True}
-        case bool():
-            return {"BOOL": value}
-        case int() | float():
-            return {"N": str(value)}
-        case dict():
-            return {"M": _map(value)}
-        case _:
-            return {"S": value}
+    """Of what machines have: numbers are whole ones."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"M": _map(value)} if isinstance(value, dict) else {"S": value}
 
 
 def _entity(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,13 +185,6 @@ def _entity(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Mapping[str, Any]) -> Any:
     ((kind, held),) = value.items()
-    match kind:
-        case "NULL":
-            return None
-        case "N":
-            number = Decimal(held)
-            return int(number) if number == int(number) else float(number)
-        case "M":
-            return _entity(held)
-        case _:
-            return held
+    if kind == "N":
+        return int(held)
+    return _entity(held) if kind == "M" else held

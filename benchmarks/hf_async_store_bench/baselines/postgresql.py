@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from hf_async_store_bench.baselines import tables
-from hf_async_store_bench.baselines.batching import Batching
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.data import Entity
-    from hf_async_store_bench.messages import Environment
+from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
+from hf_async_store_bench.data import Entity
+from hf_async_store_bench.messages import Environment
 
 _CONNECTIONS = 32
 _BATCHES_AT_ONCE = 4
@@ -29,6 +27,7 @@ _INSERT_ALL = f"{tables.INTO_MACHINES} SELECT * FROM unnest({_ARRAYS})"
 _UPSERT_ALL = f"{_INSERT_ALL} {tables.ON_CONFLICT}"
 _SELECT = f"{tables.SELECT} = $1"
 _SELECT_ALL = f"{tables.SELECT} = ANY($1::text[])"
+_INSERT_TEMPLATES = "INSERT INTO hand_templates SELECT unnest($1::text[])"
 _INSERT_REQUEST = f"{tables.INTO_REQUESTS} VALUES ({tables.marks('postgresql', 8)})"
 
 
@@ -59,12 +58,9 @@ class _Baseline:
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         templates, requests = tables.parents_of(machines)
-        await self.connection.execute(
-            "INSERT INTO hand_templates SELECT unnest($1::text[]) ON CONFLICT DO NOTHING", templates
-        )
-        await self.connection.executemany(
-            f"{_INSERT_REQUEST} ON CONFLICT DO NOTHING", list(map(tables.request_of, requests))
-        )
+        rows = list(map(tables.request_of, requests))
+        await self.connection.execute(f"{_INSERT_TEMPLATES} ON CONFLICT DO NOTHING", templates)
+        await self.connection.executemany(f"{_INSERT_REQUEST} ON CONFLICT DO NOTHING", rows)
         await self.connection.execute(_INSERT_ALL, *_columns(machines))
 
     async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
@@ -74,9 +70,7 @@ class _Baseline:
 class _Each(_Baseline):
     """A connection is taken and given back for each operation."""
 
-    @asynccontextmanager
-    async def taken(self) -> AsyncIterator[Any]:
-        yield self.connection
+    taken: Any
 
     async def save(self, machine: Entity) -> None:
         row = tables.row_of(machine, tables.utc_now())
@@ -89,25 +83,23 @@ class _Each(_Baseline):
 
 
 class Pool(_Each):
-    """An asyncpg pool as it comes."""
+    """asyncpg's pool of 32 connections as it comes (it resets each connection on release); a statement
+    for each operation."""
 
     async def start(self) -> None:
-        self._pool = await asyncpg.create_pool(
-            self.environment.server, min_size=_CONNECTIONS, max_size=_CONNECTIONS
-        )
+        size = {"min_size": _CONNECTIONS, "max_size": _CONNECTIONS}
+        self._pool = await asyncpg.create_pool(self.environment.server, **size)
 
     async def close(self) -> None:
         await self._pool.close()
         await super().close()
 
-    @asynccontextmanager
-    async def taken(self) -> AsyncIterator[Any]:
-        async with self._pool.acquire() as connection:
-            yield connection
+    def taken(self) -> Any:
+        return self._pool.acquire()
 
 
 class Held(_Each):
-    """Connections that are held, without a reset when they are given back."""
+    """32 connections that are never reset; a prepared statement for each operation."""
 
     count = _CONNECTIONS
 
@@ -130,37 +122,25 @@ class Held(_Each):
             self._idle.put_nowait(connection)
 
 
-class Batched(Held):
-    """All operations that wait as one statement of arrays, on four connections."""
+class Batched(BatchedOperations, Held):
+    """Up to 64 waiting operations as one statement of arrays, on 4 connections; imports by COPY."""
 
     count = _BATCHES_AT_ONCE
 
     async def start(self) -> None:
         await super().start()
-        self._saves = Batching(self._save_all, size=64, at_once=_BATCHES_AT_ONCE)
+        self._saves = Batching(self.save_many, size=64, at_once=_BATCHES_AT_ONCE)
         self._gets = Batching(self._get_all, size=64, at_once=_BATCHES_AT_ONCE)
 
-    async def save(self, machine: Entity) -> None:
-        await self._saves(machine)
-
-    async def get(self, machine: str) -> Mapping[str, Any] | None:
-        return await self._gets(machine)
-
     async def save_many(self, machines: Sequence[Entity]) -> None:
-        await self._save_all(machines)
-
-    async def import_many(self, machines: Sequence[Entity]) -> None:
-        """By COPY."""
-        rows = tables.rows_of(machines)
-        async with self.taken() as connection:
-            await connection.copy_records_to_table(
-                "hand_machines", records=rows, columns=tables.COLUMNS
-            )
-
-    async def _save_all(self, machines: Sequence[Entity]) -> Sequence[None]:
         async with self.taken() as connection:
             await connection.execute(_UPSERT_ALL, *_columns(machines))
-        return [None] * len(machines)
+
+    async def import_many(self, machines: Sequence[Entity]) -> None:
+        rows = tables.rows_of(machines)
+        async with self.taken() as connection:
+            copy = connection.copy_records_to_table
+            await copy("hand_machines", records=rows, columns=tables.COLUMNS)
 
     async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
         async with self.taken() as connection:
@@ -168,7 +148,7 @@ class Batched(Held):
 
 
 class MultiRow(_Baseline):
-    """Many machines as one INSERT of many rows (arrays) in one transaction."""
+    """One INSERT of arrays, in one transaction."""
 
     async def start(self) -> None:
         self._turn = asyncio.Lock()
@@ -184,33 +164,23 @@ class MultiRow(_Baseline):
             await self.connection.execute(_INSERT_ALL, *columns)
 
 
-class Core(_Baseline):
-    """SQLAlchemy Core on asyncpg in autocommit: a statement for each operation."""
+class Core(tables.CoreOperations, _Baseline):
+    """create_async_engine with 32 connections in autocommit; a statement each."""
+
+    upsert = tables.upsert("postgresql")
 
     async def start(self) -> None:
-        url = self.environment.server.replace("postgresql://", "postgresql+asyncpg://", 1)
-        self._engine = create_async_engine(
-            url,
+        self.engine = create_async_engine(
+            self.environment.server.replace("postgresql://", "postgresql+asyncpg://", 1),
             isolation_level="AUTOCOMMIT",
             pool_size=_CONNECTIONS,
             json_serializer=str,  # rows hold documents as text
             json_deserializer=str,
         )
-        self._upsert = tables.upsert("postgresql")
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        await self.engine.dispose()
         await super().close()
-
-    async def save(self, machine: Entity) -> None:
-        row = dict(zip(tables.COLUMNS, tables.row_of(machine, tables.utc_now()), strict=True))
-        async with self._engine.connect() as connection:
-            await connection.execute(self._upsert, row)
-
-    async def get(self, machine: str) -> Mapping[str, Any] | None:
-        async with self._engine.connect() as connection:
-            found = await connection.execute(tables.SELECT_ONE, {"wanted": machine})
-            return tables.entity_of(found.first())
 
 
 async def _select_all(connection: Any, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:

@@ -8,19 +8,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, Self
 
 import aiosqlite
 from sqlalchemy import event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from hf_async_store_bench.baselines import tables
-from hf_async_store_bench.baselines.batching import Batching
-from hf_async_store_bench.data import batches
-
-if TYPE_CHECKING:
-    from hf_async_store_bench.data import Entity
-    from hf_async_store_bench.messages import Environment
+from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
+from hf_async_store_bench.data import Entity, batches
+from hf_async_store_bench.messages import Environment
 
 _ROW = f"({tables.marks('sqlite', len(tables.COLUMNS))})"
 _INSERT = f"{tables.INTO_MACHINES} VALUES {_ROW}"
@@ -31,14 +28,11 @@ _ADD_REQUEST = _INSERT_REQUEST.replace("INSERT", "INSERT OR IGNORE", 1)
 _ROWS_A_STATEMENT = 1500  # SQLite takes 32,766 values
 
 
-def pragmas(environment: Environment) -> tuple[str, ...]:
+def pragmas(environment: Environment) -> list[str]:
+    """What each connection begins with."""
     level = "FULL" if environment.durable else "NORMAL"
-    return (
-        "PRAGMA journal_mode = WAL",
-        f"PRAGMA synchronous = {level}",
-        "PRAGMA busy_timeout = 30000",
-        "PRAGMA foreign_keys = ON",
-    )
+    settings = ("journal_mode = WAL", f"synchronous = {level}", "busy_timeout = 30000")
+    return [f"PRAGMA {each}" for each in (*settings, "foreign_keys = ON")]
 
 
 def on_connect(engine: AsyncEngine, environment: Environment) -> AsyncEngine:
@@ -52,16 +46,13 @@ def on_connect(engine: AsyncEngine, environment: Environment) -> AsyncEngine:
     return engine
 
 
-def _file(environment: Environment) -> str:
-    return str(Path(environment.folder) / "baseline.sqlite")
-
-
 class _Baseline:
     """The parts that are not measured, on connections of their own."""
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
-        with closing(self._connect()) as connection:
+        self.file = str(Path(environment.folder) / "baseline.sqlite")
+        with closing(self.connect()) as connection:
             for each in tables.ddl("sqlite"):
                 connection.execute(each)
 
@@ -74,29 +65,26 @@ class _Baseline:
     async def start(self) -> None:
         """Open what is measured."""
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            _file(self.environment), isolation_level=None, check_same_thread=False
-        )
+    def connect(self) -> sqlite3.Connection:
+        """A connection of the standard library's."""
+        connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False)
         for each in pragmas(self.environment):
             connection.execute(each)
         return connection
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         templates, requests = tables.parents_of(machines)
-        with closing(self._connect()) as connection:
+        add_template = "INSERT OR IGNORE INTO hand_templates VALUES (?)"
+        with closing(self.connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany(
-                "INSERT OR IGNORE INTO hand_templates VALUES (?)", [(each,) for each in templates]
-            )
+            connection.executemany(add_template, [(each,) for each in templates])
             connection.executemany(_ADD_REQUEST, map(tables.request_of, requests))
             connection.executemany(_INSERT, tables.rows_of(machines))
             connection.execute("COMMIT")
 
     async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
-        with closing(self._connect()) as connection:
-            rows = [connection.execute(_SELECT, (each,)).fetchone() for each in ids]
-        return [tables.entity_of(each) for each in rows]
+        with closing(self.connect()) as connection:
+            return _select(connection, ids)
 
 
 class _Connection(_Baseline):
@@ -104,7 +92,7 @@ class _Connection(_Baseline):
 
     async def start(self) -> None:
         self._turn = asyncio.Lock()
-        self._connection = await aiosqlite.connect(_file(self.environment), isolation_level=None)
+        self._connection = await aiosqlite.connect(self.file, isolation_level=None)
         for each in pragmas(self.environment):
             await self._connection.execute(each)
 
@@ -113,7 +101,8 @@ class _Connection(_Baseline):
 
 
 class Aiosqlite(_Connection):
-    """A statement and its commit for each operation."""
+    """One aiosqlite connection; a statement and its commit for each operation; WAL,
+    synchronous=FULL."""
 
     async def save(self, machine: Entity) -> None:
         await self._connection.execute_insert(_UPSERT, tables.row_of(machine, tables.utc_now()))
@@ -124,7 +113,7 @@ class Aiosqlite(_Connection):
 
 
 class MultiRow(_Connection):
-    """Many machines as one INSERT of many rows in one transaction."""
+    """One INSERT of 1,500 rows at most, in one transaction; WAL, synchronous=FULL."""
 
     async def create_many(self, machines: Sequence[Entity]) -> None:
         await self.acquire(None, machines)
@@ -142,87 +131,67 @@ class MultiRow(_Connection):
             await execute("COMMIT")
 
 
-class Sqlite3Batched(_Baseline):
-    """sqlite3 in one thread: one transaction for all saves that wait, one hop for all gets."""
+class Sqlite3Batched(BatchedOperations, _Baseline):
+    """sqlite3 in one thread; everything that waits in one transaction (executemany); WAL,
+    synchronous=FULL."""
 
     async def start(self) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._saves = Batching(self._save_all, size=1024)
+        self._connection = self.connect()
+        self._saves = Batching(self.save_many, size=1024)
         self._gets = Batching(self._get_all, size=1024)
-        self._connection = self._connect()
 
     async def close(self) -> None:
         await self._hop(self._connection.close)
         self._thread.shutdown()
 
-    async def save(self, machine: Entity) -> None:
-        await self._saves(machine)
-
-    async def get(self, machine: str) -> Mapping[str, Any] | None:
-        return await self._gets(machine)
-
     async def save_many(self, machines: Sequence[Entity]) -> None:
-        await self._save_all(machines)
+        await self._hop(self._write, _UPSERT, machines)
 
     async def create_many(self, machines: Sequence[Entity]) -> None:
-        await self._hop(self._write, _INSERT, machines, None)
+        await self._hop(self._write, _INSERT, machines)
 
-    async def import_many(self, machines: Sequence[Entity]) -> None:
-        await self.create_many(machines)
+    import_many = create_many
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
         await self._hop(self._write, _INSERT, machines, request)
 
-    async def _save_all(self, machines: Sequence[Entity]) -> Sequence[None]:
-        await self._hop(self._write, _UPSERT, machines, None)
-        return [None] * len(machines)
+    async def _get_all(self, ids: Sequence[str]) -> Any:
+        return await self._hop(_select, self._connection, ids)
 
-    async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
-        found: Sequence[Mapping[str, Any] | None] = await self._hop(self._select, ids)
-        return found
-
-    def _write(self, statement: str, machines: Sequence[Entity], request: Entity | None) -> None:
+    def _write(
+        self, statement: str, machines: Sequence[Entity], request: Entity | None = None
+    ) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
         if request is not None:
             self._connection.execute(_INSERT_REQUEST, tables.request_of(request))
         self._connection.executemany(statement, tables.rows_of(machines))
         self._connection.execute("COMMIT")
 
-    def _select(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
-        rows = [self._connection.execute(_SELECT, (each,)).fetchone() for each in ids]
-        return [tables.entity_of(each) for each in rows]
-
     async def _hop(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
 
-class Core(_Baseline):
-    """SQLAlchemy Core on aiosqlite: begin, a statement, commit for each operation."""
+class Core(tables.CoreOperations, _Baseline):
+    """create_async_engine with its own pool (5 connections and 10 more); begin, an upsert or a select,
+    commit for each operation; WAL, synchronous=FULL. With many tasks its connections wait for one
+    another's write lock."""
 
-    _engine: AsyncEngine
-    upsert: ClassVar[Any] = tables.upsert("sqlite")
+    upsert = tables.upsert("sqlite")
 
     async def start(self) -> None:
-        engine = create_async_engine(f"sqlite+aiosqlite:///{_file(self.environment)}")
-        self._engine = on_connect(engine, self.environment)
-        async with self._engine.connect():
+        engine = create_async_engine(f"sqlite+aiosqlite:///{self.file}")
+        self.engine = on_connect(engine, self.environment)
+        async with self.engine.connect():
             pass
 
     async def close(self) -> None:
-        await self._engine.dispose()
-
-    async def save(self, machine: Entity) -> None:
-        await self._execute(self.upsert, machine)
+        await self.engine.dispose()
 
     async def create(self, machine: Entity) -> None:
-        await self._execute(insert(tables.MACHINES), machine)
+        await self.execute(insert(tables.MACHINES), machine)
 
-    async def _execute(self, statement: Any, machine: Entity) -> None:
-        row = tables.row_of(machine, tables.utc_now())
-        async with self._engine.begin() as connection:
-            await connection.execute(statement, dict(zip(tables.COLUMNS, row, strict=True)))
 
-    async def get(self, machine: str) -> Mapping[str, Any] | None:
-        async with self._engine.connect() as connection:
-            found = await connection.execute(tables.SELECT_ONE, {"wanted": machine})
-            return tables.entity_of(found.first())
+def _select(connection: sqlite3.Connection, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
+    rows = [connection.execute(_SELECT, (each,)).fetchone() for each in ids]
+    return [tables.entity_of(each) for each in rows]

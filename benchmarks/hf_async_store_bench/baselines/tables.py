@@ -1,101 +1,39 @@
-"""The tables of the SQL baselines, and their statements: one definition for every driver.
-
-The columns, the rest of a machine as a document, the indexes and references of the store, a version.
-"""
+"""The tables of the SQL baselines (tables.sql), and their statements: one definition for every driver."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ForeignKey,
-    Index,
-    MetaData,
-    String,
-    Table,
-    bindparam,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from hf_async_store_bench.data import Entity
 
-    from sqlalchemy import Dialect
-
+_DDL: Final = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
+_TYPES: Final = {
+    "sqlite": {"text": "VARCHAR", "document": "VARCHAR"},
+    "postgresql": {"text": 'VARCHAR COLLATE "C"', "document": "JSONB"},
+}
 TEXTS: Final = (
-    "request_id",
-    "template_id",
-    "return_request_id",
-    "name",
-    "status",
-    "instance_type",
-    "provider_instance_id",
-    "private_ip",
-    "public_ip",
-    "started_at",
-    "terminated_at",
-    "created_at",
-    "updated_at",
+    *("request_id", "template_id", "return_request_id", "name", "status", "instance_type"),
+    *("provider_instance_id", "private_ip", "public_ip", "started_at", "terminated_at"),
+    *("created_at", "updated_at"),
 )
 COLUMNS: Final = ("machine_id", *TEXTS, "doc", "version")
 _REQUEST: Final = ("template_id", "status", "request_type", "created_at", "updated_at")
 _DECLARED: Final = frozenset(COLUMNS) - {"doc"}
-_TEXT: Final = String().with_variant(String(collation="C"), "postgresql")
-_DOCUMENT: Final = String().with_variant(JSONB(), "postgresql")
-_PARENTS: Final = {
-    "request_id": "hand_requests.request_id",
-    "template_id": "hand_templates.template_id",
-}
-
-
-def _columns(names: Sequence[str]) -> list[Column[Any]]:
-    return [
-        Column(each, _TEXT, *([ForeignKey(_PARENTS[each])] if each in _PARENTS else []))
-        for each in names
-    ]
-
-
-_METADATA: Final = MetaData()
-TEMPLATES: Final = Table(
-    "hand_templates", _METADATA, Column("template_id", _TEXT, primary_key=True)
-)
-REQUESTS: Final = Table(
-    "hand_requests",
-    _METADATA,
-    Column("request_id", _TEXT, primary_key=True),
-    *_columns(_REQUEST),
-    Column("machine_count", BigInteger),
-    Column("version", BigInteger, nullable=False),
-    Index("hand_requests_type", "request_type"),
-    Index("hand_requests_status", "status"),
-    Index("hand_requests_template", "template_id", "created_at"),
-)
-MACHINES: Final = Table(
+MACHINES: Final = sa.table(
     "hand_machines",
-    _METADATA,
-    Column("machine_id", _TEXT, primary_key=True),
-    *_columns(TEXTS),
-    Column("doc", _DOCUMENT),
-    Column("version", BigInteger, nullable=False),
-    Index("hand_machines_name", "name"),
-    Index("hand_machines_request", "request_id", "created_at"),
-    Index("hand_machines_return", "return_request_id"),
-    Index("hand_machines_status", "status"),
+    *(sa.column(each, sa.String) for each in ("machine_id", *TEXTS)),
+    sa.column("doc", sa.String().with_variant(postgresql.JSONB(), "postgresql")),
+    sa.column("version", sa.BigInteger),
 )
-SELECT_ONE: Final = select(*MACHINES.columns).where(MACHINES.c.machine_id == bindparam("wanted"))
-"""For SQLAlchemy."""
-
-_DIALECTS: Final[dict[str, Dialect]] = {
-    "sqlite": sqlite.dialect(),
-    "postgresql": postgresql.dialect(),  # type: ignore[no-untyped-call]
-}
+_SELECT_ONE: Final = sa.select(MACHINES).where(MACHINES.c.machine_id == sa.bindparam("wanted"))
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -103,13 +41,7 @@ _decode = msgspec.json.Decoder().decode
 
 def ddl(dialect: str) -> list[str]:
     """The statements that make the tables and their indexes, where they are not there."""
-    made: list[Any] = [CreateTable(each, if_not_exists=True) for each in _METADATA.sorted_tables]
-    indexes = [
-        CreateIndex(each, if_not_exists=True)
-        for table in _METADATA.sorted_tables
-        for each in table.indexes
-    ]
-    return [str(each.compile(dialect=_DIALECTS[dialect])) for each in (*made, *indexes)]
+    return _DDL.format(**_TYPES[dialect]).split(";")
 
 
 def upsert(dialect: str) -> Any:
@@ -121,12 +53,32 @@ def upsert(dialect: str) -> Any:
     return insert.on_conflict_do_update(index_elements=["machine_id"], set_=changed)
 
 
+class CoreOperations:
+    """What a baseline on SQLAlchemy Core does: begin, a statement, commit for each operation."""
+
+    engine: AsyncEngine
+    upsert: Any
+
+    async def save(self, machine: Entity) -> None:
+        await self.execute(self.upsert, machine)
+
+    async def execute(self, statement: Any, machine: Entity) -> None:
+        """Write a machine by a statement that takes its columns."""
+        row = dict(zip(COLUMNS, row_of(machine, utc_now()), strict=True))
+        async with self.engine.begin() as connection:
+            await connection.execute(statement, row)
+
+    async def get(self, machine: str) -> Mapping[str, Any] | None:
+        async with self.engine.connect() as connection:
+            found = await connection.execute(_SELECT_ONE, {"wanted": machine})
+            return entity_of(found.first())
+
+
 def row_of(machine: Mapping[str, Any], now: str) -> list[Any]:
     """A machine as a row: its columns, the rest as a document, the first version."""
     rest = {name: value for name, value in machine.items() if name not in _DECLARED}
     values = [machine.get(each) for each in COLUMNS[:-2]]
-    values[-2] = values[-2] or now
-    values[-1] = now
+    values[-2:] = values[-2] or now, now
     return [*values, _encode(rest).decode() if rest else None, 1]
 
 
@@ -149,7 +101,7 @@ def entity_of(row: Sequence[Any] | None) -> dict[str, Any] | None:
 
 
 def request_of(request: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A request as a row of INSERT_REQUEST."""
+    """A request as a row of INTO_REQUESTS."""
     now = utc_now()
     known = [request.get(each) for each in _REQUEST[:-2]]
     return (request["request_id"], *known, now, now, request.get("machine_count"), 1)
@@ -163,14 +115,14 @@ def parents_of(machines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[d
 
 
 def utc_now() -> str:
+    """The time, as stores keep it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def marks(dialect: str, count: int) -> str:
     """So many placeholders."""
-    if dialect == "sqlite":
-        return ", ".join("?" * count)
-    return ", ".join(f"${each}" for each in range(1, count + 1))
+    numbers = range(1, count + 1)
+    return ", ".join("?" if dialect == "sqlite" else f"${each}" for each in numbers)
 
 
 INTO_MACHINES: Final = f"INSERT INTO hand_machines ({', '.join(COLUMNS)})"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from argparse import ArgumentParser, Namespace
+from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, percent
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
 
 USAGE: Final = "advise [OPTIONS]"
 SUMMARY: Final = "recommend an engine for your load, by measuring it on this machine"
@@ -19,35 +17,26 @@ It takes about a minute, with temporary stores. --store, --config and --collecti
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
     for name, default, what in (
         ("entities", 10_000, "machines that will be stored"),
         ("tasks", 16, "concurrent tasks in each process"),
         ("processes", 1, "concurrent processes on the store"),
     ):
-        parser.add_argument(
-            f"--{name}",
-            metavar="N",
-            type=at_least_one,
-            default=default,
-            help=f"{what} (default: {default:,})",
-        )
-    parser.add_argument(
-        "--reads-percent",
-        metavar="P",
-        type=percent,
-        default=80,
-        help="percentage of operations that are gets (default: 80)",
-    )
-    parser.add_argument(
-        "--folder",
-        metavar="DIR",
-        help="the folder for the temporary stores, on the disk to be measured",
-    )
+        described = f"{what} (default: {default:,})"
+        add(f"--{name}", metavar="N", type=at_least_one, default=default, help=described)
+    reads = "percentage of operations that are gets (default: 80)"
+    add("--reads-percent", metavar="P", type=percent, default=80, help=reads)
+    folder = "the folder for the temporary stores, on the disk to be measured"
+    add("--folder", metavar="DIR", help=folder)
 
 
 def run(arguments: Namespace) -> int:
+    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import advice
+    from hf_async_store_bench.processes import run_to_completion
 
-    return asyncio.run(advice(arguments))
+    return asyncio.run(run_to_completion(advice(arguments)))

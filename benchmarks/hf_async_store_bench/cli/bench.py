@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from argparse import ArgumentParser, Namespace
+from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, percent, positive
 
-if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
-
-OUTPUT: Final = "hf-async-store-bench"
-"""The folder that a report is written to, unless --output is given."""
-
+OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, unless --output is given
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
 SUMMARY: Final = "measure every engine on this machine, together with baselines and competitors"
 MANUAL: Final = """\
@@ -26,96 +22,72 @@ lost or a result was wrong.
   hf-async-store bench --only json --workload save --tasks 1 --processes 4
   hf-async-store bench compare old/report.json new/report.json
 """
+_COMPARE: Final = "show which differences between two runs are larger than the noise"
+_SHORT: Final = "within 2 minutes: the main workloads (the default)"
+_FULL: Final = (
+    "within 20 minutes: all workloads, baselines and competitors, growth of cost with data size, and "
+    "memory"
+)
+_ONLY: Final = (
+    "measure only this: an engine with its baselines and competitors (json), one system (tinydb), or a "
+    "role (strategy, baseline, competitor); repeatable"
+)
+_WORKLOAD: Final = (
+    "run only this workload, such as save, poll or 'create batch', or this scenario, such as memory; "
+    "repeatable"
+)
+_BUDGET: Final = (
+    "time limit of the whole run (default: 100 for the short, 1140 for the full run); the "
+    "measurements that did not fit are listed"
+)
+_ROUNDS: Final = (
+    "exactly this number of rounds of each system under each load; no additional rounds for "
+    "uncertain results"
+)
+_RATE: Final = (
+    "rate of the latency measurement, in operations per second (default: half of the maximum "
+    "throughput)"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command."""
     add = parser.add_argument
-    add(
-        "words",
-        metavar="compare OLD.json NEW.json",
-        nargs="*",
-        help="show which differences between two runs are larger than the noise",
-    )
+    add("words", metavar="compare OLD.json NEW.json", nargs="*", help=_COMPARE)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--short", action="store_true", help="within 2 minutes: the main workloads (the default)"
-    )
-    how.add_argument(
-        "--full",
-        action="store_true",
-        help="within 20 minutes: all workloads, baselines and competitors, growth of cost with data size, "
-        "and memory",
-    )
-    add(
-        "--only",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="measure only this: an engine with its baselines and competitors (json), one system "
-        "(tinydb), or a role (strategy, baseline, competitor); repeatable",
-    )
-    add(
-        "--workload",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="run only this workload, such as save, poll or 'create batch', or this scenario, such as "
-        "memory; repeatable",
-    )
+    how.add_argument("--short", action="store_true", help=_SHORT)
+    how.add_argument("--full", action="store_true", help=_FULL)
+    add("--only", metavar="NAME", action="append", default=[], help=_ONLY)
+    add("--workload", metavar="NAME", action="append", default=[], help=_WORKLOAD)
     for name, what in (
         ("entities", "number of machine records stored before the measurement"),
         ("size", "size of the JSON of a machine record in bytes"),
         ("tasks", "concurrent tasks in each process"),
         ("processes", "concurrent processes on one store"),
         ("burst", "number of machine records in one `acquire` request and in one batch"),
-        (
-            "rounds",
-            "exactly this number of rounds of each system under each load; no additional rounds for "
-            "uncertain results",
-        ),
+        ("rounds", _ROUNDS),
     ):
         add(f"--{name}", metavar="N", type=at_least_one, help=what)
-    add(
-        "--reads-percent",
-        metavar="P",
-        type=percent,
-        help="percentage of reads in the mixed workload",
-    )
+    reads = "percentage of reads in the mixed workload"
+    add("--reads-percent", metavar="P", type=percent, help=reads)
     add("--duration", metavar="SECONDS", type=positive, help="duration of one round")
-    add(
-        "--budget",
-        metavar="SECONDS",
-        type=positive,
-        help="time limit of the whole run (default: 100 for the short, 1140 for the full run); the "
-        "measurements that did not fit are listed",
-    )
-    add(
-        "--rate",
-        metavar="N",
-        type=positive,
-        help="rate of the latency measurement, in operations per second (default: half of the maximum "
-        "throughput)",
-    )
+    add("--budget", metavar="SECONDS", type=positive, help=_BUDGET)
+    add("--rate", metavar="N", type=positive, help=_RATE)
     add("--seed", metavar="N", type=int, default=1, help="seed of random choices (default: 1)")
-    add(
-        "--no-fsync",
-        action="store_true",
-        help="acknowledged writes need not survive a power failure",
-    )
-    add(
-        "--folder",
-        metavar="DIR",
-        help="the folder for the temporary stores, on the disk to be measured",
-    )
-    add(
-        "--output", metavar="DIR", default=OUTPUT, help=f"folder for the report (default: {OUTPUT})"
-    )
+    durable = "acknowledged writes need not survive a power failure"
+    add("--no-fsync", action="store_true", help=durable)
+    folder = "the folder for the temporary stores, on the disk to be measured"
+    add("--folder", metavar="DIR", help=folder)
+    output = f"folder for the report (default: {OUTPUT})"
+    add("--output", metavar="DIR", default=OUTPUT, help=output)
     add("--page", metavar="FILE", help="also replace the results in this Markdown file")
 
 
 def run(arguments: Namespace) -> int:
+    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import bench
+    from hf_async_store_bench.processes import run_to_completion
 
-    return asyncio.run(bench(arguments))
+    return asyncio.run(run_to_completion(bench(arguments)))

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import TypeVar
 
-def at_least_one(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not int(text):
-        raise ValueError(text)
-    return int(text)
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
+_Number = TypeVar("_Number", int, float)
 
 
-def percent(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 100:
-        raise ValueError(text)
-    return value
+def _number(
+    kind: Callable[[str], _Number], above: float, most: float, name: str
+) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        value = kind(text)
+        if not above < value <= most:
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = name
+    return parse
 
 
-at_least_one.__name__ = "number >= 1"
-positive.__name__ = "number > 0"
-percent.__name__ = "number from 0 to 100"
+at_least_one = _number(int, 0, sys.maxsize, "number >= 1")
+positive = _number(float, 0, sys.float_info.max, "number > 0")
+percent = _number(int, -1, 100, "number from 0 to 100")

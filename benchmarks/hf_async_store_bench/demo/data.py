@@ -1,57 +1,37 @@
-"""Where the run starts from: a JSON store found in the field, or templates made up for it.
-
-What the files hold is read a second time with the standard library, so that the end of the run can
-be compared with the input itself and not with what the store made of it.
-"""
+"""Where the run starts from: a JSON store found in the field, or templates made up for it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
 from hf_async_store import ConfigurationError, Entity, StorageStrategy
 from hf_async_store_bench.data import batches
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-Entities: TypeAlias = "dict[str, dict[str, Entity]]"
-"""Entities by id, by collection."""
-
+Entities: TypeAlias = dict[str, dict[str, Entity]]  # by id, by collection
 REAL_DATA: Final = "HF_ASYNC_STORE_REAL_DATA"
+# The statuses of a request that waits for machines; in lower case they are from the field.
 OPEN: Final = frozenset({"PENDING", "pending", "in_progress"})
-"""The statuses of a request that waits for machines; those in lower case are from the field."""
-
 _SINGLE: Final = "request_database.json"
 _BATCH: Final = 500
-_MADE_UP: Final = 12
 
 
 class Source:
-    """A JSON store in a folder, in any of the layouts found in the field.
-
-    Args:
-        place: its folder, or its only file, or a folder of such folders: then the first of them.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
+    """A JSON store in any of the layouts found in the field: in a folder, in a file, or the first in a
+    folder of such folders. ConfigurationError if there is none."""
 
     def __init__(self, place: Path) -> None:
-        self.file = _found(place)
-        """The only file, or the folder of split files."""
+        self.file = _found(place)  # the only file, or the folder of split files
+        self._folder = self.file if self.file.is_dir() else self.file.parent
 
     def __str__(self) -> str:
         return str(self.file)
-
-    @property
-    def _folder(self) -> Path:
-        return self.file if self.file.is_dir() else self.file.parent
 
     def copy(self, to: Path) -> str:
         """Copy it into a new folder; returns the URL of the copy. The source is only read."""
@@ -63,8 +43,8 @@ class Source:
 
     def plain(self, collections: Mapping[str, object]) -> Entities | None:
         """What its files hold, or None where a journal beside them may hold more."""
-        names = [each.name for each in self._folder.iterdir() if not each.name.startswith(".")]
-        if not all(each.endswith(".json") for each in names):
+        names = [each.name for each in self._folder.iterdir()]
+        if not all(each.startswith(".") or each.endswith(".json") for each in names):
             return None
         if not self.file.is_dir():
             sections = json.loads(self.file.read_bytes())
@@ -83,7 +63,7 @@ def json_url(path: Path) -> str:
     return f"json:{quote(str(path))}"
 
 
-def made_up(prefix: str, count: int = _MADE_UP) -> list[dict[str, Any]]:
+def made_up(prefix: str) -> list[dict[str, Any]]:
     """Templates for a run without data."""
     kinds = ("t3.medium", "m5.large", "c5.xlarge", "r5.2xlarge")
     return [
@@ -98,32 +78,38 @@ def made_up(prefix: str, count: int = _MADE_UP) -> list[dict[str, Any]]:
             "tags": {"owner": "数据", "team": None},
             "uses": 0,
         }
-        for number in range(count)
+        for number in range(12)
     ]
 
 
 async def everything(store: StorageStrategy) -> Entities:
     """All that the store holds."""
-    return {name: await _all(store, name) for name in store.collections}
+    return {name: await streamed(store, name) for name in store.collections}
+
+
+async def streamed(
+    store: StorageStrategy, name: str, filters: Mapping[str, object] | None = None
+) -> dict[str, Entity]:
+    """The entities of a collection, by id."""
+    key = store.collections[name].key
+    found: dict[str, Entity] = {}
+    async with aclosing(store.stream_entities(name, filters)) as rows:
+        async for each in rows:
+            found[str(each[key])] = each
+    return found
 
 
 async def import_new(store: StorageStrategy, entities: Entities) -> bool:
-    """Import all of it, parents first; False, and nothing done, if the store has any of it.
-
-    What is there already belongs to somebody else, and what is missing beside it was perhaps
-    deleted by them.
-    """
+    """Import all of it, parents first; False, and nothing done, if the store has any of it: that
+    belongs to somebody else, and what is missing beside it was perhaps deleted by them."""
     for name in store.collections:
-        for batch in _batches(entities[name]):
-            if any(each is not None for each in await store.get_entities(name, batch)):
+        for ids in batches(list(entities[name]), _BATCH):
+            if any(each is not None for each in await store.get_entities(name, ids)):
                 return False
     for name in store.collections:
-        for batch in _batches(entities[name]):
-            await store.import_entities(name, [entities[name][each] for each in batch])
+        for some in batches(list(entities[name].values()), _BATCH):
+            await store.import_entities(name, some)
     return True
-
-
-# -- inside ---------------------------------------------------------------------------------
 
 
 def _found(place: Path) -> Path:
@@ -135,10 +121,8 @@ def _found(place: Path) -> Path:
                 return folder / _SINGLE
             if (folder / "templates.json").is_file() or (folder / "machines.json").is_file():
                 return folder
-    raise ConfigurationError(
-        f"--data {place}: no JSON store there (expected {_SINGLE}, or templates.json, "
-        "requests.json and machines.json)"
-    )
+    expected = f"{_SINGLE}, or templates.json, requests.json and machines.json"
+    raise ConfigurationError(f"--data {place}: no JSON store there (expected {expected})")
 
 
 def _unwrapped(file: Path, name: str) -> dict[str, Entity]:
@@ -149,16 +133,3 @@ def _unwrapped(file: Path, name: str) -> dict[str, Entity]:
     inner = held.get(name)
     key = f"{name.removesuffix('s')}_id"
     return inner if len(held) == 1 and isinstance(inner, dict) and key not in inner else held
-
-
-async def _all(store: StorageStrategy, name: str) -> dict[str, Entity]:
-    key = store.collections[name].key
-    found: dict[str, Entity] = {}
-    async with aclosing(store.stream_entities(name)) as rows:
-        async for each in rows:
-            found[str(each[key])] = each
-    return found
-
-
-def _batches(entities: dict[str, Entity]) -> Iterable[Sequence[str]]:
-    return batches(list(entities), _BATCH)

@@ -1,77 +1,45 @@
 """The orchestrator of one process: it asks for machines, polls them, returns them, all at once.
 
-Nothing here knows an engine. Whatever the store answers goes into the write log; a conflict is a
-normal answer, any other error breaks the invariant "no errors", and the work goes on.
+Whatever the store answers goes into the write log; a conflict is a normal answer, any other error
+breaks the invariant "no errors", and the work goes on. Nothing here knows an engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
-from hf_async_store import (
-    AlreadyExistsError,
-    BatchError,
-    ConcurrencyConflictError,
-    Entity,
-    EntityNotFoundError,
-    StorageError,
-    StorageStrategy,
-    Transaction,
-    begins_with,
-)
+import hf_async_store as hfas
+from hf_async_store import Entity, StorageError, StorageStrategy, Transaction, begins_with
+from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, machine, transaction_limit
 from hf_async_store_bench.demo.data import OPEN
 from hf_async_store_bench.demo.plan import Plan
-from hf_async_store_bench.demo.write_log import Answer, Write, WriteLog, answer
+from hf_async_store_bench.demo.write_log import Answer, Read, Write, WriteLog, answer
 
-if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        Coroutine,
-        Iterable,
-        Mapping,
-        Sequence,
-    )
-
-FLOWS: Final = 24
-"""Requests that one process has under way at once."""
-
+_FLOWS: Final = 24  # requests that one process has under way at once
 _WATCHERS: Final = 4
 _COUNTERS: Final = 3
-_PIECEMEAL_EVERY: Final = 4
-"""Every so many requests get their machines batch by batch even where one transaction could hold
-them all: a provider does not always hand out everything at once."""
-
+_PIECEMEAL_EVERY: Final = 4  # of so many requests one gets its machines in batches in any case
 _BATCH: Final = 100
-_READY: Final = 0.7
-"""The share of the waiting machines that a poll finds running."""
-
+_READY: Final = 0.7  # the share of the waiting machines that a poll finds running
 _RETURNED: Final = 0.6
-_DRAIN_SECONDS: Final = 30.0
-"""How long what was begun may take beyond the time of the run."""
-
-_STUCK_SECONDS: Final = 15.0
-"""How long after that a call that is still not answered counts as stuck."""
-
+_DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
+_STUCK_SECONDS: Final = 15.0  # how long after that a call counts as stuck
 _SETTLE_SECONDS: Final = 10.0
-_NORMAL: Final = (ConcurrencyConflictError, EntityNotFoundError, AlreadyExistsError)
+_NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.AlreadyExistsError)
 
-_Change: TypeAlias = "tuple[Write, list[Answer]]"
+_Change: TypeAlias = tuple[Write, list[Answer]]
 
 
 class Orchestrator:
-    """One process's part of the work.
-
-    Args:
-        progress: is told how many requests have come to their end.
-    """
+    """One process's part of the work; `progress` is told how many requests have come to their end."""
 
     def __init__(
         self,
@@ -84,35 +52,31 @@ class Orchestrator:
         self._log = log
         self._plan = plan
         self._progress = progress
-        self._random = plan.random()
+        self._random = random.Random(f"{plan.settings.seed}-{plan.index}")
         self._limit = transaction_limit(store.capabilities)
         self._eventual = store.capabilities.query_isolation == "eventual"
-        self._until = monotonic() + plan.seconds
+        self._until = monotonic() + plan.settings.seconds
         self._returns = itertools.count()
         self._finished = False
         self._done = 0
 
     async def run(self) -> None:
-        """All of the plan, or what fits in its time; what was begun is completed.
-
-        A store that never answers is left: its calls stay unanswered in the notes.
-        """
+        """All of the plan, or what fits in its time; what was begun is completed, unless the store
+        never answers."""
+        more = itertools.repeat(5) if self._plan.endless else ()
+        waiting = enumerate(itertools.chain(self._plan.sizes, more))
+        patience = self._plan.settings.seconds + _DRAIN_SECONDS + _STUCK_SECONDS
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._plan.seconds + _DRAIN_SECONDS + _STUCK_SECONDS):
-                await self._run()
-
-    async def _run(self) -> None:
-        waiting = enumerate(self._sizes())
-        async with asyncio.TaskGroup() as helpers:
-            for _ in range(_WATCHERS):
-                helpers.create_task(self._watch())
-            for number in range(_COUNTERS):
-                helpers.create_task(self._count(number))
-            async with asyncio.TaskGroup() as flows:
-                flows.create_task(self._adopt())
-                for _ in range(FLOWS):
-                    flows.create_task(self._serve_all(waiting))
-            self._finished = True
+            async with asyncio.timeout(patience), asyncio.TaskGroup() as helpers:
+                for _ in range(_WATCHERS):
+                    helpers.create_task(self._watch())
+                for number in range(_COUNTERS):
+                    helpers.create_task(self._count(number))
+                async with asyncio.TaskGroup() as flows:
+                    flows.create_task(self._adopt())
+                    for _ in range(_FLOWS):
+                        flows.create_task(self._serve_all(waiting))
+                self._finished = True
 
     async def sweep(self) -> int:
         """Complete what other processes left behind; returns how many requests that were."""
@@ -121,23 +85,14 @@ class Orchestrator:
         if self._eventual:
             await asyncio.sleep(1)  # for the index to learn of the last writes
         while self._in_time():
-            left = await self._left_open()
+            left = await self._pending("acquire") + await self._pending("return")
             if not left:
                 return len(swept)
             swept |= {str(each["request_id"]) for each in left}
-            await self._side_by_side(self._sweep_one(each) for each in left)
+            await side_by_side(self._sweep_one, left)
         return len(swept)
 
-    # -- the life of a request ---------------------------------------------------------------
-
-    def _sizes(self) -> Iterable[int]:
-        return (
-            itertools.chain(self._plan.sizes, itertools.repeat(5))
-            if self._plan.endless
-            else self._plan.sizes
-        )
-
-    async def _serve_all(self, waiting: Iterable[tuple[int, int]]) -> None:
+    async def _serve_all(self, waiting: Iterator[tuple[int, int]]) -> None:
         for number, size in waiting:
             if monotonic() >= self._until:
                 return
@@ -149,60 +104,48 @@ class Orchestrator:
         request = f"{self._plan.prefix}request-{self._plan.index}-{number:04}"
         template = self._random.choice(self._plan.templates)
         async with self._noting_errors(f"requests/{request}"):
-            await self._add("templates", template)
-            machines = [
-                f"{request.replace('request', 'machine')}-{each:04}" for each in range(size)
-            ]
-            await self._acquire(number, request, template, machines)
+            await self._count_up(template)
+            name = request.replace("request", "machine")
+            machines = [f"{name}-{each:04}" for each in range(size)]
+            fits = self._limit is None or size < self._limit
+            if fits and number % _PIECEMEAL_EVERY != _PIECEMEAL_EVERY - 1:
+                await self._acquire_whole(request, template, machines)
+            else:
+                await self._acquire_piecemeal(request, template, machines)
             if await self._poll_to_the_end(request):
                 await self._give_back(request, template, machines)
 
-    async def _acquire(self, number: int, request: str, template: str, machines: list[str]) -> None:
-        fits = self._limit is None or len(machines) < self._limit
-        if fits and number % _PIECEMEAL_EVERY != _PIECEMEAL_EVERY - 1:
-            await self._acquire_whole(request, template, machines)
-        else:
-            await self._acquire_piecemeal(request, template, machines)
-
     async def _acquire_whole(self, request: str, template: str, machines: list[str]) -> None:
         """The request and its machines in one transaction: all of them or nothing."""
-        entity = _acquire_request(request, template, len(machines), "PENDING", whole=True)
+        entity = _acquire_request(request, template, len(machines), "PENDING")
         shared = _machine_fields(request, template)
 
         async def work(tx: Transaction) -> list[_Change]:
+            request_write = Write("requests", "create", [request], entity)
+            machine_write = Write("machines", "create", machines, shared)
             version = await tx.create_entity("requests", entity)
             versions = await tx.create_entities("machines", _machines(machines, shared))
-            return [
-                (Write("requests", "create", [request], _without_key(entity)), [version]),
-                (Write("machines", "create", machines, shared), list(versions)),
-            ]
+            return [(request_write, [version]), (machine_write, list(versions))]
 
         await self._transaction("acquire", work)
 
     async def _acquire_piecemeal(self, request: str, template: str, machines: list[str]) -> None:
         """The request, its machines in batches, and only then PENDING: pollers rely on that."""
-        entity = _acquire_request(request, template, len(machines), "creating", whole=False)
-        created = Write("requests", "create", [request], _without_key(entity))
-        (version,) = await self._write(
-            "create", created, lambda: _alone(self._store.create_entity("requests", entity))
-        )
+        entity = _acquire_request(request, template, len(machines), "creating")
+        write = Write("requests", "create", [request], entity)
+        creating = self._store.create_entity("requests", entity)
+        (version,) = await self._write("create", write, creating)
         if not isinstance(version, int):
             return  # noted already; its machines would have no parent
         shared = _machine_fields(request, template)
         for batch in batches(machines, _BATCH):
-            await self._create_batch(batch, shared)
+            write = Write("machines", "create", list(batch), shared)
+            creates = self._store.create_entities("machines", _machines(batch, shared))
+            answers = await self._write("create batch", write, creates)
+            for name, each in zip(batch, answers, strict=True):
+                if not isinstance(each, int):
+                    self._log.broken("errors", f"machines/{name}", f"could not be created: {each}")
         await self._set_request(request, {"status": "PENDING"}, version)
-
-    async def _create_batch(self, batch: Sequence[str], shared: dict[str, Any]) -> None:
-        write = Write("machines", "create", list(batch), shared)
-        answers = await self._write(
-            "create batch",
-            write,
-            lambda: self._store.create_entities("machines", _machines(batch, shared)),
-        )
-        for name, each in zip(batch, answers, strict=True):
-            if not isinstance(each, int):
-                self._log.broken("errors", f"machines/{name}", f"could not be created: {each}")
 
     async def _poll_to_the_end(self, request: str) -> bool:
         """Poll until all machines run; False if there was no time for that."""
@@ -215,18 +158,19 @@ class Orchestrator:
 
     async def _give_back(self, request: str, template: str, machines: list[str]) -> None:
         """Two returns at once that want some of the same machines: each machine goes once."""
-        wanted = [self._some(machines, _RETURNED) for _ in range(2)]
-        await self._side_by_side(self._return(request, template, each) for each in wanted)
+        await side_by_side(lambda _: self._return(request, template, machines), range(2))
 
-    async def _return(self, request: str, template: str, wanted: Sequence[str]) -> None:
+    async def _return(self, request: str, template: str, machines: list[str]) -> None:
         name = f"{self._plan.prefix}return-{self._plan.index}-{next(self._returns):04}"
+        wanted = [each for each in machines if self._random.random() < _RETURNED]
         if self._limit is not None:
             wanted = wanted[: self._limit - 1]
         taken: list[str] = []
 
         async def work(tx: Transaction) -> list[_Change]:
-            found = await tx.get_entities("machines", wanted)
-            free = {_id(each): _version(each) for each in found if each and _is_free(each)}
+            found = [each for each in await tx.get_entities("machines", wanted) if each]
+            running = [each for each in found if each["status"] == "running"]
+            free = {_id(i): _version(i) for i in running if i.get("return_request_id") is None}
             taken[:] = free
             return await _mark_returned(tx, name, request, template, free) if free else []
 
@@ -253,8 +197,6 @@ class Orchestrator:
 
         await self._transaction("terminate", work)
 
-    # -- polls -------------------------------------------------------------------------------
-
     async def _poll(self, name: str) -> bool:
         """One status poll; True while the request is open."""
         started = perf_counter()
@@ -265,14 +207,13 @@ class Orchestrator:
         if request["status"] not in OPEN:
             return False
         machines = await self._machines_of(name)
-        self._log.read("poll", perf_counter() - started)
+        self._log.note(Read("poll", perf_counter() - started))
         if name.startswith(self._plan.prefix):
             machines = await self._expect_all(request, machines)
         waiting = [each for each in machines if str(each["status"]).lower() == "pending"]
         if await self._start_some(waiting):
-            await self._set_request(
-                name, {"status": "COMPLETED", "completed_at": _now()}, _version(request)
-            )
+            done = {"status": "COMPLETED", "completed_at": _now()}
+            await self._set_request(name, done, _version(request))
         return True
 
     async def _machines_of(self, request: str) -> list[Entity]:
@@ -301,30 +242,20 @@ class Orchestrator:
             return not waiting
         fields = {"status": "running", "started_at": _now()}
         versions = {_id(each): _version(each) for each in started}
-        answers = await self._write(
-            "status write",
-            Write("machines", "update", list(versions), fields),
-            lambda: self._store.update_entities(
-                "machines", dict.fromkeys(versions, fields), versions
-            ),
-        )
-        landed = [each for each in answers if isinstance(each, int)]
-        return len(landed) == len(waiting)
+        write = Write("machines", "update", list(versions), fields)
+        changes = dict.fromkeys(versions, fields)
+        updates = self._store.update_entities("machines", changes, versions)
+        answers = await self._write("status write", write, updates)
+        return sum(isinstance(each, int) for each in answers) == len(waiting)
 
     async def _set_request(self, name: str, fields: dict[str, Any], version: int) -> None:
         """Compare-and-set: whoever else polls the same request may be faster."""
-        await self._write(
-            "request write",
-            Write("requests", "update", [name], fields),
-            lambda: _alone(
-                self._store.update_entity("requests", name, fields, expected_version=version)
-            ),
-        )
-
-    # -- beside the requests -----------------------------------------------------------------
+        write = Write("requests", "update", [name], fields)
+        update = self._store.update_entity("requests", name, fields, expected_version=version)
+        await self._write("request write", write, update)
 
     async def _watch(self) -> None:
-        """Polls requests of every process, found by their status: that is where conflicts are."""
+        """Poll requests of every process, found by their status: that is where conflicts are."""
         while not self._finished:
             async with self._noting_errors("requests"):
                 found = await self._pending("acquire", limit=16)
@@ -337,10 +268,10 @@ class Orchestrator:
         counter = self._plan.counters[number % len(self._plan.counters)]
         while not self._finished:
             async with self._noting_errors(f"templates/{counter}"):
-                await self._add("templates", counter)
+                await self._count_up(counter)
             await asyncio.sleep(self._random.uniform(0, 0.02))
 
-    async def _add(self, collection: str, name: str) -> None:
+    async def _count_up(self, template: str) -> None:
         tries = 0
 
         def one_more(entity: Entity) -> Mapping[str, object]:
@@ -348,34 +279,24 @@ class Orchestrator:
             tries += 1
             return {**entity, "uses": cast("int", entity.get("uses", 0)) + 1}
 
-        write = Write(collection, "add", [name], {"uses": 1})
-        await self._write(
-            "count up",
-            write,
-            lambda: _alone(self._store.modify_entity(collection, name, one_more)),
-            conflicts=lambda: tries - 1,
-        )
+        write = Write("templates", "add", [template], {"uses": 1})
+        counting = self._store.modify_entity("templates", template, one_more)
+        await self._write("count up", write, counting, conflicts=lambda: tries - 1)
 
     async def _adopt(self) -> None:
         """Go on with the open requests of the loaded data; the first process returns some."""
         for name in self._plan.adopted:
             async with self._noting_errors(f"requests/{name}"):
-                if await self._poll_to_the_end(name) and self._plan.index == 0:
-                    machines = await self._machines_of(name)
-                    if machines:
-                        template = str(machines[0]["template_id"])
-                        await self._give_back(name, template, [_id(each) for each in machines])
+                ended = await self._poll_to_the_end(name)
+                machines = await self._machines_of(name) if ended and not self._plan.index else []
+                if machines:
+                    template = str(machines[0]["template_id"])
+                    await self._give_back(name, template, [_id(each) for each in machines])
 
     async def _pending(self, kind: str, limit: int | None = None) -> list[Entity]:
-        mine = {
-            "status": "PENDING",
-            "request_type": kind,
-            "request_id": begins_with(self._plan.prefix),
-        }
-        return await self._store.query_entities("requests", mine, limit=limit)
-
-    async def _left_open(self) -> list[Entity]:
-        return await self._pending("acquire") + await self._pending("return")
+        ours = begins_with(self._plan.prefix)
+        wanted = {"status": "PENDING", "request_type": kind, "request_id": ours}
+        return await self._store.query_entities("requests", wanted, limit=limit)
 
     async def _sweep_one(self, request: Entity) -> None:
         name = str(request["request_id"])
@@ -386,35 +307,31 @@ class Orchestrator:
                 metadata = cast("dict[str, Any]", request["metadata"])
                 await self._terminate(name, metadata["machine_ids"])
 
-    # -- noting ------------------------------------------------------------------------------
-
     async def _write(
         self,
         work: str,
         write: Write,
-        call: Callable[[], Awaitable[Sequence[int | bool]]],
+        call: Awaitable[int | Sequence[int | bool]],
         conflicts: Callable[[], int] = lambda: 0,
     ) -> list[Answer]:
-        """Independent writes, noted before and after; a conflict is an answer."""
+        """Independent writes, noted before and after; the call begins only when it is awaited."""
         number = self._log.intent(work, [write])
         started = perf_counter()
         outcomes: Sequence[int | bool | StorageError]
         try:
-            outcomes = await call()
-        except BatchError as exc:
+            outcome = await call
+            outcomes = [outcome] if isinstance(outcome, int) else outcome
+        except hfas.BatchError as exc:
             outcomes = exc.outcomes
         except StorageError as exc:
             outcomes = [exc] * len(write.ids)
         seconds = perf_counter() - started
         answers = [answer(each) for each in outcomes]
         self._log.done(number, [answers], seconds, conflicts() + answers.count("refused"))
-        self._note_unexpected(write, outcomes)
-        return answers
-
-    def _note_unexpected(self, write: Write, outcomes: Sequence[int | bool | StorageError]) -> None:
         for name, each in zip(write.ids, outcomes, strict=True):
             if isinstance(each, StorageError) and not isinstance(each, _NORMAL):
                 self._log.broken("errors", f"{write.collection}/{name}", _told(each))
+        return answers
 
     async def _transaction(
         self, work: str, attempt: Callable[[Transaction], Awaitable[list[_Change]]]
@@ -426,7 +343,7 @@ class Orchestrator:
         async def noted(tx: Transaction) -> list[_Change]:
             nonlocal number, tries
             if number:
-                self._log.refused(number, 0)
+                self._log.done(number, None, 0, 0)
                 number = 0
             tries += 1
             changes = await attempt(tx)
@@ -439,7 +356,7 @@ class Orchestrator:
             changes = await self._store.run_transaction(noted)
         except StorageError as exc:
             if number and not exc.outcome_unknown:
-                self._log.refused(number, tries)
+                self._log.done(number, None, 0, tries)
             raise
         if number:
             answers = [each for _, each in changes]
@@ -453,56 +370,37 @@ class Orchestrator:
         except StorageError as exc:
             self._log.broken("errors", entity, _told(exc))
 
-    # -- small things ------------------------------------------------------------------------
-
     def _in_time(self) -> bool:
         return monotonic() < self._until + _DRAIN_SECONDS
-
-    def _some(self, items: Sequence[str], share: float) -> list[str]:
-        return [each for each in items if self._random.random() < share]
-
-    async def _side_by_side(self, work: Iterable[Coroutine[Any, Any, None]]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for each in work:
-                group.create_task(each)
-
-
-async def _alone(call: Awaitable[int]) -> list[int]:
-    return [await call]
 
 
 async def _mark_returned(
     tx: Transaction, name: str, request: str, template: str, machines: Mapping[str, int]
 ) -> list[_Change]:
     """The return request, and its machines marked, if nobody changed them meanwhile."""
-    entity = {
-        "request_id": name,
-        "template_id": template,
-        "machine_count": len(machines),
-        "status": "PENDING",
-        "request_type": "return",
-        "metadata": {"of": request, "machine_ids": list(machines)},
-    }
+    metadata = {"of": request, "machine_ids": list(machines)}
+    entity = _request(name, template, len(machines), "PENDING", "return") | {"metadata": metadata}
     fields = {"return_request_id": name, "status": "returning"}
     version = await tx.create_entity("requests", entity)
     versions = await tx.update_entities("machines", dict.fromkeys(machines, fields), machines)
     return [
-        (Write("requests", "create", [name], _without_key(entity)), [version]),
+        (Write("requests", "create", [name], entity), [version]),
         (Write("machines", "update", list(machines), fields), list(versions)),
     ]
 
 
-def _acquire_request(
-    name: str, template: str, count: int, status: str, *, whole: bool
-) -> dict[str, Any]:
+def _acquire_request(name: str, template: str, count: int, status: str) -> dict[str, Any]:
+    more = {"tags": {"owner": "数据"}, "metadata": {"whole": status == "PENDING", "ratio": 2.5}}
+    return _request(name, template, count, status, "acquire") | more
+
+
+def _request(name: str, template: str, count: int, status: str, kind: str) -> dict[str, Any]:
     return {
         "request_id": name,
         "template_id": template,
         "machine_count": count,
         "status": status,
-        "request_type": "acquire",
-        "tags": {"owner": "数据"},
-        "metadata": {"whole": whole, "ratio": 2.5},
+        "request_type": kind,
     }
 
 
@@ -519,14 +417,6 @@ def _machine_fields(request: str, template: str) -> dict[str, Any]:
 
 def _machines(names: Sequence[str], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**machine(number), **shared, "machine_id": name} for number, name in enumerate(names)]
-
-
-def _without_key(request: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in request.items() if name != "request_id"}
-
-
-def _is_free(machine: Entity) -> bool:
-    return machine["status"] == "running" and machine.get("return_request_id") is None
 
 
 def _id(machine: Entity) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,14 +14,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from hf_async_store_bench.demo.verify import Invariant, Verifier
-    from hf_async_store_bench.demo.write_log import ProcessLog
+from hf_async_store_bench.demo.verify import Invariant, Verifier
+from hf_async_store_bench.demo.write_log import ProcessLog
+from hf_async_store_bench.histogram import Histogram
 
-Row: TypeAlias = Sequence[str]
-
-SHOWN: Final = 10
-"""How many failures of one invariant are printed."""
+_SHOWN: Final = 10  # failures of one invariant that are printed
+_SHARES: Final = (0.5, 0.95, 0.99, 1.0)
+_GOOD, _BAD = "bold green", "bold red"
+_STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BAD}
+# What is counted: acknowledged writes to a collection, by the operation that made them.
+_COUNTED: Final = {
+    ("requests", "acquire"): "requests for machines",
+    ("requests", "create"): "requests for machines",
+    ("machines", "acquire"): "machines created",
+    ("machines", "create batch"): "machines created",
+    ("machines", "status write"): "machine status writes",
+    ("requests", "request write"): "request status writes",
+    ("requests", "return"): "returns",
+    ("machines", "terminate"): "machines given back",
+    ("templates", "count up"): "counter steps",
+}
 
 
 class Screen:
@@ -47,7 +59,7 @@ class Screen:
             task = bar.add_task("requests", total=total)
             yield lambda done: bar.update(task, completed=min(done, total))
 
-    def table(self, title: str, headers: Row, rows: Sequence[Row]) -> None:
+    def table(self, title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; all but its first column are numbers or short words."""
         table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for place, header in enumerate(headers):
@@ -63,131 +75,75 @@ class Screen:
         self._console.print(Text.assemble("\n", (word, _STYLES[word]), f": {text}"), soft_wrap=True)
 
 
-_STYLES: Final = {
-    "holds": "green",
-    "BROKEN": "bold red",
-    "PASSED": "bold green",
-    "FAILED": "bold red",
-}
-_WIDTH: Final = 120
-
-
 def screen() -> Screen:
     """The one that fits where the output goes."""
-    return Screen(Console(width=None if sys.stdout.isatty() else _WIDTH))
+    return Screen(Console(width=None if sys.stdout.isatty() else 120))
 
 
-def print_work(screen: Screen, notes: Sequence[ProcessLog], names: Sequence[str]) -> None:
+def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
     """What was done, by process."""
-    columns = [_counted(each) for each in notes]
-    kinds = list(dict.fromkeys(kind for kind, _, _ in _COUNTED))
-    rows = [
-        [kind, *(f"{each.get(kind, 0):,}" for each in columns), f"{_total(columns, kind):,}"]
-        for kind in (*kinds, *_ALSO)
-    ]
-    screen.table("What was done", ["", *names, "together"], rows)
+    columns = list(map(_counted, logs.values()))
+    columns.append(sum(columns, Counter()))
+    kinds = (*_COUNTED.values(), "polls", "conflicts met and retried", "entity writes")
+    rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in dict.fromkeys(kinds)]
+    screen.table("What was done", ["", *logs, "together"], rows)
 
 
-def print_speed(screen: Screen, notes: Sequence[ProcessLog], seconds: float) -> None:
+def _counted(log: ProcessLog) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for operation in log.operations:
+        for write, _, answer in operation.each():
+            if isinstance(answer, int) or answer == "deleted":
+                counted["entity writes"] += 1
+                counted[_COUNTED.get((write.collection, operation.intent.work), "")] += 1
+    counted["polls"] = len(log.reads)
+    counted["conflicts met and retried"] = log.conflicts
+    return counted
+
+
+def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) -> None:
     """Latencies by kind of operation, and throughput."""
-    taken: defaultdict[str, list[float]] = defaultdict(list)
-    for each in notes:
+    taken: defaultdict[str, Histogram] = defaultdict(Histogram)
+    for each in logs:
         for operation in each.operations:
             if operation.answers is not None:
-                taken[operation.intent.work].append(operation.seconds)
+                taken[operation.intent.work].record(int(operation.seconds * 1e9))
         for read in each.reads:
-            taken[read.work].append(read.seconds)
+            taken[read.work].record(int(read.seconds * 1e9))
     rows = [
-        [work, f"{len(each):,}", *(f"{_percentile(each, share):.1f}" for share in _SHARES)]
+        [work, f"{each.count:,}", *(f"{each.percentile(share) * 1000:.1f}" for share in _SHARES)]
         for work, each in sorted(taken.items())
     ]
     headers = ["milliseconds", "calls", "p50", "p95", "p99", "max"]
     screen.table("How long it took, conflicts and retries included", headers, rows)
-    written = sum(_counted(each)["entity writes"] for each in notes)
-    calls = sum(len(each) for each in taken.values())
+    written = sum(_counted(each)["entity writes"] for each in logs)
+    calls = sum(each.count for each in taken.values())
     screen.line(
         f"\n{written:,} acknowledged entity writes in {seconds:.1f} s of work: "
         f"{written / seconds:,.0f} a second; {calls / seconds:,.0f} calls a second"
     )
 
 
-def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> bool:
-    """Each invariant, what broke it, and the verdict; True if all hold."""
-    rows = [
-        [each.text, f"{each.checked:,}", "BROKEN" if each.failures else "holds"]
-        for each in invariants
-    ]
+def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, ProcessLog]) -> None:
+    """The writes of which nobody knew: what became of them."""
+    for name, log in logs.items():
+        if lost := log.unanswered:
+            kinds = ", ".join(sorted({operation.intent.work for operation in lost}))
+            landed = f"{verifier.landed(lost)} of them had landed"
+            screen.line(f"\n{name}: {len(lost)} writes under way at its end ({kinds}); {landed}")
+
+
+def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:
+    """Each invariant, what broke it, and the verdict."""
+    words = ["BROKEN" if each.failures else "holds" for each in invariants]
+    rows = [[i.text, f"{i.checked:,}", word] for i, word in zip(invariants, words, strict=True)]
     screen.table("What a freshly opened store has to agree with", ["", "checks", "verdict"], rows)
     for each in invariants:
-        _print_failures(screen, each)
+        for failure in each.failures[:_SHOWN]:
+            screen.line(f"  {each.name}: {failure}")
+        more = len(each.failures) - _SHOWN
+        if more > 0:
+            screen.line(f"  {each.name}: and {more:,} more")
     broken = [each.name for each in invariants if each.failures]
     text = f"broken: {', '.join(broken)}" if broken else f"all {len(invariants)} invariants hold"
     screen.verdict(not broken, text + (f" (kept in {kept})" if kept else ""))
-    return not broken
-
-
-def print_unanswered(
-    screen: Screen, examination: Verifier, notes: Sequence[ProcessLog], names: Sequence[str]
-) -> None:
-    """The writes of which nobody knew: what became of them."""
-    for each, name in zip(notes, names, strict=True):
-        lost = each.unanswered
-        if lost:
-            landed = examination.landed(lost)
-            kinds = ", ".join(sorted({operation.intent.work for operation in lost}))
-            screen.line(
-                f"\n{name}: {len(lost)} writes under way at its end ({kinds}); "
-                f"{landed} of them had landed"
-            )
-
-
-# -- inside ---------------------------------------------------------------------------------
-
-_COUNTED: Final = (
-    ("requests for machines", "requests", "acquire"),
-    ("requests for machines", "requests", "create"),
-    ("machines created", "machines", "acquire"),
-    ("machines created", "machines", "create batch"),
-    ("machine status writes", "machines", "status write"),
-    ("request status writes", "requests", "request write"),
-    ("returns", "requests", "return"),
-    ("machines given back", "machines", "terminate"),
-    ("counter steps", "templates", "count up"),
-)
-"""What is counted: acknowledged writes to a collection, by the operation that made them."""
-
-_ALSO: Final = ("polls", "conflicts met and retried", "entity writes")
-_SHARES: Final = (0.5, 0.95, 0.99, 1.0)
-
-
-def _counted(notes: ProcessLog) -> dict[str, int]:
-    names = {(collection, work): kind for kind, collection, work in _COUNTED}
-    counted: defaultdict[str, int] = defaultdict(int)
-    for operation in notes.operations:
-        for write, _, answer in operation.each():
-            if isinstance(answer, int) or answer == "deleted":
-                counted["entity writes"] += 1
-                kind = names.get((write.collection, operation.intent.work))
-                if kind is not None:
-                    counted[kind] += 1
-    counted["polls"] = len(notes.reads)
-    counted["conflicts met and retried"] = notes.conflicts
-    return counted
-
-
-def _total(columns: Iterable[dict[str, int]], kind: str) -> int:
-    return sum(each.get(kind, 0) for each in columns)
-
-
-def _percentile(seconds: Sequence[float], share: float) -> float:
-    """In milliseconds."""
-    ordered = sorted(seconds)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000
-
-
-def _print_failures(screen: Screen, invariant: Invariant) -> None:
-    for each in invariant.failures[:SHOWN]:
-        screen.line(f"  {invariant.name}: {each}")
-    more = len(invariant.failures) - SHOWN
-    if more > 0:
-        screen.line(f"  {invariant.name}: and {more:,} more")

@@ -1,34 +1,25 @@
-"""The write log of a process: what it is about to write, and what the store acknowledged.
-
-One line each, in an append-only file of the process's own, and handed to the operating system
-before the process goes on: a kill loses nothing that was logged. A write that was announced and
-never answered may or may not have been applied; everything else is known exactly.
-"""
+"""The write log of a process: what it is about to write, and what the store acknowledged, one line each,
+handed to the operating system at once: a kill loses nothing that was logged."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
 
 from hf_async_store import StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 Answer: TypeAlias = "int | Literal['deleted', 'refused', 'unknown']"
 """What became of the write to one entity: its new version, or what happened instead."""
 
 
 class Write(msgspec.Struct, frozen=True):
-    """The same write to some entities of a collection.
-
-    Attributes:
-        kind: "add" counts a number up by compare-and-set, whatever it was.
-        fields: what each of them was given; of a new entity, what all of them share.
-    """
+    """The same write to some entities of a collection, with the fields that each of them was given, or
+    that new ones share; "add" counts a number up by compare-and-set, whatever it was."""
 
     collection: str
     kind: Literal["create", "update", "add", "delete"]
@@ -45,19 +36,12 @@ class Intent(msgspec.Struct, frozen=True, tag="intent"):
     whole: bool
 
 
-class Acked(msgspec.Struct, frozen=True, tag="done"):
-    """The store answered: for each write, an answer for each of its ids."""
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The store answered: for each write, an answer for each of its ids; None: nothing was written."""
 
     number: int
-    answers: list[list[Answer]]
+    answers: list[list[Answer]] | None
     seconds: float
-    conflicts: int
-
-
-class Rejected(msgspec.Struct, frozen=True, tag="refused"):
-    """The store said that nothing was written."""
-
-    number: int
     conflicts: int
 
 
@@ -76,7 +60,7 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
     what: str
 
 
-Line: TypeAlias = Intent | Acked | Rejected | Read | Broken
+Line: TypeAlias = Intent | Done | Read | Broken
 
 
 def answer(outcome: int | bool | StorageError) -> Answer:
@@ -104,97 +88,73 @@ class WriteLog:
     def intent(self, work: str, writes: Sequence[Write], *, whole: bool = False) -> int:
         """Note a write before it is tried; returns its number."""
         self._number += 1
-        self._note(Intent(self._number, work, list(writes), whole))
+        self.note(Intent(self._number, work, list(writes), whole))
         return self._number
 
     def done(
-        self, number: int, answers: Sequence[Sequence[Answer]], seconds: float, conflicts: int
+        self, number: int, answers: list[list[Answer]] | None, seconds: float, conflicts: int
     ) -> None:
-        """Note what the store acknowledged."""
-        self._note(Acked(number, [list(each) for each in answers], seconds, conflicts))
-
-    def refused(self, number: int, conflicts: int) -> None:
-        """Note that nothing was written."""
-        self._note(Rejected(number, conflicts))
-
-    def read(self, work: str, seconds: float) -> None:
-        """Note a read."""
-        self._note(Read(work, seconds))
+        """Note what the store acknowledged; None: nothing was written."""
+        self.note(Done(number, answers, seconds, conflicts))
 
     def broken(self, invariant: str, entity: str, what: str) -> None:
         """Note what must not be."""
-        self._note(Broken(invariant, entity, what))
+        self.note(Broken(invariant, entity, what))
 
-    def _note(self, line: Line) -> None:
+    def note(self, line: Line) -> None:
+        """Note anything."""
         left = memoryview(msgspec.json.encode(line) + b"\n")
         while left:
             left = left[os.write(self._file, left) :]
 
 
+@dataclass(slots=True, eq=False)
 class Operation:
-    """A noted write, with its end.
+    """A noted write, with its end; without answers when nobody knows what became of it."""
 
-    Attributes:
-        answers: None when nobody knows what became of it.
-    """
-
-    __slots__ = ("answers", "conflicts", "intent", "seconds")
-
-    def __init__(self, intent: Intent) -> None:
-        self.intent = intent
-        self.answers: list[list[Answer]] | None = None
-        self.seconds = 0.0
-        self.conflicts = 0
+    intent: Intent
+    answers: list[list[Answer]] | None = None
+    seconds: float = 0.0
 
     def each(self) -> Iterator[tuple[Write, str, Answer]]:
         """Every entity that it wrote to, and what became of that."""
         for place, write in enumerate(self.intent.writes):
-            answers: Sequence[Answer] = (
-                ["unknown"] * len(write.ids) if self.answers is None else self.answers[place]
-            )
+            unknown: list[Answer] = ["unknown"] * len(write.ids)
+            answers = unknown if self.answers is None else self.answers[place]
             yield from ((write, *one) for one in zip(write.ids, answers, strict=True))
 
 
+@dataclass
 class ProcessLog:
-    """What one process noted, read back."""
+    """What one process noted, read back; unanswered is what was under way when it ended."""
 
-    def __init__(self) -> None:
-        self.operations: list[Operation] = []
-        self.unanswered: list[Operation] = []
-        """Those of the operations that were under way when the process ended."""
-        self.killed = False
-        self.reads: list[Read] = []
-        self.broken: list[Broken] = []
-        self.conflicts = 0
+    killed: bool
+    operations: list[Operation] = field(default_factory=list)
+    unanswered: list[Operation] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    conflicts: int = 0
 
     @classmethod
     def of(cls, path: Path, *, killed: bool = False) -> ProcessLog:
         """The notes in a file. A last line without its end belongs to a process that was killed."""
-        notes = cls()
-        notes.killed = killed
-        open_: dict[int, Operation] = {}
+        log = cls(killed)
+        begun: dict[int, Operation] = {}
         decoder = msgspec.json.Decoder(Line)
         for raw in path.read_bytes().split(b"\n")[:-1]:
-            notes._take(decoder.decode(raw), open_)
-        notes.unanswered += open_.values()
-        notes.operations += open_.values()
-        return notes
-
-    def _take(self, line: Line, open_: dict[int, Operation]) -> None:
-        match line:
-            case Intent():
-                open_[line.number] = Operation(line)
-            case Acked():
-                operation = open_.pop(line.number)
-                operation.answers = line.answers
-                operation.seconds = line.seconds
-                operation.conflicts = line.conflicts
-                self.conflicts += line.conflicts
-                self.operations.append(operation)
-            case Rejected():
-                del open_[line.number]
-                self.conflicts += line.conflicts
-            case Read():
-                self.reads.append(line)
-            case Broken():
-                self.broken.append(line)
+            match decoder.decode(raw):
+                case Intent() as intent:
+                    begun[intent.number] = Operation(intent)
+                case Done() as done:
+                    operation = begun.pop(done.number)
+                    log.conflicts += done.conflicts
+                    if done.answers is not None:
+                        operation.answers, operation.seconds = done.answers, done.seconds
+                        log.operations.append(operation)
+                case Read() as read:
+                    log.reads.append(read)
+                case Broken() as broken:
+                    log.broken.append(broken)
+        log.unanswered += begun.values()
+        log.operations += begun.values()
+        return log

@@ -760,9 +760,11 @@ def _is_insert(op: WriteOp) -> bool:
 def _receipt_of(op: WriteOp, item: Attributes) -> WriteReceipt | None:
     """The state after a write of these attributes; None if they do not contain a size.
 
-    The version is `op.new_version`, or that in the attributes.
+    The version is that in the attributes, or else `op.new_version`, which an earlier attempt may have
+    set.
     """
-    version = op.version_of(item) if op.new_version is None else op.new_version
+    version = op.version_of(item) if VERSION in item else op.new_version
+    assert version is not None, "the server computes the version only if it returns the item"
     size = size_bound_of(item)
     return None if size is None else WriteReceipt(version, op.token, size)
 

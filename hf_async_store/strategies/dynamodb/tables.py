@@ -258,11 +258,11 @@ class Tables:
         messages: list[str] = []
         name = self.name(collection)
         if await self.described(collection) is None and await self._create(collection):
-            messages.append(f"made {name}")
+            messages.append(f"created {name}")
         table = await self._wait_until_active(collection)
         for index in self._missing(collection, table):
             await self._add_index(collection, index)
-            messages.append(f"made {index.name} of {name}")
+            messages.append(f"created {index.name} of {name}")
         await self._wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
