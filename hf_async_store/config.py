@@ -275,7 +275,8 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for key in ("channel_binding", "gssencmode"):
             if getattr(self, key) == "require":
                 raise ConfigurationError(
-                    f"{key}: not supported by the driver; use 'prefer', and sslmode 'verify-full'"
+                    f"{key}: 'require' is not supported by the driver; use 'prefer', and sslmode "
+                    "'verify-full'"
                 )
         self.servers()
         if self.pgbouncer and (self.schema or self.options):
@@ -482,8 +483,11 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name, options in ((self.strategy, self.options), *self.others.items()):
-            if not isinstance(options, _MODELS.get(name, Mapping)):
-                raise ConfigurationError(f"{name}: its options are of type {_type_name(options)}")
+            model = _MODELS.get(name, Mapping)
+            if not isinstance(options, model):
+                raise ConfigurationError(
+                    f"{name}: expected options of type {model.__name__}, got {_type_name(options)}"
+                )
 
     def place(self) -> str:
         """The location of the store: a URL in canonical form, without secrets, to compare and to show.
@@ -512,7 +516,9 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
             return self.options
         if name not in self.others:
             configured = ", ".join((self.strategy, *self.others))
-            raise ConfigurationError(f"no configuration for {name!r}; there are: {configured}")
+            raise ConfigurationError(
+                f"the configuration has no block for {name!r}; it has: {configured}"
+            )
         return self.others[name]
 
 
@@ -889,7 +895,10 @@ def _refuse_same_file(files: Mapping[str, str], path: str) -> None:
         normalised = "/".join(each for each in name.split("/") if each not in ("", "."))
         other = seen.setdefault(normalised.casefold().removesuffix(".gz"), collection)
         if other != collection:
-            raise ConfigurationError(f"{path}{collection}: the same file as for {other}")
+            raise ConfigurationError(
+                f"{path}{collection}: {other} and {collection} have the same file name; give each its "
+                "own"
+            )
 
 
 def _plain(value: object, path: str) -> object:

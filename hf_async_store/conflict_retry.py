@@ -75,7 +75,9 @@ async def retry_conflicts(
             pause = random.uniform(0, min(max_pause, _MAX_PAUSE_SECONDS))
             if now + pause >= deadline:
                 raise RetriesExhaustedError(
-                    f"each of {attempts} attempts in {seconds} s met a conflict; the last: {conflict}",
+                    f"each of {attempts} attempts in {seconds:g} s ended with a conflict (the last: "
+                    f"{conflict}). Reduce the number of concurrent writers, or increase the time limit "
+                    "(retry_seconds of run_transaction and modify_entity)",
                     collection=conflict.collection,
                     entity_id=conflict.entity_id,
                     expected=conflict.expected,

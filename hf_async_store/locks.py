@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hf_async_store.ownership import Ownership
 
 Mode: TypeAlias = Literal["read", "write"]
+_GERUNDS: Final[dict[Mode, str]] = {"read": "reading", "write": "writing"}
 
 _FIRST_PAUSE: Final = 0.0003
 """The pause between the first two attempts to lock a file."""
@@ -199,7 +200,7 @@ class ReaderWriterLock:
         elif mode == "write" and task is self._writer:
             self._writer = None
         else:
-            raise RuntimeError(f"{self._name} is not held to {mode} by this task")
+            raise RuntimeError(f"this task does not hold {self._name} for {_GERUNDS[mode]}")
         if self._queue:
             self._admit()
 
@@ -207,8 +208,8 @@ class ReaderWriterLock:
         held = self.holds(task)
         if held is not None:
             raise TransactionReentryError(
-                f"this task already holds {self._name} to {held}: "
-                f"acquiring it to {mode} would wait for itself"
+                f"this task already holds {self._name} for {_GERUNDS[held]}: "
+                f"acquiring it for {_GERUNDS[mode]} would wait for itself"
             )
         limit = inf if timeout is None else timeout
         if limit <= 0:
@@ -263,7 +264,7 @@ class ReaderWriterLock:
     def _timed_out(self, mode: Mode, timeout: float) -> LockTimeoutError:
         holders = "a writer" if self.has_writer else _counted(self.readers, "reader")
         return LockTimeoutError(
-            f"{self._name} was not free to {mode} within {timeout:g} s: "
+            f"{self._name} was not free for {_GERUNDS[mode]} within {timeout:g} s: "
             f"held by {holders}, {self.waiting} waiting"
         )
 
@@ -573,7 +574,7 @@ class LockManager:
 
     def _timed_out(self, wait: _Wait) -> LockTimeoutError:
         return LockTimeoutError(
-            f"the lock {self._path} was not free to {wait.mode} within {wait.timeout:g} s: "
+            f"the lock {self._path} was not free for {_GERUNDS[wait.mode]} within {wait.timeout:g} s: "
             "another process, or another store object of this process, holds it"
         )
 

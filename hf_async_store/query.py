@@ -842,7 +842,7 @@ def _decode_cursor(query: Query, cursor: object) -> CursorPosition:
     except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:
         raise InvalidCursorError("invalid cursor") from exc
     if len(values) != len(query.order):
-        raise InvalidCursorError("the cursor is that of another order")
+        raise InvalidCursorError("the cursor belongs to a query with another order")
     return CursorPosition(tuple(values), entity_id)
 
 

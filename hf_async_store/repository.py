@@ -288,7 +288,7 @@ class RepositoryInterface(ABC):
         """`update_entity` for each id in `updates`; see `save_entities`."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
-        _check_mapping(updates, "updates")
+        _check_mapping(updates, "updates", "changes")
         at = utc_now()
         changes = await _in_chunks(
             updates.items(),
@@ -624,7 +624,7 @@ class _Expected:
 
     def __init__(self, versions: Mapping[str, int | Expect] | None, *, absent: bool) -> None:
         if versions is not None:
-            _check_mapping(versions, "expected_versions")
+            _check_mapping(versions, "expected_versions", "versions")
         self._versions = {
             each: check_version(version, absent=absent)
             for each, version in (versions or {}).items()
@@ -742,9 +742,11 @@ def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:
     return items
 
 
-def _check_mapping(items: object, what: str) -> None:
+def _check_mapping(items: object, what: str, values: str) -> None:
     if not isinstance(items, Mapping):
-        raise InvalidInputError(f"{what} must be a dict by id, not {type(items).__name__}")
+        raise InvalidInputError(
+            f"{what} must be a dict that maps ids to {values}, not {type(items).__name__}"
+        )
 
 
 def check_callable(function: object, what: str) -> None:
@@ -769,7 +771,7 @@ def check_seconds(seconds: object, what: str) -> None:
 
 def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:
     return OperationTimeoutError(
-        f"not done within {timeout:g} s",
+        f"not completed within {timeout:g} s",
         retryable=not outcome_unknown,
         outcome_unknown=outcome_unknown,
     )

@@ -98,7 +98,7 @@ class Field(msgspec.Struct, frozen=True):
         ):
             return value
         raise InvalidFieldError(
-            f"{collection}.{self.name} is declared {self.type}, not {_describe(value)}"
+            f"{collection}.{self.name} is declared as {self.type}, but the value is {_describe(value)}"
         )
 
 

@@ -118,7 +118,7 @@ def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int
     """`normalise`, and the size of the value."""
     try:
         return _copy(value, 0)
-    except _NotPortableError as exc:
+    except _NotStorableError as exc:
         exc.path.extend(reversed(path))
         raise exc.public() from exc.__cause__
 
@@ -136,11 +136,11 @@ def sized(data: Mapping[str, object]) -> tuple[Entity, int]:
     """A portable copy of an entity, and its size."""
     try:
         return _copy_dict(cast("Mapping[object, object]", data), 0)
-    except _NotPortableError as exc:
+    except _NotStorableError as exc:
         raise exc.public() from exc.__cause__
 
 
-class _NotPortableError(Exception):
+class _NotStorableError(Exception):
     """A value that cannot be stored. Collects the path of the value while it propagates."""
 
     def __init__(self, problem: str) -> None:
@@ -157,21 +157,21 @@ def _copy(value: object, depth: int) -> tuple[Value, int]:
         string = cast("str", value)
         if string.isascii():
             if "\x00" in string:
-                raise _NotPortableError("string with U+0000")
+                raise _NotStorableError("a string with U+0000")
             return string, len(string)
         if NOT_UTF8.search(string):
-            raise _NotPortableError("string with U+0000 or a lone surrogate")
+            raise _NotStorableError("a string with U+0000 or a lone surrogate")
         return string, len(string.encode())
     if value is None or kind is bool:
         return cast("bool | None", value), 1
     if kind is int:
         number = cast("int", value)
         if not INT_MIN <= number <= INT_MAX:
-            raise _NotPortableError("an integer of more than 64 bits")
+            raise _NotStorableError("an integer of more than 64 bits")
         return number, _INT_SIZE
     if kind is float:
         if not isfinite(cast("float", value)):
-            raise _NotPortableError(f"{value} (only finite numbers can be stored)")
+            raise _NotStorableError(f"{value} (only finite numbers can be stored)")
         return cast("float", value), _FLOAT_SIZE
     if kind is dict:
         return _copy_dict(cast("dict[object, object]", value), depth + 1)
@@ -184,7 +184,7 @@ def _copy_dict(value: Mapping[object, object], depth: int) -> tuple[Entity, int]
     # The most frequent loop outside the engines, because it copies every entity that is written. So
     # ASCII strings are copied inline, and paths are built only for errors.
     if depth > MAX_DEPTH:
-        raise _NotPortableError(f"nested more than {MAX_DEPTH} deep")
+        raise _NotStorableError(f"nested more than {MAX_DEPTH} deep")
     copied: Entity = {}
     size = 3 + len(value)
     for name, each in value.items():
@@ -196,7 +196,7 @@ def _copy_dict(value: Mapping[object, object], depth: int) -> tuple[Entity, int]
             else:
                 copied[name], value_size = _copy(each, depth)  # type: ignore[index]  # as above
                 size += value_size
-        except _NotPortableError as exc:
+        except _NotStorableError as exc:
             exc.path.append(name if type(name) is str else f"{name!a}")
             raise
     return copied, size
@@ -204,13 +204,13 @@ def _copy_dict(value: Mapping[object, object], depth: int) -> tuple[Entity, int]
 
 def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
     if depth > MAX_DEPTH:
-        raise _NotPortableError(f"nested more than {MAX_DEPTH} deep")
+        raise _NotStorableError(f"nested more than {MAX_DEPTH} deep")
     copied: list[Value] = []
     size = 3 + len(value)
     for index, each in enumerate(value):
         try:
             element, element_size = _copy(each, depth)
-        except _NotPortableError as exc:
+        except _NotStorableError as exc:
             exc.path.append(index)
             raise
         copied.append(element)
@@ -226,9 +226,9 @@ _MAX_NAMES: Final = 4096
 
 def _name_size(name: object) -> int:
     if type(name) is not str:
-        raise _NotPortableError(f"a dict key of type {type_name(name)}, not str")
+        raise _NotStorableError(f"a dict key of type {type_name(name)}, not str")
     if NOT_UTF8.search(name):
-        raise _NotPortableError("a field name with U+0000 or a lone surrogate")
+        raise _NotStorableError("a field name with U+0000 or a lone surrogate")
     size = len(name.encode())
     if 0 < size <= 64 and len(_NAME_SIZES) < _MAX_NAMES:
         _NAME_SIZES[name] = size
@@ -236,7 +236,7 @@ def _name_size(name: object) -> int:
 
 
 def _plain(value: object) -> object:
-    """The portable form of a value of another type."""
+    """The JSON value that is stored for a value of another type."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, datetime):
@@ -253,18 +253,18 @@ def _plain(value: object) -> object:
         return dict(value)
     if type(value).__module__ == "ipaddress":
         return str(value)
-    raise _NotPortableError(
-        f"{type_name(value)} has no portable form (pass a string, a number or a list)"
+    raise _NotStorableError(
+        f"a value of type {type_name(value)} cannot be stored (pass a string, a number or a list)"
     )
 
 
 def _format_timestamp(value: datetime) -> str:
     if value.tzinfo is None:
-        raise _NotPortableError("a naive datetime (add a time zone)")
+        raise _NotStorableError("a datetime without a time zone (add one)")
     try:
         return value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
     except OverflowError as exc:
-        raise _NotPortableError("a datetime outside the years 1 to 9999 in UTC") from exc
+        raise _NotStorableError("a datetime outside the years 1 to 9999 in UTC") from exc
 
 
 class _Clock:
@@ -302,7 +302,7 @@ def parse_timestamp(text: str) -> str | None:
         parsed = parsed.replace(tzinfo=UTC)
     try:
         return _format_timestamp(parsed)
-    except _NotPortableError:
+    except _NotStorableError:
         return None
 
 
@@ -327,5 +327,5 @@ def refuse_oversize(entity: Entity, size: int) -> None:
     size -= sum(1 + len(name) + _copy(entity[name], 0)[1] for name in STORE_FIELDS & entity.keys())
     if size > MAX_ENTITY_BYTES:
         raise UnsupportedValueError(
-            f"(entity): {size:,} bytes in its portable form, more than {MAX_ENTITY_BYTES:,}"
+            f"(entity): its size is {size:,} bytes, more than the limit of {MAX_ENTITY_BYTES:,}"
         )

@@ -26,7 +26,8 @@ URL or to the path of a configuration file. Options may be given before or after
   json:data/request_database.json    one JSON file
   json:data                          a folder with a JSON file for each collection
 
-  Take passwords from environment variables: '...://app:${{DB_PASSWORD}}@host/name', in quotes.
+  Take passwords from environment variables: '...://app:${{DB_PASSWORD}}@host/name', in single quotes,
+  so that the command and not the shell inserts the value.
 
 On a terminal, results are shown as tables and indented JSON; otherwise, or with --json, as one JSON
 value per line. Messages are written to stderr, one line each.
@@ -35,7 +36,7 @@ exit codes:
   0    success
   1    not found: an entity, a backup, or the store itself
   2    wrong usage or configuration
-  3    conflict: another version, already exists, references, target not empty, or stores differ
+  3    conflict: another version, already exists, references, target holds other data, stores differ
   4    the store failed, or `health` found problems
   130  interrupted (Ctrl-C)
   141  broken pipe
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         # A command of another package may replace a common option by its own.
         conflict_handler="resolve",
     )
-    _add_common(parser)
+    _add_common(parser, *_STORE_HELP.get(name, ()))
     command.add_arguments(parser)
     words = arguments.words
     del arguments.words
@@ -203,14 +204,17 @@ class _Once(argparse.Action):
 
 
 def _no_command(name: str) -> str:
-    known = ", ".join(COMMANDS)
+    from hf_async_store.cli.extensions import names
+
+    commands = list(dict.fromkeys((*COMMANDS, *EXTERNAL_COMMANDS, *names())))
+    known = ", ".join(commands)
     if not name:
         return f"no command is given; the commands are {known} (see {PROGRAM} --help)"
     if name in EXTERNAL_COMMANDS:
         return f"{name!r} is a command of another package, which is {_install_hint(name)}"
     from difflib import get_close_matches
 
-    close = get_close_matches(name, COMMANDS, n=1)
+    close = get_close_matches(name, commands, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown command {name!r}; the commands are {known}{hint}"
 
@@ -227,10 +231,15 @@ def _join_order(argv: Sequence[str]) -> list[str]:
 # -- arguments ------------------------------------------------------------------------------
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser,
+    store: str = "the URL of the store",
+    config: str = "the configuration file of the store",
+) -> None:
+    """Add the common options; `store` and `config` are the help texts of these two."""
     group = parser.add_argument_group("options of every command")
-    group.add_argument("--store", metavar="URL", help="the URL of the store")
-    group.add_argument("--config", metavar="FILE", help="the configuration file of the store")
+    group.add_argument("--store", metavar="URL", help=store)
+    group.add_argument("--config", metavar="FILE", help=config)
     group.add_argument(
         "--collections",
         metavar="MODULE:NAME",
@@ -401,30 +410,38 @@ def _backup(parser: argparse.ArgumentParser) -> None:
     _add_leave_out(parser)
 
 
-def _add_leave_out(parser: argparse.ArgumentParser) -> None:
+def _add_leave_out(
+    parser: argparse.ArgumentParser,
+    what: str = "that is stored but not declared",
+    otherwise: str = "If anything else undeclared is stored, the command fails and writes nothing",
+) -> None:
     parser.add_argument(
         "--leave-out",
         metavar="NAME",
         action="append",
         default=[],
-        help="exclude a collection (jobs) or field (machines.owner) that is stored but not declared; "
-        "may be repeated. Other undeclared ones are refused",
+        help=f"exclude a collection (jobs) or field (machines.owner) {what}; may be repeated. "
+        f"{otherwise}",
     )
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a backup: a file, or a folder of files")
     _add_merge(parser)
-    _add_leave_out(parser)
+    _add_leave_out(
+        parser,
+        "that the backup contains but that is not declared",
+        "If the backup contains anything else undeclared, the command fails and writes nothing",
+    )
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge",
-        metavar="RULE",
+        metavar="keep|replace|newest",
         choices=("keep", "replace", "newest"),
         help="if an entity exists already and differs: keep the existing one, replace it, or store "
-        "the newest by updated_at",
+        "the one with the newest updated_at",
     )
 
 
@@ -478,7 +495,9 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     _add_leave_out(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "--dry-run", action="store_true", help="write nothing; report what the target would refuse"
+        "--dry-run",
+        action="store_true",
+        help="write nothing, not even a test write; report what the target would refuse",
     )
     mode.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
 
@@ -519,6 +538,17 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 
 EXTERNAL_COMMANDS: Final = dict.fromkeys(("bench", "advise", "demo"), "hf-async-store-bench")
 """Commands that another package of this project adds, and the name of that package."""
+
+_STORE_HELP: Final[Mapping[str, tuple[str, str]]] = {
+    "migrate": ("not used: see --from and --to", "read the `migration` block from this file"),
+    "migrateRepository": (
+        "not used: see --source-type and --target-type",
+        "the configuration file, with a block for each of the two types",
+    ),
+    "live-migrate": ("not used: see --from and --to", "not used: see --from and --to"),
+    "verify": ("not used: see --from, --to and BACKUP", "not used: see --from, --to and BACKUP"),
+}
+"""The help of --store and --config for commands that do not work on one store."""
 
 _CLI: Final = "hf_async_store.cli"
 
@@ -612,7 +642,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.admin_commands:create_tables",
         _nothing,
         "Waits until the tables and indexes are active, and sets auto scaling and point-in-time\n"
-        "recovery as configured. Missing tables are also created at their first use. Missing\n"
+        "recovery as configured. Missing tables are also created by the first write. Missing\n"
         "indexes of existing tables are created only by this command, because that may take long.\n",
     ),
     "checkpoint": Command(
@@ -622,17 +652,18 @@ COMMANDS: Final[Mapping[str, Command]] = {
         _checkpoint,
         "Afterwards other programs can read the data files, because the journal is empty.\n\n"
         "If a data file was replaced by hand while the journal held commits, the store cannot be\n"
-        "used until --recover-from selects one of them. The other one is deleted, so make a copy of\n"
-        "the folder first.\n\n"
-        "  --recover-from file     use the data file as it is, and discard the journal\n"
-        "  --recover-from journal  apply the commits in the journal to the data file\n"
+        "used until --recover-from file or journal is given. Make a copy of the folder first.\n\n"
+        "  --recover-from file     use the data file as it is, and delete the journal: all commits\n"
+        "                          since the last compaction are lost\n"
+        "  --recover-from journal  apply the commits in the journal to the data file. The file as\n"
+        "                          it was is kept as NAME.bak.NUMBER, if backup_enabled is set\n"
         "  --recover-from salvage  if the journal is damaged: apply every commit before the damage,\n"
         "                          and keep the journal as NAME.damaged.NUMBER\n",
     ),
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",
         "write the whole content to one file; the store may be in use",
-        f"{_CLI}.backups:backup",
+        f"{_CLI}.backup_commands:backup",
         _backup,
         "The format is the same for every engine: gzip-compressed JSON lines with digests. The backup\n"
         "is a snapshot of the store, if the engine supports snapshots (see `describe`).\n\n"
@@ -643,7 +674,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "restore": Command(
         "restore SOURCE [OPTIONS]",
         "restore a backup",
-        f"{_CLI}.backups:restore",
+        f"{_CLI}.backup_commands:restore",
         _restore,
         "A portable backup, made by `backup`, is restored into an empty store, or with --merge into\n"
         "one that holds entities already, with the original versions and timestamps. The whole file\n"
@@ -660,7 +691,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "backups": Command(
         "backups",
         "list the previous data files that the store has kept (JSON stores)",
-        f"{_CLI}.backups:backups",
+        f"{_CLI}.backup_commands:backups",
         _nothing,
         f"The newest is listed first. `{PROGRAM} restore` restores any of them.\n",
     ),
@@ -698,9 +729,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  rollback  switch back to the source, with everything that was written since the switch\n"
         "  abort     end the migration before the switch\n"
         "  finalize  decommission the source: from then on it refuses to open\n\n"
-        "Applications may use either store before and after the switch. They follow it by themselves\n"
-        "if the key `follow_moves` of their configuration names the other store. The stores record\n"
-        "only each other's location, without secrets. If an action was interrupted, run it again.\n\n"
+        "Applications may use either store before and after the switch. They change to the active\n"
+        "store by themselves if the key `follow_moves` of their configuration names the other store.\n"
+        "The stores record only each other's location, without secrets. If an action was interrupted,\n"
+        "run it again.\n\n"
         f"  {PROGRAM} live-migrate start --from json:data --to json:data.json\n"
         f"  {PROGRAM} live-migrate finalize --from json:data --to json:data.json\n",
     ),

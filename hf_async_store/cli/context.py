@@ -99,9 +99,7 @@ class Context:
                 if timeout is None:
                     raise
                 # Report the timeout of the command; a method was given only the remaining time.
-                raise OperationTimeoutError(
-                    f"not completed within {timeout:g} s", outcome_unknown=exc.outcome_unknown
-                ) from exc
+                raise self._timed_out(writes=writes, outcome_unknown=exc.outcome_unknown) from exc
 
     def remaining_time(self) -> float | None:
         """The value for the `timeout=` argument of a method that is called now.
@@ -113,8 +111,17 @@ class Context:
             return None
         remaining = self._deadline - time.monotonic()
         if remaining < _MIN_TIMEOUT_SECONDS:
-            raise OperationTimeoutError(f"not completed within {self.arguments.timeout:g} s")
+            raise self._timed_out(writes=True, outcome_unknown=False)
         return remaining
+
+    def _timed_out(self, *, writes: bool, outcome_unknown: bool) -> OperationTimeoutError:
+        names = (self.arguments.command, getattr(self.arguments, "collection", None))
+        message = (
+            f"{' '.join(filter(None, names))}: not completed within {self.arguments.timeout:g} s"
+        )
+        if writes and not outcome_unknown:
+            message += "; nothing further was written"
+        return OperationTimeoutError(message, outcome_unknown=outcome_unknown)
 
     async def with_timeout(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run work that may write and that has no `timeout=` argument within the remaining time."""

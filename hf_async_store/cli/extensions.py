@@ -30,6 +30,11 @@ def find(name: str) -> Command | None:
     return None
 
 
+def names() -> list[str]:
+    """The names of the commands of other packages."""
+    return sorted(entry_points(group=GROUP).names)
+
+
 def summaries() -> dict[str, str]:
     """The commands of other packages and their summaries."""
     return {each.name: import_module(each.value).SUMMARY for each in entry_points(group=GROUP)}

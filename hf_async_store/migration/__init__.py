@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_async_store.migration.backup import BackupResult, backup_store
 from hf_async_store.migration.backup_format import is_portable, read_header, read_portable
+from hf_async_store.migration.backup_verification import check_portable
 from hf_async_store.migration.copier import MigrationBatch
 from hf_async_store.migration.diff import (
     CollectionComparison,
@@ -13,9 +14,8 @@ from hf_async_store.migration.diff import (
 )
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merge import Merged, MergeRule
-from hf_async_store.migration.proving import check_portable
-from hf_async_store.migration.requirements import location_of, require_store
-from hf_async_store.migration.restoring import RestoreResult, restore_store
+from hf_async_store.migration.restore import RestoreResult, restore_store
+from hf_async_store.migration.store_checks import location_of, require_store
 from hf_async_store.migration.tool import CollectionReport, MigrationReport, MigrationTool
 
 __all__ = [

@@ -13,7 +13,7 @@ import msgspec
 
 from hf_async_store.errors import InvalidInputError, StorageError
 from hf_async_store.migration.backup_format import read_header, write_portable
-from hf_async_store.migration.requirements import (
+from hf_async_store.migration.store_checks import (
     check_leave_out,
     refuse_undeclared,
     require_store,

@@ -12,7 +12,7 @@ import msgspec
 from hf_async_store.changes import Record
 from hf_async_store.driver import iter_json
 from hf_async_store.migration.digest import Digest
-from hf_async_store.migration.requirements import refuse_undeclared, require_store
+from hf_async_store.migration.store_checks import refuse_undeclared, require_store
 from hf_async_store.query import build_query
 from hf_async_store.values import Entity, Key, canonical
 

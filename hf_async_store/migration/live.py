@@ -30,8 +30,8 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.migration.diff import compare_readers
-from hf_async_store.migration.preflight import enforces_references
-from hf_async_store.migration.requirements import (
+from hf_async_store.migration.dry_run import enforces_references
+from hf_async_store.migration.store_checks import (
     refuse_same,
     refuse_undeclared,
     require_store,
@@ -596,15 +596,26 @@ class LiveMigration:
             differing = await self._differing(origin, copy, touched[start : start + _BATCH])
             if differing:
                 named = [f"{each.collection} {each.id!r} differs" for each in differing[:20]]
-                raise VerificationError(f"the two stores differ: {'; '.join(named[:3])}", named)
+                raise self._not_switched(origin, "; ".join(named[:3]), named)
         for name, declared in self._schema.items():
             query = build_query(declared)
             counts = await asyncio.gather(origin.count(query), copy.count(query))
             if counts[0] != counts[1]:
-                raise VerificationError(
-                    f"the two stores differ: {name} has {counts[0]:,} entities in the active store "
-                    f"and {counts[1]:,} in the other"
+                raise self._not_switched(
+                    origin,
+                    f"{name} has {counts[0]:,} entities in the active store and {counts[1]:,} in the "
+                    "other",
                 )
+
+    def _not_switched(
+        self, origin: Engine, difference: str, differences: Sequence[str] = ()
+    ) -> VerificationError:
+        active = "source" if origin is self._source else "target"
+        return VerificationError(
+            f"the two stores differ: {difference}. The switch was not made, and the {active} stays "
+            "active. Run the action again: it compares all entities, and copies those that differ",
+            differences,
+        )
 
     async def compare(self) -> bool:
         """Read both stores completely and compare their digests; True if they are equal.

@@ -190,8 +190,9 @@ class _BatchWriter:
         if errors:
             entity, first = errors[0]
             raise BatchError(
-                f"{len(errors):,} of {len(entities):,} entities could not be written; the first "
-                f"error: {_message(self.declared, entity, first)}",
+                f"{len(errors):,} of {len(entities):,} entities could not be written; "
+                f"{len(entities) - len(refused):,} were written; the first error: "
+                f"{_message(self.declared, entity, first)}",
                 exc.outcomes,
             ) from first
         if self._waiting is not None:

@@ -37,9 +37,9 @@ from hf_async_store.migration.diff import (
     first_unexpected,
 )
 from hf_async_store.migration.digest import Digest
+from hf_async_store.migration.dry_run import enforces_references, find_incompatibilities
 from hf_async_store.migration.merge import RULES, Merged, MergeRule, name_of, replaces
-from hf_async_store.migration.preflight import enforces_references, find_incompatibilities
-from hf_async_store.migration.requirements import (
+from hf_async_store.migration.store_checks import (
     check_leave_out,
     refuse_same,
     refuse_undeclared,

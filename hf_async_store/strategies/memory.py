@@ -43,7 +43,7 @@ class MemoryStorageStrategy(StorageStrategy):
         super().__init__(MemoryEngine(schema, strategy_config(config, MemoryConfig)), schema)
 
 
-class _OverlayView:
+class _SessionView:
     """The stored entities, with layers of uncommitted changes above them; None deletes an entity."""
 
     def __init__(self, stored: dict[Key, Entity]) -> None:
@@ -78,7 +78,7 @@ class _OverlayView:
 
 
 class _Reader:
-    def __init__(self, view: _OverlayView) -> None:
+    def __init__(self, view: _SessionView) -> None:
         self._view = view
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -105,7 +105,7 @@ class _Reader:
 
 
 class _Session(_Reader):
-    def __init__(self, engine: MemoryEngine, view: _OverlayView) -> None:
+    def __init__(self, engine: MemoryEngine, view: _SessionView) -> None:
         super().__init__(view)
         self._engine = engine
 
@@ -138,7 +138,7 @@ class MemoryEngine(_Reader):
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
         self._stored: dict[Key, Entity] = {}
-        super().__init__(_OverlayView(self._stored))
+        super().__init__(_SessionView(self._stored))
         self._schema = schema
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
@@ -147,7 +147,7 @@ class MemoryEngine(_Reader):
         async with self._lock.writing(_LOCK_TIMEOUT):
             outcomes: list[Outcome] = []
             for change in changes:
-                view = _OverlayView(self._stored)
+                view = _SessionView(self._stored)
                 outcomes.append(self.apply(change, view))
                 view.commit_overlay()
             return outcomes
@@ -155,14 +155,14 @@ class MemoryEngine(_Reader):
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         async with self._lock.writing(_LOCK_TIMEOUT):
-            view = _OverlayView(self._stored)
+            view = _SessionView(self._stored)
             yield _Session(self, view)
             view.commit_overlay()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
         # Stored entities are replaced and never modified, so a shallow copy of the dict suffices.
-        yield _Reader(_OverlayView(self._stored.copy()))
+        yield _Reader(_SessionView(self._stored.copy()))
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         return (await self.fetch([Key(collection.name, entity_id)]))[0]
@@ -176,7 +176,7 @@ class MemoryEngine(_Reader):
     async def undeclared(self) -> list[str]:
         return []  # only this engine writes to its memory, and only to declared collections
 
-    def apply(self, change: Change, view: _OverlayView) -> Outcome:
+    def apply(self, change: Change, view: _SessionView) -> Outcome:
         """Apply one change, with its change marker, to the top layer; or return its error."""
         current = view.get(change.key)
         try:
@@ -191,7 +191,7 @@ class MemoryEngine(_Reader):
         stored = current if isinstance(change, Delete) else entity
         return None if stored is None else cast("int", stored["version"])
 
-    def _check_references(self, change: Change, current: Entity | None, view: _OverlayView) -> None:
+    def _check_references(self, change: Change, current: Entity | None, view: _SessionView) -> None:
         if not isinstance(change, Delete):
             check_parents(self._schema, change, current, lambda key: view.get(key) is not None)
         elif current is not None:
@@ -213,7 +213,7 @@ class MemoryEngine(_Reader):
         self._stored.clear()
 
 
-def _referrers(view: _OverlayView, child: Collection, field: Field, parent: str) -> Iterator[str]:
+def _referrers(view: _SessionView, child: Collection, field: Field, parent: str) -> Iterator[str]:
     for entity_id, entity in view.entities(child.name):
         if entity.get(field.name) == parent:
             yield entity_id

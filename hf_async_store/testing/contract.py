@@ -20,15 +20,15 @@ from hf_async_store.testing.assertions import no_complaints, nothing_is_left
 from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.entities import EntityContract
+from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
-from hf_async_store.testing.neighbours import NeighbourContract
+from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
-from hf_async_store.testing.trust import TrustContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
 
@@ -49,12 +49,12 @@ class StrategyContract(
     QueryContract,
     LimitContract,
     BulkContract,
-    NeighbourContract,
+    IndependentChangeContract,
     LifecycleContract,
     CancellationContract,
     StreamContract,
     ReferenceContract,
-    TrustContract,
+    PlantedRecordContract,
 ):
     """All cases of the contract."""
 

@@ -57,7 +57,9 @@ def test_init_of_split_and_compressed_files(cli: Cli) -> None:
     names = ("templates", "requests", "machines")
     assert made == [absolute(f"split/{name}.json") for name in names]
     Path("split/requests.json").unlink()
-    assert cli("init", "--store", "json:split").rows[0]["created"] == [absolute("split/requests.json")]
+    assert cli("init", "--store", "json:split").rows[0]["created"] == [
+        absolute("split/requests.json")
+    ]
     made = cli("init", "--store", "json:z/db.json?enable_compression=yes").rows[0]["created"]
     assert made == [absolute("z/db.json.gz")]
     assert cli("health", "--store", "json:z/db.json?enable_compression=yes").rows[0]["ok"] is True

@@ -289,7 +289,7 @@ def test_a_migration_record_in_a_backup_is_not_followed(
         (
             b'{"machines": {"m-1": {"status": 5}}}',
             2,
-            "b.json, machines 'm-1': machines.status is declared text, not an integer",
+            "b.json, machines 'm-1': machines.status is declared as text, but the value is an integer",
         ),
         (
             b'{"machines": {"m-1": {"request_id": "r-9"}}}',

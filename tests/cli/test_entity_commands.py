@@ -109,7 +109,10 @@ def test_nothing_is_put_if_one_entity_is_invalid(cli: Cli) -> None:
     wrong = machines(2500) + b'{"machine_id": "bad", "status": 5}\n'
     ran = cli("put", "machines", stdin=wrong)
     assert ran.code == 2
-    assert ran.message == "stdin, line 2501: machines.status is declared text, not an integer"
+    assert (
+        ran.message
+        == "stdin, line 2501: machines.status is declared as text, but the value is an integer"
+    )
     assert not Path("data").exists()
 
 
@@ -205,7 +208,7 @@ def test_update_of_a_missing_entity(filled: Cli) -> None:
 def test_update_to_a_wrong_type(filled: Cli) -> None:
     ran = filled("update", "requests", "r-1", "machine_count=2.5")
     assert ran.code == 2
-    assert ran.message == "requests.machine_count is declared integer, not a float"
+    assert ran.message == "requests.machine_count is declared as integer, but the value is a float"
     ran = filled("update", "requests", "r-1", "--remove", "request_id")
     assert ran.code == 2
     assert "requests.request_id is the key" in ran.message

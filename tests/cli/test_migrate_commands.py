@@ -111,7 +111,10 @@ def test_the_command_of_the_spec(filled: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--config", "c.json"], "no configuration for 'dynamodb'; there are: json, sql"),
+        (
+            ["--config", "c.json"],
+            "the configuration has no block for 'dynamodb'; it has: json, sql",
+        ),
         (["--target-config", "gone.json"], "gone.json"),
     ],
 )

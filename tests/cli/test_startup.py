@@ -29,7 +29,7 @@ HEAVY = {
     "pytest",
 }
 NOT_NEEDED = {
-    "hf_async_store.cli.backups",
+    "hf_async_store.cli.backup_commands",
     "hf_async_store.cli.json_files",
     "hf_async_store.cli.tables",
     "hf_async_store.cli.admin_commands",

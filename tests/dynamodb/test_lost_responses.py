@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hf_async_store import DynamoDBStorageStrategy, StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb import backoff
-from hf_async_store.strategies.dynamodb.errors import AnswerLost, conflict, translate
+from hf_async_store.strategies.dynamodb.errors import ResponseLost, conflict, translate
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Request
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -106,7 +106,7 @@ class _Between:
                 await self._applied(operation, params)
             elif answer == "late":
                 self.late.append((operation, params))
-            raise AnswerLost("the answer of DynamoDB was lost", outcome_unknown=True)
+            raise ResponseLost("the answer of DynamoDB was lost", outcome_unknown=True)
         if answer in ("500 before", "500 after"):
             if answer == "500 after":
                 await self._applied(operation, params)

@@ -26,8 +26,8 @@ from hf_async_store import (
     UnavailableError,
 )
 from hf_async_store import errors as public_errors
-from hf_async_store.strategies.dynamodb import answers, backoff
-from hf_async_store.strategies.dynamodb.answers import read_answer
+from hf_async_store.strategies.dynamodb import backoff, responses
+from hf_async_store.strategies.dynamodb.responses import read_response
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb import verbs
@@ -497,7 +497,7 @@ def _search(fuzz: tuple[asyncio.Runner, _Fuzz], verb: str, examples: int) -> Non
 
 @settings(max_examples=repetitions(300))
 @given(
-    operation=st.sampled_from(sorted(answers._SHAPES)),
+    operation=st.sampled_from(sorted(responses._SHAPES)),
     status=st.sampled_from((200, 200, 200, 400, 403, 500, 307)),
     body=st.binary(max_size=200)
     | st.integers().map(lambda n: json.dumps(_value(Random(n))).encode()),
@@ -515,6 +515,6 @@ def test_any_body_is_read_or_refused(
         "TransactItems": [],
     }
     try:
-        assert isinstance(read_answer(operation, params, status, headers, body), dict)
+        assert isinstance(read_response(operation, params, status, headers, body), dict)
     except StorageError as exc:
         assert str(exc)

@@ -389,7 +389,7 @@ async def test_a_pipe_in_the_place_of_a_journal(tmp_path: Path) -> None:
             lambda: store.get_entity(T, "t"),
             lambda: store.save_entity(T, {"template_id": "t"}),
         ):
-            with pytest.raises(ConfigurationError, match="no regular file"):
+            with pytest.raises(ConfigurationError, match="is not a regular file"):
                 await verb()
 
 

@@ -315,7 +315,7 @@ async def test_80_an_invalid_value_leaves_the_source_unchanged(tmp_path: Path) -
         assert not report.ok
         assert len(report.problems) == 1
         assert "'x-17'" in report.problems[0]
-        assert "things.size is declared integer" in report.problems[0]
+        assert "things.size is declared as integer" in report.problems[0]
         assert await target.count_entities("things") == 0
         with pytest.raises(MigrationError, match=r"source is unchanged.*resume") as caught:
             await tool.migrate()

@@ -28,7 +28,7 @@ from hf_async_store import (
     open_store,
 )
 from hf_async_store.migration import backup_store, check_portable, is_portable, restore_store
-from hf_async_store.migration import restoring as restoring_module
+from hf_async_store.migration import restore as restore_module
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -205,13 +205,13 @@ async def test_a_file_that_changes_after_its_verification(
     """The error does not claim that nothing was written, because that is unknown."""
     path = write_by_hand(tmp_path / "b.jsonl.gz", {"templates": GOOD})
     other = write_by_hand(tmp_path / "c.jsonl.gz", {"strangers": [b'{"stranger_id":"x"'] * 3})
-    read = restoring_module.read_portable
+    read = restore_module.read_portable
 
     def replaced(given: Path) -> object:
         other.replace(given)
         return read(given)
 
-    monkeypatch.setattr(restoring_module, "read_portable", replaced)
+    monkeypatch.setattr(restore_module, "read_portable", replaced)
     async with open_store("memory:") as store:
         with pytest.raises(MigrationError, match="is incomplete") as caught:
             await restore_store(store, path)

@@ -345,8 +345,11 @@ async def test_connect_timeout_applies_to_each_server(database: str) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("h/db?channel_binding=require", "channel_binding: not supported by the driver"),
-        ("h/db?gssencmode=require", "gssencmode: not supported by the driver"),
+        (
+            "h/db?channel_binding=require",
+            "channel_binding: 'require' is not supported by the driver",
+        ),
+        ("h/db?gssencmode=require", "gssencmode: 'require' is not supported by the driver"),
         ("h/db?target_session_attrs=master", "target_session_attrs: expected 'any' or"),
         ("h/db?keepalives=1", "keepalives: unknown key"),
         ("h1,h2/db?port=1,2,3", "port: 3 ports for 2 hosts"),

@@ -252,7 +252,7 @@ def test_other_blocks_and_the_migration_block_are_kept() -> None:
     assert config.block("json") is config.options
     assert config.block("sql") == SQLConfig(name="a.db")
     assert config.migration == load_migration(config) == MigrationConfig(batch_size=50)
-    with pytest.raises(ConfigurationError, match="'dynamodb'; there are: json, sql"):
+    with pytest.raises(ConfigurationError, match="'dynamodb'; it has: json, sql"):
         config.block("dynamodb")
 
 
@@ -285,7 +285,9 @@ def test_files_of_collections() -> None:
     split = JSONConfig(storage_type="split_files", filenames=Filenames(split_files={"a": "a.json"}))
     assert split.files(["a", "b"]) == {"a": "a.json", "b": "b.json"}
     clash = JSONConfig(storage_type="split_files", filenames=Filenames(split_files={"a": "b.json"}))
-    with pytest.raises(ConfigurationError, match=r"split_files\.b: the same file as for a"):
+    with pytest.raises(
+        ConfigurationError, match=r"split_files\.b: a and b have the same file name"
+    ):
         clash.files(["a", "b"])
 
 
@@ -416,7 +418,9 @@ def test_models_are_checked_in_python_too() -> None:
         JSONConfig(cache_size=-1)
     with pytest.raises(ConfigurationError, match="password: expected str"):
         SQLConfig(password="plain")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="json: its options are of type MemoryConfig"):
+    with pytest.raises(
+        ConfigurationError, match="json: expected options of type JSONConfig, got MemoryConfig"
+    ):
         StorageConfig(strategy="json", options=MemoryConfig())
     with pytest.raises(AttributeError):
         JSONConfig().cache_size = 5  # type: ignore[misc]

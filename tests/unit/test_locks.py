@@ -191,6 +191,9 @@ async def test_a_free_lock_is_taken_without_suspending() -> None:
 # -- ReaderWriterLock: ownership ------------------------------------------------------------
 
 
+GERUNDS = {"read": "reading", "write": "writing"}
+
+
 @pytest.mark.parametrize("held", ["read", "write"])
 @pytest.mark.parametrize("wanted", ["read", "write"])
 @pytest.mark.parametrize("others_wait", [False, True])
@@ -206,8 +209,8 @@ async def test_re_entry_upgrade_and_downgrade_are_refused_at_once(
             async with sections[wanted]():
                 pass
         assert str(caught.value) == (
-            f"this task already holds the lock of the store to {held}: "
-            f"acquiring it to {wanted} would wait for itself"
+            f"this task already holds the lock of the store for {GERUNDS[held]}: "
+            f"acquiring it for {GERUNDS[wanted]} would wait for itself"
         )
         assert lock.holds() == held
     if other:
@@ -238,17 +241,17 @@ async def test_holds_is_per_task() -> None:
 
 async def test_only_the_holder_may_release() -> None:
     lock = ReaderWriterLock()
-    with pytest.raises(RuntimeError, match="the lock is not held to read by this task"):
+    with pytest.raises(RuntimeError, match="this task does not hold the lock for reading"):
         lock.release_read()
-    with pytest.raises(RuntimeError, match="the lock is not held to write by this task"):
+    with pytest.raises(RuntimeError, match="this task does not hold the lock for writing"):
         lock.release_write()
     writer = Visit(lock.writing())
     await settle()
-    with pytest.raises(RuntimeError, match="not held to write"):
+    with pytest.raises(RuntimeError, match="does not hold the lock for writing"):
         lock.release_write()
     await writer.leave()
     async with lock.reading():
-        with pytest.raises(RuntimeError, match="not held to write"):
+        with pytest.raises(RuntimeError, match="does not hold the lock for writing"):
             lock.release_write()
     assert_free(lock)
 
@@ -313,7 +316,7 @@ async def test_a_timeout_names_the_lock_and_its_holders(timeout: float) -> None:
         await lock.acquire_write(timeout)
     assert caught.value.retryable
     assert str(caught.value) == (
-        f"the lock of the store was not free to write within {timeout:g} s: "
+        f"the lock of the store was not free for writing within {timeout:g} s: "
         "held by 2 readers, 0 waiting"
     )
     for each in readers:
@@ -321,7 +324,7 @@ async def test_a_timeout_names_the_lock_and_its_holders(timeout: float) -> None:
     async with lock.writing():
         other = asyncio.create_task(lock.acquire_read(timeout))
         with pytest.raises(
-            LockTimeoutError, match=r"to read within .* s: held by a writer, 0 wait"
+            LockTimeoutError, match=r"for reading within .* s: held by a writer, 0 wait"
         ):
             await other
     assert_free(lock)
@@ -710,12 +713,12 @@ async def test_managers_exclude_one_another(manager: Make, tmp_path: Path) -> No
     here, there = manager(), manager(timeout=0.01)
     path = tmp_path / "store.lock"
     async with here.exclusive():
-        for section, mode in ((there.exclusive, "write"), (there.shared, "read")):
+        for section, mode in ((there.exclusive, "writing"), (there.shared, "reading")):
             with pytest.raises(LockTimeoutError) as caught:
                 async with section():
                     pass
             assert str(caught.value) == (
-                f"the lock {path} was not free to {mode} within 0.01 s: "
+                f"the lock {path} was not free for {mode} within 0.01 s: "
                 "another process, or another store object of this process, holds it"
             )
     async with here.shared(), there.shared():
@@ -732,7 +735,7 @@ async def test_a_timeout_within_the_process_names_the_file_too(
     holder = Visit(locker.exclusive())
     await settle()
     with pytest.raises(
-        LockTimeoutError, match=f"the lock {tmp_path}/store.lock was not free to read"
+        LockTimeoutError, match=f"the lock {tmp_path}/store.lock was not free for reading"
     ):
         async with locker.shared():
             pass
@@ -764,7 +767,7 @@ async def test_a_manager_refuses_re_entry(held: str, wanted: str, manager: Make)
     locker = manager()
     async with getattr(locker, held)():
         with pytest.raises(
-            TransactionReentryError, match=r"already holds the lock .*store\.lock to"
+            TransactionReentryError, match=r"already holds the lock .*store\.lock for"
         ):
             async with getattr(locker, wanted)():
                 pass
@@ -903,7 +906,7 @@ async def test_readers_behind_the_polling_one_time_out_with_their_own_message(
     here, there = manager(), manager()
     async with there.exclusive():
         polling, waiting = Visit(here.shared(timeout=60)), Visit(here.shared(timeout=0.02))
-        with pytest.raises(LockTimeoutError, match=r"to read within 0\.02 s: another process"):
+        with pytest.raises(LockTimeoutError, match=r"for reading within 0\.02 s: another process"):
             await waiting.task
         await polling.cancelled()
 

@@ -46,8 +46,8 @@ from hf_async_store.strategies.json.journal import FileState, Fold, Head, contro
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.planted_records import verbs
 from hf_async_store.testing.repetitions import repetitions
-from hf_async_store.testing.trust import verbs
 
 FEW = settings(
     max_examples=repetitions(200), suppress_health_check=list(HealthCheck), deadline=None

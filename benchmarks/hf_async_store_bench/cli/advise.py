@@ -8,9 +8,9 @@ from typing import Final
 from hf_async_store_bench.cli.types import at_least_one, percent
 
 USAGE: Final = "advise [OPTIONS]"
-SUMMARY: Final = "recommend an engine for your load, by measuring it here"
+SUMMARY: Final = "recommend an engine for your load, by measuring it on this machine"
 MANUAL: Final = """\
-It takes about a minute, with temporary stores.
+It takes about a minute, with temporary stores. --store, --config and --collections are not used.
 
   hf-async-store advise --entities 50000 --tasks 32 --processes 4 --reads-percent 90
 """
@@ -24,11 +24,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("tasks", 16, "concurrent tasks in each process"),
         ("processes", 1, "concurrent processes on the store"),
     ):
-        told = f"{what} (default: {default:,})"
-        add(f"--{name}", metavar="N", type=at_least_one, default=default, help=told)
-    reads = "gets of a hundred operations (default: 80)"
+        described = f"{what} (default: {default:,})"
+        add(f"--{name}", metavar="N", type=at_least_one, default=default, help=described)
+    reads = "percentage of operations that are gets (default: 80)"
     add("--reads-percent", metavar="P", type=percent, default=80, help=reads)
-    add("--folder", metavar="DIR", help="where stores are made: the disk measured")
+    folder = "the folder for the temporary stores, on the disk to be measured"
+    add("--folder", metavar="DIR", help=folder)
 
 
 def run(arguments: Namespace) -> int:

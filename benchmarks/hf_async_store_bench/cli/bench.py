@@ -7,36 +7,47 @@ from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, percent, positive
 
-OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, if nothing else is said
+OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, unless --output is given
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
-SUMMARY: Final = "measure every engine here, beside hand-written baselines and alternatives"
+SUMMARY: Final = "measure every engine on this machine, together with baselines and competitors"
 MANUAL: Final = """\
-All stores are temporary, and servers that are needed are started. --store adds a store with {folder}
-in its URL, as of a third-party engine. The report is a page, Markdown, JSON and PNG.
-Exit code 4 if a write was lost or an answer was wrong.
+All stores are temporary, and servers that are needed are started. --store URL also measures this
+store, such as that of a third-party engine; {folder} in its URL is replaced by a temporary folder.
+Baselines are hand-written programs without this package; competitors are other libraries.
+The report consists of a web page, Markdown, JSON and PNG files. The exit code is 4 if a write was
+lost or a result was wrong.
 
   hf-async-store bench
   hf-async-store bench --full --output report
   hf-async-store bench --only json --workload save --tasks 1 --processes 4
   hf-async-store bench compare old/report.json new/report.json
 """
-_COMPARE: Final = "tell which differences between two runs are larger than the noise"
+_COMPARE: Final = "show which differences between two runs are larger than the noise"
 _SHORT: Final = "within 2 minutes: the main workloads (the default)"
 _FULL: Final = (
-    "within 20 minutes: all workloads, baselines and alternatives, how cost grows, memory"
+    "within 20 minutes: all workloads, baselines and competitors, growth of cost with data size, and "
+    "memory"
 )
 _ONLY: Final = (
-    "measure only this: an engine with its baselines and alternatives (json), one system (tinydb), or a "
+    "measure only this: an engine with its baselines and competitors (json), one system (tinydb), or a "
     "role (strategy, baseline, competitor); repeatable"
 )
 _WORKLOAD: Final = (
-    "run only this one, as save, poll, 'create batch', or a scenario, as memory; repeatable"
+    "run only this workload, such as save, poll or 'create batch', or this scenario, such as memory; "
+    "repeatable"
 )
 _BUDGET: Final = (
-    "of the whole run (default: 100 for the short, 1140 for the full one); what does not fit is "
-    "listed"
+    "time limit of the whole run (default: 100 for the short, 1140 for the full run); the "
+    "measurements that did not fit are listed"
 )
-_RATE: Final = "operations a second of the round at fixed times (default: half of what it can do)"
+_ROUNDS: Final = (
+    "exactly this number of rounds of each system under each load; no additional rounds for "
+    "uncertain results"
+)
+_RATE: Final = (
+    "rate of the latency measurement, in operations per second (default: half of the maximum "
+    "throughput)"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -49,23 +60,26 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--only", metavar="NAME", action="append", default=[], help=_ONLY)
     add("--workload", metavar="NAME", action="append", default=[], help=_WORKLOAD)
     for name, what in (
-        ("entities", "machines that are stored before"),
-        ("size", "bytes of JSON of a machine"),
+        ("entities", "number of machine records stored before the measurement"),
+        ("size", "size of the JSON of a machine record in bytes"),
         ("tasks", "concurrent tasks in each process"),
         ("processes", "concurrent processes on one store"),
-        ("burst", "machines of one acquired request, and of one batch"),
-        ("rounds", "rounds of each system under each load, and no more where they are unsure"),
+        ("burst", "number of machine records in one `acquire` request and in one batch"),
+        ("rounds", _ROUNDS),
     ):
         add(f"--{name}", metavar="N", type=at_least_one, help=what)
-    add("--reads-percent", metavar="P", type=percent, help="reads of the mixed workload")
-    add("--duration", metavar="SECONDS", type=positive, help="of one round")
+    reads = "percentage of reads in the mixed workload"
+    add("--reads-percent", metavar="P", type=percent, help=reads)
+    add("--duration", metavar="SECONDS", type=positive, help="duration of one round")
     add("--budget", metavar="SECONDS", type=positive, help=_BUDGET)
     add("--rate", metavar="N", type=positive, help=_RATE)
-    add("--seed", metavar="N", type=int, default=1, help="of what is chosen at random")
-    durable = "acknowledged writes need not outlive a loss of power"
+    add("--seed", metavar="N", type=int, default=1, help="seed of random choices (default: 1)")
+    durable = "acknowledged writes need not survive a power failure"
     add("--no-fsync", action="store_true", help=durable)
-    add("--folder", metavar="DIR", help="where stores are made: the disk that is measured")
-    add("--output", metavar="DIR", default=OUTPUT, help=f"of the report (default: {OUTPUT})")
+    folder = "the folder for the temporary stores, on the disk to be measured"
+    add("--folder", metavar="DIR", help=folder)
+    output = f"folder for the report (default: {OUTPUT})"
+    add("--output", metavar="DIR", default=OUTPUT, help=output)
     add("--page", metavar="FILE", help="also replace the results in this Markdown file")
 
 

@@ -7,14 +7,19 @@ from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, positive
 
-SUMMARY: Final = "see it at work: several processes on one store, one killed"
+SUMMARY: Final = "run a demonstration: several processes use one store, and one of them is killed"
+MANUAL: Final = """\
+With --store URL or --config FILE the demo runs on that store, otherwise on a temporary one.
+"""
 _DATA: Final = (
     "start from a copy of this JSON store, in any layout "
     "(default: $HF_ASYNC_STORE_REAL_DATA, else generated templates)"
 )
-_SECONDS: Final = "stop asking for machines after this time (default: 10)"
-_REQUESTS: Final = "or after this many requests for machines (default: 240)"
-_SEED: Final = "of what is asked for; the interleaving is never the same (default: 1)"
+_SECONDS: Final = "stop requesting machines after this number of seconds (default: 10)"
+_REQUESTS: Final = "stop after this number of requests for machines (default: 240)"
+_SEED: Final = (
+    "seed of the generated requests; their interleaving differs in every run (default: 1)"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from hf_async_store.errors import StorageError, ThrottledError, UnavailableError
-from hf_async_store.strategies.dynamodb.errors import BadAnswer
+from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse
 
 Result = TypeVar("Result")
 
@@ -40,7 +40,7 @@ class Backoff:
         Args:
             after: the error of the last attempt.
         """
-        if isinstance(after, BadAnswer):
+        if isinstance(after, UnexpectedResponse):
             self._bad_responses += 1
             if self._bad_responses == _MAX_BAD_RESPONSES:
                 return False
@@ -87,5 +87,5 @@ async def retry(
 
 def throttled(what: str) -> ThrottledError:
     return ThrottledError(
-        f"DynamoDB throttled the requests until retry_timeout had passed; not done: {what}"
+        f"DynamoDB throttled the requests until retry_timeout had passed; not completed: {what}"
     )

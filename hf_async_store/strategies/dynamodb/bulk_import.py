@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from hf_async_store.changes import ANY, Change, Put
 from hf_async_store.errors import StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry, throttled
-from hf_async_store.strategies.dynamodb.errors import BadAnswer, TableMissing
+from hf_async_store.strategies.dynamodb.errors import TableMissing, UnexpectedResponse
 from hf_async_store.strategies.dynamodb.write_op import WriteOp, chunks, deleted_meanwhile
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Imports:
                 item = each["PutRequest"]["Item"]
                 item_key = (table, self._id_of(table, item))
                 if item_key not in sent:
-                    raise BadAnswer(
+                    raise UnexpectedResponse(
                         "DynamoDB returned an unprocessed item that was not sent",
                         outcome_unknown=True,
                     )

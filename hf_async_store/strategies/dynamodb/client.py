@@ -21,9 +21,9 @@ import msgspec
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
-from hf_async_store.strategies.dynamodb.answers import read_answer
 from hf_async_store.strategies.dynamodb.backoff import retry
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
+from hf_async_store.strategies.dynamodb.responses import read_response
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ class Client:
         """Send a request once and return its response.
 
         Raises:
-            StorageError: see `answers.read_answer`.
+            StorageError: see `responses.read_response`.
         """
         connection = self._connection or await self.connection()
         return await connection.call(operation, params)
@@ -118,7 +118,7 @@ class _Connection:
             body = await response.content
         except Exception as exc:
             raise of_client(exc, self._host) from exc
-        return read_answer(operation, params, response.status_code, response.headers, body)
+        return read_response(operation, params, response.status_code, response.headers, body)
 
     async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:
         credentials = await self._credentials.get_frozen_credentials()

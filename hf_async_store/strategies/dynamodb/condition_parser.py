@@ -236,7 +236,10 @@ def _parse_comparison(
         key = encode(operand) if indexed is None else indexed.key_of(operand)
         if key is None:
             raise InvalidQueryError(
-                f"{argument}: the index {index.name} cannot contain the value of {token.text}"
+                f"{argument}: the index {index.name} cannot find the value of {token.text}. It finds "
+                "values of the declared type of the field, except null, empty strings, strings that "
+                "are too long for a key, and numbers that a key cannot represent exactly; "
+                "query_entities finds these, too"
             )
         return names.value(key)
 

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.errors import ConfigurationError, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb.answers import convert
 from hf_async_store.strategies.dynamodb.backoff import retry
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
+from hf_async_store.strategies.dynamodb.responses import convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -29,6 +29,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     public,
     public_errors,
 )
+from hf_async_store.strategies.dynamodb.independent_writes import MAX_STATEMENTS, Writes
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
 from hf_async_store.strategies.dynamodb.reading import MAX_KEYS, Reading
 from hf_async_store.strategies.dynamodb.tables import Tables
@@ -38,7 +39,6 @@ from hf_async_store.strategies.dynamodb.transactions import (
     DynamoDBSession,
 )
 from hf_async_store.strategies.dynamodb.write_cache import WriteCache
-from hf_async_store.strategies.dynamodb.writes import MAX_STATEMENTS, Writes
 from hf_async_store.values import Key, Value
 
 _CONCURRENCY: Final = 8

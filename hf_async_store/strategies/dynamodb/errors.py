@@ -61,11 +61,11 @@ class ActionDenied(PermissionDeniedError):  # noqa: N818  # as above
     """The IAM policy does not allow the action. A minimal policy omits the optional actions."""
 
 
-class AnswerLost(UnavailableError):  # noqa: N818  # as above
+class ResponseLost(UnavailableError):  # noqa: N818  # as above
     """No valid response was received: the request may have been applied, or may be applied later."""
 
 
-class BadAnswer(AnswerLost):
+class UnexpectedResponse(ResponseLost):
     """The response is invalid for its request; a retry helps only if the cause is transient."""
 
 
@@ -76,9 +76,9 @@ class StatementRefused(StorageError):  # noqa: N818  # as above
 def public(exc: StorageError) -> StorageError:
     """The public error for an internal one."""
     kind: type[StorageError]
-    if isinstance(exc, BadAnswer | StatementRefused | ConditionFailed | Cancelled):
+    if isinstance(exc, UnexpectedResponse | StatementRefused | ConditionFailed | Cancelled):
         kind = ProtocolError
-    elif isinstance(exc, AnswerLost | TableMissing):
+    elif isinstance(exc, ResponseLost | TableMissing):
         kind = UnavailableError
     elif isinstance(exc, ActionDenied):
         kind = PermissionDeniedError
@@ -86,7 +86,7 @@ def public(exc: StorageError) -> StorageError:
         return exc
     converted = kind(
         str(exc),
-        retryable=exc.retryable and not isinstance(exc, BadAnswer),
+        retryable=exc.retryable and not isinstance(exc, UnexpectedResponse),
         outcome_unknown=exc.outcome_unknown,
     )
     converted.__cause__ = exc
@@ -481,7 +481,7 @@ def of_client(exc: Exception, host: str) -> StorageError:
         return _tls_error(exc, host)
     if name in _NOT_CONNECTED or (name == "EndpointConnectionError" and _never_connected(exc)):
         return UnavailableError(f"DynamoDB cannot be reached at {host}: {name}{_reason(cause)}")
-    return AnswerLost(f"no response from DynamoDB at {host}: {name}", outcome_unknown=True)
+    return ResponseLost(f"no response from DynamoDB at {host}: {name}", outcome_unknown=True)
 
 
 def _tls_error(exc: Exception, host: str) -> StorageError:

@@ -42,7 +42,7 @@ from hf_async_store.strategies.dynamodb.codec import (
     encode_map,
     is_native,
 )
-from hf_async_store.strategies.dynamodb.errors import BadAnswer, unreadable
+from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse, unreadable
 from hf_async_store.values import (
     CREATED_AT,
     INT_MAX,
@@ -342,11 +342,13 @@ class ItemMapping:
         """The id of an item.
 
         Raises:
-            BadAnswer: it has none, although no table accepts such an item.
+            UnexpectedResponse: it has none, although no table accepts such an item.
         """
         content = item.get(self.key, {}).get("S")
         if content is None:
-            raise BadAnswer(f"DynamoDB returned an item of {self.collection.name} without its key")
+            raise UnexpectedResponse(
+                f"DynamoDB returned an item of {self.collection.name} without its key"
+            )
         return cast("str", content)
 
     def entity(self, item: Attributes) -> Entity:

@@ -198,7 +198,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
             raise
         if not task.done():
             raise OperationTimeoutError(
-                f"not done within {timeout:g} s; the write may still be applied",
+                f"not completed within {timeout:g} s; the write may still be applied",
                 retryable=False,
                 outcome_unknown=True,
             )

@@ -72,7 +72,6 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.overlay import OverlayView
 from hf_async_store.strategies.json.recovery import (
     JournalMissing,
     Merged,
@@ -84,7 +83,8 @@ from hf_async_store.strategies.json.recovery import (
     scan_file,
 )
 from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
-from hf_async_store.strategies.json.snapshot import Snapshot
+from hf_async_store.strategies.json.session_view import SessionView
+from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class JSONEngine:
         # Two threads: a commit never waits for a compaction that is writing.
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
         self._state: StoreState | None = None
-        self._committed_view: OverlayView  # a view of the current state without layers
+        self._committed_view: SessionView  # a view of the current state without layers
         self._refreshing = asyncio.Lock()
         self._write_locked = False  # the write lock is held, and the state is up to date
         self._append: _PendingAppend | None = None
@@ -293,8 +293,8 @@ class JSONEngine:
         """The state in memory, which may be behind the files; None if nothing was read yet."""
         return self._state
 
-    def view(self, state: StoreState) -> OverlayView:
-        return OverlayView(
+    def view(self, state: StoreState) -> SessionView:
+        return SessionView(
             state, self.schema, self.serializer, references=self.config.enforce_references
         )
 
@@ -377,7 +377,8 @@ class JSONEngine:
         return CorruptionError(
             f"the journal in {self.files.folder} has a gap: {exc}. Restore a backup "
             "(`hf-async-store restore`), or use the data files without the journal: "
-            "`hf-async-store checkpoint --recover-from file`"
+            "`hf-async-store checkpoint --recover-from file` (all commits since the last compaction are "
+            "then lost; copy the folder first)"
         )
 
     def _unchanged(self, state: StoreState) -> bool:
@@ -567,7 +568,7 @@ class JSONEngine:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        reader = Snapshot(await self.current())
+        reader = SnapshotReader(await self.current())
         try:
             yield reader
         finally:
@@ -1037,7 +1038,7 @@ class _SessionContext:
     def __init__(self, engine: JSONEngine) -> None:
         self._engine = engine
         self._stack = AsyncExitStack()
-        self._view: OverlayView | None = None
+        self._view: SessionView | None = None
         self._state: StoreState | None = None
         self._owner: asyncio.Task[object] | None = None
 
@@ -1057,7 +1058,7 @@ class _SessionContext:
         finally:
             await self._stack.aclose()
 
-    async def _begin(self) -> OverlayView:
+    async def _begin(self) -> SessionView:
         if self._view is None:
             self._state = await self._stack.enter_async_context(self._engine.writing(self._owner))
             self._view = self._engine.view(self._state)

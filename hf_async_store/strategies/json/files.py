@@ -133,9 +133,10 @@ class FileManager:
         # A data file is read, and replaced by the next compaction: only valid names are accepted.
         if self.single or collection is None or is_reserved(name):
             raise CorruptionError(
-                f"{named}, which is no data file of this store. Restore a backup "
+                f"{named}, which is not a data file of this store. Restore a backup "
                 "(`hf-async-store restore`), or use the data files without the journal: "
-                "`hf-async-store checkpoint --recover-from file`"
+                "`hf-async-store checkpoint --recover-from file` (all commits since the last "
+                "compaction are then lost; copy the folder first)"
             )
         if name in self._collections or collection in self._collections.values():
             raise ConfigurationError(
@@ -516,7 +517,7 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
 
     Raises:
         CorruptionError: it is truncated, no gzip file, or decompresses to more than the limit.
-        ConfigurationError: it is no regular file.
+        ConfigurationError: it is not a regular file.
     """
     # One call in a worker thread, and not aiofiles, which would need one call for each step, and
     # 6 ms of import time in every short-lived process. Each step releases the GIL.

@@ -299,5 +299,6 @@ def _damaged(name: str, offset: int, what: str) -> CorruptionError:
         f"{name} at byte {offset}: {what}. Nothing was changed. Restore a backup "
         "(`hf-async-store restore`), or continue with the undamaged part: `hf-async-store checkpoint "
         "--recover-from salvage` (the data file and every commit before this position), or "
-        "`--recover-from file` (the data file alone, without the journal)"
+        "`--recover-from file` (the data file alone; all commits since the last compaction are then "
+        "lost). Copy the folder first"
     )

@@ -270,8 +270,9 @@ class StoreLoader:
         if first < journals[0].generation:
             raise CorruptionError(
                 f"{self._files.journal(first)} is missing, and the data files do not contain its "
-                "commits. Restore a backup (`hf-async-store restore`), or continue without these "
-                "commits: `hf-async-store checkpoint --recover-from file`"
+                "commits. Restore a backup (`hf-async-store restore`), or use the data files without "
+                "the journal: `hf-async-store checkpoint --recover-from file` (all commits since the "
+                "last compaction are then lost; copy the folder first)"
             )
 
     def _refuse_conflict(self, state: StoreState) -> None:
@@ -279,9 +280,9 @@ class StoreLoader:
             if state.has_pending(self.collections_of(name, state)):
                 raise DataFileConflictError(
                     f"{self._files.path(name)} was replaced while its journal contained commits. "
-                    "Choose which of the two is valid: `hf-async-store checkpoint --recover-from file` "
-                    "uses the file and discards the journal, `--recover-from journal` applies the "
-                    "commits in the journal to the file"
+                    "Copy the folder, then choose: `hf-async-store checkpoint --recover-from file` uses "
+                    "the file and deletes the journal, `--recover-from journal` applies the commits in "
+                    "the journal to the file"
                 )
 
     # -- journals ----------------------------------------------------------------------------
@@ -361,7 +362,8 @@ class StoreLoader:
                 raise CorruptionError(
                     f"{path} at byte 0: the journal does not begin with a HEAD record. Restore a backup "
                     "(`hf-async-store restore`), or use the data files without the journal: "
-                    "`hf-async-store checkpoint --recover-from file`"
+                    "`hf-async-store checkpoint --recover-from file` (all commits since the last "
+                    "compaction are then lost; copy the folder first)"
                 )
             if not newest and entries[-1].kind is not Kind.SEAL:
                 raise CorruptionError(
@@ -523,8 +525,9 @@ class StoreLoader:
                 raise CorruptionError(
                     f"{self._files.path(name)} is missing, although its journal exists. Restore a "
                     f"backup (the newest: {newest[0] if newest else 'none was kept'}) by "
-                    "`hf-async-store restore`, or continue without its content: "
-                    "`hf-async-store checkpoint --recover-from file`"
+                    "`hf-async-store restore`, or continue without its content and without the "
+                    "journal: `hf-async-store checkpoint --recover-from file` (all commits since the "
+                    "last compaction are then lost, too; copy the folder first)"
                 )
             state.replaced.add(name)
         return FileState(digest, first, ours=False, collection=self._files.names[name])
@@ -824,7 +827,7 @@ def open_journal(path: Path) -> int:
     if not regular:
         os.close(fd)
         raise ConfigurationError(
-            f"{path} has the name of a journal but is no regular file. Move it to another folder"
+            f"{path} has the name of a journal but is not a regular file. Move it to another folder"
         )
     return fd
 

@@ -157,8 +157,9 @@ class JSONStorageStrategy(StorageStrategy):
 
         Args:
             recover_from: recover from a data file that was replaced manually while the journal
-                contained commits: "file" uses the file and discards the journal, "journal" applies
-                the commits in the journal to the file. The file that is replaced is kept as a backup.
+                contained commits: "file" uses the file and deletes the journal, "journal" applies
+                the commits in the journal to the file. The replaced data file is kept as a backup,
+                if `backup_enabled` is set.
                 "salvage" recovers from a damaged journal: every commit before the damage is valid, and
                 a copy of the journal is kept as `NAME.damaged.NUMBER`. If a recovery is interrupted,
                 either nothing was changed, or it is effective.

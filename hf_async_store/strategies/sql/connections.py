@@ -175,7 +175,8 @@ class LeasedConnection:
         if not self.dialect.in_transaction(self.driver):
             raise TransactionAbortedError(
                 "the statement ended its transaction: earlier writes of the transaction may be "
-                "committed",
+                "committed or rolled back. Read what is stored before you write again. A statement, "
+                "and the triggers and functions that it calls, must not commit or roll back",
                 outcome_unknown=True,
             )
         return rows
@@ -434,7 +435,11 @@ class Connections:
             leases.append(LeasedConnection(self._dialect, connection, driver))
             self._leased.add(leases[0])
             return
-        raise UnavailableError("cannot connect: every connection was lost as soon as it was opened")
+        raise UnavailableError(
+            f"cannot connect to {self._config.place()}: every connection was closed, or became "
+            "unusable, as soon as it was opened. Check the log of the server, its connection limit, and "
+            "any proxy or connection pooler"
+        )
 
     def _connect_error(self, exc: SQLAlchemyError) -> StorageError:
         original = getattr(exc, "orig", None)

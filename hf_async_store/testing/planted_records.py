@@ -98,7 +98,7 @@ async def _refusal_messages(store: StorageStrategy, kind: type[StorageError]) ->
     return messages
 
 
-class TrustContract:
+class PlantedRecordContract:
     """Write access to a store must not affect its readers beyond the stored data."""
 
     @pytest.fixture

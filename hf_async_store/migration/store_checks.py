@@ -142,9 +142,8 @@ async def refuse_undeclared_fields(store: StorageStrategy, label: str) -> None:
     ]
     if fields:
         raise ConfigurationError(
-            f"{label} has fields that are not declared here, whose values would remain in replaced "
-            f"entities: {listed(fields)}. Declare them (--collections MODULE:NAME on the command "
-            "line)"
+            f"{label} has undeclared fields: {listed(fields)}. Replacing an entity would leave their "
+            "old values in it. Declare them (--collections MODULE:NAME on the command line)"
         )
 
 

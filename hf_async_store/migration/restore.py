@@ -23,10 +23,10 @@ from hf_async_store.migration.backup_format import (
     read_portable,
     refuse_other_schema,
 )
+from hf_async_store.migration.backup_verification import Parents, check_portable
+from hf_async_store.migration.dry_run import enforces_references
 from hf_async_store.migration.merge import Merged, MergeRule, put
-from hf_async_store.migration.preflight import enforces_references
-from hf_async_store.migration.proving import Parents, check_portable
-from hf_async_store.migration.requirements import check_leave_out, refuse_undeclared_fields
+from hf_async_store.migration.store_checks import check_leave_out, refuse_undeclared_fields
 from hf_async_store.schema import Schema
 from hf_async_store.values import Entity
 

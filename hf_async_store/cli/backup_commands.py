@@ -18,9 +18,9 @@ from msgspec.json import encode
 
 from hf_async_store.cli import output
 from hf_async_store.cli.admin_commands import make_empty
-from hf_async_store.cli.backup_reader import listed, read_backup
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
+from hf_async_store.cli.json_backup_reader import listed, read_backup
 from hf_async_store.cli.json_files import JSONFiles, dated, remove
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration import backup_store, is_portable, restore_store
@@ -28,7 +28,7 @@ from hf_async_store.migration import backup_store, is_portable, restore_store
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from hf_async_store.cli.backup_reader import Backup
+    from hf_async_store.cli.json_backup_reader import Backup
     from hf_async_store.strategy import StorageStrategy
 
 

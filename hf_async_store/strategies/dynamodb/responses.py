@@ -21,7 +21,7 @@ from hf_async_store.errors import (
     ThrottledError,
     UnavailableError,
 )
-from hf_async_store.strategies.dynamodb.errors import AnswerLost, BadAnswer, translate
+from hf_async_store.strategies.dynamodb.errors import ResponseLost, UnexpectedResponse, translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -224,7 +224,7 @@ _DECODE_FAILURE: Final = msgspec.json.Decoder(_Failure).decode
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-def read_answer(
+def read_response(
     operation: str,
     params: Mapping[str, Any],
     status: int,
@@ -234,11 +234,11 @@ def read_answer(
     """Decode and validate the response to a request.
 
     Raises:
-        BadAnswer: the response is invalid; has `outcome_unknown`.
+        UnexpectedResponse: the response is invalid; has `outcome_unknown`.
         StorageError: the response is an error; see `errors.translate`.
     """
     if not _checksum_matches(headers.get("x-amz-crc32"), body):
-        raise AnswerLost(
+        raise ResponseLost(
             "the response of DynamoDB does not match its checksum (x-amz-crc32)",
             outcome_unknown=True,
         )
@@ -246,7 +246,7 @@ def read_answer(
         raise _failure(status, headers, body, params)
     content_type = headers.get("content-type", "json")
     if "json" not in content_type.lower():
-        raise _invalid(f"its content type is {content_type[:80]!r}")
+        raise _invalid(f"it has the content type {content_type[:80]!r}, not JSON")
     try:
         if not body.isascii():
             body.decode()  # checks the members that are not decoded, too
@@ -261,7 +261,7 @@ def convert(operation: str, params: Mapping[str, Any], response: object) -> dict
     """Validate a response that the DAX client has decoded.
 
     Raises:
-        BadAnswer: the response is invalid.
+        UnexpectedResponse: the response is invalid.
     """
     try:
         converted: dict[str, Any] = msgspec.convert(response, _SHAPES[operation])
@@ -275,8 +275,8 @@ def _checksum_matches(checksum: str | None, body: bytes) -> bool:
     return checksum is None or checksum == str(zlib.crc32(body))
 
 
-def _invalid(why: str) -> BadAnswer:
-    return BadAnswer(
+def _invalid(why: str) -> UnexpectedResponse:
+    return UnexpectedResponse(
         f"the response is not from DynamoDB or was changed by a proxy: {why}",
         outcome_unknown=True,
     )
@@ -289,7 +289,7 @@ def check(operation: str, params: Mapping[str, Any], response: Mapping[str, Any]
     """Check that a response matches its request.
 
     Raises:
-        BadAnswer: it does not.
+        UnexpectedResponse: it does not.
     """
     is_match = _CHECKS.get(operation)
     if is_match is not None and not is_match(params, response):
@@ -386,7 +386,7 @@ def _failure(
         params.get("TransactItems", ())
     ):
         # Nothing was written.
-        return BadAnswer(
+        return UnexpectedResponse(
             "DynamoDB cancelled a transaction without a cancellation reason for each action"
         )
     message = failure.get("message") or failure.get("Message") or ""

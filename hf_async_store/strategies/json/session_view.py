@@ -57,7 +57,7 @@ _SIZE_CHECK_BYTES: Final = MAX_ENTITY_BYTES // 8
 counts is less than 8 times the size of the JSON."""
 
 
-class OverlayView:
+class SessionView:
     """Reads one state of the store, and checks and applies changes to it.
 
     Args:

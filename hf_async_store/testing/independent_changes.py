@@ -70,7 +70,7 @@ REFUSED: Final[Mapping[type[StorageError] | str, tuple[type[StorageError], Verb]
 """Changes that the store can refuse only when it applies them, with the expected errors."""
 
 
-class NeighbourContract:
+class IndependentChangeContract:
     """Effects of a change on its neighbours."""
 
     @pytest.mark.parametrize("name", REFUSED)

@@ -46,9 +46,9 @@ from hf_async_store.preconditions import changed, check, next_version, patched
 from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry, throttled
 from hf_async_store.strategies.dynamodb.bulk_import import Imports, is_import
 from hf_async_store.strategies.dynamodb.errors import (
-    AnswerLost,
     Cancelled,
     ConditionFailed,
+    ResponseLost,
     StatementRefused,
     TableMissing,
     conflict,
@@ -70,8 +70,7 @@ from hf_async_store.strategies.dynamodb.items import (
     stored_size,
     token_of,
 )
-from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
-from hf_async_store.strategies.dynamodb.statements import (
+from hf_async_store.strategies.dynamodb.partiql import (
     ConditionBuilder,
     Path,
     Statement,
@@ -79,6 +78,7 @@ from hf_async_store.strategies.dynamodb.statements import (
     insert,
     update,
 )
+from hf_async_store.strategies.dynamodb.requests import unchanged, update_item, upsert_item
 from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
 from hf_async_store.strategies.dynamodb.write_op import (
     UNKNOWN,
@@ -473,7 +473,7 @@ class Writes:
             return None
         if not is_safe_to_retry(exc):
             op.ambiguous = True
-            op.may_be_applied_later = op.may_be_applied_later or isinstance(exc, AnswerLost)
+            op.may_be_applied_later = op.may_be_applied_later or isinstance(exc, ResponseLost)
             if op.separate_request:
                 if op.observed is None:
                     op.observed = UNKNOWN
@@ -850,7 +850,10 @@ def _version_conflict(op: WriteOp, item: Attributes) -> StorageError:
         check(change.key, expected, actual, op.mapping.entity(item))
     except StorageError as exc:
         return exc
-    raise AssertionError("the versions differ")
+    raise AssertionError(
+        f"{change.key.collection} {change.key.id!r}: no conflict between the stored version {actual} "
+        f"and the expected version {expected}"
+    )
 
 
 def _retries_exhausted(op: WriteOp, last: StorageError) -> StorageError:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CHUNK_SIZE: Final = 512
 
 
-class Snapshot:
+class SnapshotReader:
     """Reads the store as it was when the snapshot was created. The user must close it.
 
     Args:

@@ -43,13 +43,13 @@ async def find_incompatibilities(
     Checked is what every write checks (keys, values, declared types, sizes, versions), and, if the
     target enforces references, whether the parents exist.
     """
-    preflight = _Preflight(source, target, limit)
+    dry_run = _DryRun(source, target, limit)
     for name in source.collections:
-        await preflight.check_collection(name, advance)
-    return preflight.counts, preflight.problems[:limit], len(preflight.problems) > limit
+        await dry_run.check_collection(name, advance)
+    return dry_run.counts, dry_run.problems[:limit], len(dry_run.problems) > limit
 
 
-class _Preflight:
+class _DryRun:
     def __init__(self, source: StorageStrategy, target: StorageStrategy, limit: int) -> None:
         self._source = source
         self._target = target
