@@ -28,8 +28,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         add(f"--{name}", metavar="N", type=at_least_one, default=default, help=described)
     reads = "percentage of operations that are gets (default: 80)"
     add("--reads-percent", metavar="P", type=percent, default=80, help=reads)
-    folder = "the folder for the temporary stores, on the disk to be measured"
-    add("--folder", metavar="DIR", help=folder)
+    add(
+        "--folder",
+        metavar="DIR",
+        help="the folder for the temporary stores, on the disk to measure",
+    )
 
 
 def run(arguments: Namespace) -> int:

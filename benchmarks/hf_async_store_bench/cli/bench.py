@@ -25,17 +25,13 @@ lost or a result was wrong.
 _COMPARE: Final = "show which differences between two runs are larger than the noise"
 _SHORT: Final = "within 2 minutes: the main workloads (the default)"
 _FULL: Final = (
-    "within 20 minutes: all workloads, baselines and competitors, growth of cost with data size, and "
-    "memory"
+    "within 20 minutes: all workloads and systems, growth of cost with data size, and memory"
 )
 _ONLY: Final = (
     "measure only this: an engine with its baselines and competitors (json), one system (tinydb), or a "
     "role (strategy, baseline, competitor); repeatable"
 )
-_WORKLOAD: Final = (
-    "run only this workload, such as save, poll or 'create batch', or this scenario, such as memory; "
-    "repeatable"
-)
+_WORKLOAD: Final = "run only this workload, such as save, or scenario, such as memory; repeatable"
 _BUDGET: Final = (
     "time limit of the whole run (default: 100 for the short, 1140 for the full run); the "
     "measurements that did not fit are listed"
@@ -44,10 +40,7 @@ _ROUNDS: Final = (
     "exactly this number of rounds of each system under each load; no additional rounds for "
     "uncertain results"
 )
-_RATE: Final = (
-    "rate of the latency measurement, in operations per second (default: half of the maximum "
-    "throughput)"
-)
+_RATE: Final = "operations per second of the latency measurement (default: half of the maximum)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

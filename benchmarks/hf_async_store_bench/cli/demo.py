@@ -17,9 +17,7 @@ _DATA: Final = (
 )
 _SECONDS: Final = "stop requesting machines after this number of seconds (default: 10)"
 _REQUESTS: Final = "stop after this number of requests for machines (default: 240)"
-_SEED: Final = (
-    "seed of the generated requests; their interleaving differs in every run (default: 1)"
-)
+_SEED: Final = "seed of the generated requests, not of their interleaving (default: 1)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
