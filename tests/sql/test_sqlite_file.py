@@ -21,6 +21,7 @@ from hf_async_store import (
     StorageError,
     open_store,
 )
+from tests.contract.harnesses import open_files
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -469,3 +470,17 @@ def test_no_file_descriptors_available(tmp_path: Path) -> None:
     assert done.stderr == ""
     name = f"{DiskFullError.__name__} False"
     assert done.stdout.splitlines() == [name, name, "2"]
+
+
+async def test_a_cursor_that_is_still_referenced_does_not_keep_the_file_open(
+    tmp_path: Path,
+) -> None:
+    """The traceback of a cancelled task references the cursor of its stream."""
+    async with open_store(f"sqlite:{tmp_path}/store.db") as store:
+        await store.save_entities("templates", [{"template_id": f"t-{n}"} for n in range(100)])
+        pool = store._sql._streams  # type: ignore[attr-defined]
+        lease = await pool.acquire()
+        cursor = await lease.driver.execute("SELECT * FROM templates")
+        assert await cursor.fetchone() is not None
+    assert open_files(tmp_path) == []
+    del cursor
