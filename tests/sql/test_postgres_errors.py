@@ -480,3 +480,26 @@ async def test_a_server_that_is_not_postgresql() -> None:
                 assert not caught.value.outcome_unknown
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        asyncpg.InterfaceError("connection is closed"),
+        asyncpg.InterfaceError("cannot perform operation: connection is closed"),
+        asyncpg.InternalClientError(
+            "cannot switch to state 15; another operation (2) is in progress"
+        ),
+        asyncpg.InternalClientError("not connected"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("writes", [False, True])
+async def test_a_statement_that_was_never_sent_can_be_retried(exc: Exception, writes: bool) -> None:
+    """The driver raises these if the server ended the session, also while it sets up a connection."""
+    async with open_store("postgresql://127.0.0.1:1/none") as store:
+        dialect = store._sql._dialect  # type: ignore[attr-defined]
+        error = dialect.translate(exc, doing="connect", writes=writes)
+    assert isinstance(error, UnavailableError)
+    assert error.retryable
+    assert not error.outcome_unknown

@@ -459,7 +459,7 @@ class PostgreSQL(Dialect):
                 raise SessionEndedError from exc
         elif not isinstance(exc, _SERVER_ERRORS):
             _SESSIONS[driver].state_unknown = True
-            if isinstance(exc, asyncpg.InternalClientError) and str(exc).startswith(_NOT_SENT):
+            if _is_closed(exc):
                 raise SessionEndedError from exc
             if not isinstance(exc, OSError):
                 # An invalid response can make the decoders raise anything.
@@ -1056,11 +1056,12 @@ def _setting(driver: Any, name: str) -> str | None:
 
 
 def _is_closed(exc: Exception) -> bool:
-    """Whether the driver refused to send anything because the connection is closed.
+    """Whether the driver sent nothing because the server had ended the session.
 
-    The driver has no error class for this, and raises it in two places; SQLAlchemy also checks the
-    message.
+    The driver has no class for this; SQLAlchemy, too, looks at the message.
     """
+    if isinstance(exc, asyncpg.InternalClientError):
+        return str(exc).startswith(_NOT_SENT)
     return isinstance(exc, asyncpg.InterfaceError) and str(exc).endswith("connection is closed")
 
 
