@@ -690,7 +690,10 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("json://data/db.json", "expected json:PATH"),
         ("sqlite:///a.db", "expected sqlite:PATH"),
         ("postgresql:name", "expected postgresql://USER:PASSWORD@HOST:PORT/NAME"),
-        ("postgresql://h:port/db", "port: expected int, got str"),
+        (
+            "postgresql://h:port/db",
+            "port: expected a number, or a string of digits (for several servers, separated by commas)",
+        ),
         ("postgresql://h/db?username=a@b", "@ : / ? and % in the user, password and name must be"),
         ("postgresql://h/db/more", "@ : / ? and % in the user, password and name must be"),
         ("dynamodb:us-east-1", "expected dynamodb://REGION/PREFIX"),
