@@ -698,7 +698,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "backups": Command(
         "backups",
-        "list the previous data files that the store has kept, not portable backups (JSON stores)",
+        "list the earlier data files kept by JSON stores (not portable backups)",
         f"{_CLI}.backup_commands:backups",
         _nothing,
         f"The newest is listed first. `{PROGRAM} restore` restores any of them.\n",

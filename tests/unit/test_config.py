@@ -344,7 +344,10 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         ({"storage": None}, "storage: expected mapping, got NoneType"),
         ({"json_strategy": {5: 1}}, "json_strategy.5: unknown key"),
         # Errors in the block of a strategy that is not selected.
-        ({"strategy": "json", "sql_strategy": {"port": "x"}}, "sql_strategy.port: expected int"),
+        (
+            {"strategy": "json", "sql_strategy": {"port": "x"}},
+            "sql_strategy.port: expected a number",
+        ),
         # Types and ranges.
         (in_json(cache_size="5"), "storage.json_strategy.cache_size: expected int, got str"),
         (in_json(cache_size=True), "storage.json_strategy.cache_size: expected int, got bool"),
