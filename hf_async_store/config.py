@@ -282,7 +282,8 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.pgbouncer and (self.schema or self.options):
             raise ConfigurationError(
                 f"{'schema' if self.schema else 'options'}: not supported with pgbouncer, which does not "
-                "keep session settings; use ALTER ROLE ... SET search_path instead"
+                "keep session settings; use ALTER ROLE ... SET "
+                f"{'search_path' if self.schema else '<setting>'} instead"
             )
 
     def servers(self) -> list[tuple[str, int]]:
@@ -320,7 +321,9 @@ def _port(digits: str) -> int:
     """The port number in a string; for an empty one 0, "not specified"."""
     port = int(digits) if digits.isdecimal() and len(digits) < 10 else 0 if digits == "" else None
     if port is None:
-        raise ConfigurationError("port: expected int, got str")
+        raise ConfigurationError(
+            "port: expected a number, or a string of digits (for several servers, separated by commas)"
+        )
     return cast("int", _checked(port, Port, "port"))
 
 

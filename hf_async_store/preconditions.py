@@ -104,7 +104,8 @@ def patched(current: Entity, fields: Mapping[str, Value | Removed], version: int
 def next_version(key: Key, actual: int | None) -> int:
     if actual == INT_MAX:
         raise UnsupportedValueError(
-            f"{key.collection} {key.id!r}: its version is the greatest possible, {INT_MAX}"
+            f"{key.collection} {key.id!r}: its version is the greatest possible, {INT_MAX}; "
+            "delete the entity, and create it again"
         )
     return 1 if actual is None else actual + 1
 

@@ -377,7 +377,9 @@ class Schema(Mapping[str, Collection]):
         declared = list(collections)
         by_name = {each.name: each for each in declared}
         if len(by_name) != len(declared):
-            raise ConfigurationError("a collection is declared twice")
+            names = [each.name for each in declared]
+            twice = next(each for each in names if names.count(each) > 1)
+            raise ConfigurationError(f"the collection {twice!r} is declared twice")
         for each in declared:
             for field in each.references:
                 if field.references not in by_name:

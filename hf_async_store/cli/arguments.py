@@ -395,7 +395,8 @@ def _backup(parser: argparse.ArgumentParser) -> None:
         "--keep",
         metavar="N",
         type=_at_least_one,
-        help="delete all but the newest N dated backups in the folder",
+        help="delete all but the newest N dated backups (backup_TIME.jsonl.gz) in the folder, whichever "
+        "store they are of",
     )
     parser.add_argument(
         "--allow-smaller",
@@ -482,14 +483,17 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backup-location",
         metavar="PATH",
-        help="the backup file, or, ending in /, the folder for it; checkpoints are stored there, too",
+        help="the backup file, or, ending in /, the folder for it; the progress file is stored there, too",
     )
     parser.add_argument("--no-backup", action="store_true", help="do not back up the source first")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the stores afterwards"
     )
     parser.add_argument(
-        "--cleanup-source", action="store_true", help="empty the source after the verification"
+        "--cleanup-source",
+        action="store_true",
+        help="empty the source after the verification, including entities that --merge keep or newest did "
+        "not copy",
     )
     _add_merge(parser)
     _add_leave_out(parser)
@@ -499,7 +503,7 @@ def _add_migration(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write nothing, not even a test write; report what the target would refuse",
     )
-    mode.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    mode.add_argument("--resume", action="store_true", help="continue an interrupted migration")
 
 
 def _live_migrate(parser: argparse.ArgumentParser) -> None:
@@ -572,7 +576,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "each entity is stored or refused independently of the others.\n\n"
         f'  {PROGRAM} put templates \'{{"template_id": "t-1", "name": "Standard"}}\'\n'
         f"  {PROGRAM} put machines --file machines.jsonl --create\n"
-        f"  {PROGRAM} query machines | {PROGRAM} put machines - --store json:copy.json\n",
+        f"  {PROGRAM} query templates | {PROGRAM} put templates - --store json:copy.json\n",
     ),
     "get": Command(
         "get COLLECTION ID...",
@@ -650,15 +654,18 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "write all commits from the journal to the data files (JSON stores)",
         f"{_CLI}.admin_commands:checkpoint",
         _checkpoint,
-        "Afterwards other programs can read the data files, because the journal is empty.\n\n"
+        "Until the next commit, the data files are then complete, and other programs can read or copy\n"
+        "them. To edit or replace a data file, first stop all other processes, then run this command.\n\n"
         "If a data file was replaced by hand while the journal held commits, the store cannot be\n"
-        "used until --recover-from file or journal is given. Make a copy of the folder first.\n\n"
+        "used until --recover-from file or journal is given. Copy the folder first: both delete the\n"
+        "journal without a copy. The data file as it was is kept as NAME.bak.NUMBER, unless\n"
+        "backup_enabled is off.\n\n"
         "  --recover-from file     use the data file as it is, and delete the journal: all commits\n"
         "                          since the last compaction are lost\n"
-        "  --recover-from journal  apply the commits in the journal to the data file. The file as\n"
-        "                          it was is kept as NAME.bak.NUMBER, if backup_enabled is set\n"
-        "  --recover-from salvage  if the journal is damaged: apply every commit before the damage,\n"
-        "                          and keep the journal as NAME.damaged.NUMBER\n",
+        "  --recover-from journal  apply the commits in the journal to the data file\n"
+        "  --recover-from salvage  if the journal is damaged, and there is no backup to restore: apply\n"
+        "                          every commit before the damage; all later ones are lost. A copy of\n"
+        "                          the journal is kept as NAME.damaged.NUMBER\n",
     ),
     "backup": Command(
         "backup [DESTINATION] [OPTIONS]",
@@ -678,19 +685,20 @@ COMMANDS: Final[Mapping[str, Command]] = {
         _restore,
         "A portable backup, made by `backup`, is restored into an empty store, or with --merge into\n"
         "one that holds entities already, with the original versions and timestamps. The whole file\n"
-        "is verified before anything is written.\n\n"
+        "is verified before anything is written. If it is interrupted, run it again: with --merge\n"
+        "replace if it had no rule, otherwise with the same rule.\n\n"
         "For JSON stores SOURCE may also be a copy made by `backup --copy`, a file listed by\n"
-        "`backups`, or any file in the format of the store. It replaces the content. The previous\n"
-        "content is kept next to the data as replaced_TIME. Entities that change get their next\n"
-        "version, as with any write. If the store is damaged and cannot be opened, its files are\n"
-        "replaced, and kept in damaged_TIME.\n\n"
+        "`backups`, or any file in the format of the store. It replaces the content; --merge is refused.\n"
+        "The previous content is kept next to the data as replaced_TIME. Entities that change get\n"
+        "their next version, as with any write. If the store is damaged and cannot be opened, its\n"
+        "files are replaced, and kept in damaged_TIME.\n\n"
         f"  {PROGRAM} restore backups/backup_20250630T120000Z.jsonl.gz\n"
         f"  {PROGRAM} restore monday.jsonl.gz --merge newest\n"
         f"  {PROGRAM} restore data/request_database.json.bak.00000012\n",
     ),
     "backups": Command(
         "backups",
-        "list the previous data files that the store has kept (JSON stores)",
+        "list the earlier data files kept by JSON stores (not portable backups)",
         f"{_CLI}.backup_commands:backups",
         _nothing,
         f"The newest is listed first. `{PROGRAM} restore` restores any of them.\n",
@@ -728,9 +736,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  status    show the phase and the number of changes that are still to be copied\n"
         "  rollback  switch back to the source, with everything that was written since the switch\n"
         "  abort     end the migration before the switch\n"
-        "  finalize  decommission the source: from then on it refuses to open\n\n"
-        "Applications may use either store before and after the switch. They change to the active\n"
-        "store by themselves if the key `follow_moves` of their configuration names the other store.\n"
+        "  finalize  decommission the source: from then on it refuses to open. First configure every\n"
+        "            application with the URL of the target\n\n"
+        "Between start and finalize, applications may open either store, if the key `follow_moves` of\n"
+        "their configuration names the other one. Then they change to the active store by themselves.\n"
         "The stores record only each other's location, without secrets. If an action was interrupted,\n"
         "run it again.\n\n"
         f"  {PROGRAM} live-migrate start --from json:data --to json:data.json\n"

@@ -211,9 +211,10 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
             try:
                 result = await context.with_timeout(restoring)
             except asyncio.CancelledError:
+                rule = arguments.merge or "replace"
                 output.log_line(
                     f"the restore of {source} is incomplete: {restored:,} entities are restored, "
-                    "and possibly some of the next batch; run it again with --merge replace"
+                    f"and possibly some of the next batch; run it again with --merge {rule}"
                 )
                 raise
             await _make_empty_if_absent(context)

@@ -171,7 +171,10 @@ async def _contents(
         loaded = await read_file(folder / copy)
         name = copy.removesuffix(".gz") if source.names else next(iter(names))
         if loaded is None:
-            raise StorageError(f"{source.paths[copy]} was deleted while it was read")
+            raise StorageError(
+                f"{source.paths[copy]} was deleted while it was read. A compaction deletes the oldest "
+                ".bak files: copy the backup to another folder, and restore the copy"
+            )
         contents[name] = loaded.text if source.names else _without(loaded.text, omitted)
     return contents
 

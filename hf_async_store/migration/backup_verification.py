@@ -199,5 +199,6 @@ class Parents:
                     if parent is None:
                         raise ReferenceViolationError(
                             f"{self._wanted[key]} refers to {name} {key.id!r}, which is neither in "
-                            "the backup nor in the store"
+                            "the backup nor in the store. Create it in the store, or declare the "
+                            "field with enforced=False"
                         )

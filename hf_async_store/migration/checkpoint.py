@@ -134,7 +134,7 @@ class CheckpointFile:
 
     def _unreadable(self) -> CorruptionError:
         return CorruptionError(
-            f"{self.path} is not a valid checkpoint. Remove it and migrate again: entities that "
+            f"{self.path} is not a valid progress file. Remove it and migrate again: entities that "
             "are in the target already are compared, and not written again"
         )
 

@@ -165,7 +165,8 @@ class CollectionCopier:
             if len(self._waiting) == len(waiting):
                 raise ReferenceViolationError(
                     f"{len(waiting):,} entities of {self._collection} refer to a parent in the same "
-                    f"collection that does not exist; the first: {waiting[0]!r}"
+                    f"collection that does not exist; the first: {waiting[0]!r}. Create the parents in the "
+                    "source, or declare the field with enforced=False"
                 )
 
 

@@ -62,7 +62,7 @@ async def restore_store(
 
     The whole file is verified before anything is written: its digests, that each entity can be
     stored in this store, and that the parents of each entity exist. Entities are written in batches.
-    Repeat an interrupted restore with `merge="replace"`.
+    Repeat an interrupted restore with `merge="replace"` if it had no rule, otherwise with the same rule.
 
     Args:
         merge: how to treat entities that the store holds already (see `MergeRule`); None requires
@@ -157,7 +157,8 @@ class _Restore:
                     name, ids = next(iter(waiting.items()))
                     raise ReferenceViolationError(
                         f"{len(ids):,} entities of {name} refer to a parent that does not exist; "
-                        f"the first: {min(ids)!r}"
+                        f"the first: {min(ids)!r}. Create the parents, or declare the field with "
+                        "enforced=False"
                     )
         except StorageError as exc:
             raise self._incomplete(exc) from exc
@@ -188,7 +189,7 @@ class _Restore:
         return MigrationError(
             f"the restore of {self._path} is incomplete: {exc}. Entities that were written: "
             f"{written}, and possibly some of the batch that failed (at most {_BATCH_SIZE:,}). Fix the "
-            "cause, then restore again with --merge replace",
+            f"cause, then restore again with --merge {self._rule or 'replace'}",
             retryable=exc.retryable,
             outcome_unknown=exc.outcome_unknown,
         )

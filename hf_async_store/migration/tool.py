@@ -361,7 +361,7 @@ class MigrationTool:
         checkpoint = await self._file.read()
         if checkpoint is None:
             raise MigrationError(
-                f"there is nothing to resume: the checkpoint {self._file.path} does not exist. Start "
+                f"there is nothing to resume: the progress file {self._file.path} does not exist. Start "
                 "again with `migrate`; entities that are in the target already are not written again"
             )
         await self._check_stores(report)
@@ -508,14 +508,14 @@ class MigrationTool:
         recorded = Digest(progress.digest, progress.count)
         if in_source != recorded:
             report.notices.append(
-                f"{name} changed in the source since the checkpoint, so it is compared from its "
+                f"{name} changed in the source since its progress was recorded, so it is compared from its "
                 f"beginning ({_ids(changed)})"
             )
             checkpoint.collections[name] = Progress()
             checkpoint.rule = checkpoint.rule or "replace"
         elif checkpoint.rule is None and in_target != recorded:
             raise MigrationError(
-                f"{name} changed in the target since the checkpoint ({_ids(changed)}): another "
+                f"{name} changed in the target since its progress was recorded ({_ids(changed)}): another "
                 "program writes to it, or the target was replaced. Stop that program, then empty "
                 "the target and migrate again, or migrate with a merge rule; "
                 f"{self._file.path} can be removed"
@@ -604,7 +604,9 @@ class MigrationTool:
             first, error = errors[0]
             raise _failed(
                 "the target was verified, but the source could not be emptied completely; all "
-                "entities that were deleted from the source are in the target. "
+                "entities that were deleted from the source are in the target. If no program has "
+                "written to the source since, use the target, and delete the rest of the source "
+                "yourself. The first error: "
                 f"{name_of(self.source.collections[name], first)}",
                 error,
             ) from exc
@@ -641,8 +643,9 @@ def _different(differences: list[str]) -> str:
     more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
     return (
         f"source and target differ: {'; '.join(differences[:3])}{more}. The source is unchanged. "
-        "If nothing writes to it any more, migrate again with the merge rule replace; entities that "
-        "are in the target only must be deleted there"
+        "Stop all programs that write to either store. Only if none has written to the target, "
+        "migrate again with the merge rule replace, and delete the entities that are in the target only; "
+        "otherwise use an empty target"
     )
 
 

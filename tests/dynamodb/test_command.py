@@ -65,8 +65,8 @@ def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> 
     status, said = command("describe", "--json")
     assert status == 0, said
     requests = json.loads(said)["tables"]["requests"]
-    assert requests["there"] == requests["declared"]
-    assert requests["there"]["billing_mode"] == "PAY_PER_REQUEST"
+    assert requests["existing"] == requests["declared"]
+    assert requests["existing"]["billing_mode"] == "PAY_PER_REQUEST"
     status, said = run("--store", f"{url}&billing_mode=PROVISIONED", "describe")
     assert status == 0, said
     assert (

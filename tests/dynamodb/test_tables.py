@@ -100,7 +100,7 @@ async def test_existing_and_declared_tables_are_compared(proxy: Proxy) -> None:
         assert (await store.compare_tables())["items"]["status"] == "missing"  # type: ignore[index,call-overload]
         await store.create_tables()
         for each in (await store.compare_tables()).values():
-            assert each["there"] == each["declared"]  # type: ignore[index,call-overload]
+            assert each["existing"] == each["declared"]  # type: ignore[index,call-overload]
             assert each["differences"] == []  # type: ignore[index,call-overload]
     after = [
         Collection("items", key="item_id", fields=["label", "kind"], indexes=[Index("kind")]),
@@ -120,7 +120,7 @@ async def test_existing_and_declared_tables_are_compared(proxy: Proxy) -> None:
         f"{prefix}_odd: key is odd_id, but the declared value is other_id"
         in found["odd"]["differences"]
     )
-    assert found["new"]["there"] is None
+    assert found["new"]["existing"] is None
     assert found["new"]["differences"] == [
         f"{prefix}_new is missing; run `create-tables` to create it"
     ]
@@ -135,7 +135,7 @@ async def test_point_in_time_recovery_without_permission_to_read_it(proxy: Proxy
     async with store_at(proxy.url, point_in_time_recovery=False) as store:
         await store.create_tables()
         found: Any = await store.compare_tables()
-        assert found["items"]["there"]["point_in_time_recovery"] is None
+        assert found["items"]["existing"]["point_in_time_recovery"] is None
         [told] = found["items"]["differences"]
         assert told.endswith(
             "the policy does not allow reading point_in_time_recovery; the declared value is off"
@@ -295,7 +295,7 @@ async def test_auto_scaling(
         await store.create_tables()
         beside: Any = await store.compare_tables()
         for each in beside.values():
-            assert each["there"]["auto_scaling"] == each["declared"]["auto_scaling"]
+            assert each["existing"]["auto_scaling"] == each["declared"]["auto_scaling"]
         connection = await store._dynamodb.client.connection()
         async with connection.session.create_client(
             "application-autoscaling", region_name="us-east-1", endpoint_url=moto

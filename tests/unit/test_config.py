@@ -344,7 +344,10 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
         ({"storage": None}, "storage: expected mapping, got NoneType"),
         ({"json_strategy": {5: 1}}, "json_strategy.5: unknown key"),
         # Errors in the block of a strategy that is not selected.
-        ({"strategy": "json", "sql_strategy": {"port": "x"}}, "sql_strategy.port: expected int"),
+        (
+            {"strategy": "json", "sql_strategy": {"port": "x"}},
+            "sql_strategy.port: expected a number",
+        ),
         # Types and ranges.
         (in_json(cache_size="5"), "storage.json_strategy.cache_size: expected int, got str"),
         (in_json(cache_size=True), "storage.json_strategy.cache_size: expected int, got bool"),
@@ -690,7 +693,10 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("json://data/db.json", "expected json:PATH"),
         ("sqlite:///a.db", "expected sqlite:PATH"),
         ("postgresql:name", "expected postgresql://USER:PASSWORD@HOST:PORT/NAME"),
-        ("postgresql://h:port/db", "port: expected int, got str"),
+        (
+            "postgresql://h:port/db",
+            "port: expected a number, or a string of digits (for several servers, separated by commas)",
+        ),
         ("postgresql://h/db?username=a@b", "@ : / ? and % in the user, password and name must be"),
         ("postgresql://h/db/more", "@ : / ? and % in the user, password and name must be"),
         ("dynamodb:us-east-1", "expected dynamodb://REGION/PREFIX"),

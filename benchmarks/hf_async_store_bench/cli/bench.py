@@ -11,11 +11,10 @@ OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, unless --out
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
 SUMMARY: Final = "measure every engine on this machine, together with baselines and competitors"
 MANUAL: Final = """\
-All stores are temporary, and servers that are needed are started. --store URL also measures this
-store, such as that of a third-party engine; {folder} in its URL is replaced by a temporary folder.
+All stores are temporary, and servers that are needed are started. --store URL also measures a store
+of your own. Its URL must contain {folder} as the path of the data: a temporary folder is inserted.
 Baselines are hand-written programs without this package; competitors are other libraries.
-The report consists of a web page, Markdown, JSON and PNG files. The exit code is 4 if a write was
-lost or a result was wrong.
+The report is a web page, Markdown, JSON and PNG. Exit code 4: a write was lost or a result wrong.
 
   hf-async-store bench
   hf-async-store bench --full --output report
@@ -33,8 +32,8 @@ _ONLY: Final = (
 )
 _WORKLOAD: Final = "run only this workload, such as save, or scenario, such as memory; repeatable"
 _BUDGET: Final = (
-    "time limit of the whole run (default: 100 for the short, 1140 for the full run); the "
-    "measurements that did not fit are listed"
+    "time limit of the whole run (default: 100 for the short, 1140 for the full run, none with --workload, "
+    "--entities, --size, --tasks, --processes, --burst, --reads-percent); what did not fit is listed"
 )
 _ROUNDS: Final = (
     "exactly this number of rounds of each system under each load; no additional rounds for "

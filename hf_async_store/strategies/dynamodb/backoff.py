@@ -87,5 +87,6 @@ async def retry(
 
 def throttled(what: str) -> ThrottledError:
     return ThrottledError(
-        f"DynamoDB throttled the requests until retry_timeout had passed; not completed: {what}"
+        f"DynamoDB throttled the requests until retry_timeout had passed; not completed: {what}. Try "
+        "again later, or increase the capacity of the table"
     )

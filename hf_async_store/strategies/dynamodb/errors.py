@@ -25,6 +25,12 @@ from hf_async_store.errors import (
 )
 from hf_async_store.strategies.dynamodb.codec import Attributes
 
+TABLE_REMEDY: Final = (
+    "Restore the table, or create it empty by `hf-async-store create-tables`; if it was not deleted, check "
+    "table_prefix"
+)
+"""What to do about a missing table, in error messages."""
+
 # -- internal errors, which the callers handle or convert with `public` ------------------------
 
 

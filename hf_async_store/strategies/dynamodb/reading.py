@@ -23,7 +23,7 @@ from hf_async_store.query import (
 )
 from hf_async_store.strategies.dynamodb.backoff import Backoff, throttled
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
-from hf_async_store.strategies.dynamodb.errors import StatementRefused, TableMissing
+from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY, StatementRefused, TableMissing
 from hf_async_store.strategies.dynamodb.expressions import FilterTranslator, Names
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SUBSTITUTE,
@@ -175,7 +175,8 @@ class Reading:
             return await self._client.read(operation, params)
         except TableMissing as exc:
             raise UnavailableError(
-                f"a table or an index was deleted while the store was open: {exc}", retryable=False
+                f"a table or an index was deleted while the store was open: {exc}. {TABLE_REMEDY}",
+                retryable=False,
             ) from exc
 
     # -- queries -----------------------------------------------------------------------------

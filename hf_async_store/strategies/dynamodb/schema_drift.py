@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 async def compared(tables: Tables) -> dict[str, Value]:
     """For each collection the existing table, the declared one, and the differences as messages.
 
-    `there` is None for a missing table, and contains None for properties that the IAM policy does
+    `existing` is None for a missing table, and contains None for properties that the IAM policy does
     not allow to read.
     """
     return {collection: await _compared(tables, collection) for collection in tables.schema}
@@ -28,14 +28,14 @@ async def _compared(tables: Tables, collection: str) -> dict[str, Value]:
     table = await tables.described(collection)
     if table is None:
         differences = [f"{name} is missing; run `create-tables` to create it"]
-        properties: dict[str, Any] = {"table": name, "status": "missing", "there": None}
+        properties: dict[str, Any] = {"table": name, "status": "missing", "existing": None}
     else:
         existing = _shape(table, billing_mode(table))
         existing["point_in_time_recovery"] = await tables.has_recovery(name)
         if tables.scaling is not None:
             existing["auto_scaling"] = await tables.scaling_bounds(collection)
         differences = list(_differences(declared, existing, name))
-        properties = {"table": name, "status": table["TableStatus"], "there": existing}
+        properties = {"table": name, "status": table["TableStatus"], "existing": existing}
     return cast(
         "dict[str, Value]", {**properties, "declared": declared, "differences": differences}
     )

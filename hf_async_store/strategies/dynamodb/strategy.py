@@ -73,9 +73,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
     async def compare_tables(self) -> dict[str, Value]:
         """Compare the existing tables with the declared schema and the configuration.
 
-        Returns a dict for each collection. Its `there` and `declared` contain the billing mode,
+        Returns a dict for each collection. Its `existing` and `declared` contain the billing mode,
         keys, indexes, capacity or the bounds of its scaling, and point-in-time recovery of the
-        existing and the declared table; `differences` is a list of messages. `there` is None for
+        existing and the declared table; `differences` is a list of messages. `existing` is None for
         a missing table. Within it, a property that the IAM policy does not allow to read is None.
         """
         self._usable()

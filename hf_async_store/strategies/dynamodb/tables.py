@@ -291,7 +291,8 @@ class Tables:
                 return table
             if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s"
+                    f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s. Check "
+                    "its status (`aws dynamodb describe-table`), and try again when it is ACTIVE"
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, _MAX_PAUSE)

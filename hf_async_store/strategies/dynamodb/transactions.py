@@ -28,6 +28,7 @@ from hf_async_store.preconditions import changed
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
 from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry
 from hf_async_store.strategies.dynamodb.errors import (
+    TABLE_REMEDY,
     Cancelled,
     StatementRefused,
     TableMissing,
@@ -373,7 +374,10 @@ class DynamoDBSession:
                     if not await backoff.pause(exc):
                         raise
                 except TableMissing as exc:
-                    raise UnavailableError(f"a table was deleted: {exc}", retryable=False) from exc
+                    raise UnavailableError(
+                        f"a table was deleted while the store was open: {exc}. {TABLE_REMEDY}",
+                        retryable=False,
+                    ) from exc
         except StorageError as exc:
             # Whatever the last error, an earlier attempt may have been applied.
             exc.outcome_unknown = response_lost or (token is not None and exc.outcome_unknown)

@@ -13,6 +13,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import ItemMapping, new_token, token_of, version_of
 from hf_async_store.values import UPDATED_AT, utc_now
 
@@ -142,7 +143,8 @@ def _requested_at(change: Change) -> str:
 
 def deleted_meanwhile(op: WriteOp) -> StorageError:
     return UnavailableError(
-        f"the table {op.table} was deleted while the store was open", retryable=False
+        f"the table {op.table} was deleted while the store was open. {TABLE_REMEDY}",
+        retryable=False,
     )
 
 

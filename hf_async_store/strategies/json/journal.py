@@ -220,7 +220,9 @@ def _read(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
         return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         # The checksum is valid, so the record was written in this form.
-        raise CorruptionError(f"a record cannot be decoded: {exc}") from exc
+        raise CorruptionError(
+            f"a record of the journal cannot be decoded, although its checksum is valid: {exc}"
+        ) from exc
 
 
 def scan(

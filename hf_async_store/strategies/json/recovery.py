@@ -281,8 +281,8 @@ class StoreLoader:
                 raise DataFileConflictError(
                     f"{self._files.path(name)} was replaced while its journal contained commits. "
                     "Copy the folder, then choose: `hf-async-store checkpoint --recover-from file` uses "
-                    "the file and deletes the journal, `--recover-from journal` applies the commits in "
-                    "the journal to the file"
+                    "the file and deletes the journal (all commits since the last compaction are lost), "
+                    "`--recover-from journal` applies the commits in the journal to the file"
                 )
 
     # -- journals ----------------------------------------------------------------------------
@@ -521,13 +521,21 @@ class StoreLoader:
             if digest is None and recover_from != "file":
                 # Even with "journal" or "salvage": the journal alone would appear to be the complete
                 # content.
-                newest = [str(each) for each in self._files.backups(name)[:1]]
+                kept = next((str(each) for each in self._files.backups(name)), None)
+                copy = (
+                    ""
+                    if kept is None
+                    else (
+                        f"copy {kept} to {kept.rpartition('.bak.')[0]}, and run `hf-async-store checkpoint "
+                        "--recover-from journal` (the commits between that backup and the last compaction "
+                        "are lost); or "
+                    )
+                )
                 raise CorruptionError(
-                    f"{self._files.path(name)} is missing, although its journal exists. Restore a "
-                    f"backup (the newest: {newest[0] if newest else 'none was kept'}) by "
-                    "`hf-async-store restore`, or continue without its content and without the "
-                    "journal: `hf-async-store checkpoint --recover-from file` (all commits since the "
-                    "last compaction are then lost, too; copy the folder first)"
+                    f"{self._files.path(name)} is missing, although its journal exists. Copy the "
+                    f"folder, then {copy}restore a backup by `hf-async-store restore`; or continue "
+                    "without its content and without the journal: `hf-async-store checkpoint "
+                    "--recover-from file` (all commits since the last compaction are then lost, too)"
                 )
             state.replaced.add(name)
         return FileState(digest, first, ours=False, collection=self._files.names[name])

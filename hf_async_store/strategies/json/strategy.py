@@ -158,11 +158,12 @@ class JSONStorageStrategy(StorageStrategy):
         Args:
             recover_from: recover from a data file that was replaced manually while the journal
                 contained commits: "file" uses the file and deletes the journal, "journal" applies
-                the commits in the journal to the file. The replaced data file is kept as a backup,
-                if `backup_enabled` is set.
-                "salvage" recovers from a damaged journal: every commit before the damage is valid, and
-                a copy of the journal is kept as `NAME.damaged.NUMBER`. If a recovery is interrupted,
-                either nothing was changed, or it is effective.
+                the commits in the journal to the file. In all cases the previous data file is kept as
+                a `.bak` file, unless `backup_enabled` is off; only "salvage" keeps a copy of the
+                journal.
+                "salvage" recovers from a damaged journal: every commit before the damage is kept,
+                all later ones are lost, and a copy of the journal is kept as `NAME.damaged.NUMBER`. If a
+                recovery is interrupted, either nothing was changed, or it is effective.
         """
         self._usable()
         if recover_from is None:

@@ -448,7 +448,9 @@ class TableMapping:
         texts = _map_in(side, SIDE)
         for name, text in texts.items():
             if name not in self._text_places:
-                raise ValueError(f"{SIDE} contains {name!r}, which has no column")
+                raise ValueError(
+                    f"{SIDE} contains the field {name!r}, which is not a declared column"
+                )
             place = self._text_places[name]
             values[place] = _NULL if text is None else decode_json(text)
             places.append(place)
