@@ -157,7 +157,8 @@ class PostgreSQLHarness:
 
     def touched(self) -> bool:
         tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
-        return bool(self._connections() or ask(self._url, tables))
+        # The connection by which the database was emptied may take a moment to end.
+        return bool(self.leaks() or ask(self._url, tables))
 
     def leaks(self) -> list[str]:
         for _ in range(40):  # the server may need a moment to notice that a client has disconnected

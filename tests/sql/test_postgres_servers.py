@@ -353,7 +353,7 @@ async def test_connect_timeout_applies_to_each_server(database: str) -> None:
         ("h/db?target_session_attrs=master", "target_session_attrs: expected 'any' or"),
         ("h/db?keepalives=1", "keepalives: unknown key"),
         ("h1,h2/db?port=1,2,3", "port: 3 ports for 2 hosts"),
-        ("h1,h2/db?port=1,x", "port: expected int"),
+        ("h1,h2/db?port=1,x", "port: expected a number"),
         ("h1:1,h2:70000/db", "port: expected int <= 65535"),
         ("h/db?schema=own&pgbouncer=yes", "schema: not supported with pgbouncer"),
     ],

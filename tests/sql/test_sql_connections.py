@@ -24,6 +24,7 @@ from hf_async_store import (
     open_store,
 )
 from hf_async_store.strategies.sql.postgresql import PostgreSQL
+from hf_async_store.strategies.sql.sqlite import _ClosingConnection
 from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
 
@@ -302,13 +303,13 @@ async def test_a_cancelled_task_leaves_no_connection_open(
     """Neither when it waits for a statement nor while the pool opens a new connection for it."""
     is_open: set[int] = set()
 
-    class Counted(sqlite3.Connection):
+    class Counted(_ClosingConnection):
         def close(self) -> None:
             super().close()
             is_open.discard(id(self))
 
     def connect(*arguments: Any, **named: Any) -> sqlite3.Connection:
-        connection = open_really(*arguments, factory=Counted, **named)
+        connection = open_really(*arguments, **{**named, "factory": Counted})
         is_open.add(id(connection))
         kept.append(connection)  # so that no other object gets the same id
         return connection
