@@ -185,7 +185,9 @@ def _mover(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("source_kind", "target_kind"), SOME_PAIRS)
-@pytest.mark.parametrize("in_the_middle", [False, True], ids=["after", "amid"])
+@pytest.mark.parametrize(
+    "in_the_middle", [True, pytest.param(False, marks=pytest.mark.long)], ids=["amid", "after"]
+)
 async def test_78_killed_at_any_batch_then_resumed(
     source_kind: str, target_kind: str, in_the_middle: bool, place: Place, tmp_path: Path
 ) -> None:

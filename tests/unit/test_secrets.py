@@ -148,7 +148,7 @@ def test_a_planted_secret_is_in_no_output(
     [
         f"postgresql://user:{MARK}@127.0.0.1:1/db?timeout=1",
         f"postgresql://127.0.0.1:1/db?timeout=1&password={MARK}&username=u",
-        f"dynamodb://us-east-1/p?endpoint_url={quote(URL)}",
+        f"dynamodb://us-east-1/p?endpoint_url={quote(URL)}&retry_timeout=2",
         f"json:data?base={MARK}",
         f"json:data?follow_moves={quote(f'postgresql://u:{MARK}@h/db')}",
         f"json:data?follow_moves={quote(f'json:x?enable={MARK}')}",
@@ -170,7 +170,7 @@ def test_a_secret_in_a_url_is_in_no_output(
         ]
     except StorageError as exc:
         shown += told(exc)
-    main(["describe", "--store", url, "--verbose"])
+    main(["describe", "--store", url, "--verbose", "--timeout", "3"])
     main(["live-migrate", "status", "--from", url, "--to", url, "--verbose", "--timeout", "3"])
     main(["verify", "--from", url, "--to", "json:data", "--verbose", "--timeout", "3"])
     shown += capsys.readouterr()
