@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
+from hf_async_store.testing.plugin import FULL_VARIABLE
 
 _FRACTION: Final = 5
 

@@ -23,6 +23,8 @@ from hf_async_store.values import Entity
 
 LAYOUTS: Final = ("single_file", "split_files")
 
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
 one_layout = pytest.mark.parametrize(
     "layout", ["split_files", pytest.param("single_file", marks=pytest.mark.long)]
 )

@@ -26,11 +26,11 @@ from hf_async_store.errors import (
 )
 from hf_async_store.values import Key
 from tests.json.support import (
-    LAYOUTS,
     WHOLE,
     Call,
     FileCalls,
     abandon,
+    both_layouts,
     data_files,
     journals,
     open_files,
@@ -40,8 +40,6 @@ from tests.json.support import (
     temporary,
     whole,
 )
-
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @asynccontextmanager

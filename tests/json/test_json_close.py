@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from hf_async_store.errors import StorageError
-from tests.json.support import LAYOUTS, open_files, open_json, reopened, temporary
+from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 T = "templates"
 
 SCRIPT = """

@@ -35,6 +35,7 @@ from tests.json.support import (
     SINGLE,
     Stored,
     abandon,
+    both_layouts,
     data_files,
     journals,
     never_folds,
@@ -46,8 +47,6 @@ from tests.json.support import (
     temporary,
     whole,
 )
-
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @contextmanager

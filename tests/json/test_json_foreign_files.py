@@ -20,15 +20,14 @@ from hf_async_store.errors import (
     StorageError,
 )
 from tests.json.support import (
-    LAYOUTS,
     SINGLE,
+    both_layouts,
     journals,
     open_json,
     parsed,
     reopened,
 )
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 T = "templates"
 BAD = {
     "high half": r'"\ud800"',

@@ -27,10 +27,10 @@ from hf_async_store.errors import (
     StorageError,
 )
 from tests.json.support import (
-    LAYOUTS,
     SINGLE,
     Stored,
     abandon,
+    both_layouts,
     data_files,
     journals,
     never_folds,
@@ -41,7 +41,6 @@ from tests.json.support import (
     whole,
 )
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 both_ways = pytest.mark.parametrize("way", ["file", "journal"])
 _PATIENCE: Final = 60.0
 """The time limit of a test, in seconds; a replaced file is noticed in a fraction of a second."""

@@ -31,9 +31,9 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from tests.json.support import (
-    LAYOUTS,
     SINGLE,
     abandon,
+    both_layouts,
     journals,
     open_json,
     parsed,
@@ -42,7 +42,6 @@ from tests.json.support import (
     whole,
 )
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change owners and mount")
 T = "templates"
 NAMES = [each.name for each in HOST_FACTORY]

@@ -14,8 +14,8 @@ import pytest
 from hf_async_store.errors import LockTimeoutError
 from tests.json.process_roles import Member, together
 from tests.json.support import (
-    LAYOUTS,
     abandon,
+    both_layouts,
     data_files,
     journals,
     one_layout,
@@ -25,8 +25,6 @@ from tests.json.support import (
     temporary,
     whole,
 )
-
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @one_layout
