@@ -23,7 +23,7 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         role: an engine of the product (or a user's own store), hand-written code on the same driver,
-            or what others use instead.
+            or a competitor: another library.
         engine: which engine it is, is the baseline of, or is an alternative to.
         adapter: `module:class`; the docstring says how a baseline is made.
         package: what must be installed, by the name that it is imported by.

@@ -75,7 +75,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
 def engines(results: Results) -> Table:
     """Every engine under every load: what it did in a second."""
     cells = [each for each in results.cells if each.role == "strategy"]
-    return _rates("The engines: a second, by load", results, cells)
+    return _rates("Throughput of the engines: operations per second, by workload", results, cells)
 
 
 def others(results: Results) -> Table:

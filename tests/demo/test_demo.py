@@ -59,8 +59,8 @@ async def test_three_processes_on_data_from_the_field(
     assert await run_demo(short(data=str(field_data))) == PASSED
     out = capsys.readouterr().out
     assert re.search(r"Working on a copy of .*: \d+ templates, \d+ requests, [\d,]+ machines", out)
-    assert re.search(r"Killed process 3 \(pid \d+\) by SIGKILL", out)
-    assert re.search(r"loaded entities that nobody wrote are as they were +[1-9]", out)
+    assert re.search(r"Killed process 3 \(pid \d+\) with SIGKILL", out)
+    assert re.search(r"initial entities that were not written are unchanged +[1-9]", out)
     assert "PASSED: all 12 invariants hold" in out
     assert digests(field_data) == before
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -70,7 +70,7 @@ async def test_memory_is_one_process(capsys: pytest.CaptureFixture[str]) -> None
     assert await run_demo(short(store="memory:", requests=8)) == PASSED
     out = capsys.readouterr().out
     assert "One process only" in out
-    assert "No data to start from" in out
+    assert "No initial data was given" in out
     assert "Killed" not in out
 
 

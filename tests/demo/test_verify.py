@@ -143,7 +143,7 @@ def test_applied_unfinished_operations_are_counted(tmp_path: Path) -> None:
     stored = {"templates": {"t": {"template_id": "t", "uses": 2, "version": 3}}, **stored_burst()}
     lost = noted("count", (STEP, None))
     seen = examined(tmp_path, stored, base, sequence(lost, lost, lost, burst(answers=False)))
-    assert seen.landed(ProcessLog.of(tmp_path / "0.notes").unanswered) == 3
+    assert seen.applied(ProcessLog.of(tmp_path / "0.notes").unanswered) == 3
 
 
 def test_an_unapplied_return_is_not_confused_with_that_of_another_process(tmp_path: Path) -> None:

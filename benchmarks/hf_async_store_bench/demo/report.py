@@ -31,7 +31,7 @@ _COUNTED: Final = {
     ("machines", "status write"): "machine status writes",
     ("requests", "request write"): "request status writes",
     ("requests", "return"): "returns",
-    ("machines", "terminate"): "machines given back",
+    ("machines", "terminate"): "machines returned",
     ("templates", "count up"): "counter steps",
 }
 
@@ -81,12 +81,12 @@ def screen() -> Screen:
 
 
 def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
-    """What was done, by process."""
+    """Operations, by process."""
     columns = list(map(_counted, logs.values()))
     columns.append(sum(columns, Counter()))
-    kinds = (*_COUNTED.values(), "polls", "conflicts met and retried", "entity writes")
+    kinds = (*_COUNTED.values(), "polls", "conflicts that were retried", "entity writes")
     rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in dict.fromkeys(kinds)]
-    screen.table("What was done", ["", *logs, "together"], rows)
+    screen.table("Operations", ["", *logs, "together"], rows)
 
 
 def _counted(log: ProcessLog) -> Counter[str]:
@@ -97,7 +97,7 @@ def _counted(log: ProcessLog) -> Counter[str]:
                 counted["entity writes"] += 1
                 counted[_COUNTED.get((write.collection, operation.intent.work), "")] += 1
     counted["polls"] = len(log.reads)
-    counted["conflicts met and retried"] = log.conflicts
+    counted["conflicts that were retried"] = log.conflicts
     return counted
 
 
@@ -115,7 +115,7 @@ def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) ->
         for work, each in sorted(taken.items())
     ]
     headers = ["milliseconds", "calls", "p50", "p95", "p99", "max"]
-    screen.table("How long it took, conflicts and retries included", headers, rows)
+    screen.table("Latency, including conflicts and retries", headers, rows)
     written = sum(_counted(each)["entity writes"] for each in logs)
     calls = sum(each.count for each in taken.values())
     screen.line(
@@ -125,19 +125,19 @@ def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) ->
 
 
 def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, ProcessLog]) -> None:
-    """The writes of which nobody knew: what became of them."""
+    """The writes without an acknowledgement: how many of them were applied."""
     for name, log in logs.items():
         if lost := log.unanswered:
             kinds = ", ".join(sorted({operation.intent.work for operation in lost}))
-            landed = f"{verifier.landed(lost)} of them had landed"
-            screen.line(f"\n{name}: {len(lost)} writes under way at its end ({kinds}); {landed}")
+            applied = f"{verifier.applied(lost)} of them were applied"
+            screen.line(f"\n{name}: {len(lost)} unacknowledged writes ({kinds}); {applied}")
 
 
 def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:
     """Each invariant, what broke it, and the verdict."""
     words = ["BROKEN" if each.failures else "holds" for each in invariants]
     rows = [[i.text, f"{i.checked:,}", word] for i, word in zip(invariants, words, strict=True)]
-    screen.table("What a freshly opened store has to agree with", ["", "checks", "verdict"], rows)
+    screen.table("Invariants, checked with a newly opened store", ["", "checks", "verdict"], rows)
     for each in invariants:
         for failure in each.failures[:_SHOWN]:
             screen.line(f"  {each.name}: {failure}")

@@ -79,22 +79,22 @@ class _Run:
                     await asyncio.wait_for(store.close(), _END_SECONDS)
                 except TimeoutError:
                     self._ended_badly.append("the store: its close() was never answered")
-                self._screen.stage("Verifying from a freshly opened store ...")
+                self._screen.stage("Verifying with a newly opened store ...")
                 store = await stack.enter_async_context(self._opening(plan))
             else:
                 self._screen.stage("Verifying in the open store: it does not outlive its closing.")
             return await self._report(store, plans, seconds)
 
     async def _introduce(self, store: StorageStrategy) -> None:
-        """Say what the store says of itself; the run is made for that."""
+        """Print the capabilities of the store, which determine how the run is done."""
         can = store.capabilities
         limit = transaction_limit(can)
         plan = await store.explain_query("machines", {"request_id": "any"}, "created_at")
         durable = "durable" if can.durable else "not durable"
         many = "any number of" if limit is None else f"up to {limit}"
         self._screen.stage(
-            f"The {can.engine} engine: {durable}, {many} entities in a transaction, queries of the "
-            f"{can.query_isolation} kind; machines of a request by {plan.index or plan.access}."
+            f"The {can.engine} engine: {durable}, {many} entities in a transaction, query isolation "
+            f"{can.query_isolation!r}; machines of a request are found by {plan.index or plan.access}."
         )
 
     def _first_plan(self) -> Plan:
@@ -113,7 +113,7 @@ class _Run:
         await self._load(store)
         templates = list(self._base["templates"])
         if not templates:
-            self._screen.stage("The run makes up templates of its own.")
+            self._screen.stage("The run generates templates.")
             templates = await self._create_templates(store, data.made_up(self._prefix))
         ids = [f"{self._prefix}counter-{number}" for number in range(_COUNTERS)]
         made = [{"template_id": each, "name": "a counter", "uses": 0} for each in ids]
@@ -126,7 +126,7 @@ class _Run:
     async def _load(self, store: StorageStrategy) -> None:
         source = data.chosen(self._settings.data)
         if source is None:
-            self._screen.stage(f"No data to start from (neither --data DIR nor ${data.REAL_DATA}).")
+            self._screen.stage(f"No initial data was given (--data DIR or ${data.REAL_DATA}).")
             return
         plain = source.plain(store.collections)
         if self._is_temporary:
@@ -163,12 +163,12 @@ class _Run:
         ]
 
     async def _work(self, store: StorageStrategy, plans: Sequence[Plan]) -> float:
-        """All processes at once; returns the seconds they worked."""
+        """Run all processes at the same time; returns the seconds that they worked."""
         first, *others = plans
         requests = sum(len(each.sizes) for each in plans)
         most = max(max(each.sizes) for each in plans)
-        asked = f"ask for {requests} requests, {most:,} machines at most in one ..."
-        alone = f"This process asks for {requests} requests ..."
+        asked = f"make {requests} requests, each for up to {most:,} machines ..."
+        alone = f"This process makes {requests} requests ..."
         self._screen.stage(f"{len(plans)} processes {asked}" if others else alone)
         async with _workers(others) as workers:
             with (
@@ -191,7 +191,7 @@ class _Run:
                 swept = await orchestrator.sweep()
                 seconds = monotonic() - started
         if swept:
-            self._screen.stage(f"Finished {swept} requests that the killed process had left open.")
+            self._screen.stage(f"Finished {swept} requests of the killed process.")
         return seconds
 
     async def _follow(self, worker: Worker) -> None:
@@ -207,12 +207,12 @@ class _Run:
         """SIGKILL at half of its work, or of the time, whichever comes first."""
         with suppress(TimeoutError):
             await asyncio.wait_for(victim.midway.wait(), self._settings.seconds / 2)
-        # It has just told of a request's end; some moments later it is amid its writes.
+        # It has just reported the end of a request; a moment later it is in the middle of its writes.
         await asyncio.sleep(random.uniform(0, 0.05))
         victim.kill()
         self._screen.stage(
-            f"Killed process {victim.plan.index + 1} (pid {victim.process.pid}) by SIGKILL, "
-            f"{victim.done} requests into its work."
+            f"Killed process {victim.plan.index + 1} (pid {victim.process.pid}) with SIGKILL after "
+            f"{victim.done} requests."
         )
 
     async def _report(self, store: StorageStrategy, plans: Sequence[Plan], seconds: float) -> int:

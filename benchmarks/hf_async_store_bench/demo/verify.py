@@ -82,7 +82,7 @@ async def read_back(store: StorageStrategy, prefix: str, base: Entities) -> Enti
 
 async def compare_indexes(store: StorageStrategy, stored: Entities, prefix: str) -> Invariant:
     """Ask for the machines of each request by index, and compare with the walk over all."""
-    invariant = Invariant("indexes", "indexes agree with a walk over all")
+    invariant = Invariant("indexes", "index queries agree with a full scan")
     of_request = Counter(each["request_id"] for each in stored["machines"].values())
 
     async def compare(request: str) -> None:
@@ -132,27 +132,27 @@ class Verifier:
             self._noted("errors", "no error but conflicts", writes),
         ]
 
-    def landed(self, unanswered: Iterable[Operation]) -> int:
+    def applied(self, unanswered: Iterable[Operation]) -> int:
         """How many of the writes whose answer nobody got show in the store."""
         left: dict[EntityKey, int] = {}  # versions beyond those that were acknowledged
         for place, history in self._histories.items():
             known = _version(self._was(place)) + len(history.versions)
             left[place] = _version(self._at(place)) - known if self._at(place) else 0
-        landed = 0
+        applied = 0
         for operation in unanswered:
             for write, name, _ in operation.each():
                 place = (write.collection, name)
                 if left[place] > 0 or self._shows(write, name):
                     left[place] -= 1
-                    landed += 1
+                    applied += 1
                     break
-        return landed
+        return applied
 
     def _entity_by_entity(self) -> Iterator[Invariant]:
-        acked = self._noted("acknowledged", "every acknowledged write is there, and no other")
-        versions = Invariant("versions", "versions are as many as the acknowledged writes")
-        contents = Invariant("contents", "the last acknowledged value of every field is there")
-        counters = Invariant("counters", "counters are as high as the acknowledged steps")
+        acked = self._noted("acknowledged", "every acknowledged write is stored, and no other")
+        versions = Invariant("versions", "each version equals the number of acknowledged writes")
+        contents = Invariant("contents", "each field has its last acknowledged value")
+        counters = Invariant("counters", "each counter equals its acknowledged increments")
         for place, history in self._histories.items():
             acked.check(place, self._missing(place, history))
             versions.check(place, self._miscounted(place, history))
@@ -214,7 +214,7 @@ class Verifier:
         return {name: value for name, value in expected.items() if name not in left_out}
 
     def _loaded(self) -> Invariant:
-        invariant = Invariant("loaded", "loaded entities that nobody wrote are as they were")
+        invariant = Invariant("loaded", "initial entities that were not written are unchanged")
         for collection, entities in self.base.items():
             for name, was in entities.items():
                 if (collection, name) not in self._histories:
@@ -236,7 +236,7 @@ class Verifier:
         return None
 
     def _counts(self) -> Invariant:
-        invariant = Invariant("counts", "a request has its machines, less those that went back")
+        invariant = Invariant("counts", "each request has its machines, except returned ones")
         there = Counter(each["request_id"] for each in self.stored["machines"].values())
         back: Counter[str] = Counter()
         for each in self._mine("return"):
@@ -253,7 +253,7 @@ class Verifier:
 
     def _transactions(self) -> Invariant:
         """All or nothing, also of those that were under way at a kill."""
-        invariant = Invariant("transactions", "transactions were applied whole, or not at all")
+        invariant = Invariant("transactions", "each transaction was applied whole or not at all")
         operations = (each for log in self.logs for each in log.operations)
         for operation in operations:
             if operation.intent.whole:
@@ -285,7 +285,7 @@ class Verifier:
         return all(stored.get(name) == value for name, value in write.fields.items())
 
     def _orphans(self) -> Invariant:
-        invariant = Invariant("orphans", "whatever an entity refers to is there")
+        invariant = Invariant("orphans", "every referenced entity exists")
         for collection, entities in self.stored.items():
             declared = self.collections[collection].references
             references = [(each.name, str(each.references)) for each in declared]
@@ -304,7 +304,7 @@ class Verifier:
 
     def _finished(self) -> Invariant:
         """Only what a killed process was still creating may be left as it was."""
-        invariant = self._noted("finished", "every request came to its end")
+        invariant = self._noted("finished", "every request was completed")
         for each in (*self._mine("acquire"), *self._mine("return")):
             place, status = ("requests", str(each["request_id"])), each["status"]
             died = status == "creating" and place in self._of_the_killed
