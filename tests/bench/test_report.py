@@ -160,8 +160,7 @@ def test_growth_has_an_exponent(results: Results) -> None:
     assert {each.system for each in saves.curves} == {"memory", "json split"}
     for curve in saves.curves:
         assert [each.size for each in curve.points] == [100, 200, 400]
-        assert curve.exponent is not None
-        assert -1 < curve.exponent < 1.5
+        assert curve.exponent is not None  # its value: tests/bench/test_statistics.py
 
 
 async def test_a_sweep_stops_at_its_budget(tmp_path: Path) -> None:
