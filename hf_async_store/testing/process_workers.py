@@ -1,20 +1,23 @@
 """Processes that use one store at the same time.
 
-`run_workers` starts them as `python -m hf_async_store.testing.process_workers ROLE URL ARGUMENTS`, where
-ARGUMENTS is a JSON object. A worker opens the store, prints `ready`, reads a line from stdin so that
-all workers begin together, runs its role, and prints the result as one line of JSON. Each role is
-one function below.
+`run_workers` starts them as `python -m hf_async_store.testing.process_workers`, and keeps them for the
+next case, because starting one takes up to half a second. A worker reads a job from stdin, opens its
+store, prints `ready`, reads a line, so that all workers begin together, runs its role, and prints the
+result as one line of JSON. It ends at the end of stdin. Each role is one function below.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from random import Random
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from msgspec import to_builtins
@@ -201,11 +204,11 @@ async def winners(store: StorageStrategy, counter_id: str, version: int, writers
 # -- the process ----------------------------------------------------------------------------
 
 
-async def _run_role(role: str, url: str, arguments: str) -> None:
+async def _run_job(role: str, url: str, arguments: Mapping[str, Any]) -> None:
     async with open_store(url, collections=CONTRACT_COLLECTIONS) as store:
         _print("ready")
         sys.stdin.readline()  # blocks the event loop, in which nothing else runs yet
-        result = await ROLES[role](store, **json.loads(arguments))
+        result = await ROLES[role](store, **arguments)
     # Printed after the store was closed: the reported writes are acknowledged.
     _print(json.dumps(result))
 
@@ -218,54 +221,78 @@ def _print(line: str) -> None:
 # -- in the process of the test -------------------------------------------------------------
 
 
+class _Worker:
+    """One worker process; its methods block."""
+
+    def __init__(self) -> None:
+        self._errors = TemporaryFile()  # noqa: SIM115  # closed by `stop`
+        self._process = subprocess.Popen(  # noqa: S603  # this very module
+            (sys.executable, "-m", __name__),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+
+    def ask(self, line: str) -> str:
+        """Write a line; returns the next line of the worker.
+
+        Raises:
+            AssertionError: the worker ended; the message contains its stderr.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._errors.seek(0)
+            raise AssertionError(f"a worker failed:\n{self._errors.read().decode()}")
+        return answer.decode().strip()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+_IDLE: Final[list[_Worker]] = []
+"""The workers that wait for their next job."""
+
+
+@atexit.register
+def _stop_idle_workers() -> None:
+    while _IDLE:
+        _IDLE.pop().stop()
+
+
 async def run_workers(url: str, *works: Work) -> list[Any]:
     """Run each item of `works` in a separate process, all beginning together; returns the results.
 
     Raises:
         AssertionError: a worker failed; the message contains its stderr.
     """
-    workers: list[asyncio.subprocess.Process] = []
+    workers = [_IDLE.pop() if _IDLE else _Worker() for _ in works]
     try:
         async with asyncio.timeout(HANG_SECONDS):
-            for role, arguments in works:
-                workers.append(await _start(role, url, arguments))
-            for each in workers:
-                assert await _read_line(each) == "ready", await _failure(each)
-            return await asyncio.gather(*map(_result, workers))
-    finally:
+            jobs = [json.dumps([role, url, arguments]) for role, arguments in works]
+            assert set(await _ask_all(workers, jobs)) == {"ready"}
+            results = await _ask_all(workers, ["go"] * len(workers))
+    except BaseException:
         for each in workers:
-            await _stop(each)
+            each.stop()
+        raise
+    _IDLE.extend(workers)
+    return [json.loads(each) for each in results]
 
 
-async def _start(
-    role: str, url: str, arguments: Mapping[str, object]
-) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
-    command = (sys.executable, "-m", __name__, role, url, json.dumps(arguments))
-    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
-
-
-async def _read_line(worker: asyncio.subprocess.Process) -> str:
-    assert worker.stdout is not None
-    return (await worker.stdout.readline()).decode().strip()
-
-
-async def _result(worker: asyncio.subprocess.Process) -> object:
-    out, err = await worker.communicate(b"go\n")
-    assert worker.returncode == 0, f"a worker failed:\n{err.decode()}"
-    return json.loads(out)
-
-
-async def _failure(worker: asyncio.subprocess.Process) -> str:
-    _, err = await worker.communicate()
-    return f"a worker failed:\n{err.decode()}"
-
-
-async def _stop(worker: asyncio.subprocess.Process) -> None:
-    if worker.returncode is None:
-        worker.kill()
-        await worker.communicate()
+async def _ask_all(workers: Sequence[_Worker], lines: Sequence[str]) -> list[str]:
+    asked = (
+        asyncio.to_thread(worker.ask, line) for worker, line in zip(workers, lines, strict=True)
+    )
+    return await asyncio.gather(*asked)
 
 
 if __name__ == "__main__":
-    asyncio.run(_run_role(*sys.argv[1:]))
+    for job in iter(sys.stdin.readline, ""):
+        asyncio.run(_run_job(*json.loads(job)))

@@ -30,7 +30,7 @@ def measure(tmp_path: Path) -> Measure:
     """Runs a small benchmark of the given systems and workloads."""
 
     async def run(systems: list[SystemUnderTest], *loads: Load, **changed: Any) -> Results:
-        settings = {"rounds": 3, "duration": 0.3, "steady": 1.0, **changed}
+        settings = {"rounds": 3, "duration": 0.15, "steady": 0.4, **changed}
         with Environments(folder=str(tmp_path)) as environments:
             told: list[str] = []
             chosen = Settings(mode="test", loads=loads, **settings)

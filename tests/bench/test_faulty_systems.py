@@ -26,7 +26,9 @@ async def test_a_slow_engine_has_lower_throughput_and_higher_latency(measure: Me
 async def test_a_stall_affects_the_latency_of_all_waiting_operations(
     measure: Measure,
 ) -> None:
-    results = await measure([system("Good"), system("Stalling")], SAVE, rate=500.0)
+    results = await measure(
+        [system("Good"), system("Stalling")], SAVE, rate=500.0, duration=0.3, steady=1.0
+    )
     good, stalling = (results.cell(each, SAVE.name) for each in ("Good", "Stalling"))
     assert good is not None
     assert stalling is not None

@@ -9,26 +9,37 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp import web
 
 _WRITES = ("BatchExecuteStatement", "BatchWriteItem", "TransactWriteItems", "PutItem", "UpdateItem")
 WRITES = (*_WRITES, "DeleteItem")
 
+_JSON = "application/x-amz-json-1.0"
+_PLAIN = {"Content-Type": _JSON}
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *([0-9]+)")
+_TARGET = re.compile(rb"(?i)\r\nx-amz-target: *[^\r\n]*\.([A-Za-z]+)")
+
 
 class Request(NamedTuple):
-    """A request as it was received."""
+    """A request as it was received.
+
+    Attributes:
+        head: its first line and its headers.
+    """
 
     operation: str
     params: dict[str, Any]
+    head: bytes = b""
 
     @property
     def is_migration_check(self) -> bool:
@@ -137,6 +148,14 @@ class Proxy:
             target=lambda: self._loop.run_until_complete(self._run()), daemon=True
         )
 
+    @property
+    def server(self) -> tuple[str, int]:
+        """Host and port of the server behind the proxy."""
+        parts = urlsplit(self._server_url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        return parts.hostname, parts.port
+
     def counted(self) -> Counter[str]:
         """The number of requests of each operation."""
         return Counter(each.operation for each in self.requests)
@@ -156,118 +175,80 @@ class Proxy:
         timeout = aiohttp.ClientTimeout(total=None)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as self._session:
-            server = web.Server(self._handle)
-            runner = web.ServerRunner(server, access_log=None, shutdown_timeout=0.1)
-            await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            server = await self._loop.create_server(lambda: _Incoming(self), "127.0.0.1", 0)
+            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             self._ready.set()
             await self._stop.wait()
-            await runner.cleanup()
+            server.close()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for each in others:
                 each.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
-    async def _handle(self, incoming: web.BaseRequest) -> web.StreamResponse:
-        body = await incoming.content.read()  # `read()` has a limit
-        operation = incoming.headers.get("X-Amz-Target", "").rpartition(".")[2]
-        request = Request(operation, json.loads(body or b"{}"))
+    def receive(self, request: Request) -> Fault | None:
+        """Record a request; returns its fault."""
         (self.looks if request.is_migration_check else self.requests).append(request)
-        fault = None if self.rule is None else self.rule(request)
+        return None if self.rule is None else self.rule(request)
+
+    async def answer(self, incoming: _Incoming, request: Request, fault: Fault) -> None:
+        """Respond to a request with a fault."""
         if isinstance(fault, Answer):
-            return _response(fault.status, json.dumps(fault.body).encode())
+            return incoming.respond(fault.status, json.dumps(fault.body).encode())
         if isinstance(fault, Raw) and not fault.applied:
-            return web.Response(status=fault.status, body=fault.body, headers=fault.headers)
+            return incoming.respond(fault.status, fault.body, fault.headers)
         if isinstance(fault, Endless):
-            return await self._endless(incoming)
+            return await incoming.respond_endlessly()
         if isinstance(fault, Late):
-            await asyncio.sleep(fault.seconds)
+            await asyncio.sleep(fault.seconds)  # and even if the client has given up
         if isinstance(fault, Cut) and not fault.applied:
-            return await self._cut(incoming, fault)
+            return await incoming.cut(fault)
         if isinstance(fault, Partly):
-            return await self._partly(incoming, request)
+            return incoming.respond(*await self._partly(request))
         try:
-            status, answer = await self._pass_on(incoming, body)
+            status, answer = await self._pass_on(request, incoming.body)
         except aiohttp.ClientError:
-            return await self._cut(incoming, Cut(applied=False))
+            return await incoming.cut(Cut(applied=False))
         if isinstance(fault, Cut):
-            return await self._cut(incoming, fault)
+            return await incoming.cut(fault)
         if isinstance(fault, Raw):
-            return web.Response(status=fault.status, body=fault.body, headers=fault.headers)
+            return incoming.respond(fault.status, fault.body, fault.headers)
         if isinstance(fault, Dripped):
-            return await self._drip(incoming, answer, fault.seconds)
+            return await incoming.drip(answer, fault.seconds)
         if isinstance(fault, Torn):
-            return await self._tear(incoming, answer)
+            return await incoming.tear(answer)
         if isinstance(fault, Changed):
             answer = json.dumps(fault.change(json.loads(answer))).encode()
         if isinstance(fault, Failed):
-            return _response(500, json.dumps(failed().body).encode())
-        return _response(status, answer)
+            return incoming.respond(500, json.dumps(failed().body).encode())
+        return incoming.respond(status, answer)
 
-    async def _pass_on(self, incoming: web.BaseRequest, body: bytes) -> tuple[int, bytes]:
+    async def _pass_on(self, request: Request, body: bytes) -> tuple[int, bytes]:
+        lines = request.head.decode().split("\r\n")[1:]
         headers = {
-            name: value
-            for name, value in incoming.headers.items()
+            name: value.strip()
+            for name, _, value in (each.partition(":") for each in lines)
             if name.lower() not in ("host", "content-length")
         }
-        data = io.BytesIO(body)
-        async with self._session.post(self._server_url, data=data, headers=headers) as answer:
+        url = self._server_url
+        async with self._session.post(url, data=io.BytesIO(body), headers=headers) as answer:
             return answer.status, await answer.read()
 
-    async def _drip(
-        self, incoming: web.BaseRequest, body: bytes, seconds: float
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/x-amz-json-1.0"})
-        await response.prepare(incoming)
-        with suppress(ConnectionError):
-            for each in body:
-                await response.write(bytes((each,)))
-                await asyncio.sleep(seconds)
-            await response.write_eof()
-        return response
-
-    async def _endless(self, incoming: web.BaseRequest) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/x-amz-json-1.0"})
-        await response.prepare(incoming)
-        with suppress(ConnectionError):
-            while True:
-                await response.write(b" " * 2**20)
-        return response
-
-    async def _tear(self, incoming: web.BaseRequest, body: bytes) -> web.StreamResponse:
-        headers = {"Content-Type": "application/x-amz-json-1.0", "Content-Length": str(len(body))}
-        response = web.StreamResponse(headers=headers)
-        await response.prepare(incoming)
-        await response.write(body[: len(body) // 2])
-        return await self._cut(incoming, Cut(applied=True))
-
-    async def _cut(self, incoming: web.BaseRequest, fault: Cut) -> web.StreamResponse:
-        await asyncio.sleep(fault.stall)
-        if incoming.transport is not None:
-            if fault.reset:
-                connection = incoming.transport.get_extra_info("socket")
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            incoming.transport.abort()
-        return web.Response()
-
-    async def _partly(self, incoming: web.BaseRequest, request: Request) -> web.StreamResponse:
+    async def _partly(self, request: Request) -> tuple[int, bytes]:
         """Every second item is processed, the others are returned as unprocessed."""
         params = request.params
         if request.operation == "BatchExecuteStatement":
             statements = params["Statements"]
             kept = {**params, "Statements": statements[::2]}
-            status, body = await self._pass_on(incoming, json.dumps(kept).encode())
+            status, body = await self._pass_on(request, json.dumps(kept).encode())
             done = iter(json.loads(body)["Responses"])
             error = {"Error": {"Code": "ThrottlingError", "Message": "slow down"}}
             answers = [error if place % 2 else next(done) for place in range(len(statements))]
-            return _response(status, json.dumps({"Responses": answers}).encode())
+            return status, json.dumps({"Responses": answers}).encode()
         if request.operation in ("BatchGetItem", "BatchWriteItem"):
-            return await self._half(incoming, request)
-        return _response(400, json.dumps(throttled().body).encode())
+            return await self._half(request)
+        return 400, json.dumps(throttled().body).encode()
 
-    async def _half(self, incoming: web.BaseRequest, request: Request) -> web.StreamResponse:
+    async def _half(self, request: Request) -> tuple[int, bytes]:
         reads = request.operation == "BatchGetItem"
         kept: dict[str, Any] = {}
         left: dict[str, Any] = {}
@@ -278,13 +259,129 @@ class Proxy:
             if second:
                 left[table] = {**asked, "Keys": second} if reads else second
         body = json.dumps({**request.params, "RequestItems": kept}).encode()
-        status, answer = await self._pass_on(incoming, body)
+        status, answer = await self._pass_on(request, body)
         merged = {**json.loads(answer), "UnprocessedKeys" if reads else "UnprocessedItems": left}
-        return _response(status, json.dumps(merged).encode())
+        return status, json.dumps(merged).encode()
 
 
-def _response(status: int, body: bytes) -> web.Response:
-    return web.Response(status=status, body=body, content_type="application/x-amz-json-1.0")
+class _Incoming(asyncio.Protocol):
+    """A connection of a client. A request without a fault is forwarded as it was received, and so is its
+    response: a proxy that parses both takes longer than the server."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._received = b""
+        self._request = b""
+        self.body = b""
+        self._transport: Any = None
+        self._server: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (head := self._received.find(b"\r\n\r\n")) >= 0:
+            length = _LENGTH.search(self._received, 0, head)
+            end = head + 4 + (int(length[1]) if length is not None else 0)
+            if len(self._received) < end:
+                return
+            self._request, self._received = self._received[:end], self._received[end:]
+            self.body = self._request[head + 4 :]
+            target = _TARGET.search(self._request, 0, head)
+            request = Request(
+                target[1].decode() if target is not None else "",
+                json.loads(self.body or b"{}"),
+                self._request[:head],
+            )
+            fault = self._proxy.receive(request)
+            if fault is None:
+                self.forward()
+            else:
+                self._spawn(self._proxy.answer(self, request, fault))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def forward(self) -> None:
+        """Send the last request to the server, which will respond to the client."""
+        if self._server is None or self._server.is_closing():
+            self._spawn(self._connect())
+        else:
+            self._server.write(self._request)
+
+    async def _connect(self) -> None:
+        try:
+            self._server, _ = await asyncio.get_running_loop().create_connection(
+                lambda: _Outgoing(self._transport), *self._proxy.server
+            )
+        except OSError:
+            self._transport.abort()
+        else:
+            self._server.write(self._request)
+
+    def respond(self, status: int, body: bytes, headers: Mapping[str, str] = _PLAIN) -> None:
+        if not self._transport.is_closing():
+            self._write_head(status, len(body), headers)
+            self._transport.write(body)
+
+    def _write_head(
+        self, status: int, length: int | None, headers: Mapping[str, str] = _PLAIN
+    ) -> None:
+        lines = [f"HTTP/1.1 {status} Status", *(f"{each}: {headers[each]}" for each in headers)]
+        if length is not None and "Content-Length" not in headers:
+            lines.append(f"Content-Length: {length}")
+        self._transport.write("\r\n".join([*lines, "", ""]).encode())
+
+    async def drip(self, body: bytes, seconds: float) -> None:
+        self._write_head(200, len(body))
+        for each in body:
+            if self._transport.is_closing():
+                return
+            self._transport.write(bytes((each,)))
+            await asyncio.sleep(seconds)
+
+    async def respond_endlessly(self) -> None:
+        self._write_head(200, None)
+        while not self._transport.is_closing():
+            if not self._transport.get_write_buffer_size():
+                self._transport.write(b" " * 2**20)
+            await asyncio.sleep(0.001)
+
+    async def tear(self, body: bytes) -> None:
+        self._write_head(200, len(body))
+        self._transport.write(body[: len(body) // 2])
+        await self.cut(Cut(applied=True))
+
+    async def cut(self, fault: Cut) -> None:
+        await asyncio.sleep(fault.stall)
+        if fault.reset:
+            connection = self._transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
+
+
+class _Outgoing(asyncio.Protocol):
+    """The connection to the server of one connection of a client."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def data_received(self, data: bytes) -> None:
+        self._client.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None:
+            self._client.close()  # after the response has been sent
+        else:
+            self._client.abort()
 
 
 @contextmanager

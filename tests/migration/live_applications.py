@@ -44,6 +44,9 @@ COLLECTIONS: Final = (
 ACCOUNTS: Final = 8
 COUNTERS: Final = 4
 BALANCE: Final = 100
+PAUSE: Final = 0.015
+"""Seconds between two writes of a task. Writes are frequent compared with the steps of a migration, and
+leave the processors to the processes of other tests."""
 
 
 def hurry() -> None:
@@ -119,7 +122,7 @@ class Application:
                 ),
                 name=name,
             )
-            await asyncio.sleep(0.004)
+            await asyncio.sleep(PAUSE)
 
     async def _transferring(self) -> None:
         while not self.over:
@@ -135,7 +138,7 @@ class Application:
                     await tx.update_entity("accounts", entity_id, {"balance": balance + change})
 
             await self._try("transfer", lambda t=transfer: self._store.run_transaction(t))  # type: ignore[misc]
-            await asyncio.sleep(0.006)
+            await asyncio.sleep(PAUSE)
 
     async def _living(self) -> None:
         """Create machines, change them by compare-and-set, and delete some."""
@@ -169,7 +172,7 @@ class Application:
                     lambda name=name: self._store.delete_entity("machines", name),  # type: ignore[misc]
                     name=name,
                 )
-            await asyncio.sleep(0.004)
+            await asyncio.sleep(PAUSE)
 
     async def _reading(self) -> None:
         """Check that the sum of all accounts, read in one transaction, is constant."""
