@@ -349,16 +349,14 @@ def dynamodb() -> Iterator[DynamoDBServer]:
         raise ServerUnavailable("ministack, the DynamoDB test server, is not installed")
     with _folder("dynamodb") as folder:
         port = _free_port()
-        environment = {
-            "BIND_HOST": _HOST,
-            "MINISTACK_HOST": _HOST,
-            "GATEWAY_PORT": str(port),
-            **{"SERVICES": "dynamodb", "LOG_LEVEL": "ERROR"},
-            "TMPDIR": str(folder),
-        }
+        environment = {"BIND_HOST": _HOST, "MINISTACK_HOST": _HOST, "GATEWAY_PORT": str(port)}
+        environment |= {"SERVICES": "dynamodb", "LOG_LEVEL": "ERROR", "TMPDIR": str(folder)}
         # With uvicorn: its own HTTP server takes twice the processor time for a request.
         words = f"-m uvicorn ministack.app:app --host {_HOST} --port {port} --http httptools"
-        command = [_SERVERS / "bin" / "python", *f"{words} --timeout-keep-alive 75".split()]
+        command = [
+            _SERVERS / "bin" / "python",
+            *f"{words} --timeout-keep-alive 75 --no-access-log".split(),
+        ]
         process = _Process(command, lambda _: _answers_at(port), folder, environment)
         with process.running(signal.SIGTERM):
             yield DynamoDBServer(f"http://{_HOST}:{port}", process)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hf_async_store.testing.concurrency import HANG_SECONDS
+from hf_async_store.testing.repetitions import sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -118,7 +119,12 @@ def _ending(task: asyncio.Task[Any]) -> str:
 
 
 def turns() -> Iterator[int]:
-    """The event-loop iterations to cancel at: each of the first 40, later ones more sparsely."""
+    """The event-loop iterations to cancel at: each of the first 40, later ones more sparsely; unless
+    the run is a full one, every third of them."""
+    return iter(sampled(_all_turns()))
+
+
+def _all_turns() -> Iterator[int]:
     turn = 0
     while turn < 10_000:
         yield turn

@@ -1,13 +1,19 @@
-"""How often the contract suite repeats a case that depends on timing or on random data."""
+"""How often the contract suite repeats a case that depends on timing or on random data, and how many of
+many similar cases it runs."""
 
 from __future__ import annotations
 
 import os
-from typing import Final
+from collections.abc import Iterable
+from itertools import islice
+from typing import Final, TypeVar
 
 from hf_async_store.testing.plugin import FULL_VARIABLE
 
+Item = TypeVar("Item")
+
 _FRACTION: Final = 5
+_STRIDE: Final = 3
 
 
 def repetitions(full: int) -> int:
@@ -18,3 +24,8 @@ def repetitions(full: int) -> int:
             HF_ASYNC_STORE_TEST_FULL is set, as `pytest --hf-full` does; otherwise a fifth of it.
     """
     return full if os.environ.get(FULL_VARIABLE) else max(2, full // _FRACTION)
+
+
+def sampled(items: Iterable[Item]) -> Iterable[Item]:
+    """All items in a full run (see `repetitions`), otherwise every third one."""
+    return items if os.environ.get(FULL_VARIABLE) else islice(items, 0, None, _STRIDE)

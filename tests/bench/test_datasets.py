@@ -19,7 +19,15 @@ GET = Load(workload="get", tasks=2, entities=300)
 SAVE = Load(workload="save", tasks=2, entities=300)
 
 
-@pytest.mark.parametrize("name", ["json", "sqlite", "postgresql", "aiosqlite, a multi-row insert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "json",
+        "sqlite",
+        pytest.param("postgresql", marks=pytest.mark.long),
+        "aiosqlite, a multi-row insert",
+    ],
+)
 async def test_a_copy_is_another_store_with_the_same_machines(tmp_path: Path, name: str) -> None:
     (one,) = [each for each in chosen([name]) if each.name == name]
     adapter = one.load()
@@ -39,7 +47,13 @@ async def test_a_copy_is_another_store_with_the_same_machines(tmp_path: Path, na
         assert not Path(copies[0].environment.folder).exists()
 
 
-@pytest.mark.parametrize("name", ["sqlite", "postgresql", "dynamodb"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sqlite",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("postgresql", "dynamodb")),
+    ],
+)
 async def test_engines_on_servers_are_read_and_written(measure: Measure, name: str) -> None:
     (engine,) = [each for each in chosen([name]) if each.name == name]
     results = await measure([engine], GET, SAVE, rounds=2, duration=0.1, steady=0.0)
@@ -52,7 +66,10 @@ async def test_engines_on_servers_are_read_and_written(measure: Measure, name: s
     assert saves.written > 100
 
 
-@pytest.mark.parametrize("name", ["sqlite3 batched by hand", "asyncpg batched by hand"])
+@pytest.mark.parametrize(
+    "name",
+    ["sqlite3 batched by hand", pytest.param("asyncpg batched by hand", marks=pytest.mark.long)],
+)
 async def test_baselines_are_verified_after_reads(measure: Measure, name: str) -> None:
     results = await measure([named(name)], GET, rounds=1, duration=0.1, steady=0.0)
     assert results.failures == []

@@ -29,6 +29,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
+from hf_async_store.testing.repetitions import repetitions, sampled
 from hf_async_store.values import Entity, Key, parse_timestamp
 from tests.json.support import (
     LAYOUTS,
@@ -113,7 +114,7 @@ async def test_85_every_byte_of_the_journal(layout: str) -> None:
         states = await _pending(folder, layout)
         (journal,) = journals(folder)
         whole_journal = journal.read_bytes()
-        for what, data in _flips(whole_journal, bits):
+        for what, data in sampled(_flips(whole_journal, bits)):
             journal.write_bytes(data)
             found = await _shown(folder, layout)
             if isinstance(found, CorruptionError):
@@ -133,7 +134,7 @@ async def test_85_every_length_of_the_journal(layout: str) -> None:
         (journal,) = journals(folder)
         whole_journal = journal.read_bytes()
         seen: list[int] = []
-        for length in range(len(whole_journal)):
+        for length in sampled(range(len(whole_journal))):
             journal.write_bytes(whole_journal[:length])
             found = await _shown(folder, layout)
             if isinstance(found, CorruptionError):
@@ -152,12 +153,12 @@ async def test_85_every_byte_of_a_data_file_with_commits_waiting(layout: str) ->
         states = await _pending(folder, layout)
         for file in data_files(folder):
             text = file.read_bytes()
-            for what, data in _flips(text, bits):
+            for what, data in sampled(_flips(text, bits)):
                 file.write_bytes(data)
                 found = await _shown(folder, layout)
                 assert isinstance(found, CorruptionError), f"{file.name} {what}: {found}"
                 assert _names_cause_and_recovery(found, folder), f"{what}: {found}"
-            for length in range(len(text)):
+            for length in sampled(range(len(text))):
                 file.write_bytes(text[:length])
                 found = await _shown(folder, layout)
                 assert isinstance(found, CorruptionError), f"{file.name} cut at {length}: {found}"
@@ -198,7 +199,7 @@ async def test_85_every_byte_of_a_data_file_with_an_empty_journal(layout: str) -
             text = file.read_bytes()
             changes = list(_flips(text, (0x01, 0x80, 0x20) if layout == LAYOUTS[0] else (0x01,)))
             changes += [(f"cut at {length}", text[:length]) for length in range(len(text))]
-            for what, data in changes:
+            for what, data in sampled(changes):
                 file.write_bytes(data)
                 await _refused_or_taken_over(folder, layout, f"{file.name} {what}: {data!r}")
             file.write_bytes(text)
@@ -227,7 +228,7 @@ async def test_85_every_byte_of_a_packed_file(tmp_path: Path) -> None:
             before = await whole(store)
         (file,) = data_files(folder)
         packed = file.read_bytes()
-        for what, data in _flips(packed, (0x01,)):
+        for what, data in sampled(_flips(packed, (0x01,))):
             file.write_bytes(data)
             try:
                 found = await reopened(folder, enable_compression=True)
@@ -236,7 +237,7 @@ async def test_85_every_byte_of_a_packed_file(tmp_path: Path) -> None:
             # Only the gzip header contains bytes without effect.
             assert found == before, what
             assert gzip.decompress(data), what
-        for length in range(len(packed)):
+        for length in sampled(range(len(packed))):
             file.write_bytes(packed[:length])
             with pytest.raises(CorruptionError):
                 await reopened(folder, enable_compression=True)
@@ -264,7 +265,7 @@ async def test_85_at_random_in_a_large_store(layout: str) -> None:
             folder / (SINGLE if layout == LAYOUTS[0] else "machines.json"),
         ]:
             text = file.read_bytes()
-            for _ in range(25):
+            for _ in range(repetitions(25)):
                 place = chance.randrange(len(text))
                 bit = 1 << chance.randrange(8)
                 changed = text[:place] + bytes([text[place] ^ bit]) + text[place + 1 :]

@@ -28,6 +28,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.testing.repetitions import sampled
 from tests.json.support import (
     CHANGES,
     LAYOUTS,
@@ -367,7 +368,7 @@ async def _sweep(
         calls = await _calls(start, base / "calls", layout, scene)
         states = await _states(start, base / "states", layout, scene)
         syncs = [each.number for each in calls if each.name == "fdatasync"]
-        for call in calls:
+        for call in sampled(calls):
             for number, lasts in faults_of(call):
                 fault = Fault(call, number, lasts)
                 _last_sync[id(fault)] = syncs[-1] if syncs else -1

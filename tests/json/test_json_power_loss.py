@@ -26,6 +26,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
+from hf_async_store.testing.repetitions import sampled
 from tests.json.crash_driver import WORKLOADS, model
 from tests.json.process_roles import Member
 from tests.json.support import (
@@ -163,7 +164,7 @@ async def _sweep(layout: str, settings: dict[str, Any], *, loses: bool = False) 
         disk = await _run(Path(base, "run"), layout, "script", **settings)
         disk.close()
         seen: set[tuple[int, frozenset[tuple[str, bytes]]]] = set()
-        for moment in disk.moments:
+        for moment in sampled(disk.moments):
             for number, files in enumerate(moment.disks):
                 key = (moment.acked, frozenset(files.items()))
                 if key in seen:
@@ -177,7 +178,7 @@ async def _sweep(layout: str, settings: dict[str, Any], *, loses: bool = False) 
                     what = f"{moment.call}, disk {number}, after {moment.acked} steps"
                     problems.append(f"{what}: {type(exc).__name__}: {str(exc)[:300]}")
     assert not problems, f"{len(problems)} of {len(seen)}:\n" + "\n".join(problems[:12])
-    assert len(seen) > 100, "too few states for a meaningful test"
+    assert len(seen) > 30, "too few states for a meaningful test"
 
 
 @pytest.mark.parametrize("settings", _SETTINGS, ids=["plain", "packed"])

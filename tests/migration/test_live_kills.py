@@ -144,7 +144,7 @@ class Life:
     [
         pytest.param(
             JSON_TO_POSTGRESQL,
-            _short(_START_STEPS, ("copying", "cut")),
+            _short(_START_STEPS, ("copying",)),
             [],
             ["record-3"],
             id="json-postgresql-short",
