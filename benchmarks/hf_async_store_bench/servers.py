@@ -353,10 +353,8 @@ def dynamodb() -> Iterator[DynamoDBServer]:
         environment |= {"SERVICES": "dynamodb", "LOG_LEVEL": "ERROR", "TMPDIR": str(folder)}
         # With uvicorn: its own HTTP server takes twice the processor time for a request.
         words = f"-m uvicorn ministack.app:app --host {_HOST} --port {port} --http httptools"
-        command = [
-            _SERVERS / "bin" / "python",
-            *f"{words} --timeout-keep-alive 75 --no-access-log".split(),
-        ]
+        words += " --timeout-keep-alive 75 --no-access-log"
+        command = [str(_SERVERS / "bin" / "python"), *words.split()]
         process = _Process(command, lambda _: _answers_at(port), folder, environment)
         with process.running(signal.SIGTERM):
             yield DynamoDBServer(f"http://{_HOST}:{port}", process)
