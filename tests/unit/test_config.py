@@ -725,11 +725,15 @@ def test_bad_urls(url: str, problem: str) -> None:
     assert str(caught.value).startswith(f"{url.partition(':')[0]}: URL: {problem}")
 
 
-@given(
-    username=st.text(min_size=1).filter(lambda text: "\0" not in text),
-    password=st.text(min_size=1),
-    name=st.text(min_size=1).filter(lambda text: "\0" not in text),
-)
+def test_a_url_is_not_a_name() -> None:
+    with pytest.raises(ConfigurationError, match="name: a URL is not expected here"):
+        SQLConfig(type="postgresql", name="postgresql://me:secret@h/db")
+
+
+_NAMES = st.text(min_size=1).filter(lambda text: "\0" not in text and "://" not in text)
+
+
+@given(username=_NAMES, password=st.text(min_size=1), name=_NAMES)
 def test_any_string_can_be_percent_encoded_in_a_url(
     username: str, password: str, name: str
 ) -> None:
