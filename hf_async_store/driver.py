@@ -1,13 +1,16 @@
 """The driver interface: the base classes of engines, their capabilities, and the decisions they share.
 
-An engine implements `Engine` and `Session`: `fetch`, `select`, `write_each`, `session` and `close`, and
-`write` and `savepoint`. Everything else has a default, which an engine overrides where it can do
-better. All other code of the package is shared by the engines.
+An engine implements the abstract methods of `Engine` and `Session`, and declares its `capabilities`.
+Everything else has a default, whose docstring states for which engines it is right. All other code of
+the package is shared by the engines.
 
 An engine that has the current entity in memory decides with `changed`, `check_parents` and
 `check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
-how. A strategy that other packages can install is a subclass of `StorageStrategy`, registered in the
-entry-point group `hf_async_store.strategies`.
+how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`. A strategy
+that other packages can install is a subclass of `StorageStrategy`, registered in the entry-point
+group `hf_async_store.strategies`.
+
+This module also exports the types and functions of other modules that an engine needs.
 """
 
 from __future__ import annotations
@@ -20,26 +23,69 @@ from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import (
+    ABSENT,
+    ANY,
+    PRESENT,
+    Change,
+    ChangeMarker,
+    Delete,
+    Outcome,
+    Patch,
+    Put,
+    Record,
+)
+from hf_async_store.errors import InvalidInputError
 from hf_async_store.generators import Owned
 from hf_async_store.overlay import Overlay
-from hf_async_store.preconditions import changed, check_children, check_parents
-from hf_async_store.query import Query
-from hf_async_store.schema import Collection
-from hf_async_store.values import Entity, Key, Value, canonical
+from hf_async_store.preconditions import (
+    changed,
+    check,
+    check_children,
+    check_parents,
+    next_version,
+    patched,
+)
+from hf_async_store.query import Query, compile_filter, ordered
+from hf_async_store.schema import Collection, Schema
+from hf_async_store.values import Entity, Key, Value, canonical, copy_entity
 
 __all__ = [
+    "ABSENT",
+    "ANY",
+    "PRESENT",
     "Capabilities",
+    "Change",
+    "ChangeMarker",
+    "Collection",
+    "Delete",
     "Engine",
+    "Entity",
     "Isolation",
+    "Key",
+    "Outcome",
     "Overlay",
+    "Owned",
+    "Patch",
+    "Put",
+    "Query",
     "QueryPlan",
     "Reader",
+    "Record",
+    "Schema",
     "Session",
+    "Value",
     "batched",
+    "canonical",
     "changed",
+    "check",
     "check_children",
     "check_parents",
+    "compile_filter",
+    "copy_entity",
+    "next_version",
+    "ordered",
+    "patched",
     "run_to_completion",
 ]
 
@@ -91,7 +137,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     savepoints: bool = True
     indexes: bool = True
     references: bool = True
-    change_markers: bool = True
+    change_markers: bool = False
     detects_recreation: bool = False
     default_order: Literal["id", "none"] = "id"
     conflict_entity: bool = True
@@ -137,7 +183,8 @@ class Reader(ABC):
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """The matching records, in the query's order, up to its limit.
 
-        Closing the iterator early releases its resources. `query.fields` is a hint that allows the
+        Closing the iterator early, in any task, releases its resources; a generator that reads from
+        another one closes it (`Owned`). `query.fields` is a hint that allows the
         engine to read less; the records may contain more fields.
         """
 
@@ -163,24 +210,32 @@ class Reader(ABC):
 class Session(Reader):
     """A transaction: all of its writes are committed, or none. Reads see its own writes.
 
-    Its methods are called one at a time; `Transaction` ensures that.
+    Its methods are called one at a time, but not always by the task that began it.
     """
 
     @abstractmethod
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         """Apply in order, up to the first failure, whose error is the last outcome in the list.
 
+        Entities and markers are as in `Engine.write_each`.
+
         After an error the session (or its innermost savepoint) must be rolled back.
         """
 
-    @abstractmethod
     def savepoint(self) -> AbstractAsyncContextManager[Session]:
-        """A nested transaction: leaving the context by an exception rolls back only its changes."""
+        """A nested transaction: leaving the context by an exception rolls back only its changes.
 
-    async def untracked(self, method: str) -> Session:
-        """The session of the engine itself, for a method that only this engine has.
+        The default is for an engine without the capability `savepoints`.
 
-        See `Engine.untracked`.
+        Raises:
+            InvalidInputError: the engine has no savepoints.
+        """
+        raise InvalidInputError("this engine has no nested transactions (savepoints)")
+
+    async def direct(self, method: str) -> Session:
+        """The session of the engine itself, for a method that only this engine has, and that may write.
+
+        See `Engine.direct`.
         """
         del method
         return self
@@ -192,7 +247,10 @@ class Engine(Reader):
     There is no network or disk I/O before the first call. Preconditions are checked atomically with
     the write. Any await may be cancelled: a write is then applied completely or not at all, and
     no resource leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
-    missing entity is never an error.
+    missing entity is never an error. Tasks call the methods concurrently.
+
+    Attributes:
+        capabilities: required.
     """
 
     capabilities: Capabilities
@@ -204,12 +262,20 @@ class Engine(Reader):
         """Apply independent changes: each succeeds or fails alone. One outcome each, in input order.
 
         Changes of the same key are applied in input order. A failure that concerns all of them (disk
-        full, connection lost) is raised.
+        full, connection lost) is raised. Calls are not limited to `write_concurrency` and
+        `write_batch`, which are those of coalesced writes.
+
+        The entities and fields are validated, and contain `updated_at`; `created_at` is added from
+        `written_at` or kept (see `changed`). With the capability `change_markers`, the marker of a
+        change, if any, is written in the same commit: without it, a live migration loses the change.
         """
 
     @abstractmethod
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         """A transaction. Leaving the context commits it; leaving by an exception rolls it back.
+
+        Args:
+            isolation: one of `capabilities.isolations`; None means the first of them.
 
         A transaction in which no method is called does no I/O.
 
@@ -221,8 +287,11 @@ class Engine(Reader):
 
     @abstractmethod
     async def close(self) -> None:
-        """Release all resources; no acknowledged write is lost. Called once, after every other call
-        has ended; each later call raises StoreClosedError."""
+        """Release all resources; no acknowledged write is lost. Called once.
+
+        Sessions, snapshots and reads may still be open: the next call of each, and a commit, then raise
+        StoreClosedError.
+        """
 
     # -- defaults ----------------------------------------------------------------------------
 
@@ -230,15 +299,19 @@ class Engine(Reader):
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 
         It does not block writers, and may cost memory or disk space for what they change meanwhile.
-        If `query_isolation` is "eventual", it is not more consistent than queries; then the default,
-        the engine itself, is sufficient.
+        If `query_isolation` is "eventual", it is not more consistent than queries; the default, the
+        engine itself, is for such engines alone.
         """
+        if self.capabilities.query_isolation != "eventual":
+            raise NotImplementedError("an engine with query_isolation 'snapshot' needs `snapshot`")
         return nullcontext(self)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         """Like `fetch` of one key, of a collection that need not be declared or exist.
 
-        Nothing is created. It does not wait for a lock that the calling task itself holds.
+        Nothing is created. It does not wait for a lock that the calling task itself holds. By this, a
+        store that takes part in live migrations detects one, every two seconds. The default is for
+        an engine whose `fetch` needs no declaration.
         """
         return (await self.fetch([Key(collection.name, entity_id)]))[0]
 
@@ -246,6 +319,8 @@ class Engine(Reader):
         """Whether the store exists: its file, or one of its tables. Nothing is created.
 
         Reading a store that does not exist is like reading an empty one; its first write creates it.
+        The default is for an engine whose stores always exist, like one in memory: else a migration
+        would take a mistyped name for an empty store.
         """
         return True
 
@@ -254,7 +329,8 @@ class Engine(Reader):
 
         Decided by the identity of the data itself (device and inode, a lock taken through one and
         seen through the other, a table's identifier), never by comparing URLs. A physical copy is
-        another store. Engines of different kinds are never the same.
+        another store. Engines of different kinds are never the same; `other` may be of any class. The
+        default is for an engine without the capability `multi_process`.
 
         Raises:
             StorageError: it cannot be determined.
@@ -276,7 +352,7 @@ class Engine(Reader):
     async def probe(self) -> None:
         """Write, read back and delete a value that is not an entity; raise if that fails.
 
-        The default does nothing: it is for a store that can always be written.
+        The default does nothing: it is for an engine without the capability `durable`.
         """
 
     async def health(self) -> Mapping[str, Value]:
@@ -287,23 +363,32 @@ class Engine(Reader):
         """Where the data is stored and how it is configured, without secrets."""
         return {}
 
-    def untracked(self, method: str, *, writes: bool) -> AbstractAsyncContextManager[Engine]:
-        """This engine, for a method of its own that is not part of this interface.
+    def direct(self, method: str, *, writes: bool) -> AbstractAsyncContextManager[Engine]:
+        """This engine, for a method of a strategy that is not part of this interface.
 
-        A wrapper, which would not see what the method reads or writes, overrides this: it yields the
-        engine that it wraps, or refuses the method.
+        The strategy runs each such method in this context. During a live migration, the engine that
+        wraps this one refuses it, because it would not see what the method reads or writes.
 
         Args:
             method: its name, for errors.
             writes: it may change stored entities.
+
+        Raises:
+            StoreRelocatedError: refused.
         """
         del method, writes
         return nullcontext(self)
 
-    async def check_locked(self, method: str) -> None:
-        """Like `untracked`, for a caller that already holds the write lock of the engine, and therefore
-        must not wait. Returns if the method is allowed."""
+    async def check_direct(self, method: str) -> None:
+        """As `direct`, for a method that already holds the write lock of the engine, and so must not wait.
+
+        Raises:
+            StoreRelocatedError: refused.
+        """
         del method
+
+    def abandon(self) -> None:
+        """See `StorageStrategy.abandon`. The default is for an engine whose finalizers do not warn."""
 
 
 _BATCH_SIZE: Final = 512

@@ -43,6 +43,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     CorruptionError,
     StorageError,
+    StoreClosedError,
     StoreRelocatedError,
     UnavailableError,
 )
@@ -194,6 +195,8 @@ None if the configuration does not permit that."""
 class MigrationRouter(Engine):
     """The engine of a store that can be migrated live: sends each operation to the active engine.
 
+    Its `capabilities` and `describe` are those of the engine with which the store was opened.
+
     Args:
         original: the engine with which the store was opened.
         open_engine: opens the engines that a live migration requires.
@@ -216,6 +219,7 @@ class MigrationRouter(Engine):
         self._valid_until = 0.0  # the time at which the lease expires
         self._renew_lock = asyncio.Lock()
         self._engines: dict[str | None, Engine] = {}  # by location, None for the store itself
+        self._closed = False
         # The version of the record of a switch in progress, and when it was first read.
         self._switch_seen: tuple[int, float] | None = None
         self._was_in_migration = False
@@ -311,6 +315,8 @@ class MigrationRouter(Engine):
         return migration_state_in((await self._engine_at(location).fetch([MIGRATION_KEY]))[0])
 
     def _engine_at(self, location: str | None) -> Engine:
+        if self._closed:
+            raise StoreClosedError("this store was closed")
         if location not in self._engines:
             engine = self._open_engine(location)
             if engine is None:
@@ -364,7 +370,8 @@ class MigrationRouter(Engine):
 
     # -- the methods of an engine ------------------------------------------------------------
 
-    # While the lease is valid, reads cost no additional coroutine or generator.
+    # While the lease is valid, `fetch` and the queries cost no additional coroutine or generator. The
+    # lease is checked when the method is called, so callers begin what it returns at once.
 
     def fetch(self, keys: Sequence[Key]) -> Coroutine[Any, Any, list[Record | None]]:
         if time.monotonic() < self._begin_until:
@@ -426,7 +433,7 @@ class MigrationRouter(Engine):
         return await self.original.fetch_undeclared(collection, entity_id)
 
     async def exists(self) -> bool:
-        return await self.original.exists()
+        return await (await self.in_use()).exists()
 
     async def is_same_store(self, other: Engine) -> bool:
         if isinstance(other, MigrationRouter):
@@ -451,8 +458,8 @@ class MigrationRouter(Engine):
     # -- methods that only one engine has ----------------------------------------------------
 
     @asynccontextmanager
-    async def untracked(self, method: str, *, writes: bool) -> AsyncGenerator[Engine, None]:
-        """See `Engine.untracked`.
+    async def direct(self, method: str, *, writes: bool) -> AsyncGenerator[Engine, None]:
+        """See `Engine.direct`.
 
         Raises:
             StoreRelocatedError: for a write method: a live migration is running, so the changes, for
@@ -468,8 +475,8 @@ class MigrationRouter(Engine):
         if writes:
             await self.confirm_untracked_write(route, method)
 
-    async def check_locked(self, method: str) -> None:
-        """See `Engine.check_locked`.
+    async def check_direct(self, method: str) -> None:
+        """See `Engine.check_direct`.
 
         While the lock is held, no migration can begin or continue, so this does not wait for one.
 
@@ -502,7 +509,12 @@ class MigrationRouter(Engine):
             exc.outcome_unknown = True
             raise
 
+    def abandon(self) -> None:
+        for each in (self.original, *self._engines.values()):
+            each.abandon()
+
     async def close(self) -> None:
+        self._closed = True
         async with AsyncExitStack() as stack:  # if one fails, the others are still closed
             stack.push_async_callback(self.original.close)
             for each in self._engines.values():
@@ -603,8 +615,8 @@ class _RoutedSession(Session):
         assert self._session is not None, "entered"
         return self._session
 
-    async def untracked(self, method: str) -> Session:
-        """See `Session.untracked`.
+    async def direct(self, method: str) -> Session:
+        """See `Session.direct`.
 
         Raises:
             StoreRelocatedError: a live migration is running, and the changes of `method` would get no

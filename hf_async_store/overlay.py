@@ -19,6 +19,7 @@ class Overlay:
     Neither the stored entities nor those of the overlay may be modified; they are replaced.
 
     Args:
+        schema: of the store.
         stored: the committed entities.
         references: whether references are enforced.
     """
@@ -36,22 +37,29 @@ class Overlay:
         return layer
 
     def get(self, key: Key) -> Entity | None:
+        """The current entity; None if there is none."""
         for layer in reversed(self._layers):
             if key in layer:
                 return layer[key]
         return self._stored.get(key)
 
     def entities(self, collection: str) -> Iterator[tuple[str, Entity]]:
-        """The ids and entities of a collection, in no particular order."""
-        merged: dict[Key, Entity | None] = dict(self._stored)
+        """The ids and entities of a collection, in no particular order; reads all collections."""
+        written: dict[Key, Entity | None] = {}
         for layer in self._layers:
-            merged.update(layer)
-        for key, entity in merged.items():
-            if key.collection == collection and entity is not None:
+            written.update(layer)
+        for key, entity in self._stored.items():
+            if key.collection == collection and key not in written:
                 yield key.id, entity
+        for key, changed_entity in written.items():
+            if key.collection == collection and changed_entity is not None:
+                yield key.id, changed_entity
 
     def apply(self, change: Change) -> Outcome:
-        """Apply one change, with its change marker, to the top layer; or return its error."""
+        """Apply one change, with its change marker, to the top layer.
+
+        Returns the new version, for a deletion the version that it deleted or None; or its error.
+        """
         current = self.get(change.key)
         try:
             entity = changed(change, current)

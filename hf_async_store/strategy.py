@@ -161,6 +161,7 @@ class StorageStrategy(RepositoryInterface):
         raise StoreClosedError.
         """
         self._closed = True
+        self._engine.abandon()
         _ABANDONED.append(self)
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
@@ -315,8 +316,10 @@ class StorageStrategy(RepositoryInterface):
     async def is_same_store(self, other: StorageStrategy) -> bool:
         """Whether `other` has the same data, whatever the URLs of the two; see `Engine.is_same_store`."""
         mine, theirs = self._usable(), other._usable()
-        # In both directions: either may be a wrapper, which knows the engine that it wraps.
-        return await mine.is_same_store(theirs) or await theirs.is_same_store(mine)
+        if type(mine) is not type(theirs):
+            # Only one of them may be a wrapper, which knows the engine that it wraps.
+            return await mine.is_same_store(theirs) or await theirs.is_same_store(mine)
+        return await mine.is_same_store(theirs)
 
     async def undeclared(self) -> list[str]:
         """The stored collections, and fields such as `machines.owner`, that are not declared."""

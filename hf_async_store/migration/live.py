@@ -128,7 +128,11 @@ class LiveMigration:
         stores = [open_store(each, collections=declared) for each in sides]
         # The engines are used directly: the stores would follow the migration, and wait for the
         # switch that this coordinator makes.
-        self._are_routed = all(isinstance(each.engine, MigrationRouter) for each in stores)
+        self._unrouted = [
+            role
+            for role, each in zip(("source", "target"), stores, strict=True)
+            if not isinstance(each.engine, MigrationRouter)
+        ]
         self._source, self._target = (unrouted(each.engine) for each in stores)
         self._references = {
             id(engine): enforces_references(store)
@@ -144,10 +148,10 @@ class LiveMigration:
                     f"the engine {engine.capabilities.engine!r} cannot be the {role} of a live "
                     "migration, because it is not durable or is limited to one process"
                 )
-        if not self._are_routed:
+        for role in self._unrouted:
             raise MigrationError(
-                "the strategy of one of the stores does not follow live migrations (it does not use "
-                "`hf_async_store.strategies.routing`); stop the applications and use `migrate`"
+                f"the strategy of the {role} does not follow live migrations: it does not use "
+                "`hf_async_store.strategies.routing`. Stop the applications and use `migrate`"
             )
         if not self._source.capabilities.change_markers:
             raise MigrationError(

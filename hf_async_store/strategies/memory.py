@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
 from hf_async_store.driver import Capabilities, Engine, Isolation, Overlay, Reader, Session
-from hf_async_store.errors import StorageError
+from hf_async_store.errors import StorageError, StoreClosedError
 from hf_async_store.locks import ReaderWriterLock
 from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
@@ -54,6 +54,10 @@ class _OverlayReader(Reader):
             for key in keys
         ]
 
+    async def count(self, query: Query) -> int:
+        matches = compile_filter(query.where)
+        return sum(matches(each) for _, each in self.overlay.entities(query.collection))
+
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         entities = list(self.overlay.entities(query.collection))
 
@@ -86,7 +90,7 @@ class MemoryEngine(Engine):
     """Stores all entities in one dict, with one lock that sessions and single writes acquire."""
 
     capabilities: Capabilities = Capabilities(
-        engine="memory", durable=False, multi_process=False, indexes=False
+        engine="memory", durable=False, multi_process=False, indexes=False, change_markers=True
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
@@ -94,15 +98,16 @@ class MemoryEngine(Engine):
         self._schema = schema
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
+        self._closed = False
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return [
-            None if (entity := self._stored.get(key)) is None else _record(key, entity)
-            for key in keys
-        ]
+        return await _OverlayReader(self._overlay()).fetch(keys)
 
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         return _OverlayReader(self._overlay()).select(query)
+
+    async def count(self, query: Query) -> int:
+        return await _OverlayReader(self._overlay()).count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         async with self._lock.writing(_LOCK_TIMEOUT):
@@ -130,6 +135,8 @@ class MemoryEngine(Engine):
         return Overlay(self._schema, self._stored, references=self._references)
 
     def _commit(self, overlay: Overlay) -> None:
+        if self._closed:
+            raise StoreClosedError("this store was closed")
         for key, entity in overlay.changes.items():
             if entity is None:
                 self._stored.pop(key, None)
@@ -143,6 +150,7 @@ class MemoryEngine(Engine):
         return {"configuration": {"enforce_references": self._references}}
 
     async def close(self) -> None:
+        self._closed = True
         self._stored.clear()
 
 

@@ -20,14 +20,27 @@ def routed(
 ) -> MigrationRouter:
     """An engine that sends each operation to `engine`, or during a live migration to the active store.
 
-    A strategy passes its engine through this function to take part in live migrations; the engine
-    must then have the capabilities `multi_process` and `durable`.
+    A strategy passes its engine through this function to take part in live migrations. Every program
+    that uses the store must then use a version of the strategy that does, and each method of the
+    strategy that is not part of the driver interface runs in `Engine.direct`.
 
     Args:
+        engine: it has the capabilities `multi_process` and `durable`; without `change_markers`, it can
+            only be the target of a migration.
+        schema: of the store.
         config: of the store, with absolute paths (`config.anchored`): its `follow_moves` are the
             stores to which a live migration may be followed.
         reopen: opens another engine on the same data, with other collections.
+
+    Raises:
+        ConfigurationError: the engine lacks one of the capabilities.
     """
+    capabilities = engine.capabilities
+    if not (capabilities.multi_process and capabilities.durable):
+        raise ConfigurationError(
+            f"the engine {capabilities.engine!r} cannot take part in live migrations, because it is not "
+            "durable or is limited to one process"
+        )
     system = (each for each in SYSTEM_COLLECTIONS if each.name not in schema)
     declared = Schema([*schema.values(), *system])
 

@@ -36,6 +36,7 @@ from hf_async_store.testing.consistency_checkers import (
 )
 from hf_async_store.testing.history_recorder import ActRecorder, TxnRecorder, installed
 from hf_async_store.testing.process_workers import run_workers, version_race
+from hf_async_store.values import Key, canonical
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -281,6 +282,28 @@ class IsolationContract:
                 ]
                 await beside(transfers, in_one_read, one_by_one, *_queried_sums(store))
                 assert await total(store) == await total(other) == TOTAL
+
+    async def test_47_a_snapshot_does_not_change_while_it_is_open(
+        self, store: StorageStrategy
+    ) -> None:
+        if store.capabilities.query_isolation != "snapshot":
+            pytest.skip("the engine declares no snapshots")
+        await store.create_entities("items", [{"item_id": each, "label": "old"} for each in KEYS])
+        await store.create_entity("counters", {"counter_id": "c", "n": 1})
+        everything = store._query("items", None, None, None, None)
+        async with store.snapshot() as snapshot:
+            before = [each async for each in snapshot.select(everything)]
+            await store.delete_entity("items", KEYS[0])
+            await store.update_entity("items", KEYS[1], {"label": "new"})
+            await store.create_entity("items", {"item_id": "later"})
+            await store.update_entity("counters", "c", {"n": 2})
+            assert [each async for each in snapshot.select(everything)] == before
+            assert await snapshot.count(everything) == len(KEYS)
+            [counter] = await snapshot.fetch([Key("counters", "c")])
+            assert counter is not None
+            assert counter.entity["n"] == 1
+            texts = [each async for batch in snapshot.select_json(everything) for each in batch]
+            assert texts == [canonical(each.entity) for each in before]
 
     # -- 48: dirty reads and lost updates ----------------------------------------------------
 

@@ -15,7 +15,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from random import Random
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
@@ -233,6 +235,10 @@ class _Worker:
             stderr=self._errors,
         )
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def ask(self, line: str) -> str:
         """Write a line; returns the next line of the worker.
 
@@ -259,6 +265,9 @@ class _Worker:
 _IDLE: Final[list[_Worker]] = []
 """The workers that wait for their next job."""
 
+_THREADS: Final = ThreadPoolExecutor(8, thread_name_prefix="workers")
+"""Not those of the event loop, which the store under test uses."""
+
 
 @atexit.register
 def _stop_idle_workers() -> None:
@@ -272,10 +281,17 @@ async def run_workers(url: str, *works: Work) -> list[Any]:
     Raises:
         AssertionError: a worker failed; the message contains its stderr.
     """
-    workers = [_IDLE.pop() if _IDLE else _Worker() for _ in works]
+    workers: list[_Worker] = []
     try:
+        while len(workers) < len(works):
+            worker = _IDLE.pop() if _IDLE else _Worker()
+            if worker.is_running:
+                workers.append(worker)
+            else:
+                worker.stop()
         async with asyncio.timeout(HANG_SECONDS):
-            jobs = [json.dumps([role, url, arguments]) for role, arguments in works]
+            here = [str(Path.cwd()), dict(os.environ)]  # a test may have changed them
+            jobs = [json.dumps([*here, role, url, arguments]) for role, arguments in works]
             assert set(await _ask_all(workers, jobs)) == {"ready"}
             results = await _ask_all(workers, ["go"] * len(workers))
     except BaseException:
@@ -287,12 +303,18 @@ async def run_workers(url: str, *works: Work) -> list[Any]:
 
 
 async def _ask_all(workers: Sequence[_Worker], lines: Sequence[str]) -> list[str]:
+    loop = asyncio.get_running_loop()
     asked = (
-        asyncio.to_thread(worker.ask, line) for worker, line in zip(workers, lines, strict=True)
+        loop.run_in_executor(_THREADS, worker.ask, line)
+        for worker, line in zip(workers, lines, strict=True)
     )
     return await asyncio.gather(*asked)
 
 
 if __name__ == "__main__":
     for job in iter(sys.stdin.readline, ""):
-        asyncio.run(_run_job(*json.loads(job)))
+        directory, environment, *work = json.loads(job)
+        os.chdir(directory)
+        os.environ.clear()
+        os.environ.update(environment)
+        asyncio.run(_run_job(*work))

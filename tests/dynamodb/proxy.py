@@ -40,6 +40,7 @@ class Request(NamedTuple):
     operation: str
     params: dict[str, Any]
     head: bytes = b""
+    body: bytes = b""
 
     @property
     def is_migration_check(self) -> bool:
@@ -144,6 +145,7 @@ class Proxy:
         self.rule: Rule | None = None
         self.requests: list[Request] = []
         self.looks: list[Request] = []
+        self.connections: set[_Incoming] = set()
         self._thread = threading.Thread(
             target=lambda: self._loop.run_until_complete(self._run()), daemon=True
         )
@@ -184,6 +186,9 @@ class Proxy:
             for each in others:
                 each.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            for each in list(self.connections):
+                each.abort()
+            await asyncio.sleep(0.01)  # their transports are closed in the next iterations
 
     def receive(self, request: Request) -> Fault | None:
         """Record a request; returns its fault."""
@@ -191,7 +196,14 @@ class Proxy:
         return None if self.rule is None else self.rule(request)
 
     async def answer(self, incoming: _Incoming, request: Request, fault: Fault) -> None:
-        """Respond to a request with a fault."""
+        """Respond to a request with a fault. An error in it ends the connection, and is not lost."""
+        try:
+            await self._answer(incoming, request, fault)
+        except Exception:
+            incoming.abort()
+            raise
+
+    async def _answer(self, incoming: _Incoming, request: Request, fault: Fault) -> None:
         if isinstance(fault, Answer):
             return incoming.respond(fault.status, json.dumps(fault.body).encode())
         if isinstance(fault, Raw) and not fault.applied:
@@ -205,7 +217,7 @@ class Proxy:
         if isinstance(fault, Partly):
             return incoming.respond(*await self._partly(request))
         try:
-            status, answer = await self._pass_on(request, incoming.body)
+            status, answer = await self._pass_on(request, request.body)
         except aiohttp.ClientError:
             return await incoming.cut(Cut(applied=False))
         if isinstance(fault, Cut):
@@ -272,15 +284,16 @@ class _Incoming(asyncio.Protocol):
         self._proxy = proxy
         self._received = b""
         self._request = b""
-        self.body = b""
         self._transport: Any = None
         self._server: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._proxy.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._proxy.connections.discard(self)
         if self._server is not None:
             self._server.close()
 
@@ -292,12 +305,13 @@ class _Incoming(asyncio.Protocol):
             if len(self._received) < end:
                 return
             self._request, self._received = self._received[:end], self._received[end:]
-            self.body = self._request[head + 4 :]
+            body = self._request[head + 4 :]
             target = _TARGET.search(self._request, 0, head)
             request = Request(
                 target[1].decode() if target is not None else "",
-                json.loads(self.body or b"{}"),
+                json.loads(body or b"{}"),
                 self._request[:head],
+                body,
             )
             fault = self._proxy.receive(request)
             if fault is None:
@@ -318,14 +332,38 @@ class _Incoming(asyncio.Protocol):
             self._server.write(self._request)
 
     async def _connect(self) -> None:
+        request = self._request
         try:
-            self._server, _ = await asyncio.get_running_loop().create_connection(
-                lambda: _Outgoing(self._transport), *self._proxy.server
+            server, _ = await asyncio.get_running_loop().create_connection(
+                lambda: _Outgoing(self), *self._proxy.server
             )
         except OSError:
             self._transport.abort()
+            return
+        server.write(request)
+        if self._transport.is_closing():
+            server.close()  # the client has gone; the request is executed all the same
         else:
-            self._server.write(self._request)
+            self._server = server
+
+    def relay(self, data: bytes) -> None:
+        """Send a part of a response of the server to the client."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def server_closed(self, server: Any, exc: Exception | None) -> None:
+        if server is not self._server:
+            return  # it was replaced meanwhile
+        self._server = None
+        if exc is None:
+            self._transport.close()  # after the response has been sent
+        else:
+            self._transport.abort()
+
+    def abort(self) -> None:
+        for each in (self._transport, self._server):
+            if each is not None:
+                each.abort()
 
     def respond(self, status: int, body: bytes, headers: Mapping[str, str] = _PLAIN) -> None:
         if not self._transport.is_closing():
@@ -371,17 +409,18 @@ class _Incoming(asyncio.Protocol):
 class _Outgoing(asyncio.Protocol):
     """The connection to the server of one connection of a client."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: _Incoming) -> None:
         self._client = client
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._client.write(data)
+        self._client.relay(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is None:
-            self._client.close()  # after the response has been sent
-        else:
-            self._client.abort()
+        self._client.server_closed(self._transport, exc)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ COLLECTIONS: Final = (
 ACCOUNTS: Final = 8
 COUNTERS: Final = 4
 BALANCE: Final = 100
-PAUSE: Final = 0.05
+PAUSE: Final = 0.03
 """Seconds between two writes of a task. Writes are frequent compared with the steps of a migration, and
 leave the processors to the processes of other tests."""
 

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from conftest import Place
 
 PAIRS = list(itertools.permutations(KINDS, 2))
-_SHORT = {("json-single", "postgresql"), ("postgresql", "sqlite"), ("sqlite", "dynamodb")}
+_SHORT = {("dynamodb", "json-split"), ("postgresql", "sqlite"), ("sqlite", "dynamodb")}
 SOME_PAIRS = [
     each if each in _SHORT else pytest.param(*each, marks=pytest.mark.long) for each in PAIRS
 ]
-"""The pairs for tests with many processes: each engine at least once; all pairs in `make test-long`."""
+"""The pairs for tests with many processes: each engine on one side at least; all in `make test-long`."""
 
 MOVER = [sys.executable, str(Path(__file__).with_name("mover.py"))]
 

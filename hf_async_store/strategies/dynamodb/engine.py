@@ -50,6 +50,7 @@ class DynamoDBEngine(Engine):
         engine="dynamodb",
         durable=True,
         multi_process=True,
+        change_markers=True,
         query_isolation="eventual",
         queries_in_transaction="own_writes",
         references=False,

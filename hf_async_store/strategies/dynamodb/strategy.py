@@ -129,7 +129,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         )
         async with (
             operation_timeout(timeout),
-            self._engine.untracked("query_by_gsi", writes=False),
+            self._engine.direct("query_by_gsi", writes=False),
         ):
             with public_errors():
                 return await self._dynamodb.reading.by_index(
@@ -180,7 +180,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         return await self._await_write(self._update_where(change, expression, names), timeout)
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
-        async with self._engine.untracked("condition_expression", writes=True):
+        async with self._engine.direct("condition_expression", writes=True):
             with public_errors():
                 return await self._dynamodb.writes.update_where(change, condition, names)
 

@@ -182,7 +182,9 @@ class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
 class JSONEngine(Engine):
     """Entities in JSON files."""
 
-    capabilities: Capabilities = Capabilities(engine="json", durable=True, multi_process=True)
+    capabilities: Capabilities = Capabilities(
+        engine="json", durable=True, multi_process=True, change_markers=True
+    )
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
         self.config = config

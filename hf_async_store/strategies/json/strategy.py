@@ -86,15 +86,17 @@ class JSONStorageStrategy(StorageStrategy):
         self._usable()
         leave = self._transactions.enter(what)
         try:
-            locks = self._json.locks
-            self._json.files.make_folder()
+            locks, files = self._json.locks, self._json.files
             if exclusive:
+                files.make_folder()
                 async with locks.exclusive(timeout):
-                    await self._engine.check_locked(what)
+                    await self._engine.check_direct(what)
                     yield
             else:
-                async with self._engine.untracked(what, writes=False), locks.shared(timeout):
-                    yield
+                async with self._engine.direct(what, writes=False):
+                    files.make_folder()
+                    async with locks.shared(timeout):
+                        yield
         finally:
             leave()
 

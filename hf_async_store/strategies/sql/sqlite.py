@@ -379,6 +379,7 @@ class SQLite(Dialect):
             engine="sqlite",
             durable=True,
             multi_process=True,
+            change_markers=True,
             references=True,
             read_batch=1024,
             read_concurrency=2,

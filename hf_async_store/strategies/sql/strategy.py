@@ -38,7 +38,7 @@ class SQLTransaction(Transaction):
     ) -> list[dict[str, Value]]:
         """As `SQLStorageStrategy.execute_with_lock`, in this transaction: locks are held until it ends."""
         async with self._step(timeout) as session:
-            own = await session.untracked("execute_with_lock")
+            own = await session.direct("execute_with_lock")
             return await cast("SQLSession", own).execute(sql, params)
 
 
@@ -75,10 +75,6 @@ class SQLStorageStrategy(StorageStrategy):
         self._sql = opened(schema)
         super().__init__(routed(self._sql, schema, loaded, opened), schema)
 
-    def abandon(self) -> None:
-        super().abandon()
-        self._sql.abandon()
-
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = ()
     ) -> list[dict[str, Value]]:
@@ -93,7 +89,7 @@ class SQLStorageStrategy(StorageStrategy):
             params: a list of arguments for `?`, or a dict of arguments for `:name`.
         """
         self._usable()
-        async with self._engine.untracked("execute_with_lock", writes=True):
+        async with self._engine.direct("execute_with_lock", writes=True):
             return await self._sql.execute_with_lock(sql, params)
 
 
