@@ -433,7 +433,8 @@ class MigrationRouter(Engine):
         return await self.original.fetch_undeclared(collection, entity_id)
 
     async def exists(self) -> bool:
-        return await (await self.in_use()).exists()
+        # By the engine that was active last: a damaged store, whose record cannot be read, exists, too.
+        return await self._active.exists()
 
     async def is_same_store(self, other: Engine) -> bool:
         if isinstance(other, MigrationRouter):
