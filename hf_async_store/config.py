@@ -161,6 +161,9 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         enable_compression: compress with gzip, to `NAME.gz`.
         cache_size: the maximum number of decoded entities of each collection that queries cache.
         write_buffer_size: the size in bytes that the journal may reach before a compaction.
+        update_files: when the commits in the journal are written to the data files: "when needed" (the
+            journal is large, or the store is idle or closed and small), also "at close" of the last
+            process, or "after each commit", before it is acknowledged.
         sync_writes: a commit is written to the disk before it is acknowledged.
         backup_enabled, backup_count: keep this number of earlier generations of the file(s).
         lock_timeout: seconds to wait for the lock between processes.
@@ -175,6 +178,7 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     enable_compression: bool = False
     cache_size: Count = 1000
     write_buffer_size: Count = 64000
+    update_files: Literal["when needed", "at close", "after each commit"] = "when needed"
     sync_writes: bool = True
     backup_enabled: bool = True
     backup_count: Count = 5

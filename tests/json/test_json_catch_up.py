@@ -375,7 +375,7 @@ async def test_the_memory_of_old_files_is_bounded(tmp_path: Path) -> None:
             await store.checkpoint()
             await follower.get_entity("templates", "t")
         for each in (store, follower):
-            state = each._json.loaded
+            state = each._json.follower.state
             assert state is not None
             assert max(map(len, state.known.values())) <= 4
 

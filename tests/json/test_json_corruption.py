@@ -585,6 +585,30 @@ async def test_85_recovery_from_a_damaged_journal(tmp_path: Path) -> None:
 
 # -- a right checksum over something that no store writes -------------------------------------
 
+
+@both_layouts
+@pytest.mark.parametrize("kind", [Kind.HEAD, Kind.FOLD])
+async def test_a_record_that_cannot_be_decoded_names_its_remedy(
+    tmp_path: Path, layout: str, kind: Kind
+) -> None:
+    states = await _pending(tmp_path, layout)
+    (journal,) = journals(tmp_path)
+    data = journal.read_bytes()
+    if kind is Kind.HEAD:
+        head = next(scan([data], "", 0, 0))[1]
+        journal.write_bytes(record(kind, b'{"generation":[]}', 0) + data[head:])
+    else:
+        journal.write_bytes(data + record(kind, b'{"files":[]}', len(list(scan([data], "", 0, 0)))))
+    async with open_json(tmp_path, layout) as store:
+        with pytest.raises(
+            CorruptionError, match="cannot be decoded.*--recover-from salvage"
+        ) as caught:
+            await store.get_entity("templates", "t1")
+        assert str(journal) in str(caught.value)
+        await store.checkpoint(recover_from="salvage")
+        assert await whole(store) == states[0 if kind is Kind.HEAD else -1]
+
+
 FORGED: Final = {
     "no key field": b'{"version":4,"name":"x"}',
     "the key of another": b'{"version":4,"template_id":"t2"}',

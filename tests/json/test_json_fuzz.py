@@ -119,7 +119,7 @@ async def _made(folder: Path, layout: str, **more: Any) -> list[Stored]:
             states.append(without_times(await whole(store)))
             if number == 2:
                 async with store._json.writing() as state:
-                    await store._json.start_generation(state)
+                    await store._json.journal.start_generation(state)
         await abandon(store)
     return states
 

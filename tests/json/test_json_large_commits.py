@@ -18,8 +18,7 @@ from hf_async_store.driver import Reader
 from hf_async_store.errors import DiskFullError
 from hf_async_store.query import build_query
 from hf_async_store.schema import Schema
-from hf_async_store.strategies.json import engine as json_engine
-from hf_async_store.strategies.json import journal
+from hf_async_store.strategies.json import journal, journal_writer
 from hf_async_store.strategies.json.serializer import CHUNK_BYTES
 from hf_async_store.values import Key
 from tests.json.support import (
@@ -150,11 +149,11 @@ async def test_a_snapshot_that_is_read_during_write_file(tmp_path: Path) -> None
 
 async def test_a_closed_snapshot_releases_its_data(tmp_path: Path) -> None:
     async with used(tmp_path) as store:
-        section = (await store._json.current()).sections["machines"]
+        section = (await store._json.follower.current()).sections["machines"]
         async with store.snapshot():
             await store.write_file(NEW)
         assert not section._deltas
-        assert not section._garbage
+        assert not section.garbage
 
 
 async def test_queries_see_a_large_commit_atomically(tmp_path: Path) -> None:
@@ -218,7 +217,7 @@ async def test_large_journals_are_read_in_chunks_in_a_thread(
     assert plain(await whole(other)) == OLD
     for wanted in (OLD, {**NEW, "machines": large}):
         async with store._json.writing() as state:
-            await store._json.start_generation(state)
+            await store._json.journal.start_generation(state)
         await store.write_file(wanted)
     monkeypatch.setattr(os, "pread", pread)
     assert (await other.get_entity("machines", "m00010") or {})["name"] == "n" * 1000
@@ -243,7 +242,7 @@ async def test_a_record_on_one_line_is_followed(
         store
     )  # after a compaction the journal has headers, in which a byte can be a newline
     await store.write_file(OLD)
-    monkeypatch.setattr(json_engine, "commit_payload", on_one_line)
+    monkeypatch.setattr(journal_writer, "commit_payload", on_one_line)
     await store.write_file(NEW)
     await abandon(store)
     assert b"\n" not in sorted(tmp_path.glob("*.journal.*"))[-1].read_bytes()[-100_000:]
@@ -262,10 +261,10 @@ async def test_a_large_commit_that_fails_is_not_visible(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_all(fd, data, offset)
 
-    write_all = json_engine.write_all
+    write_all = journal_writer.write_all
     store = await made(tmp_path)
-    monkeypatch.setattr(json_engine, "write_all", full)
-    monkeypatch.setattr(json_engine, "_LARGE_RECORD", 1 << 16)
+    monkeypatch.setattr(journal_writer, "write_all", full)
+    monkeypatch.setattr(journal_writer, "_LARGE_RECORD", 1 << 16)
     with pytest.raises(DiskFullError):
         await store.write_file(NEW)
     assert pieces == 3

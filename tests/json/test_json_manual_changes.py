@@ -639,17 +639,7 @@ async def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
 async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, which: int) -> None:
     """Journals that were not compacted form a chain; if one is missing, there is an error that offers
     choices."""
-    await _generations(tmp_path, layout)
-    async with _another_store(tmp_path, layout) as store:
-        engine = store._json
-        for number in range(2):
-            await store.save_entity("templates", {"template_id": "t", "name": f"chain {number}"})
-            async with engine.writing() as state:
-                await engine.start_generation(state)
-        await store.save_entity("templates", {"template_id": "t", "name": "chain 2"})
-    chain = journals(tmp_path)
-    assert len(chain) == 3
-    chain[which].unlink()
+    await _chain_without(tmp_path, layout, which)
     async with _another_store_with_commits(tmp_path, layout) as store:
         if which == 2:  # the newest: its removal cannot be detected
             assert (await store.get_entity("templates", "t") or {})["name"] == "chain 1"
@@ -665,6 +655,31 @@ async def test_one_of_several_journals_is_removed(tmp_path: Path, layout: str, w
         await store.checkpoint(recover_from="file")
         assert (await store.get_entity("templates", "t") or {})["name"] == "2"
         assert await store.save_entity("templates", {"template_id": "t"}) == 4
+
+
+async def _chain_without(folder: Path, layout: str, which: int) -> None:
+    """Three journals that were not compacted, one of which is removed."""
+    await _generations(folder, layout)
+    async with _another_store(folder, layout) as store:
+        engine = store._json
+        for number in range(2):
+            await store.save_entity("templates", {"template_id": "t", "name": f"chain {number}"})
+            async with engine.writing() as state:
+                await engine.journal.start_generation(state)
+        await store.save_entity("templates", {"template_id": "t", "name": "chain 2"})
+    chain = journals(folder)
+    assert len(chain) == 3
+    chain[which].unlink()
+
+
+@both_layouts
+async def test_a_gap_offers_to_keep_the_commits_before_it(tmp_path: Path, layout: str) -> None:
+    await _chain_without(tmp_path, layout, 1)
+    async with _another_store_with_commits(tmp_path, layout) as store:
+        with pytest.raises(CorruptionError, match="has a gap.*--recover-from salvage"):
+            await store.get_entity("templates", "t")
+        await store.checkpoint(recover_from="salvage")
+        assert (await store.get_entity("templates", "t") or {})["name"] == "chain 0"
 
 
 # -- in the middle of things ------------------------------------------------------------------

@@ -310,7 +310,7 @@ async def test_reads_of_an_absent_store_create_nothing(
     async with open_json(where, layout) as store:
         await store.save_entity(T, {"template_id": "t"})
         assert await store.exists()
-        assert store._json._registry.held == "shared"  # it is known to be open
+        assert store._json.follower.registry.held == "shared"  # it is known to be open
     assert await open_json(where, layout).engine.exists()
 
 
@@ -595,8 +595,8 @@ async def test_permanently_failing_compactions_leave_no_files_behind(
     async with open_json(tmp_path, layout) as store:
         await store.checkpoint()
         assert (await store.health())["ok"]
-        assert store._json.loaded is not None
-        assert store._json.loaded.pending_bytes == 0
+        assert store._json.follower.state is not None
+        assert store._json.follower.state.pending_bytes == 0
     assert len(journals(tmp_path)) == 1
     found = parsed(path)
     assert (found if layout == "split_files" else found[T]).keys() == wanted

@@ -78,6 +78,9 @@ class CollectionTable:
         self, collection: Collection | None, serializer: JSONSerializer, cache_size: int
     ) -> None:
         self.entities: dict[str, StoredEntity] = {}
+        # The canonical bytes of entities of other programs, which stay in `entities` as they were
+        # found: a compaction writes them unchanged.
+        self._normalized: dict[str, bytes] = {}
         self._collection = collection
         self._serializer = serializer
         self._cache_size = cache_size
@@ -93,24 +96,22 @@ class CollectionTable:
         self._tracking = False
         self._indexing = asyncio.Lock()
         self._deltas: list[SnapshotDelta] = []
-        self._garbage: list[dict[Any, Any]] = []
+        self.garbage: list[dict[Any, Any]] = []
 
     @property
     def declared(self) -> bool:
         return self._collection is not None
 
     def canonical(self, entity_id: str) -> bytes | None:
-        """The stored bytes of an entity, normalized now if another program wrote them.
+        """The canonical bytes of an entity, normalized now if another program wrote it.
 
         Raises:
-            CorruptionError: they cannot be normalized.
+            CorruptionError: it cannot be normalized.
         """
         stored = self.entities.get(entity_id)
         if stored is None or type(stored) is bytes:
             return stored
-        normalized = self._normalize(entity_id, stored)
-        self.entities[entity_id] = normalized
-        return normalized
+        return self.normalized(entity_id, stored)
 
     def normalized(self, entity_id: str, stored: StoredEntity) -> bytes:
         """The canonical bytes of a current or previous value of an entity.
@@ -120,21 +121,23 @@ class CollectionTable:
         """
         if type(stored) is bytes:
             return stored
-        if self.entities.get(entity_id) is stored:  # the current value: keep its normalized form
-            return self.canonical(entity_id) or b""
-        return self._normalize(entity_id, stored)
+        # Each id has at most one value that another program wrote: that in the data file.
+        known = self._normalized.get(entity_id)
+        if known is None:
+            assert self._collection is not None, "no caller can name an undeclared collection"
+            known = self._serializer.normalize(self._collection, entity_id, stored)
+            self._normalized[entity_id] = known
+        return known
 
-    def _normalize(self, entity_id: str, stored: StoredEntity) -> bytes:
-        assert self._collection is not None, "no caller can name an undeclared collection"
-        return self._serializer.normalize(self._collection, entity_id, stored)
+    def is_bulk(self, images: Mapping[str, bytes | None]) -> bool:
+        """Whether there are so many images that they are applied to a copy, by `merged`."""
+        return len(images) > max(_MIN_BULK_CHANGES, len(self.entities) // _BULK_DIVISOR)
 
-    async def merged(self, images: Mapping[str, bytes | None]) -> dict[str, StoredEntity] | None:
-        """A copy of the section with many images applied, for `apply`; None if there are few.
+    async def merged(self, images: Mapping[str, bytes | None]) -> dict[str, StoredEntity]:
+        """A copy of the section with many images applied, for `apply`.
 
         The copy is made in chunks, so no other images may be applied until it is complete.
         """
-        if len(images) <= max(_MIN_BULK_CHANGES, len(self.entities) // _BULK_DIVISOR):
-            return None
         await asyncio.sleep(0)
         merged = self.entities.copy()  # one step, and a large one
         await asyncio.sleep(0)
@@ -171,6 +174,9 @@ class CollectionTable:
         self._discard_whole(entities)
 
     def _put(self, entities: dict[str, StoredEntity], images: Mapping[str, bytes | None]) -> None:
+        if self._normalized:
+            for entity_id in images:
+                self._normalized.pop(entity_id, None)
         if None not in images.values():
             entities.update(cast("Mapping[str, bytes]", images))
             return
@@ -183,13 +189,13 @@ class CollectionTable:
 
     def _discard_whole(self, base: dict[str, StoredEntity]) -> None:
         if not any(each.base is base for each in self._deltas):
-            self._garbage.append(base)
+            self.garbage.append(base)
 
     async def reclaim(self) -> None:
         """Free the dicts that are no longer used, in chunks: in one step it would block the event
         loop."""
-        while self._garbage:
-            await reclaim(self._garbage.pop())
+        while self.garbage:
+            await reclaim(self.garbage.pop())
 
     def entity(self, entity_id: str, raw: bytes) -> Entity:
         """Decode and check an entity; the caller owns the returned object.
@@ -221,7 +227,7 @@ class CollectionTable:
     async def unpin(self, delta: SnapshotDelta) -> None:
         """Stop recording for `delta`, and free it."""
         self._deltas = [each for each in self._deltas if each is not delta]
-        self._garbage.append(delta.before)
+        self.garbage.append(delta.before)
         if delta.base is not None:
             self._discard_whole(delta.base)
         await self.reclaim()
@@ -361,7 +367,7 @@ class CollectionTable:
 
     def _drop_indexes(self) -> None:
         """Drop the indexes: building them again is cheaper than applying many changes."""
-        self._garbage += [*self._indexes.values(), self._before]
+        self.garbage += [*self._indexes.values(), self._before]
         self._indexes = {}
         self._ids = None
         self._before = {}

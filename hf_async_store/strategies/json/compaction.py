@@ -12,28 +12,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
+from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import CorruptionError, LockTimeoutError, StorageError
+from hf_async_store.errors import DataFileConflictError, LockTimeoutError, StorageError
 from hf_async_store.locks import FileLock
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.strategies.json.files import Signature
+from hf_async_store.strategies.json.files import FileManager
+from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FileState, Fold
+from hf_async_store.strategies.json.journal_writer import JournalWriter
 from hf_async_store.strategies.json.serializer import (
     StoredEntity,
     compact,
     encode_json,
     section_lines,
 )
-
-if TYPE_CHECKING:
-    from hf_async_store.strategies.json.engine import JSONEngine
-    from hf_async_store.strategies.json.recovery import StoreState
+from hf_async_store.strategies.json.store_state import StoreState
 
 log: Final = logging.getLogger("hf_async_store.json")
 
@@ -54,22 +54,45 @@ _DOUBLINGS: Final = 7
 
 _WAIT_SECONDS: Final = 0.01
 _LINES: Final = 1024
-_NORMALIZED_LINES: Final = 128
 
 
 class _FileContent(NamedTuple):
-    """The future content of a data file: the entities of its sections, and undeclared sections."""
+    """The future content of a data file: the entities of its sections, and undeclared sections.
+
+    Attributes:
+        flat: the entities of its only section are the members of the file.
+    """
 
     sections: dict[str, dict[str, StoredEntity]]
     extras: dict[str, bytes]
+    flat: bool
+
+
+Written: TypeAlias = Mapping[str, tuple[Path, FileState]]
+"""New data files by name: each with its temporary path."""
 
 
 class Compactor:
-    """Decides when the journal of one engine is compacted, and does it."""
+    """Decides when the journal of one store is compacted, and does it.
 
-    def __init__(self, engine: JSONEngine) -> None:
-        self._engine = engine
-        self._lock = FileLock(engine.files.lock(".fold"), engine.files.ownership)
+    Args:
+        writing: holds the write lock, with a state that is up to date.
+    """
+
+    def __init__(
+        self,
+        config: JSONConfig,
+        files: FileManager,
+        follower: Follower,
+        journal: JournalWriter,
+        writing: Callable[[], AbstractAsyncContextManager[StoreState]],
+    ) -> None:
+        self._config = config
+        self._files = files
+        self._follower = follower
+        self._journal = journal
+        self._writing = writing
+        self._lock = FileLock(files.lock(".fold"), files.ownership)
         self._running = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -84,7 +107,7 @@ class Compactor:
     def consider(self) -> None:
         """Called after a commit: compact now, when the store is idle, or later."""
         self._last_commit = time.monotonic()
-        state = self._engine.loaded
+        state = self._follower.state
         if self._task is not None or state is None:
             return
         if self._is_large(state) and self._seconds_to_wait() <= 0:
@@ -129,22 +152,22 @@ class Compactor:
         Raises:
             LockTimeoutError: another process was compacting all the time; it may be suspended.
         """
-        timeout = self._engine.config.lock_timeout
+        timeout = self._config.lock_timeout
         deadline = time.monotonic() + timeout
         while not await self.compact():
             if time.monotonic() > deadline:
-                folder = self._engine.files.folder
                 raise LockTimeoutError(
-                    f"the journal in {folder} could not be compacted within {timeout:g} s: another "
-                    "process is compacting it, or is suspended while it does so"
+                    f"the journal in {self._files.folder} could not be compacted within "
+                    f"{timeout:g} s: another process is compacting it, or is suspended while it does so"
                 )
             await asyncio.sleep(_WAIT_SECONDS)
 
     async def at_close(self) -> None:
-        """Compact, if the files are small or the journal is large. Called in the last process that
-        closes the store."""
-        state = await self._engine.current()
-        if state.pending and (self._is_small(state) or self._is_large(state)):
+        """Compact, if it is configured, or the files are small or the journal is large. Called in the
+        last process that closes the store."""
+        state = await self._follower.current()
+        wanted = self._config.update_files != "when needed"
+        if state.pending and (wanted or self._is_small(state) or self._is_large(state)):
             await self.compact()
 
     async def close(self) -> None:
@@ -164,7 +187,7 @@ class Compactor:
     def _is_large(self, state: StoreState) -> bool:
         pending = state.pending_bytes
         return (
-            pending > self._engine.config.write_buffer_size
+            pending > self._config.write_buffer_size
             and pending > self._file_bytes(state) // _JOURNAL_DIVISOR
         )
 
@@ -179,8 +202,8 @@ class Compactor:
         Returns:
             False if another process is compacting, or changed the store meanwhile.
         """
-        state = self._engine.loaded
-        if (state is None or state.fd < 0) and not self._engine.files.exists():
+        state = self._follower.state
+        if (state is None or state.fd < 0) and not self._files.exists():
             return True  # there is no store, and a compaction does not create one
         async with self._running:
             if not self._lock.try_lock(exclusive=True):
@@ -190,30 +213,28 @@ class Compactor:
                 self.failure, self._failures = None, 0
                 return done
             except StorageError as exc:
-                # A lock that another process holds is a problem of its own in `health`.
-                self.failure = None if isinstance(exc, LockTimeoutError) else exc
-                self._failures += 1
+                self._record_failure(exc)
                 raise
             finally:
                 self._lock.unlock()
 
+    def _record_failure(self, exc: StorageError) -> None:
+        # A lock that another process holds is a problem of its own in `health`.
+        self.failure = None if isinstance(exc, LockTimeoutError) else exc
+        self._failures += 1
+
     async def _compact(self) -> bool:
-        engine = self._engine
         while True:
-            async with engine.writing() as state:
-                engine.files.clean()
-                names = [each for each in engine.files.names if self._needs_compaction(each, state)]
-                if not names:
-                    await self._drop_journals(state)
-                    return True
+            async with self._writing() as state:
+                self._files.clean()
                 resuming = self.is_behind(state)
-                if not resuming or state.fd < 0 or state.sealed or state.replaced:
-                    await engine.start_generation(state)
+                contents = await self._begin(state)
                 generation = state.generation
-                contents = {name: self._content(name, state) for name in names}
+            if not contents:
+                return True
             written = await self._write(contents, state, generation)
             try:
-                async with engine.writing() as current:
+                async with self._writing() as current:
                     if current is not state or state.generation != generation:
                         return False
                     await run_to_completion(self._replace(written, state))
@@ -222,6 +243,43 @@ class Compactor:
             if not resuming:
                 return True
 
+    async def update_files(self, state: StoreState) -> None:
+        """Write all commits to the data files before the last one is acknowledged. The write lock is
+        held.
+
+        If this fails, nothing is lost, and `health` reports it: the journal contains every commit.
+        """
+        try:
+            while contents := await self._begin(state):
+                await self._write_and_replace(contents, state)
+            self.failure, self._failures = None, 0
+        except StorageError as exc:
+            self._record_failure(exc)
+            log.warning("a commit could not be written to the data files", exc_info=True)
+            self.consider()
+
+    async def renew(self, state: StoreState) -> None:
+        """Write all data files again, since a sync of the journal failed. The write lock is held.
+
+        Unlike in other compactions, no commit can be made meanwhile: none may rely on records that
+        may not be on the disk.
+        """
+        await self._journal.start_generation(state)
+        contents = {name: self._content(name, state) for name in self._files.names}
+        await self._write_and_replace(contents, state)
+
+    async def _begin(self, state: StoreState) -> dict[str, _FileContent]:
+        """Begin a generation; returns what the data files contain before it. The write lock is held.
+
+        A compaction that was not completed is repeated in the generation that it began.
+        """
+        names = [each for each in self._files.names if self._needs_compaction(each, state)]
+        if not names:
+            await self._drop_journals(state)
+        elif not self.is_behind(state) or not state.is_open or state.replaced:
+            await self._journal.start_generation(state)
+        return {name: self._content(name, state) for name in names}
+
     def is_behind(self, state: StoreState) -> bool:
         """Whether a compaction began this generation and was not completed.
 
@@ -229,7 +287,7 @@ class Compactor:
         beginning another one: it may fail again any number of times, and each failure would leave
         one more journal.
         """
-        return any(each < state.generation for each in self._engine.files.journals())
+        return any(each < state.generation for each in self._files.journals())
 
     def is_stuck(self, state: StoreState) -> bool:
         """Whether a compaction was not completed, and none is running now."""
@@ -243,17 +301,15 @@ class Compactor:
         return free and self.is_behind(state)
 
     def _needs_compaction(self, name: str, state: StoreState) -> bool:
-        collections = self._engine.loader.collections_of(name, state)
-        files = self._engine.files
         return (
-            state.has_pending(collections)
+            state.has_pending(self._follower.loader.collections_of(name, state))
             or name in state.replaced
-            or files.paths_of(name) not in ([], [files.path(name)])
+            or self._files.paths_of(name) not in ([], [self._files.path(name)])
         )
 
     def _content(self, name: str, state: StoreState) -> _FileContent:
         """The future content of a file. The dicts are shallow copies, since commits continue."""
-        collections = self._engine.loader.collections_of(name, state)
+        collections = self._follower.loader.collections_of(name, state)
         return _FileContent(
             {
                 each: dict(state.sections[each].entities)
@@ -261,43 +317,58 @@ class Compactor:
                 if each in collections
             },
             dict(state.extras.get(name, {})),
+            flat=self._files.names[name] is not None and not state.content[name].wrapped,
         )
 
     async def _write(
         self, contents: Mapping[str, _FileContent], state: StoreState, generation: int
-    ) -> dict[str, tuple[Path, FileState]]:
+    ) -> Written:
         """Write new files beside the old ones, and sync them."""
-        files = self._engine.files
         written: dict[str, tuple[Path, FileState]] = {}
         try:
             for name, content in contents.items():
-                chunks = self._encode_file(name, content, state)
-                path, digest, signature = await files.write_temporary(name, chunks)
+                path, digest, signature = await self._files.write_temporary(
+                    name, _encode_file(content)
+                )
                 file_state = FileState(
                     digest,
                     generation,
                     ours=True,
-                    collection=files.names[name],
-                    size=signature.size,
-                    mtime_ns=signature.mtime_ns,
-                    inode=signature.inode,
+                    collection=self._files.names[name],
+                    wrapped=state.content[name].wrapped,
                 )
-                written[name] = (path, file_state)
+                written[name] = (path, signature.added_to(file_state))
         except BaseException:
             _unlink(path for path, _ in written.values())
             raise
         return written
 
-    async def _replace(
-        self, written: Mapping[str, tuple[Path, FileState]], state: StoreState
+    async def _write_and_replace(
+        self, contents: Mapping[str, _FileContent], state: StoreState
     ) -> None:
-        engine = self._engine
+        written = await self._write(contents, state, state.generation)
+        try:
+            if self._follower.files_changed(state):
+                raise DataFileConflictError(
+                    f"a data file in {self._files.folder} was replaced while its new content was "
+                    "written. It was not overwritten"
+                )
+            await run_to_completion(self._replace(written, state))
+        finally:
+            _unlink(path for path, _ in written.values())
+
+    async def _replace(self, written: Written, state: StoreState) -> None:
         contents = {name: content for name, (_, content) in written.items()}
         contents |= self._unchanged(contents, state)
-        await engine.append_control(state, Fold(contents))
-        await self._replace_files(written, state.generation)
+        await self._journal.append_control(state, Fold(contents))
+        paths = {name: path for name, (path, _) in written.items()}
+        try:
+            await self._journal.in_thread(self._files.put_in_place, paths, state.generation)
+        except OSError as exc:
+            raise translate_os_error(exc, f"replace files in {self._files.folder}") from exc
         for name, content in contents.items():
-            state.mark_covered(name, content, engine.loader.collections_of(name, state))
+            collections = self._follower.loader.collections_of(name, state)
+            state.mark_covered(name, content, collections)
         await self._drop_journals(state)
 
     def _unchanged(
@@ -309,96 +380,45 @@ class Compactor:
         unchanged = {}
         for name, content in state.content.items():
             if name not in written and content.covers < state.generation:
-                signature = state.signatures.get(name) or Signature(-1, -1, -1)
-                unchanged[name] = FileState(
-                    content.digest,
-                    state.generation,
-                    ours=content.ours,
-                    collection=content.collection,
-                    size=signature.size,
-                    mtime_ns=signature.mtime_ns,
-                    inode=signature.inode,
-                )
+                covering = content.covering(state.generation)
+                signature = state.signatures.get(name)
+                unchanged[name] = signature.added_to(covering) if signature else covering
         return unchanged
-
-    async def _replace_files(
-        self, written: Mapping[str, tuple[Path, FileState]], generation: int
-    ) -> None:
-        engine = self._engine
-        paths = {name: path for name, (path, _) in written.items()}
-        try:
-            await asyncio.get_running_loop().run_in_executor(
-                engine.threads, engine.files.put_in_place, paths, generation
-            )
-        except OSError as exc:
-            raise translate_os_error(exc, f"replace files in {engine.files.folder}") from exc
 
     async def _drop_journals(self, state: StoreState) -> None:
         covers = [each.covers for each in state.content.values()]
-        await self._engine.drop_journals(min(covers, default=0))
+        await self._journal.drop_journals(min(covers, default=0))
 
-    async def renew(self, state: StoreState) -> None:
-        """Write all data files again, since a sync of the journal failed. The write lock is held.
 
-        Unlike in other compactions, no commit can be made meanwhile: none may rely on records that
-        may not be on the disk.
-        """
-        await self._engine.start_generation(state)
-        contents = {name: self._content(name, state) for name in self._engine.files.names}
-        written = await self._write(contents, state, state.generation)
-        try:
-            await run_to_completion(self._replace(written, state))
-        finally:
-            _unlink(path for path, _ in written.values())
+# -- content of the files --------------------------------------------------------------------
 
-    # -- content of the files ----------------------------------------------------------------
 
-    async def _encode_file(
-        self, name: str, content: _FileContent, state: StoreState
-    ) -> AsyncGenerator[bytes, None]:
-        """The bytes of a data file, one entity per line, in chunks."""
-        sections, extras = content
-        flat = self._engine.files.names[name] is not None and not extras
-        yield b"{\n"
-        for number, (section, entities) in enumerate(sections.items()):
-            if not flat:
-                yield (b",\n" if number else b"") + encode_json(section) + b":{\n"
-            async for chunk in self._encode_lines(section, entities, state):
-                yield chunk
-            if not flat:
-                yield b"}"
-        for number, (section, raw) in enumerate(extras.items(), len(sections)):
-            yield (b",\n" if number else b"") + encode_json(section) + b":" + raw
-        yield b"}\n" if flat else b"\n}\n"
+async def _encode_file(content: _FileContent) -> AsyncGenerator[bytes, None]:
+    """The bytes of a data file, one entity per line, in chunks."""
+    yield b"{\n"
+    for number, (section, entities) in enumerate(content.sections.items()):
+        if not content.flat:
+            yield (b",\n" if number else b"") + encode_json(section) + b":{\n"
+        async for chunk in _encode_lines(entities):
+            yield chunk
+        if not content.flat:
+            yield b"}"
+    for number, (section, raw) in enumerate(content.extras.items(), len(content.sections)):
+        yield (b",\n" if number else b"") + encode_json(section) + b":" + raw
+    yield b"}\n" if content.flat else b"\n}\n"
 
-    async def _encode_lines(
-        self, name: str, entities: Mapping[str, StoredEntity], state: StoreState
-    ) -> AsyncGenerator[bytes, None]:
-        # Not a list of all pairs: creating that many tuples, and traversing them in the garbage
-        # collector, would block the event loop.
-        items = iter(entities.items())
-        remaining = len(entities)
-        size = _NORMALIZED_LINES
-        while remaining:
-            chunk = list(islice(items, size))
-            remaining -= len(chunk)
-            lines = {each: self._encode_line(name, each, raw, state) for each, raw in chunk}
-            yield section_lines(lines) + (b",\n" if remaining else b"\n")
-            size = _LINES if type(chunk[-1][1]) is bytes else _NORMALIZED_LINES
-            await asyncio.sleep(0)
 
-    def _encode_line(
-        self, name: str, entity_id: str, raw: StoredEntity, state: StoreState
-    ) -> bytes:
-        if type(raw) is bytes:
-            return raw
-        section = state.sections[name]
-        if section.declared:
-            try:
-                return section.normalized(entity_id, raw)
-            except CorruptionError as exc:
-                log.warning("a damaged entity was written to the data file unchanged: %s", exc)
-        return compact(raw)
+async def _encode_lines(entities: Mapping[str, StoredEntity]) -> AsyncGenerator[bytes, None]:
+    # Not a list of all pairs: creating that many tuples, and traversing them in the garbage
+    # collector, would block the event loop.
+    items = iter(entities.items())
+    remaining = len(entities)
+    while chunk := list(islice(items, _LINES)):
+        remaining -= len(chunk)
+        # Entities that other programs wrote, and nobody changed since, keep their form.
+        lines = {each: raw if type(raw) is bytes else compact(raw) for each, raw in chunk}
+        yield section_lines(lines) + (b",\n" if remaining else b"\n")
+        await asyncio.sleep(0)
 
 
 def _unlink(paths: Iterable[Path]) -> None:

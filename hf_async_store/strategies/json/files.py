@@ -13,19 +13,17 @@ import zlib
 from collections.abc import AsyncIterator, Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
+from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store
-from hf_async_store.strategies.json.journal import FileState
-
-if TYPE_CHECKING:
-    from hf_async_store.config import JSONConfig
-    from hf_async_store.schema import Schema
+from hf_async_store.schema import Schema
+from hf_async_store.strategies.json.journal import USE_FILES, FileState
 
 log: Final = logging.getLogger("hf_async_store.json")
 
@@ -62,6 +60,12 @@ class Signature(msgspec.Struct, frozen=True):
     @classmethod
     def known(cls, state: FileState) -> Signature:
         return cls(state.size, state.mtime_ns, state.inode)
+
+    def added_to(self, content: FileState) -> FileState:
+        """The same content, known to have this signature."""
+        return msgspec.structs.replace(
+            content, size=self.size, mtime_ns=self.mtime_ns, inode=self.inode
+        )
 
 
 class DataFile(msgspec.Struct, frozen=True):
@@ -132,12 +136,7 @@ class FileManager:
         named = f"the journal of {self.folder} names the file {name!r}"
         # A data file is read, and replaced by the next compaction: only valid names are accepted.
         if self.single or collection is None or is_reserved(name):
-            raise CorruptionError(
-                f"{named}, which is not a data file of this store. Restore a backup "
-                "(`hf-async-store restore`), or use the data files without the journal: "
-                "`hf-async-store checkpoint --recover-from file` (all commits since the last "
-                "compaction are then lost; copy the folder first)"
-            )
+            raise CorruptionError(f"{named}, which is not a data file of this store. {USE_FILES}")
         if name in self._collections or collection in self._collections.values():
             raise ConfigurationError(
                 f"{named} for the collection {collection!r}, which contradicts filenames.split_files. "
@@ -148,9 +147,6 @@ class FileManager:
     def path(self, name: str) -> Path:
         """The path to which a data file is written."""
         return self._both_paths(name)[0]
-
-    def _other_path(self, name: str) -> Path:
-        return self._both_paths(name)[1]
 
     def _both_paths(self, name: str) -> tuple[Path, Path]:
         # Cached, because every write checks the files, and joining paths takes longer than a check.
@@ -163,7 +159,7 @@ class FileManager:
     def paths_of(self, name: str) -> list[Path]:
         """The existing paths of a data file, the configured form first. Both forms exist only after
         the compaction that changes the form was interrupted."""
-        return [each for each in (self.path(name), self._other_path(name)) if _exists(each)]
+        return [each for each in self._both_paths(name) if _exists(each)]
 
     def signature(self, name: str) -> Signature | None:
         """The current signature of a data file; None if it does not exist."""
@@ -363,8 +359,8 @@ class FileManager:
             each.digest for each in known
         }:
             raise CorruptionError(
-                f"{self.path(name)} and {self._other_path(name)} both exist, and it is unknown which "
-                "of them is valid. Move the invalid one to another folder"
+                f"{' and '.join(map(str, self._both_paths(name)))} both exist, and it is unknown "
+                "which of them is valid. Move the invalid one to another folder"
             )
         return files[0] if files else None
 
@@ -786,17 +782,3 @@ def _number_after(entry: str, prefix: str) -> int | None:
     digits = entry.removeprefix(prefix)
     is_valid = digits != entry and digits.isascii() and digits.isdigit()
     return int(digits) if is_valid else None
-
-
-__all__ = [
-    "DataFile",
-    "FileManager",
-    "Signature",
-    "has_failed_sync",
-    "mark_sync_failed",
-    "read_file",
-    "sync_data",
-    "sync_folder",
-    "sync_parents",
-    "write_all",
-]

@@ -34,6 +34,16 @@ _HEADER: Final = struct.Struct(">4sB3xIIQ")
 _CHECK: Final = struct.Struct(">I")
 HEADER_SIZE: Final = _HEADER.size + _CHECK.size
 
+USE_FILES: Final = (
+    "Restore a backup (`hf-async-store restore`), or use the data files without the journal: "
+    "`hf-async-store checkpoint --recover-from file` (all commits since the last compaction are then "
+    "lost; copy the folder first)"
+)
+USE_UNDAMAGED: Final = (
+    "Restore a backup (`hf-async-store restore`), or continue with the undamaged part: `hf-async-store "
+    "checkpoint --recover-from salvage`"
+)
+
 Images: TypeAlias = Mapping[str, Mapping[str, bytes | None]]
 """Post-images by collection and id: the stored bytes, None for a deleted entity."""
 
@@ -55,6 +65,8 @@ class FileState(msgspec.Struct, frozen=True):
         collection: the collection of the file; None for a file of several collections.
         size, mtime_ns, inode: its signature, if known, by which a replacement is detected without
             reading the file.
+        wrapped: the file of one collection has a member with the name of the collection, and the
+            entities are in it.
     """
 
     digest: str | None
@@ -64,6 +76,11 @@ class FileState(msgspec.Struct, frozen=True):
     size: int = -1
     mtime_ns: int = -1
     inode: int = -1
+    wrapped: bool = False
+
+    def covering(self, generation: int) -> FileState:
+        """The same content, complete up to the beginning of `generation`."""
+        return FileState(self.digest, generation, self.ours, self.collection, wrapped=self.wrapped)
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -119,7 +136,6 @@ _encode = msgspec.json.Encoder().encode
 _commit_decoder: Final = msgspec.json.Decoder(dict[str, dict[str, msgspec.Raw]])
 _head_decoder: Final = msgspec.json.Decoder(Head)
 _fold_decoder: Final = msgspec.json.Decoder(Fold)
-_seal_decoder: Final = msgspec.json.Decoder(Seal)
 _ENTITY: Final = b'{"version":'
 
 Body = TypeVar("Body")
@@ -132,11 +148,16 @@ def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
 
 def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
     """The header of a record, whose payload may have several chunks."""
-    payload_crc = 0
-    for chunk in payload:
-        payload_crc = crc32(chunk, payload_crc)
-    fields = _HEADER.pack(_MAGIC, kind, sum(map(len, payload)), payload_crc, sequence)
+    length = sum(map(len, payload))
+    fields = _HEADER.pack(_MAGIC, kind, length, _checksum(payload), sequence)
     return fields + _CHECK.pack(crc32(fields))
+
+
+def _checksum(chunks: Iterable[bytes]) -> int:
+    checksum = 0
+    for chunk in chunks:
+        checksum = crc32(chunk, checksum)
+    return checksum
 
 
 def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
@@ -184,35 +205,38 @@ def image(encoded: bytes) -> bytes | None:
     return encoded
 
 
-def read_head(payload: bytes) -> Head:
-    return _of_this_folder(_read(_head_decoder, payload))
+def read_head(payload: bytes, name: str = "the journal") -> Head:
+    """The HEAD in a payload.
+
+    Args:
+        name: the path of the journal, for error messages.
+    """
+    return _read_naming(_head_decoder, payload, name)
 
 
-def read_fold(payload: bytes) -> Fold:
-    return _of_this_folder(_read(_fold_decoder, payload))
+def read_fold(payload: bytes, name: str = "the journal") -> Fold:
+    """The FOLD in a payload; see `read_head`."""
+    return _read_naming(_fold_decoder, payload, name)
 
 
 Naming = TypeVar("Naming", Head, Fold)
 
 
-def _of_this_folder(body: Naming) -> Naming:
-    """Check that a record names only files in the store's folder: these files are read and replaced.
-
-    Raises:
-        CorruptionError: it names a file elsewhere.
-    """
-    for name in body.files:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+def _read_naming(decoder: msgspec.json.Decoder[Naming], payload: bytes, name: str) -> Naming:
+    """Read a record that names data files. These files are read and replaced, so they must be in the
+    store's folder."""
+    try:
+        body = _read(decoder, payload)
+    except CorruptionError as exc:
+        raise CorruptionError(f"{name}: {exc}. {USE_UNDAMAGED}") from exc
+    for each in body.files:
+        if each in ("", ".", "..") or "/" in each or "\0" in each:
             raise CorruptionError(
-                f"a record of the journal names the file {name!r}, which is not in the folder of the "
+                f"a record of {name} names the file {each!r}, which is not in the folder of the "
                 "journal: this store did not write the record. Restore a backup "
                 "(`hf-async-store restore`)"
             )
     return body
-
-
-def read_seal(payload: bytes) -> Seal:
-    return _read(_seal_decoder, payload)
 
 
 def _read(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
@@ -223,6 +247,42 @@ def _read(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
         raise CorruptionError(
             f"a record of the journal cannot be decoded, although its checksum is valid: {exc}"
         ) from exc
+
+
+class _Chunks:
+    """The content of a journal in chunks; `offset` is the position in the file up to which it was read."""
+
+    def __init__(self, chunks: Iterable[bytes], offset: int) -> None:
+        self.offset = offset
+        self._remaining = iter(chunks)
+        self._data = b""
+        self._position = 0
+
+    def read(self, size: int) -> list[bytes]:
+        """The next bytes in chunks; fewer at the end of the file."""
+        found: list[bytes] = []
+        end = self.offset + size
+        while self.offset < end:
+            if self._position == len(self._data):
+                self._data, self._position = next(self._remaining, b""), 0
+                if not self._data:
+                    break
+            chunk = self._data[self._position : self._position + end - self.offset]
+            found.append(chunk)
+            self._position += len(chunk)
+            self.offset += len(chunk)
+        return found
+
+
+def _read_header(data: bytes, name: str, offset: int) -> tuple[int, int, int, int]:
+    """Kind, payload length, payload checksum and sequence number in a header."""
+    magic, kind, length, payload_crc, number = _HEADER.unpack_from(data)
+    is_valid = _CHECK.unpack_from(data, _HEADER.size) == (crc32(data[: _HEADER.size]),)
+    if is_valid and magic != _MAGIC and magic.startswith(_FAMILY):
+        raise _newer(name, offset)
+    if magic != _MAGIC or not is_valid:
+        raise _damaged(name, offset, "the header of a record is damaged")
+    return kind, length, payload_crc, number
 
 
 def scan(
@@ -242,42 +302,14 @@ def scan(
         CorruptionError: a record is damaged.
         NewerFormatError: a newer release wrote a record.
     """
-    remaining = iter(chunks)
-    data = b""  # begins at `offset` in the file
-    position = 0
-    while True:
-        while len(data) - position < HEADER_SIZE:
-            more = next(remaining, b"")
-            if not more:
-                if not _MAGIC.startswith(data[position : position + len(_MAGIC)]):
-                    raise _damaged(name, offset + position, "no record begins here")
-                return
-            offset += position
-            data = data[position:] + more
-            position = 0
-        header = data[position : position + _HEADER.size]
-        magic, kind, length, payload_crc, number = _HEADER.unpack(header)
-        (header_crc,) = _CHECK.unpack_from(data, position + _HEADER.size)
-        if header_crc == crc32(header) and magic != _MAGIC and magic.startswith(_FAMILY):
-            raise _newer(name, offset + position)
-        if magic != _MAGIC or header_crc != crc32(header):
-            raise _damaged(name, offset + position, "the header of a record is damaged")
-        begin = offset + position
-        start = position + HEADER_SIZE
-        payload = [data[start : start + length]]
-        position = start + length
-        while position > len(data):
-            more = next(remaining, b"")
-            if not more:
-                return
-            offset += len(data)
-            position -= len(data)
-            data = more
-            payload.append(data[:position])
-        actual_crc = 0
-        for chunk in payload:
-            actual_crc = crc32(chunk, actual_crc)
-        if payload_crc != actual_crc:
+    data = _Chunks(chunks, offset)
+    while len(start := b"".join(data.read(HEADER_SIZE))) == HEADER_SIZE:
+        begin = data.offset - HEADER_SIZE
+        kind, length, payload_crc, number = _read_header(start, name, begin)
+        payload = data.read(length)
+        if sum(map(len, payload)) < length:
+            return
+        if payload_crc != _checksum(payload):
             raise _damaged(name, begin + HEADER_SIZE, "the payload of a record is damaged")
         if number != sequence:
             raise _damaged(
@@ -286,7 +318,9 @@ def scan(
         if kind not in _KINDS:
             raise _newer(name, begin)
         sequence += 1
-        yield Entry(Kind(kind), payload), offset + position
+        yield Entry(Kind(kind), payload), data.offset
+    if not _MAGIC.startswith(start[: len(_MAGIC)]):
+        raise _damaged(name, data.offset - len(start), "no record begins here")
 
 
 def _newer(name: str, offset: int) -> NewerFormatError:
@@ -298,9 +332,7 @@ def _newer(name: str, offset: int) -> NewerFormatError:
 
 def _damaged(name: str, offset: int, what: str) -> CorruptionError:
     return CorruptionError(
-        f"{name} at byte {offset}: {what}. Nothing was changed. Restore a backup "
-        "(`hf-async-store restore`), or continue with the undamaged part: `hf-async-store checkpoint "
-        "--recover-from salvage` (the data file and every commit before this position), or "
-        "`--recover-from file` (the data file alone; all commits since the last compaction are then "
-        "lost). Copy the folder first"
+        f"{name} at byte {offset}: {what}. Nothing was changed. {USE_UNDAMAGED} (the data file and "
+        "every commit before this position), or `--recover-from file` (the data file alone; all commits "
+        "since the last compaction are then lost). Copy the folder first"
     )

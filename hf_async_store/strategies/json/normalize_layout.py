@@ -12,13 +12,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import aiofiles
 import anyio
 import msgspec
 
 from hf_async_store.errors import CorruptionError
+from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.json.serializer import (
     OtherLayout,
     compact,
@@ -28,22 +28,21 @@ from hf_async_store.strategies.json.serializer import (
     section_lines,
 )
 
-if TYPE_CHECKING:
-    from hf_async_store.schema import Collection, Schema
-
 
 async def rewritten(data: bytes, collection: Collection | None, schema: Schema) -> bytes:
     """The same file with one entity per line.
 
     Args:
         collection: the collection of the file; None for a file of several collections.
+        schema: the collections that a file of several collections may contain.
 
     Raises:
         OtherLayout: the file could not be converted; the caller parses it as it is.
     """
-    if collection is not None and layout_of(collection, parse_object(data, "the file")) != "flat":
-        raise OtherLayout
-    names = [] if collection is not None else list(schema)
+    names = list(schema)
+    if collection is not None:
+        wrapped = layout_of(collection, parse_object(data, "the file")) == "wrapped"
+        names = [collection.name] if wrapped else []
     with tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder:
         source, target = Path(folder, "source"), Path(folder, "target")
         async with aiofiles.open(source, "wb") as file:

@@ -13,20 +13,21 @@ import os
 import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 import msgspec
 
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.os_errors import translate_os_error
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable, reclaim
-from hf_async_store.strategies.json.files import DataFile, FileManager, Signature, has_failed_sync
+from hf_async_store.strategies.json.files import DataFile, FileManager, has_failed_sync
 from hf_async_store.strategies.json.journal import (
+    USE_FILES,
+    USE_UNDAMAGED,
     Entry,
     FileState,
-    Images,
     Kind,
     image,
     read_commit,
@@ -41,6 +42,7 @@ from hf_async_store.strategies.json.serializer import (
     OtherLayout,
     StoredEntity,
     decode_members,
+    has_key,
     layout_of,
     parse_chunk,
     parse_lines,
@@ -48,16 +50,20 @@ from hf_async_store.strategies.json.serializer import (
     refuse_duplicates,
     stored_entities,
 )
-
-if TYPE_CHECKING:
-    from hf_async_store.schema import Schema
+from hf_async_store.strategies.json.store_state import StoreState
 
 
 class _Journal(NamedTuple):
-    """The journal of a generation; not `complete`: it is damaged after these entries."""
+    """The journal of a generation.
+
+    Attributes:
+        named: the data files that its HEAD and its FOLDs name.
+        complete: it is not damaged after these entries.
+    """
 
     generation: int
     entries: list[Entry]
+    named: list[Mapping[str, FileState]]
     end: int
     alone: bool
     complete: bool
@@ -72,109 +78,18 @@ _LARGE_TAIL: Final = 4 << 20
 _TAIL_CHUNK: Final = 1 << 20
 _FREE_CHUNK: Final = 8
 
-Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
-"""Copies of sections by name, to which the images of a commit are already applied."""
-
 
 class JournalMissing(Exception):  # noqa: N818  # never leaves the strategy
     """A listed journal no longer exists, or a generation is missing: another process is compacting,
-    and the caller retries."""
+    and the caller retries.
 
+    Attributes:
+        remains: there is a journal before the missing one.
+    """
 
-@dataclass(slots=True)
-class StoreState:
-    """A store in memory, and the position up to which it has read the journal."""
-
-    sections: dict[str, CollectionTable] = field(default_factory=dict)
-    extras: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """By data file: the undeclared sections, with their bytes as in the file."""
-    known: dict[str, list[FileState]] = field(default_factory=dict)
-    """By data file: the valid contents, the newest last."""
-    content: dict[str, FileState] = field(default_factory=dict)
-    """By data file: its content when it was read, or since the last compaction."""
-    signatures: dict[str, Signature | None] = field(default_factory=dict)
-    replaced: set[str] = field(default_factory=set)
-    """The data files that were replaced manually and accepted; the journal does not name them."""
-    pending: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By generation and collection: the size of the commits that are not in the data files yet."""
-    replayed: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
-    """During a recovery: the images that were replayed over the data files."""
-    unread: list[int] = field(default_factory=list)
-    """During a recovery with "salvage": the generations that are omitted, partly or completely."""
-    superseded: bool = False
-    """Whether there are journals older than `first`, which a recovery has made invalid."""
-    first: int = 0
-    """The oldest valid generation when the files were read."""
-    failed_sync_generation: int = 0
-    """The newest generation of which a sync failed, in any process; 0: none."""
-    generation: int = 0
-    fd: int = -1
-    offset: int = 0
-    sequence: int = 0
-    sealed: bool = False
-
-    @property
-    def pending_bytes(self) -> int:
-        return sum(sum(each.values()) for each in self.pending.values())
-
-    def has_pending(self, collections: Mapping[str, object] | set[str]) -> bool:
-        """Whether a commit to one of these collections is not in its data file yet."""
-        return any(name in collections for each in self.pending.values() for name in each)
-
-    @property
-    def needs_rewrite(self) -> bool:
-        """Whether a data file lacks commits whose sync failed: a power failure could lose them."""
-        return self.failed_sync_generation > 0 and any(
-            each.covers <= self.failed_sync_generation for each in self.content.values()
-        )
-
-    async def merged(self, images: Images) -> Merged:
-        """Copies of the sections to which many of the images apply, for `apply`."""
-        copies = {name: await self.sections[name].merged(each) for name, each in images.items()}
-        return {name: merged for name, merged in copies.items() if merged is not None}
-
-    def apply(self, images: Images, size: int, merged: Merged) -> None:
-        """Apply a commit of the current generation that has `size` bytes in the journal.
-
-        The caller calls `reclaim` afterwards.
-        """
-        sizes = self.pending.setdefault(self.generation, {})
-        for name, section_images in images.items():
-            sizes[name] = sizes.get(name, 0) + size // len(images)
-            self.sections[name].apply(section_images, merged.get(name))
-
-    async def reclaim(self) -> None:
-        for section in self.sections.values():
-            await section.reclaim()
-
-    def mark_covered(self, name: str, content: FileState, collections: set[str]) -> None:
-        """Record that a data file has this content, and all commits before `content.covers`."""
-        newer = [each for each in self.known.get(name, []) if each.covers > content.covers]
-        self.known[name] = [content, *newer]
-        self.content[name] = content
-        self.signatures[name] = None if content.digest is None else Signature.known(content)
-        self.replaced.discard(name)
-        for generation in [each for each in self.pending if each < content.covers]:
-            for collection in collections:
-                self.pending[generation].pop(collection, None)
-            if not self.pending[generation]:
-                del self.pending[generation]
-
-    def raw_entity(self, collection: str, entity_id: str) -> StoredEntity | None:
-        """The stored bytes of an entity, even of an undeclared collection."""
-        section = self.sections.get(collection)
-        if section is not None and entity_id in section.entities:
-            return section.entities[entity_id]
-        for extras in self.extras.values():
-            if collection in extras:
-                members = parse_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
-                return members.get(entity_id)
-        return None
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+    def __init__(self, what: str, *, remains: bool = False) -> None:
+        super().__init__(what)
+        self.remains = remains
 
 
 class StoreLoader:
@@ -270,9 +185,7 @@ class StoreLoader:
         if first < journals[0].generation:
             raise CorruptionError(
                 f"{self._files.journal(first)} is missing, and the data files do not contain its "
-                "commits. Restore a backup (`hf-async-store restore`), or use the data files without "
-                "the journal: `hf-async-store checkpoint --recover-from file` (all commits since the "
-                "last compaction are then lost; copy the folder first)"
+                f"commits. {USE_FILES}"
             )
 
     def _refuse_conflict(self, state: StoreState) -> None:
@@ -298,7 +211,7 @@ class StoreLoader:
         for generation in reversed(generations):
             complete = not journals or generation + 1 == journals[-1].generation
             if not complete and not salvage:
-                raise JournalMissing(f"generation {generation + 1} is missing")
+                raise JournalMissing(f"generation {generation + 1} is missing", remains=True)
             journal = await self._open_journal(state, generation, salvage, keep=not journals)
             journals.append(journal._replace(complete=journal.complete and complete))
             if journal.alone:
@@ -308,11 +221,8 @@ class StoreLoader:
             state.first = journals[0].generation
             state.superseded = state.first > generations[0]
         for journal in journals:
-            for entry in journal.entries:
-                if entry.kind is Kind.HEAD:
-                    self._add_known(state, read_head(entry.payload).files)
-                elif entry.kind is Kind.FOLD:
-                    self._add_known(state, read_fold(entry.payload).files)
+            for files in journal.named:
+                self._add_known(state, files)
         return journals
 
     async def _open_journal(
@@ -341,6 +251,7 @@ class StoreLoader:
         self, path: Path, generation: int, fd: int, salvage: bool, *, newest: bool
     ) -> _Journal:
         entries: list[Entry] = []
+        named: list[Mapping[str, FileState]] = []
         end = 0
         alone = False
         try:
@@ -348,7 +259,7 @@ class StoreLoader:
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
-                    head = read_head(entry.payload)
+                    head = read_head(entry.payload, str(path))
                     if head.generation != generation:
                         raise CorruptionError(
                             f"{path} contains generation {head.generation}, which does not match the "
@@ -356,26 +267,25 @@ class StoreLoader:
                             "otherwise restore a backup (`hf-async-store restore`)"
                         )
                     alone = head.alone
+                    named.append(head.files)
+                elif entry.kind is Kind.FOLD:
+                    named.append(read_fold(entry.payload, str(path)).files)
                 entries.append(entry)
                 end = position
             if not entries:
                 raise CorruptionError(
-                    f"{path} at byte 0: the journal does not begin with a HEAD record. Restore a backup "
-                    "(`hf-async-store restore`), or use the data files without the journal: "
-                    "`hf-async-store checkpoint --recover-from file` (all commits since the last "
-                    "compaction are then lost; copy the folder first)"
+                    f"{path} at byte 0: the journal does not begin with a HEAD record. {USE_FILES}"
                 )
             if not newest and entries[-1].kind is not Kind.SEAL:
                 raise CorruptionError(
                     f"{path} ends without a SEAL record, although generation {generation + 1} exists. "
-                    "Restore a backup (`hf-async-store restore`), or continue with the undamaged part: "
-                    "`hf-async-store checkpoint --recover-from salvage`"
+                    f"{USE_UNDAMAGED}"
                 )
         except CorruptionError:
             if not salvage:
                 raise
-            return _Journal(generation, entries, end, alone, complete=False)
-        return _Journal(generation, entries, end, alone, complete=True)
+            return _Journal(generation, entries, named, end, alone, complete=False)
+        return _Journal(generation, entries, named, end, alone, complete=True)
 
     def _add_known(self, state: StoreState, files: Mapping[str, FileState]) -> None:
         for name, each in files.items():
@@ -445,9 +355,7 @@ class StoreLoader:
             images = await _images(entry)
         except CorruptionError as exc:
             raise CorruptionError(
-                f"{self._files.journal(state.generation)}: {exc}. Restore a backup "
-                "(`hf-async-store restore`), or continue with the undamaged part: `hf-async-store "
-                "checkpoint --recover-from salvage`"
+                f"{self._files.journal(state.generation)}: {exc}. {USE_UNDAMAGED}"
             ) from exc
         for name in images.keys() - state.sections.keys():
             state.sections[name] = self._undeclared_section(state, name)
@@ -497,7 +405,8 @@ class StoreLoader:
         state.content[name] = content
         state.signatures[name] = None if file is None else file.signature
         if file is not None:
-            await self._parse_file(name, file, state, trusted=content.ours)
+            wrapped = await self._parse_file(name, file, state, trusted=content.ours)
+            state.content[name] = msgspec.structs.replace(content, wrapped=wrapped)
         return match is not None
 
     def _refuse_other_links(self, name: str) -> None:
@@ -542,36 +451,55 @@ class StoreLoader:
 
     async def _parse_file(
         self, name: str, file: DataFile, state: StoreState, *, trusted: bool
-    ) -> None:
+    ) -> bool:
+        """Parse a data file into its sections; returns whether it wraps its collection."""
         try:
-            await self._parse_file_lines(name, file.text, state, trusted=trusted)
+            return await self._parse_file_lines(name, file.text, state, trusted=trusted)
         except OtherLayout:
             for collection in self.collections_of(name, state):
                 state.sections[collection] = self.section(collection)
             state.extras.pop(name, None)
-            await self._parse_other_layout(name, file.text, state, trusted=trusted)
+            return await self._parse_other_layout(name, file.text, state, trusted=trusted)
 
     async def _parse_file_lines(
         self, name: str, data: bytes, state: StoreState, *, trusted: bool
-    ) -> None:
+    ) -> bool:
         """Parse a file that has one entity per line."""
         if not data.startswith(b"{\n") or not data.endswith(b"}\n"):
             raise OtherLayout
         collection = self._files.names[name]
-        if collection is not None:
-            section = state.sections.setdefault(collection, self.section(collection))
-            if await _load_lines(section, data, 2, trusted=trusted) + 2 != len(data):
-                raise OtherLayout
-            if collection in section.entities and not trusted:
-                raise OtherLayout  # perhaps the "wrapped" layout
-            return
+        if collection is None:
+            await self._parse_sections(name, data, state, trusted=trusted)
+            return False
+        section = state.sections.setdefault(collection, self.section(collection))
+        wrapped = _section_name(data[2 : data.find(b"\n", 2)]) == collection
+        if wrapped:
+            await self._parse_sections(name, data, state, trusted=trusted)
+        elif await _load_lines(section, data, 2, trusted=trusted) + 2 != len(data):
+            raise OtherLayout
+        if not trusted and (
+            collection in section.entities  # perhaps it is wrapped
+            or (wrapped and not self._is_wrapper(collection, section.entities))
+        ):
+            raise OtherLayout
+        return wrapped
+
+    def _is_wrapper(self, collection: str, members: Mapping[str, StoredEntity]) -> bool:
+        """Whether a member with the name of a collection wraps its entities, and is not an entity."""
+        declared = collection in self._schema
+        return declared and not has_key(self._schema[collection], collection, members)
+
+    async def _parse_sections(
+        self, name: str, data: bytes, state: StoreState, *, trusted: bool
+    ) -> None:
+        """Parse sections that have one entity per line."""
+        collections = self.collections_of(name, state)
         position = 2
         seen: set[str] = set()
         while position + 2 != len(data):
             end = data.find(b"\n", position)
-            line = data[position:end]
-            section_name = _section_name(line)
-            if section_name not in state.sections:
+            section_name = _section_name(data[position:end])
+            if section_name not in collections:
                 await self._parse_object_members(
                     name, b"{" + data[position:], state, trusted=trusted, seen=seen
                 )
@@ -591,7 +519,7 @@ class StoreLoader:
 
     async def _parse_other_layout(
         self, name: str, data: bytes, state: StoreState, *, trusted: bool
-    ) -> None:
+    ) -> bool:
         """Parse a file in another layout."""
         collection = self._files.names[name]
         if len(data) > _LARGE_FILE and (collection is None or collection in self._schema):
@@ -602,9 +530,8 @@ class StoreLoader:
             with suppress(OtherLayout, OSError):
                 declared = None if collection is None else self._schema[collection]
                 lines = await rewritten(data, declared, self._schema)
-                await self._parse_file_lines(name, lines, state, trusted=False)
-                return
-        await self._parse_object_members(name, data, state, trusted=trusted)
+                return await self._parse_file_lines(name, lines, state, trusted=False)
+        return await self._parse_object_members(name, data, state, trusted=trusted)
 
     async def _parse_object_members(
         self,
@@ -614,25 +541,61 @@ class StoreLoader:
         *,
         trusted: bool,
         seen: Set[str] = frozenset(),
-    ) -> None:
+    ) -> bool:
+        """Parse an object whose members are sections or entities.
+
+        Args:
+            seen: the sections before this object, which was cut out of the file.
+
+        Returns:
+            Whether it wraps the collection of the file.
+        """
         path = str(self._files.path(name))
         members = await _members(data, path, unique=not trusted)
         if seen & members.keys():
             raise OtherLayout
         collection = self._files.names[name]
-        if collection is not None and (
-            collection not in self._schema or layout_of(self._schema[collection], members) == "flat"
-        ):
+        if collection is not None and not seen and not self._is_wrapped(name, members, state):
             state.sections.setdefault(collection, self.section(collection)).entities.update(
                 stored_entities(members, trusted=trusted)
             )
-            return
+            return False
         for each, raw in members.items():
             if each in state.sections and collection in (None, each):
                 entities = await _members(raw, f"section {each!r} of {path}", unique=not trusted)
                 state.sections[each].entities.update(stored_entities(entities, trusted=trusted))
             else:
+                if not trusted:
+                    self._refuse_mixed(name, each, raw)
                 state.extras.setdefault(name, {})[each] = bytes(raw)
+        return collection is not None
+
+    def _is_wrapped(self, name: str, members: Mapping[str, msgspec.Raw], state: StoreState) -> bool:
+        collection = self._files.names[name]
+        if collection is None or collection not in self._schema:
+            return state.content[name].wrapped  # by the process that declares the collection
+        return layout_of(self._schema[collection], members) == "wrapped"
+
+    def _refuse_mixed(self, name: str, member: str, raw: msgspec.Raw) -> None:
+        """Check that no entity is beside the member that wraps the collection.
+
+        Raises:
+            CorruptionError: it is an entity. In either layout, some entities would be missing.
+        """
+        collection = self._files.names[name]
+        if collection is None or collection not in self._schema:
+            return
+        try:
+            members = parse_object(raw, member)
+        except CorruptionError:
+            return  # an undeclared section of another form
+        if has_key(self._schema[collection], member, members):
+            raise CorruptionError(
+                f"{self._files.path(name)} mixes two layouts: it has entities in its member "
+                f"{collection!r}, and the entity {member!r} beside it. Nothing was changed. Move all "
+                "entities into that member, or all out of it, or restore a backup (`hf-async-store "
+                "restore`)"
+            )
 
 
 async def _members(data: StoredEntity, what: str, *, unique: bool) -> dict[str, msgspec.Raw]:

@@ -125,7 +125,7 @@ class JSONSerializer:
         )
 
     def normalize(self, collection: Collection, entity_id: str, raw: StoredEntity) -> bytes:
-        """The canonical bytes of an entity that another program wrote.
+        """The canonical bytes of an entity that another program wrote; the file keeps its own form.
 
         A missing version becomes 0, a missing key field is added, and declared timestamps are
         converted to the fixed form (those without a time zone are UTC). Everything else is unchanged.
@@ -440,6 +440,12 @@ def layout_of(collection: Collection, members: Mapping[str, msgspec.Raw]) -> Lay
         inner = parse_object(members[collection.name], collection.name)
     except (KeyError, CorruptionError):
         return "flat"
-    key = inner.get(collection.key)
-    is_entity = key is not None and bytes(key) == encode_json(collection.name)
-    return "flat" if is_entity else "wrapped"
+    return "flat" if has_key(collection, collection.name, inner) else "wrapped"
+
+
+def has_key(collection: Collection, entity_id: str, members: Mapping[str, StoredEntity]) -> bool:
+    """Whether the key field of an entity with these members contains the id."""
+    try:
+        return bool(msgspec.json.decode(members[collection.key]) == entity_id)
+    except (KeyError, *UNREADABLE):
+        return False

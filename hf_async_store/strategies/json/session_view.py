@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias, cast
 
 import msgspec
@@ -36,8 +36,8 @@ from hf_async_store.query import (
 )
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
-from hf_async_store.strategies.json.recovery import StoreState
 from hf_async_store.strategies.json.serializer import JSONSerializer, StoredEntity
+from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity, Key, check_size
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
@@ -176,7 +176,6 @@ class SessionView(Reader):
         if keys is not None:
             key_ids = {each for each in keys if isinstance(each, str)}
             return _Access("key", None, key_ids, complete, f"{len(key_ids)} ids")
-        best: _Access | None = None
         fields = [
             path[0]
             for path in equalities
@@ -184,16 +183,13 @@ class SessionView(Reader):
         ]
         if fields:
             await section.index(*fields)
-        for field in fields:
-            ids = section.find(field, equalities[(field,)])
-            if best is None or len(ids) < len(best.ids or ()):
-                name = _index_name(collection, field)
-                # An index treats all lists and dicts as equal (only files written by other programs
-                # contain these in an indexed field).
-                exact = not any(isinstance(each, list | dict) for each in equalities[(field,)])
-                best = _Access("index", name, ids, complete and exact, f"{len(ids)} candidates")
-        if best is not None:
-            return best
+            found = {field: section.find(field, equalities[(field,)]) for field in fields}
+            field = min(found, key=lambda each: len(found[each]))
+            # An index treats all lists and dicts as equal (only files written by other programs
+            # contain these in an indexed field).
+            exact = not any(isinstance(each, list | dict) for each in equalities[(field,)])
+            name, ids = _index_name(collection, field), found[field]
+            return _Access("index", name, ids, complete and exact, f"{len(ids)} candidates")
         ordered_ids = await section.sorted_ids() if by_id and not query.order else None
         detail = f"all {len(section.entities)} entities"
         complete = query.where == EVERYTHING
@@ -207,24 +203,11 @@ class SessionView(Reader):
         own = self._own_writes(query.collection)
         entities = section.entities
         if access.ids is None:
-            # Tuples, which the garbage collector does not traverse; it would traverse a list at every
-            # collection.
-            ids: Sequence[str] = access.ordered if access.ordered is not None else tuple(entities)
-            first, last = 0, None
-            if query.after is not None and access.ordered is not None:
-                first = bisect_right(ids, query.after.id)
-            if access.complete and not own and not query.order and query.limit is not None:
-                last = first + query.limit
-            ids = ids[first:last]
+            ids = _scanned_ids(query, entities, access, limited=not own)
         else:
             ids = [each for each in access.ids if each in entities]
-        if own:
-            ids = [each for each in ids if each not in own]
-            ids += [each for each, raw in own.items() if raw is not None]
-        if not query.order and (own or access.ids is not None):
-            ids = sorted(ids)
-            if query.after is not None:
-                ids = ids[bisect_right(ids, query.after.id) :]
+        if own or access.ids is not None:
+            ids = _with_own(query, ids, own)
         # Copying a dict is one step, and the garbage collector does not traverse the copy. For a page
         # of a large section, picking the entities is faster.
         raws = (
@@ -295,22 +278,17 @@ class SessionView(Reader):
 
     # -- changes -----------------------------------------------------------------------------
 
-    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Apply the changes to the innermost layer in order, up to the first that fails."""
-        outcomes: list[Outcome] = []
-        for number, change in enumerate(changes, 1):
-            outcomes.append(await self._apply(change))
-            if isinstance(outcomes[-1], StorageError):
-                break
-            if not number % _WRITE_CHUNK:
-                await asyncio.sleep(0)
-        return outcomes
+    async def write(self, changes: Sequence[Change], *, each: bool = False) -> list[Outcome]:
+        """Apply the changes to the innermost layer in order; the outcome of a failed one is its error.
 
-    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Apply the changes independently; the outcome of a failed one is its error."""
+        Args:
+            each: apply them independently; otherwise only up to the first that fails.
+        """
         outcomes: list[Outcome] = []
         for number, change in enumerate(changes, 1):
             outcomes.append(await self._apply(change))
+            if not each and isinstance(outcomes[-1], StorageError):
+                break
             if not number % _WRITE_CHUNK:
                 await asyncio.sleep(0)
         return outcomes
@@ -445,6 +423,37 @@ class _Access(NamedTuple):
     complete: bool
     detail: str
     ordered: tuple[str, ...] | None = None
+
+
+def _scanned_ids(
+    query: Query, entities: Mapping[str, StoredEntity], access: _Access, *, limited: bool
+) -> Sequence[str]:
+    """The ids that a scan examines.
+
+    Args:
+        limited: whether the limit of the query applies, if every entity matches.
+    """
+    # Tuples, which the garbage collector does not traverse; it would traverse a list at every
+    # collection.
+    if access.ordered is None:
+        first, ids = 0, tuple(entities)
+    else:
+        ids = access.ordered
+        first = 0 if query.after is None else bisect_right(ids, query.after.id)
+    if limited and access.complete and not query.order and query.limit is not None:
+        return ids[first : first + query.limit]
+    return ids[first:]
+
+
+def _with_own(query: Query, ids: Sequence[str], own: Mapping[str, bytes | None]) -> list[str]:
+    """The ids with a session's own writes, in the order of the query unless it is sorted later."""
+    merged = [each for each in ids if each not in own]
+    merged += [each for each, raw in own.items() if raw is not None]
+    if not query.order:
+        merged.sort()
+        if query.after is not None:
+            return merged[bisect_right(merged, query.after.id) :]
+    return merged
 
 
 def _index_name(collection: Collection, field: str) -> str:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from hf_async_store.changes import Record
 from hf_async_store.driver import Reader
 from hf_async_store.generators import Owned
 from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
+from hf_async_store.strategies.json.collection_table import CollectionTable, SnapshotDelta
+from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.values import Entity, Key
-
-if TYPE_CHECKING:
-    from hf_async_store.strategies.json.collection_table import CollectionTable, SnapshotDelta
-    from hf_async_store.strategies.json.recovery import StoreState
 
 _CHUNK_SIZE: Final = 512
 

@@ -22,7 +22,7 @@ from hf_async_store.errors import InvalidInputError, UnsupportedValueError
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.json.engine import JSONEngine
-from hf_async_store.strategies.json.recovery import StoreState
+from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.strategies.routing import routed
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, utc_now
@@ -106,7 +106,7 @@ class JSONStorageStrategy(StorageStrategy):
         It uses the lock that the task holds, or acquires the read lock.
         """
         async with self._with_lock(exclusive=False):
-            state = await self._json.refresh_locked()
+            state = await self._json.follower.refresh_locked()
             return {name: await self._decoded(state, name) for name in self._schema}
 
     async def write_file(self, data: Mapping[str, Mapping[str, Mapping[str, object]]]) -> None:

@@ -1,0 +1,385 @@
+"""The follower: keeps the state in memory current with the files, which other processes change.
+
+One `fstat` shows whether the journal has grown; then only the new records are read. After a SEAL the
+follower continues with the next journal, without reading the data files again. They are read again if
+they were replaced by anything but a compaction that a journal names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from hf_async_store.driver import run_to_completion
+from hf_async_store.errors import (
+    CorruptionError,
+    PermissionDeniedError,
+    ReadOnlyStoreError,
+    StorageError,
+    StoreClosedError,
+)
+from hf_async_store.locks import FileLock, LockManager
+from hf_async_store.os_errors import translate_os_error
+from hf_async_store.strategies.json.files import FileManager, Signature, has_failed_sync
+from hf_async_store.strategies.json.journal import (
+    USE_FILES,
+    USE_UNDAMAGED,
+    Head,
+    Kind,
+    read_fold,
+    read_head,
+    scan,
+)
+from hf_async_store.strategies.json.recovery import (
+    JournalMissing,
+    StoreLoader,
+    open_journal,
+    read_chunks,
+    reclaim_images,
+    scan_file,
+)
+from hf_async_store.strategies.json.session_view import SessionView
+from hf_async_store.strategies.json.store_state import StoreState
+
+_FILE_CHECK_SECONDS: Final = 0.05
+"""How often reads check whether a data file was replaced manually. Writes always check."""
+
+_TRIES: Final = 3
+"""How often a reader tries without the lock before it acquires the read lock."""
+
+
+class Follower:
+    """Holds the state of one store, and brings it up to date.
+
+    Args:
+        view: returns a view of a state.
+
+    Attributes:
+        state: the state in memory, which may be behind the files; None if nothing was read yet.
+        committed: a view of the state, if there is one.
+        write_locked: this process holds the write lock, and the state is up to date.
+        registry: the lock file that shows that a process has the store open.
+    """
+
+    committed: SessionView
+
+    def __init__(
+        self,
+        files: FileManager,
+        loader: StoreLoader,
+        locks: LockManager,
+        view: Callable[[StoreState], SessionView],
+    ) -> None:
+        self.state: StoreState | None = None
+        self.loader = loader
+        self.write_locked = False
+        self.registry = FileLock(files.lock(".open"), files.ownership)
+        self._files = files
+        self._locks = locks
+        self._view = view
+        self._refreshing = asyncio.Lock()
+        self._next_file_check = 0.0
+        self._closed = False
+
+    # -- opening and closing -----------------------------------------------------------------
+
+    def register(self, *, creating: bool = False) -> None:
+        """Lock the registry. Without effect if no lock file can be created.
+
+        Args:
+            creating: the store is about to be created. Otherwise no lock file is created where there is
+                no store.
+        """
+        if self.registry.held is None:
+            with suppress(StorageError, OSError):
+                if creating or self._files.exists():
+                    self.registry.try_lock(exclusive=False)
+
+    def is_last(self) -> bool:
+        """Whether no other process has the store open. Afterwards no other one can open it."""
+        self.register()  # an earlier attempt may have met another process that was closing the store
+        if self.registry.held is None:
+            return False  # no lock file can be created here, so no process can write here, either
+        self.registry.unlock()
+        return self.registry.try_lock(exclusive=True)
+
+    def refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreClosedError("this store was closed")
+
+    def discard(self) -> None:
+        """Forget the state, which the next refresh reads from the files."""
+        if self.state is not None:
+            self.state.close()
+            self.state = None
+
+    def close(self) -> None:
+        self._closed = True
+        self.discard()
+        self.registry.close()
+
+    # -- checking ----------------------------------------------------------------------------
+
+    def is_current(self, state: StoreState) -> bool:
+        """Whether memory contains every record of the journal: one system call if it does."""
+        try:
+            append = state.appending
+            if append is not None:
+                # No other process can append meanwhile. As soon as other processes can read the record,
+                # it must be visible here, too; otherwise a reader could see an older value after a
+                # newer.
+                if state.offset < append.end and os.fstat(state.fd).st_size >= append.end:
+                    state.complete(append)
+                return True
+            if self.write_locked:
+                return True
+            if state.fd < 0 or state.sealed:
+                self._files.refuse_moved_links()
+                return not self._has_successor(state) and not self.files_changed(state)
+            status = os.fstat(state.fd)
+            if status.st_size != state.offset or not status.st_nlink:
+                return False
+            return time.monotonic() < self._next_file_check or self._are_files_current(state)
+        except OSError as exc:
+            raise translate_os_error(exc, f"check the files in {self._files.folder}") from exc
+
+    def _are_files_current(self, state: StoreState) -> bool:
+        now = time.monotonic()
+        self._files.refuse_moved_links()
+        moved = self._has_successor(state) or not self._journal_in_place(state)
+        if moved or self.files_changed(state):
+            return False  # the next read checks again, until the state is up to date
+        self._next_file_check = now + _FILE_CHECK_SECONDS
+        return True
+
+    def is_unchanged(self, state: StoreState) -> bool:
+        """Whether the state is certainly up to date: the common case, decided by a few system calls.
+
+        The caller holds the write lock. False if another task of this process is refreshing.
+        """
+        if self._closed or self._refreshing.locked() or not state.is_open:
+            return False
+        try:
+            status = os.fstat(state.fd)
+            in_folder = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # hot path
+            return (
+                status.st_size == state.offset
+                and not has_failed_sync(status)
+                and os.path.samestat(status, in_folder)
+                and not self._has_successor(state)
+                and not self.files_changed(state)
+            )
+        except OSError:
+            return False  # the full check reports it
+
+    def files_changed(self, state: StoreState) -> bool:
+        """Whether a data file is not the one that was read, or written, last."""
+        return any(
+            self._files.signature(name) != state.signatures.get(name) for name in self._files.names
+        )
+
+    def has_journal(self) -> bool:
+        """Whether the open journal was not deleted; then its folder exists."""
+        try:
+            state = self.state
+            return state is not None and state.fd >= 0 and os.fstat(state.fd).st_nlink > 0
+        except OSError:
+            return False
+
+    def _has_successor(self, state: StoreState) -> bool:
+        return os.path.exists(self._files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
+
+    def _journal_in_place(self, state: StoreState) -> bool:
+        """Whether the open journal is the file of this generation in the folder."""
+        try:
+            in_folder = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # hot path
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(in_folder, os.fstat(state.fd))
+
+    # -- refreshing --------------------------------------------------------------------------
+
+    async def current(self) -> StoreState:
+        """The state, brought up to date with the files."""
+        state = self.state
+        return state if state is not None and self.is_current(state) else await self.refresh()
+
+    async def refresh(self) -> StoreState:
+        """Bring the state up to date: without a lock, or with the read lock if that fails.
+
+        A caller that holds a lock of the store calls `refresh_locked` instead.
+        """
+        self.refuse_closed()
+        self.register()
+        for _ in range(_TRIES):
+            with suppress(CorruptionError, JournalMissing):
+                return await self._follow()
+            await asyncio.sleep(0)
+        try:
+            async with self._locks.shared():
+                return await self.refresh_locked()
+        except (PermissionDeniedError, ReadOnlyStoreError):
+            # No lock file can be created here, so no process can write here, either.
+            return await self.refresh_locked()
+
+    async def refresh_locked(self, recover_from: str | None = None) -> StoreState:
+        """Bring the state up to date. The caller holds a lock of the store.
+
+        Args:
+            recover_from: load the store again in this way; see `StoreLoader.load`.
+        """
+        self.refuse_closed()
+        self.register()
+        try:
+            return await self._follow(recover_from)
+        except JournalMissing as exc:
+            raise CorruptionError(
+                f"the journal in {self._files.folder} has a gap: {exc}. "
+                f"{USE_UNDAMAGED if exc.remains else USE_FILES}"
+            ) from exc
+
+    async def _follow(self, recover_from: str | None = None) -> StoreState:
+        async with self._refreshing:
+            state = self.state
+            try:
+                if recover_from is not None:
+                    return await self._load(recover_from)
+                if state is None or not await self._catch_up(state):
+                    self._refuse_removed(state)
+                    state = await self._load()
+            except OSError as exc:
+                raise translate_os_error(exc, f"read the files in {self._files.folder}") from exc
+            return state
+
+    async def _load(self, recover_from: str | None = None) -> StoreState:
+        self._files.refuse_moved_links()
+        loaded = await self.loader.load(recover_from=recover_from)
+        self.discard()
+        self.state = loaded
+        self.committed = self._view(loaded)
+        return loaded
+
+    def _refuse_removed(self, state: StoreState | None) -> None:
+        """Refuse a store whose journals, and perhaps data files, were removed while it was open.
+
+        A compaction always leaves a journal. Data that was read before must not disappear silently.
+        """
+        if state is None or state.fd < 0 or self._files.journals():
+            return
+        existed = [name for name, each in state.signatures.items() if each is not None]
+        removed = [name for name in existed if self._files.signature(name) is None]
+        if state.pending or removed:
+            raise JournalMissing(
+                f"{self._files.journal(state.generation)} was removed while it was in use"
+            )
+
+    # -- catching up -------------------------------------------------------------------------
+
+    async def _catch_up(self, state: StoreState) -> bool:
+        """Read the records appended since; False if the files must be read again from the start."""
+        if state.appending is not None or self.write_locked:
+            return True
+        if not await self._read_journals(state):
+            return False
+        if state.is_open and not self._journal_in_place(state):
+            return False
+        return not self.files_changed(state) or await self._accept_changed_files(state)
+
+    async def _read_journals(self, state: StoreState) -> bool:
+        while state.fd < 0 or await self._read_unless_replaced(state):
+            if not self._has_successor(state):
+                return state.is_open or self._files.journals()[-1:] <= [state.generation]
+            # A journal is sealed before its successor is created, except by a recovery.
+            if state.is_open and not (await self._read_tail(state) and state.sealed):
+                return False
+            if state.generation == 0 or not await self._follow_successor(state):
+                return False
+        return False
+
+    async def _read_unless_replaced(self, state: StoreState) -> bool:
+        try:
+            return await self._read_tail(state)
+        except CorruptionError:
+            if self._journal_in_place(state) and not self._has_successor(state):
+                raise
+            return False  # a recovery has replaced that journal
+
+    async def _read_tail(self, state: StoreState) -> bool:
+        """Read the records after the offset; False if the journal is shorter."""
+        path = self._files.journal(state.generation)
+        status = os.fstat(state.fd)
+        size = status.st_size
+        if has_failed_sync(status):
+            state.failed_sync_generation = state.generation
+        if size == state.offset:
+            return True
+        if size < state.offset:
+            return False
+        async for entry, end in scan_file(state.fd, path, size, state.offset, state.sequence):
+            images = {}
+            if entry.kind is Kind.COMMIT:
+                images = await self.loader.commit(state, entry)
+            elif entry.kind is Kind.SEAL:
+                state.sealed = True
+            elif entry.kind is Kind.FOLD:
+                self.loader.announce(state, read_fold(entry.payload, str(path)).files)
+            state.offset = end
+            state.sequence += 1
+            await state.reclaim()
+            await reclaim_images(entry, images)
+        return True
+
+    async def _follow_successor(self, state: StoreState) -> bool:
+        """Switch to the next generation; False if its HEAD names unknown contents of data files."""
+        path = self._files.journal(state.generation + 1)
+        fd = open_journal(path)
+        try:
+            size = os.fstat(fd).st_size
+            # Only the first record is read: a commit of 30 MB may follow it.
+            first = next(scan(read_chunks(fd, 0, size, path), str(path), 0, 0), None)
+            if first is None or first[0].kind is not Kind.HEAD:
+                raise JournalMissing(f"{path} has no HEAD record yet")
+            entry, end = first
+            head = read_head(entry.payload, str(path))
+            if head.alone or not self._knows_contents(state, head):
+                os.close(fd)
+                return False
+        except BaseException:
+            with suppress(OSError):
+                os.close(fd)
+            raise
+        previous = state.switch(fd, state.generation + 1, end, 1)
+        if previous >= 0:
+            # In a thread: closing the last descriptor of a large deleted file frees its disk space.
+            await run_to_completion(asyncio.to_thread(os.close, previous))
+        return True
+
+    def _knows_contents(self, state: StoreState, head: Head) -> bool:
+        return all(
+            any(each.digest == content.digest for each in state.known.get(name, []))
+            for name, content in head.files.items()
+        )
+
+    async def _accept_changed_files(self, state: StoreState) -> bool:
+        """Whether the changed files have contents that the journals name; reads the files."""
+        for name in list(self._files.names):
+            signature = self._files.signature(name)
+            if signature == state.signatures.get(name):
+                continue
+            known = state.known.get(name, [])
+            match = next((each for each in known if Signature.known(each) == signature), None)
+            if match is None:
+                file = await self._files.read(name, known)
+                digest = None if file is None else file.digest
+                match = next((each for each in reversed(known) if each.digest == digest), None)
+                signature = None if file is None else file.signature
+            if match is None or match.covers < state.content[name].covers:
+                return False
+            if match.covers > state.content[name].covers:
+                state.mark_covered(name, match, self.loader.collections_of(name, state))
+            state.signatures[name] = signature
+        return True

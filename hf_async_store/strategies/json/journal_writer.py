@@ -1,0 +1,376 @@
+"""The journal writer: appends records to the journal, and begins new journals.
+
+The caller holds the store's write lock and passes the state in memory, which is up to date. A record
+is applied to the state as soon as it is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, TypeVar
+
+from hf_async_store.driver import run_to_completion
+from hf_async_store.errors import StorageError
+from hf_async_store.os_errors import translate_os_error
+from hf_async_store.ownership import Ownership, share
+from hf_async_store.strategies.json.files import (
+    FileManager,
+    mark_sync_failed,
+    sync_data,
+    sync_folder,
+    sync_parents,
+    write_all,
+)
+from hf_async_store.strategies.json.journal import (
+    HEADER_SIZE,
+    Fold,
+    Head,
+    Images,
+    Kind,
+    Seal,
+    commit_payload,
+    control,
+    header,
+    record,
+)
+from hf_async_store.strategies.json.store_state import Merged, PendingAppend, StoreState
+
+Result = TypeVar("Result")
+
+log: Final = logging.getLogger("hf_async_store.json")
+
+_LARGE_CHUNK: Final = 1 << 16
+_LARGE_RECORD: Final = 1 << 22
+
+
+class JournalWriter:
+    """Writes the journal of one store.
+
+    Args:
+        sync_commits: whether a commit is synced to the disk before it is acknowledged.
+
+    Attributes:
+        sync_failed: a sync failed, so records of the journal may not be on the disk. The next write
+            first writes all data files again.
+    """
+
+    def __init__(self, files: FileManager, *, sync_commits: bool) -> None:
+        self.sync_failed = False
+        self._files = files
+        self._sync_commits = sync_commits
+        # Two threads: a commit never waits for a compaction that is writing.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
+
+    async def in_thread(self, call: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+    # -- records -----------------------------------------------------------------------------
+
+    async def append_commit(self, state: StoreState, images: Images) -> None:
+        """Append the images as one record, then apply them in memory.
+
+        Raises:
+            DiskFullError, ReadOnlyStoreError, PermissionDeniedError, UnavailableError: nothing was
+                written; or, with `outcome_unknown`, the record may be lost in a power failure.
+        """
+        unnamed = state.replaced or state.content.keys() - state.known.keys()
+        if not state.is_open or unnamed:
+            await self.start_generation(state)
+        payload: list[bytes] = []
+        for chunk in commit_payload(images):
+            payload.append(chunk)
+            if len(chunk) > _LARGE_CHUNK:
+                await asyncio.sleep(0)
+        merged = await state.merged(images)
+        try:
+            await self._append(state, Kind.COMMIT, payload, images, merged)
+        finally:
+            await state.reclaim()
+
+    async def append_control(self, state: StoreState, body: Head | Seal | Fold) -> None:
+        """Append a record other than a COMMIT."""
+        sequence = state.sequence
+        try:
+            kind, payload = control(body)
+            await self._append(state, kind, [payload], {}, {})
+        finally:
+            # Even if its sync failed: readers find the SEAL in the file.
+            if isinstance(body, Seal) and state.sequence > sequence:
+                state.sealed = True
+
+    async def _append(
+        self,
+        state: StoreState,
+        kind: Kind,
+        payload: Sequence[bytes],
+        images: Images,
+        merged: Merged,
+    ) -> None:
+        size = sum(map(len, payload))
+        if size > _LARGE_RECORD:
+            # Computing its checksum, or joining its chunks, would block the event loop.
+            head = await asyncio.to_thread(header, kind, payload, state.sequence)
+            data = [head, *payload]
+        else:
+            data = [b"".join((header(kind, payload, state.sequence), *payload))]
+        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size)
+        path = self._files.journal_path(state.generation)
+        job = _AppendJob(_writer(state, path), data, state.offset, self._is_synced(state, kind))
+        self._threads.submit(job.run)
+        state.appending = append
+        cancelled = await job.wait()
+        state.appending = None
+        failure = job.failure
+        if job.written:
+            # Even if its sync failed: the record can be read, so it is valid.
+            state.complete(append)
+            # After a failed sync it is unknown what is on the disk, and another sync of the same
+            # file would report success.
+            self.sync_failed = self.sync_failed or failure is not None
+        if cancelled is not None:
+            raise cancelled
+        if isinstance(failure, OSError):
+            raise _append_error(failure, path, kind, written=job.written) from failure
+        if failure is not None:
+            raise failure  # a programming error, or a MemoryError
+
+    def _is_synced(self, state: StoreState, kind: Kind) -> bool:
+        if kind is Kind.COMMIT:
+            return self._sync_commits
+        # After a failed sync the SEAL need not be durable: only current readers need it.
+        sync_failed = self.sync_failed or state.failed_sync_generation == state.generation
+        return not (sync_failed and kind is Kind.SEAL)
+
+    # -- generations -------------------------------------------------------------------------
+
+    async def start_generation(self, state: StoreState) -> None:
+        """Seal the journal, if there is one, and begin the next."""
+        generation = state.generation + 1
+        files = {
+            name: content.covering(
+                generation if name in state.replaced or state.generation == 0 else content.covers
+            )
+            for name, content in state.content.items()
+        }
+        # Not interrupted by a cancellation: the state in memory must match the journals.
+        await run_to_completion(self._begin(state, Head(generation, files)))
+
+    async def start_alone(self, state: StoreState) -> None:
+        """Begin a journal for the data files of a recovery, which makes all earlier ones invalid. Its
+        first commit contains everything that was replayed from them."""
+        await run_to_completion(self._start_alone(state))
+
+    async def _start_alone(self, state: StoreState) -> None:
+        generation = max([state.generation, *self._files.journals()]) + 1
+        files = {name: content.covering(generation) for name, content in state.content.items()}
+        images, state.replayed = state.replayed, {}
+        rest = b""
+        if any(images.values()):
+            rest = await asyncio.to_thread(_commit_record, images)
+        try:
+            if state.unread:
+                await asyncio.to_thread(self._files.keep_damaged, state.unread)
+        except OSError as exc:
+            raise translate_os_error(exc, f"copy a journal in {self._files.folder}") from exc
+        await self._begin(state, Head(generation, files, alone=True), rest)
+        state.known = {name: [content] for name, content in files.items()}
+        state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
+        await self.drop_journals(generation)
+
+    async def _begin(self, state: StoreState, head: Head, rest: bytes = b"") -> None:
+        """Begin a journal with this head and optionally one more record.
+
+        It is written under a temporary name before the current journal is sealed: if this fails, the
+        current one stays in use.
+        """
+        path = self._files.journal(head.generation)
+        data = record(*control(head), 0) + rest
+        owned = self._files.ownership()
+        try:
+            temporary, fd = await self.in_thread(_prepare_journal, path, data, owned)
+            try:
+                if state.is_open and not head.alone:
+                    await self.append_control(state, Seal(head.generation))
+                await self.in_thread(_name_journal, temporary, path, head.generation == 1)
+            except BaseException:
+                _discard(temporary, fd)
+                raise
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {path}") from exc
+        state.close()
+        state.switch(fd, head.generation, len(data), 2 if rest else 1)
+        state.replaced.clear()
+        for name, content in head.files.items():
+            state.content[name] = content
+            known = state.known.setdefault(name, [])
+            if content not in known:
+                known.append(content)
+
+    async def drop_journals(self, before: int) -> None:
+        """Remove the journals before generation `before`."""
+        try:
+            # In a thread: freeing the disk space of a large file takes time.
+            await run_to_completion(asyncio.to_thread(self._files.drop_journals, before))
+        except OSError as exc:
+            raise translate_os_error(exc, "remove a journal") from exc
+
+
+class _AppendJob:
+    """The append of one record, in a worker thread. A task that waits for it may be cancelled; the
+    append is not.
+
+    `run_in_executor` and a shield do the same with four futures and one more iteration of the event
+    loop, which is measurable in a commit of one entity.
+
+    Attributes:
+        written: the record can be read.
+        failure: the error of the append, or of the sync if the record was written.
+    """
+
+    __slots__ = (
+        "_data", "_done", "_fd", "_loop", "_offset", "_sync", "_waiter", "failure", "written"
+    )  # fmt: skip
+
+    def __init__(self, fd: int, data: Sequence[bytes], offset: int, sync: bool) -> None:
+        self._fd = fd
+        self._data = data
+        self._offset = offset
+        self._sync = sync
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._done = False
+        self.written = False
+        self.failure: BaseException | None = None
+
+    async def wait(self) -> asyncio.CancelledError | None:
+        """Wait for the end of the append; returns the cancellation of the task, if any."""
+        cancelled: asyncio.CancelledError | None = None
+        while not self._done:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        return cancelled
+
+    def _end(self) -> None:
+        self._done = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- in the worker thread ----------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            self._write()
+            self.written = True
+            if self._sync:
+                self._sync_record()
+        except BaseException as exc:  # noqa: BLE001  # raised by the commit that waits for the job
+            self.failure = exc
+        with suppress(RuntimeError):  # the event loop is closed: no task waits any longer
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _write(self) -> None:
+        end = self._offset
+        try:
+            for chunk in self._data:
+                write_all(self._fd, chunk, end)
+                end += len(chunk)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._offset)
+            raise
+
+    def _sync_record(self) -> None:
+        try:
+            sync_data(self._fd)
+        except OSError:
+            # While the lock is held: the next writer, in any process, must know about the failure.
+            try:
+                mark_sync_failed(self._fd)
+            except OSError:
+                log.warning(
+                    "a sync of the journal failed, and the journal could not be marked so that other "
+                    "processes know about it",
+                    exc_info=True,
+                )
+            raise
+
+
+def _writer(state: StoreState, path: str) -> int:
+    """The descriptor by which to append to the journal."""
+    try:
+        if state.write_fd < 0:
+            state.write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if os.fstat(state.write_fd).st_size > state.offset:
+            # The incomplete record of an interrupted append is truncated first: readers that compare
+            # the file size must not mistake it for this record.
+            os.ftruncate(state.write_fd, state.offset)
+        return state.write_fd
+    except OSError as exc:
+        raise translate_os_error(exc, f"write {path}") from exc
+
+
+def _append_error(failure: OSError, path: str, kind: Kind, *, written: bool) -> StorageError:
+    if not written:
+        return translate_os_error(failure, f"write {path}")
+    error = translate_os_error(failure, f"sync {path} to the disk")
+    error.outcome_unknown = kind is Kind.COMMIT
+    return error
+
+
+def _commit_record(images: Images) -> bytes:
+    return record(Kind.COMMIT, b"".join(commit_payload(images)), 1)
+
+
+def _prepare_journal(path: Path, data: bytes, owned: Ownership | None) -> tuple[Path, int]:
+    """Write and sync a journal that begins with `data`, under a temporary name.
+
+    Returns:
+        Its path, and an open descriptor.
+    """
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        if owned is not None:
+            share(fd, owned)
+        write_all(fd, data, 0)
+        os.fsync(fd)
+    except BaseException:
+        _discard(temporary, fd)
+        raise
+    return temporary, fd
+
+
+def _discard(temporary: Path, fd: int) -> None:
+    os.close(fd)
+    with suppress(OSError):
+        temporary.unlink()
+
+
+def _name_journal(temporary: Path, path: Path, first: bool) -> None:
+    """Rename a journal to its final name; on failure remove it.
+
+    Args:
+        first: the first journal of the store, whose folder may be new, too.
+    """
+    try:
+        temporary.rename(path)
+        sync_folder(path.parent)
+        if first:
+            sync_parents(path.parent)
+    except BaseException:
+        # The rename may have succeeded, and only the sync of the folder failed.
+        with suppress(OSError):
+            path.unlink()
+        raise

@@ -1,0 +1,165 @@
+"""A store in memory, and the position up to which it has read the journal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import msgspec
+
+from hf_async_store.strategies.json.collection_table import CollectionTable
+from hf_async_store.strategies.json.files import Signature
+from hf_async_store.strategies.json.journal import FileState, Images
+from hf_async_store.strategies.json.serializer import StoredEntity, parse_object
+
+Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
+"""Copies of sections by name, to which the images of a commit are already applied."""
+
+
+@dataclass(slots=True)
+class PendingAppend:
+    """A record that is being appended to the journal, and the images of its commit.
+
+    Attributes:
+        end: the offset of its end.
+        size: the size of its payload.
+    """
+
+    images: Images
+    merged: Merged
+    end: int
+    size: int
+
+
+@dataclass(slots=True)
+class StoreState:
+    """A store in memory, and the position up to which it has read the journal."""
+
+    sections: dict[str, CollectionTable] = field(default_factory=dict)
+    extras: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """By data file: the undeclared sections, with their bytes as in the file."""
+    known: dict[str, list[FileState]] = field(default_factory=dict)
+    """By data file: the valid contents, the newest last."""
+    content: dict[str, FileState] = field(default_factory=dict)
+    """By data file: its content when it was read, or since the last compaction."""
+    signatures: dict[str, Signature | None] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+    """The data files that were replaced manually and accepted; the journal does not name them."""
+    pending: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By generation and collection: the size of the commits that are not in the data files yet."""
+    replayed: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
+    """During a recovery: the images that were replayed over the data files."""
+    unread: list[int] = field(default_factory=list)
+    """During a recovery with "salvage": the generations that are omitted, partly or completely."""
+    superseded: bool = False
+    """Whether there are journals older than `first`, which a recovery has made invalid."""
+    first: int = 0
+    """The oldest valid generation when the files were read."""
+    failed_sync_generation: int = 0
+    """The newest generation of which a sync failed, in any process; 0: none."""
+    generation: int = 0
+    fd: int = -1
+    write_fd: int = -1
+    """The journal, opened for writing by the first append of this process to it."""
+    offset: int = 0
+    sequence: int = 0
+    sealed: bool = False
+    appending: PendingAppend | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a journal to which commits can be appended."""
+        return self.fd >= 0 and not self.sealed
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(sum(each.values()) for each in self.pending.values())
+
+    def has_pending(self, collections: Mapping[str, object] | set[str]) -> bool:
+        """Whether a commit to one of these collections is not in its data file yet."""
+        return any(name in collections for each in self.pending.values() for name in each)
+
+    @property
+    def needs_rewrite(self) -> bool:
+        """Whether a data file lacks commits whose sync failed: a power failure could lose them."""
+        return self.failed_sync_generation > 0 and any(
+            each.covers <= self.failed_sync_generation for each in self.content.values()
+        )
+
+    async def merged(self, images: Images) -> Merged:
+        """Copies of the sections to which many of the images apply, for `apply`."""
+        return {
+            name: await self.sections[name].merged(each)
+            for name, each in images.items()
+            if self.sections[name].is_bulk(each)
+        }
+
+    def apply(self, images: Images, size: int, merged: Merged) -> None:
+        """Apply a commit of the current generation that has `size` bytes in the journal.
+
+        The caller calls `reclaim` afterwards.
+        """
+        sizes = self.pending.setdefault(self.generation, {})
+        for name, section_images in images.items():
+            sizes[name] = sizes.get(name, 0) + size // len(images)
+            self.sections[name].apply(section_images, merged.get(name))
+
+    def complete(self, append: PendingAppend) -> None:
+        """Apply the record that is being appended, unless it was applied before."""
+        if self.offset < append.end:
+            self.offset = append.end
+            self.sequence += 1
+            if append.images:
+                self.apply(append.images, append.size, append.merged)
+
+    async def reclaim(self) -> None:
+        for section in self.sections.values():
+            if section.garbage:
+                await section.reclaim()
+
+    def mark_covered(self, name: str, content: FileState, collections: set[str]) -> None:
+        """Record that a data file has this content, and all commits before `content.covers`."""
+        newer = [each for each in self.known.get(name, []) if each.covers > content.covers]
+        self.known[name] = [content, *newer]
+        self.content[name] = content
+        self.signatures[name] = None if content.digest is None else Signature.known(content)
+        self.replaced.discard(name)
+        for generation in [each for each in self.pending if each < content.covers]:
+            for collection in collections:
+                self.pending[generation].pop(collection, None)
+            if not self.pending[generation]:
+                del self.pending[generation]
+
+    def raw_entity(self, collection: str, entity_id: str) -> StoredEntity | None:
+        """The stored bytes of an entity, even of an undeclared collection."""
+        section = self.sections.get(collection)
+        if section is not None and entity_id in section.entities:
+            return section.entities[entity_id]
+        for extras in self.extras.values():
+            if collection in extras:
+                members = parse_object(msgspec.Raw(extras[collection]), f"section {collection!r}")
+                return members.get(entity_id)
+        return None
+
+    def switch(self, fd: int, generation: int, offset: int, sequence: int) -> int:
+        """Continue with another journal, which is not sealed.
+
+        Returns:
+            The descriptor of the previous one, which the caller closes; -1 if there was none.
+        """
+        previous, self.fd = self.fd, -1
+        self.close()
+        self.fd = fd
+        self.generation = generation
+        self.offset = offset
+        self.sequence = sequence
+        self.sealed = False
+        return previous
+
+    def close(self) -> None:
+        for fd in (self.fd, self.write_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.write_fd = -1
