@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -33,8 +34,7 @@ from hf_async_store.strategies.json.journal import (
     commit_payload,
     control,
     read_commit,
-    read_fold,
-    read_head,
+    read_naming,
     record,
     scan,
 )
@@ -285,8 +285,8 @@ def test_control_records_round_trip() -> None:
     state = FileState("ab" * 32, 7, ours=True, collection="things", size=5, mtime_ns=6, inode=7)
     none = FileState(None, 1, ours=False)
     for body, read in (
-        (Head(3, {"a.json": state, "b.json": none}), read_head),
-        (Fold({"a.json": state}), read_fold),
+        (Head(3, {"a.json": state, "b.json": none}), partial(read_naming, Head)),
+        (Fold({"a.json": state}), partial(read_naming, Fold)),
         (Seal(4), msgspec.json.Decoder(Seal).decode),
     ):
         kind, payload = control(body)

@@ -20,9 +20,10 @@ import pytest
 from hf_async_store.errors import CorruptionError
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
+    Head,
     Kind,
     control,
-    read_head,
+    read_naming,
     record,
     scan,
 )
@@ -260,7 +261,7 @@ async def test_85_a_journal_after_a_damaged_one_is_excluded_and_kept(tmp_path: P
     generation = int(old.name.rpartition(".")[2])
     newer = old.with_name(old.name.replace(f"{generation:08d}", f"{generation + 1:08d}"))
     head = next(scan([damaged], "", 0, 0))[0]
-    told = msgspec.structs.replace(read_head(head.payload), generation=generation + 1)
+    told = msgspec.structs.replace(read_naming(Head, head.payload), generation=generation + 1)
     newer.write_bytes(
         record(*control(told), 0)
         + record(Kind.COMMIT, b'{"templates":{"t9":{"version":1,"template_id":"t9"}}}', 1)

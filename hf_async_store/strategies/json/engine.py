@@ -411,7 +411,6 @@ class _JSONSession(Session):
         self._engine = engine
         self._stack = AsyncExitStack()
         self._view: SessionView | None = None
-        self._state: StoreState | None = None
         self._owner: asyncio.Task[object] | None = None
 
     async def __aenter__(self) -> Session:
@@ -425,15 +424,15 @@ class _JSONSession(Session):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if exc is None and self._view is not None and self._state is not None:
-                await self._engine.commit(self._state, self._view.layers[0])
+            if exc is None and self._view is not None:
+                await self._engine.commit(self._view.state, self._view.layers[0])
         finally:
             await self._stack.aclose()
 
     async def _begin(self) -> SessionView:
         if self._view is None:
-            self._state = await self._stack.enter_async_context(self._engine.writing(self._owner))
-            self._view = self._engine.view(self._state)
+            state = await self._stack.enter_async_context(self._engine.writing(self._owner))
+            self._view = self._engine.view(state)
             self._view.layers.append({})
         self._engine.follower.refuse_closed()
         return self._view

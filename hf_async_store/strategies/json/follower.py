@@ -28,10 +28,10 @@ from hf_async_store.strategies.json.files import FileManager, Signature, has_fai
 from hf_async_store.strategies.json.journal import (
     USE_FILES,
     USE_UNDAMAGED,
+    Fold,
     Head,
     Kind,
-    read_fold,
-    read_head,
+    read_naming,
     scan,
 )
 from hf_async_store.strategies.json.recovery import (
@@ -143,14 +143,14 @@ class Follower:
             status = os.fstat(state.fd)
             if status.st_size != state.offset or not status.st_nlink:
                 return False
-            return time.monotonic() < self._next_file_check or self._are_files_current(state)
+            now = time.monotonic()
+            return now < self._next_file_check or self._are_files_current(state, status, now)
         except OSError as exc:
             raise translate_os_error(exc, f"check the files in {self._files.folder}") from exc
 
-    def _are_files_current(self, state: StoreState) -> bool:
-        now = time.monotonic()
+    def _are_files_current(self, state: StoreState, status: os.stat_result, now: float) -> bool:
         self._files.refuse_moved_links()
-        moved = self._has_successor(state) or not self._journal_in_place(state)
+        moved = self._has_successor(state) or not self._journal_in_place(state, status)
         if moved or self.files_changed(state):
             return False  # the next read checks again, until the state is up to date
         self._next_file_check = now + _FILE_CHECK_SECONDS
@@ -165,11 +165,10 @@ class Follower:
             return False
         try:
             status = os.fstat(state.fd)
-            in_folder = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # hot path
             return (
                 status.st_size == state.offset
                 and not has_failed_sync(status)
-                and os.path.samestat(status, in_folder)
+                and self._journal_in_place(state, status)
                 and not self._has_successor(state)
                 and not self.files_changed(state)
             )
@@ -193,13 +192,13 @@ class Follower:
     def _has_successor(self, state: StoreState) -> bool:
         return os.path.exists(self._files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
 
-    def _journal_in_place(self, state: StoreState) -> bool:
-        """Whether the open journal is the file of this generation in the folder."""
+    def _journal_in_place(self, state: StoreState, status: os.stat_result) -> bool:
+        """Whether the open journal, which has this status, is the file of its generation in the folder."""
         try:
             in_folder = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # hot path
         except FileNotFoundError:
             return False
-        return os.path.samestat(in_folder, os.fstat(state.fd))
+        return os.path.samestat(in_folder, status)
 
     # -- refreshing --------------------------------------------------------------------------
 
@@ -285,7 +284,7 @@ class Follower:
             return True
         if not await self._read_journals(state):
             return False
-        if state.is_open and not self._journal_in_place(state):
+        if state.is_open and not self._journal_in_place(state, os.fstat(state.fd)):
             return False
         return not self.files_changed(state) or await self._accept_changed_files(state)
 
@@ -304,7 +303,7 @@ class Follower:
         try:
             return await self._read_tail(state)
         except CorruptionError:
-            if self._journal_in_place(state) and not self._has_successor(state):
+            if self._journal_in_place(state, os.fstat(state.fd)) and not self._has_successor(state):
                 raise
             return False  # a recovery has replaced that journal
 
@@ -326,7 +325,7 @@ class Follower:
             elif entry.kind is Kind.SEAL:
                 state.sealed = True
             elif entry.kind is Kind.FOLD:
-                self.loader.announce(state, read_fold(entry.payload, str(path)).files)
+                self.loader.announce(state, read_naming(Fold, entry.payload, str(path)).files)
             state.offset = end
             state.sequence += 1
             await state.reclaim()
@@ -344,7 +343,7 @@ class Follower:
             if first is None or first[0].kind is not Kind.HEAD:
                 raise JournalMissing(f"{path} has no HEAD record yet")
             entry, end = first
-            head = read_head(entry.payload, str(path))
+            head = read_naming(Head, entry.payload, str(path))
             if head.alone or not self._knows_contents(state, head):
                 os.close(fd)
                 return False

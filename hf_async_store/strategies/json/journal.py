@@ -134,8 +134,6 @@ _CHUNK_SIZE: Final = 1024
 _TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
 _encode = msgspec.json.Encoder().encode
 _commit_decoder: Final = msgspec.json.Decoder(dict[str, dict[str, msgspec.Raw]])
-_head_decoder: Final = msgspec.json.Decoder(Head)
-_fold_decoder: Final = msgspec.json.Decoder(Fold)
 _ENTITY: Final = b'{"version":'
 
 Body = TypeVar("Body")
@@ -205,28 +203,18 @@ def image(encoded: bytes) -> bytes | None:
     return encoded
 
 
-def read_head(payload: bytes, name: str = "the journal") -> Head:
-    """The HEAD in a payload.
+Naming = TypeVar("Naming", Head, Fold)
+
+
+def read_naming(kind: type[Naming], payload: bytes, name: str = "the journal") -> Naming:
+    """Read a record that names data files. These files are read and replaced, so they must be in the
+    folder of the journal.
 
     Args:
         name: the path of the journal, for error messages.
     """
-    return _read_naming(_head_decoder, payload, name)
-
-
-def read_fold(payload: bytes, name: str = "the journal") -> Fold:
-    """The FOLD in a payload; see `read_head`."""
-    return _read_naming(_fold_decoder, payload, name)
-
-
-Naming = TypeVar("Naming", Head, Fold)
-
-
-def _read_naming(decoder: msgspec.json.Decoder[Naming], payload: bytes, name: str) -> Naming:
-    """Read a record that names data files. These files are read and replaced, so they must be in the
-    store's folder."""
     try:
-        body = _read(decoder, payload)
+        body = _read(msgspec.json.Decoder(kind), payload)
     except CorruptionError as exc:
         raise CorruptionError(f"{name}: {exc}. {USE_UNDAMAGED}") from exc
     for each in body.files:

@@ -28,11 +28,12 @@ from hf_async_store.strategies.json.journal import (
     USE_UNDAMAGED,
     Entry,
     FileState,
+    Fold,
+    Head,
     Kind,
     image,
     read_commit,
-    read_fold,
-    read_head,
+    read_naming,
     scan,
 )
 from hf_async_store.strategies.json.serializer import (
@@ -259,7 +260,7 @@ class StoreLoader:
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
-                    head = read_head(entry.payload, str(path))
+                    head = read_naming(Head, entry.payload, str(path))
                     if head.generation != generation:
                         raise CorruptionError(
                             f"{path} contains generation {head.generation}, which does not match the "
@@ -269,7 +270,7 @@ class StoreLoader:
                     alone = head.alone
                     named.append(head.files)
                 elif entry.kind is Kind.FOLD:
-                    named.append(read_fold(entry.payload, str(path)).files)
+                    named.append(read_naming(Fold, entry.payload, str(path)).files)
                 entries.append(entry)
                 end = position
             if not entries:
@@ -645,40 +646,32 @@ async def scan_file(
     if not large and size - offset > _SMALL_TAIL:
         chunks = await asyncio.to_thread(list, chunks)
     entries = scan(chunks, str(path), offset, sequence)
-    while True:
-        buffer = _EntryBuffer()
-        if large:
-            await asyncio.to_thread(buffer.read, entries)
-        else:
-            buffer.read(entries)
-        for each in buffer.entries:
+    more = True
+    while more:
+        batch: list[tuple[Entry, int]] = []
+        failure: CorruptionError | None = None
+        try:
+            more = (
+                await asyncio.to_thread(_fill, batch, entries) if large else _fill(batch, entries)
+            )
+        except CorruptionError as exc:
+            failure = exc
+        for each in batch:
             yield each
-        if buffer.failure is not None:
-            raise buffer.failure
-        if not buffer.more:
-            return
+        if failure is not None:
+            raise failure
         await asyncio.sleep(0)
 
 
-class _EntryBuffer:
-    """The next records of a journal, up to about `_TAIL_CHUNK` bytes."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[Entry, int]] = []
-        self.more = False
-        self.failure: CorruptionError | None = None
-
-    def read(self, entries: Iterator[tuple[Entry, int]]) -> None:
-        size = 0
-        try:
-            for entry, end in entries:
-                self.entries.append((entry, end))
-                size += entry.size
-                if size > _TAIL_CHUNK:
-                    self.more = True
-                    return
-        except CorruptionError as exc:
-            self.failure = exc  # raised after the records before it
+def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]]) -> bool:
+    """Add the next records, up to about `_TAIL_CHUNK` bytes; returns whether there may be more."""
+    size = 0
+    for entry, end in entries:
+        batch.append((entry, end))
+        size += entry.size
+        if size > _TAIL_CHUNK:
+            return True
+    return False
 
 
 async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:

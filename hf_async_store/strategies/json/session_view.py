@@ -61,17 +61,17 @@ class SessionView(Reader):
     """Reads one state of the store, and checks and applies changes to it.
 
     Args:
-        state: the current state. The caller keeps it current while changes are applied.
         references: whether declared references are enforced.
 
     Attributes:
+        state: the current state. The caller keeps it current while changes are applied.
         layers: the writes of this session, the innermost savepoint last; empty for plain reads.
     """
 
     def __init__(
         self, state: StoreState, schema: Schema, serializer: JSONSerializer, *, references: bool
     ) -> None:
-        self._state = state
+        self.state = state
         self._schema = schema
         self._serializer = serializer
         self._references = references
@@ -85,14 +85,14 @@ class SessionView(Reader):
             images = layer.get(collection)
             if images is not None and entity_id in images:
                 return images[entity_id]
-        return self._state.sections[collection].canonical(entity_id)
+        return self.state.sections[collection].canonical(entity_id)
 
     def exists(self, key: Key) -> bool:
         for layer in reversed(self.layers):
             images = layer.get(key.collection)
             if images is not None and key.id in images:
                 return images[key.id] is not None
-        return key.id in self._state.sections[key.collection].entities
+        return key.id in self.state.sections[key.collection].entities
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         if len(keys) <= _READ_CHUNK:
@@ -110,12 +110,12 @@ class SessionView(Reader):
         return None if raw is None else Record(key, self._entity(key, raw))
 
     def _entity(self, key: Key, raw: bytes) -> Entity:
-        return self._state.sections[key.collection].entity(key.id, raw)
+        return self.state.sections[key.collection].entity(key.id, raw)
 
     # -- queries -----------------------------------------------------------------------------
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        section = self._state.sections[query.collection]
+        section = self.state.sections[query.collection]
         access = await self._access(query, section)
         if not query.order:
             async with Owned(self._by_id(query, section, access)) as chunks:
@@ -140,14 +140,14 @@ class SessionView(Reader):
                 async for batch in batches:
                     yield batch
             return
-        section = self._state.sections[query.collection]
+        section = self.state.sections[query.collection]
         access = await self._access(query, section)
         async with Owned(self._by_id(query, section, access)) as chunks:
             async for chunk in chunks:
                 yield [section.entity(entity_id, raw) for entity_id, raw in chunk]
 
     async def count(self, query: Query) -> int:
-        section = self._state.sections[query.collection]
+        section = self.state.sections[query.collection]
         access = await self._access(query, section, by_id=False)
         ids, entities = self._candidates(query, section, access)
         if access.complete and (access.ids is None or not self.layers):
@@ -156,7 +156,7 @@ class SessionView(Reader):
             return sum([len(chunk) async for chunk in chunks])
 
     async def explain(self, query: Query) -> QueryPlan:
-        access = await self._access(query, self._state.sections[query.collection])
+        access = await self._access(query, self.state.sections[query.collection])
         return QueryPlan(
             access=access.kind,
             index=access.name,
@@ -303,9 +303,7 @@ class SessionView(Reader):
 
     def _put(self, change: Put) -> int:
         key = change.key
-        raw = self.stored_bytes(key.collection, key.id)
-        actual = self._version(key, raw)
-        self._check(change, actual, raw)
+        raw, actual = self._current(change)
         version = change.import_version
         entity = change.entity
         if version is None:
@@ -325,9 +323,7 @@ class SessionView(Reader):
 
     def _patch(self, change: Patch) -> int:
         key = change.key
-        raw = self.stored_bytes(key.collection, key.id)
-        actual = self._version(key, raw)
-        self._check(change, actual, raw)
+        raw, actual = self._current(change)
         assert raw is not None, "a patch expects PRESENT or a version"
         version = next_version(key, actual)
         entity = patched(self._entity(key, raw), change.fields, version)
@@ -345,7 +341,7 @@ class SessionView(Reader):
         if actual is not None:
             if self._references:
                 for child, field in self._schema.children[key.collection]:
-                    await self._state.sections[child.name].index(field.name)
+                    await self.state.sections[child.name].index(field.name)
                 check_children(self._schema, key, self._referrers)
             self._stage(change, None)
         return actual
@@ -354,26 +350,22 @@ class SessionView(Reader):
         """The stored version; None if the entity does not exist; 0 if it is damaged and the change
         expects no version: such an entity can still be deleted."""
         try:
-            raw = self.stored_bytes(change.key.collection, change.key.id)
-            actual = self._version(change.key, raw)
-            self._check(change, actual, raw)
+            return self._current(change)[1]
         except CorruptionError:
             if change.expect is not ANY:
                 raise
             return 0
-        return actual
 
-    def _version(self, key: Key, raw: bytes | None) -> int | None:
-        if raw is None:
-            return None
-        return self._serializer.version(self._schema[key.collection], key.id, raw)
-
-    def _check(self, change: Change, actual: int | None, raw: bytes | None) -> None:
-        """Check the precondition; the entity is decoded only for the error."""
-        expect = change.expect
+    def _current(self, change: Change) -> tuple[bytes | None, int | None]:
+        """The bytes and the version of the entity, which meet the precondition of the change."""
+        key, expect = change.key, change.expect
+        raw = self.stored_bytes(key.collection, key.id)
+        collection = self._schema[key.collection]
+        actual = None if raw is None else self._serializer.version(collection, key.id, raw)
         if expect is not ANY and expect != actual:
-            current = None if raw is None else self._entity(change.key, raw)
-            check(change.key, expect, actual, current)
+            # The entity is decoded only for the error.
+            check(key, expect, actual, None if raw is None else self._entity(key, raw))
+        return raw, actual
 
     def _check_parents(self, change: Change, raw: bytes | None) -> None:
         if self._references and missing_parents(self._schema, change, self.exists):
@@ -382,7 +374,7 @@ class SessionView(Reader):
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
         own = self._own_writes(child.name)
-        for entity_id in self._state.sections[child.name].find(field.name, [parent]):
+        for entity_id in self.state.sections[child.name].find(field.name, [parent]):
             if entity_id not in own:
                 yield entity_id
         for entity_id, raw in own.items():
