@@ -100,6 +100,12 @@ async def test_82_killed_during_salvage(every: int) -> None:
     await _swept("adopt", "split_files", at_least=35, every=every, adopt="salvage")
 
 
+@pytest.mark.parametrize("every", _EVERY)
+async def test_82_killed_while_each_commit_updates_the_files(every: int) -> None:
+    settings = {"update_files": "after each commit"}
+    await _swept("script", "split_files", at_least=150, every=every, settings=settings)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_at_every_step_with_compression(layout: str) -> None:

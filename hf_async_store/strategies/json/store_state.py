@@ -77,7 +77,7 @@ class StoreState:
     def pending_bytes(self) -> int:
         return sum(sum(each.values()) for each in self.pending.values())
 
-    def has_pending(self, collections: Mapping[str, object] | set[str]) -> bool:
+    def has_pending(self, collections: set[str]) -> bool:
         """Whether a commit to one of these collections is not in its data file yet."""
         return any(name in collections for each in self.pending.values() for name in each)
 
