@@ -334,11 +334,8 @@ def _commit_record(images: Images) -> bytes:
 
 
 def _prepare_journal(path: Path, data: bytes, owned: Ownership | None) -> tuple[Path, int]:
-    """Write and sync a journal that begins with `data`, under a temporary name.
-
-    Returns:
-        Its path, and an open descriptor.
-    """
+    """Write and sync a journal that begins with `data`, under a temporary name; returns its path, and
+    an open descriptor."""
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

@@ -23,7 +23,7 @@ from hf_async_store.strategies.json.serializer import (
     OtherLayout,
     compact,
     encode_json,
-    layout_of,
+    is_wrapped,
     parse_object,
     section_lines,
 )
@@ -41,8 +41,7 @@ async def rewritten(data: bytes, collection: Collection | None, schema: Schema) 
     """
     names = list(schema)
     if collection is not None:
-        wrapped = layout_of(collection, parse_object(data, "the file")) == "wrapped"
-        names = [collection.name] if wrapped else []
+        names = [collection.name] if is_wrapped(collection, parse_object(data, "it")) else []
     with tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder:
         source, target = Path(folder, "source"), Path(folder, "target")
         async with aiofiles.open(source, "wb") as file:

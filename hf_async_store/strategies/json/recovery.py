@@ -44,7 +44,7 @@ from hf_async_store.strategies.json.serializer import (
     StoredEntity,
     decode_members,
     has_key,
-    layout_of,
+    is_wrapped,
     parse_chunk,
     parse_lines,
     parse_object,
@@ -406,7 +406,7 @@ class StoreLoader:
         state.content[name] = content
         state.signatures[name] = None if file is None else file.signature
         if file is not None:
-            wrapped = await self._parse_file(name, file, state, trusted=content.ours)
+            wrapped = await self._parse_file(name, file, state)
             state.content[name] = msgspec.structs.replace(content, wrapped=wrapped)
         return match is not None
 
@@ -431,15 +431,11 @@ class StoreLoader:
             if digest is None and recover_from != "file":
                 # Even with "journal" or "salvage": the journal alone would appear to be the complete
                 # content.
-                kept = next((str(each) for each in self._files.backups(name)), None)
-                copy = (
-                    ""
-                    if kept is None
-                    else (
-                        f"copy {kept} to {kept.rpartition('.bak.')[0]}, and run `hf-async-store checkpoint "
-                        "--recover-from journal` (the commits between that backup and the last compaction "
-                        "are lost); or "
-                    )
+                copy = "".join(
+                    f"copy {each} to {str(each).rpartition('.bak.')[0]}, and run `hf-async-store "
+                    "checkpoint --recover-from journal` (the commits between that backup and the last "
+                    "compaction are lost); or "
+                    for each in self._files.backups(name)[:1]
                 )
                 raise CorruptionError(
                     f"{self._files.path(name)} is missing, although its journal exists. Copy the "
@@ -450,32 +446,29 @@ class StoreLoader:
             state.replaced.add(name)
         return FileState(digest, first, ours=False, collection=self._files.names[name])
 
-    async def _parse_file(
-        self, name: str, file: DataFile, state: StoreState, *, trusted: bool
-    ) -> bool:
+    async def _parse_file(self, name: str, file: DataFile, state: StoreState) -> bool:
         """Parse a data file into its sections; returns whether it wraps its collection."""
         try:
-            return await self._parse_file_lines(name, file.text, state, trusted=trusted)
+            return await self._parse_file_lines(name, file.text, state)
         except OtherLayout:
             for collection in self.collections_of(name, state):
                 state.sections[collection] = self.section(collection)
             state.extras.pop(name, None)
-            return await self._parse_other_layout(name, file.text, state, trusted=trusted)
+            return await self._parse_other_layout(name, file.text, state)
 
-    async def _parse_file_lines(
-        self, name: str, data: bytes, state: StoreState, *, trusted: bool
-    ) -> bool:
+    async def _parse_file_lines(self, name: str, data: bytes, state: StoreState) -> bool:
         """Parse a file that has one entity per line."""
         if not data.startswith(b"{\n") or not data.endswith(b"}\n"):
             raise OtherLayout
         collection = self._files.names[name]
         if collection is None:
-            await self._parse_sections(name, data, state, trusted=trusted)
+            await self._parse_sections(name, data, state)
             return False
+        trusted = state.content[name].ours
         section = state.sections.setdefault(collection, self.section(collection))
         wrapped = _section_name(data[2 : data.find(b"\n", 2)]) == collection
         if wrapped:
-            await self._parse_sections(name, data, state, trusted=trusted)
+            await self._parse_sections(name, data, state)
         elif await _load_lines(section, data, 2, trusted=trusted) + 2 != len(data):
             raise OtherLayout
         if not trusted and (
@@ -490,10 +483,9 @@ class StoreLoader:
         declared = collection in self._schema
         return declared and not has_key(self._schema[collection], collection, members)
 
-    async def _parse_sections(
-        self, name: str, data: bytes, state: StoreState, *, trusted: bool
-    ) -> None:
+    async def _parse_sections(self, name: str, data: bytes, state: StoreState) -> None:
         """Parse sections that have one entity per line."""
+        trusted = state.content[name].ours
         collections = self.collections_of(name, state)
         position = 2
         seen: set[str] = set()
@@ -501,9 +493,7 @@ class StoreLoader:
             end = data.find(b"\n", position)
             section_name = _section_name(data[position:end])
             if section_name not in collections:
-                await self._parse_object_members(
-                    name, b"{" + data[position:], state, trusted=trusted, seen=seen
-                )
+                await self._parse_object_members(name, b"{" + data[position:], state, seen=seen)
                 return
             if section_name in seen:
                 raise OtherLayout
@@ -518,9 +508,7 @@ class StoreLoader:
             if not last and position + 2 == len(data):
                 raise OtherLayout  # a comma after the last section
 
-    async def _parse_other_layout(
-        self, name: str, data: bytes, state: StoreState, *, trusted: bool
-    ) -> bool:
+    async def _parse_other_layout(self, name: str, data: bytes, state: StoreState) -> bool:
         """Parse a file in another layout."""
         collection = self._files.names[name]
         if len(data) > _LARGE_FILE and (collection is None or collection in self._schema):
@@ -531,17 +519,11 @@ class StoreLoader:
             with suppress(OtherLayout, OSError):
                 declared = None if collection is None else self._schema[collection]
                 lines = await rewritten(data, declared, self._schema)
-                return await self._parse_file_lines(name, lines, state, trusted=False)
-        return await self._parse_object_members(name, data, state, trusted=trusted)
+                return await self._parse_file_lines(name, lines, state)
+        return await self._parse_object_members(name, data, state)
 
     async def _parse_object_members(
-        self,
-        name: str,
-        data: bytes,
-        state: StoreState,
-        *,
-        trusted: bool,
-        seen: Set[str] = frozenset(),
+        self, name: str, data: bytes, state: StoreState, *, seen: Set[str] = frozenset()
     ) -> bool:
         """Parse an object whose members are sections or entities.
 
@@ -551,6 +533,7 @@ class StoreLoader:
         Returns:
             Whether it wraps the collection of the file.
         """
+        trusted = state.content[name].ours
         path = str(self._files.path(name))
         members = await _members(data, path, unique=not trusted)
         if seen & members.keys():
@@ -575,7 +558,7 @@ class StoreLoader:
         collection = self._files.names[name]
         if collection is None or collection not in self._schema:
             return state.content[name].wrapped  # by the process that declares the collection
-        return layout_of(self._schema[collection], members) == "wrapped"
+        return is_wrapped(self._schema[collection], members)
 
     def _refuse_mixed(self, name: str, member: str, raw: msgspec.Raw) -> None:
         """Check that no entity is beside the member that wraps the collection.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Final, Literal, TypeAlias, cast
+from typing import Final, TypeAlias, cast
 
 import msgspec
 
@@ -427,20 +427,17 @@ def refuse_duplicates(data: bytes, parsed: Mapping[str, msgspec.Raw], what: str)
         raise CorruptionError(f"{what}: a name occurs twice. {_FILE_REMEDY}")
 
 
-Layout: TypeAlias = Literal["flat", "wrapped"]
-
-
-def layout_of(collection: Collection, members: Mapping[str, msgspec.Raw]) -> Layout:
-    """The layout of the file of one collection: "flat" has the ids as the names of its members,
-    "wrapped" has one member with the name of the collection.
+def is_wrapped(collection: Collection, members: Mapping[str, msgspec.Raw]) -> bool:
+    """Whether the file of one collection has its entities in a member with the name of the collection;
+    otherwise they are the members of the file.
 
     A member with that name is an entity if its key field contains the name.
     """
     try:
         inner = parse_object(members[collection.name], collection.name)
     except (KeyError, CorruptionError):
-        return "flat"
-    return "flat" if has_key(collection, collection.name, inner) else "wrapped"
+        return False
+    return not has_key(collection, collection.name, inner)
 
 
 def has_key(collection: Collection, entity_id: str, members: Mapping[str, StoredEntity]) -> bool:
