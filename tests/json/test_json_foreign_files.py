@@ -18,6 +18,7 @@ from hf_async_store import HOST_FACTORY, load_config
 from hf_async_store.errors import (
     ConfigurationError,
     CorruptionError,
+    DataFileConflictError,
     InvalidInputError,
     NewerFormatError,
     StorageError,
@@ -471,6 +472,30 @@ async def test_a_commit_succeeds_if_the_files_cannot_be_updated(
         assert (await store.health())["problems"] == []
         assert b'"name":"e"' in path.read_bytes()
         assert len(journals(tmp_path)) == 1
+
+
+async def test_a_file_that_is_replaced_while_a_commit_updates_it_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / SINGLE
+    async with open_json(tmp_path, update_files="after each commit") as store:
+        await store.save_entity(T, {"template_id": "t", "name": "a"})
+        real = store._json.compactor._write
+
+        async def write(*args: Any) -> Any:
+            written = await real(*args)
+            path.write_text(path.read_text().replace('"name":"a"', '"name":"by hand"'))
+            return written
+
+        monkeypatch.setattr(store._json.compactor, "_write", write)
+        await store.update_entity(T, "t", {"name": "b"})
+        monkeypatch.undo()
+        assert '"name":"by hand"' in path.read_text()
+        with pytest.raises(DataFileConflictError, match="--recover-from file"):
+            await store.save_entity(T, {"template_id": "u"})
+        await store.checkpoint(recover_from="journal")
+        assert (await store.get_entity(T, "t") or {})["name"] == "b"
+        assert not temporary(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["never", "", True])
