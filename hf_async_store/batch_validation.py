@@ -8,40 +8,40 @@ one, which also produces the error messages.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from math import isfinite
 from operator import methodcaller
 from types import NoneType
-from typing import Final, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import msgspec
 
 from hf_async_store.errors import UnsupportedValueError
 from hf_async_store.schema import Collection, Field
 from hf_async_store.values import (
+    FLOAT_SIZE,
     INT_MAX,
     INT_MIN,
     LIGHT_BYTES,
     MAX_ENTITY_BYTES,
     MAX_KEY_BYTES,
+    NOT_UTF8,
     VERSION,
     Entity,
     Key,
-    Value,
     normalise,
     parse_timestamp,
 )
 
 Each = TypeVar("Each")
-Column: TypeAlias = "Sequence[Value]"
+Column: TypeAlias = Sequence[Any]
+"""The values of one field; `_types_of` tells their types."""
 
 _VALUES: Final = methodcaller("values")
 _MIN_GROUP_SIZE: Final = 8
 """The average number of entities with the same fields from which on columns are faster."""
 
-_NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
 _SCALARS: Final = frozenset({str, bool, int, float, NoneType})
 _ALLOWED_TYPES: Final[Mapping[str, frozenset[type]]] = {
     "text": frozenset({str, NoneType}),
@@ -50,7 +50,6 @@ _ALLOWED_TYPES: Final[Mapping[str, frozenset[type]]] = {
     "number": frozenset({int, float, NoneType}),
     "boolean": frozenset({bool, NoneType}),
 }
-_MAX_NUMBER_SIZE: Final = 32  # the size of a float, as measured by `values.sized`
 _JSON_SIZE_FACTOR: Final = 8  # a value has at most 8 times the size of its JSON: `LIGHT_BYTES`
 
 
@@ -84,31 +83,40 @@ def validate_batch(
     groups = group_by_keys(items)
     if groups is None or not all(_has_required_fields(collection, names) for names in groups):
         return None
-    ids: list[Value] = [None] * len(items)
     entities = list(map(dict.copy, cast("Sequence[Entity]", items)))
     size = 0  # an upper bound of the size of all entities together
-    for names, indexes in groups.items():
-        members = entities if len(groups) == 1 else [entities[index] for index in indexes]
-        size += len(members) * (3 + sum(1 + len(name) for name in names))
-        for name, original in zip(names, columns_of(members), strict=True):
-            try:
-                column, column_size = _validate_column(original, collection.fields.get(name))
-            except (_UnusualValueError, UnsupportedValueError):
-                return None
-            size += column_size
-            if name == collection.key:
-                for index, value in zip(indexes, column, strict=True):
-                    ids[index] = value
-            if name == VERSION:
-                for each in members:
-                    del each[VERSION]
-            elif column is not original:
-                for each, value in zip(members, column, strict=True):
-                    each[name] = value
-    strings = cast("list[str]", ids)
-    if not _are_ids(strings) or (size > MAX_ENTITY_BYTES and not _within_size_limit(entities)):
+    try:
+        for names, indexes in groups.items():
+            members = entities if len(groups) == 1 else [entities[index] for index in indexes]
+            size += _validate_group(collection, names, members)
+    except (_UnusualValueError, UnsupportedValueError):
         return None
-    return list(zip(map(Key, repeat(collection.name), strings), entities, strict=True))
+    ids: Column = [each[collection.key] for each in entities]
+    if not _are_ids(ids) or (size > MAX_ENTITY_BYTES and not _within_size_limit(entities)):
+        return None
+    return list(zip(map(Key, repeat(collection.name), ids), entities, strict=True))
+
+
+def _validate_group(collection: Collection, names: Sequence[str], members: Sequence[Entity]) -> int:
+    """Validate entities with the same fields, and convert them to their stored form in place.
+
+    Returns:
+        An upper bound of the size of the entities together.
+
+    Raises:
+        _UnusualValueError, UnsupportedValueError: the entities must be validated one by one.
+    """
+    size = len(members) * (3 + sum(1 + len(name) for name in names))
+    for name, original in zip(names, columns_of(members), strict=True):
+        column, column_size = _validate_column(original, collection.fields.get(name))
+        size += column_size
+        if name == VERSION:
+            for each in members:
+                del each[VERSION]
+        elif column is not original:
+            for each, value in zip(members, column, strict=True):
+                each[name] = value
+    return size
 
 
 class _UnusualValueError(Exception):
@@ -136,8 +144,8 @@ def _validate_column(column: Column, field: Field | None) -> tuple[Column, int]:
     """
     types = _types_of(column)
     if types <= _SCALARS:
-        size = len(column) * _MAX_NUMBER_SIZE + _size_of_strings(column, types)
-        _check_numbers(column, types)
+        size = len(column) * FLOAT_SIZE + _size_of_strings(column, types)
+        column = _stored_numbers(column, types)
     else:
         column = [normalise(each) for each in column]
         types = _types_of(column)
@@ -146,7 +154,7 @@ def _validate_column(column: Column, field: Field | None) -> tuple[Column, int]:
         if not types <= _ALLOWED_TYPES[field.type]:
             raise _UnusualValueError
         if field.type == "timestamp":
-            column = _normalized_timestamps(column)
+            column = _stored_timestamps(column)
     if field is not None and field.required and NoneType in types:
         raise _UnusualValueError
     return column, size
@@ -155,38 +163,37 @@ def _validate_column(column: Column, field: Field | None) -> tuple[Column, int]:
 def _size_of_strings(column: Column, types: set[type]) -> int:
     if str not in types:
         return 0
-    strings = cast("Sequence[str]", column)
-    if len(types) > 1:
-        strings = [each for each in column if type(each) is str]
-    joined = "".join(strings)
-    if joined.isascii():
-        if "\x00" in joined:
-            raise _UnusualValueError
+    joined = "".join(column if len(types) == 1 else [each for each in column if type(each) is str])
+    if joined.isascii() and "\x00" not in joined:
         return len(joined)
-    if _NOT_UTF8.search(joined):
+    if NOT_UTF8.search(joined):
         raise _UnusualValueError
     return len(joined.encode())
 
 
-def _check_numbers(column: Column, types: set[type]) -> None:
-    """Check that the integers have at most 64 bits, and the floats are finite."""
+def _stored_numbers(column: Column, types: set[type]) -> Column:
+    """The column with 0.0 for -0.0. The integers must have at most 64 bits, the floats be finite."""
     if int in types:
         integers = [each for each in column if type(each) is int]
         if min(integers) < INT_MIN or max(integers) > INT_MAX:
             raise _UnusualValueError
-    if float in types and not all(isfinite(each) for each in column if type(each) is float):
+    if float not in types:
+        return column
+    if not all(isfinite(each) for each in column if type(each) is float):
         raise _UnusualValueError
+    if 0.0 not in column:  # -0.0 equals 0.0
+        return column
+    return [each + 0.0 if type(each) is float else each for each in column]
 
 
-def _normalized_timestamps(column: Column) -> Column:
+def _stored_timestamps(column: Column) -> Column:
     """The timestamps in canonical form. A batch usually has few distinct ones, each parsed once."""
-    distinct = set(cast("Sequence[str | None]", column))
-    parsed = {each: None if each is None else parse_timestamp(each) for each in distinct}
+    parsed = {each: None if each is None else parse_timestamp(each) for each in set(column)}
     if all(canonical == each for each, canonical in parsed.items()):
         return column
     if any(canonical is None for each, canonical in parsed.items() if each is not None):
         raise _UnusualValueError
-    return [parsed[cast("str | None", each)] for each in column]
+    return [parsed[each] for each in column]
 
 
 def _are_ids(ids: Sequence[str]) -> bool:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, TypeAlias, cast
+from typing import Final, TypeAlias
 
 import msgspec
 
-from hf_async_store.errors import (
-    InvalidVersionError,
-    StorageError,
-)
-from hf_async_store.values import INT_MAX, VERSION, Entity, Key, Removed, Value
+from hf_async_store.errors import InvalidVersionError, StorageError
+from hf_async_store.values import INT_MAX, Entity, Key, Removed, Value, version_of
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -22,7 +19,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def version(self) -> int:
-        return cast("int", self.entity[VERSION])
+        return version_of(self.entity)
 
 
 class Expect(Enum):
@@ -53,8 +50,8 @@ def check_version(expected: object, *, absent: bool) -> Precondition:
         InvalidVersionError: it is not a non-negative integer, ABSENT (where `absent` allows it) or
             ANY, which means that the argument was omitted.
     """
-    if expected is ANY or (absent and expected is ABSENT):
-        return cast("Expect", expected)
+    if isinstance(expected, Expect) and (expected is ANY or (absent and expected is ABSENT)):
+        return expected
     if type(expected) is int and 0 <= expected <= INT_MAX:
         return expected
     allowed = "a non-negative integer" + (" or ABSENT" if absent else "")

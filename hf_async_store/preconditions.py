@@ -4,7 +4,6 @@ have the current entity in memory."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
 
 from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, Delete, Precondition, Put
 from hf_async_store.errors import (
@@ -18,7 +17,6 @@ from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.values import (
     CREATED_AT,
     INT_MAX,
-    REMOVE,
     VERSION,
     Entity,
     Key,
@@ -26,6 +24,7 @@ from hf_async_store.values import (
     Value,
     check_size,
     copy_entity,
+    version_of,
 )
 
 
@@ -68,7 +67,7 @@ def changed(change: Change, current: Entity | None) -> Entity | None:
         AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError: the precondition is not met.
         UnsupportedValueError: the entity is too large, or its version cannot be increased.
     """
-    actual = None if current is None else cast("int", current[VERSION])
+    actual = None if current is None else version_of(current)
     check(change.key, change.expect, actual, current)
     if isinstance(change, Delete):
         return None
@@ -94,11 +93,14 @@ def _replaced(change: Put, current: Entity | None, actual: int | None) -> Entity
 
 def patched(current: Entity, fields: Mapping[str, Value | Removed], version: int) -> Entity:
     """A copy of `current` with the given fields changed or removed, and this version."""
-    entity = {**current, **fields, VERSION: version}
+    entity = dict(current)
     for name, value in fields.items():
-        if value is REMOVE:
-            del entity[name]
-    return cast("Entity", entity)
+        if isinstance(value, Removed):
+            entity.pop(name, None)
+        else:
+            entity[name] = value
+    entity[VERSION] = version
+    return entity
 
 
 def next_version(key: Key, actual: int | None) -> int:
@@ -124,7 +126,7 @@ def missing_parents(
         (field, parent)
         for field in schema[change.key.collection].references
         if isinstance(parent := fields.get(field.name), str)
-        and (target := Key(cast("str", field.references), parent)) != change.key
+        and (target := Key(field.parent, parent)) != change.key
         and not exists(target)
     ]
 

@@ -79,6 +79,12 @@ class Field(msgspec.Struct, frozen=True):
                 f"field {self.name!r}: a reference must be of type text, not {self.type}"
             )
 
+    @property
+    def parent(self) -> str:
+        """The collection to which a reference refers."""
+        assert self.references is not None
+        return self.references
+
     def check(self, value: Value, collection: str) -> Value:
         """The value in its stored form.
 
@@ -157,18 +163,6 @@ class Collection:
         ConfigurationError: a name is malformed, reserved, unknown or used twice.
     """
 
-    __slots__ = (
-        "_optional_timestamps",
-        "_usual_types",
-        "fields",
-        "indexes",
-        "key",
-        "name",
-        "references",
-        "required",
-        "typed",
-    )
-
     name: str
     key: str
     fields: Mapping[str, Field]
@@ -188,38 +182,28 @@ class Collection:
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
     ) -> None:
-        declared = [Field(key, required=True)]
-        declared += [Field(each) if isinstance(each, str) else each for each in fields]
-        names = {each.name for each in declared}
-        declared += [
-            Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT) if each not in names
-        ]
         self.name = _checked_name(name, "collection name")
         self.key = key
+        declared = _with_timestamps(
+            [
+                Field(key, required=True),
+                *(Field(each) if isinstance(each, str) else each for each in fields),
+            ]
+        )
         self.fields = MappingProxyType({each.name: each for each in declared})
         self.indexes = tuple(Index(each) if isinstance(each, str) else each for each in indexes)
         self.references = tuple(
             each for each in declared if each.references is not None and each.enforced
         )
-        self.required = tuple(each.name for each in declared[1:] if each.required)
-        self.typed = MappingProxyType(
-            {each.name: each for each in declared[1:] if each.type != "json" or each.required}
-        )
+        others = declared[1:]
+        self.required = tuple(each.name for each in others if each.required)
+        typed = [each for each in others if each.type != "json" or each.required]
+        self.typed = MappingProxyType({each.name: each for each in typed})
         # Most values have the usual type of their field and need no further check.
+        optional_timestamps = [e for e in typed if e.type == "timestamp" and not e.required]
+        self._optional_timestamps = tuple(each.name for each in optional_timestamps)
         self._usual_types = tuple(
-            (
-                name,
-                (_USUAL_TYPES.get(each.type),)
-                if each.required
-                else (_USUAL_TYPES.get(each.type), NoneType),
-            )
-            for name, each in self.typed.items()
-            if each.type != "timestamp" or each.required
-        )
-        self._optional_timestamps = tuple(
-            name
-            for name, each in self.typed.items()
-            if each.type == "timestamp" and not each.required
+            (each.name, _usual_types(each)) for each in typed if each not in optional_timestamps
         )
         self._check(declared)
 
@@ -273,6 +257,17 @@ class Collection:
                 f"an id of {self.name} must be a string, not {type_name(entity_id)}"
             )
         return string
+
+    def id_of(self, entity: Entity) -> str:
+        """The id of an entity that was read from a store."""
+        entity_id = entity[self.key]
+        assert isinstance(entity_id, str)
+        return entity_id
+
+    def field_at(self, path: Sequence[str | int]) -> Field | None:
+        """The declared field at a path; None for an undeclared one, and for a path inside a field."""
+        name, *inner = path
+        return self.fields.get(name) if isinstance(name, str) and not inner else None
 
     def _bad_id(self, entity_id: str) -> InvalidKeyError:
         return InvalidKeyError(
@@ -358,6 +353,17 @@ class Collection:
             if value is not None and (type(value) is not str or not is_canonical_timestamp(value)):
                 entity[name] = self.typed[name].check(value, self.name)
         return entity
+
+
+def _with_timestamps(declared: list[Field]) -> list[Field]:
+    names = {each.name for each in declared}
+    timestamps = (Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT))
+    return declared + [each for each in timestamps if each.name not in names]
+
+
+def _usual_types(field: Field) -> tuple[type | None, ...]:
+    usual = _USUAL_TYPES.get(field.type)
+    return (usual,) if field.required else (usual, NoneType)
 
 
 class Schema(Mapping[str, Collection]):

@@ -8,7 +8,8 @@ from datetime import UTC, date, datetime
 from enum import Enum
 from math import isfinite
 from time import time_ns
-from typing import Final, Literal, TypeAlias, cast
+from types import NoneType
+from typing import Any, Final, Literal, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -32,6 +33,13 @@ class Key(msgspec.Struct, frozen=True, order=True, gc=False):
     id: str
 
 
+def version_of(entity: Entity) -> int:
+    """The version of an entity that was read from a store."""
+    version = entity[VERSION]
+    assert isinstance(version, int)
+    return version
+
+
 canonical: Final[Callable[[object], bytes]] = msgspec.json.Encoder(order="sorted").encode
 """The canonical JSON of an entity, by which entities are compared, hashed and backed up."""
 
@@ -50,10 +58,10 @@ INT_MIN: Final = -(2**63)
 INT_MAX: Final = 2**63 - 1
 
 # The maximum size of a value in the encoding of the DynamoDB codec: a 64-bit integer takes at most 12
-# bytes; a float at most 32, because one that the service cannot store (integral, -0.0, beyond 1e125)
-# is written as a string; containers take 3, and 1 for each element.
+# bytes; a float at most 32, because one that the service cannot store (integral, beyond 1e125) is
+# written as a string; containers take 3, and 1 for each element.
 _INT_SIZE: Final = 12
-_FLOAT_SIZE: Final = 32
+FLOAT_SIZE: Final = 32
 
 LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
 """An entity whose JSON is shorter is never too large: no value has 8 times the size of its JSON."""
@@ -100,8 +108,8 @@ def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
 
     In addition to the types of JSON, these are converted to strings: aware `datetime` (UTC,
     `YYYY-MM-DDTHH:MM:SS.ffffffZ`), `date` (ISO 8601), `UUID`, IP addresses and networks. An `Enum`
-    is replaced by its value, a tuple by a list. Bytes, sets, Decimal and naive datetimes have no
-    single obvious representation and are rejected.
+    is replaced by its value, a tuple by a list, -0.0 by 0.0. Bytes, sets, Decimal and naive
+    datetimes have no single obvious representation and are rejected.
 
     Args:
         path: the path of the value, for the error.
@@ -115,7 +123,7 @@ def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
 def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int]:
     """`normalise`, and the size of the value."""
     try:
-        return _copy(value, 0)
+        return _copy(value, 1)
     except _NotStorableError as exc:
         exc.path.extend(reversed(path))
         raise exc.public() from exc.__cause__
@@ -133,7 +141,7 @@ def copy_entity(data: Mapping[str, object]) -> Entity:
 def sized(data: Mapping[str, object]) -> tuple[Entity, int]:
     """A portable copy of an entity, and its size."""
     try:
-        return _copy_dict(cast("Mapping[object, object]", data), 0)
+        return _copy_dict(data, 0)
     except _NotStorableError as exc:
         raise exc.public() from exc.__cause__
 
@@ -150,35 +158,35 @@ class _NotStorableError(Exception):
 
 
 def _copy(value: object, depth: int) -> tuple[Value, int]:
-    kind = type(value)
-    if kind is str:
-        string = cast("str", value)
-        if string.isascii():
-            if "\x00" in string:
-                raise _NotStorableError("a string with U+0000")
-            return string, len(string)
-        if NOT_UTF8.search(string):
-            raise _NotStorableError("a string with U+0000 or a lone surrogate")
-        return string, len(string.encode())
-    if value is None or kind is bool:
-        return cast("bool | None", value), 1
-    if kind is int:
-        number = cast("int", value)
-        if not INT_MIN <= number <= INT_MAX:
-            raise _NotStorableError("an integer of more than 64 bits")
-        return number, _INT_SIZE
-    if kind is float:
-        if not isfinite(cast("float", value)):
-            raise _NotStorableError(f"{value} (only finite numbers can be stored)")
-        return cast("float", value), _FLOAT_SIZE
-    if kind is dict:
-        return _copy_dict(cast("dict[object, object]", value), depth + 1)
-    if kind is list or kind is tuple:
-        return _copy_list(cast("Sequence[object]", value), depth + 1)
-    return _copy(_plain(value), depth)
+    """A portable copy of a value at this nesting depth, and its size."""
+    return _COPIERS.get(type(value), _copy_other)(value, depth)
 
 
-def _copy_dict(value: Mapping[object, object], depth: int) -> tuple[Entity, int]:
+def _copy_constant(value: bool | None, depth: int) -> tuple[Value, int]:
+    return value, 1
+
+
+def _copy_string(value: str, depth: int) -> tuple[Value, int]:
+    if value.isascii() and "\x00" not in value:
+        return value, len(value)
+    if NOT_UTF8.search(value):
+        raise _NotStorableError("a string with U+0000 or a lone surrogate")
+    return value, len(value.encode())
+
+
+def _copy_integer(value: int, depth: int) -> tuple[Value, int]:
+    if not INT_MIN <= value <= INT_MAX:
+        raise _NotStorableError("an integer of more than 64 bits")
+    return value, _INT_SIZE
+
+
+def _copy_float(value: float, depth: int) -> tuple[Value, int]:
+    if not isfinite(value):
+        raise _NotStorableError(f"{value} (only finite numbers can be stored)")
+    return value + 0.0, FLOAT_SIZE  # the addition replaces -0.0 by 0.0
+
+
+def _copy_dict(value: Mapping[Any, object], depth: int) -> tuple[Entity, int]:
     # The most frequent loop outside the engines, because it copies every entity that is written. So
     # ASCII strings are copied inline, and paths are built only for errors.
     if depth > MAX_DEPTH:
@@ -187,12 +195,12 @@ def _copy_dict(value: Mapping[object, object], depth: int) -> tuple[Entity, int]
     size = 3 + len(value)
     for name, each in value.items():
         try:
-            size += _NAME_SIZES.get(name) or _name_size(name)  # type: ignore[call-overload]  # any key
+            size += _NAME_SIZES.get(name) or _name_size(name)
             if type(each) is str and each.isascii() and "\x00" not in each:
-                copied[name] = each  # type: ignore[index]  # `_name_size` accepts only strings
+                copied[name] = each
                 size += len(each)
             else:
-                copied[name], value_size = _copy(each, depth)  # type: ignore[index]  # as above
+                copied[name], value_size = _copy(each, depth + 1)
                 size += value_size
         except _NotStorableError as exc:
             exc.path.append(name if type(name) is str else f"{name!a}")
@@ -207,13 +215,29 @@ def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
     size = 3 + len(value)
     for index, each in enumerate(value):
         try:
-            element, element_size = _copy(each, depth)
+            element, element_size = _copy(each, depth + 1)
         except _NotStorableError as exc:
             exc.path.append(index)
             raise
         copied.append(element)
         size += element_size
     return copied, size
+
+
+def _copy_other(value: object, depth: int) -> tuple[Value, int]:
+    return _copy(_plain(value), depth)
+
+
+_COPIERS: Final[Mapping[type, Callable[[Any, int], tuple[Value, int]]]] = {
+    str: _copy_string,
+    NoneType: _copy_constant,
+    bool: _copy_constant,
+    int: _copy_integer,
+    float: _copy_float,
+    dict: _copy_dict,
+    list: _copy_list,
+    tuple: _copy_list,
+}
 
 
 # A cache of the sizes of field names, as a store has few of them. Bounded, because the keys of dicts
@@ -322,7 +346,7 @@ def refuse_oversize(entity: Entity, size: int) -> None:
         return
     # The fields that the store sets are not counted, so that an entity that was read can be written
     # again with them.
-    size -= sum(1 + len(name) + _copy(entity[name], 0)[1] for name in STORE_FIELDS & entity.keys())
+    size -= sum(1 + len(name) + _copy(entity[name], 1)[1] for name in STORE_FIELDS & entity.keys())
     if size > MAX_ENTITY_BYTES:
         raise UnsupportedValueError(
             f"(entity): its size is {size:,} bytes, more than the limit of {MAX_ENTITY_BYTES:,}"
