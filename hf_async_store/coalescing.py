@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Generic, TypeAlias, TypeVar, cast
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from hf_async_store.errors import StorageError
 from hf_async_store.repository import check_seconds, timed_out
@@ -21,6 +21,9 @@ from hf_async_store.values import Key
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_NO_RESULT: Final = StorageError("there is no result yet")
 
 
 class _Waiter(Generic[Item, Result]):
@@ -31,7 +34,7 @@ class _Waiter(Generic[Item, Result]):
     def __init__(self, items: Sequence[Item], done: asyncio.Future[None]) -> None:
         self.items = items
         self.done = done
-        self.results: list[Result | StorageError | None] = [None] * len(items)
+        self.results: list[Result | StorageError] = [_NO_RESULT] * len(items)
         self.remaining = len(items)  # the number of items without a result
         self.started = False  # an item is or was in a batch
         self.in_progress = 0  # the number of items that are in running batches
@@ -126,7 +129,7 @@ class Coalescer(Generic[Item, Result]):
         finally:
             if timer is not None:
                 timer.cancel()
-        return waiter.results  # type: ignore[return-value]  # every None was replaced by a result
+        return waiter.results
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is done."""
@@ -172,6 +175,8 @@ class Coalescer(Generic[Item, Result]):
             self._schedule_start()
 
     async def _run_lane(self, batch: _Batch[Item, Result]) -> None:
+        lane = asyncio.current_task()
+        assert lane is not None
         try:
             while batch:
                 await self._run_batch(batch)
@@ -183,7 +188,7 @@ class Coalescer(Generic[Item, Result]):
         finally:
             # Not in a done callback, which runs one iteration of the event loop later: an item that
             # is submitted in between would wait for a lane that has ended.
-            self._running.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            self._running.discard(lane)
             if self._queue:
                 self._schedule_start()
 

@@ -32,7 +32,6 @@ from typing import (
     Literal,
     TypeAlias,
     TypeVar,
-    cast,
     get_args,
     get_origin,
 )
@@ -40,6 +39,7 @@ from typing import (
 import msgspec
 
 from hf_async_store.errors import ConfigurationError
+from hf_async_store.json_input import decode_json
 from hf_async_store.redaction import REDACTED, is_sensitive, redact_text, redact_url
 
 if TYPE_CHECKING:
@@ -328,7 +328,8 @@ def _port(digits: str) -> int:
         raise ConfigurationError(
             "port: expected a number, or a string of digits (for several servers, separated by commas)"
         )
-    return cast("int", _checked(port, Port, "port"))
+    checked: int = _checked(port, Port, "port")
+    return checked
 
 
 def _server(host: str) -> str:
@@ -759,7 +760,8 @@ def _options(key: str, block: object, path: str) -> Options:
     """The configuration in the block with this key."""
     model = _MODELS.get(key.removesuffix("_strategy"))
     if model is None:
-        return cast("Mapping[str, Value]", _plain(_mapping(block, path), path))
+        plain: Mapping[str, Value] = _plain(_mapping(block, path), path)
+        return plain
     return _model(model, block, path)
 
 
@@ -850,10 +852,10 @@ def _kinds(model: type[_Model]) -> dict[str, Any]:
     return {each.name: each.type for each in msgspec.structs.fields(model)}
 
 
-def _checked(value: object, kind: Any, path: str) -> object:
+def _checked(value: object, kind: Any, path: str) -> Any:
     """The validated value; an integer is converted where a float is expected."""
     try:
-        converted: object = msgspec.convert(value, kind)
+        converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
         problem = _expected(str(exc), kind)
     else:
@@ -908,7 +910,7 @@ def _refuse_same_file(files: Mapping[str, str], path: str) -> None:
             )
 
 
-def _plain(value: object, path: str) -> object:
+def _plain(value: object, path: str) -> Any:
     """A copy of a third-party block with its variables expanded."""
     if isinstance(value, Mapping):
         return {name: _plain(each, _at(path, name)) for name, each in value.items()}
@@ -943,7 +945,7 @@ def _mapping(data: object, path: str) -> Mapping[str, object]:
     if not isinstance(data, Mapping):
         where = path or "configuration"
         raise ConfigurationError(f"{where}: expected mapping, got {_type_name(data)}")
-    return cast("Mapping[str, object]", data)
+    return data
 
 
 def _refuse_unknown(data: Mapping[str, object], known: Iterable[str], path: str) -> None:
@@ -1008,7 +1010,9 @@ def _expand(string: str, path: str, encode: Callable[[str], str] = str) -> str:
 
 
 def _from_file(path: str, *, follows: bool = True) -> StorageConfig:
-    data = _decoded(_read(path), path)
+    data, problem = decode_json(_read(path), path)
+    if problem is not None:
+        raise ConfigurationError(problem)
     with _error_prefix(f"{path}: "):
         if isinstance(data, Mapping) and not _is_config(data):
             raise ConfigurationError(
@@ -1037,32 +1041,6 @@ def _read(path: str) -> bytes:
     # Raised outside the handler: the error of the operating system, which would be attached as the
     # context, shows the path, and that may be a URL with a password.
     raise _missing_file(path)
-
-
-def _decoded(data: bytes, path: str) -> object:
-    """The decoded content of a JSON file.
-
-    Errors are raised without the codec's error as the cause, because that shows bytes of the file.
-    """
-    try:
-        data.decode()
-        return msgspec.json.decode(data)
-    except UnicodeDecodeError as exc:
-        at: int | None = exc.start
-        problem = "not UTF-8"
-    except msgspec.DecodeError as exc:
-        message = str(exc)
-        match = re.search(r" \(byte (\d+)\)", message)
-        at = int(match[1]) if match else len(data) if "truncated" in message else None
-        problem = re.sub(r" \(byte \d+\)| - at .*", "", message)
-    except RecursionError:
-        at, problem = None, "nested too deep"
-    if at is None:
-        raise ConfigurationError(f"{path}: {problem}")
-    line = data.count(b"\n", 0, at) + 1
-    start = data.rfind(b"\n", 0, at) + 1
-    column = len(data[start:at].decode(errors="replace")) + 1
-    raise ConfigurationError(f"{path}, line {line}, column {column}: {problem}")
 
 
 # -- URLs -----------------------------------------------------------------------------------
@@ -1118,9 +1096,7 @@ def _third_party(
 ) -> StorageConfig:
     settings = {"url": url}
     _add_query(settings, query)
-    return StorageConfig(
-        strategy=scheme, options=cast("Mapping[str, Value]", settings), follow_moves=permitted
-    )
+    return StorageConfig(strategy=scheme, options=settings, follow_moves=permitted)
 
 
 def _json_url(body: str) -> dict[str, str]:
@@ -1273,20 +1249,24 @@ def redacted(
         if config.follow_moves:
             storage[FOLLOW_MOVES] = [redacted(each)["storage"] for each in config.follow_moves]
         config = {"storage": storage, "migration": config.migration}
-    return cast("dict[str, Value]", _redact("", config))
+    return _redact_all(config)
+
+
+def _redact_all(values: _RedactedRepr | Mapping[str, object]) -> dict[str, Value]:
+    if isinstance(values, _RedactedRepr):
+        values = {each: getattr(values, each) for each in values.__struct_fields__}
+    return {str(name): _redact(str(name), each) for name, each in values.items()}
 
 
 def _redact(name: str, value: object) -> Value:
-    if isinstance(value, _RedactedRepr):
-        value = {each: getattr(value, each) for each in value.__struct_fields__}
     if isinstance(value, Secret):
         return REDACTED
     if value is None or isinstance(value, bool):
         return value
     if is_sensitive(name):
         return REDACTED
-    if isinstance(value, Mapping):
-        return {str(each): _redact(str(each), inner) for each, inner in value.items()}
+    if isinstance(value, _RedactedRepr | Mapping):
+        return _redact_all(value)
     if isinstance(value, list | tuple):
         return [_redact("", each) for each in value]
     if isinstance(value, str):

@@ -20,7 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -52,6 +52,7 @@ from hf_async_store.errors import (
     StorageError,
     UnsupportedValueError,
 )
+from hf_async_store.event_loop import Chunks
 from hf_async_store.generators import Owned
 from hf_async_store.query import (
     Filters,
@@ -71,11 +72,13 @@ from hf_async_store.values import (
     Entity,
     Key,
     utc_now,
+    version_of,
 )
 
 Item = TypeVar("Item")
 Converted = TypeVar("Converted")
 Result = TypeVar("Result")
+Done = TypeVar("Done", bound=int)
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
@@ -137,7 +140,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         change = self._put(self._schema[collection], entity, ABSENT, utc_now())
-        return cast("int", await self._write_one(change, timeout))
+        return await self._write_one(change, timeout)
 
     async def save_entity(
         self,
@@ -165,7 +168,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, utc_now())
-        return cast("int", await self._write_one(change, timeout))
+        return await self._write_one(change, timeout)
 
     async def update_entity(
         self,
@@ -187,7 +190,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
-        return cast("int", await self._write_one(change, timeout))
+        return await self._write_one(change, timeout)
 
     async def delete_entity(
         self,
@@ -206,7 +209,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = Delete(self._schema[collection].key_of(entity_id), expect)
-        return await self._write_one(change, timeout) is not None
+        return _succeeded((await self._write((change,), timeout))[0]) is not None
 
     async def get_entity(
         self, collection: str, entity_id: str, *, timeout: float | None = None
@@ -245,7 +248,7 @@ class RepositoryInterface(ABC):
             lambda chunk: _puts(declared, chunk, ABSENT, at),
             collection=declared,
         )
-        return cast("list[int]", await self._write_many(changes, timeout))
+        return await self._write_many(changes, timeout)
 
     async def save_entities(
         self,
@@ -275,7 +278,7 @@ class RepositoryInterface(ABC):
             collection=declared,
         )
         expected.assert_exhausted()
-        return cast("list[int]", await self._write_many(changes, timeout))
+        return await self._write_many(changes, timeout)
 
     async def update_entities(
         self,
@@ -295,7 +298,7 @@ class RepositoryInterface(ABC):
             lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
         )
         expected.assert_exhausted()
-        return cast("list[int]", await self._write_many(changes, timeout))
+        return await self._write_many(changes, timeout)
 
     async def delete_entities(
         self,
@@ -312,7 +315,10 @@ class RepositoryInterface(ABC):
             _reject_str(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
         )
         expected.assert_exhausted()
-        return cast("list[bool]", await self._write_many(changes, timeout))
+        outcomes = await self._write(changes, timeout) if changes else []
+        return _all_succeeded(
+            [each if isinstance(each, StorageError) else each is not None for each in outcomes]
+        )
 
     async def get_entities(
         self, collection: str, ids: Iterable[str], *, timeout: float | None = None
@@ -351,7 +357,7 @@ class RepositoryInterface(ABC):
             collection=declared,
         )
         expected.assert_exhausted()
-        return cast("list[int]", await self._write_many(changes, timeout))
+        return await self._write_many(changes, timeout)
 
     async def _import_stored(
         self,
@@ -374,13 +380,13 @@ class RepositoryInterface(ABC):
         def change(item: tuple[Entity, int]) -> Put:
             stored, size = item
             key, entity = declared.stored(stored, size)
-            return Put(key, entity, at, expected.pop(key.id), cast("int", stored[VERSION]))
+            return Put(key, entity, at, expected.pop(key.id), version_of(stored))
 
         if sizes is None:
             entities = list(entities)
             sizes = [len(msgspec.json.encode(each)) for each in entities]
         changes = await _in_chunks(zip(entities, sizes, strict=True), change)
-        return cast("list[int]", _results(changes, await self._import(changes)))
+        return _versions(await self._import(changes))
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
         """Write whole entities as given, in batches that need not be combined with other writes."""
@@ -418,7 +424,7 @@ class RepositoryInterface(ABC):
             entity = await self.get_entity(collection, entity_id)
             if entity is None:
                 raise EntityNotFoundError(collection, entity_id)
-            version = cast("int", entity[VERSION])
+            version = version_of(entity)
             result = change(entity)
             new = await result if inspect.isawaitable(result) else result
             if not isinstance(new, Mapping):
@@ -463,13 +469,7 @@ class RepositoryInterface(ABC):
             InvalidQueryError: an argument is malformed; raised before any I/O.
         """
         query = self._query(collection, filters, order_by, limit, fields)
-        entities: list[Entity] = []
-        if query.limit == 0:
-            return entities
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for chunk in batches:
-                entities += [project(each, query.fields) for each in chunk]
-        return entities
+        return [] if query.limit == 0 else await self._entities(query, query.fields, timeout)
 
     async def stream_entities(
         self,
@@ -518,20 +518,12 @@ class RepositoryInterface(ABC):
             paged=True,
         )
         # One entity more than requested is read, to determine whether there is a next page.
-        ahead = query.with_limit(limit + 1)
-        entities: list[Entity] = []
-        async with operation_timeout(timeout), Owned(self._select_batches(ahead)) as batches:
-            async for each in batches:
-                entities += each
-        more = len(entities) > limit
-        del entities[limit:]
-        last = entities[-1] if more else None
-        return Page(
-            entities
-            if query.fields is None
-            else [project(each, query.fields) for each in entities],
-            None if last is None else encode_cursor(query, cast("str", last[declared.key]), last),
-        )
+        entities = await self._entities(query.with_limit(limit + 1), None, timeout)
+        page = [project(each, query.fields) for each in entities[:limit]]
+        if len(entities) <= limit:
+            return Page(page, None)
+        last = entities[limit - 1]
+        return Page(page, encode_cursor(query, declared.id_of(last), last))
 
     async def count_entities(
         self, collection: str, filters: Filters = None, *, timeout: float | None = None
@@ -558,6 +550,15 @@ class RepositoryInterface(ABC):
             limit=limit,
             fields=fields,
         )
+
+    async def _entities(
+        self, query: Query, fields: tuple[str, ...] | None, timeout: float | None
+    ) -> list[Entity]:
+        entities: list[Entity] = []
+        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+            async for batch in batches:
+                entities += [project(each, fields) for each in batch]
+        return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
         if query.limit == 0:
@@ -586,37 +587,41 @@ class RepositoryInterface(ABC):
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, PRESENT if expect is ANY else expect)
 
-    async def _write_one(self, change: Change, timeout: float | None) -> int | None:
-        outcome = (await self._write((change,), timeout))[0]
-        if isinstance(outcome, StorageError):
-            raise outcome
-        return outcome
+    async def _write_one(self, change: Put | Patch, timeout: float | None) -> int:
+        """The new version."""
+        version = _succeeded((await self._write((change,), timeout))[0])
+        assert version is not None, "only a delete has no version"
+        return version
 
-    async def _write_many(
-        self, changes: Sequence[Change], timeout: float | None
-    ) -> Sequence[int | bool]:
-        """The result of each change: a version, or for a delete whether the entity existed."""
-        if not changes:
-            return []
-        return _results(changes, await self._write(changes, timeout))
+    async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
+        """The new version of each entity."""
+        return _versions(await self._write(changes, timeout)) if changes else []
 
 
-def _results(changes: Sequence[Change], outcomes: Sequence[Outcome]) -> Sequence[int | bool]:
-    if set(map(type, outcomes)) == {int} and Delete not in set(map(type, changes)):
-        return cast("list[int]", outcomes)
-    results = [
-        each is not None
-        if isinstance(change, Delete) and not isinstance(each, StorageError)
-        else each
-        for change, each in zip(changes, outcomes, strict=True)
-    ]
+def _succeeded(outcome: Outcome) -> int | None:
+    if isinstance(outcome, StorageError):
+        raise outcome
+    return outcome
+
+
+def _versions(outcomes: Sequence[Outcome]) -> list[int]:
+    """The outcomes of changes other than deletes, if no change has failed."""
+    return _all_succeeded([each for each in outcomes if each is not None])
+
+
+def _all_succeeded(results: Sequence[Done | StorageError]) -> list[Done]:
+    """The results of the changes of a batch.
+
+    Raises:
+        BatchError: some of them failed.
+    """
+    succeeded = [each for each in results if not isinstance(each, StorageError)]
+    if len(succeeded) == len(results):
+        return succeeded
     errors = [each for each in results if isinstance(each, StorageError)]
-    if errors:
-        raise BatchError(
-            f"{len(errors)} of {len(results)} changes failed; the first: {errors[0]}",
-            cast("list[int | bool | StorageError]", results),
-        ) from errors[0]
-    return cast("list[int | bool]", results)
+    raise BatchError(
+        f"{len(errors)} of {len(results)} changes failed; the first: {errors[0]}", results
+    ) from errors[0]
 
 
 class _Expected:
@@ -653,12 +658,11 @@ def _delete(key: Key, expected: _Expected) -> Delete:
 def _imported(
     collection: Collection, data: Mapping[str, object], expected: _Expected, at: str
 ) -> Put:
-    stored_version = data.get(VERSION, 0) if isinstance(data, Mapping) else 0
-    version = check_version(stored_version, absent=False)
-    if version is ANY:
+    version = check_version(data.get(VERSION, 0) if isinstance(data, Mapping) else 0, absent=False)
+    if isinstance(version, Expect):
         raise InvalidVersionError("an imported version must be a non-negative integer")
     key, entity = collection.entity(data)
-    return Put(key, entity, at, expected.pop(key.id), cast("int", version))
+    return Put(key, entity, at, expected.pop(key.id), version)
 
 
 def _stamp(entity: Entity, at: str) -> None:
@@ -695,21 +699,17 @@ async def _in_chunks(
             one.
         collection: the items are entities of this collection: an error then names the entity's id.
     """
-    converted: list[Converted] = []
     if convert_chunk is None or not isinstance(items, list | tuple):
-        # A generator may yield the same dict again and again, changed between the items.
-        for index, item in enumerate(items):
-            if index and not index % _CHUNK_SIZE:
-                await asyncio.sleep(0)
-            converted.append(_with_item_context(convert, index, item, collection))
-        return converted
-    for start in range(0, len(items), _BATCH_CHUNK_SIZE):
-        if start:
-            await asyncio.sleep(0)
-        chunk = items[start : start + _BATCH_CHUNK_SIZE]
+        # One by one: a generator may yield the same dict again, changed between the items.
+        each_converted = (
+            _with_item_context(convert, index, item, collection) for index, item in enumerate(items)
+        )
+        return [each async for chunk in Chunks(each_converted, _CHUNK_SIZE) for each in chunk]
+    converted: list[Converted] = []
+    async for chunk in Chunks(items, _BATCH_CHUNK_SIZE):
         converted += convert_chunk(chunk) or [
             _with_item_context(convert, index, item, collection)
-            for index, item in enumerate(chunk, start)
+            for index, item in enumerate(chunk, len(converted))
         ]
     return converted
 

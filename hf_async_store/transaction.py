@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from operator import attrgetter
-from types import TracebackType
-from typing import Final, Self, TypeVar, cast
+from typing import Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Record
 from hf_async_store.driver import Session
@@ -32,8 +30,6 @@ from hf_async_store.schema import Schema
 from hf_async_store.values import Key, utc_now
 
 Result = TypeVar("Result")
-
-_KEY: Final = attrgetter("key")
 
 
 class TransactionManager:
@@ -142,12 +138,10 @@ class Transaction(RepositoryInterface):
             raise EntityNotFoundError(collection, key.id)
         change = self._patch(declared, key.id, fields, PRESENT if seen is ANY else seen, utc_now())
         try:
-            version = await self._write_one(change, timeout)
+            return await self._write_one(change, timeout)
         except ConcurrencyConflictError as exc:
             exc.retryable = True
             raise
-        assert version is not None, "only a delete has no version"
-        return version
 
     # -- async context manager ---------------------------------------------------------------
 
@@ -170,12 +164,7 @@ class Transaction(RepositoryInterface):
             parent._inner = self
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         self._refuse_other_loop()
         self._closed = True
         own_error = await self._acquire_last() or (self._abort_error() if exc is None else None)
@@ -290,12 +279,10 @@ class Transaction(RepositoryInterface):
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
-        # None of them is an error here; the outcome of a delete is the version that it deleted.
-        versions = cast("list[int | None]", outcomes)
-        self._known_versions.update(zip(map(_KEY, changes), versions, strict=True))
-        for each in changes:
-            if type(each) is Delete:
-                self._known_versions[each.key] = None
+        for change, outcome in zip(changes, outcomes, strict=True):
+            # None of them is an error; the outcome of a delete is the version that it deleted.
+            if not isinstance(outcome, StorageError):
+                self._known_versions[change.key] = None if type(change) is Delete else outcome
         return outcomes
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:

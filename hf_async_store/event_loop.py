@@ -1,0 +1,39 @@
+"""Long work in pieces, between which the event loop runs other tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from itertools import islice
+from typing import Generic, Self, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Chunks(Generic[Item]):
+    """Iterates over items in lists of `size`: `async for chunk in Chunks(items, size)`.
+
+    Between two chunks, the event loop runs other tasks. Items are taken only when their chunk is
+    requested. This is not an async generator, because the event loop would have to close that in a
+    separate task if the body of the loop raised an exception.
+    """
+
+    __slots__ = ("_items", "_size", "_state")
+
+    def __init__(self, items: Iterable[Item], size: int) -> None:
+        self._items = iter(items)
+        self._size = size
+        self._state = "new"
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Item]:
+        if self._state == "started":
+            await asyncio.sleep(0)
+        chunk = [] if self._state == "ended" else list(islice(self._items, self._size))
+        if not chunk:
+            raise StopAsyncIteration
+        # After a short chunk there is no other: the loop ends without a further pause.
+        self._state = "ended" if len(chunk) < self._size else "started"
+        return chunk
