@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
-    from types import TracebackType
 
     from hf_async_store.ownership import Ownership
 
@@ -74,12 +73,7 @@ class _LockContext:
         self._task = self._owner or _this_task()
         await self._lock._acquire(self._task, self._mode, self._timeout)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         # Released for the task that acquired it, which may not be the current one: the event loop
         # closes an abandoned async generator in a separate task.
         self._lock._release(self._task, self._mode)
@@ -144,15 +138,15 @@ class ReaderWriterLock:
         return "read" if task in self._readers else None
 
     def reading(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
-        """`acquire_read` on entry, `release_read` on exit."""
+        """`acquire("read")` on entry, `release("read")` on exit."""
         return _LockContext(self, "read", timeout)
 
     def writing(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
-        """`acquire_write` on entry, `release_write` on exit."""
+        """`acquire("write")` on entry, `release("write")` on exit."""
         return _LockContext(self, "write", timeout)
 
-    async def acquire_read(self, timeout: float | None = None) -> None:
-        """Hold the lock to read, together with other readers.
+    async def acquire(self, mode: Mode, timeout: float | None = None) -> None:
+        """Hold the lock: to read together with other readers, to write alone.
 
         Args:
             timeout: seconds to wait at most; 0 makes one attempt, None waits without a limit.
@@ -161,27 +155,15 @@ class ReaderWriterLock:
             LockTimeoutError: the lock did not become free in time.
             TransactionReentryError: this task already holds the lock.
         """
-        await self._acquire(_this_task(), "read", timeout)
+        await self._acquire(_this_task(), mode, timeout)
 
-    async def acquire_write(self, timeout: float | None = None) -> None:
-        """Hold the lock to write, alone. Arguments and errors as for `acquire_read`."""
-        await self._acquire(_this_task(), "write", timeout)
-
-    def release_read(self) -> None:
+    def release(self, mode: Mode) -> None:
         """Release the lock.
 
         Raises:
-            RuntimeError: this task does not hold the lock to read.
+            RuntimeError: this task does not hold the lock in this mode.
         """
-        self._release(_this_task(), "read")
-
-    def release_write(self) -> None:
-        """Release the lock.
-
-        Raises:
-            RuntimeError: this task does not hold the lock to write.
-        """
-        self._release(_this_task(), "write")
+        self._release(_this_task(), mode)
 
     async def _acquire(self, task: asyncio.Task[Any], mode: Mode, timeout: float | None) -> None:
         free = self._writer is None
@@ -438,18 +420,6 @@ class LockManager:
     # (it keeps `.turn` for microseconds only), and from then on the looping process has to wait for
     # it. For the same reason readers pass the turnstile even if this process already holds the lock
     # file to read: otherwise overlapping readers would block a writer of another process forever.
-
-    __slots__ = (
-        "_closed",
-        "_gate",
-        "_main",
-        "_passages",
-        "_path",
-        "_sharers",
-        "_tasks",
-        "_timeout",
-        "_turnstile",
-    )
 
     def __init__(
         self,

@@ -48,8 +48,7 @@ def health(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         report = await store.health()
-        show = output.indented if output.for_people(arguments) else output.json_line
-        show(report)
+        output.value(arguments, report)
         problems = cast("list[str]", report["problems"])
         for each in problems:
             output.log_line(f"problem: {each}")
@@ -62,7 +61,6 @@ def describe(arguments: Namespace) -> int:
     context = Context(arguments)
 
     async def work(store: StorageStrategy) -> int:
-        show = output.indented if output.for_people(arguments) else output.json_line
         description = store.describe()
         tables: dict[str, Any] = {}
         compare = getattr(store, "compare_tables", None)
@@ -72,9 +70,9 @@ def describe(arguments: Namespace) -> int:
                 tables = await compare()
                 description["tables"] = tables
             except StorageError:
-                show(description)
+                output.value(arguments, description)
                 raise
-        show(description)
+        output.value(arguments, description)
         for table in tables.values():
             for each in table["differences"]:
                 output.log_line(f"differs: {each}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-from hf_async_store.cli.commands import Command
+from hf_async_store.cli.commands import Add, Command
 from hf_async_store.cli.output import PROGRAM, line
 from hf_async_store.errors import InvalidInputError
 
@@ -85,6 +85,9 @@ class _Manual(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """A parser that raises errors, so that they are reported like all others."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Manual, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise InvalidInputError(f"{message} (see {self.prog} --help)")
 
@@ -101,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     command = COMMANDS.get(name) or _of_another_package(name)
     if command is None:
         raise InvalidInputError(_no_command(name))
-    parser = _new_parser(
+    parser = _Parser(
         prog=f"{PROGRAM} {name}",
         usage=None if command.usage is None else f"{PROGRAM} {command.usage}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
@@ -109,25 +112,28 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         # A command of another package may replace a common option by its own.
         conflict_handler="resolve",
     )
-    _add_common(parser, *_STORE_HELP.get(name, ()))
-    command.add_arguments(parser)
+    _add_common(parser, command.refused)
+    for add in command.arguments:
+        add(parser)
     words = arguments.words
     del arguments.words
-    return command, parser.parse_intermixed_args(words, arguments)
+    arguments = parser.parse_intermixed_args(words, arguments)
+    for option, instead in command.refused.items():
+        if getattr(arguments, option) is not None:
+            raise InvalidInputError(f"{name} does not take --{option}: {instead}")
+    return command, arguments
 
 
 def _top_parser() -> argparse.ArgumentParser:
     width = _name_width()
     names = "\n".join(f"  {name:<{width}}{each.summary}" for name, each in COMMANDS.items())
     parser = _TopParser(
-        formatter_class=_Manual,
-        allow_abbrev=False,
         prog=PROGRAM,
         usage=f"{PROGRAM} [OPTIONS] COMMAND ...",
         description=f"{_PURPOSE}\n\ncommands:\n{names}\n\n{_EXAMPLES}",
     )
     _add_common(parser)
-    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -164,23 +170,10 @@ def _name_width() -> int:
     return max(map(len, COMMANDS)) + 2
 
 
-def _new_parser(**options: Any) -> _Parser:
-    return _Parser(formatter_class=_Manual, allow_abbrev=False, **options)
-
-
 class _Version(argparse.Action):
     """`--version`, which imports the package version only when it is needed."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         from hf_async_store import __version__
 
         # Written to stdout here, because `exit` with a message would write to stderr.
@@ -191,13 +184,7 @@ class _Version(argparse.Action):
 class _Once(argparse.Action):
     """An option that may be given only once, because it discards data."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if getattr(namespace, self.dest) is not None:
             raise argparse.ArgumentError(self, "it may be given only once")
         setattr(namespace, self.dest, values)
@@ -231,24 +218,23 @@ def _join_order(argv: Sequence[str]) -> list[str]:
 # -- arguments ------------------------------------------------------------------------------
 
 
-def _add_common(
-    parser: argparse.ArgumentParser,
-    store: str = "the URL of the store",
-    config: str = "the configuration file of the store",
-) -> None:
-    """Add the common options; `store` and `config` are the help texts of these two."""
+def _add_common(parser: argparse.ArgumentParser, refused: Container[str] = ()) -> None:
+    """Add the common options; those that the command refuses are not shown in its help."""
+
+    def add(name: str, metavar: str, help: str, **settings: Any) -> None:  # noqa: A002
+        shown = argparse.SUPPRESS if name in refused else help
+        group.add_argument(f"--{name}", metavar=metavar, help=shown, **settings)
+
     group = parser.add_argument_group("options of every command")
-    group.add_argument("--store", metavar="URL", help=store)
-    group.add_argument("--config", metavar="FILE", help=config)
-    group.add_argument(
-        "--collections",
-        metavar="MODULE:NAME",
-        help="your own collections: NAME in the Python module MODULE is a Collection, or a list of "
+    add("store", "URL", "the URL of the store")
+    add("config", "FILE", "the configuration file")
+    add(
+        "collections",
+        "MODULE:NAME",
+        "your own collections: NAME in the Python module MODULE is a Collection, or a list of "
         "them; MODULE may be in the working directory",
     )
-    group.add_argument(
-        "--timeout", metavar="SECONDS", type=_seconds, help="fail after this number of seconds"
-    )
+    add("timeout", "SECONDS", "fail after this number of seconds", type=_seconds)
     group.add_argument("--json", action="store_true", help="write JSON lines also to a terminal")
     group.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
 
@@ -263,305 +249,226 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
+def _integer(text: str, what: str = "an integer >= 0", minimum: int = 0) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= minimum):
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
     return int(text)
 
 
 def _at_least_one(text: str) -> int:
-    number = _count(text)
-    if not number:
-        raise argparse.ArgumentTypeError("expected an integer >= 1, got '0'")
-    return number
+    return _integer(text, "an integer >= 1", 1)
 
 
 def _version(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a version, an integer >= 0, got {text!r}")
-    return int(text)
+    return _integer(text, "a version, an integer >= 0")
 
 
 def _version_or_absent(text: str) -> int | str:
     return text if text == "absent" else _version(text)
 
 
-def _add_collection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "collection",
-        metavar="COLLECTION",
-        help="templates, requests, machines, or one of your own",
-    )
+def _argument(name: str, metavar: str, help: str, **settings: Any) -> Add:  # noqa: A002
+    return lambda parser: parser.add_argument(name, metavar=metavar, help=help, **settings)
 
 
-def _put(parser: argparse.ArgumentParser) -> None:
-    _add_collection(parser)
-    parser.add_argument(
-        "source", metavar="JSON | -", nargs="?", help="the JSON itself, or - to read stdin"
-    )
-    parser.add_argument("--file", metavar="FILE", help="read the JSON from a file")
-    parser.add_argument("--create", action="store_true", help="refuse entities that exist already")
-    parser.add_argument(
-        "--expected-version",
-        metavar="N|absent",
-        type=_version_or_absent,
-        help="write only if the stored entity has version N; absent: only if it does not exist",
-    )
+def _flag(name: str, help: str) -> Add:  # noqa: A002
+    return lambda parser: parser.add_argument(name, action="store_true", help=help)
 
 
-def _get(parser: argparse.ArgumentParser) -> None:
-    _add_collection(parser)
-    parser.add_argument("ids", metavar="ID", nargs="+", help="one or more ids")
+def _repeatable(name: str, metavar: str, help: str) -> Add:  # noqa: A002
+    return _argument(name, metavar, help, action="append", default=[])
 
 
-def _update(parser: argparse.ArgumentParser) -> None:
-    _add_collection(parser)
-    parser.add_argument("id", metavar="ID", help="the id of the entity")
-    parser.add_argument(
-        "changes",
-        metavar="FIELD=VALUE | JSON",
-        nargs="*",
-        help="the fields to set, or one JSON object with them",
-    )
-    parser.add_argument(
-        "--remove",
-        metavar="FIELD",
-        action="append",
-        default=[],
-        help="remove a field; may be repeated",
-    )
-    _add_expected_version(parser)
+def _one_of(*adds: Add) -> Add:
+    """Adds options of which at most one may be given."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for each in adds:
+            each(group)  # type: ignore[arg-type]  # a group has the methods of a parser
+
+    return add
 
 
-def _delete(parser: argparse.ArgumentParser) -> None:
-    _get(parser)
-    _add_expected_version(parser)
-
-
-def _add_expected_version(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--expected-version",
-        metavar="N",
-        type=_version,
-        help="write only if the stored entity has version N",
-    )
-
-
-def _add_filters(parser: argparse.ArgumentParser) -> None:
-    _add_collection(parser)
-    parser.add_argument(
-        "filters", metavar="FILTER", nargs="*", help="a condition, see below; all must match"
-    )
-
-
-def _query(parser: argparse.ArgumentParser) -> None:
-    _add_filters(parser)
-    parser.add_argument(
-        "--order",
-        metavar="NAME|-NAME",
-        action="append",
-        default=[],
-        help="sort by a field, ascending, or descending with -; separate several fields by commas",
-    )
-    parser.add_argument("--limit", metavar="N", type=_count, help="maximum number of entities")
-    parser.add_argument(
-        "--fields", metavar="A,B", help="show only these fields, the key and the version"
-    )
-    parser.add_argument(
-        "--explain", action="store_true", help="show the query plan instead of running the query"
-    )
-
-
-def _checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recover-from",
-        action=_Once,
-        metavar="file|journal|salvage",
-        choices=("file", "journal", "salvage"),
-        help="recover a store whose data file and journal do not match, or whose journal is damaged; "
-        "see below",
-    )
-
-
-def _backup(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "destination",
-        metavar="DESTINATION",
-        nargs="?",
-        help="a new file, or an existing folder or path ending in / for a file with a dated name "
-        "(default: migration.backup_location of the configuration, which is backups/ if not set)",
-    )
-    parser.add_argument(
-        "--keep",
-        metavar="N",
-        type=_at_least_one,
-        help="delete all but the newest N dated backups (backup_TIME.jsonl.gz) in the folder, whichever "
-        "store they are of",
-    )
-    parser.add_argument(
-        "--allow-smaller",
-        action="store_true",
-        help="with --keep: delete older backups even if they hold far more than the remaining ones",
-    )
-    parser.add_argument(
-        "--copy",
-        action="store_true",
-        help="copy the data files to a new file or folder instead (JSON stores)",
-    )
-    _add_leave_out(parser)
-
-
-def _add_leave_out(
-    parser: argparse.ArgumentParser,
+def _leave_out(
     what: str = "that is stored but not declared",
     otherwise: str = "If anything else undeclared is stored, the command fails and writes nothing",
-) -> None:
-    parser.add_argument(
+) -> Add:
+    return _repeatable(
         "--leave-out",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help=f"exclude a collection (jobs) or field (machines.owner) {what}; may be repeated. "
-        f"{otherwise}",
+        "NAME",
+        f"exclude a collection (jobs) or field (machines.owner) {what}; may be repeated. {otherwise}",
     )
 
 
-def _restore(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a backup: a file, or a folder of files")
-    _add_merge(parser)
-    _add_leave_out(
-        parser,
+_COLLECTION: Final = _argument(
+    "collection", "COLLECTION", "templates, requests, machines, or one of your own"
+)
+_IDS: Final = _argument("ids", "ID", "one or more ids", nargs="+")
+_FILTERS: Final = _argument(
+    "filters", "FILTER", "a condition, see below; all must match", nargs="*"
+)
+_EXPECTED_VERSION: Final = _argument(
+    "--expected-version", "N", "write only if the stored entity has version N", type=_version
+)
+_MERGE: Final = _argument(
+    "--merge",
+    "keep|replace|newest",
+    "if an entity exists already and differs: keep the existing one, replace it, or store the one "
+    "with the newest updated_at",
+    choices=("keep", "replace", "newest"),
+)
+
+_PUT: Final = (
+    _COLLECTION,
+    _argument("source", "JSON | -", "the JSON itself, or - to read stdin", nargs="?"),
+    _argument("--file", "FILE", "read the JSON from a file"),
+    _flag("--create", "refuse entities that exist already"),
+    _argument(
+        "--expected-version",
+        "N|absent",
+        "write only if the stored entity has version N; absent: only if it does not exist",
+        type=_version_or_absent,
+    ),
+)
+_UPDATE: Final = (
+    _COLLECTION,
+    _argument("id", "ID", "the id of the entity"),
+    _argument(
+        "changes",
+        "FIELD=VALUE | JSON",
+        "the fields to set, or one JSON object with them",
+        nargs="*",
+    ),
+    _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
+    _EXPECTED_VERSION,
+)
+_QUERY: Final = (
+    _COLLECTION,
+    _FILTERS,
+    _repeatable(
+        "--order",
+        "NAME|-NAME",
+        "sort by a field, ascending, or descending with -; separate several fields by commas",
+    ),
+    _argument("--limit", "N", "maximum number of entities", type=_integer),
+    _argument("--fields", "A,B", "show only these fields, the key and the version"),
+    _flag("--explain", "show the query plan instead of running the query"),
+)
+_CHECKPOINT: Final = _argument(
+    "--recover-from",
+    "file|journal|salvage",
+    "recover a store whose data file and journal do not match, or whose journal is damaged; see below",
+    action=_Once,
+    choices=("file", "journal", "salvage"),
+)
+_BACKUP: Final = (
+    _argument(
+        "destination",
+        "DESTINATION",
+        "a new file, or an existing folder or path ending in / for a file with a dated name "
+        "(default: migration.backup_location of the configuration, which is backups/ if not set)",
+        nargs="?",
+    ),
+    _argument(
+        "--keep",
+        "N",
+        "delete all but the newest N dated backups (backup_TIME.jsonl.gz) in the folder, whichever "
+        "store they are of",
+        type=_at_least_one,
+    ),
+    _flag(
+        "--allow-smaller",
+        "with --keep: delete older backups even if they hold far more than the remaining ones",
+    ),
+    _flag("--copy", "copy the data files to a new file or folder instead (JSON stores)"),
+    _leave_out(),
+)
+_RESTORE: Final = (
+    _argument("source", "SOURCE", "a backup: a file, or a folder of files"),
+    _MERGE,
+    _leave_out(
         "that the backup contains but that is not declared",
         "If the backup contains anything else undeclared, the command fails and writes nothing",
+    ),
+)
+
+
+def _pair(*, required: bool) -> tuple[Add, Add]:
+    return (
+        _argument("--from", "URL", "the source store", dest="source", required=required),
+        _argument("--to", "URL", "the target store", dest="target", required=required),
     )
 
 
-def _add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--merge",
-        metavar="keep|replace|newest",
-        choices=("keep", "replace", "newest"),
-        help="if an entity exists already and differs: keep the existing one, replace it, or store "
-        "the one with the newest updated_at",
-    )
-
-
-def _add_pair(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument(
-        "--from", dest="source", metavar="URL", required=required, help="the source store"
-    )
-    parser.add_argument(
-        "--to", dest="target", metavar="URL", required=required, help="the target store"
-    )
-
-
-def _migrate(parser: argparse.ArgumentParser) -> None:
-    _add_pair(parser, required=True)
-    _add_migration(parser)
-
-
-def _migrate_repository(parser: argparse.ArgumentParser) -> None:
-    types = "json, sql, sqlite, postgresql or dynamodb"
-    parser.add_argument("--source-type", metavar="TYPE", required=True, help=types)
-    parser.add_argument("--target-type", metavar="TYPE", required=True, help=types)
-    parser.add_argument(
-        "--source-config", metavar="FILE", help="the configuration file of the source"
-    )
-    parser.add_argument(
-        "--target-config", metavar="FILE", help="the configuration file of the target"
-    )
-    _add_migration(parser)
-
-
-def _add_migration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-size", metavar="N", type=_at_least_one, help="number of entities in a batch"
-    )
-    parser.add_argument(
-        "--workers", metavar="N", type=_at_least_one, help="number of batches written at once"
-    )
-    parser.add_argument(
+_MIGRATION: Final = (
+    _argument("--batch-size", "N", "number of entities in a batch", type=_at_least_one),
+    _argument("--workers", "N", "number of batches written at once", type=_at_least_one),
+    _argument(
         "--backup-location",
-        metavar="PATH",
-        help="the backup file, or, ending in /, the folder for it; the progress file is stored there, too",
-    )
-    parser.add_argument("--no-backup", action="store_true", help="do not back up the source first")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare the stores afterwards"
-    )
-    parser.add_argument(
+        "PATH",
+        "the backup file, or, ending in /, the folder for it; the progress file is stored there, too",
+    ),
+    _flag("--no-backup", "do not back up the source first"),
+    _flag("--no-verify", "do not compare the stores afterwards"),
+    _flag(
         "--cleanup-source",
-        action="store_true",
-        help="empty the source after the verification, including entities that --merge keep or newest did "
+        "empty the source after the verification, including entities that --merge keep or newest did "
         "not copy",
-    )
-    _add_merge(parser)
-    _add_leave_out(parser)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="write nothing, not even a test write; report what the target would refuse",
-    )
-    mode.add_argument("--resume", action="store_true", help="continue an interrupted migration")
-
-
-def _live_migrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    ),
+    _MERGE,
+    _leave_out(),
+    _one_of(
+        _flag(
+            "--dry-run",
+            "write nothing, not even a test write; report what the target would refuse",
+        ),
+        _flag("--resume", "continue an interrupted migration"),
+    ),
+)
+_STORE_TYPES: Final = "json, sql, sqlite, postgresql or dynamodb"
+_MIGRATE_REPOSITORY: Final = (
+    _argument("--source-type", "TYPE", _STORE_TYPES, required=True),
+    _argument("--target-type", "TYPE", _STORE_TYPES, required=True),
+    _argument("--source-config", "FILE", "the configuration file of the source"),
+    _argument("--target-config", "FILE", "the configuration file of the target"),
+    *_MIGRATION,
+)
+_LIVE_MIGRATE: Final = (
+    _argument(
         "action",
-        metavar="ACTION",
+        "ACTION",
+        "start, status, rollback, abort or finalize; see below",
         choices=("start", "status", "rollback", "abort", "finalize"),
-        help="start, status, rollback, abort or finalize; see below",
-    )
-    _add_pair(parser, required=True)
-    parser.add_argument(
+    ),
+    *_pair(required=True),
+    _argument(
         "--rate",
-        metavar="N",
+        "N",
+        "maximum number of entities copied per second (default: 5000)",
         type=_at_least_one,
         default=5000,
-        help="maximum number of entities copied per second (default: 5000)",
-    )
-    parser.add_argument(
-        "--no-cut-over",
-        action="store_true",
-        help="copy and verify, but do not switch; run `start` again to switch",
-    )
-
-
-def _verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "backup", metavar="BACKUP", nargs="?", help="a portable backup file, made by `backup`"
-    )
-    _add_pair(parser, required=False)
-    _add_leave_out(parser)
-
-
-def _nothing(parser: argparse.ArgumentParser) -> None:
-    pass
-
+    ),
+    _flag("--no-cut-over", "copy and verify, but do not switch; run `start` again to switch"),
+)
+_VERIFY: Final = (
+    _argument("backup", "BACKUP", "a portable backup file, made by `backup`", nargs="?"),
+    *_pair(required=False),
+    _leave_out(),
+)
 
 EXTERNAL_COMMANDS: Final = dict.fromkeys(("bench", "advise", "demo"), "hf-async-store-bench")
 """Commands that another package of this project adds, and the name of that package."""
 
-_STORE_HELP: Final[Mapping[str, tuple[str, str]]] = {
-    "migrate": ("not used: see --from and --to", "read the `migration` block from this file"),
-    "migrateRepository": (
-        "not used: see --source-type and --target-type",
-        "the configuration file, with a block for each of the two types",
-    ),
-    "live-migrate": ("not used: see --from and --to", "not used: see --from and --to"),
-    "verify": ("not used: see --from, --to and BACKUP", "not used: see --from, --to and BACKUP"),
-}
-"""The help of --store and --config for commands that do not work on one store."""
-
 _CLI: Final = "hf_async_store.cli"
+_GIVE_BOTH: Final = "give --from URL and --to URL"
 
 COMMANDS: Final[Mapping[str, Command]] = {
     "init": Command(
         "init",
         "create an empty store, if none exists",
         f"{_CLI}.admin_commands:init",
-        _nothing,
+        (),
         "An existing store is not changed, so the command may be repeated.\n\n"
         f"  {PROGRAM} --store json:data/request_database.json init\n",
     ),
@@ -569,7 +476,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "put COLLECTION [JSON | -] [OPTIONS]",
         "insert entities, or replace existing ones",
         f"{_CLI}.entity_commands:put",
-        _put,
+        _PUT,
         "The JSON is one object, a list of objects, or one object per line. The key field of each\n"
         "object (such as machine_id) holds its id. An existing entity is replaced as a whole;\n"
         "`update` changes single fields. If an object is not valid, nothing is written. Otherwise\n"
@@ -582,7 +489,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "get COLLECTION ID...",
         "show entities by id",
         f"{_CLI}.entity_commands:get",
-        _get,
+        (_COLLECTION, _IDS),
         "If an entity does not exist, the exit code is 1; the others are shown.\n\n"
         f"  {PROGRAM} get machines m-1 m-2\n"
         f"  {PROGRAM} get machines -- -id-that-begins-with-a-dash\n",
@@ -591,7 +498,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "update COLLECTION ID [FIELD=VALUE... | JSON] [OPTIONS]",
         "change single fields of an existing entity",
         f"{_CLI}.entity_commands:update",
-        _update,
+        _UPDATE,
         "A value is read as the declared type of its field. If the field is of type json, or not\n"
         "declared, the value is read as JSON if it is valid JSON, otherwise as a string.\n"
         "FIELD:=JSON sets any JSON value.\n\n"
@@ -603,7 +510,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "delete COLLECTION ID... [OPTIONS]",
         "delete entities",
         f"{_CLI}.entity_commands:delete",
-        _delete,
+        (_COLLECTION, _IDS, _EXPECTED_VERSION),
         "If an entity does not exist, the exit code is 1; the others are deleted.\n\n"
         f"  {PROGRAM} delete machines m-1 m-2\n"
         f"  {PROGRAM} delete machines m-1 --expected-version 3\n",
@@ -612,7 +519,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "query COLLECTION [FILTER...] [OPTIONS]",
         "show the entities that match all filters",
         f"{_CLI}.entity_commands:query",
-        _query,
+        _QUERY,
         f"{_FILTER_HELP}\n"
         f"  {PROGRAM} query machines request_id=req-1 status:ne=TERMINATED\n"
         f"  {PROGRAM} query requests status:in=PENDING,RUNNING --order -created_at --limit 20\n"
@@ -622,21 +529,21 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "count COLLECTION [FILTER...]",
         "count the entities that match all filters",
         f"{_CLI}.entity_commands:count",
-        _add_filters,
+        (_COLLECTION, _FILTERS),
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
     ),
     "health": Command(
         "health",
         "check that the store works: writing, reading, free space, files",
         f"{_CLI}.admin_commands:health",
-        _nothing,
+        (),
         "If there is a problem, the exit code is 4, and each problem is reported on stderr.\n",
     ),
     "describe": Command(
         "describe",
         "show collections, capabilities and configuration",
         f"{_CLI}.admin_commands:describe",
-        _nothing,
+        (),
         "Passwords are not shown. For DynamoDB stores, the existing tables are shown, too; each\n"
         "difference between them and the declarations is reported on stderr.\n",
     ),
@@ -644,7 +551,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "create-tables",
         "create missing tables and indexes (DynamoDB stores)",
         f"{_CLI}.admin_commands:create_tables",
-        _nothing,
+        (),
         "Waits until the tables and indexes are active, and sets auto scaling and point-in-time\n"
         "recovery as configured. Missing tables are also created by the first write. Missing\n"
         "indexes of existing tables are created only by this command, because that may take long.\n",
@@ -653,7 +560,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "checkpoint [OPTIONS]",
         "write all commits from the journal to the data files (JSON stores)",
         f"{_CLI}.admin_commands:checkpoint",
-        _checkpoint,
+        (_CHECKPOINT,),
         "Until the next commit, the data files are then complete, and other programs can read or copy\n"
         "them. To edit or replace a data file, first stop all other processes, then run this command.\n\n"
         "If a data file was replaced by hand while the journal held commits, the store cannot be\n"
@@ -671,7 +578,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "backup [DESTINATION] [OPTIONS]",
         "write the whole content to one file; the store may be in use",
         f"{_CLI}.backup_commands:backup",
-        _backup,
+        _BACKUP,
         "The format is the same for every engine: gzip-compressed JSON lines with digests. The backup\n"
         "is a snapshot of the store, if the engine supports snapshots (see `describe`).\n\n"
         f"  {PROGRAM} backup\n"
@@ -682,7 +589,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "restore SOURCE [OPTIONS]",
         "restore a backup",
         f"{_CLI}.backup_commands:restore",
-        _restore,
+        _RESTORE,
         "A portable backup, made by `backup`, is restored into an empty store, or with --merge into\n"
         "one that holds entities already, with the original versions and timestamps. The whole file\n"
         "is verified before anything is written. If it is interrupted, run it again: with --merge\n"
@@ -700,14 +607,14 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "backups",
         "list the earlier data files kept by JSON stores (not portable backups)",
         f"{_CLI}.backup_commands:backups",
-        _nothing,
+        (),
         f"The newest is listed first. `{PROGRAM} restore` restores any of them.\n",
     ),
     "migrate": Command(
         "migrate --from URL --to URL [OPTIONS]",
         "copy everything to another store, and verify that both are equal",
         f"{_CLI}.migrate_commands:migrate",
-        _migrate,
+        (*_pair(required=True), *_MIGRATION),
         "No other program may write to either store meanwhile. First the source is backed up, then\n"
         "it is copied in batches, then both stores are compared. Whatever error occurs until then,\n"
         "the source is unchanged. The `migration` block is read from --config FILE, or else from the\n"
@@ -715,22 +622,24 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} migrate --from json:data --to json:data.json --dry-run\n"
         f"  {PROGRAM} migrate --from json:data --to json:data.json\n"
         f"  {PROGRAM} migrate --from json:data --to json:data.json --resume\n",
+        {"store": _GIVE_BOTH},
     ),
     "migrateRepository": Command(
         "migrateRepository --source-type TYPE --target-type TYPE [OPTIONS]",
         "like migrate, with store types and configuration files instead of URLs",
         f"{_CLI}.migrate_commands:migrate_repository",
-        _migrate_repository,
+        _MIGRATE_REPOSITORY,
         f"The file given with --config (or {STORE_VARIABLE}) has a block for each of the two types. If\n"
         "both stores are of the same type, give --source-config and --target-config.\n\n"
         f"  {PROGRAM} migrateRepository --source-type json --target-type sql --batch-size 100 \\\n"
         "      --config config.json\n",
+        {"store": "give --source-type, --target-type and --config"},
     ),
     "live-migrate": Command(
         "live-migrate ACTION --from URL --to URL [OPTIONS]",
         "migrate to another store while applications use it",
         f"{_CLI}.live_migrate_command:live_migrate",
-        _live_migrate,
+        _LIVE_MIGRATE,
         "  start     copy everything, apply the changes made meanwhile, verify, and switch to the\n"
         "            target\n"
         "  status    show the phase and the number of changes that are still to be copied\n"
@@ -744,15 +653,17 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "run it again.\n\n"
         f"  {PROGRAM} live-migrate start --from json:data --to json:data.json\n"
         f"  {PROGRAM} live-migrate finalize --from json:data --to json:data.json\n",
+        {"store": _GIVE_BOTH, "config": _GIVE_BOTH},
     ),
     "verify": Command(
         "verify --from URL --to URL | verify BACKUP",
         "compare two stores, or verify a backup file",
         f"{_CLI}.migrate_commands:verify",
-        _verify,
+        _VERIFY,
         "If the stores differ, the exit code is 3, and the first differences are reported by id and\n"
         "field.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"
         f"  {PROGRAM} verify backups/backup_20250630T120000Z.jsonl.gz\n",
+        dict.fromkeys(("store", "config"), f"{_GIVE_BOTH}, or a backup file"),
     ),
 }

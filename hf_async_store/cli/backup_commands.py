@@ -8,25 +8,28 @@ using it. Only if a store cannot be opened, its files are replaced, after they w
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import to_builtins
+from msgspec import Struct, to_builtins
 from msgspec.json import encode
 
 from hf_async_store.cli import output
 from hf_async_store.cli.admin_commands import make_empty
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
-from hf_async_store.cli.json_backup_reader import listed, read_backup
+from hf_async_store.cli.json_backup_reader import read_backup
 from hf_async_store.cli.json_files import JSONFiles, dated, remove
+from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration import backup_store, is_portable, restore_store
+from hf_async_store.migration.store_checks import listed
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterator
 
     from hf_async_store.cli.json_backup_reader import Backup
     from hf_async_store.strategy import StorageStrategy
@@ -34,6 +37,13 @@ if TYPE_CHECKING:
 
 _PROGRESS_BYTES: Final = 4 << 20
 """A progress bar is shown from this number of bytes on."""
+
+
+@contextmanager
+def _progress(what: str, size: int = _PROGRESS_BYTES) -> Iterator[None]:
+    with Bars({}, is_long=size >= _PROGRESS_BYTES) as bars:
+        bars.advance(what)
+        yield
 
 
 # -- backup ---------------------------------------------------------------------------------
@@ -47,7 +57,7 @@ def backup(arguments: Namespace) -> int:
     path_of(destination)
 
     async def work(store: StorageStrategy) -> int:
-        with output.progress("backup", is_long=True):
+        with _progress("backup"):
             result = await backup_store(
                 store,
                 destination,
@@ -74,7 +84,7 @@ def backup(arguments: Namespace) -> int:
                 f"{len(result.spared)} older backups were not deleted, because this backup, or each "
                 "remaining one, holds far less than an older one. Check that this is the right "
                 "store; if it is, repeat the command with --allow-smaller to delete them: "
-                + listed(result.spared)
+                + listed(map(repr, result.spared))
             )
         return CONFLICT if result.spared else 0
 
@@ -90,7 +100,7 @@ def _copy(arguments: Namespace) -> int:
     target = _target(arguments.destination or context.config.migration.backup_location, files)
 
     async def work(store: StorageStrategy) -> int:
-        with output.progress("backup", is_long=files.size() > _PROGRESS_BYTES):
+        with _progress("backup", files.size()):
             created = await files.copy_out(target)
         size = sum(each.stat().st_size for each in created)
         done = {"backup": str(target), "files": [str(each) for each in created], "bytes": size}
@@ -177,8 +187,7 @@ def restore(arguments: Namespace) -> int:
         )
 
     async def work(store: StorageStrategy) -> int:
-        is_long = max(_bytes(source), files.size()) > _PROGRESS_BYTES
-        with output.progress("restore", is_long=is_long):
+        with _progress("restore", max(_bytes(source), files.size())):
             contents = await read_backup(source, files, context.schema)
             _refuse_left_out(source, contents, arguments.leave_out)
             done = await context.with_timeout(_Replacement(files, source, contents).run())
@@ -207,7 +216,7 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
         restoring = restore_store(
             store, source, merge=arguments.merge, leave_out=arguments.leave_out, advance=count
         )
-        with output.progress("restore", is_long=_bytes(source) > _PROGRESS_BYTES // 8):
+        with _progress("restore", 8 * _bytes(source)):
             try:
                 result = await context.with_timeout(restoring)
             except asyncio.CancelledError:
@@ -236,15 +245,12 @@ def _restore_portable(arguments: Namespace, context: Context, source: Path) -> i
     return context.run(work, writes=True)
 
 
-class _Replacement:
+class _Replacement(Struct):
     """Replaces the content of a JSON store by that of a backup."""
 
-    def __init__(self, files: JSONFiles, source: Path, backup: Backup) -> None:
-        self._files = files
-        self._store = files.store
-        self._source = source
-        self._backup = backup
-        self._is_whole = len(backup.contents) == len(files.manager.names)
+    files: JSONFiles
+    source: Path
+    backup: Backup
 
     async def run(self) -> dict[str, Any]:
         """Replace the content; returns the result that the command shows."""
@@ -253,43 +259,43 @@ class _Replacement:
         except CorruptionError as exc:
             before = await self._replace_files(exc)
         return {
-            "restored": str(self._source),
-            "entities": {name: len(each) for name, each in self._backup.data.items()},
+            "restored": str(self.source),
+            "entities": {name: len(each) for name, each in self.backup.data.items()},
             "before": None if before is None else str(before),
         }
 
     async def _commit(self) -> Path | None:
         """Replace the content in one commit; returns the file or folder with the previous content."""
         before: Path | None = None
-        async with self._store.acquire_write_lock():
-            current = await self._store.read_file()
-            data = {**current, **self._backup.data}
+        async with self.files.store.acquire_write_lock():
+            current = await self.files.store.read_file()
+            data = {**current, **self.backup.data}
             if any(current.values()) and encode(data) != encode(current):
-                before = await self._files.keep(current)
+                before = await self.files.keep(current)
             try:
-                await self._store.write_file(data)
+                await self.files.store.write_file(data)
             except BaseException:
                 if before is not None:
                     remove(before)
                 raise
-        await self._store.checkpoint()
+        await self.files.store.checkpoint()
         return before
 
     async def _replace_files(self, damage: CorruptionError) -> Path:
         """Replace files that cannot be opened; returns the folder with copies of the old files."""
         output.log_line(f"the store cannot be opened, so its files are replaced: {damage}")
-        files = self._files
+        files = self.files
         folder = dated(files.folder, "damaged")
         # A compaction by a process that still holds the store in memory would replace them again.
         async with files.no_compaction():
             await files.copy_damaged(folder)
-            await files.replace_files(self._backup.contents)
-            if self._is_whole:
-                await self._store.checkpoint(recover_from="file")
+            await files.replace_files(self.backup.contents)
+            if len(self.backup.contents) == len(files.manager.names):
+                await self.files.store.checkpoint(recover_from="file")
             else:
                 # The journal may hold commits that are not in the other files. Then this raises an
                 # error that says so.
-                await self._store.read_file()
+                await self.files.store.read_file()
         return folder
 
 
@@ -308,7 +314,7 @@ def _refuse_left_out(source: Path, backup: Backup, leave_out: list[str]) -> None
     missing = [each for each in backup.left_out if each not in leave_out]
     if missing:
         raise InvalidInputError(
-            f"{source} holds undeclared collections: {listed(missing)}; nothing was changed. "
+            f"{source} holds undeclared collections: {listed(map(repr, missing))}; nothing was changed. "
             "Declare them (--collections MODULE:NAME), or exclude them from the restore "
             "(--leave-out NAME)"
         )
@@ -316,4 +322,4 @@ def _refuse_left_out(source: Path, backup: Backup, leave_out: list[str]) -> None
 
 def _log_left_out(names: list[str]) -> None:
     if names:
-        output.log_line(f"note: left out, as requested: {listed(names)}")
+        output.log_line(f"note: left out, as requested: {listed(map(repr, names))}")

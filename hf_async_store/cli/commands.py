@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import NamedTuple
 
 Runner = Callable[[argparse.Namespace], int]
+Add = Callable[[argparse.ArgumentParser], object]
+"""Adds one or more arguments to a parser."""
 
 
 class Command(NamedTuple):
@@ -17,15 +20,18 @@ class Command(NamedTuple):
         usage: the usage line; None to have argparse generate it from the arguments.
         summary: the line of the command in `hf-async-store --help`.
         function: `module:function` that runs the command, imported when the command is chosen.
-        add_arguments: adds the arguments of the command to a parser.
+        arguments: add the arguments of the command to a parser.
         manual: the text that the command's `--help` shows below the options.
+        refused: the common options that the command does not take, such as `store`, each with what to
+            do instead.
     """
 
     usage: str | None
     summary: str
     function: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: Sequence[Add]
     manual: str = ""
+    refused: Mapping[str, str] = MappingProxyType({})
 
     def load(self) -> Runner:
         module, _, name = self.function.partition(":")

@@ -142,6 +142,17 @@ class Context:
         return str(folder / options.filenames.single_file if single else folder)
 
 
+def run_work(arguments: Namespace, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run work that opens its stores itself, within the timeout of the command."""
+
+    async def body() -> Result:
+        async with operation_timeout(arguments.timeout):
+            return await work
+
+    with warnings_logged(verbose=arguments.verbose):
+        return asyncio.run(body())
+
+
 async def abandonable(work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work` such that a cancellation, by Ctrl-C or a timeout, returns almost at once.
 

@@ -6,10 +6,13 @@ import sys
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from msgspec import Struct
+
 from hf_async_store.changes import ANY
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import NOT_FOUND, STORAGE, code_of, report
+from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import BatchError, EntityNotFoundError, InvalidInputError, StorageError
 from hf_async_store.values import VERSION
 
@@ -39,14 +42,13 @@ def get(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         entities = await store.get_entities(collection.name, arguments.ids)
-        show = output.indented if output.for_people(arguments) else output.json_line
         missing = 0
         for entity_id, entity in zip(arguments.ids, entities, strict=True):
             if entity is None:
                 missing += 1
                 report(EntityNotFoundError(collection.name, entity_id), verbose=False)
             else:
-                show(entity)
+                output.value(arguments, entity)
         return NOT_FOUND if missing else 0
 
     return context.run(work, needs_store=True)
@@ -67,7 +69,11 @@ def put(arguments: Namespace) -> int:
         raise InvalidInputError(
             f"--expected-version N can be given for one object only, not for {len(inputs):,}"
         )
-    return _Put(context, collection, [each.entity for each in inputs]).run()
+    entities = [each.entity for each in inputs]
+    expected = arguments.expected_version
+    return _Put(
+        context, collection, entities, arguments.create or expected == "absent", expected
+    ).run()
 
 
 def _read_inputs(arguments: Namespace) -> list[EntityInput]:
@@ -110,40 +116,37 @@ def _check(inputs: Sequence[EntityInput], collection: Collection) -> None:
             raise exc.at(position) from exc
 
 
-class _Put:
+class _Put(Struct):
     """Writes all entities of a `put` command, chunk by chunk."""
 
-    def __init__(
-        self, context: Context, collection: Collection, entities: list[dict[str, Any]]
-    ) -> None:
-        self._context = context
-        self._collection = collection
-        self._entities = entities
-        self._expected = context.arguments.expected_version
-        self._create = context.arguments.create or self._expected == "absent"
-        self._outcomes: list[int | bool | StorageError] = []
+    context: Context
+    collection: Collection
+    entities: list[dict[str, Any]]
+    create: bool
+    expected: Any
+    outcomes: list[int | bool | StorageError] = []
 
     def run(self) -> int:
-        status = self._context.run(self._put, writes=True)
-        stored = [each for each in self._outcomes if not isinstance(each, StorageError)]
-        if stored and not self._context.existed:
-            output.log_line(f"note: a new store was created at {self._context.location()}")
+        status = self.context.run(self._put, writes=True)
+        stored = [each for each in self.outcomes if not isinstance(each, StorageError)]
+        if stored and not self.context.existed:
+            output.log_line(f"note: a new store was created at {self.context.location()}")
         return status
 
     async def _put(self, store: StorageStrategy) -> int:
         from asyncio import CancelledError
 
         chunks = [
-            self._entities[start : start + _CHUNK_SIZE]
-            for start in range(0, len(self._entities), _CHUNK_SIZE)
+            self.entities[start : start + _CHUNK_SIZE]
+            for start in range(0, len(self.entities), _CHUNK_SIZE)
         ]
-        count = len(self._entities)
-        what = f"put {self._collection.name}"
-        with output.progress(what, count, is_long=len(chunks) > 1) as advance:
+        count = len(self.entities)
+        what = f"put {self.collection.name}"
+        with Bars({what: count}, is_long=len(chunks) > 1) as bars:
             try:
                 for chunk in chunks:
                     await self._put_chunk(store, chunk)
-                    advance(len(chunk))
+                    bars.advance(what, len(chunk))
                     if self._all_failed(len(chunk)):
                         break
             except (CancelledError, StorageError):
@@ -152,66 +155,62 @@ class _Put:
         return self._finish()
 
     async def _put_chunk(self, store: StorageStrategy, chunk: list[dict[str, Any]]) -> None:
-        name = self._collection.name
-        timeout = self._context.remaining_time()
+        name = self.collection.name
+        timeout = self.context.remaining_time()
         try:
-            if self._create:
+            if self.create:
                 versions = await store.create_entities(name, chunk, timeout=timeout)
             else:
-                expected = self._expected_versions(chunk)
+                first = chunk[0][self.collection.key]
+                expected = None if self.expected is None else {first: self.expected}
                 versions = await store.save_entities(name, chunk, expected, timeout=timeout)
         except BatchError as exc:
-            self._outcomes += exc.outcomes
+            self.outcomes += exc.outcomes
         else:
-            self._outcomes += versions
-
-    def _expected_versions(self, chunk: list[dict[str, Any]]) -> dict[str, int | Expect] | None:
-        if self._expected is None:
-            return None
-        return {chunk[0][self._collection.key]: self._expected}
+            self.outcomes += versions
 
     def _all_failed(self, size: int) -> bool:
         """Whether the last `size` writes failed because of the store, so that others would, too."""
         return all(
             isinstance(each, StorageError) and code_of(each) == STORAGE
-            for each in self._outcomes[-size:]
+            for each in self.outcomes[-size:]
         )
 
     def _log_progress(self) -> None:
-        done = sum(not isinstance(each, StorageError) for each in self._outcomes)
-        if len(self._entities) > 1:
+        done = sum(not isinstance(each, StorageError) for each in self.outcomes)
+        if len(self.entities) > 1:
             output.log_line(
-                f"{done:,} of {len(self._entities):,} entities were stored before the command ended"
+                f"{done:,} of {len(self.entities):,} entities were stored before the command ended"
             )
 
     def _finish(self) -> int:
-        key = self._collection.key
+        key = self.collection.key
         stored = [
             {key: entity[key], VERSION: outcome}
-            for entity, outcome in zip(self._entities, self._outcomes, strict=False)
+            for entity, outcome in zip(self.entities, self.outcomes, strict=False)
             if not isinstance(outcome, StorageError)
         ]
         self._show(stored)
-        if len(stored) == len(self._entities):
+        if len(stored) == len(self.entities):
             return 0
-        errors = [each for each in self._outcomes if isinstance(each, StorageError)]
-        if len(self._entities) == 1:
+        errors = [each for each in self.outcomes if isinstance(each, StorageError)]
+        if len(self.entities) == 1:
             raise errors[0]
-        remaining = len(self._entities) - len(self._outcomes)
+        remaining = len(self.entities) - len(self.outcomes)
         if remaining:
             output.log_line(f"{remaining:,} entities were not written")
-        raise BatchError(f"{len(errors)} failed", self._outcomes) from errors[0]
+        raise BatchError(f"{len(errors)} failed", self.outcomes) from errors[0]
 
     def _show(self, stored: list[dict[str, Any]]) -> None:
-        if not output.for_people(self._context.arguments):
+        if not output.for_people(self.context.arguments):
             for each in stored:
                 output.json_line(each)
         elif len(stored) == 1:
             output.line(
-                f"{_named(self._collection, stored[0])} stored, version {stored[0][VERSION]}"
+                f"{_named(self.collection, stored[0])} stored, version {stored[0][VERSION]}"
             )
         elif stored:
-            output.line(f"{len(stored):,} {self._collection.name} stored")
+            output.line(f"{len(stored):,} {self.collection.name} stored")
 
 
 def _named(collection: Collection, entity: dict[str, Any]) -> str:
@@ -298,8 +297,7 @@ def query(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         if arguments.explain:
             plan = await store.explain_query(collection.name, filters, order, arguments.limit)
-            show = output.indented if output.for_people(arguments) else output.json_line
-            show(plan)
+            output.value(arguments, plan)
             return 0
         rows = store.stream_entities(
             collection.name, filters, order, arguments.limit, fields=fields

@@ -6,31 +6,9 @@ import errno
 import traceback
 from typing import Final
 
+from hf_async_store import errors
 from hf_async_store.cli.output import PROGRAM, log_line, write_error
-from hf_async_store.errors import (
-    AlreadyExistsError,
-    AuthenticationError,
-    BatchError,
-    ConcurrencyConflictError,
-    ConfigurationError,
-    CorruptionError,
-    DiskFullError,
-    EntityNotFoundError,
-    InvalidInputError,
-    InvalidKeyError,
-    LockTimeoutError,
-    OperationTimeoutError,
-    PermissionDeniedError,
-    ReadOnlyStoreError,
-    ReferenceViolationError,
-    RetriesExhaustedError,
-    StorageError,
-    StoreNotFoundError,
-    TargetNotEmptyError,
-    ThrottledError,
-    UnknownCollectionError,
-    VerificationError,
-)
+from hf_async_store.errors import BatchError, CorruptionError, StorageError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.redaction import redact_text
 
@@ -50,32 +28,35 @@ class BackupNotFoundError(StorageError):
 
 
 _CODES: Final[tuple[tuple[type[StorageError], int], ...]] = (
-    (EntityNotFoundError, NOT_FOUND),
-    (StoreNotFoundError, NOT_FOUND),
+    (errors.EntityNotFoundError, NOT_FOUND),
+    (errors.StoreNotFoundError, NOT_FOUND),
     (BackupNotFoundError, NOT_FOUND),
-    (InvalidInputError, USAGE),
-    (ConfigurationError, USAGE),
-    (ConcurrencyConflictError, CONFLICT),
-    (AlreadyExistsError, CONFLICT),
+    (errors.InvalidInputError, USAGE),
+    (errors.ConfigurationError, USAGE),
+    (errors.ConcurrencyConflictError, CONFLICT),
+    (errors.AlreadyExistsError, CONFLICT),
     # Like the other conflicts, these depend on the stored data, not on how the command was written.
-    (ReferenceViolationError, CONFLICT),
-    (TargetNotEmptyError, CONFLICT),
-    (VerificationError, CONFLICT),
+    (errors.ReferenceViolationError, CONFLICT),
+    (errors.TargetNotEmptyError, CONFLICT),
+    (errors.VerificationError, CONFLICT),
 )
 
 # Hints that are added to the messages of errors which do not say what to do.
-_HINTS: Final[tuple[tuple[type[StorageError], str], ...]] = (
-    (UnknownCollectionError, "--collections MODULE:NAME declares other collections"),
-    (AlreadyExistsError, "`update` changes it; `put` without --create replaces it"),
-    (RetriesExhaustedError, "it is changed concurrently all the time: try again later"),
-    (ConcurrencyConflictError, "it was changed concurrently: `get` it again before you write"),
-    (LockTimeoutError, "try again, or find the process that holds the lock"),
-    (ThrottledError, "try again later"),
-    (OperationTimeoutError, "allow more time with --timeout"),
-    (AuthenticationError, "correct the user name or the password"),
-    (PermissionDeniedError, "check the owner and mode of the files and of their folder"),
-    (ReadOnlyStoreError, "the store can only be read"),
-    (DiskFullError, "data stored earlier is intact: free some space, then try again"),
+_HINTS: Final[tuple[tuple[type[StorageError], str | None], ...]] = (
+    (errors.UnknownCollectionError, "--collections MODULE:NAME declares other collections"),
+    (errors.AlreadyExistsError, "`update` changes it; `put` without --create replaces it"),
+    (errors.RetriesExhaustedError, None),
+    (
+        errors.ConcurrencyConflictError,
+        "it was changed concurrently: `get` it again before you write",
+    ),
+    (errors.LockTimeoutError, "try again, or find the process that holds the lock"),
+    (errors.ThrottledError, "try again later"),
+    (errors.OperationTimeoutError, "allow more time with --timeout"),
+    (errors.AuthenticationError, "correct the user name or the password"),
+    (errors.PermissionDeniedError, "check the owner and mode of the files and of their folder"),
+    (errors.ReadOnlyStoreError, "the store can only be read"),
+    (errors.DiskFullError, "data stored earlier is intact: free some space, then try again"),
 )
 
 _OUTCOME_UNKNOWN: Final = (
@@ -99,15 +80,15 @@ def sentence(exc: StorageError) -> str:
     """The message of an error as one line, with a hint what to do."""
     message = str(exc)
     hint = next((hint for kind, hint in _HINTS if isinstance(exc, kind)), None)
-    if isinstance(exc, ReferenceViolationError):
+    if isinstance(exc, errors.ReferenceViolationError):
         hint = (
             "delete the children first"
             if "cannot be deleted" in message
             else "put the parent first"
         )
-    if isinstance(exc, InvalidKeyError) and "needs its key field" in message:
+    if isinstance(exc, errors.InvalidKeyError) and "needs its key field" in message:
         hint = "the key field holds the id"
-    if type(exc) is PermissionDeniedError and not isinstance(exc.__cause__, OSError):
+    if type(exc) is errors.PermissionDeniedError and not isinstance(exc.__cause__, OSError):
         hint = None  # the error comes from a server, not from the permissions of files
     if isinstance(exc, CorruptionError) and "backup" in message:
         hint = None
@@ -134,15 +115,15 @@ def report(exc: StorageError, *, verbose: bool) -> int:
 
 
 def _report_batch(exc: BatchError, *, verbose: bool) -> None:
-    errors = [each for each in exc.outcomes if isinstance(each, StorageError)]
-    shown = errors if verbose else errors[:_MAX_SHOWN]
+    failed = [each for each in exc.outcomes if isinstance(each, StorageError)]
+    shown = failed if verbose else failed[:_MAX_SHOWN]
     for each in shown:
         log_line(sentence(each))
-    if len(errors) > len(shown):
-        log_line(f"and {len(errors) - len(shown):,} more errors (--verbose shows all)")
+    if len(failed) > len(shown):
+        log_line(f"and {len(failed) - len(shown):,} more errors (--verbose shows all)")
     if len(exc.outcomes) > 1:
-        others = "; the others succeeded" if len(errors) < len(exc.outcomes) else ""
-        log_line(f"{len(errors):,} of {len(exc.outcomes):,} failed{others}")
+        others = "; the others succeeded" if len(failed) < len(exc.outcomes) else ""
+        log_line(f"{len(failed):,} of {len(exc.outcomes):,} failed{others}")
 
 
 def report_os_error(exc: OSError, *, verbose: bool) -> int:

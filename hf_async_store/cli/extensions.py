@@ -7,6 +7,7 @@ The name of an entry point is the name of the command. Its value is a module wit
     def run(arguments: Namespace) -> int            runs the command; returns the exit code
     MANUAL: str                                     optional: the text below the options in `--help`
     USAGE: str                                      optional: the usage, such as `bench [OPTIONS]`
+    REFUSED: dict[str, str]                         optional: common options that it does not take
 
 The module is imported for `--help`, so import expensive modules inside `run`. Built-in commands
 cannot be replaced.
@@ -46,6 +47,7 @@ def _command(entry: EntryPoint) -> Command:
         getattr(module, "USAGE", None),
         module.SUMMARY,
         f"{entry.value}:run",
-        module.add_arguments,
+        (module.add_arguments,),
         getattr(module, "MANUAL", ""),
+        getattr(module, "REFUSED", {}),
     )

@@ -1,41 +1,26 @@
 """The command-line syntax of paths, values, filters, assignments and JSON input.
 
-    status=RUNNING            the field has this value
-    machine_count:gt=3        field, operator, value
-    tags/owner=ops            a path inside the entity; a step of digits is a list index
-    ["a/b","0"]=x             any path as a JSON list of steps, for names with / : = or digits
-    status:in=PENDING,FAILED  a list, separated by commas
-    name:=null                `:=` takes any JSON value: null, "5" as a string, commas in `in`
-
-A value is read as the declared type of its field. If the field is of type json, or not declared, the
-value is read as JSON if it is valid JSON, otherwise as a string.
+`hf-async-store query --help` describes it.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast, get_args
 
 import msgspec
 
 from hf_async_store.errors import InvalidFieldError, InvalidInputError, InvalidQueryError
-from hf_async_store.query import (
-    Combined,
-    Op,
-    OpName,
-    Order,
-    Path,
-    and_,
-)
+from hf_async_store.json_input import decode_json
+from hf_async_store.query import Combined, Op, OpName, Order, Path, and_
 from hf_async_store.values import REMOVE, VERSION, Removed, Value, parse_timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from hf_async_store.query import Steps
     from hf_async_store.schema import Collection
     from hf_async_store.values import FieldType
-
-Steps: TypeAlias = "tuple[str | int, ...]"
 
 OPERATORS: Final[tuple[str, ...]] = get_args(OpName)
 _LISTS: Final = ("in", "not_in", "between")
@@ -250,7 +235,7 @@ _NUMBER: Final = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 
 def _type_of(steps: Steps, collection: Collection) -> FieldType:
     """The declared type of a field; json for paths inside a field, and for undeclared fields."""
-    field = collection.fields.get(cast("str", steps[0])) if len(steps) == 1 else None
+    field = collection.field_at(steps)
     if field is not None:
         return field.type
     return "integer" if steps == (VERSION,) else "json"
@@ -281,16 +266,19 @@ def _wrong_type(word: str, expected: str) -> InvalidFieldError:
     return InvalidFieldError(f"{_shown(word)}: the field takes {expected}")
 
 
+_decode: Final[Callable[[str | bytes], Value]] = msgspec.json.Decoder().decode
+
+
 def _json_or_string(string: str) -> Value:
     try:
-        return cast("Value", msgspec.json.decode(string))
+        return _decode(string)
     except (ValueError, RecursionError):  # ValueError is the base class of the errors of msgspec
         return string
 
 
 def _json(encoded: str, word: str) -> Value:
     try:
-        return cast("Value", msgspec.json.decode(encoded))
+        return _decode(encoded)
     except (ValueError, RecursionError) as exc:
         raise InvalidInputError(
             f"{_shown(word)}: the value after = is not valid JSON: {exc}"
@@ -334,7 +322,7 @@ def entities_of(data: bytes, source: str) -> list[EntityInput]:
 def _is_whole(line: bytes) -> bool:
     """Whether a line is a complete JSON value, so that the input is JSON lines."""
     try:
-        msgspec.json.decode(line)
+        _decode(line)
     except (ValueError, RecursionError):
         return False
     return True
@@ -355,24 +343,7 @@ def _entity_input(value: object, position: str) -> EntityInput:
 
 
 def _decoded(data: bytes, source: str, line: int = 1) -> object:
-    """Decode JSON; an error names line and column, where `line` is the number of the first line."""
-    try:
-        return msgspec.json.decode(data.decode())
-    except UnicodeDecodeError as exc:
-        offset: int | None = exc.start
-        problem = "not UTF-8"
-    except RecursionError:
-        offset, problem = None, "nested too deeply"
-    except msgspec.MsgspecError as exc:
-        message = str(exc)
-        match = re.search(r" \(byte (\d+)\)", message)
-        offset = int(match[1]) if match else len(data) if "truncated" in message else None
-        problem = re.sub(r" \(byte \d+\)", "", message).replace(
-            "Input data was truncated", "the JSON is incomplete"
-        )
-    if offset is None:
-        raise InvalidInputError(f"{source}: {problem}")
-    start = data.rfind(b"\n", 0, offset) + 1
-    line += data.count(b"\n", 0, offset)
-    column = len(data[start:offset].decode(errors="replace")) + 1
-    raise InvalidInputError(f"{source}, line {line}, column {column}: {problem}")
+    value, problem = decode_json(data, source, line)
+    if problem is not None:
+        raise InvalidInputError(problem)
+    return value

@@ -7,13 +7,14 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
 from hf_async_store.cli.json_files import EMPTY, as_object
 from hf_async_store.config import Filenames, JSONConfig
 from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
+from hf_async_store.migration.store_checks import listed
 from hf_async_store.schema import SYSTEM_COLLECTIONS
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.json.files import read_file
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from hf_async_store.cli.json_files import Data, JSONFiles
     from hf_async_store.schema import Schema
-
-_MAX_SHOWN: Final = 5
 
 
 class Backup(NamedTuple):
@@ -126,8 +125,8 @@ async def _read_copies(
     # anyone, and this file is the one to be read.
     async with StorageStrategy(JSONEngine(options, schema), schema) as store:
         data = {
-            name: {cast("str", each[key]): each async for each in store.stream_entities(name)}
-            for name, key in ((each.name, each.key) for each in schema.values())
+            name: {declared.id_of(each): each async for each in store.stream_entities(name)}
+            for name, declared in schema.items()
         }
         left_out = cast("list[str]", (await store.health())["undeclared_sections"])
     return {source.only: data[source.only]} if source.only else data, left_out
@@ -140,8 +139,8 @@ def _refuse_foreign(source: Path, data: Data, left_out: list[str], schema: Schem
     """
     if left_out and not any(data.values()):
         raise InvalidInputError(
-            f"{source} is not a backup of this store: it holds {listed(left_out)}, but none of the "
-            f"collections {', '.join(schema)}"
+            f"{source} is not a backup of this store: it holds {listed(map(repr, left_out))}, but none "
+            f"of the collections {', '.join(schema)}"
         )
 
 
@@ -184,8 +183,3 @@ def _without(content: bytes, omitted: Set[str]) -> bytes:
     if not omitted & sections.keys():
         return content
     return as_object({name: bytes(each) for name, each in sections.items() if name not in omitted})
-
-
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_SHOWN:,} more" if len(names) > _MAX_SHOWN else ""
-    return ", ".join(map(repr, names[:_MAX_SHOWN])) + more

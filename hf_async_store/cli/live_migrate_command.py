@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from hf_async_store.cli import output
-from hf_async_store.cli.context import collections_of, warnings_logged
+from hf_async_store.cli.context import collections_of, run_work
 from hf_async_store.cli.progress import Bars
 from hf_async_store.migration.live import LiveMigration, LiveStatus
-from hf_async_store.repository import operation_timeout
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,11 +36,10 @@ def live_migrate(arguments: Namespace) -> int:
                 rate=arguments.rate,
                 advance=bars.advance,
             )
-            async with operation_timeout(arguments.timeout), live:
+            async with live:
                 return await _act(live, arguments)
 
-    with warnings_logged(verbose=arguments.verbose):
-        status = asyncio.run(work())
+    status = run_work(arguments, work())
     sentence = _SENTENCES[status.phase].format(status.authoritative)
     waiting = sum(status.waiting)
     if waiting:

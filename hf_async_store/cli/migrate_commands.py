@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import AsyncExitStack
 from functools import partial
@@ -13,7 +12,7 @@ import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.context import collections_of, warnings_logged
+from hf_async_store.cli.context import collections_of, run_work
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import SQLConfig, StorageConfig, load_config
@@ -21,7 +20,6 @@ from hf_async_store.errors import ConfigurationError, VerificationError
 from hf_async_store.migration import MigrationTool, check_portable, compare_stores, require_store
 from hf_async_store.migration.tool import refuse_different
 from hf_async_store.redaction import redact_url
-from hf_async_store.repository import operation_timeout
 from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
@@ -98,7 +96,7 @@ def _run(
     )
 
     async def work() -> MigrationReport:
-        async with operation_timeout(arguments.timeout), tool:
+        async with tool:
             await require_store(tool.source, "the source")
             with Bars(await _sizes(tool.source, schema)) as bars:
                 tool.advance = bars.advance
@@ -106,8 +104,7 @@ def _run(
                     return await tool.resume()
                 return await tool.migrate(dry_run=arguments.dry_run)
 
-    with warnings_logged(verbose=arguments.verbose):
-        report = asyncio.run(work())
+    report = run_work(arguments, work())
     _show_report(arguments, report)
     return 0 if report.ok else CONFLICT
 
@@ -168,7 +165,7 @@ def verify(arguments: Namespace) -> int:
     schema = tuple(collections_of(arguments.collections))
 
     async def work() -> Comparison:
-        async with operation_timeout(arguments.timeout), AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             source, target = [
                 await stack.enter_async_context(open_store(each, collections=schema))
                 for each in (arguments.source, arguments.target)
@@ -184,8 +181,7 @@ def verify(arguments: Namespace) -> int:
                     advance=partial(bars.advance, "verify"),
                 )
 
-    with warnings_logged(verbose=arguments.verbose):
-        compared = asyncio.run(work())
+    compared = run_work(arguments, work())
     _show_comparison(arguments, compared)
     try:
         refuse_different(compared)
@@ -215,12 +211,8 @@ def _verify_backup(arguments: Namespace) -> int:
     path = Path(arguments.backup)
     if not path.exists():
         raise BackupNotFoundError(f"the backup {path} does not exist")
-
-    async def work() -> dict[str, int]:
-        async with operation_timeout(arguments.timeout):
-            return {name: each.count for name, each in (await check_portable(path)).items()}
-
-    counts = asyncio.run(work())
+    digests = run_work(arguments, check_portable(path))
+    counts = {name: each.count for name, each in digests.items()}
     shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     output.result(
         arguments,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import msgspec
@@ -17,7 +17,7 @@ from hf_async_store.errors import StorageError
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
 PROGRAM: Final = "hf-async-store"
 
@@ -44,14 +44,16 @@ def json_line(value: object) -> None:
     _write(msgspec.json.encode(value) + b"\n")
 
 
-def indented(value: object) -> None:
-    """Write a value as indented JSON."""
-    _write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-
-
 def line(text: str) -> None:
     """Write one line of text."""
     _write(f"{printable(text)}\n".encode(errors="backslashreplace"))
+
+
+def value(arguments: Namespace, shown: object) -> None:
+    """Write a value as JSON: indented for a person, one line for a program."""
+    if for_people(arguments):
+        shown = msgspec.Raw(msgspec.json.format(msgspec.json.encode(shown), indent=2))
+    json_line(shown)
 
 
 def result(arguments: Namespace, values: Mapping[str, Any], sentence: str) -> None:
@@ -112,32 +114,6 @@ def write_error(text: str) -> None:
     with suppress(OSError):  # stderr is closed, so the error cannot be reported anywhere
         sys.stderr.write(text)
         sys.stderr.flush()
-
-
-@contextmanager
-def progress(
-    what: str, total: int | None = None, *, is_long: bool
-) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr, if it is a terminal; the function that is returned advances it.
-
-    Args:
-        what: the description of the work.
-        total: the number of steps; None if it is unknown.
-        is_long: whether the work takes long enough for a progress bar.
-    """
-    if not is_long or not is_terminal(sys.stderr):
-        yield lambda steps: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = [TextColumn("{task.description}", markup=False), BarColumn()]
-    columns += [] if total is None else [MofNCompleteColumn()]
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda steps: bar.advance(task, steps)
 
 
 def printable(text: str) -> str:

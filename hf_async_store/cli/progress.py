@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from hf_async_store.cli import output
@@ -23,10 +22,13 @@ class Bars:
 
     Args:
         totals: the number of entities of each kind of work, if known.
+        is_long: whether to show bars; None decides by the totals.
     """
 
-    def __init__(self, totals: Mapping[str, int]) -> None:
+    def __init__(self, totals: Mapping[str, int], *, is_long: bool | None = None) -> None:
         self._totals = totals
+        many = sum(totals.values()) > _MIN_ENTITIES_FOR_BARS or not totals
+        self._is_long = many if is_long is None else is_long
         self._done: dict[str, int] = {}
         self._began: dict[str, float] = {}
         self._last_line = time.monotonic()
@@ -34,22 +36,16 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        is_long = sum(self._totals.values()) > _MIN_ENTITIES_FOR_BARS or not self._totals
-        if is_long and output.is_terminal(sys.stderr):
+        if self._is_long and output.is_terminal(sys.stderr):
             self._bars = _bars()
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._bars is not None:
             self._bars.stop()
 
-    def advance(self, what: str, count: int) -> None:
+    def advance(self, what: str, count: int = 0) -> None:
         """Report that `count` more entities of the work `what` are done."""
         now = time.monotonic()
         self._began.setdefault(what, now)

@@ -8,7 +8,7 @@ of a migration must be different stores, even if their locations are spelt diffe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -147,6 +147,11 @@ async def refuse_undeclared_fields(store: StorageStrategy, label: str) -> None:
         )
 
 
+async def not_empty_in(store: StorageStrategy) -> list[str]:
+    """The declared collections of which a store holds any entity."""
+    return [each for each in store.collections if await store.query_entities(each, limit=1)]
+
+
 def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> None:
     """Refuse to leave out a declared collection.
 
@@ -161,7 +166,8 @@ def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> N
         )
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first names, and the number of the others."""
-    more = f" and {len(names) - _MAX_SHOWN:,} more" if len(names) > _MAX_SHOWN else ""
-    return ", ".join(names[:_MAX_SHOWN]) + more
+    all_names = list(names)
+    more = len(all_names) - _MAX_SHOWN
+    return ", ".join(all_names[:_MAX_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -141,6 +141,13 @@ def test_the_advice_contains_its_figures() -> None:
     assert "test server" in told
 
 
+def test_advise_refuses_options_that_it_does_not_use() -> None:
+    for option in ("--store", "--config", "--collections"):
+        done = called("advise", option, "memory:")
+        assert done.returncode == 2
+        assert f"advise does not take {option}: it measures temporary stores" in done.stderr
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.long
 def test_advise_measures_and_recommends(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_no_store_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"storage": ', "config.json, line 1, column 13: Input data was truncated"),
+        ('{"storage": ', "config.json, line 1, column 13: the JSON is incomplete"),
         ('{"storage": {"strategy": "jsn"}}', "config.json: storage.strategy: unknown strategy"),
         (
             '{"storage": {"strategy": "json", "json_strategy": {"base_pat": "x"}}}',

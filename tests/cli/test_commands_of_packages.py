@@ -53,6 +53,14 @@ def test_a_command_of_another_package_is_run(cli: Cli, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("purge")
+def test_a_command_of_another_package_can_refuse_common_options(cli: Cli, tmp_path: Path) -> None:
+    module = tmp_path / "site" / "acme_purge.py"
+    module.write_text(MODULE + '\nREFUSED = {"config": "it has none"}\n')
+    ran = cli("purge", "--config", "c.json")
+    assert (ran.code, ran.message) == (2, "purge does not take --config: it has none")
+
+
+@pytest.mark.usefixtures("purge")
 def test_help_lists_the_command_and_shows_its_manual(cli: Cli) -> None:
     shown = cli("--help").out
     assert "purge              remove what is old" in shown

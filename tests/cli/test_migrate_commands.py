@@ -38,6 +38,31 @@ def test_migrate_moves_verifies_and_reports(filled: Cli) -> None:
     assert again.rows[0]["collections"]["machines"]["written"] == 0
 
 
+PAIR = ("--from", STORE, "--to", TARGET)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("migrate", *PAIR), "--store"),
+        (("migrateRepository", "--source-type", "json", "--target-type", "sql"), "--store"),
+        (("live-migrate", "status", *PAIR), "--store"),
+        (("live-migrate", "status", *PAIR), "--config"),
+        (("verify", *PAIR), "--store"),
+        (("verify", "b.jsonl.gz"), "--config"),
+    ],
+)
+def test_options_that_a_command_does_not_use_are_refused(
+    cli: Cli, words: tuple[str, ...], option: str
+) -> None:
+    for given in ((*words, option, "json:x"), (option, "json:x", *words)):
+        ran = cli(*given)
+        assert ran.code == 2
+        assert ran.message.startswith(f"{words[0]} does not take {option}: give ")
+    assert option not in re.findall(r"\S+", cli(words[0], "--help").out)
+    assert not Path("x").exists()
+
+
 def test_a_dry_run_writes_nothing(filled: Cli) -> None:
     ran = _migrate(filled, "--dry-run")
     assert ran.code == 0

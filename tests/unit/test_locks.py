@@ -177,10 +177,10 @@ async def test_a_free_lock_is_taken_without_suspending() -> None:
     lock = ReaderWriterLock()
     others_ran: list[bool] = []
     asyncio.get_running_loop().call_soon(others_ran.append, True)
-    await lock.acquire_read(timeout=0)
-    lock.release_read()
-    await lock.acquire_write(timeout=0)
-    lock.release_write()
+    await lock.acquire("read", timeout=0)
+    lock.release("read")
+    await lock.acquire("write", timeout=0)
+    lock.release("write")
     async with lock.reading(), ReaderWriterLock().writing():
         pass
     assert not others_ran
@@ -223,7 +223,7 @@ async def test_a_child_task_is_not_its_parent() -> None:
     lock = ReaderWriterLock()
     async with lock.writing():
         with pytest.raises(LockTimeoutError):
-            await asyncio.create_task(lock.acquire_read(timeout=0))
+            await asyncio.create_task(lock.acquire("read", timeout=0))
     assert_free(lock)
 
 
@@ -242,17 +242,17 @@ async def test_holds_is_per_task() -> None:
 async def test_only_the_holder_may_release() -> None:
     lock = ReaderWriterLock()
     with pytest.raises(RuntimeError, match="this task does not hold the lock for reading"):
-        lock.release_read()
+        lock.release("read")
     with pytest.raises(RuntimeError, match="this task does not hold the lock for writing"):
-        lock.release_write()
+        lock.release("write")
     writer = Visit(lock.writing())
     await settle()
     with pytest.raises(RuntimeError, match="does not hold the lock for writing"):
-        lock.release_write()
+        lock.release("write")
     await writer.leave()
     async with lock.reading():
         with pytest.raises(RuntimeError, match="does not hold the lock for writing"):
-            lock.release_write()
+            lock.release("write")
     assert_free(lock)
 
 
@@ -291,7 +291,7 @@ def test_outside_a_task_a_lock_is_refused() -> None:
 
     def callback() -> None:
         try:
-            lock.acquire_write().send(None)
+            lock.acquire("write").send(None)
         except RuntimeError as exc:
             refused.append(str(exc))
 
@@ -313,7 +313,7 @@ async def test_a_timeout_names_the_lock_and_its_holders(timeout: float) -> None:
     readers = [Visit(lock.reading()) for _ in range(2)]
     await settle()
     with pytest.raises(LockTimeoutError) as caught:
-        await lock.acquire_write(timeout)
+        await lock.acquire("write", timeout)
     assert caught.value.retryable
     assert str(caught.value) == (
         f"the lock of the store was not free for writing within {timeout:g} s: "
@@ -322,7 +322,7 @@ async def test_a_timeout_names_the_lock_and_its_holders(timeout: float) -> None:
     for each in readers:
         await each.leave()
     async with lock.writing():
-        other = asyncio.create_task(lock.acquire_read(timeout))
+        other = asyncio.create_task(lock.acquire("read", timeout))
         with pytest.raises(
             LockTimeoutError, match=r"for reading within .* s: held by a writer, 0 wait"
         ):
@@ -370,12 +370,12 @@ async def test_a_waiter_cancelled_after_the_hand_over_passes_the_lock_on(
     lost: str, following: str
 ) -> None:
     lock = ReaderWriterLock()
-    await lock.acquire_write()
+    await lock.acquire("write")
     victim = Visit(getattr(lock, lost)())
     await settle()
     heir = Visit(getattr(lock, following)())
     await settle()
-    lock.release_write()
+    lock.release("write")
     assert lock.holds(victim.task) == lost.removesuffix("ing").replace("writ", "write")
     victim.task.cancel()
     await settle()
@@ -388,11 +388,11 @@ async def test_a_waiter_cancelled_after_the_hand_over_passes_the_lock_on(
 
 async def test_a_waiter_cancelled_just_before_the_release_is_skipped() -> None:
     lock = ReaderWriterLock()
-    await lock.acquire_write()
+    await lock.acquire("write")
     victim, heir = Visit(lock.writing()), Visit(lock.writing())
     await settle()
     victim.task.cancel()
-    lock.release_write()
+    lock.release("write")
     assert lock.holds(heir.task) == "write"
     await settle()
     assert victim.task.cancelled()
@@ -402,10 +402,10 @@ async def test_a_waiter_cancelled_just_before_the_release_is_skipped() -> None:
 
 async def test_the_last_waiter_cancelled_after_the_hand_over_leaves_the_lock_free() -> None:
     lock = ReaderWriterLock()
-    await lock.acquire_read()
+    await lock.acquire("read")
     victim = Visit(lock.writing())
     await settle()
-    lock.release_read()
+    lock.release("read")
     await victim.cancelled()
     assert_free(lock)
 
@@ -414,16 +414,16 @@ async def test_the_last_waiter_cancelled_after_the_hand_over_leaves_the_lock_fre
 async def test_a_timeout_and_a_hand_over_at_the_same_moment(granted_first: bool) -> None:
     """The first event decides; the other one has no effect."""
     lock = ReaderWriterLock()
-    await lock.acquire_write()
+    await lock.acquire("write")
     victim, heir = Visit(lock.writing(timeout=60)), Visit(lock.writing())
     await settle()
     promised = next(iter(lock._queue))
     if granted_first:
-        lock.release_write()
+        lock.release("write")
         lock._expire(promised)
     else:
         lock._expire(promised)
-        lock.release_write()
+        lock.release("write")
     await settle()
     assert victim.inside.is_set() is granted_first
     assert heir.inside.is_set() is not granted_first
@@ -439,13 +439,13 @@ async def test_a_timeout_and_a_hand_over_at_the_same_moment(granted_first: bool)
 
 async def test_a_cancellation_at_the_moment_of_the_timeout() -> None:
     lock = ReaderWriterLock()
-    await lock.acquire_write()
+    await lock.acquire("write")
     victim = Visit(lock.writing(timeout=60))
     await settle()
     lock._expire(next(iter(lock._queue)))
     await victim.cancelled()
     assert victim.task.cancelled()
-    lock.release_write()
+    lock.release("write")
     assert_free(lock)
 
 
@@ -475,7 +475,7 @@ async def test_a_holder_that_is_cancelled_or_fails_releases() -> None:
 
 async def test_many_waiters_in_the_middle_of_the_queue_may_leave() -> None:
     lock = ReaderWriterLock()
-    await lock.acquire_write()
+    await lock.acquire("write")
     visits = [Visit(lock.reading() if n % 3 else lock.writing()) for n in range(3000)]
     await settle()
     assert lock.waiting == 3000
@@ -483,7 +483,7 @@ async def test_many_waiters_in_the_middle_of_the_queue_may_leave() -> None:
         each.task.cancel()
     await settle()
     assert lock.waiting == 100
-    lock.release_write()
+    lock.release("write")
     for each in visits[:100]:
         await each.leave()
     assert_free(lock)

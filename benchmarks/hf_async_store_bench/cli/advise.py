@@ -10,10 +10,14 @@ from hf_async_store_bench.cli.types import at_least_one, percent
 USAGE: Final = "advise [OPTIONS]"
 SUMMARY: Final = "recommend an engine for your load, by measuring it on this machine"
 MANUAL: Final = """\
-It takes about a minute, with temporary stores. --store, --config and --collections are not used.
+It takes about a minute, with temporary stores.
 
   hf-async-store advise --entities 50000 --tasks 32 --processes 4 --reads-percent 90
 """
+
+REFUSED: Final = dict.fromkeys(
+    ("store", "config", "collections"), "it measures temporary stores of each engine"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
