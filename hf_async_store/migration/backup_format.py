@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequen
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -344,7 +344,7 @@ class PortableReader:
         if len(line) > _MAX_ENTITY_JSON_BYTES:
             raise damaged(self._path, f"entity {number:,} of {name} exceeds the maximum size")
         try:
-            return cast("Entity", _decode(line))
+            return _decode(line)
         except RecursionError as exc:
             raise damaged(self._path, f"entity {number:,} of {name} is nested too deeply") from exc
         except ValueError as exc:  # the base class of the errors of msgspec
@@ -440,7 +440,7 @@ async def _line_chunks(path: Path) -> AsyncGenerator[list[bytes], None]:
     decompressor.finish(rest)
 
 
-_decode: Final = msgspec.json.Decoder().decode
+_decode: Final[Callable[[bytes], Entity]] = msgspec.json.Decoder().decode
 
 
 class _Decompressor:

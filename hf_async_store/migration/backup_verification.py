@@ -11,7 +11,9 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hf_async_store import batch_validation
 from hf_async_store.changes import check_version
@@ -56,7 +58,7 @@ async def check_portable(
         InvalidInputError: the file is not a portable backup.
     """
     reader = PortableReader(path)
-    checker = _EntityChecker(reader, path, schema)
+    checker = _EntityChecker(reader, path, schema, dict(schema or {}))
     async with aclosing(reader.sections()) as sections:
         async for name, encoded in sections:
             reader.digests[name].add_all(encoded)
@@ -68,17 +70,14 @@ async def check_portable(
     return reader.digests
 
 
-class _EntityChecker:
+class _EntityChecker(msgspec.Struct):
     """Checks entities, in the order in which they are in the file."""
 
-    def __init__(
-        self, reader: PortableReader, path: Path, schema: Mapping[str, Collection] | None
-    ) -> None:
-        self._reader = reader
-        self._path = path
-        self._schema = schema
-        self._collections = dict(schema or {})
-        self._last: dict[str, str] = {}
+    reader: PortableReader
+    path: Path
+    schema: Mapping[str, Collection] | None
+    collections: dict[str, Collection]
+    last_ids: dict[str, str] = {}
 
     def check(self, name: str, entities: list[Entity]) -> Collection:
         """Check the next entities of a collection; returns the declaration that was applied."""
@@ -92,22 +91,22 @@ class _EntityChecker:
         return declared
 
     def _declared(self, name: str) -> Collection:
-        if name not in self._collections:
-            header = self._reader.header
+        if name not in self.collections:
+            header = self.reader.header
             assert header is not None, "the header is read before any entity"
             key = next(each.key for each in header.collections if each.name == name)
             try:
-                self._collections[name] = Collection(name, key=key)
+                self.collections[name] = Collection(name, key=key)
             except ConfigurationError as exc:
-                raise damaged(self._path, f"it holds an invalid collection: {exc}") from exc
-        return self._collections[name]
+                raise damaged(self.path, f"it holds an invalid collection: {exc}") from exc
+        return self.collections[name]
 
     def _check_entity(self, declared: Collection, entity: Entity) -> None:
         try:
             declared.entity(entity)
         except InvalidFieldError as exc:
-            if self._schema is not None:  # without a schema, the declared types are unknown
-                raise exc.at(f"{self._path}, {name_of(declared, entity)}") from exc
+            if self.schema is not None:  # without a schema, the declared types are unknown
+                raise exc.at(f"{self.path}, {name_of(declared, entity)}") from exc
         except InvalidInputError as exc:
             raise self._damaged(declared, entity, exc) from exc
 
@@ -119,17 +118,17 @@ class _EntityChecker:
 
     def _check_order(self, declared: Collection, entity: Entity) -> None:
         """Entities are sorted by id, so no entity occurs twice."""
-        entity_id = cast("str", entity[declared.key])
-        if entity_id <= self._last.get(declared.name, ""):
+        entity_id = declared.id_of(entity)
+        if entity_id <= self.last_ids.get(declared.name, ""):
             raise damaged(
-                self._path,
+                self.path,
                 f"{name_of(declared, entity)} occurs twice, or the entities are not sorted by id",
             )
-        self._last[declared.name] = entity_id
+        self.last_ids[declared.name] = entity_id
 
     def _damaged(self, declared: Collection, entity: Entity, exc: InvalidInputError) -> Exception:
         return damaged(
-            self._path, f"{name_of(declared, entity)} cannot be stored in any store: {exc}"
+            self.path, f"{name_of(declared, entity)} cannot be stored in any store: {exc}"
         )
 
 
@@ -141,9 +140,7 @@ class Parents:
     """
 
     def __init__(self, schema: Mapping[str, Collection]) -> None:
-        referenced = {
-            cast("str", field.references) for each in schema.values() for field in each.references
-        }
+        referenced = {field.parent for each in schema.values() for field in each.references}
         self._hashes = {name: array("q") for name in referenced}
         self._is_sorted = dict.fromkeys(referenced, True)
         self._wanted: dict[Key, str] = {}
@@ -161,13 +158,11 @@ class Parents:
             self._add_references(declared, field, entities)
 
     def _add_references(self, declared: Collection, field: Field, entities: list[Entity]) -> None:
-        parent = cast("str", field.references)
         for entity in entities:
             value = entity.get(field.name)
             if isinstance(value, str):
-                self._wanted.setdefault(
-                    Key(parent, value), f"{name_of(declared, entity)}: {field.name}"
-                )
+                child = f"{name_of(declared, entity)}: {field.name}"
+                self._wanted.setdefault(Key(field.parent, value), child)
 
     def _drop_known(self) -> None:
         """Drop the references to parents that the file has contained so far."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from hf_async_store.changes import Record
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.store_checks import refuse_undeclared, require_store
 from hf_async_store.query import build_query
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
 
 LIMIT: Final = 20
-_CHUNK_SIZE: Final = 500
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -105,17 +103,6 @@ async def compare_stores(
     for store, what in ((source, "the source"), (target, "the target")):
         await require_store(store, what)
         await refuse_undeclared(store, what, leave_out)
-    return await compare_declared(source, target, limit=limit, advance=advance)
-
-
-async def compare_declared(
-    source: StorageStrategy,
-    target: StorageStrategy,
-    *,
-    limit: int = LIMIT,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Comparison:
-    """Compare the collections that the source declares; see `compare_stores`."""
     async with source.snapshot() as source_reader, target.snapshot() as target_reader:
         return await compare_readers(
             source_reader, target_reader, source.collections, limit=limit, advance=advance
@@ -130,7 +117,7 @@ async def compare_readers(
     limit: int = LIMIT,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
-    """Compare two readers; see `compare_stores`."""
+    """Compare the declared collections; see `compare_stores`."""
     compared: dict[str, CollectionComparison] = {}
     for name, declared in schema.items():
         in_source, in_target = await asyncio.gather(
@@ -170,35 +157,29 @@ async def differences_of(
 ) -> AsyncGenerator[Difference, None]:
     """The differences of a collection, found by looking up the entities of each side on the other.
 
-    The two engines need not return entities in the same order, and only one chunk is held at a
-    time.
+    The two engines need not return entities in the same order, and only one batch is held at a time.
     """
-    async with aclosing(_chunks(source, declared)) as chunks:
-        async for chunk in chunks:
-            others = await target.fetch([each.key for each in chunk])
-            for record, other in zip(chunk, others, strict=True):
-                if other is None:
-                    yield Difference("missing", declared.name, record.key.id, [])
-                elif fields := differing(record.entity, other.entity):
-                    yield Difference("changed", declared.name, record.key.id, fields)
-    async with aclosing(_chunks(target, declared)) as chunks:
-        async for chunk in chunks:
-            others = await source.fetch([each.key for each in chunk])
-            for record, other in zip(chunk, others, strict=True):
-                if other is None:
-                    yield Difference("extra", declared.name, record.key.id, [])
+    async with aclosing(_unequal(source, target, declared, "missing")) as differences:
+        async for each in differences:
+            yield each
+    async with aclosing(_unequal(target, source, declared, "extra")) as differences:
+        async for each in differences:
+            if each.kind == "extra":
+                yield each
 
 
-async def _chunks(reader: Reader, declared: Collection) -> AsyncGenerator[list[Record], None]:
-    chunk: list[Record] = []
-    async with aclosing(reader.select(build_query(declared))) as records:
-        async for record in records:
-            chunk.append(record)
-            if len(chunk) == _CHUNK_SIZE:
-                yield chunk
-                chunk = []
-    if chunk:
-        yield chunk
+async def _unequal(
+    one: Reader, other: Reader, declared: Collection, absent: Literal["missing", "extra"]
+) -> AsyncGenerator[Difference, None]:
+    """The entities of `one` that `other` does not hold, of the kind `absent`, or that differ in it."""
+    async with aclosing(one.select_batches(build_query(declared))) as batches:
+        async for batch in batches:
+            keys = [Key(declared.name, declared.id_of(each)) for each in batch]
+            for key, entity, found in zip(keys, batch, await other.fetch(keys), strict=True):
+                if found is None:
+                    yield Difference(absent, key.collection, key.id, [])
+                elif fields := differing(entity, found.entity):
+                    yield Difference("changed", key.collection, key.id, fields)
 
 
 def differing(one: Entity, other: Entity) -> list[str]:
@@ -215,13 +196,8 @@ async def first_unexpected(source: StorageStrategy, target: StorageStrategy) -> 
     """The first entity of the target that the source lacks or that differs; None if there is none."""
     async with source.snapshot() as source_reader, target.snapshot() as target_reader:
         for declared in target.collections.values():
-            async with aclosing(_chunks(target_reader, declared)) as chunks:
-                async for chunk in chunks:
-                    keys: list[Key] = [each.key for each in chunk]
-                    originals = await source_reader.fetch(keys)
-                    for record, original in zip(chunk, originals, strict=True):
-                        if original is None:
-                            return Difference("extra", declared.name, record.key.id, [])
-                        if fields := differing(original.entity, record.entity):
-                            return Difference("changed", declared.name, record.key.id, fields)
+            differences = _unequal(target_reader, source_reader, declared, "extra")
+            async with aclosing(differences):
+                async for each in differences:
+                    return each
     return None

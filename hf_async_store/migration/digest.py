@@ -46,11 +46,6 @@ class Digest:
         self.count += len(hashes)
         self._sum += sum([int.from_bytes(each, "big") for each in hashes])
 
-    def merge(self, other: Digest) -> None:
-        """Add all entities of another digest."""
-        self.count += other.count
-        self._sum += other._sum
-
     def __str__(self) -> str:
         return f"{_ALGORITHM}:{self._sum % _MODULUS:0{2 * _BYTES}x}"
 

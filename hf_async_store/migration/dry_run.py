@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hf_async_store.errors import InvalidInputError, StorageError
 from hf_async_store.migration.merge import check_entity, name_of
@@ -35,7 +37,6 @@ async def find_incompatibilities(
     source: StorageStrategy,
     target: StorageStrategy,
     *,
-    limit: int = LIMIT,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, int], list[str], bool]:
     """Read the whole source; returns its counts, the problems, and whether there are more problems.
@@ -43,28 +44,26 @@ async def find_incompatibilities(
     Checked is what every write checks (keys, values, declared types, sizes, versions), and, if the
     target enforces references, whether the parents exist.
     """
-    dry_run = _DryRun(source, target, limit)
+    dry_run = _DryRun(source, target, enforces_references(target))
     for name in source.collections:
         await dry_run.check_collection(name, advance)
-    return dry_run.counts, dry_run.problems[:limit], len(dry_run.problems) > limit
+    return dry_run.counts, dry_run.problems[:LIMIT], len(dry_run.problems) > LIMIT
 
 
-class _DryRun:
-    def __init__(self, source: StorageStrategy, target: StorageStrategy, limit: int) -> None:
-        self._source = source
-        self._target = target
-        self._limit = limit
-        self._references = enforces_references(target)
-        self._parents: set[Key] = set()
-        self.counts: dict[str, int] = {}
-        self.problems: list[str] = []
+class _DryRun(msgspec.Struct):
+    source: StorageStrategy
+    target: StorageStrategy
+    references: bool
+    parents: set[Key] = set()
+    counts: dict[str, int] = {}
+    problems: list[str] = []
 
     async def check_collection(self, name: str, advance: Callable[[int], None]) -> None:
-        declared = self._target.collections[name]
+        declared = self.target.collections[name]
         self.counts[name] = 0
-        async with self._source.snapshot() as reader:
+        async with self.source.snapshot() as reader:
             chunk: list[Entity] = []
-            query = build_query(self._source.collections[name])
+            query = build_query(self.source.collections[name])
             try:
                 async with aclosing(reader.select(query)) as records:
                     async for record in records:
@@ -80,7 +79,7 @@ class _DryRun:
             advance(len(chunk))
 
     def _add_problem(self, problem: str) -> None:
-        if len(self.problems) <= self._limit:
+        if len(self.problems) <= LIMIT:
             self.problems.append(problem)
 
     async def _check(self, declared: Collection, chunk: list[Entity], reader: Reader) -> None:
@@ -90,36 +89,31 @@ class _DryRun:
                 check_entity(declared, entity)
             except InvalidInputError as exc:
                 self._add_problem(f"{name_of(declared, entity)}: {exc}")
-        if self._references:
+        if self.references:
             for field in declared.references:
                 await self._check_parents(declared, field, chunk, reader)
 
     async def _check_parents(
         self, declared: Collection, field: Field, chunk: list[Entity], reader: Reader
     ) -> None:
-        parent = cast("str", field.references)
         wanted = {
-            Key(parent, value)
+            Key(field.parent, value)
             for entity in chunk
             if isinstance(value := entity.get(field.name), str)
-        } - self._parents
+        } - self.parents
         keys = sorted(wanted)
-        if len(self._parents) > _MAX_PARENTS:
-            self._parents.clear()
+        if len(self.parents) > _MAX_PARENTS:
+            self.parents.clear()
         for key, record in zip(keys, await reader.fetch(keys), strict=True):
             if record is not None:
-                self._parents.add(key)
-        not_in_source = [each for each in keys if each not in self._parents]
+                self.parents.add(key)
+        not_in_source = [each for each in keys if each not in self.parents]
         if not_in_source:
             ids = [each.id for each in not_in_source]
-            in_target = await self._target.get_entities(parent, ids)
-            missing = {
-                parent_id
-                for parent_id, entity in zip(ids, in_target, strict=True)
-                if entity is None
-            }
+            in_target = await self.target.get_entities(field.parent, ids)
+            missing = {each for each, found in zip(ids, in_target, strict=True) if found is None}
             for entity in chunk:
-                if entity.get(field.name) in missing:
-                    name = cast("str", entity[field.name])
+                parent = entity.get(field.name)
+                if isinstance(parent, str) and parent in missing:
                     entity_id = entity.get(declared.key)
-                    self._add_problem(str(missing_parent(declared.name, entity_id, field, name)))
+                    self._add_problem(str(missing_parent(declared.name, entity_id, field, parent)))

@@ -12,10 +12,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, cast
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
+from msgspec.structs import replace
 
 from hf_async_store.changes import ABSENT, Change, Delete, Put, Record
 from hf_async_store.config import anchored, load_config
@@ -55,7 +55,7 @@ from hf_async_store.schema import (
     Schema,
 )
 from hf_async_store.strategies import open_store
-from hf_async_store.values import VERSION, Entity, Key, canonical, utc_now
+from hf_async_store.values import VERSION, Key, canonical, utc_now
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
@@ -160,12 +160,7 @@ class LiveMigration:
             )
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         try:
             await self._source.close()
         finally:
@@ -277,15 +272,13 @@ class LiveMigration:
         Raises:
             MigrationError: another coordinator took over, or an application ended the switch.
         """
-        state = self._current()
-        outcome = (await self._source.write_each([state.put(**changed)]))[0]
-        if isinstance(outcome, ConcurrencyConflictError):
+        try:
+            await _write(self._source, self._current().put(**changed))
+        except ConcurrencyConflictError as exc:
             raise MigrationError(
                 "another coordinator has taken this live migration over, or an application ended "
                 "a switch that took too long; run the action again"
-            ) from outcome
-        if isinstance(outcome, StorageError):
-            raise outcome
+            ) from exc
         self._state = await self._read_state(self._source)
 
     async def _begin(self) -> None:
@@ -325,18 +318,12 @@ class LiveMigration:
                     )
 
     async def _put_record(self, engine: Engine, state: MigrationState) -> None:
-        entity = cast("Entity", msgspec.to_builtins(state))
-        del entity[VERSION]
-        entity["move_id"] = MIGRATION_KEY.id
         existing = await self._read_state(engine)
-        expect = ABSENT if existing is None else existing.version
-        version = 1 if existing is None else existing.version + 1
-        put = Put(MIGRATION_KEY, entity, utc_now(), expect, version)
-        outcome = (await engine.write_each([put]))[0]
-        if isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
-            raise MigrationError("another coordinator is starting a live migration") from outcome
-        if isinstance(outcome, StorageError):
-            raise outcome
+        put = replace(state, version=0 if existing is None else existing.version).put()
+        try:
+            await _write(engine, replace(put, expect=ABSENT) if existing is None else put)
+        except (AlreadyExistsError, ConcurrencyConflictError) as exc:
+            raise MigrationError("another coordinator is starting a live migration") from exc
 
     async def _acquire_epoch(self) -> None:
         """Become the coordinator by writing a new epoch to both records.
@@ -368,11 +355,12 @@ class LiveMigration:
             change = target_state.put(
                 role="target", phase="COPYING", other=self.source_location, epoch=epoch
             )
-            outcome = (await self._target.write_each([change]))[0]
-            if isinstance(outcome, StorageError):
+            try:
+                await _write(self._target, change)
+            except StorageError as exc:
                 raise MigrationError(
                     "another coordinator is taking this live migration over"
-                ) from outcome
+                ) from exc
         # Afterwards every process has read a record with this phase.
         await _wait_for_leases()
 
@@ -380,18 +368,14 @@ class LiveMigration:
         """End the migration while the source is active."""
         target_state = await self._read_state(self._target)
         assert target_state is not None, "the epoch was acquired"
-        outcome = (await self._target.write_each([target_state.put(phase="FINALIZED")]))[0]
-        if isinstance(outcome, StorageError):
-            raise outcome
+        await _write(self._target, target_state.put(phase="FINALIZED"))
         await self._cleanup(self._source)
 
     async def _cleanup(self, engine: Engine) -> None:
         """Delete the record and the change markers from the store that stays active."""
         state = await self._read_state(engine)
         if state is not None:
-            outcome = (await engine.write_each([Delete(MIGRATION_KEY, state.version)]))[0]
-            if isinstance(outcome, StorageError):
-                raise outcome
+            await _write(engine, Delete(MIGRATION_KEY, state.version))
         await _wait_for_leases()
         while markers := await self._markers(engine, None):
             await engine.write_each([Delete(each.key) for each in markers])
@@ -427,13 +411,7 @@ class LiveMigration:
             after: str | None = None
             while markers := await self._markers(marked, after):
                 after = markers[-1].key.id
-                keys = [
-                    Key(cast("str", each.entity["collection"]), cast("str", each.entity["id"]))
-                    for each in markers
-                ]
-                await self._copy_keys(
-                    origin, copy, [each for each in keys if self._require_declared(each)]
-                )
+                await self._copy_keys(origin, copy, list(map(self._marked_key, markers)))
                 # A marker that was written again meanwhile has another version, so it is not
                 # deleted.
                 await marked.write_each([Delete(each.key, each.version) for each in markers])
@@ -441,19 +419,21 @@ class LiveMigration:
         self._advance("changes", drained)
         return drained
 
-    def _require_declared(self, key: Key) -> bool:
-        if key.collection not in self._schema:
+    def _marked_key(self, marker: Record) -> Key:
+        """The key of the entity that a change marker names."""
+        collection, entity_id = str(marker.entity["collection"]), str(marker.entity["id"])
+        if collection not in self._schema:
             raise MigrationError(
-                f"an application writes to {key.collection!r}, which is not declared here; declare "
+                f"an application writes to {collection!r}, which is not declared here; declare "
                 "all collections that any application declares (--collections MODULE:NAME on the "
                 "command line)"
             )
-        return True
+        return Key(collection, entity_id)
 
     async def _markers(self, engine: Engine, after: str | None) -> list[Record]:
         query = build_query(MARKER_COLLECTION, limit=_BATCH)
         if after is not None:
-            query = msgspec.structs.replace(query, after=CursorPosition((), after))
+            query = replace(query, after=CursorPosition((), after))
         async with aclosing(engine.select(query)) as records:
             return [each async for each in records]
 
@@ -522,7 +502,7 @@ class LiveMigration:
         while new:
             records = await origin.fetch(new)
             parents = [
-                Key(cast("str", field.references), parent)
+                Key(field.parent, parent)
                 for record in records
                 if record is not None
                 for field in self._schema[record.key.collection].references
@@ -645,6 +625,13 @@ class LiveMigration:
             return (await compare_readers(source, target, self._schema)).equal
 
 
+async def _write(engine: Engine, change: Change) -> None:
+    """Apply one change; its error is raised."""
+    [outcome] = await engine.write_each([change])
+    if isinstance(outcome, StorageError):
+        raise outcome
+
+
 async def _wait_for_leases() -> None:
     """Wait until every lease on a phase that was read before now has expired."""
     await asyncio.sleep(LEASE_SECONDS + _MARGIN)
@@ -663,4 +650,4 @@ async def _key_chunks(
             yield keys
         if len(keys) < size:
             return
-        query = msgspec.structs.replace(query, after=CursorPosition((), keys[-1].id))
+        query = replace(query, after=CursorPosition((), keys[-1].id))

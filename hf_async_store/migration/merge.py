@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -20,7 +20,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.repository import RepositoryInterface
 from hf_async_store.schema import Collection
-from hf_async_store.values import UPDATED_AT, VERSION, Entity, canonical
+from hf_async_store.values import UPDATED_AT, VERSION, Entity, canonical, version_of
 
 MergeRule: TypeAlias = Literal["keep", "replace", "newest"]
 """How an incoming entity is treated if the store holds a different one with the same id:
@@ -59,7 +59,7 @@ def replaces(incoming: Entity, stored: Entity, rule: MergeRule) -> bool:
 
 def _recency(entity: Entity) -> tuple[str, int]:
     updated_at = entity.get(UPDATED_AT)
-    return updated_at if isinstance(updated_at, str) else "", cast("int", entity[VERSION])
+    return updated_at if isinstance(updated_at, str) else "", version_of(entity)
 
 
 async def put(
@@ -86,7 +86,7 @@ async def put(
             were written.
         InvalidInputError: an entity is not valid; the error names it, and nothing was written.
     """
-    writer = _BatchWriter(store, collection, stored=stored, waiting=waiting)
+    writer = _BatchWriter(store, store.collections[collection], stored, waiting)
     if rule is None:
         return Merged(written=len(entities) - len(await writer.write(entities, sizes=sizes)))
     merged = Merged()
@@ -116,7 +116,7 @@ async def _merge(
             merged.unchanged += 1
             continue
         elif replaces(entity, stored, rule):
-            expected[entity_id] = cast("int", stored[VERSION])
+            expected[entity_id] = version_of(stored)
         else:
             merged.kept += 1
             continue
@@ -131,24 +131,16 @@ async def _merge(
 _CONFLICTS: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
 
 
-class _BatchWriter:
+class _BatchWriter(msgspec.Struct):
     """Writes batches of whole entities of one collection into a store."""
 
-    def __init__(
-        self,
-        store: RepositoryInterface,
-        collection: str,
-        *,
-        stored: bool,
-        waiting: list[Entity] | None,
-    ) -> None:
-        self.store = store
-        self.declared = store.collections[collection]
-        self._stored = stored
-        self._waiting = waiting
+    store: RepositoryInterface
+    declared: Collection
+    stored: bool
+    waiting: list[Entity] | None
 
     def ids(self, entities: Sequence[Entity]) -> list[str]:
-        return [cast("str", each[self.declared.key]) for each in entities]
+        return list(map(self.declared.id_of, entities))
 
     async def write(
         self,
@@ -166,7 +158,7 @@ class _BatchWriter:
         """
         name = self.declared.name
         try:
-            if self._stored:
+            if self.stored:
                 await self.store._import_stored(name, entities, expected, sizes=sizes)
             else:
                 await self.store.import_entities(name, entities, expected)
@@ -184,7 +176,7 @@ class _BatchWriter:
             for entity, outcome in zip(entities, exc.outcomes, strict=True)
             if isinstance(outcome, StorageError)
         ]
-        if self._waiting is not None:
+        if self.waiting is not None:
             tolerated = (*tolerated, ReferenceViolationError)
         errors = [each for each in refused if not isinstance(each[1], tolerated)]
         if errors:
@@ -195,8 +187,8 @@ class _BatchWriter:
                 f"{_message(self.declared, entity, first)}",
                 exc.outcomes,
             ) from first
-        if self._waiting is not None:
-            self._waiting += [
+        if self.waiting is not None:
+            self.waiting += [
                 each for each, error in refused if isinstance(error, ReferenceViolationError)
             ]
         return refused

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -26,7 +26,11 @@ from hf_async_store.migration.backup_format import (
 from hf_async_store.migration.backup_verification import Parents, check_portable
 from hf_async_store.migration.dry_run import enforces_references
 from hf_async_store.migration.merge import Merged, MergeRule, put
-from hf_async_store.migration.store_checks import check_leave_out, refuse_undeclared_fields
+from hf_async_store.migration.store_checks import (
+    check_leave_out,
+    not_empty_in,
+    refuse_undeclared_fields,
+)
 from hf_async_store.schema import Schema
 from hf_async_store.values import Entity
 
@@ -97,7 +101,7 @@ async def restore_store(
         raise _nothing_written(exc) from exc
     if merge is None:
         await _refuse_not_empty(store)
-    restore = _Restore(store, path, merge, advance)
+    restore = _Restore(store, path, merge, advance, {name: Merged() for name in store.collections})
     await restore.run()
     left_out = [each.name for each in header.collections if each.count and each.name in leave_out]
     return RestoreResult(str(path), restore.merged, left_out)
@@ -111,7 +115,7 @@ def _nothing_written(exc: StorageError) -> StorageError:
 
 
 async def _refuse_not_empty(store: StorageStrategy) -> None:
-    not_empty = [name for name in store.collections if await store.query_entities(name, limit=1)]
+    not_empty = await not_empty_in(store)
     if not_empty:
         counts = ", ".join([f"{await store.count_entities(each):,} {each}" for each in not_empty])
         raise TargetNotEmptyError(
@@ -120,26 +124,20 @@ async def _refuse_not_empty(store: StorageStrategy) -> None:
         )
 
 
-class _Restore:
+class _Restore(msgspec.Struct):
     """Writes a verified backup into a store.
 
     Attributes:
         merged: the number of entities that were written, unchanged or kept so far, by collection.
+        waiting: by collection, the ids of entities whose parents have not been written yet.
     """
 
-    def __init__(
-        self,
-        store: StorageStrategy,
-        path: Path,
-        rule: MergeRule | None,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._store = store
-        self._path = path
-        self._rule = rule
-        self._advance = advance
-        self._waiting: dict[str, set[str]] = defaultdict(set)
-        self.merged = {name: Merged() for name in store.collections}
+    store: StorageStrategy
+    path: Path
+    rule: MergeRule | None
+    advance: Callable[[int], None]
+    merged: dict[str, Merged]
+    waiting: dict[str, set[str]] = msgspec.field(default_factory=lambda: defaultdict(set))
 
     async def run(self) -> None:
         """Write all entities.
@@ -150,10 +148,10 @@ class _Restore:
         try:
             await self._write_file(None)
             # Children that precede their parents in the file, as in a tree of one collection.
-            while waiting := {name: ids for name, ids in self._waiting.items() if ids}:
-                self._waiting.clear()
+            while waiting := {name: ids for name, ids in self.waiting.items() if ids}:
+                self.waiting.clear()
                 await self._write_file(waiting)
-                if self._waiting == waiting:
+                if self.waiting == waiting:
                     name, ids = next(iter(waiting.items()))
                     raise ReferenceViolationError(
                         f"{len(ids):,} entities of {name} refer to a parent that does not exist; "
@@ -165,31 +163,30 @@ class _Restore:
 
     async def _write_file(self, only: dict[str, set[str]] | None) -> None:
         """Read the file once and write its entities, or only those with the given ids."""
-        async with aclosing(read_portable(self._path)) as chunks:
+        async with aclosing(read_portable(self.path)) as chunks:
             async for name, entities in chunks:
                 if only is not None:
-                    ids, key = only.get(name, set()), self._store.collections[name].key
+                    ids, key = only.get(name, set()), self.store.collections[name].key
                     entities = [each for each in entities if each[key] in ids]
                 for start in range(0, len(entities), _BATCH_SIZE):
                     await self._write(name, entities[start : start + _BATCH_SIZE])
 
     async def _write(self, name: str, batch: list[Entity]) -> None:
-        if name not in self._store.collections:
+        if name not in self.store.collections:
             return  # left out
-        key = self._store.collections[name].key
         waiting: list[Entity] = []
-        done = await put(self._store, name, batch, self._rule, stored=False, waiting=waiting)
+        done = await put(self.store, name, batch, self.rule, stored=False, waiting=waiting)
         self.merged[name].add(done)
-        self._waiting[name] |= {cast("str", each[key]) for each in waiting}
-        self._advance(len(batch) - len(waiting))
+        self.waiting[name].update(map(self.store.collections[name].id_of, waiting))
+        self.advance(len(batch) - len(waiting))
 
     def _incomplete(self, exc: StorageError) -> MigrationError:
         counts = {name: each.written for name, each in self.merged.items() if each.written}
         written = ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
         return MigrationError(
-            f"the restore of {self._path} is incomplete: {exc}. Entities that were written: "
+            f"the restore of {self.path} is incomplete: {exc}. Entities that were written: "
             f"{written}, and possibly some of the batch that failed (at most {_BATCH_SIZE:,}). Fix the "
-            f"cause, then restore again with --merge {self._rule or 'replace'}",
+            f"cause, then restore again with --merge {self.rule or 'replace'}",
             retryable=exc.retryable,
             outcome_unknown=exc.outcome_unknown,
         )

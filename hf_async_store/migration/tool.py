@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, cast
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 
-from hf_async_store.config import MigrationConfig, absolute, load_migration
+from hf_async_store.config import MigrationConfig, absolute, load_config, load_migration
 from hf_async_store.errors import (
     BatchError,
     ConfigurationError,
@@ -32,15 +31,16 @@ from hf_async_store.migration.copier import (
 )
 from hf_async_store.migration.diff import (
     Comparison,
-    compare_declared,
+    compare_readers,
     differing,
     first_unexpected,
 )
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.dry_run import enforces_references, find_incompatibilities
-from hf_async_store.migration.merge import RULES, Merged, MergeRule, name_of, replaces
+from hf_async_store.migration.merge import RULES, MergeRule, name_of, replaces
 from hf_async_store.migration.store_checks import (
     check_leave_out,
+    not_empty_in,
     refuse_same,
     refuse_undeclared,
     refuse_undeclared_fields,
@@ -49,7 +49,7 @@ from hf_async_store.migration.store_checks import (
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
-from hf_async_store.values import VERSION, Entity, canonical
+from hf_async_store.values import Entity, canonical, version_of
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
@@ -177,12 +177,7 @@ class MigrationTool:
                 await self._stack.enter_async_context(store)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
     # -- single steps ------------------------------------------------------------------------
@@ -303,9 +298,13 @@ class MigrationTool:
 
     async def compare(self) -> Comparison:
         """Compare the declared collections: counts, digests, and the first differences."""
-        return await compare_declared(
-            self.source, self.target, advance=lambda count: self.advance("verify", count)
-        )
+        async with self.source.snapshot() as source, self.target.snapshot() as target:
+            return await compare_readers(
+                source,
+                target,
+                self.source.collections,
+                advance=lambda count: self.advance("verify", count),
+            )
 
     # -- all steps ---------------------------------------------------------------------------
 
@@ -411,7 +410,7 @@ class MigrationTool:
         Raises:
             TargetNotEmptyError: the target holds other entities, and no merge rule was given.
         """
-        not_empty = [name for name in self.target.collections if await self._holds_any(name)]
+        not_empty = await not_empty_in(self.target)
         if self._merge is not None or not not_empty:
             return self._merge if not_empty else None
         # An earlier run may have written these entities. Then all of them equal the source's.
@@ -424,9 +423,6 @@ class MigrationTool:
             f"{problem} the source; nothing was written. Use an empty target, or give a merge rule "
             "(merge, or --merge on the command line): keep, replace or newest"
         )
-
-    async def _holds_any(self, name: str) -> bool:
-        return bool(await self.target.query_entities(name, limit=1))
 
     async def _back_up(self, report: MigrationReport) -> None:
         if not self._config.create_backup:
@@ -478,7 +474,7 @@ class MigrationTool:
             ) from exc
         finally:
             await self._file.wait_written()
-            _count(result, copier.merged)
+            result.written, result.unchanged, result.kept = msgspec.structs.astuple(copier.merged)
             result.read, result.digest = copier.digest.count, str(copier.digest)
 
     async def _check_progress(
@@ -486,7 +482,6 @@ class MigrationTool:
     ) -> None:
         """Check that the entities copied so far are still the same in both stores."""
         in_source, in_target = Digest(), Digest()
-        key = self.source.collections[name].key
         changed: list[str] = []
         async with aclosing(batches_of(self.source, name, checkpoint.batch_size)) as batches:
             async for batch in batches:
@@ -496,10 +491,7 @@ class MigrationTool:
                 )
                 if remaining <= 0:
                     break
-                entities = batch.entities[:remaining]
-                ids = [cast("str", each[key]) for each in entities]
-                copies = await self.target.get_entities(name, ids)
-                for entity_id, entity, copy in zip(ids, entities, copies, strict=True):
+                for entity_id, entity, copy in await self._copies(name, batch.entities[:remaining]):
                     in_source.add(canonical(entity))
                     if copy is not None:
                         in_target.add(canonical(copy))
@@ -520,6 +512,13 @@ class MigrationTool:
                 "the target and migrate again, or migrate with a merge rule; "
                 f"{self._file.path} can be removed"
             )
+
+    async def _copies(
+        self, name: str, entities: Sequence[Entity]
+    ) -> Iterable[tuple[str, Entity, Entity | None]]:
+        """Entities of the source, each with its id and its copy in the target, if there is one."""
+        ids = list(map(self.source.collections[name].id_of, entities))
+        return zip(ids, entities, await self.target.get_entities(name, ids), strict=True)
 
     async def _verify(self, merge: MergeRule | None, report: MigrationReport) -> None:
         try:
@@ -542,18 +541,15 @@ class MigrationTool:
         prefers."""
         differences: list[str] = []
         async for batch in self.get_migration_batches(_CHUNK_SIZE):
-            key = self.source.collections[batch.collection].key
-            ids = [cast("str", each[key]) for each in batch.entities]
-            copies = await self.target.get_entities(batch.collection, ids)
-            for entity_id, entity, copy in zip(ids, batch.entities, copies, strict=True):
+            name = batch.collection
+            for entity_id, entity, copy in await self._copies(name, batch.entities):
                 if copy is None:
-                    differences.append(f"{batch.collection} {entity_id!r} is missing in the target")
+                    differences.append(f"{name} {entity_id!r} is missing in the target")
                 elif differing(entity, copy) and replaces(entity, copy, rule):
                     differences.append(
-                        f"{batch.collection} {entity_id!r} differs in "
-                        + ", ".join(differing(entity, copy))
+                        f"{name} {entity_id!r} differs in {', '.join(differing(entity, copy))}"
                     )
-            self.advance("verify", len(ids))
+            self.advance("verify", len(batch.entities))
             if len(differences) > _CHUNK_SIZE:
                 break
         if differences:
@@ -574,10 +570,9 @@ class MigrationTool:
     async def _clean_batch(self, name: str, entities: list[Entity], merge: MergeRule | None) -> int:
         """Delete entities that are in the target and have not changed in the source since they
         were read; returns the number of deleted entities."""
-        key = self.source.collections[name].key
-        ids = [cast("str", each[key]) for each in entities]
-        copies = await self.target.get_entities(name, ids)
-        for entity_id, entity, copy in zip(ids, entities, copies, strict=True):
+        versions: dict[str, int] = {}
+        for entity_id, entity, copy in await self._copies(name, entities):
+            versions[entity_id] = version_of(entity)
             if copy is None or (
                 differing(entity, copy) and (merge is None or replaces(entity, copy, merge))
             ):
@@ -586,19 +581,15 @@ class MigrationTool:
                     "verified, and differs from the target; all entities that were deleted from the "
                     "source are in the target"
                 )
-        versions = {
-            entity_id: cast("int", entity[VERSION])
-            for entity_id, entity in zip(ids, entities, strict=True)
-        }
         try:
-            return len(await self.source.delete_entities(name, ids, versions))
+            return len(await self.source.delete_entities(name, versions, versions))
         except BatchError as exc:
             errors = [
                 (entity, each)
                 for entity, each in zip(entities, exc.outcomes, strict=True)
                 if isinstance(each, StorageError)
             ]
-            deleted = len(ids) - len(errors)
+            deleted = len(entities) - len(errors)
             if deleted and all(isinstance(each, ReferenceViolationError) for _, each in errors):
                 return deleted  # the others are parents, whose children are deleted by now
             first, error = errors[0]
@@ -615,20 +606,16 @@ class MigrationTool:
 # -- functions ------------------------------------------------------------------------------
 
 
-def _store(argument: object, collections: tuple[Collection, ...]) -> StorageStrategy:
+def _store(
+    argument: StorageStrategy | ConfigSource, collections: tuple[Collection, ...]
+) -> StorageStrategy:
     if isinstance(argument, StorageStrategy):
         return argument
-    return open_store(cast("Mapping[str, object]", argument), collections=collections)
+    return open_store(load_config(argument), collections=collections)
 
 
 def _is_type(source_type: str, engine: str) -> bool:
     return source_type == engine or (source_type == "sql" and engine in ("sqlite", "postgresql"))
-
-
-def _count(result: CollectionReport, merged: Merged) -> None:
-    result.written += merged.written
-    result.unchanged += merged.unchanged
-    result.kept += merged.kept
 
 
 def _failed(message: str, cause: StorageError) -> MigrationError:

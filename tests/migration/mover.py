@@ -51,9 +51,9 @@ async def main(source: str, target: str, folder: str, what: str, *kill: str) -> 
         if written >= at >= 0 and not in_the_middle:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    finish = copier.CollectionCopier._finish
+    finish = copier.CollectionCopier._save_progress
     copier.put = counted  # type: ignore[attr-defined]
-    copier.CollectionCopier._finish = checkpointed  # type: ignore[method-assign]
+    copier.CollectionCopier._save_progress = checkpointed  # type: ignore[method-assign]
     config = settings(folder, batch_size=BATCH, create_backup=False, parallel_workers=2)  # type: ignore[arg-type]
     async with opened(source) as one, opened(target) as other:
         tool = MigrationTool(one, other, config)
