@@ -289,8 +289,9 @@ class _Replacement(Struct):
         # A compaction by a process that still holds the store in memory would replace them again.
         async with files.no_compaction():
             await files.copy_damaged(folder)
-            await files.replace_files(self.backup.contents)
-            if len(self.backup.contents) == len(files.manager.names):
+            contents = files.encode(self.backup.data)
+            await files.replace_files(contents)
+            if len(contents) == len(files.manager.names):
                 await self.files.store.checkpoint(recover_from="file")
             else:
                 # The journal may hold commits that are not in the other files. Then this raises an

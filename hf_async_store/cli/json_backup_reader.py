@@ -9,19 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import msgspec
-
-from hf_async_store.cli.json_files import EMPTY, as_object
 from hf_async_store.config import Filenames, JSONConfig
-from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
+from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration.store_checks import listed
-from hf_async_store.schema import SYSTEM_COLLECTIONS
 from hf_async_store.strategies.json.engine import JSONEngine
-from hf_async_store.strategies.json.files import read_file
 from hf_async_store.strategy import StorageStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Mapping
 
     from hf_async_store.cli.json_files import Data, JSONFiles
     from hf_async_store.schema import Schema
@@ -32,12 +27,10 @@ class Backup(NamedTuple):
 
     Attributes:
         data: its entities by collection and id; only one collection for the file of one collection.
-        contents: the contents of the store's data files with the same entities, by file name.
         left_out: its sections that no collection declares.
     """
 
     data: Data
-    contents: dict[str, bytes]
     left_out: list[str]
 
 
@@ -72,8 +65,7 @@ async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
         data, left_out = await _read_copies(folder, backup_files, schema)
         _refuse_foreign(source, data, left_out, schema)
         _check(source, data, schema)
-        contents = await _contents(folder, backup_files, files, data, left_out)
-        return Backup(data, contents, left_out)
+        return Backup(data, left_out)
     except CorruptionError as exc:
         message = str(exc)
         for name, path in backup_files.paths.items():
@@ -151,35 +143,3 @@ def _check(source: Path, data: Data, schema: Schema) -> None:
                 schema[name].entity(entity)
             except InvalidInputError as exc:
                 raise exc.at(f"{source}, {name} {entity_id!r}") from exc
-
-
-async def _contents(
-    folder: Path, source: _BackupFiles, files: JSONFiles, data: Data, left_out: list[str]
-) -> dict[str, bytes]:
-    """The contents of the store's data files with the entities of the backup."""
-    names = files.manager.names
-    if source.only:
-        names = {name: each for name, each in names.items() if each == source.only}
-    if files.manager.single is not (source.names is None):
-        return files.encode(data)
-    # The same bytes as in the backup, except undeclared sections and records of a live migration.
-    omitted = {*left_out, *(each.name for each in SYSTEM_COLLECTIONS)}
-    contents = dict.fromkeys(names, EMPTY)
-    for copy in source.paths:
-        loaded = await read_file(folder / copy)
-        name = copy.removesuffix(".gz") if source.names else next(iter(names))
-        if loaded is None:
-            raise StorageError(
-                f"{source.paths[copy]} was deleted while it was read. A compaction deletes the oldest "
-                ".bak files: copy the backup to another folder, and restore the copy"
-            )
-        contents[name] = loaded.text if source.names else _without(loaded.text, omitted)
-    return contents
-
-
-def _without(content: bytes, omitted: Set[str]) -> bytes:
-    """The content of a single-file store without these sections; unchanged if it has none."""
-    sections = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-    if not omitted & sections.keys():
-        return content
-    return as_object({name: bytes(each) for name, each in sections.items() if name not in omitted})

@@ -16,12 +16,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import stat
 import zlib
 from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -42,9 +42,7 @@ _GZIP: Final = 31
 _MAGIC: Final = b"\x1f\x8b"
 _LEVEL: Final = 6
 _CHUNK_SIZE: Final = 1 << 19
-"""Maximum number of uncompressed bytes that are compressed or decompressed at once."""
-
-_READ_BYTES: Final = 1 << 18
+"""Maximum number of uncompressed bytes that are compressed or read at once."""
 
 _MAX_LINE_BYTES: Final = 8 << 20
 """Longer than any header. A file with a longer line is not a portable backup."""
@@ -418,64 +416,35 @@ def _header_in(line: bytes, path: Path) -> Header:
 
 async def _line_chunks(path: Path) -> AsyncGenerator[list[bytes], None]:
     """The lines of a backup, in chunks, without their newlines."""
-    import aiofiles
+    import gzip
 
-    decompressor = _Decompressor(path)
     rest = b""
+    started = False
     try:
-        if not stat.S_ISREG((await asyncio.to_thread(path.stat)).st_mode):
+        if not S_ISREG((await asyncio.to_thread(path.stat)).st_mode):
             raise InvalidInputError(f"{path} is not a regular file, so it is not a portable backup")
-        async with aiofiles.open(path, "rb") as file:
-            while data := await file.read(_READ_BYTES):
-                while data:
-                    decompressed, data = await asyncio.to_thread(decompressor.step, data)
-                    lines = (rest + decompressed).split(b"\n")
-                    rest = lines.pop()
-                    if len(rest) > _MAX_LINE_BYTES:
-                        raise damaged(path, "a line exceeds the maximum length")
-                    if lines:
-                        yield lines
+        with await asyncio.to_thread(gzip.open, path) as file:
+            while data := await asyncio.to_thread(file.read1, _CHUNK_SIZE):
+                started = True
+                lines = (rest + data).split(b"\n")
+                rest = lines.pop()
+                if len(rest) > _MAX_LINE_BYTES:
+                    raise damaged(path, "a line exceeds the maximum length")
+                if lines:
+                    yield lines
+    except EOFError as exc:
+        raise damaged(path, "it is truncated") from exc
+    except (gzip.BadGzipFile, zlib.error) as exc:
+        if isinstance(exc, gzip.BadGzipFile) and not started:
+            raise InvalidInputError(f"{path} is not a portable backup") from exc
+        raise damaged(path, f"its compressed data is damaged ({exc})") from exc
     except OSError as exc:
         raise translate_os_error(exc, f"read the backup {path}") from exc
-    decompressor.finish(rest)
+    if rest:
+        raise damaged(path, "it is truncated")
 
 
 _decode: Final[Callable[[bytes], Entity]] = msgspec.json.Decoder().decode
-
-
-class _Decompressor:
-    """Decompresses a gzip file of two members: the header, and the rest."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._is_second = False
-        self._member = zlib.decompressobj(_GZIP)
-        self._started = False
-
-    def step(self, data: bytes) -> tuple[bytes, bytes]:
-        """Decompress one chunk; returns it, and the data that is not decompressed yet."""
-        if self._member.eof:
-            if self._is_second:
-                raise damaged(self._path, "it was altered: there is data after its last line")
-            self._is_second = True
-            self._member = zlib.decompressobj(_GZIP)
-        try:
-            decompressed = self._member.decompress(data, _CHUNK_SIZE)
-            remaining = self._member.unconsumed_tail or self._member.unused_data
-            if not remaining and not self._member.eof:
-                # All input is consumed, but output beyond the maximum may be buffered.
-                decompressed += self._member.decompress(b"")
-        except zlib.error as exc:
-            if not (self._started or data.startswith(_MAGIC)):
-                raise InvalidInputError(f"{self._path} is not a portable backup") from exc
-            raise damaged(self._path, f"its compressed data is damaged ({exc})") from exc
-        self._started = True
-        return decompressed, remaining
-
-    def finish(self, rest: bytes) -> None:
-        """Refuse a file that ended early; `rest` is what follows the last newline."""
-        if not self._member.eof or not self._is_second or rest:
-            raise damaged(self._path, "it is truncated")
 
 
 def damaged(path: Path, reason: str) -> CorruptionError:
