@@ -128,7 +128,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 class _PortableWriter:
-    """Writes one backup file. A chunk is compressed in a thread while the next one is collected."""
+    """Writes one backup file. A thread compresses a chunk while the next one is collected."""
 
     def __init__(self, path: Path, schema: Mapping[str, Collection]) -> None:
         self._path = path
@@ -136,30 +136,26 @@ class _PortableWriter:
         self._compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)
         self._lines: list[bytes] = []
         self._size = 0
-        self._pending: asyncio.Task[None] | None = None
+        self._pending: asyncio.Future[None] | None = None
 
     async def write(self, reader: Reader, *, sort: bool) -> dict[str, Digest]:
-        import aiofiles
-
         digests = {name: Digest() for name in self._schema}
         placeholder = self._header(dict.fromkeys(self._schema, INT_MAX))
-        async with aiofiles.open(
-            self._path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)
-        ) as self._file:
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as self._file:
             try:
-                await self._file.write(_stored_member(placeholder))
+                self._file.write(_stored_member(placeholder))
                 for name in self._schema:
                     await self._write_section(name, reader, digests[name], sort=sort)
                 header = self._header({name: each.count for name, each in digests.items()})
                 header = header[:-1].ljust(len(placeholder) - 1) + b"\n"
                 await self._write_end(digests, header)
-                await self._file.seek(0)
-                await self._file.write(_stored_member(header))
-                await self._file.flush()
-                await asyncio.to_thread(os.fsync, self._file.fileno())
+                self._file.seek(0)
+                self._file.write(_stored_member(header))
+                self._file.flush()
+                await asyncio.to_thread(os.fsync, fd)
             finally:
                 if self._pending is not None:
-                    self._pending.cancel()
                     await asyncio.wait([self._pending])
         return digests
 
@@ -188,7 +184,7 @@ class _PortableWriter:
             {name: str(each) for name, each in digests.items()}, _file_digest(header, digests)
         )
         last = self._compressor.compress(msgspec.json.encode(["end", end]) + b"\n")
-        await self._file.write(last + self._compressor.flush())
+        self._file.write(last + self._compressor.flush())
 
     async def _flush(self) -> None:
         """Start the compression of the collected lines, when that of the previous chunk is done."""
@@ -197,8 +193,14 @@ class _PortableWriter:
         self._lines.clear()
         self._size = 0
         await self._wait_pending()
+        loop = asyncio.get_running_loop()
         started = asyncio.Event()
-        self._pending = asyncio.create_task(self._compress_and_write(chunk, started))
+
+        def compress() -> None:
+            loop.call_soon_threadsafe(started.set)
+            self._file.write(self._compressor.compress(chunk))
+
+        self._pending = loop.run_in_executor(None, compress)
         # The worker thread may have to wait for the GIL as long as this thread is busy. So wait
         # here until it has started; the compressor itself then runs without the GIL.
         await started.wait()
@@ -207,20 +209,6 @@ class _PortableWriter:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             await pending
-
-    async def _compress_and_write(self, chunk: bytes, started: asyncio.Event) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            compressed = await asyncio.to_thread(
-                self._compress, chunk, lambda: loop.call_soon_threadsafe(started.set)
-            )
-        finally:
-            started.set()
-        await self._file.write(compressed)
-
-    def _compress(self, chunk: bytes, notify_started: Callable[[], object]) -> bytes:
-        notify_started()
-        return self._compressor.compress(chunk)
 
 
 def _section_of(collection: Collection, count: int) -> Section:
