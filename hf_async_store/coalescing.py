@@ -15,6 +15,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
+from msgspec import Struct
+
 from hf_async_store.errors import StorageError
 from hf_async_store.repository import check_seconds, timed_out
 from hf_async_store.values import Key
@@ -26,19 +28,16 @@ Result = TypeVar("Result")
 _NO_RESULT: Final = StorageError("there is no result yet")
 
 
-class _Waiter(Generic[Item, Result]):
+class _Waiter(Struct, Generic[Item, Result], eq=False):
     """One call of `submit`: its items, and the results of the batches that contained them."""
 
-    __slots__ = ("batches_ended", "done", "in_progress", "items", "remaining", "results", "started")
-
-    def __init__(self, items: Sequence[Item], done: asyncio.Future[None]) -> None:
-        self.items = items
-        self.done = done
-        self.results: list[Result | StorageError] = [_NO_RESULT] * len(items)
-        self.remaining = len(items)  # the number of items without a result
-        self.started = False  # an item is or was in a batch
-        self.in_progress = 0  # the number of items that are in running batches
-        self.batches_ended: asyncio.Future[None] | None = None
+    items: Sequence[Item]
+    done: asyncio.Future[None]
+    results: list[Result | StorageError]
+    remaining: int  # the number of items without a result
+    started: bool = False  # an item is or was in a batch
+    in_progress: int = 0  # the number of items that are in running batches
+    batches_ended: asyncio.Future[None] | None = None
 
     def release(self) -> None:
         """Record that the batch of one of the items has ended."""
@@ -113,8 +112,11 @@ class Coalescer(Generic[Item, Result]):
         if not items:
             return []
         loop = asyncio.get_running_loop()
-        waiter: _Waiter[Item, Result] = _Waiter(items, loop.create_future())
-        self._queue.extend((waiter, index) for index in range(len(items)))
+        count = len(items)
+        waiter: _Waiter[Item, Result] = _Waiter(
+            items, loop.create_future(), [_NO_RESULT] * count, count
+        )
+        self._queue.extend((waiter, index) for index in range(count))
         self._schedule_start()
         timer = None
         if timeout is not None:

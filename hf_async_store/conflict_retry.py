@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Final, TypeVar
 
+from msgspec import Struct, field
+
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     RetriesExhaustedError,
@@ -133,31 +135,28 @@ class FairRetryQueue:
             ticket.release()
 
 
-class Ticket:
+class Ticket(Struct, eq=False):
     """The position of one task in the queue for one key."""
 
-    __slots__ = ("_key", "_queues")
-
-    def __init__(self, queues: dict[Key, _KeyQueue], key: Key) -> None:
-        self._queues = queues
-        self._key = key
+    queues: dict[Key, _KeyQueue]
+    key: Key
 
     @property
     def queue_exists(self) -> bool:
         """Whether any task is in the queue for the key."""
-        return self._key in self._queues
+        return self.key in self.queues
 
     @property
     def is_current(self) -> bool:
         """Whether this is the first ticket of the queue, whose task may try."""
-        queue = self._queues.get(self._key)
+        queue = self.queues.get(self.key)
         return queue is not None and queue.current is self
 
     async def acquire(self, seconds: float) -> None:
         """Enter the queue; wait until this ticket is the first one, or `seconds` have passed."""
-        queue = self._queues.get(self._key)
+        queue = self.queues.get(self.key)
         if queue is None:
-            self._queues[self._key] = _KeyQueue(self)
+            self.queues[self.key] = _KeyQueue(self)
             return
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
@@ -172,7 +171,7 @@ class Ticket:
 
     def release(self) -> None:
         """Leave the first position of the queue, if this ticket has it."""
-        queue = self._queues.get(self._key)
+        queue = self.queues.get(self.key)
         if queue is not None and queue.current is self:
             self._advance(queue)
 
@@ -188,25 +187,22 @@ class Ticket:
                 if queue.waiting:
                     self._start_timer(queue)
                 return
-        del self._queues[self._key]
+        del self.queues[self.key]
 
     def _start_timer(self, queue: _KeyQueue) -> None:
         loop = asyncio.get_running_loop()
         queue.timer = loop.call_later(_MAX_TICKET_SECONDS, self._advance, queue)
 
 
-class _KeyQueue:
+class _KeyQueue(Struct, eq=False):
     """The queue for one key: the ticket whose task may try, and the waiting ones.
 
     `timer` advances the queue if the current task takes too long.
     """
 
-    __slots__ = ("current", "timer", "waiting")
-
-    def __init__(self, current: Ticket) -> None:
-        self.current = current
-        self.waiting: deque[tuple[Ticket, asyncio.Future[None]]] = deque()
-        self.timer: asyncio.TimerHandle | None = None
+    current: Ticket
+    waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
+    timer: asyncio.TimerHandle | None = None
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

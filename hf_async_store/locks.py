@@ -16,6 +16,8 @@ from random import random
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from msgspec import Struct
+
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
@@ -50,33 +52,23 @@ _NEXT_IN_LINE_PAUSE: Final = 0.001
 """The longest pause between two attempts by the one process that is next in line."""
 
 
-class _LockContext:
+class _LockContext(Struct, eq=False):
     """An async context manager that holds a lock. It can be used once."""
 
-    __slots__ = ("_lock", "_mode", "_owner", "_task", "_timeout")
-
-    _task: asyncio.Task[Any]
-
-    def __init__(
-        self,
-        lock: ReaderWriterLock | LockManager,
-        mode: Mode,
-        timeout: float | None,
-        owner: asyncio.Task[Any] | None = None,
-    ) -> None:
-        self._lock = lock
-        self._mode = mode
-        self._timeout = timeout
-        self._owner = owner
+    lock: ReaderWriterLock | LockManager
+    mode: Mode
+    timeout: float | None
+    task: asyncio.Task[Any] | None = None
+    """The holder; None: the task that enters the context."""
 
     async def __aenter__(self) -> None:
-        self._task = self._owner or _this_task()
-        await self._lock._acquire(self._task, self._mode, self._timeout)
+        self.task = self.task or _this_task()
+        await self.lock.acquire(self.mode, self.timeout, self.task)
 
     async def __aexit__(self, *exc_info: object) -> None:
         # Released for the task that acquired it, which may not be the current one: the event loop
         # closes an abandoned async generator in a separate task.
-        self._lock._release(self._task, self._mode)
+        self.lock.release(self.mode, self.task)
 
 
 class ReaderWriterLock:
@@ -145,27 +137,20 @@ class ReaderWriterLock:
         """`acquire("write")` on entry, `release("write")` on exit."""
         return _LockContext(self, "write", timeout)
 
-    async def acquire(self, mode: Mode, timeout: float | None = None) -> None:
+    async def acquire(
+        self, mode: Mode, timeout: float | None = None, task: asyncio.Task[Any] | None = None
+    ) -> None:
         """Hold the lock: to read together with other readers, to write alone.
 
         Args:
             timeout: seconds to wait at most; 0 makes one attempt, None waits without a limit.
+            task: the holder, by default the current task.
 
         Raises:
             LockTimeoutError: the lock did not become free in time.
-            TransactionReentryError: this task already holds the lock.
+            TransactionReentryError: the task already holds the lock.
         """
-        await self._acquire(_this_task(), mode, timeout)
-
-    def release(self, mode: Mode) -> None:
-        """Release the lock.
-
-        Raises:
-            RuntimeError: this task does not hold the lock in this mode.
-        """
-        self._release(_this_task(), mode)
-
-    async def _acquire(self, task: asyncio.Task[Any], mode: Mode, timeout: float | None) -> None:
+        task = task or _this_task()
         free = self._writer is None
         if free and mode == "write" and not self._readers:
             # The queue need not be checked: the task that releases the lock grants it to a waiter
@@ -176,7 +161,13 @@ class ReaderWriterLock:
         else:
             await self._wait(task, mode, timeout)
 
-    def _release(self, task: asyncio.Task[Any], mode: Mode) -> None:
+    def release(self, mode: Mode, task: asyncio.Task[Any] | None = None) -> None:
+        """Release the lock.
+
+        Raises:
+            RuntimeError: the task does not hold the lock in this mode.
+        """
+        task = task or _this_task()
         if mode == "read" and task in self._readers:
             self._readers.remove(task)
         elif mode == "write" and task is self._writer:
@@ -209,7 +200,7 @@ class ReaderWriterLock:
             # this wait is undone: `task` may hold the lock through another wait on its behalf.
             self._queue.pop(granted, None)
             if granted.done() and not granted.cancelled() and granted.result():
-                self._release(task, mode)
+                self.release(mode, task)
             else:
                 self._admit()
             raise
@@ -478,20 +469,21 @@ class LockManager:
         self._main.close()
         self._turnstile.close()
 
-    async def _acquire(self, task: asyncio.Task[Any], mode: Mode, timeout: float | None) -> None:
+    async def acquire(self, mode: Mode, timeout: float | None, task: asyncio.Task[Any]) -> None:
+        """See `exclusive`, which releases the lock again."""
         wait = _Wait(mode, self._timeout if timeout is None else timeout)
-        await self._tasks._acquire(task, mode, wait.timeout)
+        await self._tasks.acquire(mode, wait.timeout, task)
         try:
             if mode == "write":
                 await self._pass_turnstile(wait)
             else:
                 await self._join_readers(task, wait)
         except BaseException:
-            self._tasks._release(task, mode)
+            self._tasks.release(mode, task)
             raise
 
-    def _release(self, task: asyncio.Task[Any], mode: Mode) -> None:
-        self._tasks._release(task, mode)
+    def release(self, mode: Mode, task: asyncio.Task[Any] | None) -> None:
+        self._tasks.release(mode, task)
         if mode == "read":
             self._sharers -= 1
         if not self._sharers:
@@ -501,7 +493,7 @@ class LockManager:
         """Register as one of the tasks for which this process holds the lock file to read."""
         passages = self._passages
         try:
-            await self._gate._acquire(task, "write", wait.remaining())
+            await self._gate.acquire("write", wait.remaining(), task)
         except LockTimeoutError as exc:
             raise self._timed_out(wait) from exc
         try:
@@ -512,7 +504,7 @@ class LockManager:
                 self._passages += 1
             self._sharers += 1
         finally:
-            self._gate._release(task, "write")
+            self._gate.release("write", task)
 
     async def _pass_turnstile(self, wait: _Wait) -> None:
         """Lock the file for this process, after the processes before it in line have had it."""

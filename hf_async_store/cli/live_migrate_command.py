@@ -37,7 +37,10 @@ def live_migrate(arguments: Namespace) -> int:
                 advance=bars.advance,
             )
             async with live:
-                return await _act(live, arguments)
+                if arguments.action == "start":
+                    return await live.start(cut_over=not arguments.no_cut_over)
+                status: LiveStatus = await getattr(live, arguments.action)()
+                return status
 
     status = run_work(arguments, work())
     sentence = _SENTENCES[status.phase].format(status.authoritative)
@@ -46,14 +49,3 @@ def live_migrate(arguments: Namespace) -> int:
         sentence += f" ({waiting:,} changes are still to be copied)"
     output.result(arguments, msgspec.to_builtins(status), sentence)
     return 0
-
-
-async def _act(live: LiveMigration, arguments: Namespace) -> LiveStatus:
-    action: str = arguments.action
-    if action == "start":
-        return await live.start(cut_over=not arguments.no_cut_over)
-    if action == "rollback":
-        return await live.rollback()
-    if action == "abort":
-        return await live.abort()
-    return await live.finalize() if action == "finalize" else await live.status()

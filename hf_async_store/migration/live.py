@@ -29,7 +29,6 @@ from hf_async_store.errors import (
     TargetNotEmptyError,
     VerificationError,
 )
-from hf_async_store.migration.diff import compare_readers
 from hf_async_store.migration.dry_run import enforces_references
 from hf_async_store.migration.store_checks import (
     refuse_same,
@@ -615,14 +614,6 @@ class LiveMigration:
             "active. Run the action again: it compares all entities, and copies those that differ",
             differences,
         )
-
-    async def compare(self) -> bool:
-        """Read both stores completely and compare their digests; True if they are equal.
-
-        The result is meaningful only if no process writes meanwhile.
-        """
-        async with self._source.snapshot() as source, self._target.snapshot() as target:
-            return (await compare_readers(source, target, self._schema)).equal
 
 
 async def _write(engine: Engine, change: Change) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hf_async_store.errors import (
     ConfigurationError,
@@ -20,9 +20,9 @@ from hf_async_store.errors import (
     StoreNotFoundError,
 )
 from hf_async_store.schema import SYSTEM_COLLECTIONS
-from hf_async_store.values import Value
 
 if TYPE_CHECKING:
+    from hf_async_store.driver import Engine
     from hf_async_store.strategy import StorageStrategy
 
 _LOCATION_PARTS: Final = (
@@ -37,14 +37,7 @@ _LOCATION_PARTS: Final = (
 _MAX_SHOWN: Final = 5
 
 
-class Inspectable(Protocol):
-    """A store or an engine, as far as it is used here."""
-
-    async def exists(self) -> bool: ...
-
-    async def undeclared(self) -> list[str]: ...
-
-    def describe(self) -> Mapping[str, Value]: ...
+Inspectable: TypeAlias = "StorageStrategy | Engine"
 
 
 def location_of(store: Inspectable) -> str:

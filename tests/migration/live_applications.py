@@ -34,6 +34,7 @@ from hf_async_store import (
 )
 from hf_async_store.changes import Change, Outcome
 from hf_async_store.migration import live
+from hf_async_store.migration.diff import compare_readers
 from hf_async_store.migration.live import LiveMigration
 from hf_async_store.schema import MARKER_COLLECTION
 
@@ -301,12 +302,18 @@ def kill_at(step: str) -> None:
     LiveMigration._verify = verified  # type: ignore[method-assign]
 
 
+async def are_equal(mover: LiveMigration) -> bool:
+    """Compare the two stores of a migration while no process writes."""
+    async with mover._source.snapshot() as source, mover._target.snapshot() as target:
+        return (await compare_readers(source, target, mover._schema)).equal
+
+
 async def move(action: str, source: str, target: str, *kill: str) -> None:
     if kill:
         kill_at(kill[0])
     async with LiveMigration(source, target, collections=COLLECTIONS) as mover:
         if action == "equal":
-            print(await mover.compare())
+            print(await are_equal(mover))
         else:
             print(json.dumps((await getattr(mover, action)()).phase))
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from live_applications import ACCOUNTS, BALANCE, COLLECTIONS, COUNTERS, STEPS, fill, hurry
+from live_applications import (
+    ACCOUNTS,
+    BALANCE,
+    COLLECTIONS,
+    COUNTERS,
+    STEPS,
+    are_equal,
+    fill,
+    hurry,
+)
 from support import KINDS, place_of
 
 from hf_async_store import (
@@ -374,7 +383,7 @@ async def test_a_superseded_migration_process_writes_nothing(place: Place) -> No
             await old._switch(old._source, old._target, "CUTTING_OVER", "SWITCHED")
         await new.start()
         assert (await new.status()).phase == "SWITCHED"
-        assert await new.compare()
+        assert await are_equal(new)
 
 
 # -- refusals -------------------------------------------------------------------------------
