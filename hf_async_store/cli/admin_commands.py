@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context
@@ -49,7 +49,8 @@ def health(arguments: Namespace) -> int:
     async def work(store: StorageStrategy) -> int:
         report = await store.health()
         output.value(arguments, report)
-        problems = cast("list[str]", report["problems"])
+        problems = report["problems"]
+        assert isinstance(problems, list)
         for each in problems:
             output.log_line(f"problem: {each}")
         return STORAGE if problems else 0

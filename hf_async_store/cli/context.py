@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
 from hf_async_store.cli.output import PROGRAM, log_line, write_error
@@ -258,7 +258,7 @@ def _import_attribute(module: str, name: str, named: str) -> object:
     if added:
         sys.path.insert(0, folder)
     try:
-        return cast("object", getattr(import_module(module), name))
+        return getattr(import_module(module), name)
     except Exception as exc:
         raise ConfigurationError(
             f"--collections {named}: cannot be imported from {folder}: {type(exc).__name__}: {exc}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import traceback
+from collections.abc import Mapping
 from typing import Final
 
 from hf_async_store import errors
@@ -27,19 +28,18 @@ class BackupNotFoundError(StorageError):
     """The backup given to a command does not exist."""
 
 
-_CODES: Final[tuple[tuple[type[StorageError], int], ...]] = (
-    (errors.EntityNotFoundError, NOT_FOUND),
-    (errors.StoreNotFoundError, NOT_FOUND),
-    (BackupNotFoundError, NOT_FOUND),
-    (errors.InvalidInputError, USAGE),
-    (errors.ConfigurationError, USAGE),
-    (errors.ConcurrencyConflictError, CONFLICT),
-    (errors.AlreadyExistsError, CONFLICT),
-    # Like the other conflicts, these depend on the stored data, not on how the command was written.
-    (errors.ReferenceViolationError, CONFLICT),
-    (errors.TargetNotEmptyError, CONFLICT),
-    (errors.VerificationError, CONFLICT),
-)
+_CODES: Final[Mapping[int, tuple[type[StorageError], ...]]] = {
+    NOT_FOUND: (errors.EntityNotFoundError, errors.StoreNotFoundError, BackupNotFoundError),
+    USAGE: (errors.InvalidInputError, errors.ConfigurationError),
+    CONFLICT: (
+        errors.ConcurrencyConflictError,
+        errors.AlreadyExistsError,
+        # Like the others, it depends on the stored data, not on how the command was written.
+        errors.ReferenceViolationError,
+        errors.TargetNotEmptyError,
+        errors.VerificationError,
+    ),
+}
 
 # Hints that are added to the messages of errors which do not say what to do.
 _HINTS: Final[tuple[tuple[type[StorageError], str | None], ...]] = (
@@ -73,7 +73,7 @@ def code_of(exc: StorageError) -> int:
 
 def code_of_kind(kind: type[StorageError]) -> int:
     """The exit code of a class of errors."""
-    return next((code for each, code in _CODES if issubclass(kind, each)), STORAGE)
+    return next((code for code, kinds in _CODES.items() if issubclass(kind, kinds)), STORAGE)
 
 
 def sentence(exc: StorageError) -> str:

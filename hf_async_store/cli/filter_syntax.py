@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import msgspec
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_async_store.schema import Collection
     from hf_async_store.values import FieldType
 
-OPERATORS: Final[tuple[str, ...]] = get_args(OpName)
+OPERATORS: Final[tuple[OpName, ...]] = get_args(OpName)
 _LISTS: Final = ("in", "not_in", "between")
 _STRING_OPERATORS: Final = ("contains", "begins_with")
 _MAX_SHOWN_LENGTH: Final = 80
@@ -45,13 +45,13 @@ def filters_of(words: Iterable[str], collection: Collection) -> Combined | None:
 
 def _filter(word: str, collection: Collection) -> Mapping[Path, object]:
     parsed = _split(word)
-    if parsed.operator not in OPERATORS:
+    operator = next((each for each in OPERATORS if each == parsed.operator), None)
+    if operator is None:
         raise InvalidQueryError(
             f"{_shown(word)}: unknown operator {parsed.operator!r}; the operators are: "
             f"{', '.join(OPERATORS)} (write a field name with a colon as a JSON list: "
             "'[\"a:b\"]=x')"
         )
-    operator = cast("OpName", parsed.operator)
     return {Path(parsed.steps): Op(operator, _operand(word, operator, parsed, collection))}
 
 

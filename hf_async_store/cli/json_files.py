@@ -22,6 +22,7 @@ from hf_async_store.errors import ConfigurationError, LockTimeoutError, Unavaila
 from hf_async_store.locks import FileLock
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
+from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.json.files import FileManager, sync_data, sync_folder
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from hf_async_store.cli.context import Context
     from hf_async_store.ownership import Ownership
-    from hf_async_store.strategies.json import JSONStorageStrategy
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.values import Entity
 
@@ -49,12 +49,12 @@ def as_json(store: StorageStrategy) -> JSONStorageStrategy:
     Raises:
         ConfigurationError: it is not a JSON store.
     """
-    engine = store.capabilities.engine
-    if engine != "json":
+    if not isinstance(store, JSONStorageStrategy):
         raise ConfigurationError(
-            f"this command is only for JSON stores; the engine of this store is {engine}"
+            "this command is only for JSON stores; the engine of this store is "
+            f"{store.capabilities.engine}"
         )
-    return cast("JSONStorageStrategy", store)
+    return store
 
 
 class JSONFiles:

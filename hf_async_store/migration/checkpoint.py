@@ -19,6 +19,7 @@ from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import CorruptionError
 from hf_async_store.migration.digest import PATTERN
 from hf_async_store.migration.merge import MergeRule
+from hf_async_store.migration.store_checks import settings_of
 from hf_async_store.os_errors import translate_os_error
 
 if TYPE_CHECKING:
@@ -88,11 +89,9 @@ def identity(store: StorageStrategy) -> str:
         for name, value in store.describe().items()
         if name not in ("capabilities", "collections", "configuration")
     }
-    configuration = store.describe().get("configuration")
-    settings = configuration if isinstance(configuration, dict) else {}
-    location: dict[str, Value] = {
-        name: settings[name] for name in _LOCATION_SETTINGS if name in settings
-    }
+    settings = settings_of(store)
+    names = (each for each in _LOCATION_SETTINGS if each in settings)
+    location: dict[str, Value] = {each: settings[each] for each in names}
     if not (store.capabilities.durable or store.capabilities.multi_process):
         location["object"] = id(store)  # the store exists only in this process
     encoded = msgspec.json.encode({**description, **location}, order="deterministic")

@@ -9,6 +9,7 @@ import msgspec
 
 from hf_async_store.errors import InvalidInputError, StorageError
 from hf_async_store.migration.merge import check_entity, name_of
+from hf_async_store.migration.store_checks import settings_of
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.query import build_query
 from hf_async_store.values import Entity, Key
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
 
 LIMIT: Final = 20
 _CHUNK_SIZE: Final = 500
-_MAX_PARENTS: Final = 100_000
-"""Maximum number of parents known to exist that are remembered."""
 
 
 def enforces_references(store: StorageStrategy) -> bool:
     """Whether a store refuses an entity whose parent is missing."""
-    settings = store.describe().get("configuration")
-    enforce = settings.get("enforce_references", True) if isinstance(settings, dict) else True
+    enforce = settings_of(store).get("enforce_references", True)
     return store.capabilities.references and bool(enforce)
 
 
@@ -54,7 +52,6 @@ class _DryRun(msgspec.Struct):
     source: StorageStrategy
     target: StorageStrategy
     references: bool
-    parents: set[Key] = set()
     counts: dict[str, int] = {}
     problems: list[str] = []
 
@@ -96,24 +93,14 @@ class _DryRun(msgspec.Struct):
     async def _check_parents(
         self, declared: Collection, field: Field, chunk: list[Entity], reader: Reader
     ) -> None:
-        wanted = {
-            Key(field.parent, value)
-            for entity in chunk
-            if isinstance(value := entity.get(field.name), str)
-        } - self.parents
-        keys = sorted(wanted)
-        if len(self.parents) > _MAX_PARENTS:
-            self.parents.clear()
-        for key, record in zip(keys, await reader.fetch(keys), strict=True):
-            if record is not None:
-                self.parents.add(key)
-        not_in_source = [each for each in keys if each not in self.parents]
-        if not_in_source:
-            ids = [each.id for each in not_in_source]
-            in_target = await self.target.get_entities(field.parent, ids)
-            missing = {each for each, found in zip(ids, in_target, strict=True) if found is None}
-            for entity in chunk:
-                parent = entity.get(field.name)
-                if isinstance(parent, str) and parent in missing:
-                    entity_id = entity.get(declared.key)
-                    self._add_problem(str(missing_parent(declared.name, entity_id, field, parent)))
+        parents = {each for entity in chunk if isinstance(each := entity.get(field.name), str)}
+        keys = [Key(field.parent, each) for each in sorted(parents)]
+        found = await reader.fetch(keys)
+        ids = [key.id for key, record in zip(keys, found, strict=True) if record is None]
+        in_target = await self.target.get_entities(field.parent, ids)
+        missing = {each for each, stored in zip(ids, in_target, strict=True) if stored is None}
+        for entity in chunk if missing else ():
+            parent = entity.get(field.name)
+            if isinstance(parent, str) and parent in missing:
+                entity_id = entity.get(declared.key)
+                self._add_problem(str(missing_parent(declared.name, entity_id, field, parent)))

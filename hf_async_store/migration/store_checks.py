@@ -24,6 +24,7 @@ from hf_async_store.schema import SYSTEM_COLLECTIONS
 if TYPE_CHECKING:
     from hf_async_store.driver import Engine
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Value
 
 _LOCATION_PARTS: Final = (
     "path",
@@ -50,10 +51,15 @@ def location_of(store: Inspectable) -> str:
             if isinstance(files, list) and files[1:] == []
             else folder
         )
-    settings = description.get("configuration")
-    known = {**(settings if isinstance(settings, dict) else {}), **description}
+    known = {**settings_of(store), **description}
     parts = [f"{name} {known[name]}" for name in _LOCATION_PARTS if known.get(name)]
     return ", ".join(parts) if parts else str(known.get("engine", "the given location"))
+
+
+def settings_of(store: Inspectable) -> dict[str, Value]:
+    """The configuration of a store, without secrets; empty if it does not describe it."""
+    settings = store.describe().get("configuration")
+    return settings if isinstance(settings, dict) else {}
 
 
 async def require_store(store: Inspectable, label: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -300,10 +301,7 @@ class MigrationTool:
         """Compare the declared collections: counts, digests, and the first differences."""
         async with self.source.snapshot() as source, self.target.snapshot() as target:
             return await compare_readers(
-                source,
-                target,
-                self.source.collections,
-                advance=lambda count: self.advance("verify", count),
+                source, target, self.source.collections, advance=partial(self.advance, "verify")
             )
 
     # -- all steps ---------------------------------------------------------------------------
@@ -397,7 +395,7 @@ class MigrationTool:
         except StorageError as exc:
             raise _failed("the target cannot be read", exc) from exc
         counts, problems, more = await find_incompatibilities(
-            self.source, self.target, advance=lambda count: self.advance("check", count)
+            self.source, self.target, advance=partial(self.advance, "check")
         )
         for name, count in counts.items():
             report.collections[name].read = count
@@ -447,11 +445,6 @@ class MigrationTool:
         result.read, result.digest = start.count, start.digest or str(Digest())
         if start.done:
             return
-
-        async def save(progress: Progress) -> None:
-            checkpoint.collections[name] = progress
-            await self._file.save(checkpoint)
-
         copier = CollectionCopier(
             self.source,
             self.target,
@@ -460,8 +453,8 @@ class MigrationTool:
             workers=self._config.parallel_workers,
             rule=checkpoint.rule,
             start=start,
-            save=save,
-            advance=lambda count: self.advance(name, count),
+            save=partial(self._save_progress, checkpoint, name),
+            advance=partial(self.advance, name),
         )
         self.advance(name, start.count)
         try:
@@ -476,6 +469,10 @@ class MigrationTool:
             await self._file.wait_written()
             result.written, result.unchanged, result.kept = msgspec.structs.astuple(copier.merged)
             result.read, result.digest = copier.digest.count, str(copier.digest)
+
+    async def _save_progress(self, checkpoint: Checkpoint, name: str, progress: Progress) -> None:
+        checkpoint.collections[name] = progress
+        await self._file.save(checkpoint)
 
     async def _check_progress(
         self, name: str, progress: Progress, checkpoint: Checkpoint, report: MigrationReport
