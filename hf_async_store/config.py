@@ -114,9 +114,6 @@ class _Model(_RedactedRepr, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ConfigurationError: a value has the wrong type or is out of range; names its path.
     """
 
-    _nested_models: ClassVar[Mapping[str, type[_Model]]] = {}
-    """The keys whose value may be a mapping, with the model of that mapping."""
-
     _urls: ClassVar[tuple[str, ...]] = ()
     """The keys whose value is a URL."""
 
@@ -169,8 +166,6 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         lock_timeout: seconds to wait for the lock between processes.
         enforce_references: refuse missing parents, and deleting a parent that has children.
     """
-
-    _nested_models = {"filenames": Filenames}
 
     storage_type: Literal["single_file", "split_files"] = "single_file"
     base_path: str = "data"
@@ -370,7 +365,6 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_pool_connections: the maximum number of requests in progress at once.
     """
 
-    _nested_models = {"auto_scaling": AutoScaling}
     _urls = ("dax_endpoint", "endpoint_url")
 
     region: str | None = None
@@ -788,13 +782,19 @@ def _model(model: type[ModelT], data: object, path: str) -> ModelT:
         if value is None:
             continue  # the default
         inner = _at(path, name)
-        nested_model = model._nested_models.get(name)
+        nested_model = _nested_model(kinds[name])
         if nested_model is not None and isinstance(value, Mapping):
             values[name] = _model(nested_model, value, inner)
         else:
             values[name] = _setting(value, kinds[name], inner)
     with _error_prefix(f"{path}." if path else ""):
         return model(**values)
+
+
+def _nested_model(kind: Any) -> type[_Model] | None:
+    """The model of a mapping, if the value of a key may be one."""
+    kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type)]
+    return next((each for each in kinds if issubclass(each, _Model)), None)
 
 
 def _setting(value: object, kind: Any, path: str) -> object:
@@ -892,11 +892,7 @@ def _check_filename(path: str, name: object) -> None:
 
 
 def _refuse_same_file(files: Mapping[str, str], path: str) -> None:
-    """Reject two collections in the same file: they would overwrite each other.
-
-    Raises:
-        ConfigurationError.
-    """
+    """Reject two collections in the same file: they would overwrite each other."""
     seen: dict[str, str] = {}
     for collection, name in files.items():
         # Normalised, because `./a.json` is a.json, `A.json` is the same file on the file systems of

@@ -750,21 +750,13 @@ def _check_mapping(items: object, what: str, values: str) -> None:
 
 
 def check_callable(function: object, what: str) -> None:
-    """Reject an argument that is not callable.
-
-    Raises:
-        InvalidInputError.
-    """
+    """Raise `InvalidInputError` for an argument that is not callable."""
     if not callable(function):
         raise InvalidInputError(f"{what} must be a function, not {type(function).__name__}")
 
 
 def check_seconds(seconds: object, what: str) -> None:
-    """Reject an argument that is not a number of seconds.
-
-    Raises:
-        InvalidInputError.
-    """
+    """Raise `InvalidInputError` for an argument that is not a number of seconds."""
     if type(seconds) not in (int, float) or seconds != seconds:  # NaN would never expire
         raise InvalidInputError(f"{what} must be a number of seconds, not {type(seconds).__name__}")
 

@@ -39,11 +39,7 @@ class TransactionManager:
         self._inside: dict[asyncio.Task[object], str] = {}
 
     def refuse_reentry(self) -> None:
-        """Reject a call of the store that would deadlock with the transaction of its own task.
-
-        Raises:
-            TransactionReentryError.
-        """
+        """Raise `TransactionReentryError` for a call that would deadlock with its own transaction."""
         if self._inside:
             task = asyncio.current_task()
             what = None if task is None else self._inside.get(task)

@@ -130,11 +130,7 @@ def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int
 
 
 def copy_entity(data: Mapping[str, object]) -> Entity:
-    """`normalise` for a whole entity.
-
-    Raises:
-        UnsupportedValueError.
-    """
+    """`normalise` for a whole entity."""
     return sized(data)[0]
 
 
@@ -333,11 +329,7 @@ def type_name(value: object) -> str:
 
 
 def check_size(entity: Mapping[str, Value]) -> None:
-    """Reject an entity that is too large; the fields that the store sets are not counted.
-
-    Raises:
-        UnsupportedValueError.
-    """
+    """Raise `UnsupportedValueError` for an entity that is too large; see `refuse_oversize`."""
     refuse_oversize(*sized(entity))
 
 

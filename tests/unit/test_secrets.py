@@ -32,8 +32,9 @@ def keys_of(model: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     for each in msgspec.structs.fields(model):
         at = (*path, each.name)
         yield at, each.type
-        if each.name in model._nested_models:
-            yield from keys_of(model._nested_models[each.name], at)
+        nested = config._nested_model(each.type)
+        if nested is not None:
+            yield from keys_of(nested, at)
 
 
 CASES = [
