@@ -221,8 +221,8 @@ def _join_order(argv: Sequence[str]) -> list[str]:
 def _add_common(parser: argparse.ArgumentParser, refused: Container[str] = ()) -> None:
     """Add the common options; those that the command refuses are not shown in its help."""
 
-    def add(name: str, metavar: str, help: str, **settings: Any) -> None:  # noqa: A002
-        shown = argparse.SUPPRESS if name in refused else help
+    def add(name: str, metavar: str, text: str, **settings: Any) -> None:
+        shown = argparse.SUPPRESS if name in refused else text
         group.add_argument(f"--{name}", metavar=metavar, help=shown, **settings)
 
     group = parser.add_argument_group("options of every command")
@@ -267,27 +267,26 @@ def _version_or_absent(text: str) -> int | str:
     return text if text == "absent" else _version(text)
 
 
-def _argument(name: str, metavar: str, help: str, **settings: Any) -> Add:  # noqa: A002
-    return lambda parser: parser.add_argument(name, metavar=metavar, help=help, **settings)
+def _argument(name: str, metavar: str, text: str, **settings: Any) -> Add:
+    return lambda parser: parser.add_argument(name, metavar=metavar, help=text, **settings)
 
 
-def _flag(name: str, help: str) -> Add:  # noqa: A002
-    return lambda parser: parser.add_argument(name, action="store_true", help=help)
+def _flag(name: str, text: str) -> Add:
+    return lambda parser: parser.add_argument(name, action="store_true", help=text)
 
 
-def _repeatable(name: str, metavar: str, help: str) -> Add:  # noqa: A002
-    return _argument(name, metavar, help, action="append", default=[])
+def _repeatable(name: str, metavar: str, text: str) -> Add:
+    return _argument(name, metavar, text, action="append", default=[])
 
 
-def _one_of(*adds: Add) -> Add:
-    """Adds options of which at most one may be given."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        group = parser.add_mutually_exclusive_group()
-        for each in adds:
-            each(group)  # type: ignore[arg-type]  # a group has the methods of a parser
-
-    return add
+def _mode(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing, not even a test write; report what the target would refuse",
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted migration")
 
 
 def _leave_out(
@@ -418,13 +417,7 @@ _MIGRATION: Final = (
     ),
     _MERGE,
     _leave_out(),
-    _one_of(
-        _flag(
-            "--dry-run",
-            "write nothing, not even a test write; report what the target would refuse",
-        ),
-        _flag("--resume", "continue an interrupted migration"),
-    ),
+    _mode,
 )
 _STORE_TYPES: Final = "json, sql, sqlite, postgresql or dynamodb"
 _MIGRATE_REPOSITORY: Final = (
