@@ -22,6 +22,7 @@ from hf_async_store.migration.merge import Merged, MergeRule, put
 from hf_async_store.values import Entity, canonical
 
 if TYPE_CHECKING:
+    from hf_async_store.schema import Collection
     from hf_async_store.strategy import StorageStrategy
 
 
@@ -66,41 +67,33 @@ async def batches_of(
             return
 
 
-class CollectionCopier:
+class CollectionCopier(msgspec.Struct, kw_only=True):
     """Copies one collection.
 
-    Args:
+    Attributes:
         workers: the maximum number of batches that are written at once.
         rule: how to treat entities that the target has already; None overwrites them.
         save: a coroutine function that saves the progress after each batch.
         advance: called with the number of entities of each batch that was written.
+        waiting: the ids of entities whose parents are not in the target yet.
+        digest: the digest of the entities that were read so far.
     """
 
-    def __init__(
-        self,
-        source: StorageStrategy,
-        target: StorageStrategy,
-        collection: str,
-        *,
-        size: int,
-        workers: int,
-        rule: MergeRule | None,
-        start: Progress,
-        save: Callable[[Progress], Coroutine[Any, Any, None]],
-        advance: Callable[[int], None],
-    ) -> None:
-        self._source = source
-        self._target = target
-        self._declared = target.collections[collection]
-        self._size = size
-        self._workers = workers
-        self._rule = rule
-        self._start = start
-        self._save = save
-        self._advance = advance
-        self._waiting: list[str] = []
-        self.merged = Merged()
-        self.digest = Digest(start.digest, start.count)
+    source: StorageStrategy
+    target: StorageStrategy
+    declared: Collection
+    size: int
+    workers: int
+    rule: MergeRule | None
+    start: Progress
+    save: Callable[[Progress], Coroutine[Any, Any, None]]
+    advance: Callable[[int], None]
+    merged: Merged = msgspec.field(default_factory=Merged)
+    waiting: list[str] = []
+    digest: Digest = msgspec.field(default_factory=Digest)
+
+    def __post_init__(self) -> None:
+        self.digest = Digest(self.start.digest, self.start.count)
 
     async def run(self) -> None:
         """Copy all entities.
@@ -109,11 +102,11 @@ class CollectionCopier:
             StorageError: the first error. Everything up to the last checkpoint is in the target.
         """
         writing: deque[asyncio.Task[MigrationBatch]] = deque()  # in the order of the batches
-        batches = batches_of(self._source, self._declared.name, self._size, self._start)
+        batches = batches_of(self.source, self.declared.name, self.size, self.start)
         try:
             async with aclosing(batches):
                 async for batch in batches:
-                    if len(writing) == self._workers:
+                    if len(writing) == self.workers:
                         await self._save_progress(await writing.popleft())
                     self.digest = Digest(batch.digest, batch.count)
                     writing.append(asyncio.ensure_future(self._write_batch(batch)))
@@ -124,40 +117,40 @@ class CollectionCopier:
                 each.cancel()
             await asyncio.gather(*writing, return_exceptions=True)
         await self._write_waiting()
-        await self._save(Progress(None, self.digest.count, str(self.digest), done=True))
+        await self.save(Progress(None, self.digest.count, str(self.digest), done=True))
 
     async def _write_batch(self, batch: MigrationBatch) -> MigrationBatch:
         await self._write(batch.entities, batch.sizes)
-        self._advance(len(batch.entities))
+        self.advance(len(batch.entities))
         return batch
 
     async def _save_progress(self, batch: MigrationBatch) -> None:
         """Save the progress after a batch that is written, together with all before it."""
         # An entity that waits for its parent is not in the target. While there is one, no progress
         # is saved, so that it is read again after a crash.
-        if batch.cursor is not None and not self._waiting:
-            await self._save(Progress(batch.cursor, batch.count, batch.digest))
+        if batch.cursor is not None and not self.waiting:
+            await self.save(Progress(batch.cursor, batch.count, batch.digest))
 
     async def _write(self, entities: Sequence[Entity], sizes: Sequence[int] | None = None) -> None:
-        name = self._declared.name
+        name = self.declared.name
         # Collects entities whose parent, in the same collection, is not in the target yet.
-        refers_to_itself = any(each.references == name for each in self._declared.references)
+        refers_to_itself = any(each.references == name for each in self.declared.references)
         waiting: list[Entity] | None = [] if refers_to_itself else None
-        written = await put(self._target, name, entities, self._rule, sizes=sizes, waiting=waiting)
+        written = await put(self.target, name, entities, self.rule, sizes=sizes, waiting=waiting)
         self.merged.add(written)
-        self._waiting += map(self._declared.id_of, waiting or ())
+        self.waiting += map(self.declared.id_of, waiting or ())
 
     async def _write_waiting(self) -> None:
         """Write the waiting entities whose parents are in the target now; repeat for the others."""
-        while self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for start in range(0, len(waiting), self._size):
-                ids = waiting[start : start + self._size]
-                entities = await self._source.get_entities(self._declared.name, ids)
+        while self.waiting:
+            waiting, self.waiting = self.waiting, []
+            for start in range(0, len(waiting), self.size):
+                ids = waiting[start : start + self.size]
+                entities = await self.source.get_entities(self.declared.name, ids)
                 await self._write([each for each in entities if each is not None])
-            if len(self._waiting) == len(waiting):
+            if len(self.waiting) == len(waiting):
                 raise ReferenceViolationError(
-                    f"{len(waiting):,} entities of {self._declared.name} refer to a parent in the same "
+                    f"{len(waiting):,} entities of {self.declared.name} refer to a parent in the same "
                     f"collection that does not exist; the first: {waiting[0]!r}. Create the parents in the "
                     "source, or declare the field with enforced=False"
                 )

@@ -446,9 +446,9 @@ class MigrationTool:
         if start.done:
             return
         copier = CollectionCopier(
-            self.source,
-            self.target,
-            name,
+            source=self.source,
+            target=self.target,
+            declared=self.target.collections[name],
             size=self._config.batch_size,
             workers=self._config.parallel_workers,
             rule=checkpoint.rule,
