@@ -282,10 +282,11 @@ class _LogHandler(logging.Handler):
         self._verbose = verbose
 
     def emit(self, record: logging.LogRecord) -> None:
-        cause = record.exc_info[1] if record.exc_info else None
+        info = record.exc_info
+        cause = info[1] if info else None
         log_line(redact_text(f"warning: {record.getMessage()}" + (f": {cause}" if cause else "")))
-        if cause is not None and self._verbose:
-            write_error(redact_text(logging.Formatter().formatException(record.exc_info)) + "\n")  # type: ignore[arg-type]
+        if info and cause is not None and self._verbose:
+            write_error(redact_text(logging.Formatter().formatException(info)) + "\n")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
@@ -447,10 +448,7 @@ class LiveMigration:
         for start in range(0, len(keys), size):
             chunk = keys[start : start + size]
             self._touched.update(chunk)
-            await retry_conflicts(
-                lambda chunk=chunk: self._copy_chunk(origin, copy, chunk),  # type: ignore[misc]
-                _CONFLICT_SECONDS,
-            )
+            await retry_conflicts(partial(self._copy_chunk, origin, copy, chunk), _CONFLICT_SECONDS)
 
     async def _copy_chunk(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
         async with copy.session(None) as session:
