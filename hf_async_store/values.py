@@ -196,7 +196,8 @@ def _copy_dict(value: Mapping[Any, object], depth: int) -> tuple[Entity, int]:
                 copied[name] = each
                 size += len(each)
             else:
-                copied[name], value_size = _copy(each, depth + 1)
+                copy = _COPIERS.get(type(each), _copy_other)
+                copied[name], value_size = copy(each, depth + 1)
                 size += value_size
         except _NotStorableError as exc:
             exc.path.append(name if type(name) is str else f"{name!a}")
@@ -211,7 +212,7 @@ def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
     size = 3 + len(value)
     for index, each in enumerate(value):
         try:
-            element, element_size = _copy(each, depth + 1)
+            element, element_size = _COPIERS.get(type(each), _copy_other)(each, depth + 1)
         except _NotStorableError as exc:
             exc.path.append(index)
             raise
