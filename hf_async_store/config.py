@@ -183,8 +183,8 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def path_keys(self) -> tuple[str, ...]:
         return ("base_path",)
 
-    def place(self) -> str:
-        """See `StorageConfig.place`."""
+    def location(self) -> str:
+        """See `StorageConfig.location`."""
         single = self.storage_type == "single_file"
         name = self.filenames.single_file if single else ""
         return f"json:{_file_location(os.path.join(self.base_path, name))}"  # noqa: PTH118
@@ -305,8 +305,8 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         database = ("name",) if self.type == "sqlite" and self.name != ":memory:" else ()
         return (*database, "sslrootcert", "sslcert", "sslkey")
 
-    def place(self) -> str:
-        """See `StorageConfig.place`."""
+    def location(self) -> str:
+        """See `StorageConfig.location`."""
         if self.type == "sqlite":
             return f"sqlite:{_file_location(self.name)}"
         servers = ",".join(
@@ -398,8 +398,8 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         scheme, _, rest = self.endpoint_url.partition("://")
         return f"{scheme}://{rest.rpartition('@')[2]}"
 
-    def place(self) -> str:
-        """See `StorageConfig.place`."""
+    def location(self) -> str:
+        """See `StorageConfig.location`."""
         if self.region is None:
             raise ConfigurationError(
                 "region: required, because other processes must be able to open the store by its URL"
@@ -420,8 +420,8 @@ class MemoryConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     enforce_references: bool = True
 
-    def place(self) -> str:
-        """See `StorageConfig.place`."""
+    def location(self) -> str:
+        """See `StorageConfig.location`."""
         return "memory:"  # other processes cannot open it, and it cannot be migrated live
 
 
@@ -491,14 +491,14 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
                     f"{name}: expected options of type {model.__name__}, got {_type_name(options)}"
                 )
 
-    def place(self) -> str:
+    def location(self) -> str:
         """The location of the store: a URL in canonical form, without secrets, to compare and to show.
 
         Raises:
             ConfigurationError: the configuration does not define a location for other processes.
         """
         if not isinstance(self.options, Mapping):
-            return self.options.place()
+            return self.options.location()
         url = self.options.get("url")
         if not isinstance(url, str):
             raise ConfigurationError(
@@ -600,7 +600,7 @@ def permitted_moves(source: object, path: str = FOLLOW_MOVES) -> tuple[StorageCo
     for number, each in enumerate(source):
         with _error_prefix(f"{path}[{number}]: "):
             loaded.append(_load(each, follows=False))
-            loaded[-1].place()  # without a location, the entry would never match
+            loaded[-1].location()  # without a location, the entry would never match
     return tuple(loaded)
 
 

@@ -84,7 +84,7 @@ Phase: TypeAlias = Literal["COPYING", "CUTTING_OVER", "SWITCHED", "ROLLING_BACK"
 
 
 _LOCATION: Final = r"[a-z][a-z0-9+._-]*:[!-~]{1,4096}"
-"""The form of a location: see `StorageConfig.place`."""
+"""The form of a location: see `StorageConfig.location`."""
 
 _MAX_COUNT: Final = 2**62
 """The maximum of a recorded count. It can still be incremented within 64 bits."""
@@ -98,8 +98,8 @@ class MigrationState(msgspec.Struct, frozen=True):
 
     Attributes:
         role: the role of the store that contains the record.
-        other: the location of the other store, in the form of `StorageConfig.place`; it is compared
-            and never opened.
+        other_location: the location of the other store, in the form of `StorageConfig.location`; it is
+            compared and never opened. The stored record has it as `other`.
         epoch: the number of the coordinator; one with a greater number fences off its predecessors.
         term: the number of switches so far.
         version: the version of the record.
@@ -107,7 +107,7 @@ class MigrationState(msgspec.Struct, frozen=True):
 
     role: Literal["source", "target"]
     phase: Phase
-    other: str
+    other_location: str = msgspec.field(name="other")
     epoch: _Count
     term: _Count
     version: _Count = 0
@@ -133,7 +133,7 @@ def migration_state_in(record: Record | None) -> MigrationState | None:
         state = msgspec.convert(record.entity, MigrationState)
     except (msgspec.ValidationError, UnicodeEncodeError) as exc:  # the latter by a lone surrogate
         raise _invalid_record(str(exc)) from exc
-    if not re.fullmatch(_LOCATION, state.other):
+    if not re.fullmatch(_LOCATION, state.other_location):
         raise _invalid_record("`$.other` is not the location of a store")
     return state
 
@@ -273,24 +273,27 @@ class MigrationRouter(Engine):
         while state is not None and state.phase == "FINALIZED":
             if not self._was_in_migration:
                 raise StoreRelocatedError(
-                    f"this store was migrated to {state.other}; open that store", state.other
+                    f"this store was migrated to {state.other_location}; open that store",
+                    state.other_location,
                 )
             # It was migrated while it was open here: from now on it is the store at the new location.
-            self._followed_to = own = state.other
+            self._followed_to = own = state.other_location
             state = await self._state_at(own)
         if state is None:
             if own is None:
                 return _NO_MIGRATION
             return Route(own, self._engine_at(own), add_markers=False, term=0)
         self._was_in_migration = True  # if the migration is finalized, this process follows it
-        source, target = (own, state.other) if state.role == "source" else (state.other, own)
+        source, target = (
+            (own, state.other_location) if state.role == "source" else (state.other_location, own)
+        )
         if state.role == "target":
             source_state = await self._state_at(source)
             here = self._own_location() if own is None else own
             if (
                 source_state is None
                 or source_state.role != "source"
-                or here not in (None, source_state.other)
+                or here not in (None, source_state.other_location)
             ):
                 # The migration was ended at the source, but this record still exists.
                 raise StoreRelocatedError(
@@ -489,7 +492,7 @@ class MigrationRouter(Engine):
         )
         if state is not None:
             moved = state.role == "source" and state.phase not in ("COPYING", "CUTTING_OVER")
-            raise not_followed(method, state.other if moved else None)
+            raise not_followed(method, state.other_location if moved else None)
 
     async def confirm_untracked_write(self, route: Route, method: str) -> None:
         """Ensure that no live migration began while `method` wrote without change markers.

@@ -120,7 +120,7 @@ class LiveMigration:
         advance: Advance = lambda what, count: None,
     ) -> None:
         sides = [anchored(load_config(each)) for each in (source, target)]
-        self.source_location, self.target_location = (each.place() for each in sides)
+        self.source_location, self.target_location = (each.location() for each in sides)
         self._schema = Schema(collections)
         self._rate = rate
         self._advance = advance
@@ -246,7 +246,11 @@ class LiveMigration:
             MigrationError: the target is not active yet.
         """
         state = await self._read_state(self._source)
-        if state is not None and state.phase == "FINALIZED" and state.other == self.target_location:
+        if (
+            state is not None
+            and state.phase == "FINALIZED"
+            and state.other_location == self.target_location
+        ):
             self._state = state  # complete a `finalize` that may have been interrupted
         else:
             await self._acquire_epoch()
@@ -304,10 +308,10 @@ class LiveMigration:
         await refuse_undeclared(self._source, "the source")
         target_state = await self._read_state(self._target)
         if target_state is not None:
-            if target_state.other == self.source_location:
+            if target_state.other_location == self.source_location:
                 return  # a copy that an earlier live migration between the two stores has made
             raise MigrationError(
-                f"the target is part of another live migration, with {target_state.other}"
+                f"the target is part of another live migration, with {target_state.other_location}"
             )
         for declared in self._schema.values():
             async with aclosing(self._target.select(build_query(declared, limit=1))) as records:
@@ -333,10 +337,14 @@ class LiveMigration:
                 or another coordinator takes over.
         """
         state = await self._read_state(self._source)
-        if state is None or state.role != "source" or state.other != self.target_location:
+        if state is None or state.role != "source" or state.other_location != self.target_location:
             raise MigrationError(
                 "there is no live migration between these two stores"
-                + ("" if state is None else f"; the source is part of one with {state.other}")
+                + (
+                    ""
+                    if state is None
+                    else f"; the source is part of one with {state.other_location}"
+                )
             )
         if state.phase == "FINALIZED":
             raise MigrationError("this live migration is finalized: the target is active")
@@ -353,7 +361,7 @@ class LiveMigration:
             )
         else:
             change = target_state.put(
-                role="target", phase="COPYING", other=self.source_location, epoch=epoch
+                role="target", phase="COPYING", other_location=self.source_location, epoch=epoch
             )
             try:
                 await _write(self._target, change)

@@ -48,7 +48,7 @@ def routed(
         if location is None:
             return reopen(declared)
         # It is opened as configured, including secrets, not by the recorded location.
-        permitted = (each for each in config.follow_moves if each.place() == location)
+        permitted = (each for each in config.follow_moves if each.location() == location)
         target = next(permitted, None)
         if target is None:
             return None
@@ -56,7 +56,7 @@ def routed(
 
     def own_location() -> str | None:
         try:
-            return config.place()
+            return config.location()
         except ConfigurationError:
             return None
 

@@ -32,7 +32,7 @@ def opened(url: str, collections: Iterable[Collection] = CONTRACT_COLLECTIONS) -
 
 def place_of(url: str) -> str:
     """The location by which a live migration identifies a store."""
-    return load_config(url).place()
+    return load_config(url).location()
 
 
 def settings(folder: Path, **more: object) -> Mapping[str, object]:

@@ -92,7 +92,7 @@ async def outputs(source: Any) -> list[str]:
     shown: list[str] = []
     try:
         loaded = load_config(source)
-        shown += [repr(loaded), str(loaded), json.dumps(redacted(loaded)), loaded.place()]
+        shown += [repr(loaded), str(loaded), json.dumps(redacted(loaded)), loaded.location()]
         store = open_store(loaded)
         shown += [repr(store), json.dumps(store.describe())]
     except StorageError as exc:

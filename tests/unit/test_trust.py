@@ -120,7 +120,7 @@ def test_a_migration_block_alone_is_for_a_migration(tmp_path: Path) -> None:
     ],
 )
 def test_a_location_contains_no_secret_and_no_setting(source: str, place: str) -> None:
-    assert load_config(source).place() == place
+    assert load_config(source).location() == place
 
 
 def test_one_file_has_one_location_whatever_its_path(
@@ -131,15 +131,15 @@ def test_one_file_has_one_location_whatever_its_path(
     Path("link").symlink_to("data")
     folder = tmp_path.resolve() / "data"
     for path in ("data/x.json", "./data/../data/x.json", f"{tmp_path}/link/x.json"):
-        assert load_config(f"json:{path}").place() == f"json:{folder}/x.json"
+        assert load_config(f"json:{path}").location() == f"json:{folder}/x.json"
     for path in ("data/x.db", f"{tmp_path}/link/x.db"):
-        assert load_config(f"sqlite:{path}").place() == f"sqlite:{folder}/x.db"
-    assert load_config("json:link").place() == f"json:{folder}"
+        assert load_config(f"sqlite:{path}").location() == f"sqlite:{folder}/x.db"
+    assert load_config("json:link").location() == f"json:{folder}"
 
 
 def test_a_dynamodb_location_without_a_region_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="region"):
-        load_config("dynamodb:///app").place()
+        load_config("dynamodb:///app").location()
     with pytest.raises(ConfigurationError, match=r"follow_moves\[0\]: region"):
         load_config({"strategy": "memory", "follow_moves": ["dynamodb:///app"]})
 
@@ -165,7 +165,7 @@ def test_follow_moves_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert by_url.options == load_config("json:data?cache_size=5").options
     router = open_store("json:data", follow_moves=[url]).engine
     assert isinstance(router, MigrationRouter)
-    assert router._open_engine(expected.place()) is not None
+    assert router._open_engine(expected.location()) is not None
     assert router._open_engine("postgresql://db2:5432/store") is None
     assert "a/b" not in repr(by_url) + json.dumps(redacted(by_url))
 
@@ -336,7 +336,7 @@ RECORDS = st.fixed_dictionaries(
 def loads_or_is_refused(source: Any) -> None:
     try:
         loaded = load_config(source)
-        loaded.place()
+        loaded.location()
     except ConfigurationError:
         return
     assert isinstance(loaded, StorageConfig)

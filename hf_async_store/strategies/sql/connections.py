@@ -436,7 +436,7 @@ class Connections:
             self._leased.add(leases[0])
             return
         raise UnavailableError(
-            f"cannot connect to {self._config.place()}: every connection was closed, or became "
+            f"cannot connect to {self._config.location()}: every connection was closed, or became "
             "unusable, as soon as it was opened. Check the log of the server, its connection limit, and "
             "any proxy or connection pooler"
         )
