@@ -121,10 +121,6 @@ async def test_a_string_set_of_one_string_is_not_decoded_as_a_float(
         assert await store.update_entity("things", "theirs", {"n": 1}) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an update rewrites the whole item of another program in the encoding of the store",
-)
 @pytest.mark.parametrize("name", THEIRS)
 async def test_an_update_keeps_attributes_of_another_program(proxy: Proxy, name: str) -> None:
     async with store_at(proxy.url, collections=THINGS) as store:
@@ -136,7 +132,6 @@ async def test_an_update_keeps_attributes_of_another_program(proxy: Proxy, name:
         assert expected in (now.get(name), now.get("doc", {}).get("M", {}).get(name))
 
 
-@pytest.mark.xfail(strict=True, reason="an attribute of theirs that is called doc is not read")
 async def test_an_attribute_of_another_program_named_doc(proxy: Proxy) -> None:
     async with store_at(proxy.url, collections=THINGS) as store:
         await store.create_entity("things", {"id": "a"})

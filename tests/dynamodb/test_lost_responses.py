@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import DynamoDBStorageStrategy, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb import backoff
+from hf_async_store.strategies.dynamodb import request_retry
 from hf_async_store.strategies.dynamodb.errors import ResponseLost, conflict, translate
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Request
 from tests.dynamodb.support import new_prefix, store_at
@@ -248,7 +248,7 @@ def bench(dynamodb_server: DynamoDBServer) -> Iterator[tuple[asyncio.Runner, _Be
 @pytest.fixture(autouse=True, scope="module")
 def short_pauses() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backoff, "_FIRST_PAUSE", 0.001)
+        patch.setattr(request_retry, "_FIRST_PAUSE", 0.001)
         yield
 
 

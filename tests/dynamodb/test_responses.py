@@ -26,7 +26,7 @@ from hf_async_store import (
     UnavailableError,
 )
 from hf_async_store import errors as public_errors
-from hf_async_store.strategies.dynamodb import backoff, responses
+from hf_async_store.strategies.dynamodb import request_retry, responses
 from hf_async_store.strategies.dynamodb.responses import read_response
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store.testing.repetitions import repetitions
@@ -103,7 +103,7 @@ KINDS: Final[dict[str, type[StorageError]]] = {
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backoff, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(request_retry, "_FIRST_PAUSE", 0.001)
 
 
 def _is_public(exc: StorageError) -> bool:

@@ -21,8 +21,8 @@ import msgspec
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
-from hf_async_store.strategies.dynamodb.backoff import retry
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
+from hf_async_store.strategies.dynamodb.request_retry import retry
 from hf_async_store.strategies.dynamodb.responses import read_response
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ class Client:
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send an idempotent request and return its response; transient failures are retried."""
-        return await retry(
-            lambda: self.call(operation, params), self.config.retry_timeout, idempotent=True
-        )
+        return await retry(lambda: self.call(operation, params), self.config.retry_timeout)
 
     async def close(self) -> None:
         self._closed = True

@@ -95,18 +95,21 @@ def decode(attribute: Attribute) -> Value:
         ValueError: the attribute is not a valid attribute value.
     """
     [(kind, content)] = attribute.items()
-    if kind == "S":
-        return cast("str", content)
+    if kind in ("S", "BOOL"):
+        return cast("str | bool", content)
     if kind == "N":
         return decode_number(content)
-    if kind == "BOOL":
-        return cast("bool", content)
     if kind == "NULL":
         return None
     if kind == "M":
         return decode_map(content)
     if kind == "L":
         return [decode(each) for each in content]
+    return _decode_foreign(kind, content)
+
+
+def _decode_foreign(kind: str, content: Any) -> Value:
+    """The value of a set, which may be the substitute encoding of a float, or of a binary value."""
     if kind == "SS" and len(content) == 1:
         return _decode_single_string(content[0])
     if kind == "NS":

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.errors import ConfigurationError, StorageError, UnavailableError
-from hf_async_store.strategies.dynamodb.backoff import retry
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
+from hf_async_store.strategies.dynamodb.request_retry import retry
 from hf_async_store.strategies.dynamodb.responses import convert
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ class Cache:
         Raises:
             StorageError.
         """
-        return await retry(
-            lambda: self._read_once(operation, params), self._retry_seconds, idempotent=True
-        )
+        return await retry(lambda: self._read_once(operation, params), self._retry_seconds)
 
     async def _read_once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()

@@ -163,67 +163,42 @@ _FAILED: Final = _ErrorSpec(
 _NOT_UNDERSTOOD: Final = _ErrorSpec(
     ProtocolError, "the server does not implement DynamoDB's protocol; check endpoint_url"
 )
+_FULL: Final = _ErrorSpec(
+    DiskFullError, "an item collection has reached its size limit in DynamoDB"
+)
+_TOKEN_USED: Final = _ErrorSpec(
+    ProtocolError, "another transaction has used the same client request token"
+)
 
 # Source: DynamoDB Developer Guide, "Error handling with DynamoDB"; DynamoDB API Reference, "Common
 # Errors" and the errors of each action; BatchStatementError.
-CODES: Final[Mapping[str, _ErrorSpec]] = {
-    # throttling
-    "LimitExceeded": _THROTTLED,
-    "ProvisionedThroughputExceeded": _THROTTLED,
-    "RequestLimitExceeded": _THROTTLED,
-    "Throttling": _THROTTLED,
-    "ThrottlingError": _THROTTLED,
-    "TooManyRequests": _THROTTLED,
-    "SlowDown": _THROTTLED,
-    "KMSThrottling": _THROTTLED,
-    # authentication and authorization
-    "AccessDenied": _DENIED,
-    "NotAuthorized": _DENIED,
-    "UnauthorizedOperation": _DENIED,
-    "OptInRequired": _ACCOUNT,
-    "AccountProblem": _ACCOUNT,
-    "SubscriptionRequired": _ACCOUNT,
-    "UnrecognizedClient": _WRONG_KEY,
-    "InvalidClientTokenId": _WRONG_KEY,
-    "InvalidAccessKeyId": _WRONG_KEY,
-    "MissingAuthenticationToken": _WRONG_KEY,
-    "InvalidSignature": _WRONG_SECRET,
-    "IncompleteSignature": _WRONG_SECRET,
-    "SignatureDoesNotMatch": _WRONG_SECRET,
-    "ExpiredToken": _EXPIRED,
-    "RequestExpired": _CLOCK,
-    "RequestTimeTooSkewed": _CLOCK,
-    # the KMS key of the table
-    "KMSAccessDenied": _ENCRYPTION,
-    "KMSDisabled": _ENCRYPTION,
-    "KMSInvalidState": _ENCRYPTION,
-    "KMSInvalidKeyUsage": _ENCRYPTION,
-    "KMSNotFound": _ENCRYPTION,
-    "InaccessibleEncryptionCredentials": _ENCRYPTION,
-    # concurrent operations
-    "TransactionInProgress": _IN_PROGRESS,
-    "ResourceInUse": _IN_PROGRESS,
-    "TableInUse": _IN_PROGRESS,
-    "ReplicatedWriteConflict": _IN_PROGRESS,
-    # server failures
-    "InternalServer": _FAILED,
-    "InternalServerError": _FAILED,
-    "InternalFailure": _FAILED,
-    "ServiceUnavailable": _FAILED,
-    "RequestTimeout": _FAILED,
-    "RequestAbandoned": _FAILED,
-    "ItemCollectionSizeLimitExceeded": _ErrorSpec(
-        DiskFullError, "an item collection has reached its size limit in DynamoDB"
+_CODES_OF: Final[Mapping[_ErrorSpec, str]] = {
+    _THROTTLED: (
+        "LimitExceeded ProvisionedThroughputExceeded RequestLimitExceeded Throttling "
+        "ThrottlingError TooManyRequests SlowDown KMSThrottling"
     ),
-    # the server does not understand the request
-    "Serialization": _NOT_UNDERSTOOD,
-    "UnknownOperation": _NOT_UNDERSTOOD,
-    "InvalidAction": _NOT_UNDERSTOOD,
-    "MissingAction": _NOT_UNDERSTOOD,
-    "IdempotentParameterMismatch": _ErrorSpec(
-        ProtocolError, "another transaction has used the same client request token"
+    _DENIED: "AccessDenied NotAuthorized UnauthorizedOperation",
+    _ACCOUNT: "OptInRequired AccountProblem SubscriptionRequired",
+    _WRONG_KEY: (
+        "UnrecognizedClient InvalidClientTokenId InvalidAccessKeyId MissingAuthenticationToken"
     ),
+    _WRONG_SECRET: "InvalidSignature IncompleteSignature SignatureDoesNotMatch",
+    _EXPIRED: "ExpiredToken",
+    _CLOCK: "RequestExpired RequestTimeTooSkewed",
+    _ENCRYPTION: (
+        "KMSAccessDenied KMSDisabled KMSInvalidState KMSInvalidKeyUsage KMSNotFound "
+        "InaccessibleEncryptionCredentials"
+    ),
+    _IN_PROGRESS: "TransactionInProgress ResourceInUse TableInUse ReplicatedWriteConflict",
+    _FAILED: (
+        "InternalServer InternalServerError InternalFailure ServiceUnavailable RequestTimeout "
+        "RequestAbandoned"
+    ),
+    _NOT_UNDERSTOOD: "Serialization UnknownOperation InvalidAction MissingAction",
+    _FULL: "ItemCollectionSizeLimitExceeded",
+    _TOKEN_USED: "IdempotentParameterMismatch",
 }
+CODES: Final = {code: spec for spec, codes in _CODES_OF.items() for code in codes.split()}
 
 _REFUSED_ACTION: Final = re.compile(
     r"perform: ([\w:-]{1,80}) on resource: (\S{1,300}?)[.,]?(?: |$)"
@@ -316,51 +291,31 @@ def unreadable(table: str, entity_id: str, why: str) -> CorruptionError:
 
 # -- errors of the driver --------------------------------------------------------------------
 
-_CONFIGURATION: Final = frozenset(
-    {
-        "ConfigNotFound",
-        "ConfigParseError",
-        "EndpointProviderError",
-        "EndpointResolutionError",
-        "EndpointVariantError",
-        "InfiniteLoopConfigError",
-        "InvalidConfigError",
-        "InvalidDefaultsMode",
-        "InvalidEndpointConfigurationError",
-        "InvalidMaxRetryAttemptsError",
-        "InvalidProxiesConfigError",
-        "InvalidRegionError",
-        "InvalidRetryModeError",
-        "InvalidSTSRegionalEndpointsConfigError",
-        "MissingDependencyException",
-        "NoRegionError",
-        "ProfileNotFound",
-        "UnknownEndpointError",
-        "UnknownRegionError",
-        "UnknownSignatureVersionError",
-    }
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_CONFIGURATION: Final = _words(
+    "ConfigNotFound ConfigParseError EndpointProviderError EndpointResolutionError "
+    "EndpointVariantError InfiniteLoopConfigError InvalidConfigError InvalidDefaultsMode "
+    "InvalidEndpointConfigurationError InvalidMaxRetryAttemptsError InvalidProxiesConfigError "
+    "InvalidRegionError InvalidRetryModeError InvalidSTSRegionalEndpointsConfigError "
+    "MissingDependencyException NoRegionError ProfileNotFound UnknownEndpointError "
+    "UnknownRegionError UnknownSignatureVersionError"
 )
-_NO_CREDENTIALS: Final = frozenset(
-    {
-        "CredentialRetrievalError",
-        "LoginAuthorizationCodeError",
-        "LoginError",
-        "LoginInsufficientPermissions",
-        "LoginRefreshRequired",
-        "LoginTokenLoadError",
-        "NoAuthTokenError",
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "RefreshWithMFAUnsupportedError",
-        "SSOError",
-        "SSOTokenLoadError",
-        "TokenRetrievalError",
-        "UnauthorizedSSOTokenError",
-        "UnknownCredentialError",
-        "UnknownTokenProviderError",
-    }
+_NO_CREDENTIALS: Final = _words(
+    "CredentialRetrievalError LoginAuthorizationCodeError LoginError "
+    "LoginInsufficientPermissions LoginRefreshRequired LoginTokenLoadError NoAuthTokenError "
+    "NoCredentialsError PartialCredentialsError RefreshWithMFAUnsupportedError SSOError "
+    "SSOTokenLoadError TokenRetrievalError UnauthorizedSSOTokenError UnknownCredentialError "
+    "UnknownTokenProviderError"
 )
-_NOT_CONNECTED: Final = frozenset({"ConnectTimeoutError", "ProxyConnectionError"})
+_NOT_CONNECTED: Final = _words("ConnectTimeoutError ProxyConnectionError")
+_NETWORK: Final = _NOT_CONNECTED | _words(
+    "ConnectionClosedError EndpointConnectionError HTTPClientError MetadataRetrievalError "
+    "ReadTimeoutError SSLError"
+)
 
 
 def before_sending(exc: Exception) -> StorageError:
@@ -391,21 +346,10 @@ def before_sending(exc: Exception) -> StorageError:
             "dynamodb_strategy.endpoint_url (or AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_DYNAMODB): "
             "must be a URL with http:// or https:// and a host"
         )
-    if isinstance(exc, OSError) or name in _NOT_CONNECTED or _is_network_error(name):
+    if isinstance(exc, OSError) or name in _NETWORK:
         return UnavailableError(f"AWS credentials are temporarily unavailable: {name}")
     return ConfigurationError(
         f"dynamodb_strategy: the AWS configuration or credentials cannot be used: {name}"
-    )
-
-
-def _is_network_error(name: str) -> bool:
-    return name in (
-        "ConnectionClosedError",
-        "EndpointConnectionError",
-        "HTTPClientError",
-        "MetadataRetrievalError",
-        "ReadTimeoutError",
-        "SSLError",
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from hf_async_store.query import And, Comparison, Filter, Not, Or
+from hf_async_store.query import And, Filter, Not, Or
 from hf_async_store.strategies.dynamodb.codec import is_native, is_plain_name
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SUBSTITUTE,
@@ -27,7 +27,7 @@ from hf_async_store.strategies.dynamodb.items import (
 from hf_async_store.values import CREATED_AT, INT_MAX, INT_MIN, VERSION, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hf_async_store.strategies.dynamodb.codec import Attribute
 
@@ -40,6 +40,7 @@ _MAX_CHOICES: Final = 40
 _MAX_DEPTH: Final = 30
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
+_NEGATIONS: Final = {"ne": "eq", "not_in": "in"}
 _RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 
@@ -128,12 +129,7 @@ class FilterTranslator:
         """
         if not isinstance(where, And):
             return self._translate_within_limits(where)
-        parts = [self._translate_within_limits(each) for each in where.parts]
-        translated = [each for each in parts if each is not None]
-        if not translated:
-            return None
-        is_exact = len(translated) == len(parts) and all(each.is_exact for each in translated)
-        return Translation(_joined(" AND ", translated), is_exact)
+        return _all_of([self._translate_within_limits(each) for each in where.parts])
 
     def _translate_within_limits(self, where: Filter) -> Translation | None:
         """Translate a part that must hold; None if it would exceed the limits of the expression."""
@@ -151,32 +147,19 @@ class FilterTranslator:
 
     def _translate(self, where: Filter) -> Translation | None:
         if isinstance(where, And):
-            parts = [self._translate(each) for each in where.parts]
-            translated = [each for each in parts if each is not None]
-            if not translated:
-                return None
-            is_exact = len(translated) == len(parts) and all(each.is_exact for each in translated)
-            return Translation(_joined(" AND ", translated), is_exact)
+            return _all_of([self._translate(each) for each in where.parts])
         if isinstance(where, Or):
-            translated = []
-            for each in where.parts:
-                part = self._translate(each)
-                if part is None:
-                    return None
-                translated.append(part)
-            if not translated:
-                return None
-            return Translation(
-                _joined(" OR ", translated), all(each.is_exact for each in translated)
-            )
+            return _any_of([self._translate(each) for each in where.parts])
         if isinstance(where, Not):
-            inner = self._translate(where.part)
-            return _negated(inner)
+            return _negated(self._translate(where.part))
         self._operators += 1
         if where.value is not None:
             self._values_size += len(str(where.value))
         self._check_limits()
-        return self._comparison(where)
+        positive = _NEGATIONS.get(where.op)
+        if positive is not None:
+            return _negated(self._comparison(where.path, positive, where.value))
+        return self._comparison(where.path, where.op, where.value)
 
     def _check_limits(self) -> None:
         if (
@@ -186,8 +169,7 @@ class FilterTranslator:
         ):
             raise _LimitExceeded
 
-    def _comparison(self, where: Comparison) -> Translation | None:
-        steps = where.path
+    def _comparison(self, steps: Sequence[str | int], op: str, value: Value) -> Translation | None:
         name = cast("str", steps[0])
         if len(steps) > _MAX_DEPTH or not all(
             isinstance(each, int) or is_plain_name(each) for each in steps
@@ -196,46 +178,45 @@ class FilterTranslator:
         field = self._mapping.indexed.get(name)
         if name in self._excluded or (field is not None and field.attribute in self._excluded):
             return None
-        if field is not None:
-            if len(steps) > 1:
-                return None  # the field contains no map or list, so the path matches nothing
-            return self._indexed_comparison(where, field)
-        if name == VERSION or name in self._mapping.plain:
-            return self._plain_comparison(where, self._names.path(steps))
-        return self._plain_comparison(where, self._names.path((DOC, *steps)))
+        if field is None:
+            is_attribute = name == VERSION or name in self._mapping.plain
+            path = steps if is_attribute else (DOC, *steps)
+            return self._plain_comparison(self._names.path(path), op, value)
+        if len(steps) > 1:
+            return None  # the field contains no map or list, so the path matches nothing
+        if field.type == "boolean":
+            return self._plain_comparison(self._names.name(field.name), op, value)
+        return self._indexed_comparison(field, op, value)
+
+    def _one_of(
+        self, values: Value, equal: Callable[[Value], Translation | None]
+    ) -> Translation | None:
+        choices = cast("list[Value]", values)
+        if not 0 < len(choices) <= _MAX_CHOICES:
+            return None
+        self._operators += len(choices)
+        return _any_of([equal(each) for each in choices])
 
     # -- fields that are not the key of an index ---------------------------------------------
 
-    def _plain_comparison(self, where: Comparison, path: str) -> Translation | None:
-        op, value = where.op, where.value
+    def _plain_comparison(self, path: str, op: str, value: Value) -> Translation | None:
         if op == "eq":
             return self._equal(path, value)
-        if op == "ne":
-            return _negated(self._equal(path, value))
-        if op in ("in", "not_in"):
-            translated = self._one_of(path, cast("list[Value]", value))
-            return translated if op == "in" else _negated(translated)
+        if op == "in":
+            return self._one_of(value, lambda each: self._equal(path, each))
         if op == "exists":
             return Translation(f"attribute_{'' if value else 'not_'}exists({path})", is_exact=True)
         if op == "between":
             low, high = cast("list[Value]", value)
-            lower, upper = self._range(path, "gte", low), self._range(path, "lte", high)
-            if lower is None or upper is None:
-                bound = lower or upper
-                return None if bound is None else Translation(bound.expression, is_exact=False)
-            return Translation(
-                f"({lower.expression} AND {upper.expression})", lower.is_exact and upper.is_exact
-            )
-        if op in ("contains", "begins_with"):
-            if not isinstance(value, str) or not value:
-                return None
-            if op == "begins_with":
-                return Translation(self._begins_with(path, value), is_exact=True)
-            # The substitute encoding of a float is a set, in which `contains` searches, too.
-            return Translation(
-                f"contains({path}, {self._names.value({'S': value})})", is_exact=False
-            )
-        return self._range(path, op, value)
+            return _all_of([self._range(path, "gte", low), self._range(path, "lte", high)])
+        if op not in ("contains", "begins_with"):
+            return self._range(path, op, value)
+        if not isinstance(value, str) or not value:
+            return None
+        if op == "begins_with":
+            return Translation(self._begins_with(path, value), is_exact=True)
+        # The substitute encoding of a float is a set, in which `contains` searches, too.
+        return Translation(f"contains({path}, {self._names.value({'S': value})})", is_exact=False)
 
     def _begins_with(self, path: str, prefix: str) -> str:
         """A prefix match as a range, which, unlike a function, accepts values of all types."""
@@ -247,24 +228,13 @@ class FilterTranslator:
             else f"({expression} AND {path} < {self._names.value({'S': end})})"
         )
 
-    def _one_of(self, path: str, values: list[Value]) -> Translation | None:
-        if not 0 < len(values) <= _MAX_CHOICES:
-            return None
-        self._operators += len(values)
-        translated = [self._equal(path, each) for each in values]
-        parts = [each for each in translated if each is not None]
-        if len(parts) != len(translated):
-            return None
-        return Translation(_joined(" OR ", parts), all(each.is_exact for each in parts))
-
     def _equal(self, path: str, value: Value) -> Translation | None:
         if value is None:
             kind = self._names.value({"S": "NULL"})
             return Translation(f"attribute_type({path}, {kind})", is_exact=True)
-        if isinstance(value, bool):
-            return Translation(f"{path} = {self._names.value({'BOOL': value})}", is_exact=True)
-        if isinstance(value, str):
-            return Translation(f"{path} = {self._names.value({'S': value})}", is_exact=True)
+        if isinstance(value, bool | str):
+            attribute: Attribute = {"S" if isinstance(value, str) else "BOOL": value}
+            return Translation(f"{path} = {self._names.value(attribute)}", is_exact=True)
         if isinstance(value, int | float):
             encodings = _encodings_of_number(value)
             comparisons = [f"{path} = {self._names.value(each)}" for each in encodings]
@@ -291,29 +261,14 @@ class FilterTranslator:
 
     # -- fields that are the key of an index -------------------------------------------------
 
-    def _indexed_comparison(self, where: Comparison, field: IndexedField) -> Translation | None:
+    def _indexed_comparison(self, field: IndexedField, op: str, value: Value) -> Translation | None:
         """Compare the attribute, which may be a placeholder, and the substitute encoding."""
-        if field.type == "boolean":
-            return self._plain_comparison(where, self._names.name(field.name))
-        if where.op == "eq":
-            return self._equal_indexed(field, where.value)
-        if where.op == "ne":
-            return _negated(self._equal_indexed(field, where.value))
-        if where.op in ("in", "not_in"):
-            values = cast("list[Value]", where.value)
-            if not 0 < len(values) <= _MAX_CHOICES:
-                return None
-            self._operators += len(values)
-            parts = [self._equal_indexed(field, each) for each in values]
-            translated = [each for each in parts if each is not None]
-            if len(translated) != len(parts):
-                return None
-            translation = Translation(
-                _joined(" OR ", translated), all(each.is_exact for each in translated)
-            )
-            return translation if where.op == "in" else _negated(translation)
-        if where.op == "begins_with" and isinstance(where.value, str) and where.value:
-            prefix = shortened(where.value, MIN_SHORTENED_BYTES)
+        if op == "eq":
+            return self._equal_indexed(field, value)
+        if op == "in":
+            return self._one_of(value, lambda each: self._equal_indexed(field, each))
+        if op == "begins_with" and isinstance(value, str) and value:
+            prefix = shortened(value, MIN_SHORTENED_BYTES)
             comparisons = [
                 self._begins_with(each, prefix)
                 for each in (self._names.name(field.name), self._substitute_path(field))
@@ -349,6 +304,23 @@ def _joined(word: str, parts: Sequence[Translation]) -> str:
     if len(parts) == 1:
         return parts[0].expression
     return f"({word.join(each.expression for each in parts)})"
+
+
+def _all_of(parts: Sequence[Translation | None]) -> Translation | None:
+    """The conjunction of the parts that are translated; None if there are none."""
+    translated = [each for each in parts if each is not None]
+    if not translated:
+        return None
+    is_exact = len(translated) == len(parts) and all(each.is_exact for each in translated)
+    return Translation(_joined(" AND ", translated), is_exact)
+
+
+def _any_of(parts: Sequence[Translation | None]) -> Translation | None:
+    """The disjunction of the parts; None if one of them is not translated."""
+    translated = [each for each in parts if each is not None]
+    if not translated or len(translated) != len(parts):
+        return None
+    return Translation(_joined(" OR ", translated), all(each.is_exact for each in translated))
 
 
 def _negated(translated: Translation | None) -> Translation | None:

@@ -66,7 +66,9 @@ SIZE: Final = "_s"
 CREATED_SUBSTITUTE: Final = "_c"
 DECLARATION_DIGEST: Final = "_f"
 _INTERNAL_ATTRIBUTES: Final = frozenset({TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST})
+_INTERNAL_TYPES: Final = {TOKEN: "S", SIZE: "N", DECLARATION_DIGEST: "S"}
 _BOOLEAN_KEY: Final = "_b_"
+_BOOLEAN_KEYS: Final = ({"S": "0"}, {"S": "1"}, {"S": "2"})
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 
 # Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
@@ -154,16 +156,6 @@ def number_key(value: float) -> str | None:
 
 class IndexedField:
     """A declared field that is a key of an index."""
-
-    __slots__ = (
-        "attribute",
-        "is_hash",
-        "is_sort",
-        "name",
-        "placeholder",
-        "substitute_attribute",
-        "type",
-    )
 
     def __init__(self, field: Field, *, is_hash: bool, is_sort: bool) -> None:
         self.name = field.name
@@ -366,11 +358,11 @@ class ItemMapping:
         entity: Entity = {}
         document: Attributes = {}
         for name, attribute in item.items():
-            if name == DOC:
-                document = attribute.get("M", {})
+            if name == DOC and "M" in attribute:
+                document = attribute["M"]
             elif name not in _INTERNAL_ATTRIBUTES and not name.startswith(_BOOLEAN_KEY):
                 entity[name] = decode(attribute)
-        if CREATED_SUBSTITUTE in item:
+        if CREATED_SUBSTITUTE in item and CREATED_AT in item:
             document = {**document, CREATED_AT: item[CREATED_SUBSTITUTE]}
         if document:
             entity.update(decode_map(document))
@@ -380,9 +372,71 @@ class ItemMapping:
         entity.setdefault(VERSION, 0)
         return entity
 
+    # -- attributes of other programs --------------------------------------------------------
+
+    def check_attributes(self, item: Attributes) -> None:
+        """Refuse to rewrite an item of another program that has attributes a rewrite would remove.
+
+        Raises:
+            CorruptionError: it has; the message names the item and an attribute.
+        """
+        if token_of(item) is not None:
+            return
+        document = item.get(DOC, {}).get("M", {})
+        for name, attribute in item.items():
+            if name.startswith("\0") or _is_reserved(name, attribute, item):
+                why = "has a name that the store uses itself"
+            elif name in document and name not in self.indexed:
+                why = f"is hidden by the entry of the same name in {DOC}"
+            else:
+                continue
+            raise unreadable(
+                self.collection.name,
+                self.id_of(item),
+                f"its attribute {name} {why}, so that an update would remove it",
+            )
+
+    def keep_encodings(self, item: Attributes, replaced: Attributes) -> None:
+        """Keep the stored encoding of each value of an item that is the same in the new item.
+
+        The store itself would write some values of other programs differently: a set as a list, a
+        binary value as a string, a number with more digits than a float as that float.
+        """
+        document = item[DOC]["M"]
+        stored_document = replaced.get(DOC, {}).get("M")
+        stored = {**replaced, **(stored_document or {})}
+        if stored_document is not None and DOC not in stored_document:
+            del stored[DOC]
+        if CREATED_SUBSTITUTE in replaced:
+            stored[CREATED_AT] = replaced[CREATED_SUBSTITUTE]
+        for name, attribute in stored.items():
+            container, key = (document if name in document else item), name
+            if name == CREATED_AT and CREATED_SUBSTITUTE in item:
+                key = CREATED_SUBSTITUTE
+            written = container.get(key)
+            if (
+                written is not None
+                and written != attribute
+                and encode(decode(attribute)) == written
+            ):
+                container[key] = attribute
+
     def record(self, item: Attributes) -> Record:
         entity = self.entity(item)
         return Record(Key(self.collection.name, cast("str", entity[self.key])), entity)
+
+
+def _is_reserved(name: str, attribute: Attribute, item: Attributes) -> bool:
+    """Whether another program uses a name of the store for an attribute of its own.
+
+    The store's own attributes may have come into an item by copying an item of the store.
+    """
+    if name.startswith(_BOOLEAN_KEY):
+        is_missing = name.removeprefix(_BOOLEAN_KEY) not in item
+        return attribute not in _BOOLEAN_KEYS[: 1 if is_missing else None]
+    if name == CREATED_SUBSTITUTE:
+        return CREATED_AT not in item
+    return name in _INTERNAL_TYPES and _INTERNAL_TYPES[name] not in attribute
 
 
 def token_of(item: Attributes) -> str | None:

@@ -73,17 +73,15 @@ class ConditionBuilder:
 
     def and_declaration(self, digest: Attribute) -> ConditionBuilder:
         """Add the condition that the item was written with this declaration."""
-        expression = (
-            f'{self.expression} AND "{DECLARATION_DIGEST}" = ?'
-            if self.expression
-            else f'"{DECLARATION_DIGEST}" = ?'
-        )
-        return ConditionBuilder(expression, [*self.values, digest])
+        return self._and(f'"{DECLARATION_DIGEST}" = ?', digest)
 
     def and_size_at_most(self, max_size: int) -> ConditionBuilder:
         """Add the condition that the stored size is at most `max_size`."""
-        expression = f'{self.expression} AND "{SIZE}" <= ?' if self.expression else f'"{SIZE}" <= ?'
-        return ConditionBuilder(expression, [*self.values, {"N": str(max_size)}])
+        return self._and(f'"{SIZE}" <= ?', {"N": str(max_size)})
+
+    def _and(self, comparison: str, value: Attribute) -> ConditionBuilder:
+        expression = f"{self.expression} AND {comparison}" if self.expression else comparison
+        return ConditionBuilder(expression, [*self.values, value])
 
 
 def update(
@@ -95,14 +93,12 @@ def update(
     *,
     version: int | None,
     added_size: int | None,
-    returning: bool,
 ) -> Statement | None:
     """Update an existing item; None if one statement cannot express the update.
 
     Args:
-        version: the new version; None adds 1 to the stored version.
+        version: the new version; None adds 1 to the stored version, and the response contains it.
         added_size: the size that the change adds; None if `assignments` contains the new size.
-        returning: request the changed attributes in the response.
     """
     paths = tuple(assignments)
     statement = _update(
@@ -113,7 +109,6 @@ def update(
         condition.expression,
         version is None,
         added_size is not None,
-        returning,
     )
     if len(statement) > MAX_STATEMENT or not all(
         is_plain_name(each) for path in (*paths, *removed) for each in path
@@ -141,7 +136,6 @@ def _update(
     condition: str,
     adds_version: bool,
     adds_size: bool,
-    returning: bool,
 ) -> str:
     clauses = [f'UPDATE "{table}"']
     clauses += [f"SET {_quoted(each)} = ?" for each in assignments]
@@ -152,7 +146,7 @@ def _update(
     clauses.append(f'WHERE "{key}" = ?')
     if condition:
         clauses.append(f"AND {condition}")
-    if returning:
+    if adds_version:
         clauses.append("RETURNING MODIFIED NEW *")
     return " ".join(clauses)
 

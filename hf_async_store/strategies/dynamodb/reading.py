@@ -21,7 +21,6 @@ from hf_async_store.query import (
     ordered,
     position_key,
 )
-from hf_async_store.strategies.dynamodb.backoff import Backoff, throttled
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY, StatementRefused, TableMissing
 from hf_async_store.strategies.dynamodb.expressions import FilterTranslator, Names
@@ -31,6 +30,7 @@ from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
 )
 from hf_async_store.strategies.dynamodb.query_planner import Access, plan_access
+from hf_async_store.strategies.dynamodb.request_retry import Retries, throttled
 from hf_async_store.strategies.dynamodb.tables import attribute_of
 from hf_async_store.values import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key
 
@@ -151,7 +151,7 @@ class Reading:
                 request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
             request["Keys"].append({mapping.key: {"S": key.id}})
         keys = {table: self._key_of(table) for table in requests}
-        backoff = Backoff(self._client.config.retry_timeout)
+        retries = Retries(self._client.config.retry_timeout)
         while True:
             response = await self._read("BatchGetItem", {"RequestItems": requests})
             for table, items in response["Responses"].items():
@@ -161,7 +161,7 @@ class Reading:
             requests = response.get("UnprocessedKeys") or {}
             if not requests:
                 return
-            if not await backoff.pause():
+            if not await retries.pause():
                 remaining = sum(len(each["Keys"]) for each in requests.values())
                 raise throttled(f"the read of {remaining} keys")
 
@@ -577,20 +577,15 @@ class _Rows:
         wanted |= {str(each.path[0]) for each in self._query.order}
         if self._access.index is not None and self._access.index.sort is not None:
             wanted.add(self._access.index.sort)
-        if not all(map(is_plain_name, wanted)):
+        if DOC in wanted or not all(map(is_plain_name, wanted)):
             return None
-        paths: dict[tuple[str, ...], None] = {}
-        for name in sorted(wanted):
-            field = self._mapping.indexed.get(name)
-            if name == VERSION or name in self._mapping.plain or field is not None:
-                paths[(name,)] = None
-            if field is not None:
-                paths[(field.attribute,)] = None
-            if name == CREATED_AT:
-                paths[(CREATED_SUBSTITUTE,)] = None
-            elif name != VERSION and name not in self._mapping.plain:
-                paths[(DOC, name)] = None
-        projection = ", ".join(names.path(each) for each in paths)
+        # Items of other declarations or programs may store a field elsewhere than the store does.
+        paths = [names.path(path) for name in sorted(wanted) for path in ((name,), (DOC, name))]
+        boolean = (each for each in map(self._mapping.indexed.get, wanted) if each is not None)
+        paths += [names.name(each.attribute) for each in boolean if each.attribute != each.name]
+        if CREATED_AT in wanted:
+            paths.append(names.name(CREATED_SUBSTITUTE))
+        projection = ", ".join(paths)
         return projection if len(projection) <= MAX_EXPRESSION else None
 
 

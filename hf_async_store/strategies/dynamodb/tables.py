@@ -17,7 +17,6 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Index, Schema
-from hf_async_store.strategies.dynamodb.backoff import Backoff
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     StatementRefused,
@@ -25,6 +24,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     scaling_error,
 )
 from hf_async_store.strategies.dynamodb.items import IndexedField, ItemMapping, probe_id
+from hf_async_store.strategies.dynamodb.request_retry import Retries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -417,14 +417,14 @@ class Tables:
     async def _create(self, collection: str) -> bool:
         """Send CreateTable; return False if another process has created the table."""
         params = self.request(collection)
-        backoff = Backoff(self._config.retry_timeout)
+        retries = Retries(self._config.retry_timeout)
         while True:
             try:
                 await self._client.call("CreateTable", params)
             except UnavailableError as exc:
                 if await self.described(collection) is not None:
                     return False
-                if not await backoff.pause(exc):
+                if not await retries.pause(exc):
                     raise
             else:
                 return True
@@ -453,7 +453,7 @@ class Tables:
 
     async def _add_index(self, collection: str, index: Index) -> None:
         """Add an index to a table; DynamoDB creates one index of a table at a time."""
-        backoff = Backoff(self._config.retry_timeout)
+        retries = Retries(self._config.retry_timeout)
         params = {
             "TableName": self.name(collection),
             "AttributeDefinitions": self._attributes(self.schema[collection], (index,)),
@@ -468,7 +468,7 @@ class Tables:
                 if index not in self._missing(collection, table):
                     return
                 error = exc if isinstance(exc, UnavailableError) else None
-                if not await backoff.pause(error):
+                if not await retries.pause(error):
                     raise
             else:
                 await self._wait_until_active(collection)

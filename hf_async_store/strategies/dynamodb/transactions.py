@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import msgspec
 
-from hf_async_store.changes import Change, Delete, Outcome, Record
+from hf_async_store.changes import Change, Delete, Outcome, Patch, Record
 from hf_async_store.driver import Session, run_to_completion
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -26,7 +26,6 @@ from hf_async_store.errors import (
 from hf_async_store.generators import Owned
 from hf_async_store.preconditions import changed
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
-from hf_async_store.strategies.dynamodb.backoff import Backoff, is_safe_to_retry
 from hf_async_store.strategies.dynamodb.errors import (
     TABLE_REMEDY,
     Cancelled,
@@ -44,8 +43,9 @@ from hf_async_store.strategies.dynamodb.items import (
     token_of,
     version_of,
 )
-from hf_async_store.strategies.dynamodb.requests import unchanged
+from hf_async_store.strategies.dynamodb.request_retry import Retries
 from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
+from hf_async_store.strategies.dynamodb.write_requests import unchanged
 from hf_async_store.values import VERSION, Entity, Key, copy_entity
 
 if TYPE_CHECKING:
@@ -229,8 +229,7 @@ class DynamoDBSession(Session):
     def _apply(self, change: Change) -> Outcome:
         try:
             current = self._entity(change.key)
-            if not isinstance(change, Delete):
-                self._check_version(change.key)
+            self._check_item(change)
             entity = changed(change, current)
         except StorageError as exc:
             return exc
@@ -243,15 +242,19 @@ class DynamoDBSession(Session):
         version = stored[VERSION]
         return version if type(version) is int else 0  # deleted; another program set the version
 
-    def _check_version(self, key: Key) -> None:
-        """Check that the stored version is valid.
+    def _check_item(self, change: Change) -> None:
+        """Check that the stored item can be changed.
 
         Raises:
-            CorruptionError: another program set an invalid version.
+            CorruptionError: another program set an invalid version, or attributes that an update would
+                remove.
         """
-        item = self._items_read[key]
-        if item is not None:
-            version_of(item, self._tables.name(key.collection), key.id)
+        item, key = self._items_read[change.key], change.key
+        if item is None or isinstance(change, Delete):
+            return
+        version_of(item, self._tables.name(key.collection), key.id)
+        if isinstance(change, Patch) and not any(key in layer for layer in self._layers):
+            self._tables.mappings[key.collection].check_attributes(item)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
@@ -323,7 +326,10 @@ class DynamoDBSession(Session):
         entity = written.get(key)
         if entity is not None:
             version = cast("int", entity.get(VERSION, 0))
-            return {"Put": {**action, "Item": mapping.item(key.id, entity, version, token)}}
+            item = mapping.item(key.id, entity, version, token)
+            if observed is not None:
+                mapping.keep_encodings(item, observed)
+            return {"Put": {**action, "Item": item}}
         action["Key"] = {mapping.key: {"S": key.id}}
         return {"Delete" if key in written and observed is not None else "ConditionCheck": action}
 
@@ -340,40 +346,34 @@ class DynamoDBSession(Session):
         Args:
             token: the write token of the items that it writes; None if it only reads.
         """
-        backoff = Backoff(self._client.config.retry_timeout)
-        conflict_backoff = Backoff(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
+        retries = Retries(self._client.config.retry_timeout)
+        conflicts = Retries(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
         response_lost = False
-        try:
-            while True:
-                try:
-                    return await self._client.call(operation, params)
-                except Cancelled as exc:
-                    if response_lost and _was_applied(exc, token):
-                        return {}
-                    error = self._cancellation_error(exc, keys)
-                    if isinstance(error, ConcurrencyConflictError):
-                        if not _is_transient(exc) or not await conflict_backoff.pause():
-                            raise error from exc
-                    elif not isinstance(error, UnavailableError) or not await backoff.pause(error):
-                        raise error from exc
-                except ConcurrencyConflictError:
-                    if not await conflict_backoff.pause():
-                        raise
-                except UnavailableError as exc:
-                    response_lost = response_lost or (
-                        token is not None and not is_safe_to_retry(exc)
-                    )
-                    if not await backoff.pause(exc):
-                        raise
-                except TableMissing as exc:
-                    raise UnavailableError(
-                        f"a table was deleted while the store was open: {exc}. {TABLE_REMEDY}",
-                        retryable=False,
-                    ) from exc
-        except StorageError as exc:
-            # Whatever the last error, an earlier attempt may have been applied.
-            exc.outcome_unknown = response_lost or (token is not None and exc.outcome_unknown)
-            raise
+        while True:
+            try:
+                return await self._client.call(operation, params)
+            except StorageError as exc:
+                if response_lost and isinstance(exc, Cancelled) and _was_applied(exc, token):
+                    return {}
+                response_lost = response_lost or (token is not None and exc.outcome_unknown)
+                error = self._error(exc, keys)
+                waits = conflicts if isinstance(error, ConcurrencyConflictError) else retries
+                if _has_failed_condition(exc) or not await waits.pause(error):
+                    # Whatever the last error, an earlier attempt may have been applied.
+                    is_unknown = token is not None and error.outcome_unknown
+                    error.outcome_unknown = response_lost or is_unknown
+                    raise error from (exc.__cause__ if error is exc else exc)
+
+    def _error(self, exc: StorageError, keys: Sequence[Key]) -> StorageError:
+        """The error of the store for that of a request."""
+        if isinstance(exc, Cancelled):
+            return self._cancellation_error(exc, keys)
+        if isinstance(exc, TableMissing):
+            return UnavailableError(
+                f"a table was deleted while the store was open: {exc}. {TABLE_REMEDY}",
+                retryable=False,
+            )
+        return exc
 
     def _cancellation_error(self, exc: Cancelled, keys: Sequence[Key]) -> StorageError:
         """The error for the cancellation; a failed condition takes precedence over other reasons."""
@@ -435,6 +435,7 @@ def _was_applied(exc: Cancelled, token: str | None) -> bool:
     return any(token_of(each) == token for each in items)
 
 
-def _is_transient(exc: Cancelled) -> bool:
-    """Whether no condition failed, so that a retry may succeed: only concurrent writes conflicted."""
-    return all(short(each.get("Code") or "") != "ConditionalCheckFailed" for each in exc.reasons)
+def _has_failed_condition(exc: StorageError) -> bool:
+    """Whether a condition failed, so that a retry cannot succeed, instead of a concurrent write."""
+    reasons = exc.reasons if isinstance(exc, Cancelled) else ()
+    return any(short(each.get("Code") or "") == "ConditionalCheckFailed" for each in reasons)

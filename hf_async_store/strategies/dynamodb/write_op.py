@@ -1,88 +1,73 @@
-"""The state of a write operation across its attempts."""
+"""One write: its change, its state, and its outcome."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from hf_async_store.changes import ABSENT, Change, Outcome, Patch, Put
+from hf_async_store.changes import Change, Delete, Outcome, Patch, Put
 from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
     CorruptionError,
     EntityNotFoundError,
     StorageError,
     UnavailableError,
 )
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
-from hf_async_store.strategies.dynamodb.items import ItemMapping, new_token, token_of, version_of
+from hf_async_store.strategies.dynamodb.items import (
+    ItemMapping,
+    new_token,
+    size_bound_of,
+    token_of,
+    version_of,
+)
+from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
+from hf_async_store.strategies.dynamodb.write_states import (
+    RESULTS,
+    Doubt,
+    Response,
+    State,
+    StoredItem,
+    intent_of,
+    next_step,
+    response_of,
+)
 from hf_async_store.values import UPDATED_AT, utc_now
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
-    from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
 
 Item = TypeVar("Item")
 
 
-class Unknown:
-    """The type of `UNKNOWN`: the item has not been read."""
-
-
-UNKNOWN: Final = Unknown()
-
-
 class WriteOp:
-    """One write operation.
+    """One write.
 
     Attributes:
-        observed: the item as it was read, None if it did not exist, or `UNKNOWN`.
-        guarded_by_token: the statement requires the token of `observed`.
-        new_version: the version that the statement writes; None if the server computes it or for a
-            delete.
+        state, doubt, whole: see `write_states`.
+        observed: the item that was read or returned last, or its state in the write cache; None if
+            there is none.
+        new_version: the version that the attempt writes, or that of the entity that it deletes; None if
+            the response contains it.
         requested_at: the timestamp of the request, if a version is expected; otherwise "".
-        ambiguous: an attempt got no response and may have been applied.
-        may_be_applied_later: that attempt may still be applied later.
-        from_cache: `observed` is from the write cache and may be stale.
         receipt: the written state, if it is known.
-        separate_request: the operation is sent as a separate request, not as a statement in a batch.
-        is_upsert: the operation is a single save, for which one UpdateItem is sufficient.
-        outcome: the outcome, valid once `is_done` is set.
+        outcome: the outcome, valid once `is_done` is true.
     """
-
-    __slots__ = (
-        "ambiguous",
-        "change",
-        "from_cache",
-        "guarded_by_token",
-        "is_done",
-        "is_upsert",
-        "mapping",
-        "may_be_applied_later",
-        "new_version",
-        "observed",
-        "outcome",
-        "receipt",
-        "requested_at",
-        "separate_request",
-        "table",
-        "token",
-    )
 
     def __init__(self, change: Change, mapping: ItemMapping, table: str) -> None:
         self.change = change
         self.mapping = mapping
         self.table = table
         self.token = new_token()
-        self.observed: Attributes | None | Unknown = UNKNOWN
-        self.guarded_by_token = False
+        self.intent = intent_of(change)
+        self.state: State = "start"
+        self.doubt: Doubt = "none"
+        self.whole = change.mark is not None
+        self.observed: Attributes | None = None
         self.new_version: int | None = None
-        self.ambiguous = False
-        self.may_be_applied_later = False
-        self.from_cache = False
         self.receipt: WriteReceipt | None = None
-        self.separate_request = change.mark is not None
-        self.is_upsert = False
-        self.is_done = False
         self.outcome: Outcome = None
         self.requested_at = _requested_at(change) if type(change.expect) is int else ""
 
@@ -91,47 +76,128 @@ class WriteOp:
         return self.mapping.key, self.change.key.id
 
     @property
-    def needs_state(self) -> bool:
-        """Whether the operation expects neither absence nor a version."""
-        return self.change.expect is not ABSENT and type(self.change.expect) is not int
+    def name(self) -> str:
+        """The entity, in messages."""
+        return f"{self.change.key.collection} {self.change.key.id!r}"
 
-    def done(self, outcome: Outcome) -> None:
-        """Set the outcome. An error has `outcome_unknown` if an attempt got no response."""
-        if self.ambiguous and isinstance(outcome, StorageError):
-            outcome.outcome_unknown = True
-        self.is_done = True
-        self.outcome = outcome
+    @property
+    def is_done(self) -> bool:
+        return self.state in RESULTS
 
-    def is_own(self, item: Attributes) -> bool:
-        return token_of(item) == self.token
+    # -- responses ---------------------------------------------------------------------------
+
+    def respond(
+        self,
+        response: Response,
+        item: Attributes | None = None,
+        cause: StorageError | None = None,
+    ) -> None:
+        """Go to the state that follows from a response; set the outcome if that is a result.
+
+        Args:
+            item: the item in the response.
+            cause: the error in the response.
+        """
+        self.state, self.doubt, self.whole = next_step(
+            self.state, self.doubt, response, self.intent, whole=self.whole
+        )
+        if self.state in RESULTS:
+            self.outcome = self._outcome(item, cause)
+        elif item is not None or response == "missing":
+            self.observed = item
+
+    def respond_with(self, item: Attributes | None) -> None:
+        """As `respond`, to an item that was read or that did not meet the condition of an attempt."""
+        try:
+            stored = None if item is None else self._compared(item)
+            self.respond(response_of(self.state, stored, whole=self.whole), item)
+        except CorruptionError as exc:
+            self.end(exc)
+
+    def end(self, error: StorageError) -> None:
+        """End with an error. It has `outcome_unknown` if an attempt may have been applied."""
+        self.state = "error"
+        self.outcome = self._error(error)
+
+    def _compared(self, item: Attributes) -> StoredItem:
+        expect = self.change.expect
+        return StoredItem(
+            is_own=token_of(item) == self.token,
+            has_version=type(expect) is not int or self.version_of(item) == expect,
+            is_older=item.get(UPDATED_AT, {}).get("S", self.requested_at) < self.requested_at,
+            is_observed=self.observed is not None and token_of(item) == token_of(self.observed),
+        )
+
+    # -- outcomes ----------------------------------------------------------------------------
+
+    def _outcome(self, item: Attributes | None, cause: StorageError | None) -> Outcome:
+        state, key = self.state, self.change.key
+        if state == "applied":
+            return self.new_version if item is None else self._version_in(item)
+        if state == "nothing":
+            return None
+        if state == "not_found":
+            return EntityNotFoundError(key.collection, key.id)
+        if state == "exists":
+            return AlreadyExistsError(key.collection, key.id)
+        if state == "conflict":
+            return self.version_conflict(cast("Attributes", item))
+        if state == "error" and cause is not None:
+            return self._error(cause)
+        return self.unknown(cause)
+
+    def _error(self, error: StorageError) -> StorageError:
+        error = error.copy()
+        error.outcome_unknown = self.doubt != "none"
+        return error
+
+    def _version_in(self, item: Attributes) -> Outcome:
+        """The version of the item that was written or deleted; sets the receipt of an update."""
+        try:
+            version = self.version_of(item)
+        except CorruptionError as exc:
+            exc.outcome_unknown = True
+            return 0 if isinstance(self.change, Delete) else exc  # that item may have any version
+        if not isinstance(self.change, Delete):
+            self.receipt = receipt_of(item, version, self.token)
+        return version
 
     def version_of(self, item: Attributes) -> int:
-        """The version of the item that this operation writes.
+        """The version of an item of this entity.
 
         Raises:
             CorruptionError: the version is invalid.
         """
         return version_of(item, self.table, self.change.key.id)
 
-    def complete_with(self, item: Attributes) -> None:
-        """Complete a successful operation with the version of the written or deleted item."""
-        try:
-            self.done(self.version_of(item))
-        except CorruptionError as exc:
-            self.ambiguous = isinstance(self.change, Put | Patch)
-            # The deleted item may have had any version.
-            self.done(exc if self.ambiguous else 0)
+    def version_conflict(self, item: Attributes) -> StorageError:
+        """The error for an item that does not have the expected version."""
+        key, expected, actual = self.change.key, self.change.expect, self.version_of(item)
+        return ConcurrencyConflictError(
+            f"{self.name} is at version {actual}, not {expected}",
+            collection=key.collection,
+            entity_id=key.id,
+            expected=cast("int", expected),
+            actual=actual,
+            current=self.mapping.entity(item),
+        )
 
-    def not_found(self) -> EntityNotFoundError:
-        return EntityNotFoundError(self.change.key.collection, self.change.key.id)
-
-    def unknown(self, why: str) -> UnavailableError:
-        return UnavailableError(
-            f"{self.change.key.collection} {self.change.key.id!r}: no response to the write was "
-            f"received, and it may have been applied: {why}",
+    def unknown(self, cause: StorageError | None) -> StorageError:
+        """The error for a write of which it cannot be determined whether it was applied."""
+        why = "the stored item does not have the token of the write" if cause is None else cause
+        error = UnavailableError(
+            f"{self.name}: no response to the write was received, and it may have been applied: {why}",
             retryable=False,
             outcome_unknown=True,
         )
+        error.__cause__ = cause
+        return error
+
+
+def receipt_of(item: Attributes, version: int, token: str) -> WriteReceipt | None:
+    """The state after a write of these attributes; None if they do not contain a size."""
+    size = size_bound_of(item)
+    return None if size is None else WriteReceipt(version, token, size)
 
 
 def _requested_at(change: Change) -> str:

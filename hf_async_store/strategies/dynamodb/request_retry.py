@@ -1,13 +1,11 @@
-"""Retries with exponential backoff and full jitter until success or the time limit."""
+"""Retries of requests until success or the time limit."""
 
 from __future__ import annotations
 
-import asyncio
-import random
-import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from hf_async_store.backoff import Backoff
 from hf_async_store.errors import StorageError, ThrottledError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse
 
@@ -19,16 +17,15 @@ _MAX_BAD_RESPONSES: Final = 3
 """After this many invalid responses the cause is assumed to be permanent: a proxy or another server."""
 
 
-class Backoff:
-    """The pauses between the attempts of one operation.
+class Retries:
+    """The retries of one operation: whether another attempt is worthwhile, and the pause before it.
 
     Args:
         seconds: no attempt begins later than this after the first one.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._pause = _FIRST_PAUSE
+        self._backoff = Backoff(seconds, first=_FIRST_PAUSE, longest=_MAX_PAUSE_SECONDS)
         self._bad_responses = 0
 
     async def pause(self, after: StorageError | None = None) -> bool:
@@ -46,12 +43,7 @@ class Backoff:
                 return False
         elif after is not None and not after.retryable:
             return False
-        sleep = random.uniform(0, self._pause)
-        if time.monotonic() + sleep >= self._deadline:
-            return False
-        self._pause = min(self._pause * 2, _MAX_PAUSE_SECONDS)
-        await asyncio.sleep(sleep)
-        return True
+        return await self._backoff.pause()
 
 
 def is_safe_to_retry(exc: Exception) -> bool:
@@ -59,30 +51,21 @@ def is_safe_to_retry(exc: Exception) -> bool:
     return isinstance(exc, UnavailableError) and not exc.outcome_unknown
 
 
-async def retry(
-    attempt: Callable[[], Awaitable[Result]], seconds: float, *, idempotent: bool
-) -> Result:
-    """Call `attempt` until it succeeds, and return its result.
-
-    Args:
-        idempotent: the request may be applied twice; it is therefore also retried after a lost
-            response.
+async def retry(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+    """Call `attempt`, an idempotent request, until it succeeds, and return its result.
 
     Raises:
         UnavailableError: the last one, when the time limit is reached.
         StorageError: an error that a retry cannot resolve.
     """
-    backoff = Backoff(seconds)
+    retries = Retries(seconds)
     while True:
         try:
             return await attempt()
-        except UnavailableError as exc:
-            if not (idempotent or is_safe_to_retry(exc)) or not await backoff.pause(exc):
-                exc.outcome_unknown = exc.outcome_unknown and not idempotent
-                raise
         except StorageError as exc:
-            exc.outcome_unknown = exc.outcome_unknown and not idempotent
-            raise
+            if not isinstance(exc, UnavailableError) or not await retries.pause(exc):
+                exc.outcome_unknown = False
+                raise
 
 
 def throttled(what: str) -> ThrottledError:

@@ -1,0 +1,57 @@
+"""Pauses between attempts: exponential backoff with full jitter, until a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from random import uniform
+from time import monotonic
+
+
+class Backoff:
+    """The pauses between the attempts of one operation.
+
+    Each pause is of random length: at first up to `first` seconds, and up to twice as long after each
+    attempt, but never longer than `longest`.
+
+    Args:
+        seconds: no attempt begins later than this after the first one.
+        jitter: returns a random number between two others.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        first: float,
+        longest: float,
+        clock: Callable[[], float] = monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        jitter: Callable[[float, float], float] = uniform,
+    ) -> None:
+        self._clock = clock
+        self._sleep = sleep
+        self._jitter = jitter
+        self._deadline = clock() + seconds
+        self._next = first
+        self._longest = longest
+
+    @property
+    def remaining(self) -> float:
+        """The seconds until the deadline; negative after it."""
+        return self._deadline - self._clock()
+
+    async def pause(self, up_to: float | None = None) -> bool:
+        """Wait before the next attempt; return False without waiting if it would be too late.
+
+        Args:
+            up_to: the maximum of this pause, if the caller knows a better one; also at most `longest`.
+        """
+        if up_to is None:
+            up_to = self._next
+            self._next *= 2
+        seconds = self._jitter(0, min(up_to, self._longest))
+        if seconds >= self.remaining:
+            return False
+        await self._sleep(seconds)
+        return True

@@ -1,0 +1,322 @@
+"""The requests of writes: statements, and requests for one item with a ConditionExpression."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from hf_async_store.changes import Delete, Patch, Put
+from hf_async_store.errors import CorruptionError
+from hf_async_store.preconditions import changed, next_version
+from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.items import (
+    CREATED_SUBSTITUTE,
+    DECLARATION_DIGEST,
+    NEAR_MAX_VERSION,
+    SIZE,
+    TOKEN,
+    ItemMapping,
+    size_bound_of,
+    size_of,
+    stored_size,
+    token_of,
+)
+from hf_async_store.strategies.dynamodb.partiql import (
+    ConditionBuilder,
+    Path,
+    Statement,
+    delete,
+    insert,
+    update,
+)
+from hf_async_store.strategies.dynamodb.write_op import WriteOp, receipt_of
+from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION, Entity
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
+
+
+class StatementSupport:
+    """Which forms of statements the server supports, as far as it is known.
+
+    Attributes:
+        returns_items: the response to a statement contains the item, which not every server returns.
+        inserts_as_parameter: an insert can pass its item as one parameter, which AWS does not document.
+    """
+
+    def __init__(self) -> None:
+        self.returns_items: bool | None = None
+        self.inserts_as_parameter = True
+
+
+# -- statements ------------------------------------------------------------------------------
+
+
+def statement_of(op: WriteOp, support: StatementSupport) -> Statement | None:
+    """The statement for the next attempt; None if no statement can express it.
+
+    Sets `new_version` and `receipt` of the write.
+
+    Raises:
+        StorageError: the observed item cannot be changed.
+    """
+    op.receipt = op.new_version = None
+    if op.state == "insert":
+        return _insert(op, whole=support.inserts_as_parameter)
+    is_delete = isinstance(op.change, Delete)
+    # A delete of a missing item succeeds, too; only a returned item shows that it existed.
+    condition = _condition(op) if not is_delete or support.returns_items else None
+    if condition is None:
+        return None
+    return delete(op.table, op.key, condition) if is_delete else _update(op, condition)
+
+
+def _condition(op: WriteOp) -> ConditionBuilder | None:
+    """The condition of an update or delete, whose `new_version` it sets; None if none is sufficient."""
+    if op.state in ("token", "cached"):
+        return _token_condition(op)
+    expect = op.change.expect
+    condition = ConditionBuilder()
+    if isinstance(expect, int):
+        condition = ConditionBuilder.version(expect, op.requested_at)
+    if isinstance(op.change, Delete):
+        return condition
+    if isinstance(expect, int):
+        if expect == INT_MAX:
+            return None  # if this is the stored version, there is no next one
+        op.new_version = expect + 1
+    return condition.and_declaration(op.mapping.digest)
+
+
+def _token_condition(op: WriteOp) -> ConditionBuilder | None:
+    observed = cast("Attributes", op.observed)
+    token = token_of(observed)
+    if token is None:
+        return None  # another program wrote the item
+    if not isinstance(op.change, Delete):
+        is_current = op.state == "cached" or observed.get(DECLARATION_DIGEST) == op.mapping.digest
+        if isinstance(op.change, Patch) and not is_current:
+            return None
+        op.new_version = next_version(op.change.key, op.version_of(observed))
+    return ConditionBuilder.token(token)
+
+
+def _insert(op: WriteOp, *, whole: bool) -> Statement:
+    put = cast("Put", op.change)
+    entity = put.entity
+    if CREATED_AT not in entity and put.import_version is None:
+        entity = {**entity, CREATED_AT: put.written_at}
+    op.new_version = 1 if put.import_version is None else put.import_version
+    item = op.mapping.item(put.key.id, entity, op.new_version, op.token)
+    op.receipt = receipt_of(item, op.new_version, op.token)
+    return insert(op.table, item, whole=whole)
+
+
+def _update(op: WriteOp, condition: ConditionBuilder) -> Statement | None:
+    if isinstance(op.change, Put):
+        return None if op.change.import_version is not None else _replace(op, op.change, condition)
+    return _patch(op, cast("Patch", op.change), condition)
+
+
+def _replace(op: WriteOp, put: Put, condition: ConditionBuilder) -> Statement | None:
+    version = cast("int", op.new_version)
+    attributes, names = op.mapping.parts(put.entity, keep_created=True)
+    attributes.pop(op.mapping.key)
+    attributes[SIZE] = stored_size(put.entity, version)
+    op.receipt = receipt_of(attributes, version, op.token)
+    if op.state == "token":
+        attributes, names = _difference(cast("Attributes", op.observed), attributes, op.mapping)
+    assigned: dict[Path, Attribute] = {(TOKEN,): {"S": op.token}}
+    assigned.update({(name,): each for name, each in attributes.items()})
+    removed = [(each,) for each in names]
+    return update(op.table, op.key, assigned, removed, condition, version=version, added_size=None)
+
+
+def _patch(op: WriteOp, patch: Patch, condition: ConditionBuilder) -> Statement | None:
+    fields = patch.fields
+    if op.mapping.key in fields:
+        fields = {name: each for name, each in fields.items() if name != op.mapping.key}
+    changes, removed = op.mapping.changes(fields)
+    assigned: dict[Path, Attribute] = {(TOKEN,): {"S": op.token}, **changes}
+    added_size: int | None = size_of(cast("Entity", fields))
+    assert added_size is not None
+    known = _known_size(op) + added_size
+    if op.new_version is not None and known <= MAX_ENTITY_BYTES:
+        assigned[SIZE,] = {"N": str(known)}
+        op.receipt = receipt_of({SIZE: assigned[SIZE,]}, op.new_version, op.token)
+        added_size = None
+    else:
+        condition = condition.and_size_at_most(MAX_ENTITY_BYTES - added_size)
+    return update(
+        op.table,
+        op.key,
+        assigned,
+        removed,
+        condition,
+        version=op.new_version,
+        added_size=added_size,
+    )
+
+
+def _known_size(op: WriteOp) -> int:
+    """The upper bound of the size of the item; if unknown, a value that exceeds the limit."""
+    observed = op.observed if op.state in ("token", "cached") else None
+    size = None if observed is None else size_bound_of(observed)
+    return MAX_ENTITY_BYTES + 1 if size is None else size
+
+
+def _difference(
+    observed: Attributes, attributes: Attributes, mapping: ItemMapping
+) -> tuple[Attributes, list[str]]:
+    """The attributes that a save must set and remove, given the complete stored item.
+
+    Args:
+        attributes: the attributes of the whole entity.
+    """
+    kept = {mapping.key, VERSION, TOKEN}
+    if CREATED_AT not in attributes:
+        kept |= {CREATED_AT, CREATED_SUBSTITUTE}
+    changed = {name: each for name, each in attributes.items() if observed.get(name) != each}
+    return changed, [each for each in observed if each not in attributes and each not in kept]
+
+
+# -- requests for one item -------------------------------------------------------------------
+
+
+def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
+    """The action and request that write or delete the item if it is still as observed.
+
+    Sets `new_version` of the write.
+
+    Raises:
+        StorageError: the observed item cannot be changed.
+    """
+    change, observed = op.change, op.observed
+    version = 0 if observed is None else _stored_version(op, observed)
+    entity = changed(change, None if observed is None else op.mapping.entity(observed))
+    request: dict[str, Any] = {
+        "TableName": op.table,
+        **unchanged(op.mapping, observed),
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+    }
+    op.receipt = None
+    if entity is None:
+        op.new_version = version
+        return "Delete", {**request, "Key": {op.mapping.key: {"S": change.key.id}}}
+    op.new_version = version = cast("int", entity[VERSION])
+    item = op.mapping.item(change.key.id, entity, version, op.token)
+    if isinstance(change, Patch) and observed is not None:
+        op.mapping.check_attributes(observed)
+        op.mapping.keep_encodings(item, observed)
+    return "Put", {**request, "Item": item}
+
+
+def _stored_version(op: WriteOp, item: Attributes) -> int:
+    """The version of an item; 0 if it is invalid and the change does not depend on it.
+
+    Raises:
+        CorruptionError: the version is invalid.
+    """
+    change = op.change
+    try:
+        return op.version_of(item)
+    except CorruptionError:
+        is_import = isinstance(change, Put) and change.import_version is not None
+        if is_import or (isinstance(change, Delete) and type(change.expect) is not int):
+            return 0
+        raise
+
+
+def upsert_item(op: WriteOp) -> dict[str, Any]:
+    """The UpdateItem request of a save without an expected version."""
+    change = cast("Put", op.change)
+    names = Names()
+    attributes, removed = op.mapping.parts(change.entity, keep_created=True)
+    attributes.pop(op.mapping.key)
+    attributes[TOKEN] = {"S": op.token}
+    # The version is unknown here; the condition below excludes those near the maximum.
+    attributes[SIZE] = stored_size(change.entity, 0)
+    assignments = [f"{names.name(name)} = {names.value(each)}" for name, each in attributes.items()]
+    if CREATED_AT not in attributes:
+        created = names.name(CREATED_AT)
+        assignments.append(
+            f"{created} = if_not_exists({created}, {names.value({'S': change.written_at})})"
+        )
+    version = names.name(VERSION)
+    zero, one = names.value({"N": "0"}), names.value({"N": "1"})
+    assignments.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
+    expression = f"SET {', '.join(assignments)}"
+    if removed:
+        expression += f" REMOVE {', '.join(map(names.name, removed))}"
+    maximum = names.value({"N": str(NEAR_MAX_VERSION)})
+    same_declaration = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.digest)}"
+    absent = f"attribute_not_exists({names.name(op.mapping.key)})"
+    condition = f"{absent} OR ({version} < {maximum} AND {same_declaration})"
+    return {
+        "TableName": op.table,
+        "Key": {op.mapping.key: {"S": change.key.id}},
+        "ReturnValues": "UPDATED_NEW",
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        **names.request(UpdateExpression=expression, ConditionExpression=condition),
+    }
+
+
+def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
+    """The UpdateItem request of an update with a condition of the caller."""
+    change = cast("Patch", op.change)
+    fields = {name: each for name, each in change.fields.items() if name != op.mapping.key}
+    sets, removed = op.mapping.changes(fields)
+    added_size = size_of(cast("Entity", fields))
+    version, stored = names.name(VERSION), names.name(SIZE)
+    assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
+    assignments.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
+    assignments.append(f"{version} = {version} + {names.value({'N': '1'})}")
+    assignments.append(f"{stored} = {stored} + {names.value({'N': str(added_size)})}")
+    expression = f"SET {', '.join(assignments)}"
+    if removed:
+        expression += f" REMOVE {', '.join(names.path(each) for each in removed)}"
+    conditions = [
+        f"attribute_exists({names.name(op.mapping.key)})",
+        f"({condition})",
+        f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.digest)}",
+        f"{version} < {names.value({'N': str(INT_MAX)})}",
+    ]
+    if type(change.expect) is int:
+        conditions.append(f"{version} = {names.value({'N': str(change.expect)})}")
+    if isinstance(op.observed, dict):
+        token = names.value({"S": token_of(op.observed) or ""})
+        conditions.append(f"{names.name(TOKEN)} = {token}")
+    else:
+        max_size = names.value({"N": str(MAX_ENTITY_BYTES - added_size)})
+        conditions.append(f"{stored} <= {max_size}")
+    return {
+        "TableName": op.table,
+        "Key": {op.mapping.key: {"S": change.key.id}},
+        "ReturnValues": "UPDATED_NEW",
+        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        **names.request(UpdateExpression=expression, ConditionExpression=" AND ".join(conditions)),
+    }
+
+
+def unchanged(mapping: ItemMapping, observed: Attributes | None) -> dict[str, Any]:
+    """The condition that an item has not changed since it was read."""
+    if observed is None:
+        return {
+            "ConditionExpression": "attribute_not_exists(#k)",
+            "ExpressionAttributeNames": {"#k": mapping.key},
+        }
+    if TOKEN in observed:
+        return {
+            "ConditionExpression": "#w = :w",
+            "ExpressionAttributeNames": {"#w": TOKEN},
+            "ExpressionAttributeValues": {":w": observed[TOKEN]},
+        }
+    # Another program wrote the item: only its version can be compared.
+    request: dict[str, Any] = {
+        "ConditionExpression": "attribute_exists(#k) AND attribute_not_exists(#w)",
+        "ExpressionAttributeNames": {"#k": mapping.key, "#w": TOKEN},
+    }
+    if VERSION in observed:
+        request["ConditionExpression"] += " AND #v = :v"
+        request["ExpressionAttributeNames"]["#v"] = VERSION
+        request["ExpressionAttributeValues"] = {":v": observed[VERSION]}
+    return request
