@@ -45,7 +45,7 @@ PAIRS: Final = list(product(sorted(WAITING), DOUBTS, RESPONSES, INTENTS))
 @pytest.mark.parametrize("whole", [False, True])
 def test_every_response_in_every_state_has_a_next_state(whole: bool) -> None:
     for state, doubt, response, intent in PAIRS:
-        step = next_step(state, doubt, response, intent, whole=whole)
+        step = next_step(state, doubt, response, intent, whole)
         assert step.state in {*ATTEMPTS, *RESULTS, "start", "read"}
         assert step.whole or not whole, "a write of the whole item remains one"
         # A response can raise doubt, but not remove it.
@@ -55,7 +55,7 @@ def test_every_response_in_every_state_has_a_next_state(whole: bool) -> None:
 
 def test_only_the_own_token_is_a_proof_while_there_is_doubt() -> None:
     for state, doubt, response, intent in PAIRS:
-        step = next_step(state, doubt, response, intent, whole=False)
+        step = next_step(state, doubt, response, intent, False)
         if doubt != "none":
             assert step.state not in REFUSALS, (state, response)
         if step.state == "applied":
@@ -69,7 +69,7 @@ def test_an_attempt_that_may_be_applied_twice_is_not_repeated() -> None:
     repeatable = {"version", "token", "cached"}
     for state, doubt, intent in product(ATTEMPTS, DOUBTS, INTENTS):
         for response in ("failed", "lost"):
-            step = next_step(state, doubt, response, intent, whole=False)
+            step = next_step(state, doubt, response, intent, False)
             assert step.state == (state if state in repeatable else "read")
 
 
@@ -80,16 +80,16 @@ def test_a_response_that_contradicts_the_attempt_leaves_the_outcome_unknown() ->
         ("read", "applied"),
         ("token", "silent"),
     ):
-        step = next_step(state, "none", response, "create", whole=False)
+        step = next_step(state, "none", response, "create", False)
         assert step.state == "unknown"
 
 
 def test_statements_that_are_not_supported_end_after_one_more_form() -> None:
     for state, doubt, intent in product(ATTEMPTS, DOUBTS, INTENTS):
-        step = next_step(state, doubt, "unsupported", intent, whole=False)
+        step = next_step(state, doubt, "unsupported", intent, False)
         assert step.whole
         if step.state in ATTEMPTS:
-            again = next_step(step.state, step.doubt, "unsupported", intent, whole=True)
+            again = next_step(step.state, step.doubt, "unsupported", intent, True)
             assert again.state == "error"
 
 
@@ -177,7 +177,7 @@ class World(NamedTuple):
 
     def after(self, response: Response, intent: Intent) -> World:
         """The world after a response to the write, which changes nothing else."""
-        step = next_step(self.state, self.doubt, response, intent, whole=self.whole)
+        step = next_step(self.state, self.doubt, response, intent, self.whole)
         observed = self.observed
         if response == "missing":
             observed = None

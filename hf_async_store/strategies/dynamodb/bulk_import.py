@@ -63,7 +63,7 @@ class Imports:
             except StorageError as exc:
                 await self._refused(list(remaining.values()), exc)
                 return
-            if remaining and not await retries.pause(last):
+            if remaining and not await retries.pause_after(last):
                 for op in remaining.values():
                     op.end(last)
                 return

@@ -80,7 +80,7 @@ class ConditionalUpdate:
                 if exc.outcome_unknown:
                     # The condition may still hold; a repeated request could be applied twice.
                     return await self._own_version(exc)
-                if not await self._retries.pause(exc):
+                if not await self._retries.pause_after(exc):
                     raise
 
     async def _send(self) -> dict[str, Any]:

@@ -135,24 +135,26 @@ class Writes:
         imports = [each for each in ops if is_import(each.change)]
         if imports:
             await self._imports.write(imports)
-        await self._probe_support(ops)
+        if self._support.returns_items is None:
+            await self._probe_support(ops)
         retries = Retries(self._client.config.retry_timeout)
+        pending = [each for each in ops if not each.is_done]
         rounds = 0
-        while pending := [each for each in ops if not each.is_done]:
+        while pending:
             rounds += 1
             error = await self._round(pending)
             if error is None and rounds > _ROUNDS_WITHOUT_PAUSE:
                 # Other writes came first in each round, or the reads are not current.
                 error = conflict()
             pending = [each for each in pending if not each.is_done]
-            if error and pending and not await retries.pause(error):
+            if error and pending and not await retries.pause_after(error):
                 for each in pending:
                     each.end(_retries_exhausted(each, error))
+                return
 
     async def _probe_support(self, ops: Sequence[WriteOp]) -> None:
         """Before many deletes: test with a probe item whether a delete returns the deleted item."""
-        deletes = sum(isinstance(each.change, Delete) for each in ops)
-        if self._support.returns_items is not None or deletes <= _MAX_DELETES_WITHOUT_PROBE:
+        if sum(isinstance(each.change, Delete) for each in ops) <= _MAX_DELETES_WITHOUT_PROBE:
             return
         table, (name, _) = ops[0].table, ops[0].key
         key = {name: {"S": probe_id()}}
@@ -357,9 +359,11 @@ def _may_be_caused_by_one(exc: StorageError) -> bool:
 def _retries_exhausted(op: WriteOp, last: StorageError) -> StorageError:
     if op.doubt != "none":
         return op.unknown(last)
-    if isinstance(last, UnavailableError | ConcurrencyConflictError):
-        return last
-    return throttled(op.name)
+    if not isinstance(last, UnavailableError | ConcurrencyConflictError):
+        return throttled(op.name)
+    error = last.copy()
+    error.outcome_unknown = False  # it may be the error of another write
+    return error
 
 
 def _reason(exc: Cancelled) -> StorageError:

@@ -17,7 +17,7 @@ _MAX_BAD_RESPONSES: Final = 3
 """After this many invalid responses the cause is assumed to be permanent: a proxy or another server."""
 
 
-class Retries:
+class Retries(Backoff):
     """The retries of one operation: whether another attempt is worthwhile, and the pause before it.
 
     Args:
@@ -25,25 +25,22 @@ class Retries:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._backoff = Backoff(seconds, first=_FIRST_PAUSE, longest=_MAX_PAUSE_SECONDS)
+        super().__init__(seconds, first=_FIRST_PAUSE, longest=_MAX_PAUSE_SECONDS)
         self._bad_responses = 0
 
-    async def pause(self, after: StorageError | None = None) -> bool:
+    async def pause_after(self, after: StorageError) -> bool:
         """Wait before the next attempt.
 
         Returns False without waiting if the time limit would be exceeded or another attempt cannot
-        succeed.
-
-        Args:
-            after: the error of the last attempt.
+        succeed after this error.
         """
         if isinstance(after, UnexpectedResponse):
             self._bad_responses += 1
             if self._bad_responses == _MAX_BAD_RESPONSES:
                 return False
-        elif after is not None and not after.retryable:
+        elif not after.retryable:
             return False
-        return await self._backoff.pause()
+        return await self.pause()
 
 
 def is_safe_to_retry(exc: Exception) -> bool:
@@ -63,7 +60,7 @@ async def retry(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Res
         try:
             return await attempt()
         except StorageError as exc:
-            if not isinstance(exc, UnavailableError) or not await retries.pause(exc):
+            if not isinstance(exc, UnavailableError) or not await retries.pause_after(exc):
                 exc.outcome_unknown = False
                 raise
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from hf_async_store.backoff import Backoff
 from hf_async_store.config import AutoScaling
 from hf_async_store.errors import (
     ConfigurationError,
@@ -282,19 +282,16 @@ class Tables:
 
     async def _wait_until_active(self, collection: str) -> dict[str, Any]:
         """Wait until the table and all its indexes are active; return its description."""
-        deadline = time.monotonic() + _WAIT_SECONDS
-        pause = _FIRST_PAUSE
+        backoff = Backoff(_WAIT_SECONDS, first=_FIRST_PAUSE, longest=_MAX_PAUSE)
         while True:
             table = await self.described(collection)
             if table is not None and _is_active(table):
                 return table
-            if time.monotonic() > deadline:
+            if not await backoff.pause():
                 raise UnavailableError(
                     f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s. Check "
                     "its status (`aws dynamodb describe-table`), and try again when it is ACTIVE"
                 )
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _MAX_PAUSE)
 
     def _missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
         existing = {each["IndexName"] for each in _indexes(table)}
@@ -424,7 +421,7 @@ class Tables:
             except UnavailableError as exc:
                 if await self.described(collection) is not None:
                     return False
-                if not await retries.pause(exc):
+                if not await retries.pause_after(exc):
                     raise
             else:
                 return True
@@ -467,8 +464,8 @@ class Tables:
                 table = await self._wait_until_active(collection)
                 if index not in self._missing(collection, table):
                     return
-                error = exc if isinstance(exc, UnavailableError) else None
-                if not await retries.pause(error):
+                is_refused = isinstance(exc, StatementRefused)
+                if not await (retries.pause() if is_refused else retries.pause_after(exc)):
                     raise
             else:
                 await self._wait_until_active(collection)

@@ -358,7 +358,7 @@ class DynamoDBSession(Session):
                 response_lost = response_lost or (token is not None and exc.outcome_unknown)
                 error = self._error(exc, keys)
                 waits = conflicts if isinstance(error, ConcurrencyConflictError) else retries
-                if _has_failed_condition(exc) or not await waits.pause(error):
+                if _has_failed_condition(exc) or not await waits.pause_after(error):
                     # Whatever the last error, an earlier attempt may have been applied.
                     is_unknown = token is not None and error.outcome_unknown
                     error.outcome_unknown = response_lost or is_unknown

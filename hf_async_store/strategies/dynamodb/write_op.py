@@ -99,7 +99,7 @@ class WriteOp:
             cause: the error in the response.
         """
         self.state, self.doubt, self.whole = next_step(
-            self.state, self.doubt, response, self.intent, whole=self.whole
+            self.state, self.doubt, response, self.intent, self.whole
         )
         if self.state in RESULTS:
             self.outcome = self._outcome(item, cause)
@@ -148,7 +148,7 @@ class WriteOp:
 
     def _error(self, error: StorageError) -> StorageError:
         error = error.copy()
-        error.outcome_unknown = self.doubt != "none"
+        error.outcome_unknown = error.outcome_unknown or self.doubt != "none"
         return error
 
     def _version_in(self, item: Attributes) -> Outcome:

@@ -19,25 +19,19 @@ attempt is applied, or the result:
 | error | result: an error that a repetition does not resolve |
 | unknown | result: whether an attempt was applied cannot be determined |
 
-The doubt of a write tells whether an earlier attempt may have been applied. "failed_insert": perhaps,
-but not later, because the server reported a failure of an attempt that may have inserted the item; if
-there is no item, it was not applied. "open": it may have been applied, or may be applied later.
-
 An attempt without a response is repeated only in a state whose condition no attempt meets after
 another one was applied: version, token and cached. In the others, the item is read: if it has the token
-of this write, the write was applied. While there is doubt, only that token is a proof; whatever else
-the item contains may be the consequence of an attempt of this write, and is never reported as a
-conflict.
+of this write, the write was applied. While there is doubt about earlier attempts, only that token is a
+proof; whatever else the item contains may be the consequence of an attempt of this write, and is never
+reported as a conflict.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast, get_args
+from functools import cache
+from typing import Final, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Put
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Intent: TypeAlias = Literal["create", "save", "delete", "replace", "change", "expect"]
 """What a change requires of the entity. "create": it does not exist. "save" and "delete": nothing.
@@ -48,113 +42,64 @@ Result: TypeAlias = Literal[
     "applied", "nothing", "not_found", "exists", "conflict", "error", "unknown"
 ]
 State: TypeAlias = Literal["start", "read"] | Attempt | Result
-Doubt: TypeAlias = Literal["none", "failed_insert", "open"]
 
+Doubt: TypeAlias = Literal["none", "failed_insert", "open"]
+"""Whether an earlier attempt may have been applied. "failed_insert": perhaps, but not later, because the
+server reported a failure of an attempt that may have inserted the item; if there is no item, it was not
+applied. "open": it may have been applied, or may be applied later."""
+
+# fmt: off
 Response: TypeAlias = Literal[
-    # To an attempt that was applied. "silent": without the item, and therefore without the new version.
     "applied",
-    "silent",
-    # To a read, or to an attempt whose condition does not hold. "own": the item has the token of this
-    # write. "exists": the response does not contain the item. "not_older": it was not written before
-    # this write was requested. "other": it does not have the token of the observed item. "unsuitable":
-    # it is as expected, but has another declaration or is near a limit.
+    "silent",         # the attempt was applied; the response does not contain the new version
+    # To a read, or to an attempt whose condition does not hold:
+    "own",            # the item has the token of this write
     "missing",
-    "own",
-    "exists",
-    "found",
+    "exists",         # there is an item; the response does not contain it
+    "found",          # the item was read
     "other_version",
-    "not_older",
-    "other",
-    "unsuitable",
-    # "unsupported": no statement can express the attempt, or the server rejected it as invalid.
-    # "busy": not applied; a repetition may succeed. "failed": applied before this response, or never.
-    # "lost": no valid response; the attempt may have been applied, and may be applied later.
-    "unsupported",
-    "busy",
-    "failed",
-    "lost",
+    "not_older",      # the item was not written before this write was requested
+    "other",          # the item does not have the token of the observed one
+    "unsuitable",     # the item is as expected, but has another declaration, or is near a limit
+    "unsupported",    # no statement can express the attempt, or the server rejected it as invalid
+    "busy",           # the attempt was not applied; a repetition may succeed
+    "failed",         # the server failed; the attempt was applied before, or never
+    "lost",           # no valid response; the attempt may have been applied, or may be applied later
     "error",
 ]
+# fmt: on
 
 ATTEMPTS: Final = frozenset(get_args(Attempt))
 RESULTS: Final = frozenset(get_args(Result))
 
-_Target: TypeAlias = (
-    State
-    | Literal["if_missing", "if_exists"]  # depends on the intent
-    | Literal["read whole", "insert whole", "token whole"]  # from now on, writes the whole item
-)
-
-# Every attempt may also be answered by "applied", "own", "busy" and "error". A response that is not
-# listed contradicts the attempt; it leaves the outcome unknown.
-_NEXT: Final[Mapping[State, Mapping[Response, _Target]]] = {
-    "read": {
-        "own": "applied",
-        "found": "token",
-        "missing": "if_missing",
-        "other_version": "conflict",
-        "error": "error",
-    },
-    "insert": {
-        "exists": "if_exists",
-        "unsupported": "insert whole",
-        "failed": "read",
-        "lost": "read",
-    },
-    "upsert": {
-        "missing": "read whole",
-        "unsuitable": "token whole",
-        "unsupported": "read whole",
-        "failed": "read",
-        "lost": "read",
-    },
-    "existing": {
-        "silent": "read",
-        "missing": "if_missing",
-        "unsuitable": "token whole",
-        "unsupported": "read whole",
-        "failed": "read",
-        "lost": "read",
-    },
-    "version": {
-        "missing": "if_missing",
-        "other_version": "conflict",
-        "not_older": "token",
-        "unsuitable": "token whole",
-        "unsupported": "read whole",
-        "failed": "version",
-        "lost": "version",
-    },
-    "token": {
-        "missing": "if_missing",
-        "other_version": "conflict",
-        "other": "token",
-        "unsuitable": "token whole",
-        "unsupported": "token whole",
-        "failed": "token",
-        "lost": "token",
-    },
-    "cached": {
-        "missing": "if_missing",
-        "other_version": "conflict",
-        "other": "start",
-        "unsuitable": "token whole",
-        "unsupported": "read whole",
-        "failed": "cached",
-        "lost": "cached",
-    },
+# "*": from now on, attempts write the whole item. "?": depends on the intent. "-": the response
+# contradicts the attempt, so that the outcome is unknown. "doubt", unless "=", is the next state in any
+# state while there is doubt.
+_TABLE: Final = """
+response       read      insert    upsert    existing  version   token     cached    doubt
+applied        -         applied   applied   applied   applied   applied   applied   =
+silent         -         -         -         read      -         -         -         =
+own            applied   applied   applied   applied   applied   applied   applied   =
+missing        missing?  -         read*     missing?  missing?  missing?  missing?  unknown
+exists         -         exists?   -         -         -         -         -         read
+found          token     -         -         -         -         -         -         unknown
+other_version  conflict  -         -         -         conflict  conflict  conflict  unknown
+not_older      -         -         -         -         token     -         -         unknown
+other          -         -         -         -         -         token     start     unknown
+unsuitable     -         -         token*    token*    token*    token*    token*    =
+unsupported    -         insert*   read*     read*     read*     token*    read*     =
+busy           -         insert    upsert    existing  version   token     cached    =
+failed         -         read      read      read      version   token     cached    =
+lost           -         read      read      read      version   token     cached    =
+error          error     error     error     error     error     error     error     =
+"""
+_COLUMNS, *_ROWS = (each.split() for each in _TABLE.strip().splitlines())
+_NEXT: Final = {
+    (state, row[0]): target
+    for row in _ROWS
+    for state, target in zip(_COLUMNS[1:], row[1:], strict=True)
 }
-
-# While there is doubt, these take precedence.
-_IN_DOUBT: Final[Mapping[Response, State]] = {
-    "missing": "unknown",
-    "exists": "read",
-    "found": "unknown",
-    "other_version": "unknown",
-    "not_older": "unknown",
-    "other": "unknown",
-}
-_IF_MISSING: Final[Mapping[Intent, State]] = {
+_IF_MISSING: Final[dict[Intent, State]] = {
     "create": "insert",
     "save": "insert",
     "delete": "nothing",
@@ -245,37 +190,33 @@ def response_of(state: State, item: StoredItem | None, *, whole: bool) -> Respon
     return "other" if is_other else "unsuitable"
 
 
-def next_step(
-    state: State, doubt: Doubt, response: Response, intent: Intent, *, whole: bool
-) -> Step:
+@cache
+def next_step(state: State, doubt: Doubt, response: Response, intent: Intent, whole: bool) -> Step:
     """What follows from a response to an attempt or a read."""
-    target = _target(state, doubt, response, whole=whole)
-    if target == "if_missing":
+    target = _target(state, doubt, response, whole)
+    if target == "missing?":
         target = _IF_MISSING[intent]
-    elif target == "if_exists":
+    elif target == "exists?":
         target = "exists" if intent == "create" else "read"
-    name, _, is_whole = target.partition(" ")
     if response == "failed":
         is_insert = state in ("insert", "upsert") and doubt != "open"
         doubt = "failed_insert" if is_insert else "open"
     elif response in ("lost", "silent"):
         doubt = "open"
-    return Step(cast("State", name), doubt, whole or bool(is_whole))
+    return Step(cast("State", target.removesuffix("*")), doubt, whole or target.endswith("*"))
 
 
-def _target(state: State, doubt: Doubt, response: Response, *, whole: bool) -> _Target:
-    if state in ATTEMPTS:
-        if response in ("applied", "own"):
-            return "applied"
-        if response == "busy":
-            return state
-        if response == "error" or (response == "unsupported" and whole):
-            return "error"
-    if doubt != "none":
-        if response == "missing" and doubt == "failed_insert":
-            return "insert"
-        if state == "read" and response == "error":
-            return "unknown"
-        if response in _IN_DOUBT:
-            return _IN_DOUBT[response]
-    return _NEXT[state].get(response, "unknown")
+def _target(state: State, doubt: Doubt, response: Response, whole: bool) -> str:
+    target = _NEXT[state, response]
+    if target == "-":
+        return "unknown"
+    if response == "unsupported" and whole:
+        return "error"  # there is no other form
+    if doubt == "none":
+        return target
+    if response == "missing" and doubt == "failed_insert":
+        return "insert"
+    if response == "error" and state == "read":
+        return "unknown"
+    in_doubt = _NEXT["doubt", response]
+    return target if in_doubt == "=" else in_doubt
