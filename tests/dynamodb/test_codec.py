@@ -216,6 +216,19 @@ def test_a_save_removes_all_old_fields(before: dict[str, Any], after: dict[str, 
     assert typed(FORM.entity(through_json(item))) == typed({**kept, **after, "version": 1})
 
 
+@given(things(), things())
+def test_kept_encodings_do_not_change_the_entity(
+    before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    stored, item = FORM.item("t", before, 1, "old"), FORM.item("t", after, 2, "new")
+    written = through_json(item)
+    FORM.keep_encodings(item, stored)
+    assert item == written, "the store itself encodes each value in one way"
+    theirs = {name: {"SS": ["a", "b"]} for name in ("plain", "data", "_b_active", "extra", "_x")}
+    FORM.keep_encodings(item, {**stored, **theirs, "doc": {"M": {"extra": {"NS": ["1"]}}}})
+    assert typed(FORM.entity(item)) == typed({**after, "version": 2})
+
+
 @given(things())
 def test_the_estimated_size_is_never_too_small(entity: dict[str, Any]) -> None:
     filler = MAX_ENTITY_BYTES - size_of(entity) - 20

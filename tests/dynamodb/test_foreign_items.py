@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -121,6 +122,32 @@ async def test_a_string_set_of_one_string_is_not_decoded_as_a_float(
         assert await store.update_entity("things", "theirs", {"n": 1}) == 1
 
 
+Update = Callable[["DynamoDBStorageStrategy", str], Awaitable[object]]
+
+
+async def _update_in_transaction(store: DynamoDBStorageStrategy, entity_id: str) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.update_entity("things", entity_id, {"touched": True})
+
+
+UPDATES: Final[dict[str, Update]] = {
+    "plain": lambda store, each: store.update_entity("things", each, {"touched": True}),
+    "expecting": lambda store, each: store.update_entity(
+        "things", each, {"touched": True}, expected_version=0
+    ),
+    "where": lambda store, each: store.update_entity(
+        "things", each, {"touched": True}, condition_expression="attribute_exists(tags)"
+    ),
+    "transaction": _update_in_transaction,
+}
+
+
+def _stored(item: dict[str, Any], name: str) -> Any:
+    """The attribute of a field, wherever it is stored."""
+    document = item.get("doc", {}).get("M", {})
+    return document[name] if name in document else item.get(name)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 async def test_an_update_keeps_attributes_of_another_program(proxy: Proxy, name: str) -> None:
     async with store_at(proxy.url, collections=THINGS) as store:
@@ -130,6 +157,89 @@ async def test_an_update_keeps_attributes_of_another_program(proxy: Proxy, name:
         now = await _item(store, "theirs")
         expected = {"B": b"\x00\xff"} if name == "blob" else THEIRS[name]
         assert expected in (now.get(name), now.get("doc", {}).get("M", {}).get(name))
+
+
+@pytest.mark.parametrize("how", UPDATES)
+async def test_every_update_keeps_attributes_of_another_program(proxy: Proxy, how: str) -> None:
+    """Also if the item is later rewritten because of another declaration."""
+    prefix = new_prefix()
+    theirs = {**THEIRS, "doc": {"L": [{"NS": ["1.50"]}]}, "created_at": {"N": "17.10"}}
+    expected = {**theirs, "blob": {"B": b"\x00\xff"}, "created_at": {"N": "17.1"}}
+    expected["doc"] = {"L": [{"NS": ["1.5"]}]}
+    async with store_at(proxy.url, prefix, THINGS) as store:
+        await store.create_entity("things", {"id": "a"})
+        await _put(store, "theirs", **theirs)
+        before = await store.get_entity("things", "theirs")
+        await UPDATES[how](store, "theirs")
+        after = await store.get_entity("things", "theirs")
+        assert before is not None
+        assert after is not None
+        for each in ("touched", "version", "updated_at"):
+            before[each] = after[each]
+        assert after == before
+        assert (after["version"], after["touched"]) == (1, True)
+    other = [Collection("things", key="id", fields=["touched", "tags"])]
+    async with store_at(proxy.url, prefix, other) as store:
+        await store.update_entity("things", "theirs", {"touched": "again"})
+        item = await _item(store, "theirs")
+        for name in expected.keys() - {"created_at"}:
+            assert _stored(item, name) == expected[name], name
+        assert item["_c"] == expected["created_at"]
+
+
+@pytest.mark.parametrize("how", UPDATES)
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        ("_w", {"N": "5"}),
+        ("_s", {"S": "large"}),
+        ("_f", {"L": []}),
+        ("_c", {"S": "2020"}),
+        ("_b_side", {"S": "left"}),
+        ("_b_side", {"S": "1"}),
+        ("hidden", {"S": "by an entry of doc"}),
+    ],
+)
+async def test_an_attribute_that_an_update_would_remove_is_refused(
+    proxy: Proxy, how: str, name: str, attribute: dict[str, Any]
+) -> None:
+    async with store_at(proxy.url, collections=THINGS) as store:
+        await store.create_entity("things", {"id": "a"})
+        attributes = {"tags": {"SS": ["x"]}, "doc": {"M": {"hidden": {"S": "x"}}}, name: attribute}
+        await _put(store, "theirs", **attributes)
+        before = await _item(store, "theirs")
+        with pytest.raises(CorruptionError) as caught:
+            await UPDATES[how](store, "theirs")
+        assert "theirs" in str(caught.value)
+        assert name in str(caught.value)
+        assert not caught.value.outcome_unknown
+        assert await _item(store, "theirs") == before
+        # A save replaces the whole entity.
+        await store.save_entity("things", {"id": "theirs", "n": 1})
+        found = await store.get_entity("things", "theirs")
+        assert found is not None
+        assert (found["n"], found["version"]) == (1, 1)
+
+
+async def test_deletes_of_many_items_of_another_program(proxy: Proxy) -> None:
+    """A deleted item without a version used to be taken for a missing one."""
+    async with store_at(proxy.url, collections=THINGS) as store:
+        await store.create_entity("things", {"id": "a"})
+        ids = [f"theirs {n}" for n in range(8)]
+        for each in ids:
+            await _put(store, each, tags={"SS": ["x"]})
+        assert await store.delete_entities("things", [*ids, "nobody"]) == [True] * 8 + [False]
+
+
+async def test_fields_of_another_program_can_be_selected(proxy: Proxy) -> None:
+    async with store_at(proxy.url, collections=THINGS) as store:
+        await store.create_entity("things", {"id": "a"})
+        await _put(store, "theirs", tags={"SS": ["x", "y"]}, doc={"S": "text"}, big={"S": "x"})
+        for fields in (["tags"], ["doc", "tags"]):
+            [_, found] = await store.query_entities("things", order_by="id", fields=fields)
+            assert found["tags"] == ["x", "y"]
+            assert "big" not in found
+            assert ("doc" in found) == ("doc" in fields)
 
 
 async def test_an_attribute_of_another_program_named_doc(proxy: Proxy) -> None:

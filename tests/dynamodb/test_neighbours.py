@@ -150,6 +150,17 @@ async def test_a_timeout_does_not_wait_for_the_write(proxy: Proxy) -> None:
     proxy.rule = None
 
 
+async def test_closing_does_not_wait_for_retries_without_a_caller() -> None:
+    """Several callers share the task that looks for a table; it continues when all have given up."""
+    loop = asyncio.get_running_loop()
+    async with store_at("http://127.0.0.1:1", retry_timeout=60) as store:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await store.count_entities("items")
+        started = loop.time()
+    assert loop.time() - started < 10, "closing waited for the retries"
+
+
 async def test_a_failed_read_stops_concurrent_reads_of_the_same_call(proxy: Proxy) -> None:
     async with store_at(proxy.url, retry_timeout=30) as store:
         await store.create_entity("items", {"item_id": "a"})

@@ -120,7 +120,7 @@ def test_a_failure_before_sending_has_no_unknown_outcome() -> None:
 def test_a_failure_after_sending_has_an_unknown_outcome() -> None:
     for name in ("ReadTimeoutError", "ConnectionClosedError", "HTTPClientError"):
         exc = getattr(botocore.exceptions, name)(endpoint_url="http://x", error=Exception("?"))
-        error = public(of_client(exc, "example.org"))
+        error = public(of_client(exc, "DynamoDB", "example.org"))
         assert type(error) is UnavailableError
         assert error.outcome_unknown
         assert "example.org" in str(error)

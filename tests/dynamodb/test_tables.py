@@ -334,3 +334,12 @@ async def test_auto_scaling_that_is_refused(proxy: Proxy) -> None:
     async with store_at(proxy.url, auto_scaling=True) as store:
         with pytest.raises(UnavailableError):
             await store.create_tables()
+
+
+async def test_auto_scaling_that_cannot_be_reached(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING", "http://127.0.0.1:1")
+    async with store_at(proxy.url, auto_scaling=True) as store:
+        with pytest.raises(UnavailableError, match="Application Auto Scaling cannot be reached"):
+            await store.create_tables()

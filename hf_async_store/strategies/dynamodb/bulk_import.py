@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from hf_async_store.changes import ANY, Change, Put
 from hf_async_store.errors import StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import TableMissing, UnexpectedResponse
-from hf_async_store.strategies.dynamodb.request_retry import Retries, is_safe_to_retry, throttled
+from hf_async_store.strategies.dynamodb.request_retry import is_safe_to_retry, throttled
 from hf_async_store.strategies.dynamodb.write_op import WriteOp, chunks, deleted_meanwhile
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Imports:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._retry_seconds = client.config.retry_timeout
 
     async def write(self, ops: list[WriteOp]) -> None:
         """Replace the stored items unconditionally, by `BatchWriteItem`."""
@@ -47,7 +46,7 @@ class Imports:
 
     async def _write_batch(self, ops: Sequence[WriteOp]) -> None:
         remaining = {(each.table, each.change.key.id): each for each in ops}
-        retries = Retries(self._retry_seconds)
+        retries = self._client.retries()
         while remaining:
             last: StorageError = throttled("an import")
             try:

@@ -22,7 +22,7 @@ from hf_async_store.config import DynamoDBConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
-from hf_async_store.strategies.dynamodb.request_retry import retry
+from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
 from hf_async_store.strategies.dynamodb.responses import read_response
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Client:
         self.config = config
         self._opening: asyncio.Task[_Connection] | None = None
         self._connection: _Connection | None = None
+        self._closing = asyncio.Event()
         self._closed = False
 
     async def connection(self) -> _Connection:
@@ -72,7 +73,15 @@ class Client:
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send an idempotent request and return its response; transient failures are retried."""
-        return await retry(lambda: self.call(operation, params), self.config.retry_timeout)
+        return await retry(lambda: self.call(operation, params), self.retries())
+
+    def retries(self, seconds: float | None = None) -> Retries:
+        """The retries of one operation, by default until `retry_timeout` has passed."""
+        return Retries(self.config.retry_timeout if seconds is None else seconds, self._closing)
+
+    def end_retries(self) -> None:
+        """Let each operation end after its current attempt."""
+        self._closing.set()
 
     async def close(self) -> None:
         self._closed = True
@@ -115,7 +124,7 @@ class _Connection:
             response = await self._send(request)
             body = await response.content
         except Exception as exc:
-            raise of_client(exc, self._host) from exc
+            raise of_client(exc, "DynamoDB", self._host) from exc
         return read_response(operation, params, response.status_code, response.headers, body)
 
     async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:

@@ -27,7 +27,6 @@ from hf_async_store.strategies.dynamodb.items import (
     size_of,
     token_of,
 )
-from hf_async_store.strategies.dynamodb.request_retry import Retries
 from hf_async_store.strategies.dynamodb.write_op import WriteOp, deleted_meanwhile
 from hf_async_store.strategies.dynamodb.write_requests import unchanged, update_item
 from hf_async_store.values import MAX_ENTITY_BYTES, Entity, check_size
@@ -57,7 +56,7 @@ class ConditionalUpdate:
         self._op = op
         self._condition = condition
         self._names = names
-        self._retries = Retries(client.config.retry_timeout)
+        self._retries = client.retries()
 
     async def run(self) -> int:
         """Update the entity; return the new version.

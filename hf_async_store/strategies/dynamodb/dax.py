@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.errors import ConfigurationError, StorageError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import of_client, translate
-from hf_async_store.strategies.dynamodb.request_retry import retry
+from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
 from hf_async_store.strategies.dynamodb.responses import convert
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Cache:
         self._retry_seconds = retry_seconds
         self._client: Any = None
         self._opening = asyncio.Lock()
+        self._closing = asyncio.Event()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dax")
 
     def can_serve(self, operation: str, params: Mapping[str, Any]) -> bool:
@@ -57,7 +58,9 @@ class Cache:
         Raises:
             StorageError.
         """
-        return await retry(lambda: self._read_once(operation, params), self._retry_seconds)
+        return await retry(
+            lambda: self._read_once(operation, params), Retries(self._retry_seconds, self._closing)
+        )
 
     async def _read_once(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
@@ -72,6 +75,7 @@ class Cache:
         return convert(operation, params, response)
 
     async def close(self) -> None:
+        self._closing.set()
         client, self._client = self._client, None
         if client is not None:
             await asyncio.get_running_loop().run_in_executor(self._threads, client.close)

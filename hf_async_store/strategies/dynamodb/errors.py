@@ -375,12 +375,12 @@ def _credentials_service_error(exc: Exception) -> StorageError:
     return spec.kind(f"{request} was denied: {code}; check the credentials that sign it")
 
 
-def scaling_error(exc: Exception, host: str) -> StorageError:
+def scaling_error(exc: Exception) -> StorageError:
     """The error for a failed request to Application Auto Scaling, sent through a botocore client."""
     if isinstance(exc, StorageError):
         return exc
     if type(exc).__name__ != "ClientError":
-        return of_client(exc, host)
+        return of_client(exc, "Application Auto Scaling")
     response: Mapping[str, Any] = getattr(exc, "response", {})
     code = short(str((response.get("Error") or {}).get("Code", "")))
     spec = CODES.get(code, _ErrorSpec(UnavailableError, "", retryable=False))
@@ -406,12 +406,13 @@ def _message_of(exc: Exception) -> str:
     return str(exc)[:500]
 
 
-def of_client(exc: Exception, host: str) -> StorageError:
+def of_client(exc: Exception, service: str, host: str = "") -> StorageError:
     """The error for an exception of botocore that was raised while a request was sent.
 
     Args:
-        host: the host that the request was sent to.
+        host: the host that the request was sent to, if it is known.
     """
+    where = f"{service} at {host}" if host else service
     name = type(exc).__name__
     cause = _cause(exc)
     if isinstance(
@@ -428,21 +429,21 @@ def of_client(exc: Exception, host: str) -> StorageError:
     if name in _CONFIGURATION:
         return ConfigurationError(f"dynamodb_strategy: {_message_of(exc)}")
     if name == "SSLError":
-        return _tls_error(exc, host)
+        return _tls_error(exc, where)
     if name in _NOT_CONNECTED or (name == "EndpointConnectionError" and _never_connected(exc)):
-        return UnavailableError(f"DynamoDB cannot be reached at {host}: {name}{_reason(cause)}")
-    return ResponseLost(f"no response from DynamoDB at {host}: {name}", outcome_unknown=True)
+        return UnavailableError(f"{where} cannot be reached: {name}{_reason(cause)}")
+    return ResponseLost(f"no response from {where}: {name}", outcome_unknown=True)
 
 
-def _tls_error(exc: Exception, host: str) -> StorageError:
+def _tls_error(exc: Exception, where: str) -> StorageError:
     cause = getattr(_cause(exc), "certificate_error", None)
     inner = cause or getattr(_cause(exc), "os_error", None)
     if isinstance(inner, ssl.SSLCertVerificationError):
         return ConfigurationError(
-            f"the certificate of {host} is not trusted: {inner.verify_message}; check "
+            f"the certificate of {where} is not trusted: {inner.verify_message}; check "
             "dynamodb_strategy.endpoint_url and AWS_CA_BUNDLE"
         )
-    return UnavailableError(f"DynamoDB cannot be reached at {host}: SSLError{_reason(inner)}")
+    return UnavailableError(f"{where} cannot be reached: SSLError{_reason(inner)}")
 
 
 def _reason(cause: object) -> str:

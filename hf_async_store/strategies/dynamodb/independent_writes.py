@@ -49,7 +49,6 @@ from hf_async_store.strategies.dynamodb.errors import (
 from hf_async_store.strategies.dynamodb.items import probe_id
 from hf_async_store.strategies.dynamodb.partiql import ConditionBuilder, Statement, delete
 from hf_async_store.strategies.dynamodb.request_retry import (
-    Retries,
     is_safe_to_retry,
     throttled,
 )
@@ -137,7 +136,7 @@ class Writes:
             await self._imports.write(imports)
         if self._support.returns_items is None:
             await self._probe_support(ops)
-        retries = Retries(self._client.config.retry_timeout)
+        retries = self._client.retries()
         pending = [each for each in ops if not each.is_done]
         rounds = 0
         while pending:

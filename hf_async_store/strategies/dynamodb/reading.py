@@ -30,7 +30,7 @@ from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
 )
 from hf_async_store.strategies.dynamodb.query_planner import Access, plan_access
-from hf_async_store.strategies.dynamodb.request_retry import Retries, throttled
+from hf_async_store.strategies.dynamodb.request_retry import throttled
 from hf_async_store.strategies.dynamodb.tables import attribute_of
 from hf_async_store.values import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key
 
@@ -151,7 +151,7 @@ class Reading:
                 request = requests[table] = {"Keys": [], "ConsistentRead": consistent}
             request["Keys"].append({mapping.key: {"S": key.id}})
         keys = {table: self._key_of(table) for table in requests}
-        retries = Retries(self._client.config.retry_timeout)
+        retries = self._client.retries()
         while True:
             response = await self._read("BatchGetItem", {"RequestItems": requests})
             for table, items in response["Responses"].items():

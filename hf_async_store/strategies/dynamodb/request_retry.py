@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, TypeVar
 
 from hf_async_store.backoff import Backoff
@@ -22,11 +24,22 @@ class Retries(Backoff):
 
     Args:
         seconds: no attempt begins later than this after the first one.
+        closing: once it is set, there are no more attempts.
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds, first=_FIRST_PAUSE, longest=_MAX_PAUSE_SECONDS)
+    def __init__(self, seconds: float, closing: asyncio.Event) -> None:
+        super().__init__(seconds, first=_FIRST_PAUSE, longest=_MAX_PAUSE_SECONDS, sleep=self._wait)
+        self._closing = closing
         self._bad_responses = 0
+
+    async def _wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+
+    async def pause(self, up_to: float | None = None) -> bool:
+        """As `Backoff.pause`; also returns False if the store is being closed."""
+        return await super().pause(up_to) and not self._closing.is_set()
 
     async def pause_after(self, after: StorageError) -> bool:
         """Wait before the next attempt.
@@ -48,14 +61,13 @@ def is_safe_to_retry(exc: Exception) -> bool:
     return isinstance(exc, UnavailableError) and not exc.outcome_unknown
 
 
-async def retry(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+async def retry(attempt: Callable[[], Awaitable[Result]], retries: Retries) -> Result:
     """Call `attempt`, an idempotent request, until it succeeds, and return its result.
 
     Raises:
         UnavailableError: the last one, when the time limit is reached.
         StorageError: an error that a retry cannot resolve.
     """
-    retries = Retries(seconds)
     while True:
         try:
             return await attempt()

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from hf_async_store.backoff import Backoff
 from hf_async_store.config import AutoScaling
 from hf_async_store.errors import (
     ConfigurationError,
@@ -24,7 +23,6 @@ from hf_async_store.strategies.dynamodb.errors import (
     scaling_error,
 )
 from hf_async_store.strategies.dynamodb.items import IndexedField, ItemMapping, probe_id
-from hf_async_store.strategies.dynamodb.request_retry import Retries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from hf_async_store.values import Value
 
 _WAIT_SECONDS: Final = 600.0
-_FIRST_PAUSE: Final = 0.01
-_MAX_PAUSE: Final = 2.0
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
@@ -109,7 +105,8 @@ class Tables:
         return found
 
     async def close(self) -> None:
-        """Wait for the running tasks."""
+        """Wait for the requests of the running tasks, but not for their retries."""
+        self._client.end_retries()
         while self._opening:
             _, task = self._opening.popitem()
             await asyncio.wait((task,))
@@ -282,12 +279,12 @@ class Tables:
 
     async def _wait_until_active(self, collection: str) -> dict[str, Any]:
         """Wait until the table and all its indexes are active; return its description."""
-        backoff = Backoff(_WAIT_SECONDS, first=_FIRST_PAUSE, longest=_MAX_PAUSE)
+        retries = self._client.retries(_WAIT_SECONDS)
         while True:
             table = await self.described(collection)
             if table is not None and _is_active(table):
                 return table
-            if not await backoff.pause():
+            if not await retries.pause():
                 raise UnavailableError(
                     f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s. Check "
                     "its status (`aws dynamodb describe-table`), and try again when it is ACTIVE"
@@ -414,7 +411,7 @@ class Tables:
     async def _create(self, collection: str) -> bool:
         """Send CreateTable; return False if another process has created the table."""
         params = self.request(collection)
-        retries = Retries(self._config.retry_timeout)
+        retries = self._client.retries()
         while True:
             try:
                 await self._client.call("CreateTable", params)
@@ -450,7 +447,7 @@ class Tables:
 
     async def _add_index(self, collection: str, index: Index) -> None:
         """Add an index to a table; DynamoDB creates one index of a table at a time."""
-        retries = Retries(self._config.retry_timeout)
+        retries = self._client.retries()
         params = {
             "TableName": self.name(collection),
             "AttributeDefinitions": self._attributes(self.schema[collection], (index,)),
@@ -525,7 +522,7 @@ class Tables:
             ) as client:
                 yield client
         except Exception as exc:
-            raise scaling_error(exc, "the endpoint of Application Auto Scaling") from exc
+            raise scaling_error(exc) from exc
 
 
 async def _enable_scaling(client: Any, resource: str, capacity: str, scaling: AutoScaling) -> None:

@@ -43,7 +43,6 @@ from hf_async_store.strategies.dynamodb.items import (
     token_of,
     version_of,
 )
-from hf_async_store.strategies.dynamodb.request_retry import Retries
 from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
 from hf_async_store.strategies.dynamodb.write_requests import unchanged
 from hf_async_store.values import VERSION, Entity, Key, copy_entity
@@ -346,8 +345,8 @@ class DynamoDBSession(Session):
         Args:
             token: the write token of the items that it writes; None if it only reads.
         """
-        retries = Retries(self._client.config.retry_timeout)
-        conflicts = Retries(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
+        retries = self._client.retries()
+        conflicts = self._client.retries(min(_CONFLICT_SECONDS, self._client.config.retry_timeout))
         response_lost = False
         while True:
             try:
