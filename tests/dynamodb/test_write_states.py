@@ -15,6 +15,7 @@ from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, Delete, Patch, 
 from hf_async_store.strategies.dynamodb.write_states import (
     ATTEMPTS,
     RESULTS,
+    STATEMENTS,
     Doubt,
     Intent,
     Response,
@@ -66,7 +67,7 @@ def test_only_the_own_token_is_a_proof_while_there_is_doubt() -> None:
 
 
 def test_an_attempt_that_may_be_applied_twice_is_not_repeated() -> None:
-    repeatable = {"version", "token", "cached"}
+    repeatable = {"version", "token", "cached", "import"}
     for state, doubt, intent in product(ATTEMPTS, DOUBTS, INTENTS):
         for response in ("failed", "lost"):
             step = next_step(state, doubt, response, intent, False)
@@ -87,7 +88,7 @@ def test_a_response_that_contradicts_the_attempt_leaves_the_outcome_unknown() ->
 def test_statements_that_are_not_supported_end_after_one_more_form() -> None:
     for state, doubt, intent in product(ATTEMPTS, DOUBTS, INTENTS):
         step = next_step(state, doubt, "unsupported", intent, False)
-        assert step.whole
+        assert step.whole == (state in STATEMENTS or state == "upsert")
         if step.state in ATTEMPTS:
             again = next_step(step.state, step.doubt, "unsupported", intent, True)
             assert again.state == "error"
@@ -127,12 +128,14 @@ class Item(NamedTuple):
         has_version: it has the version that the write expects.
         is_older: it was written before the write was requested.
         is_suitable: a statement can change it: its declaration and size are as required.
+        is_met: it satisfies the condition of the caller.
     """
 
     token: int
     has_version: bool = True
     is_older: bool = True
     is_suitable: bool = True
+    is_met: bool = True
 
 
 class Attempt(NamedTuple):
@@ -146,6 +149,8 @@ class Attempt(NamedTuple):
             return item is None
         if item is None:
             return self.state == "upsert"
+        if self.state == "condition" and not item.is_met:
+            return False
         if self.state == "version" and not (item.has_version and item.is_older):
             return False
         if self.state in ("token", "cached") and item.token != self.token:
@@ -189,6 +194,10 @@ class World(NamedTuple):
 
     def seen(self) -> Response:
         """The response that contains the item."""
+        if self.state == "condition" and self.item is not None:
+            if not self.item.has_version:
+                return "other_version"
+            return "unmet" if self.item.is_suitable else "unsuitable"
         stored = self.item and StoredItem(
             is_own=self.item.token == OWN,
             has_version=self.item.has_version,
@@ -211,9 +220,12 @@ class Write(NamedTuple):
     alone: bool = True
     reads_first: bool = False
     whole: bool = False
+    conditional: bool = False
 
     def start(self, world: World) -> World:
         """Choose the first attempt, or again after the cached state was stale."""
+        if self.conditional:
+            return world._replace(state="condition")
         is_cached = self.is_cached and world.attempts == 0
         state = first_state(
             self.intent,
@@ -232,6 +244,8 @@ class Write(NamedTuple):
             landed = world._replace(late=world.late - {each})
             yield landed.apply(self.deletes) if each.is_met(world.item, self.intent) else landed
         yield from self._rivals(world)
+        if world.state == "condition" and world.item is not None:
+            yield world._replace(item=world.item._replace(is_suitable=True))  # it is rewritten
         if world.state == "start":
             yield self.start(world)
         elif world.state == "read":
@@ -289,11 +303,13 @@ WRITES: Final = {
     "expect": Write("expect"),
     "expect cached": Write("expect", is_cached=True),
     "expect whole": Write("expect", whole=True),
+    "update where": Write("change", conditional=True),
+    "update where expecting": Write("expect", conditional=True),
     "delete": Write("delete", deletes=True),
     "delete read first": Write("delete", deletes=True, reads_first=True),
     "delete expecting": Write("expect", deletes=True),
 }
-BEFORE: Final = [None, *(Item(1, *each) for each in product((True, False), repeat=3))]
+BEFORE: Final = [None, *(Item(1, *each) for each in product((True, False), repeat=4))]
 
 
 def _check(world: World, write: Write) -> None:

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from hf_async_store.errors import (
-    ConcurrencyConflictError,
-    CorruptionError,
-    EntityNotFoundError,
-    StorageError,
-    UnavailableError,
-)
+from hf_async_store.errors import ConcurrencyConflictError, StorageError
 from hf_async_store.preconditions import next_version, patched
-from hf_async_store.strategies.dynamodb.errors import (
-    ConditionFailed,
-    StatementRefused,
-    TableMissing,
-    conflict,
-    refused_query,
-)
+from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.items import (
     DECLARATION_DIGEST,
     new_token,
@@ -27,7 +15,7 @@ from hf_async_store.strategies.dynamodb.items import (
     size_of,
     token_of,
 )
-from hf_async_store.strategies.dynamodb.write_op import WriteOp, deleted_meanwhile
+from hf_async_store.strategies.dynamodb.write_op import WriteOp
 from hf_async_store.strategies.dynamodb.write_requests import unchanged, update_item
 from hf_async_store.values import MAX_ENTITY_BYTES, Entity, check_size
 
@@ -36,134 +24,87 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.expressions import Names
-    from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.items import ItemMapping
+    from hf_async_store.strategies.dynamodb.write_states import Response
 
-_ROUNDS_WITHOUT_PAUSE: Final = 8
 
-
-class ConditionalUpdate:
-    """One update with a condition.
+class ConditionalUpdate(WriteOp):
+    """An update of an entity that satisfies a condition.
 
     Args:
         condition: a ConditionExpression with placeholders of `names`.
     """
 
     def __init__(
-        self, client: Client, reading: Reading, op: WriteOp, condition: str, names: Names
+        self, change: Patch, mapping: ItemMapping, table: str, condition: str, names: Names
     ) -> None:
-        self._client = client
-        self._reading = reading
-        self._op = op
+        super().__init__(change, mapping, table)
+        self.state = "condition"
         self._condition = condition
         self._names = names
-        self._retries = client.retries()
 
-    async def run(self) -> int:
-        """Update the entity; return the new version.
+    async def request(self, client: Client) -> dict[str, Any]:
+        """The UpdateItem request.
 
-        Raises:
-            EntityNotFoundError: the entity does not exist.
-            ConcurrencyConflictError: the condition or the expected version does not hold.
-            InvalidQueryError: DynamoDB rejected the condition.
+        First rewrites the observed item, if another program or another declaration wrote it.
         """
-        rounds = 0
-        while True:
-            rounds += 1
-            if rounds > _ROUNDS_WITHOUT_PAUSE and not await self._retries.pause():
-                raise conflict(self._op.change.key.collection, self._op.change.key.id)
-            try:
-                return self._version_in((await self._send())["Attributes"])
-            except ConditionFailed as exc:
-                await self._condition_failed(exc)
-            except (ConcurrencyConflictError, UnavailableError) as exc:
-                if exc.outcome_unknown:
-                    # The condition may still hold; a repeated request could be applied twice.
-                    return await self._own_version(exc)
-                if not await self._retries.pause_after(exc):
-                    raise
+        if self.observed is not None and self._is_undeclared(self.observed):
+            await self._rewrite(client, self.observed)
+            self.observed = None
+        return update_item(self, self._condition, self._names.copy())
 
-    async def _send(self) -> dict[str, Any]:
-        request = update_item(self._op, self._condition, self._names.copy())
-        try:
-            return await self._client.call("UpdateItem", request)
-        except StatementRefused as exc:
-            raise refused_query(exc) from exc
-        except TableMissing as exc:
-            raise deleted_meanwhile(self._op) from exc
+    def _is_undeclared(self, item: Attributes) -> bool:
+        return item.get(DECLARATION_DIGEST) != self.mapping.digest
 
-    async def _condition_failed(self, exc: ConditionFailed) -> None:
-        """Return if the request is to be repeated."""
-        op, item = self._op, exc.item
-        if item is None:
-            raise EntityNotFoundError(op.change.key.collection, op.change.key.id) from exc
-        if item.get(DECLARATION_DIGEST) != op.mapping.digest:
-            await self._rewrite(item)
-        elif self._may_be_size(item):
-            op.observed = item
-        else:
-            raise self._conflict(item) from exc
-
-    async def _rewrite(self, item: Attributes) -> None:
-        """Rewrite an item that was written with another declaration or by another program."""
-        op, mapping, key = self._op, self._op.mapping, self._op.change.key
-        token = token_of(item) or new_token()
+    async def _rewrite(self, client: Client, item: Attributes) -> None:
+        mapping, key = self.mapping, self.change.key
         mapping.check_attributes(item)
-        new = mapping.item(key.id, mapping.entity(item), op.version_of(item), token)
+        token = token_of(item) or new_token()
+        new = mapping.item(key.id, mapping.entity(item), self.version_of(item), token)
         mapping.keep_encodings(new, item)
-        request = {"TableName": op.table, "Item": new, **unchanged(mapping, item)}
+        request = {"TableName": self.table, "Item": new, **unchanged(mapping, item)}
         # The entity remains the same, so a delayed or repeated request has no effect.
         with suppress(ConditionFailed):
-            await self._client.read("PutItem", request)
+            await client.read("PutItem", request)
 
-    def _may_be_size(self, item: Attributes) -> bool:
-        """Whether only the condition on the size may have failed, so that the update can be repeated.
-
-        Raises:
-            UnsupportedValueError: the updated entity would exceed the limit.
-        """
-        op, change = self._op, cast("Patch", self._op.change)
-        if isinstance(change.expect, int) and op.version_of(item) != change.expect:
-            return False
-        if op.observed is not None:
-            return token_of(item) != token_of(op.observed)  # another write came first
-        added_size = size_of(cast("Entity", dict(change.fields)))
-        if (size_bound_of(item) or 0) <= MAX_ENTITY_BYTES - added_size:
-            return False
-        check_size(patched(op.mapping.entity(item), change.fields, op.version_of(item)))
-        return True
-
-    def _conflict(self, item: Attributes) -> StorageError:
-        op, key = self._op, self._op.change.key
-        version = op.version_of(item)
-        if isinstance(op.change.expect, int) and version != op.change.expect:
-            return op.version_conflict(item)
-        next_version(key, version)
-        return ConcurrencyConflictError(
-            f"condition_expression does not hold for {op.name}",
-            collection=key.collection,
-            entity_id=key.id,
-            actual=version,
-            current=op.mapping.entity(item),
-        )
-
-    async def _own_version(self, lost: StorageError) -> int:
-        """The version written by a request whose response was lost.
-
-        Raises:
-            UnavailableError: whether it was applied is unknown; has `outcome_unknown`.
-        """
-        op = self._op
+    def respond_with(self, item: Attributes | None) -> None:
+        if item is None or self.state != "condition":
+            super().respond_with(item)
+            return
         try:
-            item = await self._reading.item(op.change.key)
+            self.respond(self._response_of(item), item)
         except StorageError as exc:
-            raise op.unknown(exc) from exc
-        if item is not None and token_of(item) == op.token:
-            return self._version_in(item)
-        raise op.unknown(lost) from lost
+            self.end(exc)
 
-    def _version_in(self, item: Attributes) -> int:
-        try:
-            return self._op.version_of(item)
-        except CorruptionError as exc:
-            exc.outcome_unknown = True
-            raise
+    def _response_of(self, item: Attributes) -> Response:
+        """Why the condition of the request does not hold.
+
+        Raises:
+            UnsupportedValueError: the updated entity would exceed a limit.
+        """
+        if self._is_undeclared(item):
+            return "unsuitable"
+        change, version = cast("Patch", self.change), self.version_of(item)
+        if isinstance(change.expect, int) and version != change.expect:
+            return "other_version"
+        if self.observed is not None:
+            # The request required the observed token instead of a size.
+            return "unmet" if token_of(item) == token_of(self.observed) else "unsuitable"
+        added_size = size_of(cast("Entity", dict(change.fields)))
+        if (size_bound_of(item) or 0) > MAX_ENTITY_BYTES - added_size:
+            check_size(patched(self.mapping.entity(item), change.fields, version))
+            return "unsuitable"
+        next_version(change.key, version)
+        return "unmet"
+
+    def conflict_with(self, item: Attributes) -> StorageError:
+        version = self.version_of(item)
+        if isinstance(self.change.expect, int) and version != self.change.expect:
+            return super().conflict_with(item)
+        return ConcurrencyConflictError(
+            f"condition_expression does not hold for {self.name}",
+            collection=self.change.key.collection,
+            entity_id=self.change.key.id,
+            actual=version,
+            current=self.mapping.entity(item),
+        )

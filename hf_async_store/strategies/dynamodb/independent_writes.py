@@ -34,7 +34,11 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.strategies.dynamodb.bulk_import import Imports, is_import
+from hf_async_store.strategies.dynamodb.bulk_import import (
+    MAX_PUTS,
+    import_request,
+    unprocessed_keys,
+)
 from hf_async_store.strategies.dynamodb.conditional_update import ConditionalUpdate
 from hf_async_store.strategies.dynamodb.errors import (
     Cancelled,
@@ -43,11 +47,12 @@ from hf_async_store.strategies.dynamodb.errors import (
     StatementRefused,
     TableMissing,
     conflict,
+    refused_query,
     short,
     translate,
 )
 from hf_async_store.strategies.dynamodb.items import probe_id
-from hf_async_store.strategies.dynamodb.partiql import ConditionBuilder, Statement, delete
+from hf_async_store.strategies.dynamodb.partiql import ConditionBuilder, delete
 from hf_async_store.strategies.dynamodb.request_retry import (
     is_safe_to_retry,
     throttled,
@@ -61,13 +66,14 @@ from hf_async_store.strategies.dynamodb.write_requests import (
 )
 from hf_async_store.strategies.dynamodb.write_states import (
     ATTEMPTS,
+    STATEMENTS,
     Response,
     first_state,
 )
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from hf_async_store.changes import ChangeMarker, Outcome
     from hf_async_store.strategies.dynamodb.client import Client
@@ -95,7 +101,6 @@ class Writes:
         self._tables = tables
         self._reading = reading
         self._write_cache = write_cache
-        self._imports = Imports(client)
         self._support = StatementSupport()
         self._read_first_until = 0.0
 
@@ -113,12 +118,25 @@ class Writes:
     async def update_where(self, change: Patch, condition: str, names: Names) -> int:
         """Update an entity if it satisfies a condition; return the new version.
 
-        See `ConditionalUpdate`.
+        Args:
+            condition: a ConditionExpression with placeholders of `names`.
+
+        Raises:
+            EntityNotFoundError: the entity does not exist.
+            ConcurrencyConflictError: the condition or the expected version does not hold.
+            InvalidQueryError: DynamoDB rejected the condition.
         """
-        await self._tables.ensure(change.key.collection)
-        op = self._op(change)
-        self._write_cache.drop(op.table, change.key.id)
-        return await ConditionalUpdate(self._client, self._reading, op, condition, names).run()
+        name = change.key.collection
+        await self._tables.ensure(name)
+        mapping, table = self._tables.mappings[name], self._tables.name(name)
+        op = ConditionalUpdate(change, mapping, table, condition, names)
+        await self._run([op])
+        self._update_cache(op)
+        if isinstance(op.outcome, StatementRefused):
+            raise refused_query(op.outcome) from op.outcome
+        if isinstance(op.outcome, StorageError):
+            raise op.outcome
+        return cast("int", op.outcome)
 
     def _op(self, change: Change) -> WriteOp:
         name = change.key.collection
@@ -131,14 +149,10 @@ class Writes:
             self._write_cache.put(op.table, op.change.key.id, op.receipt)
 
     async def _run(self, ops: list[WriteOp]) -> None:
-        imports = [each for each in ops if is_import(each.change)]
-        if imports:
-            await self._imports.write(imports)
         if self._support.returns_items is None:
             await self._probe_support(ops)
         retries = self._client.retries()
-        pending = [each for each in ops if not each.is_done]
-        rounds = 0
+        pending, rounds = ops, 0
         while pending:
             rounds += 1
             error = await self._round(pending)
@@ -175,18 +189,20 @@ class Writes:
             if op.state == "start":
                 self._start(op, alone=len(ops) == 1, reads_first=reads_first)
         await self._read_current([each for each in ops if each.state == "read"])
-        pairs: list[tuple[WriteOp, Statement]] = []
+        statements: list[WriteOp] = []
+        imports: list[WriteOp] = []
         separate: list[WriteOp] = []
         for op in ops:
-            statement = self._statement(op)
-            if statement is not None:
-                pairs.append((op, statement))
+            if self._has_statement(op):
+                statements.append(op)
+            elif op.state == "import":
+                imports.append(op)
             elif op.state in ATTEMPTS:
                 separate.append(op)
-        sent = [self._execute(each) for each in chunks(pairs, MAX_STATEMENTS)]
+        sent = [self._execute(each) for each in chunks(statements, MAX_STATEMENTS)]
+        sent += [self._import(each) for each in chunks(imports, MAX_PUTS)]
         sent += [self._send_separately(each) for each in separate]
-        failures = [await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent)
-        return next((each for each in failures if each is not None), None)
+        return _first([await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent))
 
     def _start(self, op: WriteOp, *, alone: bool, reads_first: bool) -> None:
         """Choose the first attempt, which may use the state in the write cache."""
@@ -220,41 +236,57 @@ class Writes:
         for op, item in zip(ops, items, strict=True):
             op.respond_with(item)
 
-    def _statement(self, op: WriteOp) -> Statement | None:
-        """The statement of the next attempt; None if it needs another request, or there is none."""
-        while op.state in ATTEMPTS and op.state != "upsert" and not op.whole:
+    def _has_statement(self, op: WriteOp) -> bool:
+        """Set the statement of the next attempt; return False if it needs another request."""
+        while op.state in STATEMENTS and not op.whole:
             try:
-                statement = statement_of(op, self._support)
+                op.statement = statement_of(op, self._support)
             except StorageError as exc:
                 op.end(exc)
-                return None
-            if statement is not None:
-                return statement
+                return False
+            if op.statement is not None:
+                return True
             op.respond("unsupported")
-        return None
+        return False
 
-    async def _execute(self, pairs: Sequence[tuple[WriteOp, Statement]]) -> StorageError | None:
+    async def _execute(self, ops: Sequence[WriteOp]) -> StorageError | None:
+        statements = [each.statement for each in ops]
         try:
-            response = await self._client.call(
-                "BatchExecuteStatement", {"Statements": [each for _, each in pairs]}
-            )
+            response = await self._client.call("BatchExecuteStatement", {"Statements": statements})
         except StorageError as exc:
             if (
                 self._support.inserts_as_parameter
                 and isinstance(exc, StatementRefused)
-                and any(op.state == "insert" for op, _ in pairs)
+                and any(op.state == "insert" for op in ops)
             ):
                 self._support.inserts_as_parameter = False  # repeat, in the form of all servers
                 return None
-            if len(pairs) > 1 and _may_be_caused_by_one(exc):
-                middle = len(pairs) // 2
-                errors = [await self._execute(each) for each in (pairs[:middle], pairs[middle:])]
-            else:
-                errors = [self._failed(op, exc) for op, _ in pairs]
-        else:
-            results = zip(pairs, response["Responses"], strict=True)
-            errors = [self._statement_result(op, result) for (op, _), result in results]
-        return next((each for each in errors if each is not None), None)
+            return await self._batch_failed(ops, exc, self._execute)
+        results = zip(ops, response["Responses"], strict=True)
+        return _first([self._statement_result(op, result) for op, result in results])
+
+    async def _import(self, ops: Sequence[WriteOp]) -> StorageError | None:
+        try:
+            response = await self._client.call("BatchWriteItem", import_request(ops))
+            unprocessed = unprocessed_keys(ops, response)
+        except StorageError as exc:
+            return await self._batch_failed(ops, exc, self._import)
+        for op in ops:
+            is_unprocessed = (op.table, op.change.key.id) in unprocessed
+            op.respond("busy" if is_unprocessed else "applied")
+        return throttled("an import") if unprocessed else None
+
+    async def _batch_failed(
+        self,
+        ops: Sequence[WriteOp],
+        exc: StorageError,
+        send: Callable[[Sequence[WriteOp]], Awaitable[StorageError | None]],
+    ) -> StorageError | None:
+        """Apply the error of a batch. One rejected operation fails all: send the halves separately."""
+        if len(ops) == 1 or not _may_be_caused_by_one(exc):
+            return _first([self._failed(op, exc) for op in ops])
+        middle = len(ops) // 2
+        return _first([await send(each) for each in (ops[:middle], ops[middle:])])
 
     def _statement_result(self, op: WriteOp, result: Mapping[str, Any]) -> StorageError | None:
         """Apply the result of a statement; return an error that requires a pause."""
@@ -304,14 +336,7 @@ class Writes:
     async def _send_separately(self, op: WriteOp) -> StorageError | None:
         """Send an attempt as a request of its own."""
         try:
-            if op.state == "upsert":
-                operation, params = "UpdateItem", upsert_item(op)
-            else:
-                action, request = whole_item_request(op)
-                operation, params = f"{action}Item", request
-                if op.change.mark is not None:
-                    operation = "TransactWriteItems"
-                    params = await self._with_mark(op, {action: request}, op.change.mark)
+            operation, params = await self._separate_request(op)
         except StorageError as exc:
             op.end(exc)
             return None
@@ -321,6 +346,16 @@ class Writes:
             return self._failed(op, _reason(exc) if isinstance(exc, Cancelled) else exc)
         op.respond("applied", response.get("Attributes"))
         return None
+
+    async def _separate_request(self, op: WriteOp) -> tuple[str, dict[str, Any]]:
+        if op.state == "upsert":
+            return "UpdateItem", upsert_item(op)
+        if isinstance(op, ConditionalUpdate):
+            return "UpdateItem", await op.request(self._client)
+        action, request = whole_item_request(op)
+        if op.change.mark is None:
+            return f"{action}Item", request
+        return "TransactWriteItems", await self._with_mark(op, {action: request}, op.change.mark)
 
     async def _with_mark(
         self, op: WriteOp, action: dict[str, Any], mark: ChangeMarker
@@ -345,6 +380,10 @@ def _response_of(exc: StorageError) -> Response:
     if isinstance(exc, UnavailableError):
         return "busy" if is_safe_to_retry(exc) else "failed"
     return "error"
+
+
+def _first(errors: Iterable[StorageError | None]) -> StorageError | None:
+    return next((each for each in errors if each is not None), None)
 
 
 def _may_be_caused_by_one(exc: StorageError) -> bool:

@@ -15,6 +15,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.strategies.dynamodb.bulk_import import is_import
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
@@ -38,6 +39,7 @@ from hf_async_store.values import UPDATED_AT, utc_now
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.partiql import Statement
 
 Item = TypeVar("Item")
 
@@ -49,6 +51,7 @@ class WriteOp:
         state, doubt, whole: see `write_states`.
         observed: the item that was read or returned last, or its state in the write cache; None if
             there is none.
+        statement: the statement of the next attempt.
         new_version: the version that the attempt writes, or that of the entity that it deletes; None if
             the response contains it.
         requested_at: the timestamp of the request, if a version is expected; otherwise "".
@@ -62,10 +65,11 @@ class WriteOp:
         self.table = table
         self.token = new_token()
         self.intent = intent_of(change)
-        self.state: State = "start"
+        self.state: State = "import" if is_import(change) else "start"
         self.doubt: Doubt = "none"
         self.whole = change.mark is not None
         self.observed: Attributes | None = None
+        self.statement: Statement | None = None
         self.new_version: int | None = None
         self.receipt: WriteReceipt | None = None
         self.outcome: Outcome = None
@@ -141,7 +145,7 @@ class WriteOp:
         if state == "exists":
             return AlreadyExistsError(key.collection, key.id)
         if state == "conflict":
-            return self.version_conflict(cast("Attributes", item))
+            return self.conflict_with(cast("Attributes", item))
         if state == "error" and cause is not None:
             return self._error(cause)
         return self.unknown(cause)
@@ -170,7 +174,7 @@ class WriteOp:
         """
         return version_of(item, self.table, self.change.key.id)
 
-    def version_conflict(self, item: Attributes) -> StorageError:
+    def conflict_with(self, item: Attributes) -> StorageError:
         """The error for an item that does not have the expected version."""
         key, expected, actual = self.change.key, self.change.expect, self.version_of(item)
         return ConcurrencyConflictError(

@@ -13,6 +13,8 @@ attempt is applied, or the result:
 | version | applied if the item has the expected version, and was written before this write was requested |
 | token | applied if the item has the token of the observed one |
 | cached | applied if the item has the token in the write cache |
+| condition | applied if the item satisfies a condition of the caller |
+| import | applied whatever is stored; repeating it changes nothing |
 | applied | result: success |
 | nothing | result: there was nothing to delete |
 | not_found, exists, conflict | results: refused because of the stored entity |
@@ -20,7 +22,8 @@ attempt is applied, or the result:
 | unknown | result: whether an attempt was applied cannot be determined |
 
 An attempt without a response is repeated only in a state whose condition no attempt meets after
-another one was applied: version, token and cached. In the others, the item is read: if it has the token
+another one was applied (version, token and cached), or which has no effect when it is repeated. In the
+others, the item is read: if it has the token
 of this write, the write was applied. While there is doubt about earlier attempts, only that token is a
 proof; whatever else the item contains may be the consequence of an attempt of this write, and is never
 reported as a conflict.
@@ -37,11 +40,12 @@ Intent: TypeAlias = Literal["create", "save", "delete", "replace", "change", "ex
 """What a change requires of the entity. "create": it does not exist. "save" and "delete": nothing.
 "replace" (of the whole entity) and "change": it exists. "expect": it has a certain version."""
 
-Attempt: TypeAlias = Literal["insert", "upsert", "existing", "version", "token", "cached"]
+Statement: TypeAlias = Literal["insert", "existing", "version", "token", "cached"]
+Separate: TypeAlias = Literal["upsert", "condition", "import"]
 Result: TypeAlias = Literal[
     "applied", "nothing", "not_found", "exists", "conflict", "error", "unknown"
 ]
-State: TypeAlias = Literal["start", "read"] | Attempt | Result
+State: TypeAlias = Literal["start", "read"] | Statement | Separate | Result
 
 Doubt: TypeAlias = Literal["none", "failed_insert", "open"]
 """Whether an earlier attempt may have been applied. "failed_insert": perhaps, but not later, because the
@@ -61,6 +65,7 @@ Response: TypeAlias = Literal[
     "not_older",      # the item was not written before this write was requested
     "other",          # the item does not have the token of the observed one
     "unsuitable",     # the item is as expected, but has another declaration, or is near a limit
+    "unmet",          # the item does not satisfy the condition of the caller
     "unsupported",    # no statement can express the attempt, or the server rejected it as invalid
     "busy",           # the attempt was not applied; a repetition may succeed
     "failed",         # the server failed; the attempt was applied before, or never
@@ -69,29 +74,33 @@ Response: TypeAlias = Literal[
 ]
 # fmt: on
 
-ATTEMPTS: Final = frozenset(get_args(Attempt))
+STATEMENTS: Final = frozenset(get_args(Statement))
+"""The attempts that can be sent as statements."""
+
+ATTEMPTS: Final = STATEMENTS | frozenset(get_args(Separate))
 RESULTS: Final = frozenset(get_args(Result))
 
 # "*": from now on, attempts write the whole item. "?": depends on the intent. "-": the response
 # contradicts the attempt, so that the outcome is unknown. "doubt", unless "=", is the next state in any
 # state while there is doubt.
 _TABLE: Final = """
-response       read      insert    upsert    existing  version   token     cached    doubt
-applied        -         applied   applied   applied   applied   applied   applied   =
-silent         -         -         -         read      -         -         -         =
-own            applied   applied   applied   applied   applied   applied   applied   =
-missing        missing?  -         read*     missing?  missing?  missing?  missing?  unknown
-exists         -         exists?   -         -         -         -         -         read
-found          token     -         -         -         -         -         -         unknown
-other_version  conflict  -         -         -         conflict  conflict  conflict  unknown
-not_older      -         -         -         -         token     -         -         unknown
-other          -         -         -         -         -         token     start     unknown
-unsuitable     -         -         token*    token*    token*    token*    token*    =
-unsupported    -         insert*   read*     read*     read*     token*    read*     =
-busy           -         insert    upsert    existing  version   token     cached    =
-failed         -         read      read      read      version   token     cached    =
-lost           -         read      read      read      version   token     cached    =
-error          error     error     error     error     error     error     error     =
+response      read     insert  upsert  existing version  token    cached   condition import  doubt
+applied       -        applied applied applied  applied  applied  applied  applied   applied =
+silent        -        -       -       read     -        -        -        -         -       =
+own           applied  applied applied applied  applied  applied  applied  applied   -       =
+missing       missing? -       read*   missing? missing? missing? missing? missing?  -       unknown
+exists        -        exists? -       -        -        -        -        -         -       read
+found         token    -       -       -        -        -        -        -         -       unknown
+other_version conflict -       -       -        conflict conflict conflict conflict  -       unknown
+not_older     -        -       -       -        token    -        -        -         -       unknown
+other         -        -       -       -        -        token    start    -         -       unknown
+unsuitable    -        -       token*  token*   token*   token*   token*   condition -       =
+unmet         -        -       -       -        -        -        -        conflict  -       unknown
+unsupported   -        insert* read*   read*    read*    token*   read*    error     error   =
+busy          -        insert  upsert  existing version  token    cached   condition import  =
+failed        -        read    read    read     version  token    cached   read      import  =
+lost          -        read    read    read     version  token    cached   read      import  =
+error         error    error   error   error    error    error    error    error     error   =
 """
 _COLUMNS, *_ROWS = (each.split() for each in _TABLE.strip().splitlines())
 _NEXT: Final = {
