@@ -291,6 +291,8 @@ def unreadable(table: str, entity_id: str, why: str) -> CorruptionError:
 
 # -- errors of the driver --------------------------------------------------------------------
 
+_FILE_ERRORS: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
 
 def _words(names: str) -> frozenset[str]:
     return frozenset(names.split())
@@ -336,9 +338,7 @@ def before_sending(exc: Exception) -> StorageError:
     if name == "ClientError":
         return _credentials_service_error(exc)
     cause = _cause(exc)
-    if isinstance(
-        cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
-    ):
+    if isinstance(cause, _FILE_ERRORS):
         return _file_error(cause)
     if isinstance(exc, ValueError) and "endpoint" in str(exc).lower():
         # The message of `exc` contains the configured endpoint, which may contain a password.
@@ -415,9 +415,7 @@ def of_client(exc: Exception, service: str, host: str = "") -> StorageError:
     where = f"{service} at {host}" if host else service
     name = type(exc).__name__
     cause = _cause(exc)
-    if isinstance(
-        cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
-    ):
+    if isinstance(cause, _FILE_ERRORS):
         return _file_error(cause)
     if name == "HTTPClientError" and isinstance(cause, ssl.SSLError):
         # Raised before a connection is opened. botocore raises failures of a connection as its

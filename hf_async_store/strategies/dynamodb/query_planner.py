@@ -175,8 +175,8 @@ def _range(where: Filter, field: IndexedField) -> SortRange:
             prefix = shortened(cast("str", part.value), MIN_SHORTENED_BYTES) or None
             continue
         low, high = _bounds(part)
-        lows += _lower_bound(field, low)
-        highs += _upper_bound(field, high)
+        lows += _bound(field, low, MIN_SHORTENED_BYTES)
+        highs += _bound(field, high, MAX_SORT_BYTES)
     kind = "N" if field.type == "integer" else "S"
     convert = float if kind == "N" else str
     if prefix is not None and not lows and not highs:
@@ -203,20 +203,11 @@ def _bounds(part: Comparison) -> tuple[Value, Value]:
     return None, None
 
 
-def _lower_bound(field: IndexedField, value: Value) -> list[str]:
+def _bound(field: IndexedField, value: Value, max_bytes: int) -> list[str]:
+    """The sort key for a bound, shortened to `max_bytes`; none if there is no such key."""
     if field.type == "integer":
         return _number_bound(value)
-    if isinstance(value, str) and value:
-        return [shortened(value, MIN_SHORTENED_BYTES)]
-    return []
-
-
-def _upper_bound(field: IndexedField, value: Value) -> list[str]:
-    if field.type == "integer":
-        return _number_bound(value)
-    if isinstance(value, str) and value:
-        return [shortened(value, MAX_SORT_BYTES)]
-    return []
+    return [shortened(value, max_bytes)] if isinstance(value, str) and value else []
 
 
 def _number_bound(value: Value) -> list[str]:
@@ -236,7 +227,7 @@ def _after_cursor(
     kind = "N" if field.type == "integer" else "S"
     convert = float if kind == "N" else str
     if isinstance(after, int | str) and type(after) is not bool and after != "":
-        bound = _upper_bound(field, after) if descending else _lower_bound(field, after)
+        bound = _bound(field, after, MAX_SORT_BYTES if descending else MIN_SHORTENED_BYTES)
     elif descending:
         assert field.placeholder is not None
         bound = list(field.placeholder.values())  # missing and null values sort last

@@ -274,33 +274,27 @@ class Reading:
         access = plan_access(query, mapping, active)
         rows = _Rows(self, query, access, mapping)
         table = self._tables.name(query.collection)
-        sorted_here = bool(query.order or query.by_id) and not access.is_ordered
-        if access.ids is not None:
-            return QueryPlan(
-                access="key",
-                residual=not _is_on_field(query.where, mapping.key),
-                sorted_here=sorted_here,
-                consistent=self._consistent,
-                detail=f"BatchGetItem of {len(access.ids)} keys of {table}",
-            )
         filtered = ", filtered by DynamoDB" if rows.filter_expression else ""
-        if access.index is None:
+        residual, consistent = not rows.is_exact, self._consistent
+        if access.ids is not None:
+            detail = f"BatchGetItem of {len(access.ids)} keys of {table}"
+            residual = not _is_on_field(query.where, mapping.key)
+        elif access.index is None:
             allowed = "" if self._client.config.allow_scan else "; rejected: allow_scan is off"
-            return QueryPlan(
-                access="scan",
-                residual=not rows.is_exact,
-                sorted_here=sorted_here,
-                consistent=self._consistent,
-                detail=f"Scan of {table}{filtered}{allowed}",
+            detail = f"Scan of {table}{filtered}{allowed}"
+        else:
+            consistent = False
+            detail = (
+                f"Query of {len(access.partitions)} partitions of {access.index.name} of "
+                f"{table}{filtered}; an index is eventually consistent"
             )
         return QueryPlan(
-            access="index",
-            index=access.index.name,
-            residual=not rows.is_exact,
-            sorted_here=sorted_here,
-            consistent=False,
-            detail=f"Query of {len(access.partitions)} partitions of {access.index.name} "
-            f"of {table}{filtered}; an index is eventually consistent",
+            access="key" if access.ids is not None else "scan" if access.is_scan else "index",
+            index=None if access.index is None else access.index.name,
+            residual=residual,
+            sorted_here=bool(query.order or query.by_id) and not access.is_ordered,
+            consistent=consistent,
+            detail=detail,
         )
 
     async def pages(
@@ -467,33 +461,48 @@ class _Rows:
                     yield batch
                     await asyncio.sleep(0)
 
-    def _items(self, *, limited: bool) -> AsyncGenerator[list[Attributes], None]:
-        return self._scanned(limited) if self._access.is_scan else self._queried(limited)
+    async def _items(self, *, limited: bool) -> AsyncGenerator[list[Attributes], None]:
+        async with Owned(self._pages(limited=limited)) as pages:
+            async for page in pages:
+                yield page["Items"]
 
-    async def _queried(self, limited: bool) -> AsyncGenerator[list[Attributes], None]:
+    async def count_matches(self) -> int:
+        """The number of matching rows, counted by DynamoDB."""
+        number = 0
+        async with Owned(self._pages(counting=True)) as pages:
+            async for page in pages:
+                number += page["Count"]
+        return number
+
+    def _pages(
+        self, *, limited: bool = False, counting: bool = False
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        if self._access.is_scan:
+            return self._scanned(limited, counting)
+        return self._queried(limited, counting)
+
+    async def _queried(self, limited: bool, counting: bool) -> AsyncGenerator[dict[str, Any], None]:
         if self._access.sort.is_empty:
             return
+        hint = self._hint() if limited else None
         for value in self._access.partitions:
-            params = self._query_params(value)
-            hint = self._hint() if limited else None
+            params = self._query_params(value, counting=counting)
             async with Owned(self._reading.pages("Query", params, hint)) as pages:
                 async for page in pages:
-                    yield page["Items"]
+                    yield page
 
-    async def _scanned(self, limited: bool) -> AsyncGenerator[list[Attributes], None]:
-        params = self._scan_params()
+    async def _scanned(self, limited: bool, counting: bool) -> AsyncGenerator[dict[str, Any], None]:
+        params = self._scan_params(counting=counting)
         if limited and (self._query.limit is not None or self._query.after is not None):
             # Sequentially, in the order of the table, so that a query can continue after a cursor.
             if self._query.after is not None:
                 params["ExclusiveStartKey"] = {self._mapping.key: {"S": self._query.after.id}}
-            async with Owned(self._reading.pages("Scan", params, self._hint())) as pages:
-                async for page in pages:
-                    yield page["Items"]
-            return
-        async with Owned(_parallel_scan(self._reading, params)) as rounds:
-            async for round_of_pages in rounds:
-                for page in round_of_pages:
-                    yield page["Items"]
+            source = self._reading.pages("Scan", params, self._hint())
+        else:
+            source = _parallel_scan(self._reading, params)
+        async with Owned(source) as pages:
+            async for page in pages:
+                yield page
 
     def _hint(self) -> int | None:
         limit = self._query.limit
@@ -501,24 +510,6 @@ class _Rows:
             return None
         exact = self.is_exact and not self.filter_expression
         return min(limit + 1 if exact else 32 + limit * _ROWS_PER_MATCH, 5_000)
-
-    async def count_matches(self) -> int:
-        """The number of matching rows, counted by DynamoDB."""
-        number = 0
-        if self._access.is_scan:
-            params = self._scan_params(counting=True)
-            async with Owned(_parallel_scan(self._reading, params)) as rounds:
-                async for round_of_pages in rounds:
-                    number += sum(each["Count"] for each in round_of_pages)
-            return number
-        if self._access.sort.is_empty:
-            return 0
-        for value in self._access.partitions:
-            params = self._query_params(value, counting=True)
-            async with Owned(self._reading.pages("Query", params)) as pages:
-                async for page in pages:
-                    number += page["Count"]
-        return number
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -617,14 +608,15 @@ async def _gather(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
 
 async def _parallel_scan(
     reading: Reading, params: Mapping[str, Any]
-) -> AsyncGenerator[list[dict[str, Any]], None]:
-    """The pages of a parallel scan, in rounds of one page for each segment."""
+) -> AsyncGenerator[dict[str, Any], None]:
+    """The pages of a scan in parallel segments."""
     starts: list[Mapping[str, Any]] = [
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
     while starts:
         pages = await _gather([reading._read("Scan", {**params, **each}) for each in starts])
-        yield pages
+        for page in pages:
+            yield page
         starts = [
             {**start, "ExclusiveStartKey": page["LastEvaluatedKey"]}
             for start, page in zip(starts, pages, strict=True)

@@ -8,6 +8,7 @@ here, so that the callers need not validate it.
 from __future__ import annotations
 
 import zlib
+from types import GenericAlias
 from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, cast
 from urllib.parse import urlsplit
 
@@ -45,179 +46,101 @@ class AttributeValue(TypedDict, total=False):
 Item = dict[str, AttributeValue]
 
 
-class _Ignored(TypedDict):
-    """A response of which no member is used."""
+def _object(required: str = "", **members: Any) -> Any:
+    """The type of a JSON object: the members that are used, and the names of those it must have."""
+    kinds = {
+        name: Required[kind] if name in required.split() else kind for name, kind in members.items()
+    }
+    return _TYPED_DICT("_Object", kinds, total=False)
 
 
-class _Get(TypedDict, total=False):
-    Item: Item
+def _list(kind: Any) -> Any:
+    return GenericAlias(list, (kind,))
 
 
-class _Keys(TypedDict, total=False):
-    Keys: Required[list[Item]]
-    ConsistentRead: bool
+def _map(kind: Any) -> Any:
+    return GenericAlias(dict, (str, kind))
 
 
-class _BatchGet(TypedDict, total=False):
-    Responses: Required[dict[str, list[Item]]]
-    UnprocessedKeys: dict[str, _Keys] | None
+_TYPED_DICT: Final[Any] = TypedDict  # the static type requires a literal
+_ITEMS: Final = list[Item]
+_ITEM: Final = Item | None
+_STRING: Final = str | None
 
-
-class _Page(TypedDict, total=False):
-    Count: Required[int]
-    Items: list[Item]
-    LastEvaluatedKey: Item | None
-
-
-class _UpdateItem(TypedDict, total=False):
-    Attributes: Item
-
-
-class _PutRequest(TypedDict):
-    Item: Item
-
-
-class _WriteRequest(TypedDict):
-    PutRequest: _PutRequest
-
-
-class _BatchWrite(TypedDict):
-    UnprocessedItems: dict[str, list[_WriteRequest]] | None
-
-
-class _StatementError(TypedDict, total=False):
-    Code: Required[str]
-    Message: str | None
-    Item: Item | None
-
-
-class _StatementResponse(TypedDict, total=False):
-    Error: _StatementError | None
-    Item: Item | None
-
-
-class _Statements(TypedDict):
-    Responses: list[_StatementResponse]
-
-
-class _TransactGet(TypedDict):
-    Responses: list[_Get]
-
-
-class _KeyElement(TypedDict):
-    AttributeName: str
-    KeyType: str
-
-
-class _AttributeDefinition(TypedDict):
-    AttributeName: str
-    AttributeType: str
-
-
-class _Throughput(TypedDict, total=False):
-    ReadCapacityUnits: int
-    WriteCapacityUnits: int
-
-
-class _Projection(TypedDict, total=False):
-    ProjectionType: str
-
-
-class _Index(TypedDict, total=False):
-    IndexName: Required[str]
-    KeySchema: Required[list[_KeyElement]]
-    Projection: _Projection
-    IndexStatus: str
-    Backfilling: bool
-    ProvisionedThroughput: _Throughput
-
-
-class _Billing(TypedDict, total=False):
-    BillingMode: str
-
-
-class _Replica(TypedDict, total=False):
-    RegionName: str
-
-
-class _Table(TypedDict, total=False):
-    TableStatus: Required[str]
-    KeySchema: Required[list[_KeyElement]]
-    TableName: str
-    TableId: str
-    TableArn: str
-    AttributeDefinitions: list[_AttributeDefinition]
-    GlobalSecondaryIndexes: list[_Index]
-    BillingModeSummary: _Billing
-    ProvisionedThroughput: _Throughput
-    ItemCount: int
-    TableSizeBytes: int
-    Replicas: list[_Replica]
-
-
-class _DescribeTable(TypedDict):
-    Table: _Table
-
-
-class _Recovery(TypedDict, total=False):
-    PointInTimeRecoveryStatus: str
-
-
-class _Backups(TypedDict, total=False):
-    PointInTimeRecoveryDescription: _Recovery
-
-
-class _ContinuousBackups(TypedDict):
-    ContinuousBackupsDescription: _Backups
-
-
-class _TableNames(TypedDict, total=False):
-    TableNames: Required[list[str]]
-    LastEvaluatedTableName: str | None
-
-
-class _Reason(TypedDict, total=False):
-    Code: str | None
-    Message: str | None
-    Item: Item | None
-
-
-_Failure = TypedDict(
-    "_Failure",
-    {
-        "__type": Required[str],
-        "message": str | None,
-        "Message": str | None,
-        "Item": Item | None,
-        "CancellationReasons": list[_Reason] | None,
-    },
-    total=False,
+_GET: Final = _object(Item=Item)
+_KEYS: Final = _object("Keys", Keys=_ITEMS, ConsistentRead=bool)
+_BATCH_GET: Final = _object("Responses", Responses=_map(_ITEMS), UnprocessedKeys=_map(_KEYS) | None)
+_PAGE: Final = _object("Count", Count=int, Items=_ITEMS, LastEvaluatedKey=_ITEM)
+_PUT_REQUEST: Final = _object("PutRequest", PutRequest=_object("Item", Item=Item))
+_BATCH_WRITE: Final = _object("UnprocessedItems", UnprocessedItems=_map(_list(_PUT_REQUEST)) | None)
+_STATEMENT_ERROR: Final = _object("Code", Code=str, Message=_STRING, Item=_ITEM)
+_STATEMENT: Final = _object(Error=_STATEMENT_ERROR | None, Item=_ITEM)
+_KEY_SCHEMA: Final = _list(_object("AttributeName KeyType", AttributeName=str, KeyType=str))
+_DEFINITION: Final = _object("AttributeName AttributeType", AttributeName=str, AttributeType=str)
+_THROUGHPUT: Final = _object(ReadCapacityUnits=int, WriteCapacityUnits=int)
+_INDEX: Final = _object(
+    "IndexName KeySchema",
+    IndexName=str,
+    KeySchema=_KEY_SCHEMA,
+    Projection=_object(ProjectionType=str),
+    IndexStatus=str,
+    Backfilling=bool,
+    ProvisionedThroughput=_THROUGHPUT,
 )
+_TABLE: Final = _object(
+    "TableStatus KeySchema",
+    TableStatus=str,
+    KeySchema=_KEY_SCHEMA,
+    TableName=str,
+    TableId=str,
+    TableArn=str,
+    AttributeDefinitions=_list(_DEFINITION),
+    GlobalSecondaryIndexes=_list(_INDEX),
+    BillingModeSummary=_object(BillingMode=str),
+    ProvisionedThroughput=_THROUGHPUT,
+    ItemCount=int,
+    TableSizeBytes=int,
+    Replicas=_list(_object(RegionName=str)),
+)
+_RECOVERY: Final = _object(PointInTimeRecoveryStatus=str)
+_BACKUPS: Final = _object(PointInTimeRecoveryDescription=_RECOVERY)
+_REASON: Final = _object(Code=_STRING, Message=_STRING, Item=_ITEM)
+_FAILURE: Final = _object(
+    "__type",
+    __type=str,
+    message=_STRING,
+    Message=_STRING,
+    Item=_ITEM,
+    CancellationReasons=_list(_REASON) | None,
+)
+_ANY: Final = dict[str, Any]
 
 _SHAPES: Final[dict[str, Any]] = {
-    "GetItem": _Get,
-    "BatchGetItem": _BatchGet,
-    "Query": _Page,
-    "Scan": _Page,
-    "PutItem": dict[str, Any],
-    "UpdateItem": _UpdateItem,
-    "DeleteItem": dict[str, Any],
-    "BatchWriteItem": _BatchWrite,
-    "BatchExecuteStatement": _Statements,
-    "TransactGetItems": _TransactGet,
-    "TransactWriteItems": dict[str, Any],
-    "DescribeTable": _DescribeTable,
-    "ListTables": _TableNames,
-    "CreateTable": _Ignored,
-    "UpdateTable": _Ignored,
-    "DeleteTable": _Ignored,
-    "DescribeContinuousBackups": _ContinuousBackups,
-    "UpdateContinuousBackups": _Ignored,
+    "GetItem": _GET,
+    "BatchGetItem": _BATCH_GET,
+    "Query": _PAGE,
+    "Scan": _PAGE,
+    "PutItem": _ANY,
+    "UpdateItem": _object(Attributes=Item),
+    "DeleteItem": _ANY,
+    "BatchWriteItem": _BATCH_WRITE,
+    "BatchExecuteStatement": _object("Responses", Responses=_list(_STATEMENT)),
+    "TransactGetItems": _object("Responses", Responses=_list(_GET)),
+    "TransactWriteItems": _ANY,
+    "DescribeTable": _object("Table", Table=_TABLE),
+    "ListTables": _object("TableNames", TableNames=list[str], LastEvaluatedTableName=_STRING),
+    "CreateTable": _object(),
+    "UpdateTable": _object(),
+    "DeleteTable": _object(),
+    "DescribeContinuousBackups": _object(
+        "ContinuousBackupsDescription", ContinuousBackupsDescription=_BACKUPS
+    ),
+    "UpdateContinuousBackups": _object(),
 }
 _DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
     operation: msgspec.json.Decoder(shape).decode for operation, shape in _SHAPES.items()
 }
-_DECODE_FAILURE: Final = msgspec.json.Decoder(_Failure).decode
+_DECODE_FAILURE: Final = msgspec.json.Decoder(_FAILURE).decode
 
 # Raised by decoding for bytes that are not JSON, not UTF-8, of another structure or nested too
 # deeply.

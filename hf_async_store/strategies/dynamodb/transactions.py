@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
@@ -290,7 +290,7 @@ class DynamoDBSession(Session):
         for key in keys:
             observed, now = self._items_read[key], found.get(key)
             if _state_of(observed) != _state_of(now):
-                _raise_conflict(key, observed, now)
+                raise self._conflict(key, now)
 
     async def _commit(self, written: Mapping[Key, Entity | None]) -> None:
         token = new_token()
@@ -386,11 +386,32 @@ class DynamoDBSession(Session):
         failed = [each for each in found if short(each[1]["Code"]) == "ConditionalCheckFailed"]
         key, reason = (failed or found)[0]
         if failed:
-            return _conflict_error(key, self._items_read.get(key), reason.get("Item"), self._tables)
+            return self._conflict(key, reason.get("Item"), has_entity=True)
         code = short(reason["Code"])
         if code == "TransactionConflict":
             return conflict(key.collection, key.id)
         return translate(code, reason.get("Message") or "", 400, reason)
+
+    def _conflict(
+        self, key: Key, now: Attributes | None, *, has_entity: bool = False
+    ) -> ConcurrencyConflictError:
+        """The error for an entity that was changed after it was read.
+
+        Args:
+            now: the stored item.
+            has_entity: it is the whole item.
+        """
+        mapping = self._tables.mappings[key.collection]
+        return ConcurrencyConflictError(
+            f"{key.collection} {key.id!r} was changed after this transaction had read it; run the "
+            "transaction again",
+            collection=key.collection,
+            entity_id=key.id,
+            expected=_known_version(self._items_read.get(key)),
+            actual=_known_version(now),
+            current=mapping.entity(now) if has_entity and now is not None else None,
+            retryable=True,
+        )
 
 
 def _state_of(item: Attributes | None) -> tuple[str | None, Attribute | None] | None:
@@ -405,27 +426,6 @@ def _known_version(item: Attributes | None) -> int | None:
         return version_of(item, "", "")
     except CorruptionError:
         return None
-
-
-def _conflict_error(
-    key: Key, observed: Attributes | None, now: Attributes | None, tables: Tables | None = None
-) -> ConcurrencyConflictError:
-    return ConcurrencyConflictError(
-        f"{key.collection} {key.id!r} was changed after this transaction had read it; run the "
-        "transaction again",
-        collection=key.collection,
-        entity_id=key.id,
-        expected=_known_version(observed),
-        actual=_known_version(now),
-        current=None
-        if now is None or tables is None
-        else tables.mappings[key.collection].entity(now),
-        retryable=True,
-    )
-
-
-def _raise_conflict(key: Key, observed: Attributes | None, now: Attributes | None) -> NoReturn:
-    raise _conflict_error(key, observed, now)
 
 
 def _was_applied(exc: Cancelled, token: str | None) -> bool:

@@ -32,6 +32,8 @@ from hf_async_store.strategies.dynamodb.write_op import WriteOp, receipt_of
 from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION, Entity
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
 
 
@@ -244,20 +246,11 @@ def upsert_item(op: WriteOp) -> dict[str, Any]:
     version = names.name(VERSION)
     zero, one = names.value({"N": "0"}), names.value({"N": "1"})
     assignments.append(f"{version} = if_not_exists({version}, {zero}) + {one}")
-    expression = f"SET {', '.join(assignments)}"
-    if removed:
-        expression += f" REMOVE {', '.join(map(names.name, removed))}"
     maximum = names.value({"N": str(NEAR_MAX_VERSION)})
     same_declaration = f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.digest)}"
     absent = f"attribute_not_exists({names.name(op.mapping.key)})"
     condition = f"{absent} OR ({version} < {maximum} AND {same_declaration})"
-    return {
-        "TableName": op.table,
-        "Key": {op.mapping.key: {"S": change.key.id}},
-        "ReturnValues": "UPDATED_NEW",
-        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
-        **names.request(UpdateExpression=expression, ConditionExpression=condition),
-    }
+    return _update_request(op, names, assignments, [(each,) for each in removed], condition)
 
 
 def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
@@ -271,9 +264,6 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     assignments.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
     assignments.append(f"{version} = {version} + {names.value({'N': '1'})}")
     assignments.append(f"{stored} = {stored} + {names.value({'N': str(added_size)})}")
-    expression = f"SET {', '.join(assignments)}"
-    if removed:
-        expression += f" REMOVE {', '.join(names.path(each) for each in removed)}"
     conditions = [
         f"attribute_exists({names.name(op.mapping.key)})",
         f"({condition})",
@@ -288,12 +278,25 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     else:
         max_size = names.value({"N": str(MAX_ENTITY_BYTES - added_size)})
         conditions.append(f"{stored} <= {max_size}")
+    return _update_request(op, names, assignments, removed, " AND ".join(conditions))
+
+
+def _update_request(
+    op: WriteOp,
+    names: Names,
+    assignments: Sequence[str],
+    removed: Sequence[Path],
+    condition: str,
+) -> dict[str, Any]:
+    expression = f"SET {', '.join(assignments)}"
+    if removed:
+        expression += f" REMOVE {', '.join(names.path(each) for each in removed)}"
     return {
         "TableName": op.table,
-        "Key": {op.mapping.key: {"S": change.key.id}},
+        "Key": {op.mapping.key: {"S": op.change.key.id}},
         "ReturnValues": "UPDATED_NEW",
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
-        **names.request(UpdateExpression=expression, ConditionExpression=" AND ".join(conditions)),
+        **names.request(UpdateExpression=expression, ConditionExpression=condition),
     }
 
 
