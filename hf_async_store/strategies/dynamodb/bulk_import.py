@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from hf_async_store.changes import ANY, Change, Put
 from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from hf_async_store.changes import Put
     from hf_async_store.strategies.dynamodb.write_op import WriteOp
 
 MAX_PUTS: Final = 25
 """Source: DynamoDB API Reference, BatchWriteItem."""
-
-
-def is_import(change: Change) -> bool:
-    return (
-        isinstance(change, Put)
-        and change.import_version is not None
-        and change.expect is ANY
-        and change.mark is None
-    )
 
 
 def import_request(ops: Iterable[WriteOp]) -> dict[str, Any]:

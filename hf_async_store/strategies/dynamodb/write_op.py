@@ -15,7 +15,6 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.strategies.dynamodb.bulk_import import is_import
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
@@ -32,6 +31,7 @@ from hf_async_store.strategies.dynamodb.write_states import (
     State,
     StoredItem,
     intent_of,
+    is_import,
     next_step,
     response_of,
 )

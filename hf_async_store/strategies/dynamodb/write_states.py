@@ -156,6 +156,12 @@ def intent_of(change: Change) -> Intent:
     return "replace" if isinstance(change, Put) else "change"
 
 
+def is_import(change: Change) -> bool:
+    """Whether the change replaces the entity unconditionally, so that it can be repeated."""
+    is_plain = change.expect is ANY and change.mark is None
+    return is_plain and isinstance(change, Put) and change.import_version is not None
+
+
 def first_state(
     intent: Intent, *, whole: bool, is_cached: bool, alone: bool, reads_first: bool
 ) -> State:
