@@ -192,15 +192,16 @@ class World(NamedTuple):
             state=step.state, doubt=step.doubt, whole=step.whole, observed=observed
         )
 
-    def seen(self) -> Response:
+    def seen(self, intent: Intent) -> Response:
         """The response that contains the item."""
+        has_version = intent != "expect" or (self.item is not None and self.item.has_version)
         if self.state == "condition" and self.item is not None:
-            if not self.item.has_version:
+            if not has_version:
                 return "other_version"
             return "unmet" if self.item.is_suitable else "unsuitable"
         stored = self.item and StoredItem(
             is_own=self.item.token == OWN,
-            has_version=self.item.has_version,
+            has_version=has_version,
             is_older=self.item.is_older,
             is_observed=self.item.token == self.observed,
         )
@@ -249,7 +250,7 @@ class Write(NamedTuple):
         if world.state == "start":
             yield self.start(world)
         elif world.state == "read":
-            yield world.after(world.seen(), self.intent)
+            yield world.after(world.seen(self.intent), self.intent)
             yield world.after("error", self.intent)
         elif world.state in ATTEMPTS and world.attempts < MAX_ATTEMPTS:
             yield from self._attempts(world._replace(attempts=world.attempts + 1))
@@ -279,7 +280,7 @@ class Write(NamedTuple):
         yield world.after("lost", self.intent)._replace(late=world.late | {attempt})
         if not attempt.is_met(world.item, self.intent):
             is_exists = world.state == "insert" and not world.whole
-            response = "exists" if is_exists else world.seen()
+            response = "exists" if is_exists else world.seen(self.intent)
             yield world.after(response, self.intent)
             return
         applied = world.apply(self.deletes)
@@ -312,6 +313,16 @@ WRITES: Final = {
 BEFORE: Final = [None, *(Item(1, *each) for each in product((True, False), repeat=4))]
 
 
+REFUSALS_OF: Final[dict[Intent, set[str]]] = {
+    "create": {"exists"},
+    "save": set(),
+    "delete": {"nothing"},
+    "replace": {"not_found"},
+    "change": {"not_found"},
+    "expect": {"not_found", "conflict"},
+}
+
+
 def _check(world: World, write: Write) -> None:
     assert world.applied <= 1, "the write was applied twice"
     if world.state == "applied":
@@ -319,6 +330,8 @@ def _check(world: World, write: Write) -> None:
     elif world.state in REFUSALS or (world.state == "error" and world.doubt == "none"):
         assert not world.applied, "the write was applied, but reported as refused"
         assert not world.late, "the write is reported as refused, and may be applied later"
+        refusals = REFUSALS_OF[write.intent] | ({"conflict"} if write.conditional else set())
+        assert world.state in refusals | {"error"}, "another writer must not end this write"
 
 
 @pytest.mark.parametrize("name", WRITES)
