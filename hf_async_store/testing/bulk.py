@@ -334,27 +334,20 @@ def _mixed() -> Iterator[Change]:
     for number in range(MANY):
         key = Key("items", f"{number:04}")
         entity: Entity = {"item_id": key.id, "count": number, UPDATED_AT: at}
-        kind = number % 10
-        if kind == 0:
-            yield Put(key, entity, at)
-        elif kind == 1:
-            yield Put(key, entity, at, ABSENT)
-        elif kind == 2:
-            yield Put(key, entity, at, 3)
-        elif kind == 3:
-            yield Put(key, entity, at, 2)
-        elif kind == 4:
-            yield Patch(key, {"label": "new", UPDATED_AT: at}, at)
-        elif kind == 5:
-            yield Patch(key, {"label": "new", UPDATED_AT: at}, at, 3)
-        elif kind == 6:
-            yield Patch(key, {"label": "new", UPDATED_AT: at}, at, 4)
-        elif kind == 7:
-            yield Delete(key)
-        elif kind == 8:
-            yield Delete(key, 3)
-        else:
-            yield Delete(key, 0)
+        label: Entity = {"label": "new", UPDATED_AT: at}
+        kinds: tuple[Change, ...] = (
+            Put(key, entity, at),
+            Put(key, entity, at, ABSENT),
+            Put(key, entity, at, 3),
+            Put(key, entity, at, 2),
+            Patch(key, {**label}, at),
+            Patch(key, {**label}, at, 3),
+            Patch(key, {**label}, at, 4),
+            Delete(key),
+            Delete(key, 3),
+            Delete(key, 0),
+        )
+        yield kinds[number % len(kinds)]
 
 
 def _exists_before(change: Change) -> bool:

@@ -178,42 +178,52 @@ class SchemaSync:
         differences: list[str] = []
         for table in self._metadata.tables.values():
             existing = columns.get(table.name)
-            if existing is None:
-                continue
-            kinds = self._kinds[table.name]
-            keys = {each.name for each in table.primary_key}
-            for name, type_ in existing.items():
-                if name not in kinds:
-                    if type_.endswith((" NOT NULL", " PRIMARY KEY")):
-                        differences.append(
-                            f"{table.name}.{name} is required in the database, but not declared"
-                        )
-                elif not self._dialect.same_type(type_, kinds[name]):
-                    differences.append(
-                        f"{table.name}.{name} is {type_}, but declared as {kinds[name]}"
-                    )
-                elif type_.endswith(" PRIMARY KEY") != (name in keys):
-                    difference = (
-                        "is declared as the key, but is not the primary key"
-                        if name in keys
-                        else "is the primary key, but is not declared as the key"
-                    )
-                    differences.append(f"{table.name}.{name} {difference}")
-            if not keys <= existing.keys():
-                differences.append(f"{table.name} has no column for its key {', '.join(keys)}")
-            for index in table.indexes:
-                definition = indexes.get(str(index.name))
-                wanted = [
-                    sql_name(field)
-                    for field in filter(None, self._fields_of(table.name, str(index.name)))
-                ]
-                if definition and _columns_in(definition, kinds) != wanted:
-                    differences.append(f"the index {index.name} is not on {', '.join(wanted)}")
+            if existing is not None:
+                differences += self._column_differences(table, existing)
+                differences += self._index_differences(table, indexes)
         if differences:
             raise SchemaMismatchError(
                 "the tables in the database differ from the declared collections: "
                 + "; ".join(differences)
             )
+
+    def _column_differences(self, table: SQLTable, existing: Mapping[str, str]) -> list[str]:
+        keys = {each.name for each in table.primary_key}
+        differences = [
+            f"{table.name}.{name} {difference}"
+            for name, type_ in existing.items()
+            if (difference := self._difference_of(table.name, name, type_, is_key=name in keys))
+        ]
+        if not keys <= existing.keys():
+            differences.append(f"{table.name} has no column for its key {', '.join(keys)}")
+        return differences
+
+    def _difference_of(self, table: str, name: str, type_: str, *, is_key: bool) -> str | None:
+        """How an existing column differs from its declaration; None if it does not."""
+        kinds = self._kinds[table]
+        if name not in kinds:
+            if type_.endswith((" NOT NULL", " PRIMARY KEY")):
+                return "is required in the database, but not declared"
+            return None
+        if not self._dialect.same_type(type_, kinds[name]):
+            return f"is {type_}, but declared as {kinds[name]}"
+        if type_.endswith(" PRIMARY KEY") == is_key:
+            return None
+        if is_key:
+            return "is declared as the key, but is not the primary key"
+        return "is the primary key, but is not declared as the key"
+
+    def _index_differences(self, table: SQLTable, indexes: Mapping[str, str]) -> list[str]:
+        differences = []
+        for index in table.indexes:
+            definition = indexes.get(str(index.name))
+            wanted = [
+                sql_name(field)
+                for field in filter(None, self._fields_of(table.name, str(index.name)))
+            ]
+            if definition and _columns_in(definition, self._kinds[table.name]) != wanted:
+                differences.append(f"the index {index.name} is not on {', '.join(wanted)}")
+        return differences
 
     def _fields_of(self, table: str, index: str) -> tuple[str | None, ...]:
         for each in self._schema:
