@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store import BatchError, Collection, CorruptionError, Field
+from hf_async_store import BatchError, Collection, ConcurrencyConflictError, CorruptionError, Field
 from tests.dynamodb.support import new_prefix, store_at
 
 if TYPE_CHECKING:
@@ -249,3 +249,52 @@ async def test_an_attribute_of_another_program_named_doc(proxy: Proxy) -> None:
         found = await store.get_entity("things", "theirs")
         assert found is not None
         assert found["doc"] == "their text"
+
+
+@pytest.mark.parametrize("verb", ["update", "save"])
+async def test_an_item_that_another_declaration_rewrote(proxy: Proxy, verb: str) -> None:
+    """A rewrite keeps the token, so the cached token alone does not prove the form of the item."""
+    prefix = new_prefix()
+    undeclared = [Collection("things", key="id")]
+    async with (
+        store_at(proxy.url, prefix, THINGS) as store,
+        store_at(proxy.url, prefix, undeclared) as other,
+    ):
+        await store.save_entity("things", {"id": "a", "price": 1})
+        with pytest.raises(ConcurrencyConflictError):
+            await other.update_entity(
+                "things",
+                "a",
+                {"n": 1},
+                condition_expression="price = :price",
+                expression_values={":price": 99},
+            )
+        if verb == "update":
+            assert await store.update_entity("things", "a", {"price": 5}) == 2
+        else:
+            assert await store.save_entity("things", {"id": "a", "price": 5}) == 2
+        for each in (store, other):
+            entity = await each.get_entity("things", "a")
+            assert entity is not None
+            assert entity["price"] == 5
+
+
+async def test_an_update_of_another_program_between_read_and_write(proxy: Proxy) -> None:
+    """The first update of an item without a version gives it one, which the write must notice."""
+    async with store_at(proxy.url, new_prefix(), THINGS) as store:
+        await store.create_entity("things", {"id": "first"})
+        await _put(store, "theirs", price={"N": "1"})
+        table = store._dynamodb.tables.name("things")
+        params = {
+            "TableName": table,
+            "Key": {"id": {"S": "theirs"}},
+            "UpdateExpression": "SET price = :price, version = :version",
+            "ExpressionAttributeValues": {":price": {"N": "2"}, ":version": {"N": "1"}},
+        }
+        with pytest.raises(ConcurrencyConflictError):
+            async with store.begin_transaction() as tx:
+                entity = await tx.get_entity("things", "theirs")
+                assert entity is not None
+                await tx.update_entity("things", "theirs", {"seen": entity["price"]})
+                await store._dynamodb.client.call("UpdateItem", params)
+        assert (await _item(store, "theirs"))["price"] == {"N": "2"}

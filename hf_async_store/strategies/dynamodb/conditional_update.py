@@ -54,7 +54,8 @@ class ConditionalUpdate(WriteOp):
         return update_item(self, self._condition, self._names.copy())
 
     def _is_undeclared(self, item: Attributes) -> bool:
-        return item.get(DECLARATION_DIGEST) != self.mapping.digest
+        is_complete = token_of(item) is not None and size_bound_of(item) is not None
+        return item.get(DECLARATION_DIGEST) != self.mapping.digest or not is_complete
 
     async def _rewrite(self, client: Client, item: Attributes) -> None:
         mapping, key = self.mapping, self.change.key

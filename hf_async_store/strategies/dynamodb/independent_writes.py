@@ -32,6 +32,7 @@ from hf_async_store.errors import (
     AuthenticationError,
     ConcurrencyConflictError,
     StorageError,
+    ThrottledError,
     UnavailableError,
 )
 from hf_async_store.strategies.dynamodb.bulk_import import (
@@ -344,7 +345,9 @@ class Writes:
             response = await self._client.call(operation, params)
         except StorageError as exc:
             return self._failed(op, _reason(exc) if isinstance(exc, Cancelled) else exc)
-        op.respond("applied", response.get("Attributes"))
+        # Servers may return more than was requested.
+        item = response.get("Attributes") if operation == "UpdateItem" else None
+        op.respond("applied", item)
         return None
 
     async def _separate_request(self, op: WriteOp) -> tuple[str, dict[str, Any]]:
@@ -375,8 +378,8 @@ def _response_of(exc: StorageError) -> Response:
         return "unsupported"
     if isinstance(exc, ConcurrencyConflictError):
         return "busy"  # a concurrent transaction; nothing was written
-    if isinstance(exc, ResponseLost):
-        return "lost"
+    if isinstance(exc, ResponseLost) or (isinstance(exc, ThrottledError) and exc.outcome_unknown):
+        return "lost"  # the latter from a proxy
     if isinstance(exc, UnavailableError):
         return "busy" if is_safe_to_retry(exc) else "failed"
     return "error"

@@ -576,7 +576,7 @@ class _Rows:
         paths += [names.name(each.attribute) for each in boolean if each.attribute != each.name]
         if CREATED_AT in wanted:
             paths.append(names.name(CREATED_SUBSTITUTE))
-        projection = ", ".join(paths)
+        projection = ", ".join(dict.fromkeys(paths))  # a path twice is an error
         return projection if len(projection) <= MAX_EXPRESSION else None
 
 

@@ -20,7 +20,6 @@ from hf_async_store.errors import (
     ProtocolError,
     StorageError,
     ThrottledError,
-    UnavailableError,
 )
 from hf_async_store.strategies.dynamodb.errors import ResponseLost, UnexpectedResponse, translate
 
@@ -348,7 +347,7 @@ def _intermediary_error(status: int, headers: Mapping[str, str]) -> StorageError
     if status == 429:
         return ThrottledError(f"the request was throttled ({source})", outcome_unknown=True)
     if status == 408 or status >= 500:
-        return UnavailableError(f"no response from DynamoDB ({source})", outcome_unknown=True)
+        return ResponseLost(f"no response from DynamoDB ({source})", outcome_unknown=True)
     return _invalid(source)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.config import AutoScaling
 from hf_async_store.errors import (
@@ -58,6 +58,7 @@ class Tables:
                 _check_name(index.name, f"collection {collection}", "index")
         self._ready: dict[str, frozenset[str]] = {}
         self._opening: dict[tuple[str, bool], asyncio.Task[frozenset[str] | None]] = {}
+        self._creating: set[asyncio.Task[object]] = set()
 
     def name(self, collection: str) -> str:
         """The name of the table of a collection."""
@@ -105,7 +106,12 @@ class Tables:
         return found
 
     async def close(self) -> None:
-        """Wait for the requests of the running tasks, but not for their retries."""
+        """Wait for the requests of the running tasks, but not for their retries.
+
+        A table that is being created is also configured: no later store would do that.
+        """
+        while self._creating:
+            await asyncio.wait(self._creating)
         self._client.end_retries()
         while self._opening:
             _, task = self._opening.popitem()
@@ -120,8 +126,7 @@ class Tables:
                 return None
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
-                    await self._wait_until_active(collection)
-                    await self._configure(collection)
+                    await self._finish_creation(collection)
                 table = await self._wait_until_active(collection)
         except ActionDenied:
             # A minimal policy does not allow DescribeTable: assume that the table is as declared.
@@ -130,6 +135,15 @@ class Tables:
             return frozenset(each.name for each in self.schema[collection].indexes)
         self._check_key(collection, table)
         return self._usable(collection, table)
+
+    async def _finish_creation(self, collection: str) -> None:
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        self._creating.add(task)
+        try:
+            await self._wait_until_active(collection)
+            await self._configure(collection)
+        finally:
+            self._creating.discard(task)
 
     async def _table_exists(self, collection: str) -> bool:
         """Whether the table exists, determined by a read of a key that no entity has."""

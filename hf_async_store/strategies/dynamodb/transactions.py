@@ -9,7 +9,7 @@ can be retried, because DynamoDB recognises its client request token.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
@@ -402,6 +402,10 @@ class DynamoDBSession(Session):
             has_entity: it is the whole item.
         """
         mapping = self._tables.mappings[key.collection]
+        current: Entity | None = None
+        if has_entity and now is not None:
+            with suppress(CorruptionError):  # the conflict is what counts
+                current = mapping.entity(now)
         return ConcurrencyConflictError(
             f"{key.collection} {key.id!r} was changed after this transaction had read it; run the "
             "transaction again",
@@ -409,7 +413,7 @@ class DynamoDBSession(Session):
             entity_id=key.id,
             expected=_known_version(self._items_read.get(key)),
             actual=_known_version(now),
-            current=mapping.entity(now) if has_entity and now is not None else None,
+            current=current,
             retryable=True,
         )
 

@@ -99,7 +99,12 @@ def _token_condition(op: WriteOp) -> ConditionBuilder | None:
         if isinstance(op.change, Patch) and not is_current:
             return None
         op.new_version = next_version(op.change.key, op.version_of(observed))
-    return ConditionBuilder.token(token)
+    condition = ConditionBuilder.token(token)
+    if isinstance(op.change, Delete):
+        return condition
+    # Another declaration may have rewritten the item, without a new token because the entity is the same.
+    digest = op.mapping.digest if op.state == "cached" else observed.get(DECLARATION_DIGEST)
+    return None if digest is None else condition.and_declaration(digest)
 
 
 def _insert(op: WriteOp, *, whole: bool) -> Statement:
@@ -318,8 +323,10 @@ def unchanged(mapping: ItemMapping, observed: Attributes | None) -> dict[str, An
         "ConditionExpression": "attribute_exists(#k) AND attribute_not_exists(#w)",
         "ExpressionAttributeNames": {"#k": mapping.key, "#w": TOKEN},
     }
+    request["ExpressionAttributeNames"]["#v"] = VERSION
     if VERSION in observed:
         request["ConditionExpression"] += " AND #v = :v"
-        request["ExpressionAttributeNames"]["#v"] = VERSION
         request["ExpressionAttributeValues"] = {":v": observed[VERSION]}
+    else:
+        request["ConditionExpression"] += " AND attribute_not_exists(#v)"
     return request

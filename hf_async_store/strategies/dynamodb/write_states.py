@@ -14,19 +14,18 @@ attempt is applied, or the result:
 | token | applied if the item has the token of the observed one |
 | cached | applied if the item has the token in the write cache |
 | condition | applied if the item satisfies a condition of the caller |
-| import | applied whatever is stored; repeating it changes nothing |
+| import | applied whatever is stored; if no response is received, also later |
 | applied | result: success |
 | nothing | result: there was nothing to delete |
 | not_found, exists, conflict | results: refused because of the stored entity |
 | error | result: an error that a repetition does not resolve |
 | unknown | result: whether an attempt was applied cannot be determined |
 
-An attempt without a response is repeated only in a state whose condition no attempt meets after
-another one was applied (version, token and cached), or which has no effect when it is repeated. In the
-others, the item is read: if it has the token
-of this write, the write was applied. While there is doubt about earlier attempts, only that token is a
-proof; whatever else the item contains may be the consequence of an attempt of this write, and is never
-reported as a conflict.
+An attempt without a response is repeated only in a state whose condition no attempt meets after another
+one was applied (version, token and cached), or if it is an import, which overwrites whatever is stored.
+In the others, the item is read: if it has the token of this write, the write was applied. While there
+is doubt about earlier attempts, only that token is a proof; whatever else the item contains may be the
+consequence of an attempt of this write, and is never reported as a conflict.
 """
 
 from __future__ import annotations
