@@ -291,10 +291,14 @@ async def test_an_update_of_another_program_between_read_and_write(proxy: Proxy)
             "UpdateExpression": "SET price = :price, version = :version",
             "ExpressionAttributeValues": {":price": {"N": "2"}, ":version": {"N": "1"}},
         }
-        with pytest.raises(ConcurrencyConflictError):
+
+        async def overtaken() -> None:
             async with store.begin_transaction() as tx:
                 entity = await tx.get_entity("things", "theirs")
                 assert entity is not None
                 await tx.update_entity("things", "theirs", {"seen": entity["price"]})
                 await store._dynamodb.client.call("UpdateItem", params)
+
+        with pytest.raises(ConcurrencyConflictError):
+            await overtaken()
         assert (await _item(store, "theirs"))["price"] == {"N": "2"}
