@@ -22,8 +22,6 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
-import msgspec
-
 from hf_async_store import batch_validation
 from hf_async_store.changes import (
     ABSENT,
@@ -73,6 +71,7 @@ from hf_async_store.values import (
     Key,
     utc_now,
     version_of,
+    with_canonical,
 )
 
 Item = TypeVar("Item")
@@ -371,7 +370,8 @@ class RepositoryInterface(ABC):
         the declarations here, but neither copied nor measured again.
 
         Args:
-            sizes: the size of the JSON of each in bytes, if known.
+            sizes: the size of the JSON of each in bytes, if known; such entities are results of
+                `values.with_canonical`.
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
@@ -383,8 +383,8 @@ class RepositoryInterface(ABC):
             return Put(key, entity, at, expected.pop(key.id), version_of(stored))
 
         if sizes is None:
-            entities = list(entities)
-            sizes = [len(msgspec.json.encode(each)) for each in entities]
+            forms = list(map(with_canonical, entities))
+            entities, sizes = [each for each, _ in forms], [len(each) for _, each in forms]
         changes = await _in_chunks(zip(entities, sizes, strict=True), change)
         return _versions(await self._import(changes))
 

@@ -291,6 +291,8 @@ class Collection:
     def stored(self, data: Entity, size: int) -> tuple[Key, Entity]:
         """Like `entity`, for an entity that was read from a store: its portable values are not copied.
 
+        `values.with_canonical` has replaced -0.0 in it.
+
         Args:
             size: the size of its JSON in bytes.
 

@@ -9,7 +9,7 @@ from enum import Enum
 from math import isfinite
 from time import time_ns
 from types import NoneType
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import msgspec
@@ -18,6 +18,7 @@ from hf_async_store.errors import UnsupportedValueError
 from hf_async_store.value_types import Entity as Entity
 from hf_async_store.value_types import Value as Value
 
+Each = TypeVar("Each")
 FieldType: TypeAlias = Literal["text", "integer", "number", "boolean", "timestamp", "json"]
 
 CREATED_AT: Final = "created_at"
@@ -38,8 +39,29 @@ def version_of(entity: Entity) -> int:
     return cast("int", entity[VERSION])
 
 
-canonical: Final[Callable[[object], bytes]] = msgspec.json.Encoder(order="sorted").encode
-"""The canonical JSON of an entity, by which entities are compared, hashed and backed up."""
+_encode: Final = msgspec.json.Encoder(order="sorted").encode
+_decode_unsigned: Final[Callable[[bytes], Any]] = msgspec.json.Decoder(
+    float_hook=lambda text: float(text) + 0.0
+).decode
+
+
+def canonical(value: object) -> bytes:
+    """The canonical JSON of an entity, by which entities are compared, hashed and backed up."""
+    return with_canonical(value)[1]
+
+
+def with_canonical(value: Each) -> tuple[Each, bytes]:
+    """A value that was read from a store, as it would be stored now, and its canonical JSON.
+
+    Older versions and other programs store -0.0; it is replaced by 0.0. Strings can contain the same
+    characters, which is why the JSON is decoded.
+    """
+    encoded = _encode(value)
+    if b"-0.0" in encoded:
+        value = _decode_unsigned(encoded)
+        encoded = _encode(value)
+    return value, encoded
+
 
 # -- portable values ------------------------------------------------------------------------
 

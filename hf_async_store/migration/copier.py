@@ -19,7 +19,7 @@ from hf_async_store.errors import ReferenceViolationError
 from hf_async_store.migration.checkpoint import Progress
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.merge import Merged, MergeRule, put
-from hf_async_store.values import Entity, canonical
+from hf_async_store.values import Entity, with_canonical
 
 if TYPE_CHECKING:
     from hf_async_store.schema import Collection
@@ -54,14 +54,16 @@ async def batches_of(
     number = 0
     while True:
         page = await source.query_page(collection, limit=size, cursor=cursor)
-        encoded = list(map(canonical, page.items))
+        forms = list(map(with_canonical, page.items))
+        encoded = [each for _, each in forms]
         digest.add_all(encoded)
         sizes = list(map(len, encoded))
         number += 1
         cursor = page.cursor
         if sizes:
+            entities = [each for each, _ in forms]
             yield MigrationBatch(
-                collection, number, page.items, cursor, digest.count, str(digest), sizes
+                collection, number, entities, cursor, digest.count, str(digest), sizes
             )
         if cursor is None:
             return

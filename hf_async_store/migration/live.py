@@ -55,7 +55,7 @@ from hf_async_store.schema import (
     Schema,
 )
 from hf_async_store.strategies import open_store
-from hf_async_store.values import VERSION, Key, canonical, utc_now
+from hf_async_store.values import VERSION, Key, canonical, utc_now, with_canonical
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
@@ -491,8 +491,10 @@ class LiveMigration:
             if original is None:
                 if copied is not None:
                     deletes.append(Delete(key))
-            elif copied is None or canonical(original.entity) != canonical(copied.entity):
-                entity = {name: value for name, value in original.entity.items() if name != VERSION}
+                continue
+            entity, encoded = with_canonical(original.entity)
+            if copied is None or encoded != canonical(copied.entity):
+                entity = {name: value for name, value in entity.items() if name != VERSION}
                 puts.append(Put(key, entity, at, import_version=original.version))
         return [*puts, *reversed(deletes)]
 

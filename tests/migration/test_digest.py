@@ -19,8 +19,9 @@ def digest_of(*entities: dict[str, object]) -> str:
 
 
 def test_similar_values_have_different_digests() -> None:
-    alike = [1, 1.0, True, "1", -1, 0, -0.0, 0.0, False, None, "", [], {}, [1], [1.0], {"a": 1}]
+    alike = [1, 1.0, True, "1", -1, 0, 0.0, False, None, "", [], {}, [1], [1.0], {"a": 1}]
     assert len({digest_of({"x": each}) for each in alike}) == len(alike)
+    assert digest_of({"x": -0.0}) == digest_of({"x": 0.0})
     assert digest_of({"x": 1}) != digest_of({"y": 1}) != digest_of({"x": 1, "y": None})
 
 

@@ -431,7 +431,7 @@ class TableMapping:
                 texts.append(encode(form(*values)))
         except _DAMAGED as exc:
             raise self._damaged(row[key], exc) from exc
-        return texts
+        return [canonical(decode_json(each)) if b"-0.0" in each else each for each in texts]
 
     def _text_with_doc(self, row: Sequence[object]) -> bytes:
         *values, doc, side = row
