@@ -24,6 +24,7 @@ from hf_async_store.conflict_retry import retry_conflicts
 from hf_async_store.errors import (
     AlreadyExistsError,
     ConcurrencyConflictError,
+    EntityNotFoundError,
     MigrationError,
     ReferenceViolationError,
     StorageError,
@@ -365,7 +366,7 @@ class LiveMigration:
             )
             try:
                 await _write(self._target, change)
-            except StorageError as exc:
+            except (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError) as exc:
                 raise MigrationError(
                     "another coordinator is taking this live migration over"
                 ) from exc

@@ -32,6 +32,7 @@ from hf_async_store import (
     StorageStrategy,
     StoreRelocatedError,
     TargetNotEmptyError,
+    UnavailableError,
     migration_routing,
     open_store,
 )
@@ -41,6 +42,9 @@ from hf_async_store_bench.acked_writes import AckedWrites
 
 if TYPE_CHECKING:
     from conftest import Place
+
+    from hf_async_store.driver import Engine
+    from hf_async_store.migration_routing import MigrationState
 
 CREW = [sys.executable, str(Path(__file__).with_name("live_applications.py"))]
 _SHORT = {("json-single", "postgresql")}
@@ -384,6 +388,34 @@ async def test_a_superseded_migration_process_writes_nothing(place: Place) -> No
         await new.start()
         assert (await new.status()).phase == "SWITCHED"
         assert await are_equal(new)
+
+
+async def test_an_outage_of_the_target_is_not_another_coordinator(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    async with LiveMigration(source, target, collections=COLLECTIONS) as move:
+        await move.start(cut_over=False)
+
+        async def unavailable(changes: object) -> None:
+            raise UnavailableError("the target is down")
+
+        monkeypatch.setattr(move._target, "write_each", unavailable)
+        with pytest.raises(UnavailableError, match="the target is down"):
+            await move.start(cut_over=False)
+        monkeypatch.undo()
+        read = move._read_state
+
+        async def read_too_early(engine: Engine) -> MigrationState | None:
+            state = await read(engine)
+            if engine is move._target and state is not None:
+                await live._write(engine, state.put(epoch=state.epoch + 1))
+            return state
+
+        monkeypatch.setattr(move, "_read_state", read_too_early)
+        with pytest.raises(MigrationError, match="another coordinator is taking"):
+            await move.start(cut_over=False)
 
 
 # -- refusals -------------------------------------------------------------------------------
