@@ -17,12 +17,12 @@ import asyncio
 import errno
 import os
 import zlib
-from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
@@ -51,6 +51,7 @@ _MAX_ENTITY_JSON_BYTES: Final = 8 * MAX_ENTITY_BYTES
 """One byte of a string may take six bytes in JSON."""
 
 _HINT: Final = "Use another backup"
+_AFTER_END: Final = "it was altered: there is data after its last line"
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -363,7 +364,7 @@ class PortableReader:
 
     def _refuse_after_end(self) -> None:
         if self._end is not None:
-            raise damaged(self._path, "it was altered: there is data after its last line")
+            raise damaged(self._path, _AFTER_END)
 
     def _require_section(self, name: str | None) -> str:
         self._refuse_after_end()
@@ -404,32 +405,79 @@ def _header_in(line: bytes, path: Path) -> Header:
 
 async def _line_chunks(path: Path) -> AsyncGenerator[list[bytes], None]:
     """The lines of a backup, in chunks, without their newlines."""
-    import gzip
-
-    rest = b""
-    started = False
+    rest = last = b""
+    is_complete = False  # the member that ends with the last line has ended
     try:
         if not S_ISREG((await asyncio.to_thread(path.stat)).st_mode):
             raise InvalidInputError(f"{path} is not a regular file, so it is not a portable backup")
-        with await asyncio.to_thread(gzip.open, path) as file:
-            while data := await asyncio.to_thread(file.read1, _CHUNK_SIZE):
-                started = True
-                lines = (rest + data).split(b"\n")
+        with await asyncio.to_thread(path.open, "rb") as file:
+            if await asyncio.to_thread(_is_other_file, file):
+                raise InvalidInputError(f"{path} is not a portable backup")
+            chunks = _text_chunks(file)
+            while chunk := await asyncio.to_thread(next, chunks, None):
+                if is_complete:
+                    raise damaged(path, _AFTER_END)
+                text, ends_member = chunk
+                lines = (rest + text).split(b"\n")
                 rest = lines.pop()
                 if len(rest) > _MAX_LINE_BYTES:
                     raise damaged(path, "a line exceeds the maximum length")
+                last = lines[-1] if lines else last
+                is_complete = ends_member and not rest and last.startswith(b"[")
                 if lines:
                     yield lines
-    except EOFError as exc:
-        raise damaged(path, "it is truncated") from exc
-    except (gzip.BadGzipFile, zlib.error) as exc:
-        if isinstance(exc, gzip.BadGzipFile) and not started:
-            raise InvalidInputError(f"{path} is not a portable backup") from exc
-        raise damaged(path, f"its compressed data is damaged ({exc})") from exc
+    except (EOFError, zlib.error) as exc:
+        raise damaged(path, _AFTER_END if is_complete else _reason(exc)) from exc
     except OSError as exc:
         raise translate_os_error(exc, f"read the backup {path}") from exc
     if rest:
         raise damaged(path, "it is truncated")
+
+
+def _is_other_file(file: BinaryIO) -> bool:
+    """Whether a file that is not empty does not begin like a gzip file."""
+    start = file.read(len(_MAGIC))
+    file.seek(0)
+    return not _MAGIC.startswith(start)
+
+
+def _text_chunks(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """The text of a gzip file in chunks, and whether a member ends with the chunk.
+
+    Unlike the module gzip, it fills each chunk, never returns the end of a member before its checksum
+    is verified, so that a damaged header is not believed, and accepts neither padding nor an empty
+    member.
+
+    Raises:
+        zlib.error: the data is damaged.
+        EOFError: it is truncated.
+    """
+    data = file.read(_CHUNK_SIZE)
+    while data:
+        member = zlib.decompressobj(_GZIP)
+        is_empty = True
+        parts: list[bytes] = []
+        room = _CHUNK_SIZE
+        while not member.eof:
+            part = member.decompress(data, room)
+            data = member.unconsumed_tail or member.unused_data or file.read(_CHUNK_SIZE)
+            if not (part or data or member.eof):
+                raise EOFError
+            is_empty = is_empty and not part
+            parts.append(part)
+            room -= len(part)
+            if not room and not member.eof:
+                yield b"".join(parts), False
+                parts, room = [], _CHUNK_SIZE
+        if is_empty:
+            raise zlib.error("a member is empty")
+        yield b"".join(parts), True
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, EOFError):
+        return "it is truncated"
+    return f"its compressed data is damaged ({exc})"
 
 
 _decode: Final[Callable[[bytes], Entity]] = msgspec.json.Decoder().decode

@@ -25,8 +25,10 @@ from hf_async_store.migration import (
     check_portable,
     is_portable,
     read_header,
+    read_portable,
     restore_store,
 )
+from hf_async_store.migration.backup_format import _stored_member
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -113,6 +115,55 @@ async def test_81_an_altered_backup_is_refused_whichever_byte(tmp_path: Path) ->
         assert found == digests  # a byte of gzip without effect, like the timestamp
         harmless += 1
     assert harmless < 20
+
+
+async def test_81_a_damaged_header_is_corruption_whichever_bit(tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    whole = path.read_bytes()
+    header = await read_header(path)
+    [line, _] = gzip.decompress(whole).split(b"\n", 1)
+    altered = tmp_path / "altered.jsonl.gz"
+    end = len(_stored_member(line + b"\n"))
+    for bit in range(8 * end):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        altered.write_bytes(data)
+        try:
+            found = await read_header(altered)
+        except InvalidInputError:
+            assert bit < 16  # the first two bytes tell gzip files from others
+        except CorruptionError:
+            pass
+        else:
+            assert found == header  # a byte of gzip without effect, like the timestamp
+            assert bit < 88
+
+
+@pytest.mark.parametrize(
+    "data",
+    [bytes(1), bytes(1024), gzip.compress(b""), b"\x1f\x8b", b"\x1f", b"x", gzip.compress(b"x")],
+)
+async def test_81_data_after_the_end_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = await _backup(tmp_path)
+    path.write_bytes(path.read_bytes() + data)
+    with pytest.raises(CorruptionError, match="there is data after its last line"):
+        await check_portable(path)
+    async with opened("memory:") as store:
+        with pytest.raises(CorruptionError, match="there is data after its last line"):
+            await restore_store(store, path)
+        assert not any((await everything(store)).values())
+
+
+async def test_a_backup_is_read_in_full_chunks(tmp_path: Path) -> None:
+    """Each chunk that is read is written in commits of its own."""
+    noise = random.Random(3).randbytes(1_500_000).hex()
+    items = [{"item_id": f"{n:04}", "data": noise[n * 3000 : (n + 1) * 3000]} for n in range(1000)]
+    async with opened("memory:") as store:
+        await store.import_entities("items", items)
+        path = Path((await backup_store(store, tmp_path / "b.jsonl.gz")).path)
+    chunks = [len(entities) async for _, entities in read_portable(path)]
+    assert sum(chunks) == 1000
+    assert len(chunks) <= 7
 
 
 @pytest.mark.parametrize(
