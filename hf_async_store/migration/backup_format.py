@@ -18,6 +18,7 @@ import errno
 import os
 import zlib
 from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration.digest import Digest
 from hf_async_store.os_errors import translate_os_error
@@ -129,36 +131,63 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 class _PortableWriter:
-    """Writes one backup file. A thread compresses a chunk while the next one is collected."""
+    """Writes one backup file, in a thread of its own.
+
+    The thread compresses a chunk while the next one is collected. It runs its calls one by one, so the
+    file is closed after the last write that a cancelled backup has begun, while the event loop goes on.
+    """
 
     def __init__(self, path: Path, schema: Mapping[str, Collection]) -> None:
         self._path = path
         self._schema = schema
         self._compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)
+        self._file: BinaryIO | None = None
         self._lines: list[bytes] = []
         self._size = 0
-        self._pending: asyncio.Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-backup")
+        self._pending: Future[None] | None = None
 
     async def write(self, reader: Reader, *, sort: bool) -> dict[str, Digest]:
         digests = {name: Digest() for name in self._schema}
         placeholder = self._header(dict.fromkeys(self._schema, INT_MAX))
-        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as self._file:
-            try:
-                self._file.write(_stored_member(placeholder))
-                for name in self._schema:
-                    await self._write_section(name, reader, digests[name], sort=sort)
-                header = self._header({name: each.count for name, each in digests.items()})
-                header = header[:-1].ljust(len(placeholder) - 1) + b"\n"
-                await self._write_end(digests, header)
-                self._file.seek(0)
-                self._file.write(_stored_member(header))
-                self._file.flush()
-                await asyncio.to_thread(os.fsync, fd)
-            finally:
-                if self._pending is not None:
-                    await asyncio.wait([self._pending])
+        try:
+            await asyncio.wrap_future(self._thread.submit(self._begin, placeholder))
+            for name in self._schema:
+                await self._write_section(name, reader, digests[name], sort=sort)
+            header = self._header({name: each.count for name, each in digests.items()})
+            header = header[:-1].ljust(len(placeholder) - 1) + b"\n"
+            await self._flush()
+            await self._wait_pending()
+            await asyncio.wrap_future(self._thread.submit(self._end, digests, header))
+        finally:
+            if self._pending is not None:
+                self._pending.cancel()
+            closing = self._thread.submit(self._close)
+            self._thread.shutdown(wait=False)
+            await run_to_completion(asyncio.wrap_future(closing))
         return digests
+
+    def _begin(self, placeholder: bytes) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._file = os.fdopen(fd, "wb")
+        self._file.write(_stored_member(placeholder))
+
+    def _end(self, digests: Mapping[str, Digest], header: bytes) -> None:
+        assert self._file is not None
+        end = End(
+            {name: str(each) for name, each in digests.items()}, _file_digest(header, digests)
+        )
+        last = self._compressor.compress(msgspec.json.encode(["end", end]) + b"\n")
+        self._file.write(last + self._compressor.flush())
+        self._file.seek(0)
+        self._file.write(_stored_member(header))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # a complete file is flushed already
+                self._file.close()
 
     def _header(self, counts: Mapping[str, int]) -> bytes:
         sections = [_section_of(each, counts[name]) for name, each in self._schema.items()]
@@ -178,15 +207,6 @@ class _PortableWriter:
                 if self._size >= _CHUNK_SIZE:
                     await self._flush()
 
-    async def _write_end(self, digests: Mapping[str, Digest], header: bytes) -> None:
-        await self._flush()
-        await self._wait_pending()
-        end = End(
-            {name: str(each) for name, each in digests.items()}, _file_digest(header, digests)
-        )
-        last = self._compressor.compress(msgspec.json.encode(["end", end]) + b"\n")
-        self._file.write(last + self._compressor.flush())
-
     async def _flush(self) -> None:
         """Start the compression of the collected lines, when that of the previous chunk is done."""
         self._lines.append(b"")
@@ -198,18 +218,18 @@ class _PortableWriter:
         started = asyncio.Event()
 
         def compress() -> None:
+            assert self._file is not None
             loop.call_soon_threadsafe(started.set)
             self._file.write(self._compressor.compress(chunk))
 
-        self._pending = loop.run_in_executor(None, compress)
-        # The worker thread may have to wait for the GIL as long as this thread is busy. So wait
-        # here until it has started; the compressor itself then runs without the GIL.
+        self._pending = self._thread.submit(compress)
+        # The thread may have to wait for the GIL as long as this thread is busy. So wait here until
+        # it has started; the compressor itself then runs without the GIL.
         await started.wait()
 
     async def _wait_pending(self) -> None:
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            await pending
+            await asyncio.wrap_future(self._pending)
 
 
 def _section_of(collection: Collection, count: int) -> Section:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
+import io
 import os
 import random
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -220,6 +224,46 @@ async def test_files_that_are_no_backup_are_refused(tmp_path: Path) -> None:
         async with opened("memory:") as store:
             with pytest.raises((InvalidInputError, CorruptionError)):
                 await restore_store(store, path)
+
+
+async def test_a_cancelled_backup_does_not_block_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes, closed = threading.Event(), threading.Event()
+
+    class SlowFile(io.FileIO):
+        def write(self, data: object) -> int:
+            if len(memoryview(data)) > 100_000:  # type: ignore[arg-type]
+                writes.set()
+                time.sleep(0.6)
+            return super().write(data)  # type: ignore[arg-type]
+
+        def close(self) -> None:
+            closed.set()
+            super().close()
+
+    def opened_slowly(fd: int, mode: str) -> io.BufferedWriter:
+        return io.BufferedWriter(SlowFile(fd, mode))
+
+    monkeypatch.setattr("hf_async_store.migration.backup_format.os.fdopen", opened_slowly)
+    noise = random.Random(3).randbytes(1_500_000).hex()
+    items = [{"item_id": f"{n:04}", "data": noise[n * 3000 : (n + 1) * 3000]} for n in range(1000)]
+    async with opened("memory:") as store:
+        await store.import_entities("items", items)
+        backup = asyncio.create_task(backup_store(store, tmp_path / "b.jsonl.gz"))
+        while not writes.is_set():
+            await asyncio.sleep(0.01)
+        backup.cancel()
+        longest = 0.0
+        while not backup.done():
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.monotonic() - began)
+        assert longest < 0.3
+        assert closed.is_set()
+        with pytest.raises(asyncio.CancelledError):
+            await backup
+    assert not list(tmp_path.iterdir())
 
 
 async def test_an_existing_backup_is_not_overwritten(tmp_path: Path) -> None:
