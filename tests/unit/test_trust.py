@@ -351,7 +351,7 @@ def a_move_or_corruption(record: Any) -> None:
         assert "'move' of hf_move" in str(exc)
         return
     assert move is not None
-    assert re.fullmatch("[!-~]+", move.other)
+    assert re.fullmatch("[!-~]+", move.other_location)
 
 
 def _file_is_refused_or_loads(folder: Path, data: bytes) -> None:
@@ -459,6 +459,7 @@ def test_any_file_for_long(data: bytes, mapping: Any, at: int) -> None:
 
 @FEW
 @given(RECORDS | MAPPINGS)
+@example({"other": "json:/x", "role": "source", "phase": "COPYING", "epoch": 1, "term": 1})
 @example({"role": "\ud800"})
 @example({"\ud800": 1})
 @example({"other": "json:\ud800", "role": "source", "phase": "COPYING", "epoch": 1, "term": 1})
