@@ -166,7 +166,9 @@ class _Restore(msgspec.Struct):
         async with aclosing(read_portable(self.path)) as chunks:
             async for name, entities in chunks:
                 if only is not None:
-                    ids, key = only.get(name, set()), self.store.collections[name].key
+                    if name not in only:
+                        continue
+                    ids, key = only[name], self.store.collections[name].key
                     entities = [each for each in entities if each[key] in ids]
                 for start in range(0, len(entities), _BATCH_SIZE):
                     await self._write(name, entities[start : start + _BATCH_SIZE])

@@ -141,6 +141,21 @@ async def test_81_children_may_come_before_their_parents(
         assert await everything(store) == before
 
 
+async def test_children_before_their_parents_with_collections_that_are_left_out(
+    tmp_path: Path,
+) -> None:
+    other = Collection("orders", key="order_id")
+    nodes = [{"node_id": "n-1", "parent": "n-2"}, {"node_id": "n-2"}]
+    async with open_store("memory:", collections=[other, TREE]) as source:
+        await source.save_entity("orders", {"order_id": "o-1"})
+        await source.import_entities("nodes", nodes[::-1])
+        made = await backup_store(source, tmp_path / "b.jsonl.gz")
+    async with open_store("memory:", collections=[TREE]) as store:
+        result = await restore_store(store, made.path, leave_out=["orders"])
+        assert result.merged["nodes"].written == 2
+        assert result.left_out == ["orders"]
+
+
 @pytest.mark.parametrize("parents_first", [True, False])
 async def test_81_collections_may_come_in_any_order(parents_first: bool, tmp_path: Path) -> None:
     sections = {
