@@ -175,7 +175,7 @@ class _NotStorableError(Exception):
 
 def _copy(value: object, depth: int) -> tuple[Value, int]:
     """A portable copy of a value at this nesting depth, and its size."""
-    return _COPIERS.get(type(value), _copy_other)(value, depth)
+    return _copier_of(type(value), _copy_other)(value, depth)
 
 
 def _copy_constant(value: bool | None, depth: int) -> tuple[Value, int]:
@@ -211,12 +211,14 @@ def _copy_dict(value: Mapping[Any, object], depth: int) -> tuple[Entity, int]:
     size = 3 + len(value)
     for name, each in value.items():
         try:
-            size += _NAME_SIZES.get(name) or _name_size(name)
+            if type(name) is not str:  # a subclass may be equal to a name in the cache
+                raise _NotStorableError(f"a dict key of type {type_name(name)}, not str")
+            size += _cached_size(name) or _name_size(name)
             if type(each) is str and each.isascii() and "\x00" not in each:
                 copied[name] = each
                 size += len(each)
             else:
-                copy = _COPIERS.get(type(each), _copy_other)
+                copy = _copier_of(type(each), _copy_other)
                 copied[name], value_size = copy(each, depth + 1)
                 size += value_size
         except _NotStorableError as exc:
@@ -232,7 +234,7 @@ def _copy_list(value: Sequence[object], depth: int) -> tuple[Value, int]:
     size = 3 + len(value)
     for index, each in enumerate(value):
         try:
-            element, element_size = _COPIERS.get(type(each), _copy_other)(each, depth + 1)
+            element, element_size = _copier_of(type(each), _copy_other)(each, depth + 1)
         except _NotStorableError as exc:
             exc.path.append(index)
             raise
@@ -255,17 +257,17 @@ _COPIERS: Final[Mapping[type, Callable[[Any, int], tuple[Value, int]]]] = {
     list: _copy_list,
     tuple: _copy_list,
 }
+_copier_of: Final = _COPIERS.get
 
 
 # A cache of the sizes of field names, as a store has few of them. Bounded, because the keys of dicts
 # may also be data.
 _NAME_SIZES: Final[dict[str, int]] = {}
+_cached_size: Final = _NAME_SIZES.get
 _MAX_NAMES: Final = 4096
 
 
-def _name_size(name: object) -> int:
-    if type(name) is not str:
-        raise _NotStorableError(f"a dict key of type {type_name(name)}, not str")
+def _name_size(name: str) -> int:
     if NOT_UTF8.search(name):
         raise _NotStorableError("a field name with U+0000 or a lone surrogate")
     size = len(name.encode())
