@@ -101,25 +101,37 @@ class CollectionCopier(msgspec.Struct, kw_only=True):
         """Copy all entities.
 
         Raises:
-            StorageError: the first error. Everything up to the last checkpoint is in the target.
+            StorageError: the error of the oldest write that has failed, otherwise the first error.
+                Everything up to the last checkpoint is in the target.
         """
         writing: deque[asyncio.Task[MigrationBatch]] = deque()  # in the order of the batches
         batches = batches_of(self.source, self.declared.name, self.size, self.start)
         try:
             async with aclosing(batches):
                 async for batch in batches:
-                    if len(writing) == self.workers:
-                        await self._save_progress(await writing.popleft())
+                    await self._save_written(writing, self.workers - 1)
                     self.digest = Digest(batch.digest, batch.count)
                     writing.append(asyncio.ensure_future(self._write_batch(batch)))
-            while writing:
-                await self._save_progress(await writing.popleft())
+            await self._save_written(writing, 0)
+        except Exception:
+            for each in writing:
+                if each.done():
+                    each.result()
+            raise
         finally:
             for each in writing:
                 each.cancel()
             await asyncio.gather(*writing, return_exceptions=True)
         await self._write_waiting()
         await self.save(Progress(None, self.digest.count, str(self.digest), done=True))
+
+    async def _save_written(self, writing: deque[asyncio.Task[MigrationBatch]], most: int) -> None:
+        """Save the progress of the oldest batches that are written, and remove them; wait until at
+        most this number of batches is left."""
+        while writing and (len(writing) > most or writing[0].done()):
+            await asyncio.wait([writing[0]])
+            await self._save_progress(writing[0].result())
+            writing.popleft()
 
     async def _write_batch(self, batch: MigrationBatch) -> MigrationBatch:
         await self._write(batch.entities, batch.sizes)
