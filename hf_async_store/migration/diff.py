@@ -162,23 +162,31 @@ async def differences_of(
     async with aclosing(_unequal(source, target, declared, "missing")) as differences:
         async for each in differences:
             yield each
-    async with aclosing(_unequal(target, source, declared, "extra")) as differences:
+    async with aclosing(_unequal(target, source, declared, "extra", compare=False)) as differences:
         async for each in differences:
-            if each.kind == "extra":
-                yield each
+            yield each
 
 
 async def _unequal(
-    one: Reader, other: Reader, declared: Collection, absent: Literal["missing", "extra"]
+    one: Reader,
+    other: Reader,
+    declared: Collection,
+    absent: Literal["missing", "extra"],
+    *,
+    compare: bool = True,
 ) -> AsyncGenerator[Difference, None]:
-    """The entities of `one` that `other` does not hold, of the kind `absent`, or that differ in it."""
+    """The entities of `one` that `other` does not hold, of the kind `absent`, or that differ in it.
+
+    Args:
+        compare: also compare the entities that both hold.
+    """
     async with aclosing(one.select_batches(build_query(declared))) as batches:
         async for batch in batches:
             keys = [Key(declared.name, declared.id_of(each)) for each in batch]
             for key, entity, found in zip(keys, batch, await other.fetch(keys), strict=True):
                 if found is None:
                     yield Difference(absent, key.collection, key.id, [])
-                elif fields := differing(entity, found.entity):
+                elif compare and (fields := differing(entity, found.entity)):
                     yield Difference("changed", key.collection, key.id, fields)
 
 

@@ -18,6 +18,7 @@ from hf_async_store import (
     HOST_FACTORY,
     Collection,
     ConfigurationError,
+    Entity,
     Field,
     InvalidFieldError,
     MigrationError,
@@ -28,7 +29,8 @@ from hf_async_store import (
     VerificationError,
     open_store,
 )
-from hf_async_store.migration import backup_store, compare_stores, restore_store
+from hf_async_store.migration import backup_store, compare_stores, diff, restore_store
+from hf_async_store.migration.diff import differing
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -280,6 +282,26 @@ async def test_79_differences_are_found_and_named(
         with pytest.raises(VerificationError) as caught:
             await tool.validate_migration()
         assert caught.value.differences == named
+
+
+async def test_79_entities_are_compared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def counted(one: Entity, other: Entity) -> list[str]:
+        calls.append(one["template_id"])
+        return differing(one, other)
+
+    monkeypatch.setattr(diff, "differing", counted)
+    async with opened("memory:") as one, opened("memory:") as two:
+        for store, name in ((one, "missing"), (two, "extra")):
+            templates = [{"template_id": each} for each in ("a", "b", name)]
+            await store.import_entities("templates", templates)
+        await two.update_entity("templates", "b", {"name": "other"})
+        found = (await compare_stores(one, two)).differences
+    assert sorted(each.kind for each in found) == ["changed", "extra", "missing"]
+    assert sorted(calls, key=str) == ["a", "b"]
 
 
 async def test_79_many_differences_are_listed_up_to_a_limit(tmp_path: Path) -> None:
