@@ -47,7 +47,8 @@ _decode_unsigned: Final[Callable[[bytes], Any]] = msgspec.json.Decoder(
 
 def canonical(value: object) -> bytes:
     """The canonical JSON of an entity, by which entities are compared, hashed and backed up."""
-    return with_canonical(value)[1]
+    encoded = _encode(value)
+    return with_canonical(value)[1] if b"-0.0" in encoded else encoded
 
 
 def with_canonical(value: Each) -> tuple[Each, bytes]:
