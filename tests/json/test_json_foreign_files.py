@@ -375,6 +375,31 @@ async def test_processes_that_do_not_declare_a_collection_keep_its_layout(tmp_pa
     assert found["machines"]["m-1"] == {"machine_id": "m-1"}
 
 
+@pytest.mark.parametrize("compacting", ["at once", "after a commit of the other process"])
+async def test_processes_that_do_not_declare_a_collection_find_its_layout_in_an_edited_file(
+    tmp_path: Path, compacting: str
+) -> None:
+    path = _wrapped(tmp_path)
+    async with _relaxed(tmp_path) as store:
+        await store.update_entity("machines", "m-0", {"status": "x"})
+        await store.checkpoint()
+    found = parsed(path)
+    found["machines"]["m-1"]["status"] = "by hand"
+    path.write_text(json.dumps(found))
+    only_templates = [each for each in HOST_FACTORY if each.name == "templates"]
+    async with _relaxed(tmp_path, collections=only_templates) as store:
+        if compacting != "at once":
+            await store.save_entity(T, {"template_id": "t"})
+            async with _relaxed(tmp_path) as declaring:
+                await declaring.update_entity("machines", "m-0", {"status": "y"})
+                await abandon(declaring)
+        await store.checkpoint()
+    assert parsed(path)["machines"].keys() == {"m-0", "m-1", "m-2"}
+    async with _relaxed(tmp_path) as store:
+        assert await store.count_entities("machines") == 3
+        assert (await store.get_entity("machines", "m-1") or {})["status"] == "by hand"
+
+
 @pytest.mark.parametrize("order", ["wrapped first", "flat first"])
 async def test_a_file_that_mixes_two_layouts_is_refused(tmp_path: Path, order: str) -> None:
     flat = {f"m-{each}": {"machine_id": f"m-{each}"} for each in range(3)}

@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
+import msgspec
+
 from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import DataFileConflictError, LockTimeoutError, StorageError
@@ -330,13 +332,8 @@ class Compactor:
                 path, digest, signature = await self._files.write_temporary(
                     name, _encode_file(content)
                 )
-                file_state = FileState(
-                    digest,
-                    generation,
-                    ours=True,
-                    collection=self._files.names[name],
-                    wrapped=state.content[name].wrapped,
-                )
+                covering = state.content[name].covering(generation)
+                file_state = msgspec.structs.replace(covering, digest=digest, ours=True)
                 written[name] = (path, signature.added_to(file_state))
         except BaseException:
             _unlink(path for path, _ in written.values())

@@ -63,6 +63,7 @@ class FileState(msgspec.Struct, frozen=True):
         covers: the first generation that the file does not contain.
         ours: this package wrote it, so its entities are in canonical form.
         collection: the collection of the file; None for a file of several collections.
+        key: the key field of that collection, for processes that do not declare it.
         size, mtime_ns, inode: its signature, if known, by which a replacement is detected without
             reading the file.
         wrapped: the file of one collection has a member with the name of the collection, and the
@@ -77,10 +78,13 @@ class FileState(msgspec.Struct, frozen=True):
     mtime_ns: int = -1
     inode: int = -1
     wrapped: bool = False
+    key: str = ""
 
     def covering(self, generation: int) -> FileState:
         """The same content, complete up to the beginning of `generation`."""
-        return FileState(self.digest, generation, self.ours, self.collection, wrapped=self.wrapped)
+        return FileState(
+            self.digest, generation, self.ours, self.collection, wrapped=self.wrapped, key=self.key
+        )
 
 
 class Head(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ import anyio
 import msgspec
 
 from hf_async_store.errors import CorruptionError
-from hf_async_store.schema import Collection, Schema
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.serializer import (
     OtherLayout,
     compact,
@@ -29,11 +29,12 @@ from hf_async_store.strategies.json.serializer import (
 )
 
 
-async def rewritten(data: bytes, collection: Collection | None, schema: Schema) -> bytes:
+async def rewritten(data: bytes, collection: str | None, key: str, schema: Schema) -> bytes:
     """The same file with one entity per line.
 
     Args:
         collection: the collection of the file; None for a file of several collections.
+        key: the key field of that collection.
         schema: the collections that a file of several collections may contain.
 
     Raises:
@@ -41,7 +42,7 @@ async def rewritten(data: bytes, collection: Collection | None, schema: Schema) 
     """
     names = list(schema)
     if collection is not None:
-        names = [collection.name] if is_wrapped(collection, parse_object(data, "it")) else []
+        names = [collection] if is_wrapped(collection, key, parse_object(data, "it")) else []
     with tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder:
         source, target = Path(folder, "source"), Path(folder, "target")
         async with aiofiles.open(source, "wb") as file:

@@ -444,7 +444,11 @@ class StoreLoader:
                     "--recover-from file` (all commits since the last compaction are then lost, too)"
                 )
             state.replaced.add(name)
-        return FileState(digest, first, ours=False, collection=self._files.names[name])
+        collection = self._files.names[name]
+        key = known[-1].key if known else ""
+        if collection is not None and collection in self._schema:
+            key = self._schema[collection].key
+        return FileState(digest, first, ours=False, collection=collection, key=key)
 
     async def _parse_file(self, name: str, file: DataFile, state: StoreState) -> bool:
         """Parse a data file into its sections; returns whether it wraps its collection."""
@@ -471,17 +475,14 @@ class StoreLoader:
             await self._parse_sections(name, data, state)
         elif await _load_lines(section, data, 2, trusted=trusted) + 2 != len(data):
             raise OtherLayout
-        if not trusted and (
-            collection in section.entities  # perhaps it is wrapped
-            or (wrapped and not self._is_wrapper(collection, section.entities))
-        ):
-            raise OtherLayout
+        found = section.entities.get(collection)
+        if found is not None and not (trusted and type(found) is bytes):
+            raise OtherLayout  # perhaps it wraps the entities
+        if wrapped and not trusted:
+            key = state.content[name].key
+            if has_key(key, collection, section.entities):
+                raise OtherLayout  # it is an entity
         return wrapped
-
-    def _is_wrapper(self, collection: str, members: Mapping[str, StoredEntity]) -> bool:
-        """Whether a member with the name of a collection wraps its entities, and is not an entity."""
-        declared = collection in self._schema
-        return declared and not has_key(self._schema[collection], collection, members)
 
     async def _parse_sections(self, name: str, data: bytes, state: StoreState) -> None:
         """Parse sections that have one entity per line."""
@@ -511,14 +512,14 @@ class StoreLoader:
     async def _parse_other_layout(self, name: str, data: bytes, state: StoreState) -> bool:
         """Parse a file in another layout."""
         collection = self._files.names[name]
-        if len(data) > _LARGE_FILE and (collection is None or collection in self._schema):
+        if len(data) > _LARGE_FILE:
             from hf_async_store.strategies.json.normalize_layout import rewritten
 
             # If the child process, or disk space for its files, is not available, the parsing below
             # blocks the event loop.
             with suppress(OtherLayout, OSError):
-                declared = None if collection is None else self._schema[collection]
-                lines = await rewritten(data, declared, self._schema)
+                key = state.content[name].key
+                lines = await rewritten(data, collection, key, self._schema)
                 return await self._parse_file_lines(name, lines, state)
         return await self._parse_object_members(name, data, state)
 
@@ -539,7 +540,8 @@ class StoreLoader:
         if seen & members.keys():
             raise OtherLayout
         collection = self._files.names[name]
-        if collection is not None and not seen and not self._is_wrapped(name, members, state):
+        key = state.content[name].key
+        if collection is not None and not seen and not is_wrapped(collection, key, members):
             state.sections.setdefault(collection, self.section(collection)).entities.update(
                 stored_entities(members, trusted=trusted)
             )
@@ -550,30 +552,24 @@ class StoreLoader:
                 state.sections[each].entities.update(stored_entities(entities, trusted=trusted))
             else:
                 if not trusted:
-                    self._refuse_mixed(name, each, raw)
+                    self._refuse_mixed(name, key, each, raw)
                 state.extras.setdefault(name, {})[each] = bytes(raw)
         return collection is not None
 
-    def _is_wrapped(self, name: str, members: Mapping[str, msgspec.Raw], state: StoreState) -> bool:
-        collection = self._files.names[name]
-        if collection is None or collection not in self._schema:
-            return state.content[name].wrapped  # by the process that declares the collection
-        return is_wrapped(self._schema[collection], members)
-
-    def _refuse_mixed(self, name: str, member: str, raw: msgspec.Raw) -> None:
+    def _refuse_mixed(self, name: str, key: str, member: str, raw: msgspec.Raw) -> None:
         """Check that no entity is beside the member that wraps the collection.
 
         Raises:
             CorruptionError: it is an entity. In either layout, some entities would be missing.
         """
         collection = self._files.names[name]
-        if collection is None or collection not in self._schema:
+        if collection is None:
             return
         try:
             members = parse_object(raw, member)
         except CorruptionError:
             return  # an undeclared section of another form
-        if has_key(self._schema[collection], member, members):
+        if has_key(key, member, members):
             raise CorruptionError(
                 f"{self._files.path(name)} mixes two layouts: it has entities in its member "
                 f"{collection!r}, and the entity {member!r} beside it. Nothing was changed. Move all "

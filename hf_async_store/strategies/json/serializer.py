@@ -427,22 +427,22 @@ def refuse_duplicates(data: bytes, parsed: Mapping[str, msgspec.Raw], what: str)
         raise CorruptionError(f"{what}: a name occurs twice. {_FILE_REMEDY}")
 
 
-def is_wrapped(collection: Collection, members: Mapping[str, msgspec.Raw]) -> bool:
-    """Whether the file of one collection has its entities in a member with the name of the collection;
-    otherwise they are the members of the file.
+def is_wrapped(collection: str, key: str, members: Mapping[str, msgspec.Raw]) -> bool:
+    """Whether the file of one collection, which has this key field, contains its entities in a member
+    with the name of the collection; otherwise they are the members of the file.
 
     A member with that name is an entity if its key field contains the name.
     """
     try:
-        inner = parse_object(members[collection.name], collection.name)
+        inner = parse_object(members[collection], collection)
     except (KeyError, CorruptionError):
         return False
-    return not has_key(collection, collection.name, inner)
+    return not has_key(key, collection, inner)
 
 
-def has_key(collection: Collection, entity_id: str, members: Mapping[str, StoredEntity]) -> bool:
+def has_key(key: str, entity_id: str, members: Mapping[str, StoredEntity]) -> bool:
     """Whether the key field of an entity with these members contains the id."""
     try:
-        return bool(msgspec.json.decode(members[collection.key]) == entity_id)
+        return bool(msgspec.json.decode(members[key]) == entity_id)
     except (KeyError, *UNREADABLE):
         return False
