@@ -42,7 +42,11 @@ async def rewritten(data: bytes, collection: str | None, key: str, schema: Schem
     """
     names = list(schema)
     if collection is not None:
-        names = [collection] if is_wrapped(collection, key, parse_object(data, "it")) else []
+        try:
+            members = parse_object(data, "it")
+        except CorruptionError as exc:
+            raise OtherLayout from exc  # the caller reports it, with the name of the file
+        names = [collection] if is_wrapped(collection, key, members) else []
     with tempfile.TemporaryDirectory(prefix="hf-async-store-") as folder:
         source, target = Path(folder, "source"), Path(folder, "target")
         async with aiofiles.open(source, "wb") as file:
