@@ -415,6 +415,38 @@ async def test_a_file_that_mixes_two_layouts_is_refused(tmp_path: Path, order: s
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"machines":{"a":{"machine_id":"a"}},"b":{"status":"x"}}',
+        '{\n"machines":{\n"a":{"machine_id":"a"}\n},\n"b":{"status":"x"}\n}\n',
+    ],
+)
+async def test_an_entity_without_its_key_beside_wrapped_ones_is_refused(
+    tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "machines.json"
+    path.write_text(text)
+    async with _relaxed(tmp_path) as store:
+        with pytest.raises(CorruptionError, match="entity 'b' beside it"):
+            await store.count_entities("machines")
+    assert path.read_text() == text
+
+
+async def test_an_error_in_a_large_file_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_async_store.strategies.json import recovery
+
+    monkeypatch.setattr(recovery, "_LARGE_FILE", 10)
+    path = _wrapped(tmp_path)
+    path.write_text(path.read_text()[:-1])
+    async with _relaxed(tmp_path) as store:
+        with pytest.raises(CorruptionError) as caught:
+            await store.count_entities("machines")
+        assert str(path) in str(caught.value)
+
+
 @both_layouts
 async def test_unchanged_entities_keep_their_form(tmp_path: Path, layout: str) -> None:
     """Other programs can parse `+00:00`."""

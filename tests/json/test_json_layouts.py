@@ -434,6 +434,16 @@ async def test_by_url(data: Path) -> None:
         (b'{"machines":{"machine_id":{"machine_id":"machine_id"}}}', ["machine_id"], True),
         (b'{"machines":{"machines":{"machine_id":"machines"}}}', ["machines"], True),
         (b'{\n"machines":{\n"machine_id":"machines"\n}\n}\n', ["machines"], False),
+        (
+            b'{\n"machines":{\n"machine_id":"machines"\n},\n"b":{\n"machine_id":"b"\n}\n}\n',
+            ["b", "machines"],
+            False,
+        ),
+        (
+            b'{\n"machines":{\n"machine_id":"machines"\n},\n"b":{"machine_id":"b"}\n}\n',
+            ["b", "machines"],
+            False,
+        ),
         (b'{\n"machines":{\n"a":{"machine_id":"a"}\n}\n}\n', ["a"], True),
     ],
 )

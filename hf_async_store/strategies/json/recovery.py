@@ -478,10 +478,6 @@ class StoreLoader:
         found = section.entities.get(collection)
         if found is not None and not (trusted and type(found) is bytes):
             raise OtherLayout  # perhaps it wraps the entities
-        if wrapped and not trusted:
-            key = state.content[name].key
-            if has_key(key, collection, section.entities):
-                raise OtherLayout  # it is an entity
         return wrapped
 
     async def _parse_sections(self, name: str, data: bytes, state: StoreState) -> None:
@@ -489,6 +485,7 @@ class StoreLoader:
         trusted = state.content[name].ours
         collections = self.collections_of(name, state)
         position = 2
+        key = state.content[name].key
         seen: set[str] = set()
         while position + 2 != len(data):
             end = data.find(b"\n", position)
@@ -499,9 +496,10 @@ class StoreLoader:
             if section_name in seen:
                 raise OtherLayout
             seen.add(section_name)
-            position = await _load_lines(
-                state.sections[section_name], data, end + 1, trusted=trusted
-            )
+            section = state.sections[section_name]
+            position = await _load_lines(section, data, end + 1, trusted=trusted)
+            if key and not trusted and has_key(key, section_name, section.entities):
+                raise OtherLayout  # it is an entity, and no section
             last = position + 4 == len(data)
             if data[position : position + 3] != (b"}\n}" if last else b"},\n"):
                 raise OtherLayout
@@ -569,7 +567,8 @@ class StoreLoader:
             members = parse_object(raw, member)
         except CorruptionError:
             return  # an undeclared section of another form
-        if has_key(key, member, members):
+        declared = self._schema[collection].fields if collection in self._schema else {}
+        if has_key(key, member, members) or members.keys() & declared.keys():
             raise CorruptionError(
                 f"{self._files.path(name)} mixes two layouts: it has entities in its member "
                 f"{collection!r}, and the entity {member!r} beside it. Nothing was changed. Move all "
