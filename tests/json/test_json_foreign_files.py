@@ -7,7 +7,9 @@ import errno
 import gzip
 import json
 import struct
+import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import compressobj, crc32
@@ -529,6 +531,61 @@ async def test_a_commit_succeeds_if_the_files_cannot_be_updated(
         assert (await store.health())["problems"] == []
         assert b'"name":"e"' in path.read_bytes()
         assert len(journals(tmp_path)) == 1
+
+
+async def _large(store: Any) -> None:
+    """Save so much that the data files are not compacted whenever the store is idle."""
+    await store.save_entities(
+        T, [{"template_id": f"t-{each}", "name": "a" * 999} for each in range(1500)]
+    )
+
+
+async def _soon(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+async def test_a_failed_update_of_the_files_is_repeated(tmp_path: Path) -> None:
+    def full(call: Call, size: int) -> int:
+        if call.name == "fdatasync" and call.path.endswith(".tmp"):
+            raise OSError(errno.ENOSPC, "no room for a data file")
+        return WHOLE
+
+    path = tmp_path / SINGLE
+    async with open_json(tmp_path, update_files="after each commit") as store:
+        await _large(store)
+        with FileCalls(tmp_path, full):
+            await store.update_entity(T, "t-7", {"name": "x"})
+            failures = store._json.compactor._failures
+            await _soon(lambda: store._json.compactor._failures > failures)
+        assert b'"name":"x"' not in path.read_bytes()
+        await _soon(lambda: b'"name":"x"' in path.read_bytes())
+        await _soon(lambda: len(journals(tmp_path)) == 1)
+        assert (await store.health())["problems"] == []
+
+
+@pytest.mark.parametrize("moment", ["pwrite", "fdatasync"])
+async def test_a_cancelled_update_of_the_files_is_repeated(tmp_path: Path, moment: str) -> None:
+    path = tmp_path / SINGLE
+    async with open_json(tmp_path, update_files="after each commit") as store:
+        await _large(store)
+        loop = asyncio.get_running_loop()
+        commit = asyncio.create_task(store.update_entity(T, "t-7", {"name": "x"}))
+
+        def cancel(call: Call, size: int) -> int:
+            suffix = ".tmp" if moment == "fdatasync" else ""
+            if call.name == moment and call.path.endswith(suffix):
+                loop.call_soon_threadsafe(commit.cancel)
+                time.sleep(0.1)
+            return WHOLE
+
+        with FileCalls(tmp_path, cancel), pytest.raises(asyncio.CancelledError):
+            await commit
+        assert (await store.get_entity(T, "t-7") or {})["name"] == "x"
+        await _soon(lambda: b'"name":"x"' in path.read_bytes())
+        await _soon(lambda: len(journals(tmp_path)) == 1)
+        assert not temporary(tmp_path)
 
 
 async def test_a_file_that_is_replaced_while_a_commit_updates_it_is_not_overwritten(

@@ -90,6 +90,7 @@ class Compactor:
         writing: Callable[[], AbstractAsyncContextManager[StoreState]],
     ) -> None:
         self._config = config
+        self._after_each_commit = config.update_files == "after each commit"
         self._files = files
         self._follower = follower
         self._journal = journal
@@ -107,15 +108,19 @@ class Compactor:
     # -- when --------------------------------------------------------------------------------
 
     def consider(self) -> None:
-        """Called after a commit: compact now, when the store is idle, or later."""
+        """Called after a commit, even a failed one: compact now, when the store is idle, or later."""
         self._last_commit = time.monotonic()
         state = self._follower.state
         if self._task is not None or state is None:
             return
         if self._is_large(state) and self._seconds_to_wait() <= 0:
             self._start()
-        elif self._timer is None and (self._is_small(state) or self._is_large(state)):
+        elif self._timer is None and self._is_wanted_when_idle(state):
             self._schedule(_IDLE_SECONDS)
+
+    def _is_wanted_when_idle(self, state: StoreState) -> bool:
+        wanted = self._after_each_commit or self._is_small(state) or self._is_large(state)
+        return wanted and bool(state.pending)
 
     def _schedule(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._on_idle)
@@ -147,6 +152,8 @@ class Compactor:
         finally:
             self._task = None
             self._last_end = time.monotonic()
+        if self._after_each_commit:
+            self.consider()  # it may have failed, or may not contain a commit that failed meanwhile
 
     async def checkpoint(self) -> None:
         """Write everything that was committed until now to the data files.
@@ -174,11 +181,11 @@ class Compactor:
 
     async def close(self) -> None:
         """Wait for a running compaction: if it were cancelled, its work would be lost."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._task is not None:
-            await asyncio.wait([self._task])
 
     def release(self) -> None:
         self._lock.close()
@@ -249,7 +256,8 @@ class Compactor:
         """Write all commits to the data files before the last one is acknowledged. The write lock is
         held.
 
-        If this fails, nothing is lost, and `health` reports it: the journal contains every commit.
+        If this fails, nothing is lost, and `health` reports it: the journal contains every commit. The
+        caller then calls `consider`, by which it is repeated.
         """
         try:
             while contents := await self._begin(state):
@@ -257,8 +265,8 @@ class Compactor:
             self.failure, self._failures = None, 0
         except StorageError as exc:
             self._record_failure(exc)
+            self._last_end = time.monotonic()
             log.warning("a commit could not be written to the data files", exc_info=True)
-            self.consider()
 
     async def renew(self, state: StoreState) -> None:
         """Write all data files again, since a sync of the journal failed. The write lock is held.

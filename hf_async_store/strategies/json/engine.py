@@ -234,10 +234,12 @@ class JSONEngine(Engine):
         """
         if not any(images.values()):
             return
-        await self.journal.append_commit(state, images)
-        if self.config.update_files == "after each commit":
-            await self.compactor.update_files(state)
-        else:
+        try:
+            await self.journal.append_commit(state, images)
+            if self.config.update_files == "after each commit":
+                await self.compactor.update_files(state)
+        finally:
+            # Also after a failure, or a cancellation: the record may have been written.
             self.compactor.consider()
 
     # -- lifecycle ---------------------------------------------------------------------------
