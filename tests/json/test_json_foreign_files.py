@@ -588,6 +588,25 @@ async def test_a_cancelled_update_of_the_files_is_repeated(tmp_path: Path, momen
         assert not temporary(tmp_path)
 
 
+async def test_health_while_commits_update_the_files(tmp_path: Path) -> None:
+    """An update that is not complete yet is no problem, in any process."""
+
+    async def saves(store: Any) -> None:
+        for number in range(30):
+            await store.save_entity(T, {"template_id": "u", "name": str(number)})
+
+    async with (
+        open_json(tmp_path, update_files="after each commit") as store,
+        open_json(tmp_path) as other,
+    ):
+        await _large(store)
+        saving = asyncio.create_task(saves(store))
+        while not saving.done():
+            for each in (store, other):
+                assert (await each.health())["problems"] == []
+        await saving
+
+
 async def test_a_file_that_is_replaced_while_a_commit_updates_it_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

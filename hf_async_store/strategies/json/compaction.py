@@ -300,7 +300,7 @@ class Compactor:
         return any(each < state.generation for each in self._files.journals())
 
     def is_stuck(self, state: StoreState) -> bool:
-        """Whether a compaction was not completed, and none is running now."""
+        """Whether a compaction was not completed, and none is running now. The write lock is held."""
         if self._running.locked() or not self.is_behind(state):
             return False
         try:

@@ -298,8 +298,11 @@ class JSONEngine(Engine):
                 "may not be on the disk. The next write, or `hf-async-store checkpoint`, writes all "
                 "data files again"
             )
-        problems += self._compaction_problems(state)
-        problems += await self._lock_problems()
+        if self.compactor.failure is not None:
+            problems.append(
+                f"the journal could not be compacted into the data files: {self.compactor.failure}"
+            )
+        problems += await self._lock_problems(state)
         problems += await self._entity_problems(state)
         return {
             "folder": str(self.files.folder.absolute()),
@@ -315,27 +318,21 @@ class JSONEngine(Engine):
             "problems": problems,
         }
 
-    def _compaction_problems(self, state: StoreState) -> list[Value]:
-        """Failed or unfinished compactions."""
-        if self.compactor.failure is not None:
-            return [
-                f"the journal could not be compacted into the data files: {self.compactor.failure}"
-            ]
-        if self.compactor.is_stuck(state):
-            return [
-                f"an earlier compaction in {self.files.folder} was not completed; "
-                "`hf-async-store checkpoint` completes it, or reports why it cannot"
-            ]
-        return []
-
-    async def _lock_problems(self) -> list[Value]:
-        """Whether the write lock can be acquired. The process that holds it may be suspended."""
+    async def _lock_problems(self, state: StoreState) -> list[Value]:
+        """Whether the write lock can be acquired, and whether a compaction was not completed. The
+        process that holds the lock may be suspended."""
         if not self.files.exists():
             return []  # no lock file is created for this check
         seconds = min(self.config.lock_timeout, _HEALTH_LOCK_SECONDS)
         try:
+            # Under the lock no commit, of any process, is updating the files.
             async with self.locks.exclusive(seconds):
-                return []
+                if self.compactor.failure is not None or not self.compactor.is_stuck(state):
+                    return []
+                return [
+                    f"an earlier compaction in {self.files.folder} was not completed; "
+                    "`hf-async-store checkpoint` completes it, or reports why it cannot"
+                ]
         except LockTimeoutError:
             return [
                 f"no write could begin within {seconds:g} s: another process, or a transaction of "
