@@ -571,7 +571,12 @@ async def test_a_cancelled_update_of_the_files_is_repeated(tmp_path: Path, momen
     async with open_json(tmp_path, update_files="after each commit") as store:
         await _large(store)
         loop = asyncio.get_running_loop()
-        commit = asyncio.create_task(store.update_entity(T, "t-7", {"name": "x"}))
+
+        async def transaction() -> None:
+            async with store.begin_transaction() as tx:
+                await tx.update_entity(T, "t-7", {"name": "x"})
+
+        commit = asyncio.create_task(transaction())
 
         def cancel(call: Call, size: int) -> int:
             suffix = ".tmp" if moment == "fdatasync" else ""
