@@ -612,6 +612,19 @@ async def test_health_while_commits_update_the_files(tmp_path: Path) -> None:
         await saving
 
 
+@both_layouts
+async def test_a_commit_that_updates_the_files_removes_old_temporary_files(
+    tmp_path: Path, layout: str
+) -> None:
+    name = SINGLE if layout == "single_file" else "templates.json"
+    async with open_json(tmp_path, layout, update_files="after each commit") as store:
+        await store.save_entity(T, {"template_id": "t"})
+        left = tmp_path / f".{name}.0123abcd.tmp"
+        left.write_bytes(b"of a process that was killed")
+        await store.save_entity(T, {"template_id": "t"})
+        assert not left.exists()
+
+
 async def test_a_file_that_is_replaced_while_a_commit_updates_it_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,7 @@ class Compactor:
         caller then calls `consider`, by which it is repeated.
         """
         try:
+            self._clean()
             while contents := await self._begin(state):
                 await self._write_and_replace(contents, state)
             self.failure, self._failures = None, 0
@@ -267,6 +268,14 @@ class Compactor:
             self._record_failure(exc)
             self._last_end = time.monotonic()
             log.warning("a commit could not be written to the data files", exc_info=True)
+
+    def _clean(self) -> None:
+        """Remove temporary files of processes that died, unless a compaction is writing some."""
+        if self._lock.held is None and self._lock.try_lock(exclusive=True):
+            try:
+                self._files.clean()
+            finally:
+                self._lock.unlock()
 
     async def renew(self, state: StoreState) -> None:
         """Write all data files again, since a sync of the journal failed. The write lock is held.
