@@ -625,6 +625,68 @@ async def test_a_commit_that_updates_the_files_removes_old_temporary_files(
         assert not left.exists()
 
 
+async def test_a_commit_that_updates_the_files_is_cancelled_at_each_step(tmp_path: Path) -> None:
+    """Afterwards it is complete or without effect, and nothing is left behind."""
+    loop = asyncio.get_running_loop()
+    path = tmp_path / "templates.json"
+    async with open_json(tmp_path, "split_files", update_files="after each commit") as store:
+        await store.save_entity(T, {"template_id": "t"})
+        store._json.compactor.consider = lambda: None  # type: ignore[method-assign]
+
+        async def transaction(name: str) -> None:
+            async with store.begin_transaction() as tx:
+                await tx.update_entity(T, "t", {"name": name})
+                await tx.save_entity("machines", {"machine_id": "m", "name": name})
+
+        step, calls, outcomes = 0, None, set()
+        while calls is None or calls.count >= step:
+            commit = asyncio.create_task(transaction(str(step)))
+
+            def cancel(call: Call, size: int, number: int = step, task: Any = commit) -> int:
+                if call.number == number:
+                    loop.call_soon_threadsafe(task.cancel)
+                    time.sleep(0.01)
+                return WHOLE
+
+            with FileCalls(tmp_path, cancel) as calls:
+                await asyncio.wait([commit])
+            now = (await store.get_entity(T, "t") or {}).get("name")
+            assert (await store.get_entity("machines", "m") or {}).get("name") == now
+            outcomes.add((commit.cancelled(), now == str(step)))
+            assert commit.cancelled() or now == str(step)
+            assert not temporary(tmp_path)
+            await store.checkpoint()
+            assert parsed(path)["t"].get("name") == now
+            assert (await store.health())["problems"] == []
+            step += 1
+        assert step > 15
+        assert (True, True) in outcomes, "one was cancelled after its record was written"
+
+
+async def test_a_checkpoint_ends_if_commits_update_the_files_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        open_json(tmp_path, lock_timeout=1) as store,
+        open_json(tmp_path, update_files="after each commit") as other,
+    ):
+        await store.save_entity(T, {"template_id": "t", "name": "a"})
+        real = store._json.compactor._write
+
+        async def write(*args: Any) -> Any:
+            written = await real(*args)
+            await other.save_entity(T, {"template_id": "u"})
+            await store.save_entity(T, {"template_id": "v"})
+            return written
+
+        monkeypatch.setattr(store._json.compactor, "_write", write)
+        try:
+            await store.checkpoint()
+        finally:
+            monkeypatch.undo()
+        assert '"name":"a"' in (tmp_path / SINGLE).read_text()
+
+
 async def test_a_file_that_is_replaced_while_a_commit_updates_it_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

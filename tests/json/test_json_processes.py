@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.json.support import (
     both_layouts,
     data_files,
     journals,
+    never_folds,
     one_layout,
     open_json,
     parsed,
@@ -101,6 +103,66 @@ async def test_75_three_processes_open_a_new_store_at_once(tmp_path: Path, layou
         )
         assert results == [[1, 1, 1]] * 3
         assert len((await reopened(folder, layout))["machines"]) == 9
+
+
+async def test_the_last_of_two_overlapping_closes_updates_the_files(tmp_path: Path) -> None:
+    """A process that opens the store while the last one closes it compacts its own commits."""
+    settings: dict[str, Any] = {"update_files": "at close"}
+    store = await open_json(tmp_path, "single_file", **settings).open()
+    never_folds(store)
+    rows = [{"template_id": f"t-{each}", "name": "a" * 9999} for each in range(200)]
+    await store.save_entities("templates", rows)
+    compactor = store._json.compactor
+    real = compactor._write
+    writing, go_on = asyncio.Event(), asyncio.Event()
+
+    async def write(*args: Any) -> Any:
+        writing.set()
+        await go_on.wait()
+        return await real(*args)
+
+    compactor._write = write  # type: ignore[method-assign]
+    closing = asyncio.create_task(store.close())
+    await writing.wait()
+    async with Member(
+        "saver", tmp_path, "single_file", name="m", times=3, settings=settings
+    ) as other:
+        other.say()
+        while b'"m-2"' not in journals(tmp_path)[-1].read_bytes():
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
+        go_on.set()
+        assert await other.result() == [1, 1, 1]
+    await closing
+    [path] = data_files(tmp_path)
+    assert parsed(path)["machines"].keys() == {"m-0", "m-1", "m-2"}
+
+
+async def test_processes_whose_commits_update_the_files(tmp_path: Path) -> None:
+    """Also beside a process that compacts by itself, and a reader."""
+    settings: dict[str, Any] = {"update_files": "after each commit"}
+    names = ["a", "b", "c"]
+    writers = [
+        Member("pairs", tmp_path, "split_files", name="a", times=25, settings=settings),
+        Member("pairs", tmp_path, "split_files", name="b", times=25, settings=settings),
+        Member("pairs", tmp_path, "split_files", name="c", times=25),
+    ]
+    reader = Member("watcher", tmp_path, "split_files", names=names, pause=0.001)
+    async with AsyncExitStack() as stack:
+        everybody = await asyncio.gather(*map(stack.enter_async_context, [reader, *writers]))
+        for each in everybody:
+            each.say()
+        assert [await each.result() for each in writers] == [25, 25, 25]
+        async with open_json(tmp_path, "split_files", **settings) as store:
+            await store.save_entity("templates", {"template_id": "last"})
+            for name in ("templates", "machines"):
+                content = parsed(tmp_path / f"{name}.json")
+                assert [content[each]["name"] for each in names] == ["25"] * 3
+            assert not temporary(tmp_path)
+            assert len(journals(tmp_path)) == 1
+        reader.say("stop")
+        found = await reader.result()
+        assert [found[each] for each in names] == [25, 25, 25]
 
 
 @one_layout

@@ -175,8 +175,11 @@ class Compactor:
         """Compact, if it is configured, or the files are small or the journal is large. Called in the
         last process that closes the store."""
         state = await self._follower.current()
-        wanted = self._config.update_files != "when needed"
-        if state.pending and (wanted or self._is_small(state) or self._is_large(state)):
+        if not state.pending:
+            return
+        if self._config.update_files != "when needed":
+            await self.checkpoint()
+        elif self._is_small(state) or self._is_large(state):
             await self.compact()
 
     async def close(self) -> None:
@@ -244,9 +247,11 @@ class Compactor:
             written = await self._write(contents, state, generation)
             try:
                 async with self._writing() as current:
-                    if current is not state or state.generation != generation:
+                    if current is state and state.generation == generation:
+                        await run_to_completion(self._replace(written, state))
+                    elif current.replaced or not _contain(current, generation):
                         return False
-                    await run_to_completion(self._replace(written, state))
+                    # Otherwise another process has written the files meanwhile.
             finally:
                 _unlink(path for path, _ in written.values())
             if not resuming:
@@ -433,6 +438,11 @@ async def _encode_lines(entities: Mapping[str, StoredEntity]) -> AsyncGenerator[
         lines = {each: raw if type(raw) is bytes else compact(raw) for each, raw in chunk}
         yield section_lines(lines) + (b",\n" if remaining else b"\n")
         await asyncio.sleep(0)
+
+
+def _contain(state: StoreState, generation: int) -> bool:
+    """Whether the data files contain everything before this generation."""
+    return all(each.covers >= generation for each in state.content.values())
 
 
 def _unlink(paths: Iterable[Path]) -> None:

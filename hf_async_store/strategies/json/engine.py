@@ -382,7 +382,8 @@ class JSONEngine(Engine):
     async def _compact_if_last(self) -> None:
         """Compact, if no other process has the store open: the data files then contain everything."""
         try:
-            if self.follower.is_last():
+            waits = self.config.update_files == "at close"
+            if await self.follower.is_last(self.config.lock_timeout if waits else 0):
                 await self.compactor.at_close()
         except (PermissionDeniedError, ReadOnlyStoreError):
             pass  # a process that may write here compacts the journal

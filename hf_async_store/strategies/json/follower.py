@@ -17,6 +17,7 @@ from typing import Final
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
     CorruptionError,
+    LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyStoreError,
     StorageError,
@@ -47,6 +48,9 @@ from hf_async_store.strategies.json.store_state import StoreState
 
 _FILE_CHECK_SECONDS: Final = 0.05
 """How often reads check whether a data file was replaced manually. Writes always check."""
+
+_POLL_SECONDS: Final = 0.01
+"""The pause between two attempts to lock the registry at close."""
 
 _TRIES: Final = 3
 """How often a reader tries without the lock before it acquires the read lock."""
@@ -99,11 +103,33 @@ class Follower:
                 if creating or self._files.exists():
                     self.registry.try_lock(exclusive=False)
 
-    def is_last(self) -> bool:
-        """Whether no other process has the store open. Afterwards no other one can open it."""
-        self.register()  # an earlier attempt may have met another process that was closing the store
+    async def is_last(self, patience: float) -> bool:
+        """Whether no other process has the store open. Afterwards no other one can register.
+
+        Args:
+            patience: how many seconds to wait for another process that is closing the store.
+
+        Raises:
+            LockTimeoutError: it did not end in this time.
+            PermissionDeniedError, ReadOnlyStoreError: no lock file can be created here, so no process
+                can write here, either.
+        """
+        deadline = time.monotonic() + patience
+        while self.registry.held is None and self._files.exists():
+            # An earlier attempt may have met a process that was closing the store. It may not have
+            # seen the last commits of this one.
+            if self.registry.try_lock(exclusive=False):
+                break
+            if time.monotonic() >= deadline:
+                if not patience:
+                    return False
+                raise LockTimeoutError(
+                    f"another process did not close the store in {self._files.folder} within "
+                    f"{patience:g} s"
+                )
+            await asyncio.sleep(_POLL_SECONDS)
         if self.registry.held is None:
-            return False  # no lock file can be created here, so no process can write here, either
+            return False
         self.registry.unlock()
         return self.registry.try_lock(exclusive=True)
 
