@@ -26,6 +26,7 @@ from hf_async_store.errors import (
     DataFileConflictError,
     StorageError,
 )
+from hf_async_store.strategies.json.journal import Seal, control, record
 from tests.json.support import (
     SINGLE,
     Stored,
@@ -680,6 +681,32 @@ async def test_a_gap_offers_to_keep_the_commits_before_it(tmp_path: Path, layout
             await store.get_entity("templates", "t")
         await store.checkpoint(recover_from="salvage")
         assert (await store.get_entity("templates", "t") or {})["name"] == "chain 0"
+
+
+@both_layouts
+async def test_commits_after_a_gap_are_never_applied(tmp_path: Path, layout: str) -> None:
+    """Even if an older journal, whose commits the data files contain, is before the gap."""
+    async with _another_store(tmp_path, layout) as store:
+        await store.save_entity("templates", {"template_id": "t", "name": "a"})
+        [old] = journals(tmp_path)
+        content = old.read_bytes()
+        await store.checkpoint()
+        await store.save_entity("templates", {"template_id": "t", "name": "b"})
+        async with store._json.writing() as state:
+            await store._json.journal.start_generation(state)
+        await store.save_entity("templates", {"template_id": "t", "name": "c"})
+    missing, newest = journals(tmp_path)
+    missing.unlink()
+    old.write_bytes(content + record(*control(Seal(2)), 2))
+    async with _another_store_with_commits(tmp_path, layout) as store:
+        with pytest.raises(CorruptionError, match="generation 2 is missing") as caught:
+            await store.get_entity("templates", "t")
+        assert "--recover-from file" in str(caught.value)
+        assert "salvage" not in str(caught.value)
+        await store.checkpoint(recover_from="salvage")
+        assert (await store.get_entity("templates", "t") or {})["name"] == "a"
+    [kept] = tmp_path.glob("*.damaged.*")
+    assert kept.name[-8:] == newest.name[-8:]
 
 
 # -- in the middle of things ------------------------------------------------------------------

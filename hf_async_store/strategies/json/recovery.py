@@ -85,7 +85,7 @@ class JournalMissing(Exception):  # noqa: N818  # never leaves the strategy
     and the caller retries.
 
     Attributes:
-        remains: there is a journal before the missing one.
+        remains: a journal before the missing one contains commits that are not in the data files.
     """
 
     def __init__(self, what: str, *, remains: bool = False) -> None:
@@ -210,11 +210,12 @@ class StoreLoader:
         journals: list[_Journal] = []
         generations = self._files.journals()
         for generation in reversed(generations):
-            complete = not journals or generation + 1 == journals[-1].generation
-            if not complete and not salvage:
-                raise JournalMissing(f"generation {generation + 1} is missing", remains=True)
+            if journals and generation + 1 < journals[-1].generation and not salvage:
+                known = journals[-1].named[0].values()
+                needed = any(each.covers <= generation for each in known)
+                raise JournalMissing(f"generation {generation + 1} is missing", remains=needed)
             journal = await self._open_journal(state, generation, salvage, keep=not journals)
-            journals.append(journal._replace(complete=journal.complete and complete))
+            journals.append(journal)
             if journal.alone:
                 break
         journals.reverse()
@@ -309,14 +310,18 @@ class StoreLoader:
     ) -> None:
         newest = state.generation
         covers = min((each.covers for each in state.content.values()), default=0)
+        expected = covers
         try:
             for number, journal in enumerate(journals):
                 state.generation = journal.generation
-                complete = await self._replay(state, journal, recover_from)
+                complete = expected >= journal.generation and await self._replay(
+                    state, journal, recover_from
+                )
                 if covers <= journal.generation and not complete:
                     # Later commits may depend on the commits that were lost.
                     state.unread = [each.generation for each in journals[number:]]
                     break
+                expected = max(expected, journal.generation + 1)
         finally:
             state.generation = newest
 
