@@ -23,6 +23,7 @@ from hf_async_store.schema import Schema
 from hf_async_store.strategies.json import JSONSerializer
 from hf_async_store.strategies.json import collection_table as section_module
 from hf_async_store.strategies.json.collection_table import CollectionTable
+from hf_async_store.strategies.json.compaction import _encode_lines
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
     Entry,
@@ -40,6 +41,7 @@ from hf_async_store.strategies.json.journal import (
 )
 from hf_async_store.strategies.json.recovery import parse_commit
 from hf_async_store.strategies.json.serializer import (
+    CHUNK_BYTES,
     OtherLayout,
     StoredEntity,
     compact,
@@ -320,6 +322,15 @@ def test_foreign_json_is_adopted_as_it_parses(
     assert same(SERIALIZER.decode(adopted), normalise({"version": version, **found}))
     assert SERIALIZER.normalize(THINGS, entity_id, msgspec.Raw(adopted)) == adopted
     assert SERIALIZER.version(THINGS, entity_id, adopted) == version
+
+
+async def test_a_compaction_writes_large_foreign_entities_in_small_steps() -> None:
+    given_text = {f"e-{each}": f'{{"name": "{"a" * 50_000}"}}' for each in range(100)}
+    raw = {each: msgspec.Raw(text.encode()) for each, text in given_text.items()}
+    chunks = [each async for each in _encode_lines(raw)]
+    assert max(map(len, chunks)) < CHUNK_BYTES + 60_000
+    found = json.loads(b"{" + b"".join(chunks) + b"}")
+    assert found == {each: json.loads(text) for each, text in given_text.items()}
 
 
 def _adopted(text: str, entity_id: str = "x") -> Entity:

@@ -170,6 +170,15 @@ async def test_a_file_with_invalid_structure_is_refused_completely(
     assert path.read_text() == text
 
 
+async def test_health_keeps_no_second_form_of_entities(tmp_path: Path) -> None:
+    entities = {f"t-{each}": {"template_id": f"t-{each}"} for each in range(300)}
+    put(tmp_path, "single_file", file_of("single_file", json.dumps(entities)))
+    async with open_json(tmp_path) as store:
+        assert (await store.health())["problems"] == []
+        state = await store._json.follower.current()
+        assert not state.sections[T]._normalized
+
+
 # -- duplicates -------------------------------------------------------------------------------
 
 

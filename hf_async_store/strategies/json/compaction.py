@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
@@ -30,6 +29,7 @@ from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FileState, Fold
 from hf_async_store.strategies.json.journal_writer import JournalWriter
 from hf_async_store.strategies.json.serializer import (
+    CHUNK_BYTES,
     StoredEntity,
     compact,
     encode_json,
@@ -56,6 +56,7 @@ _DOUBLINGS: Final = 7
 
 _WAIT_SECONDS: Final = 0.01
 _LINES: Final = 1024
+"""How many entities are encoded in one step, unless they have more than `CHUNK_BYTES`."""
 
 
 class _FileContent(NamedTuple):
@@ -428,16 +429,20 @@ async def _encode_file(content: _FileContent) -> AsyncGenerator[bytes, None]:
 
 
 async def _encode_lines(entities: Mapping[str, StoredEntity]) -> AsyncGenerator[bytes, None]:
-    # Not a list of all pairs: creating that many tuples, and traversing them in the garbage
-    # collector, would block the event loop.
-    items = iter(entities.items())
     remaining = len(entities)
-    while chunk := list(islice(items, _LINES)):
-        remaining -= len(chunk)
+    lines: dict[str, bytes] = {}
+    size = 0
+    for entity_id, raw in entities.items():
         # Entities that other programs wrote, and nobody changed since, keep their form.
-        lines = {each: raw if type(raw) is bytes else compact(raw) for each, raw in chunk}
-        yield section_lines(lines) + (b",\n" if remaining else b"\n")
-        await asyncio.sleep(0)
+        line = raw if type(raw) is bytes else compact(raw)
+        lines[entity_id] = line
+        size += len(line)
+        remaining -= 1
+        if not remaining or len(lines) == _LINES or size > CHUNK_BYTES:
+            yield section_lines(lines) + (b",\n" if remaining else b"\n")
+            lines.clear()
+            size = 0
+            await asyncio.sleep(0)
 
 
 def _contain(state: StoreState, generation: int) -> bool:

@@ -39,7 +39,7 @@ _ESCAPE: Final = re.compile(
 _NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
 _MEMBERS: Final = 512
 CHUNK_BYTES: Final = 1 << 19
-"""How many bytes of a file are parsed in one step: about 1 ms."""
+"""How many bytes of a file are parsed, or written, in one step: about 1 ms."""
 
 _REMEDY: Final = (
     "Correct it in the data file, restore a backup (`hf-async-store restore`), or delete it "
