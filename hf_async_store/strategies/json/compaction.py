@@ -1,10 +1,11 @@
-"""Compaction: the commits in the journal are written to the data files, while commits continue.
+"""Compaction: the commits in the journal are written to the data files.
 
-Under the write lock the journal is sealed and the next generation begins. Everything that was
-committed until then is written to new files without any lock. Under the lock again, a FOLD record
-names the new files, and they are renamed into place. A crash at any step leaves files and journals
-that name each other: the old files and all journals; or the new files and the newer journals; or,
-with split files, some old and some new files.
+Commits continue meanwhile, except with `update_files: after each commit`, and after a failed sync.
+Under the write lock the journal is sealed and the next generation begins. Everything that was committed
+until then is written to new files without any lock. Under the lock again, a FOLD record names the new
+files, and they are renamed into place. A crash at any step leaves files and journals that name each
+other: the old files and all journals; or the new files and the newer journals; or, with split files,
+some old and some new files.
 """
 
 from __future__ import annotations
@@ -286,8 +287,7 @@ class Compactor:
     async def renew(self, state: StoreState) -> None:
         """Write all data files again, since a sync of the journal failed. The write lock is held.
 
-        Unlike in other compactions, no commit can be made meanwhile: none may rely on records that
-        may not be on the disk.
+        No commit can be made meanwhile: none may rely on records that may not be on the disk.
         """
         await self._journal.start_generation(state)
         contents = {name: self._content(name, state) for name in self._files.names}

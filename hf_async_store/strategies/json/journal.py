@@ -61,7 +61,7 @@ class FileState(msgspec.Struct, frozen=True):
     Attributes:
         digest: SHA-256 of the file on disk, hexadecimal; None: there is no file.
         covers: the first generation that the file does not contain.
-        ours: this package wrote it, so its entities are in canonical form.
+        ours: this package wrote it, so an entity that begins with `version` is in canonical form.
         collection: the collection of the file; None for a file of several collections.
         key: the key field of that collection, for processes that do not declare it.
         size, mtime_ns, inode: its signature, if known, by which a replacement is detected without

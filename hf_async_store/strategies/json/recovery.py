@@ -481,7 +481,7 @@ class StoreLoader:
         elif await _load_lines(section, data, 2, trusted=trusted) + 2 != len(data):
             raise OtherLayout
         found = section.entities.get(collection)
-        if found is not None and not (trusted and type(found) is bytes):
+        if found is not None and not (trusted and (wrapped or type(found) is bytes)):
             raise OtherLayout  # perhaps it wraps the entities
         return wrapped
 
@@ -560,7 +560,8 @@ class StoreLoader:
         return collection is not None
 
     def _refuse_mixed(self, name: str, key: str, member: str, raw: msgspec.Raw) -> None:
-        """Check that no entity is beside the member that wraps the collection.
+        """Check that a member beside the one that wraps the collection is not an entity, by its key
+        field or another declared one.
 
         Raises:
             CorruptionError: it is an entity. In either layout, some entities would be missing.

@@ -2,8 +2,9 @@
 
 In memory an entity is the bytes of its JSON, with `version` first. Bytes in that form are canonical:
 this package wrote them from checked values. An entity that another program wrote is stored as
-`msgspec.Raw` until it is first read; then it is checked and converted to the canonical form. Opening a
-file therefore decodes no entity, and no unchecked entity reaches a caller.
+`msgspec.Raw` until it is changed, so that compactions keep its form. When it is first read, it is
+checked, and its canonical form is kept beside it. Opening a file therefore decodes no entity, and no
+unchecked entity reaches a caller.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hf_async_store.schema import Collection, Schema
 from hf_async_store.values import VERSION, Entity, Value, copy_entity, parse_timestamp
 
 StoredEntity: TypeAlias = bytes | msgspec.Raw
-"""An entity in memory: canonical bytes, or a Raw of JSON that was not checked yet."""
+"""An entity in memory: canonical bytes, or a Raw of JSON that another program wrote."""
 
 _PREFIX: Final = b'{"version":'
 UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
