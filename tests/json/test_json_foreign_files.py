@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gzip
+import hashlib
 import json
 import struct
 import time
@@ -25,6 +26,7 @@ from hf_async_store.errors import (
     NewerFormatError,
     StorageError,
 )
+from hf_async_store.strategies.json.journal import FileState, Head, control, record
 from tests.json.support import (
     SINGLE,
     WHOLE,
@@ -409,6 +411,21 @@ async def test_processes_that_do_not_declare_a_collection_find_its_layout_in_an_
     async with _relaxed(tmp_path) as store:
         assert await store.count_entities("machines") == 3
         assert (await store.get_entity("machines", "m-1") or {})["status"] == "by hand"
+
+
+async def test_a_file_that_a_process_took_for_flat_is_recognised(tmp_path: Path) -> None:
+    """The store wrote it, and its journal says that it has one entity, which is in fact the wrapper."""
+    path = _wrapped(tmp_path)
+    path.write_text("{\n" + path.read_text()[1:-1] + "\n}\n")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = FileState(digest, 1, ours=True, collection="machines", key="machine_id")
+    head = record(*control(Head(1, {path.name: content})), 0)
+    (tmp_path / "store.journal.00000001").write_bytes(head)
+    async with _relaxed(tmp_path) as store:
+        assert await store.count_entities("machines") == 3
+        await store.update_entity("machines", "m-0", {"status": "x"})
+        await store.checkpoint()
+    assert parsed(path)["machines"].keys() == {"m-0", "m-1", "m-2"}
 
 
 @pytest.mark.parametrize("order", ["wrapped first", "flat first"])
