@@ -92,7 +92,7 @@ def _read_inputs(arguments: Namespace) -> list[EntityInput]:
     if source is None:
         raise InvalidInputError("there is no input: give the JSON, - for stdin, or --file FILE")
     try:
-        return entities_of(source.encode(errors="surrogateescape"), "the JSON argument")
+        return entities_of(source.encode(errors="surrogatepass"), "the JSON argument")
     except InvalidInputError as exc:
         if not source.lstrip().startswith(("{", "[")):
             raise InvalidInputError(f"{exc}; to read a file, give --file {source[:80]}") from exc

@@ -286,7 +286,8 @@ def _json(encoded: str, word: str) -> Value:
 
 
 def _json_object(encoded: str) -> dict[str, Any]:
-    [(_, entity)] = entities_of(encoded.encode(errors="surrogateescape"), "the JSON argument")
+    # An argument that is not UTF-8 contains surrogates, and is then refused as such.
+    [(_, entity)] = entities_of(encoded.encode(errors="surrogatepass"), "the JSON argument")
     return entity
 
 

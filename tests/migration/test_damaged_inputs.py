@@ -279,6 +279,7 @@ REQUESTS = next(each for each in HOST_FACTORY if each.name == "requests")
 
 @given(st.lists(WORDS, max_size=3), st.booleans())
 @hypothesis_settings(max_examples=SHORT)
+@example(["{\ud800"], False)
 @example(["[" * 5000], False)
 @example(["tags/" + "9" * 5000 + "=1"], False)
 @example(["status:in:=" + "[" * 5000], True)
