@@ -327,11 +327,19 @@ def _check(world: World, write: Write) -> None:
     assert world.applied <= 1, "the write was applied twice"
     if world.state == "applied":
         assert world.applied == 1, "the write succeeded, but was not applied"
+    elif world.state == "unknown":
+        assert world.doubt != "none", "the outcome is known"
     elif world.state in REFUSALS or (world.state == "error" and world.doubt == "none"):
         assert not world.applied, "the write was applied, but reported as refused"
         assert not world.late, "the write is reported as refused, and may be applied later"
         refusals = REFUSALS_OF[write.intent] | ({"conflict"} if write.conditional else set())
         assert world.state in refusals | {"error"}, "another writer must not end this write"
+
+
+@pytest.mark.parametrize("state", sorted((ATTEMPTS | {"read"}) - {"import"}))
+def test_an_item_with_the_token_of_the_write_proves_that_it_was_applied(state: State) -> None:
+    for doubt, intent, whole in product(get_args(Doubt), get_args(Intent), (False, True)):
+        assert next_step(state, doubt, "own", intent, whole).state == "applied"
 
 
 @pytest.mark.parametrize("name", WRITES)
