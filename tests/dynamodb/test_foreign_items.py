@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hf_async_store import BatchError, Collection, ConcurrencyConflictError, CorruptionError, Field
+from tests.dynamodb.proxy import Changed
 from tests.dynamodb.support import new_prefix, store_at
 
 if TYPE_CHECKING:
     from hf_async_store import DynamoDBStorageStrategy
-    from tests.dynamodb.proxy import Proxy
+    from tests.dynamodb.proxy import Fault, Proxy, Request
 
 THINGS: Final = [Collection("things", key="id", fields=[Field("price", "number")])]
 THEIRS: Final[dict[str, Any]] = {
@@ -302,3 +303,26 @@ async def test_an_update_of_another_program_between_read_and_write(proxy: Proxy)
         with pytest.raises(ConcurrencyConflictError):
             await overtaken()
         assert (await _item(store, "theirs"))["price"] == {"N": "2"}
+
+
+async def test_attributes_in_the_response_to_a_put_are_not_taken_for_the_item(proxy: Proxy) -> None:
+    async with store_at(proxy.url, new_prefix(), THINGS) as store:
+        await store.create_entity("things", {"id": "first"})
+        await _put(store, "theirs", version={"N": "7"})
+
+        def rule(request: Request) -> Fault | None:
+            is_put = request.operation == "PutItem"
+            return Changed(lambda body: {**body, "Attributes": {}}) if is_put else None
+
+        proxy.rule = rule
+        assert await store.update_entity("things", "theirs", {"n": 1}) == 8
+
+
+async def test_a_projection_contains_no_path_twice(proxy: Proxy) -> None:
+    """DynamoDB rejects that; fields of a caller may have the names of the store's attributes."""
+    async with store_at(proxy.url, new_prefix(), THINGS) as store:
+        await store.create_entity("things", {"id": "first"})
+        assert len(await store.query_entities("things", fields=["_c", "created_at"])) == 1
+    params = [each.params for each in proxy.requests if each.operation == "Scan"][-1]
+    paths = params["ProjectionExpression"].split(", ")
+    assert len(set(paths)) == len(paths)

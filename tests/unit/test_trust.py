@@ -20,6 +20,7 @@ from hf_async_store import (
     MigrationTool,
     SQLStorageStrategy,
     StorageError,
+    StoreClosedError,
     load_config,
     open_store,
 )
@@ -514,3 +515,12 @@ async def test_a_live_migration_refuses_a_strategy_that_does_not_follow_it(
     migration = LiveMigration("json:a", "json:b", collections=CONTRACT_COLLECTIONS)
     with pytest.raises(MigrationError, match="does not follow live migrations"):
         await migration.__aenter__()
+
+
+async def test_a_router_opens_no_engine_after_its_close(tmp_path: Path) -> None:
+    store = open_store(f"json:{tmp_path}/db.json")
+    async with store:
+        await store.save_entity("templates", {"template_id": "t"})
+    assert isinstance(store.engine, MigrationRouter)
+    with pytest.raises(StoreClosedError):
+        store.engine._engine_at(None)
