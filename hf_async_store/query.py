@@ -282,8 +282,9 @@ class Query(msgspec.Struct, frozen=True):
     `limit` of them.
 
     Attributes:
-        order: the sort keys. Ties are broken by ascending id, and without sort keys the rows are
-            sorted by id. No path occurs twice, and none follows the key field.
+        order: the sort keys. Ties are broken by id, in the direction of the last sort key, so that an
+            index can be read in both directions; without sort keys the rows are sorted by ascending
+            id. No path occurs twice, and none follows the key field.
         by_id: the caller asked explicitly for the order by id. It matters only to an engine whose
             `default_order` is "none": without it, an empty order there means any order.
         paged: the query reads one page, so its order must be one that a cursor can continue.
@@ -547,9 +548,10 @@ def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
         # A sort key after the id, or after another with the same path, has no effect.
         if (key_field,) not in by_path:
             by_path.setdefault(each.path, each)
-    if by_path.get((key_field,)) == Order((key_field,)):
-        del by_path[(key_field,)]
-    return tuple(by_path.values())
+    *others, last = by_path.values() if by_path else (Order((key_field,)),)
+    if last.path == (key_field,) and last.descending is _ties_descend(others):
+        return tuple(others)  # ties are broken like this anyway
+    return (*others, last)
 
 
 def _order_entry(entry: object) -> Order:
@@ -609,15 +611,18 @@ def sort_key(query: Query, entity_id: str, entity: Entity) -> SortKey:
 def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
     """`sort_key` for one query, compiled for use with many rows."""
     parts = [(_reader(each.path), _part_key(each)) for each in query.order]
+    tie = _id_key(query)
     if len(parts) == 1:  # the usual case; this takes two thirds of the time of the general code
         [(read, part)] = parts
-        return lambda entity_id, entity: (*part(read(entity)), entity_id)
+        if not query.order[0].descending:
+            return lambda entity_id, entity: (*part(read(entity)), entity_id)
+        return lambda entity_id, entity: (*part(read(entity)), tie(entity_id))
 
     def key(entity_id: str, entity: Entity) -> SortKey:
         flat: list[Any] = []
         for read, part in parts:
             flat += part(read(entity))
-        return (*flat, entity_id)
+        return (*flat, tie(entity_id))
 
     return key
 
@@ -625,7 +630,17 @@ def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
 def position_key(query: Query, position: CursorPosition) -> SortKey:
     """The `sort_key` of the row that a position follows."""
     pairs = zip(query.order, position.values, strict=True)
-    return (*chain.from_iterable(_part_key(order)(value) for order, value in pairs), position.id)
+    parts = chain.from_iterable(_part_key(order)(value) for order, value in pairs)
+    return (*parts, _id_key(query)(position.id))
+
+
+def _id_key(query: Query) -> Callable[[str], str | bytes]:
+    """The key that breaks ties, in the direction of the last sort key."""
+    return _flipped if _ties_descend(query.order) else str
+
+
+def _ties_descend(order: Sequence[Order]) -> bool:
+    return bool(order) and order[-1].descending
 
 
 def _part_key(order: Order) -> Callable[[Value | Missing], SortKey]:
@@ -644,12 +659,20 @@ class Desc(msgspec.Struct, frozen=True, gc=False):
 _FLIPPED: Final = bytes(range(255, -1, -1))
 
 
+def _flipped(text: str) -> bytes:
+    # UTF-8 sorts like code points. The final byte exceeds all others: the longer string is first.
+    return text.encode().translate(_FLIPPED) + b"\xff"
+
+
+def _unflipped(key: bytes) -> str:
+    return key[:-1].translate(_FLIPPED).decode()
+
+
 def _descending(value: Value | Missing) -> SortKey:
     """`order_key` reversed. Strings and numbers need no `Desc`, which halves the time of a sort."""
     key = order_key(value)
     if isinstance(value, str):
-        # UTF-8 sorts like code points. The final byte exceeds all others: the longer string is first.
-        return -key[0], value.encode().translate(_FLIPPED) + b"\xff"
+        return -key[0], _flipped(value)
     if isinstance(value, int | float):
         return -key[0], -value
     return (-key[0], *map(Desc, key[1:]))
@@ -919,13 +942,14 @@ async def ordered(
     if query.limit == 0:
         return
     runs = _SortedRuns(query, keep=keep)
+    id_of = _unflipped if _ties_descend(query.order) else str
     async for batch in batches:
         for start in range(0, len(batch), _RUN_SIZE):
             if runs.add(batch[start : start + _RUN_SIZE]):
                 await asyncio.sleep(0)
     async for rows in Chunks(islice(runs.merged(), query.limit), _ROWS_PER_ITERATION):
         for row in rows:
-            yield row.key[-1], row.entity
+            yield id_of(row.key[-1]), row.entity
     async for _ in Chunks(runs.discarded(), 1):
         pass
 

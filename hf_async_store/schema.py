@@ -132,18 +132,30 @@ def _describe(value: Value) -> str:
 
 
 class Index(msgspec.Struct, frozen=True):
-    """A declared index: for equality on `field`, then range and order on `sort`.
+    """A declared index of one to four fields, compared in this order.
 
-    Its `name` follows the spec: `template_id-created_at-index`, or `status-index` without a
-    sort field. Only text, integer, number, boolean and timestamp fields can be indexed.
+    It serves a query with equality on its first fields, a range on the next one, and the order by those
+    that follow, in both directions. Its `name` follows the spec: `template_id-created_at-index`, or
+    `status-index`. Only text, integer, number, boolean and timestamp fields can be indexed.
+
+    Example:
+        `Index("template_id", "created_at")`
     """
 
     field: str
     sort: str | None = None
+    third: str | None = None
+    fourth: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of its fields, in order."""
+        named = (self.field, self.sort, self.third, self.fourth)
+        return tuple(each for each in named if each is not None)
 
     @property
     def name(self) -> str:
-        return f"{self.field}-{self.sort}-index" if self.sort else f"{self.field}-index"
+        return "-".join([*self.fields, "index"])
 
 
 class Collection:
@@ -216,10 +228,8 @@ class Collection:
             if self.fields[each].type != "timestamp":
                 raise ConfigurationError(f"{self.name}.{each} must be of type timestamp")
         for index in self.indexes:
-            for name in (index.field, index.sort):
-                if name is not None and (
-                    name not in self.fields or self.fields[name].type == "json"
-                ):
+            for name in index.fields:
+                if name not in self.fields or self.fields[name].type == "json":
                     raise ConfigurationError(
                         f"index {index.name!r} of {self.name!r}: {name!r} is not a declared field "
                         "of a type that can be indexed"

@@ -141,7 +141,11 @@ def compare_rows(order: Sequence[Order], left: Entity, right: Entity) -> int:
         found = compare(left.get(name, MISSING), right.get(name, MISSING))
         if found != 0:
             return -found if each.descending else found
-    return compare(left["id"], right["id"])
+    found = compare(left["id"], right["id"])
+    by_path: dict[object, Order] = {}
+    for each in order:
+        by_path.setdefault(each.path, each)
+    return -found if by_path and list(by_path.values())[-1].descending else found
 
 
 def in_order(rows: Iterable[Entity], order: Sequence[Order]) -> list[Entity]:
@@ -576,8 +580,11 @@ def test_orders_by_paths() -> None:
 
 
 def test_ties_are_broken_by_id_and_without_an_order_rows_come_by_id() -> None:
-    for query in (build(), build(order_by="a"), build(order_by="-a"), build(order_by=[])):
+    for query in (build(), build(order_by="a"), build(order_by=["-b", "a"]), build(order_by=[])):
         assert sort_key(query, "a", {"a": 1}) < sort_key(query, "b", {"a": 1.0})
+    for query in (build(order_by="-a"), build(order_by=["b", "-a"])):
+        assert sort_key(query, "a", {"a": 1}) > sort_key(query, "b", {"a": 1.0})
+        assert sort_key(query, "a", {"a": 1}) > sort_key(query, "aa", {"a": 1.0})
     assert sort_key(build(), "A", {}) < sort_key(build(), "a", {})
 
 
@@ -597,6 +604,11 @@ def test_redundant_keys_are_removed_from_an_order() -> None:
     assert build(order_by="id").order == ()
     assert build(order_by=["status", "id", "count"]).order == (Order(("status",)),)
     assert build(order_by=["status", "-status"]).order == (Order(("status",)),)
+    assert build(order_by=["-status", "-id"]).order == (Order(("status",), descending=True),)
+    assert build(order_by=["-status", "id", "count"]).order == (
+        Order(("status",), descending=True),
+        Order(("id",)),
+    )
     assert build(order_by=["-id", "status"]).order == (Order(("id",), descending=True),)
 
 

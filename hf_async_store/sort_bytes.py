@@ -1,0 +1,145 @@
+"""An order-preserving encoding: the bytes of two values compare as the values do in the total order.
+
+Indexes of engines contain these bytes, so that one index serves equality, ranges, prefixes and both
+directions of an order for values of every type. Comparing the bytes of long strings, lists and dicts
+is not sufficient: for them the values themselves must be compared as well (`is_exact`).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+from hf_async_store.query import MISSING, Missing, OpName
+
+if TYPE_CHECKING:
+    from hf_async_store.values import Value
+
+MAX_SORT_BYTES: Final = 256
+"""The bytes of a longer string are cut. The id, four fields and the row then fit into the 2,704 bytes of
+an index entry of PostgreSQL (a third of a page)."""
+
+_MISSING, _NULL, _BOOLEAN, _NUMBER, _STRING, _LIST, _DICT = (bytes([rank]) for rank in range(7))
+_END: Final = b"\x07"
+_FLAGS: Final = _BOOLEAN + b"\x00", _BOOLEAN + b"\x01"
+_INEXACT: Final = _LIST[0]
+_DOUBLE: Final = struct.Struct(">d").pack
+_ALL_BITS: Final = (1 << 64) - 1
+_SIGN: Final = 1 << 63
+_EXACT_INTEGERS: Final = 1 << 53
+
+
+def sort_bytes(value: Value | Missing) -> bytes:
+    """The encoding of a value: a byte for its type, then for
+
+    - a number, the largest float that is not greater, and the difference if it is not 0 (2 bytes);
+    - a string, its UTF-8, at most `MAX_SORT_BYTES` in all;
+    - a list or dict, nothing.
+    """
+    kind = type(value)
+    if kind is str:
+        return (_STRING + cast("str", value).encode())[:MAX_SORT_BYTES]
+    if value is None:
+        return _NULL
+    if kind is bool:
+        return _FLAGS[cast("bool", value)]
+    if kind is int or kind is float:
+        return _number(cast("float", value))
+    if isinstance(value, Missing):
+        return _MISSING
+    return _LIST if isinstance(value, list) else _DICT
+
+
+def _number(value: float) -> bytes:
+    whole = float(value)
+    rest = b""
+    if type(value) is int and not -_EXACT_INTEGERS <= value <= _EXACT_INTEGERS:
+        if int(whole) > value:
+            whole = math.nextafter(whole, -math.inf)
+        difference = value - int(whole)
+        rest = difference.to_bytes(2) if difference else b""
+    bits = int.from_bytes(_DOUBLE(whole + 0.0))  # -0.0 + 0.0 is 0.0
+    return _NUMBER + (bits ^ (_ALL_BITS if bits & _SIGN else _SIGN)).to_bytes(8) + rest
+
+
+def is_exact(encoded: bytes) -> bool:
+    """Whether only values that are `eq` have these bytes."""
+    return len(encoded) < MAX_SORT_BYTES and encoded[0] < _INEXACT
+
+
+class ByteRange(NamedTuple):
+    """Encodings from `low` on, and below `high`.
+
+    Attributes:
+        exact: every value in the range matches; otherwise each must be tested.
+    """
+
+    low: bytes
+    high: bytes
+    exact: bool
+
+    @property
+    def only(self) -> bytes | None:
+        """The single encoding in the range; None if there may be several."""
+        return self.low if self.high == self.low + b"\x00" else None
+
+
+EVERYTHING: Final = ByteRange(b"", _END, exact=True)
+
+
+def ranges(op: OpName, value: Value) -> list[ByteRange] | None:
+    """The ranges of encodings that contain every value for which a comparison is true.
+
+    They are sorted, and do not overlap. None: the operator is not expressible as ranges.
+    """
+    if op == "eq":
+        return [_equal(value)]
+    if op == "in":
+        return sorted({_equal(each) for each in cast("Sequence[Value]", value)})
+    if op == "exists":
+        return [ByteRange(_NULL, _END, exact=True) if value else _equal(MISSING)]
+    if op == "between":
+        low, high = cast("Sequence[Value]", value)
+        return _both(_bound("gte", low), _bound("lte", high))
+    if op == "begins_with":
+        return [_prefixed(cast("str", value))]
+    if op in ("lt", "lte", "gt", "gte"):
+        return _bound(op, value)
+    return None
+
+
+def _equal(value: Value | Missing) -> ByteRange:
+    encoded = sort_bytes(value)
+    return ByteRange(encoded, encoded + b"\x00", is_exact(encoded))
+
+
+def _bound(op: str, value: Value) -> list[ByteRange]:
+    """Comparisons never match values of another type, nor null."""
+    if value is None:
+        return []
+    encoded = sort_bytes(value)
+    exact = is_exact(encoded)
+    next_type = bytes([encoded[0] + 1])
+    if op in ("lt", "lte"):
+        inclusive = op == "lte" or not exact
+        return [ByteRange(encoded[:1], encoded + b"\x00" if inclusive else encoded, exact)]
+    inclusive = op == "gte" or not exact
+    return [ByteRange(encoded if inclusive else encoded + b"\x00", next_type, exact)]
+
+
+def _both(ones: list[ByteRange], others: list[ByteRange]) -> list[ByteRange]:
+    return [
+        ByteRange(low, high, one.exact and other.exact)
+        for one in ones
+        for other in others
+        if (low := max(one.low, other.low)) < (high := min(one.high, other.high))
+    ]
+
+
+def _prefixed(prefix: str) -> ByteRange:
+    encoded = sort_bytes(prefix)
+    if not is_exact(encoded):
+        return ByteRange(encoded, encoded + b"\x00", exact=False)
+    return ByteRange(encoded, encoded + b"\xff", exact=True)  # UTF-8 contains no byte 255
