@@ -33,6 +33,7 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.query import Filters, OrderBy, Query
+from hf_async_store.read_only import ReadOnlySession
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import (
     RepositoryInterface,
@@ -182,13 +183,16 @@ class StorageStrategy(RepositoryInterface):
         await self.close()
 
     def _usable(self) -> Engine:
+        self._refuse_unopened()
+        self._transactions.refuse_reentry()
+        return self._engine
+
+    def _refuse_unopened(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
         if self._loop is None:
             raise StoreClosedError("this store is not open (use `async with`)")
         self._refuse_other_loop()
-        self._transactions.refuse_reentry()
-        return self._engine
 
     def _refuse_other_loop(self) -> None:
         if self._forks != _Forks.count:
@@ -246,15 +250,30 @@ class StorageStrategy(RepositoryInterface):
 
     # -- transactions ------------------------------------------------------------------------
 
-    def begin_transaction(self, isolation: Isolation | None = None) -> Transaction:
+    def begin_transaction(
+        self, isolation: Isolation | None = None, *, read_only: bool = False
+    ) -> Transaction:
         """A transaction, for use with `async with`; see `Transaction`.
 
         Args:
             isolation: one of `capabilities.isolations`; None means the first.
+            read_only: all reads see one snapshot, and writes are refused with InvalidInputError. It can
+                be used inside another transaction, too. Where `capabilities.query_isolation` is
+                "eventual", only the reads by key are consistent: they are validated at its end.
 
         Raises:
-            InvalidInputError: the engine does not support this isolation.
+            InvalidInputError: the engine does not support this isolation, or it was given together
+                with `read_only`.
         """
+        if read_only:
+            if isolation is not None:
+                raise InvalidInputError("a read-only transaction is a snapshot: omit isolation")
+            return self.transaction_type(
+                self._schema,
+                ReadOnlySession(self._engine),
+                enter=self._enter_read_only,
+                read_only=True,
+            )
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
             raise InvalidInputError(
@@ -268,17 +287,23 @@ class StorageStrategy(RepositoryInterface):
         self._usable()
         return self._transactions.enter("a transaction")
 
+    def _enter_read_only(self) -> Callable[[], None]:
+        self._refuse_unopened()
+        return lambda: None
+
     async def run_transaction(
         self,
         work: Callable[[Transaction], Awaitable[Result]],
         *,
         isolation: Isolation | None = None,
+        read_only: bool = False,
         retry_seconds: float = RETRY_SECONDS,
     ) -> Result:
         """`await work(tx)` in a transaction, again after each conflict; returns its result.
 
         Args:
             work: is called once per attempt, so its side effects outside the transaction are repeated.
+            isolation, read_only: as in `begin_transaction`.
 
         Raises:
             RetriesExhaustedError: there were conflicts until `retry_seconds` had passed.
@@ -289,7 +314,7 @@ class StorageStrategy(RepositoryInterface):
         check_seconds(retry_seconds, "retry_seconds")
 
         async def attempt() -> Result:
-            async with self.begin_transaction(isolation) as tx:
+            async with self.begin_transaction(isolation, read_only=read_only) as tx:
                 return await work(tx)
 
         return await retry_conflicts(attempt, retry_seconds)

@@ -19,6 +19,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     EntityNotFoundError,
     EventLoopMismatchError,
+    InvalidInputError,
     StorageError,
     TransactionAbortedError,
     TransactionClosedError,
@@ -69,6 +70,9 @@ class TransactionManager:
 class Transaction(RepositoryInterface):
     """A transaction: all of its writes are committed at its end, or none.
 
+    A read-only one refuses writes, and sees one snapshot in all its reads: the last commit, not the
+    changes of a transaction around it. It waits for no writer and blocks none.
+
     Use it as an async context manager: leaving it commits, leaving it by an exception rolls it back
     and propagates the exception. Calls by several tasks at once run one after another.
 
@@ -86,8 +90,10 @@ class Transaction(RepositoryInterface):
         *,
         enter: Callable[[], Callable[[], None]],
         parent: Transaction | None = None,
+        read_only: bool = False,
     ) -> None:
         super().__init__(schema)
+        self._read_only = read_only
         self._context = context
         self._enter = enter
         self._parent = parent
@@ -109,6 +115,10 @@ class Transaction(RepositoryInterface):
         Until it ends, only its own methods may be called.
         """
         session = self._usable()
+        if self._read_only:
+            raise InvalidInputError(
+                "a read-only transaction has nothing to roll back, so it has no nested transactions"
+            )
         return type(self)(
             self._schema, session.savepoint(), enter=lambda: lambda: None, parent=self
         )
@@ -271,6 +281,8 @@ class Transaction(RepositoryInterface):
         return records
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        if self._read_only:
+            raise InvalidInputError("this transaction is read-only, so it cannot write")
         async with self._step(timeout) as session:
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):

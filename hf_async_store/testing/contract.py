@@ -26,6 +26,7 @@ from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
 from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
+from hf_async_store.testing.read_only_transactions import ReadOnlyTransactionContract
 from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
@@ -45,6 +46,7 @@ class StrategyContract(
     ValueContract,
     VersionContract,
     TransactionContract,
+    ReadOnlyTransactionContract,
     IsolationContract,
     QueryContract,
     LimitContract,
