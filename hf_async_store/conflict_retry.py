@@ -11,7 +11,7 @@ import asyncio
 import random
 from asyncio import sleep
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -67,7 +67,7 @@ async def retry_conflicts(
         try:
             return await attempt()
         except StorageError as exc:
-            conflict = _conflict_in(exc)
+            conflict = conflict_in(exc)
             if conflict is None:
                 raise
             now = monotonic()
@@ -87,14 +87,14 @@ async def retry_conflicts(
                     current=conflict.current,
                     retryable=True,
                 ) from exc
-        if ticket is not None and not ticket.is_current:
+        if ticket is not None and ticket.key is not None and not ticket.is_current:
             await ticket.acquire(deadline - now)
         else:
             await sleep(pause)
         now = monotonic()
 
 
-def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
+def conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
     """The conflict that ended an attempt, directly or as the cause of an aborted transaction.
 
     None for other errors, and for a conflict whose outcome is unknown.
@@ -102,7 +102,7 @@ def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
     if isinstance(exc, ConcurrencyConflictError):
         return None if exc.outcome_unknown else exc
     if isinstance(exc, TransactionAbortedError) and isinstance(exc.__cause__, StorageError):
-        return _conflict_in(exc.__cause__)
+        return conflict_in(exc.__cause__)
     return None
 
 
@@ -121,6 +121,10 @@ class FairRetryQueue:
         """Whether there is a queue for any key."""
         return bool(self._queues)
 
+    def ticket(self, key: Key | None = None) -> Ticket:
+        """A ticket for a key, or for the key that a transaction proves to compete for."""
+        return Ticket(self._queues, key)
+
     async def retry(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
@@ -128,7 +132,7 @@ class FairRetryQueue:
 
         Without a conflict, it does not wait and causes no overhead.
         """
-        ticket = Ticket(self._queues, key)
+        ticket = self.ticket(key)
         try:
             return await retry_conflicts(attempt, seconds, ticket)
         finally:
@@ -136,27 +140,45 @@ class FairRetryQueue:
 
 
 class Ticket(Struct, eq=False):
-    """The position of one task in the queue for one key."""
+    """The position of one task in the queue for one key; without a key, it is in no queue."""
 
     queues: dict[Key, _KeyQueue]
-    key: Key
+    key: Key | None
+
+    @property
+    def _queue(self) -> _KeyQueue | None:
+        return None if self.key is None else self.queues.get(self.key)
 
     @property
     def queue_exists(self) -> bool:
         """Whether any task is in the queue for the key."""
-        return self.key in self.queues
+        return self._queue is not None
 
     @property
     def is_current(self) -> bool:
         """Whether this is the first ticket of the queue, whose task may try."""
-        queue = self.queues.get(self.key)
+        queue = self._queue
         return queue is not None and queue.current is self
+
+    async def join(self, keys: Iterable[Key], seconds: float) -> None:
+        """Enter the queue for the first of `keys` that has one, unless the ticket has a key already."""
+        if self.key is None and self.queues:
+            self.key = next((each for each in keys if each in self.queues), None)
+            if self.key is not None:
+                await self.acquire(seconds)
+
+    def move(self, key: Key) -> None:
+        """Leave the queue for another key."""
+        if key != self.key:
+            self.release()
+            self.key = key
 
     async def acquire(self, seconds: float) -> None:
         """Enter the queue; wait until this ticket is the first one, or `seconds` have passed."""
-        queue = self.queues.get(self.key)
+        assert self.key is not None
+        queue = self._queue
         if queue is None:
-            self.queues[self.key] = _KeyQueue(self)
+            self.queues[self.key] = _KeyQueue(self.key, self)
             return
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
@@ -171,7 +193,7 @@ class Ticket(Struct, eq=False):
 
     def release(self) -> None:
         """Leave the first position of the queue, if this ticket has it."""
-        queue = self.queues.get(self.key)
+        queue = self._queue
         if queue is not None and queue.current is self:
             self._advance(queue)
 
@@ -187,7 +209,7 @@ class Ticket(Struct, eq=False):
                 if queue.waiting:
                     self._start_timer(queue)
                 return
-        del self.queues[self.key]
+        del self.queues[queue.key]
 
     def _start_timer(self, queue: _KeyQueue) -> None:
         loop = asyncio.get_running_loop()
@@ -195,11 +217,12 @@ class Ticket(Struct, eq=False):
 
 
 class _KeyQueue(Struct, eq=False):
-    """The queue for one key: the ticket whose task may try, and the waiting ones.
+    """The queue for a key: the ticket whose task may try, and the waiting ones.
 
     `timer` advances the queue if the current task takes too long.
     """
 
+    key: Key
     current: Ticket
     waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
     timer: asyncio.TimerHandle | None = None

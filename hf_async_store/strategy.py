@@ -17,7 +17,12 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, retry_conflicts
+from hf_async_store.conflict_retry import (
+    RETRY_SECONDS,
+    FairRetryQueue,
+    conflict_in,
+    retry_conflicts,
+)
 from hf_async_store.driver import (
     Capabilities,
     Engine,
@@ -301,6 +306,8 @@ class StorageStrategy(RepositoryInterface):
     ) -> Result:
         """`await work(tx)` in a transaction, again after each conflict; returns its result.
 
+        The tasks of this store that compete for one entity take turns after a conflict.
+
         Args:
             work: is called once per attempt, so its side effects outside the transaction are repeated.
             isolation, read_only: as in `begin_transaction`.
@@ -313,11 +320,25 @@ class StorageStrategy(RepositoryInterface):
         check_callable(work, "work")
         check_seconds(retry_seconds, "retry_seconds")
 
-        async def attempt() -> Result:
-            async with self.begin_transaction(isolation, read_only=read_only) as tx:
-                return await work(tx)
+        ticket = self._retry_queue.ticket()
 
-        return await retry_conflicts(attempt, retry_seconds)
+        async def attempt() -> Result:
+            tx = self.begin_transaction(isolation, read_only=read_only)
+            tx.queue_with(ticket, retry_seconds)
+            try:
+                async with tx:
+                    return await work(tx)
+            except StorageError as exc:
+                conflict = conflict_in(exc)
+                key = None if conflict is None else tx.contended(conflict)
+                if key is not None:
+                    ticket.move(key)
+                raise
+
+        try:
+            return await retry_conflicts(attempt, retry_seconds, ticket)
+        finally:
+            ticket.release()
 
     # -- for backups and migrations ----------------------------------------------------------
 

@@ -359,3 +359,41 @@ async def test_concurrent_modifications_are_fair(tasks: int) -> None:
         found = await store.get_entity("templates", "t") or {}
         assert found["count"] == sum(counts)
         assert min(counts) >= 80, counts
+
+
+# -- transactions ------------------------------------------------------------------------------
+
+
+async def test_a_ticket_joins_the_first_queue_that_exists() -> None:
+    turns = FairRetryQueue()
+    gate, first = await held(turns)
+    ticket = turns.ticket()
+    await ticket.join([OTHER], SECONDS)
+    assert ticket.key is None
+    joined = asyncio.create_task(ticket.join([OTHER, KEY], SECONDS))
+    await asyncio.sleep(0)
+    assert not joined.done()
+    gate.set()
+    await asyncio.gather(first, joined)
+    assert ticket.key == KEY
+    assert ticket.is_current
+    ticket.release()
+    assert not turns.contended
+
+
+async def test_a_ticket_that_moves_lets_the_next_task_try() -> None:
+    turns = FairRetryQueue()
+    ticket, waiting = turns.ticket(), turns.ticket()
+    ticket.move(KEY)
+    await ticket.acquire(SECONDS)
+    joined = asyncio.create_task(waiting.join([KEY], SECONDS))
+    await asyncio.sleep(0)
+    ticket.move(KEY)  # the same key: nothing happens
+    assert ticket.is_current
+    ticket.move(OTHER)
+    assert not ticket.is_current
+    async with asyncio.timeout(SECONDS):
+        await joined
+    assert waiting.is_current
+    waiting.release()
+    assert not turns.contended
