@@ -11,7 +11,7 @@ import asyncio
 import random
 from asyncio import sleep
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -67,7 +67,7 @@ async def retry_conflicts(
         try:
             return await attempt()
         except StorageError as exc:
-            conflict = conflict_in(exc)
+            conflict = _conflict_in(exc)
             if conflict is None:
                 raise
             now = monotonic()
@@ -94,7 +94,7 @@ async def retry_conflicts(
         now = monotonic()
 
 
-def conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
+def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
     """The conflict that ended an attempt, directly or as the cause of an aborted transaction.
 
     None for other errors, and for a conflict whose outcome is unknown.
@@ -102,7 +102,7 @@ def conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
     if isinstance(exc, ConcurrencyConflictError):
         return None if exc.outcome_unknown else exc
     if isinstance(exc, TransactionAbortedError) and isinstance(exc.__cause__, StorageError):
-        return conflict_in(exc.__cause__)
+        return _conflict_in(exc.__cause__)
     return None
 
 
@@ -121,9 +121,15 @@ class FairRetryQueue:
         """Whether there is a queue for any key."""
         return bool(self._queues)
 
-    def ticket(self, key: Key | None = None) -> Ticket:
-        """A ticket for a key, or for the key that a transaction proves to compete for."""
-        return Ticket(self._queues, key)
+    async def retry_transaction(
+        self, attempt: Callable[[TransactionTicket], Awaitable[Result]], seconds: float
+    ) -> Result:
+        """`retry_conflicts` for a transaction, whose entity is known only after a conflict."""
+        ticket = TransactionTicket(self._queues, None, seconds)
+        try:
+            return await retry_conflicts(lambda: ticket.run(attempt), seconds, ticket)
+        finally:
+            ticket.release()
 
     async def retry(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
@@ -132,7 +138,7 @@ class FairRetryQueue:
 
         Without a conflict, it does not wait and causes no overhead.
         """
-        ticket = self.ticket(key)
+        ticket = Ticket(self._queues, key)
         try:
             return await retry_conflicts(attempt, seconds, ticket)
         finally:
@@ -159,19 +165,6 @@ class Ticket(Struct, eq=False):
         """Whether this is the first ticket of the queue, whose task may try."""
         queue = self._queue
         return queue is not None and queue.current is self
-
-    async def join(self, keys: Iterable[Key], seconds: float) -> None:
-        """Enter the queue for the first of `keys` that has one, unless the ticket has a key already."""
-        if self.key is None and self.queues:
-            self.key = next((each for each in keys if each in self.queues), None)
-            if self.key is not None:
-                await self.acquire(seconds)
-
-    def move(self, key: Key) -> None:
-        """Leave the queue for another key."""
-        if key != self.key:
-            self.release()
-            self.key = key
 
     async def acquire(self, seconds: float) -> None:
         """Enter the queue; wait until this ticket is the first one, or `seconds` have passed."""
@@ -214,6 +207,48 @@ class Ticket(Struct, eq=False):
     def _start_timer(self, queue: _KeyQueue) -> None:
         loop = asyncio.get_running_loop()
         queue.timer = loop.call_later(_MAX_TICKET_SECONDS, self._advance, queue)
+
+
+class TransactionTicket(Ticket, eq=False):
+    """The ticket of a transaction that is repeated after conflicts.
+
+    Its key is the entity that a conflict names, else the first one that the transaction wrote, else the
+    first one that it read.
+    """
+
+    seconds: float
+    written: Key | None = None
+    read: Key | None = None
+
+    async def run(self, attempt: Callable[[TransactionTicket], Awaitable[Result]]) -> Result:
+        """One attempt; chooses the key if it ends in a conflict."""
+        self.written = self.read = None
+        try:
+            return await attempt(self)
+        except StorageError as exc:
+            conflict = _conflict_in(exc)
+            if conflict is not None:
+                self._choose(conflict)
+            raise
+
+    async def enter(self, keys: Sequence[Key], *, writes: bool) -> None:
+        """Before the transaction reads or writes `keys`: if nothing was done yet, wait in their queue."""
+        if self.key is None and self.queues and self.written is None and self.read is None:
+            self.key = next((each for each in keys if each in self.queues), None)
+            if self.key is not None:
+                await self.acquire(self.seconds)
+        if keys and writes:
+            self.written = self.written or keys[0]
+        elif keys:
+            self.read = self.read or keys[0]
+
+    def _choose(self, conflict: ConcurrencyConflictError) -> None:
+        key = self.written or self.read
+        if conflict.collection is not None and conflict.entity_id is not None:
+            key = Key(conflict.collection, conflict.entity_id)
+        if key is not None and key != self.key:
+            self.release()
+            self.key = key
 
 
 class _KeyQueue(Struct, eq=False):

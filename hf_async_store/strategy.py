@@ -17,11 +17,9 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.conflict_retry import (
+from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
     RETRY_SECONDS,
     FairRetryQueue,
-    conflict_in,
-    retry_conflicts,
 )
 from hf_async_store.driver import (
     Capabilities,
@@ -270,6 +268,15 @@ class StorageStrategy(RepositoryInterface):
             InvalidInputError: the engine does not support this isolation, or it was given together
                 with `read_only`.
         """
+        return self._transaction(isolation, read_only=read_only)
+
+    def _transaction(
+        self,
+        isolation: Isolation | None,
+        *,
+        read_only: bool,
+        ticket: TransactionTicket | None = None,
+    ) -> Transaction:
         if read_only:
             if isolation is not None:
                 raise InvalidInputError("a read-only transaction is a snapshot: omit isolation")
@@ -278,6 +285,7 @@ class StorageStrategy(RepositoryInterface):
                 ReadOnlySession(self._engine),
                 enter=self._enter_read_only,
                 read_only=True,
+                ticket=ticket,
             )
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
@@ -285,7 +293,10 @@ class StorageStrategy(RepositoryInterface):
                 f"isolation must be one of {', '.join(known)}, not {isolation!r}"
             )
         return self.transaction_type(
-            self._schema, self._engine.session(isolation), enter=self._enter_transaction
+            self._schema,
+            self._engine.session(isolation),
+            enter=self._enter_transaction,
+            ticket=ticket,
         )
 
     def _enter_transaction(self) -> Callable[[], None]:
@@ -320,25 +331,11 @@ class StorageStrategy(RepositoryInterface):
         check_callable(work, "work")
         check_seconds(retry_seconds, "retry_seconds")
 
-        ticket = self._retry_queue.ticket()
+        async def attempt(ticket: TransactionTicket) -> Result:
+            async with self._transaction(isolation, read_only=read_only, ticket=ticket) as tx:
+                return await work(tx)
 
-        async def attempt() -> Result:
-            tx = self.begin_transaction(isolation, read_only=read_only)
-            tx.queue_with(ticket, retry_seconds)
-            try:
-                async with tx:
-                    return await work(tx)
-            except StorageError as exc:
-                conflict = conflict_in(exc)
-                key = None if conflict is None else tx.contended(conflict)
-                if key is not None:
-                    ticket.move(key)
-                raise
-
-        try:
-            return await retry_conflicts(attempt, retry_seconds, ticket)
-        finally:
-            ticket.release()
+        return await self._retry_queue.retry_transaction(attempt, retry_seconds)
 
     # -- for backups and migrations ----------------------------------------------------------
 

@@ -9,12 +9,12 @@ commit and rollback to the context manager of the session.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Record
-from hf_async_store.conflict_retry import Ticket
+from hf_async_store.conflict_retry import TransactionTicket
 from hf_async_store.driver import Session
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -92,13 +92,11 @@ class Transaction(RepositoryInterface):
         enter: Callable[[], Callable[[], None]],
         parent: Transaction | None = None,
         read_only: bool = False,
+        ticket: TransactionTicket | None = None,
     ) -> None:
         super().__init__(schema)
         self._read_only = read_only
-        # The queue that the first call enters if one exists for an entity that it reads or writes.
-        self._ticket: Ticket | None = None
-        self._queue_seconds = 0.0
-        self._written: Key | None = None  # the first entity that was written
+        self._ticket = ticket
         self._context = context
         self._enter = enter
         self._parent = parent
@@ -153,16 +151,6 @@ class Transaction(RepositoryInterface):
         except ConcurrencyConflictError as exc:
             exc.retryable = True
             raise
-
-    def queue_with(self, ticket: Ticket, seconds: float) -> None:
-        """Let the first call wait in a queue, if there is one for its entities, for at most `seconds`."""
-        self._ticket, self._queue_seconds = ticket, seconds
-
-    def contended(self, conflict: ConcurrencyConflictError) -> Key | None:
-        """The entity that this transaction probably competes for, after a conflict."""
-        if conflict.collection is not None and conflict.entity_id is not None:
-            return Key(conflict.collection, conflict.entity_id)
-        return self._written or next(iter(self._known_versions), None)
 
     # -- async context manager ---------------------------------------------------------------
 
@@ -288,13 +276,9 @@ class Transaction(RepositoryInterface):
     ) -> Result:
         return await attempt()
 
-    async def _queue_for(self, keys: Iterable[Key]) -> None:
-        ticket, self._ticket = self._ticket, None
-        if ticket is not None:
-            await ticket.join(keys, self._queue_seconds)
-
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
-        await self._queue_for(keys)
+        if self._ticket is not None:
+            await self._ticket.enter(keys, writes=False)
         async with self._step(timeout) as session:
             records = await session.fetch(keys)
         for key, record in zip(keys, records, strict=True):
@@ -304,9 +288,8 @@ class Transaction(RepositoryInterface):
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         if self._read_only:
             raise InvalidInputError("this transaction is read-only, so it cannot write")
-        await self._queue_for(each.key for each in changes)
-        if self._written is None and changes:
-            self._written = changes[0].key
+        if self._ticket is not None:
+            await self._ticket.enter([each.key for each in changes], writes=True)
         async with self._step(timeout) as session:
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):

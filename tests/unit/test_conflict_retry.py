@@ -16,7 +16,7 @@ from hf_async_store import (
     conflict_retry,
     open_store,
 )
-from hf_async_store.conflict_retry import FairRetryQueue, retry_conflicts
+from hf_async_store.conflict_retry import FairRetryQueue, TransactionTicket, retry_conflicts
 from hf_async_store.values import Entity, Key
 
 KEY = Key("counters", "c")
@@ -364,36 +364,54 @@ async def test_concurrent_modifications_are_fair(tasks: int) -> None:
 # -- transactions ------------------------------------------------------------------------------
 
 
-async def test_a_ticket_joins_the_first_queue_that_exists() -> None:
+async def test_a_transaction_waits_before_its_first_call_if_there_is_a_queue() -> None:
     turns = FairRetryQueue()
     gate, first = await held(turns)
-    ticket = turns.ticket()
-    await ticket.join([OTHER], SECONDS)
-    assert ticket.key is None
-    joined = asyncio.create_task(ticket.join([OTHER, KEY], SECONDS))
+    entered: list[str] = []
+
+    async def attempt(ticket: TransactionTicket) -> int:
+        await ticket.enter([OTHER, KEY], writes=False)
+        entered.append("first call")
+        return 1
+
+    async def other(ticket: TransactionTicket) -> int:
+        await ticket.enter([OTHER], writes=True)
+        await ticket.enter([KEY], writes=True)  # too late to wait: it has read something already
+        entered.append("another entity")
+        return 2
+
+    waiting = asyncio.create_task(turns.retry_transaction(attempt, SECONDS))
+    assert await turns.retry_transaction(other, SECONDS) == 2
     await asyncio.sleep(0)
-    assert not joined.done()
+    assert entered == ["another entity"]
     gate.set()
-    await asyncio.gather(first, joined)
-    assert ticket.key == KEY
-    assert ticket.is_current
-    ticket.release()
+    await settled(first, waiting)
+    assert entered == ["another entity", "first call"]
     assert not turns.contended
 
 
-async def test_a_ticket_that_moves_lets_the_next_task_try() -> None:
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (conflict(), KEY),
+        (ConcurrencyConflictError("lost"), OTHER),
+    ],
+)
+async def test_a_transaction_queues_for_the_entity_of_its_conflict(
+    error: ConcurrencyConflictError, wanted: Key
+) -> None:
     turns = FairRetryQueue()
-    ticket, waiting = turns.ticket(), turns.ticket()
-    ticket.move(KEY)
-    await ticket.acquire(SECONDS)
-    joined = asyncio.create_task(waiting.join([KEY], SECONDS))
-    await asyncio.sleep(0)
-    ticket.move(KEY)  # the same key: nothing happens
-    assert ticket.is_current
-    ticket.move(OTHER)
-    assert not ticket.is_current
-    async with asyncio.timeout(SECONDS):
-        await joined
-    assert waiting.is_current
-    waiting.release()
+    keys: list[Key | None] = []
+
+    async def attempt(ticket: TransactionTicket) -> int:
+        keys.append(ticket.key)
+        await ticket.enter([Key("counters", "read first")], writes=False)
+        await ticket.enter([OTHER], writes=True)
+        if len(keys) == 1:
+            raise error
+        assert ticket.is_current
+        return 1
+
+    assert await turns.retry_transaction(attempt, SECONDS) == 1
+    assert keys == [None, wanted]
     assert not turns.contended
