@@ -18,9 +18,6 @@ from typing import ClassVar, Final, Self, TypeVar
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
-    RETRY_SECONDS,
-    FairRetryQueue,
-)
 from hf_async_store.driver import (
     Capabilities,
     Engine,
