@@ -16,9 +16,9 @@ from hf_async_store.query import (
     Combined,
     Filters,
     Op,
-    Order,
     Page,
     Path,
+    SortKeyInput,
     and_,
     asc,
     begins_with,
@@ -82,7 +82,7 @@ class Load(NamedTuple):
     """The entities and the queries of one example of the property test."""
 
     entities: list[dict[str, object]]
-    queries: list[tuple[Filters, list[Order]]]
+    queries: list[tuple[Filters, list[SortKeyInput]]]
 
 
 _COLUMNS: Final[Mapping[str, st.SearchStrategy[Any]]] = {
@@ -112,7 +112,7 @@ def loads(draw: st.DrawFn) -> Load:
             if which < len(values):
                 each[name] = values[which]
 
-    def random_query() -> tuple[Filters, list[Order]]:
+    def random_query() -> tuple[Filters, list[SortKeyInput]]:
         filters = hypothesis_strategies.draw_filters(
             draw, PLACES, lambda at: operands.get(at, hypothesis_strategies.pooled)
         )
@@ -181,7 +181,10 @@ def ids_in(pages: Iterable[Page]) -> list[object]:
 
 
 async def _check_against_reference(
-    store: StorageStrategy, rows: Mapping[str, Entity], filters: Filters, order_by: list[Order]
+    store: StorageStrategy,
+    rows: Mapping[str, Entity],
+    filters: Filters,
+    order_by: list[SortKeyInput],
 ) -> None:
     """Assert that a query, its count and its pages agree with the reference implementation."""
     query = build_query(ITEMS, filters=filters, order_by=order_by)
