@@ -379,7 +379,8 @@ def build_query(
 
     A bare name must be a declared field or `version`, and its operands must be values that the field
     can hold by its type; null is one of them, except in comparisons. A `path` may lead to any field, and
-    has any operands. So do the undeclared fields of a collection that is declared `open`.
+    is compared with any value. The undeclared fields of a collection that is declared `open` are like
+    fields of type json.
 
     Operands are normalised like stored values. If compared with a declared timestamp, a string that
     can be parsed as one is converted to its canonical form; `contains` and `begins_with` take the

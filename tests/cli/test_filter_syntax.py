@@ -8,7 +8,7 @@ import pytest
 
 from hf_async_store import REMOVE, Collection, Field, StorageError
 from hf_async_store.cli.filter_syntax import changes_of, entities_of, filters_of, order_of
-from hf_async_store.query import Comparison, Order, build_query
+from hf_async_store.query import Comparison, asc, build_query, desc, path
 
 THINGS = Collection(
     "things",
@@ -57,11 +57,11 @@ def comparison(word: str) -> Comparison:
         ("lines=[1]", ("lines",), "eq", [1]),
         ("lines:contains=1", ("lines",), "contains", 1),
         ("note:contains=1", ("note",), "contains", "1"),
-        ("zone=7", ("zone",), "eq", 7),
-        ("zone=seven", ("zone",), "eq", "seven"),
-        ("zone=007", ("zone",), "eq", "007"),
-        ('zone:="7"', ("zone",), "eq", "7"),
-        ("zone=NaN", ("zone",), "eq", "NaN"),
+        ('["zone"]=7', ("zone",), "eq", 7),
+        ('["zone"]=seven', ("zone",), "eq", "seven"),
+        ('["zone"]=007', ("zone",), "eq", "007"),
+        ('["zone"]:="7"', ("zone",), "eq", "7"),
+        ('["zone"]=NaN', ("zone",), "eq", "NaN"),
         ("note:in=b, a", ("note",), "in", ["a", "b"]),
         ("count:in=1,2", ("count",), "in", [1, 2]),
         ('note:in:=["a,b"]', ("note",), "in", ["a,b"]),
@@ -131,16 +131,17 @@ def test_a_filter_that_is_refused(word: str, told: str | None) -> None:
 
 
 def test_an_order() -> None:
-    assert order_of(["status,-created_at", "tags/owner", '-["a,b",0]']) == [
-        Order(("status",)),
-        Order(("created_at",), descending=True),
-        Order(("tags", "owner")),
-        Order(("a,b", 0), descending=True),
+    assert order_of(["note,-created_at", "tags/owner", '-["a,b",0]', '["zone"]'], THINGS) == [
+        asc(path("note")),
+        desc(path("created_at")),
+        asc(path("tags", "owner")),
+        desc(path("a,b", 0)),
+        asc(path("zone")),
     ]
-    assert order_of([]) is None
+    assert order_of([], THINGS) is None
     for wrong in ("", "a,", "-"):
         with pytest.raises(StorageError, match="--order needs names"):
-            order_of([wrong])
+            order_of([wrong], THINGS)
 
 
 def test_assignments() -> None:
