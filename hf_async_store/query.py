@@ -178,8 +178,11 @@ class Combined(msgspec.Struct, frozen=True):
     filters: tuple[FilterMap | Combined, ...]
 
 
-FilterMap: TypeAlias = "Mapping[str, object] | Mapping[Path, object] | Mapping[str | Path, object]"
-"""Maps a declared field or a `path` to a value, which means equality, or to an operator. All must match."""
+FilterMap: TypeAlias = "Mapping[Any, object]"
+"""Maps a declared field or a `path` to a value, which means equality, or to an operator. All must match.
+
+The type of the keys is not `str | Path`, because type checkers infer `object` for both in one dict.
+"""
 
 Filters: TypeAlias = "FilterMap | Combined | None"
 """The `filters` argument of the query methods; None matches all entities."""

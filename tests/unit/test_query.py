@@ -467,7 +467,9 @@ def test_operands_of_declared_timestamps_take_the_fixed_form() -> None:
     assert keeps({"seen_at": contains("10:00")}, entity)
     assert keeps({path("seen_at"): same[0]}, entity)
     assert not keeps({path("seen_at"): "soon"}, entity)
-    assert keeps({path("seen_at"): ne("0001-01-01T00:00:00+14:00")}, entity)  # outside the years of UTC
+    assert keeps(
+        {path("seen_at"): ne("0001-01-01T00:00:00+14:00")}, entity
+    )  # outside the years of UTC
     # In other fields a string is not converted.
     assert not keeps({"status": "2025-01-01"}, {"status": "2025-01-01T00:00:00.000000Z"})
     assert not keeps(
