@@ -1052,6 +1052,16 @@ class QueryContract:
             if store.capabilities.query_isolation == "snapshot":
                 assert plan.consistent
 
+    async def test_64_a_query_that_scans_or_sorts_has_advice(self, store: StorageStrategy) -> None:
+        for filters, order, advised in (
+            ({"due_at": "2001-01-01"}, None, 'Index("due_at")'),
+            ({"label": "x"}, "-due_at", 'Index("label", "due_at")'),
+            ({"item_id": "a"}, None, None),
+            (None, "item_id", None),
+        ):
+            plan = await store.explain_query("items", filters, order)
+            assert plan.advice == (advised if store.capabilities.indexes else None), plan
+
     async def test_64_conditions_outside_the_index_are_residual(
         self, store: StorageStrategy
     ) -> None:
