@@ -62,14 +62,20 @@ def _filter(word: str, collection: Collection) -> Mapping[Path, object]:
 
 
 def _refuse_sign(word: str) -> None:
-    """Refuse `status!=done` and `size>5`, which would else name the field `status!` or none."""
+    """Refuse `status!=done` and `size>=5`, which would else be the fields `status!` and `size>`."""
     meant = signed(word)
-    if meant is None or re.match(r"\s*\w+=(?!=)", word):
+    if meant is None or re.match(r"\s*[\w/]+=(?!=)", word):
         return
     name, operator = meant
-    equal = ", or name:='\"=...\"' for a value that begins with =" if operator == "eq" else ""
-    written = name if operator == "eq" else f"{name}:{operator}"
-    raise InvalidQueryError(f"{_shown(word)} is not a filter; write {written}=VALUE{equal}")
+    if operator != "eq":
+        raise InvalidQueryError(
+            f"{_shown(word)} is not a filter; write {name}:{operator}=VALUE, or a field name that "
+            "contains such a sign as a JSON list"
+        )
+    raise InvalidQueryError(
+        f"{_shown(word)} is not a filter; write {name}=VALUE, or {name}:='\"=...\"' for a value that "
+        "begins with ="
+    )
 
 
 def _check_name(name: str, word: str, collection: Collection) -> None:
