@@ -186,7 +186,7 @@ def operand_problem(operator: str, field_type: FieldType, value: Value) -> str |
         return None
     if operator in _STRING_OPERATORS:
         return f"needs a string, not {_described(value)}"
-    return f"needs {_EXPECTED[field_type]}, not {_described(value)} (by the type of the field)"
+    return f"needs {_EXPECTED[field_type]}, not {_described(value)}"
 
 
 def _fits_text(operator: str, value: Value) -> bool:
