@@ -105,7 +105,9 @@ def _check_operand(
 
 
 def _listed_name(name: str) -> str:
-    return msgspec.json.encode([name]).decode(errors="replace")
+    from json import dumps
+
+    return dumps([name if len(name) <= _MAX_SHOWN_LENGTH else "NAME"])
 
 
 def _operand(word: str, operator: OpName, parsed: _ParsedWord, collection: Collection) -> object:

@@ -585,7 +585,7 @@ class MigrationTool:
                     "source are in the target"
                 )
         try:
-            return len(await self.source.delete_entities(name, versions, versions))
+            return len(await self.source.delete_entities(name, list(versions), versions))
         except BatchError as exc:
             errors = [
                 (entity, each)

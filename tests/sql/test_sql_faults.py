@@ -121,7 +121,7 @@ async def _killed_under_load(server: Any) -> None:
         for each in failures:
             assert isinstance(each, UnavailableError | ConcurrencyConflictError), repr(each)
             assert each.__cause__ is not None
-        found = await store.get_entities("templates", tried)
+        found = await store.get_entities("templates", list(tried))
         stored = zip(tried, found, strict=True)
         assert lost_writes(tried, stored, first_version={}) == [], (
             "an acknowledged write is lost, or a refused one is stored"
