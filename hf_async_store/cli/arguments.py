@@ -352,7 +352,7 @@ _QUERY: Final = (
         "sort by a field, ascending, or descending with -; separate several fields by commas",
     ),
     _argument("--limit", "N", "maximum number of entities", type=_integer),
-    _argument("--fields", "A,B", "show only these fields, the key and the version"),
+    _repeatable("--fields", "A,B", "show only these fields, the key and the version"),
     _flag("--explain", "show the query plan instead of running the query"),
 )
 _CHECKPOINT: Final = _argument(

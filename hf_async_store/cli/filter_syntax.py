@@ -154,11 +154,7 @@ def _checked_list(word: str, operator: OpName, values: list[Value]) -> tuple[Val
 
 def order_of(words: Iterable[str], collection: Collection) -> list[SortKeyInput] | None:
     """Parse `--order`: names separated by commas, with a leading `-` for descending order."""
-    names = [
-        name
-        for word in words
-        for name in ([word] if word.lstrip("-").startswith("[") else word.split(","))
-    ]
+    names = _names(words)
     if not all(name.strip("-") for name in names):
         raise InvalidQueryError("--order needs names, for example --order status,-created_at")
     return [_sort_key(each, collection) for each in names] or None
@@ -178,14 +174,21 @@ def _sort_key(word: str, collection: Collection) -> SortKeyInput:
     )
 
 
-def fields_of(words: str | None, collection: Collection) -> list[Path] | None:
-    """Parse `--fields`: names separated by commas, or one name as a JSON list."""
-    if words is None:
-        return None
-    names = [words] if words.startswith("[") else [each.strip() for each in words.split(",")]
+def fields_of(words: Iterable[str], collection: Collection) -> list[Path] | None:
+    """Parse `--fields`: names separated by commas; None if there are none."""
+    names = _names(words)
     if not all(names):
         raise InvalidInputError("--fields needs field names, for example --fields name,status")
-    return [_named_path(each, "--fields", collection, nested=False) for each in names]
+    return [_named_path(each, "--fields", collection, nested=False) for each in names] or None
+
+
+def _names(words: Iterable[str]) -> list[str]:
+    """The names in words that contain one JSON list, or names separated by commas."""
+    return [
+        name.strip()
+        for word in words
+        for name in ([word] if word.lstrip("-").startswith("[") else word.split(","))
+    ]
 
 
 def _named_path(word: str, option: str, collection: Collection, *, nested: bool = True) -> Path:

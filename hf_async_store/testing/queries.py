@@ -515,7 +515,7 @@ class QueryContract:
             ({"ratio": gt(2)}, []),
             ({path("label"): lt(2)}, []),
             ({path("due_at"): gt("not a time")}, []),
-            ({"due_at": gt("2000")}, ["a"]),
+            ({path("due_at"): gt("2000")}, ["a"]),
             ({"due_at": gt("2001-02-03T04:05:06+01:00")}, ["a"]),
             ({"due_at": "2001-02-03T05:05:06.000007+01:00"}, ["a"]),
         ):

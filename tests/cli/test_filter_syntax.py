@@ -191,12 +191,15 @@ def test_an_order_that_is_refused(word: str, told: str) -> None:
 
 
 def test_fields() -> None:
-    assert fields_of(None, THINGS) is None
-    assert fields_of("note, count", THINGS) == [path("note"), path("count")]
-    assert fields_of('["zone"]', THINGS) == [path("zone")]
+    assert fields_of([], THINGS) is None
+    assert fields_of(["note, count", '["zo,ne"]'], THINGS) == [
+        path("note"),
+        path("count"),
+        path("zo,ne"),
+    ]
     for wrong, told in (("", "--fields needs"), ("zone", "no declared field 'zone'")):
         with pytest.raises(StorageError, match=told):
-            fields_of(wrong, THINGS)
+            fields_of([wrong], THINGS)
 
 
 def test_assignments() -> None:
