@@ -14,7 +14,7 @@ from hf_async_store.errors import InvalidQueryError
 from hf_async_store.values import VERSION, is_canonical_timestamp, parse_timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from hf_async_store.schema import Collection
     from hf_async_store.values import FieldType, Value
@@ -167,6 +167,22 @@ _EXPECTED: Final[Mapping[FieldType, str]] = {
 }
 _RANGE_OPERATORS: Final = ("lt", "lte", "gt", "gte", "between")
 _STRING_OPERATORS: Final = ("contains", "begins_with")
+
+
+_USUAL_TYPES: Final[Mapping[FieldType, frozenset[type]]] = {
+    "text": frozenset({str}),
+    "integer": frozenset({int}),
+    "number": frozenset({int, float}),
+    "boolean": frozenset({bool}),
+}
+
+
+def usual_operands(operator: str, field_type: FieldType, values: Sequence[Value]) -> bool:
+    """Whether the types alone show that `operand_problem` has nothing to say; for lists of many values."""
+    usual = _USUAL_TYPES.get(field_type)
+    if usual is None or (operator in _STRING_OPERATORS and field_type != "text"):
+        return False
+    return usual.issuperset(map(type, values))
 
 
 def operand_problem(operator: str, field_type: FieldType, value: Value) -> str | None:

@@ -25,7 +25,7 @@ import msgspec
 
 from hf_async_store.errors import InvalidCursorError, InvalidQueryError, UnsupportedValueError
 from hf_async_store.event_loop import Chunks
-from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of
+from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.values import (
     VERSION,
     Entity,
@@ -501,7 +501,10 @@ class _FilterReader:
         """Check that a declared field can hold an operand."""
         assert isinstance(name, str), "a bare name"
         field_type = type_of(self._collection, name)
-        for each in _listed(operand) if op.name in (*_LIST_OPS, "between") else [operand]:
+        operands = _listed(operand) if op.name in (*_LIST_OPS, "between") else [operand]
+        if usual_operands(op.name, field_type, operands):
+            return
+        for each in operands:
             problem = operand_problem(op.name, field_type, each)
             if problem is not None:
                 several = (
@@ -544,6 +547,8 @@ def _named_steps(name: object, collection: Collection) -> Steps:
     """The steps of a path, or of a bare name, which must be declared."""
     if isinstance(name, Path):
         return _steps(name.parts)
+    if type(name) is str and name in collection.fields:
+        return (name,)
     steps = _steps((name,))
     type_of(collection, str(steps[0]))
     return steps
