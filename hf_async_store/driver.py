@@ -159,6 +159,8 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
         sorted_here: whether the rows are sorted after reading, instead of being read in index order.
         consistent: whether the result is current (strongly consistent), or may lag behind writes.
         detail: what the engine itself reports.
+        advice: if the query scans or sorts: the index that would serve it, as a declaration, for example
+            `Index("status", "created_at")`. Set by the store, not by engines.
     """
 
     access: Literal["index", "key", "scan"]
@@ -167,6 +169,7 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
     sorted_here: bool = False
     consistent: bool = True
     detail: str = ""
+    advice: str | None = None
 
 
 class Reader(ABC):

@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 from hf_async_store import batch_validation
+from hf_async_store.arguments import check_callable, check_listed, check_seconds
 from hf_async_store.changes import (
     ABSENT,
     ANY,
@@ -56,6 +57,7 @@ from hf_async_store.query import (
     Filters,
     OrderBy,
     Page,
+    Path,
     Query,
     build_query,
     encode_cursor,
@@ -242,7 +244,7 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         at = utc_now()
         changes = await _in_chunks(
-            _reject_str(entities, "entities"),
+            check_listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
             lambda chunk: _puts(declared, chunk, ABSENT, at),
             collection=declared,
@@ -271,7 +273,7 @@ class RepositoryInterface(ABC):
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
         changes = await _in_chunks(
-            _reject_str(entities, "entities"),
+            check_listed(entities, "entities"),
             change,
             None if expected_versions else lambda chunk: _puts(declared, chunk, ANY, at),
             collection=declared,
@@ -311,7 +313,7 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
         changes = await _in_chunks(
-            _reject_str(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
+            check_listed(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
         )
         expected.assert_exhausted()
         outcomes = await self._write(changes, timeout) if changes else []
@@ -324,7 +326,7 @@ class RepositoryInterface(ABC):
     ) -> list[Entity | None]:
         """The entities in the order of `ids`, None for each that does not exist."""
         declared = self._schema[collection]
-        keys = await _in_chunks(_reject_str(ids, "ids"), declared.key_of)
+        keys = await _in_chunks(check_listed(ids, "ids"), declared.key_of)
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
@@ -351,7 +353,7 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
         changes = await _in_chunks(
-            _reject_str(entities, "entities"),
+            check_listed(entities, "entities"),
             lambda each: _imported(declared, each, expected, at),
             collection=declared,
         )
@@ -452,14 +454,16 @@ class RepositoryInterface(ABC):
         order_by: OrderBy = None,
         limit: int | None = None,
         *,
-        fields: Sequence[str] | None = None,
+        fields: Sequence[str | Path] | None = None,
         timeout: float | None = None,
     ) -> list[Entity]:
         """The matching entities, in order.
 
         Args:
-            filters: maps literal field names (or `path(...)`) to a value, which means equality, or
-                to an operator; or a combination by `and_`, `or_`, `not_`. None: all entities.
+            filters: maps declared fields (or `path(...)`) to a value, which means equality, or to an
+                operator; or a combination by `and_`, `or_`, `not_`. None: all entities. A field that
+                is not declared, or a value of another type than the declared one, is asked for by
+                `path("name")`.
             order_by: `"name"`, `"-name"`, or a list of them or of `asc(...)`, `desc(...)`. Ties
                 are broken by id; None sorts by id if the engine's `default_order` is "id".
             limit: the maximum number of entities.
@@ -478,7 +482,7 @@ class RepositoryInterface(ABC):
         order_by: OrderBy = None,
         limit: int | None = None,
         *,
-        fields: Sequence[str] | None = None,
+        fields: Sequence[str | Path] | None = None,
     ) -> AsyncGenerator[Entity, None]:
         """Like `query_entities`, one entity at a time, without keeping all of them in memory."""
         query = self._query(collection, filters, order_by, limit, fields)
@@ -494,7 +498,7 @@ class RepositoryInterface(ABC):
         limit: int = 100,
         *,
         cursor: str | None = None,
-        fields: Sequence[str] | None = None,
+        fields: Sequence[str | Path] | None = None,
         timeout: float | None = None,
     ) -> Page:
         """One page of entities, and the cursor of the next page; None on the last.
@@ -541,7 +545,7 @@ class RepositoryInterface(ABC):
         filters: Filters,
         order_by: OrderBy,
         limit: int | None,
-        fields: Sequence[str] | None,
+        fields: Sequence[str | Path] | None,
     ) -> Query:
         return build_query(
             self._schema[collection],
@@ -733,32 +737,11 @@ def _name_of(index: int, item: object, collection: Collection | None) -> str:
     return f"item {index}"
 
 
-def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:
-    if isinstance(items, str) or not isinstance(items, Iterable):
-        # The characters of a string would be taken as items.
-        raise InvalidInputError(
-            f"{what} must be an iterable other than str, not {type(items).__name__}"
-        )
-    return items
-
-
 def _check_mapping(items: object, what: str, values: str) -> None:
     if not isinstance(items, Mapping):
         raise InvalidInputError(
             f"{what} must be a dict that maps ids to {values}, not {type(items).__name__}"
         )
-
-
-def check_callable(function: object, what: str) -> None:
-    """Raise `InvalidInputError` for an argument that is not callable."""
-    if not callable(function):
-        raise InvalidInputError(f"{what} must be a function, not {type(function).__name__}")
-
-
-def check_seconds(seconds: object, what: str) -> None:
-    """Raise `InvalidInputError` for an argument that is not a number of seconds."""
-    if type(seconds) not in (int, float) or seconds != seconds:  # NaN would never expire
-        raise InvalidInputError(f"{what} must be a number of seconds, not {type(seconds).__name__}")
 
 
 def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:

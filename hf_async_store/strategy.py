@@ -7,6 +7,7 @@ the capabilities of an engine, never on its name.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import time
 import warnings
@@ -15,6 +16,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
+from msgspec.structs import replace
+
+from hf_async_store.arguments import check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
@@ -32,15 +36,11 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.index_advice import advice
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import ReadOnlySession
 from hf_async_store.redaction import redact_texts
-from hf_async_store.repository import (
-    RepositoryInterface,
-    check_callable,
-    check_seconds,
-    operation_timeout,
-)
+from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
@@ -330,7 +330,12 @@ class StorageStrategy(RepositoryInterface):
 
         async def attempt(ticket: TransactionTicket) -> Result:
             async with self._transaction(isolation, read_only=read_only, ticket=ticket) as tx:
-                return await work(tx)
+                result = work(tx)
+                if not inspect.isawaitable(result):
+                    raise InvalidInputError(
+                        f"work must be an async function; it returned {type(result).__name__}"
+                    )
+                return await result
 
         return await self._retry_queue.retry_transaction(attempt, retry_seconds)
 
@@ -355,6 +360,8 @@ class StorageStrategy(RepositoryInterface):
 
     async def is_same_store(self, other: StorageStrategy) -> bool:
         """Whether `other` has the same data, whatever the URLs of the two; see `Engine.is_same_store`."""
+        if not isinstance(other, StorageStrategy):
+            raise InvalidInputError(f"other must be a store, not {type(other).__name__}")
         mine, theirs = self._usable(), other._usable()
         if type(mine) is not type(theirs):
             # Only one of them may be a wrapper, which knows the engine that it wraps.
@@ -372,9 +379,15 @@ class StorageStrategy(RepositoryInterface):
         order_by: OrderBy = None,
         limit: int | None = None,
     ) -> QueryPlan:
-        """How `query_entities` would run: by index or scan, and what is filtered and sorted afterwards."""
+        """How `query_entities` would run: by index or scan, and what is filtered and sorted afterwards.
+
+        If it scans or sorts, the `advice` of the plan is the index that would serve it.
+        """
         query = self._query(collection, filters, order_by, limit, None)
-        return await self._usable().explain(query)
+        plan = await self._usable().explain(query)
+        if not self.capabilities.indexes:
+            return plan
+        return replace(plan, advice=advice(self._schema[collection], query, plan))
 
     async def test_connection(self) -> float:
         """Write, read back and delete a value that is not an entity; returns the seconds it took.

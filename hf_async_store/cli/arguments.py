@@ -65,12 +65,13 @@ A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must ma
   done_at:exists=false    the field is missing (a field that is null is not missing)
   name:=null              any JSON value after :=
   '["a/b:c"]=x'           a field name that contains / : or =, as a JSON list of path steps
+  '["zone"]=7'            a field that is not declared, or a value of another type than the declared
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
 
 A value is read as the declared type of its field. If the field is of type json, or not declared,
-the value is read as JSON if it is valid JSON, otherwise as a string: zone=7 compares with the
-number 7, zone:='"7"' with the string "7".
+the value is read as JSON if it is valid JSON, otherwise as a string: '["zone"]=7' compares with the
+number 7, '["zone"]:="7"' with the string "7".
 """
 
 
@@ -351,7 +352,7 @@ _QUERY: Final = (
         "sort by a field, ascending, or descending with -; separate several fields by commas",
     ),
     _argument("--limit", "N", "maximum number of entities", type=_integer),
-    _argument("--fields", "A,B", "show only these fields, the key and the version"),
+    _repeatable("--fields", "A,B", "show only these fields, the key and the version"),
     _flag("--explain", "show the query plan instead of running the query"),
 )
 _CHECKPOINT: Final = _argument(

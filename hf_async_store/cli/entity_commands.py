@@ -286,13 +286,13 @@ def _expected(arguments: Namespace) -> int | Expect:
 
 
 def query(arguments: Namespace) -> int:
-    from hf_async_store.cli.filter_syntax import filters_of, order_of
+    from hf_async_store.cli.filter_syntax import fields_of, filters_of, order_of
 
     context = Context(arguments)
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
-    order = order_of(arguments.order)
-    fields = None if arguments.fields is None else _field_names(arguments.fields)
+    order = order_of(arguments.order, collection)
+    fields = fields_of(arguments.fields, collection)
 
     async def work(store: StorageStrategy) -> int:
         if arguments.explain:
@@ -304,20 +304,14 @@ def query(arguments: Namespace) -> int:
         )
         async with aclosing(rows):
             if output.for_people(arguments):
-                _show_table(collection, [each async for each in rows], fields)
+                names = None if fields is None else [str(each.parts[0]) for each in fields]
+                _show_table(collection, [each async for each in rows], names)
             else:
                 async for each in rows:
                     output.json_line(each)
         return 0
 
     return context.run(work, needs_store=True)
-
-
-def _field_names(text: str) -> list[str]:
-    names = [each.strip() for each in text.split(",")]
-    if not all(names):
-        raise InvalidInputError("--fields needs field names, for example --fields name,status")
-    return names
 
 
 def _show_table(collection: Collection, rows: list[Entity], fields: list[str] | None) -> None:

@@ -32,6 +32,7 @@ from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
+from hf_async_store.testing.wrong_arguments import ArgumentContract
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -57,6 +58,7 @@ class StrategyContract(
     StreamContract,
     ReferenceContract,
     PlantedRecordContract,
+    ArgumentContract,
 ):
     """All cases of the contract."""
 

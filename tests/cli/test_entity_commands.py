@@ -264,8 +264,8 @@ def test_query(filled: Cli) -> None:
     assert ids(filled, "machines", "name:=null") == ["m-2"]
     assert ids(filled, "requests", "tags/owner=ops") == ["r-1"]
     assert ids(filled, "requests", '["tags","a/b",1]=2') == ["r-1"]
-    assert ids(filled, "requests", "zone=7") == ["r-2"]
-    assert ids(filled, "requests", 'zone:="7"') == []
+    assert ids(filled, "requests", '["zone"]=7') == ["r-2"]
+    assert ids(filled, "requests", '["zone"]:="7"') == []
     assert ids(filled, "requests", "completed_at:gt=2025-06-30T10:00:00+02:00") == ["r-2"]
     assert ids(filled, "requests", "machine_count:between=2,4") == ["r-1"]
 
@@ -291,8 +291,13 @@ def test_options_and_filters_in_any_order(filled: Cli) -> None:
 
 
 def test_fields(filled: Cli) -> None:
-    ran = filled("query", "machines", "--fields", "status, nope", "--limit", "1")
-    assert ran.rows == [{"machine_id": "m-1", "status": "RUNNING", "version": 1}]
+    ran = filled("query", "machines", "--fields", "status, name", "--limit", "1")
+    assert ran.rows == [{"machine_id": "m-1", "name": "one", "status": "RUNNING", "version": 1}]
+    ran = filled("query", "requests", "--fields", '["zone"]', "--order", '-["zone"]')
+    assert [each.get("zone") for each in ran.rows] == [7, None]
+    ran = filled("query", "machines", "--fields", "status,nope")
+    assert (ran.code, ran.out) == (2, "")
+    assert "machines has no declared field 'nope'" in ran.message
     assert "--fields needs field names" in filled("query", "machines", "--fields", ",").message
 
 

@@ -23,6 +23,7 @@ from hf_async_store import (
     ne,
     not_,
     or_,
+    path,
 )
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.repetitions import repetitions
@@ -70,16 +71,18 @@ def questions(draw: st.DrawFn) -> tuple[Any, Any, int | None]:
     hashed: Any = operand(index.field)
     if draw(st.booleans()):
         hashed = in_([hashed, operand(index.field)])
-    parts: list[Any] = [{index.field: hashed}]
+    parts: list[Any] = [{path(index.field): hashed}]
     for _ in range(draw(st.integers(0, 2))):
         kind = draw(st.sampled_from((*RANGES, "between", "begins")))
         if kind == "between":
             low, high = operand(index.sort), operand(index.sort)
-            parts.append({index.sort: between(low, high)})
+            parts.append({path(index.sort): between(low, high)})
         elif kind == "begins":
-            parts.append({index.sort: begins_with(draw(st.sampled_from(["", "x", LONG, "2024"])))})
+            parts.append(
+                {path(index.sort): begins_with(draw(st.sampled_from(["", "x", LONG, "2024"])))}
+            )
         else:
-            parts.append({index.sort: kind(operand(index.sort))})
+            parts.append({path(index.sort): kind(operand(index.sort))})
     if draw(st.integers(0, 3)) == 0:
         parts.append(or_({"label": "a"}, {"count": gte(0)}))
     sign = draw(st.sampled_from(("", "-")))
