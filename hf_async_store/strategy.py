@@ -18,7 +18,7 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from msgspec.structs import replace
 
-from hf_async_store.arguments import check_callable, check_seconds
+from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
@@ -274,6 +274,7 @@ class StorageStrategy(RepositoryInterface):
         read_only: bool,
         ticket: TransactionTicket | None = None,
     ) -> Transaction:
+        check_boolean(read_only, "read_only")
         if read_only:
             if isolation is not None:
                 raise InvalidInputError("a read-only transaction is a snapshot: omit isolation")

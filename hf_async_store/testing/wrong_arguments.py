@@ -81,6 +81,7 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "timeout": ("none", *_SECONDS),
     "retry_seconds": _SECONDS,
     "isolation": ("none",),
+    "read_only": ("boolean",),
     "work": (),
     "other": (),
     "data": ("empty dict",),
