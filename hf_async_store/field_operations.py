@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -198,8 +198,11 @@ def plain_fields(fields: Mapping[str, FieldUpdate]) -> dict[str, Value | Removed
 
 # -- the argument of an update ---------------------------------------------------------------
 
-UpdateMap: TypeAlias = "Mapping[str, object] | Mapping[Path, object] | Mapping[str | Path, object]"
-"""The changes of an update: maps a field name or `path` to a value, REMOVE or an operation."""
+UpdateMap: TypeAlias = "Mapping[Any, object]"
+"""The changes of an update: maps a field name or a `Path` to a value, REMOVE or an operation.
+
+The keys are of type Any, because type checkers infer `dict[object, ...]` for names and paths together.
+"""
 
 
 def read_update(collection: Collection, entity_id: str, data: UpdateMap) -> dict[str, FieldUpdate]:
@@ -210,7 +213,7 @@ def read_update(collection: Collection, entity_id: str, data: UpdateMap) -> dict
         UnsupportedValueError: a value cannot be stored.
     """
     if not isinstance(data, Mapping) or not _is_special(data):
-        return {**collection.changes(entity_id, cast("Mapping[str, object]", data))}
+        return {**collection.changes(entity_id, data)}
     plain: dict[str, object] = {}
     nested: list[NestedChange] = []
     for key, value in data.items():

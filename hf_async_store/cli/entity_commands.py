@@ -14,7 +14,7 @@ from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import NOT_FOUND, STORAGE, code_of, report
 from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import BatchError, EntityNotFoundError, InvalidInputError, StorageError
-from hf_async_store.values import VERSION, Entity
+from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_async_store.cli.filter_syntax import EntityInput
     from hf_async_store.schema import Collection
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Entity
 
 _CHUNK_SIZE: Final = 1000
 """Number of entities that are written between two steps of the progress bar, about one commit."""
@@ -123,7 +124,7 @@ class _Put(Struct):
     entities: list[dict[str, Any]]
     create: bool
     expected: Any
-    outcomes: list[int | bool | Entity | StorageError] = []
+    outcomes: list[int | bool | StorageError] = []
 
     def run(self) -> int:
         status = self.context.run(self._put, writes=True)

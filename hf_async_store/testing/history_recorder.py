@@ -154,7 +154,7 @@ class ActRecorder:
         work: Awaitable[Sequence[int | bool]],
     ) -> None:
         invoked = monotonic_ns()
-        outcomes: Sequence[int | bool | Entity | StorageError]
+        outcomes: Sequence[int | bool | StorageError]
         try:
             outcomes = await work
         except BatchError as exc:
@@ -171,7 +171,7 @@ class ActRecorder:
         value: str,
         expect: int | Expect,
         invoked: int,
-        answer: int | bool | Entity | StorageError,
+        answer: int | bool | StorageError,
     ) -> None:
         if isinstance(answer, _REFUSALS):
             self._record(verb, key, invoked, type(answer).__name__, value, expect)
