@@ -125,6 +125,8 @@ class BulkWriter:
         """The number of statements that the changes of these waves need."""
         return sum(
             len(self._tables[batch.shape.collection].dialect.batches(len(batch.places)))
+            # A read, and the write on condition that it is current.
+            * (2 if batch.shape.names == DECIDED_HERE else 1)
             for wave in waves
             for batch in wave
         )
