@@ -420,6 +420,8 @@ class RepositoryInterface(ABC):
         self, patches: Sequence[Patch], timeout: float | None
     ) -> list[Entity | StorageError]:
         """The entities as written, in order, or the error of each update."""
+        if timeout is not None:
+            check_seconds(timeout, "timeout")
         updates = ReturningUpdates(self, patches, timeout)
         if patches:
             try:

@@ -8,6 +8,7 @@ that met another version is read and written again.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from time import monotonic
 from typing import Protocol
 
 import msgspec
@@ -39,13 +40,17 @@ class ReturningUpdates:
     def __init__(self, store: Primitives, patches: Sequence[Patch], timeout: float | None) -> None:
         self._store = store
         self._patches = patches
-        self._timeout = timeout
+        self._deadline = None if timeout is None else monotonic() + timeout
         self.results: dict[int, Entity | StorageError] = {}
 
     @property
     def pending(self) -> list[int]:
         """The positions of the updates without a result."""
         return [number for number in range(len(self._patches)) if number not in self.results]
+
+    @property
+    def _time_left(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - monotonic())
 
     async def attempt(self) -> None:
         """Read and write the pending ones once.
@@ -55,7 +60,7 @@ class ReturningUpdates:
         """
         pending = self.pending
         keys = [self._patches[number].key for number in pending]
-        records = await self._store._fetch(keys, self._timeout)
+        records = await self._store._fetch(keys, self._time_left)
         changes: dict[int, Patch] = {}
         written: dict[int, Entity] = {}
         for number, record in zip(pending, records, strict=True):
@@ -70,7 +75,7 @@ class ReturningUpdates:
             changes[number] = msgspec.structs.replace(patch, expect=record.version)
             written[number] = copy_entity(entity)
         if changes:
-            outcomes = await self._store._write(list(changes.values()), self._timeout)
+            outcomes = await self._store._write(list(changes.values()), self._time_left)
             self._apply(written, outcomes)
 
     def _apply(self, written: dict[int, Entity], outcomes: Sequence[Outcome]) -> None:

@@ -13,6 +13,7 @@ from hf_async_store.errors import (
     InvalidFieldError,
     InvalidQueryError,
     PartialChangeError,
+    ReferenceViolationError,
     TransactionAbortedError,
     TransactionTooLargeError,
 )
@@ -157,6 +158,17 @@ class FilteredChangeContract:
         changed = [each and each["version"] for each in found]
         assert changed.count(2) == caught.value.done + 1
         assert changed[3] == 2
+
+    async def test_101_a_parent_with_children_ends_it(self, store: StorageStrategy) -> None:
+        if not store.capabilities.references:
+            return
+        await store.create_entities("templates", [{"template_id": each} for each in "abc"])
+        await store.create_entity("requests", {"request_id": "r", "template_id": "b"})
+        with pytest.raises(PartialChangeError) as caught:
+            await store.delete_where("templates", None, order_by="template_id")
+        assert isinstance(caught.value.cause, ReferenceViolationError)
+        assert await store.get_entity("templates", "b") is not None
+        assert await store.count_entities("templates") == 3 - caught.value.done
 
     async def test_101_in_a_transaction_all_or_nothing(self, store: StorageStrategy) -> None:
         if store.capabilities.queries_in_transaction == "outside":
