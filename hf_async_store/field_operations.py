@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, final, get_args
 
 import msgspec
 
@@ -17,6 +17,7 @@ from hf_async_store.schema import Collection, Field, described
 from hf_async_store.values import (
     INT_MAX,
     INT_MIN,
+    REMOVE,
     VERSION,
     FieldType,
     Removed,
@@ -148,6 +149,7 @@ def _described(value: Value | Missing) -> str:
     return "missing" if value is MISSING else "null" if value is None else described(value)
 
 
+@final
 class FieldChange(msgspec.Struct, frozen=True):
     """The change of one top-level field, computed from its stored value.
 
@@ -161,8 +163,8 @@ class FieldChange(msgspec.Struct, frozen=True):
     field: Field | None
     parts: tuple[NestedChange, ...]
 
-    def apply(self, stored: Value | Missing) -> Value | Missing:
-        """The new value; MISSING if the entity does not have the field afterwards.
+    def apply(self, stored: Value | Missing) -> Value | Removed:
+        """The new value; REMOVE if the entity does not have the field afterwards.
 
         Raises:
             InvalidFieldError: the stored value has another type, or the new one is not as declared.
@@ -177,7 +179,7 @@ class FieldChange(msgspec.Struct, frozen=True):
         if value is MISSING:
             if self.field is not None and self.field.required:
                 raise InvalidFieldError(f"{self.collection}.{self.name} is required")
-            return MISSING
+            return REMOVE
         value = weighed(value, (self.name,))[0]
         return value if self.field is None else self.field.check(value, self.collection)
 
@@ -234,7 +236,7 @@ def read_update(collection: Collection, entity_id: str, data: UpdateMap) -> dict
 
 
 def _is_special(data: Mapping[Any, object]) -> bool:
-    return any(type(key) is Path or type(each) is Operation for key, each in data.items())
+    return Path in map(type, data) or Operation in map(type, data.values())
 
 
 def _checked_path(key: object) -> Steps:
