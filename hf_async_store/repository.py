@@ -579,6 +579,8 @@ class RepositoryInterface(ABC):
         check_callable(change, "change")
         check_seconds(retry_seconds, "retry_seconds")
         if default is not None:
+            if not isinstance(default, Mapping):
+                raise UnsupportedValueError(f"default must be a dict, not {type(default).__name__}")
             default = declared.entity({declared.key: key.id, **default})[1]
 
         async def attempt() -> Entity:

@@ -344,6 +344,13 @@ class FieldOperationContract:
         all_refused_at_once(
             InvalidFieldError, store.modify_entity("items", "c", add, default={"count": "x"})
         )
+        wrong: Any = [("n", 0)]
+        all_refused_at_once(
+            UnsupportedValueError,
+            store.modify_entity("items", "c", add, default=wrong),
+            store.update_entity("items", "c", wrong),
+            store.update_where("items", None, wrong),
+        )
 
     async def test_130_many_tasks_modify_a_missing_entity(self, store: StorageStrategy) -> None:
         def add(entity: Entity) -> Entity:
