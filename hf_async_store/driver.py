@@ -36,6 +36,7 @@ from hf_async_store.changes import (
     Record,
 )
 from hf_async_store.errors import InvalidInputError
+from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.overlay import Overlay
 from hf_async_store.preconditions import (
@@ -61,6 +62,7 @@ __all__ = [
     "Delete",
     "Engine",
     "Entity",
+    "FieldChange",
     "Isolation",
     "Key",
     "Outcome",
@@ -86,6 +88,7 @@ __all__ = [
     "next_version",
     "ordered",
     "patched",
+    "plain_fields",
     "run_to_completion",
 ]
 

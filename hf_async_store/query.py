@@ -59,6 +59,8 @@ OpName: TypeAlias = Literal[
     "exists",
     "contains",
     "begins_with",
+    "contains_ignore_case",
+    "begins_with_ignore_case",
 ]
 
 
@@ -122,14 +124,23 @@ def exists(wanted: bool = True) -> Op:
     return Op("exists", wanted)
 
 
-def contains(value: object) -> Op:
-    """A string that contains this string, or a list with an element that is `eq` to this value."""
-    return Op("contains", value)
+def contains(value: object, *, ignore_case: bool = False) -> Op:
+    """A string that contains this string, or a list with an element that is `eq` to this value.
+
+    Args:
+        ignore_case: compare strings by their Unicode case folding (`str.casefold`), so that "STRASSE"
+            contains "ße"; the value must be a string. No index serves it.
+    """
+    return Op("contains_ignore_case" if ignore_case else "contains", value)
 
 
-def begins_with(prefix: str) -> Op:
-    """A string with this prefix. Case-sensitive; no character is special."""
-    return Op("begins_with", prefix)
+def begins_with(prefix: str, *, ignore_case: bool = False) -> Op:
+    """A string with this prefix. No character is special.
+
+    Args:
+        ignore_case: as for `contains`.
+    """
+    return Op("begins_with_ignore_case" if ignore_case else "begins_with", prefix)
 
 
 def _frozen(values: object) -> object:
@@ -252,7 +263,8 @@ class Comparison(msgspec.Struct, frozen=True):
 
     Attributes:
         value: portable. For `in` and `not_in` a list of distinct values in ascending order, for
-            `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string.
+            `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string, for
+            the operators that ignore case a string after `str.casefold`.
     """
 
     path: Steps
@@ -410,7 +422,8 @@ def build_query(
     return msgspec.structs.replace(query, after=_decode_cursor(query, cursor))
 
 
-_STRING_OPS: Final = ("contains", "begins_with")
+_FOLDED_OPS: Final = ("contains_ignore_case", "begins_with_ignore_case")
+_STRING_OPS: Final = ("contains", "begins_with", *_FOLDED_OPS)
 _VALUE_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte", *_STRING_OPS)
 _LIST_OPS: Final = ("in", "not_in")
 
@@ -452,7 +465,7 @@ class _FilterReader:
     def _entry(self, key: object, value: object) -> Comparison:
         """One entry of a filter mapping."""
         self._count_term()
-        steps = _named_steps(key, self._collection)
+        steps = named_steps(key, self._collection)
         self._add_size(sum(len(each.encode()) for each in steps if isinstance(each, str)))
         if not isinstance(value, Op):
             value = Op("eq", value)
@@ -493,9 +506,9 @@ class _FilterReader:
         if op.name not in _VALUE_OPS:
             raise _refused(op, steps, f"is not an operator; write one of {OPERATOR_CALLS}")
         value = self._portable(op, steps, operand)
-        if op.name == "begins_with" and not isinstance(value, str):
+        if op.name in _STRING_OPS[1:] and not isinstance(value, str):
             raise _refused(op, steps, f"needs a string, not {type(operand).__name__}")
-        return value
+        return value.casefold() if op.name in _FOLDED_OPS and isinstance(value, str) else value
 
     def _check_operand(self, op: Op, name: str | int, operand: Value) -> None:
         """Check that a declared field can hold an operand."""
@@ -543,18 +556,18 @@ def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
 
-def _named_steps(name: object, collection: Collection) -> Steps:
+def named_steps(name: object, collection: Collection) -> Steps:
     """The steps of a path, or of a bare name, which must be declared."""
     if isinstance(name, Path):
-        return _steps(name.parts)
+        return checked_steps(name.parts)
     if type(name) is str and name in collection.fields:
         return (name,)
-    steps = _steps((name,))
+    steps = checked_steps((name,))
     type_of(collection, str(steps[0]))
     return steps
 
 
-def _steps(parts: object) -> Steps:
+def checked_steps(parts: object) -> Steps:
     """The steps of a path, validated."""
     if not isinstance(parts, tuple) or not parts:
         raise InvalidQueryError("a path needs at least one step")
@@ -618,7 +631,7 @@ def _order_entry(entry: object, collection: Collection) -> Order:
         raise InvalidQueryError(
             f'{type(entry).__name__} is not a sort key; write "name", or desc("name") or "-name"'
         )
-    return Order(_named_steps(entry.name, collection), entry.descending)
+    return Order(named_steps(entry.name, collection), entry.descending)
 
 
 def _limit(limit: object) -> int:
@@ -630,7 +643,7 @@ def _limit(limit: object) -> int:
 def _fields(fields: object, collection: Collection) -> tuple[str, ...]:
     if not isinstance(fields, list | tuple | AbstractSet):
         raise InvalidQueryError(f"fields must be a list of names, not {type(fields).__name__}")
-    names = [_top_level(_named_steps(each, collection)) for each in fields]
+    names = [_top_level(named_steps(each, collection)) for each in fields]
     return tuple(dict.fromkeys([collection.key, *names, VERSION]))
 
 
@@ -675,7 +688,7 @@ def sort_key(query: Query, entity_id: str, entity: Entity) -> SortKey:
 
 def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
     """`sort_key` for one query, compiled for use with many rows."""
-    parts = [(_reader(each.path), _part_key(each)) for each in query.order]
+    parts = [(value_reader(each.path), _part_key(each)) for each in query.order]
     tie = _id_key(query)
     if len(parts) == 1:  # the usual case; this takes two thirds of the time of the general code
         [(read, part)] = parts
@@ -743,7 +756,7 @@ def _descending(value: Value | Missing) -> SortKey:
     return (-key[0], *map(Desc, key[1:]))
 
 
-def _reader(steps: Steps) -> Callable[[Entity], Value | Missing]:
+def value_reader(steps: Steps) -> Callable[[Entity], Value | Missing]:
     """A function that reads the value at a path."""
     name = steps[0]
     if isinstance(name, str) and len(steps) == 1:
@@ -780,7 +793,7 @@ def compile_filter(where: Filter) -> Callable[[Entity], bool]:
         name = where.path[0]
         if isinstance(name, str) and len(where.path) == 1:
             return lambda entity: test(entity.get(name, MISSING))
-        read = _reader(where.path)
+        read = value_reader(where.path)
         return lambda entity: test(read(entity))
     if isinstance(where, Not):
         inner = compile_filter(where.part)
@@ -818,6 +831,8 @@ def _test(op: OpName, value: Value) -> _Test:
     if op == "begins_with":
         prefix = str(value)
         return lambda actual: isinstance(actual, str) and actual.startswith(prefix)
+    if op in _FOLDED_OPS:
+        return _folded(op, str(value))
     return _compared(_COMPARE[op], value)
 
 
@@ -868,6 +883,19 @@ def _contains(value: Value) -> _Test:
     return test
 
 
+def _folded(op: OpName, value: str) -> _Test:
+    """The operators that ignore case, for an operand after `str.casefold`."""
+    if op == "begins_with_ignore_case":
+        return lambda actual: isinstance(actual, str) and actual.casefold().startswith(value)
+
+    def test(actual: Value | Missing) -> bool:
+        if isinstance(actual, list):
+            return any(isinstance(each, str) and each.casefold() == value for each in actual)
+        return isinstance(actual, str) and value in actual.casefold()
+
+    return test
+
+
 # -- for planners and projections -----------------------------------------------------------
 
 
@@ -913,14 +941,21 @@ class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknow
 _decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
 
 
+def position_of(query: Query, entity_id: str, entity: Entity) -> CursorPosition:
+    """The position directly after a row, which has at least the fields of the order."""
+    values = tuple(value_reader(each.path)(entity) for each in query.order)
+    return CursorPosition(values, entity_id)
+
+
 def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
     """The cursor that continues a query after this row.
 
     Args:
         entity: before projection. The cursor contains, readable, the values that the order uses.
     """
-    values = [_reader(each.path)(entity) for each in query.order]
-    payload = _CursorPayload([[] if each is MISSING else [each] for each in values], entity_id)
+    position = position_of(query, entity_id, entity)
+    values = [[] if each is MISSING else [each] for each in position.values]
+    payload = _CursorPayload(values, entity_id)
     body = msgspec.json.encode(payload)
     return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
 

@@ -117,7 +117,7 @@ class Field(msgspec.Struct, frozen=True):
         ):
             return value
         raise InvalidFieldError(
-            f"{collection}.{self.name} is declared as {self.type}, but the value is {_describe(value)}"
+            f"{collection}.{self.name} is declared as {self.type}, but the value is {described(value)}"
         )
 
 
@@ -135,7 +135,8 @@ _CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
 )
 
 
-def _describe(value: Value) -> str:
+def described(value: Value) -> str:
+    """The type of a value other than null, for errors."""
     # The value itself may be a secret; its type is enough.
     if isinstance(value, str):
         return "a string" if parse_timestamp(value) is None else "a timestamp string"

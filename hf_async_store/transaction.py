@@ -9,11 +9,12 @@ commit and rollback to the context manager of the session.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Self, TypeVar
 
-from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Record
+from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
+from hf_async_store.changes_by_filter import ChangesByFilter
 from hf_async_store.conflict_retry import TransactionTicket
 from hf_async_store.driver import Session
 from hf_async_store.errors import (
@@ -26,10 +27,11 @@ from hf_async_store.errors import (
     TransactionClosedError,
     TransactionReentryError,
 )
+from hf_async_store.field_operations import UpdateMap
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
-from hf_async_store.values import Key, utc_now
+from hf_async_store.values import Entity, Key, utc_now
 
 Result = TypeVar("Result")
 
@@ -130,7 +132,7 @@ class Transaction(RepositoryInterface):
         self,
         collection: str,
         entity_id: str,
-        fields: Mapping[str, object],
+        fields: UpdateMap,
         *,
         timeout: float | None = None,
     ) -> int:
@@ -275,6 +277,31 @@ class Transaction(RepositoryInterface):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         return await attempt()
+
+    async def _create_absent(self, puts: Sequence[Put], timeout: float | None) -> list[bool]:
+        # A create that fails would abort the transaction.
+        records = await self._fetch([each.key for each in puts], timeout) if puts else []
+        existing = {each.key for each in records if each is not None}
+        created: list[bool] = []
+        for put in puts:
+            created.append(put.key not in existing)
+            existing.add(put.key)
+        absent = [put for put, is_new in zip(puts, created, strict=True) if is_new]
+        await self._write_many(absent, timeout)
+        return created
+
+    async def _update_returning(
+        self, patches: Sequence[Patch], timeout: float | None
+    ) -> list[Entity | StorageError]:
+        results = await super()._update_returning(patches, timeout)
+        for each in results:
+            if isinstance(each, StorageError):
+                self._failure = each
+                raise each
+        return results
+
+    async def _change_by_filter(self, changes: ChangesByFilter) -> None:
+        await changes.run_in_transaction()
 
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
         if self._ticket is not None:

@@ -343,14 +343,15 @@ _UPDATE: Final = (
     _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
     _EXPECTED_VERSION,
 )
+_ORDER: Final = _repeatable(
+    "--order",
+    "NAME|-NAME",
+    "sort by a field, ascending, or descending with -; separate several fields by commas",
+)
 _QUERY: Final = (
     _COLLECTION,
     _FILTERS,
-    _repeatable(
-        "--order",
-        "NAME|-NAME",
-        "sort by a field, ascending, or descending with -; separate several fields by commas",
-    ),
+    _ORDER,
     _argument("--limit", "N", "maximum number of entities", type=_integer),
     _repeatable("--fields", "A,B", "show only these fields, the key and the version"),
     _flag("--explain", "show the query plan instead of running the query"),
@@ -523,8 +524,28 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "count COLLECTION [FILTER...]",
         "count the entities that match all filters",
         f"{_CLI}.entity_commands:count",
-        (_COLLECTION, _FILTERS),
-        f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
+        (
+            _COLLECTION,
+            _FILTERS,
+            _argument("--by", "FIELD", "count each value of this field; one line of JSON for each"),
+        ),
+        f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n"
+        f"  {PROGRAM} count machines --by status\n",
+    ),
+    "delete-where": Command(
+        "delete-where COLLECTION FILTER... [OPTIONS]",
+        "delete the entities that match all filters",
+        f"{_CLI}.entity_commands:delete_where",
+        (
+            _COLLECTION,
+            _argument("filters", "FILTER", "a condition, see below; all must match", nargs="+"),
+            _ORDER,
+            _argument("--limit", "N", "delete at most this number, in this order", type=_integer),
+        ),
+        "An entity that is changed meanwhile is deleted only if it still matches. The number of\n"
+        f"deleted entities is shown.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} delete-where requests status=COMPLETED completed_at:lt=2025-01-01\n"
+        f"  {PROGRAM} delete-where machines status=TERMINATED --order updated_at --limit 1000\n",
     ),
     "health": Command(
         "health",

@@ -20,6 +20,9 @@ from hf_async_store.testing.assertions import no_complaints, nothing_is_left
 from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.entities import EntityContract
+from hf_async_store.testing.field_operations import FieldOperationContract
+from hf_async_store.testing.filtered_changes import FilteredChangeContract
+from hf_async_store.testing.groups import GroupContract
 from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
@@ -59,6 +62,9 @@ class StrategyContract(
     ReferenceContract,
     PlantedRecordContract,
     ArgumentContract,
+    FieldOperationContract,
+    FilteredChangeContract,
+    GroupContract,
 ):
     """All cases of the contract."""
 

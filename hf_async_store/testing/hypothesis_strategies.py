@@ -269,7 +269,7 @@ def draw_filters(draw: st.DrawFn, places: Places, operands: OperandsAt, depth: i
 
 def _draw_test(draw: st.DrawFn, operands: Strategy) -> object:
     """A random operator, or an operand without one, which means equality."""
-    kind = draw(_below[14])
+    kind = draw(_below[15])
     if kind < len(_ONE_OPERAND_OPERATORS):
         return _ONE_OPERAND_OPERATORS[kind](draw(operands))
     if kind < 9:
@@ -280,7 +280,9 @@ def _draw_test(draw: st.DrawFn, operands: Strategy) -> object:
     if kind == 11:
         return exists(chance(draw, 2))
     if kind == 12:
-        return begins_with(draw(_word))
+        return begins_with(draw(_word), ignore_case=chance(draw, 2))
+    if kind == 13:
+        return contains(draw(_word), ignore_case=True)
     return draw(operands)
 
 

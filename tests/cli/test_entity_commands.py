@@ -312,6 +312,31 @@ def test_count(filled: Cli) -> None:
     assert filled("count", "machines", "status=GONE").out == "0\n"
 
 
+def test_count_by(filled: Cli) -> None:
+    assert filled("count", "machines", "--by", "status").rows == [
+        {"value": "RUNNING", "count": 2},
+        {"value": "STOPPED", "count": 1},
+    ]
+    assert filled("count", "machines", "--by", "name").rows == [
+        {"count": 1},
+        {"value": None, "count": 1},
+        {"value": "one", "count": 1},
+    ]
+    assert filled("count", "machines", "status=RUNNING", "--by", "tags/owner").rows == [
+        {"count": 2}
+    ]
+    assert filled("count", "machines", "--by", "a//b").code == 2
+
+
+def test_delete_where(filled: Cli) -> None:
+    assert filled("delete-where", "machines").code == 2  # never everything by mistake
+    words = ("delete-where", "machines", "status=RUNNING")
+    assert filled(*words, "--order", "-machine_id", "--limit", "1").rows == [{"deleted": 1}]
+    assert filled(*words).rows == [{"deleted": 1}]
+    assert filled(*words).rows == [{"deleted": 0}]
+    assert filled("count", "machines").out == "1\n"
+
+
 @pytest.mark.parametrize("command", ["query", "count"])
 def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
     ran = filled(command, "machines", "statu:equals=x")
@@ -330,6 +355,7 @@ def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
         ["count", "machines"],
         ["update", "machines", "m-1", "status=x"],
         ["delete", "machines", "m-1"],
+        ["delete-where", "machines", "status=x"],
         ["health"],
         ["checkpoint"],
         ["backup"],
