@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from hf_async_store.errors import InvalidQueryError, UnsupportedValueError
+from hf_async_store.event_loop import Chunks
 from hf_async_store.query import (
     And,
     Comparison,
@@ -21,6 +23,9 @@ from hf_async_store.query import (
 )
 from hf_async_store.schema import Collection
 from hf_async_store.values import Value
+
+_RUN_SIZE: Final = 1_000
+"""The number of values sorted between two iterations of the event loop."""
 
 _SCALE: Final = 1 << 1074
 """Every finite float is a multiple of its reciprocal."""
@@ -50,7 +55,7 @@ class Counts:
     """The number of values that are `eq` to each other, type by type."""
 
     def __init__(self) -> None:
-        self._groups: dict[object, tuple[Value | Missing, int]] = {}
+        self._groups: dict[Any, tuple[Value | Missing, int]] = {}
 
     def add(self, values: Iterable[Value | Missing]) -> None:
         for value in values:
@@ -59,9 +64,14 @@ class Counts:
             # 1 and 1.0 are one group; it does not depend on the order of the rows which of them is shown.
             self._groups[key] = (value if type(value) is int else shown, count + 1)
 
-    def sorted(self) -> list[tuple[Value | Missing, int]]:
-        """Each value with its count, in the order of `query.order_key`."""
-        return [self._groups[key] for key in sorted(self._groups)]  # type: ignore[type-var]
+    async def sorted(self) -> list[tuple[Value | Missing, int]]:
+        """Each value with its count, in the order of `query.order_key`.
+
+        There may be as many values as entities, so the event loop runs other tasks meanwhile.
+        """
+        runs = [sorted(keys) async for keys in Chunks(list(self._groups), _RUN_SIZE)]
+        merged = Chunks(heapq.merge(*runs), _RUN_SIZE)
+        return [self._groups[key] async for keys in merged for key in keys]
 
 
 class Sum:

@@ -106,7 +106,7 @@ class ChangesByFilter:
         except StorageError as exc:
             if not self.done:
                 raise
-            raise PartialChangeError(self.done, exc) from exc
+            raise PartialChangeError(self.done, exc, self.entities) from exc
 
     async def _change_independently(self, entities: Sequence[Entity]) -> None:
         backoff = Backoff(_CONFLICT_SECONDS, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
@@ -120,7 +120,7 @@ class ChangesByFilter:
                     raise conflict
                 entities = await self._matching(stale)
             except StorageError as exc:
-                raise PartialChangeError(self.done, exc) from exc
+                raise PartialChangeError(self.done, exc, self.entities) from exc
 
     def _apply(
         self, entities: Sequence[Entity], outcomes: Sequence[Outcome]

@@ -188,9 +188,10 @@ class PartialChangeError(StorageError):
     Attributes:
         done: how many entities were changed before; they stay changed.
         cause: the failure.
+        entities: those that `delete_where(returning=True)` has deleted, as they were.
     """
 
-    def __init__(self, done: int, cause: StorageError) -> None:
+    def __init__(self, done: int, cause: StorageError, entities: Sequence[Entity] = ()) -> None:
         super().__init__(
             f"stopped after {done:,} entities were changed: {cause}",
             retryable=cause.retryable,
@@ -198,6 +199,7 @@ class PartialChangeError(StorageError):
         )
         self.done = done
         self.cause = cause
+        self.entities = list(entities)
 
 
 # -- transactions and lifecycle -------------------------------------------------------------

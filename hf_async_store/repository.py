@@ -838,7 +838,7 @@ class RepositoryInterface(ABC):
         """
         counts = Counts()
         await self._aggregate(collection, field, filters, counts, timeout)
-        return counts.sorted()
+        return await counts.sorted()
 
     async def sum_of(
         self,

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from time import monotonic
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from hf_async_store.changes import Change, Outcome, Patch, Record
 from hf_async_store.errors import ConcurrencyConflictError, StorageError
+from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import changed
 from hf_async_store.query import Query
 from hf_async_store.values import Entity, Key, copy_entity
+
+_CHUNK_SIZE: Final = 128
+"""The number of updates decided between two iterations of the event loop."""
 
 
 class Primitives(Protocol):
@@ -63,17 +67,18 @@ class ReturningUpdates:
         records = await self._store._fetch(keys, self._time_left)
         changes: dict[int, Patch] = {}
         written: dict[int, Entity] = {}
-        for number, record in zip(pending, records, strict=True):
-            patch = self._patches[number]
-            try:
-                entity = changed(patch, None if record is None else record.entity)
-            except StorageError as exc:
-                self.results[number] = exc
-                continue
-            assert entity is not None
-            assert record is not None, "a patch expects PRESENT or a version"
-            changes[number] = msgspec.structs.replace(patch, expect=record.version)
-            written[number] = copy_entity(entity)
+        async for chunk in Chunks(zip(pending, records, strict=True), _CHUNK_SIZE):
+            for number, record in chunk:
+                patch = self._patches[number]
+                try:
+                    entity = changed(patch, None if record is None else record.entity)
+                except StorageError as exc:
+                    self.results[number] = exc
+                    continue
+                assert entity is not None
+                assert record is not None, "a patch expects PRESENT or a version"
+                changes[number] = msgspec.structs.replace(patch, expect=record.version)
+                written[number] = copy_entity(entity)
         if changes:
             outcomes = await self._store._write(list(changes.values()), self._time_left)
             self._apply(written, outcomes)

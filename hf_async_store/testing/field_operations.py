@@ -31,6 +31,7 @@ from hf_async_store.testing.assertions import (
     payload,
     typed,
 )
+from hf_async_store.testing.harness import DropsResponses, Harness
 from hf_async_store.testing.process_workers import run_workers
 from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import INT_MAX, INT_MIN, REMOVE, UPDATED_AT, Key, utc_now
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from hf_async_store.field_operations import UpdateMap
     from hf_async_store.strategy import StorageStrategy
-    from hf_async_store.testing.harness import Harness
     from hf_async_store.values import Entity
 
 TASKS: Final = 64
@@ -321,6 +321,21 @@ class FieldOperationContract:
         total = processes * times
         assert (counter["n"], counter["version"]) == (total, total + 1)
         assert sorted(each for result in results for each in result) == list(range(2, total + 2))
+
+    async def test_100_an_increment_without_a_response_is_applied_once(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        if not isinstance(harness, DropsResponses):
+            pytest.skip("the harness cannot lose a response")
+        await store.create_entity("counters", {"counter_id": "sum"})
+        await store.get_entity("counters", "sum")
+        harness.lose_next_answer()
+        try:
+            await store.update_entity("counters", "sum", {"n": increment(1)})
+        except StorageError as exc:
+            assert exc.outcome_unknown
+        counter = await get_existing(store, "counters", "sum")
+        assert (counter["n"], counter["version"]) == (1, 2)
 
     # 130 ------------------------------------------------------------------------------------
 

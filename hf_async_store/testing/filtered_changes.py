@@ -165,8 +165,9 @@ class FilteredChangeContract:
         await store.create_entities("templates", [{"template_id": each} for each in "abc"])
         await store.create_entity("requests", {"request_id": "r", "template_id": "b"})
         with pytest.raises(PartialChangeError) as caught:
-            await store.delete_where("templates", None, order_by="template_id")
+            await store.delete_where("templates", None, order_by="template_id", returning=True)
         assert isinstance(caught.value.cause, ReferenceViolationError)
+        assert len(caught.value.entities) == caught.value.done
         assert await store.get_entity("templates", "b") is not None
         assert await store.count_entities("templates") == 3 - caught.value.done
 

@@ -334,6 +334,9 @@ def test_delete_where(filled: Cli) -> None:
     assert filled(*words, "--order", "-machine_id", "--limit", "1").rows == [{"deleted": 1}]
     assert filled(*words).rows == [{"deleted": 1}]
     assert filled(*words).rows == [{"deleted": 0}]
+    ran = filled("delete-where", "requests", "request_id=r-1")
+    assert ran.code == 3
+    assert "cannot be deleted: machines 'm-2' refers to it" in ran.message
     assert filled("count", "machines").out == "1\n"
 
 
