@@ -873,7 +873,7 @@ class RepositoryInterface(ABC):
     ) -> None:
         numeric = isinstance(result, Sum)
         steps = aggregated_path(self._schema[collection], field, numeric=numeric)
-        query = self._query(collection, filters, None, None, [str(steps[0])])
+        query = self._query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
@@ -915,7 +915,7 @@ class RepositoryInterface(ABC):
         greatest: bool,
     ) -> Value:
         steps = aggregated_path(self._schema[collection], field)
-        query = self._query(collection, filters, None, None, [str(steps[0])])
+        query = self._query(collection, filters, None, None, [Path((steps[0],))])
         query = extreme_query(query, steps, greatest=greatest)
         entities = await self._entities(query, None, timeout)
         values = [value for each in entities if (value := value_reader(steps)(each)) is not MISSING]
