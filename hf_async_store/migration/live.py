@@ -195,6 +195,7 @@ class LiveMigration:
         await self._begin()
         if self._current().phase == "SWITCHED":
             return await self.status()
+        await self._target.remember(self._schema.values())
         await self._copy()
         await self._catch_up(self._source, self._target)
         await self._repair(self._source, self._target)
