@@ -47,7 +47,8 @@ REFUSED: Final = frozenset({"key", "required"})
 
 _CHUNK_SIZE: Final = 256
 _MAX_SHOWN: Final = 5
-_MAX_PASSES: Final = 10
+_ROUND_SIZE: Final = 20_000
+_MAX_FRUITLESS: Final = 10
 
 _EFFECTS: Final = {
     "values": "{count:,} stored values are not of type {type}; they stay, and compare as their own "
@@ -239,27 +240,40 @@ async def _chunks(engine: Engine, collection: Collection) -> AsyncGenerator[list
 
 
 async def _rewrite(engine: Engine, collection: Collection, report: SchemaProgress) -> None:
-    """Rewrite the timestamps of a collection in the fixed form, unless they change meanwhile."""
+    """Rewrite the timestamps of a collection in the fixed form, unless they change meanwhile.
+
+    In rounds of reading and writing: no stream is open during a write, because its snapshot could hold
+    up a change of the schema by another program, and with it the write.
+    """
     change = SchemaChange("form", collection.name, "", "rewrite timestamps")
     done = 0
-    for _ in range(_MAX_PASSES):
-        missed = 0
-        async with Owned(_chunks(engine, collection)) as chunks:
-            async for chunk in chunks:
-                patches = [
-                    each for each in (_patch(collection, entity) for entity in chunk) if each
-                ]
-                if patches:
-                    written = await _written(engine, patches)
-                    missed += len(patches) - written
-                    done += written
-                    report(change, done, None)
-        if not missed:
-            return
-    raise UnavailableError(
-        f"{missed:,} entities of {collection.name} changed in each of {_MAX_PASSES} attempts to "
-        "rewrite their timestamps; run `schema apply` again"
-    )
+    before: set[Key] = set()
+    fruitless = 0
+    while patches := await _patches(engine, collection):
+        written: set[Key] = set()
+        for start in range(0, len(patches), _CHUNK_SIZE):
+            written |= await _written(engine, patches[start : start + _CHUNK_SIZE])
+            report(change, done + len(written), None)
+        done += len(written)
+        # Other programs may have changed these entities, or given them such values again.
+        fruitless = 0 if written - before else fruitless + 1
+        if fruitless == _MAX_FRUITLESS:
+            raise UnavailableError(
+                f"{len(patches):,} entities of {collection.name} still have timestamps in another "
+                "form, because other programs write them; run `schema apply` again"
+            )
+        before = written
+
+
+async def _patches(engine: Engine, collection: Collection) -> list[Patch]:
+    """The changes of the first entities whose timestamps are in another form."""
+    patches: list[Patch] = []
+    async with Owned(_chunks(engine, collection)) as chunks:
+        async for chunk in chunks:
+            patches += filter(None, (_patch(collection, each) for each in chunk))
+            if len(patches) >= _ROUND_SIZE:
+                break
+    return patches
 
 
 def _patch(collection: Collection, entity: Entity) -> Patch | None:
@@ -273,12 +287,12 @@ def _patch(collection: Collection, entity: Entity) -> Patch | None:
     return Patch(key, {**fields, UPDATED_AT: now}, now, version_of(entity))
 
 
-async def _written(engine: Engine, patches: Sequence[Patch]) -> int:
-    """Write the changes; returns how many were written. The others met a change by another program."""
-    written = 0
-    for outcome in await engine.write_each(patches):
+async def _written(engine: Engine, patches: Sequence[Patch]) -> set[Key]:
+    """Write changes; returns the keys of those that were written. The others met another change."""
+    written = set()
+    for patch, outcome in zip(patches, await engine.write_each(patches), strict=True):
         if not isinstance(outcome, StorageError):
-            written += 1
+            written.add(patch.key)
         elif not isinstance(outcome, ConcurrencyConflictError | EntityNotFoundError):
             raise outcome
     return written

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.testing.contract import StrategyContract
+from tests.contract.expected import AttributesOfTheDeclaration
 from tests.contract.harnesses import DynamoDBHarness
 
 if TYPE_CHECKING:
     from tests.dynamodb.proxy import Proxy
 
 
-class TestDynamoDB(StrategyContract):
+class TestDynamoDB(AttributesOfTheDeclaration):
     @pytest.fixture
     def harness(self, dynamodb_proxy: Proxy) -> Iterator[DynamoDBHarness]:
         harness = DynamoDBHarness(dynamodb_proxy)
