@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Final, Literal, TypeAlias, TypeVar
 
@@ -35,7 +35,14 @@ from hf_async_store.changes import (
     Put,
     Record,
 )
-from hf_async_store.errors import InvalidInputError
+from hf_async_store.declarations import are_equal, decoded, encoded, merged
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
+    InvalidInputError,
+    StorageError,
+    UnavailableError,
+)
 from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.overlay import Overlay
@@ -48,8 +55,17 @@ from hf_async_store.preconditions import (
     patched,
 )
 from hf_async_store.query import Query, compile_filter, ordered
-from hf_async_store.schema import Collection, Schema
-from hf_async_store.values import Entity, Key, Value, canonical, copy_entity
+from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Schema
+from hf_async_store.values import (
+    CREATED_AT,
+    UPDATED_AT,
+    Entity,
+    Key,
+    Value,
+    canonical,
+    copy_entity,
+    utc_now,
+)
 
 __all__ = [
     "ABSENT",
@@ -75,6 +91,8 @@ __all__ = [
     "Reader",
     "Record",
     "Schema",
+    "SchemaChange",
+    "SchemaProgress",
     "Session",
     "Value",
     "batched",
@@ -89,6 +107,7 @@ __all__ = [
     "ordered",
     "patched",
     "plain_fields",
+    "remember_in",
     "run_to_completion",
 ]
 
@@ -173,6 +192,29 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
     consistent: bool = True
     detail: str = ""
     advice: str | None = None
+
+
+class SchemaChange(msgspec.Struct, frozen=True):
+    """One thing that a declaration and its store disagree about, as returned by `schema_changes`.
+
+    Attributes:
+        kind: what it is about: of every engine "collection", "key", "field", "index", "values", "form"
+            or "required" (see `schema_changes.py`); others are those of an engine.
+        collection: the name of the collection.
+        name: the name of the field or index; "" if it is about the collection.
+        detail: what is missing or differs, and what `apply_schema` does about it, for people.
+        blocking: whether writers wait while `apply_schema` does it.
+    """
+
+    kind: str
+    collection: str
+    name: str
+    detail: str
+    blocking: bool = False
+
+
+SchemaProgress: TypeAlias = Callable[[SchemaChange, int, int | None], None]
+"""Called with a change, how much of it is done, and how much there is, if that is known."""
 
 
 class Reader(ABC):
@@ -350,6 +392,49 @@ class Engine(Reader):
         """
         return []
 
+    async def declarations(self) -> list[Collection]:
+        """The declarations that `remember` has recorded. Nothing is created.
+
+        Raises:
+            CorruptionError: what is recorded is invalid.
+            NewerFormatError: a newer version of this package has recorded it.
+        """
+        return _declared_in(await self._catalogue_record())
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        """Record these declarations, merged with the recorded ones (`declarations.merged`), atomically.
+
+        Called after the first write of a store, and outside of transactions. The default reads, and
+        if something is new writes, one entity of a collection of its own, `hf_catalogue`. It is for
+        an engine that can store entities of any collection that its schema (`schema_of`) can look
+        up. An engine that cannot calls `remember_in` with an engine whose only collection is that one.
+        """
+        await remember_in(self, collections)
+
+    async def _catalogue_record(self) -> Record | None:
+        return await self.fetch_undeclared(CATALOGUE_COLLECTION, _CATALOGUE_KEY.id)
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        """What the store lacks for its declaration, in terms of this engine: tables, columns, indexes.
+
+        Nothing is changed. What every engine has in common, such as stored values that do not fit a
+        type, is added by the store. The default is for an engine that needs nothing but the entities.
+        """
+        return []
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        """Make the changes that `schema_changes` returns, while other programs read and write.
+
+        It can be interrupted at any await, run again, and run by several processes at once.
+
+        Args:
+            progress: called for each change as it proceeds.
+            complete: whether all programs with an older declaration have ended.
+        """
+        del progress, complete
+
     async def explain(self, query: Query) -> QueryPlan:
         """How `select` would run."""
         del query
@@ -395,6 +480,40 @@ class Engine(Reader):
 
     def abandon(self) -> None:
         """See `StorageStrategy.abandon`. The default is for an engine whose finalizers do not warn."""
+
+
+_CATALOGUE_KEY: Final = Key(CATALOGUE_COLLECTION.name, "declarations")
+_MAX_TRIES: Final = 10
+
+
+async def remember_in(engine: Engine, collections: Iterable[Collection]) -> None:
+    """Record declarations in the collection `hf_catalogue` of an engine; see `Engine.remember`."""
+    declared = list(collections)
+    for _ in range(_MAX_TRIES):
+        record = await engine._catalogue_record()
+        recorded = _declared_in(record)
+        wanted = merged(recorded, declared)
+        if record is not None and are_equal(wanted, recorded):
+            return
+        now = utc_now()
+        entity = {CATALOGUE_COLLECTION.key: _CATALOGUE_KEY.id, CREATED_AT: now, UPDATED_AT: now}
+        expect = ABSENT if record is None else record.version
+        [outcome] = await engine.write_each(
+            [Put(_CATALOGUE_KEY, {**entity, **encoded(wanted)}, now, expect)]
+        )
+        if not isinstance(outcome, StorageError):
+            return
+        if not isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
+            raise outcome
+    raise UnavailableError("other programs record their declarations in the store at the same time")
+
+
+def _declared_in(record: Record | None) -> list[Collection]:
+    where = (
+        f"the entity {_CATALOGUE_KEY.id!r} of {_CATALOGUE_KEY.collection} (if it is deleted, each "
+        "program records its own again)"
+    )
+    return [] if record is None else decoded(record.entity, where)
 
 
 _BATCH_SIZE: Final = 512

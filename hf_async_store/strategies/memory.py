@@ -144,7 +144,7 @@ class MemoryEngine(Engine):
                 self._stored[key] = entity
 
     async def health(self) -> Mapping[str, Value]:
-        return {"entities": len(self._stored)}
+        return {"entities": sum(each.collection in self._schema for each in self._stored)}
 
     def describe(self) -> Mapping[str, Value]:
         return {"configuration": {"enforce_references": self._references}}

@@ -221,7 +221,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
         names = Names()
         mapping = self._dynamodb.tables.mappings[collection]
         expression = condition(condition_expression, expression_values, mapping, names)
-        return await self._await_write(self._update_where(change, expression, names), timeout)
+        version = await self._await_write(self._update_where(change, expression, names), timeout)
+        await self._record_declarations(timeout=timeout)
+        return version
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
         async with self._engine.direct("condition_expression", writes=True):
