@@ -67,6 +67,7 @@ A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must ma
   '["a/b:c"]=x'           a field name that contains / : or =, as a JSON list of path steps
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
+             contains_ignore_case begins_with_ignore_case
 
 A value is read as the declared type of its field. If the field is of type json, or not declared,
 the value is read as JSON if it is valid JSON, otherwise as a string: zone=7 compares with the
