@@ -6,7 +6,8 @@ the package is shared by the engines.
 
 An engine that has the current entity in memory decides with `changed`, `check_parents` and
 `check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
-how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`. A strategy
+how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`; an update for
+which `plain_fields` is None contains field operations, and needs the stored entity. A strategy
 that other packages can install is a subclass of `StorageStrategy`, registered in the entry-point
 group `hf_async_store.strategies`.
 

@@ -72,6 +72,7 @@ A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must ma
   '["zone"]=7'            a field that is not declared, or a value of another type than the declared
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
+             contains_ignore_case begins_with_ignore_case
 
 A value is read as the declared type of its field. If the field is of type json, or not declared,
 the value is read as JSON if it is valid JSON, otherwise as a string: '["zone"]=7' compares with the
