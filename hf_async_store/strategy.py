@@ -426,6 +426,9 @@ class StorageStrategy(RepositoryInterface):
             SchemaMismatchError: the stored data breaks the declaration, for example because a
                 required field is missing; the first entities are named, and nothing was changed.
         """
+        check_boolean(complete, "complete")
+        if progress is not None:
+            check_callable(progress, "progress")
         await schema_changes.apply(self._usable(), self._schema, progress, complete=complete)
 
     # -- health ------------------------------------------------------------------------------
