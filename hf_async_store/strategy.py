@@ -492,8 +492,8 @@ class StorageStrategy(RepositoryInterface):
             report["latency_ms"] = round(await self.test_connection() * 1000, 3)
         except StorageError as exc:
             problems.append(str(exc))
+        problems += [each for each in await self._contradictions(engine) if each not in problems]
         try:
-            problems += await self._contradictions(engine)
             details = dict(await engine.health())
         except StorageError as exc:
             details = {"problems": [str(exc)]}
@@ -512,7 +512,10 @@ class StorageStrategy(RepositoryInterface):
 
     async def _contradictions(self, engine: Engine) -> list[Value]:
         """Where another program has declared something else for this store."""
-        recorded = await engine.declarations()
+        try:
+            recorded = await engine.declarations()
+        except StorageError as exc:
+            return [str(exc)]
         return [
             f"the declaration of {each.collection}.{each.name} contradicts the store: {each.detail}"
             for each in schema_changes.contradictions(recorded, self._schema)
