@@ -1,0 +1,419 @@
+"""Ordered indexes in memory: the keys and ids of entities, sorted in the total order of values.
+
+An index contains an entry (key, id) for each entity. The key consists of the encoded values of the
+indexed fields. No encoded value is a prefix of another, so keys compare like the lists of values; all
+entries whose first values are equal are consecutive, sorted by the next value, and at last by id.
+The index without fields is that of the ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+
+from hf_async_store.errors import StorageError
+from hf_async_store.query import Missing
+from hf_async_store.schema import Collection, Index
+from hf_async_store.sort_bytes import is_exact, sort_bytes
+from hf_async_store.values import Value
+
+# -- keys -----------------------------------------------------------------------------------
+
+_BOOLEAN, _NUMBER, _STRING = 2, 3, 4
+_NUMBER_BYTES: Final = 11
+_SIMPLE_NUMBER_BYTES: Final = 9
+AFTER: Final = b"\xff"
+"""A key followed by this is greater than all keys that begin with the key."""
+
+
+def key_part(encoded: bytes) -> bytes:
+    """The part of a key for one value, from its sort bytes."""
+    rank = encoded[0]
+    if rank == _STRING:
+        return encoded + b"\x00"  # no string contains U+0000
+    return encoded.ljust(_NUMBER_BYTES, b"\x00") if rank == _NUMBER else encoded
+
+
+def key_bound(bound: bytes) -> bytes:
+    """The bound of a range of sort bytes as a bound of key parts."""
+    if bound[:1] == bytes([_STRING]) and bound.endswith(b"\x00"):
+        return bound[:-1] + b"\x01"
+    is_after_number = bound[:1] == bytes([_NUMBER]) and len(bound) == _SIMPLE_NUMBER_BYTES + 1
+    return bound + b"\x01" if is_after_number else bound
+
+
+def split_key(key: bytes, start: int, parts: int) -> tuple[int, bool]:
+    """The end of some parts of a key, and whether equal parts mean equal values; otherwise the end of
+    the first part of which that is not true."""
+    for _ in range(parts):
+        rank = key[start]
+        if rank == _STRING:
+            end = key.index(0, start) + 1
+            exact = is_exact(key[start : end - 1])
+        else:
+            end = start + {_BOOLEAN: 2, _NUMBER: _NUMBER_BYTES}.get(rank, 1)
+            exact = rank < _STRING
+        start = end
+        if not exact:
+            return end, False
+    return start, True
+
+
+def index_key(values: Iterable[Value | Missing]) -> bytes:
+    """The key of an entity with these values in the indexed fields."""
+    return b"".join([key_part(sort_bytes(each)) for each in values])
+
+
+# -- one index ------------------------------------------------------------------------------
+
+Entry: TypeAlias = "tuple[bytes, str]"
+_Block: TypeAlias = "tuple[tuple[bytes, ...], tuple[str, ...]]"
+
+_BLOCK: Final = 128
+"""The number of entries in a new block; a block with twice as many is divided."""
+
+
+class Span(NamedTuple):
+    """The entries from `low` on, and below `high`."""
+
+    low: Entry
+    high: Entry
+
+
+class OrderedIndex:
+    """Sorted entries, in blocks.
+
+    A block is replaced and never modified. So a copy of the list of blocks shows all entries of one
+    moment, and the garbage collector does not traverse blocks, which are tuples of strings. A key
+    that several consecutive entries have is stored once.
+    """
+
+    __slots__ = ("_blocks", "_lasts")
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._lasts: list[Entry] = []
+
+    def __len__(self) -> int:
+        return sum([len(ids) for _, ids in self._blocks])
+
+    def copy(self) -> OrderedIndex:
+        copied = OrderedIndex()
+        copied._blocks = self._blocks.copy()
+        copied._lasts = self._lasts.copy()
+        return copied
+
+    def containers(self) -> list[Garbage]:
+        """What contains the entries, to be freed by `reclaim`."""
+        return [self._blocks, self._lasts]
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Add sorted entries that are greater than all others."""
+        for start in range(0, len(entries), _BLOCK):
+            part = entries[start : start + _BLOCK]
+            keys = [part[0][0]]
+            for key, _ in part[1:]:
+                keys.append(keys[-1] if key == keys[-1] else key)
+            self._blocks.append((tuple(keys), tuple([each for _, each in part])))
+            self._lasts.append(part[-1])
+
+    def insert(self, entry: Entry) -> None:
+        if not self._blocks:
+            self.append([entry])
+            return
+        number = min(bisect_left(self._lasts, entry), len(self._blocks) - 1)
+        keys, ids = self._blocks[number]
+        at = _position(self._blocks[number], entry)
+        key, entity_id = entry
+        for neighbour in keys[max(0, at - 1) : at + 1]:
+            key = neighbour if neighbour == key else key
+        self._replace(number, (*keys[:at], key, *keys[at:]), (*ids[:at], entity_id, *ids[at:]))
+
+    def remove(self, entry: Entry) -> None:
+        number = bisect_left(self._lasts, entry)
+        keys, ids = self._blocks[number]
+        at = _position(self._blocks[number], entry)
+        assert (keys[at], ids[at]) == entry, "the index does not contain what was indexed"
+        self._replace(number, keys[:at] + keys[at + 1 :], ids[:at] + ids[at + 1 :])
+
+    def _replace(self, number: int, keys: tuple[bytes, ...], ids: tuple[str, ...]) -> None:
+        halves = [(keys, ids)] if keys else []
+        if len(keys) >= 2 * _BLOCK:
+            halves = [(keys[:_BLOCK], ids[:_BLOCK]), (keys[_BLOCK:], ids[_BLOCK:])]
+        self._blocks[number : number + 1] = halves
+        self._lasts[number : number + 1] = [(keys[-1], ids[-1]) for keys, ids in halves]
+
+    def pieces(self, span: Span, *, reverse: bool = False) -> Iterator[list[Entry]]:
+        """The entries of a span in short lists, which are themselves in order.
+
+        The index may not be changed meanwhile.
+        """
+        first, last = self._block_numbers(span)
+        numbers = range(first, last + 1)
+        for number in reversed(numbers) if reverse else numbers:
+            keys, ids = self._blocks[number]
+            start, stop = self._within(number, span)
+            piece = list(zip(keys[start:stop], ids[start:stop], strict=True))
+            yield piece[::-1] if reverse else piece
+
+    def count(self, span: Span) -> int:
+        first, last = self._block_numbers(span)
+        if first > last:
+            return 0
+        start, _ = self._within(first, span)
+        _, stop = self._within(last, span)
+        return sum([len(ids) for _, ids in self._blocks[first:last]]) + stop - start
+
+    def _block_numbers(self, span: Span) -> tuple[int, int]:
+        """The first and the last block that may contain entries of a span."""
+        last = min(bisect_left(self._lasts, span.high), len(self._blocks) - 1)
+        return bisect_left(self._lasts, span.low), last
+
+    def _within(self, number: int, span: Span) -> tuple[int, int]:
+        block = self._blocks[number]
+        stop = len(block[1])
+        if self._lasts[number] >= span.high:
+            stop = _position(block, span.high)
+        return min(_position(block, span.low), stop), stop
+
+
+def _position(block: _Block, entry: Entry) -> int:
+    """How many entries of a block are less than `entry`."""
+    keys, ids = block
+    key, entity_id = entry
+    first = bisect_left(keys, key)
+    return bisect_left(ids, entity_id, first, bisect_right(keys, key, first))
+
+
+Garbage: TypeAlias = "dict[Any, Any] | list[Any]"
+
+_FREE_CHUNK: Final = 2048
+_FREE_BLOCKS: Final = 32
+
+
+async def reclaim(garbage: Garbage) -> None:
+    """Empty a container in small steps: in one step it would block the event loop."""
+    while garbage:
+        if isinstance(garbage, dict):
+            for _ in range(min(len(garbage), _FREE_CHUNK)):
+                garbage.popitem()
+        else:
+            del garbage[-_FREE_BLOCKS:]
+        await asyncio.sleep(0)
+
+
+# -- the indexes of one collection ----------------------------------------------------------
+
+Stored = TypeVar("Stored")
+Fields: TypeAlias = "tuple[str, ...]"
+"""The names of the fields of an index, which identify it."""
+
+ReadValues: TypeAlias = "Callable[[str, Stored], Sequence[Value | Missing]]"
+
+_BUILD_CHUNK: Final = 512
+"""How many entities are indexed before control returns to the event loop: 1 to 3 ms."""
+
+_CHANGE_CHUNK: Final = 64
+_RUN: Final = 4096
+_SAMPLE: Final = 128
+_SAMPLES_PER_PIECE: Final = 32
+_MIN_BULK_CHANGES: Final = 4096
+"""At least this number of changes is kept for the next update of the indexes. If there are more, and
+more than half of the entities changed, the indexes are dropped."""
+
+BY_ID: Final[Fields] = ()
+"""The index of the ids."""
+
+
+class Indexes(Generic[Stored]):
+    """The ordered indexes of a dict of entities.
+
+    An index is built when a query first needs it. A write only records the previous value of an
+    entity; the next query brings the indexes up to date.
+
+    Args:
+        collection: its declaration; None: only the ids can be indexed.
+        entities: the entities. If the owner replaces the dict, it assigns the attribute, too.
+        read: returns the values of `fields` of an entity.
+
+    Attributes:
+        fields: the names of all fields that occur in an index.
+        declared: the indexes by their fields, that of the ids included.
+        garbage: what is no longer used, to be freed by `reclaim`.
+    """
+
+    def __init__(
+        self,
+        collection: Collection | None,
+        entities: dict[str, Stored],
+        read: ReadValues[Stored],
+    ) -> None:
+        self.entities = entities
+        self.declared = indexes_of(collection)
+        self.fields = tuple({name: None for fields in self.declared for name in fields})
+        self._read = read
+        self._places = {fields: tuple(map(self.fields.index, fields)) for fields in self.declared}
+        self._built: dict[Fields, OrderedIndex] = {}
+        self._before: dict[str, Stored | None] = {}
+        self._tracking = False
+        self._building = asyncio.Lock()
+        self.garbage: list[Garbage] = []
+
+    def record(self, changed: Mapping[str, object]) -> None:
+        """Note that entities are about to change; the caller changes them without an await."""
+        if not self._tracking:
+            return
+        before = self._before
+        if len(before) + len(changed) > max(_MIN_BULK_CHANGES, len(self.entities) // 2):
+            self.drop()
+        else:
+            record_before(before, changed, self.entities)
+
+    async def ready(self, *wanted: Fields) -> None:
+        """Bring these indexes up to date. They stay so until the caller's next await."""
+        async with self._building:
+            await self._catch_up()
+            # All indexes may have been dropped meanwhile because of many changes.
+            while missing := [each for each in wanted if each not in self._built]:
+                await self._build(missing[0])
+                await self._catch_up()
+
+    def get(self, fields: Fields) -> OrderedIndex:
+        """An index that is `ready`."""
+        return self._built[fields]
+
+    async def ready_for(self, name: str) -> None:
+        """Bring an index that begins with this field up to date."""
+        await self.ready(self._starting_with(name))
+
+    def find(self, name: str, value: str) -> Iterator[str]:
+        """The ids of the entities with this string in a field; its index must be `ready`."""
+        fields = self._starting_with(name)
+        encoded = sort_bytes(value)
+        key = key_part(encoded)
+        exact, place = is_exact(encoded), self.fields.index(name)
+        for piece in self._built[fields].pieces(Span((key, ""), (key + AFTER, ""))):
+            for _, entity_id in piece:
+                if exact or self._read(entity_id, self.entities[entity_id])[place] == value:
+                    yield entity_id
+
+    def _starting_with(self, name: str) -> Fields:
+        return next(each for each in self.declared if each[:1] == (name,))
+
+    def entry(self, fields: Fields, entity_id: str, stored: Stored) -> Entry:
+        if not fields:
+            return b"", entity_id
+        return self._keys([fields], entity_id, stored)[0], entity_id
+
+    def _keys(self, wanted: Iterable[Fields], entity_id: str, stored: Stored) -> list[bytes]:
+        values = self._read(entity_id, stored)
+        places = self._places
+        return [index_key([values[place] for place in places[fields]]) for fields in wanted]
+
+    async def _build(self, fields: Fields) -> None:
+        # Changes from here on are recorded in `_before`, and are then applied to this index, too.
+        self._tracking = True
+        built, before = self._built, self._before
+        runs: list[list[Entry]] = [[]]
+        for number, entity_id in enumerate(tuple(self.entities), 1):
+            stored = before[entity_id] if entity_id in before else self.entities[entity_id]
+            assert stored is not None, "it existed when the build began"
+            runs[-1].append(self.entry(fields, entity_id, stored))
+            if not number % _BUILD_CHUNK:
+                if len(runs[-1]) >= _RUN:
+                    runs[-1].sort()
+                    runs.append([])
+                await asyncio.sleep(0)
+                if built is not self._built:
+                    return  # the indexes were dropped meanwhile
+        runs[-1].sort()
+        index = OrderedIndex()
+        for piece in _merged(runs):
+            index.append(piece)
+            await asyncio.sleep(0)
+        if built is self._built:
+            built[fields] = index
+
+    async def _catch_up(self) -> None:
+        """Apply every recorded change to the indexes; the last chunk without an await after it."""
+        while len(self._before) > _CHANGE_CHUNK:
+            self._apply(list(islice(self._before, _CHANGE_CHUNK)))
+            await asyncio.sleep(0)
+        self._apply(list(self._before))
+
+    def _apply(self, changed: list[str]) -> None:
+        try:
+            for entity_id in changed:
+                self._reindex(entity_id, self._before[entity_id], self.entities.get(entity_id))
+                del self._before[entity_id]
+        except StorageError:
+            self.drop()  # one of them contains a part of this change
+            raise
+
+    def _reindex(self, entity_id: str, before: Stored | None, after: Stored | None) -> None:
+        with_keys = [each for each in self._built if each]
+        old = None if before is None else self._keys(with_keys, entity_id, before)
+        new = None if after is None else self._keys(with_keys, entity_id, after)
+        if BY_ID in self._built:
+            with_keys.append(BY_ID)
+            for keys in (old, new):
+                if keys is not None:
+                    keys.append(b"")
+        for number, fields in enumerate(with_keys):
+            if old is not None and new is not None and old[number] == new[number]:
+                continue
+            index = self._built[fields]
+            if old is not None:
+                index.remove((old[number], entity_id))
+            if new is not None:
+                index.insert((new[number], entity_id))
+
+    def drop(self) -> None:
+        """Drop all indexes: building them again is cheaper than applying many changes."""
+        self.garbage.append(self._before)
+        for index in self._built.values():
+            self.garbage += index.containers()
+        self._built, self._before, self._tracking = {}, {}, False
+
+
+def indexes_of(collection: Collection | None) -> dict[Fields, Index | None]:
+    """The indexes of a collection by their fields: by id (no fields), the declared ones, and those by
+    which children are found."""
+    indexes: dict[Fields, Index | None] = {BY_ID: None}
+    if collection is not None:
+        indexes.update((each.fields, each) for each in collection.indexes)
+        for field in collection.references:
+            if field.name not in {each[0] for each in indexes if each}:
+                indexes[(field.name,)] = Index(field.name)
+    return indexes
+
+
+def record_before(
+    before: dict[str, Stored | None], changed: Iterable[str], entities: Mapping[str, Stored]
+) -> None:
+    """Record the values of entities that are about to change, if they did not change before."""
+    for entity_id in changed:
+        if entity_id not in before:
+            before[entity_id] = entities.get(entity_id)
+
+
+def _merged(runs: list[list[Entry]]) -> Iterator[list[Entry]]:
+    """The entries of sorted runs, merged, in pieces that take a few milliseconds each.
+
+    The boundaries of the pieces are taken from a sample. Sorting the parts of the runs between two
+    boundaries is a merge in C, and takes a quarter of the time of `heapq.merge`.
+    """
+    sample = sorted([each for run in runs for each in run[::_SAMPLE]])
+    starts = [0] * len(runs)
+    for boundary in [*sample[_SAMPLES_PER_PIECE::_SAMPLES_PER_PIECE], None]:
+        piece: list[Entry] = []
+        for number, run in enumerate(runs):
+            start = starts[number]
+            stop = len(run) if boundary is None else bisect_left(run, boundary, start)
+            piece += run[start:stop]
+            starts[number] = stop
+        piece.sort()
+        yield piece
