@@ -24,7 +24,9 @@ from hf_async_store.values import Value
 
 _BOOLEAN, _NUMBER, _STRING = 2, 3, 4
 _NUMBER_BYTES: Final = 11
-_SIMPLE_NUMBER_BYTES: Final = 9
+_ENCODED_SIZES: Final = {_BOOLEAN: (2,), _NUMBER: (9, 11)}
+"""The sizes of the sort bytes of some types; those of strings vary, those of the others are 1."""
+
 AFTER: Final = b"\xff"
 """A key followed by this is greater than all keys that begin with the key."""
 
@@ -39,10 +41,11 @@ def key_part(encoded: bytes) -> bytes:
 
 def key_bound(bound: bytes) -> bytes:
     """The bound of a range of sort bytes as a bound of key parts."""
-    if bound[:1] == bytes([_STRING]) and bound.endswith(b"\x00"):
-        return bound[:-1] + b"\x01"
-    is_after_number = bound[:1] == bytes([_NUMBER]) and len(bound) == _SIMPLE_NUMBER_BYTES + 1
-    return bound + b"\x01" if is_after_number else bound
+    sizes = _ENCODED_SIZES.get(bound[0], (1,)) if bound else ()
+    encoded = bound[:-1]
+    if bound.endswith(b"\x00") and (len(encoded) in sizes or encoded[:1] == bytes([_STRING])):
+        return key_part(encoded) + AFTER  # after the value
+    return bound
 
 
 def split_key(key: bytes, start: int, parts: int) -> tuple[int, bool]:

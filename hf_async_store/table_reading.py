@@ -25,8 +25,11 @@ Stored = TypeVar("Stored")
 Row: TypeAlias = "tuple[str, Stored]"
 
 _BATCH: Final = 256
-"""How many entries are read, and perhaps decoded, before control returns to the event loop: about 1 ms.
-The garbage collector counts tuples that contain a dict; so few do not start a collection."""
+"""How many entities are decoded before control returns to the event loop: about 1 ms. The garbage
+collector counts tuples that contain a dict; so few do not start a collection."""
+
+_UNFILTERED_BATCH: Final = 1024
+"""The same for entities that are not decoded to be tested."""
 
 _MIN_BATCH: Final = 16
 _SPANS_PER_BATCH: Final = 64
@@ -272,8 +275,9 @@ class _Reading(Generic[Stored]):
     def _batches(self) -> Iterator[list[Entry]]:
         """The entries, each with what follows the head in its key. Each batch takes limited time; some
         are empty."""
-        limit = self._query.limit
-        size = _BATCH if limit is None else max(_MIN_BATCH, min(_BATCH, limit))
+        size = _UNFILTERED_BATCH if self._matches is None else _BATCH
+        if self._query.limit is not None:
+            size = max(_MIN_BATCH, min(size, self._query.limit))
         batch: list[Entry] = []
         for number, piece in enumerate(self._pieces(), 1):
             batch += piece
