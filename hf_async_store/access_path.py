@@ -151,6 +151,12 @@ class Conditions:
             if len(each.path) > 1 or each.path[0] not in self._constants:
                 self._order.append(each)
 
+    def concern(self, fields: Fields) -> bool:
+        """Whether an index with these fields can exclude entities, or give an order."""
+        if fields == BY_ID or fields[0] in self._ranges:
+            return True
+        return bool(self._order) and self._order[0].path == fields[:1]
+
     def path(self, fields: Fields) -> AccessPath:
         """How the query reads the index with these fields."""
         if fields == BY_ID:

@@ -334,7 +334,7 @@ class Indexes(Generic[Stored]):
                     return  # the indexes were dropped meanwhile
         runs[-1].sort()
         index = OrderedIndex()
-        for piece in _merged(runs):
+        for piece in merged_runs(runs):
             index.append(piece)
             await asyncio.sleep(0)
         if built is self._built:
@@ -403,16 +403,19 @@ def record_before(
             before[entity_id] = entities.get(entity_id)
 
 
-def _merged(runs: list[list[Entry]]) -> Iterator[list[Entry]]:
-    """The entries of sorted runs, merged, in pieces that take a few milliseconds each.
+Sortable = TypeVar("Sortable", Entry, str)
+
+
+def merged_runs(runs: list[list[Sortable]]) -> Iterator[list[Sortable]]:
+    """The items of sorted runs, merged, in pieces that take a few milliseconds each.
 
     The boundaries of the pieces are taken from a sample. Sorting the parts of the runs between two
     boundaries is a merge in C, and takes a quarter of the time of `heapq.merge`.
     """
-    sample = sorted([each for run in runs for each in run[::_SAMPLE]])
+    sample: list[Sortable] = sorted([each for run in runs for each in run[::_SAMPLE]])
     starts = [0] * len(runs)
     for boundary in [*sample[_SAMPLES_PER_PIECE::_SAMPLES_PER_PIECE], None]:
-        piece: list[Entry] = []
+        piece: list[Sortable] = []
         for number, run in enumerate(runs):
             start = starts[number]
             stop = len(run) if boundary is None else bisect_left(run, boundary, start)

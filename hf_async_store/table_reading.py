@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from abc import abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from itertools import chain, groupby, islice
 from typing import Final, Generic, TypeAlias, TypeVar
@@ -16,7 +16,7 @@ from hf_async_store.access_path import AccessPath, Conditions, Stream
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan, Reader
 from hf_async_store.generators import Owned
-from hf_async_store.ordered_index import Entry, Indexes, OrderedIndex, Span
+from hf_async_store.ordered_index import Entry, Indexes, OrderedIndex, Span, merged_runs
 from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.values import Entity, Key
@@ -32,6 +32,7 @@ _UNFILTERED_BATCH: Final = 1024
 """The same for entities that are not decoded to be tested."""
 
 _MIN_BATCH: Final = 16
+_RUN: Final = 4096
 _SPANS_PER_BATCH: Final = 64
 _COUNTED_SPANS: Final = 512
 _RANK: Final = {"none": 0, "groups": 1, "complete": 2}
@@ -126,7 +127,7 @@ class TableReader(Reader, Generic[Stored]):
 async def _choose(indexes: Indexes[Stored], conditions: Conditions) -> AccessPath:
     """An access path that reads only what the query returns; else the one that excludes most entities;
     else one in the order of the query."""
-    paths = [conditions.path(fields) for fields in indexes.declared]
+    paths = [conditions.path(each) for each in indexes.declared if conditions.concern(each)]
     exact = [each for each in paths if each.exact and each.ordered == "complete"]
     if exact:
         return max(exact, key=lambda each: (each.equalities, each.bounded))
@@ -216,9 +217,23 @@ class _Reading(Generic[Stored]):
                 yield self._matching(ids)
                 await asyncio.sleep(0)
                 continue
-            async with Owned(self._sorted(ids)) as chunks:
+            group = self._sorted(ids) if self._query.order else self._sorted_by_id(ids)
+            async with Owned(group) as chunks:
                 async for chunk in chunks:
                     yield chunk
+
+    async def _sorted_by_id(self, ids: list[str]) -> AsyncGenerator[list[Row[Stored]], None]:
+        runs = []
+        for start in range(0, len(ids), _RUN):
+            runs.append(sorted(ids[start : start + _RUN]))
+            if len(runs) > 1:
+                await asyncio.sleep(0)
+        after = self._query.after
+        for piece in merged_runs(runs):
+            later = piece if after is None else piece[bisect_right(piece, after.id) :]
+            for start in range(0, len(later), _BATCH):
+                yield self._matching(later[start : start + _BATCH])
+                await asyncio.sleep(0)
 
     async def _sorted(self, ids: list[str]) -> AsyncGenerator[list[Row[Stored]], None]:
         # Only sort keys are kept in memory; an entity is decoded again when it is yielded.
@@ -276,7 +291,7 @@ class _Reading(Generic[Stored]):
         """The entries, each with what follows the head in its key. Each batch takes limited time; some
         are empty."""
         size = _UNFILTERED_BATCH if self._matches is None else _BATCH
-        if self._query.limit is not None:
+        if self._query.limit is not None and self.path.ordered != "none":
             size = max(_MIN_BATCH, min(size, self._query.limit))
         batch: list[Entry] = []
         for number, piece in enumerate(self._pieces(), 1):
