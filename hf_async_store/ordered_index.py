@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection as AbstractCollection
+from itertools import zip_longest
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from hf_async_store.errors import StorageError
@@ -260,29 +261,36 @@ class Indexes(Generic[Stored]):
         self._read = read
         self._places = {fields: tuple(map(self.fields.index, fields)) for fields in self.declared}
         self._built: dict[Fields, OrderedIndex] = {}
+        # The previous values of entities that changed: what the built indexes do not show yet, and
+        # what changed since the build of another one began.
         self._before: dict[str, Stored | None] = {}
-        self._tracking = False
+        self._before_build: dict[str, Stored | None] | None = None
         self._building = asyncio.Lock()
         self.garbage: list[Garbage] = []
 
     def record(self, changed: Mapping[str, object]) -> None:
         """Note that entities are about to change; the caller changes them without an await."""
-        if not self._tracking:
-            return
-        before = self._before
-        if len(before) + len(changed) > max(_MIN_BULK_CHANGES, len(self.entities) // 2):
-            self.drop()
-        else:
+        most = max(_MIN_BULK_CHANGES, len(self.entities) // 2) - len(changed)
+        recording = [self._before] if self._built else []
+        if self._before_build is not None:
+            recording.append(self._before_build)
+        for before in recording:
+            if len(before) > most:
+                self.drop()
+                return
             record_before(before, changed, self.entities)
 
     async def ready(self, *wanted: Fields) -> None:
         """Bring these indexes up to date. They stay so until the caller's next await."""
-        async with self._building:
+        # All indexes may be dropped during any await because of many changes.
+        while True:
             await self._catch_up()
-            # All indexes may have been dropped meanwhile because of many changes.
-            while missing := [each for each in wanted if each not in self._built]:
-                await self._build(missing[0])
-                await self._catch_up()
+            missing = [each for each in wanted if each not in self._built]
+            if not missing:
+                return
+            async with self._building:
+                if missing[0] not in self._built:
+                    await self._build(missing[0])
 
     def get(self, fields: Fields) -> OrderedIndex:
         """An index that is `ready`."""
@@ -307,19 +315,46 @@ class Indexes(Generic[Stored]):
         return next(each for each in self.declared if each[:1] == (name,))
 
     def entry(self, fields: Fields, entity_id: str, stored: Stored) -> Entry:
-        if not fields:
-            return b"", entity_id
         return self._keys([fields], entity_id, stored)[0], entity_id
 
-    def _keys(self, wanted: Iterable[Fields], entity_id: str, stored: Stored) -> list[bytes]:
+    def _keys(
+        self, wanted: AbstractCollection[Fields], entity_id: str, stored: Stored
+    ) -> list[bytes]:
+        if not any(wanted):
+            return [b"" for _ in wanted]  # the index of the ids, which needs no decoding
         values = self._read(entity_id, stored)
         places = self._places
         return [index_key([values[place] for place in places[fields]]) for fields in wanted]
 
     async def _build(self, fields: Fields) -> None:
-        # Changes from here on are recorded in `_before`, and are then applied to this index, too.
-        self._tracking = True
-        built, before = self._built, self._before
+        built = self._built
+        before: dict[str, Stored | None] = {}
+        self._before_build = before
+        try:
+            index = OrderedIndex()
+            for piece in merged_runs(await self._sorted_runs(fields, before)):
+                index.append(piece)
+                await asyncio.sleep(0)
+            while max(len(before), len(self._before)) > _CHANGE_CHUNK and built is self._built:
+                self._apply(before, {fields: index})
+                self._apply(self._before, built)
+                await asyncio.sleep(0)
+            if built is self._built:  # the indexes were not dropped meanwhile
+                self._apply(before, {fields: index})
+                self._apply(self._before, built)
+                built[fields] = index
+        finally:
+            self._before_build = None
+
+    async def _sorted_runs(
+        self, fields: Fields, before: Mapping[str, Stored | None]
+    ) -> list[list[Entry]]:
+        """The entries as they are now, in sorted runs; incomplete if the indexes are dropped meanwhile.
+
+        Args:
+            before: the previous values of entities that change meanwhile.
+        """
+        built = self._built
         runs: list[list[Entry]] = [[]]
         for number, entity_id in enumerate(tuple(self.entities), 1):
             stored = before[entity_id] if entity_id in before else self.entities[entity_id]
@@ -331,55 +366,52 @@ class Indexes(Generic[Stored]):
                     runs.append([])
                 await asyncio.sleep(0)
                 if built is not self._built:
-                    return  # the indexes were dropped meanwhile
+                    break
         runs[-1].sort()
-        index = OrderedIndex()
-        for piece in merged_runs(runs):
-            index.append(piece)
-            await asyncio.sleep(0)
-        if built is self._built:
-            built[fields] = index
+        return runs
 
     async def _catch_up(self) -> None:
         """Apply every recorded change to the indexes; the last chunk without an await after it."""
         while len(self._before) > _CHANGE_CHUNK:
-            self._apply(list(islice(self._before, _CHANGE_CHUNK)))
+            self._apply(self._before, self._built)
             await asyncio.sleep(0)
-        self._apply(list(self._before))
+        self._apply(self._before, self._built)
 
-    def _apply(self, changed: list[str]) -> None:
+    def _apply(
+        self, before: dict[str, Stored | None], indexes: Mapping[Fields, OrderedIndex]
+    ) -> None:
+        """Apply some recorded changes to indexes, and forget them."""
         try:
-            for entity_id in changed:
-                self._reindex(entity_id, self._before[entity_id], self.entities.get(entity_id))
-                del self._before[entity_id]
+            for _ in range(min(_CHANGE_CHUNK, len(before))):
+                entity_id, previous = before.popitem()
+                self._reindex(indexes, entity_id, previous, self.entities.get(entity_id))
         except StorageError:
             self.drop()  # one of them contains a part of this change
             raise
 
-    def _reindex(self, entity_id: str, before: Stored | None, after: Stored | None) -> None:
-        with_keys = [each for each in self._built if each]
-        old = None if before is None else self._keys(with_keys, entity_id, before)
-        new = None if after is None else self._keys(with_keys, entity_id, after)
-        if BY_ID in self._built:
-            with_keys.append(BY_ID)
-            for keys in (old, new):
-                if keys is not None:
-                    keys.append(b"")
-        for number, fields in enumerate(with_keys):
-            if old is not None and new is not None and old[number] == new[number]:
+    def _reindex(
+        self,
+        indexes: Mapping[Fields, OrderedIndex],
+        entity_id: str,
+        before: Stored | None,
+        after: Stored | None,
+    ) -> None:
+        old = [] if before is None else self._keys(indexes, entity_id, before)
+        new = [] if after is None else self._keys(indexes, entity_id, after)
+        for index, old_key, new_key in zip_longest(indexes.values(), old, new):
+            if old_key == new_key:
                 continue
-            index = self._built[fields]
-            if old is not None:
-                index.remove((old[number], entity_id))
-            if new is not None:
-                index.insert((new[number], entity_id))
+            if old_key is not None:
+                index.remove((old_key, entity_id))
+            if new_key is not None:
+                index.insert((new_key, entity_id))
 
     def drop(self) -> None:
         """Drop all indexes: building them again is cheaper than applying many changes."""
         self.garbage.append(self._before)
         for index in self._built.values():
             self.garbage += index.containers()
-        self._built, self._before, self._tracking = {}, {}, False
+        self._built, self._before = {}, {}
 
 
 def indexes_of(collection: Collection | None) -> dict[Fields, Index | None]:
@@ -409,17 +441,15 @@ Sortable = TypeVar("Sortable", Entry, str)
 def merged_runs(runs: list[list[Sortable]]) -> Iterator[list[Sortable]]:
     """The items of sorted runs, merged, in pieces that take a few milliseconds each.
 
-    The boundaries of the pieces are taken from a sample. Sorting the parts of the runs between two
-    boundaries is a merge in C, and takes a quarter of the time of `heapq.merge`.
+    The runs are emptied. The boundaries of the pieces are taken from a sample. Sorting the parts of
+    the runs between two boundaries is a merge in C, and takes a quarter of the time of `heapq.merge`.
     """
     sample: list[Sortable] = sorted([each for run in runs for each in run[::_SAMPLE]])
-    starts = [0] * len(runs)
     for boundary in [*sample[_SAMPLES_PER_PIECE::_SAMPLES_PER_PIECE], None]:
         piece: list[Sortable] = []
-        for number, run in enumerate(runs):
-            start = starts[number]
-            stop = len(run) if boundary is None else bisect_left(run, boundary, start)
-            piece += run[start:stop]
-            starts[number] = stop
+        for run in runs:
+            stop = len(run) if boundary is None else bisect_left(run, boundary)
+            piece += run[:stop]
+            del run[:stop]  # so that no large list is freed in one step
         piece.sort()
         yield piece
