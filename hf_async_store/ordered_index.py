@@ -9,10 +9,11 @@ The index without fields is that of the ids.
 from __future__ import annotations
 
 import asyncio
+import gc
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from hf_async_store.errors import StorageError
@@ -163,6 +164,10 @@ class OrderedIndex:
             piece = list(zip(keys[start:stop], ids[start:stop], strict=True))
             yield piece[::-1] if reverse else piece
 
+    def ids(self) -> Iterator[str]:
+        """All ids, in the order of the entries. The index may not be changed meanwhile."""
+        return chain.from_iterable([ids for _, ids in self._blocks])
+
     def count(self, span: Span) -> int:
         first, last = self._block_numbers(span)
         if first > last:
@@ -222,8 +227,8 @@ _BUILD_CHUNK: Final = 512
 
 _CHANGE_CHUNK: Final = 64
 _RUN: Final = 4096
-_SAMPLE: Final = 128
-_SAMPLES_PER_PIECE: Final = 32
+_SAMPLE: Final = 256
+_SAMPLES_PER_PIECE: Final = 16
 _MIN_BULK_CHANGES: Final = 4096
 """At least this number of changes is kept for the next update of the indexes. If there are more, and
 more than half of the entities changed, the indexes are dropped."""
@@ -327,13 +332,19 @@ class Indexes(Generic[Stored]):
         return [index_key([values[place] for place in places[fields]]) for fields in wanted]
 
     async def _build(self, fields: Fields) -> None:
+        if fields != BY_ID and BY_ID not in self._built:
+            await self._build(BY_ID)
+        await self._catch_up()  # the ids are current until the next await
         built = self._built
         before: dict[str, Stored | None] = {}
         self._before_build = before
         try:
             index = OrderedIndex()
-            for piece in merged_runs(await self._sorted_runs(fields, before)):
+            for piece in merged_runs(await self._runs(fields, before)):
                 index.append(piece)
+                # Each new block is traversed once. Otherwise all are, in one step of 50 ms or more:
+                # freeing the entries delays the next collection.
+                gc.collect(0)
                 await asyncio.sleep(0)
             while max(len(before), len(self._before)) > _CHANGE_CHUNK and built is self._built:
                 self._apply(before, {fields: index})
@@ -346,17 +357,27 @@ class Indexes(Generic[Stored]):
         finally:
             self._before_build = None
 
-    async def _sorted_runs(
-        self, fields: Fields, before: Mapping[str, Stored | None]
-    ) -> list[list[Entry]]:
-        """The entries as they are now, in sorted runs; incomplete if the indexes are dropped meanwhile.
+    async def _runs(self, fields: Fields, before: dict[str, Stored | None]) -> list[list[Entry]]:
+        """The entries of one moment, in sorted runs; incomplete if the indexes are dropped meanwhile.
 
         Args:
-            before: the previous values of entities that change meanwhile.
+            before: the previous values of entities that changed since that moment.
         """
+        if BY_ID in self._built:
+            return await self._runs_of(fields, self._built[BY_ID].copy().ids(), before)
+        try:
+            return await self._runs_of(fields, self.entities, before)
+        except RuntimeError:  # the size of the dict changed during the iteration
+            before.clear()
+            # A copy is one large step, but the garbage collector does not traverse it.
+            return await self._runs_of(fields, self.entities.copy(), before)
+
+    async def _runs_of(
+        self, fields: Fields, ids: Iterable[str], before: Mapping[str, Stored | None]
+    ) -> list[list[Entry]]:
         built = self._built
         runs: list[list[Entry]] = [[]]
-        for number, entity_id in enumerate(tuple(self.entities), 1):
+        for number, entity_id in enumerate(ids, 1):
             stored = before[entity_id] if entity_id in before else self.entities[entity_id]
             assert stored is not None, "it existed when the build began"
             runs[-1].append(self.entry(fields, entity_id, stored))
@@ -444,7 +465,10 @@ def merged_runs(runs: list[list[Sortable]]) -> Iterator[list[Sortable]]:
     The runs are emptied. The boundaries of the pieces are taken from a sample. Sorting the parts of
     the runs between two boundaries is a merge in C, and takes a quarter of the time of `heapq.merge`.
     """
-    sample: list[Sortable] = sorted([each for run in runs for each in run[::_SAMPLE]])
+    # From another place of each run, because runs are often alike.
+    sample: list[Sortable] = sorted(
+        [each for number, run in enumerate(runs) for each in run[number % _SAMPLE :: _SAMPLE]]
+    )
     for boundary in [*sample[_SAMPLES_PER_PIECE::_SAMPLES_PER_PIECE], None]:
         piece: list[Sortable] = []
         for run in runs:
