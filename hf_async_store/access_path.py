@@ -8,6 +8,8 @@ what is not in order is sorted group by group.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Final, Literal, NamedTuple, TypeVar
 
 from hf_async_store.ordered_index import (
@@ -168,13 +170,10 @@ class Conditions:
             if name not in self._ranges or spans.bounded or not spans.add(self._ranges[name]):
                 break
             used += self._used[name]
-        parts, ordered, reverse = self._ordered(fields, start, spans.equalities)
-        streams = spans.streams()
-        if len(streams) > _MAX_STREAMS and ordered != "none":
-            parts, ordered, reverse = 0, "none", False
+        parts, ordered, reverse = self._ordered(fields, start, spans)
         path = AccessPath(
             fields=fields,
-            streams=streams,
+            streams=spans.streams(),
             equalities=spans.equalities,
             bounded=spans.bounded,
             exact=spans.exact and used == self._number,
@@ -207,10 +206,11 @@ class Conditions:
         return next((n for n, each in enumerate(fields) if each == name), len(fields))
 
     def _ordered(
-        self, fields: Fields, start: int, equalities: int
+        self, fields: Fields, start: int, spans: _Spans
     ) -> tuple[int, Literal["complete", "groups", "none"], bool]:
         """How many fields from `start` on give an order, which, and whether read backwards."""
-        if start > equalities or (self._order and start == len(fields)):
+        past_ids = bool(self._order) and start == len(fields)
+        if start > spans.equalities or past_ids or not spans.mergeable:
             return 0, "none", False
         if not self._order:
             return 0, "complete", self.descending_ids
@@ -272,6 +272,7 @@ class _Spans:
         self.equalities = 0
         self.bounded = False
         self.exact = True
+        self.mergeable = True
 
     def add(self, found: list[ByteRange]) -> bool:
         """Limit the next field to these ranges; False if there would be too many spans."""
@@ -283,8 +284,10 @@ class _Spans:
             self.bounded, self._bounds = True, found
             return True
         self.equalities += 1
-        at_start = self.equalities == self._start
         parts = [key_part(each) for each in points if each is not None]
+        at_start = self.equalities == self._start
+        if at_start and len(self._keys) * len(parts) > _MAX_STREAMS:
+            at_start = self.mergeable = False
         self._keys = [
             (key + part if at_start else head, key + part)
             for head, key in self._keys
@@ -293,13 +296,14 @@ class _Spans:
         return True
 
     def streams(self) -> list[Stream]:
-        streams: dict[bytes, list[Span]] = {}
         bounds = [(key_bound(low), key_bound(high)) for low, high, _ in self._bounds]
-        for head, key in self._keys:
-            spans = streams.setdefault(head, [])
-            for low, high in bounds or [(b"", AFTER)]:
-                spans.append(Span((key + low, ""), (key + high, "")))
-        return [Stream(head, spans) for head, spans in streams.items()]
+        if not self.bounded:
+            bounds = [(b"", AFTER)]
+        streams = []
+        for head, keys in groupby(self._keys, key=itemgetter(0)):
+            spans = [Span((k + low, ""), (k + high, "")) for _, k in keys for low, high in bounds]
+            streams.append(Stream(head, spans))
+        return streams
 
 
 def _id_spans(comparison: Comparison) -> list[Span] | None:

@@ -28,7 +28,7 @@ _BATCH: Final = 256
 """How many entities are decoded before control returns to the event loop: about 1 ms. The garbage
 collector counts tuples that contain a dict; so few do not start a collection."""
 
-_UNFILTERED_BATCH: Final = 1024
+_UNFILTERED_BATCH: Final = 512
 """The same for entities that are not decoded to be tested."""
 
 _MIN_BATCH: Final = 16

@@ -149,7 +149,7 @@ class _MemorySession(_OverlayReader, Session):
 
 
 class MemoryEngine(Engine):
-    """Stores all entities in one dict, with one lock that sessions and single writes acquire."""
+    """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
     capabilities: Capabilities = Capabilities(
         engine="memory", durable=False, multi_process=False, change_markers=True

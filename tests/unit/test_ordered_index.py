@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import ordered_index
+from hf_async_store import open_store, ordered_index
 from hf_async_store.access_path import Conditions
 from hf_async_store.changes import Record
 from hf_async_store.ordered_index import (
+    AFTER,
     BY_ID,
     Entry,
     OrderedIndex,
@@ -92,6 +93,7 @@ VALUES: Final[list[Any]] = [
     {"a": 1},
 ]
 FIELDS: Final = ("a", "b", "c", "d")
+EVERYTHING: Final = Span((b"", ""), (AFTER, ""))
 SHAPES: Final = [Index(*each) for size in range(1, 5) for each in permutations(FIELDS, size)]
 
 
@@ -107,7 +109,7 @@ class Things(Table[Entity]):
         return stored
 
 
-class Things_Reader(TableReader[Entity]):
+class ThingsReader(TableReader[Entity]):
     def __init__(self, table: Things) -> None:
         self.table = table
         self.own: dict[str, Entity | None] = {}
@@ -242,7 +244,7 @@ def expected_rows(query: Query, entities: Mapping[str, Entity]) -> list[Entity]:
     return [found[each] for each in ids[: query.limit]]
 
 
-async def read(reader: Things_Reader, query: Query) -> list[Entity]:
+async def read(reader: ThingsReader, query: Query) -> list[Entity]:
     async with aclosing(reader.select(query)) as records:
         return [each.entity async for each in records]
 
@@ -274,7 +276,7 @@ def test_queries_agree_with_the_reference(small: bool, seed: int) -> None:
 async def _compare(random: Random) -> None:
     pool = random.sample(VALUES, k=random.randint(1, 8))
     table = Things(collection(random.sample(SHAPES, k=random.randint(0, 4))))
-    reader = Things_Reader(table)
+    reader = ThingsReader(table)
     table.entities.update(
         {each: random_entity(random, each, pool) for each in (f"i{n}" for n in range(30))}
     )
@@ -359,3 +361,42 @@ async def test_of_two_indexes_the_one_with_fewer_entries() -> None:
     table.entities.update({f"i{n}": {"id": f"i{n}", "a": 1, "b": n} for n in range(9)})
     query = build_query(collection([]), filters={"a": 1, "b": 3})
     assert (await _choose(table.indexes, Conditions(query, "id"))).fields == ("b",)
+
+
+async def test_explain_names_the_index_and_whether_it_gives_the_order() -> None:
+    async with open_store("memory:", collections=[collection([Index("a", "b")])]) as store:
+
+        async def plan(filters: Any, order_by: Any = None) -> tuple[object, ...]:
+            found = await store.explain_query("things", filters, order_by, 5)
+            return found.access, found.index, found.residual, found.sorted_here
+
+        assert await plan({"a": "x"}, "-b") == ("index", "a-b-index", False, False)
+        assert await plan({"a": "x", path("e"): 1}, "b") == ("index", "a-b-index", True, False)
+        assert await plan({"a": "x"}) == ("index", "a-b-index", False, True)
+        assert await plan(None, ["a", "b"]) == ("index", "a-b-index", False, False)
+        assert await plan(None, "b") == ("scan", None, False, True)
+        assert await plan({"b": "x"}) == ("scan", None, True, False)
+        assert await plan({"id": gt("x")}) == ("key", None, False, False)
+
+
+async def test_an_index_can_be_used_while_another_is_built() -> None:
+    table = Things(collection([Index("a"), Index("b")]))
+    table.entities.update({f"i{n}": {"id": f"i{n}", "a": n, "b": -n} for n in range(5_000)})
+    await table.indexes.ready(("a",))
+    build = asyncio.create_task(table.indexes.ready(("b",)))
+    await asyncio.sleep(0)
+    table.apply({"i0": None, "i1": {"id": "i1", "a": 9_000, "b": 9_000}, "new": {"id": "new"}})
+    await table.indexes.ready(("a",))
+    assert not build.done()
+    assert len(table.indexes.get(("a",))) == 5_000
+    await build
+    assert [
+        [entry for piece in table.indexes.get(fields).pieces(EVERYTHING) for entry in piece]
+        for fields in (("a",), ("b",), BY_ID)
+    ] == [
+        sorted(
+            (index_key([each.get(name, MISSING) for name in fields]), entity_id)
+            for entity_id, each in table.entities.items()
+        )
+        for fields in (("a",), ("b",), BY_ID)
+    ]
