@@ -130,12 +130,14 @@ class OrderedIndex:
             self.append([entry])
             return
         number = min(bisect_left(self._lasts, entry), len(self._blocks) - 1)
-        keys, ids = self._blocks[number]
         at = _position(self._blocks[number], entry)
+        keys, ids = list(self._blocks[number][0]), list(self._blocks[number][1])
         key, entity_id = entry
         for neighbour in keys[max(0, at - 1) : at + 1]:
             key = neighbour if neighbour == key else key
-        self._replace(number, (*keys[:at], key, *keys[at:]), (*ids[:at], entity_id, *ids[at:]))
+        keys.insert(at, key)
+        ids.insert(at, entity_id)
+        self._replace(number, tuple(keys), tuple(ids))
 
     def remove(self, entry: Entry) -> None:
         number = bisect_left(self._lasts, entry)
@@ -145,9 +147,11 @@ class OrderedIndex:
         self._replace(number, keys[:at] + keys[at + 1 :], ids[:at] + ids[at + 1 :])
 
     def _replace(self, number: int, keys: tuple[bytes, ...], ids: tuple[str, ...]) -> None:
-        halves = [(keys, ids)] if keys else []
-        if len(keys) >= 2 * _BLOCK:
-            halves = [(keys[:_BLOCK], ids[:_BLOCK]), (keys[_BLOCK:], ids[_BLOCK:])]
+        if 0 < len(keys) < 2 * _BLOCK:
+            self._blocks[number] = keys, ids
+            self._lasts[number] = keys[-1], ids[-1]
+            return
+        halves = [(keys[:_BLOCK], ids[:_BLOCK]), (keys[_BLOCK:], ids[_BLOCK:])] if keys else []
         self._blocks[number : number + 1] = halves
         self._lasts[number : number + 1] = [(keys[-1], ids[-1]) for keys, ids in halves]
 
@@ -194,6 +198,8 @@ def _position(block: _Block, entry: Entry) -> int:
     keys, ids = block
     key, entity_id = entry
     first = bisect_left(keys, key)
+    if first == len(keys) or keys[first] != key:
+        return first
     return bisect_left(ids, entity_id, first, bisect_right(keys, key, first))
 
 
