@@ -128,9 +128,7 @@ class Transaction(RepositoryInterface):
             raise InvalidInputError(
                 "a read-only transaction has nothing to roll back, so it has no nested transactions"
             )
-        return type(self)(
-            self._schema, self._savepoint(), enter=lambda: lambda: None, parent=self
-        )
+        return type(self)(self._schema, self._savepoint(), enter=lambda: lambda: None, parent=self)
 
     @asynccontextmanager
     async def _savepoint(self) -> AsyncGenerator[Session, None]:
