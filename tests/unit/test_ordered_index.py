@@ -32,14 +32,16 @@ from hf_async_store.query import (
     CursorPosition,
     Missing,
     Op,
-    Order,
     Query,
+    SortKeyInput,
     and_,
+    asc,
     begins_with,
     between,
     build_query,
     compile_filter,
     compile_order,
+    desc,
     exists,
     gt,
     gte,
@@ -99,6 +101,11 @@ SHAPES: Final = [Index(*each) for size in range(1, 5) for each in permutations(F
 
 def collection(indexes: Sequence[Index]) -> Collection:
     return Collection("things", key="id", fields=FIELDS, indexes=indexes)
+
+
+def by_path(filters: Mapping[str, object] | None) -> Any:
+    """Filters that compare with values of any type."""
+    return filters and {path(name): value for name, value in filters.items()}
 
 
 class Things(Table[Entity]):
@@ -229,10 +236,10 @@ def random_filter(random: Random, pool: Sequence[Any]) -> Any:
     return and_(*parts) if parts else None
 
 
-def random_order(random: Random) -> list[Order]:
+def random_order(random: Random) -> list[SortKeyInput]:
     names = random.sample([*FIELDS, "e", "id"], k=random.randrange(4))
     down = random.random() < 0.5
-    return [Order((each,), down if random.random() < 0.8 else not down) for each in names]
+    return [(desc if down is (random.random() < 0.8) else asc)(path(each)) for each in names]
 
 
 def expected_rows(query: Query, entities: Mapping[str, Entity]) -> list[Entity]:
@@ -353,7 +360,7 @@ def test_the_chosen_index(
     indexes: list[Any], filters: Any, order: Any, fields: tuple[str, ...], ordered: str
 ) -> None:
     table = Things(collection([Index(e) if isinstance(e, str) else e for e in indexes]))
-    query = build_query(collection([]), filters=filters, order_by=order)
+    query = build_query(collection([]), filters=by_path(filters), order_by=order)
     chosen = asyncio.run(_choose(table.indexes, Conditions(query, "id")))
     assert (chosen.fields, chosen.ordered) == (fields, ordered)
 
@@ -361,7 +368,7 @@ def test_the_chosen_index(
 async def test_of_two_indexes_the_one_with_fewer_entries() -> None:
     table = Things(collection([Index("a"), Index("b")]))
     table.entities.update({f"i{n}": {"id": f"i{n}", "a": 1, "b": n} for n in range(9)})
-    query = build_query(collection([]), filters={"a": 1, "b": 3})
+    query = build_query(collection([]), filters=by_path({"a": 1, "b": 3}))
     assert (await _choose(table.indexes, Conditions(query, "id"))).fields == ("b",)
 
 
