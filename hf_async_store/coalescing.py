@@ -55,6 +55,10 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
                 await self.batches_ended
 
 
+async def _one_iteration() -> None:
+    await asyncio.sleep(0)
+
+
 _Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int]]"
 
 
@@ -77,6 +81,10 @@ class Coalescer(Generic[Item, Result]):
         size: the maximum number of items in a batch.
         key: returns the key of an item; items with the same key are kept in order. None: the order
             does not matter.
+
+    Attributes:
+        let_callers_run: what a lane awaits between two batches; by default, one iteration of the event
+            loop.
     """
 
     def __init__(
@@ -98,6 +106,7 @@ class Coalescer(Generic[Item, Result]):
         self._busy: set[Key] = set()  # keys in running batches: further items with them must wait
         self._running: set[asyncio.Task[None]] = set()  # the tasks of the lanes
         self._start_scheduled = False
+        self.let_callers_run: Callable[[], Awaitable[None]] = _one_iteration
 
     async def submit(
         self, items: Sequence[Item], timeout: float | None
@@ -183,10 +192,9 @@ class Coalescer(Generic[Item, Result]):
         try:
             while batch:
                 await self._run_batch(batch)
-                # One iteration of the event loop for the callers that just got their results: if they
-                # submit again at once, their items join the next batch instead of waiting behind a
-                # small one.
-                await asyncio.sleep(0)
+                # The callers that just got their results run: if they submit again at once, their items
+                # join the next batch instead of waiting behind a small one.
+                await self.let_callers_run()
                 batch = self._next_batch()
         finally:
             # Not in a done callback, which runs one iteration of the event loop later: an item that

@@ -1,0 +1,258 @@
+"""The blocking store, its transactions and its snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from functools import partial
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+
+from hf_async_store import driver, repository, strategy, transaction
+from hf_async_store.arguments import check_callable
+from hf_async_store.conflict_retry import RETRY_SECONDS
+from hf_async_store.errors import StoreClosedError
+from hf_async_store.sync.calls import Blocking, Context, Entering, blocking, calling_back, streaming
+from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_async_store.driver import Capabilities, Isolation
+    from hf_async_store.schema import Collection
+    from hf_async_store.values import Value
+
+Result = TypeVar("Result")
+
+
+class Repository(Blocking):
+    """The methods that the store and its transactions share: as in `RepositoryInterface`."""
+
+    _target: repository.RepositoryInterface
+
+    @property
+    def collections(self) -> Mapping[str, Collection]:
+        """As `RepositoryInterface.collections`."""
+        return self._target.collections
+
+    create_entity = blocking(repository.RepositoryInterface.create_entity)
+    save_entity = blocking(repository.RepositoryInterface.save_entity)
+    update_entity = blocking(repository.RepositoryInterface.update_entity)
+    delete_entity = blocking(repository.RepositoryInterface.delete_entity)
+    get_entity = blocking(repository.RepositoryInterface.get_entity)
+    modify_entity = calling_back(repository.RepositoryInterface.modify_entity)
+
+    create_entities = blocking(repository.RepositoryInterface.create_entities)
+    save_entities = blocking(repository.RepositoryInterface.save_entities)
+    update_entities = blocking(repository.RepositoryInterface.update_entities)
+    delete_entities = blocking(repository.RepositoryInterface.delete_entities)
+    get_entities = blocking(repository.RepositoryInterface.get_entities)
+    import_entities = blocking(repository.RepositoryInterface.import_entities)
+
+    query_entities = blocking(repository.RepositoryInterface.query_entities)
+    stream_entities = streaming(repository.RepositoryInterface.stream_entities)
+    query_page = blocking(repository.RepositoryInterface.query_page)
+    count_entities = blocking(repository.RepositoryInterface.count_entities)
+
+    update_where = blocking(repository.RepositoryInterface.update_where)
+    delete_where = blocking(repository.RepositoryInterface.delete_where)
+    count_by = blocking(repository.RepositoryInterface.count_by)
+    sum_of = blocking(repository.RepositoryInterface.sum_of)
+    min_of = blocking(repository.RepositoryInterface.min_of)
+    max_of = blocking(repository.RepositoryInterface.max_of)
+
+
+class Transaction(Entering, Repository):
+    """As the asynchronous `Transaction`, for use with `with`. Calls of several threads take turns."""
+
+    _target: transaction.Transaction
+
+    def __enter__(self) -> Self:
+        try:
+            self._run(self._enter)
+            return self
+        except BaseException as exc:
+            self._leave_if_interrupted(exc)
+            raise
+
+    def begin_transaction(self) -> Self:
+        """As `Transaction.begin_transaction`."""
+
+        async def begin() -> transaction.Transaction:
+            return self._target.begin_transaction()
+
+        return type(self)(self._run(begin), self._loop_thread)
+
+    conditional_update = blocking(transaction.Transaction.conditional_update)
+
+
+class Snapshot(Blocking):
+    """As `driver.Reader`."""
+
+    fetch = blocking(driver.Reader.fetch)
+    count = blocking(driver.Reader.count)
+    select = streaming(driver.Reader.select)
+    select_batches = streaming(driver.Reader.select_batches, read_ahead=1)
+    select_json = streaming(driver.Reader.select_json, read_ahead=1)
+
+
+class Store(Repository):
+    """A store whose methods wait for their results, for any number of threads; as `StorageStrategy`.
+
+    Open it by `with`, or by `open()` and `close()`. A transaction or a lock belongs to the thread that
+    entered it.
+
+    Args:
+        store: the asynchronous store, not opened.
+
+    Every method may raise, in addition to its own errors:
+        EventLoopMismatchError: in a thread that runs an event loop, or in a forked child.
+        StoreClosedError: before opening or after closing.
+        TransactionReentryError: by a thread that is inside a transaction of this store.
+    """
+
+    transaction_type: ClassVar[type[Transaction]] = Transaction
+    _target: strategy.StorageStrategy
+
+    def __init__(self, store: strategy.StorageStrategy) -> None:
+        super().__init__(store, None)
+        self._closing = Lock()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.{type(self).__name__} of {self._target!r}>"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """As `StorageStrategy.capabilities`."""
+        return self._target.capabilities
+
+    # -- lifecycle ---------------------------------------------------------------------------
+
+    def open(self) -> Self:
+        """Start the event loop if this is the first open store of the process; no I/O."""
+        refuse_running_loop()
+        with self._closing:
+            if self._closed:
+                raise StoreClosedError("this store was closed; create a new one")
+            if self._loop_thread is not None:
+                raise StoreClosedError("this store is already open")
+            loop_thread = EventLoopThread.acquire(self._target)
+            try:
+                loop_thread.caller().run(self._target.open)
+            except BaseException:
+                loop_thread.release(self._target)
+                raise
+            for each in (self._target._writes, self._target._reads):
+                if each is not None:
+                    each.let_callers_run = loop_thread.let_callers_run
+            self._loop_thread = loop_thread
+        return self
+
+    def close(self) -> None:
+        """As `StorageStrategy.close`; with the last open store of the process, the event loop ends."""
+        if self._loop_thread is None:
+            self._closed = True
+            return
+        if not self._closed:
+            self._caller()  # before the lock, which another thread may have held during a fork
+        with self._closing:
+            if self._closed:
+                return
+            try:
+                self._run(self._target.close)
+            except Exception:
+                self._closed = True
+                self._loop_thread.release(self._target)
+                raise
+            except BaseException:  # Ctrl-C: it would wait, for example for a lock
+                self.abandon()
+                raise
+            self._closed = True
+            self._loop_thread.release(self._target)
+
+    def abandon(self) -> None:
+        """As `StorageStrategy.abandon`; the event loop runs until the process ends."""
+        self._closed = True
+        self._target.abandon()
+        if self._loop_thread is not None:
+            self._loop_thread.stores.discard(self._target)
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _opened(self) -> EventLoopThread:
+        if self._closed:
+            refuse_running_loop()
+            raise StoreClosedError("this store was closed")
+        return super()._opened()
+
+    # -- transactions ------------------------------------------------------------------------
+
+    def begin_transaction(
+        self, isolation: Isolation | None = None, *, read_only: bool = False
+    ) -> Transaction:
+        """As `StorageStrategy.begin_transaction`, for use with `with`."""
+        return self.transaction_type(
+            self._target.begin_transaction(isolation, read_only=read_only), self._opened()
+        )
+
+    def run_transaction(
+        self,
+        work: Callable[[Transaction], Result],
+        *,
+        isolation: Isolation | None = None,
+        read_only: bool = False,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> Result:
+        """As `StorageStrategy.run_transaction`; `work` is called in the calling thread."""
+        check_callable(work, "work")
+        loop_thread = self._opened()
+        caller = loop_thread.caller()
+
+        async def work_in_thread(tx: transaction.Transaction) -> Result:
+            return await caller.call_back(lambda: work(self.transaction_type(tx, loop_thread)))
+
+        return caller.run(
+            partial(
+                self._target.run_transaction,
+                work_in_thread,
+                isolation=isolation,
+                read_only=read_only,
+                retry_seconds=retry_seconds,
+            )
+        )
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """As `StorageStrategy.snapshot`."""
+        with Context(self._opened(), self._target.snapshot()) as reader:
+            yield Snapshot(reader, self._loop_thread)
+
+    # -- declarations and health -------------------------------------------------------------
+
+    recorded_collections = blocking(strategy.StorageStrategy.recorded_collections)
+    schema_changes = blocking(strategy.StorageStrategy.schema_changes)
+    apply_schema = blocking(strategy.StorageStrategy.apply_schema)
+    exists = blocking(strategy.StorageStrategy.exists)
+    undeclared = blocking(strategy.StorageStrategy.undeclared)
+    explain_query = blocking(strategy.StorageStrategy.explain_query)
+    test_connection = blocking(strategy.StorageStrategy.test_connection)
+    health = blocking(strategy.StorageStrategy.health)
+
+    def is_same_store(self, other: Store) -> bool:
+        """As `StorageStrategy.is_same_store`."""
+        return self._run(partial(self._target.is_same_store, other._target))
+
+    def describe(self) -> dict[str, Value]:
+        """As `StorageStrategy.describe`."""
+        return self._target.describe()
