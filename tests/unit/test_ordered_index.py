@@ -35,13 +35,11 @@ from hf_async_store.query import (
     Query,
     SortKeyInput,
     and_,
-    asc,
     begins_with,
     between,
     build_query,
     compile_filter,
     compile_order,
-    desc,
     exists,
     gt,
     gte,
@@ -239,7 +237,10 @@ def random_filter(random: Random, pool: Sequence[Any]) -> Any:
 def random_order(random: Random) -> list[SortKeyInput]:
     names = random.sample([*FIELDS, "e", "id"], k=random.randrange(4))
     down = random.random() < 0.5
-    return [(desc if down is (random.random() < 0.8) else asc)(path(each)) for each in names]
+    return [
+        SortKeyInput(path(each), descending=down if random.random() < 0.8 else not down)
+        for each in names
+    ]
 
 
 def expected_rows(query: Query, entities: Mapping[str, Entity]) -> list[Entity]:
