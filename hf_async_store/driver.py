@@ -1,19 +1,47 @@
-"""The driver interface, which each engine implements. All other code is shared by the engines."""
+"""The driver interface: the base classes of engines, their capabilities, and the decisions they share.
+
+An engine implements `Engine` and `Session`: `fetch`, `select`, `write_each`, `session` and `close`, and
+`write` and `savepoint`. Everything else has a default, which an engine overrides where it can do
+better. All other code of the package is shared by the engines.
+
+An engine that has the current entity in memory decides with `changed`, `check_parents` and
+`check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
+how. A strategy that other packages can install is a subclass of `StorageStrategy`, registered in the
+entry-point group `hf_async_store.strategies`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.generators import Owned
+from hf_async_store.overlay import Overlay
+from hf_async_store.preconditions import changed, check_children, check_parents
 from hf_async_store.query import Query
 from hf_async_store.schema import Collection
 from hf_async_store.values import Entity, Key, Value, canonical
+
+__all__ = [
+    "Capabilities",
+    "Engine",
+    "Isolation",
+    "Overlay",
+    "QueryPlan",
+    "Reader",
+    "Session",
+    "batched",
+    "changed",
+    "check_children",
+    "check_parents",
+    "run_to_completion",
+]
 
 Isolation: TypeAlias = Literal["serializable", "repeatable_read", "read_committed"]
 Result = TypeVar("Result")
@@ -95,66 +123,70 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-class Reader(Protocol):
-    """The reads that engines, sessions and snapshots share."""
+class Reader(ABC):
+    """The reads that engines, sessions and snapshots share.
 
+    Required are `fetch` and `select`; override the other methods where the engine can do better.
+    """
+
+    @abstractmethod
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         """The records of `keys`, in their order; None for a missing one. Keys may repeat."""
-        ...
 
+    @abstractmethod
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """The matching records, in the query's order, up to its limit.
 
         Closing the iterator early releases its resources. `query.fields` is a hint that allows the
         engine to read less; the records may contain more fields.
         """
-        ...
 
     async def count(self, query: Query) -> int:
         """How many records `select` would return."""
-        ...
+        number = 0
+        async with Owned(self.select(query)) as records:
+            async for _ in records:
+                number += 1
+        return number
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """As `select`, but yields only the entities, in non-empty batches of any size."""
+        return batched(self.select(query))
+
+    async def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        """As `select_batches`, with `values.canonical` applied to each entity."""
+        async with Owned(self.select_batches(query)) as batches:
+            async for batch in batches:
+                yield list(map(canonical, batch))
 
 
-@runtime_checkable
-class SupportsBatches(Protocol):
-    """A reader that returns entities in batches, which costs less than one by one.
-
-    Optional: where each batch is a round trip anyway, nothing is gained.
-    """
-
-    def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """Like `select`, but yields only the entities, in non-empty batches of any size."""
-        ...
-
-
-@runtime_checkable
-class SupportsCanonicalJSON(Protocol):
-    """A reader that produces the canonical JSON of entities at less cost than the entities."""
-
-    def iter_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        """Like `SupportsBatches.iter_batches`, with `values.canonical` applied to each entity."""
-        ...
-
-
-class Session(Reader, Protocol):
+class Session(Reader):
     """A transaction: all of its writes are committed, or none. Reads see its own writes.
 
     Its methods are called one at a time; `Transaction` ensures that.
     """
 
+    @abstractmethod
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         """Apply in order, up to the first failure, whose error is the last outcome in the list.
 
         After an error the session (or its innermost savepoint) must be rolled back.
         """
-        ...
 
+    @abstractmethod
     def savepoint(self) -> AbstractAsyncContextManager[Session]:
         """A nested transaction: leaving the context by an exception rolls back only its changes."""
-        ...
+
+    async def untracked(self, method: str) -> Session:
+        """The session of the engine itself, for a method that only this engine has.
+
+        See `Engine.untracked`.
+        """
+        del method
+        return self
 
 
-class Engine(Reader, Protocol):
+class Engine(Reader):
     """What a storage engine implements: single reads and writes, and sessions.
 
     There is no network or disk I/O before the first call. Preconditions are checked atomically with
@@ -163,17 +195,19 @@ class Engine(Reader, Protocol):
     missing entity is never an error.
     """
 
-    @property
-    def capabilities(self) -> Capabilities: ...
+    capabilities: Capabilities
 
+    # -- required ----------------------------------------------------------------------------
+
+    @abstractmethod
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         """Apply independent changes: each succeeds or fails alone. One outcome each, in input order.
 
         Changes of the same key are applied in input order. A failure that concerns all of them (disk
         full, connection lost) is raised.
         """
-        ...
 
+    @abstractmethod
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         """A transaction. Leaving the context commits it; leaving by an exception rolls it back.
 
@@ -184,29 +218,36 @@ class Engine(Reader, Protocol):
                 rolled back because of a concurrent one.
             TransactionTooLargeError: the declared limits were exceeded; nothing was written.
         """
-        ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release all resources; no acknowledged write is lost. Called once, after every other call
+        has ended; each later call raises StoreClosedError."""
+
+    # -- defaults ----------------------------------------------------------------------------
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 
-        It does not block writers. If `query_isolation` is "eventual", it is not more consistent than
-        queries.
+        It does not block writers, and may cost memory or disk space for what they change meanwhile.
+        If `query_isolation` is "eventual", it is not more consistent than queries; then the default,
+        the engine itself, is sufficient.
         """
-        ...
+        return nullcontext(self)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         """Like `fetch` of one key, of a collection that need not be declared or exist.
 
-        Nothing is created. A store detects by this that a live migration is running.
+        Nothing is created. It does not wait for a lock that the calling task itself holds.
         """
-        ...
+        return (await self.fetch([Key(collection.name, entity_id)]))[0]
 
     async def exists(self) -> bool:
         """Whether the store exists: its file, or one of its tables. Nothing is created.
 
         Reading a store that does not exist is like reading an empty one; its first write creates it.
         """
-        ...
+        return True
 
     async def is_same_store(self, other: Engine) -> bool:
         """Whether `other` reaches the same data, however the two are addressed. Nothing is created.
@@ -218,61 +259,54 @@ class Engine(Reader, Protocol):
         Raises:
             StorageError: it cannot be determined.
         """
-        ...
+        return other is self
 
     async def undeclared(self) -> list[str]:
         """The stored collections and fields that are not declared, which queries would therefore miss.
 
         Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
         """
-        ...
+        return []
 
     async def explain(self, query: Query) -> QueryPlan:
         """How `select` would run."""
-        ...
+        del query
+        return QueryPlan(access="scan", residual=True, sorted_here=True)
 
     async def probe(self) -> None:
-        """Write, read back and delete a value that is not an entity; raise if that fails."""
-        ...
+        """Write, read back and delete a value that is not an entity; raise if that fails.
+
+        The default does nothing: it is for a store that can always be written.
+        """
 
     async def health(self) -> Mapping[str, Value]:
         """The engine's part of `health()`; its `problems` lists the conditions that require action."""
-        ...
+        return {}
 
     def describe(self) -> Mapping[str, Value]:
         """Where the data is stored and how it is configured, without secrets."""
-        ...
+        return {}
 
-    async def close(self) -> None:
-        """Release all resources; no acknowledged write is lost. Called once."""
-        ...
+    def untracked(self, method: str, *, writes: bool) -> AbstractAsyncContextManager[Engine]:
+        """This engine, for a method of its own that is not part of this interface.
+
+        A wrapper, which would not see what the method reads or writes, overrides this: it yields the
+        engine that it wraps, or refuses the method.
+
+        Args:
+            method: its name, for errors.
+            writes: it may change stored entities.
+        """
+        del method, writes
+        return nullcontext(self)
+
+    async def check_locked(self, method: str) -> None:
+        """Like `untracked`, for a caller that already holds the write lock of the engine, and therefore
+        must not wait. Returns if the method is allowed."""
+        del method
 
 
 _BATCH_SIZE: Final = 512
-
-
-async def iter_batches(reader: Reader, query: Query) -> AsyncGenerator[list[Entity], None]:
-    """The entities that match a query, in batches; works with every reader."""
-    if isinstance(reader, SupportsBatches):
-        async with Owned(reader.iter_batches(query)) as batches:
-            async for each in batches:
-                yield each
-        return
-    async with Owned(batched(reader.select(query))) as batches:
-        async for each in batches:
-            yield each
-
-
-async def iter_json(reader: Reader, query: Query) -> AsyncGenerator[list[bytes], None]:
-    """The canonical JSON of the entities that match a query, in batches; works with every reader."""
-    if isinstance(reader, SupportsCanonicalJSON):
-        async with Owned(reader.iter_json(query)) as batches:
-            async for each in batches:
-                yield each
-        return
-    async with Owned(iter_batches(reader, query)) as entities:
-        async for batch in entities:
-            yield list(map(canonical, batch))
 
 
 async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[Entity], None]:

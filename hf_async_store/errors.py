@@ -17,7 +17,7 @@ from hf_async_store.redaction import redact_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_async_store.values import Entity
+    from hf_async_store.value_types import Entity
 
 
 class StorageError(Exception):

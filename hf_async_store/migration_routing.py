@@ -8,7 +8,8 @@ on the previous phase must have expired. docs/live-migration.md describes the wh
 The record is data, not configuration: anyone who can write to the store can write it. The location in
 it only selects one of the stores in `follow_moves` of this process's configuration; it is never opened.
 
-`MigrationRouter` is a layer between a store and its engine, and has the methods of an engine.
+`MigrationRouter` is an engine that wraps the engine of a store. Neither the store nor the engine knows of
+it; `strategies/routing.py` creates it where a store is opened.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -26,19 +27,17 @@ from contextlib import (
 )
 from hashlib import blake2b
 from types import TracebackType
-from typing import Annotated, Final, Literal, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
 from hf_async_store.changes import Change, ChangeMarker, Outcome, Put, Record
 from hf_async_store.driver import (
-    Capabilities,
     Engine,
     Isolation,
     QueryPlan,
     Reader,
     Session,
-    iter_batches,
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -49,8 +48,10 @@ from hf_async_store.errors import (
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import Collection
+from hf_async_store.schema import MARKER_COLLECTION, MIGRATION_COLLECTION, Collection
 from hf_async_store.values import VERSION, Entity, Key, Value, utc_now
+
+Item = TypeVar("Item")
 
 LEASE_SECONDS: Final = 2.0
 """How long a process relies on the phase that it read. It must be equal in all processes of a store."""
@@ -67,11 +68,6 @@ _LEASE_MARGIN_SECONDS: Final = 0.25
 
 _POLL_SECONDS: Final = 0.05
 _RENEW_TIMEOUT_SECONDS: Final = 1.0
-
-MIGRATION_COLLECTION: Final = Collection("hf_move", key="move_id")
-MARKER_COLLECTION: Final = Collection("hf_marks", key="mark_id")
-SYSTEM_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
-"""The collections in which live migrations are recorded, in addition to the declared collections."""
 
 MIGRATION_KEY: Final = Key(MIGRATION_COLLECTION.name, "move")
 
@@ -191,29 +187,31 @@ class Route(msgspec.Struct):
 _NO_MIGRATION: Final = Route(None, None, add_markers=False, term=0)
 
 OpenEngine: TypeAlias = "Callable[[str | None], Engine | None]"
-"""Opens an engine with `SYSTEM_COLLECTIONS`: of the store itself (None), or of the store at a location,
-if the configuration permits that."""
+"""Opens an engine with `SYSTEM_COLLECTIONS`: of the store itself (None), or of the store at a location;
+None if the configuration does not permit that."""
 
 
-class MigrationRouter:
+class MigrationRouter(Engine):
     """The engine of a store that can be migrated live: sends each operation to the active engine.
 
     Args:
-        original: returns the engine with which the store was opened.
+        original: the engine with which the store was opened.
         open_engine: opens the engines that a live migration requires.
         own_location: returns the location of the store; None if other processes cannot open it.
     """
 
     def __init__(
         self,
-        original: Callable[[], Engine],
+        original: Engine,
         open_engine: OpenEngine,
         own_location: Callable[[], str | None],
     ) -> None:
-        self._original = original
+        self.capabilities = original.capabilities
+        self.original: Final = original
         self._open_engine = open_engine
         self._own_location = own_location
         self._route = _NO_MIGRATION
+        self._active = original  # the engine of the route
         self._begin_until = 0.0  # the time until which operations may begin on the route
         self._valid_until = 0.0  # the time at which the lease expires
         self._renew_lock = asyncio.Lock()
@@ -223,23 +221,12 @@ class MigrationRouter:
         self._was_in_migration = False
         self._followed_to: str | None = None  # the location after a finalized migration
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._original().capabilities
-
     # -- the lease ---------------------------------------------------------------------------
 
     @property
     def last_route(self) -> Route:
         """The route that was read last, even if its lease has expired."""
         return self._route
-
-    def reading_engine(self) -> Engine:
-        """The engine for a read: the active engine itself while the lease is valid, else the router."""
-        route = self._route
-        if time.monotonic() >= self._begin_until:
-            return self
-        return self._original() if route.engine is None else route.engine
 
     def is_valid(self, route: Route) -> bool:
         """Whether `route` is the current one and its lease has not expired."""
@@ -271,6 +258,7 @@ class MigrationRouter:
                 return None
             if not route.is_equivalent(self._route):
                 self._route = route
+                self._active = self.engine_of(route)
             self._begin_until = started + LEASE_SECONDS - _LEASE_MARGIN_SECONDS
             self._valid_until = started + LEASE_SECONDS
             return self._route
@@ -318,7 +306,7 @@ class MigrationRouter:
     async def _state_at(self, location: str | None) -> MigrationState | None:
         if location is None and None not in self._engines:
             return migration_state_in(
-                await self._original().fetch_undeclared(MIGRATION_COLLECTION, MIGRATION_KEY.id)
+                await self.original.fetch_undeclared(MIGRATION_COLLECTION, MIGRATION_KEY.id)
             )
         return migration_state_in((await self._engine_at(location).fetch([MIGRATION_KEY]))[0])
 
@@ -326,7 +314,7 @@ class MigrationRouter:
         if location not in self._engines:
             engine = self._open_engine(location)
             if engine is None:
-                raise _not_supported() if location is None else _not_permitted(location)
+                raise _not_permitted(str(location))
             self._engines[location] = engine
         return self._engines[location]
 
@@ -368,7 +356,7 @@ class MigrationRouter:
             route = current
 
     def engine_of(self, route: Route) -> Engine:
-        return self._original() if route.engine is None else route.engine
+        return self.original if route.engine is None else route.engine
 
     async def in_use(self) -> Engine:
         """The active engine."""
@@ -376,25 +364,41 @@ class MigrationRouter:
 
     # -- the methods of an engine ------------------------------------------------------------
 
-    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        if time.monotonic() >= self._begin_until:
-            await self.current_route()
-        return await self.engine_of(self._route).fetch(keys)
+    # While the lease is valid, reads cost no additional coroutine or generator.
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        route = await self.current_route()
-        async with Owned(self.engine_of(route).select(query)) as records:
-            async for each in records:
-                yield each
+    def fetch(self, keys: Sequence[Key]) -> Coroutine[Any, Any, list[Record | None]]:
+        if time.monotonic() < self._begin_until:
+            return self._active.fetch(keys)
+        return self._fetch_when_renewed(keys)
 
-    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        route = await self.current_route()
-        async with Owned(iter_batches(self.engine_of(route), query)) as batches:
-            async for each in batches:
+    async def _fetch_when_renewed(self, keys: Sequence[Key]) -> list[Record | None]:
+        return await (await self.in_use()).fetch(keys)
+
+    def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._stream(lambda engine: engine.select(query))
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return self._stream(lambda engine: engine.select_batches(query))
+
+    def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        return self._stream(lambda engine: engine.select_json(query))
+
+    def _stream(
+        self, read: Callable[[Engine], AsyncGenerator[Item, None]]
+    ) -> AsyncGenerator[Item, None]:
+        if time.monotonic() < self._begin_until:
+            return read(self._active)
+        return self._stream_when_renewed(read)
+
+    async def _stream_when_renewed(
+        self, read: Callable[[Engine], AsyncGenerator[Item, None]]
+    ) -> AsyncGenerator[Item, None]:
+        async with Owned(read(await self.in_use())) as items:
+            async for each in items:
                 yield each
 
     async def count(self, query: Query) -> int:
-        return await self.engine_of(await self.current_route()).count(query)
+        return await (await self.in_use()).count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         route = await self.current_route()
@@ -415,59 +419,69 @@ class MigrationRouter:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        async with self.engine_of(await self.current_route()).snapshot() as reader:
+        async with (await self.in_use()).snapshot() as reader:
             yield reader
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        return await self._original().fetch_undeclared(collection, entity_id)
+        return await self.original.fetch_undeclared(collection, entity_id)
 
     async def exists(self) -> bool:
-        return await self._original().exists()
+        return await self.original.exists()
 
     async def is_same_store(self, other: Engine) -> bool:
+        if isinstance(other, MigrationRouter):
+            other = await other.in_use()
         return await (await self.in_use()).is_same_store(other)
 
     async def undeclared(self) -> list[str]:
         return await (await self.in_use()).undeclared()
 
     async def explain(self, query: Query) -> QueryPlan:
-        return await self.engine_of(await self.current_route()).explain(query)
+        return await (await self.in_use()).explain(query)
 
     async def probe(self) -> None:
-        await self.engine_of(await self.current_route()).probe()
+        await (await self.in_use()).probe()
 
     async def health(self) -> Mapping[str, Value]:
-        return await self.engine_of(await self.current_route()).health()
+        return await (await self.in_use()).health()
 
     def describe(self) -> Mapping[str, Value]:
-        return self._original().describe()
+        return self.original.describe()
 
     # -- methods that only one engine has ----------------------------------------------------
 
-    async def require_source_active(self, method: str) -> None:
-        """Refuse a read method of this engine if another store is active, as its data would be outdated.
-
-        Raises:
-            StoreRelocatedError: another store is active.
-        """
-        route = await self.current_route()
-        if route.location is not None:
-            raise not_followed(method, route.location)
-
     @asynccontextmanager
-    async def guard_untracked_write(self, method: str) -> AsyncGenerator[None, None]:
-        """Run a write for which no change markers can be written, because its changes are not known.
+    async def untracked(self, method: str, *, writes: bool) -> AsyncGenerator[Engine, None]:
+        """See `Engine.untracked`.
 
         Raises:
-            StoreRelocatedError: a live migration is running.
+            StoreRelocatedError: for a write method: a live migration is running, so the changes, for
+                which no change markers can be written, would be lost; for a read method: another
+                store is active.
             StorageError: with `outcome_unknown`: a live migration began during the write, or it could
                 not be determined whether one did.
         """
         route = await self.current_route()
-        if route.engine is not None:
+        if route.location is not None or (writes and route.engine is not None):
             raise not_followed(method, route.location)
-        yield
-        await self.confirm_untracked_write(route, method)
+        yield self.original
+        if writes:
+            await self.confirm_untracked_write(route, method)
+
+    async def check_locked(self, method: str) -> None:
+        """See `Engine.check_locked`.
+
+        While the lock is held, no migration can begin or continue, so this does not wait for one.
+
+        Raises:
+            StoreRelocatedError: a live migration is running, or was finalized.
+        """
+        state = migration_state_in(
+            await self.original.fetch_undeclared(MIGRATION_COLLECTION, MIGRATION_KEY.id)
+        )
+        if state is not None:
+            moved = state.role == "source" and state.phase not in ("COPYING", "CUTTING_OVER")
+            raise not_followed(method, state.other if moved else None)
 
     async def confirm_untracked_write(self, route: Route, method: str) -> None:
         """Ensure that no live migration began while `method` wrote without change markers.
@@ -489,14 +503,19 @@ class MigrationRouter:
             raise
 
     async def close(self) -> None:
-        """Close the engines opened for a live migration, but not the one the store was opened with."""
-        async with AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:  # if one fails, the others are still closed
+            stack.push_async_callback(self.original.close)
             for each in self._engines.values():
                 stack.push_async_callback(each.close)
             self._engines.clear()
 
 
-class _RoutedSession:
+def unrouted(engine: Engine) -> Engine:
+    """The engine with which a store was opened, which does not follow a live migration."""
+    return engine.original if isinstance(engine, MigrationRouter) else engine
+
+
+class _RoutedSession(Session):
     """A transaction on the engine that was active when its first method was called.
 
     After that it never waits for a switch, because the switch may wait for resources that the
@@ -584,8 +603,13 @@ class _RoutedSession:
         assert self._session is not None, "entered"
         return self._session
 
-    async def engine_session(self, method: str) -> Session:
-        """See `own_session`."""
+    async def untracked(self, method: str) -> Session:
+        """See `Session.untracked`.
+
+        Raises:
+            StoreRelocatedError: a live migration is running, and the changes of `method` would get no
+                change markers.
+        """
         session = await self._checked_session()
         assert self._route is not None, "a method was called"
         if self._route.engine is not None:
@@ -621,16 +645,6 @@ class _RoutedSession:
                 self._session = outer
 
 
-async def own_session(session: Session, method: str) -> Session:
-    """The session of the engine itself, for a method that only this engine has.
-
-    Raises:
-        StoreRelocatedError: a live migration is running, and the changes of `method` would get no
-            change markers.
-    """
-    return await session.engine_session(method) if isinstance(session, _RoutedSession) else session
-
-
 def not_followed(method: str, location: str | None) -> StoreRelocatedError:
     """The error of a method that only one engine has, during a live migration.
 
@@ -642,15 +656,6 @@ def not_followed(method: str, location: str | None) -> StoreRelocatedError:
         f"{method} belongs to one engine and does not follow a live migration, so it is refused "
         f"during one{active}",
         location or "",
-    )
-
-
-def _not_supported() -> StoreRelocatedError:
-    return StoreRelocatedError(
-        "this store takes part in a live migration, which its strategy does not support: it does not "
-        "implement `_reopen_with_collections`. If no live migration is running, delete the record "
-        f"{MIGRATION_KEY.id!r} of {MIGRATION_COLLECTION.name} from the store",
-        "",
     )
 
 

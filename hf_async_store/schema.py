@@ -489,3 +489,9 @@ HOST_FACTORY: Final = (
 """The collections of the spec: templates, requests and machines, with its columns and references, and
 the indexes for the queries of an orchestrator. Only the keys are required, because examples in the spec
 omit columns that are NOT NULL in its DDL."""
+
+MIGRATION_COLLECTION: Final = Collection("hf_move", key="move_id")
+MARKER_COLLECTION: Final = Collection("hf_marks", key="mark_id")
+SYSTEM_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
+"""The collections that a store itself needs, in addition to the declared ones: the record and the change
+markers of a live migration."""

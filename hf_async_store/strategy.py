@@ -12,13 +12,11 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.config import StorageConfig
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, retry_conflicts
 from hf_async_store.driver import (
     Capabilities,
@@ -26,17 +24,14 @@ from hf_async_store.driver import (
     Isolation,
     QueryPlan,
     Reader,
-    iter_batches,
     run_to_completion,
 )
 from hf_async_store.errors import (
-    ConfigurationError,
     EventLoopMismatchError,
     InvalidInputError,
     StorageError,
     StoreClosedError,
 )
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS, MigrationRouter
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import (
@@ -73,10 +68,6 @@ os.register_at_fork(after_in_child=_Forks.increment)
 class StorageStrategy(RepositoryInterface):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
-    Args:
-        config: its configuration, with absolute paths (`config.anchored`): lists the stores to which
-            a live migration of this store may be followed. None: no store.
-
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
     in, and any number of tasks of that loop may use it at once.
 
@@ -88,13 +79,9 @@ class StorageStrategy(RepositoryInterface):
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
-    _obeys_moves: ClassVar[bool] = True
-    """False: the record of a live migration in the store is ignored, as for reading a backup."""
-
-    def __init__(self, engine: Engine, schema: Schema, config: StorageConfig | None = None) -> None:
+    def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(schema)
         self._engine = engine
-        self._configured = config
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
         self._streams = OpenStreams()
@@ -102,14 +89,6 @@ class StorageStrategy(RepositoryInterface):
         self._forks = _Forks.count
         self._closed = False
         capabilities = engine.capabilities
-        # Only a store that processes can share can be migrated while it is in use.
-        self._router = (
-            MigrationRouter(lambda: self._engine, self._engine_at, self._own_location)
-            if capabilities.multi_process and self._obeys_moves
-            else None
-        )
-        if self._router is not None:
-            engine = self._router
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_each,
             lanes=capabilities.write_concurrency,
@@ -127,6 +106,11 @@ class StorageStrategy(RepositoryInterface):
             if capabilities.read_batch
             else None
         )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for tools that need the driver interface; it bypasses the checks of the store."""
+        return self._engine
 
     @property
     def capabilities(self) -> Capabilities:
@@ -162,8 +146,6 @@ class StorageStrategy(RepositoryInterface):
     async def _release(self) -> None:
         async with AsyncExitStack() as stack:  # if one fails, the others are still released
             stack.push_async_callback(self._engine.close)
-            if self._router is not None:
-                stack.push_async_callback(self._router.close)
             if self._reads is not None:
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
@@ -205,7 +187,7 @@ class StorageStrategy(RepositoryInterface):
             raise StoreClosedError("this store is not open (use `async with`)")
         self._refuse_other_loop()
         self._transactions.refuse_reentry()
-        return self._engine if self._router is None else self._router.reading_engine()
+        return self._engine
 
     def _refuse_other_loop(self) -> None:
         if self._forks != _Forks.count:
@@ -218,64 +200,6 @@ class StorageStrategy(RepositoryInterface):
                 "this store was opened in another event loop: use and close it there, or open one "
                 "in this loop"
             )
-
-    # -- live migration ----------------------------------------------------------------------
-
-    def _reopen_with_collections(self, collections: Iterable[Collection]) -> StorageStrategy | None:
-        """Another store on the same data, with other collections.
-
-        The default, for strategies that do not override this, is None: the store cannot follow a live
-        migration, and operations on a store that takes part in one raise `StoreRelocatedError`.
-        """
-        del collections
-        return None
-
-    def _engine_at(self, location: str | None) -> Engine | None:
-        """Open an engine with the collections of live migrations in addition to the declared ones.
-
-        Args:
-            location: None: the engine is on the data of this store. Else on that of the store at this
-                location, if the configuration permits that.
-
-        Returns:
-            None if it is not supported or not permitted.
-        """
-        collections = [*self._schema.values(), *SYSTEM_COLLECTIONS]
-        if location is None:
-            reopened = self._reopen_with_collections(collections)
-            return None if reopened is None else reopened._engine
-        permitted = () if self._configured is None else self._configured.follow_moves
-        # It is opened as configured, including secrets, not by the recorded URL.
-        config = next((each for each in permitted if each.place() == location), None)
-        if config is None:
-            return None
-        # Imported by name, because the strategies are a layer above.
-        other: StorageStrategy = import_module("hf_async_store.strategies").open_store(
-            config, collections=collections
-        )
-        return other._engine
-
-    def _own_location(self) -> str | None:
-        if self._configured is None:
-            return None
-        try:
-            return self._configured.place()
-        except ConfigurationError:
-            return None
-
-    @asynccontextmanager
-    async def _guard_untracked_write(self, method: str) -> AsyncGenerator[None, None]:
-        """For a write method that only one engine has; see `MigrationRouter.guard_untracked_write`."""
-        if self._router is None:
-            yield
-            return
-        async with self._router.guard_untracked_write(method):
-            yield
-
-    async def _require_source_active(self, method: str) -> None:
-        """For a read method that only one engine has; see `MigrationRouter.require_source_active`."""
-        if self._router is not None:
-            await self._router.require_source_active(method)
 
     # -- primitives --------------------------------------------------------------------------
 
@@ -302,14 +226,13 @@ class StorageStrategy(RepositoryInterface):
         # batch while this one is written.
         self._usable()
         # As in the coalescer, a cancellation waits until the batch has been written.
-        engine = self._engine if self._router is None else self._router
-        return await run_to_completion(engine.write_each(changes))
+        return await run_to_completion(self._engine.write_each(changes))
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return self._streams.read(iter_batches(self._usable(), query))
+        return self._streams.read(self._usable().select_batches(query))
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)
@@ -336,9 +259,8 @@ class StorageStrategy(RepositoryInterface):
             raise InvalidInputError(
                 f"isolation must be one of {', '.join(known)}, not {isolation!r}"
             )
-        engine = self._engine if self._router is None else self._router
         return self.transaction_type(
-            self._schema, engine.session(isolation), enter=self._enter_transaction
+            self._schema, self._engine.session(isolation), enter=self._enter_transaction
         )
 
     def _enter_transaction(self) -> Callable[[], None]:
@@ -392,12 +314,9 @@ class StorageStrategy(RepositoryInterface):
 
     async def is_same_store(self, other: StorageStrategy) -> bool:
         """Whether `other` has the same data, whatever the URLs of the two; see `Engine.is_same_store`."""
-        return await (await self._in_use()).is_same_store(await other._in_use())
-
-    async def _in_use(self) -> Engine:
-        """The active engine: during a live migration that of the source or of the target."""
-        engine = self._usable()
-        return await engine.in_use() if isinstance(engine, MigrationRouter) else engine
+        mine, theirs = self._usable(), other._usable()
+        # In both directions: either may be a wrapper, which knows the engine that it wraps.
+        return await mine.is_same_store(theirs) or await theirs.is_same_store(mine)
 
     async def undeclared(self) -> list[str]:
         """The stored collections, and fields such as `machines.owner`, that are not declared."""

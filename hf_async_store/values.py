@@ -13,12 +13,10 @@ from uuid import UUID
 
 import msgspec
 
-from hf_async_store.errors import (
-    UnsupportedValueError,
-)
+from hf_async_store.errors import UnsupportedValueError
+from hf_async_store.value_types import Entity as Entity
+from hf_async_store.value_types import Value as Value
 
-Value: TypeAlias = "None | bool | int | float | str | list[Value] | dict[str, Value]"
-Entity: TypeAlias = dict[str, Value]
 FieldType: TypeAlias = Literal["text", "integer", "number", "boolean", "timestamp", "json"]
 
 CREATED_AT: Final = "created_at"

@@ -14,9 +14,10 @@ import msgspec
 from hf_async_store.cli.json_files import EMPTY, as_object
 from hf_async_store.config import Filenames, JSONConfig
 from hf_async_store.errors import CorruptionError, InvalidInputError, StorageError
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
-from hf_async_store.strategies.json import JSONStorageStrategy
+from hf_async_store.schema import SYSTEM_COLLECTIONS
+from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.json.files import read_file
+from hf_async_store.strategy import StorageStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
     from hf_async_store.schema import Schema
 
 _MAX_SHOWN: Final = 5
-
-
-class _BackupStore(JSONStorageStrategy):
-    """A backup, opened as a store. A record of a live migration in it is ignored: it may stem from
-    the time of the backup, or from anyone, and this file is the one to be read."""
-
-    _obeys_moves = False
 
 
 class Backup(NamedTuple):
@@ -128,8 +122,13 @@ async def _read_copies(
     else:
         name = next(iter(source.paths)).removesuffix(".gz")
         options = JSONConfig(base_path=str(folder), filenames=Filenames(single_file=name))
-    async with _BackupStore(options, collections=schema.values()) as store:
-        data = await store.read_file()
+    # Without routing: a record of a live migration may stem from the time of the backup, or from
+    # anyone, and this file is the one to be read.
+    async with StorageStrategy(JSONEngine(options, schema), schema) as store:
+        data = {
+            name: {cast("str", each[key]): each async for each in store.stream_entities(name)}
+            for name, key in ((each.name, each.key) for each in schema.values())
+        }
         left_out = cast("list[str]", (await store.health())["undeclared_sections"])
     return {source.only: data[source.only]} if source.only else data, left_out
 

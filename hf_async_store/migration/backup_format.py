@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
-from hf_async_store.driver import iter_json
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration.digest import Digest
 from hf_async_store.os_errors import translate_os_error
@@ -176,7 +175,7 @@ class _PortableWriter:
         declared = self._schema[name]
         query = build_query(declared, order_by=declared.key if sort else None)
         self._lines.append(msgspec.json.encode(name))
-        async with aclosing(iter_json(reader, query)) as chunks:
+        async with aclosing(reader.select_json(query)) as chunks:
             async for encoded in chunks:
                 digest.add_all(encoded)
                 self._lines += encoded

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from hf_async_store.changes import Record
-from hf_async_store.driver import iter_json
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.store_checks import refuse_undeclared, require_store
 from hf_async_store.query import build_query
@@ -159,7 +158,7 @@ async def digest_of(
 ) -> Digest:
     """Read a whole collection; returns its digest."""
     digest = Digest()
-    async with aclosing(iter_json(reader, build_query(declared))) as chunks:
+    async with aclosing(reader.select_json(build_query(declared))) as chunks:
         async for encoded in chunks:
             digest.add_all(encoded)
             advance(len(encoded))

@@ -38,16 +38,22 @@ from hf_async_store.migration.store_checks import (
 )
 from hf_async_store.migration_routing import (
     LEASE_SECONDS,
-    MARKER_COLLECTION,
     MIGRATION_KEY,
     SWITCH_SECONDS,
-    SYSTEM_COLLECTIONS,
+    MigrationRouter,
     MigrationState,
     Phase,
     migration_state_in,
+    unrouted,
 )
 from hf_async_store.query import CursorPosition, build_query, eq
-from hf_async_store.schema import HOST_FACTORY, Collection, Schema
+from hf_async_store.schema import (
+    HOST_FACTORY,
+    MARKER_COLLECTION,
+    SYSTEM_COLLECTIONS,
+    Collection,
+    Schema,
+)
 from hf_async_store.strategies import open_store
 from hf_async_store.values import VERSION, Entity, Key, canonical, utc_now
 
@@ -122,8 +128,12 @@ class LiveMigration:
         stores = [open_store(each, collections=declared) for each in sides]
         # The engines are used directly: the stores would follow the migration, and wait for the
         # switch that this coordinator makes.
-        self._source, self._target = (each._engine for each in stores)
-        self._references = {id(each._engine): enforces_references(each) for each in stores}
+        self._are_routed = all(isinstance(each.engine, MigrationRouter) for each in stores)
+        self._source, self._target = (unrouted(each.engine) for each in stores)
+        self._references = {
+            id(engine): enforces_references(store)
+            for engine, store in zip((self._source, self._target), stores, strict=True)
+        }
         self._state: MigrationState | None = None
         self._touched: set[Key] = set()
 
@@ -134,6 +144,11 @@ class LiveMigration:
                     f"the engine {engine.capabilities.engine!r} cannot be the {role} of a live "
                     "migration, because it is not durable or is limited to one process"
                 )
+        if not self._are_routed:
+            raise MigrationError(
+                "the strategy of one of the stores does not follow live migrations (it does not use "
+                "`hf_async_store.strategies.routing`); stop the applications and use `migrate`"
+            )
         if not self._source.capabilities.change_markers:
             raise MigrationError(
                 f"the engine {self._source.capabilities.engine!r} does not support change markers, so "

@@ -19,7 +19,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreNotFoundError,
 )
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
+from hf_async_store.schema import SYSTEM_COLLECTIONS
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:

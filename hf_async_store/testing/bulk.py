@@ -48,12 +48,12 @@ class BulkContract:
             [{"item_id": each.key.id, "version": 3} for each in _mixed() if _exists_before(each)],
         )
         changes = list(_mixed())
-        outcomes = await store._engine.write_each(changes)
+        outcomes = await store.engine.write_each(changes)
         expected = [
             _expected_outcome(each, 3 if _exists_before(each) else None) for each in changes
         ]
         assert [_result_or_error_class(each) for each in outcomes] == expected
-        records = await store._engine.fetch([each.key for each in changes])
+        records = await store.engine.fetch([each.key for each in changes])
         assert [None if each is None else each.version for each in records] == [
             _version_after(change, answer) for change, answer in zip(changes, expected, strict=True)
         ]

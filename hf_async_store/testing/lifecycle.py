@@ -428,16 +428,16 @@ class LifecycleContract:
         await store.save_entity("items", {"item_id": "a"})
         async with second_store(harness, store) as other, open_store("memory:") as foreign:
             for one, two in ((store, other), (other, store), (store, store)):
-                assert await one._engine.is_same_store(two._engine)
+                assert await one.engine.is_same_store(two.engine)
             for one, two in ((store, foreign), (foreign, store)):
-                assert not await one._engine.is_same_store(two._engine)
+                assert not await one.engine.is_same_store(two.engine)
 
     async def test_134_exists_does_not_create_the_store(self, harness: Harness) -> None:
         if not harness.capabilities.durable:
             return
         async with harness.store() as store:
             assert not await store.exists()
-            assert await store._engine.undeclared() == []
+            assert await store.engine.undeclared() == []
             assert not await store.exists()
             await store.save_entity("items", {"item_id": "a"})
             assert await store.exists()
@@ -449,11 +449,11 @@ class LifecycleContract:
     ) -> None:
         await store.save_entity("items", {"item_id": "a"})
         await store.save_entity("counters", {"counter_id": "n"})
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
         if is_shared(harness.capabilities):
             fewer = [each for each in CONTRACT_COLLECTIONS if each.name != "counters"]
             async with harness.store(fewer) as other:
-                assert "counters" in await other._engine.undeclared()
+                assert "counters" in await other.engine.undeclared()
 
 
 # -- 70: one call for each error ------------------------------------------------------------

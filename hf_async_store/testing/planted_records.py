@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hf_async_store.errors import BatchError, CorruptionError, StorageError, StoreRelocatedError
-from hf_async_store.migration_routing import MIGRATION_COLLECTION, MIGRATION_KEY, SYSTEM_COLLECTIONS
+from hf_async_store.migration_routing import MIGRATION_KEY
+from hf_async_store.schema import MIGRATION_COLLECTION, SYSTEM_COLLECTIONS
 from hf_async_store.strategies import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness
 

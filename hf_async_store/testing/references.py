@@ -230,7 +230,7 @@ class ReferenceContract:
     async def test_86_parents_and_children_in_one_batch(self, store: StorageStrategy) -> None:
         """A batch with changes of several collections, parents first, as coalescing produces them."""
         at = utc_now()
-        outcomes = await store._engine.write_each(
+        outcomes = await store.engine.write_each(
             [
                 Put(Key("templates", "t"), {**_TEMPLATE, UPDATED_AT: at}, at, ABSENT),
                 Put(Key("requests", "r"), {**_REQUEST, UPDATED_AT: at}, at, ABSENT),

@@ -887,7 +887,7 @@ class TransactionContract:
     ) -> None:
         failure = UnavailableError("the connection was lost at commit", outcome_unknown=True)
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_engine", _FailingCommit(store._engine, failure))
+            patch.setattr(store, "_engine", _FailingCommit(store.engine, failure))
             with pytest.raises(UnavailableError) as caught:
                 async with store.begin_transaction() as tx:
                     await tx.create_entity("items", item("a"))

@@ -259,7 +259,7 @@ class VersionContract:
         for version in range(1, ROUNDS // 4 + 1):
             change = Patch(Key("counters", "race"), {"x": version}, utc_now(), version)
             outcomes = await asyncio.gather(
-                *(store._engine.write_each([change]) for _ in range(concurrency))
+                *(store.engine.write_each([change]) for _ in range(concurrency))
             )
             won = [each for [each] in outcomes if each == version + 1]
             lost = [each for [each] in outcomes if isinstance(each, ConcurrencyConflictError)]

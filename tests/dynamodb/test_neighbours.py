@@ -84,7 +84,7 @@ async def test_an_item_that_is_too_large_for_the_service(proxy: Proxy) -> None:
             Put(Key("items", each["item_id"]), each, AT, expect=ABSENT)
             for each in ({"item_id": "a"}, large, {"item_id": "b"})
         ]
-        first, refused, third = await store._engine.write_each(puts)
+        first, refused, third = await store.engine.write_each(puts)
         assert (first, third) == (1, 1)
         assert isinstance(refused, StorageError)
         assert not refused.retryable
@@ -104,7 +104,7 @@ async def test_a_cancelled_write_ends_before_the_cancellation_is_raised(
             "a": lambda: store.update_entity(
                 "items", "a", {"n": 1}, condition_expression="attribute_exists(item_id)"
             ),
-            "b": lambda: store._engine.write_each(
+            "b": lambda: store.engine.write_each(
                 [Put(Key("items", "b"), {"item_id": "b", "n": 1}, AT, import_version=5)]
             ),
         }

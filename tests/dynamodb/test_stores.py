@@ -17,7 +17,7 @@ from hf_async_store import (
     StoreNotFoundError,
     open_store,
 )
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
+from hf_async_store.schema import SYSTEM_COLLECTIONS
 from tests.dynamodb.proxy import Answer, Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -62,7 +62,7 @@ async def test_reads_of_an_absent_store_return_nothing_and_create_nothing(
         await store.test_connection()
         await store.health()
         await store.compare_tables()
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
         assert not await store.exists()
         assert proxy.counted()["CreateTable"] == 0
         # The first write creates it.
@@ -120,15 +120,15 @@ async def test_two_urls_of_one_store(proxy: Proxy, tmp_path: Any) -> None:
         open_store(f"json:{tmp_path}/data") as of_another_kind,
     ):
         with pytest.raises(StoreNotFoundError):
-            await one._engine.is_same_store(another._engine)
+            await one.engine.is_same_store(another.engine)
         await one.create_entity("items", {"item_id": "a"})
-        assert not await one._engine.is_same_store(another._engine)
+        assert not await one.engine.is_same_store(another.engine)
         await another.create_entity("items", {"item_id": "a"})
-        assert await one._engine.is_same_store(one._engine)
-        assert await one._engine.is_same_store(same._engine), "whatever is declared"
-        assert await same._engine.is_same_store(one._engine)
-        assert not await one._engine.is_same_store(another._engine)
-        assert not await one._engine.is_same_store(of_another_kind._engine)
+        assert await one.engine.is_same_store(one.engine)
+        assert await one.engine.is_same_store(same.engine), "whatever is declared"
+        assert await same.engine.is_same_store(one.engine)
+        assert not await one.engine.is_same_store(another.engine)
+        assert not await one.engine.is_same_store(of_another_kind.engine)
         assert not await same.exists(), "nothing was made"
 
 
@@ -162,7 +162,7 @@ async def test_replicas_of_a_global_table_are_one_store(proxy: Proxy) -> None:
             return answer
 
         proxy.rule = rule
-        assert await one._engine.is_same_store(two._engine)
+        assert await one.engine.is_same_store(two.engine)
 
 
 async def test_a_server_that_returns_no_table_id(proxy: Proxy) -> None:
@@ -175,7 +175,7 @@ async def test_a_server_that_returns_no_table_id(proxy: Proxy) -> None:
         await two.create_entity("items", {"item_id": "a"})
         proxy.rule = lambda request: Changed(without_id)
         with pytest.raises(StorageError, match="TableId"):
-            await one._engine.is_same_store(two._engine)
+            await one.engine.is_same_store(two.engine)
 
 
 async def test_tables_that_no_collection_declares(proxy: Proxy) -> None:
@@ -183,8 +183,8 @@ async def test_tables_that_no_collection_declares(proxy: Proxy) -> None:
     async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix, THINGS) as other:
         await other.create_tables()
         await store.create_entity("items", {"item_id": "a"})
-        assert await store._engine.undeclared() == ["things"]
-        assert await other._engine.undeclared() == ["items"]
+        assert await store.engine.undeclared() == ["things"]
+        assert await other.engine.undeclared() == ["items"]
         pages = 0
 
         def in_pages(body: dict[str, Any]) -> dict[str, Any]:
@@ -200,12 +200,12 @@ async def test_tables_that_no_collection_declares(proxy: Proxy) -> None:
         proxy.rule = lambda request: (
             Changed(in_pages) if request.operation == "ListTables" else None
         )
-        assert await store._engine.undeclared() == ["things"]
+        assert await store.engine.undeclared() == ["things"]
         assert pages > 1
         denied = Answer(400, {"__type": "AccessDeniedException", "message": "no"})
         proxy.rule = lambda request: denied
         with pytest.raises(PermissionDeniedError):
-            await store._engine.undeclared()
+            await store.engine.undeclared()
 
 
 async def test_migration_tables_are_not_reported_as_undeclared(
@@ -218,9 +218,9 @@ async def test_migration_tables_are_not_reported_as_undeclared(
     ):
         await other.create_tables()
         for each in (store, other):
-            assert not {"hf_move", "hf_marks"} & {*await each._engine.undeclared()}
-        assert await store._engine.undeclared() == ["things"]
-        assert await other._engine.undeclared() == []
+            assert not {"hf_move", "hf_marks"} & {*await each.engine.undeclared()}
+        assert await store.engine.undeclared() == ["things"]
+        assert await other.engine.undeclared() == []
 
 
 # -- differences from the declaration --------------------------------------------------------

@@ -368,7 +368,7 @@ async def test_a_mark_is_committed_with_its_change(proxy: Proxy) -> None:
         gone = Delete(key, mark=mark("4"))
         imported = Put(key, {"item_id": "t"}, at, import_version=8, mark=mark("5"))
         changes = [put, stale, patch, gone, imported]
-        outcomes = await store._engine.write_each(changes)
+        outcomes = await store.engine.write_each(changes)
         assert isinstance(outcomes[1], ConcurrencyConflictError)
         assert [outcomes[0], *outcomes[2:]] == [1, 2, 2, 8]
         found = await store.get_entities("marks", list("12345"))
@@ -430,11 +430,11 @@ async def test_a_replacement_that_requires_the_entity(proxy: Proxy) -> None:
         def put(entity_id: str) -> Put:
             return Put(Key("items", entity_id), {"item_id": entity_id}, at, expect=PRESENT)
 
-        [outcome] = await store._engine.write_each([put("a")])
+        [outcome] = await store.engine.write_each([put("a")])
         assert isinstance(outcome, EntityNotFoundError)
         await store.create_entities("items", [{"item_id": "a"}, {"item_id": "b"}])
-        assert await store._engine.write_each([put("a")]) == [2]
-        outcomes = await store._engine.write_each([put("a"), put("b"), put("c")])
+        assert await store.engine.write_each([put("a")]) == [2]
+        outcomes = await store.engine.write_each([put("a"), put("b"), put("c")])
         assert outcomes[:2] == [3, 2]
         assert isinstance(outcomes[2], EntityNotFoundError)
         assert await store.get_entity("items", "c") is None

@@ -57,7 +57,7 @@ READS: Final[dict[str, Verb]] = {
     ),
     "read in a transaction": _read_in_transaction,
     "exists": lambda store: store.exists(),
-    "undeclared": lambda store: store._engine.undeclared(),
+    "undeclared": lambda store: store.engine.undeclared(),
     "compare_tables": lambda store: store.compare_tables(),
 }
 

@@ -204,7 +204,7 @@ async def _look(folder: Path, recorded: Recorded, wants_state: bool) -> None:
             lambda: store.count_entities("templates", {"name": "a"}),
             lambda: store.query_page("machines", limit=2),
             store.read_file,
-            store._engine.undeclared,
+            store.engine.undeclared,
             lambda: store.save_entity("machines", {"machine_id": "m-3"}),
             lambda: store.update_entity("templates", "t-1", {"name": "z"}),
             store.checkpoint,

@@ -73,7 +73,7 @@ async def _both_ways(one: JSONStorageStrategy, other: JSONStorageStrategy) -> No
             for store in (one, other)
         ]
         assert versions == list(range(versions[0], versions[0] + 10))
-        assert await one._engine.is_same_store(other._engine)
+        assert await one.engine.is_same_store(other.engine)
         for store, name in ((one, "one"), (other, "other")):
             await store.save_entity(T, {"template_id": name})
             await store.checkpoint()
@@ -214,7 +214,7 @@ async def test_119_a_hard_link_to_the_file(tmp_path: Path) -> None:
             with pytest.raises(ConfigurationError, match="hard links"):
                 await verb()
         async with open_json(tmp_path / "a") as first:  # whose journal knows the file
-            assert await store._engine.is_same_store(first._engine)
+            assert await store.engine.is_same_store(first.engine)
             await first.save_entity(T, {"template_id": "u"})
     # A backup that was linked into place is not a second store.
     async with open_json(tmp_path / "a") as first:
@@ -258,27 +258,27 @@ async def test_a_copy_is_another_store(tmp_path: Path, layout: str) -> None:
     await seed(tmp_path / "a", layout)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     one, other = open_json(tmp_path / "a", layout), open_json(tmp_path / "b", layout)
-    assert not await same(one._engine, other._engine)
-    assert await same(one._engine, open_json(tmp_path / "a", layout)._engine)
+    assert not await same(one.engine, other.engine)
+    assert await same(one.engine, open_json(tmp_path / "a", layout).engine)
 
 
 @both_layouts
 async def test_identity_of_stores_that_do_not_exist_yet(tmp_path: Path, layout: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    one = open_json(tmp_path / "x" / "y", layout)._engine
-    assert await same(one, open_json(tmp_path / "link" / "x" / "y", layout)._engine)
-    assert not await same(one, open_json(tmp_path / "x" / "z", layout)._engine)
-    assert not await same(one, open_json(tmp_path / "y", layout)._engine)
+    one = open_json(tmp_path / "x" / "y", layout).engine
+    assert await same(one, open_json(tmp_path / "link" / "x" / "y", layout).engine)
+    assert not await same(one, open_json(tmp_path / "x" / "z", layout).engine)
+    assert not await same(one, open_json(tmp_path / "y", layout).engine)
     assert not (tmp_path / "x").exists()
 
 
 async def test_two_stores_in_one_folder_are_two(tmp_path: Path) -> None:
     one, other = named(tmp_path, "a.json"), named(tmp_path, "b.json")
-    assert not await same(one._engine, other._engine)
-    assert not await same(one._engine, open_json(tmp_path, "split_files")._engine)
+    assert not await same(one.engine, other.engine)
+    assert not await same(one.engine, open_json(tmp_path, "split_files").engine)
     more = [*HOST_FACTORY, Collection("jobs", key="id")]
     split = open_json(tmp_path, "split_files", collections=more)
-    assert await same(split._engine, open_json(tmp_path, "split_files")._engine)
+    assert await same(split.engine, open_json(tmp_path, "split_files").engine)
 
 
 # -- a store that is not there ----------------------------------------------------------------
@@ -299,7 +299,7 @@ async def test_reads_of_an_absent_store_create_nothing(
         assert [each async for each in store.stream_entities(T)] == []
         assert await store.count_entities(T) == 0
         assert await store.read_file() == {name: {} for name in NAMES}
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
         async with store.snapshot() as reader:
             assert await reader.fetch([]) == []
         await store.checkpoint()
@@ -311,7 +311,7 @@ async def test_reads_of_an_absent_store_create_nothing(
         await store.save_entity(T, {"template_id": "t"})
         assert await store.exists()
         assert store._json._registry.held == "shared"  # it is known to be open
-    assert await open_json(where, layout)._engine.exists()
+    assert await open_json(where, layout).engine.exists()
 
 
 # -- what no declaration covers ---------------------------------------------------------------
@@ -322,10 +322,10 @@ async def test_undeclared_sections(tmp_path: Path) -> None:
         json.dumps({"templates": {"t": {"template_id": "t"}}, "jobs": {"j": {}}, "about": "me"})
     )
     async with open_json(tmp_path) as store:
-        assert await store._engine.undeclared() == ["about", "jobs"]
+        assert await store.engine.undeclared() == ["about", "jobs"]
         await store.save_entity(T, {"template_id": "t"})
         await store.checkpoint()
-        assert await store._engine.undeclared() == ["about", "jobs"]
+        assert await store.engine.undeclared() == ["about", "jobs"]
 
 
 async def test_undeclared_files(tmp_path: Path) -> None:
@@ -334,14 +334,14 @@ async def test_undeclared_files(tmp_path: Path) -> None:
         await store.save_entity("jobs", {"id": "j"})
         await store.save_entity(T, {"template_id": "t"})
         await store.checkpoint()
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
     await seed(tmp_path)  # a separate store beside it
     (tmp_path / "notes.json").write_text('["no entities"]')
     (tmp_path / "found.json").write_text('{"a": {"id": "a"}}')
     os.mkfifo(tmp_path / "pipe.json")
     for _ in range(2):
         async with open_json(tmp_path, "split_files") as store:
-            assert await store._engine.undeclared() == ["found", "jobs"]
+            assert await store.engine.undeclared() == ["found", "jobs"]
         for each in tmp_path.glob("store.journal.*"):
             each.unlink()  # which identifies the files of other stores
 

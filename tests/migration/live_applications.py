@@ -35,6 +35,7 @@ from hf_async_store import (
 from hf_async_store.changes import Change, Outcome
 from hf_async_store.migration import live
 from hf_async_store.migration.live import LiveMigration
+from hf_async_store.schema import MARKER_COLLECTION
 
 COLLECTIONS: Final = (
     *HOST_FACTORY,
@@ -225,7 +226,7 @@ def kill_at(step: str) -> None:
 
         async def written(changes: Sequence[Change]) -> list[Outcome]:
             nonlocal records
-            of_marks = changes[0].key.collection == migration_routing.MARKER_COLLECTION.name
+            of_marks = changes[0].key.collection == MARKER_COLLECTION.name
             if of_marks and step == "marked":
                 _kill()
             if of_marks and forgetting:

@@ -10,7 +10,6 @@ from hypothesis import settings as hypothesis_settings
 from support import ITEMS, fill, generated_items, odd_items, opened
 
 from hf_async_store import Entity
-from hf_async_store.driver import iter_batches, iter_json
 from hf_async_store.query import Query, build_query, exists
 from hf_async_store.values import canonical
 
@@ -25,12 +24,12 @@ KINDS = ("json-single", "sqlite", "postgresql", "dynamodb")
 async def refuse_other(reader: Reader, query: Query) -> list[Entity]:
     """The result of `select`; asserts that the other methods return the same."""
     expected = [each.entity async for each in reader.select(query)]
-    pieces = [piece async for piece in iter_batches(reader, query)]
+    pieces = [piece async for piece in reader.select_batches(query)]
     assert all(pieces)
     entities = [each for piece in pieces for each in piece]
     # Not ==, for which 1, 1.0 and True are one.
     assert list(map(repr, entities)) == list(map(repr, expected))
-    texts = [text async for piece in iter_json(reader, query) for text in piece]
+    texts = [text async for piece in reader.select_json(query) for text in piece]
     assert texts == list(map(canonical, expected))
     return expected
 

@@ -148,7 +148,7 @@ def test_a_checkpoint_is_found_without_durability(tmp_path: Path) -> None:
     shared = [open_store(urls[0]) for _ in range(2)]
     for each in shared:
         fleeting = msgspec.structs.replace(each.capabilities, durable=False)
-        each._engine.capabilities = fleeting  # type: ignore[misc]
+        each.engine.capabilities = fleeting  # type: ignore[misc]
     assert len({identity(each) for each in shared}) == 1
     one, other = open_store("memory:"), open_store("memory:")
     assert identity(one) != identity(other)

@@ -53,7 +53,7 @@ async def _sql(store: Any, n: int) -> None:
 
 async def _direct(store: Any, n: int) -> None:
     patch = store._patch(store._schema["templates"], "t", {"n": n}, ANY, utc_now())
-    await store._engine.write_each([patch])
+    await store.engine.write_each([patch])
 
 
 VERBS = [_transaction, _nested, _run, _import, _import_many, _sql, _direct]

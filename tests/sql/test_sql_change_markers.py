@@ -24,7 +24,7 @@ async def test_marks_are_committed_with_their_changes(url: str) -> None:
         request = {"request_id": f"r{n:03}", "template_id": parent}
         changes.append(put("requests", request, f"m-{n + 1}"))
     async with open_store(url, collections=COLLECTIONS) as store:
-        outcomes = await store._engine.write_each(changes)
+        outcomes = await store.engine.write_each(changes)
         broken = [n for n, each in enumerate(outcomes) if isinstance(each, ReferenceViolationError)]
         assert broken == [n + 1 for n in range(300) if n % 50 == 7]
         assert {each for n, each in enumerate(outcomes) if n not in broken} == {7}
@@ -33,9 +33,9 @@ async def test_marks_are_committed_with_their_changes(url: str) -> None:
         assert all(each["version"] == 3 for each in marks if each is not None)
         # The same mark several times: the last one is stored.
         again = [put("templates", {"template_id": f"t{n}"}, "m-0") for n in range(5)]
-        assert await store._engine.write_each(again) == [7] * 5
+        assert await store.engine.write_each(again) == [7] * 5
         last = await store.get_entity("marks", "m-0")
         assert last == {"mark_id": "m-0", "of": "t4", "version": 3}
-        async with store._engine.session(None) as session:
+        async with store.engine.session(None) as session:
             assert await session.write([put("templates", {"template_id": "u"}, "m-u")]) == [7]
         assert await store.get_entity("marks", "m-u") is not None

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import CorruptionError, StorageError, contains, open_store, path
-from hf_async_store.driver import iter_json
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.contract.harnesses import execute
 
@@ -127,7 +126,7 @@ def set_column(file: Path, column: str, value: Any) -> bool:
 async def texts_read(store: Any) -> object:
     found: list[bytes] = []
     async with store.snapshot() as reader:
-        async for piece in iter_json(reader, store._query("items", None, None, None, None)):
+        async for piece in reader.select_json(store._query("items", None, None, None, None)):
             found += piece
     return found
 

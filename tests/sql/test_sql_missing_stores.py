@@ -64,7 +64,7 @@ async def test_reads_of_an_absent_store_create_nothing(url: str) -> None:
             assert await reader.fetch([]) == []
         async with store.begin_transaction() as tx:
             await read_nothing(tx)
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
         assert not await store.exists()
         assert tables(url) == []
         if url.startswith("sqlite"):
@@ -168,11 +168,11 @@ async def test_undeclared_collections_are_reported(url: str) -> None:
 
     async def undeclared(collections: Iterable[Collection]) -> list[str]:
         async with open_store(url, collections=collections) as store:
-            return await store._engine.undeclared()
+            return await store.engine.undeclared()
 
     async with open_store(url, collections=[wide, TASKS]) as store:
         await store.save_entity("jobs", {"job_id": "j", "owner": "ann", "size": None})
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
     assert await undeclared([narrow]) == []
     async with open_store(url, collections=[wide, TASKS]) as store:
         await store.save_entity("jobs", {"job_id": "j", "owner": "ann", "size": 4, "more": 1})
@@ -197,7 +197,7 @@ async def test_a_database_of_another_program_is_not_changed(tmp_path: Path) -> N
     async with open_store(f"sqlite:{path}") as store:
         assert not await store.exists()
         await read_nothing(store)
-        assert await store._engine.undeclared() == []
+        assert await store.engine.undeclared() == []
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["other.db"]
     empty = tmp_path / "empty.db"

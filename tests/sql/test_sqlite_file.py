@@ -270,7 +270,7 @@ async def test_119_one_file_by_several_paths_is_one_store(tmp_path: Path) -> Non
         ]
         assert versions == list(range(1, 4 * len(paths) + 1))
         for each in stores:
-            assert await each._engine.is_same_store(stores[0]._engine)
+            assert await each.engine.is_same_store(stores[0].engine)
         assert list(tmp_path.rglob("*-wal")) == [folder / "store.db-wal"]
     finally:
         for each in stores:
@@ -305,8 +305,8 @@ async def test_a_copy_is_another_store(tmp_path: Path) -> None:
             open_store("memory:") as other,
         ):
             for each in (copy, none, other):
-                assert not await store._engine.is_same_store(each._engine)
-            assert not await none._engine.is_same_store(none._engine)
+                assert not await store.engine.is_same_store(each.engine)
+            assert not await none.engine.is_same_store(none.engine)
         assert not (tmp_path / "none.db").exists()
 
 

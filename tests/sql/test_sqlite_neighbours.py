@@ -95,7 +95,7 @@ async def test_135_the_neighbours_of_a_refused_import_are_written(
         changes = [
             Put(Key("templates", f"t{n:03}"), template(n), AT, import_version=3) for n in range(400)
         ]
-        outcomes = await store._engine.write_each(changes)
+        outcomes = await store.engine.write_each(changes)
         refused = [n for n, each in enumerate(outcomes) if isinstance(each, StorageError)]
         assert refused == [0, 7]
         found = await store.query_entities("templates")

@@ -23,7 +23,7 @@ async def test_a_mark_is_committed_with_its_change(url: str, tmp_path: Path) -> 
         lost = ChangeMarker(Key("marks", "k-2"), {"mark_id": "k-2", "of": "t-1", "version": 1})
         put = Put(Key("templates", "t-1"), {"template_id": "t-1"}, at, mark=mark)
         stale = Put(Key("templates", "t-1"), {"template_id": "t-1"}, at, expect=7, mark=lost)
-        landed, refused = await store._engine.write_each([put, stale])
+        landed, refused = await store.engine.write_each([put, stale])
         assert landed == 1
         assert isinstance(refused, ConcurrencyConflictError)
         assert await store.get_entity("marks", "k-1") == mark.entity

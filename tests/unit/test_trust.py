@@ -14,17 +14,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import (
-    BatchError,
     CorruptionError,
     JSONStorageStrategy,
+    MigrationError,
     MigrationTool,
     SQLStorageStrategy,
     StorageError,
-    StoreRelocatedError,
     load_config,
     open_store,
 )
-from hf_async_store.changes import Put, Record
+from hf_async_store.changes import Record
 from hf_async_store.config import (
     ConfigurationError,
     DynamoDBConfig,
@@ -35,19 +34,17 @@ from hf_async_store.config import (
     load_migration,
     redacted,
 )
+from hf_async_store.migration import live
 from hf_async_store.migration.checkpoint import Checkpoint, CheckpointFile, Progress
-from hf_async_store.migration_routing import (
-    MIGRATION_COLLECTION,
-    MIGRATION_KEY,
-    SYSTEM_COLLECTIONS,
-    migration_state_in,
-)
+from hf_async_store.migration.live import LiveMigration
+from hf_async_store.migration_routing import MIGRATION_KEY, MigrationRouter, migration_state_in
+from hf_async_store.schema import SYSTEM_COLLECTIONS
 from hf_async_store.strategies.json.journal import FileState, Fold, Head, control, record
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
-from hf_async_store.testing.planted_records import verbs
 from hf_async_store.testing.repetitions import repetitions
+from hf_async_store.values import Key
 
 FEW = settings(
     max_examples=repetitions(200), suppress_health_check=list(HealthCheck), deadline=None
@@ -166,9 +163,10 @@ def test_follow_moves_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     by_url = load_config(f"json:data?follow_moves={inner}&cache_size=5&follow_moves=json%3Ax")
     assert by_url.follow_moves == (expected, load_config("json:x"))
     assert by_url.options == load_config("json:data?cache_size=5").options
-    store = open_store("json:data", follow_moves=[url])
-    assert store._configured is not None
-    assert [each.place() for each in store._configured.follow_moves] == [expected.place()]
+    router = open_store("json:data", follow_moves=[url]).engine
+    assert isinstance(router, MigrationRouter)
+    assert router._open_engine(expected.place()) is not None
+    assert router._open_engine("postgresql://db2:5432/store") is None
     assert "a/b" not in repr(by_url) + json.dumps(redacted(by_url))
 
 
@@ -209,11 +207,12 @@ async def test_a_later_change_of_the_working_directory_has_no_effect(
     monkeypatch.chdir(tmp_path / "other")
     async with store:
         await store.save_entity("templates", {"template_id": "t"})
-        # A migration opens the store again, possibly much later.
-        assert store._configured is not None
-        again = store._reopen_with_collections(store.collections.values())
-        async with again:
-            assert await again.get_entity("templates", "t")
+        # A migration opens the data again, possibly much later.
+        assert isinstance(store.engine, MigrationRouter)
+        again = store.engine._open_engine(None)
+        assert again is not None
+        assert await again.fetch([Key("templates", "t")]) != [None]
+        await again.close()
     async with twin:
         assert await twin.get_entity("templates", "t")
         monkeypatch.chdir(tmp_path / "one")
@@ -494,7 +493,9 @@ def test_any_checkpoint_for_long(record: Any, data: bytes, at: int) -> None:
 class _SharedEngine(MemoryEngine):
     """The engine of a third-party strategy, which declares that it is shared by processes."""
 
-    capabilities = msgspec.structs.replace(MemoryEngine.capabilities, multi_process=True)
+    capabilities = msgspec.structs.replace(
+        MemoryEngine.capabilities, multi_process=True, durable=True
+    )
 
 
 class _ThirdPartyStrategy(StorageStrategy):
@@ -505,19 +506,10 @@ class _ThirdPartyStrategy(StorageStrategy):
         super().__init__(_SharedEngine(schema, MemoryConfig()), schema)
 
 
-@pytest.mark.parametrize("role", ["source", "target"])
-async def test_a_planted_migration_record_in_a_store_that_cannot_follow_it(role: str) -> None:
-    record = {"role": role, "phase": "COPYING", "other": "json:/x", "epoch": 1, "term": 0}
-    async with _ThirdPartyStrategy() as store:
-        planted = Put(
-            MIGRATION_KEY,
-            {MIGRATION_COLLECTION.key: MIGRATION_KEY.id, **record},
-            "2026-01-01T00:00:00.000000Z",
-        )
-        assert await store._engine.write_each([planted]) == [1]
-        for verb in verbs(store):
-            with pytest.raises(StorageError) as caught:
-                await verb()
-            error = caught.value
-            for each in error.outcomes if isinstance(error, BatchError) else [error]:
-                assert isinstance(each, StoreRelocatedError), repr(each)
+async def test_a_live_migration_refuses_a_strategy_that_does_not_follow_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(live, "open_store", lambda *_, **__: _ThirdPartyStrategy())
+    migration = LiveMigration("json:a", "json:b", collections=CONTRACT_COLLECTIONS)
+    with pytest.raises(MigrationError, match="does not follow live migrations"):
+        await migration.__aenter__()

@@ -13,7 +13,6 @@ from hf_async_store.driver import (
     Engine,
     Isolation,
     QueryPlan,
-    Reader,
     Session,
     run_to_completion,
 )
@@ -44,10 +43,10 @@ from hf_async_store.values import Key, Value
 _CONCURRENCY: Final = 8
 
 
-class DynamoDBEngine:
+class DynamoDBEngine(Engine):
     """The engine of one store: its client, tables, reads and writes."""
 
-    capabilities: Final = Capabilities(
+    capabilities: Capabilities = Capabilities(
         engine="dynamodb",
         durable=True,
         multi_process=True,
@@ -99,11 +98,6 @@ class DynamoDBEngine:
         with public_errors():
             yield session
             await session.commit()
-
-    @asynccontextmanager
-    async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # DynamoDB has no snapshots: each read returns the state at its own time.
-        yield self
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         mapping = ItemMapping(collection)

@@ -17,13 +17,14 @@ from hf_async_store.config import (
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import InvalidInputError, InvalidQueryError, OperationTimeoutError
 from hf_async_store.repository import operation_timeout
-from hf_async_store.schema import HOST_FACTORY, Collection
+from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.dynamodb.condition_parser import condition
 from hf_async_store.strategies.dynamodb.condition_parser import key_condition as read_key_condition
 from hf_async_store.strategies.dynamodb.engine import DynamoDBEngine
 from hf_async_store.strategies.dynamodb.errors import public_errors
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.schema_drift import compared
+from hf_async_store.strategies.routing import routed
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.values import Entity, Value, utc_now
 
@@ -52,13 +53,13 @@ class DynamoDBStorageStrategy(StorageStrategy):
         schema = schema_of(collections)
         self._under_way: set[asyncio.Task[int]] = set()
         loaded = anchored(load_config(config))
-        self._dynamodb = DynamoDBEngine(strategy_config(loaded, DynamoDBConfig), schema)
-        super().__init__(self._dynamodb, schema, loaded)
+        dynamodb = strategy_config(loaded, DynamoDBConfig)
 
-    def _reopen_with_collections(
-        self, collections: Iterable[Collection]
-    ) -> DynamoDBStorageStrategy:
-        return DynamoDBStorageStrategy(self._dynamodb.config, collections=collections)
+        def opened(declared: Schema) -> DynamoDBEngine:
+            return DynamoDBEngine(dynamodb, declared)
+
+        self._dynamodb = opened(schema)
+        super().__init__(routed(self._dynamodb, schema, loaded, opened), schema)
 
     async def create_tables(self) -> list[str]:
         """Create the missing declared tables and indexes, and wait until they are active.
@@ -126,8 +127,10 @@ class DynamoDBStorageStrategy(StorageStrategy):
         expression = read_key_condition(
             key_condition, expression_values, mapping, matching[0], names
         )
-        async with operation_timeout(timeout):
-            await self._require_source_active("query_by_gsi")
+        async with (
+            operation_timeout(timeout),
+            self._engine.untracked("query_by_gsi", writes=False),
+        ):
             with public_errors():
                 return await self._dynamodb.reading.by_index(
                     collection,
@@ -177,7 +180,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         return await self._await_write(self._update_where(change, expression, names), timeout)
 
     async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
-        async with self._guard_untracked_write("condition_expression"):
+        async with self._engine.untracked("condition_expression", writes=True):
             with public_errors():
                 return await self._dynamodb.writes.update_where(change, condition, names)
 

@@ -16,8 +16,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     UnavailableError,
 )
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
-from hf_async_store.schema import Collection, Index, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Index, Schema
 from hf_async_store.strategies.dynamodb.backoff import Backoff
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,

@@ -63,7 +63,7 @@ _CONFLICT_SECONDS: Final = 2.0
 _ENCODE: Final = msgspec.json.Encoder().encode
 
 
-class DynamoDBSession:
+class DynamoDBSession(Session):
     """One transaction."""
 
     def __init__(
@@ -146,14 +146,6 @@ class DynamoDBSession:
                 if after is None or sort_key > after:
                     found.append((sort_key, Record(key, copy_entity(entity))))
         return [record for _, record in sorted(found, key=lambda each: each[0])]
-
-    async def count(self, query: Query) -> int:
-        """As `Reader.count`."""
-        number = 0
-        async with Owned(self.select(query)) as rows:
-            async for _ in rows:
-                number += 1
-        return number
 
     async def _load(self, keys: Sequence[Key], *, snapshot: bool) -> None:
         """Read the items that were not read before."""

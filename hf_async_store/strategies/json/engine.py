@@ -41,10 +41,9 @@ from hf_async_store.errors import (
 )
 from hf_async_store.generators import Owned
 from hf_async_store.locks import FileLock, LockManager
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
-from hf_async_store.schema import Collection
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection
 from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.files import (
     FileManager,
@@ -180,10 +179,10 @@ class _SyncFailed(Exception):  # noqa: N818  # never leaves this module
     """The record was written, but its sync failed: it may not be on the disk."""
 
 
-class JSONEngine:
+class JSONEngine(Engine):
     """Entities in JSON files."""
 
-    capabilities: Final = Capabilities(engine="json", durable=True, multi_process=True)
+    capabilities: Capabilities = Capabilities(engine="json", durable=True, multi_process=True)
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
         self.config = config
@@ -235,10 +234,9 @@ class JSONEngine:
             async for each in records:
                 yield each
 
-    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `SupportsBatches`."""
+    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         state = await self.current()
-        async with Owned(self.view(state).iter_batches(query)) as batches:
+        async with Owned(self.view(state).select_batches(query)) as batches:
             async for batch in batches:
                 yield batch
 
@@ -246,7 +244,8 @@ class JSONEngine:
         return await self.view(await self.current()).count(query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        state = await self.current()
+        # `current` may wait for the read lock; a task that holds a lock must not.
+        state = await (self.refresh_locked() if self.locks.holds() else self.current())
         raw = state.raw_entity(collection.name, entity_id)
         if raw is None:
             return None
@@ -563,8 +562,8 @@ class JSONEngine:
             await self.commit(state, view.layers[0])
         return outcomes
 
-    def session(self, isolation: Isolation | None) -> _SessionContext:
-        return _SessionContext(self)
+    def session(self, isolation: Isolation | None) -> _JSONSession:
+        return _JSONSession(self)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
@@ -1032,7 +1031,7 @@ class JSONEngine:
         self.threads.shutdown(wait=False)
 
 
-class _SessionContext:
+class _JSONSession(Session):
     """A transaction on the JSON engine. It acquires the write lock at its first operation."""
 
     def __init__(self, engine: JSONEngine) -> None:

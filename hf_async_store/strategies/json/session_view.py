@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, cast
 import msgspec
 
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
-from hf_async_store.driver import QueryPlan, batched
+from hf_async_store.driver import QueryPlan, Reader
 from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.generators import Owned
 from hf_async_store.preconditions import (
@@ -57,7 +57,7 @@ _SIZE_CHECK_BYTES: Final = MAX_ENTITY_BYTES // 8
 counts is less than 8 times the size of the JSON."""
 
 
-class SessionView:
+class SessionView(Reader):
     """Reads one state of the store, and checks and applies changes to it.
 
     Args:
@@ -134,10 +134,9 @@ class SessionView:
                 raw = section.normalized(entity_id, entities[entity_id])
                 yield Record(Key(query.collection, entity_id), section.entity(entity_id, raw))
 
-    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `SupportsBatches`."""
+    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         if query.order:
-            async with Owned(batched(self.select(query))) as batches:
+            async with Owned(super().select_batches(query)) as batches:
                 async for batch in batches:
                     yield batch
             return

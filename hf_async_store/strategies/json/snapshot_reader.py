@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import Record
-from hf_async_store.driver import batched
+from hf_async_store.driver import Reader
 from hf_async_store.generators import Owned
 from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
 from hf_async_store.values import Entity, Key
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CHUNK_SIZE: Final = 512
 
 
-class SnapshotReader:
+class SnapshotReader(Reader):
     """Reads the store as it was when the snapshot was created. The user must close it.
 
     Args:
@@ -69,10 +69,9 @@ class SnapshotReader:
                     if remaining <= 0:
                         return
 
-    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `SupportsBatches`."""
+    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         if query.order or query.limit is not None:
-            async with Owned(batched(self.select(query))) as batches:
+            async with Owned(super().select_batches(query)) as batches:
                 async for batch in batches:
                     yield batch
             return

@@ -10,7 +10,7 @@ from typing import Final, Literal, cast
 
 import msgspec
 
-from hf_async_store.changes import Record, check_version
+from hf_async_store.changes import check_version
 from hf_async_store.config import (
     JSONConfig,
     StorageConfig,
@@ -19,16 +19,11 @@ from hf_async_store.config import (
     strategy_config,
 )
 from hf_async_store.errors import InvalidInputError, UnsupportedValueError
-from hf_async_store.migration_routing import (
-    MIGRATION_COLLECTION,
-    MIGRATION_KEY,
-    migration_state_in,
-    not_followed,
-)
 from hf_async_store.preconditions import missing_parent
-from hf_async_store.schema import HOST_FACTORY, Collection
+from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.json.recovery import StoreState
+from hf_async_store.strategies.routing import routed
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, utc_now
 
@@ -56,7 +51,7 @@ class JSONStorageStrategy(StorageStrategy):
         schema = schema_of(collections)
         loaded = anchored(load_config(config))
         self._json = JSONEngine(strategy_config(loaded, JSONConfig), schema)
-        super().__init__(self._json, schema, loaded)
+        super().__init__(routed(self._json, schema, loaded, self._reopened), schema)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} in {self._json.files.folder}>"
@@ -89,35 +84,19 @@ class JSONStorageStrategy(StorageStrategy):
         self, what: str, *, exclusive: bool, timeout: float | None
     ) -> AsyncIterator[None]:
         self._usable()
-        if not exclusive:
-            await self._require_source_active(what)
         leave = self._transactions.enter(what)
         try:
             locks = self._json.locks
             self._json.files.make_folder()
-            async with locks.exclusive(timeout) if exclusive else locks.shared(timeout):
-                if exclusive:
-                    await self._refuse_live_migration(what)
-                yield
+            if exclusive:
+                async with locks.exclusive(timeout):
+                    await self._engine.check_locked(what)
+                    yield
+            else:
+                async with self._engine.untracked(what, writes=False), locks.shared(timeout):
+                    yield
         finally:
             leave()
-
-    async def _refuse_live_migration(self, what: str) -> None:
-        """Refuse the write lock during and after a live migration, which could not follow the changes:
-        they get no markers. While the lock is held, no migration can begin or continue, so this method
-        must not wait for one."""
-        state = await self._json.refresh_locked()
-        raw = state.raw_entity(MIGRATION_COLLECTION.name, MIGRATION_KEY.id)
-        if raw is not None:
-            encoded = self._json.serializer.normalize(MIGRATION_COLLECTION, MIGRATION_KEY.id, raw)
-            entity = self._json.serializer.entity(MIGRATION_COLLECTION, MIGRATION_KEY.id, encoded)
-            migration = migration_state_in(Record(MIGRATION_KEY, entity))
-            assert migration is not None, "the record exists"
-            moved = migration.role == "source" and migration.phase not in (
-                "COPYING",
-                "CUTTING_OVER",
-            )
-            raise not_followed(what, migration.other if moved else None)
 
     async def read_file(self) -> dict[str, dict[str, Entity]]:
         """Read the whole store: a dict of collections, each a dict of entities by id.
@@ -178,11 +157,10 @@ class JSONStorageStrategy(StorageStrategy):
 
     # -- internals ---------------------------------------------------------------------------
 
-    def _reopen_with_collections(self, collections: Iterable[Collection]) -> JSONStorageStrategy:
+    def _reopened(self, schema: Schema) -> JSONEngine:
         # An absolute path, since the working directory may have changed.
         base_path = str(self._json.files.configured_folder)
-        config = msgspec.structs.replace(self._json.config, base_path=base_path)
-        return JSONStorageStrategy(config, collections=collections)
+        return JSONEngine(msgspec.structs.replace(self._json.config, base_path=base_path), schema)
 
     @asynccontextmanager
     async def _with_lock(self, *, exclusive: bool) -> AsyncIterator[None]:

@@ -16,8 +16,7 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
-from hf_async_store.schema import Collection, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
 from hf_async_store.strategies.sql.row_mapping import DOC, SIDE, Kind, limited, sql_name
 from hf_async_store.values import VERSION
 

@@ -30,9 +30,8 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.generators import Owned
-from hf_async_store.migration_routing import SYSTEM_COLLECTIONS
 from hf_async_store.query import Query
-from hf_async_store.schema import Collection, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
 from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.bulk_writer import BulkWriter, StatementGroup, marker_put
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
@@ -63,7 +62,7 @@ _MAX_PAUSE_SECONDS: Final = 0.1
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
 
 
-class SQLEngine:
+class SQLEngine(Engine):
     """One database.
 
     Attributes:
@@ -222,8 +221,8 @@ class SQLEngine:
             async for record in stream:
                 yield record
 
-    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `SupportsBatches`. The caller must not use the store while it reads the batches."""
+    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        # On a connection of the main pool: the caller must not use the store meanwhile.
         records = await self._small(query)
         if records is not None:
             if records:
@@ -231,7 +230,7 @@ class SQLEngine:
             return
         async with (
             self._reading(self._main) as reader,
-            Owned(reader.iter_batches(query)) as batches,
+            Owned(reader.select_batches(query)) as batches,
         ):
             async for batch in batches:
                 yield batch

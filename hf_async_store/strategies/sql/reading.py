@@ -79,7 +79,7 @@ async def records(
                     return
 
 
-async def iter_batches(
+async def select_batches(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[list[Entity], None]:
     """The entities of `records`, in batches."""
@@ -89,13 +89,13 @@ async def iter_batches(
             async for each in batches:
                 yield each
         return
-    async with Owned(_entities(lease, table, query, compiled)) as batches:
-        async for batch in batches:
+    async with Owned(_entities(lease, table, query, compiled)) as found:
+        async for batch in found:
             if batch:
                 yield [entity for _, entity in batch]
 
 
-async def iter_json(
+async def select_json(
     lease: LeasedConnection, table: TableMapping, query: Query
 ) -> AsyncGenerator[list[bytes], None]:
     """The canonical JSON of the entities of `records`, in batches."""
@@ -107,7 +107,7 @@ async def iter_json(
                     yield table.texts(rows[start : start + _CHUNK_SIZE])
                     await asyncio.sleep(0)
         return
-    async with Owned(iter_batches(lease, table, query)) as entities:
+    async with Owned(select_batches(lease, table, query)) as entities:
         async for batch in entities:
             yield list(map(canonical, batch))
 

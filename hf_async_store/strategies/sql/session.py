@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hf_async_store.changes import Change, Outcome, Record
-from hf_async_store.driver import Isolation
+from hf_async_store.driver import Isolation, Reader, Session
 from hf_async_store.errors import ConcurrencyConflictError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.row_mapping import TableMapping
 
 
-class SQLReader:
+class SQLReader(Reader):
     """Reads on one connection.
 
     Args:
@@ -62,21 +62,19 @@ class SQLReader:
             async for each in records:
                 yield each
 
-    async def iter_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """See `SupportsBatches`."""
+    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         source = await self._source(query)
         if source is None:
             return
-        async with Owned(reading.iter_batches(*source, query)) as batches:
+        async with Owned(reading.select_batches(*source, query)) as batches:
             async for each in batches:
                 yield each
 
-    async def iter_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        """See `SupportsCanonicalJSON`."""
+    async def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
         source = await self._source(query)
         if source is None:
             return
-        async with Owned(reading.iter_json(*source, query)) as batches:
+        async with Owned(reading.select_json(*source, query)) as batches:
             async for each in batches:
                 yield each
 
@@ -85,7 +83,7 @@ class SQLReader:
         return 0 if source is None else await reading.count(*source, query)
 
 
-class SQLSession(SQLReader):
+class SQLSession(SQLReader, Session):
     """A session of the engine; the context manager of its transaction."""
 
     def __init__(self, engine: SQLEngine, isolation: Isolation | None) -> None:

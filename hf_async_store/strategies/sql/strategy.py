@@ -13,8 +13,8 @@ from hf_async_store.config import (
     load_config,
     strategy_config,
 )
-from hf_async_store.migration_routing import own_session
-from hf_async_store.schema import HOST_FACTORY, Collection
+from hf_async_store.schema import HOST_FACTORY, Collection, Schema
+from hf_async_store.strategies.routing import routed
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.strategy import StorageStrategy, schema_of
@@ -38,7 +38,7 @@ class SQLTransaction(Transaction):
     ) -> list[dict[str, Value]]:
         """As `SQLStorageStrategy.execute_with_lock`, in this transaction: locks are held until it ends."""
         async with self._step(timeout) as session:
-            own = await own_session(session, "execute_with_lock")
+            own = await session.untracked("execute_with_lock")
             return await cast("SQLSession", own).execute(sql, params)
 
 
@@ -68,17 +68,16 @@ class SQLStorageStrategy(StorageStrategy):
         schema = schema_of(collections)
         loaded = anchored(load_config(config))
         sql = strategy_config(loaded, SQLConfig)
-        self._arguments = (sql, password)
-        self._sql = SQLEngine(sql, schema, _dialect(sql, password))
-        super().__init__(self._sql, schema, loaded)
+
+        def opened(declared: Schema) -> SQLEngine:
+            return SQLEngine(sql, declared, _dialect(sql, password))
+
+        self._sql = opened(schema)
+        super().__init__(routed(self._sql, schema, loaded, opened), schema)
 
     def abandon(self) -> None:
         super().abandon()
         self._sql.abandon()
-
-    def _reopen_with_collections(self, collections: Iterable[Collection]) -> SQLStorageStrategy:
-        config, password = self._arguments
-        return SQLStorageStrategy(config, collections=collections, password=password)
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = ()
@@ -94,7 +93,7 @@ class SQLStorageStrategy(StorageStrategy):
             params: a list of arguments for `?`, or a dict of arguments for `:name`.
         """
         self._usable()
-        async with self._guard_untracked_write("execute_with_lock"):
+        async with self._engine.untracked("execute_with_lock", writes=True):
             return await self._sql.execute_with_lock(sql, params)
 
 

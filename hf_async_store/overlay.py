@@ -1,0 +1,90 @@
+"""The uncommitted changes of a session, for engines that have the stored entities in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+from hf_async_store.changes import Change, Delete, Outcome
+from hf_async_store.errors import StorageError
+from hf_async_store.preconditions import changed, check_children, check_parents
+from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.values import VERSION, Entity, Key
+
+
+class Overlay:
+    """Uncommitted changes above stored entities, in layers: one, and one more for each savepoint.
+
+    Neither the stored entities nor those of the overlay may be modified; they are replaced.
+
+    Args:
+        stored: the committed entities.
+        references: whether references are enforced.
+    """
+
+    def __init__(self, schema: Schema, stored: Mapping[Key, Entity], *, references: bool) -> None:
+        self._schema = schema
+        self._stored = stored
+        self._references = references
+        self._layers: list[dict[Key, Entity | None]] = [{}]
+
+    @property
+    def changes(self) -> Mapping[Key, Entity | None]:
+        """The changed entities; None for a deleted one. No savepoint may be open."""
+        [layer] = self._layers
+        return layer
+
+    def get(self, key: Key) -> Entity | None:
+        for layer in reversed(self._layers):
+            if key in layer:
+                return layer[key]
+        return self._stored.get(key)
+
+    def entities(self, collection: str) -> Iterator[tuple[str, Entity]]:
+        """The ids and entities of a collection, in no particular order."""
+        merged: dict[Key, Entity | None] = dict(self._stored)
+        for layer in self._layers:
+            merged.update(layer)
+        for key, entity in merged.items():
+            if key.collection == collection and entity is not None:
+                yield key.id, entity
+
+    def apply(self, change: Change) -> Outcome:
+        """Apply one change, with its change marker, to the top layer; or return its error."""
+        current = self.get(change.key)
+        try:
+            entity = changed(change, current)
+            if self._references:
+                self._check_references(change, current)
+        except StorageError as exc:
+            return exc
+        self._layers[-1][change.key] = entity
+        if change.mark is not None:
+            self._layers[-1][change.mark.key] = change.mark.entity
+        affected = current if isinstance(change, Delete) else entity
+        return None if affected is None else cast("int", affected[VERSION])
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Leaving the context by an exception discards the changes made in it."""
+        depth = len(self._layers)
+        self._layers.append({})
+        try:
+            yield
+        except BaseException:
+            del self._layers[depth:]
+            raise
+        top = self._layers.pop()
+        self._layers[-1].update(top)
+
+    def _check_references(self, change: Change, current: Entity | None) -> None:
+        if not isinstance(change, Delete):
+            check_parents(self._schema, change, current, lambda key: self.get(key) is not None)
+        elif current is not None:
+            check_children(self._schema, change.key, self._referrers)
+
+    def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
+        for entity_id, entity in self.entities(child.name):
+            if entity.get(field.name) == parent:
+                yield entity_id

@@ -1,0 +1,50 @@
+"""Makes an engine follow live migrations, to the stores that the configuration of its store permits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hf_async_store.errors import ConfigurationError
+from hf_async_store.migration_routing import MigrationRouter, unrouted
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
+from hf_async_store.strategies import open_store
+
+if TYPE_CHECKING:
+    from hf_async_store.config import StorageConfig
+    from hf_async_store.driver import Engine
+
+
+def routed(
+    engine: Engine, schema: Schema, config: StorageConfig, reopen: Callable[[Schema], Engine]
+) -> MigrationRouter:
+    """An engine that sends each operation to `engine`, or during a live migration to the active store.
+
+    A strategy passes its engine through this function to take part in live migrations; the engine
+    must then have the capabilities `multi_process` and `durable`.
+
+    Args:
+        config: of the store, with absolute paths (`config.anchored`): its `follow_moves` are the
+            stores to which a live migration may be followed.
+        reopen: opens another engine on the same data, with other collections.
+    """
+    system = (each for each in SYSTEM_COLLECTIONS if each.name not in schema)
+    declared = Schema([*schema.values(), *system])
+
+    def open_engine(location: str | None) -> Engine | None:
+        if location is None:
+            return reopen(declared)
+        # It is opened as configured, including secrets, not by the recorded location.
+        permitted = (each for each in config.follow_moves if each.place() == location)
+        target = next(permitted, None)
+        if target is None:
+            return None
+        return unrouted(open_store(target, collections=declared.values()).engine)
+
+    def own_location() -> str | None:
+        try:
+            return config.place()
+        except ConfigurationError:
+            return None
+
+    return MigrationRouter(engine, open_engine, own_location)
