@@ -31,6 +31,8 @@ from hf_async_store.strategies.sql.grammar import (
     TRUE,
     Arguments,
     Condition,
+    Form,
+    SortTerms,
     rank_of,
 )
 from hf_async_store.values import VERSION, Entity, Value
@@ -47,14 +49,15 @@ class Compiled(NamedTuple):
     Attributes:
         args: the arguments of the statement.
         residual: the condition by which the rows must still be filtered; None if all rows match.
-        refined: rows may be in the wrong order where they have inexact values.
+        forms: of the terms by which the statement sorts, for each key of the order. Rows may be in the
+            wrong order where they have inexact values. Empty if they cannot.
         limited: the statement applies the limit.
     """
 
     sql: str
     args: list[object]
     residual: Callable[[Entity], bool] | None
-    refined: bool
+    forms: tuple[Form, ...]
     limited: bool
 
 
@@ -79,7 +82,7 @@ def compile_query(table: Table, query: Query, *, limited: bool = True) -> Compil
         sql=f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} ORDER BY {order}{limit}",
         args=compiler.args.values,
         residual=None if exact else compile_filter(query.where),
-        refined=any(not key.exact for key in keys),
+        forms=tuple(key.form or "any" for key in keys) if any(key.form for key in keys) else (),
         limited=limited,
     )
 
@@ -93,7 +96,7 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
         return None
     where = _joined(" AND ", conditions) or TRUE
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"
-    return Compiled(sql, compiler.args.values, None, refined=False, limited=False)
+    return Compiled(sql, compiler.args.values, None, (), limited=False)
 
 
 def paths_in(where: Filter) -> set[tuple[str | int, ...]]:
@@ -108,14 +111,13 @@ class _Key(NamedTuple):
     """How SQL sorts by one key of an order.
 
     Attributes:
-        terms: the expressions.
-        exact: the key is a column of its own: the id, or the version.
+        form: of the terms; None if the key is a column of its own: the id, or the version.
         is_id: no two rows are equal.
     """
 
     terms: tuple[str, ...]
     descending: bool
-    exact: bool
+    form: Form | None = None
     is_id: bool = False
 
 
@@ -170,14 +172,19 @@ class _Compiler:
             narrowed = self._narrowed(name, op, value)
             if narrowed is not None:
                 return narrowed
-        return self._grammar.test(self._grammar.at(path, self.args), op, value, self.args)
+        before = len(self.args.values)
+        test = self._grammar.test(self._grammar.at(path, self.args), op, value, self.args)
+        if test.sql == FALSE:
+            del self.args.values[before:]  # those of the path
+        return test
 
     def _narrowed(self, name: str, op: str, value: Value) -> Condition | None:
         """A condition on the sort terms of an indexed field; None if they do not help."""
         terms = self._table.terms[name]
         if op == "exists":
             sign = ">" if value else "="
-            return Condition(f"{terms[0]} {sign} {self._grammar.operand(MISSING, self.args)[0]}")
+            missing = self._grammar.operand(MISSING, terms.form, self.args)
+            return Condition(f"{terms.sql[0]} {sign} {missing[0]}")
         if op in ("eq", "in"):
             found = self._equal(terms, [value] if op == "eq" else cast("list[Value]", value))
         elif op == "between" and _is_ordered(cast("list[Value]", value)[0]):
@@ -196,7 +203,7 @@ class _Compiler:
         test = self._grammar.test(self._grammar.at((name,), self.args), op, value, self.args)
         return Condition(f"({found.sql} AND {test.sql})", test.exact)
 
-    def _equal(self, terms: Sequence[str], values: Sequence[Value]) -> Condition | None:
+    def _equal(self, terms: SortTerms, values: Sequence[Value]) -> Condition | None:
         by_rank: dict[int, list[Value]] = {}
         for each in values:
             if isinstance(each, list | dict):
@@ -270,17 +277,19 @@ class _Compiler:
         name, down = cast("str", order.path[0]), order.descending
         if name in (VERSION, self._table.collection.key):
             if len(order.path) > 1:  # missing in every row: all are equal
-                return _Key((), down, exact=True)
+                return _Key((), down)
             is_id = name != VERSION
-            return _Key((f"t.{self._table.key if is_id else VERSION}",), down, True, is_id)
+            return _Key((f"t.{self._table.key if is_id else VERSION}",), down, None, is_id)
         if len(order.path) == 1 and name in self._table.terms:
-            return _Key(self._table.terms[name], down, exact=False)
-        return _Key(self._grammar.terms(self._grammar.at(order.path, self.args)), down, exact=False)
+            terms = self._table.terms[name]
+        else:
+            terms = self._grammar.terms(self._grammar.at(order.path, self.args))
+        return _Key(terms.sql, down, terms.form)
 
     def _with_id(self, keys: Sequence[_Key]) -> list[_Key]:
         if any(key.is_id for key in keys):
             return list(keys)
-        return [*keys, _Key((f"t.{self._table.key}",), descending=False, exact=True, is_id=True)]
+        return [*keys, _Key((f"t.{self._table.key}",), descending=False, is_id=True)]
 
     def order_by(self, keys: Sequence[_Key]) -> str:
         """The terms of the ORDER BY."""
@@ -295,14 +304,15 @@ class _Compiler:
         pairs: list[tuple[_Key, tuple[str, ...]]] = []
         exact = True
         for key, value in zip(keys, position.values, strict=True):
-            exact = key.exact or self._grammar.exact(value)
-            if key.exact:
+            exact = key.form is None or self._grammar.exact(value, key.form)
+            if key.form is None:
                 parameter = self._position(key, value)
                 if parameter is None:  # no row has such a value: the cursor is forged
                     return [FALSE], True
                 pairs.append((key, parameter))
                 continue
-            operand = self._grammar.operand(value, self.args, below=not key.descending)
+            below = not key.descending
+            operand = self._grammar.operand(value, key.form, self.args, below=below)
             pairs.append((key, operand))
             if not exact:
                 break

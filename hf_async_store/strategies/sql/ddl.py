@@ -97,8 +97,8 @@ class SchemaSync:
             if field.name != collection.key:
                 computed = Computed(grammar.generated(field), persisted=grammar.stored)
                 columns.append(Column(sql_name(field.name), grammar.type_of(field.type), computed))
-        for name in indexed_fields(collection):
-            for column, expression in grammar.sort_columns(name).items():
+        for field in indexed_fields(collection):
+            for column, expression in grammar.sort_columns(field).items():
                 computed = Computed(expression, persisted=grammar.stored)
                 columns.append(Column(column, grammar.type_of("number"), computed))
         SQLTable(sql_name(collection.name), self._metadata, *columns)
@@ -160,7 +160,9 @@ class SchemaSync:
         for name, table in self._metadata.tables.items():
             if name in columns:
                 missing += [
-                    f"{name}.{each}" for each in map(str, table.c.keys()) if each not in columns[name]
+                    f"{name}.{each}"
+                    for each in map(str, table.c.keys())
+                    if each not in columns[name]
                 ]
             else:
                 missing.append(name)
@@ -193,12 +195,11 @@ class SchemaSync:
 
     def _terms(self, collection: Collection, index: DeclaredIndex) -> str:
         """The terms of an index: those of its fields, and the id."""
-        terms: list[str] = []
-        for name in _fields_of(collection, index):
-            terms += [
-                f"({each})" if self._grammar.stored else each
-                for each in self._grammar.indexed_terms(name, "")
-            ]
+        grammar = self._grammar
+        fields = [collection.fields[each] for each in _fields_of(collection, index)]
+        terms = [term for each in fields for term in grammar.indexed_terms(each, "").sql]
+        if grammar.stored:  # the terms are expressions
+            terms = [f"({each})" for each in terms]
         return ", ".join([*terms, quoted(collection.key)])
 
     async def _checked_columns(self, driver: Any) -> _Columns:

@@ -102,10 +102,17 @@ def _patched(table: Table, change: Patch, stored: Stored) -> str:
 
 def parents_of(schema: Schema, change: Change) -> list[Key]:
     """The entities to which a change refers, except itself."""
-    return [
-        Key(cast("str", field.references), parent)
-        for field, parent in missing_parents(schema, change, lambda _: False)
-    ]
+    if isinstance(change, Delete):
+        return []
+    fields = change.entity if isinstance(change, Put) else change.fields
+    found: list[Key] = []
+    for field in schema[change.key.collection].references:
+        parent = fields.get(field.name)
+        if isinstance(parent, str):
+            key = Key(cast("str", field.references), parent)
+            if key != change.key:
+                found.append(key)
+    return found
 
 
 def refuse_missing_parents(

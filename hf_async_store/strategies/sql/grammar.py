@@ -1,16 +1,17 @@
 """The SQL of a database system: paths into entities, conditions, sort terms and definitions.
 
 The position of a value in the total order of values is expressed by sort terms, expressions that are
-never NULL: first the rank of its type, then its number or text. An index on the sort terms of a field
-serves filters and orders, whatever the types of its values. A value is inexact if its sort terms do not
-determine its position: a list, for example. Rows with inexact values are compared again.
+never NULL: the number or text, or a code that sorts before or after all of these. An index on the sort
+terms of a field serves filters and orders, whatever the types of its values. A value is inexact if its
+sort terms do not determine its position: a list, for example. Rows with inexact values are compared
+again.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -47,6 +48,17 @@ def rank_of(value: Value | Missing) -> int:
     if isinstance(value, str):
         return TEXT_RANK
     return 6 if isinstance(value, list) else 7
+
+
+Form: TypeAlias = Literal["any", "text", "number"]
+"""Of which type values are exact: of both, or of one, with the other values before or after them."""
+
+
+class SortTerms(NamedTuple):
+    """The expressions by which values are sorted."""
+
+    form: Form
+    sql: tuple[str, ...]
 
 
 class Condition(NamedTuple):
@@ -122,11 +134,11 @@ class Grammar(ABC):
     # -- sort terms --------------------------------------------------------------------------
 
     @abstractmethod
-    def terms(self, target: str) -> tuple[str, ...]:
-        """The sort terms of a JSON value."""
+    def terms(self, target: str) -> SortTerms:
+        """The sort terms of a JSON value of any type."""
 
     @abstractmethod
-    def indexed_terms(self, name: str, prefix: str) -> tuple[str, ...]:
+    def indexed_terms(self, field: Field, prefix: str) -> SortTerms:
         """The sort terms of a field as its indexes contain them.
 
         Args:
@@ -135,7 +147,7 @@ class Grammar(ABC):
 
     @abstractmethod
     def operand(
-        self, value: Value | Missing, args: Arguments, *, below: bool | None = None
+        self, value: Value | Missing, form: Form, args: Arguments, *, below: bool | None = None
     ) -> tuple[str, ...]:
         """The sort terms of a value as parameters.
 
@@ -145,20 +157,20 @@ class Grammar(ABC):
         """
 
     @abstractmethod
-    def exact(self, value: Value | Missing) -> bool:
+    def exact(self, value: Value | Missing, form: Form) -> bool:
         """Whether the sort terms of a value determine its position."""
 
     @abstractmethod
-    def confusable(self, one: Value | Missing, other: Value | Missing) -> bool:
+    def confusable(self, one: Value | Missing, other: Value | Missing, form: Form) -> bool:
         """Whether sort terms may put two values, of which one is inexact, in the wrong order."""
 
     @abstractmethod
-    def equal(self, terms: Sequence[str], values: Sequence[Value], args: Arguments) -> Condition:
+    def equal(self, terms: SortTerms, values: Sequence[Value], args: Arguments) -> Condition:
         """The condition that a value equals one of some values of one rank, not lists or dicts."""
 
     @abstractmethod
     def bound(
-        self, terms: Sequence[str], target: str, op: str, value: str | float, args: Arguments
+        self, terms: SortTerms, target: str, op: str, value: str | float, args: Arguments
     ) -> Condition:
         """The condition that a string or number is less or greater than another one.
 
@@ -185,7 +197,7 @@ class Grammar(ABC):
         """The value of the generated column of a field: NULL if the value has another type."""
 
     @abstractmethod
-    def sort_columns(self, name: str) -> Mapping[str, str]:
+    def sort_columns(self, field: Field) -> Mapping[str, str]:
         """By name, further generated columns that the indexes of a field need."""
 
     @abstractmethod

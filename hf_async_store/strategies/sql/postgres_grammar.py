@@ -22,7 +22,9 @@ from hf_async_store.strategies.sql.grammar import (
     TEXT_RANK,
     Arguments,
     Condition,
+    Form,
     Grammar,
+    SortTerms,
     encode_json,
     rank_of,
 )
@@ -53,7 +55,7 @@ _MAX_ARROWS: Final = 8
 """A path of at most this many steps is compiled to operators `->`, which are faster than a jsonpath."""
 
 _JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
-_INDEXED_FIELD: Final = re.compile(r"doc -> '(\w+)'::text")
+_INDEXED_FIELD: Final = re.compile(r"doc ->>? '(\w+)'::text")
 _PLAIN_NAME: Final = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
@@ -154,83 +156,73 @@ class PostgresGrammar(Grammar):
 
     # -- sort terms --------------------------------------------------------------------------
 
-    def terms(self, target: str) -> tuple[str, ...]:
-        kind = f"pg_catalog.jsonb_typeof({target})"
-        rank = (
-            f"(CASE {kind} WHEN 'number'::text THEN 4 WHEN 'string'::text THEN 5 "
-            f"WHEN 'null'::text THEN 1 WHEN 'boolean'::text THEN "
-            f"CASE WHEN {target} = 'true'::jsonb THEN 3 ELSE 2 END "
-            "WHEN 'array'::text THEN 6 WHEN 'object'::text THEN 7 ELSE 0 END)::smallint"
-        )
-        number = f"(CASE {kind} WHEN 'number'::text THEN {target}::numeric ELSE 0::numeric END)"
-        text = (
-            f"(CASE {kind} WHEN 'string'::text THEN "
-            f"pg_catalog.left({_text_of(target)}, {SHORT}) ELSE ''::text END COLLATE \"C\")"
-        )
-        return rank, number, text
+    def terms(self, target: str) -> SortTerms:
+        text = _text_of(target)
+        return SortTerms("any", (_number_term(target), _text_term(target, text)))
 
-    def indexed_terms(self, name: str, prefix: str) -> tuple[str, ...]:
-        return self.terms(f"({prefix}{DOC} -> '{name}'::text)")
+    def indexed_terms(self, field: Field, prefix: str) -> SortTerms:
+        # One term, of the declared type, because each makes a write slower.
+        target = f"({prefix}{DOC} -> '{field.name}'::text)"
+        if field.type in ("text", "timestamp"):
+            text = f"({prefix}{DOC} ->> '{field.name}'::text)"
+            return SortTerms("text", (_text_term(target, text),))
+        return SortTerms("number", (_number_term(target),))
 
     def operand(
-        self, value: Value | Missing, args: Arguments, *, below: bool | None = None
+        self, value: Value | Missing, form: Form, args: Arguments, *, below: bool | None = None
     ) -> tuple[str, ...]:
-        rank, number, text = f"{rank_of(value)}::smallint", "0::numeric", "''::text"
-        if isinstance(value, str):
-            text = args.add(value[:SHORT])
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            number = self.number(value, args)
-        return rank, number, text
+        rank = rank_of(value)
+        terms: list[str] = []
+        if form != "text":
+            is_number = rank == NUMBER_RANK
+            terms.append(
+                self.number(cast("float", value), args) if is_number else _NUMBER_CODES[rank]
+            )
+        if form != "number":
+            terms.append(
+                args.add(_prefixed(value)) if isinstance(value, str) else _TEXT_CODES[rank]
+            )
+        return tuple(terms)
 
-    def exact(self, value: Value | Missing) -> bool:
+    def exact(self, value: Value | Missing, form: Form) -> bool:
         if isinstance(value, str):
-            return len(value) < SHORT
+            return form != "number" and len(value) < SHORT
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return form != "text"
         return not isinstance(value, list | dict)
 
-    def confusable(self, one: Value | Missing, other: Value | Missing) -> bool:
+    def confusable(self, one: Value | Missing, other: Value | Missing, form: Form) -> bool:
         if isinstance(one, str) and isinstance(other, str):
-            return one[:SHORT] == other[:SHORT]
+            return form == "number" or one[:SHORT] == other[:SHORT]
         return rank_of(one) == rank_of(other)
 
-    def equal(self, terms: Sequence[str], values: Sequence[Value], args: Arguments) -> Condition:
-        first = values[0]
-        rank, number, text = self.operand(first, args) if len(values) == 1 else ("", "", "")
-        if len(values) == 1:
-            tests = [
-                f"{term} = {part}" for term, part in zip(terms, (rank, number, text), strict=True)
-            ]
+    def equal(self, terms: SortTerms, values: Sequence[Value], args: Arguments) -> Condition:
+        term, first = terms.sql[0], values[0]
+        exact = all(self.exact(each, terms.form) for each in values)
+        fits = isinstance(first, str) == (terms.form == "text")
+        if len(values) == 1 or not fits:  # the values that do not fit have the same code
+            test = f"{term} = {self.operand(first, terms.form, args)[0]}"
         elif isinstance(first, str):
-            prefixes = [cast("str", each)[:SHORT] for each in values]
-            tests = [
-                f"{terms[0]} = {TEXT_RANK}::smallint",
-                f"{terms[1]} = 0::numeric",
-                self.in_strings(terms[2], prefixes, args),
-            ]
+            prefixed = list(map(_prefixed, cast("Sequence[str]", values)))
+            test = self.in_strings(term, prefixed, args)
         else:
-            decimals = args.add(
-                array_text([decimal_text(cast("float", each)) for each in values]), "list"
-            )
-            tests = [
-                f"{terms[0]} = {NUMBER_RANK}::smallint",
-                _one_of(terms[1], f"{decimals}::numeric[]", len(values)),
-                f"{terms[2]} = ''::text",
-            ]
-        return Condition(f"({' AND '.join(tests)})", all(map(self.exact, values)))
+            decimals = array_text(list(map(decimal_text, cast("Sequence[float]", values))))
+            test = _one_of(term, f"{args.add(decimals, 'list')}::numeric[]", len(values))
+        return Condition(test, exact)
 
     def bound(
-        self, terms: Sequence[str], target: str, op: str, value: str | float, args: Arguments
+        self, terms: SortTerms, target: str, op: str, value: str | float, args: Arguments
     ) -> Condition:
-        sign = OPERATORS[op]
-        if not isinstance(value, str):
-            test = f"{terms[1]} {sign} {self.number(value, args)}"
-            return Condition(f"({terms[0]} = {NUMBER_RANK}::smallint AND {test})")
-        exact = self.exact(value)
+        term, sign = terms.sql[0], OPERATORS[op]
+        if isinstance(value, str) != (terms.form == "text"):
+            return Condition(f"{term} = {self.operand(value, terms.form, args)[0]}", exact=False)
+        exact = self.exact(value, terms.form)
         if not exact:
-            sign = sign[0] + "="
-        test = f"{terms[2]} {sign} {args.add(value[:SHORT])}"
-        return Condition(
-            f"({terms[0]} = {TEXT_RANK}::smallint AND {terms[1]} = 0::numeric AND {test})", exact
-        )
+            sign = f"{sign[0]}="
+        test = f"{term} {sign} {self.operand(value, terms.form, args)[0]}"
+        first, last = _TEXT_RANGE if isinstance(value, str) else _NUMBER_RANGE
+        others = f"{term} > {first}" if sign[0] == "<" else f"{term} < {last}"
+        return Condition(f"({test} AND {others})", exact)
 
     # -- definitions -------------------------------------------------------------------------
 
@@ -252,11 +244,17 @@ class PostgresGrammar(Grammar):
 
     def generated(self, field: Field) -> str:
         member = f"({DOC} -> '{field.name}'::text)"
+        text = f"({DOC} ->> '{field.name}'::text)"
         if field.type == "json":
             return member
-        wanted = {"integer": "number", "number": "number", "boolean": "boolean"}
-        is_kind = f"{_has_type(member, wanted.get(field.type, 'string'))}"
+        if field.type in ("text", "timestamp"):
+            # Without a test of the type, which would take as long as everything else.
+            is_reference = field.references is not None and field.enforced
+            return (
+                f"CASE WHEN {_has_type(member, 'string')} THEN {text} END" if is_reference else text
+            )
         number = f"{member}::numeric"
+        kind = "boolean" if field.type == "boolean" else "number"
         value = {
             "number": number,
             "boolean": f"{member}::boolean",
@@ -264,10 +262,10 @@ class PostgresGrammar(Grammar):
                 f"CASE WHEN {number} >= {INT_MIN}::numeric AND {number} <= {INT_MAX}::numeric "
                 f"AND pg_catalog.trunc({number}) = {number} THEN {number}::bigint END"
             ),
-        }.get(field.type, _text_of(member))
-        return f"CASE WHEN {is_kind} THEN {value} END"
+        }[field.type]
+        return f"CASE WHEN {_has_type(member, kind)} THEN {value} END"
 
-    def sort_columns(self, name: str) -> Mapping[str, str]:
+    def sort_columns(self, field: Field) -> Mapping[str, str]:
         return {}
 
     def index_fields(self, definition: str) -> list[str]:
@@ -302,6 +300,22 @@ class PostgresGrammar(Grammar):
         return statements
 
 
+_OTHERS: Final = {"null": 1, "array": 6, "object": 7}
+_STRING: Final = "s"
+"""What the sort term of each string begins with, so that the codes sort before and after all of them."""
+
+_TEXT_CODES: Final = {
+    rank: f"'{code}'::text"
+    for rank, code in {0: "", 1: "a", 2: "b", 3: "c", 4: "d", 6: "x", 7: "y"}.items()
+}
+_NUMBER_CODES: Final = {
+    rank: f"{code}e309::numeric"
+    for rank, code in {0: "-8", 1: "-7", 2: "-6", 3: "-5", 5: "5", 6: "6", 7: "7"}.items()
+}
+_TEXT_RANGE: Final = _TEXT_CODES[4], _TEXT_CODES[6]
+_NUMBER_RANGE: Final = _NUMBER_CODES[3], _NUMBER_CODES[5]
+"""The codes directly before and after all strings, and all numbers."""
+
 _TYPE_NAMES: Final[Mapping[type, str]] = {
     BigInteger: "bigint",
     Boolean: "boolean",
@@ -309,6 +323,32 @@ _TYPE_NAMES: Final[Mapping[type, str]] = {
     JSONB: "jsonb",
     Text: "text COLLATE C",
 }
+
+
+def _number_term(target: str) -> str:
+    cases = [f"WHEN '{name}'::text THEN {_NUMBER_CODES[rank]}" for name, rank in _OTHERS.items()]
+    flag = f"CASE WHEN {target} = 'true'::jsonb THEN {_NUMBER_CODES[3]} ELSE {_NUMBER_CODES[2]} END"
+    return (
+        f"(CASE pg_catalog.jsonb_typeof({target}) WHEN 'number'::text THEN {target}::numeric "
+        f"WHEN 'string'::text THEN {_NUMBER_CODES[TEXT_RANK]} {' '.join(cases)} "
+        f"WHEN 'boolean'::text THEN {flag} ELSE {_NUMBER_CODES[0]} END)"
+    )
+
+
+def _text_term(target: str, text: str) -> str:
+    cases = [f"WHEN '{name}'::text THEN {_TEXT_CODES[rank]}" for name, rank in _OTHERS.items()]
+    flag = f"CASE WHEN {target} = 'true'::jsonb THEN {_TEXT_CODES[3]} ELSE {_TEXT_CODES[2]} END"
+    return (
+        f"(CASE pg_catalog.jsonb_typeof({target}) WHEN 'string'::text "
+        f"THEN '{_STRING}'::text || pg_catalog.left({text}, {SHORT}) "
+        f"WHEN 'number'::text THEN {_TEXT_CODES[NUMBER_RANK]} {' '.join(cases)} "
+        f"WHEN 'boolean'::text THEN {flag} ELSE {_TEXT_CODES[0]} END COLLATE \"C\")"
+    )
+
+
+def _prefixed(text: str) -> str:
+    """The sort term of a string."""
+    return _STRING + text[:SHORT]
 
 
 def _one_of(expression: str, array: str, count: int) -> str:

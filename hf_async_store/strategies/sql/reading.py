@@ -29,7 +29,7 @@ from hf_async_store.values import Entity, Key, Value, canonical
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.grammar import Grammar
+    from hf_async_store.strategies.sql.grammar import Form, Grammar
     from hf_async_store.strategies.sql.rows import Table
 
 _CHUNK_SIZE: Final = 256
@@ -104,7 +104,7 @@ async def select_batches(
 ) -> AsyncGenerator[list[Entity], None]:
     """The entities of `records`, in batches."""
     compiled = compile_query(table, query)
-    if query.limit is not None or compiled.refined:
+    if query.limit is not None or compiled.forms:
         async with Owned(batched(records(lease, table, query))) as batches:
             async for each in batches:
                 yield each
@@ -145,8 +145,9 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Rec
         await _raise_if_damaged(lease, table, exc)
         raise
     found = [(cast("str", row[0]), table.entity(row)) for row in rows]
-    if compiled.refined:
-        inexact = [not all(map(table.grammar.exact, _values(query, each))) for _, each in found]
+    if compiled.forms:
+        exact = table.grammar.exact
+        inexact = [not all(map(exact, _values(query, each), compiled.forms)) for _, each in found]
         if inexact and inexact[-1] and len(found) == query.limit:
             return None
         if any(inexact):
@@ -181,21 +182,22 @@ async def _refined(
     batches: AsyncIterable[list[_Row]], query: Query, grammar: Grammar, compiled: Compiled
 ) -> AsyncGenerator[_Row, None]:
     """Rows in the order of the query, after its position, from rows in the order of the statement."""
-    if not compiled.refined:
+    if not compiled.forms:
         async for batch in batches:
             for row in batch:
                 yield row
         return
     # The statement returns also rows close to an inexact position, before it.
-    coarse = query.after is not None and not all(map(grammar.exact, query.after.values))
+    after, forms = query.after, compiled.forms
+    coarse = after is not None and not all(map(grammar.exact, after.values, forms))
     run: list[_Row] = []
     last: list[Value | Missing] = []
     exact = True  # no value of the run is inexact
     async for batch in batches:
         for row in batch:
             values = _values(query, row[1])
-            is_exact = all(map(grammar.exact, values))
-            if run and ((exact and is_exact) or not _is_same_run(last, values, grammar)):
+            is_exact = all(map(grammar.exact, values, forms))
+            if run and ((exact and is_exact) or not _is_same_run(last, values, forms, grammar)):
                 async with Owned(_sorted(run, query, as_is=exact and not coarse)) as rows:
                     async for each in rows:
                         yield each
@@ -231,12 +233,15 @@ async def _once(run: list[_Row]) -> AsyncGenerator[list[_Row], None]:
 
 
 def _is_same_run(
-    one: Sequence[Value | Missing], other: Sequence[Value | Missing], grammar: Grammar
+    one: Sequence[Value | Missing],
+    other: Sequence[Value | Missing],
+    forms: Sequence[Form],
+    grammar: Grammar,
 ) -> bool:
     """Whether the statement may have returned two adjacent rows in the wrong order."""
-    for left, right in zip(one, other, strict=True):
-        if not (grammar.exact(left) and grammar.exact(right)):
-            return grammar.confusable(left, right)
+    for left, right, form in zip(one, other, forms, strict=True):
+        if not (grammar.exact(left, form) and grammar.exact(right, form)):
+            return grammar.confusable(left, right, form)
         if order_key(left) != order_key(right):
             return False
     return False

@@ -15,7 +15,7 @@ from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.values import VERSION, Entity
 
 if TYPE_CHECKING:
-    from hf_async_store.schema import Collection
+    from hf_async_store.schema import Collection, Field
     from hf_async_store.strategies.sql.grammar import Grammar
 
 _DAMAGED: Final = (ValueError, TypeError, RecursionError)
@@ -46,9 +46,9 @@ class Table:
         self.name = quoted(collection.name)
         self.key = quoted(collection.key)
         self.terms = {
-            name: grammar.indexed_terms(name, "t.")
-            for name in indexed_fields(collection)
-            if there is None or there.issuperset(grammar.sort_columns(name))
+            field.name: grammar.indexed_terms(field, "t.")
+            for field in indexed_fields(collection)
+            if there is None or there.issuperset(grammar.sort_columns(field))
         }
         self.selected = f"t.{self.key}, {grammar.read(f't.{DOC}')}, t.{VERSION}"
         source = f"SELECT {self.selected} FROM {self.name} AS t WHERE t.{self.key}"
@@ -84,9 +84,9 @@ class Table:
         )
 
 
-def indexed_fields(collection: Collection) -> list[str]:
+def indexed_fields(collection: Collection) -> list[Field]:
     """The fields whose sort terms some index contains, without the key, which sorts by itself."""
     names = [each.name for each in collection.references]
     for index in collection.indexes:
         names += [index.field, *([index.sort] if index.sort else [])]
-    return [each for each in dict.fromkeys(names) if each != collection.key]
+    return [collection.fields[each] for each in dict.fromkeys(names) if each != collection.key]

@@ -726,7 +726,7 @@ class SQLite(Dialect):
         used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", access)
         index = indexes.get(used[1]) if used is not None else None
         searches = access.startswith("SEARCH")
-        # Each field has two columns in an index, of which the first is its rank.
+        # A field has the column `NAME~sort` in an index.
         terms = used[2] or "" if used is not None else ""
         fields = {term.partition("~")[0] for term in terms.split(" AND ") if term}
         return QueryPlan(

@@ -22,7 +22,9 @@ from hf_async_store.strategies.sql.grammar import (
     TEXT_RANK,
     Arguments,
     Condition,
+    Form,
     Grammar,
+    SortTerms,
     encode_json,
     rank_of,
 )
@@ -36,7 +38,21 @@ if TYPE_CHECKING:
 
 _SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
 _PLAIN_NAME: Final = re.compile(r"[a-z][a-z0-9_]*\Z")
-_INDEXED_FIELD: Final = re.compile(r'"(\w+)~rank"')
+_INDEXED_FIELD: Final = re.compile(r'"(\w+)~sort"')
+_OTHERS: Final = {"null": 1, "false": 2, "true": 3, "array": 6, "object": 7}
+_CODES: Final = {
+    0: "-9e999",
+    1: "-1.7976931348623157e308",
+    2: "-1.797693134862315e308",
+    3: "-1.79769313486231e308",
+    6: "x'06'",
+    7: "x'07'",
+}
+"""By rank, what sorts instead of a value that is neither a number nor a string."""
+
+_LEAST: Final = -1.7e308
+"""Numbers below this may be taken for one of the codes."""
+
 _EXACT: Final = 2**53
 _TOLERANCE: Final = 1e-15
 """How far SQLite's reading of a float may be from it, relatively; several times as much as it is."""
@@ -112,68 +128,67 @@ class SQLiteGrammar(Grammar):
 
     # -- sort terms --------------------------------------------------------------------------
 
-    def terms(self, target: str) -> tuple[str, ...]:
-        return _rank(f"json_type({target})"), _value(f"json_type({target})", f"{target} ->> '$'")
+    def terms(self, target: str) -> SortTerms:
+        return SortTerms("any", (_sort_term(f"json_type({target})", f"{target} ->> '$'"),))
 
-    def indexed_terms(self, name: str, prefix: str) -> tuple[str, ...]:
+    def indexed_terms(self, field: Field, prefix: str) -> SortTerms:
         # Columns, and not expressions, because SQLite uses only columns for the comparison of rows.
-        return tuple(f'{prefix}"{each}"' for each in self.sort_columns(name))
+        return SortTerms("any", tuple(f'{prefix}"{each}"' for each in self.sort_columns(field)))
 
     def operand(
-        self, value: Value | Missing, args: Arguments, *, below: bool | None = None
+        self, value: Value | Missing, form: Form, args: Arguments, *, below: bool | None = None
     ) -> tuple[str, ...]:
-        rank = str(rank_of(value))
+        rank = rank_of(value)
         if isinstance(value, str):
-            return rank, args.add(value)
-        if rank_of(value) != NUMBER_RANK:
-            return rank, "0"
+            return (args.add(value),)
+        if rank != NUMBER_RANK:
+            return (_CODES[rank],)
         number = cast("float", value)
-        if below is not None and not self.exact(number):
-            return rank, args.add(number - _margin(number) if below else number + _margin(number))
-        return rank, f"json_extract({args.add(self.encode(number))}, '$')"
+        if below is not None and not self.exact(number, form):
+            return (args.add(number - _margin(number) if below else number + _margin(number)),)
+        return (f"json_extract({args.add(self.encode(number))}, '$')",)
 
-    def exact(self, value: Value | Missing) -> bool:
+    def exact(self, value: Value | Missing, form: Form) -> bool:
         if isinstance(value, float):
             return value.is_integer() and abs(value) < _EXACT
         return not isinstance(value, list | dict)
 
-    def confusable(self, one: Value | Missing, other: Value | Missing) -> bool:
-        if rank_of(one) != rank_of(other):
-            return False
-        if rank_of(one) != NUMBER_RANK:
-            return isinstance(one, list | dict)
-        first, second = cast("float", one), cast("float", other)
-        return abs(first - second) <= _margin(first)
+    def confusable(self, one: Value | Missing, other: Value | Missing, form: Form) -> bool:
+        if rank_of(one) == rank_of(other) == NUMBER_RANK:
+            first, second = cast("float", one), cast("float", other)
+            return abs(first - second) <= _margin(first)
+        smaller = [each for each in (one, other) if rank_of(each) < NUMBER_RANK]
+        numbers = [each for each in (one, other) if isinstance(each, float)]
+        if smaller and numbers:
+            return numbers[0] < _LEAST
+        return rank_of(one) == rank_of(other) and isinstance(one, list | dict)
 
-    def equal(self, terms: Sequence[str], values: Sequence[Value], args: Arguments) -> Condition:
-        rank = rank_of(values[0])
+    def equal(self, terms: SortTerms, values: Sequence[Value], args: Arguments) -> Condition:
+        [term] = terms.sql
         if len(values) == 1:
-            operand = self.operand(values[0], args)
-            tests = [f"{term} = {part}" for term, part in zip(terms, operand, strict=True)]
+            test = f"{term} = {self.operand(values[0], terms.form, args)[0]}"
         else:
-            listed = args.add(self.encode(list(values)))
-            tests = [
-                f"{terms[0]} = {rank}",
-                f"{terms[1]} {self.in_list(listed)}",
-            ]
-        # A float close to an integer may be read as the integer.
-        return Condition(f"({' AND '.join(tests)})", rank != NUMBER_RANK)
+            test = f"{term} {self.in_list(args.add(self.encode(list(values))))}"
+        # A number may be read as another one, or equal the code of null.
+        return Condition(test, rank_of(values[0]) == TEXT_RANK)
 
     def bound(
-        self, terms: Sequence[str], target: str, op: str, value: str | float, args: Arguments
+        self, terms: SortTerms, target: str, op: str, value: str | float, args: Arguments
     ) -> Condition:
-        rank, term = terms
+        [term] = terms.sql
         sign = OPERATORS[op]
         if isinstance(value, str):
-            return Condition(f"({rank} = {TEXT_RANK} AND {term} {sign} {args.add(value)})")
+            others = f"{term} >= ''" if sign[0] == "<" else f"{term} < x''"
+            return Condition(f"({term} {sign} {args.add(value)} AND {others})")
         low, high = value - _margin(value), value + _margin(value)
-        near, far = (high, low) if sign[0] == "<" else (low, high)
         # Only numbers within the tolerance are compared by a function in Python.
         test = f"hf_test({target}, '{op}', {args.add(self.encode(value))})"
-        return Condition(
-            f"({rank} = {NUMBER_RANK} AND {term} {sign[0]}= {args.add(near)} "
-            f"AND ({term} {sign[0]} {args.add(far)} OR {test}))"
-        )
+        if sign[0] == ">":
+            near, far = args.add(low), args.add(high)
+            return Condition(f"({term} >= {near} AND {term} < '' AND ({term} > {far} OR {test}))")
+        near, far = args.add(high), args.add(low)
+        sure = f"({term} < {far} AND {term} > {_LEAST})"
+        return Condition(f"({term} <= {near} AND {term} > {_CODES[0]} AND ({sure} OR {test}))")
 
     # -- definitions -------------------------------------------------------------------------
 
@@ -196,6 +211,10 @@ class SQLiteGrammar(Grammar):
         path = f"'$.{field.name}'"
         if field.type == "json":
             return f"{DOC} -> {path}"
+        is_reference = field.references is not None and field.enforced
+        if field.type in ("text", "timestamp") and not is_reference:
+            # Without a test of the type, which would take as long as everything else.
+            return f"{DOC} ->> {path}"
         kind = f"CASE json_type({DOC}, {path})"
         if field.type == "boolean":
             return f"{kind} WHEN 'true' THEN 1 WHEN 'false' THEN 0 END"
@@ -203,19 +222,16 @@ class SQLiteGrammar(Grammar):
         cases = " ".join(f"WHEN '{each}' THEN {DOC} ->> {path}" for each in kinds)
         return f"{kind} {cases} END"
 
-    def sort_columns(self, name: str) -> Mapping[str, str]:
-        kind, value = f"json_type({DOC}, '$.{name}')", f"{DOC} ->> '$.{name}'"
-        return {
-            f"{sql_name(name)}~rank": _rank(kind),
-            f"{sql_name(name)}~value": _value(kind, value),
-        }
+    def sort_columns(self, field: Field) -> Mapping[str, str]:
+        kind, value = f"json_type({DOC}, '$.{field.name}')", f"{DOC} ->> '$.{field.name}'"
+        return {f"{sql_name(field.name)}~sort": _sort_term(kind, value)}
 
     def index_fields(self, definition: str) -> list[str]:
         return list(dict.fromkeys(map(declared_name, _INDEXED_FIELD.findall(definition))))
 
     def refers(self, alias: str, field: Field, parent: str) -> str:
-        rank, value = self.indexed_terms(field.name, f"{alias}.")
-        return f"({rank} = {TEXT_RANK} AND {value} = {parent})"
+        [term] = self.indexed_terms(field, f"{alias}.").sql
+        return f"{term} = {parent}"
 
     def reference_ddl(
         self, schema: Schema, existing: Mapping[str, str], *, enforced: bool
@@ -228,7 +244,7 @@ class SQLiteGrammar(Grammar):
                 index = limited(f"{name}-children")
                 indexed = any(each.field == field.name for each in collection.indexes)
                 if not indexed and index not in existing:
-                    terms = ", ".join(self.indexed_terms(field.name, ""))
+                    terms = ", ".join(self.indexed_terms(field, "").sql)
                     statements.append(
                         f'CREATE INDEX "{index}" ON {quoted(collection.name)} ({terms})'
                     )
@@ -264,16 +280,11 @@ class SQLiteGrammar(Grammar):
         }
 
 
-def _rank(kind: str) -> str:
-    return (
-        f"CASE {kind} WHEN 'text' THEN 5 WHEN 'integer' THEN 4 WHEN 'real' THEN 4 "
-        "WHEN 'null' THEN 1 WHEN 'false' THEN 2 WHEN 'true' THEN 3 WHEN 'array' THEN 6 "
-        "WHEN 'object' THEN 7 ELSE 0 END"
-    )
-
-
-def _value(kind: str, value: str) -> str:
-    return f"CASE WHEN {kind} IN ('text', 'integer', 'real') THEN {value} ELSE 0 END"
+def _sort_term(kind: str, value: str) -> str:
+    """The sort term of a value. SQLite sorts numbers before strings, and blobs after them."""
+    cases = [f"WHEN '{each}' THEN {value}" for each in ("text", "integer", "real")]
+    cases += [f"WHEN '{name}' THEN {_CODES[rank]}" for name, rank in _OTHERS.items()]
+    return f"CASE {kind} {' '.join(cases)} ELSE {_CODES[0]} END"
 
 
 def _margin(number: float) -> float:
