@@ -114,7 +114,7 @@ def _rules(rule: str, *, sqlite: bool) -> list[str]:
     return [
         "CREATE FUNCTION no_x() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
         "IF NEW.name = 'x' THEN RAISE EXCEPTION 'no x here'; END IF; RETURN NEW; END $$; "
-        "CREATE TRIGGER no_x BEFORE INSERT OR UPDATE ON templates "
+        "CREATE TRIGGER no_x AFTER INSERT OR UPDATE ON templates "
         "FOR EACH ROW EXECUTE FUNCTION no_x()"
     ]
 
