@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
+from hf_async_store.errors import CorruptionError
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
 from hf_async_store.strategies.sql.names import DOC, OLD_SIDE, declared_name, quoted
@@ -64,6 +65,18 @@ def _aside(table: str) -> str:
 
 
 def _moved(
+    collection: Collection, fields: Sequence[str], row: Sequence[Any]
+) -> tuple[str, int, str]:
+    try:
+        return _decoded(collection, fields, row)
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise CorruptionError(
+            f"the table {collection.name} contains an invalid row, {row[0]!r}: {exc}. Another "
+            "program wrote it: correct or delete it"
+        ) from exc
+
+
+def _decoded(
     collection: Collection, fields: Sequence[str], row: Sequence[Any]
 ) -> tuple[str, int, str]:
     *values, doc, side, version = row
