@@ -207,14 +207,25 @@ class SchemaSync:
         if _SYSTEM_TABLES & set(columns):
             await refuse_untrusted_owners(self._dialect, driver, self.names)
         if CATALOGUE in columns:
-            layout = f"SELECT value FROM {CATALOGUE} WHERE name = 'layout'"
-            for [found] in await self._dialect.rows(driver, layout, ()):
-                if found != str(LAYOUT):
-                    raise NewerFormatError(
-                        f"the tables have layout {found}, and this version of the package knows "
-                        f"layout {LAYOUT}: use the version that created them, or a later one"
-                    )
+            await self._check_layout(driver)
         return columns
+
+    async def _check_layout(self, driver: Any) -> None:
+        try:
+            rows = await self._dialect.rows(
+                driver, f"SELECT value FROM {CATALOGUE} WHERE name = 'layout'", ()
+            )
+        except self._dialect.driver_errors as exc:
+            error = self._dialect.translate(exc, doing="read the catalogue", writes=False)
+            if isinstance(error, PermissionDeniedError):
+                return  # the role has no rights on the other tables either, and they are named
+            raise
+        for [layout] in rows:
+            if layout != str(LAYOUT):
+                raise NewerFormatError(
+                    f"the tables have layout {layout}, and this version of the package knows "
+                    f"layout {LAYOUT}: use the version that created them, or a later one"
+                )
 
     # -- creation ----------------------------------------------------------------------------
 

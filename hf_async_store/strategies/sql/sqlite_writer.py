@@ -27,7 +27,7 @@ from hf_async_store.strategies.sql.decisions import (
     refuse_missing_parents,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
-from hf_async_store.strategies.sql.names import DOC
+from hf_async_store.strategies.sql.names import DOC, PROBES
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.values import CREATED_AT, VERSION, Key
 
@@ -114,6 +114,7 @@ class _Batch:
         self._rows: dict[Key, Stored | None] = {}  # as they are with the changes so far
         self._parents: dict[Key, bool] = {}  # whether an entity that is not in `_rows` exists
         self._pending: dict[Key, Stored | None] = {}
+        self._written = False
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
         """Decide the changes in order, and write the accepted ones."""
@@ -128,6 +129,9 @@ class _Batch:
             elif change.mark is not None:
                 marker = marker_put(change.mark, getattr(change, "written_at", ""))
                 self._write(marker, new_row(self._tables[marker.key.collection], marker, None))
+        if not self._written and not self._pending:
+            # It fails if the database cannot be written, which is not noticed otherwise.
+            self._connection.execute(f"DELETE FROM {PROBES} WHERE FALSE")
         self._flush()
         return outcomes
 
@@ -224,6 +228,7 @@ class _Batch:
             else:
                 puts.setdefault(key.collection, []).append((key.id, *row))
         self._pending.clear()
+        self._written = True
         for collection in self._schema:
             if collection in puts:
                 self._put(collection, puts[collection])

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Table
 
 _MAX_ROWS: Final = 1024
+_MAX_SIZE: Final = 1 << 24
+"""The maximum number of characters of the documents of a statement; a JSON array in PostgreSQL is limited
+to 256 MiB."""
 
 _TRIES: Final = 64
 """How often a change is sent whose precondition is met each time the entity is read."""
@@ -53,12 +56,13 @@ class Run(Protocol):
 
 
 class PendingChange(NamedTuple):
-    """A change, its position in the whole list of changes, and its row of arguments."""
+    """A change, its position in the whole list of changes, its row of arguments, and its document."""
 
     place: int
     change: Change
     shape: StatementKey
     row: tuple[object, ...]
+    doc: str = ""
 
 
 class StatementWriter(Writer):
@@ -188,7 +192,7 @@ class StatementWriter(Writer):
             ReferenceViolationError, InvalidInputError: the database rejected a statement, and
                 `alone` is false.
         """
-        waiting = [list(group[n : n + _MAX_ROWS]) for n in range(0, len(group), _MAX_ROWS)]
+        waiting = _pieces(group)
         for attempt in range(_TRIES):
             again = [
                 each
@@ -215,6 +219,8 @@ class StatementWriter(Writer):
         """Send changes in one statement; returns the groups that must be sent again."""
         sql = self._statements.of(group[0].shape, patient=not alone or len(group) == 1)
         args = list(map(array_text, zip(*(each.row for each in group), strict=True)))
+        if group[0].shape.verb != "delete":
+            args.append(f"[{','.join([each.doc for each in group])}]")
         try:
             rows = await run(sql, args)
         except REFUSALS as exc:
@@ -275,17 +281,20 @@ class StatementWriter(Writer):
             sets = {n: v for n, v in change.fields.items() if not isinstance(v, Removed)}
             removes = [n for n, v in change.fields.items() if isinstance(v, Removed)]
             doc = json_text(sets)
-            removed = array_text(removes) if removes else None
-            row = (change.key.id, doc, removed, len(doc.encode()), expected)
-            return PendingChange(
-                place, change, shape, row + self._references_of(collection, change.fields)
+            row = (
+                change.key.id,
+                expected,
+                array_text(removes) if removes else None,
+                len(doc.encode()),
+                *self._references_of(collection, change.fields),
             )
+            return PendingChange(place, change, shape, row, doc)
         imported = change.import_version is not None
         created = imported or CREATED_AT in change.entity
-        entity = change.entity
+        doc = json_text(change.entity)
         if not created:
-            entity = {**entity, CREATED_AT: change.written_at}
-        row = (change.key.id, json_text(entity))
+            doc = f'{{"{CREATED_AT}":"{change.written_at}",{doc[1:]}'
+        row = (change.key.id,)
         if change.expect is ANY:
             shape = StatementKey(collection, "save", created, imported)
         elif change.expect is ABSENT:
@@ -295,7 +304,8 @@ class StatementWriter(Writer):
             row = (*row, expected)
         if imported:
             row = (*row, change.import_version)
-        return PendingChange(place, change, shape, row + self._references_of(collection, entity))
+        row += self._references_of(collection, change.entity)
+        return PendingChange(place, change, shape, row, doc)
 
     def _references_of(self, collection: str, fields: Mapping[str, object]) -> tuple[object, ...]:
         if not self.references:
@@ -311,9 +321,8 @@ class StatementWriter(Writer):
             return pending._replace(shape=shape, row=(key.id, stored.version))
         shape = StatementKey(key.collection, "replace", created=True, imported=True)
         nothing = (None,) * len(self._references_of(key.collection, {}))  # they were checked
-        return pending._replace(
-            shape=shape, row=(key.id, row.doc, stored.version, row.version, *nothing)
-        )
+        args = (key.id, stored.version, row.version, *nothing)
+        return pending._replace(shape=shape, row=args, doc=row.doc)
 
     # -- rejected changes --------------------------------------------------------------------
 
@@ -437,6 +446,19 @@ def _by_statement(pending: Iterable[PendingChange]) -> list[list[PendingChange]]
 
 def _id_of(pending: PendingChange) -> str:
     return pending.change.key.id
+
+
+def _pieces(group: Sequence[PendingChange]) -> list[list[PendingChange]]:
+    """Divide a group so that a statement has neither too many rows nor too many bytes."""
+    pieces: list[list[PendingChange]] = []
+    size = 0
+    for each in group:
+        if not pieces or len(pieces[-1]) == _MAX_ROWS or size + len(each.doc) > _MAX_SIZE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(each)
+        size += len(each.doc)
+    return pieces
 
 
 def _halves(group: list[PendingChange]) -> list[list[PendingChange]]:

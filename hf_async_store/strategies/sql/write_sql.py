@@ -1,13 +1,13 @@
 """The SQL of writes on PostgreSQL: one statement checks the preconditions of many rows, and returns those
 it wrote.
 
-A statement takes rows of arguments as `i`, one array for each column. A row that it does not return did
-not meet its precondition; `statement_writer` finds out why.
+A statement takes rows of arguments as `i`, one array for each column, and the documents `d` in one JSON
+array. A row that it does not return did not meet its precondition; `statement_writer` finds out why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast
 
 from hf_async_store.strategies.sql.names import DOC
@@ -23,14 +23,14 @@ _PATIENCE_MS: Final = 100
 """How long a statement of several changes waits for the lock of a row."""
 
 _COLUMNS: Final[Mapping[Verb, tuple[str, ...]]] = {
-    "save": ("text", "text"),
-    "create": ("text", "text"),
-    "replace": ("text", "text", "bigint"),
-    "patch": ("text", "text", "text", "bigint", "bigint"),
+    "save": ("text",),
+    "create": ("text",),
+    "replace": ("text", "bigint"),
+    "patch": ("text", "bigint", "text", "bigint"),
     "delete": ("text", "bigint"),
 }
-"""The types of the columns of arguments: the id; the document, or what a patch sets and the names that it
-removes; the size of what it sets; the expected version, NULL if any."""
+"""The types of the columns of arguments: the id; the expected version, NULL if any; of a patch, the names
+that it removes, and the size of what it sets, which is its document."""
 
 
 class StatementKey(NamedTuple):
@@ -75,7 +75,7 @@ class WriteStatements:
         if self._references and shape.verb != "delete":
             kinds += ["text"] * len(table.collection.references)
             parents = self._parents(table, first)
-        source = _source(kinds, patient=patient)
+        source = _source(kinds, documents=shape.verb != "delete", patient=patient)
         if shape.verb in ("save", "create"):
             sql = self._insert(table, shape, source, parents)
         elif shape.verb == "delete":
@@ -88,7 +88,7 @@ class WriteStatements:
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
     def _insert(self, table: Table, shape: StatementKey, source: str, parents: str) -> str:
-        version = "i.c2" if shape.imported else "1::bigint"
+        version = "i.c1" if shape.imported else "1::bigint"
         conflict = "NOTHING"
         if shape.verb == "save":
             doc = f"excluded.{DOC}"
@@ -98,23 +98,22 @@ class WriteStatements:
             conflict = f"UPDATE SET {VERSION} = {new}, {DOC} = {kept}{stored}"
         return (
             f"INSERT INTO {table.name} AS t ({table.key}, {VERSION}, {DOC}) "
-            f"SELECT i.c0, {version}, i.c1::jsonb FROM {source} WHERE TRUE{parents} "
+            f"SELECT i.c0, {version}, i.d FROM {source} WHERE TRUE{parents} "
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
 
     def _update(self, table: Table, shape: StatementKey, source: str, parents: str) -> str:
-        version = "i.c3" if shape.imported else f"t.{VERSION} + 1::bigint"
-        condition = "" if shape.imported else f" AND {_below_maximum()}"
+        version = "i.c2" if shape.imported else f"t.{VERSION} + 1::bigint"
+        condition = f" AND (i.c1 IS NULL OR t.{VERSION} = i.c1)"
+        if not shape.imported:
+            condition += f" AND {_below_maximum()}"
         if shape.verb == "patch":
-            doc = f"(t.{DOC} - coalesce(i.c2::text[], '{{}}'::text[])) || i.c1::jsonb"
+            doc = f"(t.{DOC} - coalesce(i.c2::text[], '{{}}'::text[])) || i.d"
             # An entity of this size is never too large. Others are measured by the store.
             size = f"pg_catalog.octet_length(t.{DOC}::text)::bigint + i.c3"
-            condition += (
-                f" AND (i.c4 IS NULL OR t.{VERSION} = i.c4) AND {size} <= {LIGHT_BYTES}::bigint"
-            )
+            condition += f" AND {size} <= {LIGHT_BYTES}::bigint"
         else:
-            doc = "i.c1::jsonb" if shape.created else _with_stored_creation("i.c1::jsonb")
-            condition += f" AND (i.c2 IS NULL OR t.{VERSION} = i.c2)"
+            doc = "i.d" if shape.created else _with_stored_creation("i.d")
         return (
             f"UPDATE {table.name} AS t SET {VERSION} = {version}, {DOC} = {doc} "
             f"FROM {source} WHERE t.{table.key} = i.c0{condition}{parents}"
@@ -148,11 +147,16 @@ class WriteStatements:
         return conditions
 
 
-def _source(kinds: list[str], *, patient: bool) -> str:
-    """The items of a FROM clause that provide rows of arguments as `i (c0, c1, ...)`."""
-    arrays = ", ".join(f"${n}::text::{kind}[]" for n, kind in enumerate(kinds, 1))
-    columns = ", ".join(f"c{n}" for n in range(len(kinds)))
-    rows = f"unnest({arrays}) AS i ({columns})"
+def _source(kinds: Sequence[str], *, documents: bool, patient: bool) -> str:
+    """The items of a FROM clause that provide rows of arguments as `i (c0, c1, ..., d)`."""
+    arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(kinds, 1)]
+    columns = [f"c{n}" for n in range(len(kinds))]
+    # The unqualified name with one argument would be looked up along the search_path.
+    functions = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
+    if documents:
+        columns.append("d")
+        functions += f", pg_catalog.jsonb_array_elements(${len(kinds) + 1}::text::jsonb)"
+    rows = f"ROWS FROM ({functions}) AS i ({', '.join(columns)})"
     if patient:
         return rows
     # In effect before the first row is locked, and until the transaction ends.
