@@ -9,8 +9,8 @@ so few steps are better than few bytes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
@@ -118,10 +118,13 @@ class _Batch:
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
         """Decide the changes in order, and write the accepted ones."""
-        self._read(changes)
+        parents: Iterable[Sequence[Key]] = repeat(())
+        if self._references:
+            parents = [parents_of(self._schema, each) for each in changes]
+        self._read(changes, parents)
         outcomes: list[Outcome] = []
-        for change in changes:
-            outcome = self._apply(change)
+        for change, wanted in zip(changes, parents, strict=False):
+            outcome = self._apply(change, wanted)
             outcomes.append(outcome)
             if isinstance(outcome, StorageError):
                 if all_or_none:
@@ -135,7 +138,7 @@ class _Batch:
         self._flush()
         return outcomes
 
-    def _read(self, changes: Sequence[Change]) -> None:
+    def _read(self, changes: Sequence[Change], parents: Iterable[Sequence[Key]]) -> None:
         by_key = {each.key: each for each in changes}
         for collection, ids in keys_by_collection(by_key).items():
             table = self._tables[collection]
@@ -145,8 +148,7 @@ class _Batch:
             for entity_id, version, text in self._select(table, f"{VERSION}, {doc}", ids):
                 self._rows[Key(collection, entity_id)] = Stored(version, text)
         if self._references:
-            wanted = chain.from_iterable(parents_of(self._schema, each) for each in changes)
-            unread = [each for each in wanted if each not in self._rows]
+            unread = [each for each in chain.from_iterable(parents) if each not in self._rows]
             self._parents = dict.fromkeys(unread, False)
             for collection, ids in keys_by_collection(unread).items():
                 for [entity_id, _] in self._select(self._tables[collection], VERSION, ids):
@@ -159,7 +161,7 @@ class _Batch:
         listed = (table.grammar.strings(ids),)
         return self._connection.execute(f"{source} {table.grammar.in_list('?')}", listed).fetchall()
 
-    def _apply(self, change: Change) -> Outcome:
+    def _apply(self, change: Change, parents: Sequence[Key]) -> Outcome:
         key = change.key
         table = self._tables[key.collection]
         if key in self._pending and self._refers_to_itself(key.collection):
@@ -170,7 +172,7 @@ class _Batch:
                 stored = self._loaded(key, stored)
             row = new_row(table, change, stored)
             if self._references:
-                self._check_references(table, change, stored)
+                self._check_references(table, change, stored, parents)
         except StorageError as exc:
             return exc
         if row is None:
@@ -197,9 +199,11 @@ class _Batch:
 
     # -- references --------------------------------------------------------------------------
 
-    def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
+    def _check_references(
+        self, table: Table, change: Change, stored: Stored | None, parents: Sequence[Key]
+    ) -> None:
         if not isinstance(change, Delete):
-            if all(map(self._exists, parents_of(self._schema, change))):
+            if all(map(self._exists, parents)):
                 return
             loaded = None if stored is None else self._loaded(change.key, stored)
             refuse_missing_parents(self._schema, table, change, loaded, self._exists)
