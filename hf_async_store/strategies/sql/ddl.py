@@ -145,7 +145,7 @@ class SchemaSync:
 
     def _old_layout(self) -> SchemaMismatchError:
         advice = (
-            "the first write moves them over; `hf-async-store test` is enough"
+            "the first write moves them over; `hf-async-store health` is enough"
             if self._dialect.single_writer
             else "back the store up with that version (hf-async-store backup), drop the tables, and "
             "restore with this version (hf-async-store restore)"
