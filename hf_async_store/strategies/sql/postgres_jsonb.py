@@ -16,13 +16,15 @@ from hf_async_store.values import Value
 
 # Finds numbers with an exponent. A string can contain the same characters; then the value is encoded
 # by the slower function, with the same result.
-_EXPONENT: Final = re.compile(rb"(?:^|[:,\[])-?[0-9]+(?:\.[0-9]+)?e[0-9]")
+_EXPONENT: Final = re.compile(rb"[:,\[]-?[0-9.]+e[0-9]")
 _ESCAPED: Final = re.compile(r'\\[^"\\]')
 _LARGE: Final = 1e15
 
 
 def json_text(value: Value) -> str:
     """The JSON of a value, in a form that JSONB returns unchanged."""
+    if isinstance(value, float):
+        return decimal_text(value)
     encoded = encode_json(value)
     return encoded.decode() if _EXPONENT.search(encoded) is None else _in_full(value)
 
