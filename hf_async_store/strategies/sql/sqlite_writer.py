@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Table
 
-_ROWS: Final = (256, 64, 16, 4, 1)
+_ROWS: Final = (256, 64, 32, 16, 8, 4, 2, 1)
 """The numbers of rows of the statements: few, so that each is prepared once."""
 
 _WAL_PAGES: Final = 1000  # SQLite's own default
