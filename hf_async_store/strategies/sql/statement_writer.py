@@ -253,12 +253,13 @@ class StatementWriter(Writer):
         table = self.tables[group[0].shape.collection]
         ids = table.grammar.strings([each.change.key.id for each in group])
         source = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key} = ANY($1::text::text[])"
-        rows = await lease.rows(
-            f"WITH free AS MATERIALIZED ({source} FOR UPDATE SKIP LOCKED) "
-            f"{source} EXCEPT ALL SELECT {table.key} FROM free",
-            (ids,),
-            writes=True,
-        )
+        # Not serializable, so that it is no reason for another transaction to fail.
+        async with lease.transaction("read_committed"):
+            rows = await lease.rows(
+                f"WITH free AS MATERIALIZED ({source} FOR UPDATE SKIP LOCKED) "
+                f"{source} EXCEPT ALL SELECT {table.key} FROM free",
+                (ids,),
+            )
         locked = {row[0] for row in rows}
         free = [each for each in group if each.change.key.id not in locked]
         if not locked:  # another row is locked: that of a parent, or one that is not committed
