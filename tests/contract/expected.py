@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class OneStatementForAll(StrategyContract):
-    """An engine that writes all queued changes in one statement, which waits for the locks of all rows."""
+    """An engine that writes queued changes in one batch, whose outcomes wait for the last of them."""
 
-    @pytest.mark.xfail(strict=True, reason="a locked row blocks the whole statement")
+    @pytest.mark.xfail(strict=True, reason="the outcomes of a batch are delivered together")
     async def test_135_a_blocked_change_does_not_delay_its_neighbours(
         self, harness: Harness, store: StorageStrategy
     ) -> None:

@@ -99,7 +99,11 @@ async def try_inputs(database: str, seeds: range | list[int]) -> int:
 
 async def _one_input(url: str, seed: int, link: Any, direct: Any) -> None:
     await direct.execute("DELETE FROM templates")
-    sql = "INSERT INTO templates (template_id, version) VALUES ('t', 1), ('u', 1)"
+    doc = "jsonb_build_object('template_id', key)"
+    sql = (
+        f"INSERT INTO templates (template_id, version, doc) SELECT key, 1, {doc} "
+        "FROM unnest(ARRAY['t', 'u']) AS k (key)"
+    )
     await direct.execute(sql)
     chance = random.Random(seed)
     name = chance.choice(VERBS)

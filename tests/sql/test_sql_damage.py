@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_async_store import CorruptionError, StorageError, contains, open_store, path
+from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.contract.harnesses import execute
 
@@ -35,20 +37,7 @@ WHOLE: dict[str, object] = {
     "more": {"deep": [1, {"z": 2.5}]},
     "nothing": None,
 }
-COLUMNS = [
-    "item_id",
-    "label",
-    "count",
-    "ratio",
-    "active",
-    "due_at",
-    "data",
-    "created_at",
-    "updated_at",
-    "doc",
-    "_side",
-    "version",
-]
+COLUMNS = ["item_id", "doc", "doc", "doc", "version"]
 
 json_texts = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
@@ -116,8 +105,8 @@ def set_column(file: Path, column: str, value: Any) -> bool:
             f"UPDATE items SET \"{column}\" = {how} WHERE item_id = 'victim'", (given_value,)
         )
         connection.commit()
-    except (sqlite3.IntegrityError, UnicodeEncodeError):
-        return False
+    except (sqlite3.IntegrityError, sqlite3.OperationalError, UnicodeEncodeError):
+        return False  # the columns that SQLite generates from the document refuse malformed JSON
     finally:
         connection.close()
     return True
@@ -244,24 +233,15 @@ def test_122_damaged_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("doc", "{"),
         ("doc", "[]"),
-        ("doc", '[["label", 1]]'),
+        ("doc", "7"),
         ("doc", '{"item_id": "other"}'),
-        ("doc", b"\x00\xff"),
-        ("doc", ("text", b"\xff")),
-        ("_side", "7"),
-        ("_side", '{"label": "{"}'),
-        ("_side", '{"label": 7}'),
-        ("data", "["),
-        ("data", b"[]"),
-        ("label", ("text", b"a\xff")),
-        ("label", b"a"),
-        ("ratio", float("inf")),
+        ("doc", '{"label": "a"}'),
+        ("doc", '{"item_id": "victim", "label": "\\ud800"}'),
+        ("doc", '{"item_id": "victim", "ratio": 1e999}'),
         ("version", "x"),
         ("version", -1),
         ("version", 1.5),
-        ("created_at", b"x"),
     ],
 )
 async def test_122_the_error_names_the_damaged_row(tmp_path: Path, column: str, value: Any) -> None:
@@ -277,6 +257,22 @@ async def test_122_the_error_names_the_damaged_row(tmp_path: Path, column: str, 
                 await READS[name](store)
         assert await store.get_entity("items", "i0003") is not None
         assert len(await store.query_entities("items", {"item_id": "i0003"})) == 1
+
+
+@pytest.mark.parametrize(
+    "doc", ["{", "", '{"item_id": "victim", "label": }', b"\x00\xff", b"{}", None, "[" * 5000]
+)
+async def test_122_a_document_that_is_not_json(tmp_path: Path, doc: Any) -> None:
+    file = tmp_path / "store.db"
+    table = Table(CONTRACT_COLLECTIONS[0], SQLiteGrammar())
+    with pytest.raises(CorruptionError, match=f"{table.collection.name}.*'victim'"):
+        table.entity(("victim", doc, 1))
+    if doc == b"{}":
+        return
+    async with open_store(f"sqlite:{file}", collections=CONTRACT_COLLECTIONS) as store:
+        await store.save_entity("items", WHOLE)
+        assert not set_column(file, "doc", doc), "another program cannot write it"
+        assert await store.get_entity("items", "victim") is not None
 
 
 async def test_122_an_invalid_id(tmp_path: Path) -> None:
@@ -338,10 +334,7 @@ async def test_122_tables_that_were_changed(tmp_path: Path, statement: str, open
         ("doc", "'7'"),
         ("doc", "'[[\"label\", 1]]'"),
         ("doc", '\'{"item_id": "other"}\''),
-        ("_side", "'7'"),
-        ("_side", '\'{"label": "{"}\''),
-        ("_side", "'{\"label\": 7}'"),
-        ("ratio", "'NaN'"),
+        ("doc", '\'{"label": "a"}\''),
         ("version", "-1"),
     ],
 )

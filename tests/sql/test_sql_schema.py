@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -94,6 +94,33 @@ async def test_differences_from_the_declaration_are_named(url: str, table: str, 
         for _ in range(2):
             with pytest.raises(SchemaMismatchError, match=said):
                 await store.save_entity("jobs", {"job_id": "a"})
+
+
+@pytest.mark.parametrize("types", [("integer", "text"), ("text", "integer"), ("text", "json")])
+async def test_a_field_of_another_type_is_found_by_its_stored_values(
+    url: str, types: tuple[Any, Any]
+) -> None:
+    before, after = (
+        Collection(
+            "jobs",
+            key="job_id",
+            fields=[Field("size", each)],
+            indexes=[] if each == "json" else ["size"],
+        )
+        for each in types
+    )
+    values: dict[str, Any] = {"integer": 3, "text": "3", "json": [3]}
+    async with open_store(url, collections=[before]) as store:
+        await store.save_entity("jobs", {"job_id": "old", "size": values[types[0]]})
+    async with open_store(url, collections=[after]) as store:
+        await store.save_entity("jobs", {"job_id": "new", "size": values[types[1]]})
+        for name, type_ in (("old", types[0]), ("new", types[1])):
+            found = await store.query_entities("jobs", {"size": values[type_]})
+            assert [(each["job_id"], each["size"]) for each in found] == [(name, values[type_])]
+        ordered = await store.query_entities("jobs", order_by="size", limit=5)
+        ranks = {int: 0, str: 1, list: 2}
+        kinds = [ranks[type(each["size"])] for each in ordered]
+        assert kinds == sorted(kinds)
 
 
 async def test_a_column_of_another_collation_differs(database: str) -> None:

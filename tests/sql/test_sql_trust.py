@@ -154,11 +154,11 @@ async def test_functions_and_operators_of_an_untrusted_role_are_not_run(
 _PLANTED = """
 CREATE FUNCTION public.note(t text) RETURNS boolean LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'trapped as %', current_user; END $$;
-CREATE TABLE hf_move (move_id text COLLATE "C" PRIMARY KEY, created_at text COLLATE "C",
-    updated_at text COLLATE "C", version bigint NOT NULL, doc jsonb, _side jsonb);
+CREATE TABLE hf_move (move_id text COLLATE "C" PRIMARY KEY, version bigint NOT NULL,
+    doc jsonb NOT NULL);
 GRANT ALL ON hf_move TO PUBLIC;
-INSERT INTO hf_move VALUES ('move', null, null, 1, '{"role": "source", "phase": "COPYING",
-    "other": "json:/x", "epoch": 1, "term": 1}', null);
+INSERT INTO hf_move VALUES ('move', 1, '{"move_id": "move", "role": "source", "phase": "COPYING",
+    "other": "json:/x", "epoch": 1, "term": 1}');
 ALTER TABLE hf_move ENABLE ROW LEVEL SECURITY;
 CREATE POLICY trap ON hf_move USING (public.note(move_id));
 """

@@ -1,14 +1,15 @@
-"""Compiles a query to a SELECT with exactly the results of `query.matches` and `query.sort_key`.
+"""Compiles a query to a SELECT.
 
 A condition is true, false or NULL, and a WHERE treats false and NULL alike. A negation is therefore
 written as `IS NOT TRUE`, which is true for both. If SQL cannot express a condition exactly, the
-compiled condition accepts more rows, and the rows are filtered again in Python. If it cannot express
-an order, the rows are sorted in Python.
+compiled condition accepts more rows, and the rows are filtered again in Python.
+
+The order is that of the sort terms of each key, then of the id. Where these do not determine the
+position of a row, `reading` compares it with its neighbours.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
@@ -16,6 +17,7 @@ from hf_async_store.query import (
     MISSING,
     And,
     Comparison,
+    CursorPosition,
     Filter,
     Missing,
     Not,
@@ -23,46 +25,22 @@ from hf_async_store.query import (
     Query,
     compile_filter,
 )
-from hf_async_store.schema import Field
-from hf_async_store.strategies.sql.row_mapping import DOC, Kind, TableMapping, quoted
-from hf_async_store.values import INT_MAX, INT_MIN, VERSION, Entity, Value
+from hf_async_store.strategies.sql.grammar import (
+    FALSE,
+    OPERATORS,
+    TRUE,
+    Arguments,
+    Condition,
+    Form,
+    SortTerms,
+    rank_of,
+)
+from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.rows import Table
 
-TRUE: Final = "TRUE"
-FALSE: Final = "FALSE"
-
-_COMPARE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
-_VERSION_FIELD: Final = Field("n", "integer")
-
-
-class Arguments:
-    """Collects the arguments of a statement while it is compiled."""
-
-    def __init__(self, dialect: Dialect) -> None:
-        self._dialect = dialect
-        self.values: list[object] = []
-
-    def add(self, value: object, kind: Kind) -> str:
-        """Add an argument; returns its parameter."""
-        self.values.append(self._dialect.argument(value, kind))
-        return self._dialect.parameter(len(self.values), kind)
-
-
-class SortPart(NamedTuple):
-    """An expression to sort by.
-
-    Attributes:
-        nullable: the expression is NULL if the value is missing.
-        null: the condition that a NULL is an explicit null, and not a missing value; None if the
-            expression is NULL only for a missing value.
-    """
-
-    sql: str
-    nullable: bool = False
-    null: str | None = None
 
 
 class Compiled(NamedTuple):
@@ -70,49 +48,46 @@ class Compiled(NamedTuple):
 
     Attributes:
         args: the arguments of the statement.
-        names: the declared fields with which its rows begin; None: all.
         residual: the condition by which the rows must still be filtered; None if all rows match.
-        sorted_here: the statement applies neither order, nor position, nor limit; the rows must be
-            sorted in Python.
+        forms: of the terms by which the statement sorts, for each key of the order. Rows may be in the
+            wrong order where they have inexact values. Empty if they cannot.
+        limited: the statement applies the limit.
     """
 
     sql: str
     args: list[object]
-    names: tuple[str, ...] | None
     residual: Callable[[Entity], bool] | None
-    sorted_here: bool
+    forms: tuple[Form, ...]
+    limited: bool
 
 
-def compile_query(table: TableMapping, query: Query, selection: str | None = None) -> Compiled:
+def compile_query(table: Table, query: Query, *, limited: bool = True) -> Compiled:
     """The SELECT of a query.
 
     Args:
-        selection: the list of expressions to select; None: those that `TableMapping.entity` reads.
+        limited: whether the statement may apply the limit.
     """
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
-    sort_keys = [compiler.sort_key(each) for each in query.order]
-    pushed = None not in sort_keys
-    order = ""
-    if pushed:
-        keys = list(zip(query.order, cast("list[_SortKey]", sort_keys), strict=True))
-        if query.after is not None:
-            conditions += compiler.after(keys, query.after.values, query.after.id)
-        order = f" ORDER BY {compiler.order_by(keys)}"
-        if query.limit is not None and exact:
-            order += f" LIMIT {query.limit}"
-    names, selected = compiler.selected(query, exact=exact)
+    keys = [compiler.key(each) for each in query.order]
+    if query.after is not None:
+        after, is_exact = compiler.after(keys, query.after)
+        conditions += after
+        limited = limited and is_exact
+    order = compiler.order_by(keys)
+    limited = limited and exact and query.limit is not None
     where = _joined(" AND ", conditions) or TRUE
+    limit = f" LIMIT {query.limit}" if limited else ""
     return Compiled(
-        sql=f"SELECT {selection or selected} FROM {table.name} AS t WHERE {where}{order}",
+        sql=f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} ORDER BY {order}{limit}",
         args=compiler.args.values,
-        names=names,
         residual=None if exact else compile_filter(query.where),
-        sorted_here=not pushed,
+        forms=tuple(key.form or "any" for key in keys) if any(key.form for key in keys) else (),
+        limited=limited,
     )
 
 
-def compile_count(table: TableMapping, query: Query) -> Compiled | None:
+def compile_count(table: Table, query: Query) -> Compiled | None:
     """The SELECT that counts the matches of a query; None if SQL cannot express the filter exactly, or if
     the query has a limit or a position."""
     compiler = _Compiler(table)
@@ -121,51 +96,36 @@ def compile_count(table: TableMapping, query: Query) -> Compiled | None:
         return None
     where = _joined(" AND ", conditions) or TRUE
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"
-    return Compiled(sql, compiler.args.values, (), None, sorted_here=False)
+    return Compiled(sql, compiler.args.values, None, (), limited=False)
 
 
-def comparisons_in(where: Filter) -> int:
-    """The number of comparisons in a filter."""
+def paths_in(where: Filter) -> set[tuple[str | int, ...]]:
+    """The paths in a filter."""
     if isinstance(where, Comparison):
-        return 1
-    if isinstance(where, Not):
-        return comparisons_in(where.part)
-    return sum(map(comparisons_in, where.parts))
+        return {where.path}
+    parts = (where.part,) if isinstance(where, Not) else where.parts
+    return set().union(*map(paths_in, parts))
 
 
-class _SortKey(NamedTuple):
+class _Key(NamedTuple):
     """How SQL sorts by one key of an order.
 
     Attributes:
-        part: the expression; None if the value is missing in every row.
-        field: the declared field; None for a path in a JSON column.
-        is_key: the field is the key of the collection, so that no two rows are equal.
+        form: of the terms; None if the key is a column of its own: the id, or the version.
+        is_id: no two rows are equal.
     """
 
-    part: SortPart | None
-    field: Field | None
-    is_key: bool
+    terms: tuple[str, ...]
+    descending: bool
+    form: Form | None = None
+    is_id: bool = False
 
 
 class _Compiler:
-    def __init__(self, table: TableMapping) -> None:
+    def __init__(self, table: Table) -> None:
         self._table = table
-        self._dialect = table.dialect
-        self._collection = table.collection
-        self.args = Arguments(table.dialect)
-
-    # -- selection ---------------------------------------------------------------------------
-
-    def selected(self, query: Query, *, exact: bool) -> tuple[tuple[str, ...] | None, str]:
-        """The declared fields to read, or None for all, and the list of expressions to select."""
-        if query.fields is None or not exact:
-            return None, self._table.selected
-        # A cursor contains the values of the fields of the order.
-        wanted = {*query.fields, *(cast("str", each.path[0]) for each in query.order)}
-        fields = [each for each in self._table.fields if each.name in wanted]
-        others = wanted - self._collection.fields.keys() - {VERSION}
-        names = tuple(each.name for each in fields)
-        return names, self._table.selection(fields, doc=bool(others))
+        self._grammar = table.grammar
+        self.args = Arguments(table.grammar)
 
     # -- filters -----------------------------------------------------------------------------
 
@@ -173,221 +133,224 @@ class _Compiler:
         """The conditions of a filter, to be joined by AND, and whether they are exact. If not, they accept
         more rows."""
         parts = _deepest_first(where.parts) if isinstance(where, And) else (where,)
-        pairs = [self._filter(each) for each in parts]
-        return [sql for sql, _ in pairs if sql != TRUE], all(exact for _, exact in pairs)
+        found = [self._filter(each) for each in parts]
+        return [each.sql for each in found if each.sql != TRUE], all(each.exact for each in found)
 
-    def _filter(self, where: Filter) -> tuple[str, bool]:
+    def _filter(self, where: Filter) -> Condition:
         if isinstance(where, Comparison):
             return self._comparison(where.path, where.op, where.value)
         if isinstance(where, Not):
             before = len(self.args.values)
-            return self._opposite(*self._filter(where.part), before)
-        pairs = [self._filter(each) for each in _deepest_first(where.parts)]
-        combine = all if isinstance(where, And) else any
-        if not pairs:
-            return (TRUE if combine is all else FALSE), True
-        operator = " AND " if combine is all else " OR "
-        return f"({_joined(operator, [sql for sql, _ in pairs])})", all(exact for _, exact in pairs)
+            return self._opposite(self._filter(where.part), before)
+        found = [self._filter(each) for each in _deepest_first(where.parts)]
+        is_and = isinstance(where, And)
+        if not found:
+            return Condition(TRUE if is_and else FALSE)
+        joined = _joined(" AND " if is_and else " OR ", [each.sql for each in found])
+        return Condition(f"({joined})", all(each.exact for each in found))
 
-    def _comparison(self, path: Sequence[str | int], op: str, value: Value) -> tuple[str, bool]:
-        if op in _OPPOSITE:
-            before = len(self.args.values)
-            return self._opposite(*self._comparison(path, _OPPOSITE[op], value), before)
-        name = cast("str", path[0])
-        field = self._collection.fields.get(name)
-        if field is not None and field.type == "json":
-            base, steps = f"t.{quoted(name)}", path[1:]
-        elif field is None and name != VERSION:
-            base, steps = f"t.{DOC}", path
-        elif len(path) == 1:
-            return self._column(field, op, value), True
-        else:
-            return (TRUE if op == "exists" and value is False else FALSE), True
-        return self._dialect.json_test(base, steps, op, value, self.args)
-
-    def _opposite(self, sql: str, exact: bool, before: int) -> tuple[str, bool]:
+    def _opposite(self, condition: Condition, before: int) -> Condition:
         """The negation of a condition, whose arguments begin at `before`."""
-        if exact:
-            return _not(sql), True
+        if condition.exact:
+            return Condition(_not(condition.sql))
         # Only an exact condition can be negated; the arguments of any other one are removed.
         del self.args.values[before:]
-        return TRUE, False
+        return Condition(TRUE, exact=False)
 
-    def _column(self, field: Field | None, op: str, value: Value) -> str:
-        """The condition for an operator on a declared column, or on the version."""
-        column = f"t.{VERSION}" if field is None else f"t.{quoted(field.name)}"
-        kind = "integer" if field is None else field.type
-        null = None
-        if field is not None and field.name != self._collection.key:
-            null = f"({column} IS NULL AND {self._dialect.has_overflow(field.name)})"
-        if op == "exists":
-            exists = TRUE if null is None else f"({column} IS NOT NULL OR {null})"
-            return exists if value is True else _not(exists)
-        if op == "eq":
-            return self._one_of(column, kind, [value], null)
-        if op == "in":
-            return self._one_of(column, kind, cast("list[Value]", value), null)
-        if op == "between":
-            low, high = cast("list[Value]", value)
-            return f"({self._range(column, kind, 'gte', low)} AND {self._range(column, kind, 'lte', high)})"
-        if op in _COMPARE:
-            return self._range(column, kind, op, value)
-        if kind not in ("text", "timestamp") or not isinstance(value, str):
-            return FALSE
-        if op == "contains":
-            return self._dialect.contains_string(column, self.args.add(value, kind))
-        return self._begins_with(column, kind, value)
-
-    def _one_of(self, column: str, kind: Kind, values: list[Value], null: str | None) -> str:
-        comparable = [
-            converted for each in values if (converted := _column_value(kind, each)) is not None
-        ]
-        tests = []
-        if null is not None and None in values:
-            tests.append(null)
-        if comparable:
-            short = self._shortened(column, kind)
-            if len(comparable) == 1:
-                parameter = self.args.add(comparable[0], kind)
-                test = f"{column} = {parameter}"
-                if short is not None:
-                    # An index contains only the prefix; the whole string decides.
-                    test = f"({short} = {self._dialect.index_prefix(parameter)} AND {test})"
-            else:
-                test = self._dialect.one_of(column, comparable, kind, self.args)
-                if short is not None:
-                    prefixes = [cast("str", each)[:SHORT] for each in comparable]
-                    indexed = self._dialect.one_of(short, prefixes, kind, self.args)
-                    test = f"({indexed} AND {test})"
-            tests.append(test)
-        return f"({' OR '.join(tests)})" if len(tests) > 1 else tests[0] if tests else FALSE
-
-    def _range(self, column: str, kind: Kind, op: str, value: Value) -> str:
-        if not _comparable(kind, value):
-            return FALSE
-        if kind == "integer" and isinstance(value, float):
-            bound = _integer_bound(op, value)
-            if isinstance(bound, bool):
-                return f"{column} IS NOT NULL" if bound else FALSE
-            op, value = bound
-        parameter = self.args.add(value, kind)
-        test = f"{column} {_COMPARE[op]} {parameter}"
-        short = self._shortened(column, kind)
-        if short is not None:
-            inclusive = "<=" if op.startswith("lt") else ">="
-            test = f"({short} {inclusive} {self._dialect.index_prefix(parameter)} AND {test})"
+    def _comparison(self, path: Sequence[str | int], op: str, value: Value) -> Condition:
+        if op in _OPPOSITE:
+            before = len(self.args.values)
+            return self._opposite(self._comparison(path, _OPPOSITE[op], value), before)
+        name = cast("str", path[0])
+        if name in (VERSION, self._table.collection.key):
+            if len(path) > 1:  # missing in every row
+                return Condition(TRUE if op == "exists" and value is False else FALSE)
+            return Condition(self._version(op, value) if name == VERSION else self._id(op, value))
+        if (op == "in" and not value) or (op == "between" and not _comparable_pair(value)):
+            return Condition(FALSE)
+        if len(path) == 1 and name in self._table.terms:
+            narrowed = self._narrowed(name, op, value)
+            if narrowed is not None:
+                return narrowed
+        before = len(self.args.values)
+        test = self._grammar.test(self._grammar.at(path, self.args), op, value, self.args)
+        if test.sql == FALSE:
+            del self.args.values[before:]  # those of the path
         return test
 
-    def _begins_with(self, column: str, kind: Kind, prefix: str) -> str:
-        if not prefix:
-            return f"{column} IS NOT NULL"
-        above = _upper_bound(prefix)
-        low = self._range(column, kind, "gte", prefix)
-        return low if above is None else f"({low} AND {self._range(column, kind, 'lt', above)})"
-
-    def _shortened(self, column: str, kind: Kind) -> str | None:
-        """The prefix of a column that an index contains; None if it contains the whole value."""
-        if kind != "text" or column in self._table.whole:
+    def _narrowed(self, name: str, op: str, value: Value) -> Condition | None:
+        """A condition on the sort terms of an indexed field; None if they do not help."""
+        terms = self._table.terms[name]
+        if op == "exists":
+            sign = ">" if value else "="
+            missing = self._grammar.operand(MISSING, terms.form, self.args)
+            return Condition(f"{terms.sql[0]} {sign} {missing[0]}")
+        if op in ("eq", "in"):
+            found = self._equal(terms, [value] if op == "eq" else cast("list[Value]", value))
+        elif op == "between" and _is_ordered(cast("list[Value]", value)[0]):
+            low, high = cast("list[str | float]", value)
+            parts = [self._bound(name, "gte", low), self._bound(name, "lte", high)]
+            joined = " AND ".join(each.sql for each in parts)
+            found = Condition(f"({joined})", all(each.exact for each in parts))
+        elif op == "begins_with" and value:
+            found = self._begins_with(name, cast("str", value))
+        elif op in OPERATORS and _is_ordered(value):
+            found = self._bound(name, op, cast("str | float", value))
+        else:
             return None
-        return self._dialect.index_prefix(column)
+        if found is None or found.exact:
+            return found
+        test = self._grammar.test(self._grammar.at((name,), self.args), op, value, self.args)
+        return Condition(f"({found.sql} AND {test.sql})", test.exact)
+
+    def _equal(self, terms: SortTerms, values: Sequence[Value]) -> Condition | None:
+        by_rank: dict[int, list[Value]] = {}
+        for each in values:
+            if isinstance(each, list | dict):
+                return None
+            by_rank.setdefault(rank_of(each), []).append(each)
+        found = [self._grammar.equal(terms, each, self.args) for each in by_rank.values()]
+        joined = " OR ".join(each.sql for each in found)
+        return Condition(
+            f"({joined})" if len(found) > 1 else joined, all(each.exact for each in found)
+        )
+
+    def _bound(self, name: str, op: str, value: str | float) -> Condition:
+        target = self._grammar.at((name,), self.args)
+        return self._grammar.bound(self._table.terms[name], target, op, value, self.args)
+
+    def _begins_with(self, name: str, prefix: str) -> Condition:
+        low, above = self._bound(name, "gte", prefix), _upper_bound(prefix)
+        if above is None:
+            return low
+        high = self._bound(name, "lt", above)
+        return Condition(f"({low.sql} AND {high.sql})", low.exact and high.exact)
+
+    def _id(self, op: str, value: Value) -> str:
+        """The condition for an operator on the id."""
+        column, grammar = f"t.{self._table.key}", self._grammar
+        if op == "exists":
+            return TRUE if value else FALSE
+        if op in ("eq", "in"):
+            values = [value] if op == "eq" else cast("list[Value]", value)
+            strings = [each for each in values if isinstance(each, str)]
+            if len(strings) == 1:
+                return f"{column} = {self.args.add(strings[0])}"
+            return grammar.in_strings(column, strings, self.args) if strings else FALSE
+        if op == "between":
+            low, high = cast("list[Value]", value)
+            return f"({self._id('gte', low)} AND {self._id('lte', high)})"
+        if not isinstance(value, str):
+            return FALSE
+        if op == "contains":
+            return grammar.contains(column, self.args.add(value))
+        if op == "begins_with":
+            above = _upper_bound(value)
+            low = self._id("gte", value)
+            return low if above is None else f"({low} AND {self._id('lt', above)})"
+        return f"{column} {OPERATORS[op]} {self.args.add(value)}"
+
+    def _version(self, op: str, value: Value) -> str:
+        """The condition for an operator on the version."""
+        column = self._grammar.version(f"t.{VERSION}")
+        if op == "exists":
+            return TRUE if value else FALSE
+        if op == "in":
+            tests = [self._version("eq", each) for each in cast("list[Value]", value)]
+            return f"({_joined(' OR ', tests)})" if tests else FALSE
+        if op == "between":
+            low, high = cast("list[Value]", value)
+            return f"({self._version('gte', low)} AND {self._version('lte', high)})"
+        if (
+            op not in ("eq", *OPERATORS)
+            or value is None
+            or isinstance(value, bool | str | list | dict)
+        ):
+            return FALSE
+        sign = "=" if op == "eq" else OPERATORS[op]
+        return f"{column} {sign} {self._grammar.number(value, self.args)}"
 
     # -- order and position ------------------------------------------------------------------
 
-    def sort_key(self, order: Order) -> _SortKey | None:
-        """How SQL sorts by a key of the order; None if it cannot."""
-        name = cast("str", order.path[0])
-        field = self._collection.fields.get(name)
-        if (field is not None and field.type == "json") or (field is None and name != VERSION):
-            base = f"t.{DOC}" if field is None else f"t.{quoted(name)}"
-            steps = order.path if field is None else order.path[1:]
-            part = self._dialect.json_order(base, steps, self.args)
-            return None if part is None else _SortKey(part, None, is_key=False)
-        if len(order.path) > 1:
-            return _SortKey(None, None, is_key=False)  # missing in every row: all are equal
-        if field is None:
-            return _SortKey(SortPart(f"t.{VERSION}"), _VERSION_FIELD, is_key=False)
-        column = f"t.{quoted(name)}"
-        if name == self._collection.key:
-            return _SortKey(SortPart(column), field, is_key=True)
-        part = SortPart(column, nullable=True, null=self._dialect.has_overflow(name))
-        return _SortKey(part, field, is_key=False)
+    def key(self, order: Order) -> _Key:
+        """How SQL sorts by a key of the order."""
+        name, down = cast("str", order.path[0]), order.descending
+        if name in (VERSION, self._table.collection.key):
+            if len(order.path) > 1:  # missing in every row: all are equal
+                return _Key((), down)
+            is_id = name != VERSION
+            return _Key((f"t.{self._table.key if is_id else VERSION}",), down, None, is_id)
+        if len(order.path) == 1 and name in self._table.terms:
+            terms = self._table.terms[name]
+        else:
+            terms = self._grammar.terms(self._grammar.at(order.path, self.args))
+        return _Key(terms.sql, down, terms.form)
 
-    def order_by(self, keys: Sequence[tuple[Order, _SortKey]]) -> str:
-        parts = []
-        for order, key in keys:
-            if key.part is not None:
-                parts.append(self._dialect.ordered(key.part, descending=order.descending))
-        if not any(key.is_key for _, key in keys):
-            parts.append(f"t.{self._table.key}")
-        return ", ".join(parts)
+    def _with_id(self, keys: Sequence[_Key]) -> list[_Key]:
+        if any(key.is_id for key in keys):
+            return list(keys)
+        return [*keys, _Key((f"t.{self._table.key}",), descending=False, is_id=True)]
 
-    def after(
-        self,
-        keys: Sequence[tuple[Order, _SortKey]],
-        values: Sequence[Value | Missing],
-        entity_id: str,
-    ) -> list[str]:
-        """The conditions of the rows after a position, to be joined by AND."""
-        after_sql = FALSE
-        if not any(key.is_key for _, key in keys):
-            after_sql = f"t.{self._table.key} > {self.args.add(entity_id, 'text')}"
-        first: list[str] = []
-        pairs = list(zip(keys, values, strict=True))
-        for number, ((order, key), value) in reversed(list(enumerate(pairs))):
-            if key.part is None:
+    def order_by(self, keys: Sequence[_Key]) -> str:
+        """The terms of the ORDER BY."""
+        return ", ".join(
+            f"{term} DESC" if key.descending else term
+            for key in self._with_id(keys)
+            for term in key.terms
+        )
+
+    def after(self, keys: Sequence[_Key], position: CursorPosition) -> tuple[list[str], bool]:
+        """The conditions of the rows after a position, to be joined by AND, and whether they are exact."""
+        pairs: list[tuple[_Key, tuple[str, ...]]] = []
+        exact = True
+        for key, value in zip(keys, position.values, strict=True):
+            exact = key.form is None or self._grammar.exact(value, key.form)
+            if key.form is None:
+                parameter = self._position(key, value)
+                if parameter is None:  # no row has such a value: the cursor is forged
+                    return [FALSE], True
+                pairs.append((key, parameter))
                 continue
-            if key.field is None:
-                tests = self._compare_json(key.part, value)
-            else:
-                tests = self._compare_column(key.part, key.field, value)
-            less, equal, greater = tests
-            later = less if order.descending else greater
+            below = not key.descending
+            operand = self._grammar.operand(value, key.form, self.args, below=below)
+            pairs.append((key, operand))
+            if not exact:
+                break
+        if exact and not any(key.is_id for key in keys):
+            [last] = self._with_id(keys)[len(keys) :]
+            pairs.append((last, (self.args.add(position.id),)))
+        return self._after(pairs, strict=exact), exact
+
+    def _position(self, key: _Key, value: Value | Missing) -> tuple[str, ...] | None:
+        if not key.terms:
+            return ()
+        if key.is_id:
+            return (self.args.add(value),) if isinstance(value, str) else None
+        return (f"{value}",) if type(value) is int else None
+
+    def _after(self, pairs: Sequence[tuple[_Key, tuple[str, ...]]], *, strict: bool) -> list[str]:
+        """Compare rows of terms: at once if all keys have the same direction, else key by key."""
+        used = [(key, values) for key, values in pairs if key.terms]
+        if len({key.descending for key, _ in used}) == 1:
+            terms = [term for key, _ in used for term in key.terms]
+            values = [value for _, each in used for value in each]
+            sign = "<" if used[0][0].descending else ">"
+            return [_compared(terms, sign if strict else f"{sign}=", values)]
+        after = FALSE if strict else TRUE
+        for key, each in reversed(used):
+            later = _compared(key.terms, "<" if key.descending else ">", each)
+            equal = _compared(key.terms, "=", each)
             # The nested condition comes first: see `_deepest_first`.
-            after_sql = f"(({after_sql} AND {equal}) OR {later})"
-            if number == 0 and isinstance(value, str | int | float) and later != FALSE:
-                # A redundant condition on the first key alone, so that an index scan can start there.
-                first = [f"({later} OR {equal})"]
-        return [*first, after_sql]
-
-    def _compare_json(self, part: SortPart, value: Value | Missing) -> tuple[str, str, str]:
-        """The conditions that a row sorts before, equal to, and after a value."""
-        column = part.sql
-        if value is MISSING:
-            return FALSE, f"{column} IS NULL", f"{column} IS NOT NULL"
-        parameter = self.args.add(self._dialect.order_argument(value), "sort")
-        return (
-            f"({column} IS NULL OR {column} < {parameter})",
-            f"{column} = {parameter}",
-            f"{column} > {parameter}",
-        )
-
-    def _compare_column(
-        self, part: SortPart, field: Field, value: Value | Missing
-    ) -> tuple[str, str, str]:
-        column, null = part.sql, part.null or FALSE
-        missing = f"({column} IS NULL AND NOT {null})" if part.nullable else FALSE
-        is_null = f"({column} IS NULL AND {null})" if part.nullable else FALSE
-        not_null = f"{column} IS NOT NULL" if part.nullable else TRUE
-        if value is MISSING:
-            return FALSE, missing, f"({is_null} OR {not_null})"
-        if value is None:
-            return missing, is_null, not_null
-        if not _comparable(field.type, value) or (
-            isinstance(value, float) and field.type == "integer"
-        ):
-            # No row of this store has such a value: the cursor is forged.
-            return FALSE, FALSE, FALSE
-        parameter = self.args.add(value, field.type)
-        less = (
-            f"({column} IS NULL OR {column} < {parameter})"
-            if part.nullable
-            else f"{column} < {parameter}"
-        )
-        return less, f"{column} = {parameter}", f"{column} > {parameter}"
+            after = f"(({after} AND {equal}) OR {later})"
+        # A redundant condition on the first key alone, so that an index scan can start there.
+        key, each = used[0]
+        return [_compared(key.terms, "<=" if key.descending else ">=", each), after]
 
 
-SHORT: Final = 256
-"""The number of characters of a string that an index contains if it cannot contain the whole string."""
+def _compared(terms: Sequence[str], sign: str, values: Sequence[str]) -> str:
+    if len(terms) == 1:
+        return f"{terms[0]} {sign} {values[0]}"
+    return f"({', '.join(terms)}) {sign} ({', '.join(values)})"
 
 
 def _not(sql: str) -> str:
@@ -420,40 +383,18 @@ def _depth(where: Filter) -> int:
     return 1 + max(map(_depth, parts), default=0)
 
 
-def _comparable(kind: Kind, value: Value) -> bool:
-    """Whether a value has a type with which values of a column can be compared."""
-    if kind in ("text", "timestamp"):
-        return isinstance(value, str)
-    if kind == "boolean":
-        return isinstance(value, bool)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_ordered(value: Value) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
-def _column_value(kind: Kind, value: Value) -> Value:
-    """The value of a column that equals an operand; None if no value of the column can."""
-    if not _comparable(kind, value):
-        return None
-    if kind == "integer" and isinstance(value, float):
-        whole = value.is_integer() and INT_MIN <= value <= INT_MAX
-        return int(value) if whole and INT_MIN <= int(value) <= INT_MAX else None
-    return value
+def _kind(value: Value) -> type:
+    return float if _is_ordered(value) and not isinstance(value, str) else type(value)
 
 
-def _integer_bound(op: str, value: float) -> tuple[str, int] | bool:
-    """The comparison with an integer that is equivalent to one with a float, or its result if it is the
-    same for every integer."""
-    below = op.startswith("lt")
-    if value.is_integer():
-        whole = int(value)
-    else:
-        # x < 1.5 and x <= 1.5 are equivalent to x <= 1, and x > 1.5 to x >= 2.
-        op = "lte" if below else "gte"
-        whole = math.floor(value) if below else math.ceil(value)
-    if whole > INT_MAX:
-        return below
-    if whole < INT_MIN:
-        return not below
-    return op, whole
+def _comparable_pair(bounds: Value) -> bool:
+    """Whether a value can be between two bounds."""
+    low, high = cast("list[Value]", bounds)
+    return low is not None and _kind(low) is _kind(high)
 
 
 def _upper_bound(prefix: str) -> str | None:

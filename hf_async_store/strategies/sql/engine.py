@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
-import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -15,10 +13,11 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from hf_async_store.changes import Change, Outcome, Put, Record
+import msgspec
+
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader
 from hf_async_store.errors import (
@@ -26,39 +25,29 @@ from hf_async_store.errors import (
     LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyStoreError,
-    StorageError,
     UnavailableError,
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
 from hf_async_store.strategies.sql import reading
-from hf_async_store.strategies.sql.bulk_writer import BulkWriter, StatementGroup, marker_put
-from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
+from hf_async_store.strategies.sql.compiler import compile_query, paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
-from hf_async_store.strategies.sql.ddl import PROBES, SchemaSync, refuse_untrusted_owners
+from hf_async_store.strategies.sql.ddl import SchemaSync, refuse_untrusted_owners
 from hf_async_store.strategies.sql.dialect import SessionEndedError
-from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC, PROBES, declared_name, sql_name
 from hf_async_store.strategies.sql.parameters import bind, check_statement
-from hf_async_store.strategies.sql.row_mapping import (
-    DOC,
-    SIDE,
-    TableMapping,
-    declared_name,
-    sql_name,
-    with_columns,
-)
+from hf_async_store.strategies.sql.retries import Attempts
+from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.strategies.sql.write_sql import WriteStatementCache
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.writer import Writer
 
 Result = TypeVar("Result")
 
-_FIRST_PAUSE: Final = 0.002
-_MAX_PAUSE_SECONDS: Final = 0.1
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
 
 
@@ -67,21 +56,23 @@ class SQLEngine(Engine):
 
     Attributes:
         tables: by collection.
-        writer: executes changes.
     """
 
-    def __init__(self, config: SQLConfig, schema: Schema, dialect: Dialect) -> None:
+    def __init__(
+        self, config: SQLConfig, schema: Schema, dialect: Dialect, writer: type[Writer]
+    ) -> None:
         self.capabilities = dialect.capabilities
         self.schema = schema
-        self.tables = {name: TableMapping(each, dialect) for name, each in schema.items()}
-        statements = WriteStatementCache(schema, self.tables, references=config.enforce_references)
-        self.writer = BulkWriter(
-            schema, self.tables, statements, references=config.enforce_references
-        )
+        self.tables: Mapping[str, Table] = {
+            name: Table(each, dialect.grammar) for name, each in schema.items()
+        }
         self._config = config
         self._dialect = dialect
+        self._writer = writer(schema, self.tables, config)
         self._main, self._readers, self._streams = _pools(config, dialect)
-        self._schema_sync = SchemaSync(schema, dialect, self._main.sql_dialect)
+        self._schema_sync = SchemaSync(
+            schema, dialect, self._main.sql_dialect, references=config.enforce_references
+        )
         self._ready = False  # the schema is complete: tables, columns and indexes exist
         self._readable = False  # all tables and columns exist
         self._prepare_lock = asyncio.Lock()
@@ -100,11 +91,10 @@ class SQLEngine(Engine):
                     await self._schema_sync.ensure(lease)
                 self._ready = True
 
-    async def _tables_on(self, lease: LeasedConnection) -> Mapping[str, TableMapping]:
+    async def _tables_on(self, lease: LeasedConnection) -> Mapping[str, Table]:
         """By collection, the tables that can be read. Nothing is created.
 
-        A table that does not exist is omitted. If a table lacks the column of a field, the field is
-        read from the document.
+        A table that does not exist is omitted. If a table lacks a column, no query uses it.
         """
         if self._ready or self._readable:
             return self.tables
@@ -113,7 +103,7 @@ class SQLEngine(Engine):
             self._readable = True
             return self.tables
         return {
-            name: TableMapping(with_columns(each, columns[sql_name(name)]), self._dialect)
+            name: Table(each, self._dialect.grammar, columns[sql_name(name)])
             for name, each in self.schema.items()
             if sql_name(name) in columns
         }
@@ -185,8 +175,7 @@ class SQLEngine(Engine):
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         if not self._ready and not self._dialect.exists():
             return [None] * len(keys)
-        deadline = time.monotonic() + self._config.timeout
-        pause = _FIRST_PAUSE
+        attempts = Attempts(self._config.timeout)
         reconnected = False
         while True:
             try:
@@ -197,14 +186,14 @@ class SQLEngine(Engine):
                     async with lease.transaction():
                         return await reading.fetch(lease, tables, keys)
             except ConcurrencyConflictError:
-                if time.monotonic() > deadline:
+                if attempts.ended:
                     raise
             except UnavailableError:
                 # A read can be repeated; the pooled connection may have been closed by the server.
                 if reconnected:
                     raise
                 reconnected = True
-            pause = await _sleep(pause)
+            await attempts.wait()
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         records = await self._small(query)
@@ -251,7 +240,7 @@ class SQLEngine(Engine):
         return await self._retried(lambda: self._fetch_undeclared(collection, entity_id))
 
     async def _fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        table = TableMapping(collection, self._dialect)
+        table = Table(collection, self._dialect.grammar, ())
         async with self._main.lease() as lease:
             try:
                 columns = await self._dialect.reflect_columns(
@@ -304,26 +293,15 @@ class SQLEngine(Engine):
                 columns = await self._dialect.reflect_columns(lease.driver, tables)
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-            system = {PROBES, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
-            undeclared: list[str] = []
-            for table, existing in columns.items():
-                if table in self._schema_sync.names:
-                    name = declared_name(table)
-                    undeclared += [
-                        f"{name}.{declared_name(column)}"
-                        for column in existing
-                        if not self._schema_sync.is_declared(table, column)
-                        and await _has_rows(
-                            lease, f"{_identifier(table)} WHERE {_identifier(column)} IS NOT NULL"
-                        )
-                    ]
-                elif (
-                    table not in system
-                    and existing.keys() >= {DOC, SIDE, VERSION}
-                    and await _has_rows(lease, _identifier(table))
-                ):
-                    undeclared.append(declared_name(table))
-        return sorted(undeclared)
+            system = {PROBES, CATALOGUE, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
+            found = [
+                declared_name(table)
+                for table, existing in columns.items()
+                if table not in {*system, *self._schema_sync.names}
+                and existing.keys() >= {DOC, VERSION}
+                and await _has_rows(lease, _identifier(table))
+            ]
+        return sorted(found)
 
     # -- independent writes ------------------------------------------------------------------
 
@@ -331,123 +309,8 @@ class SQLEngine(Engine):
         return await self._retried(lambda: self._write_each(changes))
 
     async def _write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        puts = self.writer.imports_in(changes)
-        if puts is not None and await self._import_in_bulk(puts):
-            return [each.import_version for each in puts]
-        marked = any(each.mark is not None for each in changes)
         async with self.writing() as lease:
-            if marked or self._dialect.needs_transactions:
-                return await self._write_together(lease, changes)
-            return await self._write_independently(lease, changes)
-
-    async def _import_in_bulk(self, puts: Sequence[Put]) -> bool:
-        """Write imports in bulk. Returns whether all of them were applied.
-
-        If not, the caller writes all of them again with the statements of other writes, which report
-        each change that fails. To write an import twice has the same result as once.
-        """
-        rows = await self.writer.import_rows(puts)
-        try:
-            async with self.writing() as lease, lease.bulk():
-                return await self.writer.imported(lease, puts[0].key.collection, rows)
-        except REFUSALS:
-            return False
-
-    async def _write_independently(
-        self, lease: LeasedConnection, changes: Sequence[Change]
-    ) -> list[Outcome]:
-        waves = self.writer.dependency_batches(changes)
-        outcomes: list[Outcome] = [None] * len(changes)
-        if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
-            try:
-                async with lease.transaction():
-                    for batch in chain.from_iterable(waves):
-                        await self.writer.send(
-                            _RunOnce(lease), lease, batch, outcomes, halves=False
-                        )
-            except REFUSALS:
-                return await self._write_together(lease, changes)
-            return outcomes
-        run = _RunWithRetries(lease, self._config.timeout)
-        failure: StorageError | None = None
-        first = True
-        for batch in chain.from_iterable(waves):
-            if failure is None:
-                try:
-                    await self.writer.send(run, lease, batch, outcomes, halves=True)
-                except StorageError as exc:
-                    if first:
-                        raise
-                    # Earlier statements were applied, and must not be reported as failed.
-                    failure = exc
-                    _fail(batch, exc, outcomes)
-            else:
-                unsent = failure.copy()
-                unsent.outcome_unknown = False
-                _fail(batch, unsent, outcomes)
-            first = False
-        return outcomes
-
-    async def _write_together(
-        self, lease: LeasedConnection, changes: Sequence[Change]
-    ) -> list[Outcome]:
-        """Apply changes and their change markers in one transaction; if the database rejects one of the
-        changes, each half in a transaction of its own."""
-        deadline = time.monotonic() + self._config.timeout
-        pause = _FIRST_PAUSE
-        while True:
-            outcomes: list[Outcome] = [None] * len(changes)
-            try:
-                async with lease.transaction():
-                    await self._send(lease, changes, outcomes, all_or_none=False)
-            except ConcurrencyConflictError:
-                if time.monotonic() > deadline:
-                    raise
-                pause = await _sleep(pause)
-            except REFUSALS as exc:
-                if len(changes) == 1:
-                    return [exc]
-                middle = len(changes) // 2
-                return [
-                    *await self._write_together(lease, changes[:middle]),
-                    *await self._write_together(lease, changes[middle:]),
-                ]
-            else:
-                return outcomes
-
-    async def _send(
-        self,
-        lease: LeasedConnection,
-        changes: Sequence[Change],
-        outcomes: list[Outcome],
-        *,
-        all_or_none: bool,
-    ) -> None:
-        halves = all_or_none and self._dialect.batches_commit_together
-        run = _RunOnce(lease)
-        failed = len(changes)  # with `all_or_none`: the position of the first change that failed
-        for batch in chain.from_iterable(self.writer.dependency_batches(changes)):
-            if min(batch.places) > failed:
-                continue
-            wanted = batch.before(failed)
-            await self.writer.send(run, lease, wanted, outcomes, halves=halves)
-            if all_or_none:
-                for position in wanted.places:
-                    if isinstance(outcomes[position], StorageError):
-                        failed = min(failed, position)
-        if failed < len(changes):
-            return
-        markers = [
-            marker_put(change.mark, getattr(change, "written_at", ""))
-            for change, outcome in zip(changes, outcomes, strict=True)
-            if change.mark is not None and not isinstance(outcome, StorageError)
-        ]
-        if markers:
-            marker_outcomes: list[Outcome] = [None] * len(markers)
-            await self._send(lease, markers, marker_outcomes, all_or_none=False)
-            for outcome in marker_outcomes:
-                if isinstance(outcome, StorageError):
-                    raise outcome
+            return await self._writer.write_each(lease, changes)
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -456,12 +319,7 @@ class SQLEngine(Engine):
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Apply the changes of a session, up to the first that fails."""
-        outcomes: list[Outcome] = [None] * len(changes)
-        await self._send(lease, changes, outcomes, all_or_none=True)
-        for index, each in enumerate(outcomes):
-            if isinstance(each, StorageError):
-                return outcomes[: index + 1]
-        return outcomes
+        return await self._writer.apply(lease, changes)
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
@@ -478,19 +336,18 @@ class SQLEngine(Engine):
         """Run work, and repeat it until `timeout` while it fails without any effect: because of a
         conflict, a statement that was prepared before the tables were changed, a session that had
         ended, or a server that accepts no writes."""
-        deadline = time.monotonic() + self._config.timeout
-        pause = _FIRST_PAUSE
+        attempts = Attempts(self._config.timeout)
         while True:
             try:
                 return await work()
             except (ConcurrencyConflictError, ReadOnlyStoreError) as exc:
-                if not exc.retryable or exc.outcome_unknown or time.monotonic() > deadline:
+                if not exc.retryable or exc.outcome_unknown or attempts.ended:
                     raise
             except UnavailableError as exc:
                 # The server had ended the session of a pooled connection before this statement.
-                if not isinstance(exc.__cause__, SessionEndedError) or time.monotonic() > deadline:
+                if not isinstance(exc.__cause__, SessionEndedError) or attempts.ended:
                     raise
-            pause = await _sleep(pause)
+            await attempts.wait()
 
     async def execute(
         self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]
@@ -512,7 +369,7 @@ class SQLEngine(Engine):
                 return await self._explain_absent(lease.driver, query)
             return await self._explain(lease.driver, table, query)
 
-    async def _explain(self, driver: Any, table: TableMapping, query: Query) -> QueryPlan:
+    async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
         compiled = compile_query(table, query)
         try:
             plan = await self._dialect.explain(
@@ -520,19 +377,13 @@ class SQLEngine(Engine):
                 compiled.sql,
                 compiled.args,
                 self._schema_sync.indexes[query.collection],
-                comparisons_in(query.where),
+                len(paths_in(query.where)),
             )
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="explain the query", writes=False) from exc
-        if compiled.residual is None and not compiled.sorted_here:
+        if compiled.residual is None:
             return plan
-        return QueryPlan(
-            access=plan.access,
-            index=plan.index,
-            residual=plan.residual or compiled.residual is not None,
-            sorted_here=plan.sorted_here or compiled.sorted_here,
-            detail=plan.detail,
-        )
+        return msgspec.structs.replace(plan, residual=True)
 
     async def _explain_absent(self, driver: Any, query: Query) -> QueryPlan:
         """The plan of a query whose table does not exist, made on temporary tables."""
@@ -548,7 +399,7 @@ class SQLEngine(Engine):
             raise error from exc
 
     async def probe(self) -> None:
-        parameters = [self._dialect.parameter(n, "text") for n in (1, 2)]
+        parameters = [self._dialect.grammar.parameter(n, "text") for n in (1, 2)]
         name = f"probe-{secrets.token_hex(8)}"
         await self._retried(lambda: self._probe(name, parameters))
 
@@ -666,42 +517,3 @@ def _identifier(name: str) -> str:
     """A name that may not come from a declaration, as a quoted SQL identifier."""
     escaped = name.replace('"', '""')
     return f'"{escaped}"'
-
-
-class _RunOnce:
-    """Runs a statement in the open transaction, which an error ends."""
-
-    def __init__(self, lease: LeasedConnection) -> None:
-        self._lease = lease
-
-    async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
-        return await self._lease.rows(sql, args, doing="write", writes=True)
-
-
-class _RunWithRetries:
-    """Runs a statement that is a transaction by itself, and repeats it after a conflict."""
-
-    def __init__(self, lease: LeasedConnection, seconds: float) -> None:
-        self._lease = lease
-        self._deadline = time.monotonic() + seconds
-
-    async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                return await self._lease.rows(sql, args, doing="write", writes=True)
-            except ConcurrencyConflictError as exc:
-                if exc.outcome_unknown or time.monotonic() > self._deadline:
-                    raise
-            pause = await _sleep(pause)
-
-
-async def _sleep(pause: float) -> float:
-    """Wait for a random time up to `pause` seconds; returns the next pause."""
-    await asyncio.sleep(random.uniform(0, pause))
-    return min(pause * 2, _MAX_PAUSE_SECONDS)
-
-
-def _fail(batch: StatementGroup, exc: StorageError, outcomes: list[Outcome]) -> None:
-    for position in batch.places:
-        outcomes[position] = exc.copy()

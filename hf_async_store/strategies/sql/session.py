@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
@@ -18,8 +18,7 @@ from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.engine import SQLEngine
-    from hf_async_store.strategies.sql.row_mapping import TableMapping
+    from hf_async_store.strategies.sql.rows import Table
 
 
 class SQLReader(Reader):
@@ -30,14 +29,14 @@ class SQLReader(Reader):
         tables: by collection, the existing tables.
     """
 
-    def __init__(self, lease: LeasedConnection | None, tables: Mapping[str, TableMapping]) -> None:
+    def __init__(self, lease: LeasedConnection | None, tables: Mapping[str, Table]) -> None:
         self._lease = lease
         self._tables = tables
 
     async def _read_lease(self) -> LeasedConnection | None:
         return self._lease
 
-    async def _source(self, query: Query) -> tuple[LeasedConnection, TableMapping] | None:
+    async def _source(self, query: Query) -> tuple[LeasedConnection, Table] | None:
         """The connection and table to read from; None if the table does not exist."""
         lease = await self._read_lease()
         table = self._tables.get(query.collection)
@@ -83,10 +82,38 @@ class SQLReader(Reader):
         return 0 if source is None else await reading.count(*source, query)
 
 
+class Connected(Protocol):
+    """What a session needs of its engine."""
+
+    tables: Mapping[str, Table]
+
+    async def is_absent(self) -> bool:
+        """Whether no table of this store exists yet."""
+        ...
+
+    async def is_empty(self, lease: LeasedConnection) -> bool:
+        """Whether all tables are empty."""
+        ...
+
+    def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
+        """A connection for writes."""
+        ...
+
+    async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+        """Apply the changes of a session, up to the first that fails."""
+        ...
+
+    async def execute(
+        self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]
+    ) -> list[dict[str, Value]]:
+        """Run a caller's own statement in the open transaction."""
+        ...
+
+
 class SQLSession(SQLReader, Session):
     """A session of the engine; the context manager of its transaction."""
 
-    def __init__(self, engine: SQLEngine, isolation: Isolation | None) -> None:
+    def __init__(self, engine: Connected, isolation: Isolation | None) -> None:
         super().__init__(None, engine.tables)
         self._engine = engine
         self._isolation = isolation

@@ -22,7 +22,6 @@ from hf_async_store.transaction import Transaction
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.dialect import Dialect
     from hf_async_store.strategies.sql.postgresql import PasswordProvider
 
 
@@ -70,18 +69,22 @@ class SQLStorageStrategy(StorageStrategy):
         sql = strategy_config(loaded, SQLConfig)
 
         def opened(declared: Schema) -> SQLEngine:
-            return SQLEngine(sql, declared, _dialect(sql, password))
+            return _engine(sql, declared, password)
 
         self._sql = opened(schema)
         super().__init__(routed(self._sql, schema, loaded, opened), schema)
+
+        def opened(declared: Schema) -> SQLEngine:
+            return SQLEngine(sql, declared, _dialect(sql, password))
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = ()
     ) -> list[dict[str, Value]]:
         """Run a caller's own statement in a separate transaction; returns its rows as dicts by column.
 
-        The statement uses the tables directly (their columns are the declared fields, `doc`,
-        `version` and `_side`), so what it writes is not validated. On SQLite, a trailing FOR UPDATE
+        The statement uses the tables directly, so what it writes is not validated. Their columns are
+        the id, `version`, and `doc` with the whole entity as JSON; the other declared fields are
+        columns that are generated from `doc`, and can only be read. On SQLite, a trailing FOR UPDATE
         is removed, because the transaction acquires the write lock when it begins. All locks are
         released when the call returns.
 
@@ -93,12 +96,14 @@ class SQLStorageStrategy(StorageStrategy):
             return await self._sql.execute_with_lock(sql, params)
 
 
-def _dialect(config: SQLConfig, password: PasswordProvider | None) -> Dialect:
+def _engine(config: SQLConfig, schema: Schema, password: PasswordProvider | None) -> SQLEngine:
     # Each module imports its driver, which may not be installed.
     if config.type == "sqlite":
         from hf_async_store.strategies.sql.sqlite import SQLite
+        from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
 
-        return SQLite(config)
+        return SQLEngine(config, schema, SQLite(config), SQLiteWriter)
     from hf_async_store.strategies.sql.postgresql import PostgreSQL
+    from hf_async_store.strategies.sql.statement_writer import StatementWriter
 
-    return PostgreSQL(config, password)
+    return SQLEngine(config, schema, PostgreSQL(config, password), StatementWriter)

@@ -1,294 +1,179 @@
-"""The SQL of writes: one statement checks the preconditions of many rows, and returns those it wrote.
+"""The SQL of writes on PostgreSQL: one statement checks the preconditions of many rows, and returns those
+it wrote.
 
-A statement takes rows of arguments as `i`: the key first, then the columns that its `StatementKey`
-determines. A row that it does not return did not meet its precondition; `bulk_writer` finds out why.
+A statement takes rows of arguments as `i`, one array for each column, and the documents `d` in one JSON
+array. A row that it does not return did not meet its precondition; `statement_writer` finds out why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast
 
-from hf_async_store.schema import Field
-from hf_async_store.strategies.sql.row_mapping import DOC, SIDE, Kind, TableMapping, quoted
-from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION
+from hf_async_store.strategies.sql.names import DOC
+from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
     from hf_async_store.schema import Schema
+    from hf_async_store.strategies.sql.rows import Table
 
 Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
 
-_CREATED: Final = quoted(CREATED_AT)
-_MAX_BULK_STATEMENTS: Final = 64
-"""How many bulk statements are cached: each batch may use different columns."""
+_PATIENCE_MS: Final = 100
+"""How long a statement of several changes waits for the lock of a row."""
+
+_COLUMNS: Final[Mapping[Verb, tuple[str, ...]]] = {
+    "save": ("text",),
+    "create": ("text",),
+    "replace": ("text", "bigint"),
+    "patch": ("text", "bigint", "text", "bigint"),
+    "delete": ("text", "bigint"),
+}
+"""The types of the columns of arguments: the id; the expected version, NULL if any; of a patch, the names
+that it removes, and the size of what it sets, which is its document."""
 
 
 class StatementKey(NamedTuple):
     """Changes with the same key can share one statement.
 
     Attributes:
-        created: for a whole entity: the arguments include its own `created_at`.
-        with_version: for an import: the arguments include its version, which is stored unchanged.
-        versions: for a replace, patch or delete: the arguments include the expected version.
-        names: for a patch: the declared fields that it changes.
-        document: for a patch: it also changes fields that are not declared.
-        kept: for a replace: the references that are not changed, even if their parent is missing.
+        created: for a whole entity: its document contains `created_at`, or is stored without it.
+        imported: the last argument before the references is the version to store.
     """
 
     collection: str
     verb: Verb
     created: bool = False
-    with_version: bool = False
-    versions: bool = False
-    names: tuple[str, ...] = ()
-    document: bool = False
-    kept: tuple[str, ...] = ()
+    imported: bool = False
 
 
-class Statement(NamedTuple):
-    """A statement, and the kinds of the columns of its rows of arguments."""
-
-    sql: str
-    kinds: tuple[Kind, ...]
-
-
-class WriteStatementCache:
+class WriteStatements:
     """Generates the statements of a store, and caches them."""
 
-    def __init__(
-        self, schema: Schema, tables: dict[str, TableMapping], *, references: bool
-    ) -> None:
+    def __init__(self, schema: Schema, tables: Mapping[str, Table], *, references: bool) -> None:
         self._schema = schema
         self._tables = tables
         self._references = references
-        self._statements: dict[tuple[StatementKey, int], Statement] = {}
-        self._bulk: dict[tuple[StatementKey, tuple[int, ...], int], str] = {}
-        self._imports: dict[tuple[str, int], str] = {}
+        self._cache: dict[tuple[StatementKey, bool], str] = {}
 
-    def of(self, shape: StatementKey, rows: int) -> Statement:
-        """The statement for a number of rows of arguments."""
-        variant = self._tables[shape.collection].dialect.statement_variant(rows)
-        cached = self._statements.get((shape, variant))
-        if cached is None:
-            cached = self._statements[shape, variant] = self._generate(shape, rows)
-        return cached
-
-    def in_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
-        """The SQL that writes whole entities without preconditions, with a parameter for each value.
+    def of(self, shape: StatementKey, *, patient: bool) -> str:
+        """The statement.
 
         Args:
-            used: the numbers of the columns that have arguments; the other columns are NULL.
+            patient: it waits for locks as long as the settings of the session allow.
         """
-        cached = self._bulk.get((shape, used, rows))
+        cached = self._cache.get((shape, patient))
         if cached is None:
-            if len(self._bulk) >= _MAX_BULK_STATEMENTS:
-                self._bulk.clear()
-            cached = self._bulk[shape, used, rows] = self._generate_bulk(shape, used, rows)
+            cached = self._cache[shape, patient] = self._generate(shape, patient=patient)
         return cached
 
-    def _generate_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
+    def _generate(self, shape: StatementKey, *, patient: bool) -> str:
         table = self._tables[shape.collection]
-        columns = [*table.columns, DOC, SIDE, VERSION]
-        row = ", ".join("?" * len(used)) + ("" if shape.with_version else ", 1")
-        conflict = ""
-        if shape.verb == "save":
-            excluded = {each: f"excluded.{each}" for each in columns[:-1]}
-            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
-            conflict = f" ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
-        named = [columns[each] for each in used] + ([] if shape.with_version else [VERSION])
-        return (
-            f"INSERT INTO {table.name} AS t ({', '.join(named)}) "
-            f"VALUES {', '.join([f'({row})'] * rows)}{conflict}"
-        )
-
-    def _generate(self, shape: StatementKey, rows: int) -> Statement:
-        table = self._tables[shape.collection]
-        if shape.verb == "patch":
-            return self._patch(table, shape, rows)
-        if shape.verb == "delete":
-            return self._delete(table, shape, rows)
-        return self._put(table, shape, rows)
-
-    # -- whole entities. Arguments: key and fields, doc, _side; version and expected version if needed
-
-    def _put(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
-        kinds: list[Kind] = [*table.kinds, "json", "json"]
-        columns = [*table.columns, DOC, SIDE]
-        inputs = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
-        version = "1"
-        if shape.with_version:
-            version = f"i.c{len(kinds)}"
-            kinds.append("bigint")
-        expected = ""
-        if shape.versions:
-            expected = f" AND t.{VERSION} = i.c{len(kinds)}"
-            kinds.append("bigint")
-        source = table.dialect.values_source(kinds, rows)
-        if shape.verb == "replace":
-            sets = self._sets(table, shape, dict(zip(columns, inputs, strict=True)), version)
-            parents = self._parents(table, table.fields, kept=shape.kept)
+        kinds = [*_COLUMNS[shape.verb], *(["bigint"] if shape.imported else [])]
+        first = len(kinds)  # the number of the column of the first reference
+        parents = ""
+        if self._references and shape.verb != "delete":
+            kinds += ["text"] * len(table.collection.references)
+            parents = self._parents(table, first)
+        source = _source(kinds, documents=shape.verb != "delete", patient=patient)
+        if shape.verb in ("save", "create"):
+            sql = self._insert(table, shape, source, parents)
+        elif shape.verb == "delete":
             sql = (
-                f"UPDATE {table.name} AS t SET {sets} FROM {source} "
-                f"WHERE t.{table.key} = i.c0{expected}{_version_below_maximum(shape)}{parents}"
+                f"DELETE FROM {table.name} AS t USING {source} WHERE t.{table.key} = i.c0 "
+                f"AND (i.c1 IS NULL OR t.{VERSION} = i.c1){self._no_children(shape.collection)}"
             )
         else:
-            sql = self._save(table, shape, source)
-        return Statement(f"{sql} RETURNING {table.key}, {VERSION}", tuple(kinds))
+            sql = self._update(table, shape, source, parents)
+        return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
-    def imports(self, collection: str, rows: int) -> str:
-        """The SQL that writes whole entities with their versions, and returns no rows.
-
-        It has a parameter for each value, so each number of rows has a statement of its own.
-        """
-        cached = self._imports.get((collection, rows))
-        if cached is None:
-            shape = StatementKey(collection, "save", created=True, with_version=True)
-            table = self._tables[collection]
-            bulk = table.dialect.bulk
-            assert bulk is not None, "the caller has checked that the dialect has bulk statements"
-            source = bulk.values(len(table.columns) + 3, rows)
-            cached = self._imports[collection, rows] = self._save(table, shape, source)
-        return cached
-
-    def _save(self, table: TableMapping, shape: StatementKey, source: str) -> str:
-        kinds: list[Kind] = [*table.kinds, "json", "json"]
-        columns = [*table.columns, DOC, SIDE]
-        inputs = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
-        version = f"i.c{len(kinds)}" if shape.with_version else "1"
+    def _insert(self, table: Table, shape: StatementKey, source: str, parents: str) -> str:
+        version = "i.c1" if shape.imported else "1::bigint"
         conflict = "NOTHING"
         if shape.verb == "save":
-            excluded = {each: f"excluded.{each}" for each in columns}
-            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
-            conflict = f"UPDATE SET {sets} WHERE TRUE{_version_below_maximum(shape)}"
+            doc = f"excluded.{DOC}"
+            stored = "" if shape.imported else f" WHERE {_below_maximum()}"
+            new = f"excluded.{VERSION}" if shape.imported else f"t.{VERSION} + 1::bigint"
+            kept = doc if shape.created else _with_stored_creation(doc)
+            conflict = f"UPDATE SET {VERSION} = {new}, {DOC} = {kept}{stored}"
         return (
-            f"INSERT INTO {table.name} AS t ({', '.join(columns)}, {VERSION}) "
-            f"SELECT {', '.join(inputs)}, {version} FROM {source} "
-            f"WHERE TRUE{self._parents(table, table.fields)} "
+            f"INSERT INTO {table.name} AS t ({table.key}, {VERSION}, {DOC}) "
+            f"SELECT i.c0, {version}, i.d FROM {source} WHERE TRUE{parents} "
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
 
-    def _sets(
-        self, table: TableMapping, shape: StatementKey, new: dict[str, str], version: str
-    ) -> str:
-        """The assignments that replace a row. `created_at` is kept unless the arguments include it."""
-        skipped = {table.key, *map(quoted, shape.kept)}
-        sets = {column: value for column, value in new.items() if column not in skipped}
-        sets[VERSION] = version if shape.with_version else f"t.{VERSION} + 1"
-        if not shape.with_version and not shape.created:
-            sets[_CREATED] = f"t.{_CREATED}"
-            # An explicit null in it is stored in `_side`.
-            merged = table.dialect.json_merge(sets[SIDE], f"'{{\"{CREATED_AT}\":null}}'", "NULL")
-            sets[SIDE] = (
-                f"CASE WHEN t.{SIDE} IS NOT NULL AND {table.dialect.has_overflow(CREATED_AT)} "
-                f"THEN {merged} ELSE {sets[SIDE]} END"
-            )
-        return ", ".join(f"{column} = {value}" for column, value in sets.items())
-
-    # -- patches. Arguments: key, fields, sets, removes, side sets, side removes, weight, version ---
-
-    def _patch(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
-        fields = [table.collection.fields[each] for each in shape.names]
-        kinds: list[Kind] = ["text", *(each.type for each in fields)]
-        dialect = table.dialect
-        sets = {
-            quoted(field.name): dialect.cast_input(f"i.c{n}", field.type)
-            for n, field in enumerate(fields, 1)
-        }
-        if shape.document:
-            n = len(kinds)
-            sets[DOC] = dialect.json_merge(f"t.{DOC}", f"i.c{n}", f"i.c{n + 1}")
-            kinds += ["text", "text"]
-        n = len(kinds)
-        kinds += ["text", "text", "bigint"]
-        merged = dialect.json_merge(f"t.{SIDE}", f"i.c{n}", f"i.c{n + 1}")
-        sets[SIDE] = f"CASE WHEN t.{SIDE} IS NULL AND i.c{n} IS NULL THEN NULL ELSE {merged} END"
-        sets[VERSION] = f"t.{VERSION} + 1"
-        size_limit = f" AND {self._size_bound(table)} + i.c{n + 2} <= {MAX_ENTITY_BYTES}"
-        expected = ""
-        if shape.versions:
-            expected = f" AND t.{VERSION} = i.c{len(kinds)}"
-            kinds.append("bigint")
-        parents = self._parents(table, fields, first=1)
-        sql = (
-            f"UPDATE {table.name} AS t "
-            f"SET {', '.join(f'{column} = {value}' for column, value in sets.items())} "
-            f"FROM {dialect.values_source(kinds, rows)} "
-            f"WHERE t.{table.key} = i.c0{expected}{_version_below_maximum(shape)}{size_limit}{parents} "
-            f"RETURNING {table.key}, {VERSION}"
-        )
-        return Statement(sql, tuple(kinds))
-
-    def _size_bound(self, table: TableMapping) -> str:
-        """An upper bound for the size of the stored entity: n bytes of JSON count as at most 8.25 n.
-
-        If the bound exceeds the limit, the entity is read, measured and replaced instead.
-        """
-        fixed = sum(90 + len(each.name) for each in table.fields)
-        parts = [str(fixed)]
-        for field in table.fields:
-            if field.type in ("text", "timestamp"):
-                parts.append(f"coalesce({table.dialect.size(f't.{quoted(field.name)}')}, 0)")
-            if field.type == "json":
-                parts.append(f"9 * coalesce({table.dialect.size(f't.{quoted(field.name)}')}, 0)")
-        parts.append(f"9 * coalesce({table.dialect.size(f't.{DOC}')}, 0)")
-        return " + ".join(parts)
-
-    # -- deletes. Arguments: key, expected version -------------------------------------------
-
-    def _delete(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
-        dialect = table.dialect
-        deletion = dialect.deletion(table.name, table.key, rows, versions=shape.versions)
-        children = ""
-        if self._references:
-            for child, field in self._schema.children[shape.collection]:
-                child_table = self._tables[child.name]
-                not_itself = (
-                    f" AND c.{child_table.key} <> t.{table.key}"
-                    if child.name == shape.collection
-                    else ""
-                )
-                children += (
-                    f" AND NOT EXISTS (SELECT 1 FROM {child_table.name} AS c "
-                    f"WHERE c.{quoted(field.name)} = t.{table.key}{not_itself})"
-                )
-        return Statement(
-            f"{deletion}{children} RETURNING {table.key}, {VERSION}",
-            ("text", "bigint") if shape.versions else ("text",),
+    def _update(self, table: Table, shape: StatementKey, source: str, parents: str) -> str:
+        version = "i.c2" if shape.imported else f"t.{VERSION} + 1::bigint"
+        condition = f" AND (i.c1 IS NULL OR t.{VERSION} = i.c1)"
+        if not shape.imported:
+            condition += f" AND {_below_maximum()}"
+        if shape.verb == "patch":
+            doc = f"(t.{DOC} - coalesce(i.c2::text[], '{{}}'::text[])) || i.d"
+            # An entity of this size is never too large. Others are measured by the store.
+            size = f"pg_catalog.octet_length(t.{DOC}::text)::bigint + i.c3"
+            condition += f" AND {size} <= {LIGHT_BYTES}::bigint"
+        else:
+            doc = "i.d" if shape.created else _with_stored_creation("i.d")
+        return (
+            f"UPDATE {table.name} AS t SET {VERSION} = {version}, {DOC} = {doc} "
+            f"FROM {source} WHERE t.{table.key} = i.c0{condition}{parents}"
         )
 
-    # -- references --------------------------------------------------------------------------
-
-    def _parents(
-        self,
-        table: TableMapping,
-        fields: Sequence[Field],
-        *,
-        first: int = 0,
-        kept: Sequence[str] = (),
-    ) -> str:
-        """The conditions that the parent of every reference exists.
-
-        Args:
-            first: the number of the column of `i` that contains the first of the fields.
-            kept: the names of references that are not checked.
-        """
-        if not self._references:
-            return ""
+    def _parents(self, table: Table, first: int) -> str:
+        """The conditions that the parent of every reference exists."""
         conditions = []
-        for n, field in enumerate(fields, first):
-            if field.references is None or not field.enforced or field.name in kept:
-                continue
-            parent = self._tables[field.references]
-            self_reference = (
-                f" OR i.c{n} = i.c0" if field.references == table.collection.name else ""
-            )
+        for n, field in enumerate(table.collection.references, first):
+            parent = self._tables[cast("str", field.references)]
+            itself = f" OR i.c{n} = i.c0" if parent is table else ""
             conditions.append(
-                f" AND (i.c{n} IS NULL{self_reference} OR EXISTS "
+                f" AND (i.c{n} IS NULL{itself} OR EXISTS "
                 f"(SELECT 1 FROM {parent.name} AS p WHERE p.{parent.key} = i.c{n}))"
             )
         return "".join(conditions)
 
+    def _no_children(self, collection: str) -> str:
+        """The conditions that no entity refers to the deleted one."""
+        if not self._references:
+            return ""
+        key = f"t.{self._tables[collection].key}"
+        conditions = ""
+        for child, field in self._schema.children[collection]:
+            table = self._tables[child.name]
+            others = f" AND c.{table.key} <> {key}" if child.name == collection else ""
+            refers = table.grammar.refers("c", field, key)
+            conditions += (
+                f" AND NOT EXISTS (SELECT 1 FROM {table.name} AS c WHERE {refers}{others})"
+            )
+        return conditions
 
-def _version_below_maximum(shape: StatementKey) -> str:
+
+def _source(kinds: Sequence[str], *, documents: bool, patient: bool) -> str:
+    """The items of a FROM clause that provide rows of arguments as `i (c0, c1, ..., d)`."""
+    arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(kinds, 1)]
+    columns = [f"c{n}" for n in range(len(kinds))]
+    # The unqualified name with one argument would be looked up along the search_path.
+    functions = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
+    if documents:
+        columns.append("d")
+        functions += f", pg_catalog.jsonb_array_elements(${len(kinds) + 1}::text::jsonb)"
+    rows = f"ROWS FROM ({functions}) AS i ({', '.join(columns)})"
+    if patient:
+        return rows
+    # In effect before the first row is locked, and until the transaction ends.
+    timeout = f"pg_catalog.set_config('lock_timeout'::text, '{_PATIENCE_MS}'::text, true)"
+    return f"{timeout} AS s (c), {rows}"
+
+
+def _below_maximum() -> str:
     """The condition that the stored version is not the greatest possible one."""
-    return "" if shape.with_version else f" AND t.{VERSION} < {INT_MAX}"
+    return f"t.{VERSION} < {INT_MAX}::bigint"
+
+
+def _with_stored_creation(doc: str) -> str:
+    """A document with the `created_at` of the stored one, or without it as well."""
+    stored = f"t.{DOC} -> '{CREATED_AT}'::text"
+    return (
+        f"CASE WHEN t.{DOC} ? '{CREATED_AT}'::text THEN {doc} || "
+        f"pg_catalog.jsonb_build_object('{CREATED_AT}'::text, {stored}) "
+        f"ELSE {doc} - '{CREATED_AT}'::text END"
+    )
