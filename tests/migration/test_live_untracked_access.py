@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["short_leases"]
 
 UPDATE = {
-    "sqlite": "UPDATE accounts SET doc = json_set(doc, '$.balance', 7) WHERE account_id = 'a-0'",
+    "sqlite": "UPDATE \"accounts-entities\" SET doc = json_set(doc, '$.balance', 7) WHERE account_id = 'a-0'",
     "postgresql": (
-        "UPDATE accounts SET doc = jsonb_set(doc, '{balance}', '7') WHERE account_id = 'a-0'"
+        "UPDATE \"accounts-entities\" SET doc = jsonb_set(doc, '{balance}', '7') WHERE account_id = 'a-0'"
     ),
 }
 

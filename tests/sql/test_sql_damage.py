@@ -15,9 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import CorruptionError, StorageError, contains, open_store, path
-from hf_async_store.strategies.sql.rows import Table
-from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
+from hf_async_store import Collection, CorruptionError, StorageError, contains, open_store, path
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.contract.harnesses import execute
 
@@ -102,11 +100,12 @@ def set_column(file: Path, column: str, value: Any) -> bool:
         how = "CAST(? AS TEXT)" if isinstance(value, tuple) else "?"
         given_value = value[1] if isinstance(value, tuple) else value
         connection.execute(
-            f"UPDATE items SET \"{column}\" = {how} WHERE item_id = 'victim'", (given_value,)
+            f'UPDATE "items-entities" SET "{column}" = {how} WHERE item_id = \'victim\'',
+            (given_value,),
         )
         connection.commit()
     except (sqlite3.IntegrityError, sqlite3.OperationalError, UnicodeEncodeError):
-        return False  # the columns that SQLite generates from the document refuse malformed JSON
+        return False
     finally:
         connection.close()
     return True
@@ -206,7 +205,7 @@ def test_122_damaged_rows(tmp_path: Path) -> None:
             async def one() -> None:
                 nonlocal tried, refused
                 connection = sqlite3.connect(file)
-                connection.execute("DELETE FROM items WHERE item_id IS NOT 'good'")
+                connection.execute("DELETE FROM \"items-entities\" WHERE item_id IS NOT 'good'")
                 connection.commit()
                 connection.close()
                 await store.save_entity("items", WHOLE)
@@ -260,49 +259,56 @@ async def test_122_the_error_names_the_damaged_row(tmp_path: Path, column: str, 
 
 
 @pytest.mark.parametrize(
-    "doc", ["{", "", '{"item_id": "victim", "label": }', b"\x00\xff", b"{}", None, "[" * 5000]
+    "doc", ["{", "", '{"item_id": "victim", "label": }', b"\x00\xff", b"{}", "[" * 5000]
 )
 async def test_122_a_document_that_is_not_json(tmp_path: Path, doc: Any) -> None:
     file = tmp_path / "store.db"
-    table = Table(CONTRACT_COLLECTIONS[0], SQLiteGrammar())
-    with pytest.raises(CorruptionError, match=f"{table.collection.name}.*'victim'"):
-        table.entity(("victim", doc, 1))
-    if doc == b"{}":
-        return
     async with open_store(f"sqlite:{file}", collections=CONTRACT_COLLECTIONS) as store:
         await store.save_entity("items", WHOLE)
-        assert not set_column(file, "doc", doc), "another program cannot write it"
-        assert await store.get_entity("items", "victim") is not None
+        await store.save_entity("items", {"item_id": "good", "label": "a"})
+        assert set_column(file, "doc", doc)
+        for name in ("get", "query", "stream", "texts", "transaction", "count in json"):
+            with pytest.raises(CorruptionError, match=r"items.*'victim'"):
+                await READS[name](store)
+        assert len(await store.query_entities("items", {"item_id": "good"})) == 1
+    # It does not prevent the declaration of another index.
+    more = Collection("items", key="item_id", fields=["nothing"], indexes=["nothing"])
+    async with open_store(f"sqlite:{file}", collections=[more]) as store:
+        await store.save_entity("items", {"item_id": "other", "nothing": "x"})
+        assert await store.count_entities("items", {"nothing": "x"}) == 1
 
 
 async def test_122_an_invalid_id(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
-    for value in (None, b"victim"):
-        async with open_store(f"sqlite:{file}", collections=CONTRACT_COLLECTIONS) as store:
-            await store.save_entity("items", WHOLE)
-            assert set_column(file, "item_id", value)
-            for name in ("query", "stream", "texts"):
-                with pytest.raises(CorruptionError, match="the table items"):
-                    await READS[name](store)
-            await store.execute_with_lock(  # type: ignore[attr-defined]
-                "DELETE FROM items WHERE item_id IS NULL OR typeof(item_id) = 'blob'"
-            )
-            assert await store.query_entities("items") == []
+    async with open_store(f"sqlite:{file}", collections=CONTRACT_COLLECTIONS) as store:
+        await store.save_entity("items", WHOLE)
+        assert not set_column(file, "item_id", None), "another program cannot write it"
+        assert set_column(file, "item_id", b"victim")
+        for name in ("query", "stream", "texts"):
+            with pytest.raises(CorruptionError, match='the table "items-entities"'):
+                await READS[name](store)
+        await store.execute_with_lock(  # type: ignore[attr-defined]
+            "DELETE FROM \"items-entities\" WHERE typeof(item_id) = 'blob'"
+        )
+        assert await store.query_entities("items") == []
 
 
 TABLES = [
-    "DROP TABLE items",
-    'ALTER TABLE items RENAME COLUMN label TO "x y"',
-    "ALTER TABLE items RENAME TO other",
-    "ALTER TABLE items RENAME COLUMN doc TO docs",
-    "ALTER TABLE items RENAME COLUMN version TO v",
-    "ALTER TABLE items RENAME COLUMN item_id TO id",
-    "DROP TABLE items; CREATE VIEW items AS SELECT 1 AS item_id, 2 AS label",
-    "DROP TABLE items; CREATE TABLE items (item_id TEXT PRIMARY KEY)",
-    "DROP TABLE _hf_async_store",
-    "CREATE TRIGGER no BEFORE UPDATE ON items BEGIN SELECT RAISE(ABORT, 'no'); END",
-    "CREATE TRIGGER no BEFORE INSERT ON items BEGIN SELECT RAISE(ROLLBACK, 'no'); END",
-    "CREATE UNIQUE INDEX mine ON items (label)",
+    'DROP TABLE "items-entities"',
+    "DROP VIEW items",
+    'ALTER TABLE "items-entities" RENAME COLUMN "label-key" TO "x y"',
+    'ALTER TABLE "items-entities" RENAME TO other',
+    'ALTER TABLE "items-entities" RENAME COLUMN doc TO docs',
+    'ALTER TABLE "items-entities" RENAME COLUMN version TO v',
+    'ALTER TABLE "items-entities" RENAME COLUMN item_id TO id',
+    'DROP TABLE "items-entities"; CREATE VIEW "items-entities" AS SELECT 1 AS item_id, 2 AS doc',
+    'DROP TABLE "items-entities"; CREATE TABLE "items-entities" (item_id TEXT PRIMARY KEY)',
+    "DROP TABLE hf_catalogue",
+    "DELETE FROM hf_catalogue",
+    "UPDATE hf_catalogue SET value = 'x'",
+    "CREATE TRIGGER no BEFORE UPDATE ON \"items-entities\" BEGIN SELECT RAISE(ABORT, 'no'); END",
+    "CREATE TRIGGER no BEFORE INSERT ON \"items-entities\" BEGIN SELECT RAISE(ROLLBACK, 'no'); END",
+    'CREATE UNIQUE INDEX mine ON "items-entities" ("label-key")',
 ]
 
 
@@ -342,7 +348,9 @@ async def test_122_damaged_rows_on_postgresql(database: str, column: str, value:
     async with open_store(database, collections=CONTRACT_COLLECTIONS) as store:
         await store.save_entity("items", {"item_id": "good"})
         await store.save_entity("items", WHOLE)
-        execute(database, f"UPDATE items SET \"{column}\" = {value} WHERE item_id = 'victim'")
+        execute(
+            database, f'UPDATE "items-entities" SET "{column}" = {value} WHERE item_id = \'victim\''
+        )
         for name in ("get", "query", "stream", "texts", "transaction"):
             with pytest.raises(CorruptionError, match=r"items.*item_id 'victim'"):
                 await READS[name](store)

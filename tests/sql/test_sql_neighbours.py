@@ -104,19 +104,22 @@ async def test_a_constraint_of_an_administrator(url: str, rule: str, options: st
 
 def _rules(rule: str, *, sqlite: bool) -> list[str]:
     if rule == "unique":
-        return ["CREATE UNIQUE INDEX one_name ON templates (name)"]
+        return ["CREATE UNIQUE INDEX one_name ON \"templates-entities\" ((doc ->> 'name'))"]
     if rule == "check":
-        return ["ALTER TABLE templates ADD CONSTRAINT no_x CHECK (name <> 'x') NOT VALID"]
+        return [
+            "ALTER TABLE \"templates-entities\" ADD CONSTRAINT no_x CHECK (doc ->> 'name' <> 'x') "
+            "NOT VALID"
+        ]
     if sqlite:
         return [
-            f"CREATE TRIGGER no_x_{verb} BEFORE {verb} ON templates WHEN NEW.name = 'x' "
-            "BEGIN SELECT RAISE(ABORT, 'no x here'); END"
+            f'CREATE TRIGGER no_x_{verb} BEFORE {verb} ON "templates-entities" '
+            "WHEN NEW.doc ->> 'name' = 'x' BEGIN SELECT RAISE(ABORT, 'no x here'); END"
             for verb in ("INSERT", "UPDATE")
         ]
     return [
         "CREATE FUNCTION no_x() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "IF NEW.name = 'x' THEN RAISE EXCEPTION 'no x here'; END IF; RETURN NEW; END $$; "
-        "CREATE TRIGGER no_x AFTER INSERT OR UPDATE ON templates "
+        "IF NEW.doc ->> 'name' = 'x' THEN RAISE EXCEPTION 'no x here'; END IF; RETURN NEW; END $$; "
+        'CREATE TRIGGER no_x AFTER INSERT OR UPDATE ON "templates-entities" '
         "FOR EACH ROW EXECUTE FUNCTION no_x()"
     ]
 
@@ -172,7 +175,7 @@ async def test_changes_of_other_rows_are_written_while_one_is_locked(database: s
         connection = await asyncpg.connect(database)
         try:
             async with connection.transaction():
-                row = "SELECT 1 FROM templates WHERE template_id = 'x' FOR UPDATE"
+                row = "SELECT 1 FROM \"templates-entities\" WHERE template_id = 'x' FOR UPDATE"
                 await connection.execute(row)
                 writes = asyncio.gather(
                     *(store.update_entity("templates", each, {"n": 1}) for each in "abcx")

@@ -69,13 +69,16 @@ async def test_execute_with_lock(url: str) -> None:
             if url.startswith("sqlite")
             else "jsonb_set(doc, '{status}', to_jsonb(?::text))"
         )
+        # A key column is what `sort_bytes` returns: of a string, the byte 4 and the UTF-8 of it.
         await store.execute_with_lock(
-            f"UPDATE requests SET doc = {changed} WHERE request_id = ?", ["x", "r"]
+            f'UPDATE "requests-entities" SET doc = {changed}, "status-key" = ?, '
+            "version = version + 1 WHERE request_id = ?",
+            ["x", b"\4x", "r"],
         )
         assert await store.count_entities("requests", {"status": "x"}) == 1
         found = await store.get_entity("requests", "r")
         assert found is not None
-        assert found["status"] == "x"
+        assert (found["status"], found["version"]) == ("x", 3)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_async_store import Collection
 from hf_async_store.changes import Patch
+from hf_async_store.strategies.sql.catalogue import Catalogue, declared
 from hf_async_store.strategies.sql.decisions import Stored, new_row
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, json_text
@@ -36,7 +37,7 @@ ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "Ã
 )
 def test_patches_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
     jobs = Collection("jobs", key="job_id")
-    table = Table(jobs, SQLiteGrammar())
+    table = Table("jobs", declared(Catalogue(), [jobs])["jobs"], SQLiteGrammar())
     key = Key("jobs", "j")
     before = {**map_, "job_id": "j"}
     stored = Stored(3, encode_json(before).decode())

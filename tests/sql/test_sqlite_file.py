@@ -122,7 +122,7 @@ async def _verbs(store: Any) -> dict[str, Callable[[], Awaitable[object]]]:
         "transaction": lambda: store.run_transaction(
             lambda tx: tx.save_entity("templates", template("lost"))
         ),
-        "sql": lambda: store.execute_with_lock("DELETE FROM templates"),
+        "sql": lambda: store.execute_with_lock('DELETE FROM "templates-entities"'),
         "get": lambda: store.get_entity("templates", "t"),
         "query": lambda: store.query_entities("templates"),
         "page": lambda: store.query_page("templates", limit=5),
@@ -479,7 +479,7 @@ async def test_a_cursor_that_is_still_referenced_does_not_keep_the_file_open(
         await store.save_entities("templates", [{"template_id": f"t-{n}"} for n in range(100)])
         pool = store._sql._streams  # type: ignore[attr-defined]
         lease = await pool.acquire()
-        cursor = await lease.driver.execute("SELECT * FROM templates")
+        cursor = await lease.driver.execute('SELECT * FROM "templates-entities"')
         assert await cursor.fetchone() is not None
     assert open_files(tmp_path) == []
     del cursor

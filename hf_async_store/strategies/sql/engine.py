@@ -35,6 +35,7 @@ from hf_async_store.errors import (
     LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyStoreError,
+    SchemaMismatchError,
     UnavailableError,
 )
 from hf_async_store.generators import Owned
@@ -51,12 +52,12 @@ from hf_async_store.strategies.sql.compiler import compile_query, paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
-from hf_async_store.strategies.sql.names import CATALOGUE, index_name, table_name
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC, index_name, table_name
 from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import Attempts
 from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.values import Entity, Key, Value
+from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -505,21 +506,15 @@ class SQLEngine(Engine):
         problems: list[Value] = []
         changes: list[Value] = []
         async with self._main.lease() as lease:
+            if self._state is not None:
+                problems += await self._damaged_tables(lease, self._state.tables)
             try:
-                relations = await self._dialect.relations(lease.driver)
-                if self._state is not None:
-                    # They existed earlier, and this store does not create them again while open.
-                    names = [CATALOGUE, *map(table_name, self._state.tables)]
-                    dropped = [each for each in names if each not in relations]
-                    problems += [
-                        f"{each} was dropped while the store was in use" for each in dropped
-                    ]
                 report = await self._dialect.health(
                     lease.driver, list(map(table_name, self.schema))
                 )
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
-            if not problems and CATALOGUE in relations:
+            if not problems:
                 found = await self._sync.changes(lease)
                 changes += [f"{each.kind}: {each.detail}" for each in found]
         more = report.pop("problems", [])
@@ -534,6 +529,19 @@ class SQLEngine(Engine):
             "streams": {**self._streams.figures()},
             "problems": problems,
         }
+
+    async def _damaged_tables(self, lease: LeasedConnection, tables: Tables) -> list[str]:
+        """The tables that another program dropped or changed while this store was open."""
+        problems = []
+        for table in tables.values():
+            columns = ", ".join(
+                f"t.{each}" for each in (table.key, VERSION, DOC, *table.key_columns)
+            )
+            try:
+                await lease.rows(f"SELECT {columns} FROM {table.name} AS t WHERE FALSE")
+            except SchemaMismatchError as exc:
+                problems.append(f"the table {table.name} was dropped or changed: {exc}")
+        return problems
 
     def describe(self) -> Mapping[str, Value]:
         return {**self._dialect.describe(), "configuration": redacted(self._config)}

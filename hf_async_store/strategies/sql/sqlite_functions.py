@@ -44,10 +44,22 @@ def key(encoded: str | None) -> bytes:
     return sort_bytes(MISSING if encoded is None else decode_json(encoded))
 
 
+def fill(doc: object, name: str) -> bytes:
+    """The key column of a field of a document, for rows that were written before it existed.
+
+    Where another program damaged the document, it is that of a missing value: reading the row fails.
+    """
+    try:
+        return sort_bytes(decode_json(cast("str", doc)).get(name, MISSING))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return sort_bytes(MISSING)
+
+
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_test": (3, test),
     "hf_at": (2, at),
     "hf_key": (1, key),
+    "hf_fill": (2, fill),
     "hf_bytes": (1, bytes.fromhex),
 }
 """By name: the number of arguments, and the function."""

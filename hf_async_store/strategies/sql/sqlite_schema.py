@@ -20,7 +20,7 @@ class SQLiteSchema(SchemaSync):
         """See `SchemaSync`: all missing key columns, filled, and indexes."""
         table, complete = quoted(table_name(name)), entry.completed()
         new = {
-            quoted(key_column(each)): f"hf_key({DOC} -> '$.{each}')"
+            quoted(key_column(each)): f"hf_fill({DOC}, '{each}')"
             for each in complete.columns
             if each not in entry.columns
         }
