@@ -1,21 +1,24 @@
-"""The storage format: a row is the id, the version, and the whole entity as one JSON document.
+"""The tables of a store, and their format: a row is the id, the version, the whole entity as one JSON
+document, and the key columns.
 
-The document contains the id, but not the version. All other columns are generated from it, for other
-programs.
+The document contains the id, but not the version. A key column contains `sort_bytes` of a field of an
+index, or of a reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.errors import CorruptionError
+from hf_async_store.query import MISSING
+from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.grammar import decode_json
-from hf_async_store.strategies.sql.names import DOC, quoted
+from hf_async_store.strategies.sql.names import DOC, key_column, quoted, sql_name, table_name
 from hf_async_store.values import VERSION, Entity
 
 if TYPE_CHECKING:
-    from hf_async_store.schema import Collection, Field
+    from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
     from hf_async_store.strategies.sql.grammar import Grammar
 
 _DAMAGED: Final = (ValueError, TypeError, RecursionError)
@@ -23,37 +26,41 @@ _DAMAGED: Final = (ValueError, TypeError, RecursionError)
 
 
 class Table:
-    """The table of a collection.
+    """The table of a collection. Immutable.
 
     Attributes:
-        name: quoted.
-        key: the name of the key column, quoted.
-        terms: by field, the sort terms that its indexes contain.
+        collection: the name of the collection.
+        key_field: the name of its key.
+        name: of the table, quoted.
+        key: the name of the key's column, quoted.
+        key_fields: all fields that have a key column, in the order of `keys`.
+        key_columns: the names of the key columns, quoted, in the same order.
+        ready: the fields whose key columns queries may use.
+        generation: see `Entry`.
         selected: the expressions that a SELECT must read for `entity`.
         fetch_one, fetch_many: the SQL that reads rows by an id, and by a list of ids.
     """
 
-    def __init__(
-        self, collection: Collection, grammar: Grammar, columns: Iterable[str] | None = None
-    ) -> None:
-        """
-        Args:
-            columns: those that exist; None: all.
-        """
-        there = None if columns is None else frozenset(columns)
+    def __init__(self, collection: str, entry: Entry, grammar: Grammar) -> None:
         self.collection = collection
+        self.entry = entry
         self.grammar = grammar
-        self.name = quoted(collection.name)
-        self.key = quoted(collection.key)
-        self.terms = {
-            field.name: grammar.indexed_terms(field, "t.")
-            for field in indexed_fields(collection)
-            if there is None or there.issuperset(grammar.sort_columns(field))
-        }
+        self.key_field = entry.key
+        self.name = quoted(table_name(collection))
+        self.key = quoted(sql_name(entry.key))
+        self.key_fields = tuple(entry.columns)
+        self.key_columns = tuple(quoted(key_column(each)) for each in entry.columns)
+        self.ready = frozenset(name for name, filled in entry.columns.items() if filled)
+        self.generation = entry.generation
         self.selected = f"t.{self.key}, {grammar.read(f't.{DOC}')}, t.{VERSION}"
         source = f"SELECT {self.selected} FROM {self.name} AS t WHERE t.{self.key}"
         self.fetch_one = f"{source} = {grammar.parameter(1, 'text')}"
         self.fetch_many = f"{source} {grammar.in_list(grammar.parameter(1, 'list'))}"
+
+    def keys(self, entity: Mapping[str, object]) -> tuple[bytes, ...]:
+        """The values of the key columns of an entity."""
+        get = entity.get
+        return tuple([sort_bytes(get(each, MISSING)) for each in self.key_fields])  # type: ignore[arg-type]
 
     def entity(self, row: Sequence[object]) -> Entity:
         """The entity of a row of `selected`.
@@ -66,7 +73,7 @@ class Table:
             entity = decode_json(doc) if type(doc) is str else None
             if type(entity) is not dict:
                 raise TypeError(f"{DOC} does not contain a JSON object")
-            if type(entity_id) is not str or entity.get(self.collection.key) != entity_id:
+            if type(entity_id) is not str or entity.get(self.key_field) != entity_id:
                 raise ValueError(f"the id is not that in {DOC}")
             if type(version) is not int or version < 0:
                 raise ValueError(f"version is {version!r}")
@@ -78,15 +85,32 @@ class Table:
     def damaged(self, entity_id: object, exc: Exception) -> CorruptionError:
         """The error for a row that cannot be decoded."""
         return CorruptionError(
-            f"the table {self.collection.name} contains an invalid row, "
-            f"{self.collection.key} {entity_id!r}: {exc}. Another program wrote it: correct or "
-            "delete it"
+            f"the table {self.name} contains an invalid row, {self.key_field} {entity_id!r}: {exc}. "
+            "Another program wrote it: correct or delete it"
         )
 
 
-def indexed_fields(collection: Collection) -> list[Field]:
-    """The fields whose sort terms some index contains, without the key, which sorts by itself."""
-    names = [each.name for each in collection.references]
-    for index in collection.indexes:
-        names += [index.field, *([index.sort] if index.sort else [])]
-    return [collection.fields[each] for each in dict.fromkeys(names) if each != collection.key]
+class Tables(Mapping[str, Table]):
+    """The existing tables of a store by collection, as the catalogue describes them. Immutable.
+
+    When the catalogue has changed, the engine replaces the whole object, and makes a new writer.
+
+    Attributes:
+        schema: the declarations of all programs together.
+    """
+
+    def __init__(self, catalogue: Catalogue, grammar: Grammar) -> None:
+        self.catalogue = catalogue
+        self.schema = catalogue.schema()
+        self._by_name = {
+            name: Table(name, each, grammar) for name, each in catalogue.entries.items()
+        }
+
+    def __getitem__(self, name: str) -> Table:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)

@@ -74,9 +74,6 @@ class SQLStorageStrategy(StorageStrategy):
         self._sql = opened(schema)
         super().__init__(routed(self._sql, schema, loaded, opened), schema)
 
-        def opened(declared: Schema) -> SQLEngine:
-            return SQLEngine(sql, declared, _dialect(sql, password))
-
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = ()
     ) -> list[dict[str, Value]]:

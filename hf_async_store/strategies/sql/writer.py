@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_async_store.changes import Change, Outcome
 from hf_async_store.config import SQLConfig
-from hf_async_store.schema import Schema
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.rows import Table
+    from hf_async_store.strategies.sql.rows import Tables
 
 
 class Writer(ABC):
-    """Executes the changes of a store."""
+    """Executes the changes of a store.
 
-    def __init__(self, schema: Schema, tables: Mapping[str, Table], config: SQLConfig) -> None:
-        self.schema = schema
+    Args:
+        tables: as the catalogue describes them. If the catalogue has changed, the methods raise
+            `CatalogueChangedError`, and nothing was written; the engine then makes a new writer.
+    """
+
+    def __init__(self, tables: Tables, config: SQLConfig) -> None:
         self.tables = tables
+        self.schema = tables.schema
         self.references = config.enforce_references
         self.config = config
 
