@@ -9,7 +9,7 @@ from typing import Final
 DOC: Final = "doc"
 """The column that contains the entity."""
 
-GENERATION: Final = "generation"
+GENERATION: Final = "row-generation"
 """The column, on PostgreSQL, that contains the generation of the table by which a row was written."""
 
 CATALOGUE: Final = "hf_catalogue"

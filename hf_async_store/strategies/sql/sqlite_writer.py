@@ -53,7 +53,9 @@ class SQLiteWriter(Writer):
         super().__init__(schema, tables, config)
         self._puts: dict[tuple[str, int], str] = {}
 
-    async def write_each(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+    async def write_each(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+    ) -> list[Outcome]:
         """See `Writer`: in one transaction, if the database accepts all changes."""
         try:
             return await lease.job(lambda connection: self._commit(connection, changes))
